@@ -1,0 +1,82 @@
+"""Checkpoints: the model in Hugging Face format beside the optimizer's state and the step, written whole or not at all.
+
+A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors and trainer.json. It is written
+under another name and renamed once complete, so a kill leaves the older one; the older ones go after the rename.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kit.run import write_json
+
+
+def save_model(path: Path, model, tokenizer) -> None:
+    """A plain Hugging Face folder, whole or not at all; replaces what is there."""
+    scratch = path.with_name(path.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    if path.exists():
+        shutil.rmtree(path)
+    scratch.rename(path)
+
+
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int) -> Path:
+    """Write the checkpoint after `step` steps and delete the older ones. Returns its path."""
+    path = folder / f"step_{step:07d}"
+    scratch = folder / "writing"
+    shutil.rmtree(scratch, ignore_errors=True)
+    model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    tensors = {
+        f"{index}.{name}": tensor.contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+    save_file(tensors, scratch / "optimizer.safetensors")
+    write_json(scratch / "trainer.json", {"step": step})
+    if path.exists():
+        shutil.rmtree(path)
+    scratch.rename(path)
+    for older in folder.glob("step_*"):
+        if older != path:
+            shutil.rmtree(older)
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return max(folder.glob("step_*"), default=None)
+
+
+def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
+    """Put weights and optimizer state back in place, bit for bit. Returns the number of steps done.
+
+    Raises ValueError where the checkpoint is of another model.
+    """
+    weights = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        weights |= load_file(file)
+    result = model.load_state_dict(weights, strict=False)
+    tensors = model.state_dict()
+    loaded = {tensors[name].data_ptr() for name in weights if name in tensors}
+    missing = [name for name in result.missing_keys if tensors[name].data_ptr() not in loaded]  # a tied weight is stored once
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has {result.unexpected_keys[:3]} besides; "
+            "pass the --model it was made from"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        # not by optimizer.load_state_dict, which casts fp32 states to bf16 where the parameter is bf16
+        on_card = name != "step" or optimizer.defaults.get("fused")
+        optimizer.state[parameter][name] = tensor.to(parameter.device) if on_card else tensor
+    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]

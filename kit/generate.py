@@ -1,0 +1,286 @@
+"""The batched sampler: S slots, each a row of one preallocated KV cache with its own write position.
+
+A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
+active rows move together and the batch shrinks. Attention reads only as far as the longest active row. Runs the model's own
+forward on any device, with LoRA and quantised layers, and with Gemma 3's sliding layers (whose window is kept by their mask).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+from transformers import Cache
+
+from kit.models import context_length, next_token_logits
+from kit.sampling import SamplingParams, sample, stream_key
+
+BUCKET = 64  # attended length is rounded up to this many positions, so that shapes repeat
+PREFILL_TOKENS = 8192  # prompts are read together up to this many padded tokens: bounds the prefill's activations
+
+__all__ = ["Completion", "SamplingParams", "cache_bytes", "generate"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote for one prompt."""
+
+    ids: list[int]  # the end-of-text id included, where there is one
+    logprobs: list[float]  # of each id, under the distribution it was drawn from
+    finished: bool  # False: cut off at max_new_tokens
+    text: str = ""  # set where generate was given decode
+
+
+@dataclass
+class _Slot:
+    """A prompt in progress."""
+
+    request: int  # index of the prompt; -1 = free
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class _SlotCache(Cache):
+    """Keys and values (S, Hkv, capacity, D) a layer. `rows`, `positions` and `length` say what the next forward pass touches."""
+
+    def __init__(self, model, num_slots: int, capacity: int):
+        super().__init__(layers=[])
+        config, weight = model.config, model.get_input_embeddings().weight
+        shape = (num_slots, config.num_key_value_heads, capacity, _head_dim(config))
+        # never attended before it is written, but garbage may be NaN, and 0 * NaN in a masked product is NaN
+        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.rows = self.positions = None
+        self.length = 0
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        if self.positions is None:  # prefill: whole prompts into empty rows; they attend to themselves alone
+            keys[self.rows, :, : key_states.shape[2]] = key_states
+            values[self.rows, :, : key_states.shape[2]] = value_states
+            return key_states, value_states
+        keys[self.rows, :, self.positions] = key_states[:, :, 0]
+        values[self.rows, :, self.positions] = value_states[:, :, 0]
+        B = len(self.rows)  # decoding touches rows 0..B-1
+        return keys[:B, :, : self.length], values[:B, :, : self.length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cache_bytes(model, num_slots: int, capacity: int) -> int:
+    """Bytes of the KV cache for num_slots rows of `capacity` positions (prompt and response together)."""
+    config = model.config
+    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
+    return num_slots * capacity * per_position * model.get_input_embeddings().weight.element_size()
+
+
+def _masks(model, distance: torch.Tensor, seen: torch.Tensor):
+    """The boolean mask (B, 1, Tq, Tk) a model's layers need: one, or one for each kind of layer."""
+    seen = seen & (distance >= 0)
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if not kinds or model.config.model_type == "llama":
+        return seen
+    window = getattr(model.config, "sliding_window", None)
+    return {kind: seen & (distance < window) if kind == "sliding_attention" else seen for kind in kinds}
+
+
+class _Engine:
+    """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
+
+    def __init__(self, model, params: SamplingParams, num_slots: int, capacity: int):
+        self.model, self.params, self.capacity = model, params, capacity
+        self.device = model.get_input_embeddings().weight.device
+        self.cache = _SlotCache(model, num_slots, capacity)
+        self.positions = torch.zeros(num_slots, dtype=torch.int64, device=self.device)  # where the next token is written
+        self.tokens = torch.zeros_like(self.positions)  # the last drawn token, not yet in the cache
+        self.keys = torch.zeros_like(self.positions)
+        self.drawn = torch.zeros_like(self.positions)  # tokens drawn so far
+
+    def _forward(self, input_ids, position_ids, masks) -> torch.Tensor:
+        return self.model.model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=masks, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state
+
+    def _draw(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
+        logits = next_token_logits(self.model, hidden)
+        tokens, logprobs = sample(logits, self.params, self.keys[rows], self.drawn[rows])
+        self.tokens[rows] = tokens
+        self.drawn[rows] += 1
+        return tokens.tolist(), logprobs.tolist()
+
+    def prefill(self, rows: list[int], prompts: list[list[int]], keys: list[int]) -> tuple[list[int], list[float]]:
+        """Read prompts into rows and draw the first token of each."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        L = max(map(len, prompts))
+        padded = torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=self.device)
+        index = torch.tensor(rows, device=self.device)
+        self.keys[index], self.positions[index] = torch.tensor(keys, device=self.device), lengths
+        self.drawn[index] = 0
+        self.cache.rows, self.cache.positions, self.cache.length = index, None, 0
+        steps = torch.arange(L, device=self.device)
+        # padding stands on the right: causality hides it, and decoding overwrites its keys before it ever looks there
+        distance = (steps[:, None] - steps[None, :])[None, None]
+        hidden = self._forward(padded, steps.expand(len(rows), L), _masks(self.model, distance, distance >= 0))
+        return self._draw(index, hidden[torch.arange(len(rows), device=self.device), lengths - 1])
+
+    def decode(self, B: int, longest: int) -> tuple[list[int], list[float]]:
+        """One more token for rows 0..B-1; `longest` is the largest position among them."""
+        rows, positions = torch.arange(B, device=self.device), self.positions[:B]
+        length = min(-(-(longest + 1) // BUCKET) * BUCKET, self.capacity)
+        self.cache.rows, self.cache.positions, self.cache.length = rows, positions, length
+        distance = (positions[:, None] - torch.arange(length, device=self.device)[None, :])[:, None, None]
+        hidden = self._forward(self.tokens[:B, None], positions[:, None], _masks(self.model, distance, distance >= 0))
+        drawn = self._draw(rows, hidden[:, 0])
+        self.positions[:B] += 1
+        return drawn
+
+    def move(self, source: int, target: int, length: int) -> None:
+        self.cache.move(source, target, length)
+        for state in (self.positions, self.tokens, self.keys, self.drawn):
+            state[target] = state[source]
+
+    def park(self, row: int) -> None:
+        """A free row inside the batch goes on computing: at position 0, where it costs and harms nothing."""
+        self.positions[row] = 0
+
+
+@torch.no_grad()
+def generate(
+    model, prompts: Sequence[Sequence[int]], params: SamplingParams, *, num_slots: int, seed: int,
+    eos_token_id: int | Sequence[int], keys: Sequence[object] | None = None, decode: Callable[[list[int]], str] | None = None,
+    on_finish: Callable[[int, Completion], None] | None = None, description: str = "generating",
+) -> list[Completion]:  # fmt: skip
+    """One completion a prompt, in the prompts' order.
+
+    prompts: token ids. num_slots: rows decoded at once. keys: what names each prompt's random stream beside `seed`, e.g.
+    (question id, sample index); None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each one
+    ends. Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
+    """
+    prompts = [list(prompt) for prompt in prompts]
+    keys = list(range(len(prompts))) if keys is None else list(keys)
+    _check(model, prompts, params, num_slots, keys)
+    if not prompts:
+        return []
+    stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    num_slots = min(num_slots, len(prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    engine = _Engine(model, params, num_slots, max(lengths) + params.max_new_tokens)
+    streams = [stream_key(seed, key) for key in keys]
+    slots = [_Slot(-1) for _ in range(num_slots)]
+    waiting = deque(range(len(prompts)))
+    done: list[Completion | None] = [None] * len(prompts)
+    progress = _Progress(len(prompts), description)
+
+    def receive(row: int, token: int, logprob: float) -> None:
+        slot = slots[row]
+        slot.ids.append(token)
+        slot.logprobs.append(logprob)
+        if token in stop or len(slot.ids) == params.max_new_tokens:
+            completion = Completion(slot.ids, slot.logprobs, token in stop, decode(slot.ids) if decode else "")
+            done[slot.request] = completion
+            progress.finish(completion)
+            if on_finish:
+                on_finish(slot.request, completion)
+            slots[row] = _Slot(-1)
+            engine.park(row)
+
+    training = model.training
+    model.eval()
+    while waiting or any(slot.request >= 0 for slot in slots):
+        while waiting and any(slot.request < 0 for slot in slots):
+            free = [row for row, slot in enumerate(slots) if slot.request < 0]
+            requests = _next_prompts(waiting, lengths, len(free))
+            rows = free[: len(requests)]
+            for row, request in zip(rows, requests, strict=True):
+                slots[row] = _Slot(request)
+            drawn = engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests])
+            for row, token, logprob in zip(rows, *drawn, strict=True):
+                receive(row, token, logprob)
+        _compact(slots, engine, lengths)
+        active = [row for row, slot in enumerate(slots) if slot.request >= 0]
+        if active:
+            longest = max(lengths[slots[row].request] + len(slots[row].ids) - 1 for row in active)
+            tokens, logprobs = engine.decode(max(active) + 1, longest)
+            for row in active:
+                receive(row, tokens[row], logprobs[row])
+            progress.step(len(active))
+    progress.close()
+    model.train(training)
+    return done
+
+
+def _check(model, prompts: list[list[int]], params: SamplingParams, num_slots: int, keys: list) -> None:
+    if num_slots < 1:
+        raise ValueError(f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1")
+    if len(keys) != len(prompts):
+        raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key a prompt")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; a prompt has at least one token")
+        if len(prompt) + params.max_new_tokens > context_length(model):
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}, but the model was made for "
+                f"{context_length(model)} in all; pass max_new_tokens <= {context_length(model) - len(prompt)}"
+            )
+
+
+def _next_prompts(waiting: deque[int], lengths: list[int], num_free: int) -> list[int]:
+    """Take prompts from the front, as many as there are free rows and the prefill's budget of padded tokens allows."""
+    requests = [waiting.popleft()]
+    while waiting and len(requests) < num_free:
+        longest = max(lengths[i] for i in (*requests, waiting[0]))
+        if longest * (len(requests) + 1) > PREFILL_TOKENS:
+            break
+        requests.append(waiting.popleft())
+    return requests
+
+
+def _compact(slots: list[_Slot], engine: _Engine, lengths: list[int]) -> None:
+    """Move active rows into free ones before them, so that the batch ends at the last active row."""
+    target, source = 0, len(slots) - 1
+    while True:
+        while target < len(slots) and slots[target].request >= 0:
+            target += 1
+        while source >= 0 and slots[source].request < 0:
+            source -= 1
+        if target >= source:
+            return
+        engine.move(source, target, lengths[slots[source].request] + len(slots[source].ids))
+        slots[target], slots[source] = slots[source], _Slot(-1)
+
+
+class _Progress:
+    """Finished of total, tokens a second, mean length and truncated so far."""
+
+    def __init__(self, total: int, description: str):
+        self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None)
+        self.start, self.tokens, self.finished_tokens, self.truncated = time.perf_counter(), 0, 0, 0
+
+    def step(self, tokens: int) -> None:
+        self.tokens += tokens
+        seconds = time.perf_counter() - self.start
+        mean = self.finished_tokens / self.bar.n if self.bar.n else 0
+        self.bar.set_postfix(
+            {"tok/s": f"{self.tokens / seconds:,.0f}", "mean": f"{mean:.0f}", "truncated": self.truncated}, refresh=False
+        )
+
+    def finish(self, completion: Completion) -> None:
+        self.finished_tokens += len(completion.ids)
+        self.truncated += not completion.finished
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,184 @@
+"""Packs: documents of many lengths laid end to end in rows of at most `capacity` tokens, without a padding token.
+
+`plan_packs` decides which documents share a row: best-fit decreasing (longest document first, each into the fullest row
+that still has room) over the whole set at once. The rows with room are kept in a bitset over the free space, so "the
+fullest row with room for n tokens" is the lowest set bit at or above n: O(log capacity) a document, O(n log n) in all
+for the sort. `PackedBatch` is one row as the model reads it; attention must stop at the boundaries in `cu_seqlens`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+IGNORE_INDEX = -100  # torch's default ignore_index, and what Hugging Face collators write
+BITS = 128  # free spaces a word of the bitset: two machine words keep Python's integers in their fast case
+
+
+class _FreeSpace:
+    """A sorted multiset of the free space of open rows, over 0..capacity: two levels of integer bitsets."""
+
+    def __init__(self, capacity: int):
+        self.rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> rows that have it
+        self.words = [0] * (capacity // BITS + 1)
+        self.summary = 0  # bit i: words[i] is not empty
+
+    def add(self, space: int, row: int) -> None:
+        if not self.rows[space]:
+            self.words[space // BITS] |= 1 << (space % BITS)
+            self.summary |= 1 << (space // BITS)
+        self.rows[space].append(row)
+
+    def take_best(self, length: int) -> tuple[int, int] | None:
+        """Remove and return (space, row) of the smallest free space >= length, or None."""
+        word, bit = divmod(length, BITS)
+        found = self.words[word] >> bit << bit if word < len(self.words) else 0
+        if not found:
+            above = self.summary >> (word + 1) << (word + 1)
+            if not above:
+                return None
+            word = (above & -above).bit_length() - 1
+            found = self.words[word]
+        bit = (found & -found).bit_length() - 1
+        space = word * BITS + bit
+        row = self.rows[space].pop()
+        if not self.rows[space]:
+            self.words[word] &= ~(1 << bit)
+            if not self.words[word]:
+                self.summary &= ~(1 << word)
+        return space, row
+
+
+def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[int]]:
+    """Which documents share a row: best-fit decreasing over all of them, then the rows in a random order.
+
+    lengths: tokens a document, each in 1..capacity. capacity: tokens a row. seed: breaks ties between documents of one
+    length and orders the rows and the documents inside each; the same seed gives the same plan on every machine.
+    Returns document indices a row; every index stands exactly once.
+    Raises ValueError for a length outside 1..capacity (nothing is cut and nothing is dropped here).
+    """
+    if capacity < 1:
+        raise ValueError(f"capacity is {capacity} but a row holds at least one token; pass row_tokens >= 1")
+    lengths = [int(length) for length in lengths]
+    for i, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise ValueError(
+                f"document {i} has {length} tokens but a row holds 1 to {capacity}; "
+                f"raise row_tokens to {length} or drop the document before planning"
+            )
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    order.sort(key=lengths.__getitem__, reverse=True)  # stable: the shuffle breaks ties
+    free = _FreeSpace(capacity)
+    packs: list[list[int]] = []
+    for i in order:
+        best = free.take_best(lengths[i])
+        if best is None:
+            space, row = capacity, len(packs)
+            packs.append([])
+        else:
+            space, row = best
+        packs[row].append(i)
+        if space > lengths[i]:
+            free.add(space - lengths[i], row)
+    for pack in packs:
+        rng.shuffle(pack)
+    rng.shuffle(packs)
+    return packs
+
+
+def fill(packs: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:
+    """Share of the rows' capacity that holds a token, 0..1; 1.0 for no rows at all."""
+    return sum(lengths[i] for pack in packs for i in pack) / (len(packs) * capacity) if packs else 1.0
+
+
+def plan_steps(packs: Sequence[Sequence[int]], batch_traces: int) -> list[list[int]]:
+    """Group rows, in their order, into optimizer steps of `batch_traces` documents on average.
+
+    A row is never split, so a step takes rows until the documents so far reach the next multiple of batch_traces: steps
+    differ by a few documents and the number of steps stays the paper's. Where one row alone holds more than batch_traces,
+    each step takes one row. Returns row indices a step.
+    """
+    if batch_traces < 1:
+        raise ValueError(f"batch_traces is {batch_traces} but a step needs at least one trace; pass batch_traces >= 1")
+    steps: list[list[int]] = []
+    current: list[int] = []
+    num_documents = 0
+    for row, pack in enumerate(packs):
+        current.append(row)
+        num_documents += len(pack)
+        if num_documents >= batch_traces * (len(steps) + 1):
+            steps.append(current)
+            current = []
+    if current:
+        steps.append(current)
+    return steps
+
+
+@dataclass(frozen=True)
+class Document:
+    """One tokenised trace: prompt and response as the model will see them; the first prompt_len ids carry no loss."""
+
+    ids: torch.Tensor  # (n,) int32 or int64
+    prompt_len: int  # tokens
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One row of documents laid end to end: T tokens, D documents.
+
+    targets are shifted once, here: targets[i] is the token after input_ids[i] in the same document, or -100 (inside the
+    prompt, and at the last token of a document). Never shift again, and never pass an attention_mask with a pack.
+    """
+
+    input_ids: torch.Tensor  # (T,) int64
+    targets: torch.Tensor  # (T,) int64, IGNORE_INDEX where there is no loss
+    position_ids: torch.Tensor  # (T,) int64, from 0 in every document
+    cu_seqlens: torch.Tensor  # (D + 1,) int32, 0 first, T last
+    max_seqlen: int  # tokens of the longest document
+
+    @classmethod
+    def build(cls, documents: Sequence[Document]) -> PackedBatch:
+        """Lay documents end to end. Raises ValueError for no document or an empty one."""
+        if not documents or any(len(document) == 0 for document in documents):
+            raise ValueError(f"a pack needs documents of at least one token; got lengths {[len(d) for d in documents]}")
+        lengths = [len(document) for document in documents]
+        cu_seqlens = list(accumulate(lengths, initial=0))
+        input_ids = torch.cat([document.ids for document in documents]).to(torch.int64)
+        targets = torch.full_like(input_ids, IGNORE_INDEX)
+        for document, start, end in zip(documents, cu_seqlens, cu_seqlens[1:], strict=False):
+            first = start + max(document.prompt_len - 1, 0)  # the last prompt token predicts the first response token
+            targets[first : end - 1] = input_ids[first + 1 : end]
+        return cls(
+            input_ids=input_ids,
+            targets=targets,
+            position_ids=torch.cat([torch.arange(length) for length in lengths]),
+            cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+            max_seqlen=max(lengths),
+        )
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same row on another device; copies do not wait for one another."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.TENSORS}
+        return PackedBatch(**moved, max_seqlen=self.max_seqlen)
+
+    TENSORS = ("input_ids", "targets", "position_ids", "cu_seqlens")
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != IGNORE_INDEX).sum())
+
+    def __len__(self) -> int:
+        return len(self.input_ids)

@@ -1,0 +1,103 @@
+"""Rows of a data set, each with the place it came from: a local .jsonl, .json or .parquet file, or a hub id.
+
+A row that cannot be read is named by file and line and counted; more than `max_bad_rows` of them stop the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+SHOWN = 5  # bad rows printed in an error; the rest are in the report's counts
+
+
+@dataclass
+class BadRows:
+    """Rows that could not be used, by place and reason. `add` raises ValueError once there are more than `limit`."""
+
+    limit: int  # rows; 0 = the first bad row stops the run
+    found: list[str] = field(default_factory=list)
+
+    def add(self, where: str, reason: str) -> None:
+        self.found.append(f"{where}: {reason}")
+        if len(self.found) > self.limit:
+            shown = "\n  ".join(self.found[-SHOWN:])
+            raise ValueError(
+                f"{len(self.found)} bad rows but max_bad_rows is {self.limit}; mend the rows or raise --max_bad_rows:\n  {shown}"
+            )
+
+
+def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) for every readable row of `source`.
+
+    source: a local file by its suffix, else a hub id, `owner/name` or `owner/name:config`, of which the split "train" is read.
+    `where` is file:line (jsonl), file[index] (json, parquet, hub). Raises ValueError for a missing file or too many bad rows.
+    """
+    path = Path(source)
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise ValueError(f"no file {source} here (working directory {Path.cwd()}); pass an existing file or a hub id")
+        reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
+        rows = reader(path, bad)
+    elif path.exists():
+        raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
+    else:
+        rows = _read_hub(source)
+    for where, row in rows:
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            bad.add(where, f"a row is an object with fields, this is a {type(row).__name__}")
+
+
+def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                bad.add(where, f"not JSON: {error}")
+                continue
+            yield where, row
+
+
+def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; one object a line belongs in a .jsonl file") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__} but a list of rows is needed; one object a line is .jsonl")
+    for index, row in enumerate(rows):
+        yield f"{path}[{index}]", row
+
+
+def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    import pyarrow.parquet
+
+    index = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            yield f"{path}[{index}]", row
+            index += 1
+
+
+def _read_hub(source: str) -> Iterator[tuple[str, object]]:
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split="train")
+    except Exception as error:  # the hub client has no common base class for "not found", "no network" and "no such config"
+        raise ValueError(
+            f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "
+            f"({type(error).__name__}: {error}); check the name and the network, or pass a local file"
+        ) from error
+    for index, row in enumerate(rows):
+        yield f"{source}[{index}]", row

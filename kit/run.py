@@ -1,0 +1,57 @@
+"""Run folder: config.json, metrics.jsonl, samples, checkpoints, model and report of one run, and the rule for resuming it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from kit.journal import Journal
+
+FREE_TO_CHANGE = {"resume", "out"}  # settings that do not change what a run computes
+
+
+class RunFolder:
+    """A folder that belongs to one run with one set of settings."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = Journal(path / "metrics.jsonl")
+
+    @classmethod
+    def open(cls, config, *, name: str) -> RunFolder:
+        """The run folder a config asks for, with its config.json written.
+
+        config: a dataclass with `out` ("" = the next free number under runs/name, or the newest there with resume) and `resume`.
+        Raises ValueError where the folder holds a run already, where there is nothing to resume, and where a resumed run's
+        settings differ, naming them.
+        """
+        path = Path(config.out) if config.out else _numbered(Path("runs") / name, newest=config.resume)
+        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_TO_CHANGE}
+        stored = path / "config.json"
+        if config.resume:
+            if not stored.is_file():
+                raise ValueError(f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run to continue")
+            before = json.loads(stored.read_text(encoding="utf-8"))
+            changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in sorted({*before, *settings})
+                       if before.get(k) != settings.get(k)]  # fmt: skip
+            if changed:
+                raise ValueError(f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out")
+        elif stored.exists():
+            raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(stored, settings)
+        return cls(path)
+
+
+def _numbered(parent: Path, *, newest: bool) -> Path:
+    numbers = [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()] if parent.is_dir() else []
+    return parent / f"{max(numbers, default=0) + (0 if newest and numbers else 1):03d}"
+
+
+def write_json(path: Path, value) -> None:
+    """Whole or not at all: a kill leaves the old file or the new one."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.replace(path)

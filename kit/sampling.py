@@ -1,0 +1,92 @@
+"""Sampling: from logits to a token, with a random stream of its own for every sample.
+
+The token is the winner of the Gumbel race, argmax_v(log p_v + g_v) with g_v = -log(-log u_v), which draws v with probability p_v.
+Each u_v is a hash of (the sample's key, position, v): a counter-based stream needs no state, so a result depends neither on
+which slot a sample sits in nor on what ran before it, and a resumed run repeats it. A change in the last bit of a logit can turn
+the draw only where two racers are that close; inverting the cumulative sum over a sorted vocabulary is far more fragile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+
+NUCLEUS = 1024  # candidates looked at first: a trained model's nucleus fits, and sorting 262,144 logits a row would dominate
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Defaults: the paper's evaluation (temperature 0.6, top-p 0.95, up to 16,384 new tokens)."""
+
+    temperature: float = 0.6  # 0 = greedy
+    top_p: float = 0.95  # keep the smallest set of tokens with this much probability; 1 = off
+    top_k: int = 0  # keep the k most likely tokens first; 0 = off
+    max_new_tokens: int = 16_384
+
+    def __post_init__(self):
+        for name, fits, rule in (
+            ("temperature", self.temperature >= 0, ">= 0 (0 = greedy)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 = off)"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 = off)"),
+            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
+
+
+def stream_key(seed: int, key: object) -> int:
+    """The 64-bit key (as a signed integer) of one sample's random stream; `key` is anything JSON can write."""
+    name = hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=8).digest()
+    return int.from_bytes(name, "little", signed=True)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele et al., 2014) on int64: every input bit turns half the output bits."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # >> keeps the sign: mask it off
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise (B, K) in float64 for keys (B,), positions (B,) and token_ids (B, K) or (K,), all int64."""
+    bits = _mix(_mix(keys + positions * -0x61C8864680B583EB)[:, None] + token_ids * -0x2917014799A6026D)
+    u = (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)  # exact, so never 0 or 1
+    return -torch.log(-torch.log(u))
+
+
+def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, K) or (K,) and log-probs (B, K), -inf for those cut off, of the distribution that is sampled."""
+    V = logits.shape[-1]
+    logits = logits / params.temperature
+    if not params.top_k and params.top_p == 1:
+        return torch.arange(V, device=logits.device), logits.log_softmax(-1)
+    K = min(params.top_k or NUCLEUS, V)
+    while True:
+        values, token_ids = logits.topk(K, dim=-1)
+        total = (values if params.top_k else logits).logsumexp(-1, keepdim=True)
+        probabilities = (values - total).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        if K == V or params.top_k or bool((before[:, -1] >= params.top_p).all()):
+            break
+        K = V  # a flat distribution: its nucleus is larger than the first look
+    return token_ids, values.masked_fill(before >= params.top_p, -torch.inf).log_softmax(-1)
+
+
+def sample(
+    logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row. Returns (token ids (B,) int64, log-probs (B,) fp32 under the distribution that was sampled).
+
+    logits: (B, V) fp32. keys, positions: (B,) int64, the sample's stream and how many tokens it has. Greedy (temperature 0) returns the
+    log-probs of the model's own distribution.
+    """
+    if params.temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    token_ids, logprobs = _candidates(logits, params)
+    winner = (logprobs + gumbel(keys, positions, token_ids)).argmax(-1, keepdim=True)
+    tokens = token_ids.expand_as(logprobs).gather(-1, winner).squeeze(-1)
+    return tokens, logprobs.gather(-1, winner).squeeze(-1)

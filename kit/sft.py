@@ -1,0 +1,144 @@
+"""Supervised fine-tuning: the plain loop from packed documents to weights.
+
+Each optimizer step takes a few rows (packs), one backward pass a row. The loss is the sum of token losses divided by the
+number of targets in the whole step, so how documents happen to share rows does not weight them. The step's plan depends on
+lengths and seed alone: a run that resumes at step n sees exactly what it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kit import checkpoint
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.models import head_weight, hidden_states, softcap
+from kit.optim import cosine_with_warmup, make_optimizer
+from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
+from kit.run import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Every step of a training run: steps[i] is a list of rows, a row a list of document indices."""
+
+    steps: list[list[list[int]]]
+    row_tokens: int
+    packs: int  # rows over all epochs
+    fill: float  # share of the rows' capacity that holds a token
+    tokens: int  # over all epochs
+    traces: int  # over all epochs
+
+    @classmethod
+    def make(cls, lengths: Sequence[int], *, row_tokens: int, batch_traces: int, epochs: int, max_steps: int = 0, seed: int = 0):
+        """lengths: tokens a document. Each epoch packs the whole set anew. max_steps: stop there; 0 = all epochs.
+
+        Raises ValueError for no epoch, and for what plan_packs and plan_steps refuse.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs} but training needs at least one; pass --epochs 1")
+        steps: list[list[list[int]]] = []
+        for epoch in range(epochs):
+            packs = plan_packs(lengths, row_tokens, seed=seed + epoch)
+            steps += [[packs[row] for row in rows] for rows in plan_steps(packs, batch_traces)]
+        steps = steps[: max_steps or None]
+        packs = [pack for step in steps for pack in step]
+        return cls(
+            steps=steps,
+            row_tokens=row_tokens,
+            packs=len(packs),
+            fill=fill(packs, lengths, row_tokens),
+            tokens=sum(lengths[i] for pack in packs for i in pack),
+            traces=sum(map(len, packs)),
+        )
+
+    def __str__(self) -> str:
+        n = len(self.steps)
+        return (
+            f"{n:,} optimizer steps of {self.traces / n:.1f} traces and {self.tokens / n:,.0f} tokens on average; "
+            f"{self.packs:,} packs of up to {self.row_tokens:,} tokens, {self.fill:.1%} full"
+        )
+
+
+def train_step(model, batches: Sequence[PackedBatch], optimizer, *, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over the rows. Returns (mean token loss, gradient norm before clipping), both fp32 scalars on the device.
+
+    max_grad_norm: 0 = no clipping.
+    """
+    num_targets = sum(batch.num_targets for batch in batches)
+    device = head_weight(model).device
+    optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        hidden = hidden_states(model, batch)
+        loss = linear_cross_entropy(hidden, head_weight(model), batch.targets, reduction="sum", softcap=softcap(model))
+        (loss / num_targets).backward()
+        total += loss.detach() / num_targets
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+    optimizer.step()
+    return total, norm
+
+
+def train(
+    model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
+    lr: float, warmup_ratio: float, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    gradient_checkpointing: bool = True, checkpoint_every: int = 0, seed: int = 0,
+) -> Path:  # fmt: skip
+    """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
+
+    checkpoint_every: steps; 0 = none before the end. Where run.path holds a checkpoint, training goes on from it (bit for bit on
+    a CPU); where it holds the finished model, nothing is done and that folder is returned.
+    Raises ValueError where the loss is not finite: the last checkpoint is intact and named.
+    """
+    finished = run.path / "model"
+    if finished.is_dir():
+        return finished
+    optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay, seed=seed)
+    checkpoints = run.path / "checkpoints"
+    newest = checkpoint.latest(checkpoints)
+    done = checkpoint.load(newest, model, optimizer) if newest else 0
+    run.metrics.keep(lambda row: row["step"] <= done)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    device = head_weight(model).device
+    bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
+    for step in range(done, len(plan.steps)):
+        start = time.perf_counter()
+        factor = cosine_with_warmup(step, len(plan.steps), warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * factor
+        batches = [PackedBatch.build([documents[i] for i in pack]) for pack in plan.steps[step]]
+        loss, norm = (x.item() for x in train_step(model, batches, optimizer, max_grad_norm=max_grad_norm))
+        seconds = time.perf_counter() - start
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            newest = checkpoint.latest(checkpoints)
+            raise ValueError(
+                f"step {step + 1}: loss is {loss} and gradient norm {norm} at lr {lr * factor:.2e}; lower --lr. "
+                f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+            )
+        tokens = sum(map(len, batches))
+        gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        run.metrics.append(
+            {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm, "tokens": tokens,
+             "targets": sum(batch.num_targets for batch in batches), "traces": sum(batch.num_documents for batch in batches),
+             "seconds": seconds, "peak_gib": gib}
+        )  # fmt: skip
+        memory = {} if gib is None else {"GiB": f"{gib:.1f}"}
+        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}", **memory}, refresh=False)
+        bar.update()
+        if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < len(plan.steps):
+            checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
+    bar.close()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    checkpoint.save_model(finished, model, tokenizer)
+    return finished

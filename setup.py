@@ -1,0 +1,43 @@
+"""Packaging. `kernels/` lies beside `kit/` in the source and is installed as `kit.kernels`, never as a top-level `kernels`:
+Hugging Face publishes a package of that name, and `import transformers` looks for it."""
+
+from setuptools import setup
+
+TRITON = [
+    'triton>=3.5,<3.10; platform_system == "Linux"',
+    'triton-windows>=3.5,<3.10; platform_system == "Windows"',
+]
+
+setup(
+    name="through-the-valley-kit",
+    version="0.1.0",
+    description="Reproduce 'Through the Valley' (EMNLP 2025), long-CoT training of small language models, on one consumer GPU",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=["kit", "kit.kernels"],
+    package_dir={"kit.kernels": "kernels"},
+    package_data={"kit": ["tiny/*"]},
+    install_requires=[
+        "torch>=2.10,<2.14",
+        "transformers>=5.0,<6",
+        *TRITON,
+        "peft>=0.18,<0.22",
+        "bitsandbytes>=0.48,<0.51",
+        "datasets>=4.0,<6",
+        "accelerate>=1.10,<2",
+        "gguf>=0.17,<0.20",
+        "sympy>=1.13,<1.15",
+        "safetensors>=0.6,<0.9",
+        "matplotlib>=3.10,<3.12",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "vllm": ["vllm"],
+        "peers": ["trl", "math-verify[antlr4_13_2]", "liger-kernel"],
+    },
+)

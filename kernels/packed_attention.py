@@ -10,6 +10,8 @@ and V head without repeating it. Runs on any device; work is the sum of the docu
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -46,9 +48,11 @@ def packed_attention(
     if window is not None and window < 1:
         raise ValueError(f"window is {window} but a token sees at least itself; pass window >= 1, or None for no window")
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != T or min(lengths, default=0) < 1:
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {T} by at least 1 a document, but is {bounds[:3]} ... {bounds[-3:]}")
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {T} by at least 1 a document, but is {bounds[:3]} ... {bounds[-3:]}"
+        )
     if max(lengths) > max_seqlen:
         raise ValueError(f"max_seqlen is {max_seqlen} but the longest document has {max(lengths)} tokens; pass that")
     # (1, heads, T, D) views; splitting along T copies nothing

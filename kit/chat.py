@@ -11,7 +11,7 @@ PLAIN_TEMPLATE = (  # for base models, which have no template of their own
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}Problem: {{ m['content'] }}\n\nSolution: "
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-DATE = "26 Jul 2024"  # Llama 3's template writes today's date otherwise, and a run would not repeat tomorrow; this is its own default
+DATE = "26 Jul 2024"  # the default of Llama 3's template, which else writes today's date: a run would not repeat tomorrow
 MARK = "\ue000"  # a private-use character, to find where the template puts the assistant's words
 
 

@@ -3,6 +3,8 @@
     python recipe.py --row_tokens 4096 --model tiny        values
     python recipe.py --smoke --epochs 2                    --smoke first, then what you say
     python recipe.py --no_gradient_checkpointing           switching off what is on
+
+Settings are text, numbers and switches; anything richer belongs in a script that calls the recipe's main(Config(...)).
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, smok
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known:
             near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
-            parser.exit(2, f"error: there is no {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags") + "\n")
+            parser.exit(
+                2, f"error: there is no {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags") + "\n"
+            )
     said = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     base = (smoke or {}) if said.get("smoke") else {}
     return config_class(**{**base, **said})

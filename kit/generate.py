@@ -166,8 +166,8 @@ def generate(
     """One completion a prompt, in the prompts' order.
 
     prompts: token ids. num_slots: rows decoded at once. keys: what names each prompt's random stream beside `seed`, e.g.
-    (question id, sample index); None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each one
-    ends. Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
+    (question id, sample index); None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as
+    each one ends. Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
     """
     prompts = [list(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -24,17 +25,19 @@ from transformers import (
 
 from kit.kernels.packed_attention import packed_attention
 from kit.packing import PackedBatch
+from kit.toy import TINY
 
 FAMILIES = ("gemma3_text", "llama", "qwen2")  # config.model_type
 ATTENTION = "kit"
-TINY = Path(__file__).parent / "tiny"  # the tiny model that ships with the kit
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, cu_seqlens=None,
                max_seqlen=None, dropout=0.0, **_):  # fmt: skip
     """transformers' attention interface: query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) -> (B, Tq, Hq, D), None."""
     if dropout:
-        raise ValueError(f"attention dropout is {dropout} but packed attention has none; set attention_dropout to 0 in the config")
+        raise ValueError(
+            f"attention dropout is {dropout} but a pack's attention has none; set attention_dropout to 0 in the config"
+        )
     if cu_seqlens is not None:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         window = sliding_window if getattr(module, "is_sliding", True) else None
@@ -58,6 +61,7 @@ def _no_mask(*args, **kwargs) -> None:
     """A pack needs no mask: its boundaries travel as keyword arguments."""
 
 
+transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client keeps its own bar for downloads
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
@@ -103,14 +107,16 @@ def _config(where: str):
         return AutoConfig.from_pretrained(where)
     except OSError as error:
         raise ValueError(
-            f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name, the network, and for "
-            f"gated models (Gemma, Llama) accept the licence on its page and log in with `hf auth login`\n{error}"
+            f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name and the network; "
+            f"for gated models (Gemma, Llama) accept the licence on its page and log in with `hf auth login`\n{error}"
         ) from error
 
 
 def _check_family(config, name: str) -> None:
     if config.model_type not in FAMILIES:
-        raise ValueError(f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (Gemma 3: the text-only sizes)")
+        raise ValueError(
+            f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (of Gemma 3, the text-only sizes)"
+        )
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -125,7 +131,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     config = packed.config
     _check_family(config, path.name)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain by now, and a model marked quantised can be neither trained nor saved
+        del (
+            config.quantization_config
+        )  # the weights are plain by now, and a model marked quantised can be neither trained nor saved
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}, assign=True)
     model.tie_weights()

@@ -33,7 +33,7 @@ class BadRows:
 def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     """Yield (where, row) for every readable row of `source`.
 
-    source: a local file by its suffix, else a hub id, `owner/name` or `owner/name:config`, of which the split "train" is read.
+    source: a local file by its suffix, else a hub id, `owner/name[:config][@split]`, with the split "train" where none is named.
     `where` is file:line (jsonl), file[index] (json, parquet, hub). Raises ValueError for a missing file or too many bad rows.
     """
     path = Path(source)
@@ -91,9 +91,10 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 def _read_hub(source: str) -> Iterator[tuple[str, object]]:
     from datasets import load_dataset
 
-    name, _, config = source.partition(":")
+    path, _, split = source.partition("@")
+    name, _, config = path.partition(":")
     try:
-        rows = load_dataset(name, config or None, split="train")
+        rows = load_dataset(name, config or None, split=split or "train")
     except Exception as error:  # the hub client has no common base class for "not found", "no network" and "no such config"
         raise ValueError(
             f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "

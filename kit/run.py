@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from kit.journal import Journal
@@ -19,19 +20,19 @@ class RunFolder:
         self.metrics = Journal(path / "metrics.jsonl")
 
     @classmethod
-    def open(cls, config, *, name: str) -> RunFolder:
+    def open(cls, config) -> RunFolder:
         """The run folder a config asks for, with its config.json written.
 
-        config: a dataclass with `out` ("" = the next free number under runs/name, or the newest there with resume) and `resume`.
+        config: a recipe's Config. Its `out` "" means the next free number under runs/RECIPE, or with `resume` the newest there.
         Raises ValueError where the folder holds a run already, where there is nothing to resume, and where a resumed run's
         settings differ, naming them.
         """
-        path = Path(config.out) if config.out else _numbered(Path("runs") / name, newest=config.resume)
+        path = Path(config.out) if config.out else _numbered(Path("runs") / recipe_name(config), newest=config.resume)
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_TO_CHANGE}
         stored = path / "config.json"
         if config.resume:
             if not stored.is_file():
-                raise ValueError(f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run to continue")
+                raise ValueError(f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run")
             before = json.loads(stored.read_text(encoding="utf-8"))
             changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in sorted({*before, *settings})
                        if before.get(k) != settings.get(k)]  # fmt: skip
@@ -43,6 +44,11 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_json(stored, settings)
         return cls(path)
+
+
+def recipe_name(config) -> str:
+    """The file name, without .py, of the recipe whose Config this is."""
+    return Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
 
 
 def _numbered(parent: Path, *, newest: bool) -> Path:

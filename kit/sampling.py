@@ -80,8 +80,8 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row. Returns (token ids (B,) int64, log-probs (B,) fp32 under the distribution that was sampled).
 
-    logits: (B, V) fp32. keys, positions: (B,) int64, the sample's stream and how many tokens it has. Greedy (temperature 0) returns the
-    log-probs of the model's own distribution.
+    logits: (B, V) fp32. keys, positions: (B,) int64, the sample's stream and how many tokens it has. Greedy (temperature 0)
+    returns the log-probs of the model's own distribution.
     """
     if params.temperature == 0:
         tokens = logits.argmax(-1)

@@ -67,7 +67,7 @@ class TrainingPlan:
 
 
 def train_step(model, batches: Sequence[PackedBatch], optimizer, *, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over the rows. Returns (mean token loss, gradient norm before clipping), both fp32 scalars on the device.
+    """One optimizer step over the rows. Returns (mean token loss, gradient norm before clipping), fp32 scalars on the device.
 
     max_grad_norm: 0 = no clipping.
     """

@@ -1,0 +1,140 @@
+"""The paper's first point of the valley: Gemma-3-1B-it, 8,000 long chains of thought, full fine-tuning.
+
+    python recipes/gemma3_1b_8k.py                  the paper's setting, on a GPU
+    python recipes/gemma3_1b_8k.py --smoke          the same path in about a minute on any CPU: a tiny model, no network
+
+Measures the model on MATH-500, AIME24 and AMC23, fine-tunes it on packed OpenR1-Math-220k traces through the fused loss, measures
+it again and draws the difference. The paper finds that accuracy falls to about a quarter. Every stage resumes: --resume.
+
+Time: not timed on a GPU. Memory: bf16 weights, fp32 optimizer state, 12 bytes a parameter in all besides activations.
+Left out on purpose: several GPUs, a validation set (the paper has none), weight decay (not stated), other data sizes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kit import models
+from kit.benchmarks import parse_benchmarks
+from kit.chat import INSTRUCTION, ChatFormat
+from kit.config import parse, show
+from kit.data import load_documents
+from kit.evaluate import evaluate
+from kit.generate import SamplingParams, cache_bytes
+from kit.report import AFTER, BEFORE, findings, write_report
+from kit.run import RunFolder, recipe_name, write_json
+from kit.sft import TrainingPlan, train
+from kit.toy import LONG_TRACES
+
+
+@dataclass(frozen=True)
+class Config:
+    # model
+    model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
+    device: str = "cuda"  # cuda or cpu
+    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    instruction: str = INSTRUCTION  # line added below every problem; "" = none
+    # data
+    traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    num_traces: int = 8_000  # problems, one trace each; 0 = all
+    row_tokens: int = 16_384  # tokens a pack; longer traces are dropped
+    verify: bool = True  # keep correct traces only
+    max_bad_rows: int = 20  # malformed rows that are named and left out; one more stops the run
+    cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces; "" = no cache
+    # optimisation: the paper's Table 2 (AdamW, cosine)
+    epochs: int = 4  # passes over the traces
+    batch_traces: int = 8  # traces an optimizer step, on average
+    lr: float = 5e-5  # peak learning rate
+    warmup_ratio: float = 0.05  # share of the steps; 0 = none
+    weight_decay: float = 0.0  # 0 = none; the paper does not state it
+    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
+    max_steps: int = 0  # stop the schedule here; 0 = all epochs
+    gradient_checkpointing: bool = True  # one layer's activations at a time, for a third more computation
+    checkpoint_every: int = 200  # steps; 0 = only at the end
+    # evaluation: the paper's protocol
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    num_questions: int = 0  # questions a benchmark; 0 = all
+    num_samples: int = 0  # samples a question; 0 = the paper's k (4, 8, 8)
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids
+    top_p: float = 0.95  # 1 = off
+    max_new_tokens: int = 16_384  # tokens a response
+    num_slots: int = 16  # responses sampled at once
+    # run
+    seed: int = 0  # of the subset, the packs and the samples
+    smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
+    resume: bool = False  # go on with the run in --out, or with the newest one
+    out: str = ""  # run folder; "" = the next free one under runs/
+
+
+SMOKE = {
+    "model": "tiny", "device": "cpu", "instruction": "", "traces": str(LONG_TRACES), "num_traces": 192, "row_tokens": 1_024,
+    "lr": 1e-3, "cache_dir": "", "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "max_new_tokens": 400,
+    "num_slots": 50,
+}  # fmt: skip
+
+
+def main(config: Config) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        command = f"python recipes/{recipe_name(config)}.py"
+        raise SystemExit(
+            f"{config.model} at {config.row_tokens:,} tokens needs an NVIDIA GPU and none is here. Two ways out:\n"
+            f"  {command} --smoke         the whole path on this CPU in about a minute, with a tiny model\n"
+            f"  {command} --device cpu    this model on this CPU: slow, so make it small, for example with\n"
+            "      --row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
+        )
+    run = RunFolder.open(config)
+    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    model, tokenizer = models.load(config.model, device=config.device)
+    context = models.context_length(model)
+    if config.row_tokens > context:
+        raise ValueError(
+            f"row_tokens is {config.row_tokens} but {config.model} was made for {context}; pass --row_tokens {context}"
+        )
+    chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    params = SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
+    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
+
+    # the consequences of the settings, before anything slow happens
+    documents, census = load_documents(
+        config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed,
+        max_bad_rows=config.max_bad_rows, verify=config.verify, cache_dir=config.cache_dir,
+    )  # fmt: skip
+    plan = TrainingPlan.make(
+        [len(document) for document in documents], row_tokens=config.row_tokens, batch_traces=config.batch_traces,
+        epochs=config.epochs, max_steps=config.max_steps, seed=config.seed,
+    )  # fmt: skip
+    write_json(run.path / "census.json", {"text": str(census), "bad_rows": census.bad_rows})
+    print(f"data        {census}")
+    for place in census.bad_rows:
+        print(f"  bad row   {place}")
+    print(f"training    {plan}")
+    samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
+    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
+    print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens; KV cache {cache:.2f} GiB and the prompts'")
+
+    def measure(model, stage: str):
+        results = {}
+        for benchmark in benchmarks:
+            results[benchmark.name] = evaluate(
+                model, chat, benchmark, params, run.path / stage,
+                num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed,
+            )  # fmt: skip
+            print(f"{stage:<12}{results[benchmark.name]}")
+        return results
+
+    before = measure(model, BEFORE)
+    trained = train(
+        model, tokenizer, documents, plan, run,
+        lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing, checkpoint_every=config.checkpoint_every, seed=config.seed,
+    )  # fmt: skip
+    del model  # what is measured next is what was saved
+    model, _ = models.load(str(trained), device=config.device)
+    after = measure(model, AFTER)
+    report = write_report(run.path)
+    print("\n".join(findings({BEFORE: before, AFTER: after})))
+    print(f"model {trained}\nreport {report}")
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

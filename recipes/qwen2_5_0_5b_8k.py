@@ -1,0 +1,24 @@
+"""The same experiment on Qwen2.5-0.5B-Instruct, the smallest model of the paper: 14 % before, 11 % after 220k traces.
+
+    python recipes/qwen2_5_0_5b_8k.py                  the paper's setting, on a GPU
+    python recipes/qwen2_5_0_5b_8k.py --smoke          the same path in about a minute on any CPU: a tiny model, no network
+
+Everything but the model is recipes/gemma3_1b_8k.py: read that one. Time: not timed on a GPU.
+"""
+
+from dataclasses import dataclass
+
+import gemma3_1b_8k
+from gemma3_1b_8k import SMOKE, main
+
+from kit.config import parse
+
+
+@dataclass(frozen=True)
+class Config(gemma3_1b_8k.Config):
+    # model
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, local folder, .gguf file, or "tiny"
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

@@ -41,8 +41,8 @@ class Benchmark:
     def read(self, source: str = "", *, limit: int = 0) -> Benchmark:
         """The benchmark with its questions, from `source` (a local file or hub id; "" = the table's).
 
-        limit: the first so many questions; 0 = all. Raises ValueError for a malformed row, and where a hub copy has another number of
-        questions than the table says.
+        limit: the first so many questions; 0 = all. Raises ValueError for a malformed row, and where a hub copy has not the
+        number of questions that the table says.
         """
         questions = []
         where = source or self.source

@@ -142,6 +142,14 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
+def checkpoint_layers(model: PreTrainedModel, on: bool) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again, or stop doing so."""
+    old, new = ("gradient_checkpointing_enable", "activation_checkpointing_enable") if on else (
+        "gradient_checkpointing_disable", "activation_checkpointing_disable")  # fmt: skip
+    switch = getattr(model, new, None) or getattr(model, old)  # renamed in transformers 5.2x
+    switch({"use_reentrant": False}) if on else switch()
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Tokens the model was made for: prompt and response together."""
     return model.config.max_position_embeddings

@@ -164,7 +164,8 @@ def _training(metrics: list[dict], path: Path) -> str:
     data = json.loads(census.read_text(encoding="utf-8"))["text"] + ". " if census.is_file() else ""
     return (
         f"<p>{html.escape(data)}{len(metrics):,} steps, {tokens:,} tokens in {seconds:,.0f} s "
-        f"({tokens / seconds:,.0f} tokens/s); loss {metrics[0]['loss']:.3f} at the first step, {metrics[-1]['loss']:.3f} at the last.</p>"
+        f"({tokens / seconds:,.0f} tokens/s); "
+        f"loss {metrics[0]['loss']:.3f} at the first step, {metrics[-1]['loss']:.3f} at the last.</p>"
     )
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from kit import checkpoint
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.models import head_weight, hidden_states, softcap
+from kit.models import checkpoint_layers, head_weight, hidden_states, softcap
 from kit.optim import cosine_with_warmup, make_optimizer
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
 from kit.run import RunFolder
@@ -88,7 +88,7 @@ def train_step(model, batches: Sequence[PackedBatch], optimizer, *, max_grad_nor
 
 def train(
     model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
-    lr: float, warmup_ratio: float, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
+    lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999, max_grad_norm: float = 1.0,
     gradient_checkpointing: bool = True, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
@@ -100,13 +100,13 @@ def train(
     finished = run.path / "model"
     if finished.is_dir():
         return finished
-    optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay, seed=seed)
+    optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), seed=seed)
     checkpoints = run.path / "checkpoints"
     newest = checkpoint.latest(checkpoints)
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, True)
     model.train()
     device = head_weight(model).device
     bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
@@ -138,7 +138,7 @@ def train(
             checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
     bar.close()
     if gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        checkpoint_layers(model, False)
     model.eval()
     checkpoint.save_model(finished, model, tokenizer)
     return finished

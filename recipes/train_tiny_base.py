@@ -42,6 +42,7 @@ class Config:
     lr: float = 4e-3  # peak
     warmup_ratio: float = 0.02  # share of all steps; 0 = none
     weight_decay: float = 0.01  # 0 = none
+    beta2: float = 0.95  # short memory: there are few steps
     seed: int = 0  # of data, weights and packs
     # run
     smoke: bool = False  # a tiny version of everything, in seconds
@@ -78,7 +79,7 @@ def main(config: Config) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(documents):,} traces\n{plan}")
     train(
         model, tokenizer, documents, plan, run,
-        lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay,
+        lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, beta2=config.beta2,
         gradient_checkpointing=False, checkpoint_every=500, seed=config.seed,
     )  # fmt: skip
     tiny = run.path / "tiny"

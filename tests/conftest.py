@@ -1,0 +1,61 @@
+"""Tiny random models of the three families, and the loud skip for data that does not ship with the kit."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may touch the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
+
+from kit.models import ATTENTION
+from kit.packing import Document
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+WINDOW = 7
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE | {"num_key_value_heads": 1}, head_dim=16, sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny_model(request):
+    """A random model of each family whose logits are far from flat, so that greedy decoding has something to decide."""
+    return make_model(request.param)
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=ATTENTION, dtype=dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return model
+
+
+def random_documents(lengths, *, vocab_size: int = 97, seed: int = 0) -> list[Document]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Document(torch.randint(3, vocab_size, (length,), generator=generator, dtype=torch.int32), min(length // 3, length - 1))
+        for length in lengths
+    ]
+
+
+def real_data(name: str) -> Path:
+    """A file of real data, or a skip that says what is missing."""
+    path = REAL_DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here: real data does not ship with the kit")
+    return path

@@ -8,6 +8,7 @@ lengths and seed alone: a run that resumes at step n sees exactly what it would 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,4 +142,5 @@ def train(
         checkpoint_layers(model, False)
     model.eval()
     checkpoint.save_model(finished, model, tokenizer)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
     return finished

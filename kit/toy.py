@@ -28,7 +28,7 @@ LONG_TRACES = TINY / "long_traces.jsonl"
 PROBLEMS = TINY / "problems.jsonl"
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
-WORD_TOKENS = ["<think>", "</think>", "\\boxed{"]  # one token each; everything else is one token a character
+WORD_TOKENS = ["<think>", "</think>", "\\boxed{", "recheck", "no", "ok"]  # one token each; all else is one token a character
 CHARACTERS = "0123456789+-*/=;?.(),:{}<> \nabcdefghijklmnopqrstuvwxyz"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}<assistant>"

@@ -53,5 +53,5 @@ def test_the_tokenizer_gives_back_every_character_it_knows():
     text = CHARACTERS + "<think>1+1=2</think>\\boxed{2}"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text
-    assert len(ids) == len(CHARACTERS) + 2 + 5 + 1 + 2
+    assert len(ids) == len(CHARACTERS) - 1 + 2 + 5 + 1 + 2  # the alphabet holds the word "no"
     assert tokenizer("é", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]

@@ -1,0 +1,480 @@
+"""The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
+
+import mmap
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kit.kernels.linear_cross_entropy as lce
+import kit.kernels.linear_head as head
+from kit.kernels.backend import INTERPRET
+from kit.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference, token_logprobs
+
+DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ("loss", "dhidden", "dweight")
+# (N, V, H): one row; nothing divides anything; several column steps with a ragged end
+SHAPES = [(1, 7, 3), (13, 77, 19), (37, 301, 24)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Chunks of at most 5 rows, blocks of 2 rows of 77 fp32 columns, steps of 64 columns: small inputs cross every seam."""
+    monkeypatch.setattr(head, "MIN_ROWS", 5)
+    monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
+    monkeypatch.setattr(head, "TILE_V", 32)
+    monkeypatch.setattr(lce, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(lce, "BLOCK_V", 64)
+
+
+def problem(N, V, H, dtype, *, ignore=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, H, generator=generator).to(dtype)
+    weight = torch.randn(V, H, generator=generator).to(dtype)
+    targets = torch.randint(V, (N,), generator=generator)
+    if N > 2:
+        targets[0], targets[1] = 0, V - 1
+    if ignore:
+        targets[2::5] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+def plain(hidden, weight, targets, *, reduction="mean", token_weight=None, objective=None, softcap=None, temperature=1.0):
+    """What linear_cross_entropy promises, in plain autograd."""
+    logits = hidden @ weight.T if hidden.dtype == torch.float64 else (hidden @ weight.T).float()
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    kept = targets != IGNORE_INDEX
+    logprobs = (logits / temperature).log_softmax(-1).gather(-1, targets.masked_fill(~kept, 0)[:, None])[:, 0]
+    losses = -logprobs if objective is None else objective(logprobs, torch.arange(len(targets)))
+    losses = losses if token_weight is None else losses * token_weight
+    losses = losses.masked_fill(~kept, 0)
+    return losses if reduction == "none" else losses.sum() / (kept.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def run(function, hidden, weight, targets, dtype, upstream=1.0, **options):
+    h, w = (x.detach().to(dtype).clone().requires_grad_() for x in (hidden, weight))
+    loss = function(h, w, targets, **options)
+    loss.backward(torch.as_tensor(upstream, dtype=loss.dtype).expand_as(loss))
+    return dict(zip(NAMES, (loss.detach(), h.grad, w.grad), strict=True))
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item() if x.numel() else 0.0
+
+
+def assert_as_good_as_torch(ours, torchs, truth, dtype, unit=0.0):
+    """At most twice torch's own error. The floor, one unit in the last place, is for where torch is exact by luck: of the result;
+    for a log-prob, of the numbers near 1 that it is the difference of; and of `unit`, where a result may have a single element."""
+    for name in truth:
+        error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
+        size = max(rms(truth[name]), unit, 0.0 if name.startswith("d") else 1.0)
+        assert not ours[name].isnan().any(), name
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * size, f"{name}: {error:.2e} off, torch {allowed:.2e}"
+
+
+def check(hidden, weight, targets, dtype, unit=0.0, **options):
+    truth = run(plain, hidden, weight, targets, torch.float64, **options)
+    torchs, ours = (run(f, hidden, weight, targets, dtype, **options) for f in (plain, linear_cross_entropy))
+    assert_as_good_as_torch(ours, torchs, truth, dtype, unit)
+
+
+def grpo(old, advantage, eps=0.2):
+    def objective(logprobs, rows):
+        ratio = (logprobs - old[rows]).exp()
+        return -torch.minimum(ratio * advantage[rows], ratio.clamp(1 - eps, 1 + eps) * advantage[rows])
+
+    return objective
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_and_gradients_are_as_good_as_torchs(shape, reduction, dtype):
+    hidden, weight, targets = problem(*shape, dtype)
+    check(hidden, weight, targets, dtype, reduction=reduction)
+    upstream = torch.linspace(-2, 3, shape[0], dtype=torch.float64) if reduction == "none" else 1 / 3
+    check(hidden, weight, targets, dtype, reduction=reduction, upstream=upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_softcap_temperature_and_token_weights_are_as_good_as_torchs(reduction, dtype):
+    hidden, weight, targets = problem(13, 77, 19, dtype)
+    token_weight = torch.linspace(-1, 2, 13)
+    check(hidden, weight, targets, dtype, reduction=reduction, softcap=3.0)
+    check(hidden, weight, targets, dtype, reduction=reduction, softcap=30.0, temperature=0.6)
+    check(hidden, weight, targets, dtype, reduction=reduction, temperature=1.7, token_weight=token_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_objective_of_the_log_prob_is_as_good_as_autograd(reduction, dtype):
+    hidden, weight, targets = problem(23, 77, 19, dtype)
+    noise, advantage = torch.linspace(-0.5, 0.5, 23, dtype=torch.float64), torch.linspace(2, -1, 23, dtype=torch.float64)
+    old = -plain(hidden.double(), weight.double(), targets, reduction="none") + noise  # ratios on both sides of both clips
+    check(hidden, weight, targets, dtype, reduction=reduction, objective=grpo(old, advantage))
+    check(hidden, weight, targets, dtype, objective=grpo(old, advantage), token_weight=torch.rand(23), temperature=0.9)
+
+
+def test_an_objective_is_given_the_indices_of_its_own_tokens():
+    hidden, weight, targets = problem(23, 77, 19, torch.float32)
+    seen = []
+
+    def objective(logprobs, rows):
+        seen.append(rows)
+        torch.testing.assert_close(logprobs.detach(), -plain(hidden, weight, targets, reduction="none")[rows])
+        return -logprobs
+
+    linear_cross_entropy(hidden.view(1, 23, 19), weight, targets.view(1, 23), objective=objective)
+    assert torch.equal(torch.cat(seen), (targets != IGNORE_INDEX).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_and_entropy_are_as_good_as_torchs(temperature, dtype):
+    hidden, weight, targets = problem(13, 301, 19, dtype)
+
+    def expected(hidden, weight):
+        logits = hidden @ weight.T / temperature
+        logp = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        kept = targets != IGNORE_INDEX
+        return {
+            "logprobs": logp.gather(1, targets.clamp(min=0)[:, None])[:, 0] * kept,
+            "entropy": -(logp.exp() * logp).sum(1) * kept,
+        }
+
+    ours = dict(zip(("logprobs", "entropy"), token_logprobs(hidden, weight, targets, temperature=temperature), strict=True))
+    assert_as_good_as_torch(ours, expected(hidden, weight), expected(hidden.double(), weight.double()), dtype)
+    assert all(x.dtype == torch.float32 and (x[targets == IGNORE_INDEX] == 0).all() for x in ours.values())
+
+
+def test_log_probs_carry_a_gradient_and_the_entropy_does_not():
+    hidden, weight, targets = problem(6, 70, 8, torch.float32)
+    logprobs, entropy = token_logprobs(hidden.requires_grad_(), weight, targets)
+    assert not entropy.requires_grad
+    logprobs.sum().backward()
+    torch.testing.assert_close(hidden.grad, -run(plain, hidden, weight, targets, torch.float32, reduction="sum")["dhidden"])
+
+
+@settings(max_examples=15 if INTERPRET else 60, deadline=None, database=None)
+@given(st.data())
+def test_every_shape_agrees_with_float64(data):
+    N, V, H = data.draw(st.integers(0, 14)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 9))
+    hidden, weight, _ = problem(N, V, H, torch.float32)
+    targets = torch.tensor(data.draw(st.lists(st.sampled_from([IGNORE_INDEX, 0, V // 2, V - 1]), min_size=N, max_size=N)))
+    options = {
+        "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
+        "softcap": data.draw(st.sampled_from([None, 4.0])),
+    }
+    check(hidden, weight, targets.long(), torch.float32, unit=1.0, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("N", [0, 6])
+def test_without_a_single_target_loss_and_gradients_are_zero_not_nan(N, reduction):
+    hidden, weight, _ = problem(N, 70, 8, torch.float32)
+    out = run(linear_cross_entropy, hidden, weight, torch.full((N,), IGNORE_INDEX), torch.float32, reduction=reduction)
+    assert all((x == 0).all() for x in out.values())
+    assert all((x == 0).all() and len(x) == N for x in token_logprobs(hidden, weight, torch.full((N,), IGNORE_INDEX)))
+
+
+def test_adding_200_to_every_logit_changes_nothing():
+    hidden, weight, targets = problem(13, 77, 8, torch.float32)
+    hidden, low, high = torch.cat([hidden, torch.ones(13, 1)], 1), torch.zeros(77, 1), torch.full((77, 1), 200.0)
+    a, b = (run(linear_cross_entropy, hidden, torch.cat([weight, x], 1), targets, torch.float32) for x in (low, high))
+    for name in ("loss", "dweight"):  # fp32 near 200 resolves 1.5e-5
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
+    entropy = [token_logprobs(hidden, torch.cat([weight, x], 1), targets)[1] for x in (low, high)]
+    torch.testing.assert_close(*entropy, atol=1e-4, rtol=0)
+
+
+def test_ignored_rows_may_hold_anything():
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    clean = run(linear_cross_entropy, hidden, weight, targets, torch.float32)
+    hidden[targets == IGNORE_INDEX] = torch.nan
+    dirty = run(linear_cross_entropy, hidden, weight, targets, torch.float32)
+    assert all(torch.equal(clean[name], dirty[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strided_transposed_and_broadcast_inputs_are_read_right(reduction):
+    hidden, weight, targets = problem(12, 77, 10, torch.float32)
+    truth = run(plain, hidden, weight, targets, torch.float64, reduction=reduction)
+    wide_hidden, wide_weight = torch.full((12, 25), torch.nan), torch.full((77, 31), torch.nan)
+    wide_hidden[:, 3:13], wide_weight[:, 5:15] = hidden, weight
+    for h, w in ((wide_hidden[:, 3:13], wide_weight[:, 5:15]), (hidden.T.contiguous().T, weight.T.contiguous().T)):
+        h, w = h.requires_grad_(), w.requires_grad_()
+        loss = linear_cross_entropy(h.view(12, 10).unflatten(0, (3, 4)), w, targets.view(3, 4), reduction=reduction)
+        dh, dw = torch.autograd.grad(loss.sum(), (h, w))
+        torch.testing.assert_close(dh.double(), truth["dhidden"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(dw.double(), truth["dweight"], rtol=1e-5, atol=1e-6)
+    one = hidden[:1].expand(12, 10)
+    assert_as_good_as_torch(
+        *(run(f, one, weight, targets, torch.float32) for f in (linear_cross_entropy, plain)),
+        run(plain, one, weight, targets, torch.float64), torch.float32,
+    )  # fmt: skip
+
+
+def test_the_kernels_honour_a_row_stride_and_touch_nothing_beside_their_rows():
+    _, logits, targets = problem(6, 6, 150, torch.float32, ignore=False)
+    wide = torch.full((6, 200), torch.nan)
+    wide[:, 20:170] = logits
+    for row_op in (lce._row_gradients_, lambda *a: lce._row_logprobs(*a)[0]):
+        buffer = wide.clone()
+        logprobs = row_op(buffer[:, 20:170], targets, 1.0, 0.0)
+        torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
+        assert buffer[:, :20].isnan().all() and buffer[:, 170:].isnan().all()
+    buffer = wide.clone()
+    lce._row_gradients_(buffer[:, 20:170], targets, 1.0, 0.0)
+    one_hot = torch.nn.functional.one_hot(targets, 150)
+    torch.testing.assert_close(buffer[:, 20:170], logits.softmax(1) - one_hot, atol=1e-6, rtol=1e-5)
+
+
+def test_memory_that_is_not_written_is_not_read(monkeypatch):
+    """Everything that is allocated uninitialised starts as nan."""
+
+    def poisoned(self, *shape, _new_empty=torch.Tensor.new_empty, **options):
+        return _new_empty(self, *shape, **options).fill_(torch.nan)
+
+    def poisoned_like(x, _empty_like=torch.empty_like, **options):
+        return _empty_like(x, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", poisoned_like)
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    for reduction in ("mean", "none"):
+        check(hidden, weight, targets, torch.float32, reduction=reduction)
+    assert not any(x.isnan().any() for x in token_logprobs(hidden, weight, targets))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("needs", list(product([False, True], repeat=2)), ids=str)
+def test_only_the_gradients_that_autograd_asks_for_are_made(needs, reduction, monkeypatch):
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    truth = run(plain, hidden, weight, targets, torch.float64)
+    made = []
+    monkeypatch.setattr(
+        head.HeadGradients, "finish", lambda self, _finish=head.HeadGradients.finish: made.append(self) or _finish(self)
+    )
+    hidden.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
+    loss = linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+    assert loss.requires_grad == any(needs)
+    if any(needs):
+        (loss.sum() / (targets != IGNORE_INDEX).sum() if reduction == "none" else loss).backward()
+    assert len(made) == any(needs)
+    for x, name, needed in ((hidden, "dhidden", needs[0]), (weight, "dweight", needs[1])):
+        assert (x.grad is not None) == needed
+        assert not made or (getattr(made[0], name) is not None) == needed
+        if needed:
+            torch.testing.assert_close(x.grad.double(), truth[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_is_made_under_no_grad(monkeypatch):
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    monkeypatch.setattr(head.HeadGradients, "add", None)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    torch.testing.assert_close(loss, plain(hidden, weight, targets).detach())
+
+
+def test_tied_embedding_and_head_get_one_summed_gradient():
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    ids = torch.arange(13)
+
+    def tied(function, dtype):
+        w = weight.to(dtype).clone().requires_grad_()
+        function(hidden.to(dtype) * w[ids], w, targets).backward()
+        return {"dweight": w.grad}
+
+    assert_as_good_as_torch(
+        tied(linear_cross_entropy, torch.float32), tied(plain, torch.float32), tied(plain, torch.float64), torch.float32
+    )
+
+
+def test_a_second_backward_is_refused_and_none_may_run_again():
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+    losses = linear_cross_entropy(hidden, weight, targets, reduction="none")
+    first, second = (torch.autograd.grad(losses.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_sixteen_bit_gradients_of_many_chunks_are_summed_in_fp32():
+    """1,024 equal rows in chunks of 5: bf16 sums of 205 equal terms stop growing at 2^8 of them."""
+    dtype = torch.float16 if INTERPRET else torch.bfloat16
+    hidden, weight = torch.ones(1024, 1, dtype=dtype), torch.zeros(2, 1, dtype=dtype)
+    out = run(linear_cross_entropy, hidden, weight, torch.zeros(1024).long(), dtype, reduction="sum")
+    assert out["dweight"].tolist() == [[-512.0], [512.0]]
+
+
+def test_small_fp16_gradients_survive_until_the_loss_scale_arrives():
+    hidden, weight, targets = problem(13, 301, 19, torch.float16)
+    check(hidden * 2**-6, weight, targets, torch.float16, token_weight=torch.full((13,), 2.0**-11), upstream=2.0**16)
+
+
+def test_autocast_decides_the_matmul_dtype_and_an_fp32_weight_gets_fp32_sums():
+    dtype = torch.float16 if INTERPRET else torch.bfloat16
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    with torch.autocast("cpu", dtype):
+        ours = run(linear_cross_entropy, hidden.to(dtype), weight, targets, torch.float32)
+        torchs = run(lambda h, w, t: plain(h, w, t), hidden, weight, targets, torch.float32)
+    assert ours["loss"].dtype == ours["dweight"].dtype == torch.float32
+    assert_as_good_as_torch(ours, torchs, run(plain, hidden, weight, targets, torch.float64), dtype)
+    h = hidden.to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        linear_cross_entropy(h, weight, targets).backward()
+    assert h.grad.dtype == dtype
+
+
+@pytest.mark.skipif(INTERPRET, reason="float64 never reaches the kernels")
+def test_gradcheck_in_float64():
+    hidden, weight, targets = problem(7, 11, 3, torch.float64)
+    for options in (
+        {},
+        {"reduction": "none"},
+        {"softcap": 2.0, "temperature": 0.7},
+        {"objective": lambda logp, rows: logp.exp()},
+    ):
+        loss = lambda h, w, o=options: linear_cross_entropy(h, w, targets, **o)  # noqa: E731
+        assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_fake_tensors_run_forward_and_backward(device, frozen):
+    with FakeTensorMode():
+        hidden = torch.empty(13, 19, device=device, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(77, 19, device=device, dtype=torch.bfloat16, requires_grad=not frozen)
+        targets = torch.empty(13, device=device, dtype=torch.int64)
+        for reduction in ("mean", "none"):
+            linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum().backward()
+    assert hidden.grad.shape == hidden.shape and hidden.grad.device.type == device
+    assert (weight.grad is None) == frozen
+    assert frozen or (weight.grad.shape == weight.shape and weight.grad.dtype == torch.bfloat16)
+
+
+def test_the_operators_and_their_fake_implementations_agree():
+    hidden, weight, targets = problem(6, 77, 19, torch.float32, ignore=False)
+    logits = hidden @ weight.T
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(lce._row_gradients_, (logits.clone(), targets, 1.0, 0.0), test_utils=tests)
+    torch.library.opcheck(lce._row_logprobs, (logits.clone(), targets, 0.5, 3.0), test_utils=tests)
+    torch.library.opcheck(head._add_matmul_, (torch.zeros(77, 19), logits.T, hidden, 0.5, 1.0), test_utils=tests)
+    torch.library.opcheck(head._scale_, (hidden.clone(), torch.tensor(2.0)), test_utils=tests)
+    torch.library.opcheck(lce._kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
+
+
+def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
+    monkeypatch.undo()
+    assert head.rows_per_chunk(16384, 262144, 2) == 1024
+    assert head.rows_per_chunk(16384, 262144, 4) == 512
+    assert head.rows_per_chunk(16384, 2**20, 4) == 512  # the chunk is 2 GiB then
+    assert head.rows_per_chunk(513, 262144, 4) == 257  # not 512 and 1
+    assert head.rows_per_chunk(0, 262144, 4) == 0
+
+
+def test_arguments_that_do_not_fit_are_refused_with_both_values():
+    hidden, weight, targets = problem(6, 70, 8, torch.float32)
+    module = torch.nn.Linear(8, 70, bias=False)
+    for match, call in {
+        r"\(5,\).*\(6,\).*shift": lambda: linear_cross_entropy(hidden[:-1], weight, targets),
+        r"\(6, 8\).*\(8, 70\)": lambda: linear_cross_entropy(hidden, weight.T, targets),
+        "float32.*targets.long": lambda: linear_cross_entropy(hidden, weight, targets.float()),
+        "0 to 70.*70 rows": lambda: linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 3, 4, 70])),
+        "-1 to 4": lambda: linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 3, 4, -1])),
+        "-100 to": lambda: linear_cross_entropy(hidden, weight, targets, ignore_index=-1),
+        "float32.*float16": lambda: linear_cross_entropy(hidden, weight.half(), targets),
+        "cpu.*meta": lambda: linear_cross_entropy(hidden, weight.to("meta"), targets),
+        "uint8": lambda: linear_cross_entropy(hidden, weight.byte(), targets),
+        "reduction is 'max'": lambda: linear_cross_entropy(hidden, weight, targets, reduction="max"),
+        r"\(5,\).*\(6,\)": lambda: linear_cross_entropy(hidden, weight, targets, token_weight=torch.ones(5)),
+        "detach": lambda: linear_cross_entropy(hidden, weight, targets, token_weight=torch.ones(6, requires_grad=True)),
+        "objective is given": lambda: linear_cross_entropy(hidden, weight, targets, reduction="none", objective=lambda p, r: p),
+        "objective returned": lambda: linear_cross_entropy(hidden, weight, targets, objective=lambda p, r: p.mean()),
+        "requires_grad=False": lambda: linear_cross_entropy(hidden, weight, targets, objective=lambda p, r: p.detach()),
+        "softcap is 0": lambda: linear_cross_entropy(hidden, weight, targets, softcap=0.0),
+        "temperature is 0": lambda: token_logprobs(hidden, weight, targets, temperature=0.0),
+        "Linear.*lm_head": lambda: linear_cross_entropy(hidden, module, targets),
+    }.items():
+        with pytest.raises(ValueError, match=f"(?s){match}"):
+            call()
+
+
+def test_the_reference_says_the_same_as_this_files_own():
+    hidden, weight, targets = problem(13, 77, 19, torch.float64)
+    for options in ({}, {"reduction": "none", "softcap": 3.0}, {"reduction": "sum", "temperature": 0.5}):
+        reference, ours = (f(hidden, weight, targets, **options) for f in (linear_cross_entropy_reference, plain))
+        torch.testing.assert_close(reference, ours)
+
+
+def in_a_child(code_or_args, **environment):
+    child = subprocess.run([sys.executable, *code_or_args], env=os.environ | environment, capture_output=True, text=True)
+    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
+    return child.stdout
+
+
+@pytest.mark.skipif(INTERPRET, reason="this is the child")
+def test_the_triton_kernels_pass_this_file_in_the_interpreter():
+    args = ["-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning"]
+    print(in_a_child(args, TRITON_INTERPRET="1"))
+
+
+@pytest.mark.skipif(INTERPRET, reason="says nothing about kernels")
+def test_without_triton_the_module_imports_and_takes_the_torch_path():
+    in_a_child(["-c", """
+import sys
+sys.modules["triton"] = None  # import triton now raises ImportError, as on macOS
+import torch
+from kit.kernels.cross_entropy import cross_entropy
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(70, 8, requires_grad=True)
+linear_cross_entropy(hidden, weight, torch.arange(6), softcap=3.0).backward()
+cross_entropy(hidden @ weight.T, torch.arange(6)).backward()
+assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+"""])  # fmt: skip
+
+
+FAR_ROW, FAR_STRIDE = 16_383, 262_144  # the last row of 16,384: its offset is 2^32 - 262,144
+
+
+@pytest.fixture
+def far_row(monkeypatch):
+    """Runs a kernel's only program as if it were number 16,383, and makes the interpreter raise on int32 overflow."""
+    import triton.runtime.interpreter as interpreter
+
+    def create_get_program_id(axis, _get=interpreter.interpreter_builder.create_get_program_id):
+        handle = _get(axis)
+        handle.data = handle.data + handle.data.dtype.type(FAR_ROW if axis == 0 else 0)
+        return handle
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
+    # 8 GiB of addresses, of which one page is ever touched: nothing is committed
+    space = mmap.mmap(-1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    logits = torch.frombuffer(space, dtype=torch.float16)[FAR_ROW * FAR_STRIDE :][:150]
+    return torch.frombuffer(space, dtype=torch.float16), logits
+
+
+@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(far_row, softcap):
+    base, logits = far_row
+    values = torch.randn(150).half()
+    targets, logprobs, entropy = torch.full((FAR_ROW + 1,), 149), torch.empty(FAR_ROW + 1), torch.empty(FAR_ROW + 1)
+    expected = values.float() if softcap == 0 else softcap * torch.tanh(values.float() / softcap)
+    logits.copy_(values)
+    lce._logprob_kernel[(1,)](base, targets, logprobs, entropy, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
+    torch.testing.assert_close(logprobs[-1], expected.log_softmax(0)[149])
+    lce._gradient_kernel[(1,)](base, targets, logprobs, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
+    torch.testing.assert_close(logprobs[-1], expected.log_softmax(0)[149])
+    assert logits[149] < 0 and (logits[:149] > 0).all()

@@ -1,0 +1,186 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, random_documents
+
+from kit import checkpoint
+from kit.models import head_weight, hidden_states
+from kit.optim import make_optimizer
+from kit.packing import PackedBatch
+from kit.run import RunFolder
+from kit.sft import TrainingPlan, train, train_step
+from kit.toy import make_tokenizer
+
+LENGTHS = [9, 4, 23, 12, 7, 30, 5, 18]
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str
+    resume: bool = False
+
+
+def mean_token_loss(model, documents):
+    """The definition: cross-entropy of every response token of every document, each on its own, averaged over all of them."""
+    losses = []
+    for document in documents:
+        batch = PackedBatch.build([document])
+        logits = hidden_states(model, batch) @ head_weight(model).T
+        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")[batch.targets >= 0])
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("packs", [[list(range(8))], [[0, 2], [1, 3, 4], [5], [6, 7]]])
+def test_the_step_weights_every_target_alike_however_documents_share_rows(tiny_model, packs):
+    documents = random_documents(LENGTHS)
+    truth = mean_token_loss(tiny_model, documents)
+    truth.backward()
+    expected = [p.grad.clone() for p in tiny_model.parameters()]
+    batches = [PackedBatch.build([documents[i] for i in pack]) for pack in packs]
+    optimizer = torch.optim.SGD(tiny_model.parameters(), lr=0.0)
+    loss, norm = train_step(tiny_model, batches, optimizer, max_grad_norm=0)
+    torch.testing.assert_close(loss, truth.detach())
+    torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected]).norm())
+    for parameter, gradient in zip(tiny_model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_clipping_scales_the_gradient_to_the_norm_it_is_given():
+    model = make_model("llama")
+    batch = PackedBatch.build(random_documents(LENGTHS))
+    _, norm = train_step(model, [batch], torch.optim.SGD(model.parameters(), lr=0.0), max_grad_norm=0.1)
+    assert norm > 0.1
+    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(clipped, torch.tensor(0.1), atol=1e-6, rtol=1e-4)
+
+
+def test_the_plan_holds_every_trace_once_an_epoch_and_says_what_it_costs():
+    plan = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=3)
+    seen = [i for step in plan.steps for pack in step for i in pack]
+    assert sorted(seen) == sorted(list(range(8)) * 3)
+    assert (plan.traces, plan.tokens) == (24, 3 * sum(LENGTHS))
+    assert "optimizer steps of" in str(plan)
+    assert "packs of up to 32 tokens" in str(plan)
+    short = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=3, max_steps=2)
+    assert short.steps == plan.steps[:2]
+    with pytest.raises(ValueError, match="epochs is 0"):
+        TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=0)
+
+
+def run_training(out, family="llama", *, steps=10, resume=False, lr=1e-2, dtype=torch.float32, **options):
+    documents = random_documents(LENGTHS)
+    plan = TrainingPlan.make(list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=steps)
+    run = RunFolder.open(Config(str(out), resume))
+    model = make_model(family, dtype)
+    options = {"lr": lr, "warmup_ratio": 0.1, "weight_decay": 0.01, "checkpoint_every": 5} | options
+    return model, train(model, make_tokenizer(), documents, plan, run, **options)
+
+
+def test_the_loss_falls_and_a_line_is_written_a_step(tmp_path):
+    _, folder = run_training(tmp_path / "run", steps=30, checkpoint_every=0)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert (folder / "model.safetensors").is_file()
+    assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
+def test_a_checkpoint_gives_back_weights_and_optimizer_bit_for_bit(tmp_path, family, dtype):
+    def make():
+        model = make_model(family, dtype)
+        return model, make_optimizer(model, lr=1e-2, seed=3)
+
+    def step(model, optimizer, seed):
+        train_step(model, [PackedBatch.build(random_documents(LENGTHS, seed=seed))], optimizer, max_grad_norm=1.0)
+
+    model, optimizer = make()
+    step(model, optimizer, 0)
+    path = checkpoint.save(tmp_path, model, make_tokenizer(), optimizer, 1)
+    step(model, optimizer, 1)
+    other, other_optimizer = make()
+    assert checkpoint.load(path, other, other_optimizer) == 1
+    assert head_weight(other) is other.get_input_embeddings().weight if family == "gemma3" else True
+    step(other, other_optimizer, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert {s["exp_avg"].dtype for s in other_optimizer.state.values()} == {torch.float32}
+
+
+def test_only_the_newest_checkpoint_is_kept_and_a_half_written_one_is_not_taken(tmp_path):
+    model = make_model("llama")
+    optimizer = make_optimizer(model, lr=1.0)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, model, make_tokenizer(), optimizer, step)
+    (tmp_path / "writing").mkdir()
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_0000002"]
+    assert checkpoint.latest(tmp_path).name == "step_0000002"
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    model = make_model("llama")
+    path = checkpoint.save(tmp_path, model, make_tokenizer(), make_optimizer(model, lr=1.0), 1)
+    other = make_model("qwen2")
+    with pytest.raises(ValueError, match="checkpoint of another model"):
+        checkpoint.load(path, other, make_optimizer(other, lr=1.0))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    with pytest.raises(ValueError, match=r"step \d+: loss is .*lower --lr"):
+        run_training(tmp_path / "run", lr=1e38)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    _, folder = run_training(tmp_path / "run", steps=2)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    _, again = run_training(tmp_path / "run", steps=2, resume=True)
+    assert again == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))  # what the finished model replaces is gone
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path({tests!r})))
+from test_sft import run_training
+run_training({out!r}, steps=10, resume={resume}, gradient_checkpointing={checkpointing})
+"""
+
+
+def child(out, *, resume, checkpointing=False):
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), resume=resume, checkpointing=checkpointing)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
+    whole = child(tmp_path / "whole", resume=False)
+    assert whole.wait() == 0, whole.stderr.read().decode()
+    broken = child(tmp_path / "broken", resume=False)
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    while broken.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 6):
+        time.sleep(0.001)
+    broken.send_signal(signal.SIGKILL)
+    broken.wait()
+    if (tmp_path / "broken" / "model").exists():
+        pytest.fail("the run ended before it could be killed: give it more steps")
+    assert broken.returncode == -signal.SIGKILL
+    assert checkpoint.latest(tmp_path / "broken" / "checkpoints").name == "step_0000005"
+    resumed = child(tmp_path / "broken", resume=True)
+    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "broken")]
+    losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in run] for run in rows]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10

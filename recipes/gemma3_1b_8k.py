@@ -67,8 +67,8 @@ class Config:
 
 
 SMOKE = {
-    "model": "tiny", "device": "cpu", "instruction": "", "traces": str(LONG_TRACES), "num_traces": 192, "row_tokens": 1_024,
-    "lr": 1e-3, "cache_dir": "", "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "max_new_tokens": 400,
+    "model": "tiny", "device": "cpu", "instruction": "", "traces": str(LONG_TRACES), "num_traces": 0, "row_tokens": 1_024,
+    "lr": 3e-3, "cache_dir": "", "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "max_new_tokens": 400,
     "num_slots": 50,
 }  # fmt: skip
 

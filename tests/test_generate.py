@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from kit.generate import Completion, SamplingParams, cache_bytes, generate
+
+LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
+SLOTS = (1, 3, 16)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
+RANDOM = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=40)
+
+
+def prompts():
+    torch.manual_seed(5)
+    return [torch.randint(3, 97, (length,)).tolist() for length in LENGTHS]
+
+
+def run(model, params, num_slots=3, seed=0, eos_token_id=2, **options):
+    return generate(
+        model, options.pop("prompts", prompts()), params, num_slots=num_slots, seed=seed, eos_token_id=eos_token_id, **options
+    )
+
+
+def transformers_greedy(model, eos_token_id=2):
+    model.set_attn_implementation("eager")
+    return [
+        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=eos_token_id)[
+            0, len(prompt) :
+        ].tolist()
+        for prompt in prompts()
+    ]
+
+
+@pytest.mark.parametrize("num_slots", SLOTS)
+def test_greedy_equals_transformers_token_for_token(tiny_model, num_slots):
+    ours = [completion.ids for completion in run(tiny_model, GREEDY, num_slots)]
+    # an id that greedy decoding meets on its way, so that some rows end early and are refilled
+    eos = max({i for ids in ours for i in ids}, key=lambda i: sum(i in ids for ids in ours))
+    stopped = run(tiny_model, GREEDY, num_slots, eos_token_id=[eos, 2])
+    assert ours == transformers_greedy(tiny_model)
+    assert [completion.ids for completion in stopped] == transformers_greedy(tiny_model, [eos, 2])
+    assert any(completion.finished for completion in stopped)
+
+
+def test_samples_depend_neither_on_slots_nor_on_order_nor_on_what_else_runs(tiny_model):
+    keys = [["q", i] for i in range(len(LENGTHS))]
+    first = run(tiny_model, RANDOM, 1, keys=keys)
+    assert len({tuple(completion.ids) for completion in first}) == len(first)
+    for num_slots in SLOTS[1:]:
+        assert [c.ids for c in run(tiny_model, RANDOM, num_slots, keys=keys)] == [c.ids for c in first]
+    order = [4, 0, 6]
+    some = run(tiny_model, RANDOM, 2, prompts=[prompts()[i] for i in order], keys=[keys[i] for i in order])
+    assert [c.ids for c in some] == [first[i].ids for i in order]
+    assert [c.ids for c in run(tiny_model, RANDOM, 3, seed=1, keys=keys)] != [c.ids for c in first]
+
+
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(tiny_model):
+    params = SamplingParams(temperature=0.7, top_p=1.0, max_new_tokens=12)
+    for prompt, completion in zip(prompts(), run(tiny_model, params), strict=True):
+        ids = torch.tensor([prompt + completion.ids])
+        tiny_model.set_attn_implementation("eager")
+        with torch.no_grad():
+            logprobs = (tiny_model(ids).logits[0] / 0.7).log_softmax(-1)
+        tiny_model.set_attn_implementation("kit")
+        expected = logprobs[len(prompt) - 1 : -1].gather(-1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_each_completion_is_handed_over_once_as_it_ends(tiny_model):
+    seen = {}
+    completions = run(tiny_model, RANDOM, eos_token_id=range(2, 30), on_finish=lambda i, c: seen.setdefault(i, []).append(c),
+                      decode=lambda ids: " ".join(map(str, ids)))  # fmt: skip
+    assert {i: [c] for i, c in enumerate(completions)} == seen
+    for completion in completions:
+        assert completion.text == " ".join(map(str, completion.ids))
+        assert completion.finished == (completion.ids[-1] in range(2, 30))
+        assert not any(i in range(2, 30) for i in completion.ids[:-1])
+        assert len(completion.logprobs) == len(completion.ids)
+    assert list(seen) != sorted(seen)  # short answers do not wait for long ones
+
+
+def test_a_first_token_that_ends_the_text_is_a_whole_completion(tiny_model):
+    completions = run(tiny_model, GREEDY, eos_token_id=range(97))
+    assert [len(completion.ids) for completion in completions] == [1] * len(LENGTHS)
+    assert all(completion.finished for completion in completions)
+
+
+def test_no_prompts_give_no_completions_and_one_token_is_enough(tiny_model):
+    assert run(tiny_model, GREEDY, prompts=[]) == []
+    (completion,) = run(tiny_model, SamplingParams(temperature=0, max_new_tokens=1), prompts=[[5]])
+    assert isinstance(completion, Completion)
+    assert len(completion.ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": [[5], []]}, "prompt 1 is empty"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"keys": [1, 2]}, "2 keys for 7 prompts"),
+        (
+            {"params": SamplingParams(max_new_tokens=510)},
+            r"prompt 0 has 5 tokens .* made for 512 in all; pass max_new_tokens <= 507",
+        ),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(tiny_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_model, **{"params": GREEDY} | options)
+
+
+def test_training_mode_is_put_back_and_no_gradient_is_kept(tiny_model):
+    tiny_model.train()
+    run(tiny_model, GREEDY)
+    assert tiny_model.training
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
+
+
+def test_cache_bytes_counts_keys_and_values_of_every_layer(tiny_model):
+    config = tiny_model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert cache_bytes(tiny_model, 3, 11) == 2 * 4 * 3 * config.num_key_value_heads * 11 * head_dim * 4

@@ -1,0 +1,105 @@
+"""What an installation gives, and that it stays out of the way of Hugging Face's package `kernels`."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy of what git tracks or would track, so that building leaves nothing behind."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    return next(out.glob("*.whl"))
+
+
+def python(code, *, path=(), cwd, flags=()):
+    """Run code in a fresh interpreter: the working directory comes first, then `path`, then site-packages (not with -S)."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def hugging_face_kernels(tmp_path):
+    """A stand-in for Hugging Face's package on the path: a regular package called kernels, with its version's metadata."""
+    package, info = tmp_path / "site" / "kernels", tmp_path / "site" / "kernels-0.99.0.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text("NAME = 'from the hub'\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.99.0\n")
+    return tmp_path / "site"
+
+
+def test_the_wheel_holds_kit_with_its_kernels_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kit"}
+    assert {"kit/kernels/linear_cross_entropy.py", "kit/tiny/model.safetensors", "kit/tiny/long_traces.jsonl"} <= set(names)
+    assert not [name for name in names if name.startswith("kit/kernels/__init__")]
+
+
+def test_from_the_wheel_kit_kernels_is_ours_even_beside_hugging_faces(wheel, hugging_face_kernels, tmp_path):
+    site = hugging_face_kernels
+    zipfile.ZipFile(wheel).extractall(site)
+    code = "import kit.kernels.packed_attention as p, kernels; print(p.__file__); print(kernels.NAME)"
+    done = python(code, path=[site], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == [str(site / "kit" / "kernels" / "packed_attention.py"), "from the hub"]
+
+
+def test_from_the_repository_root_transformers_finds_hugging_faces_kernels_and_not_ours(hugging_face_kernels):
+    code = "import kernels, kit.kernels.packed_attention as p; print(kernels.NAME); print(p.__file__)"
+    done = python(code, path=[hugging_face_kernels], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["from the hub", str(ROOT / "kernels" / "packed_attention.py")]
+
+
+def test_transformers_imports_from_the_repository_root_with_the_real_package_installed():
+    assert version("kernels")  # the test extra installs Hugging Face's own
+    code = "import transformers.models.llama.modeling_llama, kit.models, kernels; print(hasattr(kernels, 'get_kernel'))"
+    done = python(code, cwd=ROOT)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_transformers_imports_from_the_repository_root_without_that_package(tmp_path):
+    """Then `import kernels` finds our folder as a namespace package, which transformers must not take for Hugging Face's."""
+    for entry in Path(transformers.__file__).parents[1].iterdir():  # site-packages, but for that one
+        if not entry.name.startswith("kernels"):
+            (tmp_path / entry.name).symlink_to(entry)
+    code = "import transformers.models.llama.modeling_llama, kit.models, kernels; print(hasattr(kernels, 'get_kernel'))"
+    done = python(code, path=[tmp_path], cwd=ROOT, flags=["-S"])
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_an_editable_install_or_a_checkout_finds_the_kernels_beside_kit(tmp_path):
+    done = python("import kit.kernels.packed_attention as p; print(p.__file__)", path=[ROOT], cwd=tmp_path)
+    assert done.stdout.strip() == str(ROOT / "kernels" / "packed_attention.py"), done.stderr
+
+
+def test_the_top_level_is_as_designed():
+    names = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
+    generated = {"build", "dist", "runs"} | {name for name in names if name.endswith(".egg-info")}
+    assert names - generated == {"kit", "kernels", "recipes", "tests", "setup.py", "README.md", "LICENSE", "pyproject.toml"}
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,56 @@
+"""Every command of the README is one that exists: files that are there, flags the recipe knows, values it can read."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kit.config import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    shlex.split(command, comments=True)
+    for block in BLOCKS
+    for line in block.splitlines()
+    for command in line.split("&&")
+    if command.split("#")[0].strip()
+]
+RECIPES = [words for words in COMMANDS if any(word.startswith("recipes/") for word in words)]
+
+
+def test_the_readme_opens_with_one_sentence_and_two_commands():
+    first, second = README.split("\n## ")[0].strip().split("\n\n")[:2]
+    assert first.startswith("# ")
+    assert second.count(". ") == 0
+    assert second.endswith(".")
+    assert len(BLOCKS[0].strip().splitlines()) == 2
+    assert "--smoke" in BLOCKS[0].splitlines()[0]
+    assert "pytest" in BLOCKS[0].splitlines()[1]
+
+
+def test_there_are_recipe_commands_to_check():
+    assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize("words", RECIPES, ids=" ".join)
+def test_every_recipe_command_parses_against_the_recipes_own_flags(words, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
+    assert (ROOT / words[position]).is_file()
+    module = importlib.import_module(Path(words[position]).stem)
+    assert parse(module.Config, words[position + 1 :], smoke=module.SMOKE)
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if "-m" in words], ids=" ".join)
+def test_every_module_command_names_a_module_that_exists(words):
+    module = words[words.index("-m") + 1]
+    assert importlib.util.find_spec(module), module
+
+
+def test_every_file_the_readme_links_to_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target

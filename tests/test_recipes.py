@@ -1,0 +1,84 @@
+"""The recipes as a person starts them: real processes, the shipped model and traces, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
+QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
+
+
+def start(recipe, *flags, cwd):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *flags],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
+    done = start("gemma3_1b_8k", *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "gemma3_1b_8k" / "001"
+    for line in ("traces kept", "optimizer steps of", "before      toy:", "after       toy:", "toy: accuracy ", "report runs"):
+        assert line in done.stdout
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json", "census.json", "metrics.jsonl", "before", "after", "model", "report.html", "loss.png", "accuracy.png",
+    }  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    before, after = ((run / stage / "toy.jsonl").read_text().splitlines()[0] for stage in ("before", "after"))
+    assert json.loads(before)["header"]["model"] != json.loads(after)["header"]["model"]  # what is measured last was trained
+
+    again = start("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith(("before", "after"))] == [
+        line for line in done.stdout.splitlines() if line.startswith(("before", "after"))
+    ]
+    other = start("gemma3_1b_8k", *QUICK, "--resume", "--lr", "0.5", cwd=tmp_path)
+    assert "lr was 0.003, is 0.5" in other.stderr
+
+
+@pytest.mark.parametrize("recipe", TRAINING)
+def test_without_a_gpu_a_recipe_says_what_it_needs_and_both_ways_out(recipe, tmp_path):
+    done = start(recipe, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert f"recipes/{recipe}.py --smoke" in done.stderr
+    assert f"recipes/{recipe}.py --device cpu" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_other_models_recipes_differ_from_the_first_in_a_handful_of_lines():
+    lines = [(ROOT / "recipes" / f"{recipe}.py").read_text().splitlines() for recipe in TRAINING[1:]]
+    assert max(map(len, lines)) <= 30
+    assert sum(a != b for a, b in zip(*lines, strict=True)) <= 6
+
+
+def test_the_default_is_the_papers_setting(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import gemma3_1b_8k
+
+    config = gemma3_1b_8k.Config()
+    assert (config.num_traces, config.epochs, config.batch_traces, config.lr, config.warmup_ratio, config.row_tokens) == (
+        8_000, 4, 8, 5e-5, 0.05, 16_384,
+    )  # fmt: skip
+    assert (config.temperature, config.top_p, config.max_new_tokens, config.num_samples) == (0.6, 0.95, 16_384, 0)
+    assert config.benchmarks == "math500,aime24,amc23"
+
+
+def test_rows_longer_than_the_models_context_are_refused(tmp_path):
+    done = start("llama3_2_1b_8k", "--smoke", "--row_tokens", "2048", cwd=tmp_path)
+    assert "row_tokens is 2048 but tiny was made for 1024; pass --row_tokens 1024" in done.stderr
+
+
+def test_the_tiny_base_recipe_writes_what_ships(tmp_path):
+    done = start("train_tiny_base", "--smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in (tmp_path / "runs" / "train_tiny_base" / "001" / "tiny").iterdir()}
+    assert made == {path.name for path in (ROOT / "kit" / "tiny").iterdir()}

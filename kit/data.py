@@ -233,7 +233,11 @@ def load_documents(
     if unused := len(traces) - len(documents) - num_long:
         census.dropped["come later in the random order"] += unused
     census.kept = len(documents)
-    if len(documents) < max(num_traces, 1):
+    if not documents:
+        raise ValueError(
+            f"row_tokens is {row_tokens} and no trace of {source} survives ({census}); raise --row_tokens or mend the data"
+        )
+    if len(documents) < num_traces:
         raise ValueError(
             f"num_traces is {num_traces} but {len(documents)} traces of {source} survive ({census}); "
             f"pass --num_traces {len(documents)}, or 0 for all, or a larger --row_tokens than {row_tokens}"

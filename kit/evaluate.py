@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, pstdev
 
 from kit.benchmarks import Benchmark
 from kit.chat import ChatFormat, digest
@@ -48,9 +48,11 @@ class Result:
 
     @property
     def interval(self) -> float:
-        """Half the width of the 95 % interval of accuracy, questions being the sampled unit (samples of one question are not)."""
-        shares = self.by_question().values()
-        return 1.96 * stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else math.nan
+        """Half the width of the 95 % interval of accuracy, questions being the sampled unit (samples of one question are not).
+
+        Two right and two wrong questions are added for the width alone (Agresti & Coull, 1998): 0 of 8 is not 0 for certain.
+        """
+        return _half_width(list(self.by_question().values()), added=(0.0, 0.0, 1.0, 1.0))
 
     @property
     def mean_tokens(self) -> float:
@@ -83,9 +85,8 @@ class Result:
         return {"benchmark": self.benchmark, "num_samples": len(self.rows), **{name: getattr(self, name) for name in names}}
 
     def __str__(self) -> str:
-        interval = "" if math.isnan(self.interval) else f" ± {100 * self.interval:.1f}"
         return (
-            f"{self.benchmark}: {100 * self.accuracy:.1f} %{interval} of {self.num_questions} questions "
+            f"{self.benchmark}: {100 * self.accuracy:.1f} % ± {100 * self.interval:.1f} of {self.num_questions} questions "
             f"x {len(self.rows) / self.num_questions:g} samples; {self.mean_tokens:,.0f} tokens a response, "
             f"{100 * self.truncated:.1f} % truncated, {100 * self.reflection:.1f} % with a reflection keyword"
             + (f", {self.unknown} undecided" if self.unknown else "")
@@ -189,8 +190,13 @@ def paired_difference(before: Result, after: Result) -> tuple[float, float]:
         raise ValueError(f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "
                          f"{len(old.keys() & new.keys())} are the same; evaluate both on the same questions")  # fmt: skip
     differences = [new[question] - old[question] for question in old]
-    spread = 1.96 * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
-    return fmean(differences), spread
+    return fmean(differences), _half_width(differences, added=(-1.0, 1.0))  # after Agresti & Min (2005)
+
+
+def _half_width(values: list[float], added: tuple[float, ...]) -> float:
+    """1.96 standard errors of the mean of `values`; the added ones keep a few equal values from looking certain."""
+    values = [*values, *added]
+    return 1.96 * pstdev(values) / math.sqrt(len(values))
 
 
 def mean_accuracy(results: Sequence[Result]) -> float:

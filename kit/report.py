@@ -12,7 +12,6 @@ import base64
 import html
 import io
 import json
-import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -68,14 +67,14 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
         if before is None:
             continue
         difference, spread = paired_difference(before, after)
-        certain = not math.isnan(spread) and abs(difference) > spread
+        certain = abs(difference) > spread
         change = ("rose" if difference > 0 else "fell") if certain else "did not change beyond chance"
-        margin = "unknown" if math.isnan(spread) else f"{100 * spread:.1f}"
         longer = after.mean_tokens / before.mean_tokens
         sentences.append(
             f"{name}: accuracy {change}, {_percent(before.accuracy)} to {_percent(after.accuracy)} "
-            f"(difference {100 * difference:+.1f} points, 95 % interval ± {margin}); answers are {longer:.2f} times as long, "
-            f"{_percent(after.truncated)} of them cut off (before {_percent(before.truncated)})."
+            f"(difference {100 * difference:+.1f} points, 95 % interval ± {100 * spread:.1f}); "
+            f"answers are {longer:.2f} times as long, {_percent(after.truncated)} of them cut off "
+            f"(before {_percent(before.truncated)})."
         )
     return sentences
 
@@ -105,7 +104,7 @@ def _accuracy_figure(results: dict[str, dict[str, Result]]) -> Figure:
         shown = [name for name in names if name in found]
         axes.bar(
             [names.index(name) + offset for name in shown], [100 * found[name].accuracy for name in shown], 0.36,
-            yerr=[0 if math.isnan(found[name].interval) else 100 * found[name].interval for name in shown],
+            yerr=[100 * found[name].interval for name in shown],
             color=COLOURS[stage], label=stage, capsize=3,
         )  # fmt: skip
     axes.set_xticks(range(len(names)), names)
@@ -145,10 +144,9 @@ def _table(results: dict[str, dict[str, Result]]) -> str:
     rows = ""
     for stage, found in results.items():
         for name, result in found.items():
-            spread = "" if math.isnan(result.interval) else f" ± {100 * result.interval:.1f}"
             rows += (
-                f"<tr><td>{name}<td>{stage}<td>{_percent(result.accuracy)}{spread}<td>{result.mean_tokens:,.0f}"
-                f"<td>{_percent(result.truncated)}<td>{_percent(result.reflection)}<td>{result.unknown}"
+                f"<tr><td>{name}<td>{stage}<td>{_percent(result.accuracy)} ± {100 * result.interval:.1f}"
+                f"<td>{result.mean_tokens:,.0f}<td>{_percent(result.truncated)}<td>{_percent(result.reflection)}<td>{result.unknown}"
                 f"<td>{result.num_questions} x {len(result.rows) / result.num_questions:g}"
             )
         if len(found) > 1:

@@ -131,7 +131,7 @@ def test_fewer_survivors_than_asked_for_is_an_error_that_says_how_many(tmp_path,
     write_rows(tmp_path / "a.jsonl", make_rows("long", 20, seed=0))
     with pytest.raises(ValueError, match=r"num_traces is 30 but 20 traces .* pass --num_traces 20"):
         load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=30)
-    with pytest.raises(ValueError, match="0 traces"):
+    with pytest.raises(ValueError, match="row_tokens is 5 and no trace"):
         load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=5)
 
 

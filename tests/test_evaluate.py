@@ -40,10 +40,18 @@ def test_accuracy_is_the_mean_over_questions_and_its_interval_counts_questions_n
     four = result(*(row(q, v) for q, v in [("a", "correct"), ("a", "wrong"), ("b", "correct"), ("b", "correct"), ("c", "wrong"),
                                            ("c", "unknown")]))  # fmt: skip
     assert four.accuracy == pytest.approx(0.5)
-    assert four.interval == pytest.approx(1.96 * 0.5 / math.sqrt(3))  # the shares are 0.5, 1 and 0: deviation 0.5
+    variance = (0.5**2 + 1 + 2) / 7 - 0.5**2  # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
+    assert four.interval == pytest.approx(1.96 * math.sqrt(variance / 7))
     assert four.unknown == 1
     assert four.num_questions == 3
-    assert math.isnan(result(row("a", "correct")).interval)
+
+
+def test_a_few_questions_all_alike_are_not_certain():
+    none = result(*(row(str(i), "wrong") for i in range(8)))
+    assert none.accuracy == 0
+    assert 0.15 < none.interval < 0.25  # the exact upper bound for 0 of 8 is 0.31, one-sided at 97.5 %
+    one = result(row("a", "correct"))
+    assert paired_difference(one, one)[1] > 0.5
 
 
 def test_length_truncation_and_reflection_are_shares_of_samples():
@@ -66,7 +74,8 @@ def test_the_difference_is_paired_by_question():
     after = result(row("c", "correct"), row("b", "correct"), row("a", "correct"))
     difference, spread = paired_difference(before, after)
     assert difference == pytest.approx(2 / 3)
-    assert spread == pytest.approx(1.96 * math.sqrt(1 / 3) / math.sqrt(3))  # differences 0, 1, 1
+    variance = 4 / 5 - (2 / 5) ** 2  # the differences 0, 1, 1 and the added -1, 1
+    assert spread == pytest.approx(1.96 * math.sqrt(variance / 5))
     with pytest.raises(ValueError, match="1 are the same"):
         paired_difference(before, result(row("a", "correct")))
 

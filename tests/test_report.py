@@ -53,7 +53,7 @@ def make_run(path, *, before=None, after=None, metrics=()):
 
 def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     hostile = "<script>alert(1)</script> let me recheck \ud800"
-    path = make_run(tmp_path / "run", before=rows([0.9, 0.8]), after=rows([0.1, 0.2], text=hostile), metrics=[2.0, 1.0])
+    path = make_run(tmp_path / "run", before=rows([0.9, 0.8] * 3), after=rows([0.1, 0.2] * 3, text=hostile), metrics=[2.0, 1.0])
     page = write_report(path).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; let me <mark>recheck</mark>" in page

@@ -1,5 +1,6 @@
 """The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
 
+import contextlib
 import mmap
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kit.kernels.linear_cross_entropy as lce
 import kit.kernels.linear_head as head
@@ -18,9 +20,10 @@ from kit.kernels.backend import INTERPRET
 from kit.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference, token_logprobs
 
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]  # the kernels do not know "mean" from "sum"
 NAMES = ("loss", "dhidden", "dweight")
 # (N, V, H): one row; nothing divides anything; several column steps with a ragged end
-SHAPES = [(1, 7, 3), (13, 77, 19), (37, 301, 24)]
+SHAPES = [(1, 7, 3), (13, 77, 19), (11, 301, 24)]
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +72,8 @@ def rms(x):
 
 
 def assert_as_good_as_torch(ours, torchs, truth, dtype, unit=0.0):
-    """At most twice torch's own error. The floor, one unit in the last place, is for where torch is exact by luck: of the result;
-    for a log-prob, of the numbers near 1 that it is the difference of; and of `unit`, where a result may have a single element."""
+    """At most twice torch's own error. The floor, one unit in the last place, is for where torch is exact by luck: of the
+    result; for a log-prob, of the numbers near 1 that it is the difference of; of `unit`, where a result has few elements."""
     for name in truth:
         error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
         size = max(rms(truth[name]), unit, 0.0 if name.startswith("d") else 1.0)
@@ -93,27 +96,27 @@ def grpo(old, advantage, eps=0.2):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradients_are_as_good_as_torchs(shape, reduction, dtype):
     hidden, weight, targets = problem(*shape, dtype)
-    check(hidden, weight, targets, dtype, reduction=reduction)
     upstream = torch.linspace(-2, 3, shape[0], dtype=torch.float64) if reduction == "none" else 1 / 3
-    check(hidden, weight, targets, dtype, reduction=reduction, upstream=upstream)
+    check(hidden, weight, targets, dtype, unit=float(shape[0] == 1), reduction=reduction, upstream=upstream)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_softcap_temperature_and_token_weights_are_as_good_as_torchs(reduction, dtype):
     hidden, weight, targets = problem(13, 77, 19, dtype)
     token_weight = torch.linspace(-1, 2, 13)
     check(hidden, weight, targets, dtype, reduction=reduction, softcap=3.0)
+    check(hidden, weight, targets, dtype, reduction=reduction, softcap=1000.0)  # tanh of small numbers must keep their digits
     check(hidden, weight, targets, dtype, reduction=reduction, softcap=30.0, temperature=0.6)
     check(hidden, weight, targets, dtype, reduction=reduction, temperature=1.7, token_weight=token_weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reduction", REDUCTIONS[:-1])
 def test_an_objective_of_the_log_prob_is_as_good_as_autograd(reduction, dtype):
     hidden, weight, targets = problem(23, 77, 19, dtype)
     noise, advantage = torch.linspace(-0.5, 0.5, 23, dtype=torch.float64), torch.linspace(2, -1, 23, dtype=torch.float64)
@@ -162,7 +165,7 @@ def test_log_probs_carry_a_gradient_and_the_entropy_does_not():
     torch.testing.assert_close(hidden.grad, -run(plain, hidden, weight, targets, torch.float32, reduction="sum")["dhidden"])
 
 
-@settings(max_examples=15 if INTERPRET else 60, deadline=None, database=None)
+@settings(max_examples=10 if INTERPRET else 60, deadline=None, database=None)
 @given(st.data())
 def test_every_shape_agrees_with_float64(data):
     N, V, H = data.draw(st.integers(0, 14)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 9))
@@ -172,10 +175,12 @@ def test_every_shape_agrees_with_float64(data):
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
         "softcap": data.draw(st.sampled_from([None, 4.0])),
     }
-    check(hidden, weight, targets.long(), torch.float32, unit=1.0, **options)
+    # what a single number can lose: one unit in the last place of the largest logit, for every token that is summed
+    unit = max(1.0, (hidden @ weight.T).abs().max().item() * N) if N else 1.0
+    check(hidden, weight, targets.long(), torch.float32, unit, **options)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("N", [0, 6])
 def test_without_a_single_target_loss_and_gradients_are_zero_not_nan(N, reduction):
     hidden, weight, _ = problem(N, 70, 8, torch.float32)
@@ -239,14 +244,12 @@ def test_the_kernels_honour_a_row_stride_and_touch_nothing_beside_their_rows():
 def test_memory_that_is_not_written_is_not_read(monkeypatch):
     """Everything that is allocated uninitialised starts as nan."""
 
-    def poisoned(self, *shape, _new_empty=torch.Tensor.new_empty, **options):
-        return _new_empty(self, *shape, **options).fill_(torch.nan)
+    def poison(x):
+        return x.fill_(torch.nan) if x.is_floating_point() else x
 
-    def poisoned_like(x, _empty_like=torch.empty_like, **options):
-        return _empty_like(x, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", poisoned_like)
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(new_empty(*args, **options)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(empty_like(*args, **options)))
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     for reduction in ("mean", "none"):
         check(hidden, weight, targets, torch.float32, reduction=reduction)
@@ -309,27 +312,31 @@ def test_a_second_backward_is_refused_and_none_may_run_again():
     assert torch.equal(first, second)
 
 
+@pytest.mark.skipif(INTERPRET, reason="about sums, not kernels, and slow")
 def test_sixteen_bit_gradients_of_many_chunks_are_summed_in_fp32():
     """1,024 equal rows in chunks of 5: bf16 sums of 205 equal terms stop growing at 2^8 of them."""
-    dtype = torch.float16 if INTERPRET else torch.bfloat16
+    dtype = torch.bfloat16
     hidden, weight = torch.ones(1024, 1, dtype=dtype), torch.zeros(2, 1, dtype=dtype)
     out = run(linear_cross_entropy, hidden, weight, torch.zeros(1024).long(), dtype, reduction="sum")
     assert out["dweight"].tolist() == [[-512.0], [512.0]]
 
 
+@pytest.mark.skipif(INTERPRET, reason="about sums, not kernels, and slow")
 def test_small_fp16_gradients_survive_until_the_loss_scale_arrives():
-    hidden, weight, targets = problem(13, 301, 19, torch.float16)
-    check(hidden * 2**-6, weight, targets, torch.float16, token_weight=torch.full((13,), 2.0**-11), upstream=2.0**16)
+    """A mean over 2,048 targets divides gradients down to 1e-7, where fp16 has three digits or none."""
+    hidden, weight, targets = problem(2048, 7, 3, torch.float16)
+    check(hidden * 2**-6, weight * 2**-6, targets, torch.float16, upstream=2.0**16)
 
 
 def test_autocast_decides_the_matmul_dtype_and_an_fp32_weight_gets_fp32_sums():
     dtype = torch.float16 if INTERPRET else torch.bfloat16
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     with torch.autocast("cpu", dtype):
-        ours = run(linear_cross_entropy, hidden.to(dtype), weight, targets, torch.float32)
-        torchs = run(lambda h, w, t: plain(h, w, t), hidden, weight, targets, torch.float32)
+        ours = run(linear_cross_entropy, hidden, weight, targets, torch.float32)
+        torchs = run(plain, hidden, weight, targets, torch.float32)
     assert ours["loss"].dtype == ours["dweight"].dtype == torch.float32
     assert_as_good_as_torch(ours, torchs, run(plain, hidden, weight, targets, torch.float64), dtype)
+    assert torch.equal(ours["loss"], linear_cross_entropy(hidden.to(dtype), weight.to(dtype), targets))
     h = hidden.to(dtype).requires_grad_()
     with torch.autocast("cpu", dtype):
         linear_cross_entropy(h, weight, targets).backward()
@@ -337,30 +344,39 @@ def test_autocast_decides_the_matmul_dtype_and_an_fp32_weight_gets_fp32_sums():
 
 
 @pytest.mark.skipif(INTERPRET, reason="float64 never reaches the kernels")
-def test_gradcheck_in_float64():
+def test_float64_is_float64_throughout():
     hidden, weight, targets = problem(7, 11, 3, torch.float64)
-    for options in (
-        {},
-        {"reduction": "none"},
-        {"softcap": 2.0, "temperature": 0.7},
-        {"objective": lambda logp, rows: logp.exp()},
-    ):
-        loss = lambda h, w, o=options: linear_cross_entropy(h, w, targets, **o)  # noqa: E731
-        assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+    for options in ({}, {"softcap": 2.0, "temperature": 0.7}, {"objective": lambda logprobs, rows: logprobs.exp()}):
+        ours, truth = (run(f, hidden, weight, targets, torch.float64, **options) for f in (linear_cross_entropy, plain))
+        for name in NAMES:
+            torch.testing.assert_close(ours[name], truth[name], rtol=1e-12, atol=1e-14)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, reduction="none", softcap=2.0), (hidden, weight))
 
 
+@pytest.mark.skipif(INTERPRET, reason="runs no kernel")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_fake_tensors_run_forward_and_backward(device, frozen):
-    with FakeTensorMode():
-        hidden = torch.empty(13, 19, device=device, dtype=torch.bfloat16, requires_grad=True)
-        weight = torch.empty(77, 19, device=device, dtype=torch.bfloat16, requires_grad=not frozen)
-        targets = torch.empty(13, device=device, dtype=torch.int64)
-        for reduction in ("mean", "none"):
-            linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum().backward()
-    assert hidden.grad.shape == hidden.shape and hidden.grad.device.type == device
-    assert (weight.grad is None) == frozen
-    assert frozen or (weight.grad.shape == weight.shape and weight.grad.dtype == torch.bfloat16)
+def test_fake_tensors_make_the_same_calls_and_allocations(frozen, reduction):
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor):
+                calls.append((str(func), tuple(out.shape), out.dtype))
+            return out
+
+    recorded = []
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        calls = []
+        with mode:
+            hidden = torch.ones(13, 19, dtype=torch.bfloat16).requires_grad_()
+            weight = torch.ones(77, 19, dtype=torch.bfloat16).requires_grad_(not frozen)
+            targets = torch.ones(13, dtype=torch.int64)
+            with Record():
+                linear_cross_entropy(hidden, weight, targets, reduction=reduction).sum().backward()
+        assert hidden.grad.shape == hidden.shape and (weight.grad is None) == frozen
+        recorded.append(calls)
+    assert recorded[0] == recorded[1] and len(recorded[0]) > 10
 
 
 def test_the_operators_and_their_fake_implementations_agree():

@@ -1,0 +1,127 @@
+"""
+A linear head in chunks of rows, forth and back; the (N, V) logits are never held.
+
+    logits = hidden[rows] @ weight.T
+    dhidden[rows] = scale * slope * (dlogits @ weight)          dweight += scale * dlogits.T @ (slope * hidden[rows])
+
+A row's slope multiplies the thin (R, H) matrices, never the (R, V) one. dweight is summed in fp32: a bf16 sum of 16 chunks loses
+what the small ones add. It costs 4VH bytes (1.1 GiB at V = 262,144, H = 1,152), nothing for a frozen head.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and from here on larger chunks are no faster
+MIN_ROWS = (
+    512  # each chunk reads W and rewrites dW: 128 rows a chunk move four times the bytes of 1,024, and matmuls wait for them
+)
+TILE_V = 8192  # rows of dweight at once where 16-bit factors cannot be added to an fp32 sum in one call: the copy stays small
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are held in: fp32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_per_chunk(N: int, V: int, element_size: int) -> int:
+    """Rows of logits made at once: as many as fit MAX_CHUNK_BYTES, but never under MIN_ROWS, even if the chunk is larger then
+    (fp32 and V = 262,144: 512 rows are exactly 512 MiB). N rows that need k chunks go in k equal ones: no remainder of one row
+    pays for a whole trip through W and dW."""
+    most = max(MIN_ROWS, MAX_CHUNK_BYTES // (V * element_size))
+    return math.ceil(N / math.ceil(N / most)) if N else 0
+
+
+def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (rows, x (R, H), logits (R, V)). The logits are one buffer: a fresh one a chunk would be paged in anew each time."""
+    size = rows_per_chunk(len(kept), weight.shape[0], weight.element_size())
+    if size:
+        buffer = weight.new_empty(size, weight.shape[0])
+        for rows in kept.split(size):
+            x = hidden.index_select(0, rows).to(weight.dtype)
+            yield rows, x, torch.mm(x, weight.T, out=buffer[: len(rows)])
+
+
+class HeadGradients:
+    """dhidden and dweight; None where autograd does not ask for one."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool]):
+        # a mean over 16k tokens leaves fp16's range until the loss scale comes: fp16's gradients stay fp32 until backward
+        self.dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in (hidden, weight)]
+        self.dhidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0]) if needs[0] else None
+        self.dweight = weight.new_empty(weight.shape, dtype=wide(weight.dtype)) if needs[1] else None
+        self.beta = 0.0  # the first chunk overwrites: zeros would be one more trip through V * H numbers
+
+    def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, slope: Tensor | None, scale: float) -> None:
+        """x = hidden[rows] (R, H), dlogits (R, V), weight (V, H), slope (R,) or None = 1 everywhere."""
+        if self.dhidden is not None:
+            dx = (dlogits @ weight).to(self.dhidden.dtype) * (scale if slope is None else (slope * scale)[:, None])
+            self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
+        if self.dweight is not None:
+            x = x if slope is None else (x * slope[:, None]).to(x.dtype)
+            _add_matmul_(self.dweight, dlogits.T, x, scale, self.beta)
+            self.beta = 1.0
+
+    def finish(self) -> list[Tensor | None]:
+        """[dhidden, dweight]. Drop the logits before: a 16-bit copy of dweight takes their place in memory."""
+        if self.dweight is not None:
+            dweight = self.dweight if self.beta else self.dweight.zero_()
+            self.dweight = dweight.to(self.dtypes[1])
+        return [self.dhidden, self.dweight]
+
+
+def scaled(gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor | None]:
+    """gradients *= upstream, in place, in their inputs' dtypes."""
+    for gradient in gradients:
+        if gradient is not None:
+            _scale_(gradient, upstream)
+    return [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+
+
+@torch.library.custom_op("kit::add_matmul_", mutates_args=("total",))
+def _add_matmul_(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    """total = beta * total + alpha * a @ b, where a and b may be 16-bit and total fp32."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, alpha=alpha, beta=beta, out=total)
+    elif a.is_cuda and _cuda_adds_in_fp32(a.dtype):
+        torch.addmm(total, a, b, torch.float32, alpha=alpha, beta=beta, out=total)
+    else:
+        for part, rows in zip(total.split(TILE_V), a.split(TILE_V), strict=True):
+            if a.is_cuda:
+                product = torch.mm(rows, b, torch.float32)
+                part.mul_(beta).add_(product, alpha=alpha) if beta else torch.mul(product, alpha, out=part)
+            else:
+                torch.addmm(part, rows.float(), b.float(), alpha=alpha, beta=beta, out=part)
+
+
+@functools.cache
+def _cuda_adds_in_fp32(dtype: torch.dtype) -> bool:
+    """Whether this torch multiplies 16-bit matrices into an fp32 sum in one call. Some releases refuse a sum of another dtype."""
+    total, a = torch.zeros(16, 16, device="cuda"), torch.zeros(16, 16, device="cuda", dtype=dtype)
+    try:
+        torch.addmm(total, a, a, torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+@torch.library.custom_op("kit::scale_", mutates_args=("gradient",))
+def _scale_(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream (one number), in place and in fp32: a 0-dim GPU factor would be rounded to bf16 first."""
+    if gradient.is_cuda:
+        gradient.mul_(upstream.expand_as(gradient))
+    elif upstream.item() != 1:  # nearly always 1, and on a CPU looking costs nothing
+        gradient.mul_(upstream.item())
+
+
+@_add_matmul_.register_fake
+def _(total, a, b, alpha, beta):
+    return None
+
+
+@_scale_.register_fake
+def _(gradient, upstream):
+    return None

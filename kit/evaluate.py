@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from kit.benchmarks import Benchmark
+from kit.benchmarks import Benchmark, Question
 from kit.chat import ChatFormat, digest
 from kit.generate import Completion, SamplingParams, generate
 from kit.grade import grade
@@ -130,7 +130,7 @@ def evaluate(
 
     def log(index: int, completion: Completion) -> None:
         question, i = wanted[index]
-        journal.append({"question": question.id, "sample": i, **_row(question.answer, completion)})
+        journal.append({"question": question.id, "sample": i, **_row(question, completion)})
 
     generate(
         model, [prompts[q.id] for q, _ in wanted], params, num_slots=num_slots, seed=seed, eos_token_id=chat.eos_token_ids,
@@ -165,9 +165,10 @@ def _stored_rows(journal: Journal, header: dict) -> list[dict]:
     return rows[1:]
 
 
-def _row(answer: str, completion: Completion) -> dict:
-    verdict = grade(answer, completion.text)
+def _row(question: Question, completion: Completion) -> dict:
+    verdict = grade(question.answer, completion.text)
     return {
+        "problem": question.problem,
         "tokens": len(completion.ids),
         "finished": completion.finished,
         "verdict": verdict.verdict,

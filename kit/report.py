@@ -45,7 +45,7 @@ def write_report(path: Path) -> Path:
         figures["length.png"] = _length_figure(results)
     images = "".join(_image(path / name, figure) for name, figure in figures.items())
     page = PAGE.format(
-        title=html.escape(str(config.get("model", path.name))),
+        title=html.escape(f"{config.get('model', path.name)}, before and after long chains of thought"),
         findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in findings(results)),
         paper=_paper(str(config.get("model", ""))),
         table=_table(results),
@@ -104,7 +104,8 @@ def _accuracy_figure(results: dict[str, dict[str, Result]]) -> Figure:
         shown = [name for name in names if name in found]
         axes.bar(
             [names.index(name) + offset for name in shown], [100 * found[name].accuracy for name in shown], 0.36,
-            yerr=[100 * found[name].interval for name in shown],
+            yerr=[[100 * min(found[name].interval, found[name].accuracy) for name in shown],
+                  [100 * min(found[name].interval, 1 - found[name].accuracy) for name in shown]],
             color=COLOURS[stage], label=stage, capsize=3,
         )  # fmt: skip
     axes.set_xticks(range(len(names)), names)
@@ -172,6 +173,7 @@ def _samples(results: dict[str, dict[str, Result]]) -> str:
     for name, before in results[BEFORE].items():
         questions = list(dict.fromkeys(row["question"] for row in before.rows))[:SHOWN]
         for question in questions:
+            problem = next(row["problem"] for row in before.rows if row["question"] == question)
             cells = ""
             for stage, found in results.items():
                 row = next((row for row in found[name].rows if row["question"] == question), None) if name in found else None
@@ -184,7 +186,7 @@ def _samples(results: dict[str, dict[str, Result]]) -> str:
                         f"<p>answer {html.escape(str(row['prediction']))}, gold {html.escape(str(row['gold']))} "
                         f"({html.escape(str(row['rule']))})</p><pre>{text}</pre></div>"
                     )
-            parts.append(f"<details><summary>{name} {question}</summary><div class=pair>{cells}</div></details>")
+            parts.append(f"<details><summary>{name}: {html.escape(problem)}</summary><div class=pair>{cells}</div></details>")
     return "".join(parts)
 
 
@@ -195,7 +197,8 @@ body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 h1 {{ overflow-wrap: anywhere; font-size: 1.5rem }}
 img {{ max-width: 100%; display: block; margin: 1rem 0 }}
 table {{ border-collapse: collapse }}
-td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; overflow-wrap: anywhere; min-width: 4rem }}
+td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }}
+summary {{ overflow-wrap: anywhere; padding: .15rem 0 }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; max-height: 24rem; overflow-y: auto }}
 .wide {{ overflow-x: auto }}
 .finding {{ border-left: 4px solid #dd8452; padding-left: .8rem; font-size: 1.1rem }}

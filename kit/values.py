@@ -1,9 +1,4 @@
-"""The value of an answer's tree, exactly where it is rational, else to as many digits as a comparison needs.
-
-`evaluate` returns a Fraction, or a number of mpmath's where the value is irrational or complex. `same_number` and
-`same_function` decide equality. Two closed forms are equal when their difference falls with the precision as rounding error
-does, up to 900 digits, so that 1/2006! differs from 1/2004!, and 2^(2^-1000) from 1. Two expressions with symbols are equal
-when they agree at seeded random points: exactly for rational functions, to 50 digits and with the same fall for the others.
+"""The value of an answer's tree: exactly where it is rational, else as a number of mpmath's at the precision asked for.
 
 Every operation is capped before it runs (bits of an exact result, magnitude of an exponent, number of steps): a tower of powers
 raises TooLarge at once. Nothing here can be interrupted from outside, so nothing here may take long.
@@ -18,14 +13,13 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 
-from kit.answers import OPAQUE, Node, TooLarge
+from kit.notation import OPAQUE, TooLarge, Undecided
+from kit.trees import Node
 
 MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the cap costs under a millisecond
 MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many bits more to reduce it
 MAX_FACTORIAL = 4_000
 MAX_TERMS = 2_000  # of a sum or product that is added up here
-PRECISIONS = (50, 120, 400, 900)  # decimal digits; most pairs are decided by the second
-POINTS = 8
 
 
 class NotNumeric(ValueError):
@@ -34,10 +28,6 @@ class NotNumeric(ValueError):
 
 class Undefined(ValueError):
     """The value does not exist at this point (a division by zero, say)."""
-
-
-class Undecided(ValueError):
-    """Equality could not be decided within the caps; the message is the rule that the verdict reports."""
 
 
 class Budget:
@@ -76,6 +66,7 @@ class Evaluator:
         self.digits = digits
         self.budget = budget
         self.binding = binding or {}
+        self.absorbed = False  # whether something was too small to show at this precision: values that look equal may not be
 
     @property
     def mp(self):
@@ -83,9 +74,11 @@ class Evaluator:
 
     def real(self, value):
         """A value as mpmath's number."""
-        if isinstance(value, Fraction):
-            return self.mp.mpf(value.numerator) / value.denominator
-        return value
+        if not isinstance(value, Fraction):
+            return value
+        if value.numerator.bit_length() + value.denominator.bit_length() > self.mp.prec:
+            self.absorbed = True
+        return self.mp.mpf(value.numerator) / value.denominator
 
     def __call__(self, node: Node):
         self.budget.spend()
@@ -118,8 +111,16 @@ class Evaluator:
     def _add(self, node):
         total = Fraction(0)
         for part in node[1:]:
-            total = self._pair(total, self(part), lambda a, b: a + b)
+            term = self(part)
+            exact = isinstance(total, Fraction) and isinstance(term, Fraction)
+            # 60 bits beyond the precision: a term that is rounding error, such as cos(90 degrees), lies nearer
+            if not exact and total and term and abs(self._magnitude(total) - self._magnitude(term)) > self.mp.prec + 60:
+                self.absorbed = True
+            total = self._pair(total, term, lambda a, b: a + b)
         return total
+
+    def _magnitude(self, value) -> int:
+        return self.mp.mag(self.real(value))
 
     def _mul(self, node):
         total = Fraction(1)
@@ -145,7 +146,11 @@ class Evaluator:
 
     def _apply(self, node):
         if node[1][0] in OPAQUE or len(node) > 3:
-            raise NotNumeric(f"an unknown function: {node[1]}")
+            arguments = [self(part) for part in node[2:]]
+            if not all(isinstance(argument, Fraction) for argument in arguments):
+                raise NotNumeric(f"an unknown function at a value that is not rational: {node[1]}")
+            # an unknown function may have any value at any point: a random one, always the same
+            return Fraction(random.Random(f"{node[1]} {arguments}").randrange(1, 2**40), 2**38)
         return self._mul(("mul", ("sym", node[1]), node[2]))
 
     def _ratio(self, node):
@@ -174,8 +179,11 @@ class Evaluator:
         return self.mp.power(base, exponent)
 
     def _check_size(self, value) -> None:
-        if self.mp.mag(value) > MAX_MAGNITUDE:
+        magnitude = self.mp.mag(value)
+        if value and magnitude > MAX_MAGNITUDE:
             raise TooLarge("an exponent or an angle is beyond every cap")
+        if value and magnitude < -self.mp.prec / 2:  # 2^x and cos x are 1 there, to this precision
+            self.absorbed = True
 
     def _root(self, node):
         index, value = self(node[1]), self(node[2])
@@ -295,150 +303,3 @@ def _integer_root(number: int, index: int) -> int:
         else:
             high = middle
     return low
-
-
-def _difference(left: Node, right: Node, digits: int, budget: Budget, binding: dict | None):
-    """(|left - right|, |left| + |right|), the first as an exact Fraction where both values are."""
-    evaluator = Evaluator(digits, budget, binding)
-    a, b = evaluator(left), evaluator(right)
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return abs(a - b), abs(a) + abs(b)
-    a, b = evaluator.real(a), evaluator.real(b)
-    return abs(a - b), abs(a) + abs(b)
-
-
-def same_number(left: Node, right: Node, budget: Budget, binding: dict[str, Fraction] | None = None) -> bool:
-    """Whether two closed expressions (or two expressions at one point) have the same value. Undecided where digits run out."""
-    previous = None
-    for step, digits in enumerate(PRECISIONS):
-        budget.spend(digits // 10)
-        difference, scale = _difference(left, right, digits, budget, binding)
-        if isinstance(difference, Fraction):
-            return difference == 0
-        mp = context(digits)
-        if previous is not None:
-            if difference and abs(difference - previous) <= difference * mp.mpf(10) ** -10:
-                return False  # two precisions agree on a difference that is not zero
-            floor = max(previous, scale * mp.mpf(10) ** -PRECISIONS[step - 1])
-            fall = digits - PRECISIONS[step - 1]
-            if step >= 2 and difference <= floor * mp.mpf(10) ** (20 - fall):
-                return True  # the difference fell with the precision: it is rounding error
-        previous = difference
-    raise Undecided("not decided within 900 digits")
-
-
-def symbols(node: Node) -> frozenset[str]:
-    """The free symbols of a tree."""
-    if node[0] in ("sym", "apply"):
-        own = frozenset((node[1],)) if node[0] == "sym" or node[1][0] not in OPAQUE else frozenset()
-        return own.union(*(symbols(part) for part in node[2:])) if node[0] == "apply" else own
-    found = frozenset().union(*(symbols(part) for part in node if isinstance(part, tuple) and part))
-    return found - {node[2]} if node[0] == "big" else found
-
-
-def points(names: frozenset[str]):
-    """Seeded random points, the same for every pair: most of them positive, some negative."""
-    generator = random.Random(20250607)
-    for index in range(POINTS):
-        yield {
-            name: Fraction(generator.randrange(1, 2**40), 2**38) * (-1 if index % 3 == 2 and generator.random() < 0.7 else 1)
-            for name in sorted(names)
-        }
-
-
-def same_function(left: Node, right: Node, budget: Budget) -> bool | None:
-    """Whether two expressions agree at every point where both are defined and real; None where too few points are."""
-    names = symbols(left) | symbols(right)
-    real_points, complex_points = 0, 0
-    for binding in points(names):
-        try:
-            values = [Evaluator(50, budget, binding)(side) for side in (left, right)]
-            is_complex = any(not isinstance(value, Fraction) and context(50).im(value) != 0 for value in values)
-            if not same_number(left, right, budget, binding):
-                if not is_complex:
-                    return False
-                complex_points -= 100  # principal values: a root of a negative number may be meant as the real one
-            elif is_complex:
-                complex_points += 1
-            else:
-                real_points += 1
-        except Undefined:
-            continue
-    if real_points >= 4:
-        return True
-    return None if complex_points < 0 or real_points + complex_points < 4 else True
-
-
-def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> bool | None:
-    """Whether left = c * right for one constant c != 0 (c > 0 where asked): the same equation, or the same inequality."""
-    names = symbols(left) | symbols(right)
-    constant, agreed = None, 0
-    for binding in points(names):
-        try:
-            top, bottom = (Evaluator(50, budget, binding)(side) for side in (left, right))
-        except Undefined:
-            continue
-        if not top or not bottom:
-            if bool(top) != bool(bottom):
-                return False
-            continue
-        evaluator = Evaluator(50, budget)
-        ratio = top / bottom if isinstance(top, Fraction) and isinstance(bottom, Fraction) else None
-        if ratio is None:
-            ratio = evaluator.real(top) / evaluator.real(bottom)
-            if evaluator.mp.im(ratio) != 0:
-                continue
-        if positive and ratio < 0:
-            return False
-        if constant is None:
-            constant = ratio
-        elif isinstance(ratio, Fraction) and isinstance(constant, Fraction):
-            if ratio != constant:
-                return False
-        elif abs(evaluator.real(ratio) - evaluator.real(constant)) > abs(evaluator.real(constant)) * evaluator.mp.mpf(10) ** -40:
-            return False
-        agreed += 1
-    return True if agreed >= 4 else None
-
-
-def rounds_to(decimal: Node, exact: Node, digits: int, budget: Budget) -> bool:
-    """Whether the decimal, written with at least `digits` significant digits, is the exact value rounded or cut off."""
-    written, unit, significant = decimal_of(decimal)
-    if significant < digits:
-        return False
-    evaluator = Evaluator(max(50, significant + 20), budget)
-    value = evaluator(exact)
-    if isinstance(value, Fraction):
-        error = value - written
-    else:
-        if evaluator.mp.im(value) != 0:
-            return False
-        error, unit = value - evaluator.real(written), evaluator.real(unit)
-    if abs(error) <= unit / 2:
-        return True
-    return 0 <= (error if written >= 0 else -error) < unit
-
-
-def decimal_of(node: Node) -> tuple[Fraction, Fraction, int] | None:
-    """(value, unit in the last place, significant digits) of a decimal literal, 2.5e-3 as 2.5 times a power of ten included."""
-    if node[0] == "dec":
-        return node[1], Fraction(10) ** -node[3], node[2]
-    if node[0] == "mul":
-        decimals = [part for part in node[1:] if part[0] == "dec"]
-        rest = [part for part in node[1:] if part[0] != "dec"]
-        if len(decimals) == 1 and all(_power_of_ten(part) is not None for part in rest):
-            value, unit, significant = decimal_of(decimals[0])
-            for part in rest:
-                value, unit = value * _power_of_ten(part), unit * abs(_power_of_ten(part))
-            return value, unit, significant
-    return None
-
-
-def _power_of_ten(node: Node) -> Fraction | None:
-    if node[0] == "num":
-        size = abs(node[1])
-        digits = str(max(size.numerator, size.denominator)) if size and max(size.numerator, size.denominator) < 10**50 else ""
-        return node[1] if 1 in (size.numerator, size.denominator) and digits.strip("0") == "1" else None
-    if node[0] == "pow" and node[1] == ("num", Fraction(10)) and node[2][0] == "num" and node[2][1].denominator == 1:
-        return Fraction(10) ** node[2][1].numerator if abs(node[2][1]) < 4_000 else None
-    return None

@@ -11,7 +11,8 @@ from kit.report import AFTER, BEFORE, findings, write_report
 def rows(shares, tokens=10, text="so \\boxed{1}"):
     """Ten samples a question, of which a share is correct."""
     return [
-        {"question": f"q{i}", "sample": s, "verdict": "correct" if s < 10 * share else "wrong", "tokens": tokens,
+        {"question": f"q{i}", "problem": f"{i} < 1?", "sample": s, "tokens": tokens,
+         "verdict": "correct" if s < 10 * share else "wrong",
          "finished": True, "text": text, "prediction": "1", "gold": "1", "rule": "text"}
         for i, share in enumerate(shares) for s in range(10)
     ]  # fmt: skip
@@ -60,6 +61,7 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")
     assert "accuracy fell" in page
+    assert "<summary>toy: 0 &lt; 1?</summary>" in page
     assert "24 % before" in page  # the paper's number for this model
     assert "8 traces kept, 2 dropped" in page
     assert "loss 2.000 at the first step, 1.000 at the last" in page

@@ -1,0 +1,552 @@
+r"""The parser of answers: LaTeX or plain notation in, a tree (kit/trees.py) out. Nothing is evaluated and nothing is executed."""
+
+from __future__ import annotations
+
+import math
+import time
+from fractions import Fraction
+
+from kit.notation import (
+    BASE_WORDS,
+    CLOSERS,
+    CONSTANTS,
+    FUNCTIONS,
+    GREEK,
+    INFIX_COMMANDS,
+    MATRICES,
+    OPAQUE,
+    RELATIONS,
+    STRUCTURAL,
+    ParseError,
+    TooLarge,
+    Undecided,
+    clean,
+    number_node,
+    tokenize,
+)
+from kit.trees import Node, invert, negate, product, rename
+
+MAX_DEPTH = 80  # two a bracket: 40 brackets, some 320 Python frames of the 1,000 allowed; real answers nest about 5 brackets
+
+
+class Parser:
+    """Precedence climbing over the tokens of one answer; `parse` is the way in."""
+
+    def __init__(self, text: str, deadline_at: float):
+        self.tokens = tokenize(text, deadline_at)
+        self.deadline_at = deadline_at
+        self.index = 0
+        self.depth = 0
+        self.integrals = 0
+
+    # --- tokens
+
+    def peek(self, ahead: int = 0) -> tuple[str, object]:
+        return self.tokens[min(self.index + ahead, len(self.tokens) - 1)][:2]
+
+    def take(self) -> tuple[str, object]:
+        token = self.peek()
+        self.index += 1
+        return token
+
+    def accept(self, *values: str) -> str | None:
+        kind, value = self.peek()
+        if kind in ("op", "cmd", "sep", "row") and value in values:
+            self.index += 1
+            return value
+        return None
+
+    def expect(self, value: str) -> None:
+        if not self.accept(value):
+            raise ParseError(f"expected {value!r}, found {self.peek()[1]!r}")
+
+    def enter(self) -> None:
+        self.depth += 1
+        if time.monotonic() > self.deadline_at:
+            raise Undecided("deadline")
+        if self.depth > MAX_DEPTH:
+            raise TooLarge(f"an answer nested deeper than {MAX_DEPTH} levels")
+
+    # --- lists and relations
+
+    def items(self, *ends: str) -> tuple[list[Node], set]:
+        """Relations separated by commas, semicolons, `and`, `or`, up to (not including) one of the ends."""
+        found, separators = [], set()
+        while True:
+            while self.peek()[0] == "sep":
+                separators.add(self.take()[1])
+            kind, value = self.peek()
+            if kind == "end" or (kind in ("op", "cmd", "row") and value in ends):
+                return found, separators
+            found.append(self.relation())
+            if self.peek()[0] not in ("sep", "end") and self.peek()[1] not in ends:
+                raise ParseError(f"cannot read on at {self.peek()[1]!r}")
+
+    def whole(self) -> Node:
+        self._trim()
+        found, separators = self.items()
+        if self.peek()[0] != "end":
+            raise ParseError(f"cannot read on at {self.peek()[1]!r}")
+        if not found:
+            raise ParseError("nothing to read")
+        if len(found) == 1:
+            return found[0]
+        return ("list", "or" if separators == {"or"} else ",", *found)
+
+    def _trim(self) -> None:
+        """Trailing full stops, commas and stray backslashes are punctuation."""
+        while len(self.tokens) > 1 and self.tokens[-2][1] in (".", ",", ";", ":", "\\\\", "\\", "..."):
+            del self.tokens[-2]
+
+    def relation(self) -> Node:
+        operands, operators = [self.set_expression()], []
+        while True:
+            kind, value = self.peek()
+            if kind not in ("op", "cmd") or value not in RELATIONS:
+                break
+            self.index += 1
+            operators.append(RELATIONS[value])
+            self.accept("&")
+            operands.append(self.set_expression())
+        if self.accept("pmod", "bmod"):
+            operands.append(self.argument())
+            operators.append("mod")
+        return ("rel", tuple(operators), tuple(operands)) if operators else operands[0]
+
+    def set_expression(self) -> Node:
+        left = self.sum()
+        while True:
+            if self.accept("cup"):
+                right = self.sum()
+                left = (*left, right) if left[0] == "union" else ("union", left, right)
+            elif self.accept("cap"):
+                left = ("meet", left, self.sum())
+            elif self.accept("setminus", "backslash"):
+                left = ("minus", left, self.sum())
+            elif self.accept(":", "colon"):
+                right = self.sum()
+                left = (*left, right) if left[0] == "ratio" else ("ratio", left, right)
+            elif self.accept("choose"):
+                left = ("binom", left, self.sum())
+            else:
+                return left
+
+    # --- arithmetic
+
+    def sum(self) -> Node:
+        self.enter()
+        terms, sign = [], None
+        while True:
+            negative = False
+            while sign in ("+", "-", None):
+                negative ^= sign == "-"
+                sign = self.accept("+", "-", "pm", "mp")
+                if sign is None:
+                    break
+            if sign in ("pm", "mp"):
+                terms.append(("pm", 1 if (sign == "pm") != negative else -1, self.product()))
+            else:
+                term = self.product()
+                terms.append(negate(term) if negative else term)
+            sign = self.accept("+", "-", "pm", "mp")
+            if sign is None:
+                break
+        self.depth -= 1
+        return terms[0] if len(terms) == 1 else ("add", *terms)
+
+    def product(self) -> Node:
+        factors = [self.power()]
+        while True:
+            if self.accept("*", "cdot", "times", "ast"):
+                factors.append(self._signed())
+            elif self.accept("/", "div"):
+                factors.append(invert(self._signed()))
+            elif self.peek()[0] == "text":
+                factors = [self._unit(product(factors))]
+            elif self._starts_factor():
+                factors.append(self.power())
+            else:
+                return product(factors)
+
+    def _signed(self) -> Node:
+        if self.accept("-"):
+            return negate(self.power())
+        self.accept("+")
+        return self.power()
+
+    def _unit(self, node: Node) -> Node:
+        unit = str(self.take()[1])
+        while self.peek()[0] == "text":
+            unit += " " + str(self.take()[1])
+        if self.accept("^"):
+            exponent = self.argument()
+            unit += f"^{exponent[1]}" if exponent[0] == "num" else ""
+        if self.peek()[1] == "/" and self.peek(1)[0] == "text":
+            self.index += 1
+            unit += "/" + str(self.take()[1])
+        return ("unit", node, unit)
+
+    def _starts_factor(self) -> bool:
+        kind, value = self.peek()
+        if self.integrals and kind == "sym" and value == "d":
+            return False
+        if kind == "num":  # "x2" is a product, "2 3" is not
+            return self.tokens[self.index - 1][0] != "num"
+        if kind == "sym":
+            return True
+        if kind == "op":
+            return value in ("(", "{", "[", "\\{")
+        return kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
+
+    def power(self) -> Node:
+        depth = self.depth
+        self.enter()
+        node = self.atom()
+        while True:
+            if self.accept("!"):
+                self.enter()  # each ! is a level of the tree
+                node = ("fact", node)
+            elif self.accept("%"):
+                node = ("percent", node)
+            elif self.accept("^"):
+                kind, value = self.peek()
+                if (kind, value) in (("cmd", "circ"), ("cmd", "degree")):
+                    self.index += 1
+                    node = ("deg", node)
+                elif kind == "op" and value == "{" and self.peek(1) == ("cmd", "circ"):
+                    self.index += 2
+                    self.expect("}")
+                    node = ("deg", node)
+                elif kind == "cmd" and value == "prime":
+                    self.index += 1
+                    node = self._prime(node)
+                else:
+                    node = ("pow", node, self._exponent())
+            elif self.accept("degree", "circ"):
+                node = ("deg", node)
+            elif self.accept("'"):
+                node = self._prime(node)
+            elif self.peek()[1] == "_" and self.peek()[0] == "op":
+                self.index += 1
+                node = self._subscript(node)
+            else:
+                break
+        self.depth = depth
+        return node
+
+    def _exponent(self) -> Node:
+        """What ^ raises to: towers go to the right, but a factorial or percent sign behind belongs to the whole power."""
+        self.enter()
+        if self.accept("-"):
+            return negate(self._exponent())
+        self.accept("+")
+        node = self.atom()
+        if self.peek() == ("op", "_"):
+            self.index += 1
+            node = self._subscript(node)
+        if self.accept("^"):
+            node = ("pow", node, self._exponent())
+        self.depth -= 1
+        return node
+
+    def _prime(self, node: Node) -> Node:
+        if node[0] != "sym":
+            raise ParseError("a prime that does not follow a symbol")
+        return ("sym", node[1] + "'")
+
+    def _subscript(self, node: Node) -> Node:
+        start = self.index
+        if self.accept("{"):
+            level = 1
+            while level:
+                kind, value = self.take()
+                if kind == "end":
+                    raise ParseError("a subscript that is not closed")
+                level += (kind == "op" and value == "{") - (kind == "op" and value == "}")
+            inside = self.tokens[start + 1 : self.index - 1]
+        else:
+            inside = [self.tokens[self.index]]
+            if self.take()[0] not in ("num", "sym", "text", "cmd"):
+                raise ParseError("a subscript that is missing")
+        text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
+        if node[0] in ("num", "dec"):
+            return self._in_base(node, text, start)
+        if node[0] == "sym":
+            return ("sym", f"{node[1]}_{text}")
+        raise ParseError("a subscript that follows neither a symbol nor a number")
+
+    def _in_base(self, node: Node, text: str, start: int) -> Node:
+        base = BASE_WORDS.get(text.lower()) or (int(text) if text.isascii() and text.isdecimal() and len(text) < 3 else 0)
+        kind, value, _ = self.tokens[start - 2]  # the digits as they were written
+        if not 2 <= base <= 36 or kind != "num" or node[0] != "num":
+            raise ParseError(f"cannot read a number in base {text!r}")
+        try:
+            return ("num", Fraction(int(value[0], base)))
+        except ValueError as error:
+            raise ParseError(f"{value[0]!r} has a digit that base {base} has not") from error
+
+    def argument(self) -> Node:
+        """What a command takes: a group, or one token (of a number, one digit: \frac12 is a half)."""
+        kind, value = self.peek()
+        if kind == "num" and value[0].isdigit() and not value[1] and len(value[0]) > 1:
+            self.tokens[self.index] = ("num", (value[0][1:], 0), False)
+            return number_node(value[0][0])
+        if kind == "op" and value == "{":
+            return self.group()
+        return self.atom()
+
+    def group(self) -> Node:
+        self.expect("{")
+        found, _ = self.items("}", "\\}")
+        if not self.accept("}", "\\}"):
+            raise ParseError("a group that is not closed")
+        if not found:
+            raise ParseError("an empty group")
+        return found[0] if len(found) == 1 else ("set", *found)
+
+    # --- atoms
+
+    def atom(self) -> Node:
+        kind, value = self.take()
+        if kind == "num":
+            return self._number(value)
+        if kind == "exact":
+            return ("num", value)
+        if kind == "sym":
+            return self._symbol(str(value))
+        if kind == "text":
+            base = str(value)
+            while self.peek()[0] == "text":
+                base += " " + str(self.take()[1])
+            if self.peek() == ("op", "_"):
+                self.index += 1
+                return self._subscript(("sym", base))
+            return ("text", base)
+        if kind == "op":
+            if value in ("(", "["):
+                return self._bracket(value)
+            if value == "{":
+                self.index -= 1
+                return self.group()
+            if value == "\\{":
+                return self._set()
+            if value in ("|", "\\|"):
+                return self._absolute(str(value))
+            if value == "-":
+                return negate(self.power())
+        if kind == "cmd":
+            return self._command(str(value))
+        raise ParseError(f"cannot read {value!r}")
+
+    def _number(self, value: tuple[str, int]) -> Node:
+        node = number_node(*value)
+        if node[0] != "num":
+            self.accept("...", "ldots", "dots", "cdots")
+            return node
+        if self.peek() == ("cmd", "frac"):
+            mark = self.index
+            fraction = self.power()
+            if fraction[0] == "num" and 0 < fraction[1] < 1:
+                return ("num", node[1] + fraction[1])
+            self.index = mark
+            return node
+        following, spaced = self.peek(), self.tokens[min(self.index, len(self.tokens) - 1)][2]
+        if spaced and following[0] == "num" and self.peek(1) == ("op", "/") and self.peek(2)[0] == "num":
+            fraction = (number_node(*following[1]), number_node(*self.peek(2)[1]))
+            if fraction[0][0] == fraction[1][0] == "num" and 0 < fraction[0][1] < fraction[1][1]:
+                self.index += 3
+                return ("num", node[1] + fraction[0][1] / fraction[1][1])
+        return node
+
+    def _symbol(self, name: str) -> Node:
+        kind, value, spaced = self.tokens[self.index]
+        if kind == "op" and value == "'" and name in OPAQUE:
+            self.index += 1
+            name += "'"
+            kind, value, spaced = self.tokens[self.index]
+        if kind == "op" and value == "(" and not spaced and len(name.rstrip("'")) == 1:
+            mark, depth = self.index, self.depth
+            if name[0] in OPAQUE or (
+                self.tokens[min(mark + 1, len(self.tokens) - 1)][0] == "sym" and self.peek(2) == ("op", ")")
+            ):
+                self.index += 1
+                found, _ = self.items(")")
+                self.expect(")")
+                if found:
+                    return ("apply", name, *found)
+            self.index, self.depth = mark, depth
+        if name == "e" or name == "i":
+            return ("const", name)
+        return ("sym", name)
+
+    def _bracket(self, opening: str) -> Node:
+        found, _ = self.items(")", "]")
+        closing = self.accept(")", "]")
+        if closing is None or not found:
+            raise ParseError("a bracket that is empty or not closed")
+        if len(found) > 1:
+            return ("seq", opening, closing, *found)
+        if {opening + closing} & {"(]", "[)"}:
+            raise ParseError("brackets that do not match")
+        return found[0]
+
+    def _set(self) -> Node:
+        found, _ = self.items("\\}", "}", "mid", "|", ":")
+        if self.accept("mid", "|", ":"):
+            found, _ = self.items("\\}", "}")
+            if not self.accept("\\}", "}") or len(found) != 1:
+                raise ParseError("a set given by something other than one condition")
+            return found[0]
+        if not self.accept("\\}", "}"):
+            raise ParseError("a set that is not closed")
+        return ("set", *found)
+
+    def _absolute(self, bar: str) -> Node:
+        inside = self.sum()
+        if not self.accept(bar):
+            raise ParseError("an absolute value that is not closed")
+        return ("call", "abs", inside)
+
+    def _command(self, name: str) -> Node:
+        if name == "frac":
+            top = self.argument()
+            return product([top, invert(self.argument())])
+        if name in ("sqrt", "cbrt"):
+            return self._root(name)
+        if name in ("binom", "dbinom", "tbinom"):
+            top = self.argument()
+            return ("binom", top, self.argument())
+        if name in CONSTANTS:
+            return CONSTANTS[name]
+        if name in FUNCTIONS:
+            return self._function(name)
+        if name in GREEK:
+            return self._symbol(name)
+        if name in ("emptyset", "varnothing"):
+            return ("set",)
+        if name == "reals":
+            return ("reals",)
+        if name in ("lfloor", "lceil", "lvert", "lVert"):
+            inside = self.sum()
+            self.expect("r" + name[1:])
+            return ("call", {"lfloor": "floor", "lceil": "ceil"}.get(name, "abs"), inside)
+        if name in ("sum", "prod", "int"):
+            return self._big(name)
+        if name == "begin":
+            return self._environment()
+        if name in STRUCTURAL or "arrow" in name:
+            raise ParseError(f"cannot read the command \\{name} here")
+        return self._symbol(name)  # an unknown command is a symbol like any other
+
+    def _root(self, name: str) -> Node:
+        index: Node = ("num", Fraction(3 if name == "cbrt" else 2))
+        if self.accept("["):
+            index = self.sum()
+            self.expect("]")
+        kind, value = self.peek()
+        if kind == "op" and value == "{":
+            inside = self.group()
+        elif kind == "num":
+            self.index += 1
+            inside = number_node(*value)
+        else:
+            inside = self.atom()
+        return ("root", index, inside)
+
+    def _function(self, name: str) -> Node:
+        base = exponent = None
+        for _ in range(2):
+            if base is None and self.accept("_"):
+                base = self.argument()
+            if exponent is None and self.accept("^"):
+                exponent = self._signed() if self.peek()[1] != "{" else self.group()
+        kind, value = self.peek()
+        if kind == "op" and value == "(":
+            self.index += 1
+            arguments, _ = self.items(")")
+            self.expect(")")
+        elif kind == "op" and value == "{":
+            arguments = [self.group()]
+        else:
+            factors = [negate(self.power()) if self.accept("-") else self.power()]
+            while self._starts_factor() and not (self.peek()[0] == "cmd" and self.peek()[1] in FUNCTIONS):
+                if self.peek()[1] in ("(", "[", "\\{"):
+                    break
+                factors.append(self.power())
+            arguments = [product(factors)]
+        if not arguments:
+            raise ParseError(f"{name} of nothing")
+        if exponent == ("num", Fraction(-1)) and "arc" + name in FUNCTIONS:
+            name, exponent = "arc" + name, None
+        node = ("call", name, *arguments, base) if base is not None else ("call", name, *arguments)
+        return node if exponent is None else ("pow", node, exponent)
+
+    def _big(self, name: str) -> Node:
+        low = high = None
+        for _ in range(2):
+            if low is None and self.accept("_"):
+                low = self.argument()
+            if high is None and self.accept("^"):
+                high = self.argument()
+        if low is None or high is None:
+            raise ParseError(f"a {name} without its bounds")
+        if name != "int":
+            if low[0] != "rel" or low[1] != ("=",) or low[2][0][0] not in ("sym", "const"):
+                raise ParseError(f"a {name} without its variable")
+            variable, low = low[2]
+            return ("big", name, variable[1], low, high, rename(self.product(), variable, ("sym", variable[1])))
+        self.integrals += 1
+        body = self.sum()
+        self.integrals -= 1
+        if self.take() != ("sym", "d") or self.peek()[0] != "sym":
+            raise ParseError("an integral without its variable")
+        return ("big", name, str(self.take()[1]), low, high, body)
+
+    def _environment(self) -> Node:
+        name = self._environment_name()
+        if name == "array" and self.accept("{"):
+            while not self.accept("}"):
+                if self.take()[0] == "end":
+                    raise ParseError("an array whose columns are not closed")
+        rows: list[list[Node]] = [[]]
+        self.enter()
+        while self.peek() != ("cmd", "end"):
+            kind, _ = self.peek()
+            if kind == "end":
+                raise ParseError(f"an environment {name} that is not closed")
+            if kind == "row":
+                self.index += 1
+                rows.append([])
+            elif not self.accept("&", "hline"):
+                found, _ = self.items("&", "end", "\\\\")
+                rows[-1].extend(found)
+        self.index += 1
+        self._environment_name()
+        self.depth -= 1
+        rows = [row for row in rows if row]
+        if not rows:
+            raise ParseError(f"an empty {name}")
+        if name == "cases":
+            return ("list", ",", *(node for row in rows for node in row))
+        if name not in MATRICES or len({len(row) for row in rows}) != 1:
+            raise ParseError(f"an environment {name} that is not a matrix")
+        matrix = ("matrix", *(tuple(row) for row in rows))
+        return ("call", "det", matrix) if name == "vmatrix" else matrix
+
+    def _environment_name(self) -> str:
+        self.expect("{")
+        name = ""
+        while not self.accept("}"):
+            kind, value = self.take()
+            if kind == "end":
+                raise ParseError("an environment without a name")
+            name += str(value)
+        return name.rstrip("*")
+
+
+def parse(text: str, deadline_at: float = math.inf) -> Node:
+    """The tree of one answer. ParseError where the notation is not known, TooLarge beyond a cap, Undecided at the deadline."""
+    try:
+        return Parser(clean(text), deadline_at).whole()
+    except RecursionError as error:  # a caller that is itself hundreds of frames deep
+        raise TooLarge("an answer nested too deeply for the stack that is left") from error

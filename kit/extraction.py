@@ -1,0 +1,211 @@
+r"""Which part of a response is its answer? A fixed order of places to look, each with a name that the verdict records.
+
+1.  `boxed`: the last complete \boxed{...}, by brace matching (\fbox, \boxed {x} and \boxed 5 too). Boxes are never joined.
+    `final answer after the box`: a sentence "final answer is ..." or "final answer: ..." after that box, if it names a value.
+2.  `####`: what follows the last ####, as in GSM8K.
+3.  `answer statement`: what follows the last "answer is", "answer:" and their like.
+4.  `whole text`: everything, where it is an answer without prose around it.
+5.  `last mathematics` or `last number`: the last $...$, \(...\) or \[...\], unless a number stands after it.
+6.  `short text`: everything, where it is at most six words.
+
+All of it is looked for after the last </think>. Only if nothing is found there is the thought searched, and the name says so.
+A thought that never ends counts by steps 1 to 3 alone: the last number of a thought that was cut off is no answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kit.notation import FUNCTIONS, GREEK, UNITS, clean, names
+
+MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
+MAX_SPANS = 12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer
+
+_BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
+_BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
+_STATEMENT = re.compile(
+    r"(?:\bfinal\s{1,3}answer|\banswer|\boption|\bchoice|\bréponse|\brespuesta|\bantwort|答案|答え|الجواب)"
+    r"[\s*:_=\"]{0,6}(?:\bis\b|\bare\b|\best\b|\bes\b|\bist\b|是|为|為|は|:|：|=)[\s*:：_\"]{0,6}"
+    r"|\bfinal\s{1,3}answer\s?\*{0,2}\s{0,3}\n\s{0,6}",  # a heading
+    re.IGNORECASE,
+)
+_DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
+_SENTENCE_END = re.compile(r"\n|\.(?=\s|$)|。|<\|")
+_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
+_NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.^])(?:(?<![\w)\]}])[-−]\s?)?\$?"
+    r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\s)[0-9]{3})+(?![0-9])|[0-9]+)?(?:(?<=[0-9])[.,][0-9]+|(?<![0-9])\.[0-9]+|(?<=[0-9]))"
+    r"(?:/[0-9]+(?![0-9]))?(?:\s?\\?%)?"
+)
+_TEXT_GROUP = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
+_WORDS = re.compile(r"[^\W\d_]+")
+_COMMANDS = re.compile(r"\\[A-Za-z]+")
+_CONNECTIVES = frozenset(("and", "or"))
+_PROSE = names(
+    "the is are was be it its of so we he she you they not no but can for has had to as at by if on that this thus hence an"
+)
+_MATH_WORDS = FUNCTIONS | GREEK | _CONNECTIVES | {"sqrt", "cbrt", "binom", "infinity", "infty", "inf", "pi", "percent", "pct"}
+_CHOICE = re.compile(
+    r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
+    r"(?!\s{0,3}(?:and|or|et|ou|,|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
+)
+_LEADING_CHOICE = re.compile(r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))")
+_LONE_SYMBOL = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)\s*")
+
+
+def extract_answer(text: str, *, choice: bool = False) -> tuple[str | None, str]:
+    """(the answer's text, where it was found), or (None, why not). `choice`: the letter of a multiple choice counts."""
+    thought, tag, reply = text.rpartition("</think>")
+    if tag:
+        answer, rule = _extract(reply, choice, explicit=False)
+        if answer is not None:
+            return answer, rule
+        answer, rule = _extract(thought, choice, explicit=False)
+        return answer, f"{rule}, before </think>" if answer is not None else rule
+    return _extract(reply, choice, explicit="<think>" in text)
+
+
+def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
+    if "<" in text:
+        text = _SPECIAL.sub(" ", text)
+    box = last_box(text) if "boxed" in text or "fbox" in text else None
+    if box:
+        content, end = box
+        if "nswer" in text[end:] or "NSWER" in text[end:]:
+            later = statement(text[end:], choice, final=True)
+            if later is not None:
+                return later, "final answer after the box"
+        return content, "boxed"
+    if "####" in text:
+        line = text.rpartition("####")[2].strip().partition("\n")[0].strip()
+        if line:
+            return line, "####"
+    stated = statement(text, choice, final=False)
+    if stated is not None:
+        return stated, "answer statement"
+    if explicit:
+        return None, "no answer: the thought does not end"
+    stripped = text.strip()
+    if not stripped:
+        return None, "no answer: nothing is there"
+    if choice:
+        letter = _LEADING_CHOICE.match(stripped)
+        if letter:
+            return letter[1] or letter[2], "leading choice"
+    if is_bare(stripped):
+        return stripped, "whole text"
+    found, place = last_value(text)
+    if found is not None:
+        return found, place
+    if len(stripped) <= 80 and len(stripped.split()) <= 6:
+        return stripped, "short text"
+    return None, "no answer: no value is named"
+
+
+def last_box(text: str) -> tuple[str, int] | None:
+    """(content, end) of the last complete, non-empty box: one pass over the braces, however many boxes are left open."""
+    stack: list[int] = []  # the start of a box's content, or -1 for any other brace
+    waiting = -1  # where a \boxed just ended
+    best: tuple[str, int] | None = None
+    for match in _BRACES.finditer(text):
+        sign = match[0]
+        if sign == "{":
+            stack.append(match.end() if 0 <= waiting <= match.start() and not text[waiting : match.start()].strip() else -1)
+            waiting = -1
+        elif sign == "}":
+            start = stack.pop() if stack else -1
+            if start >= 0 and text[start : match.start()].strip():
+                best = (text[start : match.start()].strip(), match.end())
+        elif sign.endswith(("boxed", "fbox")):
+            token = _BOX_TOKEN.match(text, match.end())
+            if token:
+                best, waiting = (token[1], token.end()), -1
+            else:
+                waiting = match.end()
+    return best
+
+
+def statement(text: str, choice: bool, final: bool) -> str | None:
+    """What the last "(final) answer is ..." names, or None. A final one must name a value, not just go on talking."""
+    last = None
+    for match in _STATEMENT.finditer(text):
+        opening = match[0][:6].lower()
+        if (opening.startswith("final") or not final) and (choice or opening not in ("option", "choice")):
+            last = match
+    if last is None:
+        return None
+    rest = text[last.end() : last.end() + MAX_STATEMENT]
+    letter = _CHOICE.match(rest) if choice else None
+    if letter:
+        return letter[1] or letter[2]
+    display = _DISPLAY.match(rest)
+    if display:
+        sentence = display[1] or display[2] or ""
+    else:
+        end = _SENTENCE_END.search(rest)
+        sentence = rest[: end.start()] if end else rest
+    sentence = sentence.strip(' \n\t*"\\,;:')
+    if not sentence:
+        return None
+    if is_bare(sentence) and (not final or any(sign.isdigit() or sign in "$\\" for sign in sentence)):
+        return sentence
+    found = _leading_span(sentence) or last_value(sentence)[0]
+    if found is not None:
+        return found
+    return sentence if not final and len(sentence) <= 60 else None
+
+
+def _leading_span(sentence: str) -> str | None:
+    r"""The mathematics that a sentence opens with: $18$ of "$18$ is what 9 + 9 gives"."""
+    for opening, closing in (("$", "$"), ("\\(", "\\)")):
+        end = sentence.find(closing, len(opening)) if sentence.startswith(opening) else -1
+        if end > 0 and is_bare(sentence[len(opening) : end]):
+            return sentence[: end + len(closing)]
+    return None
+
+
+def is_bare(text: str) -> bool:
+    """Whether a text is an answer by itself: mathematics, units, connectives, words inside \\text{}, but no prose."""
+    if not text.isascii():
+        text = clean(text)
+    for word in _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)) if "\\" in text else text):
+        lower = word.lower()
+        if lower in _PROSE or not word.isascii():
+            return False
+        if len(word) >= 4 and not word.isupper() and lower not in _MATH_WORDS and lower not in UNITS and word not in _MATH_WORDS:
+            return False
+    return True
+
+
+def last_value(text: str) -> tuple[str | None, str]:
+    """The last mathematics between delimiters, or the last number where one stands after it."""
+    span = _last_span(text)
+    number = None
+    for match in _NUMBER.finditer(text, span[1] if span else 0):
+        if match[0]:
+            number = match[0]
+    if number is not None:
+        return number.strip(), "last number"
+    if span is not None:
+        return text[span[0] : span[1]], "last mathematics"
+    return None, ""
+
+
+def _last_span(text: str) -> tuple[int, int] | None:
+    """(start, end) of the last delimited mathematics that is no lone symbol and no prose between two dollar signs."""
+    best: tuple[int, int] | None = None
+    for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
+        end = text.rfind(closing)
+        for _ in range(MAX_SPANS):
+            start = text.rfind(opening, 0, end) if end > 0 else -1
+            if start < 0:
+                break
+            content = text[start + len(opening) : end]
+            useful = content.strip() and not _LONE_SYMBOL.fullmatch(content)
+            if useful and is_bare(content):
+                if best is None or end > best[1]:
+                    best = (start, end + len(closing))
+                break
+            # between two dollar signs lies prose: the second one may open or be a price
+            end = start if opening == "$" else text.rfind(closing, 0, start)
+    return best

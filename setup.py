@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["kit", "kit.kernels"],
+    packages=["kit", "kit.grading", "kit.kernels"],
     package_dir={"kit.kernels": "kernels"},
     package_data={"kit": ["tiny/*"]},
     install_requires=[

@@ -3,9 +3,9 @@ r"""Is this answer right? Correct, wrong or unknown, with the tier and the rule 
     from kit.grade import grade
     grade(r"\frac{1}{2}", r"... so the answer is $\boxed{0.5}$.")    # Verdict(verdict="correct", tier=0, rule="number", ...)
 
-Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both (kit/answers.py) and
-compares values (kit/comparison.py); nothing is executed and every operation is capped. Tier 2 is sympy in a worker process
-(kit/workers.py), for the few that tier 1 leaves open. A response without an answer is wrong; `unknown` is only what could not be
+Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both (answers.py) and
+compares values (comparison.py); nothing is executed and every operation is capped. Tier 2 is sympy in a worker process
+(workers.py), for the few that tier 1 leaves open. A response without an answer is wrong; `unknown` is only what could not be
 decided: the deadline passed, a cap was met, or sympy could not tell.
 
     python -m kit.grade "gold" "prediction"
@@ -19,12 +19,12 @@ import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from kit.answers import ParseError, TooLarge, parse
-from kit.comparison import Judge, Options
-from kit.extraction import extract_answer, is_bare
-from kit.notation import FONT_COMMANDS, TEXT_COMMANDS, Undecided, clean, group_ends
-from kit.values import Budget, NotNumeric, Undefined
-from kit.workers import prove
+from kit.grading.answers import ParseError, TooLarge, parse
+from kit.grading.comparison import Judge, Options
+from kit.grading.extraction import extract_answer, is_bare
+from kit.grading.notation import FONT_COMMANDS, TEXT_COMMANDS, Undecided, clean, group_ends
+from kit.grading.values import Budget, NotNumeric, Undefined
+from kit.grading.workers import prove
 
 __all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.answers import parse
-from kit.notation import MAX_DIGITS, ParseError, TooLarge, clean, tokenize
-from kit.trees import canonical, from_json, symbols, to_json
+from kit.grading.answers import parse
+from kit.grading.notation import MAX_DIGITS, ParseError, TooLarge, clean, tokenize
+from kit.grading.trees import canonical, from_json, symbols, to_json
 
 
 def number(value):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.answers import parse
-from kit.comparison import Judge, Options
-from kit.identities import same_number
-from kit.notation import TooLarge, Undecided
-from kit.values import Budget, Evaluator, NotNumeric, Undefined, exact_root
+from kit.grading.answers import parse
+from kit.grading.comparison import Judge, Options
+from kit.grading.identities import same_number
+from kit.grading.notation import TooLarge, Undecided
+from kit.grading.values import Budget, Evaluator, NotNumeric, Undefined, exact_root
 
 
 def budget(seconds=10.0):

@@ -541,7 +541,7 @@ for gold, prediction in json.loads(sys.stdin.read()):
 memory = 0
 if sys.platform == "linux":
     import resource
-    from kit.workers import pool
+    from kit.grading.workers import pool
     pool().close()
     memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 print(json.dumps([worst, memory]))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kit import symbolic, workers
-from kit.answers import parse
-from kit.notation import Undecided
+from kit.grading import symbolic, workers
+from kit.grading.answers import parse
+from kit.grading.notation import Undecided
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and process limits as on Linux and macOS")
 START = 60.0  # seconds for a worker to start on a busy machine
@@ -67,7 +67,7 @@ def test_decisions(a, b, same):
 def test_a_started_worker_answers_at_once():
     script = """
 import time
-from kit import workers
+from kit.grading import workers
 from kit.grade import grade
 print(workers.start(), len(workers.pool().all), grade(r"\\int_0^1 x dx", "1/2").verdict, len(workers.pool().all))
 """
@@ -127,7 +127,7 @@ def test_a_question_has_a_limit_of_cpu_time_too():
     script = f"""
 import os, signal, sys, threading, time
 from kit.grade import grade
-from kit import workers
+from kit.grading import workers
 grade(r"\\int_0^1 x dx", r"\\frac12", deadline={START})
 print(next(iter(workers.pool().all)).process.pid, flush=True)
 threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
@@ -197,7 +197,7 @@ print(time.time(), flush=True)
 def test_no_worker_outlives_its_parent(end):
     script = f"""
 import os, signal, threading, time
-from kit import workers
+from kit.grading import workers
 from kit.grade import grade
 grade(r"\\int_0^1 x^2 dx", "1/3", deadline={START})
 thread = threading.Thread(target=grade, args=("5", r"{HARD}"), kwargs=dict(deadline=100), daemon=True)
@@ -217,7 +217,7 @@ def test_a_forked_child_has_its_own_workers():
     """The child is forked while another thread holds the pool's lock, which nobody in the child will ever release."""
     script = f"""
 import os, signal, threading, time
-from kit import workers
+from kit.grading import workers
 from kit.grade import grade
 def ask(): return grade(r"\\int_0^1 x^2 dx", "1/3", deadline={START}).verdict
 assert ask() == "correct"
@@ -239,5 +239,5 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *answers)
 
 def test_workers_do_not_import_torch():
     """A worker that imported it would start slowly and meet its memory limit."""
-    script = "import sys; import kit.symbolic; print('torch' in sys.modules, 'sympy' in sys.modules)"
+    script = "import sys; import kit.grading.symbolic; print('torch' in sys.modules, 'sympy' in sys.modules)"
     assert run(None, "-c", script).stdout.split() == ["False", "False"]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from kit.identities import decimal_of, proportional, rounds_to, same_decimals, same_function, same_number
-from kit.intervals import RealSets, condition_name, flip
-from kit.meaning import (
+from kit.grading.identities import decimal_of, proportional, rounds_to, same_decimals, same_function, same_number
+from kit.grading.intervals import RealSets, condition_name, flip
+from kit.grading.meaning import (
     as_rows,
     as_vector,
     has_names,
@@ -29,9 +29,9 @@ from kit.meaning import (
     strip_names,
     unwrap,
 )
-from kit.notation import TooLarge, Undecided
-from kit.trees import Node, canonical, contains, negate, product, symbols
-from kit.values import Budget, NotNumeric, Undefined
+from kit.grading.notation import TooLarge, Undecided
+from kit.grading.trees import Node, canonical, contains, negate, product, symbols
+from kit.grading.values import Budget, NotNumeric, Undefined
 
 MAX_PAIRS = 20_000  # comparisons between the elements of two sets, after equal rational elements are paired off
 

@@ -1,8 +1,8 @@
 """Sympy behind a wall: worker processes that answer "are these two expressions equal?" or are killed at the deadline.
 
-The parent sends trees (kit/trees.py) as one line of JSON and waits on a queue with a timeout; a worker that does not answer in
+The parent sends trees (trees.py) as one line of JSON and waits on a queue with a timeout; a worker that does not answer in
 time is killed, and its successor starts at once in the background. Since the parent keeps the time, this holds in any thread and
-on any system. A worker is a plain `python -c` process running kit/symbolic.py, because multiprocessing's spawn would run the
+on any system. A worker is a plain `python -c` process running symbolic.py, because multiprocessing's spawn would run the
 caller's script again where that has no `__main__` guard. Workers start with the first question. An idle one ends when its
 standard input closes, which is when the parent ends, however that comes about.
 """
@@ -19,14 +19,14 @@ import threading
 import time
 from pathlib import Path
 
-from kit.notation import Undecided
-from kit.trees import Node, to_json
+from kit.grading.notation import Undecided
+from kit.grading.trees import Node, to_json
 
 MAX_WORKERS = 2  # each holds about 70 MiB; a third thread waits, within its deadline
 START_UP = 60.0  # seconds that importing sympy may take on a busy machine before the worker is given up
 
 # the caller's folder ("") must not be searched: it may hold a sympy.py or a random.py
-_SERVE = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; from kit.symbolic import serve; serve()"
+_SERVE = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; from kit.grading.symbolic import serve; serve()"
 
 
 class Worker:
@@ -37,7 +37,7 @@ class Worker:
         self.answers: queue.SimpleQueue = queue.SimpleQueue()
         self.ready = False
         self.process = subprocess.Popen(
-            [sys.executable or "python", "-c", _SERVE, str(Path(__file__).resolve().parents[1])],
+            [sys.executable or "python", "-c", _SERVE, str(Path(__file__).resolve().parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

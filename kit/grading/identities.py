@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 
-from kit.notation import Undecided
-from kit.trees import Node, mentions_i, symbols
-from kit.values import Budget, Evaluator, Undefined, context
+from kit.grading.notation import Undecided
+from kit.grading.trees import Node, mentions_i, symbols
+from kit.grading.values import Budget, Evaluator, Undefined, context
 
 PRECISIONS = (50, 120, 400, 900)  # decimal digits; most pairs are decided by the second
 POINTS = 8

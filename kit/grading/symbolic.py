@@ -1,4 +1,4 @@
-"""The worker's side of kit/workers.py: sympy expressions built from trees node by node, and a decision whether two are equal.
+"""The worker's side of workers.py: sympy expressions built from trees node by node, and a decision whether two are equal.
 
 No text is ever evaluated. A worker has at most MEMORY bytes of address space (Linux; macOS accepts the limit without keeping it;
 Windows has none) and a CPU time limit renewed for every question (Linux and macOS), so that a worker whose parent was killed in
@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 
-from kit.notation import names
-from kit.trees import Node, from_json, symbols
+from kit.grading.notation import names
+from kit.grading.trees import Node, from_json, symbols
 
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 
@@ -54,7 +54,7 @@ def build(node: Node, sympy, assumptions: dict[str, dict]):
         "ratio": lambda a, b: a / b,
     }
     if op not in makers:
-        raise ValueError(f"a tree's {op!r} is no expression: compare it with kit/comparison.py")
+        raise ValueError(f"a tree's {op!r} is no expression: compare it with comparison.py")
     return makers[op](*(build(part, sympy, assumptions) for part in parts))
 
 

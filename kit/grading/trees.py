@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from kit.notation import OPAQUE
+from kit.grading.notation import OPAQUE
 
 Node = tuple
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kit.meaning import is_name, kind, resolve
-from kit.trees import Node, negate, symbols
-from kit.values import Budget, Evaluator, NotNumeric
+from kit.grading.meaning import is_name, kind, resolve
+from kit.grading.trees import Node, negate, symbols
+from kit.grading.values import Budget, Evaluator, NotNumeric
 
 INFINITY = ("const", "inf")
 MINUS_INFINITY = negate(INFINITY)

@@ -1,4 +1,4 @@
-r"""The parser of answers: LaTeX or plain notation in, a tree (kit/trees.py) out. Nothing is evaluated and nothing is executed."""
+r"""The parser of answers: LaTeX or plain notation in, a tree (trees.py) out. Nothing is evaluated and nothing is executed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from fractions import Fraction
 
-from kit.notation import (
+from kit.grading.notation import (
     BASE_WORDS,
     CLOSERS,
     CONSTANTS,
@@ -24,7 +24,7 @@ from kit.notation import (
     number_node,
     tokenize,
 )
-from kit.trees import Node, invert, negate, product, rename
+from kit.grading.trees import Node, invert, negate, product, rename
 
 MAX_DEPTH = 80  # two a bracket: 40 brackets, some 320 Python frames of the 1,000 allowed; real answers nest about 5 brackets
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from kit.notation import UNITS
-from kit.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
+from kit.grading.notation import UNITS
+from kit.grading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
 
 
 def is_name(node: Node) -> bool:

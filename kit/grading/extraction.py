@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 
-from kit.notation import FUNCTIONS, GREEK, UNITS, clean, names
+from kit.grading.notation import FUNCTIONS, GREEK, UNITS, clean, names
 
 MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
 MAX_SPANS = 12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer

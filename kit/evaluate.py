@@ -19,6 +19,7 @@ from kit.benchmarks import Benchmark, Question
 from kit.chat import ChatFormat, digest
 from kit.generate import Completion, SamplingParams, generate
 from kit.grade import grade
+from kit.grading import workers
 from kit.journal import Journal
 
 # the paper's keywords (section "Why it happens"). It also asks a language model whether each match is a real reflection: keywords
@@ -112,6 +113,7 @@ def evaluate(
     prompt, decoding or version: results under two headers are not one result.
     """
     num_samples = num_samples or benchmark.num_samples
+    workers.start()  # importing sympy takes seconds: not out of the first hard answer's deadline
     journal = Journal(folder / f"{benchmark.name}.jsonl")
     header = {
         "model": fingerprint(model),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -113,7 +114,8 @@ def evaluate(
     prompt, decoding or version: results under two headers are not one result.
     """
     num_samples = num_samples or benchmark.num_samples
-    workers.start()  # importing sympy takes seconds: not out of the first hard answer's deadline
+    # importing sympy takes seconds: not out of the first hard answer's deadline
+    threading.Thread(target=workers.start, daemon=True, name="start-grader").start()
     journal = Journal(folder / f"{benchmark.name}.jsonl")
     header = {
         "model": fingerprint(model),

@@ -3,9 +3,10 @@ r"""Is this answer right? Correct, wrong or unknown, with the tier and the rule 
     from kit.grade import grade
     grade(r"\frac{1}{2}", r"... so the answer is $\boxed{0.5}$.")    # Verdict(verdict="correct", tier=0, rule="number", ...)
 
-Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both and compares
-their exact values (kit/grading); nothing is executed and every operation is capped. Tier 2 is sympy in a worker process, for the few that tier 1 leaves open. A response without an answer is wrong; `unknown` is only what could not be
-decided: the deadline passed, a cap was met, or sympy could not tell.
+Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both and compares their
+exact values (kit/grading); nothing is executed and every operation is capped. Tier 2 is sympy in a worker process, for the few
+that tier 1 leaves open. A response without an answer is wrong; `unknown` is only what could not be decided: the deadline passed,
+a cap was met, or sympy could not tell.
 
     python -m kit.grade "gold" "prediction"
 """

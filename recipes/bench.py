@@ -7,8 +7,8 @@
 packing: `plan_packs` against TRL's `pack_dataset(strategy="bfd")` on lognormal lengths. TRL moves the tokens while it packs; ours
 are moved when a step builds its rows, so that part is timed too. loss: forward and backward of the fused loss against
 `F.cross_entropy` on full logits and `F.linear_cross_entropy` in chunks, each in a fresh process for its peak memory. A peer that
-is not installed is named. Takes about ten minutes on two CPU cores. Left out on purpose: torch's own choice of chunk, a few rows at
-this vocabulary, which takes minutes a call on a CPU; and, so far, everything that needs a GPU.
+is not installed is named. Takes about ten minutes on two CPU cores. Left out on purpose: torch's own choice of chunk, a few rows
+at this vocabulary, which takes minutes a call on a CPU; and, so far, everything that needs a GPU.
 """
 
 import gc

@@ -3,7 +3,7 @@ import torch
 
 from kit.kernels.packed_attention import packed_attention, packed_attention_reference
 
-LENGTHS = [1, 13, 7, 1, 20]  # single tokens, a window's length, longer than two windows
+LENGTHS = [1, 13, 7, 1, 8, 20]  # single tokens, a window of 7 and one more, longer than two windows
 T = sum(LENGTHS)
 D = 16  # head_dim
 CU_SEQLENS = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
@@ -74,9 +74,9 @@ def test_non_contiguous_and_broadcast_inputs_are_read_right():
         ({"k": (T, 3)}, "Hkv dividing Hq"),
         ({"v": (T - 1, 2)}, "must be"),
         ({"window": 0}, "window is 0"),
-        ({"cu_seqlens": [0, 5, 5, T]}, "rise from 0 to T = 42"),
-        ({"cu_seqlens": [0, 5, T - 1]}, "rise from 0 to T = 42"),
-        ({"cu_seqlens": [1, 5, T]}, "rise from 0 to T = 42"),
+        ({"cu_seqlens": [0, 5, 5, T]}, "rise from 0 to T = 50"),
+        ({"cu_seqlens": [0, 5, T - 1]}, "rise from 0 to T = 50"),
+        ({"cu_seqlens": [1, 5, T]}, "rise from 0 to T = 50"),
         ({"max_seqlen": 19}, "max_seqlen is 19 but the longest document has 20"),
     ],
 )

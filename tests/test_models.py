@@ -15,9 +15,9 @@ def logits_of(model, documents):
     return next_token_logits(model, hidden_states(model, PackedBatch.build(documents)))
 
 
-def with_transformers(model, documents):
-    """Each document on its own through transformers' eager attention: the truth a pack is held against."""
-    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager", dtype=model.dtype).eval()
+def with_transformers(model, documents, dtype):
+    """Each document on its own through transformers' eager attention, with the same weights in `dtype`."""
+    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager", dtype=dtype).eval()
     plain.load_state_dict(model.state_dict())
     plain.set_attn_implementation("eager")
     return torch.cat([plain(document.ids.long()[None]).logits[0] for document in documents])
@@ -28,14 +28,14 @@ def with_transformers(model, documents):
 def test_logits_of_a_pack_are_the_logits_of_its_documents(family, checkpointing):
     documents = random_documents(LENGTHS)
     model = make_model(family)
-    truth = with_transformers(make_model(family, torch.float64), documents)
-    torchs = (with_transformers(model, documents) - truth).square().mean().sqrt()
+    truth = with_transformers(model, documents, torch.float64)
+    torchs = (with_transformers(model, documents, torch.float32) - truth).square().mean().sqrt()
     if checkpointing:
         checkpoint_layers(model, True)
         model.train()
     ours = (logits_of(model, documents) - truth).square().mean().sqrt()
     assert ours <= 2 * torchs
-    assert torchs > 0
+    assert 0 < torchs < 1e-4 * truth.square().mean().sqrt()  # the bar is a rounding error: the two have the same weights
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

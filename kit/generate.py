@@ -152,10 +152,6 @@ class _Engine:
         for state in (self.positions, self.tokens, self.keys, self.drawn):
             state[target] = state[source]
 
-    def park(self, row: int) -> None:
-        """A free row inside the batch goes on computing: at position 0, where it costs and harms nothing."""
-        self.positions[row] = 0
-
 
 @torch.no_grad()
 def generate(
@@ -195,7 +191,6 @@ def generate(
             if on_finish:
                 on_finish(slot.request, completion)
             slots[row] = _Slot(-1)
-            engine.park(row)
 
     training = model.training
     model.eval()
@@ -249,7 +244,7 @@ def _next_prompts(waiting: deque[int], lengths: list[int], num_free: int) -> lis
 
 
 def _compact(slots: list[_Slot], engine: _Engine, lengths: list[int]) -> None:
-    """Move active rows into free ones before them, so that the batch ends at the last active row."""
+    """Move active rows into free ones before them: the batch is rows 0..B-1, all of them active."""
     target, source = 0, len(slots) - 1
     while True:
         while target < len(slots) and slots[target].request >= 0:

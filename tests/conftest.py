@@ -1,5 +1,6 @@
 """Tiny random models of the three families, and the loud skip for data that does not ship with the kit."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def tiny_model(request):
 
 def make_model(family: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=ATTENTION, dtype=dtype).eval()
+    config = copy.deepcopy(FAMILIES[family])  # a model shares the config it is made from, and with it the kind of attention
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

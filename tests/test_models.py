@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
@@ -17,9 +19,9 @@ def logits_of(model, documents):
 
 def with_transformers(model, documents, dtype):
     """Each document on its own through transformers' eager attention, with the same weights in `dtype`."""
-    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager", dtype=dtype).eval()
+    config = copy.deepcopy(model.config)  # models share the config they are made from, and with it the kind of attention
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
     plain.load_state_dict(model.state_dict())
-    plain.set_attn_implementation("eager")
     return torch.cat([plain(document.ids.long()[None]).logits[0] for document in documents])
 
 

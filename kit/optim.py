@@ -37,7 +37,8 @@ def _mix(seed: int, step: int, index: int) -> int:
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW on bf16 parameters: fp32 states, no fp32 master copy, stochastic rounding keyed by (seed, step, parameter).
 
-    10 bytes a parameter with its bf16 weight, besides the gradient. Resuming repeats the same random numbers.
+    10 bytes a parameter with its bf16 weight, besides the gradient; while it steps, four fp32 copies of one parameter at a time.
+    Resuming repeats the same random numbers.
     """
 
     def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0):

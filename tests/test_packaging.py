@@ -93,7 +93,18 @@ def test_transformers_imports_from_the_repository_root_without_that_package(tmp_
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_an_editable_install_or_a_checkout_finds_the_kernels_beside_kit(tmp_path):
+def test_the_installed_kit_works_from_anywhere_and_brings_no_other_top_level_name(tmp_path):
+    """The README installs an editable kit; whatever kind is installed here is what is tried."""
+    code = "import kit.kernels.packed_attention, kit.grading.workers; from importlib.util import find_spec as find; "
+    code += "print([name for name in ('tests', 'recipes', 'setup') if find(name)], find('kernels').origin)"
+    done = python(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    names, origin = done.stdout.split()
+    assert names == "[]"
+    assert Path(origin).is_relative_to(sys.prefix)  # Hugging Face's package, not our folder
+
+
+def test_a_bare_checkout_finds_the_kernels_beside_kit(tmp_path):
     done = python("import kit.kernels.packed_attention as p; print(p.__file__)", path=[ROOT], cwd=tmp_path)
     assert done.stdout.strip() == str(ROOT / "kernels" / "packed_attention.py"), done.stderr
 

@@ -110,6 +110,24 @@ def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):
     assert len(everything) < 300
 
 
+def test_where_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 900, seed=0))
+    options = {"row_tokens": 40}
+    everything, _ = load_documents(str(tmp_path / "a.jsonl"), chat, **options)
+    few = len(everything) - 1
+    assert few < 90  # so that the first look, at few + few // 8 + 64 traces, cannot be enough
+    some, census = load_documents(str(tmp_path / "a.jsonl"), chat, num_traces=few, **options)
+    assert [d.ids.tolist() for d in some] == [d.ids.tolist() for d in everything[:few]]
+    assert census.kept + census.dropped.total() == 900
+
+
+def test_a_trace_of_exactly_row_tokens_is_kept(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 9, seed=0))
+    longest = max(len(document) for document in load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)[0])
+    assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest)[1].kept == 9
+    assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest - 1)[1].kept < 9
+
+
 def test_what_is_too_long_is_counted_and_never_cut(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 60, seed=0))
     documents, census = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=100)

@@ -6,8 +6,8 @@ from pathlib import Path
 from setuptools import setup
 
 TRITON = [
-    'triton>=3.5,<3.10; platform_system == "Linux"',
-    'triton-windows>=3.5,<3.10; platform_system == "Windows"',
+    'triton>=3.6,<3.10; platform_system == "Linux"',
+    'triton-windows>=3.6,<3.10; platform_system == "Windows"',
 ]
 
 setup(
@@ -22,17 +22,17 @@ setup(
     packages=["kit", "kit.grading", "kit.kernels"],
     package_dir={"kit.kernels": "kernels"},
     package_data={"kit": ["tiny/*"]},
-    install_requires=[
+    install_requires=[  # the ranges whose ends the tests have passed on; widen them by testing
         "torch>=2.10,<2.14",
-        "transformers>=5.0,<6",
+        "transformers>=5.20,<5.24",
         *TRITON,
-        "peft>=0.18,<0.22",
-        "bitsandbytes>=0.48,<0.51",
-        "datasets>=4.0,<6",
-        "accelerate>=1.10,<2",
-        "gguf>=0.17,<0.20",
-        "sympy>=1.13,<1.15",
-        "safetensors>=0.6,<0.9",
+        "peft>=0.21,<0.22",
+        "bitsandbytes>=0.50,<0.51",
+        "datasets>=5.2,<5.3",
+        "accelerate>=1.15,<1.16",
+        "gguf>=0.19,<0.20",
+        "sympy>=1.14,<1.15",
+        "safetensors>=0.8,<0.9",
         "matplotlib>=3.10,<3.12",
         "tqdm>=4.66,<5",
     ],

@@ -1,13 +1,14 @@
 import copy
+import os
 
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
 from transformers import AutoModelForCausalLM
 
-from kit import models
+from kit import checkpoint, models
 from kit.models import checkpoint_layers, head_weight, hidden_states, next_token_logits
-from kit.packing import PackedBatch
+from kit.packing import Document, PackedBatch
 from kit.toy import make_tokenizer
 
 LENGTHS = [9, 1, 23, 4]  # 23 tokens pass the window of 7 three times
@@ -89,6 +90,19 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_model, tmp_path):
     assert not loaded.training
     documents = random_documents(LENGTHS)
     assert torch.equal(logits_of(loaded, documents), logits_of(tiny_model, documents))
+
+
+def test_a_gguf_file_becomes_a_plain_model_that_can_be_trained_and_saved(tmp_path):
+    path = os.environ.get("KIT_GGUF")
+    if not path:
+        pytest.skip("real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 model")
+    model, tokenizer = models.load(path, device="cpu")
+    document = Document(torch.tensor(tokenizer("one two three four", add_special_tokens=False).input_ids, dtype=torch.int32), 1)
+    hidden_states(model, PackedBatch.build([document])).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
+    checkpoint.save_model(tmp_path / "saved", model, tokenizer)
+    again, _ = models.load(str(tmp_path / "saved"), device="cpu")
+    assert torch.equal(logits_of(again, [document]), logits_of(model, [document]))
 
 
 def test_the_shipped_tiny_model_loads_by_name_and_ties_its_head():

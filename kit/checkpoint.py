@@ -18,10 +18,17 @@ from kit.run import write_json
 
 def save_model(path: Path, model, tokenizer) -> None:
     """A plain Hugging Face folder, whole or not at all; replaces what is there."""
-    scratch = path.with_name(path.name + ".tmp")
+    _publish(_write_model(path.with_name(path.name + ".tmp"), model, tokenizer), path)
+
+
+def _write_model(scratch: Path, model, tokenizer) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
+    return scratch
+
+
+def _publish(scratch: Path, path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
     scratch.rename(path)
@@ -30,10 +37,7 @@ def save_model(path: Path, model, tokenizer) -> None:
 def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int) -> Path:
     """Write the checkpoint after `step` steps and delete the older ones. Returns its path."""
     path = folder / f"step_{step:07d}"
-    scratch = folder / "writing"
-    shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
-    tokenizer.save_pretrained(scratch)
+    scratch = _write_model(folder / "writing", model, tokenizer)
     tensors = {
         f"{index}.{name}": tensor.contiguous()
         for index, state in optimizer.state_dict()["state"].items()
@@ -41,9 +45,7 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
     }
     save_file(tensors, scratch / "optimizer.safetensors")
     write_json(scratch / "trainer.json", {"step": step})
-    if path.exists():
-        shutil.rmtree(path)
-    scratch.rename(path)
+    _publish(scratch, path)
     for older in folder.glob("step_*"):
         if older != path:
             shutil.rmtree(older)

@@ -39,6 +39,11 @@ class Result:
     benchmark: str
     rows: tuple[dict, ...]
 
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """The samples in a journal so far; no rows where there are none."""
+        return cls(path.stem, tuple(row for row in Journal(path).read() if "header" not in row))
+
     @property
     def num_questions(self) -> int:
         return len({row["question"] for row in self.rows})
@@ -145,10 +150,10 @@ def evaluate(
 
 def read_result(path: Path) -> Result:
     """The result that a journal of samples holds. Raises ValueError where it holds none."""
-    rows = tuple(row for row in Journal(path).read() if "header" not in row)
-    if not rows:
+    result = Result.read(path)
+    if not result.rows:
         raise ValueError(f"{path} holds no samples; run the evaluation that writes it")
-    return Result(path.stem, rows)
+    return result
 
 
 def _prompts(chat: ChatFormat, benchmark: Benchmark) -> list[list[int]]:

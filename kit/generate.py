@@ -87,9 +87,9 @@ def cache_bytes(model, num_slots: int, capacity: int) -> int:
     return num_slots * capacity * per_position * model.get_input_embeddings().weight.element_size()
 
 
-def _masks(model, distance: torch.Tensor, seen: torch.Tensor):
+def _masks(model, distance: torch.Tensor):
     """The boolean mask (B, 1, Tq, Tk) a model's layers need: one, or one for each kind of layer."""
-    seen = seen & (distance >= 0)
+    seen = distance >= 0
     kinds = set(getattr(model.config, "layer_types", None) or ())
     if not kinds or model.config.model_type == "llama":
         return seen
@@ -133,7 +133,7 @@ class _Engine:
         steps = torch.arange(L, device=self.device)
         # padding stands on the right: causality hides it, and decoding overwrites its keys before it ever looks there
         distance = (steps[:, None] - steps[None, :])[None, None]
-        hidden = self._forward(padded, steps.expand(len(rows), L), _masks(self.model, distance, distance >= 0))
+        hidden = self._forward(padded, steps.expand(len(rows), L), _masks(self.model, distance))
         return self._draw(index, hidden[torch.arange(len(rows), device=self.device), lengths - 1])
 
     def decode(self, B: int, longest: int) -> tuple[list[int], list[float]]:
@@ -142,7 +142,7 @@ class _Engine:
         length = min(-(-(longest + 1) // BUCKET) * BUCKET, self.capacity)
         self.cache.rows, self.cache.positions, self.cache.length = rows, positions, length
         distance = (positions[:, None] - torch.arange(length, device=self.device)[None, :])[:, None, None]
-        hidden = self._forward(self.tokens[:B, None], positions[:, None], _masks(self.model, distance, distance >= 0))
+        hidden = self._forward(self.tokens[:B, None], positions[:, None], _masks(self.model, distance))
         drawn = self._draw(rows, hidden[:, 0])
         self.positions[:B] += 1
         return drawn

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kit.evaluate import REFLECTION, Result, mean_accuracy, paired_difference, read_result
+from kit.evaluate import REFLECTION, Result, mean_accuracy, paired_difference
 from kit.journal import Journal
 
 BEFORE, AFTER = "before", "after"  # folders of samples in a run
@@ -80,8 +80,8 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
 
 
 def _results(folder: Path) -> dict[str, Result]:
-    journals = {file.stem: Journal(file) for file in sorted(folder.glob("*.jsonl"))}
-    return {name: read_result(journal.path) for name, journal in journals.items() if len(journal.read()) > 1}
+    results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
+    return {result.benchmark: result for result in results if result.rows}
 
 
 def _percent(share: float) -> str:

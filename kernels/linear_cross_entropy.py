@@ -8,28 +8,25 @@ Cross-entropy straight from hidden states: the (N, V) logits are never held.
 f(logp) = -logp unless an `objective` is given; D = number of targets that are not ignored ("mean") or 1 ("sum").
 
 How it works. Rows whose target is ignored are dropped, the others go through in chunks: a matmul makes a chunk of logits, and
-one kernel reads it twice, for an online logsumexp in fp32 and for the gradient of -logp, which it writes over the logits. What a
-token's loss is multiplied by (its weight, the slope of f) is one number a row, which commutes with both matmuls that follow: it
-is applied to their thin (R, H) side, and the kernel never needs to know it. Both gradients therefore exist when the forward pass
-ends, after three matmuls (6NVH flops), and backward only scales them; reduction="none" cannot know what its losses will be
+one kernel (logit_rows.py) reads it twice, for an online logsumexp and for the gradient of -logp, which it writes over them. What
+a token's loss is multiplied by (its weight, the slope of f) is one number a row, which commutes with both matmuls that follow:
+it is applied to their thin (R, H) side, and the kernel never needs to know it. Both gradients therefore exist when the forward
+pass ends, after three matmuls (6NVH flops), and backward only scales them; reduction="none" cannot know what its losses will be
 multiplied by, and makes the logits a second time in backward (8NVH).
 
 16,384 tokens, V = 262,144, bf16: the logits alone are 8 GiB, torch's log-softmax and gradient make it 24, and 40 where the logits
 are cast to fp32. Here: one chunk of 0.5 GiB, the fp32 sum of dW (4VH bytes: 1.1 GiB at H = 1,152, none for a frozen head), dX.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import tl, triton, uses_triton
 from kit.kernels.linear_head import HeadGradients, logit_chunks, scaled, wide
+from kit.kernels.logit_rows import row_gradients_, row_logprobs
 
 IGNORE_INDEX = -100  # torch's default, and what every collator writes
-CPU_BLOCK_BYTES = 2 * 2**20  # of logits, torch path: four passes over a block that stays in the L2 cache cost one trip to memory
-BLOCK_V = 4096  # columns a step; at least 32 * NUM_WARPS, see _gradient_kernel
-NUM_WARPS = 8
 
 
 def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean", softcap=None, temperature=1.0):
@@ -38,144 +35,6 @@ def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean",
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.nn.functional.cross_entropy(logits / temperature, targets, reduction=reduction, ignore_index=IGNORE_INDEX)
-
-
-@triton.jit
-def _tanh(x):
-    # Triton's own tanh exists on GPUs only. (1 - e) / (1 + e) loses the digits of a small x: there, the series.
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    x2 = x * x
-    small = x * (1.0 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835)))))
-    return tl.where(tl.abs(x) < 0.3, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _load_scores(row_ptr, cols, V, inv_temperature, SOFTCAP: tl.constexpr):
-    """z at cols, -inf past the end, and dz / d(raw logit). SOFTCAP 0 = none."""
-    z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-    slope = inv_temperature
-    if SOFTCAP > 0:
-        capped = _tanh(z / SOFTCAP)
-        z = tl.where(cols < V, SOFTCAP * capped, z)
-        slope *= 1.0 - capped * capped
-    return z * inv_temperature, slope
-
-
-@triton.jit
-def _online_logsumexp(row_ptr, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One reading of the row: m = the largest z, s = sum exp(z - m), u = sum exp(z - m) (z - m), rescaled whenever m grows."""
-    m = -1e30  # not -inf: u would start as inf * 0
-    s = 0.0
-    u = 0.0
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z, _ = _load_scores(row_ptr, cols, V, inv_temperature, SOFTCAP)
-        m_new = tl.maximum(m, tl.max(z, 0))
-        shrink = tl.exp(m - m_new)
-        e = tl.exp(z - m_new)
-        u = shrink * (u + (m - m_new) * s) + tl.sum(e * tl.where(z > -1e30, z - m_new, 0.0), 0)  # 0 * -inf is nan
-        s = shrink * s + tl.sum(e, 0)
-        m = m_new
-    return m, s, u
-
-
-@triton.jit
-def _logprob_kernel(
-    logits_ptr, targets_ptr, logprobs_ptr, entropy_ptr, row_stride, V, inv_temperature,
-    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """One program a row: log-prob of the target, and entropy of the row's distribution. Only reads the logits."""
-    row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2**31 in a chunk of 8,193 rows of 262,144
-    logits_ptr += row * row_stride
-    z_target, _ = _load_scores(logits_ptr, tl.load(targets_ptr + row), V, inv_temperature, SOFTCAP)
-    m, s, u = _online_logsumexp(logits_ptr, V, inv_temperature, SOFTCAP, BLOCK_V)
-    tl.store(logprobs_ptr + row, z_target - m - tl.log(s))
-    tl.store(entropy_ptr + row, tl.log(s) - u / s)
-
-
-@triton.jit
-def _gradient_kernel(
-    logits_ptr, targets_ptr, logprobs_ptr, row_stride, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """One program a row: log-prob of the target; then d(-logp) / d(raw logit) over the logits.
-
-    In place without a race: the target's logit is loaded before the sums of _online_logsumexp, at which all threads wait for one
-    another, and from then on each thread reads and writes only its own columns. With fewer columns than threads (BLOCK_V <
-    32 * NUM_WARPS) two threads would own one column, and one could read what the other had overwritten.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * row_stride
-    target = tl.load(targets_ptr + row)
-    z_target, _ = _load_scores(logits_ptr, target, V, inv_temperature, SOFTCAP)
-    m, s, _ = _online_logsumexp(logits_ptr, V, inv_temperature, SOFTCAP, BLOCK_V)
-    tl.store(logprobs_ptr + row, z_target - m - tl.log(s))
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z, slope = _load_scores(logits_ptr, cols, V, inv_temperature, SOFTCAP)
-        p = tl.exp(z - m) / s
-        dlogits = tl.where(cols == target, p - 1.0, p) * slope
-        tl.store(logits_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < V)
-
-
-def _score_blocks(logits: Tensor, inv_temperature: float, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
-    """Torch path: (rows, z - max z, dz / d(raw logit)) a few rows at a time. z is made over fp32 logits, or in a small copy."""
-    step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
-        z, slope = logits[rows].to(wide(logits.dtype)), inv_temperature
-        if softcap > 0:
-            z.div_(softcap).tanh_()
-            slope = (1 - z * z).mul_(inv_temperature)
-            z.mul_(softcap)
-        if inv_temperature != 1:
-            z.mul_(inv_temperature)
-        yield rows, z.sub_(z.amax(1, keepdim=True)), slope
-
-
-# The operators are what fake tensors (the memory plan) cannot run by themselves; all the rest is ordinary torch.
-@torch.library.custom_op("kit::token_logprobs", mutates_args=("logits",))
-def _row_logprobs(logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of each row's target and entropy of each row, (R,) fp32. The logits are scratch afterwards."""
-    logprobs = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
-    entropy = torch.empty_like(logprobs)
-    if uses_triton(logits):
-        with torch.cuda.device_of(logits):
-            _logprob_kernel[(logits.shape[0],)](
-                logits, targets, logprobs, entropy, logits.stride(0), logits.shape[1], inv_temperature,
-                SOFTCAP=softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
-            )  # fmt: skip
-        return logprobs, entropy
-    for rows, z, _ in _score_blocks(logits, inv_temperature, softcap):
-        e = z.exp()
-        s = e.sum(1)
-        logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - s.log()
-        entropy[rows] = s.log() - e.mul_(z).sum(1) / s
-    return logprobs, entropy
-
-
-@torch.library.custom_op("kit::token_gradients_", mutates_args=("logits",))
-def _row_gradients_(logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float) -> Tensor:
-    """Log-prob of each row's target, (R,) fp32; logits become d(-logprob) / d(logits)."""
-    logprobs = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
-    if uses_triton(logits):
-        with torch.cuda.device_of(logits):
-            _gradient_kernel[(logits.shape[0],)](
-                logits, targets, logprobs, logits.stride(0), logits.shape[1], inv_temperature,
-                SOFTCAP=softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
-            )  # fmt: skip
-        return logprobs
-    for rows, z, slope in _score_blocks(logits, inv_temperature, softcap):
-        target = targets[rows, None]
-        z_target = z.gather(1, target)
-        s = z.exp_().sum(1, keepdim=True)
-        logprobs[rows] = (z_target - s.log())[:, 0]
-        z.div_(s).scatter_add_(1, target, z.new_full((), -1.0).expand_as(target))
-        if isinstance(slope, Tensor) or slope != 1:
-            z.mul_(slope)
-        if z.dtype != logits.dtype:
-            logits[rows] = z
-    return logprobs
 
 
 @torch.library.custom_op("kit::kept_rows", mutates_args=())
@@ -191,16 +50,6 @@ def _kept_rows(targets: Tensor, V: int, ignore_index: int) -> Tensor:
                 f"{ignore_index}; check that tokenizer and model belong together, or pass the targets' own ignore_index"
             )
     return kept
-
-
-@_row_logprobs.register_fake
-def _(logits, targets, inv_temperature, softcap):
-    return tuple(logits.new_empty(logits.shape[0], dtype=wide(logits.dtype)) for _ in range(2))
-
-
-@_row_gradients_.register_fake
-def _(logits, targets, inv_temperature, softcap):
-    return logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
 
 
 @_kept_rows.register_fake
@@ -229,27 +78,52 @@ def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tens
     return losses, slope
 
 
+def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, wanted):
+    """(loss / D, [dhidden, dweight]), a gradient that is not wanted being None: 6NVH flops, or 2NVH."""
+    head = weight.to(dtype)
+    gradients = HeadGradients(hidden, weight, wanted) if any(wanted) else None
+    loss = hidden.new_zeros((), dtype=wide(dtype))
+    for rows, x, logits in logit_chunks(hidden, head, kept):
+        if gradients is None:
+            logprobs, _ = row_logprobs(logits, targets[rows], *score)
+        else:
+            logprobs = row_gradients_(logits, targets[rows], *score)
+        losses, slope = _token_losses(logprobs, rows, token_weight, objective)
+        loss += losses.sum()
+        if gradients is not None:
+            gradients.add(rows, x, logits, head, slope, 1 / D)
+    logits = None  # frees the chunk before finish() makes its copy
+    return loss / D, gradients.finish() if gradients else [None, None]
+
+
+def _logprobs(hidden, weight, targets, kept, dtype, score) -> tuple[Tensor, Tensor]:
+    """(log-prob of the target, entropy) of every token, 0 where ignored."""
+    logprobs = hidden.new_zeros(len(targets), dtype=wide(dtype))
+    entropy = torch.zeros_like(logprobs)
+    for rows, _, logits in logit_chunks(hidden, weight.to(dtype), kept):
+        logprobs[rows], entropy[rows] = row_logprobs(logits, targets[rows], *score)
+    return logprobs, entropy
+
+
+def _logprob_gradients(hidden, weight, targets, kept, dtype, score, dlogprobs, wanted) -> list[Tensor | None]:
+    """[dhidden, dweight] of _logprobs, from logits that are made anew."""
+    head = weight.to(dtype)
+    gradients = HeadGradients(hidden, weight, wanted)
+    for rows, x, logits in logit_chunks(hidden, head, kept):
+        row_gradients_(logits, targets[rows], *score)
+        gradients.add(rows, x, logits, head, -dlogprobs[rows], 1.0)
+    logits = None  # frees the chunk before finish() makes its copy
+    return [g if g is None else g.to(x.dtype) for g, x in zip(gradients.finish(), (hidden, weight), strict=True)]
+
+
 class _FusedLoss(torch.autograd.Function):
-    """Sum of token losses / D, its gradients made on the way (6NVH)."""
+    """Sum of token losses / D, its gradients made on the way."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, kept, dtype, score, D, token_weight, objective):
-        head = weight.to(dtype)
-        wanted = ctx.needs_input_grad[:2]
-        gradients = HeadGradients(hidden, weight, wanted) if any(wanted) else None
-        loss = hidden.new_zeros((), dtype=wide(dtype))
-        for rows, x, logits in logit_chunks(hidden, head, kept):
-            if gradients is None:
-                logprobs, _ = _row_logprobs(logits, targets[rows], *score)
-            else:
-                logprobs = _row_gradients_(logits, targets[rows], *score)
-            losses, slope = _token_losses(logprobs, rows, token_weight, objective)
-            loss += losses.sum()
-            if gradients is not None:
-                gradients.add(rows, x, logits, head, slope, 1 / D)
-        logits = None  # frees the chunk before finish() makes its copy
-        ctx.gradients, ctx.dtypes = (gradients.finish() if gradients else [None, None]), (hidden.dtype, weight.dtype)
-        return loss / D
+    def forward(ctx, hidden, weight, *settings):
+        loss, ctx.gradients = _loss_and_gradients(hidden, weight, *settings, ctx.needs_input_grad[:2])
+        ctx.dtypes = (hidden.dtype, weight.dtype)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -264,14 +138,11 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """(log-prob of the target, entropy) of every token, 0 where ignored. Backward makes the logits again (8NVH)."""
+    """(log-prob of the target, entropy) of every token. Backward makes the logits again (8NVH)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, kept, dtype, score):
-        logprobs = hidden.new_zeros(len(targets), dtype=wide(dtype))
-        entropy = torch.zeros_like(logprobs)
-        for rows, _, logits in logit_chunks(hidden, weight.to(dtype), kept):
-            logprobs[rows], entropy[rows] = _row_logprobs(logits, targets[rows], *score)
+        logprobs, entropy = _logprobs(hidden, weight, targets, kept, dtype, score)
         ctx.save_for_backward(hidden, weight, targets, kept)
         ctx.dtype, ctx.score = dtype, score
         ctx.mark_non_differentiable(entropy)
@@ -280,19 +151,91 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprobs, _):
-        hidden, weight, targets, kept = ctx.saved_tensors
-        head = weight.to(ctx.dtype)
-        gradients = HeadGradients(hidden, weight, ctx.needs_input_grad[:2])
-        for rows, x, logits in logit_chunks(hidden, head, kept):
-            _row_gradients_(logits, targets[rows], *ctx.score)
-            gradients.add(rows, x, logits, head, -dlogprobs[rows], 1.0)
-        logits = None  # frees the chunk before finish() makes its copy
-        dhidden, dweight = (g if g is None else g.to(x.dtype) for g, x in zip(gradients.finish(), (hidden, weight), strict=True))
-        return dhidden, dweight, *[None] * 4
+        gradients = _logprob_gradients(*ctx.saved_tensors, ctx.dtype, ctx.score, dlogprobs, ctx.needs_input_grad[:2])
+        return *gradients, *[None] * 4
 
 
-def _checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Tensor, torch.dtype, tuple[float, float]]:
-    """(hidden (N, H), targets (N,), compute dtype, (1 / temperature, softcap or 0)). Raises ValueError."""
+# What torch.compile sees: one operator a call, because how many rows count, and with it the number of chunks, is not known while
+# a graph is made. Eager calls do not come here: their small operators show a memory plan every chunk, and they scale in place.
+@torch.library.custom_op("kit::linear_cross_entropy", mutates_args=())
+def _loss_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor | None, dtype: torch.dtype, score: list[float],
+    ignore_index: int, mean: bool, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, dhidden, dweight), empty where not wanted."""
+    kept = _kept_rows(targets, weight.shape[0], ignore_index)
+    D = max(len(kept), 1) if mean else 1
+    settings = targets, kept, dtype, score, D, token_weight, None, wanted
+    loss, gradients = _loss_and_gradients(hidden, weight, *settings)
+    return loss, *(hidden.new_empty(0) if g is None else g for g in gradients)
+
+
+@torch.library.custom_op("kit::linear_logprobs", mutates_args=())
+def _logprobs_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, score: list[float], ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return _logprobs(hidden, weight, targets, _kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
+
+
+@torch.library.custom_op("kit::linear_logprobs_backward", mutates_args=())
+def _logprobs_backward_op(
+    hidden: Tensor, weight: Tensor, targets: Tensor, dlogprobs: Tensor, dtype: torch.dtype, score: list[float],
+    ignore_index: int, wanted: list[bool],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kept = _kept_rows(targets, weight.shape[0], ignore_index)
+    gradients = _logprob_gradients(hidden, weight, targets, kept, dtype, score, dlogprobs, wanted)
+    return tuple(hidden.new_empty(0) if g is None else g for g in gradients)
+
+
+def _fake_gradients(hidden, weight, wanted, fp16_stays_wide):
+    for x, want in zip((hidden, weight), wanted, strict=True):
+        dtype = torch.float32 if fp16_stays_wide and x.dtype == torch.float16 else x.dtype
+        yield x.new_empty(x.shape, dtype=dtype) if want else hidden.new_empty(0)
+
+
+@_loss_op.register_fake
+def _(hidden, weight, targets, token_weight, dtype, score, ignore_index, mean, wanted):
+    return hidden.new_empty((), dtype=wide(dtype)), *_fake_gradients(hidden, weight, wanted, True)
+
+
+@_logprobs_op.register_fake
+def _(hidden, weight, targets, dtype, score, ignore_index):
+    return tuple(hidden.new_empty(targets.shape, dtype=wide(dtype)) for _ in range(2))
+
+
+@_logprobs_backward_op.register_fake
+def _(hidden, weight, targets, dlogprobs, dtype, score, ignore_index, wanted):
+    return tuple(_fake_gradients(hidden, weight, wanted, False))
+
+
+def _keep_gradients(ctx, inputs, output):
+    ctx.wanted, ctx.dtypes = inputs[-1], [x.dtype for x in inputs[:2]]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx, dloss, *_):
+    gradients = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
+    return *((g.to(dloss.dtype) * dloss).to(dtype) if want else None for g, want, dtype in gradients), *[None] * 7
+
+
+def _keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _make_gradients(ctx, dlogprobs, _):
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = _logprobs_backward_op(*ctx.saved_tensors, dlogprobs, *ctx.settings, wanted)
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 4
+
+
+_loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_logprobs_op.register_autograd(_make_gradients, setup_context=_keep_inputs)
+
+
+def _checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
+    """(hidden (N, H), targets (N,), compute dtype, [1 / temperature, softcap or 0]). Raises ValueError."""
     if not isinstance(weight, Tensor):
         raise ValueError(
             f"weight is a {type(weight).__name__}, not a tensor: a module may add something to its weight (a LoRA adapter does), "
@@ -329,10 +272,9 @@ def _checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Ten
         dtype = torch.get_autocast_dtype(device)
     elif weight.dtype != dtype:
         raise ValueError(f"hidden is {dtype} but weight is {weight.dtype}; cast one, or call under torch.autocast({device!r})")
-    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), dtype, (1 / temperature, softcap or 0.0)
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), dtype, [1 / temperature, softcap or 0.0]
 
 
-@torch.compiler.disable  # the number of rows depends on the targets' values: a compiled model calls this between its graphs
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -385,19 +327,32 @@ def linear_cross_entropy(
             )
         if token_weight.requires_grad and reduction != "none" and torch.is_grad_enabled():
             raise ValueError(f'token_weight requires grad but reduction is {reduction!r}; detach it, or use reduction="none"')
-    kept = _kept_rows(flat, weight.shape[0], ignore_index)
     if reduction == "none":
-        logprobs, _ = _TokenLogprobs.apply(rows, weight, flat, kept, dtype, score)
+        logprobs, _ = _differentiable_logprobs(rows, weight, flat, dtype, score, ignore_index)
         losses = -logprobs.reshape(targets.shape)
         return losses if token_weight is None else losses * token_weight
-    D = max(len(kept), 1) if reduction == "mean" else 1
     if not torch.is_grad_enabled():  # needs_input_grad does not know about no_grad, and would have gradients made for nothing
         rows, weight = rows.detach(), weight.detach()
     token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
-    return _FusedLoss.apply(rows, weight, flat, kept, dtype, score, D, token_weight, objective)
+    if torch.compiler.is_compiling() and objective is None:
+        wanted = [rows.requires_grad, weight.requires_grad]
+        return _loss_op(rows, weight, flat, token_weight, dtype, score, ignore_index, reduction == "mean", wanted)[0]
+    return _eager_loss(rows, weight, flat, token_weight, objective, dtype, score, ignore_index, reduction)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # an objective is Python of the caller's: a compiled model runs it between its graphs
+def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction):
+    kept = _kept_rows(targets, weight.shape[0], ignore_index)
+    D = max(len(kept), 1) if reduction == "mean" else 1
+    return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective)
+
+
+def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return _logprobs_op(hidden, weight, targets, dtype, score, ignore_index)
+    return _TokenLogprobs.apply(hidden, weight, targets, _kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
+
+
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -407,6 +362,5 @@ def token_logprobs(
     entropy is not. For a training step, linear_cross_entropy with an objective costs a matmul less.
     """
     rows, flat, dtype, score = _checked(hidden, weight, targets, softcap, temperature)
-    kept = _kept_rows(flat, weight.shape[0], IGNORE_INDEX)
-    logprobs, entropy = _TokenLogprobs.apply(rows, weight, flat, kept, dtype, score)
+    logprobs, entropy = _differentiable_logprobs(rows, weight, flat, dtype, score, IGNORE_INDEX)
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

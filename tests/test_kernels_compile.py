@@ -13,7 +13,7 @@ from kit.kernels.backend import HAS_TRITON
 CARDS = [80, 86, 89, 90, 120]  # A100; RTX 30; RTX 40; H100; RTX 50
 SHARED_LIMIT = 101_376  # bytes a program may use on RTX 30, 40 and 50
 KERNELS = {
-    "linear_cross_entropy": ["_logprob_kernel", "_gradient_kernel"],
+    "logit_rows": ["_logprob_kernel", "_gradient_kernel"],
     "cross_entropy": ["_forward_kernel", "_backward_kernel"],
 }
 ELEMENTS = ["bf16", "fp32"]  # fp16 loads and stores like bf16
@@ -62,7 +62,7 @@ def compile_all():
     """What the child process does: every kernel, card and element type; the cap only where a kernel has one."""
     for (module, kernels), card in product(KERNELS.items(), CARDS):
         for kernel, element in product(kernels, ELEMENTS):
-            for softcap in (0.0, 30.0) if module == "linear_cross_entropy" and element == "bf16" else (0.0,):
+            for softcap in (0.0, 30.0) if module == "logit_rows" and element == "bf16" else (0.0,):
                 name = f"{kernel} sm_{card} {element} softcap {softcap}"
                 shared, report = compile_kernel(module, kernel, card, element, softcap)
                 assert "0 bytes spill stores, 0 bytes spill loads" in report, f"{name} spills: {report}"

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kit.kernels.linear_cross_entropy as lce
 import kit.kernels.linear_head as head
+import kit.kernels.logit_rows as logit_rows
 from kit.kernels.backend import INTERPRET
 from kit.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference, token_logprobs
+from kit.kernels.logit_rows import row_gradients_, row_logprobs
 
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]  # the kernels do not know "mean" from "sum"
@@ -32,8 +34,8 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
     monkeypatch.setattr(head, "TILE_V", 32)
-    monkeypatch.setattr(lce, "CPU_BLOCK_BYTES", 700)
-    monkeypatch.setattr(lce, "BLOCK_V", 64)
+    monkeypatch.setattr(logit_rows, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(logit_rows, "BLOCK_V", 64)
 
 
 def problem(N, V, H, dtype, *, ignore=True, seed=0):
@@ -230,13 +232,13 @@ def test_the_kernels_honour_a_row_stride_and_touch_nothing_beside_their_rows():
     _, logits, targets = problem(6, 6, 150, torch.float32, ignore=False)
     wide = torch.full((6, 200), torch.nan)
     wide[:, 20:170] = logits
-    for row_op in (lce._row_gradients_, lambda *a: lce._row_logprobs(*a)[0]):
+    for row_op in (row_gradients_, lambda *a: row_logprobs(*a)[0]):
         buffer = wide.clone()
         logprobs = row_op(buffer[:, 20:170], targets, 1.0, 0.0)
         torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, targets[:, None])[:, 0])
         assert buffer[:, :20].isnan().all() and buffer[:, 170:].isnan().all()
     buffer = wide.clone()
-    lce._row_gradients_(buffer[:, 20:170], targets, 1.0, 0.0)
+    row_gradients_(buffer[:, 20:170], targets, 1.0, 0.0)
     one_hot = torch.nn.functional.one_hot(targets, 150)
     torch.testing.assert_close(buffer[:, 20:170], logits.softmax(1) - one_hot, atol=1e-6, rtol=1e-5)
 
@@ -354,6 +356,73 @@ def test_float64_is_float64_throughout():
     torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, reduction="none", softcap=2.0), (hidden, weight))
 
 
+def compiled_and_eager(call, *tensors):
+    """Value and gradients of both, through one graph without a break."""
+    torch.compiler.reset()
+    results = []
+    for function in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
+        value = function(*inputs)
+        value.backward()
+        results.append([value.detach(), *(x.grad for x in inputs)])
+    return results
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "sum", "softcap": 3.0}, {"reduction": "none", "temperature": 0.7}], ids=str
+)
+def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs):
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    token_weight = torch.linspace(-1, 2, 13)
+    hidden.requires_grad_(needs[0])
+    weight.requires_grad_(needs[1])
+
+    def call(hidden, weight):
+        losses = linear_cross_entropy(hidden * 2, weight, targets, token_weight=token_weight, **options)
+        return (losses * torch.arange(13)).sum() if options.get("reduction") == "none" else losses * 3
+
+    compiled, eager = compiled_and_eager(call, hidden, weight)
+    assert [x is None for x in compiled] == [False, not needs[0], not needs[1]]
+    for x, y in zip(compiled, eager, strict=True):
+        assert x is y is None or torch.equal(x, y)
+
+
+def test_torch_compile_takes_scoring_too_and_an_objective_with_a_break():
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+
+    def score(hidden, weight):
+        logprobs, entropy = token_logprobs(hidden, weight, targets, temperature=0.7)
+        return (logprobs * entropy.detach()).sum()
+
+    compiled, eager = compiled_and_eager(score, hidden.requires_grad_(), weight.requires_grad_())
+    assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
+    torch.compiler.reset()
+    objective = grpo(torch.zeros(13), torch.ones(13))
+    loss = torch.compile(lambda h: linear_cross_entropy(h, weight, targets, objective=objective), backend="aot_eager")(hidden)
+    assert torch.equal(loss, linear_cross_entropy(hidden, weight, targets, objective=objective))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_a_compiled_call_have_the_dtypes_of_their_inputs(dtype):
+    hidden, weight, targets = problem(13, 77, 19, dtype)
+
+    def call(hidden, weight):
+        return linear_cross_entropy(hidden, weight, targets) * 2
+
+    compiled, eager = compiled_and_eager(call, hidden.requires_grad_(), weight.requires_grad_())
+    assert compiled[1].dtype == compiled[2].dtype == dtype
+    assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
+
+
+def test_a_target_outside_the_vocabulary_is_refused_in_a_compiled_call_too():
+    hidden, weight, targets = problem(6, 70, 8, torch.float32)
+    torch.compiler.reset()
+    call = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="70 rows"):
+        call(hidden, weight, targets.fill_(70))
+
+
 @pytest.mark.skipif(INTERPRET, reason="runs no kernel")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
@@ -383,11 +452,17 @@ def test_the_operators_and_their_fake_implementations_agree():
     hidden, weight, targets = problem(6, 77, 19, torch.float32, ignore=False)
     logits = hidden @ weight.T
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(lce._row_gradients_, (logits.clone(), targets, 1.0, 0.0), test_utils=tests)
-    torch.library.opcheck(lce._row_logprobs, (logits.clone(), targets, 0.5, 3.0), test_utils=tests)
+    torch.library.opcheck(row_gradients_, (logits.clone(), targets, 1.0, 0.0), test_utils=tests)
+    torch.library.opcheck(row_logprobs, (logits.clone(), targets, 0.5, 3.0), test_utils=tests)
     torch.library.opcheck(head._add_matmul_, (torch.zeros(77, 19), logits.T, hidden, 0.5, 1.0), test_utils=tests)
     torch.library.opcheck(head._scale_, (hidden.clone(), torch.tensor(2.0)), test_utils=tests)
     torch.library.opcheck(lce._kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
+    for dtype, wanted in product(DTYPES, ([True, True], [True, False], [False, False])):
+        x, w, score = hidden.to(dtype), weight.to(dtype), [0.5, 3.0]
+        torch.library.opcheck(lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, wanted), test_utils=tests)
+        torch.library.opcheck(lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX), test_utils=tests)
+        arguments = x, w, targets, torch.ones(6), dtype, score, IGNORE_INDEX, wanted
+        torch.library.opcheck(lce._logprobs_backward_op, arguments, test_utils=tests)
 
 
 def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
@@ -489,8 +564,8 @@ def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(far_row, sof
     targets, logprobs, entropy = torch.full((FAR_ROW + 1,), 149), torch.empty(FAR_ROW + 1), torch.empty(FAR_ROW + 1)
     expected = values.float() if softcap == 0 else softcap * torch.tanh(values.float() / softcap)
     logits.copy_(values)
-    lce._logprob_kernel[(1,)](base, targets, logprobs, entropy, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
+    logit_rows._logprob_kernel[(1,)](base, targets, logprobs, entropy, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
     torch.testing.assert_close(logprobs[-1], expected.log_softmax(0)[149])
-    lce._gradient_kernel[(1,)](base, targets, logprobs, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
+    logit_rows._gradient_kernel[(1,)](base, targets, logprobs, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
     torch.testing.assert_close(logprobs[-1], expected.log_softmax(0)[149])
     assert logits[149] < 0 and (logits[:149] > 0).all()

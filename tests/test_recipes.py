@@ -82,3 +82,21 @@ def test_the_tiny_base_recipe_writes_what_ships(tmp_path):
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tmp_path / "runs" / "train_tiny_base" / "001" / "tiny").iterdir()}
     assert made == {path.name for path in (ROOT / "kit" / "tiny").iterdir()}
+
+
+def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):
+    done = start("bench", "--smoke", "--json", "figures.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["name"] for row in figures["loss"]["loss"]} >= {"ours", "the three matmuls alone"}
+    assert "Apple cut_cross_entropy: " in done.stdout
+    assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
+    [run] = figures["finetune"]
+    assert run[0]["leak"] == "no"
+    assert run[0]["steps"] > 1
+    assert len(run) == 2 or "TRL is not installed" in done.stdout
+
+
+def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
+    done = start("bench", "--what", "packing,speed", cwd=tmp_path)
+    assert "the parts are packing, loss, attention, finetune; leave 'speed' out" in done.stderr

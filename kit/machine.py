@@ -1,0 +1,46 @@
+"""The machine a figure was measured on: its name, and how much memory a process has held."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Processor, cores, threads, card and versions, for the head of a table or a results file."""
+    return {
+        "processor": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: nothing here was timed on a GPU",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def resident_bytes() -> int | None:
+    """Memory this process holds now; None where the system does not say (anything but Linux)."""
+    return _kib("VmRSS")
+
+
+def peak_resident_bytes() -> int | None:
+    """The most memory this process has ever held; None where the system does not say."""
+    return _kib("VmHWM")
+
+
+def _kib(key: str) -> int | None:
+    value = _proc("/proc/self/status", key)
+    return None if value is None else int(value.split()[0]) * 1024
+
+
+def _proc(path: str, key: str) -> str | None:
+    """The value of the first line `key: value`; None where the file or the key is absent."""
+    if not Path(path).is_file():
+        return None
+    lines = (line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
+    return next((value.strip() for name, value in lines if name.strip() == key), None)

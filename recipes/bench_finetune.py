@@ -1,0 +1,186 @@
+"""One whole fine-tuning run, ours and TRL's SFTTrainer: target tokens a second, peak memory, and do documents see each other?
+
+    python recipes/bench_finetune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces open-r1/OpenR1-Math-220k:all
+    python recipes/bench_finetune.py --vocab_size 262144          a 20M Llama with Gemma's vocabulary and random tokens
+
+Both get the same weights, documents, row length, rows a step, learning rate and AdamW, and are otherwise what they are by
+default: TRL with packing=True lays a step's 8 rows end to end and recomputes activations; we take them one after another. Both
+compute in fp32 on a CPU (TRL's own default, bf16, is several times slower there) and in bf16 on a card. Each runs in a process of
+its own whose highest memory counts: resident, weights and libraries included, or on a card what torch allocated. Time is from
+documents in memory to trained weights, packing included. Minutes on two CPU cores. Left out on purpose: evaluation, saving.
+"""
+
+import importlib.util
+import math
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kit import models
+from kit.chat import INSTRUCTION, ChatFormat
+from kit.config import parse
+from kit.data import load_documents
+from kit.machine import GIB, describe_machine, peak_resident_bytes
+from kit.optim import cosine_with_warmup, make_optimizer
+from kit.packing import IGNORE_INDEX, Document, PackedBatch, plan_packs
+from kit.run import write_json
+from kit.sft import train_step
+
+
+@dataclass(frozen=True)
+class Config:
+    # model
+    model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
+    vocab_size: int = 0  # > 0: instead, a Llama of some 20M parameters, random weights, this vocabulary; 0 = off
+    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    # data
+    traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
+    num_traces: int = 64  # documents
+    row_tokens: int = 1_024  # tokens a pack; longer traces are dropped
+    median_tokens: int = 400  # of the lognormal lengths of random documents
+    # optimisation
+    rows_per_step: int = 8  # TRL's default
+    lr: float = 5e-5  # peak learning rate, cosine with 5 % warm-up
+    seed: int = 0  # of the weights and the documents
+    # run
+    json: str = ""  # file for the figures; "" = none
+    smoke: bool = False  # the shipped tiny model, in seconds
+
+
+SMOKE = {"num_traces": 24, "row_tokens": 256, "median_tokens": 60, "rows_per_step": 2}
+
+
+def main(config: Config) -> list[dict]:
+    what = f"a Llama with V = {config.vocab_size:,}" if config.vocab_size else config.model
+    print(
+        f"\nfine-tuning {what}: {config.num_traces} documents, rows of {config.row_tokens:,}, {config.rows_per_step} rows a step"
+    )
+    contestants = {"ours": _ours, "TRL SFTTrainer": _trl}
+    if not importlib.util.find_spec("trl"):
+        print("TRL is not installed (pip install trl): not compared")
+        del contestants["TRL SFTTrainer"]
+    rows = []
+    for name, contestant in contestants.items():
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # a peak is the highest ever
+            rows.append({"name": name, **pool.submit(contestant, config, torch.get_num_threads()).result()})
+        print(
+            "  {name:<16}{targets:>9,} targets {seconds:8.1f} s {targets_per_second:9,.0f} targets/s  peak {peak_gib:6.2f} GiB  "
+            "{steps} steps, loss {first_loss:.3f} to {last_loss:.3f}  documents see each other: {leak}".format(**rows[-1])
+        )
+    if len(rows) == 2:
+        speed, memory = (rows[0][key] / rows[1][key] for key in ("targets_per_second", "peak_gib"))
+        print(f"  ours / TRL: {speed:.2f}x the target tokens a second, {memory:.2f}x the peak memory")
+    if config.json:
+        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
+    return rows
+
+
+def _model_and_documents(config: Config, threads: int):
+    torch.set_num_threads(threads)
+    torch.manual_seed(config.seed)
+    device = models.default_device()
+    model, tokenizer = models.load(config.model, device=device)
+    if config.vocab_size:
+        shape = {"hidden_size": 64, "intermediate_size": 1_024, "num_hidden_layers": 12, "num_attention_heads": 4,
+                 "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
+        settings = LlamaConfig(vocab_size=config.vocab_size, max_position_embeddings=config.row_tokens, **shape)
+        settings._attn_implementation = models.ATTENTION
+        model = LlamaForCausalLM(settings).to(device, models.default_dtype(device))
+    if config.traces:
+        chat = ChatFormat(tokenizer, template=config.chat_template, instruction=INSTRUCTION)
+        documents, _ = load_documents(
+            config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed, max_bad_rows=20,
+            cache_dir="",
+        )  # fmt: skip
+        return model, tokenizer, documents
+    lengths = torch.empty(config.num_traces).log_normal_(math.log(config.median_tokens), 0.6).long().clamp(4, config.row_tokens)
+    V = model.config.vocab_size
+    return model, tokenizer, [Document(torch.randint(V, (n,)), n // 10) for n in lengths.tolist()]
+
+
+def _result(seconds: float, losses: list[float], documents: list[Document], leak: bool) -> dict:
+    targets = sum(len(document) - max(document.prompt_len, 1) for document in documents)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+    return {"seconds": seconds, "steps": len(losses), "targets": targets, "targets_per_second": targets / seconds,
+            "peak_gib": math.nan if peak is None else peak / GIB, "first_loss": losses[0], "last_loss": losses[-1],
+            "leak": "YES" if leak else "no"}  # fmt: skip
+
+
+def _ours(config: Config, threads: int) -> dict:
+    model, _, documents = _model_and_documents(config, threads)
+    start = time.perf_counter()
+    packs = plan_packs([len(document) for document in documents], config.row_tokens, seed=config.seed)
+    steps = [packs[i : i + config.rows_per_step] for i in range(0, len(packs), config.rows_per_step)]
+    optimizer = make_optimizer(model, lr=config.lr, seed=config.seed)
+    models.checkpoint_layers(model, True)
+    model.train()
+    losses = []
+    for step, rows in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * cosine_with_warmup(step, len(steps), 0.05)
+        batches = [PackedBatch.build([documents[i] for i in row]) for row in rows]
+        losses.append(train_step(model, batches, optimizer, max_grad_norm=1.0)[0].item())
+    seconds = time.perf_counter() - start
+    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(models.head_weight(model).device)
+    result = _result(seconds, losses, documents, False)  # the peak is read before the check below
+
+    def second_document(ids):
+        with torch.no_grad():
+            return models.hidden_states(model, PackedBatch(**{**vars(batch), "input_ids": ids}))[5:]
+
+    return result | {"leak": _leaks(second_document, batch.input_ids, first=5)}
+
+
+def _trl(config: Config, threads: int) -> dict:
+    import datasets
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer, documents = _model_and_documents(config, threads)
+    model.set_attn_implementation("sdpa")  # what it would have if TRL had loaded it
+    labels = [[IGNORE_INDEX] * document.prompt_len + document.ids[document.prompt_len :].tolist() for document in documents]
+    dataset = datasets.Dataset.from_dict({"input_ids": [d.ids.tolist() for d in documents], "labels": labels})
+    datasets.disable_progress_bars()
+    losses = []
+
+    class Losses(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        settings = SFTConfig(
+            output_dir=folder, packing=True, max_length=config.row_tokens, per_device_train_batch_size=config.rows_per_step,
+            num_train_epochs=1, learning_rate=config.lr, lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0,
+            bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=1,
+            report_to="none", seed=config.seed, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Losses()])
+        trainer.train()
+        seconds = time.perf_counter() - start
+        result = _result(seconds, losses, documents, False)
+        batch = trainer.data_collator([{"input_ids": list(range(12)), "labels": list(range(12)), "seq_lengths": [5, 7]}])
+    batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items() if name != "labels"}
+
+    def second_document(ids):
+        with torch.no_grad():
+            return model.model(**{**batch, "input_ids": ids, "use_cache": False}).last_hidden_state[0, 5:]
+
+    return result | {"leak": _leaks(second_document, batch["input_ids"], first=5)}
+
+
+def _leaks(second_document, ids: torch.Tensor, *, first: int) -> str:
+    """Whether the second document's hidden states notice that the first one has other tokens."""
+    other = ids.clone()
+    other[..., :first] += 1
+    return "no" if torch.equal(second_document(ids), second_document(other)) else "YES"
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

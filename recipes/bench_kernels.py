@@ -1,0 +1,237 @@
+"""The kernels and their peers on the same tensors: seconds and memory, forward and backward.
+
+    python recipes/bench_kernels.py                                           the loss and attention, on this machine
+    python recipes/bench_kernels.py --what loss --hidden_size 1152 --num_tokens 2048
+
+loss: ours against `F.linear_cross_entropy` in chunks, `F.cross_entropy` on full logits and, on a card, Liger and Apple's CCE; and
+against three matmuls alone, which no exact loss can do without. attention: ours against one SDPA over the masked square and, on
+a card, flash-attn. fp32 on a CPU, bf16 on a card. Each contestant runs in a process of its own for its peak memory, counted
+besides the inputs. A peer that is not installed, or runs on a card only, is named. Left out on purpose: torch's own choice of
+chunk, a few rows at this vocabulary, which takes minutes a call on a CPU. Never run on a GPU so far.
+"""
+
+import gc
+import importlib.util
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kit.config import parse
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.packed_attention import packed_attention
+from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
+from kit.models import default_device, default_dtype
+from kit.run import write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    # what
+    what: str = "loss,attention"  # parts, comma-separated
+    json: str = ""  # file for the figures; "" = none
+    repeats: int = 3  # timed runs after one to warm up; the median counts
+    # loss
+    num_tokens: int = 2_048  # N
+    hidden_size: int = 640  # H
+    vocab_size: int = 262_144  # V
+    # attention
+    documents: str = "1500,300,900,50,1346"  # tokens of each document in the pack
+    num_heads: int = 4  # of the queries
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    window: int = 0  # 0 = none
+    # run
+    smoke: bool = False  # small sizes, in seconds
+
+
+SMOKE = {"num_tokens": 600, "hidden_size": 32, "vocab_size": 5_000, "repeats": 1, "documents": "90,7,33", "head_dim": 16}
+
+
+def main(config: Config) -> dict:
+    parts = {"loss": bench_loss, "attention": bench_attention}
+    names = config.what.split(",")
+    for name in names:
+        if name not in parts:
+            raise ValueError(f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out")
+    results = {name: parts[name](config) for name in names}
+    if config.json:
+        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), **results})
+    return results
+
+
+def _torch_in_chunks(rows: int):
+    return lambda hidden, weight, targets: F.linear_cross_entropy(
+        hidden, weight, targets, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    )
+
+
+def _liger(hidden, weight, targets):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
+
+
+def _apple(hidden, weight, targets):
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    return cut_cross_entropy(hidden, weight, targets)
+
+
+def _three_matmuls(hidden, weight, targets, chunk=512):
+    """What no exact way around exists for: logits, dX and dW, in chunks, into buffers that are used again."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits, dhidden, dweight = weight.new_empty(chunk, len(weight)), torch.empty_like(hidden), torch.empty_like(weight)
+    for start in range(0, len(hidden), chunk):
+        rows = hidden[start : start + chunk]
+        part = torch.mm(rows, weight.T, out=logits[: len(rows)])
+        torch.mm(part, weight, out=dhidden[start : start + chunk])
+        torch.addmm(dweight, part.T, rows, beta=float(start > 0), out=dweight)
+
+
+def _losses() -> dict[str, tuple[str, bool, Callable]]:
+    """name -> (package, needs a card, function of hidden, weight, targets)."""
+    return {
+        "the three matmuls alone": ("torch", False, _three_matmuls),
+        "ours": ("torch", False, linear_cross_entropy),
+        "F.linear_cross_entropy, chunks of 512": ("torch", False, _torch_in_chunks(512)),
+        "F.linear_cross_entropy, chunks of 1,024": ("torch", False, _torch_in_chunks(1024)),
+        "F.cross_entropy on full logits": ("torch", False, lambda h, w, t: F.cross_entropy((h @ w.T).float(), t)),
+        "Liger fused_linear_cross_entropy": ("liger_kernel", True, _liger),
+        "Apple cut_cross_entropy": ("cut_cross_entropy", True, _apple),
+    }
+
+
+def bench_loss(config: Config) -> list[dict]:
+    N, H, V = config.num_tokens, config.hidden_size, config.vocab_size
+    print(f"\nloss, forward and backward, {_precision()}, N = {N:,}, H = {H:,}, V = {V:,}; memory besides the inputs")
+    return _contest("_losses", "_loss_inputs", config, reference="the three matmuls alone")
+
+
+def _loss_inputs(config: Config, device, dtype):
+    N, H, V = config.num_tokens, config.hidden_size, config.vocab_size
+    hidden = torch.randn(N, H, device=device, dtype=dtype).requires_grad_()
+    weight = (torch.randn(V, H, device=device, dtype=dtype) * H**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(V, (N,), device=device)
+
+
+def _masked_square(q, k, v, cu_seqlens, max_seqlen, window):
+    """One SDPA over the whole row, every pair of tokens computed and most of them masked."""
+    position = torch.arange(len(q), device=q.device)
+    document = torch.bucketize(position, cu_seqlens[1:], right=True)
+    distance = position[:, None] - position[None, :]
+    seen = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(q)))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
+
+
+def _flash(q, k, v, cu_seqlens, max_seqlen, window):
+    from flash_attn import flash_attn_varlen_func
+
+    edges = (-1, -1) if window is None else (window - 1, 0)
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return flash_attn_varlen_func(q, k, v, *bounds, causal=True, window_size=edges, deterministic=True)
+
+
+def _attentions() -> dict[str, tuple[str, bool, Callable]]:
+    def ours(q, k, v, cu_seqlens, max_seqlen, window):
+        return packed_attention(q, k, v, cu_seqlens, max_seqlen, window=window)
+
+    return {
+        "ours": ("torch", False, ours),
+        "SDPA over the masked square": ("torch", False, _masked_square),
+        "flash-attn": ("flash_attn", True, _flash),
+    }
+
+
+def bench_attention(config: Config) -> list[dict]:
+    lengths = _lengths(config)
+    heads, window = f"{config.num_heads} heads on {config.num_kv_heads}, head_dim {config.head_dim}", config.window or "none"
+    print(f"\nattention, forward and backward, {_precision()}, {heads}, window {window}, documents of {config.documents} tokens")
+    area = sum(min(n, config.window or n) * (2 * n - min(n, config.window or n) + 1) // 2 for n in lengths)
+    print(f"  {area / sum(lengths) ** 2:.1%} of the square's pairs of tokens see each other")
+    return _contest("_attentions", "_attention_inputs", config, reference="ours")
+
+
+def _lengths(config: Config) -> list[int]:
+    try:
+        lengths = [int(n) for n in config.documents.split(",")]
+    except ValueError as error:
+        raise ValueError(f"documents is {config.documents!r}; pass token counts, comma-separated: 1500,300,900") from error
+    if min(lengths) < 1:
+        raise ValueError(f"documents is {config.documents!r} but every document has at least one token")
+    return lengths
+
+
+def _attention_inputs(config: Config, device, dtype):
+    lengths = _lengths(config)
+    T, D = sum(lengths), config.head_dim
+    q, k, v = (
+        torch.randn(T, heads, D, device=device, dtype=dtype).requires_grad_()
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    )
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    return q, k, v, cu_seqlens, max(lengths), config.window or None
+
+
+def _contest(contestants: str, inputs: str, config: Config, reference: str) -> list[dict]:
+    rows = []
+    for name, (package, needs_card, _) in globals()[contestants]().items():
+        if importlib.util.find_spec(package) is None:
+            print(f"  {name}: {package} is not installed, not compared")
+        elif needs_card and not torch.cuda.is_available():
+            print(f"  {name}: runs on a GPU only, not timed")
+        else:
+            arguments = (contestants, inputs, name, config, torch.get_num_threads())
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # a peak is the highest ever
+                rows.append({"name": name, **pool.submit(_measure, *arguments).result()})
+            base = next((row["seconds"] for row in rows if row["name"] == reference), rows[0]["seconds"])
+            rows[-1]["ratio"] = rows[-1]["seconds"] / base
+            print("  {name:<42}{seconds:9.3f} s  x{ratio:6.3f}  {extra_gib:7.2f} GiB".format(**rows[-1]))
+    return rows
+
+
+def _measure(contestants: str, inputs: str, name: str, config: Config, threads: int) -> dict:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    device = default_device()
+    card = device.type == "cuda"
+    tensors = globals()[inputs](config, device, default_dtype(device))
+    function = globals()[contestants]()[name][2]
+    before = torch.cuda.memory_allocated() if card else resident_bytes()
+    times = []
+    for _ in range(config.repeats + 1):  # the first one warms up
+        for x in tensors:
+            if isinstance(x, torch.Tensor):
+                x.grad = None
+        gc.collect()
+        if card:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        out = function(*tensors)
+        if out is not None:
+            out.sum().backward()
+        del out
+        if card:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if card else peak_resident_bytes()
+    return {"seconds": statistics.median(times[1:]), "extra_gib": math.nan if peak is None else (peak - before) / GIB}
+
+
+def _precision() -> str:
+    device = default_device()
+    return (
+        f"{str(default_dtype(device)).removeprefix('torch.')} on {'a CPU' if device.type == 'cpu' else describe_machine()['gpu']}"
+    )
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

@@ -5,6 +5,8 @@ that returns its function, which nobody then calls.
 """
 
 import os
+import warnings
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -13,7 +15,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = SimpleNamespace(jit=lambda fn: fn)
+    triton = SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda f: f))
     tl = SimpleNamespace(constexpr=None)
 
 HAS_TRITON = hasattr(triton, "__version__")
@@ -26,3 +28,17 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     if not HAS_TRITON or tensor.dtype == torch.float64:
         return False
     return tensor.is_cuda or (INTERPRET and tensor.dtype != torch.bfloat16)
+
+
+@cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's tl.dot reaches this CUDA card's tensor cores: from compute capability 8.0 on. Turing (7.5) has them, but
+    the compiler multiplies without; there torch is faster, and we say so once."""
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        warnings.warn(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; Triton uses tensor cores from 8.0 on "
+            "(RTX 30 and later), so attention runs in plain torch here: slower, and with more memory",
+            stacklevel=2,
+        )
+    return major >= 8

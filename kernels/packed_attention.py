@@ -1,19 +1,38 @@
-"""Causal attention inside the documents of a pack: no token sees another document, and nothing is padded.
+"""
+Causal attention inside the documents of a pack: no token sees another document, and nothing is padded.
 
-    o[i] = sum_j softmax_j(scale * q_i . k_j) v_j      over document(j) == document(i), 0 <= i - j < window
+    s[i, j] = scale * q_i . k_j              for document(j) == document(i) and 0 <= i - j < window, else -inf
+    L[i]    = logsumexp_j s[i, j]            p[i, j] = exp(s[i, j] - L[i])           o[i] = sum_j p[i, j] v_j
+    dv[j]   = sum_i p[i, j] do_i             ds[i, j] = p[i, j] (do_i . v_j - do_i . o_i)
+    dq[i]   = scale * sum_j ds[i, j] k_j     dk[j] = scale * sum_i ds[i, j] q_i      summed over the query heads of k's group
 
-One `scaled_dot_product_attention` a document. It is causal by its own flag, so no (T, T) mask is ever made: a boolean mask
-of a 16,384-token row would be 256 MiB, and its scores 8 GiB a layer in fp32 for 8 heads. Where a window cuts a document,
-its queries go in blocks of one window, each against the two windows of keys it can see. Queries of one group share their K
-and V head without repeating it. Runs on any device; work is the sum of the documents' causal areas, not T squared.
+How it works. A tile of queries walks the keys it can see and keeps, in fp32, the largest score so far, the sum of exponentials
+and the weighted sum of v, rescaling the two sums whenever the maximum grows; scores live for one tile. It leaves o and one number a
+query, L, from which backward makes p again: one kernel walks keys for dQ, one walks queries for dK and dV. Tiles are counted from
+each document's start, and those that are masked as a whole are never visited. K and V are read per group, not repeated.
+
+16,384 tokens of Gemma-3-1B (4 query heads, 1 of K and V, D = 256, bf16), a layer: q and o 32 MiB each, k and v 8 each, L 0.25; backward
+adds dq, dk, dv (48) and 0.25. The scores as one square would be 2 GiB in bf16 and 4 in fp32, a boolean mask 256 MiB.
+
+The kernels are in packed_attention_tiles.py. CPU tensors take torch's flash attention, a document at a time, behind the same two
+operators. Where there are neither tensor cores nor a CPU (Turing, Apple), it is one `scaled_dot_product_attention` a document.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kit.kernels import packed_attention_tiles as tiles
+from kit.kernels.backend import has_tensor_cores, uses_triton
+
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+WHOLE_DOCUMENT = 2**30  # the window of attention without one: more than any document, and its sum with a position fits int32
+_accepted = WeakTensorKeyDictionary()  # cu_seqlens -> what it was accepted for, so that a model of 26 layers checks it once
 
 
 def packed_attention_reference(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None):
@@ -28,54 +47,214 @@ def packed_attention_reference(q, k, v, cu_seqlens, max_seqlen, *, window=None, 
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def packed_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *,
-    window: int | None = None, scale: float | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Attention output (T, Hq, D), differentiable in q, k and v.
+def _bounds(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[int]:
+    """The values of cu_seqlens, found right. On a GPU this waits for the device."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] != T or min(lengths, default=1) < 1:
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to T = {T} by at least 1 a document, but is {bounds[:3]} ... {bounds[-3:]}; "
+            "pass the running sum of the documents' lengths, with a 0 in front"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen} but the longest document has {max(lengths)} tokens; pass that")
+    return bounds
 
-    q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv, one dtype and device. cu_seqlens: (documents + 1,) integers, 0
-    first, T last. max_seqlen: tokens of the longest document. window: a query sees keys at distance < window; None = all
-    before it. scale: None = 1 / sqrt(D). Raises ValueError naming the argument that does not fit.
-    """
-    T, Hq, D = q.shape
-    Hkv = k.shape[1]
-    if k.shape != v.shape or k.shape[0] != T or k.shape[2] != D or Hq % Hkv:
+
+def _accept(cu_seqlens: Tensor, T: int, max_seqlen: int) -> None:
+    """_bounds for its errors only, and only where this tensor, as it is now, was not accepted before."""
+    if cu_seqlens.is_inference():  # has no version: whether it was changed since cannot be known
+        _bounds(cu_seqlens, T, max_seqlen)
+    elif _accepted.get(cu_seqlens) != (claim := (T, max_seqlen, cu_seqlens._version)):
+        _bounds(cu_seqlens, T, max_seqlen)
+        _accepted[cu_seqlens] = claim
+
+
+def _pieces(bounds: list[int], window: int) -> Iterator[tuple[slice, slice, bool]]:
+    """(queries, keys they see, whether the window cuts them), for the torch paths. A document that is longer than the window goes
+    in blocks of one window of queries, each against the two windows of keys it can see."""
+    for start, end in pairwise(bounds):
+        if end - start <= window:
+            yield slice(start, end), slice(start, end), False
+            continue
+        for first in range(start, end, window):
+            yield slice(first, min(first + window, end)), slice(max(first - window + 1, start), min(first + window, end)), True
+
+
+def _window_mask(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
+    """What is added to the scores of a piece: 0 or -inf."""
+    i, j = (torch.arange(x.start, x.stop, device=like.device) for x in (queries, keys))
+    distance = i[:, None] - j[None, :]
+    mask = like.new_zeros(distance.shape)
+    return mask.masked_fill_((distance < 0) | (distance >= window), -torch.inf)
+
+
+def _heads_first(x: Tensor, rows: slice) -> Tensor:
+    return x[rows].transpose(0, 1).unsqueeze(0)  # (1, heads, n, D), a view
+
+
+def _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
+    """Any device, differentiated by torch."""
+    outputs = []
+    for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, q.shape[0], max_seqlen), window):
+        piece = (_heads_first(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
+        mask = _window_mask(queries, keys, window, q) if is_cut else None
+        outputs.append(
+            F.scaled_dot_product_attention(
+                *piece, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0
+
+
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what F.scaled_dot_product_attention calls on a CPU;
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # only by these names it gives its logsumexp
+
+
+def _stride_1(*tensors: Tensor) -> list[Tensor]:
+    """Copies of those whose D numbers do not lie side by side; .sum() for one hands down a gradient whose strides are 0."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+@torch.library.custom_op("kit::packed_attention", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out (T, Hq, D), logsumexp (Hq, T))."""
+    T = q.shape[0]
+    q, k, v = _stride_1(q, k, v)
+    if uses_triton(q):
+        _accept(cu_seqlens, T, max_seqlen)
+        return tiles.forward(q, k, v, cu_seqlens, window, scale)
+    out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[1], T, dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, T, max_seqlen), window):
+        mask = _window_mask(queries, keys, window, q) if is_cut else None
+        piece = (_heads_first(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
+        piece_out, piece_logsumexp = _cpu_forward(*piece, is_causal=mask is None, attn_mask=mask, scale=scale)
+        out[queries] = piece_out[0].transpose(0, 1)
+        logsumexp[:, queries] = piece_logsumexp[0]
+    return out, logsumexp
+
+
+@torch.library.custom_op("kit::packed_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv)."""
+    dout, q, k, v = _stride_1(dout, q, k, v)
+    if uses_triton(q):
+        return tiles.backward(dout, q, k, v, out, logsumexp, cu_seqlens, window, scale)
+    dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    for queries, keys, is_cut in _pieces(cu_seqlens.tolist(), window):
+        mask = _window_mask(queries, keys, window, q) if is_cut else None
+        rows = queries, queries, keys, keys, queries
+        piece = (_heads_first(x, r) for x, r in zip((dout, q, k, v, out), rows, strict=True))
+        gradients = _cpu_backward(*piece, logsumexp[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale)
+        dq[queries] = gradients[0][0].transpose(0, 1)
+        dk[keys] += gradients[1][0].transpose(0, 1)  # pieces of one document share keys
+        dv[keys] += gradients[2][0].transpose(0, 1)
+    return dq, dk, dv
+
+
+@_forward.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen, window, scale):
+    T, Hq, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(Hq, T, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@_backward.register_fake
+def _(dout, q, k, v, out, logsumexp, cu_seqlens, window, scale):
+    delta = torch.empty_like(logsumexp)  # noqa: F841  the kernels' only scratch: whoever counts allocations sees it
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Backward makes all three gradients: q, k and v of a model all want theirs, and dK and dV need what dQ leaves."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale):
+        out, logsumexp = _forward(q, k, v, cu_seqlens, max_seqlen, window, scale)
+        ctx.save_for_backward(q, k, v, out, logsumexp, cu_seqlens)
+        ctx.window, ctx.scale = window, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        gradients = _backward(dout, *ctx.saved_tensors, ctx.window, ctx.scale)
+        return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *[None] * 4
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:
+    """All that shapes, dtypes and devices tell. What the values of cu_seqlens tell is seen where there are values: _bounds."""
+    if (
+        q.dim() != 3
+        or k.dim() != 3
+        or k.shape != v.shape
+        or k.shape[::2] != q.shape[::2]
+        or not k.shape[1]
+        or q.shape[1] % k.shape[1]
+    ):
         raise ValueError(
             f"q is (T, Hq, D) = {tuple(q.shape)}, k and v must be (T, Hkv, D) with Hkv dividing Hq, "
             f"but k is {tuple(k.shape)} and v is {tuple(v.shape)}"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window} but a token sees at least itself; pass window >= 1, or None for no window")
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if bounds[0] != 0 or bounds[-1] != T or min(lengths, default=0) < 1:
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
-            f"cu_seqlens must rise from 0 to T = {T} by at least 1 a document, but is {bounds[:3]} ... {bounds[-3:]}"
+            f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one of {', '.join(map(str, DTYPES))}, "
+            "or call under torch.autocast"
         )
-    if max(lengths) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen} but the longest document has {max(lengths)} tokens; pass that")
-    # (1, heads, T, D) views; splitting along T copies nothing
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    documents = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
-    outputs = [_one_document(*document, window, scale) for document in documents]
-    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but must be int32 or int64 of shape "
+            "(documents + 1,); pass the running sum of the documents' lengths, with a 0 in front"
+        )
+    if not q.device == k.device == v.device == cu_seqlens.device:
+        raise ValueError(
+            f"q is on {q.device}, k on {k.device}, v on {v.device} and cu_seqlens on {cu_seqlens.device}; move them to one device"
+        )
+    if not isinstance(max_seqlen, int | torch.SymInt):
+        raise ValueError(f"max_seqlen is {max_seqlen!r} but must be an int; pass max(lengths)")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window is {window!r} but a token sees at least itself; pass an int >= 1, or None for no window")
 
 
-def _one_document(q, k, v, window: int | None, scale: float | None) -> torch.Tensor:
-    """(1, Hq, n, D), (1, Hkv, n, D) twice -> (1, Hq, n, D)"""
-    n = q.shape[2]
-    gqa = q.shape[1] != k.shape[1]
-    if window is None or n <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    outputs = []
-    for start in range(0, n, window):
-        end, first = min(start + window, n), max(start - window + 1, 0)
-        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)[None, :]
-        seen = (distance >= 0) & (distance < window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], attn_mask=seen, scale=scale, enable_gqa=gqa
-            )
+def _runs_in_operators(q: Tensor) -> bool:
+    """Whether the two operators can compute this: the kernels where they are fast, torch's flash attention on a CPU, nothing at
+    all where tensors are fake."""
+    if q.device.type in ("cpu", "meta") or isinstance(q, FakeTensor):
+        return True
+    return uses_triton(q) and has_tensor_cores(q.device)
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+    window: int | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention output (T, Hq, D), differentiable in q, k and v.
+
+    q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv, of any strides; fp16, bf16, fp32 or float64, one dtype and device
+        (under torch.autocast they are cast to its dtype). The kernels take any D up to 256, the torch paths any D.
+    cu_seqlens: (documents + 1,) int32 or int64, 0 first, T last, rising. A pack of no tokens, T = 0, has cu_seqlens = [0].
+    max_seqlen: tokens of the longest document, or more.
+    window: a query sees keys at distance < window (as in Hugging Face); None = all before it. scale: None = 1 / sqrt(D).
+
+    On a GPU the values of cu_seqlens are read once per tensor, not once per layer: the first call waits for the device; to
+    capture a CUDA graph, call once before. If they change under way, by a kernel that torch does not know, results are wrong,
+    but nothing outside the pack is read or written.
+    Raises ValueError naming the argument that does not fit. No gradient of a gradient.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    _check(q, k, v, cu_seqlens, max_seqlen, window)
+    T, _, D = q.shape
+    window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
+    scale = D**-0.5 if scale is None else scale
+    if not _runs_in_operators(q):
+        return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale)
+    if uses_triton(q) and (D > tiles.MAX_HEAD_DIM or T > WHOLE_DOCUMENT):
+        raise ValueError(
+            f"q is (T, Hq, D) = {tuple(q.shape)}; the kernels take D up to {tiles.MAX_HEAD_DIM} and T up to {WHOLE_DOCUMENT}; "
+            "for wider heads use the model's own attention"
         )
-    return torch.cat(outputs, dim=2)
+    return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, float(scale))

@@ -1,0 +1,224 @@
+"""
+The Triton kernels of packed attention. What they compute, cost and save stands in packed_attention.py.
+
+One program owns one tile of one document: BLOCK_M queries (forward, dQ) or BLOCK_N keys (dK/dV), counted from the document's
+first token, so a tile never spans two documents. It walks the keys (queries) that its tile can see, which are one range: from the
+tile's window to its diagonal, inside the document. Nothing else is ever loaded, so work is the sum of the documents' causal
+areas rounded up to tiles, whatever the pack looks like.
+
+How a program finds its document. A grid of (documents x blocks of the longest) would be mostly empty where one document is long
+and many are short; a table of blocks would be one more tensor to build and pass. Instead document d gets the programs from
+cu_seqlens[d] // BLOCK + d on. A document of n tokens needs ceil(n / BLOCK) of them, and the next one's first program is at
+least that far away, because floor((s + n) / B) + 1 >= floor(s / B) + ceil(n / B). So T // BLOCK + documents programs are always
+enough, at most one a document finds nothing to do, the host needs to know nothing but shapes, and a program finds its document
+by bisecting cu_seqlens: log2(documents) loads that hit the cache.
+
+Every output element is written by exactly one program, which adds in a fixed order: no atomics, and equal inputs give equal
+bits. dK and dV of a group are summed by the program that owns the keys, over all the group's query heads.
+"""
+
+import torch
+from torch import Tensor
+
+from kit.kernels.backend import tl, triton
+
+MAX_HEAD_DIM = 256  # a wider tile leaves too few registers and too little shared memory
+SHAPES = ["T", "num_documents", "window"]  # differ from pack to pack: one compiled kernel must serve all of their values
+
+
+def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
+    """Launch configuration of each kernel, for a head_dim and bytes an element."""
+    BLOCK_D = max(16, triton.next_power_of_2(head_dim))  # tl.dot multiplies no side below 16; the rest is masked
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    rows = TILES[element_size, max(BLOCK_D, 64)]
+    return {kernel: {"BLOCK_D": BLOCK_D} | dict(zip(names, row, strict=True)) for kernel, row in rows.items()}
+
+
+# (element size, BLOCK_D) -> kernel -> BLOCK_M, BLOCK_N, num_warps, num_stages. The largest that fit 101,376 bytes of shared
+# memory and spill no register on sm_80 to sm_120. fp32 multiplies without tensor cores: it is for checking, not for speed.
+TILES = {
+    (2, 64): {"forward": (128, 64, 4, 2), "dkdv": (64, 64, 4, 2), "dq": (128, 64, 8, 2)},
+    (2, 128): {"forward": (128, 64, 8, 2), "dkdv": (64, 64, 8, 1), "dq": (64, 64, 8, 1)},
+    (2, 256): {"forward": (64, 32, 8, 2), "dkdv": (32, 32, 4, 1), "dq": (64, 32, 8, 1)},
+    (4, 64): {"forward": (32, 32, 8, 1), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 8, 1)},
+    (4, 128): {"forward": (32, 16, 8, 1), "dkdv": (16, 16, 8, 1), "dq": (32, 16, 8, 1)},
+    (4, 256): {"forward": (16, 16, 8, 1), "dkdv": (16, 16, 8, 1), "dq": (16, 16, 8, 1)},
+}  # fmt: skip
+
+
+@triton.jit
+def _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK: tl.constexpr):
+    """(start of the program's document, its length, the tile's first token in it). Bounds that lie outside the pack, or fall, are
+    cut to it: the kernels then read and write nothing but the pack, whatever cu_seqlens holds."""
+    low = 0
+    high = num_documents
+    while high - low > 1:  # the last document whose first program is not after this one
+        middle = (low + high) // 2
+        is_later = tl.load(cu_seqlens_ptr + middle).to(tl.int32) // BLOCK + middle > program
+        high = tl.where(is_later, middle, high)
+        low = tl.where(is_later, low, middle)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low).to(tl.int32), 0), T)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low + 1).to(tl.int32), start), T)
+    return start.to(tl.int64), end - start, (program - low - start // BLOCK) * BLOCK  # int64: row * stride passes 2**31
+
+
+@triton.jit
+def _load_rows(ptr, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D), zeros past the document's end and past D."""
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < n)[:, None] & (columns < D)[None, :]
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(ptr, tile, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < n)[:, None] & (columns < D)[None, :]
+    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, logsumexp_ptr, cu_seqlens_ptr, T, num_documents, window, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles of a document see most keys: they start first
+    start, n, first_query = _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK_M)
+    if (first_query < 0) | (first_query >= n):
+        return
+    head = tl.program_id(1).to(tl.int64)
+    Hq = tl.num_programs(1)
+    k_ptr += start * k_stride_t + head // GROUP * k_stride_h
+    v_ptr += start * v_stride_t + head // GROUP * v_stride_h
+    queries = first_query + tl.arange(0, BLOCK_M)
+    q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
+    m = tl.full((BLOCK_M,), -1e30, tl.float32)  # not -inf: a row that sees nothing of its first tile would make inf - inf
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first_key in range(tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
+        v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
+        distance = queries[:, None] - keys[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # in log2 units: exp2 is cheap
+        scores = tl.where((distance >= 0) & (distance < window), scores, -float("inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        shrink = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        s = s * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        m = m_new
+    _store_rows(out_ptr + (start * Hq + head) * D, acc / s[:, None], queries, n, Hq * D, D, BLOCK_D)
+    tl.store(logsumexp_ptr + head * T + start + queries, (m + tl.log2(s)) * 0.6931471805599453, mask=queries < n)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, logsumexp_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, T, num_documents, window, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ, and on the way delta = dout . out of each query, which the dK/dV kernel reads."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    start, n, first_query = _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK_M)
+    if (first_query < 0) | (first_query >= n):
+        return
+    head = tl.program_id(1).to(tl.int64)
+    Hq = tl.num_programs(1)
+    k_ptr += start * k_stride_t + head // GROUP * k_stride_h
+    v_ptr += start * v_stride_t + head // GROUP * v_stride_h
+    queries = first_query + tl.arange(0, BLOCK_M)
+    numbers = head * T + start + queries  # where the query's logsumexp and delta lie
+    out = _load_rows(out_ptr + (start * Hq + head) * D, queries, n, Hq * D, D, BLOCK_D)
+    dout = _load_rows(dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    tl.store(delta_ptr + numbers, delta, mask=queries < n)
+    logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
+    q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first_key in range(tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
+        v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
+        distance = queries[:, None] - keys[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        p = tl.where((distance >= 0) & (distance < window), tl.exp2(scores - logsumexp[:, None]), 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        dscores = p * (dp - delta[:, None])
+        acc = tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
+    _store_rows(dq_ptr + (start * Hq + head) * D, acc * scale, queries, n, Hq * D, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, logsumexp_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, T, num_documents, window, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Scores lie transposed, keys by queries: p and dscores then enter their second product as they came out of the first."""
+    start, n, first_key = _find_tile(cu_seqlens_ptr, T, num_documents, tl.program_id(0), BLOCK_N)
+    if (first_key < 0) | (first_key >= n):
+        return
+    kv_head = tl.program_id(1).to(tl.int64)
+    Hkv = tl.num_programs(1)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    k = _load_rows(k_ptr + start * k_stride_t + kv_head * k_stride_h, keys, n, k_stride_t, D, BLOCK_D)
+    v = _load_rows(v_ptr + start * v_stride_t + kv_head * v_stride_h, keys, n, v_stride_t, D, BLOCK_D)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+        for first_query in range(first_key, tl.minimum(first_key + BLOCK_N - 1 + window, n), BLOCK_M):
+            queries = first_query + tl.arange(0, BLOCK_M)
+            numbers = head * T + start + queries
+            q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
+            dout = _load_rows(dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D)
+            logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
+            delta = tl.load(delta_ptr + numbers, mask=queries < n, other=0.0)
+            distance = queries[None, :] - keys[:, None]
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+            p = tl.where((distance >= 0) & (distance < window), tl.exp2(scores - logsumexp[None, :]), 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dscores = p * (dp - delta[None, :])
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+    _store_rows(dk_ptr + (start * Hkv + kv_head) * D, dk * scale, keys, n, Hkv * D, D, BLOCK_D)
+    _store_rows(dv_ptr + (start * Hkv + kv_head) * D, dv, keys, n, Hkv * D, D, BLOCK_D)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(out (T, Hq, D), logsumexp (Hq, T) fp32) of tensors whose last dimension has stride 1."""
+    (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
+    out, logsumexp = q.new_empty(T, Hq, D), q.new_empty(Hq, T, dtype=torch.float32)
+    tile = tiles(D, q.element_size())["forward"]
+    if q.numel():
+        with torch.cuda.device_of(q):
+            _forward_kernel[(T // tile["BLOCK_M"] + num_documents, Hq)](
+                q, k, v, out, logsumexp, cu_seqlens, T, num_documents, window, scale, *_strides(q, k, v),
+                GROUP=Hq // Hkv, D=D, **tile,
+            )  # fmt: skip
+    return out, logsumexp
+
+
+def backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv). dQ goes first: it makes the delta that dK/dV reads."""
+    (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    delta = torch.empty_like(logsumexp)
+    sizes = T, num_documents, window, scale, *_strides(q, k, v, dout)
+    tile = tiles(D, q.element_size())
+    if q.numel():
+        with torch.cuda.device_of(q):
+            _dq_kernel[(T // tile["dq"]["BLOCK_M"] + num_documents, Hq)](
+                q, k, v, out, dout, logsumexp, delta, dq, cu_seqlens, *sizes, GROUP=Hq // Hkv, D=D, **tile["dq"]
+            )
+            _dkdv_kernel[(T // tile["dkdv"]["BLOCK_N"] + num_documents, Hkv)](
+                q, k, v, dout, logsumexp, delta, dk, dv, cu_seqlens, *sizes, GROUP=Hq // Hkv, D=D, **tile["dkdv"]
+            )
+    return dq, dk, dv

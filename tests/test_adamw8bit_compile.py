@@ -83,10 +83,27 @@ def compile_adamw8bit(card, p, g):
     assert "fma.rn.f32" not in ptx, f"{name} fuses multiply and add: its bits would differ from the torch path's"
 
 
+def compile_packing(card, kernel, element):
+    import kit.kernels.packing as source
+
+    fn = getattr(source, kernel)
+    pointers = {"offsets_ptr": "*i64", "documents_ptr": "*i64", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"}
+    outputs = {"input_ids_ptr": "*i64", "targets_ptr": "*i64", "position_ids_ptr": "*i64"}
+    payload = dict.fromkeys(("buffer_ptr", "values_ptr", "padded_ptr"), element)
+    scalars = dict.fromkeys(("D", "T", "L", "C", "ignore_index", "bad_token"), "i32")
+    signature = {name: kind for name, kind in (pointers | outputs | payload | scalars).items() if name in fn.arg_names}
+    _, shared, report = compile_kernel(fn, card, signature, {"BLOCK": source.BLOCK}, source.NUM_WARPS)
+    check(f"{kernel} sm_{card} {element}", shared, report)
+
+
 def compile_all():
     """What the child process does. bf16 travels as int16; fp16 gradients load like it."""
     for card, p, g in product(CARDS, ("*i16", "*fp32"), ("*i16", "*fp32")):
         compile_adamw8bit(card, p, g)
+    for card in CARDS:
+        compile_packing(card, "_pack_kernel", "*i32")
+        compile_packing(card, "_unpack_kernel", "*fp32")
+        compile_packing(card, "_repack_kernel", "*fp32")
 
 
 def test_the_kernels_compile_for_every_card_without_spills_and_load_16_bytes_at_a_time():

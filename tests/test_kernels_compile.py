@@ -1,82 +1,173 @@
-"""Compiles the row kernels to machine code for the cards people have. Needs no GPU. They have no tl.dot, so no mma to find."""
+"""Compiles every kernel to machine code for the cards people have, with the code of `python -m kit.kernels.report`. Needs no GPU.
 
+TRITON_INTERPRET is read at import, so what compiles runs in a child process that does not have it.
+"""
+
+import json
 import os
-import re
 import subprocess
 import sys
-from itertools import product
+from dataclasses import replace
 
 import pytest
 
-from kit.kernels.backend import HAS_TRITON
+from kit.kernels.backend import HAS_TRITON, tl, triton
+from kit.kernels.compiled import CARDS, Case, Compiled, compile_case
+from kit.kernels.report import Config, cases, chosen, line
 
-CARDS = [80, 86, 89, 90, 120]  # A100; RTX 30; RTX 40; H100; RTX 50
-SHARED_LIMIT = 101_376  # bytes a program may use on RTX 30, 40 and 50
-KERNELS = {
-    "logit_rows": ["_logprob_kernel", "_gradient_kernel"],
-    "cross_entropy": ["_forward_kernel", "_backward_kernel"],
-}
-ELEMENTS = ["bf16", "fp32"]  # fp16 loads and stores like bf16
-POINTERS = {"logits_ptr": None, "targets_ptr": "*i64"}  # the others are fp32
-SCALARS = {"row_stride": "i32", "V": "i32", "ignore_index": "i32", "inv_temperature": "fp32"}
-
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)")
+TARGETS = [card for card in CARDS if card.capability >= 80]
 
 
-def compile_kernel(module, kernel, card, element, softcap):
-    """(shared memory in bytes, ptxas' report), with the launch options of the module itself."""
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
-    source = importlib.import_module(f"kit.kernels.{module}")
-    fn = getattr(source, kernel)
-    constants = {"BLOCK_V": source.BLOCK_V, "SOFTCAP": softcap}
-    constants = {name: value for name, value in constants.items() if name in fn.arg_names}
-    signature = {}
-    for name in fn.arg_names:
-        pointer = POINTERS.get(name, "*fp32") or f"*{element}"
-        signature[name] = "constexpr" if name in constants else pointer if name.endswith("_ptr") else SCALARS[name]
-    attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(fn.arg_names)
-        if name.endswith("_ptr") or name in ("row_stride", "V")
-    }
-    compiled = triton.compile(
-        ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs),
-        target=GPUTarget("cuda", card, 32), options={"num_warps": source.NUM_WARPS},
-    )  # fmt: skip
-    ptx = compiled.asm["ptx"]
-    assert len(compiled.asm["cubin"]) > 1000
-    gpu = re.search(r"\.target (\w+)", ptx).group(1)
-    command = [get_ptxas(card).path, "-v", f"--gpu-name={gpu}", "-o", os.devnull, "-"]  # once more, to hear about spills
-    report = subprocess.run(command, input=ptx, capture_output=True, text=True)
-    assert report.returncode == 0, report.stderr
-    return compiled.metadata.shared, report.stderr
+@triton.jit
+def _matmul_kernel(a_ptr, b_ptr, c_ptr, num_steps, BLOCK: tl.constexpr):
+    """A kernel with a dot, so that the report is seen to tell tensor cores from none."""
+    rows, acc = tl.arange(0, BLOCK), tl.zeros((BLOCK, BLOCK), tl.float32)
+    tile = rows[:, None] * BLOCK + rows[None, :]
+    for step in range(num_steps):
+        a, b = tl.load(a_ptr + tile + step * BLOCK * BLOCK), tl.load(b_ptr + tile + step * BLOCK * BLOCK)
+        acc = tl.dot(a, b, acc)
+    tl.store(c_ptr + tile, acc.to(c_ptr.dtype.element_ty))
 
 
-def compile_all():
-    """What the child process does: every kernel, card and element type; the cap only where a kernel has one."""
-    for (module, kernels), card in product(KERNELS.items(), CARDS):
-        for kernel, element in product(kernels, ELEMENTS):
-            for softcap in (0.0, 30.0) if module == "logit_rows" and element == "bf16" else (0.0,):
-                name = f"{kernel} sm_{card} {element} softcap {softcap}"
-                shared, report = compile_kernel(module, kernel, card, element, softcap)
-                assert "0 bytes spill stores, 0 bytes spill loads" in report, f"{name} spills: {report}"
-                assert "0 bytes stack frame" in report, f"{name} uses local memory: {report}"
-                assert shared <= SHARED_LIMIT, f"{name} uses {shared} bytes of shared memory, the limit is {SHARED_LIMIT}"
-                print(name, shared, re.search(r"Used \d+ registers", report).group())
+@triton.jit
+def _hoarding_kernel(x_ptr, BLOCK: tl.constexpr):
+    """Holds BLOCK numbers over a sum: with one warp and 16,384 of them, 512 a thread."""
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    tl.store(x_ptr + tl.arange(0, BLOCK), x / tl.sum(x, 0))
 
 
-def test_the_row_kernels_compile_for_every_card_without_spills():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+def matmul(**options):
+    return Case(sys.modules[__name__], "_matmul_kernel", "bf16", {"num_steps": "i32"}, {"BLOCK": 64}, **options)
+
+
+def complaints(compiled: Compiled) -> list[str]:
+    """What is wrong with a kernel."""
+    found = []
+    if compiled.spilled:
+        found.append(f"{compiled.spilled} bytes a thread spill to memory")
+    if not compiled.programs:
+        found.append(f"does not fit: {compiled.shared} bytes of shared memory, {compiled.shared_limit} are allowed")
+    if compiled.has_dot and compiled.case.element != "fp32" and not compiled.tensor_core:
+        found.append("has a dot but no tensor-core instruction")
+    if compiled.case.element != "fp32" and 16 not in compiled.loads:
+        found.append(f"never loads 16 bytes at once: {compiled.loads}")
+    return found
+
+
+def check_every_case():
+    wrong = []
+    for case in cases():
+        for card in TARGETS:
+            if case.element == "fp16" and card.capability != 89:
+                continue  # compiles as bf16 does: once is enough here, the report shows them all
+            compiled = compile_case(case, card)
+            print(card.name, line(compiled))
+            wrong += [f"{case.name} on {card.name}: {complaint}" for complaint in complaints(compiled)]
+    assert not wrong, "\n".join(wrong)
+
+
+def check_dots():
+    for card in CARDS:
+        if card.capability in (80, 86):  # as 89
+            continue
+        compiled = compile_case(matmul(), card)
+        kinds = {"wgmma.mma_async"} if card.capability == 90 else {"mma.sync"} if card.capability >= 80 else set()
+        assert compiled.has_dot and set(compiled.tensor_core) == kinds, (card.name, compiled.tensor_core)
+        assert card.capability < 80 or (set(compiled.loads) == {16} and not complaints(compiled))
+
+
+def check_bad():
+    card = next(card for card in CARDS if card.capability == 89)
+    hoarding = Case(sys.modules[__name__], "_hoarding_kernel", "fp32", constants={"BLOCK": 16_384}, num_warps=1)
+    assert "spill" in complaints(compile_case(hoarding, card))[0]
+    deep = matmul(num_stages=9)  # 8 KiB a tile, two tiles a stage
+    assert any("does not fit" in complaint for complaint in complaints(compile_case(deep, card)))
+    with pytest.raises(ValueError, match="'num_steps' has neither"):
+        compile_case(replace(matmul(), arguments={}), card)
+
+
+def run_child(*args, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *args], env=inherited | environment, capture_output=True, text=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("check", ["every_case", "a_dot_shows_its_tensor_cores", "bad_kernels_are_seen"])
+def test_in_a_child_that(check):
+    child = run_child(__file__, check)
     assert child.returncode == 0, f"\n{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)
 
 
+def compiled_with(num_warps, registers, shared, capability):
+    card = next(card for card in CARDS if card.capability == capability)
+    ptxas = f"{0} bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nUsed {registers} registers"
+    return Compiled(matmul(num_warps=num_warps), card, ptxas, shared, "", True)
+
+
+def test_occupancy_is_what_the_limits_leave():
+    """Worked by hand from the limits of a multiprocessor: 64 Ki registers in four files; RTX 40: 48 warps, 100 KiB."""
+    assert compiled_with(8, 48, 32, 89).programs == 5  # 42 warps by registers, 40 in four files: 5 programs of 8
+    assert compiled_with(8, 48, 32, 89).occupancy == 40 / 48
+    assert compiled_with(8, 33, 0, 89).programs == 6  # 33 registers cost 40 each: 51 warps, more than the 48 threads allow
+    assert compiled_with(1, 16, 0, 89).programs == 24  # the cap on programs
+    assert compiled_with(4, 32, 49 * 1024, 89).programs == 2  # 2 x (49 + 1 KiB) = 100
+    assert compiled_with(4, 32, 49 * 1024 + 1, 89).programs == 1
+    assert compiled_with(4, 32, 99 * 1024 + 1, 89).programs == 0  # and it cannot run
+    assert compiled_with(4, 32, 100 * 1024, 90).programs == 2
+    assert compiled_with(4, 32, 64 * 1024, 75).programs == 1  # Turing keeps nothing for itself
+
+
+def test_ptx_is_read_right():
+    ptx = """
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    ld.global.L1::evict_last.v2.b64 { %rd3, %rd4 }, [ %rd1 + 0 ];
+    @%p2 ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
+    ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r9 ];
+    cp.async.cg.shared.global [ %r1 + 0 ], [ %rd4 + 0 ], 0x10, %r2;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %f1 }, { %r1 }, { %r2 }, { %f1 };
+    """
+    compiled = Compiled(matmul(), CARDS[0], "", 0, ptx, True)
+    assert compiled.loads == {16: 3, 2: 1} and compiled.tensor_core == {"mma.sync": 1}
+
+
+@needs_triton
+def test_the_command_prints_one_card_and_writes_json(tmp_path):
+    flags = ["--card", "75", "--kernel", "cross_entropy._forward", "--json", str(tmp_path / "x")]
+    child = run_child("-m", "kit.kernels.report", *flags)
+    assert child.returncode == 0, child.stderr
+    rows = json.loads((tmp_path / "x").read_text())
+    assert {row["target"] for row in rows} == {"sm_75"} and len(rows) == 3
+    assert "no tensor cores from this compiler" in child.stdout and all(0 < row["registers"] <= 255 for row in rows)
+
+
+@needs_triton
+def test_the_command_refuses_the_interpreter():
+    child = run_child("-m", "kit.kernels.report", TRITON_INTERPRET="1")
+    assert child.returncode == 1 and "error: TRITON_INTERPRET is 1" in child.stderr and "Traceback" not in child.stderr
+
+
+def test_a_kernel_or_card_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(ValueError, match=r"kernel is 'nothing' but.*_gradient_kernel"):
+        chosen(Config(kernel="nothing"))
+    with pytest.raises(ValueError, match=r"card is 88 but.*89 \(RTX 40\)"):
+        chosen(Config(card=88))
+    assert len(chosen(Config(kernel="_gradient_kernel bf16", card=89))[0]) == 2
+
+
+def test_without_triton_the_command_says_what_to_do():
+    child = run_child("-c", """
+import sys
+sys.modules["triton"] = None  # import triton now raises ImportError, as on macOS
+from kit.kernels.report import Config, main
+try:
+    main(Config())
+except ValueError as error:
+    print(error)
+""")  # fmt: skip
+    assert "pip install triton" in child.stdout, child.stderr
+
+
 if __name__ == "__main__":
-    compile_all()
+    {"every_case": check_every_case, "a_dot_shows_its_tensor_cores": check_dots, "bad_kernels_are_seen": check_bad}[sys.argv[1]]()

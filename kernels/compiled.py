@@ -1,0 +1,197 @@
+"""
+What the compiler makes of a kernel for a card, without the card: registers, spills, shared memory, instructions.
+
+How it works. Triton compiles a kernel ahead of time for any card it knows; no GPU and no driver are needed. The PTX it made goes
+through ptxas once more with -v, which tells registers and spills; loads and tensor-core instructions are counted in the PTX, so
+an instruction in a loop counts once. Occupancy follows from the card's limits per multiprocessor. It says how many warps a
+multiprocessor can hold, not how fast they are: nothing here is a time.
+"""
+
+import os
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+
+from kit.kernels.backend import HAS_TRITON, INTERPRET, triton
+
+
+@dataclass(frozen=True)
+class Card:
+    """Limits of one multiprocessor. Source: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute
+    Capability". From 8.0 on, a program's shared memory costs 1 KiB more than it asks for, which the system keeps."""
+
+    capability: int  # 89 = sm_89
+    name: str
+    threads: int  # resident at once, per multiprocessor
+    programs: int  # resident at once, per multiprocessor
+    shared_kib: int  # per multiprocessor
+    shared_kib_program: int  # the most one program may ask for
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of shared memory the system keeps for itself, per program."""
+        return 1024 if self.capability >= 80 else 0
+
+
+CARDS = [
+    Card(75, "RTX 20", threads=1024, programs=16, shared_kib=64, shared_kib_program=64),
+    Card(80, "A100", threads=2048, programs=32, shared_kib=164, shared_kib_program=163),
+    Card(86, "RTX 30", threads=1536, programs=16, shared_kib=100, shared_kib_program=99),
+    Card(89, "RTX 40", threads=1536, programs=24, shared_kib=100, shared_kib_program=99),
+    Card(90, "H100", threads=2048, programs=32, shared_kib=228, shared_kib_program=227),
+    Card(120, "RTX 50", threads=1536, programs=24, shared_kib=100, shared_kib_program=99),
+]
+REGISTERS = 65_536  # per multiprocessor, on all of them
+REGISTER_UNIT = 256  # a warp gets registers in units of this many ...
+WARP_UNIT = 4  # ... from one of the four files of the multiprocessor
+SHARED_UNIT = 128  # bytes; shared memory is handed out in units of this size
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one launch configuration, everything its compilation depends on.
+
+    arguments: Triton's type of each argument that is not a tl.constexpr: "*bf16", "i32", "fp32"; "i32:16" = a multiple of 16, as
+    nearly all strides are, which is what lets the compiler load 16 bytes at once. Left out: a name ending in `_ptr` is a pointer
+    to `element`, one with `stride` in it is "i32:16".
+    """
+
+    module: ModuleType
+    kernel: str  # its name in module
+    element: str  # of the big tensors: "bf16", "fp16", "fp32"
+    arguments: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, object] = field(default_factory=dict)  # the tl.constexpr arguments
+    num_warps: int = 4
+    num_stages: int = 3  # Triton's own default
+    label: str = ""  # what tells it from the kernel's other cases
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (f"{self.module.__name__.split('.')[-1]}.{self.kernel}", self.element, self.label)))
+
+    def argument_type(self, name: str) -> str:
+        if name in self.arguments:
+            return self.arguments[name]
+        if name.endswith("_ptr"):
+            return f"*{self.element}"
+        if "stride" in name:
+            return "i32:16"
+        raise ValueError(f"{self.name}: argument {name!r} has neither a type nor a value; add it to arguments or constants")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    case: Case
+    card: Card
+    ptxas: str  # its report
+    shared: int  # bytes a program asks for
+    ptx: str
+    has_dot: bool
+
+    def _reported(self, pattern: str) -> int:
+        found = re.search(pattern, self.ptxas)
+        if found is None:
+            raise ValueError(f"{self.case.name}: ptxas no longer reports {pattern!r}; it said {self.ptxas!r}")
+        return int(found.group(1))
+
+    @property
+    def registers(self) -> int:
+        return self._reported(r"Used (\d+) registers")
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of spills and of everything else that lives in local memory, per thread."""
+        return sum(self._reported(rf"(\d+) bytes {what}") for what in ("stack frame", "spill stores", "spill loads"))
+
+    @property
+    def shared_limit(self) -> int:
+        return self.card.shared_kib_program * 1024
+
+    @property
+    def programs(self) -> int:
+        """How many of this program one multiprocessor holds at once; 0 = it cannot run on this card."""
+        warps = self.case.num_warps
+        warps_by_registers = REGISTERS // _round_up(self.registers * 32, REGISTER_UNIT) // WARP_UNIT * WARP_UNIT
+        shared = _round_up(self.shared, SHARED_UNIT) + self.card.reserved
+        by_shared = self.card.shared_kib * 1024 // shared if shared else self.card.programs
+        fits = self.shared <= self.shared_limit
+        return fits * min(self.card.threads // (32 * warps), self.card.programs, warps_by_registers // warps, by_shared)
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps / the most the multiprocessor holds."""
+        return self.programs * self.case.num_warps * 32 / self.card.threads
+
+    @cached_property
+    def tensor_core(self) -> dict[str, int]:
+        """Tensor-core instructions in the PTX."""
+        return dict(Counter(re.findall(r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx, re.MULTILINE)))
+
+    @cached_property
+    def loads(self) -> dict[int, int]:
+        """Bytes a thread fetches from global memory in one instruction -> how many instructions do so, asynchronous ones too."""
+        widths = Counter()
+        for line in self.ptx.splitlines():
+            if found := re.search(r"ld\.global[\w.:]*\.[busf](\d+)\s", line):
+                vector = re.search(r"\.v(\d)\.", line)
+                widths[int(found.group(1)) // 8 * int(vector.group(1) if vector else 1)] += 1
+            elif found := re.search(r"cp\.async\.c[ag]\.shared\.global.*\], *(0x[0-9a-f]+|\d+)", line):
+                widths[int(found.group(1), 0)] += 1
+        return dict(sorted(widths.items(), reverse=True))
+
+    def row(self) -> dict:
+        """For the table and the JSON file."""
+        return {
+            "kernel": self.case.name, "card": self.card.name, "target": f"sm_{self.card.capability}",
+            "warps": self.case.num_warps, "stages": self.case.num_stages, "registers": self.registers, "spilled": self.spilled,
+            "shared": self.shared, "shared_limit": self.shared_limit, "occupancy": round(self.occupancy, 3),
+            "tensor_core": self.tensor_core, "has_dot": self.has_dot, "loads": self.loads,
+        }  # fmt: skip
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def refuse_where_nothing_compiles() -> None:
+    """Raises ValueError that says what to do."""
+    if not HAS_TRITON:
+        raise ValueError(
+            "Triton is not installed, and there is none for macOS: its compiler is what is asked here. Any Linux or Windows "
+            "machine will do, no GPU is needed: pip install triton (Windows: triton-windows)"
+        )
+    if INTERPRET:
+        raise ValueError(
+            "TRITON_INTERPRET is 1: Triton then runs kernels in Python and compiles nothing, so nothing is to report; unset it"
+        )
+
+
+def compile_case(case: Case, card: Card) -> Compiled:
+    """Raises ValueError where compiling is impossible (no Triton, interpreter, a type that is missing)."""
+    refuse_where_nothing_compiles()
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    fn = getattr(case.module, case.kernel)
+    signature, attrs = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        kind, _, divisor = ("constexpr" if name in case.constants else case.argument_type(name)).partition(":")
+        signature[name] = kind
+        if divisor or kind.startswith("*"):  # torch's allocations are aligned
+            attrs[i,] = [["tt.divisibility", int(divisor or 16)]]
+    compiled = triton.compile(
+        ASTSource(fn=fn, signature=signature, constexprs=case.constants, attrs=attrs),
+        target=GPUTarget("cuda", card.capability, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    ptx = compiled.asm["ptx"]
+    target = re.search(r"\.target (\w+)", ptx).group(1)
+    command = [get_ptxas(card.capability).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "-"]
+    report = subprocess.run(command, input=ptx, capture_output=True, text=True)
+    if report.returncode:
+        raise ValueError(f"{case.name}: ptxas refused what Triton made for sm_{card.capability}: {report.stderr.strip()}")
+    return Compiled(case, card, report.stderr, compiled.metadata.shared, ptx, "tt.dot" in compiled.asm["ttir"])

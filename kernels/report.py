@@ -1,0 +1,113 @@
+"""What the compiler makes of every kernel, for every card people have. Needs no GPU; nothing here is a time.
+
+    python -m kit.kernels.report                              every kernel, every card: about two minutes, then seconds (cached)
+    python -m kit.kernels.report --card 89 --kernel gradient  one card; kernels whose name contains the word
+    python -m kit.kernels.report --json kernels.json          the same figures for posting
+
+registers: per thread, 255 at most. spilled: bytes a thread keeps in memory because registers ran out; should be 0. shared: bytes
+a program asks for, of what the card allows. occupancy: warps that fit a multiprocessor, of the most it holds. tensor cores:
+instructions that use them. loads: how many load instructions fetch how many bytes a thread; 16 is the widest there is.
+
+RTX 20 (Turing): Triton compiles for it, but without its tensor cores. A kernel without a dot does not mind.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from kit.config import parse
+from kit.kernels import cross_entropy, logit_rows
+from kit.kernels.compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
+
+ELEMENTS = ["bf16", "fp16", "fp32"]
+
+
+def _logit_rows(kernel: str, element: str, softcap: float) -> Case:
+    rows = {"targets_ptr": "*i64", "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32"}
+    return Case(
+        logit_rows, kernel, element,
+        arguments=rows | {"V": "i32:16", "inv_temperature": "fp32"},
+        constants={"BLOCK_V": logit_rows.BLOCK_V, "SOFTCAP": softcap},
+        num_warps=logit_rows.NUM_WARPS, label="softcap" if softcap else "",
+    )  # fmt: skip
+
+
+def _cross_entropy(kernel: str, element: str) -> Case:
+    rows = {"targets_ptr": "*i64", "loss_ptr": "*fp32", "logsumexp_ptr": "*fp32", "dloss_ptr": "*fp32"}
+    return Case(
+        cross_entropy, kernel, element,
+        arguments=rows | {"V": "i32:16", "ignore_index": "i32"},
+        constants={"BLOCK_V": cross_entropy.BLOCK_V},
+        num_warps=cross_entropy.NUM_WARPS,
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """Every kernel in every configuration that a launch uses. A new kernel adds its entries here, and the test finds them."""
+    return [
+        *(_logit_rows(*case) for case in product(["_logprob_kernel", "_gradient_kernel"], ELEMENTS, [0.0, 30.0])),
+        *(_cross_entropy(*case) for case in product(["_forward_kernel", "_backward_kernel"], ELEMENTS)),
+    ]
+
+
+@dataclass(frozen=True)
+class Config:
+    kernel: str = ""  # only kernels whose name contains this; "" = all
+    card: int = 0  # only this target: 75, 80, 86, 89, 90, 120; 0 = all
+    json: str = ""  # file for the figures; "" = none
+
+
+def chosen(config: Config) -> tuple[list[Case], list[Card]]:
+    """What the flags ask for. Raises ValueError where that is nothing."""
+    kernels = [case for case in cases() if config.kernel in case.name]
+    cards = [card for card in CARDS if config.card in (0, card.capability)]
+    if not kernels:
+        names = ", ".join(dict.fromkeys(case.name.split()[0] for case in cases()))
+        raise ValueError(f"kernel is {config.kernel!r} but the kernels are {names}; pass a part of a name")
+    if not cards:
+        known = ", ".join(f"{card.capability} ({card.name})" for card in CARDS)
+        raise ValueError(f"card is {config.card} but the targets are {known}; pass one of the numbers, or 0 for all")
+    return kernels, cards
+
+
+def line(compiled: Compiled) -> str:
+    used = f"{compiled.shared:,} of {compiled.shared_limit:,}"
+    tensor_core = ", ".join(f"{n} {name}" for name, n in compiled.tensor_core.items())
+    if compiled.has_dot and not tensor_core:
+        tensor_core = "NONE: slow here, the torch path is taken" if compiled.card.capability < 80 else "none"
+    loads = " ".join(f"{n}x{width}" for width, n in compiled.loads.items())
+    return (
+        f"    {compiled.case.name:<52}{compiled.registers:>9}{compiled.spilled:>8}  {used:>18}{compiled.occupancy:>10.0%}"
+        f"  {tensor_core if compiled.has_dot else 'no dot':<20}  {loads}"
+    )
+
+
+def main(config: Config) -> list[dict]:
+    refuse_where_nothing_compiles()
+    kernels, cards = chosen(config)
+    rows = []
+    for card in cards:
+        print(f"\n{card.name} (sm_{card.capability}){' - no tensor cores from this compiler' if card.capability < 80 else ''}")
+        head = f"{'registers':>9}{'spilled':>8}  {'shared, bytes':>18}{'occupancy':>10}  {'tensor cores':<20}  loads, n x bytes"
+        print(f"    {'kernel':<52}{head}")
+        for case in kernels:
+            try:
+                compiled = compile_case(case, card)
+            except ValueError as error:
+                print(f"    {case.name:<52} does not compile: {error}")
+                rows.append({"kernel": case.name, "card": card.name, "target": f"sm_{card.capability}", "error": str(error)})
+                continue
+            print(line(compiled))
+            rows.append(compiled.row())
+    if config.json:
+        Path(config.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -66,6 +66,7 @@ class Case:
     constants: dict[str, object] = field(default_factory=dict)  # the tl.constexpr arguments
     num_warps: int = 4
     num_stages: int = 3  # Triton's own default
+    options: dict[str, object] = field(default_factory=dict)  # further launch options, enable_fp_fusion=False say
     label: str = ""  # what tells it from the kernel's other cases
 
     @property
@@ -186,11 +187,13 @@ def compile_case(case: Case, card: Card) -> Compiled:
     compiled = triton.compile(
         ASTSource(fn=fn, signature=signature, constexprs=case.constants, attrs=attrs),
         target=GPUTarget("cuda", card.capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages} | case.options,
     )
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx).group(1)
     command = [get_ptxas(card.capability).path, "-v", f"--gpu-name={target}", "-o", os.devnull, "-"]
+    if not case.options.get("enable_fp_fusion", True):
+        command.insert(1, "--fmad=false")  # as Triton calls it
     report = subprocess.run(command, input=ptx, capture_output=True, text=True)
     if report.returncode:
         raise ValueError(f"{case.name}: ptxas refused what Triton made for sm_{card.capability}: {report.stderr.strip()}")

@@ -18,10 +18,11 @@ from itertools import product
 from pathlib import Path
 
 from kit.config import parse
-from kit.kernels import cross_entropy, logit_rows
+from kit.kernels import adamw8bit, cross_entropy, logit_rows, packed_attention_tiles, packing
 from kit.kernels.compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
 
 ELEMENTS = ["bf16", "fp16", "fp32"]
+HEAD_DIMS = [64, 128, 256]  # Qwen2.5 and Llama-3.2-1B; Llama-3.2-3B and Qwen2.5-3B; Gemma 3
 
 
 def _logit_rows(kernel: str, element: str, softcap: float) -> Case:
@@ -44,11 +45,48 @@ def _cross_entropy(kernel: str, element: str) -> Case:
     )  # fmt: skip
 
 
+def _attention(kernel: str, element: str, head_dim: int) -> Case:
+    tile = packed_attention_tiles.tiles(head_dim, 4 if element == "fp32" else 2)[kernel]
+    rows = {"logsumexp_ptr": "*fp32", "delta_ptr": "*fp32", "cu_seqlens_ptr": "*i32"}
+    return Case(
+        packed_attention_tiles, f"_{kernel}_kernel", element,
+        arguments=rows | {"T": "i32", "num_documents": "i32", "window": "i32", "scale": "fp32"},
+        constants={"GROUP": 4, "D": head_dim} | {name: tile[name] for name in tile if name.isupper()},
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"], label=f"D {head_dim}",
+    )  # fmt: skip
+
+
+def _adamw8bit(weight: str, gradient: str) -> Case:
+    """bf16 travels as int16."""
+    numbers = ("gradient_scale", "keep1", "take1", "keep2", "take2", "correction", "eps", "rate", "shrink")
+    states = {"m_ptr": "*i8", "m_scale_ptr": "*fp32", "v_ptr": "*u8", "v_scale_ptr": "*fp32"}
+    integers = {"N": "i32:16", "first_element": "i64:16", "key": "i64"}
+    return Case(
+        adamw8bit, "_update_kernel", weight,
+        arguments=states | integers | {"g_ptr": f"*{gradient}"} | dict.fromkeys(numbers, "fp32"),
+        constants={name: getattr(adamw8bit, name) for name in ("BLOCK", "BLOCKS", "M_LEVELS", "V_LEVELS")},
+        num_warps=adamw8bit.NUM_WARPS, options={"enable_fp_fusion": False}, label=f"gradient {gradient}",
+    )  # fmt: skip
+
+
+def _packing(kernel: str) -> Case:
+    ids = dict.fromkeys(("input_ids_ptr", "targets_ptr", "position_ids_ptr", "offsets_ptr", "documents_ptr"), "*i64")
+    sizes = dict.fromkeys(("D", "T", "L", "C", "ignore_index", "bad_token"), "i32")
+    return Case(
+        packing, kernel, "fp32",
+        arguments=ids | sizes | {"buffer_ptr": "*i32", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"},
+        constants={"BLOCK": packing.BLOCK}, num_warps=packing.NUM_WARPS,
+    )  # fmt: skip
+
+
 def cases() -> list[Case]:
     """Every kernel in every configuration that a launch uses. A new kernel adds its entries here, and the test finds them."""
     return [
         *(_logit_rows(*case) for case in product(["_logprob_kernel", "_gradient_kernel"], ELEMENTS, [0.0, 30.0])),
         *(_cross_entropy(*case) for case in product(["_forward_kernel", "_backward_kernel"], ELEMENTS)),
+        *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
+        *(_adamw8bit(*case) for case in product(["i16", "fp32"], ["i16", "fp32"])),
+        *(_packing(kernel) for kernel in ("_pack_kernel", "_unpack_kernel", "_repack_kernel")),
     ]
 
 

@@ -258,3 +258,12 @@ def packed_attention(
             "for wider heads use the model's own attention"
         )
     return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, float(scale))
+
+
+def documents_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """packed_attention as one `scaled_dot_product_attention` a document: any device, any head_dim, no kernel of ours."""
+    _check(q, k, v, cu_seqlens, max_seqlen, window)
+    window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
+    return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, q.shape[2] ** -0.5 if scale is None else scale)

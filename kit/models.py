@@ -1,9 +1,4 @@
-"""Models: load one with its tokenizer, run its backbone over a pack, reach its head.
-
-Attention goes in through transformers' own registry under the name "kit". It serves two callers: a pack, known by the
-keyword arguments cu_seqlens and max_seqlen, and the sampler, known by a mask of its own. Anything else is refused: a
-pack read as one sequence would let its documents see each other without a word.
-"""
+"""Models: load one with its tokenizer, run its backbone over a pack, reach its head."""
 
 from __future__ import annotations
 
@@ -13,57 +8,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kit.kernels.packed_attention import packed_attention
+from kit.attention import attention_name
 from kit.packing import PackedBatch
 from kit.toy import TINY
 
 FAMILIES = ("gemma3_text", "llama", "qwen2")  # config.model_type
-ATTENTION = "kit"
-
-
-def _attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, cu_seqlens=None,
-               max_seqlen=None, dropout=0.0, **_):  # fmt: skip
-    """transformers' attention interface: query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) -> (B, Tq, Hq, D), None."""
-    if dropout:
-        raise ValueError(
-            f"attention dropout is {dropout} but a pack's attention has none; set attention_dropout to 0 in the config"
-        )
-    if cu_seqlens is not None:
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        window = sliding_window if getattr(module, "is_sliding", True) else None
-        return packed_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling).unsqueeze(0), None
-    if attention_mask is None:
-        raise ValueError(
-            "this model was loaded for packs; run it with kit.models.hidden_states or kit.generate, or call "
-            'model.set_attn_implementation("sdpa") before using it on its own'
-        )
-    B, Hq, Tq, D = query.shape
-    Hkv = key.shape[1]
-    if Tq == 1 and Hq != Hkv:  # the queries of a group are the rows of one small matrix: K and V are read once, not repeated
-        out = F.scaled_dot_product_attention(query.reshape(B, Hkv, Hq // Hkv, D), key, value, attn_mask=attention_mask,
-                                             scale=scaling)  # fmt: skip
-        return out.reshape(B, 1, Hq, D), None
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=Hq != Hkv)
-    return out.transpose(1, 2), None
-
-
-def _no_mask(*args, **kwargs) -> None:
-    """A pack needs no mask: its boundaries travel as keyword arguments."""
-
-
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client keeps its own bar for downloads
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 def default_device() -> torch.device:
@@ -76,11 +28,12 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def load(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from "tiny", a hub id, a local folder, or a GGUF file (which is dequantised).
 
-    Raises ValueError for a path that is not there and for a family whose attention we do not know.
+    attention: one of kit.attention.CHOICES. Raises ValueError for a path that is not there, for a family whose attention we do
+    not know, and for an attention that cannot run here.
     """
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
@@ -90,12 +43,13 @@ def load(
         if not path.exists():
             raise ValueError(f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists")
     if path.suffix == ".gguf":
-        model, tokenizer = _load_gguf(path, dtype)
+        model, tokenizer = _load_gguf(path, dtype, device, attention)
     else:
         where = str(path) if path.is_dir() else name
         config = _config(where)
         _check_family(config, name)
-        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation=ATTENTION)
+        kind = attention_name(attention, config, device=device, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation=kind)
         tokenizer = AutoTokenizer.from_pretrained(where)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name} names no end-of-text token; set eos_token in its tokenizer_config.json")
@@ -119,7 +73,7 @@ def _check_family(config, name: str) -> None:
         )
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: str):
     loader = logging.getLogger("transformers.quantizers.quantizer_gguf")
     level = loader.level
     loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which is what we ask for
@@ -134,7 +88,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         del (
             config.quantization_config
         )  # the weights are plain by now, and a model marked quantised can be neither trained nor saved
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    kind = attention_name(attention, config, device=device, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}, assign=True)
     model.tie_weights()
     for parameter in model.parameters():

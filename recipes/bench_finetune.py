@@ -23,6 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit import models
+from kit.attention import attention_name
 from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse
 from kit.data import load_documents
@@ -90,7 +91,7 @@ def _model_and_documents(config: Config, threads: int):
         shape = {"hidden_size": 64, "intermediate_size": 1_024, "num_hidden_layers": 12, "num_attention_heads": 4,
                  "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
         settings = LlamaConfig(vocab_size=config.vocab_size, max_position_embeddings=config.row_tokens, **shape)
-        settings._attn_implementation = models.ATTENTION
+        settings._attn_implementation = attention_name("auto", settings, device=device, dtype=models.default_dtype(device))
         model = LlamaForCausalLM(settings).to(device, models.default_dtype(device))
     if config.traces:
         chat = ChatFormat(tokenizer, template=config.chat_template, instruction=INSTRUCTION)

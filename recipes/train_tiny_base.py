@@ -19,7 +19,6 @@ from kit.config import parse, show
 from kit.data import Trace, make_documents
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams
-from kit.models import ATTENTION
 from kit.run import RunFolder
 from kit.sft import TrainingPlan, train
 from kit.toy import make_rows, make_tokenizer, write_rows
@@ -68,7 +67,7 @@ def main(config: Config) -> None:
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=3 * config.hidden_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_heads,
-            max_position_embeddings=1024, tie_word_embeddings=True, attn_implementation=ATTENTION,
+            max_position_embeddings=1024, tie_word_embeddings=True, attn_implementation="kit",
             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton kernels of packed attention, in Triton's interpreter, which is chosen when Triton is imported: in a child process."""
+"""The Triton kernels of packed attention in the interpreter, which is chosen when Triton is imported: in a child process."""
 
 import mmap
 import os

@@ -1,6 +1,17 @@
+import os
+import subprocess
+import sys
+import warnings
+from itertools import accumulate
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kit.kernels.packed_attention as pa
+from kit.kernels import backend
 from kit.kernels.packed_attention import packed_attention, packed_attention_reference
 
 LENGTHS = [1, 13, 7, 1, 8, 20]  # single tokens, a window of 7 and one more, longer than two windows
@@ -77,7 +88,14 @@ def test_non_contiguous_and_broadcast_inputs_are_read_right():
         ({"cu_seqlens": [0, 5, 5, T]}, "rise from 0 to T = 50"),
         ({"cu_seqlens": [0, 5, T - 1]}, "rise from 0 to T = 50"),
         ({"cu_seqlens": [1, 5, T]}, "rise from 0 to T = 50"),
+        ({"cu_seqlens": []}, "cu_seqlens is torch.float32 of shape"),
+        ({"cu_seqlens": [0.0, 50.0]}, "cu_seqlens is torch.float32.*int32 or int64"),
+        ({"cu_seqlens": [[0, 50]]}, r"shape \(1, 2\)"),
         ({"max_seqlen": 19}, "max_seqlen is 19 but the longest document has 20"),
+        ({"max_seqlen": torch.tensor(20)}, r"max_seqlen is tensor\(20\) but must be an int"),
+        ({"window": -3}, "window is -3"),
+        ({"window": 2.5}, "window is 2.5.*int >= 1"),
+        ({"k": (T, 0), "v": (T, 0)}, "Hkv dividing Hq"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):
@@ -86,3 +104,133 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     cu_seqlens = torch.tensor(change.get("cu_seqlens", CU_SEQLENS.tolist()))
     with pytest.raises(ValueError, match=message):
         packed_attention(q, k, v, cu_seqlens, change.get("max_seqlen", 20), window=change.get("window"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.float16}, "q is torch.float32, k torch.float16 and v torch.float32; cast"),
+        ({"q": torch.int64, "k": torch.int64, "v": torch.int64}, "q is torch.int64"),
+        ({"v": "meta"}, "q is on cpu, k on cpu, v on meta and cu_seqlens on cpu"),
+        ({"cu_seqlens": "meta"}, "cu_seqlens on meta"),
+    ],
+)
+def test_mixed_dtypes_and_devices_are_refused(change, message):
+    tensors = {"q": torch.zeros(T, 4, 16), "k": torch.zeros(T, 2, 16), "v": torch.zeros(T, 2, 16), "cu_seqlens": CU_SEQLENS}
+    tensors |= {name: tensors[name].to(where) for name, where in change.items()}
+    with pytest.raises(ValueError, match=message):
+        packed_attention(**tensors, max_seqlen=20)
+
+
+@pytest.mark.parametrize("function", [packed_attention, lambda *a: pa._documents_attention(*a, pa.WHOLE_DOCUMENT, 0.25)])
+def test_a_pack_of_no_tokens_gives_none_and_has_gradients(function):
+    tensors = [torch.zeros(0, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
+    out = function(*tensors, torch.tensor([0]), 0)
+    assert out.shape == (0, 4, 16)
+    out.sum().backward()
+    assert tensors[0].grad.shape == (0, 4, 16)
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.data())
+def test_every_pack_agrees_with_the_masked_square(data):
+    lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    kv_heads, group, D = (data.draw(st.integers(1, 3)) for _ in range(3))
+    window = data.draw(st.none() | st.integers(1, 14))
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)])
+    torch.manual_seed(0)
+    tensors = [torch.randn(sum(lengths), h, D, dtype=torch.float64) for h in (kv_heads * group, kv_heads, kv_heads)]
+    results = []
+    for function in (packed_attention, packed_attention_reference):
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = function(*leaves, cu_seqlens, max(lengths), window=window)
+        results.append([out, *torch.autograd.grad((out * out).sum(), leaves)])
+    for ours, truth in zip(*results, strict=True):  # float64 is the truth: what is left are some roundings of sums of a few terms
+        torch.testing.assert_close(ours, truth, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_the_path_without_operators_gives_the_same_to_the_last_bit(window):
+    tensors = problem(4, 2, torch.float32)
+    ours = run(packed_attention, tensors, window=window)
+    other = run(lambda *a, window: pa._documents_attention(*a, window or pa.WHOLE_DOCUMENT, 0.25), tensors, window=window)
+    for name in ours:
+        assert torch.equal(ours[name], other[name]), name
+
+
+def test_a_gradient_is_made_only_for_those_who_want_it():
+    q, k, v = problem(4, 2, torch.float32)
+    packed_attention(q, k.detach(), v, CU_SEQLENS, 20).sum().backward()
+    assert q.grad is not None and v.grad is not None and k.grad is None
+    assert not packed_attention(q.detach(), k.detach(), v.detach(), CU_SEQLENS, 20).requires_grad
+
+
+def test_autocast_casts_what_a_rotary_embedding_left_in_fp32():
+    q, k, v = (x.detach().float() for x in problem(4, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = packed_attention(q, k, v.bfloat16(), CU_SEQLENS, 20)
+    assert torch.equal(ours, packed_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), CU_SEQLENS, 20))
+
+
+def test_fake_tensors_allocate_what_the_kernels_do():
+    saved = []
+    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        q, k, v = (torch.empty(T, h, 16, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
+        cu_seqlens = torch.empty(4, dtype=torch.int32)  # without values
+        out = packed_attention(q, k, v, cu_seqlens, 20, window=7)
+        out.sum().backward()
+    assert out.shape == (T, 4, 16) and out.dtype == torch.bfloat16
+    assert [(tuple(x.shape), x.dtype) for x in saved] == [
+        *(((T, h, 16), torch.bfloat16) for h in (4, 2, 2, 4)), ((4, T), torch.float32), ((4,), torch.int32)
+    ]  # fmt: skip
+    assert all(x.grad.shape == x.shape and x.grad.dtype == x.dtype for x in (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_operators_and_their_fake_implementations_agree(dtype):
+    q, k, v = (x.detach().to(dtype) for x in problem(4, 2))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(pa._forward, (q, k, v, CU_SEQLENS, 20, 7, 0.25), test_utils=tests)
+    out, logsumexp = pa._forward(q, k, v, CU_SEQLENS, 20, 7, 0.25)
+    torch.library.opcheck(pa._backward, (out, q, k, v, out, logsumexp, CU_SEQLENS, 7, 0.25), test_utils=tests)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_compiled_function_is_one_graph_and_gives_the_same(window):
+    tensors = problem(4, 2, torch.float32)
+    compiled = torch.compile(lambda *a, **o: packed_attention(*a, **o) * 2, fullgraph=True, backend="aot_eager")
+    ours, eager = (
+        run(compiled, tensors, window=window),
+        run(lambda *a, **o: packed_attention(*a, **o) * 2, tensors, window=window),
+    )
+    for name in ours:
+        assert torch.equal(ours[name], eager[name]), name
+    with pytest.raises(ValueError, match="rise from 0 to T = 50"):
+        compiled(*tensors, CU_SEQLENS - 1, 20, window=window)
+
+
+def test_a_card_without_tensor_cores_is_told_so_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 0 else (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce RTX 2080")
+    backend.has_tensor_cores.cache_clear()
+    with pytest.warns(UserWarning, match=r"RTX 2080 has compute capability 7.5.*plain torch"):
+        assert not backend.has_tensor_cores(torch.device("cuda", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not backend.has_tensor_cores(torch.device("cuda", 0))
+        assert backend.has_tensor_cores(torch.device("cuda", 1))
+    backend.has_tensor_cores.cache_clear()
+
+
+def test_without_triton_the_module_imports_and_takes_the_torch_path():
+    code = """
+import sys
+sys.modules["triton"] = None  # import triton now raises ImportError, as on macOS
+import torch
+from kit.kernels.packed_attention import packed_attention
+q = torch.randn(6, 2, 16, requires_grad=True)
+packed_attention(q, q, q, torch.tensor([0, 2, 6]), 4, window=3).sum().backward()
+assert q.grad.isfinite().all()
+"""
+    child = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr

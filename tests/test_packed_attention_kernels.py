@@ -90,11 +90,12 @@ def test_kernels_are_as_good_as_torch_for_every_pack(small_tiles, lengths):
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_kernels_are_as_good_as_torch_with_the_tiles_of_a_card(D, dtype):
-    check(problem([9, 131], 2, 1, D, dtype), [9, 131], window=70)
+    lengths = [9, 131] if dtype == torch.float16 else [3, 34]  # longer than a tile
+    check(problem(lengths, 2, 1, D, dtype), lengths, window=lengths[1] // 2)
 
 
 @in_the_interpreter
-@settings(max_examples=8, deadline=None, database=None, derandomize=True)
+@settings(max_examples=6, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_kernels_agree_with_float64_whatever_the_pack(data):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))

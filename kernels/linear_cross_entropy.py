@@ -38,7 +38,7 @@ def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean",
 
 
 @torch.library.custom_op("kit::kept_rows", mutates_args=())
-def _kept_rows(targets: Tensor, V: int, ignore_index: int) -> Tensor:
+def kept_rows(targets: Tensor, V: int, ignore_index: int) -> Tensor:
     """Indices of the targets that count. On a GPU this waits for the device: the number of matmul rows depends on it. Reading
     the range right after that wait costs microseconds, and an index past the end would make the kernels read foreign memory."""
     kept = (targets != ignore_index).nonzero()[:, 0]
@@ -52,7 +52,7 @@ def _kept_rows(targets: Tensor, V: int, ignore_index: int) -> Tensor:
     return kept
 
 
-@_kept_rows.register_fake
+@kept_rows.register_fake
 def _(targets, V, ignore_index):
     return torch.empty_like(targets)  # fake targets have no values: all are kept, so a memory plan is an upper bound
 
@@ -163,7 +163,7 @@ def _loss_op(
     ignore_index: int, mean: bool, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, dhidden, dweight), empty where not wanted."""
-    kept = _kept_rows(targets, weight.shape[0], ignore_index)
+    kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if mean else 1
     settings = targets, kept, dtype, score, D, token_weight, None, wanted
     loss, gradients = _loss_and_gradients(hidden, weight, *settings)
@@ -174,7 +174,7 @@ def _loss_op(
 def _logprobs_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, score: list[float], ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    return _logprobs(hidden, weight, targets, _kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
+    return _logprobs(hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
 
 
 @torch.library.custom_op("kit::linear_logprobs_backward", mutates_args=())
@@ -182,7 +182,7 @@ def _logprobs_backward_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, dlogprobs: Tensor, dtype: torch.dtype, score: list[float],
     ignore_index: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    kept = _kept_rows(targets, weight.shape[0], ignore_index)
+    kept = kept_rows(targets, weight.shape[0], ignore_index)
     gradients = _logprob_gradients(hidden, weight, targets, kept, dtype, score, dlogprobs, wanted)
     return tuple(hidden.new_empty(0) if g is None else g for g in gradients)
 
@@ -234,7 +234,7 @@ _loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 _logprobs_op.register_autograd(_make_gradients, setup_context=_keep_inputs)
 
 
-def _checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
+def checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
     """(hidden (N, H), targets (N,), compute dtype, [1 / temperature, softcap or 0]). Raises ValueError."""
     if not isinstance(weight, Tensor):
         raise ValueError(
@@ -314,7 +314,7 @@ def linear_cross_entropy(
     here if autograd wants any, and backward runs once: a second one raises RuntimeError. No gradient of a gradient.
     Raises ValueError for arguments that do not fit, for a target outside 0 .. V - 1 among them.
     """
-    rows, flat, dtype, score = _checked(hidden, weight, targets, softcap, temperature)
+    rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; pass "mean", "sum" or "none"')
     if reduction == "none" and objective is not None:
@@ -342,7 +342,7 @@ def linear_cross_entropy(
 
 @torch.compiler.disable  # an objective is Python of the caller's: a compiled model runs it between its graphs
 def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction):
-    kept = _kept_rows(targets, weight.shape[0], ignore_index)
+    kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if reduction == "mean" else 1
     return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective)
 
@@ -350,7 +350,7 @@ def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, 
 def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return _logprobs_op(hidden, weight, targets, dtype, score, ignore_index)
-    return _TokenLogprobs.apply(hidden, weight, targets, _kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
+    return _TokenLogprobs.apply(hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
 
 
 def token_logprobs(
@@ -361,6 +361,6 @@ def token_logprobs(
     Arguments and errors as linear_cross_entropy. The log-probs are differentiable (backward makes the logits a second time), the
     entropy is not. For a training step, linear_cross_entropy with an objective costs a matmul less.
     """
-    rows, flat, dtype, score = _checked(hidden, weight, targets, softcap, temperature)
+    rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature)
     logprobs, entropy = _differentiable_logprobs(rows, weight, flat, dtype, score, IGNORE_INDEX)
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -62,7 +62,7 @@ class HeadGradients:
             self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
         if self.dweight is not None:
             x = x if slope is None else (x * slope[:, None]).to(x.dtype)
-            _add_matmul_(self.dweight, dlogits.T, x, scale, self.beta)
+            add_matmul_(self.dweight, dlogits.T, x, scale, self.beta)
             self.beta = 1.0
 
     def finish(self) -> list[Tensor | None]:
@@ -82,7 +82,7 @@ def scaled(gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch
 
 
 @torch.library.custom_op("kit::add_matmul_", mutates_args=("total",))
-def _add_matmul_(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
     """total = beta * total + alpha * a @ b, where a and b may be 16-bit and total fp32."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, alpha=alpha, beta=beta, out=total)
@@ -117,7 +117,7 @@ def _scale_(gradient: Tensor, upstream: Tensor) -> None:
         gradient.mul_(upstream.item())
 
 
-@_add_matmul_.register_fake
+@add_matmul_.register_fake
 def _(total, a, b, alpha, beta):
     return None
 

@@ -7,7 +7,8 @@ Rows of logits, read where they lie: log-prob of the target, entropy, and the gr
 
 How it works. One program a row. It reads the row once for m, the largest z so far, and s, the sum of exp(z - m) so far, s being
 multiplied by exp(m_old - m_new) whenever m grows. For the gradient it reads the row a second time and writes each element where
-it was read. What a token's loss is multiplied by is one number a row, and is applied elsewhere: see linear_head.py.
+it was read. What a token's loss is multiplied by is one number a row, and is applied elsewhere: see linear_head.py. Where the
+row's logsumexp is known already, its gradient can be made a block of columns at a time.
 
 A chunk of 1,024 rows of 262,144 bf16 logits: 512 MiB read twice and written once; besides it, eight bytes a row.
 """
@@ -103,8 +104,22 @@ def _gradient_kernel(
         tl.store(logits_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 
+@triton.jit
+def _block_gradient_kernel(
+    logits_ptr, targets_ptr, logsumexp_ptr, row_stride, V, first, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """One program a row and BLOCK_V columns of logits that begin at column `first` of the whole row, whose logsumexp is known."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits_ptr += row * row_stride
+    z, slope = _load_scores(logits_ptr, cols, V, inv_temperature, SOFTCAP)
+    p = tl.exp(z - tl.load(logsumexp_ptr + row))
+    dlogits = tl.where(cols + first == tl.load(targets_ptr + row), p - 1.0, p) * slope
+    tl.store(logits_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < V)
+
+
 def _score_blocks(logits: Tensor, inv_temperature: float, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
-    """Torch path: (rows, z - max z, dz / d(raw logit)) a few rows at a time. z is made over fp32 logits, or in a small copy."""
+    """Torch path: (rows, z, dz / d(raw logit)) a few rows at a time. z is made over fp32 logits, or in a small copy."""
     step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
@@ -115,7 +130,7 @@ def _score_blocks(logits: Tensor, inv_temperature: float, softcap: float) -> Ite
             z.mul_(softcap)
         if inv_temperature != 1:
             z.mul_(inv_temperature)
-        yield rows, z.sub_(z.amax(1, keepdim=True)), slope
+        yield rows, z, slope
 
 
 @torch.library.custom_op("kit::token_logprobs", mutates_args=("logits",))
@@ -131,6 +146,7 @@ def row_logprobs(logits: Tensor, targets: Tensor, inv_temperature: float, softca
             )  # fmt: skip
         return logprobs, entropy
     for rows, z, _ in _score_blocks(logits, inv_temperature, softcap):
+        z.sub_(z.amax(1, keepdim=True))
         e = z.exp()
         s = e.sum(1)
         logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - s.log()
@@ -151,6 +167,7 @@ def row_gradients_(logits: Tensor, targets: Tensor, inv_temperature: float, soft
         return logprobs
     for rows, z, slope in _score_blocks(logits, inv_temperature, softcap):
         target = targets[rows, None]
+        z.sub_(z.amax(1, keepdim=True))
         z_target = z.gather(1, target)
         s = z.exp_().sum(1, keepdim=True)
         logprobs[rows] = (z_target - s.log())[:, 0]
@@ -162,6 +179,30 @@ def row_gradients_(logits: Tensor, targets: Tensor, inv_temperature: float, soft
     return logprobs
 
 
+@torch.library.custom_op("kit::block_gradients_", mutates_args=("logits",))
+def block_gradients_(
+    logits: Tensor, targets: Tensor, logsumexp: Tensor, first: int, inv_temperature: float, softcap: float
+) -> None:
+    """Logits (R, B) of columns first .. first + B - 1 become d(-logprob) / d(logits). logsumexp (R,) fp32: the whole rows'."""
+    if uses_triton(logits):
+        R, V = logits.shape
+        with torch.cuda.device_of(logits):
+            _block_gradient_kernel[(R, triton.cdiv(V, BLOCK_V))](
+                logits, targets, logsumexp, logits.stride(0), V, first, inv_temperature,
+                SOFTCAP=softcap, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            )  # fmt: skip
+        return
+    for rows, z, slope in _score_blocks(logits, inv_temperature, softcap):
+        z.sub_(logsumexp[rows, None]).exp_()
+        target = targets[rows, None] - first
+        inside = (target >= 0) & (target < z.shape[1])
+        z.scatter_add_(1, target.where(inside, 0), -inside.to(z.dtype))
+        if isinstance(slope, Tensor) or slope != 1:
+            z.mul_(slope)
+        if z.dtype != logits.dtype:
+            logits[rows] = z
+
+
 @row_logprobs.register_fake
 def _(logits, targets, inv_temperature, softcap):
     return tuple(logits.new_empty(logits.shape[0], dtype=wide(logits.dtype)) for _ in range(2))
@@ -170,3 +211,8 @@ def _(logits, targets, inv_temperature, softcap):
 @row_gradients_.register_fake
 def _(logits, targets, inv_temperature, softcap):
     return logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
+
+
+@block_gradients_.register_fake
+def _(logits, targets, logsumexp, first, inv_temperature, softcap):
+    return None

@@ -22,14 +22,15 @@ from kit.kernels import adamw8bit, cross_entropy, logit_rows, packed_attention_t
 from kit.kernels.compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
 
 ELEMENTS = ["bf16", "fp16", "fp32"]
+LOGIT_ROWS = ["_logprob_kernel", "_gradient_kernel", "_block_gradient_kernel"]
 HEAD_DIMS = [64, 128, 256]  # Qwen2.5 and Llama-3.2-1B; Llama-3.2-3B and Qwen2.5-3B; Gemma 3
 
 
 def _logit_rows(kernel: str, element: str, softcap: float) -> Case:
-    rows = {"targets_ptr": "*i64", "logprobs_ptr": "*fp32", "entropy_ptr": "*fp32"}
+    rows = {"targets_ptr": "*i64"} | dict.fromkeys(("logprobs_ptr", "entropy_ptr", "logsumexp_ptr"), "*fp32")
     return Case(
         logit_rows, kernel, element,
-        arguments=rows | {"V": "i32:16", "inv_temperature": "fp32"},
+        arguments=rows | {"V": "i32:16", "first": "i32:16", "inv_temperature": "fp32"},
         constants={"BLOCK_V": logit_rows.BLOCK_V, "SOFTCAP": softcap},
         num_warps=logit_rows.NUM_WARPS, label="softcap" if softcap else "",
     )  # fmt: skip
@@ -82,7 +83,7 @@ def _packing(kernel: str) -> Case:
 def cases() -> list[Case]:
     """Every kernel in every configuration that a launch uses. A new kernel adds its entries here, and the test finds them."""
     return [
-        *(_logit_rows(*case) for case in product(["_logprob_kernel", "_gradient_kernel"], ELEMENTS, [0.0, 30.0])),
+        *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
         *(_cross_entropy(*case) for case in product(["_forward_kernel", "_backward_kernel"], ELEMENTS)),
         *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
         *(_adamw8bit(*case) for case in product(["i16", "fp32"], ["i16", "fp32"])),

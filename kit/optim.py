@@ -3,6 +3,12 @@
 fp32 weights take torch's own AdamW. bf16 weights need one more thing: near 0.02 a bf16 step is 1e-4 wide, an update at lr 5e-5
 is narrower, and rounding to nearest would drop it. Stochastic rounding goes up or down with the probability that makes the
 mean exact, so the update arrives on average, without an fp32 copy of the weights.
+
+    name        weights    bytes a parameter besides weight and gradient
+    adamw       fp32       8    torch.optim.AdamW
+    adamw       bf16       8    fp32 states, stochastic rounding
+    adamw8bit   both       2.03 kit.kernels.adamw8bit: 8-bit states; on the CPU instead, with offload
+    auto                        adamw for fp32, adamw8bit for bf16
 """
 
 from __future__ import annotations
@@ -10,6 +16,11 @@ from __future__ import annotations
 import math
 
 import torch
+
+from kit.host import Host
+from kit.kernels.adamw8bit import adamw8bit_, init_state, state_slice
+
+OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 
 
 def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
@@ -70,12 +81,86 @@ class StochasticAdamW(torch.optim.Optimizer):
                 stochastic_round_(parameter, weight, generator)
 
 
-def make_optimizer(model: torch.nn.Module, *, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), seed: int = 0):
-    """AdamW for the model's trainable parameters, by their dtype. Raises ValueError for a mixture or for none."""
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with 8-bit states on bf16 (rounded stochastically) or fp32 parameters, in one pass over memory.
+
+    Random bits are keyed by (seed, step, parameter, element): resuming repeats them, and so does any order of updates.
+    offload: the states stay in CPU memory, pinned where the parameters are on a card, and visit it a slab at a time: 4 bytes a
+        parameter cross the bus in a step. Wait for the card (the loss's .item() does) before you read them.
+    """
+
+    SLAB = 2**24  # numbers whose offloaded states are on the card at once: 32 MiB
+
+    def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+        self.host = Host() if offload else None
+        grouped = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        self.place = {parameter: (index, group) for index, (parameter, group) in enumerate(grouped)}
+        for parameter in self.place:
+            state = {name: self._at_home(tensor) for name, tensor in init_state(parameter).items()}
+            self.state[parameter] = {"step": torch.tensor(0.0), **state}
+
+    def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.host is None:
+            return tensor
+        return self.host.empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
+
+    @torch.no_grad()
+    def update(self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None = None, *, first: int = 0) -> None:
+        """One step for this parameter alone. gradient: None = its own; of a slice of it, flattened elements from `first` on (a
+        multiple of 256), fp32 or the parameter's dtype. Slices of one step must follow one another and cover the parameter."""
+        index, group = self.place[parameter]
+        state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
+        gradient = parameter.grad if gradient is None else gradient
+        step = int(self.state[parameter]["step"]) + 1
+        flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")}
+        slab = len(flat) if self.host is None else self.SLAB
+        for start in range(0, len(flat), max(slab, 1)):
+            count = min(slab, len(flat) - start)
+            home = state_slice(state, first + start, count)
+            visiting = home if self.host is None else {name: torch.empty_like(x, device=flat.device) for name, x in home.items()}
+            if self.host is not None:
+                for name, tensor in visiting.items():
+                    tensor.copy_(home[name], non_blocking=True)
+            part = slice(start, start + count)
+            adamw8bit_(flat[part], gradient[part], visiting, step=step, index=index, first_element=first + start, **settings)
+            if self.host is not None:
+                for name, tensor in visiting.items():
+                    home[name].copy_(tensor, non_blocking=True)  # the next visit follows on the same stream
+        if first + len(flat) == parameter.numel():
+            # a new tensor: fake ones know the value of what was never changed in place
+            self.state[parameter]["step"] = torch.tensor(float(step))
+
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            raise ValueError("AdamW8bit takes no closure; run the backward pass, then call step()")
+        for parameter in self.place:
+            if parameter.grad is not None:
+                self.update(parameter)
+
+
+def make_optimizer(
+    model: torch.nn.Module, *, lr: float, name: str = "auto", weight_decay: float = 0.0, betas=(0.9, 0.999), seed: int = 0,
+    offload: bool = False,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW for the model's trainable parameters. name: one of OPTIMIZERS; offload: adamw8bit's states in CPU memory.
+
+    Raises ValueError for an unknown name, for parameters of several dtypes or none, and for offload with another optimizer.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtypes = {parameter.dtype for parameter in parameters}
-    if dtypes == {torch.float32}:
-        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {name!r}; pass one of {', '.join(OPTIMIZERS)}")
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        raise ValueError(f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or bfloat16")
+    if name == "auto":
+        name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
+    settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    if name == "adamw8bit":
+        return AdamW8bit(parameters, **settings, seed=seed, offload=offload)
+    if offload:
+        raise ValueError("offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass adamw8bit")
     if dtypes == {torch.bfloat16}:
-        return StochasticAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed)
-    raise ValueError(f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or bfloat16")
+        return StochasticAdamW(parameters, **settings, seed=seed)
+    return torch.optim.AdamW(parameters, **settings, fused=True)

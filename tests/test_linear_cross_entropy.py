@@ -454,9 +454,9 @@ def test_the_operators_and_their_fake_implementations_agree():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(row_gradients_, (logits.clone(), targets, 1.0, 0.0), test_utils=tests)
     torch.library.opcheck(row_logprobs, (logits.clone(), targets, 0.5, 3.0), test_utils=tests)
-    torch.library.opcheck(head._add_matmul_, (torch.zeros(77, 19), logits.T, hidden, 0.5, 1.0), test_utils=tests)
+    torch.library.opcheck(head.add_matmul_, (torch.zeros(77, 19), logits.T, hidden, 0.5, 1.0), test_utils=tests)
     torch.library.opcheck(head._scale_, (hidden.clone(), torch.tensor(2.0)), test_utils=tests)
-    torch.library.opcheck(lce._kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
+    torch.library.opcheck(lce.kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
     for dtype, wanted in product(DTYPES, ([True, True], [True, False], [False, False])):
         x, w, score = hidden.to(dtype), weight.to(dtype), [0.5, 3.0]
         torch.library.opcheck(lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, wanted), test_utils=tests)

@@ -7,12 +7,12 @@ Causal attention inside the documents of a pack: no token sees another document,
     dq[i]   = scale * sum_j ds[i, j] k_j     dk[j] = scale * sum_i ds[i, j] q_i      summed over the query heads of k's group
 
 How it works. A tile of queries walks the keys it can see and keeps, in fp32, the largest score so far, the sum of exponentials
-and the weighted sum of v, rescaling the two sums whenever the maximum grows; scores live for one tile. It leaves o and one number a
-query, L, from which backward makes p again: one kernel walks keys for dQ, one walks queries for dK and dV. Tiles are counted from
-each document's start, and those that are masked as a whole are never visited. K and V are read per group, not repeated.
+and the weighted sum of v, rescaling the two sums whenever the maximum grows; scores live for one tile. It leaves o and one number
+a query, L, from which backward makes p again: one kernel walks keys for dQ, one walks queries for dK and dV. Tiles are counted
+from each document's start, and those that are masked as a whole are never visited. K and V are read per group, not repeated.
 
-16,384 tokens of Gemma-3-1B (4 query heads, 1 of K and V, D = 256, bf16), a layer: q and o 32 MiB each, k and v 8 each, L 0.25; backward
-adds dq, dk, dv (48) and 0.25. The scores as one square would be 2 GiB in bf16 and 4 in fp32, a boolean mask 256 MiB.
+16,384 tokens of Gemma-3-1B (4 query heads, 1 of K and V, D = 256, bf16), a layer: q and o take 32 MiB each, k and v 8, L 0.25;
+backward adds dq, dk, dv (48) and 0.25. The scores as one square would be 2 GiB in bf16 and 4 in fp32, a boolean mask 256 MiB.
 
 The kernels are in packed_attention_tiles.py. CPU tensors take torch's flash attention, a document at a time, behind the same two
 operators. Where there are neither tensor cores nor a CPU (Turing, Apple), it is one `scaled_dot_product_attention` a document.

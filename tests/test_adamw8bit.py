@@ -206,6 +206,14 @@ def test_a_dead_neighbour_of_a_live_weight_stops_and_never_explodes():
     assert INTERPRET or (state["m_codes"][dead] == 0).all()
 
 
+def test_a_v_far_below_the_first_code_keeps_it_and_only_a_v_of_zero_has_the_code_0():
+    """With v = 0 a weight whose m is not yet 0 would be divided by eps alone."""
+    g = torch.full((256,), 1e-12)
+    g[0], g[100:] = 1.0, 0.0
+    _, state = train(weights(256), [g])
+    assert state["v_codes"].tolist() == [255] + 99 * [1] + 156 * [0]
+
+
 def test_v_follows_gradients_that_shrink_beside_others_that_do_not():
     """beta2 = 0.999 takes less off v in a step than a code is wide: rounded to nearest it would stand still, far too large."""
     N, steps = 512, 30 if INTERPRET else 2_000
@@ -248,10 +256,10 @@ def test_a_gradient_that_is_not_finite_turns_its_weight_nan_at_once_and_its_bloc
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_a_weight_that_is_a_nan_of_all_ones_stays_nan():
-    """GPUs write NaN as 0x7fffffff: adding random bits to it would give -0."""
-    p = torch.full((256,), -1, dtype=torch.int16).view(torch.bfloat16)
-    assert train(p, gradients(256, 1))[0].isnan().all()
+def test_a_nan_of_all_ones_does_not_round_to_a_finite_number():
+    """GPUs write NaN as 0x7fffffff, and it survives arithmetic: random bits added to it would give -0."""
+    g = torch.full((256,), 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    assert train(weights(256, torch.bfloat16), [g])[0].isnan().all()
 
 
 def trained(update, *, steps=200, seed=0):

@@ -1,0 +1,262 @@
+"""Activations: every decoder layer is computed again in the backward pass from its input alone, its feed-forward in tiles.
+
+A decoder layer of the three families is, per token except for the attention,
+
+    h = x + after_attention(attention(norm(x)))          after_attention and after_mlp: a norm in Gemma 3, nothing elsewhere
+    out = h + after_mlp(mlp(before_mlp(h)))
+
+The forward pass runs it without a graph and keeps x. The backward pass computes norm(x), runs the attention with its graph, forms h,
+and then takes the feed-forward a tile of tokens at a time: forward, backward, drop. dh is written over h, tile by tile; then
+the attention's graph is spent, then the norm's tiles. Nothing is computed three times: a tile's forward is the recompute.
+
+At 16,384 tokens of Gemma 3 1B in bf16 (H = 1152, 26 layers) the inputs kept are 36 MiB a layer, 936 MiB in all; offloaded to the
+CPU, two staging buffers and the last layer's input stay: 108 MiB. A tile's activations fall with its size; what tiles cost is the
+fp32 sum of the MLP's gradients, 4 bytes a weight of one layer (91 MiB): a sum in bf16 would round once a tile, and its error grows
+with their square root; one rounding of an fp32 sum does not.
+
+A layer's parameters are inputs of its autograd.Function, so each gradient reaches its parameter once, whole, when the layer is done,
+and post-accumulate hooks may use it and let it go. kit.offload moves the inputs; its streams were not run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from kit.offload import HostInputs
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Which of a layer's norms stands where; None: there is none."""
+
+    after_attention: str | None
+    before_mlp: str
+    after_mlp: str | None
+
+
+LAYERS = {  # exact classes: a subclass may compute something else
+    Gemma3DecoderLayer: Norms("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    LlamaDecoderLayer: Norms(None, "post_attention_layernorm", None),
+    Qwen2DecoderLayer: Norms(None, "post_attention_layernorm", None),
+}
+
+
+def recompute_layers(model: nn.Module, *, offload: bool = False, tile_tokens: int = 0) -> None:
+    """From now on, in training mode, keep only each decoder layer's input for the backward pass.
+
+    model: of a family in kit.models.FAMILIES, with or without adapters, full or NF4 weights; it may be on any device. Module and
+    parameter names stay as they are. Calling it again replaces the settings; keep_activations ends it.
+    offload: keep layer inputs in CPU memory (pinned on a GPU), the last layer's excepted. A backward pass is then possible once.
+    tile_tokens: most tokens of the feed-forward (and norms) whose activations are alive at a time; 0 = all.
+    The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient.
+    Raises ValueError for an unknown layer class, for a model without decoder layers, for tile_tokens < 0; in the forward pass for
+    autocast, which the recompute would not repeat, and for dropout, whose mask it would not draw again.
+    """
+    if tile_tokens < 0:
+        raise ValueError(f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0 for no tiles")
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers:
+        if type(layer) not in LAYERS:
+            known = ", ".join(kind.__name__ for kind in LAYERS)
+            raise ValueError(
+                f"a layer is a {type(layer).__name__} but its halves are written out only for {known}; add it to LAYERS"
+            )
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layer to recompute; pass the language model itself")
+    host = HostInputs() if offload else None
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = True  # transformers' own protocol: the layer now calls the function in training mode
+        layer._gradient_checkpointing_func = _Recomputed(layer, tile_tokens, host, index, is_last=index == len(layers) - 1)
+
+
+def keep_activations(model: nn.Module) -> None:
+    """End recompute_layers: the backward pass uses what the forward pass computed."""
+    for module in model.modules():
+        if isinstance(getattr(module, "_gradient_checkpointing_func", None), _Recomputed):
+            module.gradient_checkpointing = False
+            del module._gradient_checkpointing_func
+
+
+class _FeedForward(nn.Module):
+    """h -> out. Refers to the layer's own modules, so that adapters and NF4 weights are what they are there."""
+
+    def __init__(self, layer: nn.Module, norms: Norms):
+        super().__init__()
+        self.before = getattr(layer, norms.before_mlp)
+        self.mlp = layer.mlp
+        self.after = getattr(layer, norms.after_mlp) if norms.after_mlp else nn.Identity()
+
+    def forward(self, h):
+        return h + self.after(self.mlp(self.before(h)))
+
+
+class _Recomputed:
+    """What one layer calls instead of its own forward. x, h, a and their gradients are (B, T, H), B = 1 for a pack."""
+
+    def __init__(self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool):
+        self.layer = layer
+        self.norms = LAYERS[type(layer)]
+        self.tile_tokens = tile_tokens
+        self.host = host
+        self.index = index
+        self.is_last = is_last
+
+    def __call__(self, forward: partial, x: torch.Tensor) -> torch.Tensor:
+        """forward: the layer's own, bound to the keyword arguments of this call."""
+        if torch.is_autocast_enabled(x.device.type):
+            raise ValueError("the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off")
+        for name, module in self.layer.named_modules():
+            if isinstance(module, nn.Dropout) and module.p:
+                raise ValueError(f"{name} drops out {module.p} but the recompute would draw another mask; set the dropout to 0")
+        parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
+        if torch.is_grad_enabled() and (x.requires_grad or parameters):
+            return _LayerFunction.apply(self, forward.keywords, x, *parameters)
+        with torch.no_grad():
+            return self.forward(x, forward.keywords)
+
+    def _part(self, name: str | None) -> nn.Module | None:
+        return getattr(self.layer, name) if name else None
+
+    def forward(self, x: torch.Tensor, arguments: dict) -> torch.Tensor:
+        """The layer without a graph: besides x, one (T, H) of ours and what the attention makes."""
+        after = self._part(self.norms.after_attention)
+        normed = torch.empty_like(x)
+        self._run(self.layer.input_layernorm, x, normed)
+        h = self.layer.self_attn(hidden_states=normed, **arguments)[0]
+        del normed
+        if after is not None:
+            self._run(after, h, h)
+        h.add_(x)
+        self._run(_FeedForward(self.layer, self.norms), h, h)
+        return h
+
+    def backward(self, x: torch.Tensor, arguments: dict, dout: torch.Tensor, needs_dx: bool):
+        """dx, or None where it is not needed, and the gradient of every trainable parameter that the layer used.
+
+        Alive while the tiles run: x, dout, the attention's graph, its output a and h; a and h are one where no norm stands between.
+        Each is overwritten by its own gradient. That is safe: a is the result of a projection, which saves its input, not its
+        output; and where some module does save it, autograd refuses the changed tensor.
+        """
+        before, after = self.layer.input_layernorm, self._part(self.norms.after_attention)
+        gradients: dict[nn.Parameter, torch.Tensor] = {}
+        normed = torch.empty_like(x)
+        self._run(before, x, normed)
+        normed.requires_grad_(needs_dx or bool(_trainable(before)))
+        leaves = _leaves(self.layer.self_attn)
+        with torch.enable_grad():
+            attended = functional_call(self.layer.self_attn, leaves, kwargs={"hidden_states": normed, **arguments})[0]
+        needs_da = attended.requires_grad
+        a = h = attended.detach()
+        if after is not None:
+            h = torch.empty_like(a)
+            self._run(after, a, h)
+        h.add_(x)
+        needs_dh = needs_dx or needs_da or (after is not None and bool(_trainable(after)))
+        self._differentiate(_FeedForward(self.layer, self.norms), h, dout, h if needs_dh else None, gradients)
+        if after is not None:
+            self._differentiate(after, a, h, a if needs_da else None, gradients)
+        if needs_da:
+            torch.autograd.backward(attended, a)
+            _collect(self.layer.self_attn, {name: leaf.grad for name, leaf in leaves.items()}, gradients)
+        dnormed = normed.grad
+        del attended, a, normed, leaves
+        if dnormed is not None:
+            self._differentiate(before, x, dnormed, dnormed if needs_dx else None, gradients)
+        return dnormed.add_(h) if needs_dx else None, gradients
+
+    def _tiles(self, T: int) -> Iterator[slice]:
+        step = self.tile_tokens or T
+        return (slice(start, start + step) for start in range(0, T, step))
+
+    def _run(self, part: nn.Module, source: torch.Tensor, out: torch.Tensor) -> None:
+        """out <- part(source) tile by tile; the two may be one tensor."""
+        for tile in self._tiles(source.shape[1]):
+            out[:, tile] = part(source[:, tile])
+
+    def _differentiate(self, part, source, dout, dsource, gradients) -> None:
+        """Forward and backward of a token-wise part, tile by tile: dsource <- its gradient, parameters' gradients are collected.
+
+        dsource may be source or dout (a tile is written when both were read), or None where it is not needed.
+        """
+        leaves = _leaves(part)
+        if dsource is None and not leaves:
+            return
+        several = 0 < self.tile_tokens < source.shape[1]
+        sums: dict[str, torch.Tensor] = {}
+
+        def add(name: str, leaf: torch.Tensor) -> None:  # at once, so that one weight's gradient of one tile is alive
+            if name in sums:
+                sums[name].add_(leaf.grad)
+            else:
+                sums[name] = leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32) if several else leaf.dtype)
+            leaf.grad = None
+
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(partial(add, name))
+        for tile in self._tiles(source.shape[1]):
+            dtile = _differentiate_once(part, leaves, source[:, tile].detach(), dout[:, tile], dsource is not None)
+            if dsource is not None:
+                dsource[:, tile] = dtile
+        _collect(part, sums, gradients)
+
+
+def _differentiate_once(part, leaves, source, dout, needs_dsource: bool) -> torch.Tensor | None:
+    source.requires_grad_(needs_dsource)
+    with torch.enable_grad():
+        out = functional_call(part, leaves, (source,))
+    if out.requires_grad:
+        torch.autograd.backward(out, dout)
+    return source.grad
+
+
+def _trainable(part: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
+
+
+def _leaves(part: nn.Module) -> dict[str, torch.Tensor]:
+    """Stand-ins that share the weights: the backward inside the layer's backward ends at them, and sets off no hook of a parameter."""
+    return {name: parameter.detach().requires_grad_() for name, parameter in _trainable(part).items()}
+
+
+def _collect(part: nn.Module, found: dict[str, torch.Tensor | None], gradients: dict[nn.Parameter, torch.Tensor]) -> None:
+    """Move gradients from names to parameters, in the parameter's dtype; `found` is emptied so that each fp32 sum dies here."""
+    for name, parameter in _trainable(part).items():
+        gradient = found.pop(name, None)
+        if gradient is not None:
+            gradient = gradient.to(parameter.dtype)
+            gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
+
+
+class _LayerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layer: _Recomputed, arguments: dict, x: torch.Tensor, *parameters: nn.Parameter):
+        ctx.layer, ctx.arguments, ctx.parameters = layer, arguments, parameters
+        if layer.host is None:
+            ctx.save_for_backward(x)
+            return layer.forward(x, arguments)
+        ctx.kept = layer.host.keep(x.detach(), layer.index, on_device=layer.is_last)
+        out = layer.forward(x, arguments)
+        if layer.is_last:
+            layer.host.flush()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: torch.Tensor):
+        host = ctx.layer.host
+        x = ctx.saved_tensors[0] if host is None else host.fetch(ctx.kept)
+        dx, gradients = ctx.layer.backward(x, ctx.arguments, dout, ctx.needs_input_grad[2])
+        if host is not None:
+            host.done(ctx.kept)
+        return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)

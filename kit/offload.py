@@ -1,0 +1,144 @@
+"""Offload: layer inputs wait in CPU memory between the forward and the backward pass.
+
+Forward: each input is copied to the CPU while the layers after it run. Backward: while one layer runs, the input of the layer before
+it is copied back. On the device stay the last layer's input (it is needed at once) and, during the backward pass, two staging buffers.
+
+On a GPU the CPU memory is pinned and both directions run on one side stream; elsewhere the same copies run in place. NOT RUN ON A
+GPU. The order that makes the streams right:
+- to the CPU: the side stream waits for the compute stream, which has just made x. x stays referenced until the compute stream has
+  waited for the copy, so its memory cannot be written before it was read. record_stream would do the same, but gives memory back
+  when the GPU gets there, while a CPU that runs ahead is already allocating: the peak would depend on timing. Here it does not.
+- back: the side stream waits for the compute stream before it writes a staging buffer; all that reads the buffer's last content
+  (the backward pass two layers on) has been given to the compute stream by then. The compute stream waits for the copy's event
+  before it reads.
+- CPU memory is handed on once its copy back has been given to the side stream; what is written to it next follows on that stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+
+import torch
+
+IN_FLIGHT = 2  # inputs whose device memory is held on the way to the CPU: the running layer's, and one whose copy may lag
+STAGING = 2  # inputs on the device on the way back: the running layer's and the next one's
+
+
+class KeptInput:
+    """One layer's input between its forward and its backward pass."""
+
+    def __init__(self, x: torch.Tensor, index: int, previous: KeptInput | None):
+        self.index = index
+        self.previous = previous  # of the layer before it in the same forward pass: needed next in the backward pass
+        self.device = x.device
+        self.on_device: torch.Tensor | None = None
+        self.buffer: torch.Tensor | None = None  # CPU memory, as bytes
+        self.on_host: torch.Tensor | None = None  # the input, in it
+        self.loaded: torch.cuda.Event | None = None  # its copy back to the device is done
+
+
+class HostInputs:
+    """keep in a layer's forward pass, flush after the last; fetch and done around a layer's backward pass."""
+
+    def __init__(self):
+        self.buffers: list[torch.Tensor] = []  # CPU memory not in use; it is kept between steps
+        self.pin = True
+        self.stream: torch.cuda.Stream | None = None
+        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self.staging: list[torch.Tensor | None] = [None] * STAGING  # bytes on the device
+        self.staged: list[KeptInput | None] = [None] * STAGING  # whose input they hold
+        self.latest = lambda: None  # weak reference to the input kept last
+
+    def keep(self, x: torch.Tensor, index: int, *, on_device: bool) -> KeptInput:
+        """x: the input of layer `index`, any shape. on_device: it is needed again at once, copy nothing."""
+        previous = self.latest()
+        kept = KeptInput(x, index, previous if previous is not None and previous.index == index - 1 else None)
+        self.latest = weakref.ref(kept)
+        if on_device:
+            kept.on_device = x
+            return kept
+        if x.is_cuda and self.stream is None:
+            self.stream = torch.cuda.Stream(x.device)
+        kept.buffer = self.take(x.nbytes, pin=x.is_cuda)
+        kept.on_host = kept.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        while len(self.leaving) >= IN_FLIGHT:
+            self._let_go()
+        self.leaving.append((x, self._copy(kept.on_host, x)))
+        return kept
+
+    def flush(self) -> None:
+        """Hold no input on its way any more: after the last layer, before the head needs the memory."""
+        while self.leaving:
+            self._let_go()
+
+    def fetch(self, kept: KeptInput) -> torch.Tensor:
+        """The input on the device; the one needed next sets out. Raises RuntimeError where done() was called for it."""
+        if kept.on_device is None and kept.on_host is None:
+            raise RuntimeError("a layer's input is gone: with offload a graph runs backward once, without retain_graph")
+        if kept.on_device is None:
+            self._stage(kept)
+            if kept.loaded is not None:
+                torch.cuda.current_stream(kept.device).wait_event(kept.loaded)
+        if kept.previous is not None and kept.previous.on_host is not None:
+            self._stage(kept.previous)
+        return self._view(kept) if kept.on_device is None else kept.on_device
+
+    def done(self, kept: KeptInput) -> None:
+        """The layer's backward pass was given to the device: its CPU memory is free; after the first layer, the staging too."""
+        if kept.buffer is not None:
+            self.buffers.append(kept.buffer)
+        kept.on_device = kept.on_host = kept.buffer = None
+        if kept.previous is None:
+            self._wait_for_copies(kept.device)
+            self.staging, self.staged = [None] * STAGING, [None] * STAGING
+
+    def take(self, num_bytes: int, *, pin: bool) -> torch.Tensor:
+        """CPU memory of at least num_bytes from what is free, or new: a power of two, which pinning takes anyway."""
+        for i, buffer in enumerate(self.buffers):
+            if buffer.nbytes >= num_bytes:
+                return self.buffers.pop(i)
+        if self.buffers:
+            self.buffers.pop()  # too small for the packs that come now
+        capacity = 1 << (num_bytes - 1).bit_length()
+        if pin and self.pin:
+            try:
+                return torch.empty(capacity, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self.pin = False
+                warnings.warn(f"layer inputs go to pageable CPU memory, so every copy is waited for: {error}", stacklevel=2)
+        return torch.empty(capacity, dtype=torch.uint8)
+
+    def _view(self, kept: KeptInput) -> torch.Tensor:
+        staging = self.staging[kept.index % STAGING]
+        return staging[: kept.on_host.nbytes].view(kept.on_host.dtype).view(kept.on_host.shape)
+
+    def _stage(self, kept: KeptInput) -> None:
+        slot = kept.index % STAGING  # neighbours never share one
+        if self.staged[slot] is kept:
+            return
+        if self.staging[slot] is None or self.staging[slot].nbytes < kept.on_host.nbytes:
+            self._wait_for_copies(kept.device)
+            self.staging[slot] = torch.empty(kept.on_host.nbytes, dtype=torch.uint8, device=kept.device)
+        self.staged[slot] = kept
+        kept.loaded = self._copy(self._view(kept), kept.on_host)
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+        """On the side stream, behind all that the compute stream was given so far. Returns the copy's event, if there are streams."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def _let_go(self) -> None:
+        x, event = self.leaving.popleft()
+        if event is not None:
+            torch.cuda.current_stream(x.device).wait_event(event)
+
+    def _wait_for_copies(self, device: torch.device) -> None:
+        if self.stream is not None:
+            torch.cuda.current_stream(device).wait_stream(self.stream)

@@ -1,7 +1,8 @@
 """Offload: layer inputs wait in CPU memory between the forward and the backward pass.
 
-Forward: each input is copied to the CPU while the layers after it run. Backward: while one layer runs, the input of the layer before
-it is copied back. On the device stay the last layer's input (it is needed at once) and, during the backward pass, two staging buffers.
+Forward: each input is copied to the CPU while the layers after it run. Backward: while one layer runs, the input of the layer
+before it is copied back. On the device stay the last layer's input, which is needed at once, and two staging buffers during the
+backward pass.
 
 On a GPU the CPU memory is pinned and both directions run on one side stream; elsewhere the same copies run in place. NOT RUN ON A
 GPU. The order that makes the streams right:
@@ -125,7 +126,7 @@ class HostInputs:
         kept.loaded = self._copy(self._view(kept), kept.on_host)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
-        """On the side stream, behind all that the compute stream was given so far. Returns the copy's event, if there are streams."""
+        """On the side stream, behind all that the compute stream was given so far. Returns its event; None without streams."""
         if self.stream is None:
             target.copy_(source)
             return None

@@ -2,6 +2,7 @@ import copy
 import warnings
 import weakref
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
@@ -250,6 +251,42 @@ def test_adapters_get_their_gradients_and_frozen_weights_none(tiny_model, tile_t
     with Shapes() as made:
         gradients_of(full)
     assert made.products & {weight, weight[::-1]}
+
+
+def quantise(model):
+    """The layers' linear weights as NF4 with double quantisation."""
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                linear = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16)
+                weight = child.weight.detach().bfloat16()
+                linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                linear.bias = child.bias
+                setattr(module, name, linear.to("cpu"))  # the move quantises
+    return model
+
+
+def dequantise(model):
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, bnb.nn.Linear4bit):
+                linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                linear.weight.data = bnb.functional.dequantize_4bit(child.weight, child.weight.quant_state).float()
+                linear.bias = child.bias
+                setattr(module, name, linear.requires_grad_(False))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_on_real_nf4_weights(family):
+    model = add_adapters(quantise(make_model(family)))
+    assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
+    plain = gradients_of(copy.deepcopy(model))
+    assert all("lora" in name for name in plain)
+    truth = gradients_of(exact_model(dequantise(copy.deepcopy(model))))
+    recompute_layers(model, offload=True, tile_tokens=5)
+    assert relative_error(gradients_of(model), truth) <= 2 * relative_error(plain, truth)
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
 
 
 TRAINABLE = {

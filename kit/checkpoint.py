@@ -2,6 +2,9 @@
 
 A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors and trainer.json. It is written
 under another name and renamed once complete, so a kill leaves the older one; the older ones go after the rename.
+
+Of a model with adapters (kit.qlora) only these are written, as peft's own folder: adapter_config.json, which names the base, and
+adapter_model.safetensors. The base is read and quantised anew where they are loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from kit.run import write_json
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+ADAPTER_METADATA = {"format": "pt", "base": "nf4"}  # peft's config has no place for what the base was quantised to
+
 
 def save_model(path: Path, model, tokenizer) -> None:
     """A plain Hugging Face folder, whole or not at all; replaces what is there."""
@@ -23,9 +29,25 @@ def save_model(path: Path, model, tokenizer) -> None:
 
 def _write_model(scratch: Path, model, tokenizer) -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
-    model.save_pretrained(scratch)
+    if _adapter_config(model):
+        _adapter_config(model).save_pretrained(str(scratch))
+        weights = {name: tensor.detach().contiguous() for name, tensor in _adapter_weights(model).items()}
+        save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=ADAPTER_METADATA)
+    else:
+        model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     return scratch
+
+
+def _adapter_config(model):
+    """peft's config of the model's adapters, or None."""
+    return getattr(model, "peft_config", {}).get("default")
+
+
+def _adapter_weights(model) -> dict[str, torch.Tensor]:
+    """The adapters under the names peft gives them in a file, where they go without the adapter's own name."""
+    named = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+    return {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in named.items()}
 
 
 def _publish(scratch: Path, path: Path) -> None:
@@ -62,6 +84,25 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
 
     Raises ValueError where the checkpoint is of another model.
     """
+    load_weights(path, model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        # not by optimizer.load_state_dict, which casts fp32 states to bf16 where the parameter is bf16
+        on_card = name != "step" or optimizer.defaults.get("fused")
+        optimizer.state[parameter][name] = tensor.to(parameter.device) if on_card else tensor
+    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]
+
+
+def load_weights(path: Path, model) -> None:
+    """Put a folder's weights in place, bit for bit: the whole model's, or its adapters'.
+
+    Raises ValueError where they are of another model.
+    """
+    if _adapter_config(model):
+        _load_adapters(path, model)
+        return
     weights = {}
     for file in sorted(path.glob("model*.safetensors")):
         weights |= load_file(file)
@@ -74,11 +115,21 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
             f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has {result.unexpected_keys[:3]} besides; "
             "pass the --model it was made from"
         )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        # not by optimizer.load_state_dict, which casts fp32 states to bf16 where the parameter is bf16
-        on_card = name != "step" or optimizer.defaults.get("fused")
-        optimizer.state[parameter][name] = tensor.to(parameter.device) if on_card else tensor
-    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]
+
+
+@torch.no_grad()
+def _load_adapters(path: Path, model) -> None:
+    file, ours = path / ADAPTER_CONFIG, _adapter_config(model)
+    theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for key in ("base_model_name_or_path", "r", "lora_alpha"):
+        if theirs.get(key) != getattr(ours, key):
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {key} is {theirs.get(key)!r} there and {getattr(ours, key)!r} here; "
+                "pass the model, rank and alpha it was made with"
+            )
+    tensors, stored = _adapter_weights(model), load_file(path / ADAPTER_WEIGHTS)
+    if tensors.keys() != stored.keys():
+        lacks, besides = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+        raise ValueError(f"{path} is a checkpoint of another model: it lacks {lacks[:3]} and has {besides[:3]} besides")
+    for name, tensor in tensors.items():
+        tensor.copy_(stored[name])

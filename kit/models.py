@@ -32,8 +32,14 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from "tiny", a hub id, a local folder, or a GGUF file (which is dequantised).
 
+<<<<<<< HEAD
     attention: one of kit.attention.CHOICES. Raises ValueError for a path that is not there, for a family whose attention we do
     not know, and for an attention that cannot run here.
+=======
+    A folder of adapters that the kit trained is loaded with its base, in NF4 as it was trained.
+
+    Raises ValueError for a path that is not there and for a family whose attention we do not know.
+>>>>>>> de34122 (Linear layers in NF4 that run on fake tensors, and QLoRA on top of them)
     """
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
@@ -42,6 +48,10 @@ def load(
         path = path.expanduser()
         if not path.exists():
             raise ValueError(f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists")
+    if (path / "adapter_config.json").is_file():
+        from kit import qlora  # which loads the base from here
+
+        return qlora.load_adapter(path, device=device, dtype=dtype)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)
     else:

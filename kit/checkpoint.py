@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from kit.run import write_json
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+ADAPTER = "default"  # peft's name for a model's only adapter
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's, too
 ADAPTER_METADATA = {"format": "pt", "base": "nf4"}  # peft's config has no place for what the base was quantised to
 
 
@@ -41,13 +42,13 @@ def _write_model(scratch: Path, model, tokenizer) -> Path:
 
 def _adapter_config(model):
     """peft's config of the model's adapters, or None."""
-    return getattr(model, "peft_config", {}).get("default")
+    return getattr(model, "peft_config", {}).get(ADAPTER)
 
 
 def _adapter_weights(model) -> dict[str, torch.Tensor]:
     """The adapters under the names peft gives them in a file, where they go without the adapter's own name."""
     named = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
-    return {f"base_model.model.{name.replace('.default.', '.')}": tensor for name, tensor in named.items()}
+    return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in named.items()}
 
 
 def _publish(scratch: Path, path: Path) -> None:

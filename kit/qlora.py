@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import checkpoint, models
+from kit.checkpoint import ADAPTER
 from kit.nf4 import NF4Linear, quantise_decoder
 
 RANK = 16
@@ -62,16 +63,26 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: 
     if not names:
         raise ValueError(f"{base} has no NF4 layer to adapt; call kit.nf4.quantise_decoder on the model first")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", base_model_name_or_path=base)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # peft draws on the CPU, whatever the device
+    with torch.device("meta"):  # peft would draw from the global generator in fp32, and move modules, which fake ones refuse
         inject_adapter_in_model(config, model)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _adapted_layers(model):
+        base, pair = layer.get_base_layer(), (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+        bound = base.in_features**-0.5  # peft's choice
+        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)  # on the CPU whatever the device
+        for linear, values in zip(pair, (a, torch.zeros(base.out_features, rank)), strict=True):
+            linear.weight = nn.Parameter(values.to(base.weight.device, base.compute_dtype))
+
+
+def _adapted_layers(model: PreTrainedModel) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     """The base model, for a `with` block: a policy's reference costs no second copy. Run backward passes outside of it or whole
     inside of it: a checkpointed layer computes again with what is switched on at that moment."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and not m.disable_adapters]  # those an outer block left on
+    layers = [layer for layer in _adapted_layers(model) if not layer.disable_adapters]  # those an outer block left on
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -111,8 +122,7 @@ def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or model.dtype
     for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer)]:
         base = layer.get_base_layer()
-        ((adapter, scaling),) = layer.scaling.items()
-        delta = scaling * (layer.lora_B[adapter].weight.float() @ layer.lora_A[adapter].weight.float())
+        delta = layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float())
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         plain.weight = nn.Parameter((base.dequantise().float() + delta).to("cpu", dtype))
         if base.bias is not None:

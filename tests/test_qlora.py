@@ -12,14 +12,16 @@ import torch
 from conftest import FAMILIES, make_model, random_documents
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_nf4 import LiveBytes, allocated, held_tensors
 from test_sft import LENGTHS, Config
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from kit import checkpoint, models, qlora
 from kit.generate import SamplingParams, generate
 from kit.models import ATTENTION, checkpoint_layers, head_weight, hidden_states, next_token_logits
-from kit.nf4 import NF4Linear, quantise_decoder
+from kit.nf4 import NF4Linear, quantise_decoder, simulate_quantised_decoder
 from kit.optim import make_optimizer
 from kit.packing import Document, PackedBatch
 from kit.run import RunFolder
@@ -146,8 +148,9 @@ def test_adapters_start_at_the_base_and_their_seed_is_theirs_alone():
     assert all(same)
     assert not torch.equal(first.model.layers[0].mlp.up_proj.lora_A["default"].weight,
                            other.model.layers[0].mlp.up_proj.lora_A["default"].weight)  # fmt: skip
+    first_a = first.model.layers[0].mlp.up_proj.lora_A["default"].weight
+    assert 0.9 * 32**-0.5 < first_a.max() <= 32**-0.5
     torch.manual_seed(7)
-    assert torch.equal(torch.get_rng_state(), state)
     qlora.add_adapters(base, base="")
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -369,3 +372,30 @@ def test_the_head_and_the_embedding_are_not_quantised_cast_or_copied(tiny_model)
     qlora.add_adapters(tiny_model, base="")
     assert head_weight(tiny_model) is weight
     assert not weight.requires_grad
+
+
+def test_adapters_on_fake_tensors_hold_and_allocate_what_real_ones_do(tiny_model):
+    def run_of(model, T=65):
+        layer = model.train().model.layers[0].mlp
+        tensors = [p for p in layer.parameters() if p.requires_grad]
+        x, d_out = torch.ones(1, T, 32, requires_grad=True), torch.ones(1, T, 32)
+
+        def run():
+            out = layer(x)
+            return out, torch.autograd.grad(out, [x, *tensors], d_out)
+
+        return run
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = type(tiny_model)(tiny_model.config)
+        simulate_quantised_decoder(fake)
+        qlora.add_adapters(fake, base="", rank=3)
+        run = run_of(fake)
+        with LiveBytes() as counted:
+            kept = run()  # noqa: F841
+    quantise_decoder(tiny_model, "cpu")
+    qlora.add_adapters(tiny_model, base="", rank=3)
+    run = run_of(tiny_model)
+    run()
+    assert (counted.peak, counted.now) == allocated(run)
+    assert held_tensors(fake) == held_tensors(tiny_model)

@@ -29,8 +29,17 @@ from kit.sft import TrainingPlan, train, train_step
 from kit.toy import make_tokenizer
 
 
-def make_qlora(family="llama", dtype=torch.float32, *, rank=3, alpha=5, base="", seed=0):
+def make_base(family, dtype=torch.float32):
+    """conftest's model, with biases that are not zero."""
     model = make_model(family, dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.uniform_(parameter, -1, 1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def make_qlora(family="llama", dtype=torch.float32, *, rank=3, alpha=5, base="", seed=0):
+    model = make_base(family, dtype)
     quantise_decoder(model, "cpu")
     qlora.add_adapters(model, base=base, rank=rank, alpha=alpha, seed=seed)
     return model
@@ -138,7 +147,7 @@ class Written(nn.Module):
 
 
 def test_adapters_start_at_the_base_and_their_seed_is_theirs_alone():
-    base = make_model("qwen2")
+    base = make_base("qwen2")
     quantise_decoder(base, "cpu")
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -157,7 +166,7 @@ def test_adapters_start_at_the_base_and_their_seed_is_theirs_alone():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_adapters_the_model_is_its_base_and_after_it_the_policy_again(family):
-    base = make_model(family)
+    base = make_base(family)
     quantise_decoder(base, "cpu")
     model = make_qlora(family)
     take_steps(model, 3)
@@ -236,7 +245,7 @@ def test_peft_reads_the_adapters_that_are_written(tmp_path, family):
     folder = save(tmp_path / "adapters", model)
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
     assert not list(folder.glob("model*"))
-    base = make_model(family)
+    base = make_base(family)
     quantise_decoder(base, "cpu")
     theirs = PeftModel.from_pretrained(base, folder)
     assert torch.equal(logits_of(theirs.base_model.model), logits_of(model))

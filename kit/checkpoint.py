@@ -90,9 +90,13 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
+        state = optimizer.state[parameter]
         # not by optimizer.load_state_dict, which casts fp32 states to bf16 where the parameter is bf16
-        on_card = name != "step" or optimizer.defaults.get("fused")
-        optimizer.state[parameter][name] = tensor.to(parameter.device) if on_card else tensor
+        if name != "step" and name in state:
+            state[name].copy_(tensor)  # wherever the optimizer keeps it
+        else:
+            on_card = name != "step" or optimizer.defaults.get("fused")
+            state[name] = tensor.to(parameter.device) if on_card else tensor
     return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]
 
 

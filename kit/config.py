@@ -2,7 +2,7 @@
 
     python recipe.py --row_tokens 4096 --model tiny        values
     python recipe.py --smoke --epochs 2                    --smoke first, then what you say
-    python recipe.py --no_gradient_checkpointing           switching off what is on
+    python recipe.py --no_recompute                        switching off what is on
 
 Settings are text, numbers and switches; anything richer belongs in a script that calls the recipe's main(Config(...)).
 """

@@ -32,14 +32,10 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from "tiny", a hub id, a local folder, or a GGUF file (which is dequantised).
 
-<<<<<<< HEAD
-    attention: one of kit.attention.CHOICES. Raises ValueError for a path that is not there, for a family whose attention we do
-    not know, and for an attention that cannot run here.
-=======
     A folder of adapters that the kit trained is loaded with its base, in NF4 as it was trained.
 
-    Raises ValueError for a path that is not there and for a family whose attention we do not know.
->>>>>>> de34122 (Linear layers in NF4 that run on fake tensors, and QLoRA on top of them)
+    attention: one of kit.attention.CHOICES. Raises ValueError for a path that is not there, for a family whose attention we do
+    not know, and for an attention that cannot run here.
     """
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
@@ -51,7 +47,7 @@ def load(
     if (path / "adapter_config.json").is_file():
         from kit import qlora  # which loads the base from here
 
-        return qlora.load_adapter(path, device=device, dtype=dtype)
+        return qlora.load_adapter(path, device=device, dtype=dtype, attention=attention)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)
     else:
@@ -107,23 +103,19 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     return model, tokenizer
 
 
-def checkpoint_layers(model: PreTrainedModel, on: bool) -> None:
-    """Keep only each layer's input for the backward pass and compute the rest again, or stop doing so."""
-    old, new = ("gradient_checkpointing_enable", "activation_checkpointing_enable") if on else (
-        "gradient_checkpointing_disable", "activation_checkpointing_disable")  # fmt: skip
-    switch = getattr(model, new, None) or getattr(model, old)  # renamed in transformers 5.2x
-    switch({"use_reentrant": False}) if on else switch()
-
-
 def context_length(model: PreTrainedModel) -> int:
     """Tokens the model was made for: prompt and response together."""
     return model.config.max_position_embeddings
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> torch.Tensor:
-    """The backbone's last hidden states of a pack, (T, H). The head is not applied."""
+def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+    """The backbone's last hidden states of a pack, (T, H). The head is not applied.
+
+    inputs_embeds (1, T, H): what the embedding makes of batch.input_ids; None = look it up.
+    """
     output = model.model(
-        input_ids=batch.input_ids[None],
+        input_ids=batch.input_ids[None] if inputs_embeds is None else None,
+        inputs_embeds=inputs_embeds,
         position_ids=batch.position_ids[None],
         use_cache=False,
         cu_seqlens=batch.cu_seqlens,

@@ -17,11 +17,12 @@ GPU. The order that makes the streams right:
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import deque
 
 import torch
+
+from kit.host import Host
 
 IN_FLIGHT = 2  # inputs whose device memory is held on the way to the CPU: the running layer's, and one whose copy may lag
 STAGING = 2  # inputs on the device on the way back: the running layer's and the next one's
@@ -45,7 +46,7 @@ class HostInputs:
 
     def __init__(self):
         self.buffers: list[torch.Tensor] = []  # CPU memory not in use; it is kept between steps
-        self.pin = True
+        self.host = Host()
         self.stream: torch.cuda.Stream | None = None
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self.staging: list[torch.Tensor | None] = [None] * STAGING  # bytes on the device
@@ -102,14 +103,7 @@ class HostInputs:
                 return self.buffers.pop(i)
         if self.buffers:
             self.buffers.pop()  # too small for the packs that come now
-        capacity = 1 << (num_bytes - 1).bit_length()
-        if pin and self.pin:
-            try:
-                return torch.empty(capacity, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                self.pin = False
-                warnings.warn(f"layer inputs go to pageable CPU memory, so every copy is waited for: {error}", stacklevel=2)
-        return torch.empty(capacity, dtype=torch.uint8)
+        return self.host.empty(1 << (num_bytes - 1).bit_length(), for_card=pin)
 
     def _view(self, kept: KeptInput) -> torch.Tensor:
         staging = self.staging[kept.index % STAGING]

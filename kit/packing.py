@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -144,6 +144,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (D + 1,) int32, 0 first, T last
     max_seqlen: int  # tokens of the longest document
+    num_targets: int  # that are not IGNORE_INDEX; counted here, where looking does not make a card wait
 
     @classmethod
     def build(cls, documents: Sequence[Document]) -> PackedBatch:
@@ -163,22 +164,19 @@ class PackedBatch:
             position_ids=torch.cat([torch.arange(length) for length in lengths]),
             cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
             max_seqlen=max(lengths),
+            num_targets=int((targets != IGNORE_INDEX).sum()),
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same row on another device; copies do not wait for one another."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.TENSORS}
-        return PackedBatch(**moved, max_seqlen=self.max_seqlen)
+        return replace(self, **moved)
 
     TENSORS = ("input_ids", "targets", "position_ids", "cu_seqlens")
 
     @property
     def num_documents(self) -> int:
         return len(self.cu_seqlens) - 1
-
-    @property
-    def num_targets(self) -> int:
-        return int((self.targets != IGNORE_INDEX).sum())
 
     def __len__(self) -> int:
         return len(self.input_ids)

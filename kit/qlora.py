@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import checkpoint, models
+from kit.attention import attention_name
 from kit.checkpoint import ADAPTER
 from kit.nf4 import NF4Linear, quantise_decoder
 
@@ -34,17 +35,20 @@ ALPHA = 32  # twice the rank (Biderman et al., LoRA Learns Less and Forgets Less
 
 def load(
     name: str, *, rank: int = RANK, alpha: int = ALPHA, seed: int = 0,
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
-    """Model with fresh adapters, and tokenizer. name, device and dtype are those of kit.models.load; seed is the adapters'.
+    """Model with fresh adapters, and tokenizer. name, device, dtype and attention are those of kit.models.load; seed is the
+    adapters'.
 
     Raises ValueError for what kit.models.load refuses, for an adapter folder, and for what add_adapters refuses.
     """
     if (Path(name) / checkpoint.ADAPTER_CONFIG).is_file():
         raise ValueError(f"{name} has adapters already; load it with kit.models.load, or export it and start from the export")
     device = torch.device(device or models.default_device())
-    model, tokenizer = models.load(name, device="cpu", dtype=dtype or models.default_dtype(device))
+    dtype = dtype or models.default_dtype(device)
+    model, tokenizer = models.load(name, device="cpu", dtype=dtype, attention="kit")
     quantise_decoder(model, device)
+    model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
     local = name != "tiny" and Path(name).expanduser()
     base = str(local.resolve()) if local and local.exists() else name
     add_adapters(model, base=base, rank=rank, alpha=alpha, seed=seed)
@@ -93,7 +97,7 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
 
 
 def load_adapter(
-    folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base and adapters from a folder that kit.checkpoint wrote, ready to sample from or to train on.
 
@@ -106,7 +110,8 @@ def load_adapter(
                 "model; merge them with peft's merge_and_unload and load the result"
             )
     config = LoraConfig.from_pretrained(str(folder))
-    model, tokenizer = load(config.base_model_name_or_path, rank=config.r, alpha=config.lora_alpha, device=device, dtype=dtype)
+    model, tokenizer = load(config.base_model_name_or_path, rank=config.r, alpha=config.lora_alpha, device=device, dtype=dtype,
+                            attention=attention)  # fmt: skip
     checkpoint.load_weights(folder, model)
     return model, tokenizer
 

@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 from kit import checkpoint
-from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.models import checkpoint_layers, head_weight, hidden_states, softcap
-from kit.optim import cosine_with_warmup, make_optimizer
+from kit.models import head_weight
+from kit.optim import cosine_with_warmup
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
 from kit.run import RunFolder
+from kit.savings import Savings
+from kit.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -67,32 +68,14 @@ class TrainingPlan:
         )
 
 
-def train_step(model, batches: Sequence[PackedBatch], optimizer, *, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step over the rows. Returns (mean token loss, gradient norm before clipping), fp32 scalars on the device.
-
-    max_grad_norm: 0 = no clipping.
-    """
-    num_targets = sum(batch.num_targets for batch in batches)
-    device = head_weight(model).device
-    optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros((), device=device)
-    for batch in batches:
-        batch = batch.to(device)
-        hidden = hidden_states(model, batch)
-        loss = linear_cross_entropy(hidden, head_weight(model), batch.targets, reduction="sum", softcap=softcap(model))
-        (loss / num_targets).backward()
-        total += loss.detach() / num_targets
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
-    optimizer.step()
-    return total, norm
-
-
 def train(
     model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
     lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999, max_grad_norm: float = 1.0,
-    gradient_checkpointing: bool = True, checkpoint_every: int = 0, seed: int = 0,
+    savings: Savings | None = None, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
+
+    savings: None = Savings(). max_grad_norm: as TrainingStep's.
 
     checkpoint_every: steps; 0 = none before the end. Where run.path holds a checkpoint, training goes on from it (bit for bit on
     a CPU); where it holds the finished model, nothing is done and that folder is returned.
@@ -101,14 +84,14 @@ def train(
     finished = run.path / "model"
     if finished.is_dir():
         return finished
-    optimizer = make_optimizer(model, lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), seed=seed)
+    training_step = TrainingStep(
+        model, savings or Savings(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), max_grad_norm=max_grad_norm, seed=seed
+    )
+    optimizer = training_step.optimizer
     checkpoints = run.path / "checkpoints"
     newest = checkpoint.latest(checkpoints)
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
-    if gradient_checkpointing:
-        checkpoint_layers(model, True)
-    model.train()
     device = head_weight(model).device
     bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
     for step in range(done, len(plan.steps)):
@@ -117,7 +100,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         batches = [PackedBatch.build([documents[i] for i in pack]) for pack in plan.steps[step]]
-        loss, norm = (x.item() for x in train_step(model, batches, optimizer, max_grad_norm=max_grad_norm))
+        loss, norm = (x.item() for x in training_step(batches))
         seconds = time.perf_counter() - start
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
@@ -138,9 +121,7 @@ def train(
         if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < len(plan.steps):
             checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
     bar.close()
-    if gradient_checkpointing:
-        checkpoint_layers(model, False)
-    model.eval()
+    training_step.close()
     checkpoint.save_model(finished, model, tokenizer)
     shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
     return finished

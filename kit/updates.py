@@ -15,7 +15,7 @@ import torch
 
 
 class Updates(Protocol):
-    """What train_step needs: begin before the first backward pass of a step, finish after the last."""
+    """What a training step needs: begin before the first backward pass of a step, finish after the last."""
 
     def begin(self, num_rows: int) -> None: ...
 
@@ -37,11 +37,10 @@ class UpdateAtEnd:
     def finish(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def close(self) -> None:
-        """Nothing was attached."""
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class UpdateInBackward:

@@ -28,10 +28,11 @@ from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse
 from kit.data import load_documents
 from kit.machine import GIB, describe_machine, peak_resident_bytes
-from kit.optim import cosine_with_warmup, make_optimizer
+from kit.optim import cosine_with_warmup
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, plan_packs
 from kit.run import write_json
-from kit.sft import train_step
+from kit.savings import Savings
+from kit.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,18 @@ def _ours(config: Config, threads: int) -> dict:
     start = time.perf_counter()
     packs = plan_packs([len(document) for document in documents], config.row_tokens, seed=config.seed)
     steps = [packs[i : i + config.rows_per_step] for i in range(0, len(packs), config.rows_per_step)]
-    optimizer = make_optimizer(model, lr=config.lr, seed=config.seed)
-    models.checkpoint_layers(model, True)
-    model.train()
+    training_step = TrainingStep(model, Savings(), lr=config.lr, max_grad_norm=1.0, seed=config.seed)
     losses = []
     for step, rows in enumerate(steps):
-        for group in optimizer.param_groups:
+        for group in training_step.optimizer.param_groups:
             group["lr"] = config.lr * cosine_with_warmup(step, len(steps), 0.05)
         batches = [PackedBatch.build([documents[i] for i in row]) for row in rows]
-        losses.append(train_step(model, batches, optimizer, max_grad_norm=1.0)[0].item())
+        losses.append(training_step(batches)[0].item())
     seconds = time.perf_counter() - start
     batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(models.head_weight(model).device)
     result = _result(seconds, losses, documents, False)  # the peak is read before the check below
+
+    training_step.close()
 
     def second_document(ids):
         with torch.no_grad():

@@ -10,11 +10,11 @@ Time: not timed on a GPU. Memory: bf16 weights, fp32 optimizer state, 12 bytes a
 Left out on purpose: several GPUs, a validation set (the paper has none), weight decay (not stated), other data sizes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
-from kit import models
+from kit import models, qlora
 from kit.benchmarks import parse_benchmarks
 from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse, show
@@ -23,6 +23,7 @@ from kit.evaluate import evaluate
 from kit.generate import SamplingParams, cache_bytes
 from kit.report import AFTER, BEFORE, findings, write_report
 from kit.run import RunFolder, recipe_name, write_json
+from kit.savings import Savings
 from kit.sft import TrainingPlan, train
 from kit.toy import LONG_TRACES
 
@@ -49,8 +50,17 @@ class Config:
     weight_decay: float = 0.0  # 0 = none; the paper does not state it
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
-    gradient_checkpointing: bool = True  # one layer's activations at a time, for a third more computation
     checkpoint_every: int = 200  # steps; 0 = only at the end
+    # memory: kit/savings.py; what fits is told by --plan
+    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
+    recompute: bool = True  # one layer's activations at a time, for a third more computation
+    tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
+    optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
+    update_in_backward: bool = False  # a gradient dies with its layer; needs --batch_traces 1, clips each parameter by itself
+    offload_inputs: bool = False  # layer inputs in CPU memory
+    offload_optimizer: bool = False  # optimizer states in CPU memory
+    head_update: str = "whole"  # blocked: the embedding's gradient a block of the vocabulary at a time
+    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
     num_questions: int = 0  # questions a benchmark; 0 = all
@@ -82,9 +92,14 @@ def main(config: Config) -> None:
             f"  {command} --device cpu    this model on this CPU: slow, so make it small, for example with\n"
             "      --row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
         )
+    savings = Savings(**{field.name: getattr(config, field.name) for field in fields(Savings)})
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
-    model, tokenizer = models.load(config.model, device=config.device)
+    if config.qlora_rank:
+        model, tokenizer = qlora.load(config.model, rank=config.qlora_rank, device=config.device, attention=config.attention,
+                                      seed=config.seed)  # fmt: skip
+    else:
+        model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
     context = models.context_length(model)
     if config.row_tokens > context:
         raise ValueError(
@@ -126,10 +141,10 @@ def main(config: Config) -> None:
     trained = train(
         model, tokenizer, documents, plan, run,
         lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing, checkpoint_every=config.checkpoint_every, seed=config.seed,
+        savings=savings, checkpoint_every=config.checkpoint_every, seed=config.seed,
     )  # fmt: skip
     del model  # what is measured next is what was saved
-    model, _ = models.load(str(trained), device=config.device)
+    model, _ = models.load(str(trained), device=config.device, attention=config.attention)
     after = measure(model, AFTER)
     report = write_report(run.path)
     print("\n".join(findings({BEFORE: before, AFTER: after})))

@@ -20,6 +20,7 @@ from kit.data import Trace, make_documents
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams
 from kit.run import RunFolder
+from kit.savings import Savings
 from kit.sft import TrainingPlan, train
 from kit.toy import make_rows, make_tokenizer, write_rows
 
@@ -79,7 +80,7 @@ def main(config: Config) -> None:
     train(
         model, tokenizer, documents, plan, run,
         lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, beta2=config.beta2,
-        gradient_checkpointing=False, checkpoint_every=500, seed=config.seed,
+        savings=Savings(recompute=False), checkpoint_every=500, seed=config.seed,
     )  # fmt: skip
     tiny = run.path / "tiny"
     save_model(tiny, model, tokenizer)

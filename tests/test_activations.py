@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 from kit.activations import keep_activations, recompute_layers
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.models import checkpoint_layers, head_weight, hidden_states, softcap
+from kit.models import head_weight, hidden_states, softcap
 from kit.offload import HostInputs
 from kit.packing import PackedBatch
 
@@ -453,17 +453,6 @@ def test_names_stay_and_keep_activations_ends_it(tiny_model):
     tiny_model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     assert_same(gradients_of(tiny_model), plain)
     assert len(calls) == 1
-
-
-def test_checkpoint_layers_takes_over_and_switches_off(tiny_model):
-    plain = gradients_of(copy.deepcopy(tiny_model))
-    recompute_layers(tiny_model, offload=True, tile_tokens=5)
-    checkpoint_layers(tiny_model, True)
-    assert_same(gradients_of(tiny_model), plain)
-    recompute_layers(tiny_model)
-    checkpoint_layers(tiny_model, False)
-    assert not tiny_model.is_activation_checkpointing
-    assert_same(gradients_of(tiny_model), plain)
 
 
 def test_only_training_mode_recomputes(tiny_model):

@@ -7,7 +7,8 @@ from conftest import FAMILIES, make_model, random_documents
 from transformers import AutoModelForCausalLM
 
 from kit import checkpoint, models
-from kit.models import checkpoint_layers, head_weight, hidden_states, next_token_logits
+from kit.activations import recompute_layers
+from kit.models import head_weight, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
 from kit.toy import make_tokenizer
 
@@ -34,7 +35,7 @@ def test_logits_of_a_pack_are_the_logits_of_its_documents(family, checkpointing)
     truth = with_transformers(model, documents, torch.float64)
     torchs = (with_transformers(model, documents, torch.float32) - truth).square().mean().sqrt()
     if checkpointing:
-        checkpoint_layers(model, True)
+        recompute_layers(model)
         model.train()
     ours = (logits_of(model, documents) - truth).square().mean().sqrt()
     assert ours <= 2 * torchs
@@ -44,7 +45,7 @@ def test_logits_of_a_pack_are_the_logits_of_its_documents(family, checkpointing)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_perturbing_one_document_leaves_the_others_logits_and_gradients_bit_equal(tiny_model, checkpointing):
     if checkpointing:
-        checkpoint_layers(tiny_model, True)
+        recompute_layers(tiny_model)
         tiny_model.train()
     seen = {}
     tiny_model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.update(embedded=output))
@@ -63,12 +64,12 @@ def test_perturbing_one_document_leaves_the_others_logits_and_gradients_bit_equa
         assert not torch.equal(before[~others], after[~others])
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_model):
+def test_recomputation_changes_no_gradient(tiny_model):
     documents = random_documents(LENGTHS)
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            checkpoint_layers(tiny_model, True)
+            recompute_layers(tiny_model)
         tiny_model.train()
         tiny_model.zero_grad()
         logits_of(tiny_model, documents).square().mean().backward()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kit.optim import StochasticAdamW, cosine_with_warmup, make_optimizer, stochastic_round_
+from kit.optim import AdamW8bit, StochasticAdamW, cosine_with_warmup, make_optimizer, stochastic_round_
 
 
 def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
@@ -103,6 +103,60 @@ def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
     model[0].bfloat16()
     with pytest.raises(ValueError, match=r"torch.bfloat16', 'torch.float32"):
         make_optimizer(model, lr=1.0)
-    assert isinstance(make_optimizer(model.bfloat16(), lr=1.0), StochasticAdamW)
+    assert isinstance(make_optimizer(model.bfloat16(), lr=1.0), AdamW8bit)
+    assert isinstance(make_optimizer(model, lr=1.0, name="adamw"), StochasticAdamW)
+    assert isinstance(make_optimizer(model.float(), lr=1.0, name="adamw8bit"), AdamW8bit)
+    with pytest.raises(ValueError, match="optimizer is 'lion'; pass one of auto, adamw, adamw8bit"):
+        make_optimizer(model, lr=1.0, name="lion")
+    with pytest.raises(ValueError, match="offload_optimizer is on but optimizer is adamw"):
+        make_optimizer(model, lr=1.0, name="adamw", offload=True)
     with pytest.raises(ValueError, match="none"):
         make_optimizer(model.requires_grad_(False), lr=1.0)
+
+
+def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False):
+    """Two parameters after a few 8-bit steps."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter((torch.randn(n) * 0.02).to(dtype)) for n in (700, 256 * 5 + 3)]
+    optimizer = AdamW8bit(parameters, lr=1e-3, weight_decay=0.1, seed=5, offload=offload)
+    optimizer.SLAB = 512
+    for step in range(steps):
+        gradients = [torch.randn(len(p), generator=torch.Generator().manual_seed(step)).to(dtype) for p in parameters]
+        for i in order:
+            parameters[i].grad = gradients[i]
+            if by_slices:
+                for first in range(0, len(parameters[i]), 256):
+                    optimizer.update(parameters[i], gradients[i][first : first + 256], first=first)
+            else:
+                optimizer.update(parameters[i])
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"offload": True}, {"order": (1, 0)}, {"by_slices": True}, {"offload": True, "by_slices": True}]
+)
+def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype, options):
+    (parameters, optimizer), (others, other_optimizer) = updated(dtype), updated(dtype, **options)
+    for p, q in zip(parameters, others, strict=True):
+        assert torch.equal(p, q)
+        for name, tensor in optimizer.state[p].items():
+            assert torch.equal(tensor, other_optimizer.state[q][name]), name
+    assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 3]
+
+
+def test_8_bit_steps_follow_adamw_in_float64():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4096) * 0.02)
+    start, gradients = weight.detach().clone(), [torch.randn(4096) + 0.5 for _ in range(20)]
+    optimizer = AdamW8bit([weight], lr=1e-3, weight_decay=0.1)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    moved, truth = (
+        x - start.double() for x in (weight.detach().double(), adamw_float64(start, gradients, lr=1e-3, weight_decay=0.1))
+    )
+    cosine = (moved @ truth / moved.norm() / truth.norm()).item()
+    assert cosine > 0.99 and moved.norm() / truth.norm() == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="no closure"):
+        optimizer.step(lambda: 0.0)

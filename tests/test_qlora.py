@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from kit import checkpoint, models, qlora
 from kit.generate import SamplingParams, generate
-from kit.models import ATTENTION, checkpoint_layers, head_weight, hidden_states, next_token_logits
+from kit.models import head_weight, hidden_states, next_token_logits
 from kit.nf4 import NF4Linear, quantise_decoder, simulate_quantised_decoder
-from kit.optim import make_optimizer
 from kit.packing import Document, PackedBatch
 from kit.run import RunFolder
-from kit.sft import TrainingPlan, train, train_step
+from kit.savings import Savings
+from kit.sft import TrainingPlan, train
+from kit.step import TrainingStep
 from kit.toy import make_tokenizer
 
 
@@ -45,13 +46,13 @@ def make_qlora(family="llama", dtype=torch.float32, *, rank=3, alpha=5, base="",
     return model
 
 
-def take_steps(model, steps, *, lr=3e-2, optimizer=None):
+def take_steps(model, steps, *, lr=3e-2, recompute=False, training_step=None):
     """Optimizer steps over two packs; returns the losses."""
-    optimizer = optimizer or make_optimizer(model, lr=lr)
+    training_step = training_step or TrainingStep(model, Savings(recompute=recompute), lr=lr, max_grad_norm=1.0)
     documents = random_documents(LENGTHS)
     batches = [PackedBatch.build(documents[:4]), PackedBatch.build(documents[4:])]
     model.train()
-    return [train_step(model, batches, optimizer, max_grad_norm=1.0)[0].item() for _ in range(steps)]
+    return [training_step(batches)[0].item() for _ in range(steps)]
 
 
 def logits_of(model):
@@ -72,10 +73,8 @@ def rms(x) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_falls_and_only_adapters_change(family, dtype, checkpointing):
     model = make_qlora(family, dtype)
-    if checkpointing:
-        checkpoint_layers(model, True)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses = take_steps(model, 25)
+    losses = take_steps(model, 25, recompute=checkpointing)
     assert losses[-1] < 0.8 * losses[0]
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
@@ -120,7 +119,7 @@ def test_gradients_of_the_adapters_are_those_of_a_dense_model_with_the_same_weig
 
 def dense_twin(model, dtype):
     """The same model with weights written out in `dtype`, and its adapters' tensors in the order of the parameters."""
-    twin = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation=ATTENTION, dtype=dtype).eval()
+    twin = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="kit", dtype=dtype).eval()
     twin.requires_grad_(False)
     tensors = []
     left = {k: v for k, v in model.state_dict().items() if "base_layer" not in k and "lora_" not in k}
@@ -323,15 +322,15 @@ def test_what_cannot_be_adapted_is_refused():
 def test_a_checkpoint_gives_back_adapters_and_optimizer_bit_for_bit(tmp_path, family, dtype):
     def make():
         model = make_qlora(family, dtype)
-        return model, make_optimizer(model, lr=1e-2, seed=3)
+        return model, TrainingStep(model, Savings(recompute=False), lr=1e-2, max_grad_norm=1.0, seed=3)
 
-    model, optimizer = make()
-    take_steps(model, 2, optimizer=optimizer)
-    path = checkpoint.save(tmp_path, model, make_tokenizer(), optimizer, 2)
-    take_steps(model, 2, optimizer=optimizer)
-    other, other_optimizer = make()
-    assert checkpoint.load(path, other, other_optimizer) == 2
-    take_steps(other, 2, optimizer=other_optimizer)
+    model, training_step = make()
+    take_steps(model, 2, training_step=training_step)
+    path = checkpoint.save(tmp_path, model, make_tokenizer(), training_step.optimizer, 2)
+    take_steps(model, 2, training_step=training_step)
+    other, other_step = make()
+    assert checkpoint.load(path, other, other_step.optimizer) == 2
+    take_steps(other, 2, training_step=other_step)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert not list(path.glob("model*"))
 

@@ -124,6 +124,7 @@ def test_occupancy_is_what_the_limits_leave():
     assert compiled_with(8, 48, 32, 89).occupancy == 40 / 48
     assert compiled_with(8, 33, 0, 89).programs == 6  # 33 registers cost 40 each: 51 warps, more than the 48 threads allow
     assert compiled_with(1, 16, 0, 89).programs == 24  # the cap on programs
+    assert compiled_with(1, 96, 0, 89).programs == 20  # 21 warps by registers, but each of the four files holds 5 whole ones
     assert compiled_with(4, 32, 49 * 1024, 89).programs == 2  # 2 x (49 + 1 KiB) = 100
     assert compiled_with(4, 32, 49 * 1024 + 1, 89).programs == 1
     assert compiled_with(4, 32, 99 * 1024 + 1, 89).programs == 0  # and it cannot run

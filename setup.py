@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=["kit", "kit.grading", "kit.kernels"],
     package_dir={"kit.kernels": "kernels"},
-    package_data={"kit": ["tiny/*"]},
+    package_data={"kit": ["tiny/*", "configs/*"]},
     install_requires=[  # the ranges whose ends the tests have passed on; widen them by testing
         "torch>=2.10,<2.14",
         "transformers>=5.20,<5.24",
@@ -40,6 +40,6 @@ setup(
         "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "ruff>=0.12", "kernels>=0.10"],
         "flash-attn": ["flash-attn>=2.7"],
         "vllm": ["vllm"],
-        "peers": ["trl", "math-verify[antlr4_13_2]", "liger-kernel"],
+        "peers": ["trl", "math-verify[antlr4_13_2]", "liger-kernel", "cut-cross-entropy"],
     },
 )

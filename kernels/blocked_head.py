@@ -59,9 +59,8 @@ def dweight_blocks(
     whole never exists. Costs a matmul more, the logits of the block (2NVH flops in all). The caller may update a block's rows
     as it gets them: no later block reads them. block_bytes: of the block's logits (K, B)."""
     x, target = hidden.index_select(0, kept), targets.index_select(0, kept)
-    V, H = weight.shape
     per_block = max(block_bytes // max(len(kept) * x.element_size(), 1) // VOCABULARY_UNIT, 1) * VOCABULARY_UNIT
-    for first in range(0, V, per_block):
+    for first in range(0, weight.shape[0], per_block):
         part = weight[first : first + per_block]
         dweight = weight.new_zeros(part.shape, dtype=wide(weight.dtype))
         if len(kept):

@@ -5,7 +5,8 @@ A linear head in chunks of rows, forth and back; the (N, V) logits are never hel
     dhidden[rows] = scale * slope * (dlogits @ weight)          dweight += scale * dlogits.T @ (slope * hidden[rows])
 
 A row's slope multiplies the thin (R, H) matrices, never the (R, V) one. dweight is summed in fp32: a bf16 sum of 16 chunks loses
-what the small ones add. It costs 4VH bytes (1.1 GiB at V = 262,144, H = 1,152), nothing for a frozen head.
+what the small ones add. It costs 4VH bytes (1.1 GiB at V = 262,144, H = 1,152), nothing for a frozen head. For a bf16 weight the
+sum lies in two halves, and is rounded to bf16 in the first half's own memory: no moment holds both dweights.
 """
 
 import functools
@@ -19,6 +20,7 @@ MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and from he
 MIN_ROWS = (
     512  # each chunk reads W and rewrites dW: 128 rows a chunk move four times the bytes of 1,024, and matmuls wait for them
 )
+COPIED_ELEMENTS = 2**16  # of dweight that are rounded through a copy: small, and the rest takes a dozen steps
 TILE_V = 8192  # rows of dweight at once where 16-bit factors cannot be added to an fp32 sum in one call: the copy stays small
 
 
@@ -27,17 +29,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rows_per_chunk(N: int, V: int, element_size: int) -> int:
-    """Rows of logits made at once: as many as fit MAX_CHUNK_BYTES, but never under MIN_ROWS, even if the chunk is larger then
-    (fp32 and V = 262,144: 512 rows are exactly 512 MiB). N rows that need k chunks go in k equal ones: no remainder of one row
-    pays for a whole trip through W and dW."""
-    most = max(MIN_ROWS, MAX_CHUNK_BYTES // (V * element_size))
+def rows_per_chunk(N: int, V: int, H: int, element_size: int) -> int:
+    """Rows of logits made at once: as many as fit MAX_CHUNK_BYTES with the three thin (R, H) matrices beside them, but never
+    under MIN_ROWS, even if the chunk is larger then (fp32 and V = 262,144: 512 rows are 512 MiB). N rows that need k chunks go
+    in k equal ones: no remainder of one row pays for a whole trip through W and dW."""
+    most = max(MIN_ROWS, MAX_CHUNK_BYTES // ((V + 3 * H) * element_size))
     return math.ceil(N / math.ceil(N / most)) if N else 0
 
 
 def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (rows, x (R, H), logits (R, V)). The logits are one buffer: a fresh one a chunk would be paged in anew each time."""
-    size = rows_per_chunk(len(kept), weight.shape[0], weight.element_size())
+    size = rows_per_chunk(len(kept), *weight.shape, weight.element_size())
     if size:
         buffer = weight.new_empty(size, weight.shape[0])
         for rows in kept.split(size):
@@ -52,7 +54,8 @@ class HeadGradients:
         # a mean over 16k tokens leaves fp16's range until the loss scale comes: fp16's gradients stay fp32 until backward
         self.dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in (hidden, weight)]
         self.dhidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0]) if needs[0] else None
-        self.dweight = weight.new_empty(weight.shape, dtype=wide(weight.dtype)) if needs[1] else None
+        rows = halves(len(weight)) if self.dtypes[1] == torch.bfloat16 else [len(weight)]
+        self.dweight = [weight.new_empty(n, weight.shape[1], dtype=wide(weight.dtype)) for n in rows] if needs[1] else None
         self.beta = 0.0  # the first chunk overwrites: zeros would be one more trip through V * H numbers
 
     def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, slope: Tensor | None, scale: float) -> None:
@@ -62,15 +65,41 @@ class HeadGradients:
             self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
         if self.dweight is not None:
             x = x if slope is None else (x * slope[:, None]).to(x.dtype)
-            add_matmul_(self.dweight, dlogits.T, x, scale, self.beta)
+            for part, columns in zip(self.dweight, dlogits.split([len(part) for part in self.dweight], dim=1), strict=True):
+                add_matmul_(part, columns.T, x, scale, self.beta)
             self.beta = 1.0
 
     def finish(self) -> list[Tensor | None]:
-        """[dhidden, dweight]. Drop the logits before: a 16-bit copy of dweight takes their place in memory."""
-        if self.dweight is not None:
-            dweight = self.dweight if self.beta else self.dweight.zero_()
-            self.dweight = dweight.to(self.dtypes[1])
-        return [self.dhidden, self.dweight]
+        """[dhidden, dweight]."""
+        if self.dweight is None:
+            return [self.dhidden, None]
+        if not self.beta:
+            for part in self.dweight:
+                part.zero_()
+        dweight = self.dweight[0] if len(self.dweight) == 1 else join_narrowed(*self.dweight)
+        return [self.dhidden, dweight]
+
+
+def halves(n: int) -> list[int]:
+    return [n - n // 2, n // 2]
+
+
+def join_narrowed(first: Tensor, second: Tensor) -> Tensor:
+    """Both fp32 halves as one bf16 tensor, in the memory of the first, which is not the smaller.
+
+    Elements s to 2s are read from bytes 4s to 8s and written to bytes 2s to 4s, which were read before; only the very first go
+    through a copy.
+    """
+    source, target = first.view(-1), first.view(-1).view(torch.bfloat16)
+    n = len(source)
+    start = min(COPIED_ELEMENTS, n)
+    target[:start] = source[:start].to(torch.bfloat16)
+    while start < n:
+        stop = min(2 * start, n)
+        target[start:stop] = source[start:stop]
+        start = stop
+    target[n : n + second.numel()] = second.view(-1)
+    return target[: n + second.numel()].view(-1, first.shape[1])
 
 
 def scaled(gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor | None]:

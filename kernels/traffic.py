@@ -23,7 +23,7 @@ import torch
 
 from kit.config import parse
 from kit.kernels.counting import Count
-from kit.kernels.linear_head import rows_per_chunk
+from kit.kernels.linear_head import COPIED_ELEMENTS, halves, rows_per_chunk
 from kit.packing import plan_packs
 
 WIDE = 4  # bytes of an fp32 number
@@ -48,22 +48,25 @@ def ours(loss: Loss, *, scaled: bool = True) -> dict[str, Count]:
     """kit.kernels.linear_cross_entropy. scaled: whether backward multiplies the gradients, as it always does on a GPU; a CPU
     looks first whether there is anything to do."""
     N, K, V, H, e = loss.N, loss.K, loss.V, loss.H, loss.e
-    chunks = math.ceil(K / rows_per_chunk(K, V, e)) if K else 0
+    chunks = math.ceil(K / rows_per_chunk(K, V, H, e)) if K else 0
     held = WIDE if loss.dtype == torch.float16 else e  # what gradients wait for backward in
+    parts = 2 if loss.dtype == torch.bfloat16 else 1  # that the sum of dW lies in
     X, L, W = K * H * e, K * V * e, V * H * e
     rescaled = Count(2, N * H * held + V * H * held, N * H * held + V * H * held) if scaled else Count()
     cast = Count()  # dW leaves its fp32 sum; fp16's gradients do so after backward has scaled them
     if loss.dtype == torch.float16:
         cast = Count(2, (N + V) * H * WIDE, (N + V) * H * e)
-    elif e < WIDE:
-        cast = Count(1, V * H * WIDE, V * H * e)
+    elif e < WIDE:  # in the memory of the first half, doubling its way through
+        first, copied = halves(V)[0] * H, min(COPIED_ELEMENTS, halves(V)[0] * H)
+        cast = Count(3 + math.ceil(math.log2(first / copied)), V * H * WIDE + copied * e, V * H * e + copied * e)
     widened = Count(chunks, X, K * H * held) if held != e else Count()
     return {
         "logits": Count(2 * chunks, 2 * X + chunks * W, X + L, 2 * K * V * H),  # the rows are gathered first
         "row kernel": Count(chunks, 2 * L, L),
         "dX": Count(chunks, L + chunks * W, X, 2 * K * V * H) + widened
         + Count(2 * chunks + 1, 2 * K * H * held, 2 * K * H * held + N * H * held),  # / D, put in their places, zeros elsewhere
-        "dW": Count(chunks or 1, L + X + max(chunks - 1, 0) * V * H * WIDE, (chunks or 1) * V * H * WIDE, 2 * K * V * H),
+        "dW": Count(parts * (chunks or 1), L + parts * X + max(chunks - 1, 0) * V * H * WIDE, (chunks or 1) * V * H * WIDE,
+                    2 * K * V * H),
         "hand over": cast + rescaled,
         "vectors": Count(4 * chunks + 7),
     }  # fmt: skip

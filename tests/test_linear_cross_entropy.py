@@ -467,11 +467,22 @@ def test_the_operators_and_their_fake_implementations_agree():
 
 def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
     monkeypatch.undo()
-    assert head.rows_per_chunk(16384, 262144, 2) == 1024
-    assert head.rows_per_chunk(16384, 262144, 4) == 512
-    assert head.rows_per_chunk(16384, 2**20, 4) == 512  # the chunk is 2 GiB then
-    assert head.rows_per_chunk(513, 262144, 4) == 257  # not 512 and 1
-    assert head.rows_per_chunk(0, 262144, 4) == 0
+    assert head.rows_per_chunk(16384, 262144, 0, 2) == 1024
+    assert head.rows_per_chunk(16384, 262144, 1152, 2) == 964  # 17 chunks: three matrices of 1,152 columns take their share
+    assert head.rows_per_chunk(16384, 262144, 1152, 4) == 512
+    assert head.rows_per_chunk(16384, 2**20, 640, 4) == 512  # the chunk is 2 GiB then
+    assert head.rows_per_chunk(513, 262144, 640, 4) == 257  # not 512 and 1
+    assert head.rows_per_chunk(0, 262144, 640, 4) == 0
+
+
+@pytest.mark.parametrize(("V", "H", "copied"), [(1, 1, 4), (2, 3, 1), (7, 5, 3), (150, 19, 8), (33, 64, 10_000)])
+def test_two_fp32_halves_become_one_bf16_tensor_in_the_memory_of_the_first(V, H, copied, monkeypatch):
+    monkeypatch.setattr(head, "COPIED_ELEMENTS", copied)
+    whole = torch.randn(V, H)
+    first, second = (x.clone() for x in whole.split(head.halves(V)))
+    joined = head.join_narrowed(first, second)
+    assert torch.equal(joined, whole.bfloat16()) and joined.is_contiguous()
+    assert joined.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values():

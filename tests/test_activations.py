@@ -324,6 +324,15 @@ def test_a_trainable_parameter_that_is_not_used_gets_no_gradient_as_in_the_plain
     assert [name for name, gradient in gradients_of(model).items() if gradient is None] == ["model.layers.2.mlp.spare"]
 
 
+def test_a_parameter_in_two_parts_of_a_layer_gets_the_sum(tiny_model):
+    model = exact_model(tiny_model)
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight = layer.input_layernorm.weight
+    truth = gradients_of(copy.deepcopy(model))
+    recompute_layers(model, tile_tokens=5)
+    assert relative_error(gradients_of(model), truth) < 1e-12
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_packs_of_a_step_accumulate_whatever_their_lengths(tiny_model, offload):
     batches = [PackedBatch.build(random_documents(lengths, seed=i)) for i, lengths in enumerate([[5, 3], [40, 2], [9], [60]])]
@@ -402,6 +411,18 @@ def test_the_backward_pass_reads_what_the_cpu_memory_holds(tiny_model):
     loss.backward()
     finite = [all(p.grad.isfinite().all() for p in layer.parameters()) for layer in tiny_model.model.layers]
     assert finite == [False, False, False, True]
+
+
+def test_fetching_one_layers_input_sends_for_the_one_before_it():
+    host = HostInputs()
+    inputs = [torch.full((2, 3), float(index)) for index in range(4)]
+    kept = [host.keep(x, index, on_device=index == 3) for index, x in enumerate(inputs)]
+    host.flush()
+    for index in (3, 2, 1, 0):
+        assert torch.equal(host.fetch(kept[index]), inputs[index])
+        if index:
+            assert host.staged[(index - 1) % 2] is kept[index - 1]
+        host.done(kept[index])
 
 
 def test_without_gradients_nothing_is_kept(tiny_model, monkeypatch):

@@ -159,8 +159,8 @@ def _tensors(inputs: dict) -> list[Tensor]:
 
 
 def _start(x: Tensor) -> tuple[int, int]:
-    """Where a tensor lies; its storage's identity, as fake tensors have no address."""
-    return x.untyped_storage()._cdata, x.storage_offset()
+    """The byte at which a tensor begins; its storage's identity, as fake tensors have no address."""
+    return x.untyped_storage()._cdata, x.storage_offset() * x.element_size()
 
 
 def _bytes(x: Tensor) -> int:

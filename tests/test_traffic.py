@@ -193,7 +193,7 @@ def test_while_summing_extra_memory_is_both_gradients_one_chunk_and_thin_matrice
         loss, arguments = fake_problem(model, dtype=torch.float32)
         extra = extra_memory(loss, arguments)
     thin = (
-        4 * head.rows_per_chunk(loss.K, loss.V, loss.e) * loss.H * loss.e
+        4 * head.rows_per_chunk(loss.K, loss.V, loss.H, loss.e) * loss.H * loss.e
     )  # a chunk's rows, their gradient, and it again scaled
     assert extra <= (loss.N + loss.V) * loss.H * 4 + 512 * MIB + thin + 64 * loss.N
 

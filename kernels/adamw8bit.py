@@ -11,13 +11,14 @@ How it works. A program reads p, g and the codes of a few blocks, decodes, updat
 writes. Every rounding to fewer bits, of m, of sqrt(v) and of a bf16 p, is stochastic: up with the probability equal to the
 fraction cut off, so the mean is exact. The random bits are a hash of (seed, step, parameter, element), so they need no state,
 and neither a resume, nor the launch, nor the device changes them. The torch path does the same operations in the same
-order, and the GPU is told not to fuse them: both give the same bits.
+order, and the GPU is told not to fuse them: both give the same bits, but where torch's fp32 square root, which
+misses by a bit at times, decides between two codes.
 
 Why the states round stochastically too: with beta2 = 0.999 v falls by 0.1 % a step, and codes lie 0.8 % to 20 % apart, so
 to-nearest would never let it fall. Why a floor: a v that is not 0 never gets the code 0, or its next update would be m / eps.
 
 NaN and infinity are never hidden: an element whose gradient is one becomes NaN at once, and its block of 256 at the next step. So
-does a block with a gradient above 1e20, whose square is no fp32 number. Watch the loss or the gradient's norm to find them early.
+does a block with a gradient above 1.8e19, whose square is no fp32 number. Watch the loss or the gradient norm to find it early.
 
 Bytes a weight, besides p and g: 2 + 8 / 256 (fp32 states: 8). Gemma-3-1B, 1.0e9 weights: 1.9 GiB (7.5 GiB). A step moves 10
 bytes a weight for bf16 p and g, once; on a CPU the temporaries are a few MiB whatever the parameter's size. The number of tokens

@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from kit import checkpoint
+from kit.memory import Plan
 from kit.models import head_weight
 from kit.optim import cosine_with_warmup
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
-from kit.run import RunFolder
+from kit.run import RunFolder, write_json
 from kit.savings import Savings
 from kit.step import TrainingStep
 
@@ -71,11 +72,12 @@ class TrainingPlan:
 def train(
     model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
     lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999, max_grad_norm: float = 1.0,
-    savings: Savings | None = None, checkpoint_every: int = 0, seed: int = 0,
+    savings: Savings | None = None, planned: Plan | None = None, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
 
-    savings: None = Savings(). max_grad_norm: as TrainingStep's.
+    savings: None = Savings(). max_grad_norm: as TrainingStep's. planned: the memory plan; on a card, what was measured after
+    ten steps is printed beside it and stored in memory.json.
 
     checkpoint_every: steps; 0 = none before the end. Where run.path holds a checkpoint, training goes on from it (bit for bit on
     a CPU); where it holds the finished model, nothing is done and that folder is returned.
@@ -93,6 +95,7 @@ def train(
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
     device = head_weight(model).device
+    gib = None  # measured peak; only a card tells
     bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
     for step in range(done, len(plan.steps)):
         start = time.perf_counter()
@@ -100,7 +103,10 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         batches = [PackedBatch.build([documents[i] for i in pack]) for pack in plan.steps[step]]
-        loss, norm = (x.item() for x in training_step(batches))
+        try:
+            loss, norm = (x.item() for x in training_step(batches))
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(step, planned, gib, checkpoint.latest(checkpoints)) from error
         seconds = time.perf_counter() - start
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
@@ -109,7 +115,10 @@ def train(
                 f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
             )
         tokens = sum(map(len, batches))
-        gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        if device.type == "cuda":
+            gib = torch.cuda.max_memory_allocated() / 2**30
+            if step + 1 == min(10, len(plan.steps)) and planned is not None:
+                _compare_with_plan(gib, planned, run.path / "memory.json")
         run.metrics.append(
             {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm, "tokens": tokens,
              "targets": sum(batch.num_targets for batch in batches), "traces": sum(batch.num_documents for batch in batches),
@@ -125,3 +134,17 @@ def train(
     checkpoint.save_model(finished, model, tokenizer)
     shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
     return finished
+
+
+def _compare_with_plan(gib: float, planned: Plan, path: Path) -> None:
+    tqdm.write(f"memory      measured peak {gib:.2f} GiB of tensors, planned {planned.peak / 2**30:.2f} GiB (simulated)")
+    write_json(path, {"measured_peak_gib": gib, "planned": planned.as_json()})
+
+
+def _out_of_memory(step: int, planned: Plan | None, last_gib: float | None, newest: Path | None) -> ValueError:
+    view = "no plan was made" if planned is None else f"the plan said {planned.total / 2**30:.2f} GiB, at most in {planned.when}"
+    last = "" if last_gib is None else f"; the steps before peaked at {last_gib:.2f} GiB"
+    return ValueError(
+        f"step {step + 1} ran out of memory: {view}{last}. Pass --gpu_gb with the card's size in GiB to have leaner settings "
+        f"chosen, and --resume: the last checkpoint is {newest or 'none, so the run starts over'}"
+    )

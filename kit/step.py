@@ -92,8 +92,8 @@ class BlockedHead:
         if weight is not self.embedding.weight or not weight.requires_grad:
             obstacle = "frozen" if weight is self.embedding.weight else "not tied"
             raise ValueError(
-                f"head_update is blocked but the head is {obstacle}: blocks are for a trained embedding that is its own head; pass "
-                "--head_update whole"
+                f"head_update is blocked but the head is {obstacle}: blocks need a trained embedding that is its own head; "
+                "pass --head_update whole"
             )
         if updates.max_tensor_norm:
             raise ValueError(

@@ -1,16 +1,20 @@
 """The paper's first point of the valley: Gemma-3-1B-it, 8,000 long chains of thought, full fine-tuning.
 
     python recipes/gemma3_1b_8k.py                  the paper's setting, on a GPU
+    python recipes/gemma3_1b_8k.py --plan           will it fit on my card? no GPU, no download
+    python recipes/gemma3_1b_8k.py --gpu_gb 12      with the memory settings that a card of 12 GB needs
     python recipes/gemma3_1b_8k.py --smoke          the same path in about a minute on any CPU: a tiny model, no network
 
 Measures the model on MATH-500, AIME24 and AMC23, fine-tunes it on packed OpenR1-Math-220k traces through the fused loss, measures
 it again and draws the difference. The paper finds that accuracy falls to about a quarter. Every stage resumes: --resume.
 
-Time: not timed on a GPU. Memory: bf16 weights, fp32 optimizer state, 12 bytes a parameter in all besides activations.
+Time: not timed on a GPU. Memory: bf16 weights rounded stochastically and 8-bit optimizer states, 6 bytes a parameter with the
+gradient, besides activations; --plan tells, and what to switch on where it does not fit.
 Left out on purpose: several GPUs, a validation set (the paper has none), weight decay (not stated), other data sizes.
 """
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -21,6 +25,7 @@ from kit.config import parse, show
 from kit.data import load_documents
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams, cache_bytes
+from kit.memory import Plan, check_free_memory, choose, plan, switches, with_savings
 from kit.report import AFTER, BEFORE, findings, write_report
 from kit.run import RunFolder, recipe_name, write_json
 from kit.savings import Savings
@@ -71,6 +76,9 @@ class Config:
     num_slots: int = 16  # responses sampled at once
     # run
     seed: int = 0  # of the subset, the packs and the samples
+    plan: bool = False  # say what a training step would hold and which cards it fits, and stop: no GPU, no download
+    gpu_gb: float = 0.0  # choose the memory settings for a card of this size; 0 = as they are set
+    json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
     resume: bool = False  # go on with the run in --out, or with the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
@@ -83,7 +91,31 @@ SMOKE = {
 }  # fmt: skip
 
 
+def plan_memory(config: Config) -> tuple[Config, Plan]:
+    """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
+    what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
+    if config.gpu_gb:
+        planned = choose(config.model, gpu_gb=config.gpu_gb, **what)
+        config, chosen = with_savings(config, planned), switches(planned)
+        print(f"for a card of {config.gpu_gb:g} GB: " + " ".join(f"--{name} {value}" for name, value in chosen.items()))
+    else:
+        planned = plan(config.model, savings=savings_of(config), **what)
+    print(planned)
+    return config, planned
+
+
+def savings_of(config: Config) -> Savings:
+    return Savings(**{field.name: getattr(config, field.name) for field in fields(Savings)})
+
+
 def main(config: Config) -> None:
+    planned = None
+    if config.gpu_gb or config.plan:
+        config, planned = plan_memory(config)
+    if config.plan:
+        if config.json:
+            write_json(Path(config.json), planned.as_json())
+        return
     if config.device == "cuda" and not torch.cuda.is_available():
         command = f"python recipes/{recipe_name(config)}.py"
         raise SystemExit(
@@ -92,7 +124,9 @@ def main(config: Config) -> None:
             f"  {command} --device cpu    this model on this CPU: slow, so make it small, for example with\n"
             "      --row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
         )
-    savings = Savings(**{field.name: getattr(config, field.name) for field in fields(Savings)})
+    if config.device == "cuda":
+        planned = planned or plan_memory(config)[1]
+        check_free_memory(planned)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
     if config.qlora_rank:
@@ -141,7 +175,7 @@ def main(config: Config) -> None:
     trained = train(
         model, tokenizer, documents, plan, run,
         lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        savings=savings, checkpoint_every=config.checkpoint_every, seed=config.seed,
+        savings=savings_of(config), planned=planned, checkpoint_every=config.checkpoint_every, seed=config.seed,
     )  # fmt: skip
     del model  # what is measured next is what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)

@@ -1,0 +1,158 @@
+import contextlib
+import gc
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kit import ledger, memory
+from kit.ledger import Ledger
+from kit.machine import GIB
+from kit.memory import CONFIGS, check_free_memory, choose, fake_batch, formula, load_config, measure, plan, switches
+from kit.nf4 import quantise_decoder, simulate_quantised_decoder
+from kit.qlora import add_adapters
+from kit.savings import Savings
+
+LEAN = {"optimizer": "adamw8bit", "tile_tokens": 100, "update_in_backward": True, "offload_inputs": True}
+PARAMETERS = {  # as published with the models
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+}  # fmt: skip
+SMALL = {  # large enough that one owner does not drown in the others, small enough for seconds
+    "vocab_size": 4_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder that holds a config and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_the_configs_that_ship_have_the_models_own_number_of_parameters(model):
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(load_config(model))
+    assert sum(parameter.numel() for parameter in made.parameters()) == PARAMETERS[model]
+    assert {path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("savings", [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
+    """The same ledger over fake tensors and over real ones on this CPU."""
+    peaks, hosts, owners = [], [], []
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            config = load_small(family)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
+            batch = fake_batch(300)
+            if not fake:
+                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+            gc.collect()
+            book = measure(model, Savings(**savings), batch, steps=2)
+        peaks.append(book.peak)
+        hosts.append(book.host_peak)
+        owners.append(book.owners)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01) and hosts[0] == hosts[1]
+    assert owners[0].keys() == owners[1].keys()
+    assert (hosts[0] > 0) == bool(savings)
+
+
+def load_small(family):
+    kind = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3_text"}[family]
+    gemma = {"num_key_value_heads": 1, "head_dim": 64, "sliding_window": 100, "pad_token_id": 0}
+    return AutoConfig.for_model(kind, **SMALL | (gemma if family == "gemma3" else {}))
+
+
+def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
+    peaks = []
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_config(load_small("llama"), attn_implementation="kit", dtype=torch.float32)
+            simulate_quantised_decoder(model) if fake else quantise_decoder(model, "cpu")
+            add_adapters(model, base="", rank=4)
+            batch = fake_batch(300)
+            if not fake:
+                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+            book = measure(model, Savings(tile_tokens=100), batch, steps=2)
+        peaks.append(book.peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "V", "T", "layers"),  # where the owner that the saving is for is a good part of the peak
+    [("tile_tokens", 0, 500, 2048, 2), ("offload_inputs", False, 500, 512, 14), ("offload_optimizer", False, 30_000, 256, 2),
+     ("head_update", "whole", 30_000, 256, 2)],
+)  # fmt: skip
+def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(name, value, V, T, layers, tmp_path):
+    settings = SMALL | {"model_type": "llama", "vocab_size": V, "num_hidden_layers": layers}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    model, lean = str(tmp_path), Savings(**LEAN | {"tile_tokens": T // 4}, head_update="blocked", offload_optimizer=True)
+    dearer = replace(lean, **{name: value})
+    planned = [plan(model, row_tokens=T, savings=savings).peak for savings in (lean, dearer)]
+    expected = [sum(formula(load_config(model), T, savings).values()) for savings in (lean, dearer)]
+    assert planned[1] - planned[0] > 0.1 * planned[0]
+    assert planned[1] - planned[0] == pytest.approx(expected[1] - expected[0], rel=0.2)
+
+
+def test_the_plan_of_a_supported_model_agrees_with_the_formula_and_names_its_owners():
+    model, savings = "Qwen/Qwen2.5-0.5B-Instruct", Savings(optimizer="adamw8bit", tile_tokens=2048)
+    found = plan(model, row_tokens=4096, savings=savings)
+    assert sum(formula(load_config(model), 4096, savings).values()) == pytest.approx(found.peak, rel=0.1)
+    assert found.owners[ledger.WEIGHTS] == pytest.approx(2 * PARAMETERS[model], rel=0.001)
+    assert found.owners[ledger.OPTIMIZER] == pytest.approx((2 + 8 / 256) * PARAMETERS[model], rel=0.001)
+    assert sum(n for owner, n in found.owners.items() if owner != ledger.HOST) == found.peak
+    text = str(found)
+    assert "(simulated)" in text and found.when in text and "fits 6 GB: yes" in text
+    assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
+
+
+def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
+    model = make_model("llama")
+    book = Ledger(model)
+    weights = book.now
+    assert weights >= sum(p.nbytes for p in model.parameters())
+    with book:
+        x = torch.zeros(1000)
+        view = x[10:].view(2, -1)
+        assert book.now == weights + 4096  # 4,000 bytes in units of 512
+        del x
+        assert book.now == weights + 4096
+        del view
+    assert book.now == weights and book.peak == weights + 4096
+    book.close()
+
+
+def test_the_fastest_settings_that_fit_are_chosen_and_a_card_too_small_is_told_why(small_model):
+    totals = [plan(small_model, row_tokens=1024, savings=s).total / GIB for s in memory.rungs(0)]
+    assert totals[-1] < totals[0]
+    fitting = choose(small_model, row_tokens=1024, gpu_gb=totals[0] + 0.001)
+    assert fitting.savings == memory.rungs(0)[0] and switches(fitting).keys() == vars(Savings()).keys()
+    lean = choose(small_model, row_tokens=1024, gpu_gb=min(totals) + 1e-6)
+    assert lean.fits(min(totals) + 1e-6) and lean.savings.update_in_backward and switches(lean)["batch_traces"] == 1
+    with pytest.raises(
+        ValueError, match=r"gpu_gb is 0.5 but .* needs 0\.\d+ GiB with every saving on; its largest owners are .*--qlora_rank 16"
+    ):
+        choose(small_model, row_tokens=1024, gpu_gb=0.5)
+
+
+def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one(monkeypatch):
+    with pytest.raises(ValueError, match=r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"):
+        load_config("nobody/nothing")
+
+
+def test_a_card_with_too_little_free_memory_is_refused_before_training(monkeypatch, small_model):
+    found = plan(small_model, row_tokens=256)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.total - memory.CONTEXT, 8 * GIB))
+    check_free_memory(found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.total - memory.CONTEXT - 1, 8 * GIB))
+    with pytest.raises(ValueError, match=r"of the card's 8.00 GiB are free.*--gpu_gb"):
+        check_free_memory(found)

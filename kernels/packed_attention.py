@@ -107,8 +107,9 @@ def _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tens
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0
 
 
-_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what F.scaled_dot_product_attention calls on a CPU;
-_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # only by these names it gives its logsumexp
+# What F.scaled_dot_product_attention calls on a CPU. It gives its logsumexp only by these names.
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _stride_1(*tensors: Tensor) -> list[Tensor]:
@@ -151,8 +152,8 @@ def _backward(
         piece = (_heads_first(x, r) for x, r in zip((dout, q, k, v, out), rows, strict=True))
         gradients = _cpu_backward(*piece, logsumexp[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale)
         dq[queries] = gradients[0][0].transpose(0, 1)
-        dk[keys] += gradients[1][0].transpose(0, 1)  # pieces of one document share keys
-        dv[keys] += gradients[2][0].transpose(0, 1)
+        dk[keys].add_(gradients[1][0].transpose(0, 1))  # pieces of one document share keys
+        dv[keys].add_(gradients[2][0].transpose(0, 1))
     return dq, dk, dv
 
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit import ledger
+from kit.kernels.blocked_head import BLOCK_BYTES
 from kit.kernels.linear_head import MAX_CHUNK_BYTES, MIN_ROWS
 from kit.ledger import Ledger
 from kit.machine import GIB
@@ -229,7 +230,9 @@ def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_r
     in_layer = {ledger.LAYER: layer, ledger.HEAD: 2 * V * H if whole else 0}
     if not savings.update_in_backward:
         in_layer[ledger.GRADIENTS] = gradients - in_layer[ledger.HEAD]
-    worst = max(at_loss, in_layer, key=lambda owners: sum(owners.values()))
+    block = min(V, BLOCK_BYTES // (2 * T + 4 * H)) * (2 * T + 4 * H)
+    in_head = {} if whole or qlora_rank else {ledger.HEAD: block, ledger.REST: 6 * row}
+    worst = max(at_loss, in_layer, in_head, key=lambda owners: sum(owners.values()))
     return {
         ledger.WEIGHTS: weights,
         ledger.OPTIMIZER: states,

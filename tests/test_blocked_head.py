@@ -77,7 +77,7 @@ def test_a_block_may_be_updated_before_the_next_is_made():
 def test_block_bytes_decides_how_many_columns_are_made_at_once():
     hidden, weight, targets = problem(16, 5 * VOCABULARY_UNIT, 19, torch.float32)
     num_targets = int((targets != IGNORE_INDEX).sum())
-    two_units = 2 * VOCABULARY_UNIT * num_targets * 4
+    two_units = 2 * VOCABULARY_UNIT * (num_targets + 19) * 4
     assert blocked(hidden, weight, targets, 1.0, None, two_units)[3] == [0, 2 * VOCABULARY_UNIT, 4 * VOCABULARY_UNIT]
     assert blocked(hidden, weight, targets, 1.0, None, two_units - 1)[3] == [i * VOCABULARY_UNIT for i in range(5)]
 

@@ -34,9 +34,9 @@ def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
     return {kernel: {"BLOCK_D": BLOCK_D} | dict(zip(names, row, strict=True)) for kernel, row in rows.items()}
 
 
-# (element size, BLOCK_D) -> kernel -> BLOCK_M, BLOCK_N, num_warps, num_stages. Chosen for what the compiler reports, not timed on a
-# GPU: at most 101,376 bytes of shared memory (RTX 30, 40, 50) and no spilled register on sm_80 to sm_120 with Triton 3.6 and 3.9.
-# fp32 multiplies without tensor cores (their tf32 keeps 10 bits of a factor): it is for checking, not for speed (tested on sm_89).
+# (element size, BLOCK_D) -> kernel -> BLOCK_M, BLOCK_N, num_warps, num_stages. Chosen for what the compiler reports, not timed
+# on a GPU: up to 101,376 bytes shared memory (RTX 30, 40, 50), no spilled register on sm_80 to sm_120 with Triton 3.6 and 3.9.
+# fp32 multiplies without tensor cores (their tf32 keeps 10 bits of a factor): for checking, not for speed (seen on sm_89).
 TILES = {
     (2, 64): {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
     (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 8, 1), "dq": (64, 32, 4, 2)},

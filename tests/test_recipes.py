@@ -100,3 +100,19 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
 def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
     done = start("bench", "--what", "packing,speed", cwd=tmp_path)
     assert "the parts are packing, loss, attention, finetune; leave 'speed' out" in done.stderr
+
+
+def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
+    done = start("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["simulated"] is True and plan["fits_gb"] == [6, 8, 12, 16, 24]
+    assert sum(plan["owners"].values()) >= plan["peak"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
+    done = start("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr

@@ -94,6 +94,7 @@ SMOKE = {
 def plan_memory(config: Config) -> tuple[Config, Plan]:
     """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
+    print(f"memory plan: a simulated step of {config.model} at {config.row_tokens:,} tokens takes up to a minute", flush=True)
     if config.gpu_gb:
         planned = choose(config.model, gpu_gb=config.gpu_gb, **what)
         config, chosen = with_savings(config, planned), switches(planned)

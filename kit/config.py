@@ -68,6 +68,14 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, smok
     return config_class(**{**base, **said})
 
 
+def as_flags(settings: dict) -> str:
+    """Settings as they are typed on the command line."""
+    return " ".join(
+        f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name} {value}"
+        for name, value in settings.items()
+    )
+
+
 def show(config) -> str:
     """The settings, one a line, as a person would type them."""
     width = max(len(field.name) for field in dataclasses.fields(config))

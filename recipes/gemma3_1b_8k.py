@@ -21,7 +21,7 @@ import torch
 from kit import models, qlora
 from kit.benchmarks import parse_benchmarks
 from kit.chat import INSTRUCTION, ChatFormat
-from kit.config import parse, show
+from kit.config import as_flags, parse, show
 from kit.data import load_documents
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams, cache_bytes
@@ -98,7 +98,7 @@ def plan_memory(config: Config) -> tuple[Config, Plan]:
     if config.gpu_gb:
         planned = choose(config.model, gpu_gb=config.gpu_gb, **what)
         config, chosen = with_savings(config, planned), switches(planned)
-        print(f"for a card of {config.gpu_gb:g} GB: " + " ".join(f"--{name} {value}" for name, value in chosen.items()))
+        print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
     else:
         planned = plan(config.model, savings=savings_of(config), **what)
     print(planned)

@@ -1,8 +1,8 @@
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 
-from kit.config import field_comments, parse, show
+from kit.config import as_flags, field_comments, parse, show
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,9 @@ def test_comments_of_a_base_class_are_kept_and_overridden():
 
 def test_show_has_a_line_a_setting():
     assert len(show(Config()).splitlines()) == 5
+
+
+def test_settings_written_as_flags_are_read_back_as_they_were():
+    config = Config(row_tokens=7, lr=1e-3, model="mine", clip=False)
+    assert parse(Config, as_flags(asdict(config)).split()) == config
+    assert as_flags({"row_tokens": 7, "clip": False, "smoke": True}) == "--row_tokens 7 --no_clip --smoke"

@@ -6,6 +6,9 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may touch the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would spin against one another
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "0"  # a test that starts pytest again starts it alone
 
 import pytest
 import torch

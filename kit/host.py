@@ -34,5 +34,5 @@ class Host:
                 return _host_empty(num_bytes, True)
             except RuntimeError as error:
                 self.can_pin = False
-                warnings.warn(f"CPU memory could not be pinned, so the card waits for every copy: {error}", stacklevel=2)
+                warnings.warn(f"CPU memory is pageable, so the card waits for every copy: {error}", stacklevel=2)
         return _host_empty(num_bytes, False)

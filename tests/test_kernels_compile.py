@@ -166,7 +166,7 @@ def test_a_kernel_or_card_that_does_not_exist_is_refused_with_those_that_do():
         chosen(Config(kernel="nothing"))
     with pytest.raises(ValueError, match=r"card is 88 but.*89 \(RTX 40\)"):
         chosen(Config(card=88))
-    assert len(chosen(Config(kernel="_gradient_kernel bf16", card=89))[0]) == 2
+    assert len(chosen(Config(kernel="._gradient_kernel bf16", card=89))[0]) == 2
 
 
 def test_without_triton_the_command_says_what_to_do():

@@ -8,7 +8,7 @@ card really holds is printed beside it after ten steps. `formula` is a second op
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +20,7 @@ from kit.kernels.blocked_head import BLOCK_BYTES
 from kit.kernels.linear_head import MAX_CHUNK_BYTES, MIN_ROWS
 from kit.ledger import Ledger
 from kit.machine import GIB
-from kit.nf4 import simulate_quantised_decoder
 from kit.packing import PackedBatch
-from kit.qlora import add_adapters
 from kit.savings import Savings
 from kit.step import TrainingStep
 from kit.toy import TINY
@@ -146,6 +144,9 @@ def plan(
     """
     savings = savings or Savings()
     config = load_config(model)
+    if qlora_rank:  # seconds of bitsandbytes and peft; and not below, where a tensor made by an import would be fake for good
+        from kit.nf4 import simulate_quantised_decoder
+        from kit.qlora import add_adapters
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=dtype)
         if qlora_rank:
@@ -174,12 +175,11 @@ def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0) -
     Raises ValueError where none does, naming the three largest owners of the leanest and a row that would fit, or QLoRA.
     """
     config, settings = load_config(model), rungs(qlora_rank)
-    likely = [s for s in settings if sum(formula(config, row_tokens, s, qlora_rank).values()) <= 1.1 * gpu_gb * GIB]
-    for savings in likely or settings[-1:]:
+    likely = [s for s in settings[:-1] if sum(formula(config, row_tokens, s, qlora_rank).values()) <= 1.1 * gpu_gb * GIB]
+    for savings in [*likely, settings[-1]]:
         found = plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=qlora_rank)
         if found.fits(gpu_gb):
             return found
-    found = plan(model, row_tokens=row_tokens, savings=settings[-1], qlora_rank=qlora_rank)
     owners = ", ".join(f"{owner} {n / GIB:.2f} GiB" for owner, n in found.largest()[:3])
     shorter = next((t for t in (8192, 4096, 2048, 1024) if t < row_tokens and formula_total(config, t, settings[-1], qlora_rank)
                     <= gpu_gb * GIB), None)  # fmt: skip
@@ -242,7 +242,7 @@ def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_r
 
 def switches(chosen: Plan) -> dict:
     """The chosen savings as a recipe's settings, with what they bring along: one row a step, no global norm."""
-    found = {field.name: getattr(chosen.savings, field.name) for field in fields(Savings)}
+    found = asdict(chosen.savings)
     if chosen.savings.update_in_backward:
         found["batch_traces"] = 1
     if chosen.savings.head_update == "blocked":

@@ -13,18 +13,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from kit import checkpoint
-from kit.memory import Plan
 from kit.models import head_weight
 from kit.optim import cosine_with_warmup
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
 from kit.run import RunFolder, write_json
 from kit.savings import Savings
 from kit.step import TrainingStep
+
+if TYPE_CHECKING:
+    from kit.memory import Plan
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from kit import models, qlora
+from kit import models
 from kit.benchmarks import parse_benchmarks
 from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import as_flags, parse, show
@@ -131,6 +131,8 @@ def main(config: Config) -> None:
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
     if config.qlora_rank:
+        from kit import qlora  # bitsandbytes and peft take seconds to import
+
         model, tokenizer = qlora.load(config.model, rank=config.qlora_rank, device=config.device, attention=config.attention,
                                       seed=config.seed)  # fmt: skip
     else:

@@ -177,23 +177,27 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.most = 0
-        self._seen: dict[int, int] = {}
+        self.now = self.peak = 0
+        self.live: dict[int, int] = {}  # storage -> bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given | self._seen.keys():
-                storage = x.untyped_storage()
-                self._seen[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata)
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given | self.live.keys():
+                self.made(func, x)
         return out
 
+    def made(self, func, x: Tensor) -> None:
+        """An operator returned a storage that is neither its argument's nor known."""
+        storage = x.untyped_storage()
+        self.live[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage._cdata)
+
     def _freed(self, key: int) -> None:
-        self.now -= self._seen.pop(key)
+        self.now -= self.live.pop(key)
 
 
 def _count_triton(add):

@@ -12,8 +12,8 @@ from collections import Counter
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from kit.kernels.counting import LiveBytes
 
 ROUNDING = 512  # bytes: the CUDA allocator's smallest unit
 HOST = "CPU memory"
@@ -21,15 +21,15 @@ WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
 INPUTS, LAYER, HEAD, LOGITS, REST = "layer inputs", "one layer", "head gradient", "logits chunk", "rows of the loss"
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(LiveBytes):
     """The with-block. `peak`, `owners` and `when` tell the worst moment; `host_peak` is the CPU's."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.V, self.H = model.get_output_embeddings().weight.shape
-        self.live: dict[int, tuple[int, str]] = {}  # storage -> bytes, owner
+        self.owner_of: dict[int, str] = {}  # storage -> owner
         self.totals: Counter[str] = Counter()
-        self.now = self.peak = self.host_peak = 0
+        self.host_peak = 0
         self.owners: dict[str, int] = {}
         self.when = ""
         self.phase, self.owner = "before", REST
@@ -48,13 +48,12 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
-            num_bytes, before = self.live[key]
-            self.totals[before] -= num_bytes
-            self.totals[owner] += num_bytes
-            self.live[key] = num_bytes, owner
+            self.totals[self.owner_of[key]] -= self.live[key]
+            self.totals[owner] += self.live[key]
+            self.owner_of[key] = owner
             return
         num_bytes = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        self.live[key] = num_bytes, owner
+        self.live[key], self.owner_of[key] = num_bytes, owner
         self.totals[owner] += num_bytes
         if owner == HOST:
             self.host_peak = max(self.host_peak, self.totals[HOST])
@@ -62,27 +61,24 @@ class Ledger(TorchDispatchMode):
             self.now += num_bytes
             if self.now > self.peak:
                 self.peak, self.when, self.owners = self.now, self.phase, dict(self.totals)
-        weakref.finalize(storage, self._leave, key)
+        weakref.finalize(storage, self._freed, key)
 
-    def _leave(self, key: int) -> None:
-        num_bytes, owner = self.live.pop(key)
+    def _freed(self, key: int) -> None:
+        num_bytes, owner = self.live.pop(key), self.owner_of.pop(key)
         self.totals[owner] -= num_bytes
         self.now -= num_bytes * (owner != HOST)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.live:
-                self.enter(x, HOST if func._schema.name == "kit::host_empty" else self._owner_of(x))
-        return out
-
-    def _owner_of(self, x: torch.Tensor) -> str:
-        """By what only the head has: a matrix of V columns is a chunk of logits; V / 2 rows of H or more, its gradient."""
-        if x.dim() == 2 and x.shape[1] == self.V:
-            return LOGITS
-        if self.phase != "forward" and x.numel() >= self.V * self.H // 2:
-            return HEAD
-        return self.owner
+    def made(self, func, x: torch.Tensor) -> None:
+        """The owner shows in what only the head has: a matrix of V columns is a chunk of logits, one of at least V / 2 rows of H
+        its gradient."""
+        owner = self.owner
+        if func._schema.name == "kit::host_empty":
+            owner = HOST
+        elif x.dim() == 2 and x.shape[1] == self.V:
+            owner = LOGITS
+        elif x.dim() == 2 and x.shape[1] == self.H and x.shape[0] >= self.V // 2:
+            owner = HEAD
+        self.enter(x, owner)
 
     def _watch(self, model: nn.Module):
         """Hooks that tell where the step is."""

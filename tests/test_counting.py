@@ -109,16 +109,16 @@ def test_live_bytes_follow_storages_not_views():
         del x
         assert memory.now == 800  # the view keeps it
         del view, y
-        assert memory.now == 0 and memory.most == 800
+        assert memory.now == 0 and memory.peak == 800
         X.add(1)
-    assert memory.most == 800
+    assert memory.peak == 800
 
 
 def test_live_bytes_of_fake_tensors_need_no_memory():
     with FakeTensorMode(), LiveBytes() as memory:
         a = torch.empty(2**40, dtype=torch.bfloat16)
         (a + 1).sum()
-    assert memory.most == 2 * 2**41 + 2
+    assert memory.peak == 2 * 2**41 + 2
 
 
 needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter; runs in the child process")

@@ -117,6 +117,13 @@ def test_the_plan_of_a_supported_model_agrees_with_the_formula_and_names_its_own
     assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
 
 
+def test_wide_activations_are_not_taken_for_the_gradient_of_a_frozen_head(tmp_path):
+    """1,024 tokens of 768 numbers are more than half the head's 3,000 rows of 256."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 3_000}))
+    found = plan(str(tmp_path), row_tokens=1_024, qlora_rank=4)
+    assert found.owners[ledger.LAYER] > 0 and ledger.HEAD not in found.owners
+
+
 def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
     model = make_model("llama")
     book = Ledger(model)

@@ -9,9 +9,9 @@ from conftest import make_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from kit.kernels.counting import LiveBytes
 from kit.nf4 import BLOCK, FUSED_ROWS, SCALE_BLOCK, NF4Linear, quantise_decoder, simulate_quantised_decoder
 
 # rows shorter and longer than a block, no multiple of it, odd, and more than one scale of scales (130 * 192 = 390 blocks)
@@ -107,29 +107,6 @@ def test_where_bitsandbytes_own_layer_is_right_the_two_are_bit_equal(dtype):
         out.backward(d_out)
         seen.append((out, leaf.grad, layer(x)))
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operators return, while they live: what a plan on fake tensors can count."""
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.now, self.peak = {}, 0, 0
-
-    def _drop(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known | self.live.keys():
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._drop, storage._cdata)
-        return out
 
 
 def allocated(run) -> tuple[int, int]:

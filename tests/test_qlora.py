@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, make_model, random_documents
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_nf4 import LiveBytes, allocated, held_tensors
+from test_nf4 import allocated, held_tensors
 from test_sft import LENGTHS, Config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from kit import checkpoint, models, qlora
 from kit.generate import SamplingParams, generate
+from kit.kernels.counting import LiveBytes
 from kit.models import head_weight, hidden_states, next_token_logits
 from kit.nf4 import NF4Linear, quantise_decoder, simulate_quantised_decoder
 from kit.packing import Document, PackedBatch

@@ -182,7 +182,7 @@ def test_gemmas_loss_moves_at_most_three_quarters_of_the_unfused_path_and_a_thir
 def extra_memory(loss: Loss, arguments) -> int:
     with LiveBytes() as memory:
         linear_cross_entropy(*arguments).backward()
-    return memory.most
+    return memory.peak
 
 
 @pytest.mark.skipif(INTERPRET, reason="runs no kernel")

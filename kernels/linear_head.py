@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and from here on larger chunks are no faster
-MIN_ROWS = (
-    512  # each chunk reads W and rewrites dW: 128 rows a chunk move four times the bytes of 1,024, and matmuls wait for them
-)
+MIN_ROWS = 512  # each chunk reads W and rewrites dW: chunks of 128 rows move four times the bytes that chunks of 1,024 do
 COPIED_ELEMENTS = 2**16  # of dweight that are rounded through a copy: small, and the rest takes a dozen steps
 TILE_V = 8192  # rows of dweight at once where 16-bit factors cannot be added to an fp32 sum in one call: the copy stays small
 

@@ -11,7 +11,6 @@ instructions that use them. loads: how many load instructions fetch how many byt
 RTX 20 (Turing): Triton compiles for it, but without its tensor cores. A kernel without a dot does not mind.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +19,7 @@ from pathlib import Path
 from kit.config import parse
 from kit.kernels import adamw8bit, cross_entropy, logit_rows, packed_attention_tiles, packing
 from kit.kernels.compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
+from kit.run import write_json
 
 ELEMENTS = ["bf16", "fp16", "fp32"]
 LOGIT_ROWS = ["_logprob_kernel", "_gradient_kernel", "_block_gradient_kernel"]
@@ -141,7 +141,7 @@ def main(config: Config) -> list[dict]:
             print(line(compiled))
             rows.append(compiled.row())
     if config.json:
-        Path(config.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(config.json), rows)
     return rows
 
 

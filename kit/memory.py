@@ -84,7 +84,7 @@ class Plan:
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """A model's config without its weights: shipped with the kit, from a local folder, or from the hub.
+    """A model's config without its weights: shipped with the kit, from a folder or GGUF file, or from the hub.
 
     Raises ValueError where there is none, with the way to give one.
     """
@@ -94,6 +94,8 @@ def load_config(model: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**settings)
     folder = TINY if model == "tiny" else Path(model).expanduser()
     try:
+        if folder.suffix == ".gguf":
+            return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
         return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")))

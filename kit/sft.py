@@ -99,6 +99,8 @@ def train(
     run.metrics.keep(lambda row: row["step"] <= done)
     device = head_weight(model).device
     gib = None  # measured peak; only a card tells
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # the sampler's cache was there before: it is no part of the step
     bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
     for step in range(done, len(plan.steps)):
         start = time.perf_counter()

@@ -22,6 +22,9 @@ class Updates(Protocol):
     def finish(self) -> torch.Tensor:
         """The gradient's norm before clipping, an fp32 scalar on the device. The weights are updated when it returns."""
 
+    def close(self) -> None:
+        """Leave nothing on the model."""
+
 
 class UpdateAtEnd:
     """All gradients are held, clipped by their common norm (max_grad_norm; 0 = not), and used together."""

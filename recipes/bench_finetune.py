@@ -106,12 +106,11 @@ def _model_and_documents(config: Config, threads: int):
     return model, tokenizer, [Document(torch.randint(V, (n,)), n // 10) for n in lengths.tolist()]
 
 
-def _result(seconds: float, losses: list[float], documents: list[Document], leak: bool) -> dict:
+def _result(seconds: float, losses: list[float], documents: list[Document]) -> dict:
     targets = sum(len(document) - max(document.prompt_len, 1) for document in documents)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
     return {"seconds": seconds, "steps": len(losses), "targets": targets, "targets_per_second": targets / seconds,
-            "peak_gib": math.nan if peak is None else peak / GIB, "first_loss": losses[0], "last_loss": losses[-1],
-            "leak": "YES" if leak else "no"}  # fmt: skip
+            "peak_gib": math.nan if peak is None else peak / GIB, "first_loss": losses[0], "last_loss": losses[-1]}  # fmt: skip
 
 
 def _ours(config: Config, threads: int) -> dict:
@@ -128,7 +127,7 @@ def _ours(config: Config, threads: int) -> dict:
         losses.append(training_step(batches)[0].item())
     seconds = time.perf_counter() - start
     batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(models.head_weight(model).device)
-    result = _result(seconds, losses, documents, False)  # the peak is read before the check below
+    result = _result(seconds, losses, documents)  # the peak is read before the check below
 
     training_step.close()
 
@@ -166,7 +165,7 @@ def _trl(config: Config, threads: int) -> dict:
         trainer = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Losses()])
         trainer.train()
         seconds = time.perf_counter() - start
-        result = _result(seconds, losses, documents, False)
+        result = _result(seconds, losses, documents)
         batch = trainer.data_collator([{"input_ids": list(range(12)), "labels": list(range(12)), "seq_lengths": [5, 7]}])
     batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items() if name != "labels"}
 

@@ -24,9 +24,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from kit.attention import PACK_ATTENTION
 from kit.config import parse
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.kernels.packed_attention import packed_attention
+from kit.kernels.traffic import causal_pairs
 from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
 from kit.models import default_device, default_dtype
 from kit.run import write_json
@@ -132,22 +133,14 @@ def _masked_square(q, k, v, cu_seqlens, max_seqlen, window):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)[0].transpose(0, 1)
 
 
-def _flash(q, k, v, cu_seqlens, max_seqlen, window):
-    from flash_attn import flash_attn_varlen_func
-
-    edges = (-1, -1) if window is None else (window - 1, 0)
-    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(q, k, v, *bounds, causal=True, window_size=edges, deterministic=True)
-
-
 def _attentions() -> dict[str, tuple[str, bool, Callable]]:
-    def ours(q, k, v, cu_seqlens, max_seqlen, window):
-        return packed_attention(q, k, v, cu_seqlens, max_seqlen, window=window)
+    def packed(choice: str) -> Callable:
+        return lambda *arguments: PACK_ATTENTION[choice](*arguments[:-1], window=arguments[-1])
 
     return {
-        "ours": ("torch", False, ours),
+        "ours": ("torch", False, packed("kit")),
         "SDPA over the masked square": ("torch", False, _masked_square),
-        "flash-attn": ("flash_attn", True, _flash),
+        "flash-attn": ("flash_attn", True, packed("flash-attn")),
     }
 
 
@@ -155,8 +148,7 @@ def bench_attention(config: Config) -> list[dict]:
     lengths = _lengths(config)
     heads, window = f"{config.num_heads} heads on {config.num_kv_heads}, head_dim {config.head_dim}", config.window or "none"
     print(f"\nattention, forward and backward, {_precision()}, {heads}, window {window}, documents of {config.documents} tokens")
-    area = sum(min(n, config.window or n) * (2 * n - min(n, config.window or n) + 1) // 2 for n in lengths)
-    print(f"  {area / sum(lengths) ** 2:.1%} of the square's pairs of tokens see each other")
+    print(f"  {causal_pairs(lengths, config.window) / sum(lengths) ** 2:.1%} of the square's pairs of tokens see each other")
     return _contest("_attentions", "_attention_inputs", config, reference="ours")
 
 

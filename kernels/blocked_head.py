@@ -27,17 +27,20 @@ VOCABULARY_UNIT = 256  # rows: a block of the vocabulary then ends where a block
 BLOCK_BYTES = MAX_CHUNK_BYTES // 2  # of a block's logits and dweight: 6,912 rows of Gemma-3-1B's at 16,384 tokens
 
 
-def loss_without_dweight(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, *, softcap: float | None = None):
+def loss_without_dweight(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, *, softcap: float | None = None, max_rows: int = 0
+):
     """The sum of token losses * scale and d/dhidden, and what dweight_blocks needs to make dweight later.
 
-    hidden (N, H), weight (V, H), targets (N,), as linear_cross_entropy takes them; nothing is differentiated by autograd.
+    hidden (N, H), weight (V, H), targets (N,), max_rows, as linear_cross_entropy takes them; nothing is differentiated by
+    autograd.
     Returns (loss, fp32 scalar; dhidden (N, H); kept (K,) int64, the rows that count; their logsumexp (K,) fp32).
     """
     hidden, targets, dtype, score = checked(hidden, weight, targets, softcap, 1.0)
     kept = kept_rows(targets, weight.shape[0], IGNORE_INDEX)
     loss, logsumexp = hidden.new_zeros((), dtype=wide(dtype)), hidden.new_empty(len(kept), dtype=wide(dtype))
     gradients, done = HeadGradients(hidden, weight, (True, False)), 0
-    for rows, x, logits in logit_chunks(hidden, weight, kept):
+    for rows, x, logits in logit_chunks(hidden, weight, kept, max_rows):
         target = targets[rows]
         z_target = logits.gather(1, target[:, None])[:, 0].to(wide(dtype))
         if softcap is not None:

@@ -78,12 +78,12 @@ def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tens
     return losses, slope
 
 
-def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, wanted):
+def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, wanted):
     """(loss / D, [dhidden, dweight]), a gradient that is not wanted being None: 6NVH flops, or 2NVH."""
     head = weight.to(dtype)
     gradients = HeadGradients(hidden, weight, wanted) if any(wanted) else None
     loss = hidden.new_zeros((), dtype=wide(dtype))
-    for rows, x, logits in logit_chunks(hidden, head, kept):
+    for rows, x, logits in logit_chunks(hidden, head, kept, max_rows):
         if gradients is None:
             logprobs, _ = row_logprobs(logits, targets[rows], *score)
         else:
@@ -134,7 +134,7 @@ class _FusedLoss(torch.autograd.Function):
                 'out already; call linear_cross_entropy again, or use reduction="none", which makes them anew every time'
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *scaled(gradients, dloss, ctx.dtypes), *[None] * 7
+        return *scaled(gradients, dloss, ctx.dtypes), *[None] * 8
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -160,12 +160,12 @@ class _TokenLogprobs(torch.autograd.Function):
 @torch.library.custom_op("kit::linear_cross_entropy", mutates_args=())
 def _loss_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weight: Tensor | None, dtype: torch.dtype, score: list[float],
-    ignore_index: int, mean: bool, wanted: list[bool],
+    ignore_index: int, mean: bool, max_rows: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, dhidden, dweight), empty where not wanted."""
     kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if mean else 1
-    settings = targets, kept, dtype, score, D, token_weight, None, wanted
+    settings = targets, kept, dtype, score, D, token_weight, None, max_rows, wanted
     loss, gradients = _loss_and_gradients(hidden, weight, *settings)
     return loss, *(hidden.new_empty(0) if g is None else g for g in gradients)
 
@@ -194,7 +194,7 @@ def _fake_gradients(hidden, weight, wanted, fp16_stays_wide):
 
 
 @_loss_op.register_fake
-def _(hidden, weight, targets, token_weight, dtype, score, ignore_index, mean, wanted):
+def _(hidden, weight, targets, token_weight, dtype, score, ignore_index, mean, max_rows, wanted):
     return hidden.new_empty((), dtype=wide(dtype)), *_fake_gradients(hidden, weight, wanted, True)
 
 
@@ -215,7 +215,7 @@ def _keep_gradients(ctx, inputs, output):
 
 def _scale_gradients(ctx, dloss, *_):
     gradients = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
-    return *((g.to(dloss.dtype) * dloss).to(dtype) if want else None for g, want, dtype in gradients), *[None] * 7
+    return *((g.to(dloss.dtype) * dloss).to(dtype) if want else None for g, want, dtype in gradients), *[None] * 8
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -286,6 +286,7 @@ def linear_cross_entropy(
     objective: Callable[[Tensor, Tensor], Tensor] | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
+    max_rows: int = 0,
 ) -> Tensor:
     """Loss of the targets under softmax(hidden @ weight.T), without holding the logits.
 
@@ -309,6 +310,8 @@ def linear_cross_entropy(
                 return -torch.minimum(ratio * advantage[rows], ratio.clamp(1 - eps, 1 + eps) * advantage[rows])
 
     softcap: z = softcap * tanh(z / softcap), as Gemma 2; temperature: z / temperature, after it.
+    max_rows: rows of logits made at once, at most; 0 = as many as half a GiB holds, 512 at least. Fewer rows need less memory and
+        read weight and its gradient more often. Not with "none".
 
     Returns fp32 (float64 for float64): a scalar, or the targets' shape with "none". With "mean" and "sum" the gradients are made
     here if autograd wants any, and backward runs once: a second one raises RuntimeError. No gradient of a gradient.
@@ -317,6 +320,8 @@ def linear_cross_entropy(
     rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; pass "mean", "sum" or "none"')
+    if max_rows < 0 or (max_rows and reduction == "none"):
+        raise ValueError(f'max_rows is {max_rows} with reduction="{reduction}"; pass 0, or rows >= 1 with "mean" or "sum"')
     if reduction == "none" and objective is not None:
         raise ValueError('objective is given with reduction="none"; apply it yourself to the log-probs (minus the losses)')
     if token_weight is not None:
@@ -336,15 +341,15 @@ def linear_cross_entropy(
     token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
     if torch.compiler.is_compiling() and objective is None:
         wanted = [rows.requires_grad, weight.requires_grad]
-        return _loss_op(rows, weight, flat, token_weight, dtype, score, ignore_index, reduction == "mean", wanted)[0]
-    return _eager_loss(rows, weight, flat, token_weight, objective, dtype, score, ignore_index, reduction)
+        return _loss_op(rows, weight, flat, token_weight, dtype, score, ignore_index, reduction == "mean", max_rows, wanted)[0]
+    return _eager_loss(rows, weight, flat, token_weight, objective, dtype, score, ignore_index, reduction, max_rows)
 
 
 @torch.compiler.disable  # an objective is Python of the caller's: a compiled model runs it between its graphs
-def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction):
+def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction, max_rows):
     kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if reduction == "mean" else 1
-    return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective)
+    return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows)
 
 
 def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index) -> tuple[Tensor, Tensor]:

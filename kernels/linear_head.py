@@ -27,17 +27,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rows_per_chunk(N: int, V: int, H: int, element_size: int) -> int:
+def rows_per_chunk(N: int, V: int, H: int, element_size: int, max_rows: int = 0) -> int:
     """Rows of logits made at once: as many as fit MAX_CHUNK_BYTES with the three thin (R, H) matrices beside them, but never
     under MIN_ROWS, even if the chunk is larger then (fp32 and V = 262,144: 512 rows are 512 MiB). N rows that need k chunks go
-    in k equal ones: no remainder of one row pays for a whole trip through W and dW."""
-    most = max(MIN_ROWS, MAX_CHUNK_BYTES // ((V + 3 * H) * element_size))
+    in k equal ones: no remainder of one row pays for a whole trip through W and dW. max_rows: the most instead; 0 = none."""
+    most = max_rows or max(MIN_ROWS, MAX_CHUNK_BYTES // ((V + 3 * H) * element_size))
     return math.ceil(N / math.ceil(N / most)) if N else 0
 
 
-def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (rows, x (R, H), logits (R, V)). The logits are one buffer: a fresh one a chunk would be paged in anew each time."""
-    size = rows_per_chunk(len(kept), *weight.shape, weight.element_size())
+def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor, max_rows: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields (rows, x (R, H), logits (R, V)). The logits are one buffer: a fresh one a chunk would be paged in anew each time.
+    max_rows: most rows of a chunk; 0 = as rows_per_chunk."""
+    size = rows_per_chunk(len(kept), *weight.shape, weight.element_size(), max_rows)
     if size:
         buffer = weight.new_empty(size, weight.shape[0])
         for rows in kept.split(size):

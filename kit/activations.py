@@ -16,6 +16,8 @@ times as much as no tiles, however many; bf16 sums 1.1 times at 8 tiles, 1.2 at 
 
 A layer's parameters are inputs of its autograd.Function, so each gradient reaches its parameter once, whole, when the layer is
 done: post-accumulate hooks may use it and let it go. kit.offload moves the inputs; its streams were not run on a GPU.
+
+The norm after the last layer is computed again too: its graph, 180 MiB here, would wait through the loss, the fullest moment.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -51,9 +55,11 @@ LAYERS = {  # exact classes: a subclass may compute something else
     Qwen2DecoderLayer: Norms(None, "post_attention_layernorm", None),
 }
 
+_norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # last norm -> what recompute_layers set there
+
 
 def recompute_layers(model: nn.Module, *, offload: bool = False, tile_tokens: int = 0) -> None:
-    """From now on, in training mode, keep only each decoder layer's input for the backward pass.
+    """From now on, in training mode, keep only the inputs of each decoder layer and of the last norm for the backward pass.
 
     model: of a family in kit.models.FAMILIES, with or without adapters, full or NF4 weights; it may be on any device. Module and
     parameter names stay as they are. Calling it again replaces the settings; keep_activations ends it.
@@ -78,6 +84,10 @@ def recompute_layers(model: nn.Module, *, offload: bool = False, tile_tokens: in
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = True  # transformers' own protocol: the layer now calls the function in training mode
         layer._gradient_checkpointing_func = _Recomputed(layer, tile_tokens, host, index, is_last=index == len(layers) - 1)
+    for module in model.modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and isinstance(getattr(module, "norm", None), nn.Module):
+            _stop_recomputing(module.norm)
+            _norm_hooks[module.norm] = module.norm.register_forward_hook(_RecomputedNorm(tile_tokens))
 
 
 def keep_activations(model: nn.Module) -> None:
@@ -86,6 +96,12 @@ def keep_activations(model: nn.Module) -> None:
         if isinstance(getattr(module, "_gradient_checkpointing_func", None), _Recomputed):
             module.gradient_checkpointing = False
             del module._gradient_checkpointing_func
+        _stop_recomputing(module)
+
+
+def _stop_recomputing(norm: nn.Module) -> None:
+    if norm in _norm_hooks:
+        _norm_hooks.pop(norm).remove()
 
 
 class _FeedForward(nn.Module):
@@ -101,13 +117,55 @@ class _FeedForward(nn.Module):
         return h + self.after(self.mlp(self.before(h)))
 
 
-class _Recomputed:
+class _Tiles:
+    """Token-wise parts run over (B, T, H) a tile of tokens at a time."""
+
+    def __init__(self, tile_tokens: int):
+        self.tile_tokens = tile_tokens
+
+    def _tiles(self, T: int) -> Iterator[slice]:
+        step = self.tile_tokens or T
+        return (slice(start, start + step) for start in range(0, T, step))
+
+    def _run(self, part: nn.Module, source: torch.Tensor, out: torch.Tensor) -> None:
+        """out <- part(source) tile by tile; the two may be one tensor."""
+        for tile in self._tiles(source.shape[1]):
+            out[:, tile] = part(source[:, tile])
+
+    def _differentiate(self, part, source, dout, dsource, gradients) -> None:
+        """Forward and backward of a token-wise part, tile by tile: dsource <- its gradient, parameters' gradients are collected.
+
+        dsource may be source or dout (a tile is written when both were read), or None where it is not needed.
+        """
+        leaves = _leaves(part)
+        if dsource is None and not leaves:
+            return
+        several = 0 < self.tile_tokens < source.shape[1]
+        sums: dict[str, torch.Tensor] = {}
+
+        def add(name: str, leaf: torch.Tensor) -> None:  # at once, so that one weight's gradient of one tile is alive
+            if name in sums:
+                sums[name].add_(leaf.grad)
+            else:
+                sums[name] = leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32) if several else leaf.dtype)
+            leaf.grad = None
+
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(partial(add, name))
+        for tile in self._tiles(source.shape[1]):
+            dtile = _differentiate_once(part, leaves, source[:, tile].detach(), dout[:, tile], dsource is not None)
+            if dsource is not None:
+                dsource[:, tile] = dtile
+        _collect(part, sums, gradients)
+
+
+class _Recomputed(_Tiles):
     """What one layer calls instead of its own forward. x, h, a and their gradients are (B, T, H), B = 1 for a pack."""
 
     def __init__(self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool):
+        super().__init__(tile_tokens)
         self.layer = layer
         self.norms = LAYERS[type(layer)]
-        self.tile_tokens = tile_tokens
         self.host = host
         self.index = index
         self.is_last = is_last
@@ -175,40 +233,25 @@ class _Recomputed:
             self._differentiate(before, x, dnormed, dnormed if needs_dx else None, gradients)
         return dnormed.add_(h) if needs_dx else None, gradients
 
-    def _tiles(self, T: int) -> Iterator[slice]:
-        step = self.tile_tokens or T
-        return (slice(start, start + step) for start in range(0, T, step))
 
-    def _run(self, part: nn.Module, source: torch.Tensor, out: torch.Tensor) -> None:
-        """out <- part(source) tile by tile; the two may be one tensor."""
-        for tile in self._tiles(source.shape[1]):
-            out[:, tile] = part(source[:, tile])
+class _WithoutHooks(nn.Module):
+    """A module's own forward: a recompute from within its forward hook must not set that hook off again."""
 
-    def _differentiate(self, part, source, dout, dsource, gradients) -> None:
-        """Forward and backward of a token-wise part, tile by tile: dsource <- its gradient, parameters' gradients are collected.
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
 
-        dsource may be source or dout (a tile is written when both were read), or None where it is not needed.
-        """
-        leaves = _leaves(part)
-        if dsource is None and not leaves:
-            return
-        several = 0 < self.tile_tokens < source.shape[1]
-        sums: dict[str, torch.Tensor] = {}
+    def forward(self, x):
+        return self.module.forward(x)
 
-        def add(name: str, leaf: torch.Tensor) -> None:  # at once, so that one weight's gradient of one tile is alive
-            if name in sums:
-                sums[name].add_(leaf.grad)
-            else:
-                sums[name] = leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32) if several else leaf.dtype)
-            leaf.grad = None
 
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(partial(add, name))
-        for tile in self._tiles(source.shape[1]):
-            dtile = _differentiate_once(part, leaves, source[:, tile].detach(), dout[:, tile], dsource is not None)
-            if dsource is not None:
-                dsource[:, tile] = dtile
-        _collect(part, sums, gradients)
+class _RecomputedNorm(_Tiles):
+    """Forward hook of the norm after the last layer: what it made goes on, and how it made it is forgotten."""
+
+    def __call__(self, norm: nn.Module, arguments: tuple, out: torch.Tensor) -> torch.Tensor:
+        if not norm.training or not out.requires_grad:
+            return out
+        return _NormFunction.apply(self, norm, [out.detach()], arguments[0], *_trainable(norm).values())
 
 
 def _differentiate_once(part, leaves, source, dout, needs_dsource: bool) -> torch.Tensor | None:
@@ -260,3 +303,19 @@ class _LayerFunction(torch.autograd.Function):
         if host is not None:
             host.done(ctx.kept)
         return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)
+
+
+class _NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tiles: _RecomputedNorm, norm: nn.Module, made: list[torch.Tensor], x: torch.Tensor, *parameters):
+        ctx.tiles, ctx.norm, ctx.parameters = tiles, norm, parameters
+        ctx.save_for_backward(x)
+        return made.pop()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: torch.Tensor):
+        (x,) = ctx.saved_tensors
+        dx, gradients = torch.empty_like(x) if ctx.needs_input_grad[3] else None, {}
+        ctx.tiles._differentiate(_WithoutHooks(ctx.norm), x, dout, dx, gradients)
+        return None, None, None, dx, *(gradients.get(parameter) for parameter in ctx.parameters)

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit import ledger
+from kit.cost import ASSUMED, Sizes, extra_seconds, step_seconds
 from kit.kernels.blocked_head import BLOCK_BYTES
-from kit.kernels.linear_head import MAX_CHUNK_BYTES, MIN_ROWS
+from kit.kernels.linear_head import rows_per_chunk
 from kit.ledger import Ledger
 from kit.machine import GIB
 from kit.packing import PackedBatch
@@ -30,11 +31,12 @@ CONTEXT = round(0.55 * GIB)  # bytes a card gives to CUDA itself, its libraries 
 SLACK = 0.06  # of the peak: what the allocator cannot use between blocks; an assumption
 CARDS = (6, 8, 12, 16, 24)  # GiB
 
-# From fastest to leanest; each rung keeps what the ones before it switched on.
+# From fastest to leanest (kit.cost); each rung keeps what the ones before it switched on.
 LADDER = (
     {"optimizer": "adamw8bit"},
     {"tile_tokens": 2048},
     {"update_in_backward": True},
+    {"logit_rows": 512},
     {"offload_inputs": True},
     {"head_update": "blocked"},
     {"offload_optimizer": True},
@@ -53,6 +55,7 @@ class Plan:
     when: str
     owners: dict[str, int]  # owner -> bytes at that moment
     host: int  # bytes of CPU memory
+    seconds: dict[str, float]  # "step", and what each saving adds to it; estimated
 
     @property
     def total(self) -> int:
@@ -71,6 +74,9 @@ class Plan:
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed besides: {SLACK:.0%} slack, "
             f"{CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",
             *(f"    {owner:<18}{num_bytes / GIB:7.2f} GiB" for owner, num_bytes in self.largest()),
+            f"  a step {self.seconds['step']:.1f} s, and the savings add "
+            + (", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items() if name != "step") or "nothing"),
+            f"    ({ASSUMED}; not timed)",
             "  fits " + ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS),
         ]
         return "\n".join(lines)
@@ -157,7 +163,9 @@ def plan(
         lazy = savings.optimizer == "adamw" or (savings.optimizer == "auto" and dtype == torch.float32)
         book = measure(fake, savings, fake_batch(row_tokens), steps=2 if lazy else 1)
     owners = {owner: n for owner, n in book.owners.items() if n}
-    return Plan(model, row_tokens, qlora_rank, savings, book.peak, book.when, owners, book.host_peak)
+    costs = config, row_tokens, savings, qlora_rank
+    seconds = {"step": step_seconds(*costs), **extra_seconds(*costs)}
+    return Plan(model, row_tokens, qlora_rank, savings, book.peak, book.when, owners, book.host_peak, seconds)
 
 
 def rungs(qlora_rank: int) -> list[Savings]:
@@ -200,22 +208,14 @@ def formula_total(config: PreTrainedConfig, row_tokens: int, savings: Savings, q
 def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_rank: int = 0) -> dict[str, int]:
     """A second opinion on bf16 weights, owner by owner, in bytes, at the larger of the two moments that can be the worst: the
     loss, and one layer's backward pass. Good to a tenth."""
-    T, V, H, L, intermediate = (
-        row_tokens,
-        config.vocab_size,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.intermediate_size,
-    )
-    D = getattr(config, "head_dim", None) or H // config.num_attention_heads
-    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
-    attention, mlp = H * (2 * q + 2 * kv), 3 * H * intermediate
-    linears, head = L * (attention + mlp), V * H * (1 if config.tie_word_embeddings else 2)
-    trainable = linears + head
+    T, sizes = row_tokens, Sizes.of(config)
+    V, H, L, intermediate, q, kv = sizes.V, sizes.H, sizes.L, sizes.intermediate, sizes.q, sizes.kv
+    head = V * H * (1 if sizes.tied else 2)
+    trainable = sizes.linears + head
     weights = 2 * trainable
     if qlora_rank:
         trainable = L * qlora_rank * (2 * (H + q) + 2 * (H + kv) + 3 * (H + intermediate))
-        weights = round(linears * 4.127 / 8) + 2 * (head + trainable)
+        weights = round(sizes.linears * 4.127 / 8) + 2 * (head + trainable)
     row = T * H * 2  # bytes of one (T, H) in bf16
     states = 0 if savings.offload_optimizer else round(trainable * (8 if savings.optimizer == "adamw" else 2 + 8 / 256))
     gradients = 0 if savings.update_in_backward else 2 * trainable
@@ -224,11 +224,12 @@ def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_r
     # a tile's gate, up, activation and product, their gradients; attention's q, k, v and out with gradients, and in fp32 in norms
     layer = tile * 8 * intermediate * 2 + T * 3 * (q + kv) * 2 + 3 * row
     if not qlora_rank:
-        layer += 2 * attention + mlp * (6 if tile < T else 2)
+        layer += 2 * sizes.attention + sizes.mlp * (6 if tile < T else 2)
     else:
         layer += 2 * H * intermediate  # one weight, dequantised
-    chunk = min(max(MIN_ROWS * V * 2, MAX_CHUNK_BYTES), T * V * 2)
-    at_loss = {ledger.LOGITS: chunk, ledger.HEAD: 4 * V * H if whole else 0, ledger.REST: 7 * row}
+    chunk = rows_per_chunk(T, V, H, 2, savings.logit_rows) * 2 * (V + 3 * H)
+    norm_graph = 0 if savings.recompute else 5 * row  # the last norm's, two fp32 copies and a bf16 one
+    at_loss = {ledger.LOGITS: chunk, ledger.HEAD: 4 * V * H if whole else 0, ledger.REST: 2 * row + norm_graph}
     in_layer = {ledger.LAYER: layer, ledger.HEAD: 2 * V * H if whole else 0}
     if not savings.update_in_backward:
         in_layer[ledger.GRADIENTS] = gradients - in_layer[ledger.HEAD]

@@ -16,12 +16,15 @@ class Savings:
     optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw for fp32 weights, adamw8bit for bf16
     update_in_backward: bool = False  # a gradient dies with its layer: one row a step, no clipping by the global norm
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
+    logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
     head_update: str = "whole"  # "blocked": the tied embedding's gradient a block of the vocabulary at a time
 
     def __post_init__(self):
         if self.head_update not in HEAD_UPDATES:
             raise ValueError(f"head_update is {self.head_update!r}; pass one of {', '.join(HEAD_UPDATES)}")
+        if self.logit_rows < 0:
+            raise ValueError(f"logit_rows is {self.logit_rows}; pass rows such as 512, or 0 for half a GiB of logits")
         if self.head_update == "blocked" and not self.update_in_backward:
             raise ValueError(
                 "head_update is blocked but update_in_backward is off: blocks are updated as they are made; pass both, or "

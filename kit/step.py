@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from kit.activations import keep_activations, recompute_layers
-from kit.kernels.blocked_head import dweight_blocks, loss_without_dweight
-from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.models import head_weight, hidden_states, softcap
-from kit.optim import AdamW8bit, make_optimizer
+from kit.heads import make_head
+from kit.models import head_weight
+from kit.optim import make_optimizer
 from kit.packing import PackedBatch
 from kit.savings import Savings
 from kit.updates import UpdateAtEnd, UpdateInBackward
@@ -38,10 +37,7 @@ class TrainingStep:
             self.updates = UpdateInBackward(self.optimizer, max_tensor_norm=max_grad_norm)
         else:
             self.updates = UpdateAtEnd(self.optimizer, max_grad_norm=max_grad_norm)
-        if savings.head_update == "blocked":
-            self.head = BlockedHead(model, self.optimizer, self.updates)
-        else:
-            self.head = AutogradHead(model)
+        self.head = make_head(model, savings, self.optimizer, self.updates)
         model.train()
 
     def __call__(self, batches: Sequence[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,75 +55,3 @@ class TrainingStep:
         self.updates.close()
         keep_activations(self.model)
         self.model.eval()
-
-
-class AutogradHead:
-    """The fused loss under autograd: the head's gradient is made with the loss and waits for the rest."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
-        hidden = hidden_states(self.model, batch)
-        weight = head_weight(self.model)
-        loss = linear_cross_entropy(hidden, weight, batch.targets, reduction="sum", softcap=softcap(self.model)) * scale
-        del hidden
-        loss.backward()
-        return loss.detach()
-
-    def finish(self) -> None:
-        """Autograd is done with the head."""
-
-
-class BlockedHead:
-    """The tied embedding stays out of autograd: after the backward pass its gradient, the head's part and the lookup's, is made
-    and used a block of the vocabulary at a time. Raises ValueError where head and embedding are two weights, or frozen.
-
-    The lookup's part is added by index_add_, on a GPU in no fixed order: last bits differ from run to run there.
-    """
-
-    def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward):
-        self.embedding = model.get_input_embeddings()
-        weight = head_weight(model)
-        if weight is not self.embedding.weight or not weight.requires_grad:
-            obstacle = "frozen" if weight is self.embedding.weight else "not tied"
-            raise ValueError(
-                f"head_update is blocked but the head is {obstacle}: blocks need a trained embedding that is its own head; "
-                "pass --head_update whole"
-            )
-        if updates.max_tensor_norm:
-            raise ValueError(
-                f"max_grad_norm is {updates.max_tensor_norm} but head_update is blocked, which never has the embedding's whole "
-                "gradient to measure; pass --max_grad_norm 0, or --head_update whole"
-            )
-        self.model, self.optimizer, self.updates = model, optimizer, updates
-
-    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
-        with torch.no_grad():
-            embedded = self.embedding(batch.input_ids[None])
-        embedded.requires_grad_()
-        hidden = hidden_states(self.model, batch, inputs_embeds=embedded)
-        weight, cap = head_weight(self.model), softcap(self.model)
-        with torch.no_grad():
-            loss, dhidden, kept, logsumexp = loss_without_dweight(hidden, weight, batch.targets, scale, softcap=cap)
-        self.pending = (hidden.detach(), weight, batch.targets, kept, logsumexp, scale), cap, batch.input_ids, embedded
-        torch.autograd.backward(hidden, dhidden)
-        return loss
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        arguments, cap, ids, embedded = self.pending
-        self.pending = None
-        weight = arguments[1]
-        dlookup = embedded.grad[0].float()
-        if hasattr(self.embedding, "embed_scale"):  # Gemma scales what it looks up, by a number of the weight's dtype
-            dlookup *= self.embedding.embed_scale.to(weight.dtype).float()
-        if self.embedding.padding_idx is not None:  # whose row gets nothing from a lookup, as in nn.Embedding
-            dlookup *= (ids != self.embedding.padding_idx)[:, None]
-        square = torch.zeros((), device=weight.device)
-        for first, dweight in dweight_blocks(*arguments, softcap=cap):
-            inside = (ids >= first) & (ids < first + len(dweight))
-            dweight.index_add_(0, (ids - first).where(inside, 0), dlookup * inside[:, None])
-            square += dweight.square().sum()
-            self.optimizer.update(weight, dweight, first=first * weight.shape[1])
-        self.updates.squares.append(square)

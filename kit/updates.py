@@ -3,7 +3,7 @@
 Inside it, a gradient lives from its layer's backward pass to its update and no two layers' are ever held together: 2 bytes a
 parameter less in bf16. The price: nothing is known about the other gradients yet, so there is no global norm to clip by (each
 parameter's own norm is offered instead), and no gradient waits for a second row of the same step.
-A tied embedding is one parameter with two gradients, the head's and the lookup's; autograd hands over their sum, once.
+A tied embedding is one parameter with two gradients, the head's and the lookup's: kit.heads hands over their sum, once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ class Updates(Protocol):
     """What a training step needs: begin before the first backward pass of a step, finish after the last."""
 
     def begin(self, num_rows: int) -> None: ...
+
+    def use(self, parameter: torch.nn.Parameter) -> None:
+        """parameter.grad is whole, and was not made by autograd, whose hooks would have told."""
 
     def finish(self) -> torch.Tensor:
         """The gradient's norm before clipping, an fp32 scalar on the device. The weights are updated when it returns."""
@@ -36,6 +39,9 @@ class UpdateAtEnd:
 
     def begin(self, num_rows: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def use(self, parameter: torch.nn.Parameter) -> None:
+        """It waits with the others."""
 
     def finish(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
@@ -58,7 +64,7 @@ class UpdateInBackward:
         self.max_tensor_norm = max_tensor_norm
         self.squares: list[torch.Tensor] = []
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.hooks = [parameter.register_post_accumulate_grad_hook(self._update) for parameter in parameters]
+        self.hooks = [parameter.register_post_accumulate_grad_hook(self.use) for parameter in parameters]
 
     def begin(self, num_rows: int) -> None:
         if num_rows != 1:
@@ -69,7 +75,7 @@ class UpdateInBackward:
         self.squares = []
 
     @torch.no_grad()
-    def _update(self, parameter: torch.nn.Parameter) -> None:
+    def use(self, parameter: torch.nn.Parameter) -> None:
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self.squares.append(norm.square())
         if self.max_tensor_norm:

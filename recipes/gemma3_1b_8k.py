@@ -63,6 +63,7 @@ class Config:
     optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
     update_in_backward: bool = False  # a gradient dies with its layer; needs --batch_traces 1, clips each parameter by itself
     offload_inputs: bool = False  # layer inputs in CPU memory
+    logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
     head_update: str = "whole"  # blocked: the embedding's gradient a block of the vocabulary at a time
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit

@@ -21,13 +21,13 @@ from kit.memory import CONFIGS, Plan, formula_total, load_config, plan
 from kit.run import write_json
 from kit.savings import Savings
 
-FULL = {"optimizer": "adamw8bit", "tile_tokens": 2048, "update_in_backward": True, "offload_inputs": True}
+FULL = {"optimizer": "adamw8bit", "tile_tokens": 2048, "update_in_backward": True, "offload_inputs": True, "logit_rows": 512}
 ROWS = {  # name -> savings, rank of the adapters
     "full": (Savings(**FULL), 0),
     "full, head blocked": (Savings(**FULL, head_update="blocked"), 0),
     "full, optimizer on CPU": (Savings(**FULL, offload_optimizer=True), 0),
     "full, both": (Savings(**FULL, head_update="blocked", offload_optimizer=True), 0),
-    "QLoRA r = 16": (Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True), 16),
+    "QLoRA r = 16": (Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=512), 16),
 }
 
 

@@ -460,6 +460,17 @@ def test_where_pinning_fails_memory_is_pageable_and_a_warning_says_so_once():
         assert host.take(9, pin=True).nbytes == 16
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_for_the_backward_pass_is_one_input_a_layer_and_one_of_the_last_norm(family):
+    model = make_model(family).train()
+    recompute_layers(model)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        hidden_states(model, BATCH)
+    wide = [x for x in kept if x.is_floating_point() and x.numel() >= T * model.config.hidden_size]
+    assert len({x.data_ptr() for x in wide}) == len(wide) == len(model.model.layers) + 1
+
+
 def test_names_stay_and_keep_activations_ends_it(tiny_model):
     names = list(tiny_model.state_dict())
     modules = [name for name, _ in tiny_model.named_modules()]
@@ -468,8 +479,10 @@ def test_names_stay_and_keep_activations_ends_it(tiny_model):
     assert tiny_model.is_activation_checkpointing
     assert list(tiny_model.state_dict()) == names
     assert [name for name, _ in tiny_model.named_modules()] == modules
+    recompute_layers(tiny_model, offload=True, tile_tokens=5)
+    assert len(tiny_model.model.norm._forward_hooks) == 1
     keep_activations(tiny_model)
-    assert not tiny_model.is_activation_checkpointing
+    assert not tiny_model.is_activation_checkpointing and not tiny_model.model.norm._forward_hooks
     calls = []
     tiny_model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     assert_same(gradients_of(tiny_model), plain)

@@ -50,7 +50,9 @@ def problem(N, V, H, dtype, *, ignore=True, seed=0):
     return hidden, weight, targets
 
 
-def plain(hidden, weight, targets, *, reduction="mean", token_weight=None, objective=None, softcap=None, temperature=1.0):
+def plain(
+    hidden, weight, targets, *, reduction="mean", token_weight=None, objective=None, softcap=None, temperature=1.0, max_rows=0
+):
     """What linear_cross_entropy promises, in plain autograd."""
     logits = hidden @ weight.T if hidden.dtype == torch.float64 else (hidden @ weight.T).float()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -370,7 +372,7 @@ def compiled_and_eager(call, *tensors):
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sum", "softcap": 3.0}, {"reduction": "none", "temperature": 0.7}], ids=str
+    "options", [{}, {"reduction": "sum", "softcap": 3.0, "max_rows": 2}, {"reduction": "none", "temperature": 0.7}], ids=str
 )
 def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
@@ -459,7 +461,7 @@ def test_the_operators_and_their_fake_implementations_agree():
     torch.library.opcheck(lce.kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
     for dtype, wanted in product(DTYPES, ([True, True], [True, False], [False, False])):
         x, w, score = hidden.to(dtype), weight.to(dtype), [0.5, 3.0]
-        torch.library.opcheck(lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, wanted), test_utils=tests)
+        torch.library.opcheck(lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, 2, wanted), test_utils=tests)
         torch.library.opcheck(lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX), test_utils=tests)
         arguments = x, w, targets, torch.ones(6), dtype, score, IGNORE_INDEX, wanted
         torch.library.opcheck(lce._logprobs_backward_op, arguments, test_utils=tests)
@@ -473,6 +475,21 @@ def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
     assert head.rows_per_chunk(16384, 2**20, 640, 4) == 512  # the chunk is 2 GiB then
     assert head.rows_per_chunk(513, 262144, 640, 4) == 257  # not 512 and 1
     assert head.rows_per_chunk(0, 262144, 640, 4) == 0
+    assert head.rows_per_chunk(16384, 262144, 1152, 2, max_rows=512) == 512
+    assert head.rows_per_chunk(13, 77, 19, 2, max_rows=5) == 5 and head.rows_per_chunk(11, 77, 19, 2, max_rows=5) == 4
+
+
+@pytest.mark.parametrize("max_rows", [1, 5, 13, 14])
+def test_a_caller_may_ask_for_fewer_rows_at_once(max_rows, monkeypatch):
+    monkeypatch.undo()
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    check(hidden, weight, targets, torch.float32, reduction="sum", max_rows=max_rows)
+    with monkeypatch.context() as patch:
+        sizes = []
+        patch.setattr(lce, "row_gradients_", lambda logits, *_: sizes.append(len(logits)) or row_gradients_(logits, *_))
+        linear_cross_entropy(hidden.requires_grad_(), weight, targets, max_rows=max_rows)
+    kept = int((targets != IGNORE_INDEX).sum())
+    assert max(sizes) <= max_rows and sum(sizes) == kept and len(sizes) == -(-kept // max_rows)
 
 
 @pytest.mark.parametrize(("V", "H", "copied"), [(1, 1, 4), (2, 3, 1), (7, 5, 3), (150, 19, 8), (33, 64, 10_000)])

@@ -17,7 +17,9 @@ from kit.nf4 import quantise_decoder, simulate_quantised_decoder
 from kit.qlora import add_adapters
 from kit.savings import Savings
 
-LEAN = {"optimizer": "adamw8bit", "tile_tokens": 100, "update_in_backward": True, "offload_inputs": True}
+LEAN = {
+    "optimizer": "adamw8bit", "tile_tokens": 100, "update_in_backward": True, "logit_rows": 70, "offload_inputs": True,
+}  # fmt: skip
 PARAMETERS = {  # as published with the models
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
@@ -90,7 +92,7 @@ def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
 @pytest.mark.parametrize(
     ("name", "value", "V", "T", "layers"),  # where the owner that the saving is for is a good part of the peak
     [("tile_tokens", 0, 500, 2048, 2), ("offload_inputs", False, 500, 512, 24), ("offload_optimizer", False, 30_000, 256, 2),
-     ("head_update", "whole", 30_000, 256, 2)],
+     ("head_update", "whole", 30_000, 256, 2), ("logit_rows", 0, 30_000, 256, 2)],
 )  # fmt: skip
 def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(name, value, V, T, layers, tmp_path, monkeypatch):
     for place in ("kit.kernels.blocked_head.BLOCK_BYTES", "kit.memory.BLOCK_BYTES"):

@@ -8,7 +8,9 @@ from kit.savings import Savings
 from kit.step import TrainingStep
 
 LENGTHS = [9, 4, 23, 12]
-LEAN = {"update_in_backward": True, "tile_tokens": 7, "offload_inputs": True, "offload_optimizer": True}
+LEAN = {
+    "update_in_backward": True, "tile_tokens": 7, "offload_inputs": True, "logit_rows": 5, "offload_optimizer": True
+}  # fmt: skip
 
 
 def tied(family, dtype=torch.float32):

@@ -1,0 +1,171 @@
+"""The head in a training step: the fused loss of a row, its backward pass, and where the head's gradient goes.
+
+backward(batch, scale) once a row, then finish() once a step. Three ways: head and embedding apart, or the head frozen
+(AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a block of the vocabulary at a time (BlockedHead).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kit.kernels.blocked_head import dweight_blocks, loss_without_dweight
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.models import head_weight, hidden_states, softcap
+from kit.optim import AdamW8bit
+from kit.packing import PackedBatch
+from kit.savings import Savings
+from kit.updates import UpdateInBackward, Updates
+
+
+def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
+    """Raises ValueError where savings.head_update is "blocked" and the model or the updates do not allow it."""
+    weight = head_weight(model)
+    tied = weight is model.get_input_embeddings().weight
+    if savings.head_update == "blocked":
+        if not tied or not weight.requires_grad:
+            raise ValueError(
+                f"head_update is blocked but the head is {'frozen' if tied else 'not tied'}: blocks need a trained embedding "
+                "that is its own head; pass --head_update whole"
+            )
+        return BlockedHead(model, optimizer, updates, savings.logit_rows)
+    if tied and weight.requires_grad:
+        return TiedHead(model, updates, savings.logit_rows)
+    return AutogradHead(model, savings.logit_rows)
+
+
+class AutogradHead:
+    """The fused loss under autograd: the head's gradient is made with the loss and waits for the rest."""
+
+    def __init__(self, model, logit_rows: int):
+        self.model, self.logit_rows = model, logit_rows
+
+    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
+        loss = _loss(self.model, hidden_states(self.model, batch), head_weight(self.model), batch, scale, self.logit_rows)
+        loss.backward()
+        return loss.detach()
+
+    def finish(self) -> None:
+        """Autograd is done with the head."""
+
+
+def _loss(model, hidden, weight, batch: PackedBatch, scale: float, logit_rows: int) -> torch.Tensor:
+    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows}
+    return linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
+
+
+class _LookUp(torch.autograd.Function):
+    """embedded, whose gradient goes to a list: a leaf would keep embedded alive as long as its gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx, anchor, embedded, gradients: list[torch.Tensor]):
+        ctx.gradients = gradients
+        return embedded
+
+    @staticmethod
+    def backward(ctx, dembedded):
+        ctx.gradients.append(dembedded)
+        return None, None, None
+
+
+class _Lookup:
+    """The embedding outside of autograd, which would make a gradient of all V rows for the few that were looked up."""
+
+    def __init__(self, model, ids: torch.Tensor):
+        self.embedding, self.ids = model.get_input_embeddings(), ids
+        self.gradients: list[torch.Tensor] = []
+
+    def rows(self) -> torch.Tensor:
+        """(1, T, H)"""
+        with torch.no_grad():
+            embedded = self.embedding(self.ids[None])
+        anchor = embedded.new_empty(0, requires_grad=True)  # what makes autograd pass by
+        return _LookUp.apply(anchor, embedded, self.gradients)
+
+    def gradient(self) -> torch.Tensor:
+        """Of the looked-up rows, (T, H) fp32; after the backward pass."""
+        dlookup = self.gradients.pop()[0].float()
+        if hasattr(self.embedding, "embed_scale"):  # Gemma scales what it looks up, by a number of the weight's dtype
+            dlookup *= self.embedding.embed_scale.to(self.embedding.weight.dtype).float()
+        if self.embedding.padding_idx is not None:  # whose row gets nothing from a lookup, as in nn.Embedding
+            dlookup *= (self.ids != self.embedding.padding_idx)[:, None]
+        return dlookup
+
+
+class TiedHead:
+    """Head and embedding are one trained weight: the lookup's rows are added to the head's gradient.
+
+    Autograd would make the lookup's gradient as large as the weight, and their sum as a third: 1.1 GiB more at V = 262,144 and
+    H = 1,152 in bf16. A row's parts are summed in fp32 and rounded once. On a GPU index_add_ has no fixed order: last bits differ
+    from run to run there.
+    """
+
+    def __init__(self, model, updates: Updates, logit_rows: int):
+        self.model, self.updates, self.logit_rows = model, updates, logit_rows
+        self.dweight: torch.Tensor | None = None
+
+    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
+        lookup = _Lookup(self.model, batch.input_ids)
+        leaf = head_weight(self.model).detach().requires_grad_()
+        leaf.grad = self.dweight  # of the rows before
+        hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
+        loss = _loss(self.model, hidden, leaf, batch, scale, self.logit_rows)
+        del hidden
+        loss.backward()
+        self.dweight = leaf.grad
+        _add_rows_(self.dweight, batch.input_ids, lookup.gradient())
+        return loss.detach()
+
+    def finish(self) -> None:
+        weight = head_weight(self.model)
+        weight.grad, self.dweight = self.dweight, None
+        self.updates.use(weight)
+
+
+@torch.no_grad()
+def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """total[ids] += rows, (T, H) fp32, where an id may come many times."""
+    positions = torch.arange(len(ids), device=ids.device)
+    first = torch.full((len(total),), len(ids), device=ids.device).scatter_reduce_(0, ids.long(), positions, "amin")[ids]
+    sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at the first place of each id
+    total.index_copy_(0, ids, (total[ids] + sums[first]).to(total.dtype))  # equal ids write equal rows
+
+
+class BlockedHead:
+    """The weight's gradient never exists as a whole: after the backward pass the head's part and the lookup's are made and used
+    a block of the vocabulary at a time. Raises ValueError where the gradient's norm is to be clipped.
+
+    The lookup's part is added by index_add_, on a GPU in no fixed order: last bits differ from run to run there.
+    """
+
+    def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward, logit_rows: int):
+        if updates.max_tensor_norm:
+            raise ValueError(
+                f"max_grad_norm is {updates.max_tensor_norm} but head_update is blocked, which never has the embedding's whole "
+                "gradient to measure; pass --max_grad_norm 0, or --head_update whole"
+            )
+        self.model, self.optimizer, self.updates, self.logit_rows = model, optimizer, updates, logit_rows
+
+    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
+        lookup = _Lookup(self.model, batch.input_ids)
+        hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
+        weight, cap = head_weight(self.model), softcap(self.model)
+        with torch.no_grad():
+            loss, dhidden, kept, logsumexp = loss_without_dweight(
+                hidden, weight, batch.targets, scale, softcap=cap, max_rows=self.logit_rows
+            )
+        self.pending = (hidden.detach(), weight, batch.targets, kept, logsumexp, scale), cap, lookup
+        torch.autograd.backward(hidden, dhidden)
+        return loss
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        arguments, cap, lookup = self.pending
+        self.pending = None
+        weight, ids, dlookup = arguments[1], lookup.ids, lookup.gradient()
+        square = torch.zeros((), device=weight.device)
+        for first, dweight in dweight_blocks(*arguments, softcap=cap):
+            inside = (ids >= first) & (ids < first + len(dweight))
+            dweight.index_add_(0, (ids - first).where(inside, 0), dlookup * inside[:, None])
+            square += dweight.square().sum()
+            self.optimizer.update(weight, dweight, first=first * weight.shape[1])
+        self.updates.squares.append(square)

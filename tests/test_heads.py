@@ -1,0 +1,95 @@
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model, random_documents
+
+from kit.heads import AutogradHead, TiedHead, make_head
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.models import head_weight, hidden_states, softcap
+from kit.optim import make_optimizer
+from kit.packing import PackedBatch
+from kit.savings import Savings
+from kit.updates import UpdateAtEnd
+
+SCALE = 0.125
+
+
+def tied(family, dtype=torch.float32):
+    model = make_model(family, dtype)
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
+
+
+def batches(model):
+    """Two rows; ids come many times, the padding id among them."""
+    rows = [random_documents([9, 4, 23]), random_documents([5, 1], seed=1)]
+    rows[0][0].ids[:3] = model.get_input_embeddings().padding_idx or 0
+    return [PackedBatch.build(row) for row in rows]
+
+
+def by_autograd(model):
+    """Loss and gradients of the plain model, lookup included."""
+    total = 0.0
+    for batch in batches(model):
+        hidden = hidden_states(model, batch)
+        settings = {"reduction": "sum", "softcap": softcap(model)}
+        loss = linear_cross_entropy(hidden, head_weight(model), batch.targets, **settings) * SCALE
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+def by_tied_head(model):
+    updates = UpdateAtEnd(make_optimizer(model, lr=0.0), max_grad_norm=0.0)
+    updates.begin(2)
+    head = TiedHead(model, updates, 0)
+    total = sum(head.backward(batch, SCALE).item() for batch in batches(model))
+    head.finish()
+    return total, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tied_heads_gradient_is_autograds_over_several_rows(family):
+    loss, plain = by_autograd(tied(family))
+    ours, gradients = by_tied_head(tied(family))
+    assert ours == pytest.approx(loss)
+    for name in plain:
+        torch.testing.assert_close(gradients[name], plain[name], atol=1e-6 * plain[name].abs().max().item(), rtol=1e-5, msg=name)
+
+
+def test_a_bf16_gradient_of_an_id_that_comes_often_errs_no_more_than_autograds():
+    """Parts are summed in fp32 and rounded once. Truth: the same bf16 model in fp32."""
+    name = "model.embed_tokens.weight"
+    model = tied("llama", torch.bfloat16)
+    truth = by_autograd(copy.deepcopy(model).float())[1][name]
+    errors = [(run(copy.deepcopy(model))[1][name].float() - truth).norm() for run in (by_tied_head, by_autograd)]
+    assert 0 < errors[0] <= 1.1 * errors[1]
+
+
+def test_the_gradient_is_held_once(monkeypatch):
+    """No other tensor of V rows is made after the loss: that is what the lookup outside of autograd is for."""
+    from kit.kernels.counting import LiveBytes
+
+    class Whole(LiveBytes):
+        def made(self, func, x):
+            if x.shape == shape:
+                made.append(str(func))
+            super().made(func, x)
+
+    model, made = tied("llama"), []
+    shape = head_weight(model).shape
+    updates = UpdateAtEnd(make_optimizer(model, lr=0.0), max_grad_norm=0.0)
+    head = TiedHead(model, updates, 0)
+    with Whole():
+        head.backward(batches(model)[0], SCALE)
+    assert len(made) == 1
+
+
+def test_the_way_is_chosen_by_who_owns_the_weight():
+    savings = Savings()
+    assert isinstance(make_head(tied("llama"), savings, None, None), TiedHead)
+    assert isinstance(make_head(make_model("llama"), savings, None, None), AutogradHead)
+    frozen = tied("llama")
+    head_weight(frozen).requires_grad_(False)
+    assert isinstance(make_head(frozen, savings, None, None), AutogradHead)

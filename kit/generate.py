@@ -1,8 +1,9 @@
 """The batched sampler: S slots, each a row of one preallocated KV cache with its own write position.
 
 A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
-active rows move together and the batch shrinks. Attention reads only as far as the longest active row. Runs the model's own
-forward on any device, with LoRA and quantised layers, and with Gemma 3's sliding layers (whose window is kept by their mask).
+active rows move together and the batch shrinks. Attention reads only as far as the longest active row, and in sliding layers no
+further than the window (kit/kv_cache.py). Equal prompts that are read together are read once. Runs the model's own forward on any
+device, with LoRA and quantised layers.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
-from transformers import Cache
 
+from kit.kv_cache import SlotCache, cache_bytes
 from kit.models import context_length, next_token_logits
 from kit.sampling import SamplingParams, sample, stream_key
 
@@ -44,66 +45,13 @@ class _Slot:
     logprobs: list[float] = field(default_factory=list)
 
 
-class _SlotCache(Cache):
-    """Keys and values (S, Hkv, capacity, D) a layer. `rows`, `positions` and `length` say what the next forward pass touches."""
-
-    def __init__(self, model, num_slots: int, capacity: int):
-        super().__init__(layers=[])
-        config, weight = model.config, model.get_input_embeddings().weight
-        shape = (num_slots, config.num_key_value_heads, capacity, _head_dim(config))
-        # never attended before it is written, but garbage may be NaN, and 0 * NaN in a masked product is NaN
-        self.keys = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        self.rows = self.positions = None
-        self.length = 0
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        if self.positions is None:  # prefill: whole prompts into empty rows; they attend to themselves alone
-            keys[self.rows, :, : key_states.shape[2]] = key_states
-            values[self.rows, :, : key_states.shape[2]] = value_states
-            return key_states, value_states
-        keys[self.rows, :, self.positions] = key_states[:, :, 0]
-        values[self.rows, :, self.positions] = value_states[:, :, 0]
-        B = len(self.rows)  # decoding touches rows 0..B-1
-        return keys[:B, :, : self.length], values[:B, :, : self.length]
-
-    def move(self, source: int, target: int, length: int) -> None:
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def cache_bytes(model, num_slots: int, capacity: int) -> int:
-    """Bytes of the KV cache for num_slots rows of `capacity` positions (prompt and response together)."""
-    config = model.config
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
-    return num_slots * capacity * per_position * model.get_input_embeddings().weight.element_size()
-
-
-def _masks(model, distance: torch.Tensor):
-    """The boolean mask (B, 1, Tq, Tk) a model's layers need: one, or one for each kind of layer."""
-    seen = distance >= 0
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    if not kinds or model.config.model_type == "llama":
-        return seen
-    window = getattr(model.config, "sliding_window", None)
-    return {kind: seen & (distance < window) if kind == "sliding_attention" else seen for kind in kinds}
-
-
 class _Engine:
     """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
 
     def __init__(self, model, params: SamplingParams, num_slots: int, capacity: int):
         self.model, self.params, self.capacity = model, params, capacity
         self.device = model.get_input_embeddings().weight.device
-        self.cache = _SlotCache(model, num_slots, capacity)
+        self.cache = SlotCache(model, num_slots, capacity)
         self.positions = torch.zeros(num_slots, dtype=torch.int64, device=self.device)  # where the next token is written
         self.tokens = torch.zeros_like(self.positions)  # the last drawn token, not yet in the cache
         self.keys = torch.zeros_like(self.positions)
@@ -121,29 +69,26 @@ class _Engine:
         self.drawn[rows] += 1
         return tokens.tolist(), logprobs.tolist()
 
-    def prefill(self, rows: list[int], prompts: list[list[int]], keys: list[int]) -> tuple[list[int], list[float]]:
-        """Read prompts into rows and draw the first token of each."""
+    def prefill(self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]) -> tuple[list[int], list[float]]:
+        """Read prompts into rows, equal ones once, and draw the first token of each row."""
+        distinct = list(dict.fromkeys(prompts))
+        L = max(map(len, distinct))
+        padded = torch.tensor([[*prompt, *[0] * (L - len(prompt))] for prompt in distinct], device=self.device)
+        source = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        L = max(map(len, prompts))
-        padded = torch.tensor([prompt + [0] * (L - len(prompt)) for prompt in prompts], device=self.device)
         index = torch.tensor(rows, device=self.device)
         self.keys[index], self.positions[index] = torch.tensor(keys, device=self.device), lengths
         self.drawn[index] = 0
-        self.cache.rows, self.cache.positions, self.cache.length = index, None, 0
-        steps = torch.arange(L, device=self.device)
-        # padding stands on the right: causality hides it, and decoding overwrites its keys before it ever looks there
-        distance = (steps[:, None] - steps[None, :])[None, None]
-        hidden = self._forward(padded, steps.expand(len(rows), L), _masks(self.model, distance))
-        return self._draw(index, hidden[torch.arange(len(rows), device=self.device), lengths - 1])
+        masks = self.cache.at_prefill(index, lengths, source)
+        hidden = self._forward(padded, torch.arange(L, device=self.device).expand(len(distinct), L), masks)
+        return self._draw(index, hidden[source, lengths - 1])
 
     def decode(self, B: int, longest: int) -> tuple[list[int], list[float]]:
         """One more token for rows 0..B-1; `longest` is the largest position among them."""
-        rows, positions = torch.arange(B, device=self.device), self.positions[:B]
-        length = min(-(-(longest + 1) // BUCKET) * BUCKET, self.capacity)
-        self.cache.rows, self.cache.positions, self.cache.length = rows, positions, length
-        distance = (positions[:, None] - torch.arange(length, device=self.device)[None, :])[:, None, None]
-        hidden = self._forward(self.tokens[:B, None], positions[:, None], _masks(self.model, distance))
-        drawn = self._draw(rows, hidden[:, 0])
+        positions = self.positions[:B]
+        masks = self.cache.at_decode(positions, min(-(-(longest + 1) // BUCKET) * BUCKET, self.capacity))
+        hidden = self._forward(self.tokens[:B, None], positions[:, None], masks)
+        drawn = self._draw(self.cache.rows, hidden[:, 0])
         self.positions[:B] += 1
         return drawn
 
@@ -165,7 +110,7 @@ def generate(
     (question id, sample index); None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as
     each one ends. Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
     """
-    prompts = [list(prompt) for prompt in prompts]
+    prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)
     _check(model, prompts, params, num_slots, keys)
     if not prompts:
@@ -197,7 +142,7 @@ def generate(
     while waiting or any(slot.request >= 0 for slot in slots):
         while waiting and any(slot.request < 0 for slot in slots):
             free = [row for row, slot in enumerate(slots) if slot.request < 0]
-            requests = _next_prompts(waiting, lengths, len(free))
+            requests = _next_prompts(waiting, prompts, len(free))
             rows = free[: len(requests)]
             for row, request in zip(rows, requests, strict=True):
                 slots[row] = _Slot(request)
@@ -217,7 +162,7 @@ def generate(
     return done
 
 
-def _check(model, prompts: list[list[int]], params: SamplingParams, num_slots: int, keys: list) -> None:
+def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
     if num_slots < 1:
         raise ValueError(f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1")
     if len(keys) != len(prompts):
@@ -232,13 +177,15 @@ def _check(model, prompts: list[list[int]], params: SamplingParams, num_slots: i
             )
 
 
-def _next_prompts(waiting: deque[int], lengths: list[int], num_free: int) -> list[int]:
+def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free: int) -> list[int]:
     """Take prompts from the front, as many as there are free rows and the prefill's budget of padded tokens allows."""
     requests = [waiting.popleft()]
+    distinct = {prompts[requests[0]]}
     while waiting and len(requests) < num_free:
-        longest = max(lengths[i] for i in (*requests, waiting[0]))
-        if longest * (len(requests) + 1) > PREFILL_TOKENS:
+        wider = distinct | {prompts[waiting[0]]}
+        if len(wider) > len(distinct) and max(map(len, wider)) * len(wider) > PREFILL_TOKENS:
             break
+        distinct = wider
         requests.append(waiting.popleft())
     return requests
 

@@ -21,6 +21,7 @@ from kit.models import context_length, next_token_logits
 from kit.sampling import SamplingParams, sample, stream_key
 
 BUCKET = 64  # attended length is rounded up to this many positions, so that shapes repeat
+SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
 PREFILL_TOKENS = 8192  # prompts are read together up to this many padded tokens: bounds the prefill's activations
 
 __all__ = ["Completion", "SamplingParams", "cache_bytes", "generate"]
@@ -34,6 +35,7 @@ class Completion:
     logprobs: list[float]  # of each id, under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
     text: str = ""  # set where generate was given decode
+    seconds: float = 0.0  # from the start of its prefill to its end, beside others in the batch
 
 
 @dataclass
@@ -43,6 +45,7 @@ class _Slot:
     request: int  # index of the prompt; -1 = free
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
 
 
 class _Engine:
@@ -130,7 +133,8 @@ def generate(
         slot.ids.append(token)
         slot.logprobs.append(logprob)
         if token in stop or len(slot.ids) == params.max_new_tokens:
-            completion = Completion(slot.ids, slot.logprobs, token in stop, decode(slot.ids) if decode else "")
+            text = decode(slot.ids) if decode else ""
+            completion = Completion(slot.ids, slot.logprobs, token in stop, text, time.perf_counter() - slot.start)
             done[slot.request] = completion
             progress.finish(completion)
             if on_finish:
@@ -139,26 +143,28 @@ def generate(
 
     training = model.training
     model.eval()
-    while waiting or any(slot.request >= 0 for slot in slots):
-        while waiting and any(slot.request < 0 for slot in slots):
-            free = [row for row, slot in enumerate(slots) if slot.request < 0]
-            requests = _next_prompts(waiting, prompts, len(free))
-            rows = free[: len(requests)]
-            for row, request in zip(rows, requests, strict=True):
-                slots[row] = _Slot(request)
-            drawn = engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests])
-            for row, token, logprob in zip(rows, *drawn, strict=True):
-                receive(row, token, logprob)
-        _compact(slots, engine, lengths)
-        active = [row for row, slot in enumerate(slots) if slot.request >= 0]
-        if active:
-            longest = max(lengths[slots[row].request] + len(slots[row].ids) - 1 for row in active)
-            tokens, logprobs = engine.decode(max(active) + 1, longest)
-            for row in active:
-                receive(row, tokens[row], logprobs[row])
-            progress.step(len(active))
-    progress.close()
-    model.train(training)
+    try:
+        while waiting or any(slot.request >= 0 for slot in slots):
+            while waiting and any(slot.request < 0 for slot in slots):
+                free = [row for row, slot in enumerate(slots) if slot.request < 0]
+                requests = _next_prompts(waiting, prompts, len(free))
+                rows = free[: len(requests)]
+                for row, request in zip(rows, requests, strict=True):
+                    slots[row] = _Slot(request)
+                drawn = engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests])
+                for row, token, logprob in zip(rows, *drawn, strict=True):
+                    receive(row, token, logprob)
+            _compact(slots, engine, lengths)
+            active = [row for row, slot in enumerate(slots) if slot.request >= 0]
+            if active:
+                longest = max(lengths[slots[row].request] + len(slots[row].ids) - 1 for row in active)
+                tokens, logprobs = engine.decode(len(active), longest)
+                for row in active:
+                    receive(row, tokens[row], logprobs[row])
+                progress.step(len(active))
+    finally:
+        progress.close()
+        model.train(training)
     return done
 
 
@@ -205,24 +211,31 @@ def _compact(slots: list[_Slot], engine: _Engine, lengths: list[int]) -> None:
 
 
 class _Progress:
-    """Finished of total, tokens a second, mean length and truncated so far."""
+    """Finished of total, tokens a second, mean length and truncated so far, time left at the mean pace so far."""
 
     def __init__(self, total: int, description: str):
-        self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None)
-        self.start, self.tokens, self.finished_tokens, self.truncated = time.perf_counter(), 0, 0, 0
+        self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)
+        self.start = self.shown = time.perf_counter()
+        self.tokens = self.finished_tokens = self.truncated = self.finished = 0
 
     def step(self, tokens: int) -> None:
+        """So many rows got a token each."""
         self.tokens += tokens
-        seconds = time.perf_counter() - self.start
-        mean = self.finished_tokens / self.bar.n if self.bar.n else 0
-        self.bar.set_postfix(
-            {"tok/s": f"{self.tokens / seconds:,.0f}", "mean": f"{mean:.0f}", "truncated": self.truncated}, refresh=False
-        )
+        now = time.perf_counter()
+        if now - self.shown >= SHOW_EVERY:
+            self.shown = now
+            self.bar.set_postfix_str(self.text(now - self.start))
 
     def finish(self, completion: Completion) -> None:
+        self.finished += 1
         self.finished_tokens += len(completion.ids)
         self.truncated += not completion.finished
         self.bar.update()
 
+    def text(self, seconds: float) -> str:
+        mean = f"{self.finished_tokens / self.finished:,.0f}" if self.finished else "?"
+        return f"{self.tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
+
     def close(self) -> None:
+        self.bar.set_postfix_str(self.text(time.perf_counter() - self.start), refresh=False)
         self.bar.close()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kit.evaluate import REFLECTION, Result, mean_accuracy, paired_difference
+from kit.responses import REFLECTION
+from kit.results import Result, mean_accuracy, paired_difference
 from kit.journal import Journal
 
 BEFORE, AFTER = "before", "after"  # folders of samples in a run

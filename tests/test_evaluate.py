@@ -1,5 +1,4 @@
 import json
-import math
 import os
 import signal
 import subprocess
@@ -11,9 +10,11 @@ import pytest
 
 from kit import models
 from kit.benchmarks import parse_benchmarks
-from kit.chat import ChatFormat
-from kit.evaluate import REFLECTION, Result, evaluate, fingerprint, mean_accuracy, paired_difference, read_result
-from kit.generate import SamplingParams
+from kit.chat import ChatFormat, digest
+from kit.evaluate import _cuts, evaluate, fingerprint
+from kit.generate import Completion, SamplingParams
+from kit.grade import grade
+from kit.results import read_result
 
 PARAMS = SamplingParams(max_new_tokens=60)
 HOT = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=60)  # else the model is too sure of itself to tell samples apart
@@ -29,67 +30,17 @@ def toy(limit=6):
     return parse_benchmarks("toy", limit=limit)[0]
 
 
-def row(question, verdict, tokens=10, finished=True, text="x"):
-    return {"question": question, "verdict": verdict, "tokens": tokens, "finished": finished, "text": text}
-
-
-def result(*rows, name="toy"):
-    return Result(name, tuple(rows))
-
-
-def test_accuracy_is_the_mean_over_questions_and_its_interval_counts_questions_not_samples():
-    four = result(*(row(q, v) for q, v in [("a", "correct"), ("a", "wrong"), ("b", "correct"), ("b", "correct"), ("c", "wrong"),
-                                           ("c", "unknown")]))  # fmt: skip
-    assert four.accuracy == pytest.approx(0.5)
-    variance = (0.5**2 + 1 + 2) / 7 - 0.5**2  # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
-    assert four.interval == pytest.approx(1.96 * math.sqrt(variance / 7))
-    assert four.unknown == 1
-    assert four.num_questions == 3
-
-
-def test_a_few_questions_all_alike_are_not_certain():
-    none = result(*(row(str(i), "wrong") for i in range(8)))
-    assert none.accuracy == 0
-    assert 0.15 < none.interval < 0.25  # the exact upper bound for 0 of 8 is 0.31, one-sided at 97.5 %
-    one = result(row("a", "correct"))
-    assert paired_difference(one, one)[1] > 0.5
-
-
-def test_length_truncation_and_reflection_are_shares_of_samples():
-    some = result(row("a", "wrong", 10, True, "Let me RECHECK this"), row("a", "wrong", 30, False, "wait, no"))
-    assert (some.mean_tokens, some.truncated, some.reflection) == (20, 0.5, 0.5)
-    assert "50.0 % truncated" in str(some)
-
-
-@pytest.mark.parametrize("text", ["re-evaluate", "Reexamine", "double-check", "go over the steps", "reevaluation", "Think again"])
-def test_the_papers_keywords_count_as_reflection(text):
-    assert REFLECTION.search(f"so {text} it")
-
-
-def test_wait_is_not_one_of_the_papers_keywords():
-    assert not REFLECTION.search("Wait, hmm, alternatively check")
-
-
-def test_the_difference_is_paired_by_question():
-    before = result(row("a", "correct"), row("b", "wrong"), row("c", "wrong"))
-    after = result(row("c", "correct"), row("b", "correct"), row("a", "correct"))
-    difference, spread = paired_difference(before, after)
-    assert difference == pytest.approx(2 / 3)
-    variance = 4 / 5 - (2 / 5) ** 2  # the differences 0, 1, 1 and the added -1, 1
-    assert spread == pytest.approx(1.96 * math.sqrt(variance / 5))
-    with pytest.raises(ValueError, match="1 are the same"):
-        paired_difference(before, result(row("a", "correct")))
-
-
-def test_the_headline_is_the_unweighted_mean_over_benchmarks():
-    assert mean_accuracy([result(row("a", "correct")), result(row("a", "wrong"), row("b", "wrong"), row("c", "wrong"))]) == 0.5
-
-
 def test_every_sample_is_logged_with_what_decided_and_the_file_gives_the_same_result(tiny, tmp_path):
     found = evaluate(*tiny, toy(), PARAMS, tmp_path, num_samples=2, num_slots=4)
     assert len(found.rows) == 12
     assert {(r["question"], r["sample"]) for r in found.rows} == {(q.id, i) for q in toy().questions for i in (0, 1)}
-    assert {"verdict", "rule", "tier", "gold", "prediction", "tokens", "finished", "text"} <= found.rows[0].keys()
+    for logged in found.rows:
+        assert {"verdict", "rule", "tier", "gold", "extracted", "extraction", "seconds", "finished"} <= logged.keys()
+        question = next(q for q in toy().questions if q.id == logged["question"])
+        assert (logged["problem"], logged["answer"]) == (question.problem, question.answer)
+        assert logged["prompt"] == digest(tiny[1].prompt(question.problem))
+        verdict = grade(logged["answer"], logged["text"])  # every figure can be computed again from the file
+        assert (verdict.verdict, verdict.prediction) == (logged["verdict"], logged["prediction"])
     assert read_result(tmp_path / "toy.jsonl") == found
     assert found.accuracy > 0  # the shipped model solves some of its own task
     header = json.loads((tmp_path / "toy.jsonl").read_text().splitlines()[0])["header"]
@@ -103,9 +54,29 @@ def test_samples_of_another_model_or_decoding_are_not_mixed_in(tiny, tmp_path):
         evaluate(*tiny, toy(2), SamplingParams(temperature=1.0, max_new_tokens=60), tmp_path, num_samples=1)
 
 
-def test_a_result_without_samples_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no samples"):
-        read_result(tmp_path / "toy.jsonl")
+@pytest.mark.parametrize("cap", [16, 32])
+def test_accuracy_at_a_cap_is_that_of_a_run_with_that_limit(tiny, tmp_path, cap):
+    """The logs of a long run, cut, against short runs: text by text, and the model's answers do fall on both sides of the cut."""
+    long = evaluate(*tiny, toy(20), PARAMS, tmp_path / "long", num_samples=2, num_slots=20)
+    short = evaluate(*tiny, toy(20), SamplingParams(max_new_tokens=cap), tmp_path / "short", num_samples=2, num_slots=20)
+    texts = {(r["question"], r["sample"]): r["text"][: r["cuts"].get(str(cap))] for r in long.rows}
+    assert texts == {(r["question"], r["sample"]): r["text"] for r in short.rows}
+    assert long.accuracy_at(cap) == short.accuracy
+    assert short.accuracy < long.accuracy == long.accuracy_at(60)
+    assert long.caps == [16, 32, 60]
+    with pytest.raises(ValueError, match="cap is 17 but the log says where the caps 16"):
+        long.accuracy_at(17)
+
+
+def test_a_cut_inside_a_character_of_several_bytes_leaves_it_out(tiny):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    ids = list("x" * 15 + "é and then some more")  # the 16th token is the first byte of é
+    ids = list("".join(ids).encode())
+    completion = Completion(ids, [0.0] * len(ids), True, Bytes().decode(ids))
+    assert _cuts(completion, Bytes()) == {"16": 15, "32": 31}
 
 
 CHILD = """
@@ -142,7 +113,7 @@ def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path)
     def rows(name):
         found = read_result(tmp_path / name / "toy.jsonl").rows
         return sorted(
-            ({k: v for k, v in r.items() if k != "mean_logprob"} for r in found), key=lambda r: (r["question"], r["sample"])
+            ({k: v for k, v in r.items() if k not in ("mean_logprob", "seconds")} for r in found), key=lambda r: (r["question"], r["sample"])
         )
 
     assert rows("whole") == rows("broken")

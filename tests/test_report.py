@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from kit.evaluate import Result
+from kit.results import Result
 from kit.journal import Journal
 from kit.report import AFTER, BEFORE, findings, write_report
 

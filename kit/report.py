@@ -20,7 +20,7 @@ from kit.responses import REFLECTION
 from kit.results import Result, mean_accuracy, paired_difference
 from kit.journal import Journal
 
-BEFORE, AFTER = "before", "after"  # folders of samples in a run
+BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
 COLOURS = {BEFORE: "#4c72b0", AFTER: "#dd8452"}
 SHOWN = 12  # questions in the browser of samples: a page one can still scroll
 

@@ -1,0 +1,137 @@
+"""Measure any model on any benchmark: accuracy with its uncertainty, lengths, truncation, reflection; a table and a report.
+
+    python recipes/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct                        the paper's protocol, on a GPU
+    python recipes/evaluate.py --model runs/qwen2_5_0_5b_8k/001/model --benchmarks math500 --num_questions 100
+    python recipes/evaluate.py --model model.gguf --chat_template plain --benchmarks gsm8k=gsm8k.jsonl --device cpu
+    python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002             two finished runs, question by question
+    python recipes/evaluate.py --smoke                                                   a tiny model, seconds on any CPU
+
+A folder of adapters (adapter_config.json) is loaded with its base. Every sample is logged as it ends, --resume goes on after a
+kill, and the result is that of an unbroken run. Time: not timed on a GPU; SmolLM2-135M, 50 GSM8K questions x 2 samples of up to 200
+tokens, takes minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kit import models
+from kit.benchmarks import parse_benchmarks
+from kit.chat import INSTRUCTION, ChatFormat
+from kit.config import parse, show
+from kit.evaluate import evaluate
+from kit.generate import SamplingParams, cache_bytes
+from kit.report import SAMPLES, write_report
+from kit.results import Result, mean_accuracy, paired_bootstrap, paired_difference, read_result
+from kit.run import RunFolder, write_json
+
+
+@dataclass(frozen=True)
+class Config:
+    # model
+    model: str = "google/gemma-3-1b-it"  # hub id, local folder (a checkpoint, or adapters), .gguf file, or "tiny"
+    device: str = "cuda"  # cuda or cpu
+    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    engine: str = "kit"  # kit, or vllm: the extra `vllm`, for those who outgrow one card
+    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    instruction: str = INSTRUCTION  # line added below every problem; "" = none
+    # evaluation: the paper's protocol
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    num_questions: int = 0  # questions a benchmark; 0 = all
+    num_samples: int = 0  # samples a question; 0 = the paper's k (4, 8, 8)
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids
+    top_p: float = 0.95  # 1 = off
+    top_k: int = 0  # 0 = off
+    max_new_tokens: int = 16_384  # tokens a response
+    num_slots: int = 16  # responses sampled at once; changes the speed only
+    seed: int = 0  # of the samples
+    # comparison
+    compare: str = ""  # two run folders, comma-separated: print the second minus the first and stop; "" = evaluate
+    force: bool = False  # compare also what was prompted, decoded or computed differently
+    # run
+    smoke: bool = False  # tiny model, toy benchmark, CPU, seconds
+    resume: bool = False  # go on with the run in --out, or with the newest one
+    out: str = ""  # run folder; "" = the next free one under runs/
+
+
+SMOKE = {
+    "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy", "num_questions": 50, "num_samples": 2,
+    "max_new_tokens": 256, "num_slots": 50,
+}  # fmt: skip
+
+
+def main(config: Config) -> list[Result]:
+    if config.compare:
+        return compare(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"evaluating {config.model} on --device cuda needs an NVIDIA GPU and none is here. Two ways out:\n"
+            "  python recipes/evaluate.py --smoke         the whole path on this CPU in seconds, with a tiny model\n"
+            "  python recipes/evaluate.py --device cpu    this model on this CPU: slow, so make it small, for example with\n"
+            "      --benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
+        )
+    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    params = SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    run = RunFolder.open(config)
+    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
+    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
+    print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens; KV cache {cache:.2f} GiB and the prompts'")
+    results = [
+        evaluate(model, chat, benchmark, params, run.path / SAMPLES,
+                 num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed)
+        for benchmark in benchmarks
+    ]  # fmt: skip
+    print(table(results))
+    write_json(run.path / "results.json", [result.summary() for result in results])
+    print(f"report {write_report(run.path)}")
+    return results
+
+
+def table(results: list[Result]) -> str:
+    """The figures a person asks for first, a line a benchmark."""
+    head = ("benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong", "cut off", "no answer", "loops",
+            "reflection*", "undecided")  # fmt: skip
+    lines = [head]
+    for result in results:
+        k, tokens = result.num_samples, result.lengths()
+        of = [result.lengths(verdict).mean for verdict in ("correct", "wrong")]
+        lines.append((
+            result.benchmark, f"{100 * result.accuracy:.1f} ± {100 * result.interval:.1f} %", f"{100 * result.pass_at(k):.1f} % @{k}",
+            f"{tokens.mean:,.0f}", f"{tokens.median:,.0f}", f"{tokens.p90:,}", *("-" if mean is None else f"{mean:,.0f}" for mean in of),
+            *(f"{100 * share:.1f} %" for share in (result.truncated, result.without_answer, result.looping, result.reflection)),
+            str(result.unknown),
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    if len(results) > 1:
+        text += f"\nmean accuracy {100 * mean_accuracy(results):.1f} %, every benchmark counting the same"
+    return text + "\n* keywords alone: an upper bound"
+
+
+def compare(config: Config) -> list[Result]:
+    """Print the second run minus the first for every benchmark both hold."""
+    folders = [Path(name) / SAMPLES for name in config.compare.split(",")]
+    if len(folders) != 2:
+        raise ValueError(f"compare is {config.compare!r} but it takes two run folders, comma-separated")
+    first, second = ({path.stem: path for path in sorted(folder.glob("*.jsonl"))} for folder in folders)
+    shared = [name for name in first if name in second]
+    if not shared:
+        raise ValueError(f"{folders[0]} holds {sorted(first)} and {folders[1]} holds {sorted(second)}: no benchmark in common")
+    for name in shared:
+        before, after = read_result(first[name]), read_result(second[name])
+        sampled = paired_bootstrap(before, after, force=config.force)
+        difference, spread = paired_difference(before, after, force=config.force)
+        print(
+            f"{before}\n{after}\n{name}: difference {100 * difference:+.1f} points, 95 % interval {100 * sampled.low:+.1f} to "
+            f"{100 * sampled.high:+.1f} (paired bootstrap over {before.num_questions} questions); "
+            f"± {100 * spread:.1f} (normal, with two questions added: the one to trust below 20 questions)"
+        )
+    return [read_result(second[name]) for name in shared]
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

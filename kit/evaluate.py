@@ -10,7 +10,7 @@ import hashlib
 import threading
 from dataclasses import asdict
 from importlib.metadata import version
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
@@ -113,7 +113,7 @@ def _cuts(completion: Completion, chat: ChatFormat) -> dict[str, int]:
     """How many characters of the text the first 16, 32, 64, ... tokens make, for every such number below the response's own."""
     cuts, cap = {}, FIRST_CUT
     while cap < len(completion.ids):
-        # what both have in common: a cut may fall inside a character of several bytes
-        cuts[str(cap)] = len(commonprefix([chat.decode(completion.ids[:cap]), completion.text]))
+        pairs = zip(chat.decode(completion.ids[:cap]), completion.text, strict=False)
+        cuts[str(cap)] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # a cut may fall inside a character
         cap *= 2
     return cuts

@@ -142,7 +142,14 @@ class Result:
         its own, so these are the tokens that a run with that limit writes, and its accuracy: a box that stands before the cut
         counts, one behind it does not.
         """
-        return fmean(_share_by_question(self.rows, lambda row: _verdict_at(row, cap) == "correct").values())
+        return fmean(self._by_question_at(cap).values())
+
+    def interval_at(self, cap: int) -> float:
+        """Half the width of the 95 % interval of accuracy_at."""
+        return half_width(list(self._by_question_at(cap).values()))
+
+    def _by_question_at(self, cap: int) -> dict[str, float]:
+        return _share_by_question(self.rows, lambda row: _verdict_at(row, cap) == "correct")
 
     def summary(self) -> dict:
         """Every figure, as JSON writes it."""

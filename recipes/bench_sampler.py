@@ -69,8 +69,8 @@ def main(config: Config) -> list[dict]:
         right = sum(answer == list(range(length - 1, -1, -1)) for answer, length in zip(answers, lengths, strict=True))
         rows.append({"name": name, "seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": total / seconds,
                      "answers_as_expected": right})  # fmt: skip
-        print("  {name:<16}{seconds:8.1f} s ({cpu_seconds:.1f} s of CPU) {tokens_per_second:9,.0f} useful tokens/s".format(**rows[-1])
-              + f"   {right} of {len(prompts)} answers as expected")  # fmt: skip
+        print(f"  {name:<16}{seconds:8.1f} s ({cpu:.1f} s of CPU) {total / seconds:9,.0f} useful tokens/s   "
+              f"{right} of {len(prompts)} answers as expected")  # fmt: skip
     for row in rows[1:]:
         times = " x, by CPU time ".join(f"{row[key] / rows[0][key]:.2f}" for key in ("seconds", "cpu_seconds"))
         print(f"  {rows[0]['name']} against {row['name']}: {times} x")

@@ -7,8 +7,8 @@
     python recipes/evaluate.py --smoke                                                   a tiny model, seconds on any CPU
 
 A folder of adapters (adapter_config.json) is loaded with its base. Every sample is logged as it ends, --resume goes on after a
-kill, and the result is that of an unbroken run. Time: not timed on a GPU; SmolLM2-135M, 50 GSM8K questions x 2 samples of up to 200
-tokens, takes minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
+kill, and the result is that of an unbroken run. Time: not timed on a GPU; SmolLM2-135M, 50 GSM8K questions x 2 samples of up to
+200 tokens, takes minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse, show
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams, cache_bytes
+from kit.pages import percent
 from kit.report import SAMPLES, write_report
 from kit.results import Result, mean_accuracy, paired_bootstrap, paired_difference, read_result
 from kit.run import RunFolder, write_json
@@ -93,17 +94,17 @@ def main(config: Config) -> list[Result]:
 
 def table(results: list[Result]) -> str:
     """The figures a person asks for first, a line a benchmark."""
-    head = ("benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong", "cut off", "no answer", "loops",
-            "reflection*", "undecided")  # fmt: skip
+    head = ("benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong", "cut off", "no answer",
+            "loops", "reflection*", "undecided")  # fmt: skip
     lines = [head]
     for result in results:
         k, tokens = result.num_samples, result.lengths()
-        of = [result.lengths(verdict).mean for verdict in ("correct", "wrong")]
+        means = [result.lengths(verdict).mean for verdict in ("correct", "wrong")]
+        shares = (result.truncated, result.without_answer, result.looping, result.reflection)
         lines.append((
-            result.benchmark, f"{100 * result.accuracy:.1f} ± {100 * result.interval:.1f} %", f"{100 * result.pass_at(k):.1f} % @{k}",
-            f"{tokens.mean:,.0f}", f"{tokens.median:,.0f}", f"{tokens.p90:,}", *("-" if mean is None else f"{mean:,.0f}" for mean in of),
-            *(f"{100 * share:.1f} %" for share in (result.truncated, result.without_answer, result.looping, result.reflection)),
-            str(result.unknown),
+            result.benchmark, f"{percent(result.accuracy)} ± {100 * result.interval:.1f}",
+            f"{percent(result.pass_at(k))}, k = {k}", f"{tokens.mean:,.0f}", f"{tokens.median:,.0f}", f"{tokens.p90:,}",
+            *("-" if mean is None else f"{mean:,.0f}" for mean in means), *map(percent, shares), str(result.unknown),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)

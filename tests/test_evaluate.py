@@ -113,7 +113,8 @@ def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path)
     def rows(name):
         found = read_result(tmp_path / name / "toy.jsonl").rows
         return sorted(
-            ({k: v for k, v in r.items() if k not in ("mean_logprob", "seconds")} for r in found), key=lambda r: (r["question"], r["sample"])
+            ({k: v for k, v in r.items() if k not in ("mean_logprob", "seconds")} for r in found),
+            key=lambda r: (r["question"], r["sample"]),
         )
 
     assert rows("whole") == rows("broken")

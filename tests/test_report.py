@@ -1,11 +1,13 @@
 import json
+import re
 import struct
 
 import pytest
 
-from kit.results import Result
 from kit.journal import Journal
-from kit.report import AFTER, BEFORE, findings, write_report
+from kit.pages import SHOWN, browser, figures_table
+from kit.report import AFTER, BEFORE, SAMPLES, findings, write_report
+from kit.results import Result
 
 
 def rows(shares, tokens=10, text="so \\boxed{1}"):
@@ -61,7 +63,7 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")
     assert "accuracy fell" in page
-    assert "<summary>toy: 0 &lt; 1?</summary>" in page
+    assert "<summary>0 &lt; 1? <small>(before: 9 of 10 right; after: 1 of 10 right)</small></summary>" in page
     assert "24 % before" in page  # the paper's number for this model
     assert "8 traces kept, 2 dropped" in page
     assert "loss 2.000 at the first step, 1.000 at the last" in page
@@ -86,3 +88,53 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(tmp_path):
 def test_no_run_is_an_error_that_says_what_to_pass(tmp_path):
     with pytest.raises(ValueError, match="pass a run folder"):
         write_report(tmp_path)
+
+
+def test_a_report_of_one_evaluation_shows_right_and_wrong_answers_with_their_marks(tmp_path):
+    text = "so <b> let me Double-check: \\boxed{\\frac{1}{2}} " + "again and " * 40
+    found = rows([0.3, 1.0, 0.0], tokens=40, text=text)
+    for row in found:
+        row |= {"answer": "1/2", "cuts": {"16": 3, "32": 60}}
+    path = make_run(tmp_path / "run")
+    journal = Journal(path / SAMPLES / "toy.jsonl")
+    journal.append({"header": {"max_new_tokens": 64}})
+    for row in found:
+        journal.append(row)
+    page = write_report(path).read_text()
+    assert "google/gemma-3-1b-it, an evaluation" in page
+    assert "so &lt;b&gt; let me <mark>Double-check</mark>: <b class=box>\\boxed{\\frac{1}{2}}</b> again" in page
+    summaries = re.findall(r"<summary>(.*?) <small>\((.*?)\)</small></summary>", page)
+    assert summaries == [("0 &lt; 1?", "3 of 10 right"), ("1 &lt; 1?", "10 of 10 right"), ("2 &lt; 1?", "0 of 10 right")]
+    assert [len(re.findall(f"<span class={v}>", page)) for v in ("correct", "wrong")] == [2, 2]  # one of each, where there is one
+    assert "40 tokens, ends in a loop" in page
+    assert page.count("data:image/png;base64,") == 3  # accuracy, length, accuracy against length
+    assert "<b>43.3 %</b>" in page
+
+
+def test_a_cell_for_every_figure_is_what_the_result_says():
+    found = Result("toy", tuple(rows([0.5, 1.0])), {"max_new_tokens": 20})
+    table = figures_table({SAMPLES: {"toy": found}})
+    cells = dict(re.findall(r"<tr><td>(.*?)<td>(.*?)(?=<tr>|</table>)", table))
+    assert cells["accuracy"] == f"<b>75.0 %</b> ± {100 * found.interval:.1f}"
+    assert cells["pass@k ¹"].startswith("100.0 % ±")
+    assert cells["questions x samples"] == "2 x 10"
+    assert cells["accuracy per 1,000 tokens"] == "7500.0 %"
+    assert "accuracy as the paper graded" not in cells
+    graded = Result("toy", tuple(row | {"paper_verdict": "correct"} for row in found.rows))
+    assert "accuracy as the paper graded<td>100.0 %" in figures_table({SAMPLES: {"toy": graded}})
+
+
+def test_stages_made_differently_are_not_called_a_difference():
+    stages = results([0.9] * 8, [0.2] * 8)
+    before, after = stages[BEFORE]["toy"], stages[AFTER]["toy"]
+    stages[AFTER]["toy"] = Result("toy", after.rows, {"temperature": 1.0})
+    (finding,) = findings(stages)
+    assert "temperature None and 1.0" in finding and "fell" not in finding
+    assert before.accuracy > after.accuracy
+
+
+def test_the_browser_shows_questions_with_right_answers_however_few_there_are(tmp_path):
+    page = browser({SAMPLES: {"toy": Result("toy", tuple(rows([0.0] * 60 + [0.1, 0.2])))}})
+    assert page.count("<details>") == SHOWN
+    assert "61 &lt; 1?" in page and "60 &lt; 1?" in page
+    assert "5 &lt; 1?" in page and "40 &lt; 1?" not in page

@@ -21,12 +21,15 @@ from kit.grade import grade
 from kit.grading import workers
 from kit.journal import Journal
 from kit.results import Result, read_result
+from kit.vllm_backend import VllmModel
 
 FIRST_CUT = 16  # tokens; a row says where its text stands after 16, 32, 64, ... of them, for accuracy at smaller limits
 
 
 def fingerprint(model) -> str:
     """Names a model's weights by content: a hash of every tensor's name, shape and sums. Two checkpoints of a run differ."""
+    if isinstance(model, VllmModel):
+        return model.fingerprint
     state = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         wide = tensor.detach().double()
@@ -55,6 +58,7 @@ def evaluate(
         "seed": seed,
         **asdict(params),
         "dtype": str(model.dtype),
+        "engine": f"vllm {model.version}" if isinstance(model, VllmModel) else "kit",
         **{name: version(name) for name in ("torch", "transformers")},
     }
     rows = _stored_rows(journal, header)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from kit.kv_cache import SlotCache, cache_bytes
 from kit.models import context_length, next_token_logits
 from kit.sampling import SamplingParams, sample, stream_key
+from kit.vllm_backend import VllmModel
 
 BUCKET = 64  # attended length is rounded up to this many positions, so that shapes repeat
 SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
@@ -101,7 +102,6 @@ class _Engine:
             state[target] = state[source]
 
 
-@torch.no_grad()
 def generate(
     model, prompts: Sequence[Sequence[int]], params: SamplingParams, *, num_slots: int, seed: int,
     eos_token_id: int | Sequence[int], keys: Sequence[object] | None = None, decode: Callable[[list[int]], str] | None = None,
@@ -109,37 +109,52 @@ def generate(
 ) -> list[Completion]:  # fmt: skip
     """One completion a prompt, in the prompts' order.
 
-    prompts: token ids. num_slots: rows decoded at once. keys: what names each prompt's random stream beside `seed`, e.g.
-    (question id, sample index); None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as
-    each one ends. Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
+    model: a transformers model, or a kit.vllm_backend.VllmModel. prompts: token ids. num_slots: rows decoded at once (vLLM's were
+    set where it was loaded). keys: what names each prompt's random stream beside `seed`, e.g. (question id, sample index); None =
+    the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
+    Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)
     _check(model, prompts, params, num_slots, keys)
-    if not prompts:
-        return []
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
-    num_slots = min(num_slots, len(prompts))
-    lengths = [len(prompt) for prompt in prompts]
-    engine = _Engine(model, params, num_slots, max(lengths) + params.max_new_tokens)
     streams = [stream_key(seed, key) for key in keys]
-    slots = [_Slot(-1) for _ in range(num_slots)]
-    waiting = deque(range(len(prompts)))
     done: list[Completion | None] = [None] * len(prompts)
-    progress = _Progress(len(prompts), description)
-
-    def receive(row: int, token: int, logprob: float) -> None:
-        slot = slots[row]
-        slot.ids.append(token)
-        slot.logprobs.append(logprob)
-        if token in stop or len(slot.ids) == params.max_new_tokens:
-            text = decode(slot.ids) if decode else ""
-            completion = Completion(slot.ids, slot.logprobs, token in stop, text, time.perf_counter() - slot.start)
-            done[slot.request] = completion
-            progress.finish(completion)
+    with _Progress(len(prompts), description) as progress:
+        if isinstance(model, VllmModel):
+            responses = model.run(prompts, params, streams, stop)
+        else:
+            responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
+        for request, ids, logprobs, seconds in responses:
+            text = decode(ids) if decode else ""
+            done[request] = Completion(ids, logprobs, ids[-1] in stop, text, seconds)
+            progress.finish(done[request])
             if on_finish:
-                on_finish(slot.request, completion)
-            slots[row] = _Slot(-1)
+                on_finish(request, done[request])
+    return done
+
+
+@torch.no_grad()
+def _run_slots(
+    model, prompts: list[tuple[int, ...]], params: SamplingParams, streams: list[int], stop: set[int], num_slots: int, progress,
+) -> Iterator[tuple[int, list[int], list[float], float]]:  # fmt: skip
+    """(index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
+    if not prompts:
+        return
+    lengths = [len(prompt) for prompt in prompts]
+    slots = [_Slot(-1) for _ in range(min(num_slots, len(prompts)))]
+    engine = _Engine(model, params, len(slots), max(lengths) + params.max_new_tokens)
+    waiting = deque(range(len(prompts)))
+
+    def receive(rows, tokens, logprobs):
+        progress.step(len(rows))
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            slot = slots[row]
+            slot.ids.append(token)
+            slot.logprobs.append(logprob)
+            if token in stop or len(slot.ids) == params.max_new_tokens:
+                slots[row] = _Slot(-1)
+                yield slot.request, slot.ids, slot.logprobs, time.perf_counter() - slot.start
 
     training = model.training
     model.eval()
@@ -151,21 +166,14 @@ def generate(
                 rows = free[: len(requests)]
                 for row, request in zip(rows, requests, strict=True):
                     slots[row] = _Slot(request)
-                drawn = engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests])
-                for row, token, logprob in zip(rows, *drawn, strict=True):
-                    receive(row, token, logprob)
+                yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]))
             _compact(slots, engine, lengths)
             active = [row for row, slot in enumerate(slots) if slot.request >= 0]
             if active:
                 longest = max(lengths[slots[row].request] + len(slots[row].ids) - 1 for row in active)
-                tokens, logprobs = engine.decode(len(active), longest)
-                for row in active:
-                    receive(row, tokens[row], logprobs[row])
-                progress.step(len(active))
+                yield from receive(active, *engine.decode(len(active), longest))
     finally:
-        progress.close()
         model.train(training)
-    return done
 
 
 def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
@@ -216,7 +224,7 @@ class _Progress:
     def __init__(self, total: int, description: str):
         self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)
         self.start = self.shown = time.perf_counter()
-        self.tokens = self.finished_tokens = self.truncated = self.finished = 0
+        self.tokens = self.finished = self.finished_tokens = self.truncated = 0
 
     def step(self, tokens: int) -> None:
         """So many rows got a token each."""
@@ -233,9 +241,13 @@ class _Progress:
         self.bar.update()
 
     def text(self, seconds: float) -> str:
+        tokens = max(self.tokens, self.finished_tokens)  # vLLM tells of whole responses only
         mean = f"{self.finished_tokens / self.finished:,.0f}" if self.finished else "?"
-        return f"{self.tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
+        return f"{tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.bar.set_postfix_str(self.text(time.perf_counter() - self.start), refresh=False)
         self.bar.close()

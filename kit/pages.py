@@ -63,8 +63,8 @@ def figures_table(stages: Stages) -> str:
 NOTES = f"""<p><small>Intervals are 95 %, over questions: the samples of one question are not independent.
 ¹ the chance that one of k samples is right. ² the questions that are left are often the easier ones. ³ the text's last
 characters are one unit of at most {LOOP_UNIT} characters, over and over, at least {LOOP_TIMES} times and {LOOP_CHARACTERS}
-characters in all. ⁴ share of responses with one of the paper's keywords; the paper also has a language model confirm each, so this
-is an upper bound.</small></p>"""
+characters in all. ⁴ share of responses with one of the paper's keywords; the paper also has a language model confirm each, so
+this is an upper bound.</small></p>"""
 CAPS_NOTE = """<p><small>Accuracy against length comes from the same samples: a longer response is cut after so many tokens and
 what is left is graded again, which is what a run with that limit writes. An answer that stands before the cut counts.</small></p>
 """

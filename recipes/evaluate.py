@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from kit import models
 from kit.benchmarks import parse_benchmarks
@@ -26,6 +27,7 @@ from kit.pages import percent
 from kit.report import SAMPLES, write_report
 from kit.results import Result, mean_accuracy, paired_bootstrap, paired_difference, read_result
 from kit.run import RunFolder, write_json
+from kit.vllm_backend import VllmModel
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,12 @@ def main(config: Config) -> list[Result]:
     params = SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
-    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    if config.engine not in ENGINES:
+        raise ValueError(f"engine is {config.engine!r}; pass one of {', '.join(ENGINES)}")
+    model, tokenizer = ENGINES[config.engine](config)
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
-    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
-    print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens; KV cache {cache:.2f} GiB and the prompts'")
+    print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
     results = [
         evaluate(model, chat, benchmark, params, run.path / SAMPLES,
                  num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed)
@@ -90,6 +93,20 @@ def main(config: Config) -> list[Result]:
     write_json(run.path / "results.json", [result.summary() for result in results])
     print(f"report {write_report(run.path)}")
     return results
+
+
+def load_kit(config: Config):
+    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
+    print(f"KV cache    {cache:.2f} GiB and the prompts'")
+    return model, tokenizer
+
+
+def load_vllm(config: Config):
+    return VllmModel(config.model, config.num_slots), AutoTokenizer.from_pretrained(config.model)
+
+
+ENGINES = {"kit": load_kit, "vllm": load_vllm}
 
 
 def table(results: list[Result]) -> str:

@@ -1,7 +1,15 @@
+import io
+import os
+import re
+import sys
+
 import pytest
 import torch
+from tqdm import tqdm
 
 from kit import generate as generating
+from kit import models
+from kit.chat import ChatFormat
 from kit.generate import Completion, SamplingParams, generate
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
@@ -149,3 +157,70 @@ def test_training_mode_is_put_back_and_no_gradient_is_kept(tiny_model):
     run(tiny_model, GREEDY)
     assert tiny_model.training
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_shows_finished_of_total_pace_length_truncated_and_time_left(tiny_model, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(generating, "SHOW_EVERY", 0.0)
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    completions = run(tiny_model, RANDOM, eos_token_id=range(2, 10), description="toy")
+    frames = terminal.getvalue().split("\r")
+    last = frames[-1].strip()
+    lengths = [len(c.ids) for c in completions]
+    truncated = sum(not c.finished for c in completions)
+    assert last.startswith("toy: 100%")
+    assert "7/7 [" in last
+    assert f"mean length {sum(lengths) / 7:,.0f}, truncated {truncated}]" in last
+    assert 0 < truncated < 7 or len(set(lengths)) > 1
+    pace = float(re.search(r"([\d,]+) tokens/s", last)[1].replace(",", ""))
+    assert pace > 0
+    assert any(re.search(r"[1-6]/7 \[\d\d:\d\d<\d\d:\d\d", frame) for frame in frames)  # elapsed<left, once one has finished
+    assert any("0/7" in frame and "mean length ?" in frame for frame in frames)
+
+
+def test_no_terminal_no_bar(tiny_model, capfd):
+    run(tiny_model, SamplingParams(temperature=0, max_new_tokens=2))
+    assert capfd.readouterr().err == ""
+
+
+def test_what_on_finish_raises_comes_out_and_leaves_the_model_as_it_was(tiny_model):
+    def fail(index, completion):
+        raise KeyError("disk full")
+
+    tiny_model.train()
+    with pytest.raises(KeyError, match="disk full"):
+        run(tiny_model, GREEDY, on_finish=fail)
+    assert tiny_model.training
+    assert torch.is_grad_enabled()
+
+
+def test_real_weights_decode_greedily_as_transformers_does():
+    path = os.environ.get("KIT_MODEL")
+    if not path:
+        pytest.skip(
+            "real weights do not ship with the kit: set KIT_MODEL to a folder or .gguf file of a model with a chat template"
+        )
+    model, tokenizer = models.load(path, device="cpu")
+    chat = ChatFormat(tokenizer)
+    problems = [
+        "What is 2 + 3?",
+        "A train goes 60 km in 1.5 hours. How fast is it?",
+        "Name a prime between 24 and 30, and say why.",
+    ]
+    prompts = chat.encode([chat.prompt(problem) for problem in problems])
+    params = SamplingParams(temperature=0, max_new_tokens=120)
+    ours = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=chat.eos_token_ids)
+    model.set_attn_implementation("sdpa")
+    for prompt, completion in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=120, eos_token_id=chat.eos_token_ids,
+            pad_token_id=chat.eos_token_ids[0],
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert completion.ids == theirs

@@ -66,7 +66,8 @@ characters are one unit of at most {LOOP_UNIT} characters, over and over, at lea
 characters in all. ⁴ share of responses with one of the paper's keywords; the paper also has a language model confirm each, so
 this is an upper bound.</small></p>"""
 CAPS_NOTE = """<p><small>Accuracy against length comes from the same samples: a longer response is cut after so many tokens and
-what is left is graded again, which is what a run with that limit writes. An answer that stands before the cut counts.</small></p>
+what is left is graded again, by the same rules: it is what a run with that limit writes. A box that stands before the cut counts;
+where there is none the grader takes the last number, as in any response, so a short limit can be right by luck.</small></p>
 """
 
 
@@ -81,15 +82,14 @@ def browser(stages: Stages) -> str:
 
 
 def _chosen(results: list[Result]) -> list[str]:
-    """At most SHOWN questions in the benchmark's order; half of them have a right answer, where so many have."""
+    """At most SHOWN questions: those with a right answer first, which are half of them where so many have one."""
     right = {row["question"]: False for result in results for row in result.rows}
     for result in results:
         for row in result.rows:
             right[row["question"]] |= row["verdict"] == "correct"
     solved = [question for question, found in right.items() if found]
     others = [question for question, found in right.items() if not found]
-    kept = {*solved[: max(SHOWN // 2, SHOWN - len(others))], *others[: max(SHOWN // 2, SHOWN - len(solved))]}
-    return [question for question in right if question in kept]
+    return [*solved[: max(SHOWN // 2, SHOWN - len(others))], *others[: max(SHOWN // 2, SHOWN - len(solved))]]
 
 
 def _question(question: str, results: dict[str, Result]) -> str:

@@ -140,7 +140,7 @@ class Result:
 
         A longer response is cut after its first `cap` tokens and what is left is graded anew. Every sample has a random stream of
         its own, so these are the tokens that a run with that limit writes, and its accuracy: a box that stands before the cut
-        counts, one behind it does not.
+        counts, one behind it does not, and where none is left the grader's fall-backs apply as in any response.
         """
         return fmean(self._by_question_at(cap).values())
 

@@ -55,8 +55,7 @@ def grade_as_paper(gold: str, prediction: str, *, deadline: float = 5.0) -> Pape
     extracted = extract(prediction)
     if max(len(gold), len(extracted)) > MAX_CHARS:
         return PaperVerdict("unknown", f"too large: an answer of more than {MAX_CHARS:,} characters", gold, extracted)
-    reference = normalise(gold)
-    answer = normalise(normalise(extracted))  # twice, as there: the second time sees what the first one bared
+    reference, answer = (normalise(normalise(text)) for text in (gold, extracted))  # twice, as there: once bares more
     if reference in CHOICES and answer not in CHOICES:
         answer = choice_in(prediction)
     elif reference and not set(reference) - CHOICES:

@@ -17,9 +17,9 @@ from statistics import fmean
 from kit.benchmarks import Benchmark, Question
 from kit.chat import ChatFormat, digest
 from kit.generate import Completion, SamplingParams, generate
-from kit.grade import grade
 from kit.grading import workers
 from kit.journal import Journal
+from kit.regrade import verdict_fields
 from kit.results import Result, read_result
 from kit.vllm_backend import VllmModel
 
@@ -94,19 +94,12 @@ def _stored_rows(journal: Journal, header: dict) -> list[dict]:
 
 
 def _row(question: Question, completion: Completion) -> dict:
-    verdict = grade(question.answer, completion.text)
     return {
         "problem": question.problem,
         "answer": question.answer,
         "tokens": len(completion.ids),
         "finished": completion.finished,
-        "verdict": verdict.verdict,
-        "tier": verdict.tier,
-        "rule": verdict.rule,
-        "gold": verdict.gold,
-        "prediction": verdict.prediction,
-        "extracted": verdict.extracted,
-        "extraction": verdict.extraction,
+        **verdict_fields(question.answer, completion.text),
         "seconds": round(completion.seconds, 3),
         "mean_logprob": fmean(completion.logprobs),
         "text": completion.text,

@@ -9,12 +9,14 @@ that tier 1 leaves open. A response without an answer is wrong; `unknown` is onl
 a cap was met, or sympy could not tell.
 
     python -m kit.grade "gold" "prediction"
+    python -m kit.grade regrade samples.jsonl          kit/regrade.py
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,6 +25,7 @@ from kit.grading.answers import ParseError, TooLarge, parse
 from kit.grading.comparison import Judge, Options
 from kit.grading.extraction import extract_answer, is_bare
 from kit.grading.notation import FONT_COMMANDS, TEXT_COMMANDS, Undecided, clean, group_ends
+from kit.grading.paper import grade_as_paper
 from kit.grading.values import Budget, NotNumeric, Undefined
 from kit.grading.workers import prove
 
@@ -270,7 +273,13 @@ def _letters(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: verdict, tier, rule and both normal forms."""
+    """The command line: verdict, tier, rule and both normal forms, and what the paper's rules say; or `regrade`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["regrade"]:
+        from kit import regrade
+
+        regrade.main(arguments[1:])
+        return
     parser = argparse.ArgumentParser(prog="python -m kit.grade", description="Is this answer right?")
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
@@ -283,9 +292,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     settings = vars(parser.parse_args(arguments))
     settings["rounding"] = settings["rounding"] or None
-    for name, value in asdict(grade(**settings)).items():
+    paper = grade_as_paper(settings["gold"], settings["prediction"], deadline=settings["deadline"])
+    rows = {**asdict(grade(**settings)), "paper": f"{paper.verdict} ({paper.rule}: {paper.gold} against {paper.prediction})"}
+    for name, value in rows.items():
         print(f"{name:<11}", str(value).encode("utf-8", "backslashreplace").decode())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as mistake:
+        sys.exit(f"error: {mistake}")

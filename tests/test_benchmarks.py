@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import real_data
 
-from kit.benchmarks import BENCHMARKS, PAPER, parse_benchmarks
+from kit.benchmarks import BENCHMARKS, PAPER, ids_hash, parse_benchmarks
 from kit.grade import grade
 
 
@@ -33,6 +33,55 @@ def test_real_files_are_read_whole_and_every_gold_is_graded_correct_against_itse
     assert len({question.id for question in benchmark.questions}) == count
     for question in benchmark.questions:
         assert grade(question.answer, f"so \\boxed{{{question.answer}}}").verdict == "correct", question.answer
+
+
+def test_a_folder_of_local_copies_is_enough_and_golds_do_not_change_the_ids(tmp_path):
+    folder = real_data("aime24.jsonl").parent
+    aime, gsm8k = parse_benchmarks(f"aime24={folder},gsm8k={folder}")
+    assert aime.source == str(folder / "aime24.jsonl")
+    assert gsm8k.source == str(folder / "gsm8k_test.jsonl")
+    rows = [{"problem": f"  {q.problem}\n", "answer": int(q.answer)} for q in reversed(aime.questions)]
+    assert any(question.answer.startswith("0") for question in aime.questions)
+    (copy,) = parse_benchmarks(f"aime24={write(tmp_path / 'aime24.jsonl', rows)}")
+    assert ids_hash(copy.questions) == ids_hash(aime.questions) == BENCHMARKS["aime24"].ids_hash
+
+
+def test_the_arithmetic_problems_are_made_here_and_are_the_ones_the_table_names():
+    (arithmetic,) = parse_benchmarks("arithmetic")
+    assert len(arithmetic.questions) == arithmetic.num_questions == 400
+    assert arithmetic.num_samples == 4
+    assert ids_hash(arithmetic.questions) == arithmetic.ids_hash
+    first = arithmetic.questions[0]
+    assert first.problem.startswith("Compute the answer to this arithmetic expression: ")
+    assert grade(first.answer, f"It is \\boxed{{{first.answer}}}.").verdict == "correct"
+    assert parse_benchmarks("arithmetic", limit=2)[0].questions == arithmetic.questions[:2]
+
+
+def test_other_questions_under_a_benchmarks_name_are_refused_with_both_hashes(tmp_path):
+    (toy,) = parse_benchmarks("toy")
+    rows = [{"problem": question.problem, "answer": question.answer} for question in toy.questions]
+    path = write(tmp_path / "toy.jsonl", rows)
+    assert parse_benchmarks(f"toy={path}")[0].questions == toy.questions
+    rows[7]["problem"] = "1+1?"
+    path = write(tmp_path / "toy.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"holds 100 questions as toy does.*should be {toy.ids_hash}; pass toy=FILE"):
+        parse_benchmarks(f"toy={path}")
+    assert parse_benchmarks(f"toy={path}", limit=100)[0].questions[7].problem == "1+1?"  # asked for by its own file and a limit
+    assert len(parse_benchmarks(f"toy={write(tmp_path / 'part.jsonl', rows[:9])}")[0].questions) == 9
+
+
+def test_a_hub_copy_must_be_whole_and_the_same_even_with_a_limit(tmp_path, monkeypatch):
+    """No network here: what the hub would give is put in the place of its reader."""
+    (toy,) = parse_benchmarks("toy")
+    rows = [{"problem": question.problem, "answer": question.answer} for question in toy.questions]
+    monkeypatch.setattr("kit.benchmarks.read_rows", lambda source, bad: ((f"{source}[{i}]", row) for i, row in enumerate(rows)))
+    assert parse_benchmarks("toy=owner/toy", limit=3)[0].questions == toy.questions[:3]
+    rows[0]["problem"] = "2+2?"
+    with pytest.raises(ValueError, match="owner/toy holds 100 questions"):
+        parse_benchmarks("toy=owner/toy", limit=3)
+    del rows[0]
+    with pytest.raises(ValueError, match="toy has 100 questions but owner/toy gave 99"):
+        parse_benchmarks("toy=owner/toy")
 
 
 def test_the_shipped_problems_are_read_and_limited():

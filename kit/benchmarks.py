@@ -47,7 +47,7 @@ class Benchmark:
     questions: tuple[Question, ...] = ()
 
     def read(self, source: str = "", *, limit: int = 0) -> Benchmark:
-        """The benchmark with its questions, from `source`: a local file, a folder with `file` in it, or a hub id; "" = the table's.
+        """The benchmark with its questions, from a local file, a folder with `file` in it, or a hub id; "" = the table's.
 
         limit: the first so many questions; 0 = all. Raises ValueError for a malformed row, and where the questions are not those
         of the table: a hub copy must hold all of them, and so must a local file of as many rows that is read without a limit.

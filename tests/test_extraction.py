@@ -1,10 +1,12 @@
 """Where in a response the answer is looked for, and that the search is linear."""
 
+import random
 import time
 
 import pytest
 
 from kit.grade import extract_answer
+from kit.grading.extraction import _last_box, last_box
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,11 @@ def test_time_is_linear_in_the_text(unit):
     extract_answer(text)
     extract_answer(text, choice=True)
     assert time.process_time() - start < 2
+
+
+def test_the_quick_way_to_the_last_box_finds_what_counting_every_brace_finds():
+    rng = random.Random(0)
+    pieces = ["\\boxed", "\\fbox", "{", "}", "5", " ", "\\\\", "\\{", "x", "\\boxed{7}", "$"]
+    for _ in range(20_000):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 10)))
+        assert last_box(text) == _last_box(text), text

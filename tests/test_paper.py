@@ -134,7 +134,8 @@ def test_normal_form(text, expected):
 
 
 def test_hostile_input_is_bounded_and_nothing_long_is_called_wrong():
-    for index, (gold, prediction) in enumerate(HOSTILE):
+    boxed = [(gold, rf"\boxed{{{prediction}}}") for gold, prediction in HOSTILE]  # else the last number is all that is graded
+    for index, (gold, prediction) in enumerate([*HOSTILE, *boxed]):
         start = time.monotonic()
         verdict = grade_as_paper(gold, prediction, deadline=0.25)
         assert time.monotonic() - start < 0.25 + SLACK, index

@@ -103,7 +103,23 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
 
 
 def last_box(text: str) -> tuple[str, int] | None:
-    """(content, end) of the last complete, non-empty box: one pass over the braces, however many boxes are left open."""
+    """(content, end) of the last complete, non-empty box."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    end = text.find("}", start)
+    content = text[start + 7 : end] if text.startswith("\\boxed{", start) else "{"
+    if end >= 0 and "{" not in content and "\\" not in content and content.strip():  # \boxed{42}: no need to count braces
+        box = content.strip(), end + 1 - start
+    else:
+        box = _last_box(text[start:])
+    if box and "}" not in text[start + box[1] :]:  # nothing behind it closes a box from before
+        return box[0], start + box[1]
+    return _last_box(text)
+
+
+def _last_box(text: str) -> tuple[str, int] | None:
+    """One pass over the braces, however many boxes are left open."""
     stack: list[int] = []  # the start of a box's content, or -1 for any other brace
     waiting = -1  # where a \boxed just ended
     best: tuple[str, int] | None = None

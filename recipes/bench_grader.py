@@ -1,0 +1,223 @@
+"""Our grader against Math-Verify on the same pairs in one run: microseconds, ratios, and where the two disagree.
+
+    python recipes/bench_grader.py                                      pairs from the answers below
+    python recipes/bench_grader.py --problems math500.jsonl             pairs from the answers of a benchmark's file
+    python recipes/bench_grader.py --json grader.json                   for posting
+
+Every answer gives several predictions: itself and the same value written otherwise, in a box and in a sentence, and wrong ones (a
+number changed, a neighbour's answer). Both graders get the same response texts; ours is asked for a verdict, Math-Verify for
+parse(gold), parse(response) and verify, which is what a grade takes. Both are warmed up on other pairs. `first` is the first time
+a grader sees a pair, which is how responses come; `again` is the fastest of `--repeats` more, with every cache warm. Ours waits
+for sympy in a worker process on a few pairs: that wait is in its time. The hardest are the pairs that take the slower side
+longest, among those that both decide. Takes about two minutes for 500 answers on one core. Left out on purpose: hostile input, on
+which Math-Verify needs the main thread to stop at all (tests/test_grade.py).
+"""
+
+import importlib.util
+import json
+import random
+import re
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kit.benchmarks import BENCHMARKS
+from kit.config import parse
+from kit.grade import grade
+from kit.grading import workers
+from kit.machine import describe_machine
+from kit.run import write_json
+
+# answers of the kinds that MATH has, written for this file
+ANSWERS = r"""
+    7 | -12 | 125 | 4096 | 10,080 | 0.35 | 2.5 | -0.75 | 18\% | \$42 | \frac{3}{4} | -\frac{7}{12} | \dfrac{22}{7}
+    3\frac{1}{2} | \frac{\pi}{6} | 2\pi | 12\pi | \sqrt{2} | 3\sqrt{5} | \frac{\sqrt{3}}{2} | 5+2\sqrt{6}
+    \frac{1+\sqrt{5}}{2} | 2\sqrt[3]{4} | 3+4i | -2i | 60^\circ | 45 \text{ cm} | 36\text{ square feet} | (3,4) | (2,-1,5)
+    \left(3,\frac{\pi}{2}\right) | [0,5) | (-\infty,2] | (-\infty,-1)\cup(3,\infty) | \{1,2,3\} | 1,-2 | 3 \pm \sqrt{7}
+    x=5 | y=2x+3 | x^2-3x+2 | (x+1)(x-4) | 6x^2+11x-35 | \frac{x+2}{x-3} | 2^{10} | 10! | \binom{8}{3} | 1011_2 | 243_5
+    3:4 | 7:30 | \text{Tuesday} | \text{(B)} | \text{even} | C | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+    \begin{pmatrix} -1 \\ 0 \\ 2 \end{pmatrix} | |x-2| | \log_2 32 | e^2 | \ln 3 | \sin 30^\circ | \frac{a^2-b^2}{a+b}
+    1.5 \times 10^6 | 0.\overline{3} | 2x^3-x | \frac{n(n+1)}{2} | \sum_{k=1}^{10} k | \int_0^1 x^2 dx | 1 < x < 5
+"""
+
+WARM_UP = [("17", r"so $\boxed{18}$"), (r"\sqrt{12}", r"$\boxed{2\sqrt{3}}$"), (r"\int_0^1 x^4 dx", r"$\boxed{\frac{1}{5}}$")]
+
+
+@dataclass(frozen=True)
+class Config:
+    # pairs
+    problems: str = ""  # .jsonl file or benchmark folder whose answers are used; "" = the list in this file
+    num_answers: int = 0  # of them; 0 = all
+    seed: int = 0  # of the wrong predictions
+    # timing
+    repeats: int = 3  # times each pair is graded; the fastest counts
+    hardest: float = 0.05  # share of the pairs that are reported apart
+    # output
+    json: str = ""  # file for the figures; "" = none
+    num_shown: int = 20  # disagreements printed
+    smoke: bool = False  # small sizes, in seconds
+
+
+SMOKE = {"num_answers": 12, "repeats": 1}
+
+
+@dataclass
+class Pair:
+    """One question to both graders: a reference answer and a response."""
+
+    gold: str
+    response: str
+    kind: str  # how the prediction was made
+    ours: str = ""  # verdict
+    theirs: str = ""
+    our_first: float = 0.0  # seconds
+    our_again: float = 0.0
+    their_first: float = 0.0
+    their_again: float = 0.0
+
+
+def main(config: Config) -> dict:
+    machine = describe_machine()
+    print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
+    pairs = make_pairs(read_answers(config), random.Random(config.seed))
+    workers.start()  # importing sympy takes seconds: not out of the first hard pair
+    time_all(pairs, "our", _kit, config.repeats)
+    peer = importlib.util.find_spec("math_verify") is not None
+    if peer:
+        time_all(pairs, "their", _math_verify(), config.repeats)
+    else:
+        print("Math-Verify is not installed (pip install 'math-verify[antlr4_13_2]'): ours alone")
+    result = {"num_pairs": len(pairs), **summarise(pairs, config.hardest, peer=peer)}
+    show(result, pairs, config.num_shown, peer=peer)
+    if config.json:
+        write_json(
+            Path(config.json), {"machine": machine, "config": asdict(config), **result, "pairs": [asdict(p) for p in pairs]}
+        )
+    return result
+
+
+def read_answers(config: Config) -> list[str]:
+    if config.problems:
+        path = Path(config.problems)
+        benchmark = next((b for b in BENCHMARKS.values() if b.file == path.name), BENCHMARKS["math500"])
+        answers = [question.answer for question in benchmark.read(str(path), limit=config.num_answers).questions]
+    else:
+        answers = [answer.strip() for line in ANSWERS.strip().splitlines() for answer in re.split(r" \| ", line)]
+    return answers[: config.num_answers or None]
+
+
+def make_pairs(answers: list[str], rng: random.Random) -> list[Pair]:
+    """Right and wrong responses to every answer."""
+    pairs = []
+    for answer in answers:
+        variants = {"the same": answer, "another's": rng.choice(answers)}
+        number = re.search(r"[0-9]+", answer)
+        if number:
+            variants["a number changed"] = f"{answer[: number.start()]}{int(number[0]) + 1}{answer[number.end() :]}"
+        for kind, rewrite in REWRITES.items():
+            rewritten = rewrite(answer)
+            if rewritten != answer:
+                variants[kind] = rewritten
+        for kind, prediction in variants.items():
+            pairs.append(Pair(answer, rf"Adding up, we get $\boxed{{{prediction}}}$.", kind))
+        pairs.append(Pair(answer, f"Adding up, the final answer is ${answer}$.", "in a sentence"))
+    return pairs
+
+
+REWRITES: dict[str, Callable[[str], str]] = {
+    "other commands": lambda text: re.sub(r"(?<!left)\(", r"\\left(", re.sub(r"(?<!right)\)", r"\\right)", text)).replace(
+        "\\frac", "\\dfrac"
+    ),
+    "spaced": lambda text: re.sub(r"([+=])|,(?![0-9]{3})", r" \g<0> ", text),
+    "as a decimal": lambda text: f"{int(text)}.0" if re.fullmatch(r"-?[0-9]{1,9}", text) else text,
+    "a plain quotient": lambda text: re.sub(r"^(-?)\\d?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text),
+    "scaled by 2/2": lambda text: re.sub(
+        r"\\d?frac\{([0-9]+)\}\{([0-9]+)\}", lambda m: rf"\frac{{{2 * int(m[1])}}}{{{2 * int(m[2])}}}", text
+    ),
+    "plus zero": lambda text: f"{text}+0" if re.fullmatch(r"[-0-9a-z^+ ]+|.*\\sqrt\{[0-9]+\}", text) else text,
+    "without the unit": lambda text: re.sub(r"\s*\\(?:text|mbox)\{[^}]*\}(?:\^[0-9])?$|\^\\circ$", "", text) or text,
+}
+
+
+def time_all(pairs: list[Pair], side: str, judge: Callable[[str, str], str], repeats: int) -> None:
+    for gold, response in WARM_UP:
+        judge(gold, response)
+    for pair in pairs:
+        first, verdict = _timed(judge, pair)
+        setattr(pair, f"{side}_first", first)
+        setattr(pair, f"{side}s" if side == "our" else "theirs", verdict)
+    for pair in pairs:
+        setattr(pair, f"{side}_again", min(_timed(judge, pair)[0] for _ in range(repeats)))
+
+
+def _timed(judge: Callable[[str, str], str], pair: Pair) -> tuple[float, str]:
+    start = time.perf_counter()
+    verdict = judge(pair.gold, pair.response)
+    return time.perf_counter() - start, verdict
+
+
+def _kit(gold: str, response: str) -> str:
+    return grade(gold, response).verdict
+
+
+def _math_verify() -> Callable[[str, str], str]:
+    from math_verify import parse, verify
+
+    def judge(gold: str, response: str) -> str:
+        try:
+            read = parse(rf"\boxed{{{gold}}}", raise_on_error=True), parse(response, raise_on_error=True)
+            return "correct" if verify(*read, raise_on_error=True) else "wrong"
+        except Exception as error:  # it raises many kinds; a time-out is one of them
+            return f"failed: {type(error).__name__}"
+
+    return judge
+
+
+def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
+    """Microseconds and ratios, by the first time a pair is seen and by the later ones."""
+    simple = [pair for pair in pairs if re.fullmatch(r"-?[0-9]+", pair.gold) and pair.kind in ("the same", "a number changed")]
+    decided = [pair for pair in pairs if {pair.ours, pair.theirs} <= {"correct", "wrong"}]
+    result: dict = {"num_simple": len(simple)}
+    for when in ("first", "again"):
+        our, their = f"our_{when}", f"their_{when}"
+        ours, theirs = ([1e6 * getattr(pair, side) for pair in pairs] for side in (our, their))
+        figures = {"our_median_us": statistics.median(ours), "our_mean_us": statistics.fmean(ours), "our_worst_us": max(ours)}
+        if simple:
+            figures["our_median_us_on_simple"] = statistics.median(1e6 * getattr(pair, our) for pair in simple)
+        if peer:
+            hard = sorted(decided, key=lambda pair, sides=(our, their): max(getattr(pair, side) for side in sides))
+            hard = hard[-max(1, round(hardest * len(hard))) :]
+            figures |= {
+                "their_median_us": statistics.median(theirs),
+                "their_mean_us": statistics.fmean(theirs),
+                "their_worst_us": max(theirs),
+                "ratio_of_medians": statistics.median(theirs) / statistics.median(ours),
+                "median_of_ratios": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+                "ratio_of_totals": sum(theirs) / sum(ours),
+                "ratio_of_medians_on_hardest": statistics.median(getattr(p, their) for p in hard)
+                / statistics.median(getattr(p, our) for p in hard),
+                "ratio_of_totals_on_hardest": sum(getattr(p, their) for p in hard) / sum(getattr(p, our) for p in hard),
+            }
+        result[when] = figures
+    result["verdicts"] = {f"{a}, {b}": n for (a, b), n in Counter((p.ours, p.theirs) for p in pairs).most_common()}
+    return result
+
+
+def show(result: dict, pairs: list[Pair], num_shown: int, *, peer: bool) -> None:
+    print(f"\n{result['num_pairs']} pairs, {result['num_simple']} of them two integers{'first':>20}{'again':>14}")
+    for name in result["first"]:
+        print(f"  {name:<40}{result['first'][name]:14,.1f}{result['again'][name]:14,.1f}")
+    print("verdicts, ours and theirs:" if peer else "verdicts:")
+    for verdicts, number in result["verdicts"].items():
+        print(f"  {verdicts:<40}{number:6}")
+    if not peer:
+        return
+    for pair in [pair for pair in pairs if pair.ours != pair.theirs][:num_shown]:
+        print(f"  ours {pair.ours}, theirs {pair.theirs} ({pair.kind}): {json.dumps([pair.gold, pair.response])}")
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

@@ -1,10 +1,12 @@
 """The head in a training step: the fused loss of a row, its backward pass, and where the head's gradient goes.
 
-backward(batch, scale) once a row, then finish() once a step. Three ways: head and embedding apart, or the head frozen
+backward(batch, scale, loss_of) once a row, then finish() once a step. Three ways: head and embedding apart, or the head frozen
 (AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a block of the vocabulary at a time (BlockedHead).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +17,8 @@ from kit.optim import AdamW8bit
 from kit.packing import PackedBatch
 from kit.savings import Savings
 from kit.updates import UpdateInBackward, Updates
+
+LossOfRow = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]  # (hidden (T, H), head's weight (V, H), its row)
 
 
 def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
@@ -33,24 +37,26 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
     return AutogradHead(model, savings.logit_rows)
 
 
+def mean_cross_entropy(model, scale: float, logit_rows: int) -> LossOfRow:
+    """scale * the sum of a row's token losses: the mean over the step, where scale is 1 / its targets."""
+    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows}
+    return lambda hidden, weight, batch: linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
+
+
 class AutogradHead:
     """The fused loss under autograd: the head's gradient is made with the loss and waits for the rest."""
 
     def __init__(self, model, logit_rows: int):
         self.model, self.logit_rows = model, logit_rows
 
-    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
-        loss = _loss(self.model, hidden_states(self.model, batch), head_weight(self.model), batch, scale, self.logit_rows)
+    def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        loss_of = loss_of or mean_cross_entropy(self.model, scale, self.logit_rows)
+        loss = loss_of(hidden_states(self.model, batch), head_weight(self.model), batch)
         loss.backward()
         return loss.detach()
 
     def finish(self) -> None:
         """Autograd is done with the head."""
-
-
-def _loss(model, hidden, weight, batch: PackedBatch, scale: float, logit_rows: int) -> torch.Tensor:
-    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows}
-    return linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
 
 
 class _LookUp(torch.autograd.Function):
@@ -103,13 +109,12 @@ class TiedHead:
         self.model, self.updates, self.logit_rows = model, updates, logit_rows
         self.dweight: torch.Tensor | None = None
 
-    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
+    def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        loss_of = loss_of or mean_cross_entropy(self.model, scale, self.logit_rows)
         lookup = _Lookup(self.model, batch.input_ids)
         leaf = head_weight(self.model).detach().requires_grad_()
         leaf.grad = self.dweight  # of the rows before
-        hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
-        loss = _loss(self.model, hidden, leaf, batch, scale, self.logit_rows)
-        del hidden
+        loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch)
         loss.backward()
         self.dweight = leaf.grad
         _add_rows_(self.dweight, batch.input_ids, lookup.gradient())
@@ -145,7 +150,12 @@ class BlockedHead:
             )
         self.model, self.optimizer, self.updates, self.logit_rows = model, optimizer, updates, logit_rows
 
-    def backward(self, batch: PackedBatch, scale: float) -> torch.Tensor:
+    def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        if loss_of is not None:
+            raise ValueError(
+                "head_update is blocked but this step's loss is not cross-entropy, which is all that blocks know; "
+                "pass --head_update whole"
+            )
         lookup = _Lookup(self.model, batch.input_ids)
         hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
         weight, cap = head_weight(self.model), softcap(self.model)

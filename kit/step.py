@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from kit.activations import keep_activations, recompute_layers
-from kit.heads import make_head
+from kit.heads import LossOfRow, make_head
 from kit.models import head_weight
 from kit.optim import make_optimizer
 from kit.packing import PackedBatch
@@ -40,14 +40,17 @@ class TrainingStep:
         self.head = make_head(model, savings, self.optimizer, self.updates)
         model.train()
 
-    def __call__(self, batches: Sequence[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean token loss, gradient norm before clipping), fp32 scalars on the device."""
+    def __call__(self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss of the step, gradient norm before clipping), fp32 scalars on the device.
+
+        loss_of(hidden (T, H), head's weight (V, H), batch): a row's share of the step's loss; None = mean token cross-entropy.
+        """
         scale = 1 / max(sum(batch.num_targets for batch in batches), 1)
         device = head_weight(self.model).device
         self.updates.begin(len(batches))
         loss = torch.zeros((), device=device)
         for batch in batches:
-            loss += self.head.backward(batch.to(device), scale)
+            loss += self.head.backward(batch.to(device), scale, loss_of)
         self.head.finish()
         return loss, self.updates.finish()
 

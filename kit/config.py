@@ -31,10 +31,14 @@ def field_comments(config_class: type) -> dict[str, str]:
     return comments
 
 
-def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, smoke: dict | None = None) -> Config:
+def parse(
+    config_class: type[Config], argv: Sequence[str] | None = None, *, smoke: dict | None = None,
+    presets: dict[str, dict] | None = None,
+) -> Config:  # fmt: skip
     """Settings from the command line (argv, without the program's name; None = sys.argv).
 
-    smoke: what `--smoke` sets before the other flags are applied; needs a bool field `smoke`. Exits with status 2 and one line
+    smoke: what `--smoke` sets before the other flags are applied; needs a bool field `smoke`. presets: what `--preset NAME` sets,
+    before `--smoke`; needs a text field `preset`. Exits with status 2 and one line
     for an unknown flag (naming the nearest), a missing value or one of the wrong type; `--help` lists all flags.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -64,7 +68,10 @@ def parse(config_class: type[Config], argv: Sequence[str] | None = None, *, smok
                 2, f"error: there is no {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags") + "\n"
             )
     said = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    base = (smoke or {}) if said.get("smoke") else {}
+    preset = said.get("preset")
+    if preset is not None and preset not in (presets or {}):
+        parser.exit(2, f"error: there is no preset {preset!r}; the presets are {', '.join(presets or {}) or 'none'}\n")
+    base = (presets[preset] if preset else {}) | ((smoke or {}) if said.get("smoke") else {})
     return config_class(**{**base, **said})
 
 

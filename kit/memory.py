@@ -8,8 +8,10 @@ card really holds is printed beside it after ten steps. `formula` is a second op
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +25,7 @@ from kit.ledger import Ledger
 from kit.machine import GIB
 from kit.packing import PackedBatch
 from kit.savings import Savings
-from kit.step import TrainingStep
+from kit.step import LossOfRow, TrainingStep
 from kit.toy import TINY
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -117,9 +119,16 @@ def fake_batch(row_tokens: int) -> PackedBatch:
     return PackedBatch(ids, ids.clone(), ids.clone(), torch.zeros(2, dtype=torch.int32), row_tokens, row_tokens)
 
 
-def measure(model, savings: Savings, batch: PackedBatch, *, steps: int = 1) -> Ledger:
-    """The ledger of real or fake training steps. steps: 2 counts an optimizer that makes its states in the first."""
+def measure(
+    model, savings: Savings, batch: PackedBatch, *, steps: int = 1, rows: int = 1, loss_of: LossOfRow | None = None,
+    resident: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
+) -> Ledger:  # fmt: skip
+    """The ledger of real or fake training steps. steps: 2 counts an optimizer that makes its states in the first. rows: times
+    that a step takes the batch. loss_of: as TrainingStep's. resident: owner -> tensors that lie beside the step."""
     book = Ledger(model)
+    for owner, tensors in resident.items():
+        for tensor in tensors:
+            book.enter(tensor, owner)
     training_step = TrainingStep(model, savings, lr=1e-5)
     for state in training_step.optimizer.state.values():
         for name, tensor in state.items():
@@ -137,7 +146,7 @@ def measure(model, savings: Savings, batch: PackedBatch, *, steps: int = 1) -> L
     training_step.head.finish, training_step.updates.finish = head_update, update
     with book:
         for _ in range(steps):
-            training_step([batch])
+            training_step([batch] * rows, loss_of)
     book.close()
     training_step.close()
     return book

@@ -54,7 +54,8 @@ class Policy:
     """A model in training, its prompts' format, and how far it has come. Close it when training is over.
 
     reward: of a completion; within settings.reward_low and reward_high. max_grad_norm: as TrainingStep's.
-    Raises ValueError for savings that update inside the backward pass: a mini-batch has several rows.
+    Raises ValueError for savings that update inside the backward pass: a mini-batch has several rows; and for a KL where adapters
+    were trained before: the model that training starts from is then nowhere.
     """
 
     def __init__(
@@ -70,6 +71,15 @@ class Policy:
         self.model, self.chat, self.settings, self.reward = model, chat, settings, reward
         self.drawn = 0  # prompts rolled out so far: the data's cursor, and a part of every sample's random stream
         has_adapters = hasattr(model, "peft_config")
+        if (
+            has_adapters
+            and settings.uses_reference
+            and any(p.any() for name, p in model.named_parameters() if ".lora_B." in name)
+        ):
+            raise ValueError(
+                f"kl is {settings.kl} but the adapters have been trained already: the reference would be their base, not the "
+                "model that this training starts from; pass --kl none, or start from what kit.qlora.export writes"
+            )
         # a copy of the model as training starts; with adapters the base is still there, and they start as nothing
         self.frozen = copy.deepcopy(model).requires_grad_(False).eval() if settings.uses_reference and not has_adapters else None
         self.training_step = TrainingStep(
@@ -109,6 +119,7 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
     if longest > settings.row_tokens:
         raise ValueError(f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} tokens; "
                          f"pass --row_tokens {longest}")  # fmt: skip
+    policy.optimizer.zero_grad(set_to_none=True)  # the last update's gradients need not be held while sampling
     groups = range(policy.drawn, policy.drawn + len(prompts))
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(settings.group_size)]
     completions = generate(
@@ -139,10 +150,9 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
             "has diverged: go back to the last checkpoint and lower --lr"
         )
     groups = by_group(episodes)
-    minibatches = [
-        lessons(groups[i : i + settings.minibatch_prompts], settings) for i in range(0, len(groups), settings.minibatch_prompts)
-    ]
-    steps = [_rows(policy, found) for found in minibatches]
+    taught = groups if settings.no_signal == "keep" else [group for group in groups if _has_signal(group, settings)]
+    minibatches = [taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)] or [[]]
+    steps = [_rows(policy, lessons(minibatch, settings)) for minibatch in minibatches]
     if settings.old_logprobs == "trainer":
         steps = [[replace(row, old_logprobs=score(policy.model, row, settings.temperature)) for row in rows] for rows in steps]
     if settings.uses_reference:
@@ -180,8 +190,6 @@ def lessons(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[Les
     num_sequences = 0
     for group in groups:
         rewards = [reward_of(episode, settings) for episode in group]
-        if settings.no_signal != "keep" and not has_signal(rewards):
-            continue
         num_sequences += sum(reward is not None for reward in rewards)
         for episode, reward, advantage in zip(group, rewards, group_advantages(rewards, settings.advantage_scale), strict=True):
             masked = settings.mask_truncated and not episode.completion.finished
@@ -203,6 +211,10 @@ def reward_of(episode: Episode, settings: Settings) -> float | None:
         max_new_tokens=settings.max_new_tokens,
         length_penalty=settings.length_penalty,
     )
+
+
+def _has_signal(group: Sequence[Episode], settings: Settings) -> bool:
+    return has_signal([reward_of(episode, settings) for episode in group])
 
 
 def _rows(policy: Policy, taught: list[Lesson]) -> list[EpisodeBatch]:
@@ -260,7 +272,7 @@ def summary(groups: Sequence[Sequence[Episode]], settings: Settings) -> dict[str
     trusted = [e for e in episodes if not e.rejection(settings.reward_low, settings.reward_high)]
     rewards = [episode.reward for episode in trusted]
     lengths = [len(episode.completion.ids) for episode in episodes]
-    silent = sum(not has_signal([reward_of(episode, settings) for episode in group]) for group in groups)
+    silent = sum(not _has_signal(group, settings) for group in groups)
     return {
         "reward_mean": fmean(rewards),
         "reward_std": pstdev(rewards),

@@ -96,7 +96,8 @@ def plan_rl(
         row = fake_batch(settings.row_tokens)
         batch = EpisodeBatch(**vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]})
         loss_of = partial(row_loss, settings=settings, cap=softcap(fake), tally=Tally(), sampler=Tally())
-        book = measure(fake, savings, batch, steps=2, rows=2, loss_of=loss_of, resident={REFERENCE: copied})
+        lazy = savings.optimizer == "adamw"  # makes its states in the first step
+        book = measure(fake, savings, batch, steps=2 if lazy else 1, rows=2, loss_of=loss_of, resident={REFERENCE: copied})
         resident = {name: book.owners.get(name, 0) for name in (ledger.WEIGHTS, ledger.OPTIMIZER, REFERENCE)}
         capacity = prompt_tokens + settings.max_new_tokens
         reading = _transient(

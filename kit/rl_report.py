@@ -65,8 +65,8 @@ def summary(metrics: list[dict]) -> str:
     seconds = {phase: sum(row[f"{phase}_seconds"] for row in metrics) for phase in ("rollout", "update")}
     rejected = sum(value for row in metrics for name, value in row.items() if name.startswith("rejected"))
     return (
-        f"{len(metrics):,} steps: mean reward {first:.3f} in the first tenth, {last:.3f} in the last; {seconds['rollout']:,.0f} s "
-        f"of sampling and grading, {seconds['update']:,.0f} s of updates; {rejected} answers left out as not to be trusted. "
+        f"{len(metrics):,} steps: mean reward {first:.3f} in the first tenth, {last:.3f} in the last; {seconds['rollout']:,.0f} "
+        f"s of sampling and grading, {seconds['update']:,.0f} s of updates; {rejected} answers left out as not to be trusted. "
         "The loss is not drawn: on-policy it is near zero whatever is learned."
     )
 

@@ -183,8 +183,8 @@ def main(config: Config) -> None:
         print(f"  bad row   {place}")
     updates = -(-config.batch_prompts // config.minibatch_prompts)
     print(
-        f"training    {config.steps:,} steps of {config.batch_prompts:,} prompts x {config.group_size} answers, {updates} updates "
-        f"each; {config.steps * config.batch_prompts / len(questions):.2f} passes over the prompts"
+        f"training    {config.steps:,} steps of {config.batch_prompts:,} prompts x {config.group_size} answers, {updates} "
+        f"updates each; {config.steps * config.batch_prompts / len(questions):.2f} passes over the prompts"
     )
     print(
         f"the paper   {'; '.join(deviations(config)) or 'its Table 3'}; clip range, KL estimator and normaliser: not stated there"

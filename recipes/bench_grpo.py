@@ -4,10 +4,10 @@
     python recipes/bench_grpo.py --hidden_size 256 --num_layers 6     a Llama of that shape, first taught the task by short traces
     python recipes/bench_grpo.py --smoke                              two steps
 
-Both get the same start, prompts, rewards (kit.grade), group size, learning rate, AdamW, DAPO's token normaliser, advantages scaled
-by the group's deviation, no KL, one update a rollout; and are otherwise what they are by default: TRL samples with model.generate.
-Each runs in a process of its own, whose highest memory counts, libraries included. Time is from the first rollout to the last
-update. The random numbers differ, so rewards are compared as means over the last quarter of the steps.
+Both get the same start, prompts, rewards (kit.grade), group size, learning rate, AdamW, DAPO's token normaliser, advantages
+scaled by the group's deviation, no KL, one update a rollout; and are otherwise what they are by default: TRL samples with
+model.generate. Each runs in a process of its own, whose highest memory counts, libraries included. Time is from the first rollout
+to the last update. The random numbers differ, so rewards are compared as means over the last quarter of the steps.
 Left out on purpose: evaluation, saving, vLLM (which TRL can use on a card).
 """
 

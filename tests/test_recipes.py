@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kit.config import parse
+
 ROOT = Path(__file__).resolve().parents[1]
+RL = ["--smoke", "--steps", "2", "--batch_prompts", "4", "--group_size", "4", "--minibatch_prompts", "2", "--num_questions", "4"]
 TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
 QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
 
@@ -116,3 +119,54 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
     done = start("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
     assert done.returncode == 1
     assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
+
+
+def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
+    done = start("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "grpo_qwen2_5_0_5b" / "001"
+    for line in ("prompts with gold answers", "2 steps of 4 prompts x 4 answers, 2 updates each", "batch_prompts 4 (paper: ",
+                 "before      toy:", "step 2: reward", "a loss near zero is normal", "after       toy:",
+                 "report runs"):  # fmt: skip
+        assert line in done.stdout
+    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
+    again = start("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "step 1" not in again.stdout
+
+
+def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_path, monkeypatch):
+    done = start("grpo_qwen2_5_0_5b", cwd=tmp_path)
+    assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "--device cpu" in done.stderr
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import grpo_qwen2_5_0_5b as recipe
+
+    paper = recipe.Config()
+    assert recipe.deviations(paper) == []
+    assert (paper.batch_prompts, paper.group_size, paper.max_new_tokens, paper.minibatch_prompts, paper.temperature) == (
+        1_024, 8, 8_192, 256, 1.0,
+    )  # fmt: skip
+    assert (paper.kl_coef, paper.lr, paper.advantage_scale) == (1e-4, 5e-7, "group-std")
+    small = parse(recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS)
+    assert (small.batch_prompts, small.lr) == (32, 2e-6)
+    assert "lr 2e-06 (paper: 5e-07)" in recipe.deviations(small)
+    for name in recipe.PRESETS:  # a prompt of the data and its answer fit a row
+        config = parse(recipe.Config, ["--preset", name], presets=recipe.PRESETS)
+        assert config.max_new_tokens + 1_024 <= config.row_tokens and config.preset == name
+    with pytest.raises(SystemExit):
+        parse(recipe.Config, ["--preset", "rtx9"], presets=recipe.PRESETS)
+
+
+def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
+    flags = ["--plan", "--model", "tiny", "--row_tokens", "256", "--max_new_tokens", "64", "--json", "plan.json"]
+    done = start("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers at once" in done.stdout
+
+
+def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
+    done = start("bench_grpo", "--smoke", "--json", "figures.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert rows[0]["name"] == "ours" and (len(rows) == 2 or "TRL is not installed" in done.stdout)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+from pathlib import Path
+
 from matplotlib.figure import Figure
 
 from kit.results import Result
 
 Stages = dict[str, dict[str, Result]]  # stage -> benchmark -> result
 COLOURS = ("#4c72b0", "#dd8452")  # of the first stage and the second
+
+
+def embed(path: Path, figure: Figure, alt: str = "") -> str:
+    """Write the figure to `path`, a PNG; returns it as an <img> that needs no file. alt: "" = the file's name."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    path.write_bytes(buffer.getvalue())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt or path.stem)}" src="data:image/png;base64,{data}">'
 
 
 def loss_figure(metrics: list[dict]) -> Figure:

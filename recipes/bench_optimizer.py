@@ -1,0 +1,175 @@
+"""Does 8-bit AdamW on bf16 weights follow fp32 AdamW? Three trainings from the same weights on the same rows.
+
+    python recipes/bench_optimizer.py                                        the shipped tiny model
+    python recipes/bench_optimizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces traces.jsonl --row_tokens 512
+
+1. fp32      fp32 weights, torch's AdamW: the truth.
+2. kit       bf16 weights, 8-bit states, both rounded stochastically: what the kit trains with on a card.
+3. nearest   bf16 weights, torch's AdamW, whose states are then bf16 too; all is rounded to nearest: what a plain bf16 run does.
+
+Prints how far the loss of each, over the last tenth of the steps, ends from fp32's, and how far its weights ended from where
+fp32's did, as a share of the way that those went. Writes loss.png and report.html.
+Matmuls run in fp32 on a CPU (there bf16 ones are several times slower) on weights whose values are bf16's, and gradients are
+rounded to bf16; with --compute bf16, and on a card, all runs in bf16. Never run on a GPU so far.
+Left out on purpose: clipping and schedules, which are the same in all three.
+"""
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from kit import models
+from kit.chat import ChatFormat
+from kit.config import parse, show
+from kit.data import load_documents
+from kit.figures import embed
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.machine import describe_machine
+from kit.optim import AdamW8bit
+from kit.packing import PackedBatch
+from kit.run import write_json
+from kit.sft import TrainingPlan
+from kit.toy import LONG_TRACES
+
+ARMS = {"fp32": "#333333", "kit": "#2a7f3f", "nearest": "#c0392b"}
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
+    device: str = "cpu"  # cuda or cpu
+    compute: str = "auto"  # of the two bf16 arms' matmuls: fp32, bf16, or auto: bf16 on a card
+    traces: str = str(LONG_TRACES)  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    num_traces: int = 0  # traces; 0 = all
+    row_tokens: int = 1_024  # tokens a pack; longer traces are dropped
+    num_steps: int = 200  # steps of one pack each
+    lr: float = 1e-4  # constant
+    seed: int = 0  # of the packs and the rounding
+    smoke: bool = False  # 20 steps, in seconds
+    out: str = "runs/bench_optimizer"  # folder for optimizer.json, loss.png and report.html
+
+
+SMOKE = {"num_steps": 20, "num_traces": 64, "row_tokens": 512}
+
+
+class Weights:
+    """The weights as an arm stores them, and the optimizer on them; the model computes on a copy where the dtypes differ."""
+
+    def __init__(self, model, arm: str, config: Config):
+        self.used = list(model.parameters())
+        dtype = torch.float32 if arm == "fp32" else torch.bfloat16
+        self.stored = [p if p.dtype == dtype else torch.nn.Parameter(p.detach().to(dtype)) for p in self.used]
+        if arm == "kit":
+            self.optimizer = AdamW8bit(self.stored, lr=config.lr, seed=config.seed)
+        else:
+            self.optimizer = torch.optim.AdamW(self.stored, lr=config.lr, weight_decay=0.0)
+        self.copy()
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        for used, stored in zip(self.used, self.stored, strict=True):
+            used.copy_(stored)
+
+    def step(self) -> None:
+        for used, stored in zip(self.used, self.stored, strict=True):
+            if used is not stored:
+                stored.grad, used.grad = used.grad.to(stored.dtype), None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.copy()
+
+
+def train(config: Config, arm: str, batches: list[PackedBatch]) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor]]:
+    """(loss a step, weights before, weights after) of one arm."""
+    bf16 = arm != "fp32" and (config.compute == "bf16" or (config.compute == "auto" and config.device == "cuda"))
+    model, _ = models.load(config.model, device=config.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    model.train()
+    before = [p.detach().float().cpu().clone() for p in model.parameters()]
+    weights, losses = Weights(model, arm, config), []
+    for step in tqdm(range(config.num_steps), desc=arm, unit=" steps", disable=None):
+        batch = batches[step % len(batches)].to(torch.device(config.device))
+        hidden = models.hidden_states(model, batch)
+        loss = linear_cross_entropy(hidden, models.head_weight(model), batch.targets, softcap=models.softcap(model))
+        loss.backward()
+        weights.step()
+        losses.append(loss.item())
+    return losses, before, [p.detach().float().cpu() for p in weights.stored]
+
+
+def main(config: Config) -> dict:
+    for name, allowed in (("compute", ("auto", "fp32", "bf16")), ("device", ("cpu", "cuda"))):
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; pass one of {', '.join(allowed)}")
+    if config.num_steps < 10:
+        raise ValueError(f"num_steps is {config.num_steps} but the last tenth of the steps is compared; pass at least 10")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"settings\n{show(config)}")
+    _, tokenizer = models.load(config.model, device="cpu")
+    chat = ChatFormat(tokenizer, instruction="")
+    documents, census = load_documents(
+        config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed, max_bad_rows=20,
+        verify=True, cache_dir="",
+    )  # fmt: skip
+    plan = TrainingPlan.make(
+        [len(d) for d in documents], row_tokens=config.row_tokens, batch_traces=1, epochs=1, seed=config.seed
+    )
+    batches = [PackedBatch.build([documents[i] for i in pack]) for step in plan.steps for pack in step]
+    print(f"data        {census}\n{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps")
+
+    results, ends, way = {}, {}, 1.0
+    for arm in ARMS:
+        losses, before, after = train(config, arm, batches)
+        ends[arm] = after
+        if arm == "fp32":
+            way = _distance(before, after)
+        last = fmean(losses[-max(config.num_steps // 10, 1) :])
+        results[arm] = {"losses": losses, "last": last, "distance": _distance(ends["fp32"], after) / way}
+        results[arm]["off"] = last / results["fp32"]["last"] - 1
+        print(f"{arm:<9} loss {losses[0]:.4f} at first, {last:.4f} at last, {results[arm]['off']:+.2%} from fp32's; its weights "
+              f"ended {results[arm]['distance']:.1%} of fp32's way from where those did")  # fmt: skip
+    write_json(out / "optimizer.json", {"machine": describe_machine(), **results})
+    print(f"report {_report(out, config, results)}")
+    return results
+
+
+def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+    return sum((x - y).square().sum().item() for x, y in zip(a, b, strict=True)) ** 0.5
+
+
+def _report(path: Path, config: Config, results: dict) -> Path:
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    smooth = max(config.num_steps // 20, 1)
+    truth = results["fp32"]["losses"]
+    for arm, colour in ARMS.items():
+        losses = results[arm]["losses"]
+        means = [[fmean(x[max(i - smooth + 1, 0) : i + 1]) for i in range(len(x))] for x in (losses, truth)]
+        above.plot(means[0], color=colour, label=arm)
+        below.plot([100 * (a / b - 1) for a, b in zip(*means, strict=True)], color=colour)
+    above.set(ylabel=f"loss (mean of {smooth} steps)", title=f"{config.model}, lr {config.lr:g}")
+    above.legend()
+    below.axhspan(-1, 1, color="#dddddd", zorder=0)
+    below.set(xlabel="step", ylabel="% from fp32 (grey: within 1 %)")
+    image = embed(path / "loss.png", figure)
+    rows = "".join(f"<tr><td>{arm}<td>{x['last']:.4f}<td>{x['off']:+.2%}<td>{x['distance']:.1%}" for arm, x in results.items())
+    page = (
+        "<!doctype html><meta charset=utf-8><title>8-bit AdamW against fp32</title>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{padding:.3em 1em;text-align:right}"
+        "img{max-width:100%}</style>"
+        f"<h1>8-bit AdamW with stochastic rounding against fp32</h1>{image}<table><tr><th><th>loss at last<th>from fp32's"
+        f"<th>weights off, of fp32's way</tr>{rows}</table><pre>{html.escape(show(config))}</pre>"
+        f"<pre>{html.escape(__doc__)}</pre><p>{html.escape(str(describe_machine()))}</p>"
+    )
+    report = path / "report.html"
+    report.write_text(page, encoding="utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main(parse(Config, smoke=SMOKE))

@@ -66,6 +66,7 @@ ALIKE = [
     ("x^2+2x+1", r"\boxed{(x+2)^2}", False),
     ("2p+q=3", r"\boxed{2p-3=-q}", True),
     ("2p+q=3", r"\boxed{p+q=3}", False),
+    ("q+2p=3+p", r"\boxed{3+p=q+2p}", True),
     ("x>3", r"\boxed{3<x}", True),
     ("x>3", r"\boxed{3 \le x}", False),
     ("6-5i", r"\boxed{-5i+6}", True),

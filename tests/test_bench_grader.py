@@ -36,3 +36,13 @@ def test_a_short_run_writes_its_figures(bench, tmp_path, capsys):
     installed = importlib.util.find_spec("math_verify") is not None
     assert ("ratio_of_medians_on_hardest" in result["again"]) == installed
     assert ("Math-Verify is not installed" in capsys.readouterr().out) != installed
+
+
+def test_the_hardest_are_the_slowest_pairs_that_both_decide(bench):
+    pairs = [bench.Pair("7", "7", "the same", "correct", "correct", *([1e-6] * 2), *([1e-4] * 2)) for _ in range(18)]
+    pairs.append(bench.Pair("8", "8", "the same", "correct", "correct", 1e-3, 1e-3, 2e-3, 2e-3))
+    pairs.append(bench.Pair("9", "9", "the same", "unknown", "wrong", 5.0, 5.0, 1e-3, 1e-3))  # one side alone decides it
+    figures = bench.summarise(pairs, 0.05, peer=True)["first"]
+    assert figures["ratio_of_medians_on_hardest"] == pytest.approx(2)
+    assert figures["ratio_of_medians"] == pytest.approx(100)
+    assert figures["our_median_us"] == pytest.approx(1)

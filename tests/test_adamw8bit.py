@@ -1,12 +1,10 @@
 """The torch path, and in a child process the real Triton kernel in the interpreter: both must give the same bits."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from children import pass_in_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -411,8 +409,4 @@ def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(m
 
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernel_passes_this_file_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider"]
-    command += ["-W", "error::RuntimeWarning"]
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
-    print(child.stdout)
+    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")

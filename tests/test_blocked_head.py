@@ -1,5 +1,6 @@
 import pytest
 import torch
+from children import pass_in_the_interpreter
 
 import kit.kernels.linear_head as head
 import kit.kernels.logit_rows as logit_rows
@@ -90,10 +91,4 @@ def test_the_operator_and_its_fake_implementation_agree():
 
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernel_passes_this_file_in_the_interpreter():
-    import os
-    import subprocess
-    import sys
-
-    args = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider"]
-    child = subprocess.run(args, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
+    pass_in_the_interpreter(__file__)

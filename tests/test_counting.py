@@ -1,11 +1,8 @@
 """Counts worked by hand. The Triton part runs in a child process: TRITON_INTERPRET is read at import."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from children import pass_in_the_interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kit.kernels.backend import HAS_TRITON, INTERPRET, tl, triton
@@ -156,6 +153,4 @@ def test_the_interpreter_is_as_before_after_the_block_even_after_an_error():
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
 def test_this_file_passes_in_the_interpreter():
-    args = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider"]
-    child = subprocess.run(args, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
+    pass_in_the_interpreter(__file__)

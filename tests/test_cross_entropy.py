@@ -1,12 +1,10 @@
 """The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
 
 import mmap
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import pass_in_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -211,21 +209,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
 
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernels_pass_this_file_in_the_interpreter():
-    args = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        "--noconftest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "error::RuntimeWarning",
-    ]
-    child = subprocess.run(args, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
-    print(child.stdout)
+    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
 
 
 FAR_ROW, FAR_STRIDE = 16_383, 262_144  # the last row of 16,384: its offset is 2^32 - 262,144

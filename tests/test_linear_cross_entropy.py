@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+from children import pass_in_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -544,8 +545,7 @@ def in_a_child(code_or_args, **environment):
 
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernels_pass_this_file_in_the_interpreter():
-    args = ["-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider", "-W", "error::RuntimeWarning"]
-    print(in_a_child(args, TRITON_INTERPRET="1"))
+    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
 
 
 @pytest.mark.skipif(INTERPRET, reason="says nothing about kernels")

@@ -1,13 +1,11 @@
 """The Triton kernels of packed attention in Triton's interpreter, which is chosen when Triton is imported: in a child process."""
 
 import mmap
-import os
-import subprocess
-import sys
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from children import pass_in_the_interpreter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -304,7 +302,4 @@ def test_programs_reach_every_tile_and_at_most_one_a_document_is_idle():
 
 @pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="this is the child, or Triton is not installed (macOS)")
 def test_the_kernels_pass_this_file_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-p", "no:cacheprovider", "--durations=8"]
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
-    print(child.stdout)
+    pass_in_the_interpreter(__file__, "--durations=8")

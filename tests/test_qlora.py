@@ -1,14 +1,11 @@
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import call, train_unbroken_and_killed
 from conftest import FAMILIES, make_model, random_documents
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -336,14 +333,6 @@ def test_a_checkpoint_gives_back_adapters_and_optimizer_bit_for_bit(tmp_path, fa
     assert not list(path.glob("model*"))
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-from test_qlora import run_training
-run_training({out!r}, resume={resume})
-"""
-
-
 def run_training(out, *, resume=False):
     documents = random_documents(LENGTHS)
     plan = TrainingPlan.make(list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=10)
@@ -351,28 +340,16 @@ def run_training(out, *, resume=False):
     return train(make_qlora(), make_tokenizer(), documents, plan, run, lr=1e-2, warmup_ratio=0.1, checkpoint_every=5)
 
 
-def child(out, *, resume):
-    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), resume=resume)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(out, resume):
+    return call(__file__, "run_training", out, resume=resume)
 
 
 def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
-    folder = run_training(tmp_path / "whole")
-    broken = child(tmp_path / "broken", resume=False)
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    while broken.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 6):
-        time.sleep(0.001)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
-    assert broken.returncode == -signal.SIGKILL
-    assert checkpoint.latest(tmp_path / "broken" / "checkpoints").name == "step_0000005"
-    resumed = child(tmp_path / "broken", resume=True)
-    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    train_unbroken_and_killed(start, tmp_path, lines=6, newest_checkpoint="step_0000005")
     whole, again = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "broken"))
     assert whole.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
-    assert sorted(p.name for p in folder.glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert [p.name for p in (tmp_path / "whole" / "model").glob("*.safetensors")] == ["adapter_model.safetensors"]
 
 
 def test_the_head_and_the_embedding_are_not_quantised_cast_or_copied(tiny_model):

@@ -1,16 +1,12 @@
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from children import call, train_unbroken_and_killed
 
-from kit import checkpoint
 from kit.benchmarks import Question
 from kit.chat import ChatFormat
 from kit.models import load
@@ -50,36 +46,12 @@ def run_training(out, *, resume=False, steps=STEPS, settings=SETTINGS, **options
     return train(make_policy(settings, **options), QUESTIONS, run, steps=steps, batch_prompts=3, checkpoint_every=3)
 
 
-CHILD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, str(Path({tests!r})))
-from test_rl_loop import run_training
-run_training({out!r}, resume={resume})
-"""
-
-
-def child(out, *, resume):
-    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), resume=resume)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(out, resume):
+    return call(__file__, "run_training", out, resume=resume)
 
 
 def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
-    whole = child(tmp_path / "whole", resume=False)
-    assert whole.wait() == 0, whole.stderr.read().decode()
-    broken = child(tmp_path / "broken", resume=False)
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    while broken.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
-        time.sleep(0.001)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
-    if (tmp_path / "broken" / "model").exists():
-        pytest.fail("the run ended before it could be killed: give it more steps")
-    assert broken.returncode == -signal.SIGKILL
-    assert checkpoint.latest(tmp_path / "broken" / "checkpoints").name == "step_0000003"
-    resumed = child(tmp_path / "broken", resume=True)
-    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    train_unbroken_and_killed(start, tmp_path, lines=5, newest_checkpoint="step_0000003")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
     files = [

@@ -2,12 +2,10 @@
 TRITON_INTERPRET is read at import. Peers that are not installed are skipped by name; our own part always runs."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import pass_in_the_interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.linear_head as head
@@ -286,7 +284,4 @@ def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypa
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
 def test_this_file_passes_in_the_interpreter():
-    args = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-q", "-rs", "-p", "no:cacheprovider"]
-    child = subprocess.run(args, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
-    print(child.stdout)
+    pass_in_the_interpreter(__file__, "-rs")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -125,12 +126,13 @@ def generate(
             responses = model.run(prompts, params, streams, stop)
         else:
             responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
-        for request, ids, logprobs, seconds in responses:
-            text = decode(ids) if decode else ""
-            done[request] = Completion(ids, logprobs, ids[-1] in stop, text, seconds)
-            progress.finish(done[request])
-            if on_finish:
-                on_finish(request, done[request])
+        with closing(responses):  # also where on_finish raises
+            for request, ids, logprobs, seconds in responses:
+                text = decode(ids) if decode else ""
+                done[request] = Completion(ids, logprobs, ids[-1] in stop, text, seconds)
+                progress.finish(done[request])
+                if on_finish:
+                    on_finish(request, done[request])
     return done
 
 

@@ -1,6 +1,7 @@
 """Sampling: from logits to a token, with a random stream of its own for every sample.
 
-The token is the winner of the Gumbel race, argmax_v(log p_v + g_v) with g_v = -log(-log u_v), which draws v with probability p_v.
+The token is the winner of the Gumbel race, argmax_v(log p_v + g_v) with g_v = -log(-log u_v), which draws v with probability p_v;
+a constant added to every log p_v changes nothing.
 Each u_v is a hash of (the sample's key, position, v): a counter-based stream needs no state, so a result depends neither on
 which slot a sample sits in nor on what ran before it, and a resumed run repeats it. A change in the last bit of a logit can turn
 the draw only where two racers are that close; inverting the cumulative sum over a sorted vocabulary is far more fragile.
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-NUCLEUS = 1024  # candidates looked at first: a trained model's nucleus fits, and sorting 262,144 logits a row would dominate
+# candidates looked at first, and the factor for the next look: a trained model's nucleus mostly fits in the first, and sorting
+# 262,144 logits a row would dominate
+FIRST_LOOK, WIDER = 64, 16
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,12 @@ def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor)
 
 
 def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, K) or (K,) and log-probs (B, K), -inf for those cut off, of the distribution that is sampled."""
+    """Ids (B, K) or (K,) and logits (B, K), -inf for those cut off, of the distribution that is sampled."""
     V = logits.shape[-1]
     logits = logits / params.temperature
     if not params.top_k and params.top_p == 1:
-        return torch.arange(V, device=logits.device), logits.log_softmax(-1)
-    K = min(params.top_k or NUCLEUS, V)
+        return torch.arange(V, device=logits.device), logits
+    K = min(params.top_k or FIRST_LOOK, V)
     while True:
         values, token_ids = logits.topk(K, dim=-1)
         total = (values if params.top_k else logits).logsumexp(-1, keepdim=True)
@@ -71,8 +74,8 @@ def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
         before = probabilities.cumsum(-1) - probabilities
         if K == V or params.top_k or bool((before[:, -1] >= params.top_p).all()):
             break
-        K = V  # a flat distribution: its nucleus is larger than the first look
-    return token_ids, values.masked_fill(before >= params.top_p, -torch.inf).log_softmax(-1)
+        K = min(K * WIDER, V)  # a flatter distribution, whose nucleus is larger
+    return token_ids, values.masked_fill(before >= params.top_p, -torch.inf)
 
 
 def sample(
@@ -86,7 +89,8 @@ def sample(
     if params.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-    token_ids, logprobs = _candidates(logits, params)
-    winner = (logprobs + gumbel(keys, positions, token_ids)).argmax(-1, keepdim=True)
-    tokens = token_ids.expand_as(logprobs).gather(-1, winner).squeeze(-1)
-    return tokens, logprobs.gather(-1, winner).squeeze(-1)
+    token_ids, kept = _candidates(logits, params)
+    # raced before they are normalised: how far the batch's other rows made us look cannot turn a draw
+    winner = (kept + gumbel(keys, positions, token_ids)).argmax(-1, keepdim=True)
+    tokens = token_ids.expand_as(kept).gather(-1, winner).squeeze(-1)
+    return tokens, kept.log_softmax(-1).gather(-1, winner).squeeze(-1)

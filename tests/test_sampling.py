@@ -101,3 +101,20 @@ def test_noise_of_neighbouring_keys_positions_and_tokens_is_uncorrelated_and_gum
 def test_parameters_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**options)
+
+
+def test_how_far_the_rows_beside_it_make_us_look_does_not_turn_a_draw():
+    torch.manual_seed(0)
+    sharp = torch.randn(1, 5000) * 6
+    keys, positions = torch.tensor([stream_key(0, i) for i in range(400)]), torch.arange(400)
+    params = SamplingParams(temperature=1.0, top_p=0.95)
+    alone, alone_logprobs = sample(sharp.expand(400, -1), params, keys, positions)
+    beside, beside_logprobs = sample(
+        torch.cat([sharp.expand(400, -1), torch.zeros(1, 5000)]),
+        params,
+        torch.cat([keys, keys[:1]]),
+        torch.cat([positions, positions[:1]]),
+    )
+    assert len(alone.unique()) > 3
+    assert torch.equal(beside[:400], alone)
+    torch.testing.assert_close(beside_logprobs[:400], alone_logprobs)

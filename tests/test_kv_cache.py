@@ -15,13 +15,14 @@ def test_cache_bytes_counts_what_the_cache_holds_and_sliding_layers_hold_their_w
     assert [keys.shape[2] for keys in cache.keys] == [values.shape[2] for values in cache.values] == expected
 
 
-def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written():
+@pytest.mark.parametrize("longest", [WINDOW, WINDOW + 1, 19])
+def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest):
     """Against a plain list: write positions 0, 1, 2, ... and remember the last WINDOW of them."""
     model = make_model("gemma3")
     cache = SlotCache(model, 2, 40)
-    starts = torch.tensor([3, 19])  # prompts below and above the window
-    states = torch.arange(20.0).repeat(2, 1)[:, None, :, None].expand(2, 1, 20, 16)
-    cache.at_prefill(torch.tensor([0, 1]), torch.tensor([3, 19]), torch.tensor([0, 1]))
+    starts = torch.tensor([3, longest])
+    states = torch.arange(float(longest)).repeat(2, 1)[:, None, :, None].expand(2, 1, longest, 16)
+    cache.at_prefill(torch.tensor([0, 1]), starts, torch.tensor([0, 1]))
     for layer in range(4):
         cache.update(states, -states, layer)
     for step in range(20):

@@ -25,7 +25,8 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
     found = plan_rl(small_model, settings=SETTINGS, savings=LEAN, prompt_tokens=50)
     weights = found.update.owners[ledger.WEIGHTS]
     for phase in (found.sampling, found.update):
-        assert phase.owners[ledger.WEIGHTS] == phase.owners[REFERENCE] == weights
+        assert phase.owners[ledger.WEIGHTS] == weights
+        assert phase.owners[REFERENCE] == pytest.approx(weights, rel=0.001)  # the rotary frequencies are not copied
         assert phase.owners[ledger.OPTIMIZER] == pytest.approx(weights / 2 * (2 + 8 / 256), rel=0.01)
         assert sum(phase.owners.values()) == phase.peak
     # 4 layers, keys and values, 2 heads of 64 numbers of 2 bytes; 16 rows of 150 positions

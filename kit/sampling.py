@@ -69,8 +69,8 @@ def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     K = min(params.top_k or FIRST_LOOK, V)
     while True:
         values, token_ids = logits.topk(K, dim=-1)
-        total = (values if params.top_k else logits).logsumexp(-1, keepdim=True)
-        probabilities = (values - total).exp()
+        shifted = (values if params.top_k else logits) - values[:, :1]  # by the largest: half the passes of logsumexp
+        probabilities = (values - values[:, :1]).exp() / shifted.exp_().sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
         if K == V or params.top_k or bool((before[:, -1] >= params.top_p).all()):
             break

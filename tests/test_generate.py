@@ -91,8 +91,12 @@ def test_samples_of_one_question_are_the_same_whether_they_share_a_prefill_or_no
     embed = tiny_model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda module, inputs, output: read.append(tuple(inputs[0].shape)))
     together = run(tiny_model, RANDOM, 6, prompts=same)
+    assert [shape for shape in read if shape[1] > 1] == [(2, max(LENGTHS[3], LENGTHS[0]))]  # two prompts for six rows
+    read.clear()
+    monkeypatch.setattr(generating, "PREFILL_TOKENS", 1)  # a prompt beyond the budget is read alone, and still once
+    run(tiny_model, RANDOM, 6, prompts=same)
     handle.remove()
-    assert read[0] == (2, max(LENGTHS[3], LENGTHS[0]))  # two prompts for six rows
+    assert read[:3] == [(1, LENGTHS[3]), (1, LENGTHS[0]), (1, LENGTHS[3])]
     assert [c.ids for c in together] == [c.ids for c in run(tiny_model, RANDOM, 1, prompts=same)]
     assert len({tuple(c.ids) for c in together}) == 6
 

@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from kit.journal import Journal
-from kit.pages import SHOWN, browser, figures_table
+from kit.pages import SHOWN, browser, figures_table, marked
 from kit.report import AFTER, BEFORE, SAMPLES, findings, write_report
 from kit.results import Result
 
@@ -131,6 +131,14 @@ def test_stages_made_differently_are_not_called_a_difference():
     (finding,) = findings(stages)
     assert "temperature None and 1.0" in finding and "fell" not in finding
     assert before.accuracy > after.accuracy
+
+
+def test_marks_at_the_start_side_by_side_and_inside_a_box_lose_and_repeat_nothing():
+    assert marked("Recheck\\boxed{1<2}rethink & go") == (
+        "<mark>Recheck</mark><b class=box>\\boxed{1&lt;2}</b><mark>rethink</mark> &amp; go"
+    )
+    assert marked("\\boxed{recheck} on") == "<b class=box>\\boxed{recheck}</b> on"
+    assert marked("") == ""
 
 
 def test_the_browser_shows_questions_with_right_answers_however_few_there_are(tmp_path):

@@ -115,7 +115,9 @@ def test_a_cut_response_is_graded_again_by_what_stands_before_the_cut():
     assert found.caps == [16, 32, 64]
     assert found.accuracy_at(16) == pytest.approx(3 / 4)  # early, the one that had not changed its mind yet, and the short one
     assert found.accuracy_at(64) == found.accuracy == pytest.approx(3 / 4)  # early, late, short
-    assert found.accuracy_at(32) == pytest.approx(3 / 4)
+    alone = [result(row, max_new_tokens=64) for row in rows]
+    assert [one.accuracy_at(16) for one in alone] == [one.accuracy_at(32) for one in alone] == [1, 0, 1, 1]
+    assert [one.accuracy_at(64) for one in alone] == [1, 1, 0, 1]
 
 
 def test_caps_of_the_papers_limit_are_the_issues_five():
@@ -147,11 +149,13 @@ def test_results_made_differently_are_not_compared_unless_forced(compare):
 
 
 def test_the_bootstrap_pairs_questions_whatever_their_order():
-    before = result(*(row(str(i), "correct") for i in range(20)))
+    before = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in range(20)))
     after = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in reversed(range(20))))
+    assert (paired_bootstrap(before, after).low, paired_bootstrap(before, after).high) == (0, 0)
+    after = result(*(row(str(i), "wrong" if i < 15 else "correct") for i in reversed(range(20))))
     found = paired_bootstrap(before, after)
-    assert found.mean == -0.5
-    assert -0.75 <= found.low < -0.5 < found.high <= -0.25
+    assert found.mean == -0.25
+    assert -0.5 <= found.low < -0.25 < found.high <= -0.05
 
 
 def test_the_summary_is_plain_json_and_holds_every_figure():

@@ -37,7 +37,7 @@ class Completion:
     logprobs: list[float]  # of each id, under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
     text: str = ""  # set where generate was given decode
-    seconds: float = 0.0  # from the start of its prefill to its end, beside others in the batch
+    seconds: float = field(default=0.0, compare=False)  # from the start of its prefill to its end, beside others in the batch
 
 
 @dataclass

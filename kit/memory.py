@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -57,7 +57,7 @@ class Plan:
     when: str
     owners: dict[str, int]  # owner -> bytes at that moment
     host: int  # bytes of CPU memory
-    seconds: dict[str, float]  # "step", and what each saving adds to it; estimated
+    seconds: dict[str, float] = field(default_factory=dict)  # "step", and what each saving adds; estimated; empty = not
 
     @property
     def total(self) -> int:
@@ -76,12 +76,16 @@ class Plan:
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed besides: {SLACK:.0%} slack, "
             f"{CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",
             *(f"    {owner:<18}{num_bytes / GIB:7.2f} GiB" for owner, num_bytes in self.largest()),
-            f"  a step {self.seconds['step']:.1f} s, and the savings add "
-            + (", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items() if name != "step") or "nothing"),
-            f"    ({ASSUMED}; not timed)",
+            *self._costs(),
             "  fits " + ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS),
         ]
         return "\n".join(lines)
+
+    def _costs(self) -> list[str]:
+        if not self.seconds:
+            return []
+        added = ", ".join(f"{name} {s:.2f} s" for name, s in self.seconds.items() if name != "step")
+        return [f"  a step {self.seconds['step']:.1f} s, and the savings add {added or 'nothing'}", f"    ({ASSUMED}; not timed)"]
 
     def largest(self) -> list[tuple[str, int]]:
         on_card = [(owner, n) for owner, n in self.owners.items() if n and owner != ledger.HOST]

@@ -8,15 +8,15 @@ Everything is computed from the files in the folder, so a report can be made aga
 from __future__ import annotations
 
 import argparse
-import base64
 import html
 import json
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kit.evaluate import Result
+from kit.figures import embed
 from kit.journal import Journal
+from kit.results import Result
 
 PANELS = (  # title, names of metrics; the first is drawn thick
     ("reward", ("reward_mean",)),
@@ -35,9 +35,7 @@ def write_report(path: Path) -> Path:
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     metrics = Journal(path / "metrics.jsonl").read()
-    figure = _figure(metrics)
-    figure.savefig(path / "rl.png", dpi=110)
-    image = base64.b64encode((path / "rl.png").read_bytes()).decode()
+    image = embed(path / "rl.png", _figure(metrics), alt="reward, signal, length, entropy, ratio and KL by step")
     report = path / "report.html"
     page = PAGE.format(
         title=html.escape(f"{config.get('model', path.name)}, reinforcement learning"),
@@ -109,7 +107,7 @@ td {{ padding: .15rem .7rem; border-bottom: 1px solid #ddd }}
 <h1>{title}</h1>
 <ul>{measured}</ul>
 <p>{summary}</p>
-<img alt="reward, signal, length, entropy, ratio and KL by step" src="data:image/png;base64,{image}">
+{image}
 <h2>The first prompt's answers</h2>
 {samples}
 <details><summary>Settings</summary><table>{settings}</table></details>

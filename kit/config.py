@@ -33,12 +33,12 @@ def field_comments(config_class: type) -> dict[str, str]:
 
 def parse(
     config_class: type[Config], argv: Sequence[str] | None = None, *, smoke: dict | None = None,
-    presets: dict[str, dict] | None = None,
+    quick: dict | None = None, presets: dict[str, dict] | None = None,
 ) -> Config:  # fmt: skip
     """Settings from the command line (argv, without the program's name; None = sys.argv).
 
-    smoke: what `--smoke` sets before the other flags are applied; needs a bool field `smoke`. presets: what `--preset NAME` sets,
-    before `--smoke`; needs a text field `preset`. Exits with status 2 and one line
+    smoke, quick: what `--smoke` and `--quick` set before the other flags are applied; each needs a bool field of its name.
+    presets: what `--preset NAME` sets, before those two; needs a text field `preset`. Exits with status 2 and one line
     for an unknown flag (naming the nearest), a missing value or one of the wrong type; `--help` lists all flags.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -71,7 +71,9 @@ def parse(
     preset = said.get("preset")
     if preset is not None and preset not in (presets or {}):
         parser.exit(2, f"error: there is no preset {preset!r}; the presets are {', '.join(presets or {}) or 'none'}\n")
-    base = (presets[preset] if preset else {}) | ((smoke or {}) if said.get("smoke") else {})
+    base = presets[preset] if preset else {}
+    for name, settings in (("quick", quick), ("smoke", smoke)):
+        base = base | ((settings or {}) if said.get(name) else {})
     return config_class(**{**base, **said})
 
 

@@ -127,23 +127,25 @@ def marked(text: str) -> str:
     return "".join(parts) + html.escape(text[position:])
 
 
+STYLE = """\
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+h1 { overflow-wrap: anywhere; font-size: 1.5rem }
+img { max-width: 100%; display: block; margin: 1rem 0 }
+table { border-collapse: collapse }
+td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
+summary { overflow-wrap: anywhere; padding: .15rem 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; max-height: 24rem; overflow-y: auto }
+.wide { overflow-x: auto }
+.finding { border-left: 4px solid #dd8452; padding-left: .8rem; font-size: 1.1rem }
+.correct { color: #1a7f37 } .wrong { color: #b42318 } .unknown { color: #7a5b00 }
+mark { background: #ffe08a } .box { background: #cfe8d5; border: 1px solid #1a7f37; border-radius: 3px }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }
+@media print { pre { max-height: none } details { break-inside: avoid } }
+"""
 PAGE = """<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title>
 <style>
-body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-h1 {{ overflow-wrap: anywhere; font-size: 1.5rem }}
-img {{ max-width: 100%; display: block; margin: 1rem 0 }}
-table {{ border-collapse: collapse }}
-td, th {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }}
-summary {{ overflow-wrap: anywhere; padding: .15rem 0 }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; max-height: 24rem; overflow-y: auto }}
-.wide {{ overflow-x: auto }}
-.finding {{ border-left: 4px solid #dd8452; padding-left: .8rem; font-size: 1.1rem }}
-.correct {{ color: #1a7f37 }} .wrong {{ color: #b42318 }} .unknown {{ color: #7a5b00 }}
-mark {{ background: #ffe08a }} .box {{ background: #cfe8d5; border: 1px solid #1a7f37; border-radius: 3px }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem }}
-@media print {{ pre {{ max-height: none }} }}
-</style>
+{style}</style>
 <h1>{title}</h1>
 {findings}{paper}
 {table}

@@ -1,0 +1,230 @@
+"""Curves over the number of traces, with intervals, and the sentences that follow from them.
+
+A curve is said to fall, rise or recover only where an interval says so. Intervals are 95 %, cover both questions and seeds, and are
+widened (Bonferroni) where the one of several sizes is looked at that differs most. Nothing here knows what the answer should be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+
+from kit.statistics import half_width
+
+ByQuestion = Mapping[str, float]  # question -> the mean over its samples: a share of right ones, or tokens
+# Student's t, 97.5th percentile, by degrees of freedom: the spread of two or three seeds is itself hardly known
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with half the width of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    def above_zero(self, num_looks: int = 1) -> bool:
+        """Whether it is above zero for certain; num_looks: how many such differences were looked at to pick this one."""
+        return self.mean > widened(num_looks) * self.half
+
+    def below_zero(self, num_looks: int = 1) -> bool:
+        return -self.mean > widened(num_looks) * self.half
+
+
+def widened(num_looks: int) -> float:
+    """By how much a 95 % interval grows when it is one of num_looks that must all hold at once."""
+    return NormalDist().inv_cdf(1 - 0.025 / num_looks) / 1.96
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured at one number of traces: a value a question for every seed, and the tokens of the answers likewise."""
+
+    num_traces: int
+    shares: Mapping[int, ByQuestion]  # seed -> question -> share of right samples
+    tokens: Mapping[int, ByQuestion]  # seed -> question -> mean tokens
+
+    @property
+    def accuracy(self) -> Estimate:
+        return estimate(self.shares, added=(0.0, 0.0, 1.0, 1.0))
+
+    @property
+    def length(self) -> Estimate:
+        return estimate(self.tokens)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One arm: the untouched model and a point a size, smallest first."""
+
+    name: str  # as a sentence's subject: "long traces"
+    base: Point
+    points: Sequence[Point]
+
+    def changes(self) -> list[Estimate]:
+        """Accuracy minus the untouched model's, a size each."""
+        return [difference(point.shares, self.base.shares) for point in self.points]
+
+    @property
+    def lowest(self) -> int:
+        """Index of the size with the lowest accuracy; of equals the smallest."""
+        means = [point.accuracy.mean for point in self.points]
+        return means.index(min(means))
+
+    @property
+    def shape(self) -> str:
+        """flat, rising, falling (ends where it is lowest, within chance), crossing (climbs, still below the start) or valley
+        (falls and climbs back to the start or above)."""
+        changes = self.changes()
+        looks = len(changes)
+        if not changes[self.lowest].below_zero(looks):
+            return "rising" if any(change.above_zero(looks) for change in changes) else "flat"
+        if not self.climb.above_zero(looks):
+            return "falling"
+        return "crossing" if changes[-1].below_zero() else "valley"
+
+    @property
+    def climb(self) -> Estimate:
+        """Accuracy at the last size minus that at the lowest."""
+        return difference(self.points[-1].shares, self.points[self.lowest].shares)
+
+
+def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Estimate:
+    """The mean over seeds and questions. added: what is added to the questions for the width alone (kit.statistics).
+
+    Its variance is the sum of two: over questions (of their means over the seeds) and, where there are several seeds, over seeds (of
+    their means over the questions). What chance adds to both is counted twice: the interval errs on the wide side.
+    """
+    questions = list(next(iter(seeds.values())))
+    means = [fmean(values[question] for values in seeds.values()) for question in questions]
+    of_seeds = [fmean(values[question] for question in questions) for values in seeds.values()]
+    spread = 0.0
+    if len(of_seeds) > 1:
+        spread = STUDENT.get(len(of_seeds) - 1, 1.96) * stdev(of_seeds) / math.sqrt(len(of_seeds))
+    return Estimate(fmean(means), math.hypot(half_width(means, added), spread))
+
+
+def difference(
+    after: Mapping[int, ByQuestion], before: Mapping[int, ByQuestion], added: Sequence[float] = (-1.0, 1.0)
+) -> Estimate:
+    """after - before, paired by question and seed. added: as in `estimate`; the default is for shares.
+
+    Raises ValueError where they share no seed, or answered other questions.
+    """
+    common = [seed for seed in after if seed in before]
+    if not common:
+        raise ValueError(f"seeds {list(after)} and {list(before)} have none in common; measure both with the same seeds")
+    for seed in common:
+        if after[seed].keys() != before[seed].keys():
+            raise ValueError(
+                f"seed {seed} answered {len(after[seed])} questions after and {len(before[seed])} before, not the same"
+            )
+    paired = {seed: {q: value - before[seed][q] for q, value in after[seed].items()} for seed in common}
+    return estimate(paired, added)
+
+
+def findings(curves: Sequence[Curve]) -> list[str]:
+    """What the curves say, a few sentences an arm, and of every other arm how it compares with the first."""
+    sentences = []
+    for curve in curves:
+        if curve.points:
+            sentences += [accuracy_sentence(curve), length_sentence(curve)]
+    for other in curves[1:]:
+        if curves[0].points and other.points:
+            sentences.append(comparison_sentence(curves[0], other))
+    return sentences
+
+
+def _percent(value: Estimate) -> str:
+    return f"{100 * value.mean:.1f} % ± {100 * value.half:.1f}"
+
+
+def _change(value: Estimate) -> str:
+    return f"{100 * value.mean:+.1f} points ± {100 * value.half:.1f}"
+
+
+def accuracy_sentence(curve: Curve) -> str:
+    """What accuracy does as the traces grow in number, named by the curve's shape."""
+    changes, low, last = curve.changes(), curve.points[curve.lowest], curve.points[-1]
+    name, start, subject = curve.name, _percent(curve.base.accuracy), curve.name[0].upper() + curve.name[1:]
+    if curve.shape == "flat":
+        most = max(changes, key=lambda change: abs(change.mean))
+        at = curve.points[changes.index(most)].num_traces
+        return (
+            f"{subject}: accuracy does not change beyond chance at any number of traces (untouched {start}; the largest difference "
+            f"is {_change(most)}, at {at:,})."
+        )
+    if curve.shape == "rising":
+        best = max(range(len(changes)), key=lambda i: changes[i].mean)
+        return (
+            f"{subject}: accuracy rises from {start} to {_percent(curve.points[best].accuracy)} at {curve.points[best].num_traces:,} "
+            f"traces ({_change(changes[best])}) and falls below the untouched model at no size."
+        )
+    fall = (
+        f"{subject}: accuracy falls from {start} to {_percent(low.accuracy)} at {low.num_traces:,} traces "
+        f"({_change(changes[curve.lowest])})"
+    )
+    if curve.shape == "falling":
+        if low is last:
+            return f"{fall}, the most that were tried: there is no recovery in this range."
+        return (
+            f"{fall} and does not climb back beyond chance: {_percent(last.accuracy)} at {last.num_traces:,} "
+            f"({_change(curve.climb)} from the lowest)."
+        )
+    climb = f"{fall}, then climbs to {_percent(last.accuracy)} at {last.num_traces:,} ({_change(curve.climb)} from the lowest)"
+    if curve.shape == "crossing":
+        return f"{climb}, still below the untouched model ({_change(changes[-1])})."
+    if changes[-1].above_zero():
+        return f"{climb}, above the untouched model ({_change(changes[-1])}): {name} cross the valley."
+    return f"{climb}, where it cannot be told from the untouched model ({_change(changes[-1])}): {name} cross the valley."
+
+
+def length_sentence(curve: Curve) -> str:
+    """Whether answers get longer, and shorter again."""
+    start = curve.base.length
+    ratios = [point.length.mean / start.mean for point in curve.points]
+    longest = ratios.index(max(ratios))
+    peak, last = curve.points[longest], curve.points[-1]
+    looks = len(ratios)
+    grew = difference(peak.tokens, curve.base.tokens, ()).above_zero(looks)
+    shrank = longest < len(ratios) - 1 and difference(peak.tokens, last.tokens, ()).above_zero(looks)
+    subject = f"{curve.name[0].upper()}{curve.name[1:]}: answers"
+    if not grew:
+        return (
+            f"{subject} do not get longer at any size ({start.mean:.0f} tokens before, at most {peak.length.mean:.0f}, at "
+            f"{peak.num_traces:,} traces)."
+        )
+    rise = f"{subject} get {ratios[longest]:.1f} times as long, at {peak.num_traces:,} traces ({start.mean:.0f} to {peak.length.mean:.0f} tokens)"  # fmt: skip
+    if shrank:
+        return f"{rise}, and shorter again: {ratios[-1]:.1f} times at {last.num_traces:,} ({last.length.mean:.0f} tokens)."
+    return f"{rise}, and do not get shorter again within the sizes tried."
+
+
+def comparison_sentence(first: Curve, other: Curve) -> str:
+    """At which sizes the other arm's accuracy is above the first's, and at which below."""
+    at = {point.num_traces: point for point in first.points}
+    pairs = [(point, at[point.num_traces]) for point in other.points if point.num_traces in at]
+    pairs = [(point.num_traces, difference(point.shares, same.shares)) for point, same in pairs]
+    if not pairs:
+        return f"{other.name[0].upper()}{other.name[1:]} and {first.name} have no size in common yet."
+    looks = len(pairs)
+    above = [f"{size:,} ({_change(change)})" for size, change in pairs if change.above_zero(looks)]
+    below = [f"{size:,} ({_change(change)})" for size, change in pairs if change.below_zero(looks)]
+    parts = [f"above {first.name} at {', '.join(above)} traces"] * bool(above)
+    parts += [f"below at {', '.join(below)} traces" if above else f"below {first.name} at {', '.join(below)} traces"] * bool(
+        below
+    )
+    if not parts:
+        return f"{other.name[0].upper()}{other.name[1:]}: accuracy cannot be told from that of {first.name} at any size."
+    rest = " and not to be told apart at the others" if len(above) + len(below) < looks else ""
+    return f"{other.name[0].upper()}{other.name[1:]}: accuracy is {', '.join(parts)}{rest}."

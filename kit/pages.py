@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping
 
 from kit.figures import Stages
 from kit.responses import LOOP_CHARACTERS, LOOP_TIMES, LOOP_UNIT, REFLECTION, boxes, ends_in_loop
@@ -115,10 +116,11 @@ def _response(row: dict, label: str) -> str:
     )
 
 
-def marked(text: str) -> str:
-    """The text as HTML, with reflection phrases and boxed answers marked."""
+def marked(text: str, others: Mapping[tuple[int, int], str] | None = None) -> str:
+    """The text as HTML, with reflection phrases and boxed answers marked. others: (start, end) -> the tag that marks it."""
     spans = sorted([(start, end, "b class=box") for start, end in boxes(text)]
-                   + [(*match.span(), "mark") for match in REFLECTION.finditer(text)])  # fmt: skip
+                   + [(*match.span(), "mark") for match in REFLECTION.finditer(text)]
+                   + [(*span, tag) for span, tag in (others or {}).items()])  # fmt: skip
     parts, position = [], 0
     for start, end, tag in spans:
         if start >= position:  # what lies inside a box is the box's

@@ -1,8 +1,8 @@
 """The valley at toy scale: fine-tune one small model on more and more traces, and measure every model that comes out.
 
-A cell is one model: an arm (what the traces are), a number of traces, a seed. Its traces, its training and its samples are those of
-the real recipes: kit.data, kit.packing, kit.sft, kit.evaluate. A finished cell is one line of cells.jsonl, beside a folder with its
-samples and weights; a run that is killed goes on inside the cell it was in, and what is finished is kept.
+A cell is one model: an arm (what the traces are), a number of traces, a seed. It goes through the pipeline of the real recipes:
+kit.data, kit.packing, kit.sft, kit.evaluate. A finished cell is one line of cells.jsonl, beside a folder with its samples and
+weights; a run that is killed goes on inside the cell it was in, and what is finished is kept.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Study:
     def cells(self) -> list[Cell]:
         """Every cell, the untouched model first, then seed by seed, so that one seed's picture is whole before the next begins.
 
-        The arm with a fixed batch, that of the largest size, leaves out the sizes at which it is the long arm or one step an epoch.
+        The arm with a fixed batch, the largest size's, leaves out where it is the long arm, and where an epoch is a single step.
         """
         cells = [Cell(BASE, 0, seed) for seed in range(self.seeds)]
         fixed = self.batch_of(self.sizes[-1])
@@ -209,8 +209,13 @@ class Valley:
             )  # fmt: skip
             model, _ = models.load(str(trained), device="cpu")  # what is measured is what was saved
             metrics = run.metrics.read()
-            row |= {"epochs": study.epochs, "steps": len(plan.steps), "trained_tokens": plan.tokens,
-                    "loss": metrics[-1]["loss"], "training_seconds": round(sum(step["seconds"] for step in metrics), 1)}  # fmt: skip
+            row |= {
+                "epochs": study.epochs,
+                "steps": len(plan.steps),
+                "trained_tokens": plan.tokens,
+                "loss": metrics[-1]["loss"],
+                "training_seconds": round(sum(step["seconds"] for step in metrics)),
+            }
         start = time.perf_counter()
         result = evaluate(
             model, chat, self.benchmark, study.params, run.path / SAMPLES,
@@ -218,19 +223,15 @@ class Valley:
         )  # fmt: skip
         row |= {name: getattr(result, name) for name in ("accuracy", "mean_tokens", "truncated", "looping", "reflection")}
         row |= {"sampled_tokens": sum(sample["tokens"] for sample in result.rows),
-                "sampling_seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+                "sampling_seconds": round(time.perf_counter() - start)}  # fmt: skip
         self.journal.append(row)
         return Finished(cell, row, result)
 
     def plan(self, cell: Cell, lengths: Sequence[int]) -> TrainingPlan:
         """Rows as long as a step's traces are together, so that a batch of few traces is a batch of few traces."""
-        row_tokens = min(MAX_ROW_TOKENS, cell.batch_traces * sum(lengths) // len(lengths))
+        row_tokens = max(*lengths, min(MAX_ROW_TOKENS, cell.batch_traces * sum(lengths) // len(lengths)))
         return TrainingPlan.make(
-            lengths,
-            row_tokens=max(row_tokens, *lengths),
-            batch_traces=cell.batch_traces,
-            epochs=self.study.epochs,
-            seed=cell.seed,
+            lengths, row_tokens=row_tokens, batch_traces=cell.batch_traces, epochs=self.study.epochs, seed=cell.seed
         )
 
 

@@ -1,7 +1,7 @@
 """Curves over the number of traces, with intervals, and the sentences that follow from them.
 
-A curve is said to fall, rise or recover only where an interval says so. Intervals are 95 %, cover both questions and seeds, and are
-widened (Bonferroni) where the one of several sizes is looked at that differs most. Nothing here knows what the answer should be.
+A curve is said to fall, rise or recover only where an interval says so. Intervals are 95 %, over questions and seeds; where the
+one of several sizes is looked at that differs most, what is called a change is held to a wider one (Bonferroni).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Estimate:
     @property
     def high(self) -> float:
         return self.mean + self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}"
 
     def above_zero(self, num_looks: int = 1) -> bool:
         """Whether it is above zero for certain; num_looks: how many such differences were looked at to pick this one."""
@@ -102,8 +105,8 @@ class Curve:
 def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Estimate:
     """The mean over seeds and questions. added: what is added to the questions for the width alone (kit.statistics).
 
-    Its variance is the sum of two: over questions (of their means over the seeds) and, where there are several seeds, over seeds (of
-    their means over the questions). What chance adds to both is counted twice: the interval errs on the wide side.
+    Its variance is the sum of two: over questions (of their means over the seeds) and, where there are several seeds, over seeds
+    (of their means over the questions). What chance adds to both is counted twice: the interval errs on the wide side.
     """
     questions = list(next(iter(seeds.values())))
     means = [fmean(values[question] for values in seeds.values()) for question in questions]
@@ -145,7 +148,12 @@ def findings(curves: Sequence[Curve]) -> list[str]:
     return sentences
 
 
-def _percent(value: Estimate) -> str:
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def percent(value: Estimate) -> str:
+    """A share with its interval."""
     return f"{100 * value.mean:.1f} % ± {100 * value.half:.1f}"
 
 
@@ -156,37 +164,37 @@ def _change(value: Estimate) -> str:
 def accuracy_sentence(curve: Curve) -> str:
     """What accuracy does as the traces grow in number, named by the curve's shape."""
     changes, low, last = curve.changes(), curve.points[curve.lowest], curve.points[-1]
-    name, start, subject = curve.name, _percent(curve.base.accuracy), curve.name[0].upper() + curve.name[1:]
+    start, subject = percent(curve.base.accuracy), _capital(curve.name)
     if curve.shape == "flat":
         most = max(changes, key=lambda change: abs(change.mean))
         at = curve.points[changes.index(most)].num_traces
         return (
-            f"{subject}: accuracy does not change beyond chance at any number of traces (untouched {start}; the largest difference "
-            f"is {_change(most)}, at {at:,})."
+            f"{subject}: accuracy does not change beyond chance at any number of traces (untouched {start}; the largest "
+            f"difference is {_change(most)}, at {at:,})."
         )
     if curve.shape == "rising":
         best = max(range(len(changes)), key=lambda i: changes[i].mean)
         return (
-            f"{subject}: accuracy rises from {start} to {_percent(curve.points[best].accuracy)} at {curve.points[best].num_traces:,} "
-            f"traces ({_change(changes[best])}) and falls below the untouched model at no size."
+            f"{subject}: accuracy rises from {start} to {percent(curve.points[best].accuracy)} at "
+            f"{curve.points[best].num_traces:,} traces ({_change(changes[best])}) and falls below the untouched model at no size."
         )
     fall = (
-        f"{subject}: accuracy falls from {start} to {_percent(low.accuracy)} at {low.num_traces:,} traces "
+        f"{subject}: accuracy falls from {start} to {percent(low.accuracy)} at {low.num_traces:,} traces "
         f"({_change(changes[curve.lowest])})"
     )
     if curve.shape == "falling":
         if low is last:
             return f"{fall}, the most that were tried: there is no recovery in this range."
         return (
-            f"{fall} and does not climb back beyond chance: {_percent(last.accuracy)} at {last.num_traces:,} "
+            f"{fall} and does not climb back beyond chance: {percent(last.accuracy)} at {last.num_traces:,} "
             f"({_change(curve.climb)} from the lowest)."
         )
-    climb = f"{fall}, then climbs to {_percent(last.accuracy)} at {last.num_traces:,} ({_change(curve.climb)} from the lowest)"
+    climb = f"{fall}, then climbs to {percent(last.accuracy)} at {last.num_traces:,} ({_change(curve.climb)} from the lowest)"
     if curve.shape == "crossing":
         return f"{climb}, still below the untouched model ({_change(changes[-1])})."
     if changes[-1].above_zero():
-        return f"{climb}, above the untouched model ({_change(changes[-1])}): {name} cross the valley."
-    return f"{climb}, where it cannot be told from the untouched model ({_change(changes[-1])}): {name} cross the valley."
+        return f"{climb}, above the untouched model ({_change(changes[-1])}): the valley is crossed."
+    return f"{climb}, where it cannot be told from the untouched model ({_change(changes[-1])}): the valley is crossed."
 
 
 def length_sentence(curve: Curve) -> str:
@@ -198,13 +206,16 @@ def length_sentence(curve: Curve) -> str:
     looks = len(ratios)
     grew = difference(peak.tokens, curve.base.tokens, ()).above_zero(looks)
     shrank = longest < len(ratios) - 1 and difference(peak.tokens, last.tokens, ()).above_zero(looks)
-    subject = f"{curve.name[0].upper()}{curve.name[1:]}: answers"
+    subject = f"{_capital(curve.name)}: answers"
     if not grew:
         return (
             f"{subject} do not get longer at any size ({start.mean:.0f} tokens before, at most {peak.length.mean:.0f}, at "
             f"{peak.num_traces:,} traces)."
         )
-    rise = f"{subject} get {ratios[longest]:.1f} times as long, at {peak.num_traces:,} traces ({start.mean:.0f} to {peak.length.mean:.0f} tokens)"  # fmt: skip
+    rise = (
+        f"{subject} get {ratios[longest]:.1f} times as long, at {peak.num_traces:,} traces "
+        f"({start.mean:.0f} to {peak.length.mean:.0f} tokens)"
+    )
     if shrank:
         return f"{rise}, and shorter again: {ratios[-1]:.1f} times at {last.num_traces:,} ({last.length.mean:.0f} tokens)."
     return f"{rise}, and do not get shorter again within the sizes tried."
@@ -216,15 +227,16 @@ def comparison_sentence(first: Curve, other: Curve) -> str:
     pairs = [(point, at[point.num_traces]) for point in other.points if point.num_traces in at]
     pairs = [(point.num_traces, difference(point.shares, same.shares)) for point, same in pairs]
     if not pairs:
-        return f"{other.name[0].upper()}{other.name[1:]} and {first.name} have no size in common yet."
+        return f"{_capital(other.name)} and {first.name} have no size in common yet."
     looks = len(pairs)
     above = [f"{size:,} ({_change(change)})" for size, change in pairs if change.above_zero(looks)]
     below = [f"{size:,} ({_change(change)})" for size, change in pairs if change.below_zero(looks)]
-    parts = [f"above {first.name} at {', '.join(above)} traces"] * bool(above)
-    parts += [f"below at {', '.join(below)} traces" if above else f"below {first.name} at {', '.join(below)} traces"] * bool(
-        below
-    )
+    parts = [
+        f"{side} that of {first.name} at {', '.join(sizes)} traces"
+        for side, sizes in (("above", above), ("below", below))
+        if sizes
+    ]
     if not parts:
-        return f"{other.name[0].upper()}{other.name[1:]}: accuracy cannot be told from that of {first.name} at any size."
+        return f"{_capital(other.name)}: accuracy cannot be told from that of {first.name} at any size."
     rest = " and not to be told apart at the others" if len(above) + len(below) < looks else ""
-    return f"{other.name[0].upper()}{other.name[1:]}: accuracy is {', '.join(parts)}{rest}."
+    return f"{_capital(other.name)}: accuracy is {' and '.join(parts)}{rest}."

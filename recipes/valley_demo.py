@@ -4,11 +4,11 @@
     python recipes/valley_demo.py             three seeds, all arms
     python recipes/valley_demo.py --resume    go on after an interruption: finished models are kept
 
-The model that ships with the kit is right on nearly all chains of additions and subtractions (kit/toy.py) after 40,000 short
-traces. It is fine-tuned on more and more long ones, which recheck and correct themselves, and measured each time as the paper
-measures: samples at temperature 0.6 and top-p 0.95 on held-out problems. Beside that stand the same problems with short traces, half
-and half, and long traces with one batch size throughout. The batch grows with the data, as in the paper's Table 2. Everything goes
-through the pipeline of the real recipes; what came out, and what it says, is in report.html of the run folder.
+The model that ships with the kit has learned chains of additions and subtractions (kit/toy.py) from 40,000 short traces. It is
+fine-tuned on more and more long ones, which recheck and correct themselves, and measured each time as the paper measures: samples
+at temperature 0.6 and top-p 0.95 on held-out problems. Beside that stand the same problems with short traces, half and half, and
+long traces with one batch size throughout. The batch grows with the data, as in the paper's Table 2. Everything goes through the
+pipeline of the real recipes; what came out, and what it says, is in report.html of the run folder.
 
 It is about the toy, not about language models. Left out on purpose: a second size of model, and ratios other than half and half.
 """

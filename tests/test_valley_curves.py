@@ -27,8 +27,10 @@ def curve(accuracies, tokens=(), *, base=0.9, name="long traces", **options):
     return Curve(name, point(0, base, **options), points)
 
 
-PHRASES = ("does not change beyond chance", "rises from", "falls from", "climbs to", "no recovery", "does not climb back",
-           "still below the untouched", "cannot be told from the untouched", "above the untouched", "cross the valley")  # fmt: skip
+PHRASES = (
+    "does not change beyond chance", "rises from", "falls from", "climbs to", "no recovery", "does not climb back",
+    "still below the untouched", "cannot be told from the untouched", "above the untouched", "valley is crossed",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -97,8 +99,10 @@ def test_arms_are_compared_at_the_sizes_they_share():
     long = curve([0.5, 0.1, 0.5, 0.9])
     short = Curve("short traces", long.base, [point(64, 0.9), point(256, 0.5), point(1_024, 0.3)])
     said = comparison_sentence(long, short)
-    assert said.startswith("Short traces: accuracy is above long traces at 64 (")
-    assert "below at 1,024 (" in said and "256" not in said and "not to be told apart at the others" in said
+    assert said.startswith("Short traces: accuracy is above that of long traces at 64 (")
+    assert (
+        " and below that of long traces at 1,024 (" in said and "256" not in said and "not to be told apart at the others" in said
+    )
     same = Curve("half", long.base, list(long.points))
     assert "cannot be told from that of long traces at any size" in comparison_sentence(long, same)
     assert findings([long, same])[-1] == comparison_sentence(long, same)

@@ -79,7 +79,7 @@ class Study:
     control_sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096)  # of the other arms
     seeds: int = 3
     epochs: int = 4
-    lr: float = 3e-3
+    lr: float = 3e-4
     warmup_ratio: float = 0.05
     min_batch: int = 4  # traces a step
     steps_an_epoch: int = 256

@@ -171,12 +171,15 @@ def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
         for e in (point.accuracy, point.step_accuracy, point.predicted, point.residual):
             cells.append(f"{100 * e.mean:.1f} ± {100 * e.half:.1f}")
         cells += [f"{100 * point.saved:.1f}", f"{point.operations.mean:.1f} ± {point.operations.half:.1f}"]
-        cells += [f"{point.checks:.1f}", f"{point.corrections:.1f}", f"{100 * reflection.mean:.0f} ± {100 * reflection.half:.0f}"]
+        cells += [f"{point.checks:.1f}", f"{point.corrections:.1f}"]
+        cells.append(f"{100 * reflection.mean:.0f} ± {100 * reflection.half:.0f}")
         cells.append("-" if longer is None else f"{longer.mean:+.0f} ± {longer.half:.0f}")
         cells += [f"{100 * point.truncated:.0f}", f"{100 * point.looping:.0f}"]
         rows += "<tr>" + "".join(f"<td>{cell}" for cell in cells)
-    heads = ("traces", "accuracy, %", "p, %", "p^n, %", "accuracy - p^n", "right by luck, %", "operations", "checks", "corrections",
-             "rechecks, %", "tokens longer", "cut off, %", "in a loop, %")  # fmt: skip
+    heads = (
+        "traces", "accuracy, %", "p, %", "p^n, %", "accuracy - p^n", "right by luck, %", "operations", "checks", "corrections",
+        "rechecks, %", "tokens longer", "cut off, %", "in a loop, %",
+    )  # fmt: skip
     return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
 
 

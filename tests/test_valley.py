@@ -1,0 +1,156 @@
+"""Cells: what they are made of, and that a killed study ends with the rows and samples of an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kit.benchmarks import BENCHMARKS
+from kit.generate import SamplingParams
+from kit.grade import grade
+from kit.responses import reflects
+from kit.valley import ARMS, BASE, Study, Valley, curves, make_traces, read_cells
+from kit.valley_report import write_report
+
+STUDY = Study(arms=("long", "short"), sizes=(8, 24), control_sizes=(24,), seeds=1, epochs=2, num_samples=1,
+              params=SamplingParams(max_new_tokens=48))  # fmt: skip
+BENCHMARK = BENCHMARKS["toy"].read(limit=6)
+
+
+def test_the_arms_have_the_same_problems_and_the_sizes_are_nested():
+    made = {name: make_traces(arm, 40, 0, set()) for name, arm in ARMS.items()}
+    problems = [trace.problem for trace in made["long"]]
+    assert all([trace.problem for trace in traces] == problems for traces in made.values())
+    assert len(set(problems)) == 40
+    assert make_traces(ARMS["mixed"], 20, 0, set()) == made["mixed"][:20]
+    assert [trace.problem for trace in make_traces(ARMS["long"], 40, 1, set())] != problems
+    assert not {trace.problem for trace in make_traces(ARMS["long"], 40, 0, set(problems[:9]))} & set(problems[:9])
+
+
+def test_an_arm_has_the_share_of_long_traces_it_says():
+    for name, num_long in (("long", 40), ("short", 0), ("mixed", 20), ("fixed", 40)):
+        traces = make_traces(ARMS[name], 40, 0, set())
+        assert sum(trace.response.startswith("<think>") for trace in traces) == num_long
+        assert any(reflects(trace.response) for trace in traces) == bool(num_long)
+    half = [trace.response.startswith("<think>") for trace in make_traces(ARMS["mixed"], 40, 0, set())]
+    assert half[:6] == [False, True] * 3  # spread, so that every subset has its share
+
+
+def test_every_trace_is_right_and_none_of_its_problems_is_measured():
+    held_out = {question.problem for question in BENCHMARKS["toy"].read().questions}
+    for trace in make_traces(ARMS["mixed"], 200, 3, held_out):
+        assert trace.problem not in held_out
+        expression = trace.problem.rstrip("?")
+        total = sum(int(word) for word in expression.replace("-", "+-").split("+"))
+        assert grade(str(total), trace.response).verdict == "correct"
+
+
+def test_the_batch_grows_with_the_data_so_that_the_steps_stay():
+    study = Study(sizes=(16, 64, 256, 1_024, 4_096, 16_384))
+    assert [study.batch_of(size) for size in study.sizes] == [4, 4, 4, 4, 16, 64]
+    valley = Valley(study, BENCHMARK, Path("unused"))
+    for size in (1_024, 4_096):
+        cell = next(cell for cell in study.cells() if (cell.arm, cell.num_traces) == ("long", size))
+        steps = len(valley.plan(cell, [100 + i % 41 for i in range(size)]).steps)
+        assert abs(steps - 4 * 256) < 40
+
+
+def test_the_fixed_batch_is_that_of_the_largest_size_and_repeats_no_cell_of_the_long_arm():
+    cells = Study(seeds=2).cells()
+    fixed = [cell for cell in cells if cell.arm == "fixed" and cell.seed == 1]
+    assert [(cell.num_traces, cell.batch_traces) for cell in fixed] == [(256, 64), (1_024, 64), (4_096, 64)]
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert [cell.arm for cell in cells[:2]] == [BASE, BASE]
+    assert [cell.seed for cell in cells[2:]] == sorted(cell.seed for cell in cells[2:])  # one seed's picture is whole first
+    assert [cell.num_traces for cell in cells if (cell.arm, cell.seed) == ("short", 0)] == [16, 64, 256, 1_024, 4_096]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"arms": ("long", "shrot")}, "there is no arm 'shrot'; the arms are long, short"),
+        ({"arms": ()}, "arms is .* one or more"),
+        ({"sizes": (64, 16)}, "sizes is .* larger than the one before"),
+        ({"sizes": ()}, "sizes"),
+        ({"control_sizes": (0, 16)}, "control_sizes"),
+        ({"seeds": 0}, "seeds is 0"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        replace(STUDY, **changed)
+
+
+def test_a_folder_without_a_finished_cell_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no finished cell"):
+        write_report(tmp_path)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_valley import BENCHMARK, STUDY
+from kit import valley
+valley.CHECKPOINT_EVERY = 3
+for finished in valley.Valley(STUDY, BENCHMARK, Path({out!r})).run():
+    pass
+"""
+
+
+def child(out):
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+
+
+def rows(path):
+    """Everything that does not tell the time."""
+    untimed = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in
+               map(json.loads, (path / "cells.jsonl").read_text().splitlines())]  # fmt: skip
+    samples = {cell.cell.name: sorted((row["question"], row["sample"], row["text"], row["verdict"]) for row in cell.result.rows)
+               for cell in read_cells(path)}  # fmt: skip
+    return untimed, samples
+
+
+def test_killed_in_training_and_in_sampling_and_resumed_it_ends_as_an_unbroken_run(tmp_path):
+    whole = child(tmp_path / "whole")
+    assert whole.wait() == 0, whole.stderr.read().decode()
+    broken = tmp_path / "broken"
+    for where in ("cells/long-24-seed0/metrics.jsonl", "cells/short-24-seed0/samples/toy.jsonl"):
+        process = child(broken)
+        while process.poll() is None and not ((broken / where).exists() and (broken / where).read_text().count("\n") >= 4):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        finished = (broken / "cells.jsonl").read_text().splitlines()
+        assert where.split("/")[1] not in "".join(finished), "killed too late to test anything"
+    before = (broken / "cells.jsonl").read_text()
+    resumed = child(broken)
+    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    assert (broken / "cells.jsonl").read_text().startswith(before)  # finished cells are kept, their times too
+    assert rows(broken) == rows(tmp_path / "whole")
+    untimed, samples = rows(broken)
+    assert [row["cell"] for row in untimed] == ["base-0-seed0", "long-8-seed0", "long-24-seed0", "short-24-seed0"]
+    assert samples["long-24-seed0"] != samples["short-24-seed0"] != samples["base-0-seed0"]
+
+    found = read_cells(broken)
+    drawn = curves(found)
+    assert [(curve.name, [point.num_traces for point in curve.points]) for curve in drawn] == [
+        ("long traces", [8, 24]), ("short traces", [24]),
+    ]  # fmt: skip
+    assert drawn[0].base.accuracy.mean == found[0].row["accuracy"]
+    page = write_report(broken).read_text()
+    assert page.count("<img ") == 3 and "http" not in page
+    for text in (
+        "Long traces: accuracy ",
+        "Short traces: accuracy ",
+        "one seed, so the intervals do not cover",
+        "long traces, 24:",
+    ):
+        assert text in page

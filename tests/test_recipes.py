@@ -170,3 +170,31 @@ def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert rows[0]["name"] == "ours" and (len(rows) == 2 or "TRL is not installed" in done.stdout)
+
+
+def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
+    flags = ["--smoke", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48"]
+    done = start("valley_demo", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "valley_demo" / "001"
+    cells = [json.loads(line) for line in (run / "cells.jsonl").read_text().splitlines()]
+    assert [cell["cell"] for cell in cells] == ["base-0-seed0", "long-8-seed0"]
+    assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
+    for line in ("base-0-seed0 ", "long-8-seed0 ", "Long traces: accuracy ", "report runs"):
+        assert line in done.stdout
+    again = start("valley_demo", *flags, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [json.loads(line) for line in (run / "cells.jsonl").read_text().splitlines()] == cells
+
+
+def test_quick_sets_what_the_flags_may_change(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import valley_demo
+
+    config = parse(valley_demo.Config, ["--quick", "--sizes", "8"], smoke=valley_demo.SMOKE, quick=valley_demo.QUICK)
+    assert (config.quick, config.smoke, config.seeds, config.sizes) == (True, False, 1, "8")
+    full = valley_demo.study_of(valley_demo.Config())
+    assert full == valley_demo.Study()  # the defaults stand in one place as far as they can
+    assert (full.seeds, len(full.sizes), full.params.temperature, full.params.top_p) == (3, 6, 0.6, 0.95)
+    with pytest.raises(ValueError, match="sizes is '8,x' but must be whole numbers"):
+        valley_demo.study_of(valley_demo.Config(sizes="8,x"))

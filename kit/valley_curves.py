@@ -205,7 +205,7 @@ def length_sentence(curve: Curve) -> str:
     peak, last = curve.points[longest], curve.points[-1]
     looks = len(ratios)
     grew = difference(peak.tokens, curve.base.tokens, ()).above_zero(looks)
-    shrank = longest < len(ratios) - 1 and difference(peak.tokens, last.tokens, ()).above_zero(looks)
+    shrank = difference(peak.tokens, last.tokens, ()).above_zero(looks)
     subject = f"{_capital(curve.name)}: answers"
     if not grew:
         return (

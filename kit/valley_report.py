@@ -20,6 +20,7 @@ from kit.report import image
 from kit.valley import ARMS, BASE, Finished, curves, read_cells
 from kit.valley_anatomy import CAUSES, dissect
 from kit.valley_curves import Curve, Estimate, findings
+from kit.valley_rl import Climb, by_start, read_climbs, rl_findings
 from kit.valley_why import Decomposition, decompose, explain, length_alone
 
 COLOURS = ("#c0392b", "#2471a3", "#b7791f", "#6c3483")  # dark enough for a projector and for grey print
@@ -39,6 +40,7 @@ def write_report(path: Path) -> Path:
         image(path / "valley.png", valley_figure(drawn)),
         NOTE.format(seeds=_seeds(found), questions=found[0].result.num_questions, samples=found[0].result.num_samples),
         *_why(path, found),
+        *_rl(path),
         "<h2>Every point</h2>" + table(drawn, found),
         "<h2>The same problem at every size</h2>" + BROWSER_NOTE + browser(found),
     ]
@@ -114,6 +116,38 @@ def _why(path: Path, found: Sequence[Finished]) -> list[str]:
         WHY_NOTE.format(causes="; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())),
         why_table(base, points),
     ]
+
+
+def _rl(path: Path) -> list[str]:
+    """The section on reinforcement learning; nothing where there was none."""
+    climbs = read_climbs(path)
+    if not climbs:
+        return []
+    return [
+        "<h2>Reinforcement learning from three starts</h2>",
+        _sentences(rl_findings(climbs)),
+        image(path / "rl.png", rl_figure(climbs)),
+        RL_NOTE,
+    ]
+
+
+def rl_figure(climbs: Sequence[Climb]) -> Figure:
+    """Mean reward of the rollouts against the step, a line a start; the band spans the seeds."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, of_start) in enumerate(by_start(climbs).items()):
+        curves_of_seeds = [climb.rewards for climb in of_start]
+        steps = range(1, min(map(len, curves_of_seeds)) + 1)
+        columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
+        axes.plot(steps, [sum(column) / len(column) for column in columns], color=COLOURS[i], linewidth=2.5, label=name)
+        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS[i], alpha=0.18, linewidth=0)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("step", fontsize=14)
+    axes.set_ylabel("right answers, %", fontsize=14)
+    axes.tick_params(labelsize=12)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=12, title="start")
+    return figure
 
 
 def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
@@ -254,6 +288,9 @@ untouched model's. What goes wrong first, in this order: {causes}. Right by luck
 not. The paper, on its synthetic arithmetic: about 10 operations an answer before, 40 after 8k traces; on benchmarks, reflection
 below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only where
 a language model agrees; here a keyword is enough.</small></p>"""
+RL_NOTE = """<p><small>GRPO (kit/rl.py), reward 1 for a right answer and 0 otherwise, temperature 1; the curve is the reward of
+the rollouts, the sentences are of the held-out questions. Bands span the seeds. In the paper the start after 8k traces stays
+below the untouched one throughout, and the one after 128k ends above it.</small></p>"""
 BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark>,
 <mark class=taken-back>what the answer itself takes back</mark>, <mark>reflection</mark>, <b class=box>boxed answers</b>.</small>
 </p>"""

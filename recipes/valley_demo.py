@@ -3,6 +3,7 @@
     python recipes/valley_demo.py --quick     one seed, fewer sizes
     python recipes/valley_demo.py             three seeds, all arms
     python recipes/valley_demo.py --resume    go on after an interruption: finished models are kept
+    python recipes/valley_demo.py --rl_steps 30    and then reinforcement learning from three of the models
 
 The model that ships with the kit has learned chains of additions and subtractions (kit/toy.py) from 40,000 short traces. It is
 fine-tuned on more and more long ones, which recheck and correct themselves, and measured each time as the paper measures: samples
@@ -35,6 +36,7 @@ from kit.run import RunFolder
 from kit.valley import Finished, Study, Valley, curves, read_cells
 from kit.valley_curves import findings
 from kit.valley_report import write_report
+from kit.valley_rl import read_climbs, rl_findings, run_rl
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Config:
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 512  # tokens a response; the longest trace has about 340
     num_slots: int = 100  # responses sampled at once
+    # reinforcement learning, from the untouched model, the lowest point and the largest size of the first arm
+    rl_steps: int = 0  # steps of 32 prompts x 8 answers; 0 = off
     # run
     quick: bool = False  # one seed, fewer sizes and samples: minutes
     smoke: bool = False  # three models, about a minute
@@ -110,8 +114,11 @@ def main(config: Config) -> Path:
     for finished in valley.run():
         tqdm.write(line(finished))
     found = read_cells(valley_run.path)
+    if config.rl_steps:
+        for climb in run_rl(valley, found, steps=config.rl_steps):
+            tqdm.write(f"rl {climb.cell.name:<17} {climb.before.accuracy:6.1%} -> {climb.after.accuracy:.1%} right")
     report = write_report(valley_run.path)
-    print("\n".join(findings(curves(found))))
+    print("\n".join(findings(curves(found)) + rl_findings(read_climbs(valley_run.path))))
     print(f"report {report}")
     return report
 

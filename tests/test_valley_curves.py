@@ -74,6 +74,7 @@ def test_an_interval_over_equal_seeds_is_that_of_the_questions_and_grows_with_th
     apart = estimate({0: {"a": 0.4, "b": 0.4}, 1: {"a": 0.6, "b": 0.6}})
     assert apart.half == pytest.approx(12.706 * 0.1)  # t with one degree of freedom x 0.1414 / sqrt 2
     assert Estimate(0.5, 0.4).above_zero() and not Estimate(0.5, 0.4).above_zero(num_looks=6)
+    assert Estimate(-0.5, 0.4).below_zero() and not Estimate(-0.5, 0.4).below_zero(num_looks=6)
 
 
 def test_a_difference_is_paired_by_question_and_by_seed():

@@ -8,13 +8,9 @@ Everything is computed from the files in the folder, so a report can be made aga
 from __future__ import annotations
 
 import argparse
-import base64
 import html
-import io
 import json
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from kit import figures, pages
 from kit.journal import Journal
@@ -47,7 +43,7 @@ def write_report(path: Path) -> Path:
     if any(result.caps for found in measured.values() for result in found.values()):
         plots["caps.png"] = figures.caps_figure(measured)
         note = pages.CAPS_NOTE
-    drawn = "".join(image(path / name, figure) for name, figure in plots.items()) + note
+    drawn = "".join(figures.embed(path / name, figure) for name, figure in plots.items()) + note
     what = "an evaluation" if results[SAMPLES] else "before and after long chains of thought"
     page = pages.PAGE.format(
         style=pages.STYLE,
@@ -93,15 +89,6 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
 def _results(folder: Path) -> dict[str, Result]:
     results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
     return {result.benchmark: result for result in results if result.rows}
-
-
-def image(path: Path, figure: Figure) -> str:
-    """Save the figure and return it as HTML that needs no file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130, format="png")
-    path.write_bytes(buffer.getvalue())
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
 
 
 def _paper(model: str) -> str:

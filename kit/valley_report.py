@@ -16,7 +16,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from kit import pages
-from kit.report import image
+from kit.figures import embed
 from kit.valley import ARMS, BASE, Finished, curves, read_cells
 from kit.valley_anatomy import CAUSES, dissect
 from kit.valley_curves import Curve, Estimate, findings
@@ -37,7 +37,7 @@ def write_report(path: Path) -> Path:
     config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
     sections = [
         _sentences(findings(drawn)),
-        image(path / "valley.png", valley_figure(drawn)),
+        embed(path / "valley.png", valley_figure(drawn)),
         NOTE.format(seeds=_seeds(found), questions=found[0].result.num_questions, samples=found[0].result.num_samples),
         *_why(path, found),
         *_rl(path),
@@ -111,8 +111,8 @@ def _why(path: Path, found: Sequence[Finished]) -> list[str]:
     return [
         f"<h2>Why: {html.escape(ARMS[name].title)}, answers taken apart step by step</h2>",
         _sentences(explain(base, points)),
-        image(path / "causes.png", causes_figure(base, points)),
-        image(path / "steps.png", steps_figure(base, points)),
+        embed(path / "causes.png", causes_figure(base, points)),
+        embed(path / "steps.png", steps_figure(base, points)),
         WHY_NOTE.format(causes="; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())),
         why_table(base, points),
     ]
@@ -126,7 +126,7 @@ def _rl(path: Path) -> list[str]:
     return [
         "<h2>Reinforcement learning from three starts</h2>",
         _sentences(rl_findings(climbs)),
-        image(path / "rl.png", rl_figure(climbs)),
+        embed(path / "rl.png", rl_figure(climbs)),
         RL_NOTE,
     ]
 

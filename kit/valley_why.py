@@ -144,6 +144,11 @@ def _fit_sentence(base: Decomposition, low: Decomposition, at: str) -> str:
 
 def _length_sentence(base: Decomposition, low: Decomposition) -> str:
     lost = base.accuracy.mean - low.accuracy.mean
+    if low.operations.mean <= base.operations.mean:
+        return (
+            f"Length explains nothing of the fall: answers perform {low.operations.mean:.1f} operations (± {low.operations.half:.1f}), "
+            f"no more than the {base.operations.mean:.1f} before. Each operation has become worse, or something else."
+        )
     by_length = base.accuracy.mean - min(base.accuracy.mean, length_alone(base, low))
     share = "most" if by_length > lost / 2 else "the smaller part" if by_length > lost / 10 else "next to nothing"
     return (

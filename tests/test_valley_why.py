@@ -48,7 +48,7 @@ def test_errors_that_only_accumulate_leave_nothing_over():
     assert found.causes["a sum is wrong"] == pytest.approx(1 - found.accuracy.mean)
     said = explain(BASE, [found])
     assert "the same within chance" in said[0]
-    assert "next to nothing of the fall" in said[1]  # answers are as long as before: it is p that fell
+    assert "Length explains nothing of the fall" in said[1]  # answers are as long as before: it is p that fell
     assert "a sum is wrong at 64 (100 %)" in said[2]
 
 

@@ -146,8 +146,9 @@ def _length_sentence(base: Decomposition, low: Decomposition) -> str:
     lost = base.accuracy.mean - low.accuracy.mean
     if low.operations.mean <= base.operations.mean:
         return (
-            f"Length explains nothing of the fall: answers perform {low.operations.mean:.1f} operations (± {low.operations.half:.1f}), "
-            f"no more than the {base.operations.mean:.1f} before. Each operation has become worse, or something else."
+            f"Length explains nothing of the fall: answers perform {low.operations.mean:.1f} operations "
+            f"(± {low.operations.half:.1f}), no more than the {base.operations.mean:.1f} before. Each operation has become "
+            "worse, or something else."
         )
     by_length = base.accuracy.mean - min(base.accuracy.mean, length_alone(base, low))
     share = "most" if by_length > lost / 2 else "the smaller part" if by_length > lost / 10 else "next to nothing"

@@ -465,10 +465,12 @@ def test_what_is_kept_for_the_backward_pass_is_one_input_a_layer_and_one_of_the_
     model = make_model(family).train()
     recompute_layers(model)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        hidden_states(model, BATCH)
-    wide = [x for x in kept if x.is_floating_point() and x.numel() >= T * model.config.hidden_size]
-    assert len({x.data_ptr() for x in wide}) == len(wide) == len(model.model.layers) + 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(weakref.ref(x)) or x, lambda x: x):
+        hidden = hidden_states(model, BATCH)
+    alive = [x for x in (reference() for reference in kept) if x is not None]  # held by the graph of `hidden` alone
+    wide = [x for x in alive if x.is_floating_point() and x.numel() >= T * model.config.hidden_size]
+    assert len({x.data_ptr() for x in wide}) == len(model.model.layers) + 1
+    assert hidden.requires_grad
 
 
 def test_names_stay_and_keep_activations_ends_it(tiny_model):

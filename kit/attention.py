@@ -97,17 +97,27 @@ def attention_name(choice: str, config: PreTrainedConfig | None = None, *, devic
     return REGISTERED[choice]
 
 
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layer_windows(config) -> list[int | None]:
+    """Positions that each layer attends to, its own included; None = all."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def _flash_obstacle(config, device: torch.device, dtype: torch.dtype) -> str:
     """Why flash-attn cannot run this model here; "" = it can."""
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads if config else 0)
+    width = head_dim(config) if config else 0
     if importlib.util.find_spec("flash_attn") is None:
         return "it is not installed (pip install flash-attn)"
     if device.type != "cuda":
         return f"it runs on a CUDA card and the model is on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 or bfloat16 and the model is in {dtype}"
-    if head_dim > MAX_FLASH_HEAD_DIM:
-        return f"its heads are at most {MAX_FLASH_HEAD_DIM} wide and the model's are {head_dim}"
+    if width > MAX_FLASH_HEAD_DIM:
+        return f"its heads are at most {MAX_FLASH_HEAD_DIM} wide and the model's are {width}"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "it needs compute capability 8.0 (RTX 30 and later)"
     return ""

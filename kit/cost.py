@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from kit.attention import head_dim, layer_windows
 from kit.kernels.linear_head import rows_per_chunk
 from kit.savings import Savings
 
@@ -36,12 +37,11 @@ class Sizes:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> Sizes:
-        D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kinds = (getattr(config, "layer_types", None) or ()) if getattr(config, "sliding_window", None) else ()
+        D = head_dim(config)
         return cls(
             config.vocab_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size,
             config.num_attention_heads * D, config.num_key_value_heads * D,
-            tuple(config.sliding_window for kind in kinds if kind == "sliding_attention"), config.tie_word_embeddings,
+            tuple(window for window in layer_windows(config) if window is not None), config.tie_word_embeddings,
         )  # fmt: skip
 
     @property

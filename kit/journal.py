@@ -42,8 +42,13 @@ class Journal:
         """Drop the rows that are not wanted (steps after the checkpoint a run resumes from)."""
         rows = self.read()
         if not all(wanted(row) for row in rows):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows if wanted(row))
-            _replace(self.path, "".join(lines).encode("utf-8", errors="backslashreplace"))
+            replace_rows(self.path, [row for row in rows if wanted(row)])
+
+
+def replace_rows(path: Path, rows: list[dict]) -> None:
+    """The file with these rows, whole or not at all."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _replace(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
 
 
 def _finite(value):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from transformers import Cache
 
+from kit.attention import head_dim, layer_windows
+
 
 class SlotCache(Cache):
     """Keys and values (S, Hkv, W, D) a layer. `at_prefill` and `at_decode` say what the next forward pass touches."""
@@ -19,11 +21,11 @@ class SlotCache(Cache):
     def __init__(self, model, num_slots: int, capacity: int):
         super().__init__(layers=[])
         config, weight = model.config, model.get_input_embeddings().weight
-        self.windows = _windows(config)
+        self.windows = layer_windows(config)
         self.sizes = [min(window or capacity, capacity) for window in self.windows]
         # never attended before it is written, but garbage may be NaN, and 0 * NaN in a masked product is NaN
         self.keys = [
-            torch.zeros(num_slots, config.num_key_value_heads, W, _head_dim(config), dtype=weight.dtype, device=weight.device)
+            torch.zeros(num_slots, config.num_key_value_heads, W, head_dim(config), dtype=weight.dtype, device=weight.device)
             for W in self.sizes
         ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
@@ -87,19 +89,9 @@ class SlotCache(Cache):
         return self.length
 
 
-def _windows(config) -> list[int | None]:
-    """Positions that each layer attends to, its own included; None = all."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def cache_bytes(model, num_slots: int, capacity: int) -> int:
     """Bytes of the KV cache for num_slots rows of `capacity` positions (prompt and response together)."""
     config = model.config
-    positions = sum(min(window or capacity, capacity) for window in _windows(config))
-    per_position = 2 * config.num_key_value_heads * _head_dim(config) * model.get_input_embeddings().weight.element_size()
+    positions = sum(min(window or capacity, capacity) for window in layer_windows(config))
+    per_position = 2 * config.num_key_value_heads * head_dim(config) * model.get_input_embeddings().weight.element_size()
     return num_slots * positions * per_position

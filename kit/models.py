@@ -62,6 +62,15 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
+def load_to_train(name: str, *, qlora_rank: int = 0, seed: int = 0, **where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's."""
+    if not qlora_rank:
+        return load(name, **where)
+    from kit import qlora  # bitsandbytes and peft take seconds to import
+
+    return qlora.load(name, rank=qlora_rank, seed=seed, **where)
+
+
 def _config(where: str):
     try:
         return AutoConfig.from_pretrained(where)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kit.grade import DEADLINE, grade
 from kit.grading.paper import grade_as_paper
+from kit.journal import replace_rows
 
 PEERS = ("math-verify",)
 SHOWN = 160  # characters of an answer in a line of the list
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> dict:
         result["disagreements"] = len(disagreements)
     target = config.file if config.in_place else config.out
     if target:
-        _write(target, after)
+        replace_rows(target, after)
         print(f"wrote {target}")
     else:
         print(f"{config.file} is as it was; --out FILE writes the new verdicts, --in_place replaces it")
@@ -141,10 +142,3 @@ def _show(row: dict, what: str) -> None:
     place = f"{row.get('question', '?')}/{row.get('sample', '?')}"
     answers = f"gold {_reference(row)[:SHOWN]!r}, prediction {(row['prediction'] or '')[:SHOWN]!r}"
     print(f"  {place}: {what}; {answers}".encode("utf-8", "backslashreplace").decode())
-
-
-def _write(path: Path, rows: list[dict]) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    scratch.replace(path)

@@ -150,7 +150,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
             "has diverged: go back to the last checkpoint and lower --lr"
         )
     groups = by_group(episodes)
-    taught = groups if settings.no_signal == "keep" else [group for group in groups if _has_signal(group, settings)]
+    taught = groups if settings.no_signal == "keep" else [group for group in groups if group_has_signal(group, settings)]
     minibatches = [taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)] or [[]]
     steps = [_rows(policy, lessons(minibatch, settings)) for minibatch in minibatches]
     if settings.old_logprobs == "trainer":
@@ -213,7 +213,7 @@ def reward_of(episode: Episode, settings: Settings) -> float | None:
     )
 
 
-def _has_signal(group: Sequence[Episode], settings: Settings) -> bool:
+def group_has_signal(group: Sequence[Episode], settings: Settings) -> bool:
     return has_signal([reward_of(episode, settings) for episode in group])
 
 
@@ -272,7 +272,7 @@ def summary(groups: Sequence[Sequence[Episode]], settings: Settings) -> dict[str
     trusted = [e for e in episodes if not e.rejection(settings.reward_low, settings.reward_high)]
     rewards = [episode.reward for episode in trusted]
     lengths = [len(episode.completion.ids) for episode in episodes]
-    silent = sum(not _has_signal(group, settings) for group in groups)
+    silent = sum(not group_has_signal(group, settings) for group in groups)
     return {
         "reward_mean": fmean(rewards),
         "reward_std": pstdev(rewards),

@@ -15,11 +15,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kit import checkpoint
-from kit.advantages import has_signal
 from kit.benchmarks import Question
 from kit.episodes import Episode, by_group
 from kit.journal import Journal
-from kit.rl import Policy, reward_of, rollout, update
+from kit.rl import Policy, group_has_signal, rollout, update
 from kit.rl_prompts import draw
 from kit.run import RunFolder
 
@@ -94,7 +93,7 @@ def gather(policy: Policy, questions: Sequence[Question], batch_prompts: int) ->
         more = rollout(policy, draw(questions, policy.drawn, missing, seed=settings.seed))
         episodes += more
         rollouts += 1
-        missing -= sum(has_signal([reward_of(episode, settings) for episode in group]) for group in by_group(more))
+        missing -= sum(group_has_signal(group, settings) for group in by_group(more))
     return episodes, rollouts - 1
 
 

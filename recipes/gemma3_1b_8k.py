@@ -131,13 +131,9 @@ def main(config: Config) -> None:
         check_free_memory(planned)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
-    if config.qlora_rank:
-        from kit import qlora  # bitsandbytes and peft take seconds to import
-
-        model, tokenizer = qlora.load(config.model, rank=config.qlora_rank, device=config.device, attention=config.attention,
-                                      seed=config.seed)  # fmt: skip
-    else:
-        model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    model, tokenizer = models.load_to_train(
+        config.model, qlora_rank=config.qlora_rank, seed=config.seed, device=config.device, attention=config.attention
+    )
     context = models.context_length(model)
     if config.row_tokens > context:
         raise ValueError(

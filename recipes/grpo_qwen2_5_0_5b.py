@@ -166,13 +166,9 @@ def main(config: Config) -> None:
     else:
         questions = read_prompts(config.prompts, bad, levels=config.levels)
     questions = questions[: config.num_prompts or None]
-    if config.qlora_rank:
-        from kit import qlora  # bitsandbytes and peft take seconds to import
-
-        model, tokenizer = qlora.load(config.model, rank=config.qlora_rank, device=config.device, attention=config.attention,
-                                      seed=config.seed)  # fmt: skip
-    else:
-        model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    model, tokenizer = models.load_to_train(
+        config.model, qlora_rank=config.qlora_rank, seed=config.seed, device=config.device, attention=config.attention
+    )
     if config.weaken:
         weaken(model, config.weaken, config.seed)
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)

@@ -68,7 +68,7 @@ class Policy:
                 "update_in_backward is on but a mini-batch has several rows, whose gradients must wait for one another; "
                 "pass --no_update_in_backward (and --qlora_rank 16 where memory is short)"
             )
-        self.model, self.chat, self.settings, self.reward = model, chat, settings, reward
+        self.model, self.chat, self.settings, self.reward, self.savings = model, chat, settings, reward, savings
         self.drawn = 0  # prompts rolled out so far: the data's cursor, and a part of every sample's random stream
         has_adapters = hasattr(model, "peft_config")
         if (
@@ -164,7 +164,12 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     for rows in filter(None, steps):
         # before the first step the trainer's weights are still the sampler's: what then differs is the arithmetic
         loss_of = partial(
-            row_loss, settings=settings, cap=softcap(policy.model), tally=tally, sampler=None if results else sampler
+            row_loss,
+            settings=settings,
+            cap=softcap(policy.model),
+            tally=tally,
+            sampler=None if results else sampler,
+            logit_rows=policy.savings.logit_rows,
         )
         results.append([x.item() for x in policy.training_step(rows, loss_of)])
     seconds = time.perf_counter() - start
@@ -239,11 +244,12 @@ def score(model, row: EpisodeBatch, temperature: float) -> torch.Tensor:
 
 def row_loss(
     hidden: torch.Tensor, weight: torch.Tensor, batch: EpisodeBatch, *, settings: Settings, cap: float | None = None,
-    tally: Tally | None = None, sampler: Tally | None = None,
+    tally: Tally | None = None, sampler: Tally | None = None, logit_rows: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """A row's share of the step's loss: the clipped objective of every completion token, times its weight.
 
-    hidden (T, H), weight (V, H). cap: the softcap. sampler: takes the ratio of the trainer's probabilities to the sampler's.
+    hidden (T, H), weight (V, H). cap: the softcap. logit_rows: as in kit.savings. sampler: takes the ratio of the trainer's
+    probabilities to the sampler's.
     """
 
     def objective(logprobs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -262,7 +268,7 @@ def row_loss(
 
     return linear_cross_entropy(
         hidden, weight, batch.targets, reduction="sum", token_weight=batch.token_weight, objective=objective, softcap=cap,
-        temperature=settings.temperature,
+        temperature=settings.temperature, max_rows=logit_rows,
     )  # fmt: skip
 
 

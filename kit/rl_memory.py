@@ -95,7 +95,8 @@ def plan_rl(
         copied = [torch.empty_like(p) for p in fake.parameters()] if settings.uses_reference and not qlora_rank else []
         row = fake_batch(settings.row_tokens)
         batch = EpisodeBatch(**vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]})
-        loss_of = partial(row_loss, settings=settings, cap=softcap(fake), tally=Tally(), sampler=Tally())
+        loss_of = partial(row_loss, settings=settings, cap=softcap(fake), tally=Tally(), sampler=Tally(),
+                          logit_rows=savings.logit_rows)  # fmt: skip
         lazy = savings.optimizer == "adamw"  # makes its states in the first step
         book = measure(fake, savings, batch, steps=2 if lazy else 1, rows=2, loss_of=loss_of, resident={REFERENCE: copied})
         resident = {name: book.owners.get(name, 0) for name in (ledger.WEIGHTS, ledger.OPTIMIZER, REFERENCE)}

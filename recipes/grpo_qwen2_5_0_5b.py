@@ -87,6 +87,7 @@ class Config:
     tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
     optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
     offload_inputs: bool = False  # layer inputs in CPU memory
+    logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
     # evaluation, before and after

@@ -21,7 +21,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=["kit", "kit.grading", "kit.kernels"],
     package_dir={"kit.kernels": "kernels"},
-    package_data={"kit": ["tiny/*", "configs/*"]},
+    package_data={"kit": ["tiny/*", "tinier/*", "configs/*"]},
     install_requires=[  # the ranges whose ends the tests have passed on; widen them by testing
         "torch>=2.10,<2.14",
         "transformers>=5.20,<5.24",

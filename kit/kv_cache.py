@@ -54,8 +54,14 @@ class SlotCache(Cache):
 
         return self._masks(seen)
 
-    def _masks(self, mask_of):
-        """The boolean mask a model's forward takes: one, or one for each kind of layer."""
+    def _masks(self, seen_of):
+        """What a model's forward takes: one mask, or one for each kind of layer. Added to the scores, 0 where a place is seen: a
+        boolean one would be turned into such numbers again in every layer."""
+
+        def mask_of(layer):
+            seen = seen_of(layer)
+            return torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
         if not self.kinds:
             return mask_of(0)
         return {kind: mask_of(self.kinds.index(kind)) for kind in set(self.kinds)}

@@ -26,7 +26,7 @@ from kit.machine import GIB
 from kit.packing import PackedBatch
 from kit.savings import Savings
 from kit.step import LossOfRow, TrainingStep
-from kit.toy import TINY
+from kit.toy import SHIPPED
 
 CONFIGS = Path(__file__).parent / "configs"
 CONTEXT = round(0.55 * GIB)  # bytes a card gives to CUDA itself, its libraries and the display; an assumption
@@ -104,7 +104,7 @@ def load_config(model: str) -> PreTrainedConfig:
     if shipped.is_file():
         settings = json.loads(shipped.read_text(encoding="utf-8"))
         return AutoConfig.for_model(**settings)
-    folder = TINY if model == "tiny" else Path(model).expanduser()
+    folder = SHIPPED.get(model, Path(model).expanduser())
     try:
         if folder.suffix == ".gguf":
             return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)

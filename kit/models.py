@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kit.attention import attention_name
 from kit.packing import PackedBatch
-from kit.toy import TINY
+from kit.toy import SHIPPED
 
 FAMILIES = ("gemma3_text", "llama", "qwen2")  # config.model_type
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client keeps its own bar for downloads
@@ -30,7 +30,7 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 def load(
     name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from "tiny", a hub id, a local folder, or a GGUF file (which is dequantised).
+    """Model and tokenizer from "tiny" or "tinier", a hub id, a local folder, or a GGUF file (which is dequantised).
 
     A folder of adapters that the kit trained is loaded with its base, in NF4 as it was trained.
 
@@ -39,7 +39,7 @@ def load(
     """
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
-    path = TINY if name == "tiny" else Path(name)
+    path = SHIPPED.get(name, Path(name))
     if name.endswith(".gguf") or name.startswith((".", "/", "~")):
         path = path.expanduser()
         if not path.exists():

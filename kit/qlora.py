@@ -28,6 +28,7 @@ from kit import checkpoint, models
 from kit.attention import attention_name
 from kit.checkpoint import ADAPTER
 from kit.nf4 import NF4Linear, quantise_decoder
+from kit.toy import SHIPPED
 
 RANK = 16
 ALPHA = 32  # twice the rank (Biderman et al., LoRA Learns Less and Forgets Less, 2024)
@@ -49,7 +50,7 @@ def load(
     model, tokenizer = models.load(name, device="cpu", dtype=dtype, attention="kit")
     quantise_decoder(model, device)
     model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
-    local = name != "tiny" and Path(name).expanduser()
+    local = name not in SHIPPED and Path(name).expanduser()
     base = str(local.resolve()) if local and local.exists() else name
     add_adapters(model, base=base, rank=rank, alpha=alpha, seed=seed)
     return model, tokenizer

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 TINY = Path(__file__).parent / "tiny"  # what ships: a model in Hugging Face format and the two files below
+SHIPPED = {"tiny": TINY, "tinier": TINY.with_name("tinier")}  # models by name; the second is the smaller one
 LONG_TRACES = TINY / "long_traces.jsonl"
 PROBLEMS = TINY / "problems.jsonl"
 

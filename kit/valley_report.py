@@ -13,20 +13,16 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from kit import pages
 from kit.figures import embed
-from kit.valley import ARMS, BASE, Finished, curves, read_cells
+from kit.study import ARMS, BASE
+from kit.valley import Finished, by_point, curves, describe, first_arm, first_model, point_of, read_cells, title_of
 from kit.valley_anatomy import CAUSES, dissect
-from kit.valley_curves import Curve, Estimate, findings
-from kit.valley_rl import Climb, by_start, read_climbs, rl_findings
-from kit.valley_why import Decomposition, decompose, explain, length_alone
+from kit.valley_curves import findings
+from kit.valley_figures import causes_figure, rl_figure, steps_figure, valley_figure
+from kit.valley_rl import read_climbs, rl_findings
+from kit.valley_why import Decomposition, decompose, explain
 
-COLOURS = ("#c0392b", "#2471a3", "#b7791f", "#6c3483")  # dark enough for a projector and for grey print
-MARKERS = ("o", "s", "^", "D")
-FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), ("#34495e", ".."), ("#8e6fb5", "xx"),
-         ("#d4ac0d", ""), ("#5dade2", "--"))  # fmt: skip
 SHOWN = 12  # problems in the browser
 
 
@@ -38,11 +34,11 @@ def write_report(path: Path) -> Path:
     sections = [
         _sentences(findings(drawn)),
         embed(path / "valley.png", valley_figure(drawn)),
-        NOTE.format(seeds=_seeds(found), questions=found[0].result.num_questions, samples=found[0].result.num_samples),
-        *_why(path, found),
+        _note(found),
+        *_why(path, first_model(found)),
         *_rl(path),
-        "<h2>Every point</h2>" + table(drawn, found),
-        "<h2>The same problem at every size</h2>" + BROWSER_NOTE + browser(found),
+        "<h2>Every point</h2>" + table(found),
+        "<h2>The same problem at every size</h2>" + BROWSER_NOTE + browser(first_model(found)),
     ]
     page = PAGE.format(
         style=pages.STYLE + STYLE,
@@ -55,59 +51,15 @@ def write_report(path: Path) -> Path:
     return report
 
 
-def valley_figure(drawn: Sequence[Curve]) -> Figure:
-    """Accuracy and length against the number of traces, with bands; the untouched model is the dashed line."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
-        for i, curve in enumerate(drawn):
-            draw_line(axes, curve.name, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale)
-        if drawn:
-            start = of(drawn[0].base)
-            axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="untouched model")
-            axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
-    top.set_ylabel("accuracy, %", fontsize=14)
-    top.set_ylim(0, 102)
-    bottom.set_ylabel("tokens an answer", fontsize=14)
-    bottom.set_ylim(0, None)
-    trace_axis(bottom, sorted({point.num_traces for curve in drawn for point in curve.points}))
-    for axes in (top, bottom):
-        axes.tick_params(labelsize=12)
-        axes.grid(alpha=0.3)
-    if drawn:
-        top.legend(fontsize=12)
-    return figure
-
-
-def draw_line(axes, label: str, sizes: Sequence[int], estimates: Sequence[Estimate], i: int, scale: float) -> None:
-    """A line with its band; scale 100 for shares, which are drawn in percent and stay within 0..100."""
-    means = [scale * e.mean for e in estimates]
-    axes.plot(sizes, means, marker=MARKERS[i], color=COLOURS[i], linewidth=2.5, markersize=8, label=label)
-    low, high = [scale * max(0, e.low) for e in estimates], [scale * e.high for e in estimates]
-    if scale == 100:
-        high = [min(100, x) for x in high]
-    axes.fill_between(sizes, low, high, color=COLOURS[i], alpha=0.18, linewidth=0)
-
-
-def trace_axis(axes, sizes: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("traces to learn from", fontsize=14)
-
-
 def _why(path: Path, found: Sequence[Finished]) -> list[str]:
     """The section on why accuracy moves, of the first arm there is; nothing where it has no point yet."""
-    bases = {cell.cell.seed: cell.result for cell in found if cell.cell.arm == BASE}
-    name = next((name for name in ARMS if any(cell.cell.arm == name for cell in found)), None)
-    if not bases or name is None:
+    points = {key: decompose(key[2], {cell.cell.seed: cell.result for cell in cells}) for key, cells in by_point(found).items()
+              if key[1] in (BASE, first_arm(found))}  # fmt: skip
+    base = [point for (_, arm, _), point in points.items() if arm == BASE]
+    points = [point for (_, arm, _), point in points.items() if arm != BASE]
+    if not base or not points:
         return []
-    base = decompose(0, bases)
-    sizes = sorted({cell.cell.num_traces for cell in found if cell.cell.arm == name})
-    points = [
-        decompose(size, {c.cell.seed: c.result for c in found if (c.cell.arm, c.cell.num_traces) == (name, size)})
-        for size in sizes
-    ]
+    base, name = base[0], first_arm(found)
     return [
         f"<h2>Why: {html.escape(ARMS[name].title)}, answers taken apart step by step</h2>",
         _sentences(explain(base, points)),
@@ -129,71 +81,6 @@ def _rl(path: Path) -> list[str]:
         embed(path / "rl.png", rl_figure(climbs)),
         RL_NOTE,
     ]
-
-
-def rl_figure(climbs: Sequence[Climb]) -> Figure:
-    """Mean reward of the rollouts against the step, a line a start; the band spans the seeds."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, of_start) in enumerate(by_start(climbs).items()):
-        curves_of_seeds = [climb.rewards for climb in of_start]
-        steps = range(1, min(map(len, curves_of_seeds)) + 1)
-        columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
-        axes.plot(steps, [sum(column) / len(column) for column in columns], color=COLOURS[i], linewidth=2.5, label=name)
-        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS[i], alpha=0.18, linewidth=0)
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("step", fontsize=14)
-    axes.set_ylabel("right answers, %", fontsize=14)
-    axes.tick_params(labelsize=12)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=12, title="start")
-    return figure
-
-
-def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
-    """Of all answers at each size: the right ones, and the others by the first thing wrong in them."""
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots()
-    every = [base, *points]
-    bottom = [0.0] * len(every)
-    bars = {"right": [point.accuracy.mean for point in every]}
-    bars |= {cause: [point.causes[cause] for point in every] for cause in CAUSES}
-    for (label, shares), (colour, hatch) in zip(bars.items(), FILLS, strict=True):
-        if any(shares):
-            heights = [100 * share for share in shares]
-            axes.bar(range(len(every)), heights, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=label)
-            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.set_xticks(range(len(every)), ["untouched", *(f"{point.num_traces:,}" for point in points)])
-    axes.set(ylim=(0, 100), title="What goes wrong first")
-    axes.set_xlabel("traces to learn from", fontsize=14)
-    axes.set_ylabel("answers, %", fontsize=14)
-    axes.tick_params(labelsize=12)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=12, reverse=True)
-    return figure
-
-
-def steps_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
-    """Left: the chance of a step. Right: accuracy, p^n, and what longer answers alone would cost."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    sizes = [point.num_traces for point in points]
-    for axes, lines in (
-        (left, {"a step of the chain (p)": [point.step_accuracy for point in points],
-                "any equation, checks too": [point.equation_accuracy for point in points]}),
-        (right, {"measured": [point.accuracy for point in points],
-                 "p to the power of the steps": [point.predicted for point in points],
-                 "longer answers alone": [Estimate(length_alone(base, point), 0.0) for point in points]}),
-    ):  # fmt: skip
-        for i, (label, estimates) in enumerate(lines.items()):
-            draw_line(axes, label, sizes, estimates, i, 100)
-        trace_axis(axes, sizes)
-        axes.set_ylim(0, 102)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=11)
-        axes.tick_params(labelsize=10)
-    left.set(title="How often a step is right", ylabel="%")
-    right.set(title="Do errors that add up explain it?", ylabel="accuracy, %")
-    return figure
 
 
 def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
@@ -246,20 +133,16 @@ def _answer(cell: Finished, row: dict) -> str:
     )
 
 
-def table(drawn: Sequence[Curve], found: Sequence[Finished]) -> str:
-    """A row a point."""
-    if not drawn:
-        return "<p>The untouched model has not been measured yet.</p>"
-    titles = {arm.title: name for name, arm in ARMS.items()}
-    points = [("untouched", "base", drawn[0].base)]
-    points += [(curve.name, titles[curve.name], point) for curve in drawn for point in curve.points]
+def table(found: Sequence[Finished]) -> str:
+    """A row a point of any curve, the untouched models first."""
     rows = ""
-    for title, arm, point in points:
-        cells = [cell for cell in found if (cell.cell.arm, cell.cell.num_traces) == (arm, point.num_traces)]
+    for (_, arm, size), cells in by_point(found).items():
+        title = title_of(cells[0], found) if arm != BASE else f"untouched {describe(cells[0])}"
+        point = point_of(cells)
         mean = {name: sum(cell.row[name] for cell in cells) / len(cells) for name in ("truncated", "looping", "reflection")}
         batch, steps = (f"{cells[0].row.get(name) or '-'}" for name in ("batch_traces", "steps"))
         rows += (
-            f"<tr><td>{html.escape(title)}<td>{point.num_traces or '-'}<td>{batch}<td>{steps}<td>{len(cells)}"
+            f"<tr><td>{html.escape(title)}<td>{size or '-'}<td>{batch}<td>{steps}<td>{len(cells)}"
             f"<td><b>{100 * point.accuracy.mean:.1f}</b> ± {100 * point.accuracy.half:.1f}"
             f"<td>{point.length.mean:.0f} ± {point.length.half:.0f}"
             + "".join(f"<td>{100 * mean[name]:.0f}" for name in ("truncated", "looping", "reflection"))
@@ -272,6 +155,11 @@ def _sentences(lines: Sequence[str]) -> str:
     return "".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines)
 
 
+def _note(found: Sequence[Finished]) -> str:
+    result = found[0].result
+    return NOTE.format(model=describe(found[0]), seeds=_seeds(found), questions=result.num_questions, samples=result.num_samples)
+
+
 def _seeds(found: Sequence[Finished]) -> str:
     number = len({cell.cell.seed for cell in found})
     if number > 1:
@@ -280,16 +168,17 @@ def _seeds(found: Sequence[Finished]) -> str:
 
 
 NOTE = """<p><small>{questions} held-out questions x {samples} samples; {seeds}. Bands are 95 % intervals over questions and,
-where there are several, seeds. This is about the toy, chains of additions and subtractions and a model of 366 thousand
-parameters; it is not about language models.</small></p>"""
+where there are several, seeds. This is about the toy, chains of additions and subtractions for a {model}; it is not about
+language models.</small></p>"""
 WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the problem's steps. "Longer
 answers alone": the share that would be right if every operation of these answers, checks and all, were as reliable as the
 untouched model's. What goes wrong first, in this order: {causes}. Right by luck: something in the answer is wrong, its box is
 not. The paper, on its synthetic arithmetic: about 10 operations an answer before, 40 after 8k traces; on benchmarks, reflection
 below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only where
 a language model agrees; here a keyword is enough.</small></p>"""
-RL_NOTE = """<p><small>GRPO (kit/rl.py), reward 1 for a right answer and 0 otherwise, temperature 1; the curve is the reward of
-the rollouts, the sentences are of the held-out questions. Bands span the seeds. In the paper the start after 8k traces stays
+RL_NOTE = """<p><small>GRPO (kit/rl.py), reward 1 for a right answer and 0 otherwise, temperature 1, on harder problems than
+above: up to ten numbers, where the untouched model has learned up to eight. The curve is the reward of the rollouts, the
+sentences are of the held-out questions. Bands span the seeds. In the paper the start after 8k traces stays
 below the untouched one throughout, and the one after 128k ends above it.</small></p>"""
 BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark>,
 <mark class=taken-back>what the answer itself takes back</mark>, <mark>reflection</mark>, <b class=box>boxed answers</b>.</small>

@@ -29,6 +29,7 @@ one thread on a busy machine of two cores. The full setting trains on 47 million
 It is about the toy, not about language models. Left out on purpose: a second size of model, and ratios other than half and half.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +48,18 @@ from kit.valley_rl import read_climbs, rl_findings, run_rl
 @dataclass(frozen=True)
 class Config:
     # model
-    model: str = "tiny"  # the shipped one, or the folder of another that knows the toy
+    models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
     # cells
-    arms: str = "long,short,mixed,fixed"  # long, short, mixed (half and half), fixed (long, one batch); the first has all sizes
+    arms: str = "long,short,mixed,fixed"  # of kit/study.py, which has two more mixtures; the first has all sizes
     sizes: str = "16,64,256,1024,4096,16384"  # traces, of the first arm
-    control_sizes: str = "16,64,256,1024,4096"  # traces, of the other arms
+    control_sizes: str = "64,1024,4096"  # traces, of the other arms
     seeds: int = 3  # of traces, packs and samples
     # optimisation
     epochs: int = 4  # passes over the traces
-    lr: float = 3e-4  # peak, cosine; why this one: above
+    lr: float = 7e-4  # peak, cosine; why this one: above
     warmup_ratio: float = 0.05  # share of all steps; 0 = none
     min_batch: int = 4  # traces a step, where there are few
-    steps_an_epoch: int = 256  # at which the batch begins to grow, so that the number of steps stays
+    steps_an_epoch: int = 1_024  # at which the batch begins to grow, so that the number of steps stays
     # evaluation
     num_questions: int = 0  # of the 100 held-out problems; 0 = all
     num_samples: int = 4  # samples a question
@@ -69,14 +70,17 @@ class Config:
     # reinforcement learning, from the untouched model, the lowest point and the largest size of the first arm
     rl_steps: int = 0  # steps of 32 prompts x 8 answers; 0 = off
     # run
+    workers: int = 0  # cells made at once, each in a process with one thread; 0 = one a core
     quick: bool = False  # one seed, fewer sizes and samples: minutes
     smoke: bool = False  # three models, about a minute
     resume: bool = False  # go on with the run in --out, or with the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
-QUICK = {"arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,256,1024", "seeds": 1, "num_samples": 2}
-SMOKE = {"arms": "long", "sizes": "16,128", "seeds": 1, "num_questions": 25, "num_samples": 2}
+QUICK = {"models": "tiny", "arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,1024", "seeds": 1,
+         "num_samples": 2}  # fmt: skip
+SMOKE = {"models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "seeds": 1, "num_questions": 50,
+         "num_samples": 2}  # fmt: skip
 
 
 def numbers(name: str, text: str) -> tuple[int, ...]:
@@ -88,7 +92,7 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
 
 def study_of(config: Config) -> Study:
     return Study(
-        model=config.model, arms=tuple(config.arms.split(",")), sizes=numbers("sizes", config.sizes),
+        models=tuple(config.models.split(",")), arms=tuple(config.arms.split(",")), sizes=numbers("sizes", config.sizes),
         control_sizes=numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs, lr=config.lr,
         warmup_ratio=config.warmup_ratio, min_batch=config.min_batch, steps_an_epoch=config.steps_an_epoch,
         params=SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens),
@@ -100,7 +104,7 @@ def line(finished: Finished) -> str:
     row = finished.row
     trained = f"{row['steps']:>5,} steps, {row['training_seconds']:>4.0f} s" if "steps" in row else "untouched"
     return (
-        f"{finished.cell.name:<20} {100 * row['accuracy']:5.1f} % right, {row['mean_tokens']:4.0f} tokens, "
+        f"{finished.cell.name:<26} {100 * row['accuracy']:5.1f} % right, {row['mean_tokens']:4.0f} tokens, "
         f"{100 * row['truncated']:3.0f} % cut off; {trained}, {row['sampling_seconds']:.0f} s of sampling"
     )
 
@@ -116,12 +120,13 @@ def main(config: Config) -> Path:
         f"cells       {len(cells)} models to measure on {len(benchmark.questions)} questions x {study.num_samples} samples, "
         f"{valley.trained_tokens():,.0f} tokens to train on in all"
     )
-    for finished in valley.run():
+    workers = config.workers or os.cpu_count() or 1
+    for finished in valley.run(num_workers=workers):
         tqdm.write(line(finished))
     found = read_cells(valley_run.path)
     if config.rl_steps:
-        for climb in run_rl(valley, found, steps=config.rl_steps):
-            tqdm.write(f"rl {climb.cell.name:<17} {climb.before.accuracy:6.1%} -> {climb.after.accuracy:.1%} right")
+        for climb in run_rl(valley, found, steps=config.rl_steps, num_workers=workers):
+            tqdm.write(f"rl {climb.cell.name:<23} {climb.before.accuracy:6.1%} -> {climb.after.accuracy:.1%} right")
     report = write_report(valley_run.path)
     print("\n".join(findings(curves(found)) + rl_findings(read_climbs(valley_run.path))))
     print(f"report {report}")

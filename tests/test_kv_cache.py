@@ -32,7 +32,7 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
             new = positions.float()[:, None, None, None].expand(2, 1, 1, 16)
             keys, values = cache.update(new, -new, layer)
             for row in range(2):
-                seen = masks[kind][row, 0, 0]
+                seen = masks[kind][row, 0, 0] == 0
                 now = int(positions[row])
                 first = max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0
                 assert sorted(keys[row, 0, seen, 0].tolist()) == list(range(first, now + 1))

@@ -173,16 +173,16 @@ def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
 
 
 def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
-    flags = ["--smoke", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48", "--rl_steps", "1"]
+    flags = ["--smoke", "--arms", "long", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48", "--rl_steps", "1"]
     done = start("valley_demo", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "valley_demo" / "001"
     cells = [json.loads(line) for line in (run / "cells.jsonl").read_text().splitlines()]
-    assert [cell["cell"] for cell in cells] == ["base-0-seed0", "long-8-seed0"]
+    assert [cell["cell"] for cell in cells] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
     assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
     climbs = [json.loads(line)["cell"] for line in (run / "rl.jsonl").read_text().splitlines()]
-    assert climbs == ["base-0-seed0", "long-8-seed0"]
-    for line in ("base-0-seed0 ", "long-8-seed0 ", "Long traces: accuracy ", "Reinforcement learning from long", "report runs"):
+    assert climbs == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
+    for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "learning from long", "report runs"):
         assert line in done.stdout
     again = start("valley_demo", *flags, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

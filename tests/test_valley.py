@@ -15,11 +15,12 @@ from kit.benchmarks import BENCHMARKS
 from kit.generate import SamplingParams
 from kit.grade import grade
 from kit.responses import reflects
-from kit.valley import ARMS, BASE, Study, Valley, curves, make_traces, read_cells
+from kit.study import ARMS, BASE, Study, make_traces
+from kit.valley import curves, plan_of, read_cells
 from kit.valley_report import write_report
 
-STUDY = Study(arms=("long", "short"), sizes=(8, 24), control_sizes=(24,), seeds=1, epochs=2, num_samples=1,
-              params=SamplingParams(max_new_tokens=48))  # fmt: skip
+STUDY = Study(models=("tiny", "tinier"), arms=("long", "short"), sizes=(8, 24), control_sizes=(24,), seeds=1, epochs=2,
+              num_samples=1, params=SamplingParams(max_new_tokens=48), checkpoint_every=3)  # fmt: skip
 BENCHMARK = BENCHMARKS["toy"].read(limit=6)
 
 
@@ -34,7 +35,7 @@ def test_the_arms_have_the_same_problems_and_the_sizes_are_nested():
 
 
 def test_an_arm_has_the_share_of_long_traces_it_says():
-    for name, num_long in (("long", 40), ("short", 0), ("mixed", 20), ("fixed", 40)):
+    for name, num_long in (("long", 40), ("short", 0), ("quarter", 10), ("mixed", 20), ("most", 30), ("fixed", 40)):
         traces = make_traces(ARMS[name], 40, 0, set())
         assert sum(trace.response.startswith("<think>") for trace in traces) == num_long
         assert any(reflects(trace.response) for trace in traces) == bool(num_long)
@@ -53,22 +54,22 @@ def test_every_trace_is_right_and_none_of_its_problems_is_measured():
 
 def test_the_batch_grows_with_the_data_so_that_the_steps_stay():
     study = Study(sizes=(16, 64, 256, 1_024, 4_096, 16_384))
-    assert [study.batch_of(size) for size in study.sizes] == [4, 4, 4, 4, 16, 64]
-    valley = Valley(study, BENCHMARK, Path("unused"))
-    for size in (1_024, 4_096):
+    assert [study.batch_of(size) for size in study.sizes] == [4, 4, 4, 4, 4, 16]
+    for size in (4_096, 16_384):
         cell = next(cell for cell in study.cells() if (cell.arm, cell.num_traces) == ("long", size))
-        steps = len(valley.plan(cell, [100 + i % 41 for i in range(size)]).steps)
-        assert abs(steps - 4 * 256) < 40
+        steps = len(plan_of(study, cell, [100 + i % 41 for i in range(size)]).steps)
+        assert abs(steps - 4 * 1_024) < 160
 
 
 def test_the_fixed_batch_is_that_of_the_largest_size_and_repeats_no_cell_of_the_long_arm():
     cells = Study(seeds=2).cells()
     fixed = [cell for cell in cells if cell.arm == "fixed" and cell.seed == 1]
-    assert [(cell.num_traces, cell.batch_traces) for cell in fixed] == [(256, 64), (1_024, 64), (4_096, 64)]
+    assert [(cell.num_traces, cell.batch_traces) for cell in fixed] == [(64, 16), (1_024, 16), (4_096, 16)]
     assert len({cell.name for cell in cells}) == len(cells)
-    assert [cell.arm for cell in cells[:2]] == [BASE, BASE]
-    assert [cell.seed for cell in cells[2:]] == sorted(cell.seed for cell in cells[2:])  # one seed's picture is whole first
-    assert [cell.num_traces for cell in cells if (cell.arm, cell.seed) == ("short", 0)] == [16, 64, 256, 1_024, 4_096]
+    assert [(cell.model, cell.arm) for cell in cells[:4]] == [("tiny", BASE), ("tinier", BASE)] * 2
+    assert [cell.seed for cell in cells[4:]] == sorted(cell.seed for cell in cells[4:])  # one seed's picture is whole first
+    assert [cell.num_traces for cell in cells if (cell.arm, cell.seed) == ("short", 0)] == [64, 1_024, 4_096]
+    assert {cell.arm for cell in cells if cell.model == "tinier"} == {BASE, "long"}  # other models: the first arm alone
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,7 @@ def test_the_fixed_batch_is_that_of_the_largest_size_and_repeats_no_cell_of_the_
     [
         ({"arms": ("long", "shrot")}, "there is no arm 'shrot'; the arms are long, short"),
         ({"arms": ()}, "arms is .* one or more"),
+        ({"models": ("tiny", "elsewhere/tiny")}, "models is .* each with a name of its own"),
         ({"sizes": (64, 16)}, "sizes is .* larger than the one before"),
         ({"sizes": ()}, "sizes"),
         ({"control_sizes": (0, 16)}, "control_sizes"),
@@ -97,15 +99,14 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_valley import BENCHMARK, STUDY
-from kit import valley
-valley.CHECKPOINT_EVERY = 3
-for finished in valley.Valley(STUDY, BENCHMARK, Path({out!r})).run():
+from kit.valley import Valley
+for finished in Valley(STUDY, BENCHMARK, Path({out!r})).run(num_workers={workers}):
     pass
 """
 
 
-def child(out):
-    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
+def child(out, workers):
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), workers=workers)
     return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
 
 
@@ -113,43 +114,53 @@ def rows(path):
     """Everything that does not tell the time."""
     untimed = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in
                map(json.loads, (path / "cells.jsonl").read_text().splitlines())]  # fmt: skip
+    untimed.sort(key=lambda row: row["index"])  # two at a time end in any order
     samples = {cell.cell.name: sorted((row["question"], row["sample"], row["text"], row["verdict"]) for row in cell.result.rows)
                for cell in read_cells(path)}  # fmt: skip
     return untimed, samples
 
 
-def test_killed_in_training_and_in_sampling_and_resumed_it_ends_as_an_unbroken_run(tmp_path):
-    whole = child(tmp_path / "whole")
+def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as_an_unbroken_run(tmp_path):
+    whole = child(tmp_path / "whole", workers=1)
     assert whole.wait() == 0, whole.stderr.read().decode()
     broken = tmp_path / "broken"
-    for where in ("cells/long-24-seed0/metrics.jsonl", "cells/short-24-seed0/samples/toy.jsonl"):
-        process = child(broken)
+    for where in ("cells/tiny-long-24-seed0/metrics.jsonl", "cells/tiny-short-24-seed0/samples/toy.jsonl"):
+        process = child(broken, workers=1)
         while process.poll() is None and not ((broken / where).exists() and (broken / where).read_text().count("\n") >= 4):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         finished = (broken / "cells.jsonl").read_text().splitlines()
         assert where.split("/")[1] not in "".join(finished), "killed too late to test anything"
+        written = (broken / where).read_text()
+        time.sleep(1.0)
+        assert (broken / where).read_text() == written  # the process that made the cell ended with the one that was killed
     before = (broken / "cells.jsonl").read_text()
-    resumed = child(broken)
+    resumed = child(broken, workers=2)
     assert resumed.wait() == 0, resumed.stderr.read().decode()
     assert (broken / "cells.jsonl").read_text().startswith(before)  # finished cells are kept, their times too
     assert rows(broken) == rows(tmp_path / "whole")
     untimed, samples = rows(broken)
-    assert [row["cell"] for row in untimed] == ["base-0-seed0", "long-8-seed0", "long-24-seed0", "short-24-seed0"]
-    assert samples["long-24-seed0"] != samples["short-24-seed0"] != samples["base-0-seed0"]
+    long, short, base, smaller = "tiny-long-24-seed0", "tiny-short-24-seed0", "tiny-base-0-seed0", "tinier-long-24-seed0"
+    assert [row["cell"] for row in untimed] == [
+        base, "tinier-base-0-seed0", "tiny-long-8-seed0", long, short, "tinier-long-8-seed0", smaller,
+    ]  # fmt: skip
+    assert samples[long] not in (samples[short], samples[base], samples[smaller])
 
     found = read_cells(broken)
     drawn = curves(found)
+    size = f"{found[1].row['parameters'] / 1_000:,.0f}k"
+    assert found[1].row["parameters"] < found[0].row["parameters"]
     assert [(curve.name, [point.num_traces for point in curve.points]) for curve in drawn] == [
-        ("long traces", [8, 24]), ("short traces", [24]),
+        ("long traces", [8, 24]), ("short traces", [24]), (f"long traces, model of {size} parameters", [8, 24]),
     ]  # fmt: skip
-    assert drawn[0].base.accuracy.mean == found[0].row["accuracy"]
+    assert [curve.base.accuracy.mean for curve in drawn] == [found[i].row["accuracy"] for i in (0, 0, 1)]
     page = write_report(broken).read_text()
     assert page.count("<img ") == 3 and "http" not in page
     for text in (
         "Long traces: accuracy ",
         "Short traces: accuracy ",
+        f"Long traces, model of {size} parameters: accuracy ",
         "one seed, so the intervals do not cover",
         "long traces, 24:",
     ):

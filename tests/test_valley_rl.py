@@ -5,7 +5,8 @@ import random
 import pytest
 
 from kit.results import Result
-from kit.valley import BASE, Cell, Finished
+from kit.study import BASE, Cell
+from kit.valley import Finished
 from kit.valley_rl import Climb, rl_findings, starts
 
 
@@ -16,12 +17,19 @@ def result(accuracy, seed):
 
 
 def climbs(cell, before, after):
-    return [Climb(Cell(*cell, seed), [0.1, 0.2], result(before, seed), result(after, f"after {seed}")) for seed in range(4)]
+    return [
+        Climb(Cell("tiny", *cell, seed), [0.1, 0.2], result(before, seed), result(after, f"after {seed}")) for seed in range(4)
+    ]
 
 
 def test_the_starts_are_the_untouched_model_the_lowest_point_and_the_largest_size_of_the_first_arm():
     accuracies = {(BASE, 0): 0.9, ("long", 16): 0.5, ("long", 64): 0.1, ("long", 256): 0.7, ("short", 64): 0.0}
-    found = [Finished(Cell(*key, seed), {"accuracy": accuracy}, None) for key, accuracy in accuracies.items() for seed in (0, 1)]
+    found = [
+        Finished(Cell("tiny", *key, seed), {"accuracy": accuracy}, None)
+        for key, accuracy in accuracies.items()
+        for seed in (0, 1)
+    ]
+    found.append(Finished(Cell("other", "long", 64, 0), {"accuracy": 0.0}, None))  # of another model
     assert [(cell.arm, cell.num_traces, cell.seed) for cell in starts(found)] == [
         (BASE, 0, 0), (BASE, 0, 1), ("long", 64, 0), ("long", 64, 1), ("long", 256, 0), ("long", 256, 1),
     ]  # fmt: skip

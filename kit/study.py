@@ -1,0 +1,133 @@
+"""What a study of the toy valley is made of: arms, sizes, seeds, models, and the cells that come of them.
+
+A cell is one model to make and measure: the model it starts from, an arm (what the traces are), a number of traces, a seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kit.data import Trace
+from kit.generate import SamplingParams
+from kit.toy import long_trace, make_chain, short_trace
+
+BASE = "base"  # the arm of the untouched model
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What the models of one curve are trained on."""
+
+    title: str
+    long_share: float  # of the traces, the others being short; the problems are the same in every arm
+    fixed_batch: bool = False  # the largest size's batch at every size
+
+
+ARMS = {
+    "long": Arm("long traces", 1.0),
+    "short": Arm("short traces", 0.0),
+    "quarter": Arm("a quarter long, the others short", 0.25),
+    "mixed": Arm("half short, half long", 0.5),
+    "most": Arm("three quarters long, the others short", 0.75),
+    "fixed": Arm("long traces, fixed batch", 1.0, fixed_batch=True),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to make and measure."""
+
+    model: str  # that it starts from: of Study.models
+    arm: str  # of ARMS, or BASE
+    num_traces: int  # 0 for BASE
+    seed: int  # of traces, packs and samples
+    batch_traces: int = 0  # traces a step; 0 for BASE
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.model).name}-{self.arm}-{self.num_traces}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all cells share. The rule of the batch is the paper's Table 2 in small: it grows with the data, so that from
+    min_batch * steps_an_epoch traces on the number of steps stays the same."""
+
+    models: tuple[str, ...] = ("tiny", "tinier")  # shipped ones, or folders; all arms for the first, the first arm for the others
+    arms: tuple[str, ...] = ("long", "short", "mixed", "fixed")
+    sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 16_384)  # traces, of the first arm
+    control_sizes: tuple[int, ...] = (64, 1_024, 4_096)  # of the other arms
+    seeds: int = 3
+    epochs: int = 4
+    lr: float = 7e-4
+    warmup_ratio: float = 0.05
+    min_batch: int = 4  # traces a step
+    steps_an_epoch: int = 1_024
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=512))
+    num_samples: int = 4  # a question
+    num_slots: int = 100
+    checkpoint_every: int = 200  # steps: about ten seconds of work can be lost
+
+    def __post_init__(self):
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ValueError(f"there is no arm {arm!r}; the arms are {', '.join(ARMS)}")
+        names = [Path(model).name for model in self.models]
+        for name, fits, rule in (
+            ("models", len(names) == len(set(names)) > 0, "one or more, each with a name of its own"),
+            ("arms", len(self.arms) == len(set(self.arms)) > 0, "one or more, each once"),
+            ("sizes", self.sizes and _grows(self.sizes), "numbers of traces, each larger than the one before"),
+            ("control_sizes", _grows(self.control_sizes), "numbers of traces, each larger than the one before"),
+            ("seeds", self.seeds >= 1, ">= 1"),
+            ("min_batch", self.min_batch >= 1, ">= 1"),
+            ("steps_an_epoch", self.steps_an_epoch >= 1, ">= 1"),
+        ):  # fmt: skip
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
+
+    def batch_of(self, num_traces: int) -> int:
+        """Traces a step where the batch grows with the data."""
+        return max(self.min_batch, num_traces // self.steps_an_epoch)
+
+    def cells(self) -> list[Cell]:
+        """Every cell, the untouched models first, then seed by seed, so that one seed's picture is whole before the next begins.
+
+        The arm with a fixed batch, the largest size's, leaves out where it is the long arm, and where an epoch is a single step.
+        """
+        cells = [Cell(model, BASE, 0, seed) for seed in range(self.seeds) for model in self.models]
+        fixed = self.batch_of(self.sizes[-1])
+        for seed in range(self.seeds):
+            for model in self.models:
+                for arm in self.arms if model == self.models[0] else self.arms[:1]:
+                    for size in self.sizes if arm == self.arms[0] else self.control_sizes:
+                        if not ARMS[arm].fixed_batch:
+                            cells.append(Cell(model, arm, size, seed, self.batch_of(size)))
+                        elif self.batch_of(size) < fixed < size:
+                            cells.append(Cell(model, arm, size, seed, fixed))
+        return cells
+
+
+def _grows(sizes: Sequence[int]) -> bool:
+    return all(before < after for before, after in zip((0, *sizes), sizes, strict=False))
+
+
+def make_traces(arm: Arm, num_traces: int, seed: int, exclude: set[str]) -> list[Trace]:
+    """num_traces toy problems with a trace each, none of them in `exclude`, no problem twice.
+
+    The problems depend on the seed alone, and a smaller number is a prefix of a larger one: the arms differ in the traces, the
+    sizes are nested. Long and short traces are spread evenly.
+    """
+    problems, seen, traces = random.Random(f"problems {seed}"), set(exclude), []
+    while len(traces) < num_traces:
+        chain = make_chain(problems, problems.randint(2, 8))
+        if chain.problem in seen:
+            continue
+        seen.add(chain.problem)
+        i = len(traces)
+        is_long = int((i + 1) * arm.long_share) > int(i * arm.long_share)
+        text = long_trace(chain, random.Random(f"trace {seed} {chain.problem}")) if is_long else short_trace(chain)
+        traces.append(Trace(chain.problem, text, f"toy[{i}]"))
+    return traces

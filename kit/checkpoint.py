@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kit.run import write_json
@@ -21,6 +22,12 @@ from kit.run import write_json
 ADAPTER = "default"  # peft's name for a model's only adapter
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's, too
 ADAPTER_METADATA = {"format": "pt", "base": "nf4"}  # peft's config has no place for what the base was quantised to
+
+
+def trained_on_nf4(folder: Path) -> bool:
+    """Whether the adapters in a folder say so, as those written here do."""
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        return (file.metadata() or {}).get("base") == ADAPTER_METADATA["base"]
 
 
 def save_model(path: Path, model, tokenizer) -> None:

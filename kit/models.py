@@ -32,7 +32,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from "tiny" or "tinier", a hub id, a local folder, or a GGUF file (which is dequantised).
 
-    A folder of adapters that the kit trained is loaded with its base, in NF4 as it was trained.
+    A folder of adapters is loaded with its base: in NF4 those that the kit trained so (kit.qlora), plain all others
+    (kit.adapters).
 
     attention: one of kit.attention.CHOICES. Raises ValueError for a path that is not there, for a family whose attention we do
     not know, and for an attention that cannot run here.
@@ -45,9 +46,9 @@ def load(
         if not path.exists():
             raise ValueError(f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists")
     if (path / "adapter_config.json").is_file():
-        from kit import qlora  # which loads the base from here
+        from kit import adapters  # which loads the base from here
 
-        return qlora.load_adapter(path, device=device, dtype=dtype, attention=attention)
+        return adapters.load(path, device=device, dtype=dtype, attention=attention)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)
     else:
@@ -57,15 +58,23 @@ def load(
         kind = attention_name(attention, config, device=device, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation=kind)
         tokenizer = AutoTokenizer.from_pretrained(where)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name} names no end-of-text token; set eos_token in its tokenizer_config.json")
+    check_end_of_text(tokenizer, name)
     return model.to(device).eval(), tokenizer
 
 
 def load_to_train(name: str, *, qlora_rank: int = 0, seed: int = 0, **where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's."""
+    """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's.
+
+    Raises ValueError for adapters that the kit did not train, too: a checkpoint has no place for another base than NF4.
+    """
     if not qlora_rank:
-        return load(name, **where)
+        model, tokenizer = load(name, **where)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"{name} holds adapters that the kit did not train: they can be evaluated but not trained further; merge them "
+                "with peft's merge_and_unload and train the result"
+            )
+        return model, tokenizer
     from kit import qlora  # bitsandbytes and peft take seconds to import
 
     return qlora.load(name, rank=qlora_rank, seed=seed, **where)
@@ -77,8 +86,14 @@ def _config(where: str):
     except OSError as error:
         raise ValueError(
             f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name and the network; "
-            f"for gated models (Gemma, Llama) accept the licence on its page and log in with `hf auth login`\n{error}"
+            "for gated models (Gemma, Llama) accept the licence on its page and log in with `hf auth login`; for adapters on the "
+            f"hub pass their folder (hf download {where} --local-dir DIR)\n{error}"
         ) from error
+
+
+def check_end_of_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {name} names no end-of-text token; set eos_token in its tokenizer_config.json")
 
 
 def _check_family(config, name: str) -> None:

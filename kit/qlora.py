@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -104,12 +103,11 @@ def load_adapter(
 
     Raises ValueError for adapters that were not trained on NF4 here, and for a base that is not there or does not fit.
     """
-    with safe_open(folder / checkpoint.ADAPTER_WEIGHTS, "pt") as file:
-        if (file.metadata() or {}).get("base") != checkpoint.ADAPTER_METADATA["base"]:
-            raise ValueError(
-                f"{folder} holds adapters that do not say they were trained on an NF4 base, and on another base they are another "
-                "model; merge them with peft's merge_and_unload and load the result"
-            )
+    if not checkpoint.trained_on_nf4(folder):
+        raise ValueError(
+            f"{folder} holds adapters that do not say they were trained on an NF4 base, and on another base they are another "
+            "model; load them with kit.models.load"
+        )
     config = LoraConfig.from_pretrained(str(folder))
     model, tokenizer = load(config.base_model_name_or_path, rank=config.r, alpha=config.lora_alpha, device=device, dtype=dtype,
                             attention=attention)  # fmt: skip

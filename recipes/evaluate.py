@@ -6,9 +6,10 @@
     python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002             two finished runs, question by question
     python recipes/evaluate.py --smoke                                                   a tiny model, seconds on any CPU
 
-A folder of adapters (adapter_config.json) is loaded with its base. Every sample is logged as it ends, --resume goes on after a
-kill, and the result is that of an unbroken run. Time: not timed on a GPU; SmolLM2-135M, 50 GSM8K questions x 2 samples of up to
-200 tokens, takes minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
+A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base it names. Every sample is logged as it
+ends, --resume goes on after a kill, and the result is that of an unbroken run. Time: not timed on a GPU; SmolLM2-135M, 50 GSM8K
+questions x 2 samples of up to 200 tokens, takes minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot
+prompts.
 """
 
 from dataclasses import dataclass

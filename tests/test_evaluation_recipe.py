@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_recipes import start
+from transformers import AutoModelForCausalLM
 
 from kit import checkpoint, models, qlora
 from kit.nf4 import quantise_decoder
 from kit.results import read_result
+from kit.toy import TINY
 
 QUICK = ["--smoke", "--num_questions", "6", "--max_new_tokens", "64"]
 
@@ -72,6 +75,23 @@ def test_a_folder_of_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp
     assert (
         read_result(tmp_path / "run" / "samples" / "toy.jsonl").accuracy < 0.5
     )  # the shipped model alone is nearly always right
+
+
+def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(TINY)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    ids = torch.arange(6, 60)[None]
+    for _ in range(3):  # up the loss: it unlearns
+        (-adapted(input_ids=ids, labels=ids).loss).backward()
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data -= 10 * parameter.grad
+                parameter.grad = None
+    adapted.save_pretrained(tmp_path / "adapters")
+    done = start("evaluate", *QUICK, "--model", "./adapters", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = read_result(tmp_path / "run" / "samples" / "toy.jsonl")
+    assert found.accuracy < 0.5  # the shipped model alone is nearly always right
 
 
 @pytest.mark.parametrize(

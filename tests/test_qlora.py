@@ -289,7 +289,7 @@ def test_a_gguf_file_is_dequantised_and_then_quantised():
 def test_adapters_that_were_trained_on_another_kind_of_base_are_refused(tmp_path):
     get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match="do not say they were trained on an NF4 base"):
-        models.load(str(tmp_path / "theirs"), device="cpu")
+        qlora.load_adapter(tmp_path / "theirs", device="cpu")
 
 
 @pytest.mark.parametrize(

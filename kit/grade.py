@@ -50,11 +50,9 @@ class Verdict:
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _UNWRAP = re.compile(r"\\(?:" + "|".join(sorted(TEXT_COMMANDS | FONT_COMMANDS | {"boxed", "fbox"})) + r")\s*\{([^{}]*)\}")
-_NOISE = re.compile(
-    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])|\\[,!;:> ()\[\]$]|\\q?quad(?![A-Za-z])|[$`\"]"
-)
-_SPACES = re.compile(r"\s+(?![A-Za-z0-9])|(?<![A-Za-z0-9])\s+")
-_GROUPED = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:(?:,|\{,\}|,\\!\s*|\\,)[0-9]{3})+)(?![0-9]|,[0-9])")
+_NOISE = re.compile(r"\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![A-Za-z])|[,!;:> ()\[\]$])|\$|`|\"")
+_SPACES = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
+_GROUPED = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:(?:,|\{,\}|(?:\\!)?,\\!\s*|\\,)[0-9]{3})+)(?![0-9]|,[0-9])")
 _FRACTION = re.compile(r"(-?)\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _PLAIN = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*)|/([0-9]+))?")
 
@@ -72,12 +70,14 @@ def normal(text: str) -> str:
             text = unwrapped
         if "," in text or "\\," in text:
             text = _ungroup(text)
-        text = (
-            _NOISE.sub(" ", text).replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac").replace("\\%", "%")
-        )
+        text = _NOISE.sub(" ", text).replace("\\%", "%")
+        if "frac" in text:
+            text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
     elif "," in text:
         text = _ungroup(text)
-    text = _SPACES.sub("", text).strip()
+    text = " ".join(text.split())  # one space a run: what is left of 1  1/2 must not be 11/2
+    if " " in text:
+        text = _SPACES.sub("", text)
     while text[-1:] in (".", ",", ";"):
         text = text[:-1]
     return text
@@ -109,15 +109,15 @@ def _number(text: str) -> tuple[int, int, bool] | None:
 
 
 _WORD = re.compile("[A-Za-z][a-z]+")  # "Yes" and "yes", but not "AB" and "ab"
-_LETTER = re.compile(r"\(?([A-J])(\)?)[.:]?")
+_LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J]))[.:]?")
 _LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[\s:~\\]*(\S.*)|([A-J]) ([A-Z][A-Za-z ]+)", re.DOTALL)
 
 
 def _choice(text: str) -> tuple[str | None, str | None]:
     """(letter, what the letter stands for) of a multiple-choice answer such as "(C)", "C. 42" or "C Cecile"."""
     match = _LETTER.fullmatch(text)
-    if match and text.startswith("(") == bool(match[2]):
-        return match[1], None
+    if match:
+        return match[1] or match[2], None
     if len(text) > 200 or not text[:2].strip("(")[:1].isupper():
         return None, None
     match = _LABELLED.fullmatch(text)

@@ -26,6 +26,7 @@ from kit.grading.notation import (
 )
 from kit.grading.trees import Node, invert, negate, product, rename
 
+SIGNS = frozenset(("op", "cmd", "sep", "row"))  # kinds of tokens that are compared by their value
 MAX_DEPTH = 80  # two a bracket: 40 brackets, some 320 Python frames of the 1,000 allowed; real answers nest about 5 brackets
 
 
@@ -42,16 +43,17 @@ class Parser:
     # --- tokens
 
     def peek(self, ahead: int = 0) -> tuple[str, object]:
-        return self.tokens[min(self.index + ahead, len(self.tokens) - 1)][:2]
+        return self.tokens[min(self.index + ahead, len(self.tokens) - 1) if ahead else self.index][:2]
 
     def take(self) -> tuple[str, object]:
-        token = self.peek()
-        self.index += 1
-        return token
+        kind, value, _ = self.tokens[self.index]
+        if kind != "end":  # which stays the token that is looked at
+            self.index += 1
+        return kind, value
 
     def accept(self, *values: str) -> str | None:
-        kind, value = self.peek()
-        if kind in ("op", "cmd", "sep", "row") and value in values:
+        kind, value, _ = self.tokens[self.index]
+        if kind in SIGNS and value in values:
             self.index += 1
             return value
         return None
@@ -94,7 +96,9 @@ class Parser:
         return ("list", "or" if separators == {"or"} else ",", *found)
 
     def _trim(self) -> None:
-        """Trailing full stops, commas and stray backslashes are punctuation."""
+        """Trailing full stops, commas and stray backslashes are punctuation; a relation with nothing before it says no more."""
+        while self.tokens[0][1] in ("=", "approx", "simeq"):
+            del self.tokens[0]
         while len(self.tokens) > 1 and self.tokens[-2][1] in (".", ",", ";", ":", "\\\\", "\\", "..."):
             del self.tokens[-2]
 
@@ -116,6 +120,8 @@ class Parser:
     def set_expression(self) -> Node:
         left = self.sum()
         while True:
+            if self.tokens[self.index][0] in ("end", "sep") and left[0] != "ratio":
+                return left
             if self.accept("cup"):
                 right = self.sum()
                 left = (*left, right) if left[0] == "union" else ("union", left, right)
@@ -128,6 +134,8 @@ class Parser:
                 left = (*left, right) if left[0] == "ratio" else ("ratio", left, right)
             elif self.accept("choose"):
                 left = ("binom", left, self.sum())
+            elif left[0] == "ratio" and left[-1][0] == "unit":  # 3:45 p.m.
+                return ("unit", (*left[:-1], left[-1][1]), left[-1][2])
             else:
                 return left
 
@@ -157,6 +165,8 @@ class Parser:
     def product(self) -> Node:
         factors = [self.power()]
         while True:
+            if self.tokens[self.index][0] in ("end", "sep"):
+                return product(factors)
             if self.accept("*", "cdot", "times", "ast"):
                 factors.append(self._signed())
             elif self.accept("/", "div"):
@@ -202,7 +212,7 @@ class Parser:
         depth = self.depth
         self.enter()
         node = self.atom()
-        while True:
+        while self.tokens[self.index][0] in ("op", "cmd"):
             if self.accept("!"):
                 self.enter()  # each ! is a level of the tree
                 node = ("fact", node)
@@ -288,9 +298,12 @@ class Parser:
     def argument(self) -> Node:
         """What a command takes: a group, or one token (of a number, one digit: \frac12 is a half)."""
         kind, value = self.peek()
-        if kind == "num" and value[0].isdigit() and not value[1] and len(value[0]) > 1:
-            self.tokens[self.index] = ("num", (value[0][1:], 0), False)
-            return number_node(value[0][0])
+        if kind == "num" and value[0].isdigit() and not value[1]:
+            digit, rest = value[0][0], value[0][1:]
+            if rest:  # "exact": what follows it is a factor of its own, as behind a command
+                self.tokens[self.index : self.index + 1] = [("exact", Fraction(int(digit)), False), ("num", (rest, 0), False)]
+            self.index += 1
+            return number_node(digit)
         if kind == "op" and value == "{":
             return self.group()
         return self.atom()
@@ -345,8 +358,9 @@ class Parser:
             return node
         if self.peek() == ("cmd", "frac"):
             mark = self.index
-            fraction = self.power()
-            if fraction[0] == "num" and 0 < fraction[1] < 1:
+            self.index += 1
+            fraction = self._command("frac")
+            if fraction[0] == "num" and 0 < fraction[1] < 1 and not self._is_raised():
                 return ("num", node[1] + fraction[1])
             self.index = mark
             return node
@@ -357,6 +371,12 @@ class Parser:
                 self.index += 3
                 return ("num", node[1] + fraction[0][1] / fraction[1][1])
         return node
+
+    def _is_raised(self) -> bool:
+        """Whether an exponent follows that is no degree sign."""
+        if self.peek() != ("op", "^"):
+            return False
+        return ("cmd", "circ") not in (self.peek(1), self.peek(2)) and self.peek(1) != ("cmd", "degree")
 
     def _symbol(self, name: str) -> Node:
         kind, value, spaced = self.tokens[self.index]
@@ -432,6 +452,12 @@ class Parser:
             return ("call", {"lfloor": "floor", "lceil": "ceil"}.get(name, "abs"), inside)
         if name in ("sum", "prod", "int"):
             return self._big(name)
+        if name == "langle":
+            found, _ = self.items("rangle")
+            self.expect("rangle")
+            if not found:
+                raise ParseError("an empty vector")
+            return ("seq", "(", ")", *found)
         if name == "begin":
             return self._environment()
         if name in STRUCTURAL or "arrow" in name:

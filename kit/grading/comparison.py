@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kit.grading.identities import decimal_of, proportional, rounds_to, same_decimals, same_function, same_number
-from kit.grading.intervals import RealSets, condition_name, flip
+from kit.grading.intervals import RealSets, condition_name, flip, is_conjunction
 from kit.grading.meaning import (
     as_rows,
     as_vector,
@@ -124,6 +124,8 @@ class Judge:
             a, b = b, a
         if self.is_decimal_comma(a, b):
             return self.decide("decimal comma", True)
+        if is_conjunction(a) and (kind(b) in ("real set", "condition") or b[0] == "seq"):
+            return self.same_real_set(a, b)
         if b[0] == "seq" and a[0] == "list":
             verdict = self.elementwise(strip_names(a)[2:], b[3:])
             return self.decide("a list against a tuple, in order", verdict)

@@ -21,14 +21,26 @@ from kit.grading.notation import FUNCTIONS, GREEK, UNITS, clean, names
 MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
 MAX_SPANS = 12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer
 
+
+def _openings(word: str, tail: str) -> list[str]:
+    """Patterns of a whole word in any case that begin with one letter each: `re` then skips to such letters by itself."""
+    return [rf"{letter}(?<!\w{letter})(?i:{word[1:]}){tail}" for letter in (word[0].lower(), word[0].upper())]
+
+
 _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
 _BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
+
+
+_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\bis\b|\bare\b|\best\b|\bes\b|\bist\b|是|为|為|は|:|：|=)[\s*:：_\"]{0,6})"
+_HEADS = rf"(?:{_STATES}|\s?\*{{0,2}}\s{{0,3}}\n\s{{0,6}})"
 _STATEMENT = re.compile(
-    r"(?:\bfinal\s{1,3}answer|\banswer|\boption|\bchoice|\bréponse|\brespuesta|\bantwort|答案|答え|الجواب)"
-    r"[\s*:_=\"]{0,6}(?:\bis\b|\bare\b|\best\b|\bes\b|\bist\b|是|为|為|は|:|：|=)[\s*:：_\"]{0,6}"
-    r"|\bfinal\s{1,3}answer\s?\*{0,2}\s{0,3}\n\s{0,6}",  # a heading
-    re.IGNORECASE,
+    "|".join(
+        _openings(r"final\s{1,3}answer", _HEADS)
+        + [p for word in ("answer", "option", "choice", "réponse", "respuesta", "antwort") for p in _openings(word, _STATES)]
+        + [word + _STATES for word in ("答案", "答え", "الجواب")]
+    )
 )
+_OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')  # a backslash only where it escapes a sign: not that of \frac or \(
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"\n|\.(?=\s|$)|。|<\|")
 _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
@@ -46,7 +58,7 @@ _PROSE = names(
 )
 _MATH_WORDS = FUNCTIONS | GREEK | _CONNECTIVES | {"sqrt", "cbrt", "binom", "infinity", "infty", "inf", "pi", "percent", "pct"}
 _CHOICE = re.compile(
-    r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
+    r"[\s*\"']*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3})?(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
     r"(?!\s{0,3}(?:and|or|et|ou|,|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
 )
 _LEADING_CHOICE = re.compile(r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))")
@@ -109,7 +121,7 @@ def last_box(text: str) -> tuple[str, int] | None:
         return None
     end = text.find("}", start)
     content = text[start + 7 : end] if text.startswith("\\boxed{", start) else "{"
-    if end >= 0 and "{" not in content and "\\" not in content and content.strip():  # \boxed{42}: no need to count braces
+    if end >= 0 and "{" not in content and text[end - 1] != "\\" and content.strip():  # \boxed{42}: no need to count braces
         box = content.strip(), end + 1 - start
     else:
         box = _last_box(text[start:])
@@ -160,7 +172,7 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
     else:
         end = _SENTENCE_END.search(rest)
         sentence = rest[: end.start()] if end else rest
-    sentence = sentence.strip(' \n\t*"\\,;:')
+    sentence = _OPENING.sub("", sentence).rstrip(' \n\t*"\\,;:')
     if not sentence:
         return None
     if is_bare(sentence) and (not final or any(sign.isdigit() or sign in "$\\" for sign in sentence)):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kit.grading.meaning import is_name, kind, resolve
-from kit.grading.trees import Node, negate, symbols
+from kit.grading.trees import Node, canonical, negate, symbols
 from kit.grading.values import Budget, Evaluator, NotNumeric
 
 INFINITY = ("const", "inf")
@@ -76,6 +76,13 @@ class RealSets:
                 for part in map(resolve, node[2:] if node[0] == "list" else node[1:])
             ]
             return None if None in parts else [piece for part in parts for piece in part]
+        if is_conjunction(node):
+            pieces = [Interval(MINUS_INFINITY, INFINITY, False, False)]
+            for part in map(self.raw_pieces, map(resolve, node[2:])):
+                if part is None:
+                    return None
+                pieces = [piece for x in pieces for y in part for piece in self.overlap(x, y)]
+            return pieces
         if node[0] == "meet":
             sides = [self.raw_pieces(resolve(part)) for part in node[1:]]
             return None if None in sides else [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
@@ -112,10 +119,20 @@ class RealSets:
         return self.same(a, b)
 
 
+def is_conjunction(node: Node) -> bool:
+    """Whether a list states several conditions on one quantity at once: x > -3 and x < 2."""
+    if node[0] != "list" or node[1] != "," or any(kind(part) != "condition" for part in node[2:]):
+        return False
+    names = [condition_name(part) for part in node[2:]]
+    return None not in names and len({canonical(name) for name in names}) == 1
+
+
 def condition_name(node: Node) -> Node | None:
-    """The quantity that a condition is about, where it is one that can be named."""
+    """The quantity that a condition is about, where it is one that can be named; |x| < 1 is about x."""
     names = [part for part in node[2] if symbols(part) or part[0] in ("apply", "text")]
-    return names[0] if len(names) == 1 else None
+    if len(names) != 1:
+        return None
+    return names[0][2] if names[0][:2] == ("call", "abs") else names[0]
 
 
 def flip(chain: tuple) -> tuple:

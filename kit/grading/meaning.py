@@ -8,6 +8,9 @@ from fractions import Fraction
 from kit.grading.notation import UNITS
 from kit.grading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
 
+ALL_REALS = frozenset(("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers"))
+_HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
+
 
 def is_name(node: Node) -> bool:
     """Whether a left side only names what is equated: x, f(x), S_{ABC}, NO/BO, A:B, (p, q), cos x; not 7, x^2 or a + 3z."""
@@ -44,6 +47,8 @@ def resolve(node: Node) -> Node:
         return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
     if node[0] == "unit" and node[1][0] == "text":
         return ("text", f"{node[1][1]} {node[2]}")
+    if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
+        return ("reals",)
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
     if node[0] in ("minus", "meet") and node[1][0] == node[2][0] == "set":
@@ -134,6 +139,9 @@ def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
 
 def known_unit(text: str) -> str | None:
     """The canonical name of a unit, its powers left aside ("square inches" and "in^2" are both inches), or None."""
+    half = _HALF_OF_DAY.search(text.lower())
+    if half:
+        return f"{half[1]}m"
     words = re.findall(r"[a-z]+", text.lower())
     known = [UNITS[word] for word in words if word in UNITS]
     return known[0] if len(known) == 1 else None

@@ -52,7 +52,7 @@ INFIX_COMMANDS = names(
     "cup cap setminus backslash colon choose cdot times ast div pm mp pmod bmod mid circ degree prime to hline end and"
 )
 CLOSERS = names("rfloor rceil rvert rVert rangle")
-STRUCTURAL = INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf langle over atop substack overset underset")
+STRUCTURAL = INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf over atop substack overset underset")
 MATRICES = names("matrix pmatrix bmatrix Bmatrix smallmatrix array vmatrix")
 BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12}
 BASE_WORDS["sixteen"] = 16
@@ -111,10 +111,11 @@ _TOKEN = re.compile(
       | (?P<rep>[0-9]*\.[0-9]*\\(?:overline|bar|dot)\{[0-9]{1,40}\})
       | (?P<based>(?=[A-F]*[0-9])[0-9]{0,60}[A-F][0-9A-F]{0,60}_(?:\{1[1-6]\}|1[1-6](?![0-9])))
       | (?P<european>[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+(?![0-9]|[.,][0-9]))
-      | (?P<num>(?:[0-9]{1,3}(?:(?:,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:\ [0-9]{3})+(?![0-9])|[0-9]+)
-            (?:\.[0-9]+)?|\.[0-9]+)
+      | (?P<num>(?:[0-9]{1,3}(?:(?:(?:\\!)?,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:\ [0-9]{3})+(?![0-9])
+            |[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
       | \\(?P<cmd>[A-Za-z]+)\*?
       | \\(?P<esc>.)
+      | (?P<half>[aApP]\.\ ?[mM](?![A-Za-z])\.?)
       | (?P<word>[A-Za-z]+)
       | (?P<op>\*\*|!=|<=|>=|==|\.\.\.|.)""",
     re.VERBOSE | re.DOTALL,
@@ -122,6 +123,8 @@ _TOKEN = re.compile(
 _COMMA_GROUPS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])(?:\.[0-9]+)?")
 _SCIENTIFIC = re.compile(r"[eE]([+-]?[0-9]{1,6})(?![0-9A-Za-z.])")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_LEADING_PROSE = re.compile(r"(?:\b(?:is|are|equals)|[:=])[\s~]*\Z")  # \text{The answer is } 5
+_WORDS = re.compile("[A-Za-z]+")
 _NOT_DIGITS = re.compile(r"[^0-9.]")
 
 
@@ -204,12 +207,14 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
                 position = _text_command(text, position, ends, value, tokens, spaced)
             elif value in ("left", "right") and position < len(text) and text[position] == ".":
                 position += 1
-            elif value in ("hspace", "vspace", "phantom", "tag", "label"):
+            elif value in ("hspace", "vspace", "phantom", "tag", "label", "color", "textcolor"):
                 position = ends.get(position, position - 1) + 1
             elif value.startswith(("quad", "qquad")) and value not in SKIPPED:  # \quadx, a common slip in collected answers
                 _word(value[value.index("d") + 1 :], tokens, True)
             elif value not in SKIPPED:
                 tokens.append(("cmd", {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}.get(value, value), spaced))
+        elif kind == "half":  # of the day: 3:45 p.m.
+            tokens.append(("text", value, spaced))
         elif kind == "word":
             _word(value, tokens, spaced)
         else:
@@ -231,12 +236,18 @@ def _text_command(text: str, position: int, ends: dict[int, int], command: str, 
     content = text[start + 1 : end].strip(" \\,.;:~$")
     if not re.search("[A-Za-z]", content) or (command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content)):
         return position  # the group that follows is parsed as usual
+    if content[0].isdigit() and all(word.lower() in UNITS or word in ("and", "or") for word in _WORDS.findall(content)):
+        return position  # \text{60 cm}
+    if not tokens and _LEADING_PROSE.search(text, start, end):
+        return end + 1
     if command == "mathbb" and content == "R":
         tokens.append(("cmd", "reals", spaced))
     elif len(content) == 1 and command in FONT_COMMANDS:
         _word(content, tokens, spaced)
     elif content in ("and", "or"):
         tokens.append(("sep", content, spaced))
+    elif content == "to":  # the ratio 5 to 3
+        tokens.append(("op", ":", spaced))
     elif (content in FUNCTIONS and not _is_unit(content, tokens)) or content in CONSTANTS:
         tokens.append(("cmd", content, spaced))
     elif content.lower() in ("percent", "pct"):
@@ -257,7 +268,9 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
     glued = re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word) if tokens and tokens[-1][0] == "num" else None  # "1orW(x)=-1"
     if word in ("and", "or"):
         tokens.append(("sep", word, spaced))
-    elif _is_unit(word, tokens):
+    elif word == "to" and tokens and tokens[-1][0] == "num":
+        tokens.append(("op", ":", spaced))
+    elif _is_unit(word, tokens) or (lower in ("am", "pm") and [token[1] for token in tokens[-2:-1]] == [":"]):
         tokens.append(("text", word, spaced))
     elif word in FUNCTIONS or word in CONSTANTS or word in ("sqrt", "cbrt", "binom"):
         tokens.append(("cmd", word, spaced))

@@ -37,9 +37,16 @@ setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "ruff>=0.12", "kernels>=0.10"],
+        "test": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.12",
+            "kernels>=0.10",
+            "math-verify[antlr4_13_2]>=0.9,<0.10",
+        ],
         "flash-attn": ["flash-attn>=2.7"],
         "vllm": ["vllm"],
-        "peers": ["trl", "math-verify[antlr4_13_2]", "liger-kernel", "cut-cross-entropy"],
+        "peers": ["trl", "math-verify[antlr4_13_2]>=0.9,<0.10", "liger-kernel", "cut-cross-entropy"],
     },
 )

@@ -146,7 +146,7 @@ def test_a_missing_peer_is_an_error_that_names_the_package(samples):
     assert "pip install 'math-verify[antlr4_13_2]'" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed (extra `peers`)")
+@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed (extra `test`)")
 def test_where_math_verify_disagrees_is_listed(tmp_path, capsys):
     rows = [sample(0, "5", r"\boxed{5}"), sample(1, "5", r"\boxed{6}"), sample(2, "2", r"\boxed{1} and \boxed{2}")]
     rows.append(sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}"))  # two tiny numbers are one to it

@@ -3,71 +3,28 @@ r"""The parser of answers: LaTeX or plain notation in, a tree (trees.py) out. No
 from __future__ import annotations
 
 import math
-import time
 from fractions import Fraction
 
+from kit.grading.commands import read_command
+from kit.grading.cursor import Cursor
 from kit.grading.notation import (
     BASE_WORDS,
     CLOSERS,
-    CONSTANTS,
-    FUNCTIONS,
-    GREEK,
     INFIX_COMMANDS,
-    MATRICES,
     OPAQUE,
     RELATIONS,
-    STRUCTURAL,
     ParseError,
     TooLarge,
-    Undecided,
     clean,
     number_node,
-    tokenize,
 )
-from kit.grading.trees import Node, invert, negate, product, rename
-
-SIGNS = frozenset(("op", "cmd", "sep", "row"))  # kinds of tokens that are compared by their value
-MAX_DEPTH = 80  # two a bracket: 40 brackets, some 320 Python frames of the 1,000 allowed; real answers nest about 5 brackets
+from kit.grading.trees import Node, invert, negate, product
 
 
-class Parser:
+class Parser(Cursor):
     """Precedence climbing over the tokens of one answer; `parse` is the way in."""
 
-    def __init__(self, text: str, deadline_at: float):
-        self.tokens = tokenize(text, deadline_at)
-        self.deadline_at = deadline_at
-        self.index = 0
-        self.depth = 0
-        self.integrals = 0
-
-    # --- tokens
-
-    def peek(self, ahead: int = 0) -> tuple[str, object]:
-        return self.tokens[min(self.index + ahead, len(self.tokens) - 1) if ahead else self.index][:2]
-
-    def take(self) -> tuple[str, object]:
-        kind, value, _ = self.tokens[self.index]
-        if kind != "end":  # which stays the token that is looked at
-            self.index += 1
-        return kind, value
-
-    def accept(self, *values: str) -> str | None:
-        kind, value, _ = self.tokens[self.index]
-        if kind in SIGNS and value in values:
-            self.index += 1
-            return value
-        return None
-
-    def expect(self, value: str) -> None:
-        if not self.accept(value):
-            raise ParseError(f"expected {value!r}, found {self.peek()[1]!r}")
-
-    def enter(self) -> None:
-        self.depth += 1
-        if time.monotonic() > self.deadline_at:
-            raise Undecided("deadline")
-        if self.depth > MAX_DEPTH:
-            raise TooLarge(f"an answer nested deeper than {MAX_DEPTH} levels")
+    integrals = 0  # signs of integrals that are open: a d then is no factor
 
     # --- lists and relations
 
@@ -168,17 +125,17 @@ class Parser:
             if self.tokens[self.index][0] in ("end", "sep"):
                 return product(factors)
             if self.accept("*", "cdot", "times", "ast"):
-                factors.append(self._signed())
+                factors.append(self.signed())
             elif self.accept("/", "div"):
-                factors.append(invert(self._signed()))
+                factors.append(invert(self.signed()))
             elif self.peek()[0] == "text":
                 factors = [self._unit(product(factors))]
-            elif self._starts_factor():
+            elif self.starts_factor():
                 factors.append(self.power())
             else:
                 return product(factors)
 
-    def _signed(self) -> Node:
+    def signed(self) -> Node:
         if self.accept("-"):
             return negate(self.power())
         self.accept("+")
@@ -196,7 +153,7 @@ class Parser:
             unit += "/" + str(self.take()[1])
         return ("unit", node, unit)
 
-    def _starts_factor(self) -> bool:
+    def starts_factor(self) -> bool:
         kind, value = self.peek()
         if self.integrals and kind == "sym" and value == "d":
             return False
@@ -326,7 +283,7 @@ class Parser:
         if kind == "exact":
             return ("num", value)
         if kind == "sym":
-            return self._symbol(str(value))
+            return self.symbol(str(value))
         if kind == "text":
             base = str(value)
             while self.peek()[0] == "text":
@@ -348,7 +305,7 @@ class Parser:
             if value == "-":
                 return negate(self.power())
         if kind == "cmd":
-            return self._command(str(value))
+            return read_command(self, str(value))
         raise ParseError(f"cannot read {value!r}")
 
     def _number(self, value: tuple[str, int]) -> Node:
@@ -359,7 +316,7 @@ class Parser:
         if self.peek() == ("cmd", "frac"):
             mark = self.index
             self.index += 1
-            fraction = self._command("frac")
+            fraction = read_command(self, "frac")
             if fraction[0] == "num" and 0 < fraction[1] < 1 and not self._is_raised():
                 return ("num", node[1] + fraction[1])
             self.index = mark
@@ -378,7 +335,7 @@ class Parser:
             return False
         return ("cmd", "circ") not in (self.peek(1), self.peek(2)) and self.peek(1) != ("cmd", "degree")
 
-    def _symbol(self, name: str) -> Node:
+    def symbol(self, name: str) -> Node:
         kind, value, spaced = self.tokens[self.index]
         if kind == "op" and value == "'" and name in OPAQUE:
             self.index += 1
@@ -426,148 +383,6 @@ class Parser:
         if not self.accept(bar):
             raise ParseError("an absolute value that is not closed")
         return ("call", "abs", inside)
-
-    def _command(self, name: str) -> Node:
-        if name == "frac":
-            top = self.argument()
-            return product([top, invert(self.argument())])
-        if name in ("sqrt", "cbrt"):
-            return self._root(name)
-        if name in ("binom", "dbinom", "tbinom"):
-            top = self.argument()
-            return ("binom", top, self.argument())
-        if name in CONSTANTS:
-            return CONSTANTS[name]
-        if name in FUNCTIONS:
-            return self._function(name)
-        if name in GREEK:
-            return self._symbol(name)
-        if name in ("emptyset", "varnothing"):
-            return ("set",)
-        if name == "reals":
-            return ("reals",)
-        if name in ("lfloor", "lceil", "lvert", "lVert"):
-            inside = self.sum()
-            self.expect("r" + name[1:])
-            return ("call", {"lfloor": "floor", "lceil": "ceil"}.get(name, "abs"), inside)
-        if name in ("sum", "prod", "int"):
-            return self._big(name)
-        if name == "langle":
-            found, _ = self.items("rangle")
-            self.expect("rangle")
-            if not found:
-                raise ParseError("an empty vector")
-            return ("seq", "(", ")", *found)
-        if name == "begin":
-            return self._environment()
-        if name in STRUCTURAL or "arrow" in name:
-            raise ParseError(f"cannot read the command \\{name} here")
-        return self._symbol(name)  # an unknown command is a symbol like any other
-
-    def _root(self, name: str) -> Node:
-        index: Node = ("num", Fraction(3 if name == "cbrt" else 2))
-        if self.accept("["):
-            index = self.sum()
-            self.expect("]")
-        kind, value = self.peek()
-        if kind == "op" and value == "{":
-            inside = self.group()
-        elif kind == "num":
-            self.index += 1
-            inside = number_node(*value)
-        else:
-            inside = self.atom()
-        return ("root", index, inside)
-
-    def _function(self, name: str) -> Node:
-        base = exponent = None
-        for _ in range(2):
-            if base is None and self.accept("_"):
-                base = self.argument()
-            if exponent is None and self.accept("^"):
-                exponent = self._signed() if self.peek()[1] != "{" else self.group()
-        kind, value = self.peek()
-        if kind == "op" and value == "(":
-            self.index += 1
-            arguments, _ = self.items(")")
-            self.expect(")")
-        elif kind == "op" and value == "{":
-            arguments = [self.group()]
-        else:
-            factors = [negate(self.power()) if self.accept("-") else self.power()]
-            while self._starts_factor() and not (self.peek()[0] == "cmd" and self.peek()[1] in FUNCTIONS):
-                if self.peek()[1] in ("(", "[", "\\{"):
-                    break
-                factors.append(self.power())
-            arguments = [product(factors)]
-        if not arguments:
-            raise ParseError(f"{name} of nothing")
-        if exponent == ("num", Fraction(-1)) and "arc" + name in FUNCTIONS:
-            name, exponent = "arc" + name, None
-        node = ("call", name, *arguments, base) if base is not None else ("call", name, *arguments)
-        return node if exponent is None else ("pow", node, exponent)
-
-    def _big(self, name: str) -> Node:
-        low = high = None
-        for _ in range(2):
-            if low is None and self.accept("_"):
-                low = self.argument()
-            if high is None and self.accept("^"):
-                high = self.argument()
-        if low is None or high is None:
-            raise ParseError(f"a {name} without its bounds")
-        if name != "int":
-            if low[0] != "rel" or low[1] != ("=",) or low[2][0][0] not in ("sym", "const"):
-                raise ParseError(f"a {name} without its variable")
-            variable, low = low[2]
-            return ("big", name, variable[1], low, high, rename(self.product(), variable, ("sym", variable[1])))
-        self.integrals += 1
-        body = self.sum()
-        self.integrals -= 1
-        if self.take() != ("sym", "d") or self.peek()[0] != "sym":
-            raise ParseError("an integral without its variable")
-        return ("big", name, str(self.take()[1]), low, high, body)
-
-    def _environment(self) -> Node:
-        name = self._environment_name()
-        if name == "array" and self.accept("{"):
-            while not self.accept("}"):
-                if self.take()[0] == "end":
-                    raise ParseError("an array whose columns are not closed")
-        rows: list[list[Node]] = [[]]
-        self.enter()
-        while self.peek() != ("cmd", "end"):
-            kind, _ = self.peek()
-            if kind == "end":
-                raise ParseError(f"an environment {name} that is not closed")
-            if kind == "row":
-                self.index += 1
-                rows.append([])
-            elif not self.accept("&", "hline"):
-                found, _ = self.items("&", "end", "\\\\")
-                rows[-1].extend(found)
-        self.index += 1
-        self._environment_name()
-        self.depth -= 1
-        rows = [row for row in rows if row]
-        if not rows:
-            raise ParseError(f"an empty {name}")
-        if name == "cases":
-            return ("list", ",", *(node for row in rows for node in row))
-        if name not in MATRICES or len({len(row) for row in rows}) != 1:
-            raise ParseError(f"an environment {name} that is not a matrix")
-        matrix = ("matrix", *(tuple(row) for row in rows))
-        return ("call", "det", matrix) if name == "vmatrix" else matrix
-
-    def _environment_name(self) -> str:
-        self.expect("{")
-        name = ""
-        while not self.accept("}"):
-            kind, value = self.take()
-            if kind == "end":
-                raise ParseError("an environment without a name")
-            name += str(value)
-        return name.rstrip("*")
 
 
 def parse(text: str, deadline_at: float = math.inf) -> Node:

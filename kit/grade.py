@@ -52,6 +52,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _UNWRAP = re.compile(r"\\(?:" + "|".join(sorted(TEXT_COMMANDS | FONT_COMMANDS | {"boxed", "fbox"})) + r")\s*\{([^{}]*)\}")
 _NOISE = re.compile(r"\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![A-Za-z])|[,!;:> ()\[\]$])|\$|`|\"")
 _SPACES = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
+_NOT_BETWEEN_DIGITS = re.compile(r" (?![0-9])|(?<![0-9]) ")
 _GROUPED = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:(?:,|\{,\}|(?:\\!)?,\\!\s*|\\,)[0-9]{3})+)(?![0-9]|,[0-9])")
 _FRACTION = re.compile(r"(-?)\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
 _PLAIN = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*)|/([0-9]+))?")
@@ -269,7 +270,8 @@ def _decide_by_value(a: str, b: str, text_a: str, text_b: str, options: Options,
 
 
 def _letters(text: str) -> str:
-    return "".join(text.casefold().split())
+    """A normal text that is no mathematics, whatever its case and spaces; but 1 2 is not 12."""
+    return _NOT_BETWEEN_DIGITS.sub("", text.casefold())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -38,6 +38,7 @@ from kit.grading.extraction import _last_box, last_box
         ("Final Answer:\n\n\\[\n x = 5\n\\]", "x = 5", "answer statement"),
         ("**Final Answer**\n\n$x = 5$", "$x = 5$", "answer statement"),
         ("The answer is $18$, that is 9 + 9.", "$18$", "answer statement"),
+        ("My counteranswer is 3, that is 4 or 9", "9", "last number"),
         ("The answer is Evelyn.", "Evelyn", "answer statement"),
         ("réponse est (35 + 70 = 105).", "(35 + 70 = 105)", "answer statement"),
         ("答案是 13/28。", "13/28", "answer statement"),
@@ -118,7 +119,7 @@ def test_time_is_linear_in_the_text(unit):
 
 def test_the_quick_way_to_the_last_box_finds_what_counting_every_brace_finds():
     rng = random.Random(0)
-    pieces = ["\\boxed", "\\fbox", "{", "}", "5", " ", "\\\\", "\\{", "x", "\\boxed{7}", "$"]
+    pieces = ["\\boxed", "\\fbox", "{", "}", "5", " ", "\\\\", "\\{", "\\}", "x", "\\boxed{7}", "$"]
     for _ in range(20_000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 10)))
         assert last_box(text) == _last_box(text), text

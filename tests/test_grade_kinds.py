@@ -325,6 +325,7 @@ RIGHT = {
         C ~ \boxed{\text{Option C}}
         C ~ The answer is **C. Mercury**
         D ~ Therefore the correct answer is option D.
+        D ~ Therefore the correct answer is option D because 7 is prime.
     """,
     "clocks and ratios": r"""
         3:45 ~ \boxed{3:45}
@@ -424,6 +425,8 @@ WRONG = {
         2\frac{3}{4} ~ \boxed{\frac{6}{4}}
         -1\frac{1}{2} ~ \boxed{-\frac12}
         2\frac{3}{4} ~ \boxed{23/4}
+        11/2 ~ \boxed{1  1/2}
+        12 ~ \boxed{$1$ $2$}
     """,
     "signs": r"""
         7 ~ \boxed{−7}

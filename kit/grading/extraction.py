@@ -119,15 +119,26 @@ def last_box(text: str) -> tuple[str, int] | None:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
-    end = text.find("}", start)
-    content = text[start + 7 : end] if text.startswith("\\boxed{", start) else "{"
-    if end >= 0 and "{" not in content and text[end - 1] != "\\" and content.strip():  # \boxed{42}: no need to count braces
-        box = content.strip(), end + 1 - start
-    else:
-        box = _last_box(text[start:])
+    end = _closing_brace(text, start + 7) if text.startswith("\\boxed{", start) else -1
+    content = text[start + 7 : end].strip() if end >= 0 else ""
+    box = (content, end + 1 - start) if content else _last_box(text[start:])
     if box and "}" not in text[start + box[1] :]:  # nothing behind it closes a box from before
         return box[0], start + box[1]
     return _last_box(text)
+
+
+def _closing_brace(text: str, position: int) -> int:
+    """Where the group that is open at `position` closes; -1 where it does not, or where a brace behind it is escaped."""
+    if text.find("\\{", position) >= 0 or text.find("\\}", position) >= 0:
+        return -1
+    level = 1
+    while level:
+        end = text.find("}", position)
+        if end < 0:
+            return -1
+        level += text.count("{", position, end) - 1
+        position = end + 1
+    return end
 
 
 def _last_box(text: str) -> tuple[str, int] | None:

@@ -205,8 +205,11 @@ def grade(
     )
     if answer is None:
         return Verdict("wrong", 0, place, gold_text, None, None, place)
-    prepared = _prepare(answer) if len(answer) < 200 else _prepare.__wrapped__(answer)
-    verdict, tier, rule = _decide(reference, answer, (gold_text, gold_number, gold_choice), prepared, options, deadline)
+    bare = answer  # without its dollar signs it often is the reference, which is prepared already
+    if answer.startswith("$") and answer.find("$", 1) == len(answer) - 1 and answer[-2] != "\\":
+        bare = answer[1:-1]
+    prepared = _prepare(bare) if len(bare) < 200 else _prepare.__wrapped__(bare)
+    verdict, tier, rule = _decide(reference, bare, (gold_text, gold_number, gold_choice), prepared, options, deadline)
     return Verdict(verdict, tier, rule, gold_text, prepared[0], answer, place)
 
 

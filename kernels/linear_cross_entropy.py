@@ -78,10 +78,14 @@ def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tens
     return losses, slope
 
 
-def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, wanted):
+def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite, wanted):
     """(loss / D, [dhidden, dweight]), a gradient that is not wanted being None: 6NVH flops, or 2NVH."""
     head = weight.to(dtype)
-    gradients = HeadGradients(hidden, weight, wanted) if any(wanted) else None
+    overwrite = overwrite and wanted[0] and hidden.dtype != torch.float16 and hidden.is_contiguous()
+    if overwrite:  # each row is read before its gradient is written; these are never read
+        ignored = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, kept, False)
+        hidden.masked_fill_(ignored[:, None], 0.0)
+    gradients = HeadGradients(hidden, weight, wanted, overwrite=overwrite) if any(wanted) else None
     loss = hidden.new_zeros((), dtype=wide(dtype))
     for rows, x, logits in logit_chunks(hidden, head, kept, max_rows):
         if gradients is None:
@@ -134,7 +138,7 @@ class _FusedLoss(torch.autograd.Function):
                 'out already; call linear_cross_entropy again, or use reduction="none", which makes them anew every time'
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *scaled(gradients, dloss, ctx.dtypes), *[None] * 8
+        return *scaled(gradients, dloss, ctx.dtypes), *[None] * 9
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -165,7 +169,7 @@ def _loss_op(
     """(loss, dhidden, dweight), empty where not wanted."""
     kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if mean else 1
-    settings = targets, kept, dtype, score, D, token_weight, None, max_rows, wanted
+    settings = targets, kept, dtype, score, D, token_weight, None, max_rows, False, wanted
     loss, gradients = _loss_and_gradients(hidden, weight, *settings)
     return loss, *(hidden.new_empty(0) if g is None else g for g in gradients)
 
@@ -287,6 +291,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
     max_rows: int = 0,
+    overwrite_hidden: bool = False,
 ) -> Tensor:
     """Loss of the targets under softmax(hidden @ weight.T), without holding the logits.
 
@@ -312,6 +317,8 @@ def linear_cross_entropy(
     softcap: z = softcap * tanh(z / softcap), as Gemma 2; temperature: z / temperature, after it.
     max_rows: rows of logits made at once, at most; 0 = as many as half a GiB holds, 512 at least. Fewer rows need less memory and
         read weight and its gradient more often. Not with "none".
+    overwrite_hidden: lets hidden's memory take its gradient (bf16, fp32 and float64; not with "none" nor inside torch.compile),
+        which a step then never holds beside it. Only where nothing reads hidden again; autograd refuses where it would.
 
     Returns fp32 (float64 for float64): a scalar, or the targets' shape with "none". With "mean" and "sum" the gradients are made
     here if autograd wants any, and backward runs once: a second one raises RuntimeError. No gradient of a gradient.
@@ -342,14 +349,15 @@ def linear_cross_entropy(
     if torch.compiler.is_compiling() and objective is None:
         wanted = [rows.requires_grad, weight.requires_grad]
         return _loss_op(rows, weight, flat, token_weight, dtype, score, ignore_index, reduction == "mean", max_rows, wanted)[0]
-    return _eager_loss(rows, weight, flat, token_weight, objective, dtype, score, ignore_index, reduction, max_rows)
+    settings = token_weight, objective, dtype, score, ignore_index, reduction, max_rows, overwrite_hidden
+    return _eager_loss(rows, weight, flat, *settings)
 
 
 @torch.compiler.disable  # an objective is Python of the caller's: a compiled model runs it between its graphs
-def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction, max_rows):
+def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction, max_rows, overwrite):
     kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if reduction == "mean" else 1
-    return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows)
+    return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite)
 
 
 def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index) -> tuple[Tensor, Tensor]:

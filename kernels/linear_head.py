@@ -47,12 +47,15 @@ def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor, max_rows: int = 0
 
 
 class HeadGradients:
-    """dhidden and dweight; None where autograd does not ask for one."""
+    """dhidden and dweight; None where autograd does not ask for one. overwrite: dhidden is hidden's own memory, and the caller
+    zeroes the rows that are never added."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool]):
+    def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool], *, overwrite: bool = False):
         # a mean over 16k tokens leaves fp16's range until the loss scale comes: fp16's gradients stay fp32 until backward
         self.dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in (hidden, weight)]
-        self.dhidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0]) if needs[0] else None
+        self.dhidden = None
+        if needs[0]:
+            self.dhidden = hidden.detach() if overwrite else hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
         rows = halves(len(weight)) if self.dtypes[1] == torch.bfloat16 else [len(weight)]
         self.dweight = [weight.new_empty(n, weight.shape[1], dtype=wide(weight.dtype)) for n in rows] if needs[1] else None
         self.beta = 0.0  # the first chunk overwrites: zeros would be one more trip through V * H numbers

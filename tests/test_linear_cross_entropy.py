@@ -284,6 +284,40 @@ def test_only_the_gradients_that_autograd_asks_for_are_made(needs, reduction, mo
             torch.testing.assert_close(x.grad.double(), truth[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_rows", [0, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hiddens_memory_may_take_its_gradient(dtype, max_rows):
+    """The same bits, in place, and rows without a target become zeros whatever they held."""
+    leaf, weight, targets = problem(13, 77, 19, dtype)
+    leaf[targets == IGNORE_INDEX] = torch.nan
+    grads, places = [], []
+    for overwrite in (False, True):
+        x, w = leaf.clone().requires_grad_(), weight.clone().requires_grad_()
+        hidden = x.view_as(x) * 1  # which no graph reads again
+        hidden.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+        linear_cross_entropy(hidden, w, targets, max_rows=max_rows, overwrite_hidden=overwrite).backward()
+        grads.append((x.grad, w.grad))
+        assert (places[-1] == hidden.data_ptr()) == (overwrite and dtype != torch.float16)
+    assert all(torch.equal(plain, ours) for plain, ours in zip(*grads, strict=True))
+    assert (grads[1][0][targets == IGNORE_INDEX] == 0).all()
+
+
+def test_hidden_that_a_graph_reads_again_or_whose_rows_share_memory_is_not_overwritten_unseen():
+    hidden, weight, targets = problem(13, 77, 19, torch.float32)
+    kept = hidden.clone().requires_grad_()
+    loss = linear_cross_entropy(kept.exp(), weight, targets, overwrite_hidden=True)  # exp saves its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    row = hidden[:1].clone().requires_grad_()
+    linear_cross_entropy(row.expand(13, -1), weight, targets, overwrite_hidden=True).backward()
+    again = hidden[:1].clone().requires_grad_()
+    linear_cross_entropy(again.expand(13, -1), weight, targets).backward()
+    assert torch.equal(row.grad, again.grad)
+    frozen, trained = hidden.clone(), weight.clone().requires_grad_()
+    linear_cross_entropy(frozen, trained, targets, overwrite_hidden=True).backward()
+    assert torch.equal(frozen, hidden)
+
+
 def test_no_gradient_is_made_under_no_grad(monkeypatch):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     monkeypatch.setattr(head.HeadGradients, "add", None)
@@ -375,7 +409,7 @@ def compiled_and_eager(call, *tensors):
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "sum", "softcap": 3.0, "max_rows": 2}, {"reduction": "none", "temperature": 0.7}], ids=str
 )
-def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs):
+def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs, monkeypatch):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     token_weight = torch.linspace(-1, 2, 13)
     hidden.requires_grad_(needs[0])
@@ -385,7 +419,11 @@ def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options
         losses = linear_cross_entropy(hidden * 2, weight, targets, token_weight=token_weight, **options)
         return (losses * torch.arange(13)).sum() if options.get("reduction") == "none" else losses * 3
 
+    made, finish = [], head.HeadGradients.finish
+    wanted = lambda self: made.append((self.dhidden is not None, self.dweight is not None)) or finish(self)  # noqa: E731
+    monkeypatch.setattr(head.HeadGradients, "finish", wanted)
     compiled, eager = compiled_and_eager(call, hidden, weight)
+    assert set(made) == {needs} and len(made) == 2  # what nobody asks for costs a matmul
     assert [x is None for x in compiled] == [False, not needs[0], not needs[1]]
     for x, y in zip(compiled, eager, strict=True):
         assert x is y is None or torch.equal(x, y)

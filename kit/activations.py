@@ -5,9 +5,10 @@ A decoder layer of the three families is, per token except for the attention,
     h = x + after_attention(attention(norm(x)))          after_attention and after_mlp: a norm in Gemma 3, nothing elsewhere
     out = h + after_mlp(mlp(before_mlp(h)))
 
-The forward pass runs it without a graph and keeps x. The backward pass computes norm(x), runs the attention with its graph,
-forms h, and then takes the feed-forward a tile of tokens at a time: forward, backward, drop. dh is written over h tile by tile;
-then the attention's graph is spent, then the norm's tiles. A tile's forward is the recompute: no product runs a third time.
+The forward pass runs it without a graph and keeps x. The backward pass computes norm(x), runs the attention with its graph (which
+lets go of norm(x) and has it made once more), forms h, and then takes the feed-forward a tile of tokens at a time: forward,
+backward, drop. dh is written over h tile by tile; then the attention's graph is spent, then the norm's tiles. A tile's forward is
+the recompute: no product runs a third time.
 
 At 16,384 tokens of Gemma 3 1B in bf16 (H = 1152, 26 layers) the inputs are 36 MiB a layer, 936 MiB in all; with offload those of
 two layers are on the device. One layer's backward takes 1.8 GiB without tiles and 0.6 GiB with tiles of 2,048. What tiles cost
@@ -22,7 +23,7 @@ The norm after the last layer is computed again too: its graph, 180 MiB here, wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -37,6 +38,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from kit.graphs import catch_gradient, made_again
 from kit.offload import HostInputs
 
 
@@ -186,34 +188,38 @@ class _Recomputed(_Tiles):
     def _part(self, name: str | None) -> nn.Module | None:
         return getattr(self.layer, name) if name else None
 
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads."""
+        normed = torch.empty_like(x)
+        self._run(self.layer.input_layernorm, x, normed)
+        return normed
+
     def forward(self, x: torch.Tensor, arguments: dict) -> torch.Tensor:
         """The layer without a graph: besides x, one (T, H) of ours and what the attention makes."""
         after = self._part(self.norms.after_attention)
-        normed = torch.empty_like(x)
-        self._run(self.layer.input_layernorm, x, normed)
-        h = self.layer.self_attn(hidden_states=normed, **arguments)[0]
-        del normed
+        h = self.layer.self_attn(hidden_states=self._normed(x), **arguments)[0]
         if after is not None:
             self._run(after, h, h)
         h.add_(x)
         self._run(_FeedForward(self.layer, self.norms), h, h)
         return h
 
-    def backward(self, x: torch.Tensor, arguments: dict, dout: torch.Tensor, needs_dx: bool):
+    def backward(self, x: torch.Tensor, arguments: dict, dout: torch.Tensor, needs_dx: bool, when_lean: Callable[[], None]):
         """dx, or None where it is not needed, and the gradient of every trainable parameter that the layer used.
 
-        Alive while the tiles run: x, dout, the attention's graph, its output a, and h; a and h are one tensor where no norm
-        stands between. Each is overwritten by its own gradient. That is safe: a is the result of a projection, which saves its
-        input, not its output; and where some module does save it, autograd refuses the changed tensor.
+        Alive while the tiles run, the fullest moment: x, dout, the attention's graph without its input, its output a, and h; a
+        and h are one tensor where no norm stands between. Each is overwritten by its own gradient. That is safe: a is the result
+        of a projection, which saves its input, not its output; and where some module does save it, the changed tensor is refused.
+        when_lean: called when the tiles are done.
         """
         before, after = self.layer.input_layernorm, self._part(self.norms.after_attention)
         gradients: dict[nn.Parameter, torch.Tensor] = {}
-        normed = torch.empty_like(x)
-        self._run(before, x, normed)
-        normed.requires_grad_(needs_dx or bool(_trainable(before)))
+        normed, dnormeds = self._normed(x), []
         leaves = _leaves(self.layer.self_attn)
-        with torch.enable_grad():
-            attended = functional_call(self.layer.self_attn, leaves, kwargs={"hidden_states": normed, **arguments})[0]
+        with torch.enable_grad(), made_again(normed, partial(self._normed, x)):
+            entering = catch_gradient(normed, dnormeds) if needs_dx or _trainable(before) else normed
+            attended = functional_call(self.layer.self_attn, leaves, kwargs={"hidden_states": entering, **arguments})[0]
+        del normed, entering
         needs_da = attended.requires_grad
         a = h = attended.detach()
         if after is not None:
@@ -224,11 +230,12 @@ class _Recomputed(_Tiles):
         self._differentiate(_FeedForward(self.layer, self.norms), h, dout, h if needs_dh else None, gradients)
         if after is not None:
             self._differentiate(after, a, h, a if needs_da else None, gradients)
+        when_lean()
         if needs_da:
             torch.autograd.backward(attended, a)
             _collect(self.layer.self_attn, {name: leaf.grad for name, leaf in leaves.items()}, gradients)
-        dnormed = normed.grad
-        del attended, a, normed, leaves
+        dnormed = dnormeds.pop() if dnormeds else None
+        del attended, a, leaves
         if dnormed is not None:
             self._differentiate(before, x, dnormed, dnormed if needs_dx else None, gradients)
         return dnormed.add_(h) if needs_dx else None, gradients
@@ -281,6 +288,10 @@ def _collect(part: nn.Module, found: dict[str, torch.Tensor | None], gradients: 
             gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
 
 
+def _nothing() -> None:
+    """No input is on its way."""
+
+
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer: _Recomputed, arguments: dict, x: torch.Tensor, *parameters: nn.Parameter):
@@ -299,7 +310,8 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx, dout: torch.Tensor):
         host = ctx.layer.host
         x = ctx.saved_tensors[0] if host is None else host.fetch(ctx.kept)
-        dx, gradients = ctx.layer.backward(x, ctx.arguments, dout, ctx.needs_input_grad[2])
+        when_lean = _nothing if host is None else partial(host.prefetch, ctx.kept)
+        dx, gradients = ctx.layer.backward(x, ctx.arguments, dout, ctx.needs_input_grad[2], when_lean)
         if host is not None:
             host.done(ctx.kept)
         return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)

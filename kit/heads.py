@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from kit.graphs import catch_gradient
 from kit.kernels.blocked_head import dweight_blocks, loss_without_dweight
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models import head_weight, hidden_states, softcap
@@ -39,7 +40,7 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
 
 def mean_cross_entropy(model, scale: float, logit_rows: int) -> LossOfRow:
     """scale * the sum of a row's token losses: the mean over the step, where scale is 1 / its targets."""
-    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows}
+    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows, "overwrite_hidden": True}
     return lambda hidden, weight, batch: linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
 
 
@@ -59,20 +60,6 @@ class AutogradHead:
         """Autograd is done with the head."""
 
 
-class _LookUp(torch.autograd.Function):
-    """embedded, whose gradient goes to a list: a leaf would keep embedded alive as long as its gradient is wanted."""
-
-    @staticmethod
-    def forward(ctx, anchor, embedded, gradients: list[torch.Tensor]):
-        ctx.gradients = gradients
-        return embedded
-
-    @staticmethod
-    def backward(ctx, dembedded):
-        ctx.gradients.append(dembedded)
-        return None, None, None
-
-
 class _Lookup:
     """The embedding outside of autograd, which would make a gradient of all V rows for the few that were looked up."""
 
@@ -84,8 +71,7 @@ class _Lookup:
         """(1, T, H)"""
         with torch.no_grad():
             embedded = self.embedding(self.ids[None])
-        anchor = embedded.new_empty(0, requires_grad=True)  # what makes autograd pass by
-        return _LookUp.apply(anchor, embedded, self.gradients)
+        return catch_gradient(embedded, self.gradients)
 
     def gradient(self) -> torch.Tensor:
         """Of the looked-up rows, (T, H) fp32; after the backward pass."""
@@ -137,17 +123,12 @@ def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> No
 
 class BlockedHead:
     """The weight's gradient never exists as a whole: after the backward pass the head's part and the lookup's are made and used
-    a block of the vocabulary at a time. Raises ValueError where the gradient's norm is to be clipped.
+    a block of the vocabulary at a time: its norm is known only then, too late to clip by (Savings.check_clipping).
 
     The lookup's part is added by index_add_, on a GPU in no fixed order: last bits differ from run to run there.
     """
 
     def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward, logit_rows: int):
-        if updates.max_tensor_norm:
-            raise ValueError(
-                f"max_grad_norm is {updates.max_tensor_norm} but head_update is blocked, which never has the embedding's whole "
-                "gradient to measure; pass --max_grad_norm 0, or --head_update whole"
-            )
         self.model, self.optimizer, self.updates, self.logit_rows = model, optimizer, updates, logit_rows
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:

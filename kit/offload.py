@@ -1,17 +1,17 @@
 """Offload: layer inputs wait in CPU memory between the forward and the backward pass.
 
-Forward: each input is copied to the CPU while the layers after it run. Backward: while one layer runs, the input of the layer
-before it is copied back. On the device stay the last layer's input, which is needed at once, and two staging buffers during the
-backward pass.
+Forward: each input is copied to the CPU while the layers after it run. Backward: while one layer's attention runs, the input of
+the layer before it is copied back; not earlier, because the feed-forward before it is the fullest moment. On the device stay the
+last layer's input, which is needed at once, and one or two staged inputs during the backward pass.
 
 On a GPU the CPU memory is pinned and both directions run on one side stream; elsewhere the same copies run in place. NOT RUN ON A
 GPU. The order that makes the streams right:
 - to the CPU: the side stream waits for the compute stream, which has just made x. x stays referenced until the compute stream has
   waited for the copy, so its memory cannot be written before it was read. record_stream would do the same, but gives memory back
   when the GPU gets there, while a CPU that runs ahead is already allocating: the peak would depend on timing. Here it does not.
-- back: the side stream waits for the compute stream before it writes a staging buffer; all that reads the buffer's last content
-  (the backward pass two layers on) has been given to the compute stream by then. The compute stream waits for the copy's event
-  before it reads.
+- back: staged memory is the compute stream's. The side stream waits for the compute stream before it writes there: all that used
+  this memory before has been given to the compute stream by then. The compute stream waits for the copy's event before it reads,
+  and the memory is given back only after that.
 - CPU memory is handed on once its copy back has been given to the side stream; what is written to it next follows on that stream.
 """
 
@@ -25,7 +25,7 @@ import torch
 from kit.host import Host
 
 IN_FLIGHT = 2  # inputs whose device memory is held on the way to the CPU: the running layer's, and one whose copy may lag
-STAGING = 2  # inputs on the device on the way back: the running layer's and the next one's
+STAGING = 2  # most inputs on the device on the way back: the running layer's and the next one's
 
 
 class KeptInput:
@@ -35,7 +35,7 @@ class KeptInput:
         self.index = index
         self.previous = previous  # of the layer before it in the same forward pass: needed next in the backward pass
         self.device = x.device
-        self.on_device: torch.Tensor | None = None
+        self.on_device: torch.Tensor | None = None  # kept there, or staged
         self.buffer: torch.Tensor | None = None  # CPU memory, as bytes
         self.on_host: torch.Tensor | None = None  # the input, in it
         self.loaded: torch.cuda.Event | None = None  # its copy back to the device is done
@@ -49,8 +49,7 @@ class HostInputs:
         self.host = Host()
         self.stream: torch.cuda.Stream | None = None
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
-        self.staging: list[torch.Tensor | None] = [None] * STAGING  # bytes on the device
-        self.staged: list[KeptInput | None] = [None] * STAGING  # whose input they hold
+        self.staged: list[KeptInput] = []  # whose inputs are on the way back or there
         self.latest = lambda: None  # weak reference to the input kept last
 
     def keep(self, x: torch.Tensor, index: int, *, on_device: bool) -> KeptInput:
@@ -76,25 +75,27 @@ class HostInputs:
             self._let_go()
 
     def fetch(self, kept: KeptInput) -> torch.Tensor:
-        """The input on the device; the one needed next sets out. Raises RuntimeError where done() was called for it."""
+        """The input on the device. Raises RuntimeError where done() was called for it."""
         if kept.on_device is None and kept.on_host is None:
             raise RuntimeError("a layer's input is gone: with offload a graph runs backward once, without retain_graph")
         if kept.on_device is None:
             self._stage(kept)
-            if kept.loaded is not None:
-                torch.cuda.current_stream(kept.device).wait_event(kept.loaded)
-        if kept.previous is not None and kept.previous.on_host is not None:
-            self._stage(kept.previous)
-        return self._view(kept) if kept.on_device is None else kept.on_device
+        if kept.loaded is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.loaded)
+        return kept.on_device
+
+    def prefetch(self, kept: KeptInput) -> None:
+        """The input needed after this one sets out; call it when the device has room for it."""
+        previous = kept.previous
+        if previous is not None and previous.on_host is not None and previous.on_device is None:
+            self._stage(previous)
 
     def done(self, kept: KeptInput) -> None:
-        """The layer's backward pass was given to the device: its CPU memory is free; after the first layer, the staging too."""
+        """The layer's backward pass was given to the device: its memory is free, there and on the CPU."""
         if kept.buffer is not None:
             self.buffers.append(kept.buffer)
         kept.on_device = kept.on_host = kept.buffer = None
-        if kept.previous is None:
-            self._wait_for_copies(kept.device)
-            self.staging, self.staged = [None] * STAGING, [None] * STAGING
+        self.staged = [other for other in self.staged if other is not kept]
 
     def take(self, num_bytes: int, *, pin: bool) -> torch.Tensor:
         """CPU memory of at least num_bytes from what is free, or new: a power of two, which pinning takes anyway."""
@@ -105,19 +106,13 @@ class HostInputs:
             self.buffers.pop()  # too small for the packs that come now
         return self.host.empty(1 << (num_bytes - 1).bit_length(), for_card=pin)
 
-    def _view(self, kept: KeptInput) -> torch.Tensor:
-        staging = self.staging[kept.index % STAGING]
-        return staging[: kept.on_host.nbytes].view(kept.on_host.dtype).view(kept.on_host.shape)
-
     def _stage(self, kept: KeptInput) -> None:
-        slot = kept.index % STAGING  # neighbours never share one
-        if self.staged[slot] is kept:
-            return
-        if self.staging[slot] is None or self.staging[slot].nbytes < kept.on_host.nbytes:
+        while len(self.staged) >= STAGING:  # of a backward pass that stopped half-way
             self._wait_for_copies(kept.device)
-            self.staging[slot] = torch.empty(kept.on_host.nbytes, dtype=torch.uint8, device=kept.device)
-        self.staged[slot] = kept
-        kept.loaded = self._copy(self._view(kept), kept.on_host)
+            self.staged.pop(0).on_device = None
+        kept.on_device = torch.empty_like(kept.on_host, device=kept.device)
+        kept.loaded = self._copy(kept.on_device, kept.on_host)
+        self.staged.append(kept)
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
         """On the side stream, behind all that the compute stream was given so far. Returns its event; None without streams."""

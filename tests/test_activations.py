@@ -395,7 +395,7 @@ def test_cpu_memory_is_allocated_once_and_staging_is_given_back(tiny_model):
     assert {buffer.data_ptr() for buffer in host.buffers} == first
     gradients_of(tiny_model, [PackedBatch.build(random_documents([3 * T]))])  # these are too small now
     assert len(host.buffers) == len(tiny_model.model.layers) - 1
-    assert host.staging == host.staged == [None, None]
+    assert not host.staged
     assert not host.leaving
 
 
@@ -413,16 +413,48 @@ def test_the_backward_pass_reads_what_the_cpu_memory_holds(tiny_model):
     assert finite == [False, False, False, True]
 
 
-def test_fetching_one_layers_input_sends_for_the_one_before_it():
+def test_what_the_attention_reads_is_let_go_while_the_tiles_run(tiny_model):
+    recompute_layers(tiny_model, tile_tokens=8)
+    loss = loss_of(tiny_model.train())
+    read, held = [], []
+    for layer in tiny_model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: read.append(weakref.ref(kwargs["hidden_states"].untyped_storage())), with_kwargs=True
+        )
+        layer.mlp.register_forward_hook(lambda *_: held.append(read[-1]() is not None))
+    loss.backward()
+    assert len(read) == len(tiny_model.model.layers) and held and not any(held)
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_an_input_that_set_out_before_it_is_fetched_is_the_one_that_was_kept(prefetch):
     host = HostInputs()
     inputs = [torch.full((2, 3), float(index)) for index in range(4)]
     kept = [host.keep(x, index, on_device=index == 3) for index, x in enumerate(inputs)]
     host.flush()
     for index in (3, 2, 1, 0):
+        before = list(host.staged)
+        assert before == ([kept[index]] if prefetch and index < 3 else [])
         assert torch.equal(host.fetch(kept[index]), inputs[index])
-        if index:
-            assert host.staged[(index - 1) % 2] is kept[index - 1]
+        assert host.staged == ([kept[index]] if index < 3 else [])
+        if prefetch:
+            host.prefetch(kept[index])
         host.done(kept[index])
+    assert not host.staged
+
+
+def test_the_next_input_sets_out_after_the_tiles_and_before_the_attentions_backward_pass(tiny_model):
+    """The tiles are the fullest moment: one input is staged then, none for the last layer's."""
+    recompute_layers(tiny_model, offload=True, tile_tokens=T - 1)
+    staged, host = [], host_of(tiny_model)
+    loss = loss_of(tiny_model.train())
+    for layer in tiny_model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: staged.append(("tile", len(host.staged))))
+        layer.self_attn.q_proj.register_full_backward_hook(lambda *_: staged.append(("attention", len(host.staged))))
+    loss.backward()
+    seen = [staged[i : i + 3] for i in range(0, len(staged), 3)]
+    assert [count for layer in seen for what, count in layer if what == "tile"] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [count for layer in seen for what, count in layer if what == "attention"] == [1, 2, 2, 1]
 
 
 def test_without_gradients_nothing_is_kept(tiny_model, monkeypatch):
@@ -496,6 +528,9 @@ def test_only_training_mode_recomputes(tiny_model):
     tiny_model.eval()
     loss_of(tiny_model).backward()
     assert host_of(tiny_model).latest() is None
+    for mode in (False, True):
+        hidden = hidden_states(tiny_model.train(mode), BATCH)
+        assert ("_NormFunctionBackward" in str(hidden.grad_fn.next_functions)) == mode
     assert all(parameter.grad is not None for parameter in tiny_model.parameters())
 
 

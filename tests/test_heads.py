@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
 
-from kit.heads import AutogradHead, TiedHead, make_head
+from kit.heads import AutogradHead, TiedHead, make_head, mean_cross_entropy
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models import head_weight, hidden_states, softcap
 from kit.optim import make_optimizer
@@ -84,6 +84,15 @@ def test_the_gradient_is_held_once(monkeypatch):
     with Whole():
         head.backward(batches(model)[0], SCALE)
     assert len(made) == 1
+
+
+def test_the_loss_gives_hidden_its_gradient_in_its_own_memory():
+    model = make_model("llama")
+    batch, places = batches(model)[0], []
+    hidden = torch.randn(len(batch), model.config.hidden_size).requires_grad_() * 1
+    hidden.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    mean_cross_entropy(model, SCALE, 0)(hidden, head_weight(model), batch).backward()
+    assert places == [hidden.data_ptr()]
 
 
 def test_the_way_is_chosen_by_who_owns_the_weight():

@@ -37,3 +37,30 @@ class Savings:
             )
         if self.update_in_backward and self.optimizer == "adamw":
             raise ValueError("update_in_backward is on but optimizer is adamw, which updates all at once; pass adamw8bit")
+
+    def check_clipping(self, max_grad_norm: float, max_tensor_norm: float) -> None:
+        """Raises ValueError where a norm is to be clipped that these savings never know."""
+        if max_grad_norm and self.update_in_backward:
+            instead = "" if self.head_update == "blocked" else f", and --max_tensor_norm {max_grad_norm:g} to clip each parameter"
+            raise ValueError(
+                f"max_grad_norm is {max_grad_norm:g} but update_in_backward uses each gradient up before the norm of all is "
+                f"known; pass --max_grad_norm 0{instead}, or --no_update_in_backward"
+            )
+        if max_tensor_norm and not self.update_in_backward:
+            raise ValueError(
+                f"max_tensor_norm is {max_tensor_norm:g} but update_in_backward is off, and the norm of all gradients is known; "
+                f"pass --max_grad_norm {max_tensor_norm:g} and --max_tensor_norm 0"
+            )
+        if max_tensor_norm and self.head_update == "blocked":
+            raise ValueError(
+                f"max_tensor_norm is {max_tensor_norm:g} but head_update is blocked, which never has the embedding's whole "
+                "gradient to measure; pass --max_tensor_norm 0, or --head_update whole"
+            )
+
+    def check_rows(self, batch_traces: int) -> None:
+        """Raises ValueError where a step of this many traces may have several rows, whose gradients these savings cannot add."""
+        if self.update_in_backward and batch_traces > 1:
+            raise ValueError(
+                f"batch_traces is {batch_traces} but update_in_backward uses each gradient up before the next row; pass "
+                "--batch_traces 1 (a step is then one row of packed traces), or --no_update_in_backward to add gradients up"
+            )

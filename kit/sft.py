@@ -75,12 +75,13 @@ class TrainingPlan:
 def train(
     model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
     lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999, max_grad_norm: float = 1.0,
-    savings: Savings | None = None, planned: Plan | None = None, checkpoint_every: int = 0, seed: int = 0,
+    max_tensor_norm: float = 0.0, savings: Savings | None = None,
+    planned: Plan | None = None, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
 
-    savings: None = Savings(). max_grad_norm: as TrainingStep's. planned: the memory plan; on a card, what was measured after
-    ten steps is printed beside it and stored in memory.json.
+    savings: None = Savings(). max_grad_norm, max_tensor_norm: as TrainingStep's. planned: the memory plan; on a card, what was
+    measured after ten steps is printed beside it and stored in memory.json.
 
     checkpoint_every: steps; 0 = none before the end. Where run.path holds a checkpoint, training goes on from it (bit for bit on
     a CPU); where it holds the finished model, nothing is done and that folder is returned.
@@ -90,8 +91,9 @@ def train(
     if finished.is_dir():
         return finished
     training_step = TrainingStep(
-        model, savings or Savings(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), max_grad_norm=max_grad_norm, seed=seed
-    )
+        model, savings or Savings(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), max_grad_norm=max_grad_norm,
+        max_tensor_norm=max_tensor_norm, seed=seed,
+    )  # fmt: skip
     optimizer = training_step.optimizer
     checkpoints = run.path / "checkpoints"
     newest = checkpoint.latest(checkpoints)
@@ -111,7 +113,7 @@ def train(
         try:
             loss, norm = (x.item() for x in training_step(batches))
         except torch.OutOfMemoryError as error:
-            raise _out_of_memory(step, planned, gib, checkpoint.latest(checkpoints)) from error
+            raise out_of_memory(step, planned, gib, checkpoint.latest(checkpoints)) from error
         seconds = time.perf_counter() - start
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
@@ -123,7 +125,7 @@ def train(
         if device.type == "cuda":
             gib = torch.cuda.max_memory_allocated() / 2**30
             if step + 1 == min(10, len(plan.steps)) and planned is not None:
-                _compare_with_plan(gib, planned, run.path / "memory.json")
+                compare_with_plan(gib, planned, run.path / "memory.json")
         run.metrics.append(
             {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm, "tokens": tokens,
              "targets": sum(batch.num_targets for batch in batches), "traces": sum(batch.num_documents for batch in batches),
@@ -141,12 +143,14 @@ def train(
     return finished
 
 
-def _compare_with_plan(gib: float, planned: Plan, path: Path) -> None:
+def compare_with_plan(gib: float, planned: Plan, path: Path) -> None:
+    """gib: measured on a card, beside the plan: printed, and kept in path."""
     tqdm.write(f"memory      measured peak {gib:.2f} GiB of tensors, planned {planned.peak / 2**30:.2f} GiB (simulated)")
     write_json(path, {"measured_peak_gib": gib, "planned": planned.as_json()})
 
 
-def _out_of_memory(step: int, planned: Plan | None, last_gib: float | None, newest: Path | None) -> ValueError:
+def out_of_memory(step: int, planned: Plan | None, last_gib: float | None, newest: Path | None) -> ValueError:
+    """What to say of step + 1. last_gib: the peak of the steps before; newest: the last checkpoint."""
     view = "no plan was made" if planned is None else f"the plan said {planned.total / 2**30:.2f} GiB, at most in {planned.when}"
     last = "" if last_gib is None else f"; the steps before peaked at {last_gib:.2f} GiB"
     return ValueError(

@@ -22,11 +22,15 @@ from kit.updates import UpdateAtEnd, UpdateInBackward
 class TrainingStep:
     """A model made ready to train, and its optimizer. Call it with the rows of a step; close it when training is over.
 
-    max_grad_norm: the gradient's global norm is clipped to it, or, with update_in_backward, each parameter's own; 0 = not.
-    Raises ValueError for savings that exclude one another or do not fit the model.
+    max_grad_norm: the gradient's global norm is clipped to it; max_tensor_norm, only with update_in_backward: each parameter's
+    own; 0 = not. Raises ValueError for settings that exclude one another or do not fit the model.
     """
 
-    def __init__(self, model, savings: Savings, *, lr: float, weight_decay=0.0, betas=(0.9, 0.999), max_grad_norm=0.0, seed=0):
+    def __init__(
+        self, model, savings: Savings, *, lr: float, weight_decay=0.0, betas=(0.9, 0.999), max_grad_norm=0.0,
+        max_tensor_norm=0.0, seed=0,
+    ):  # fmt: skip
+        savings.check_clipping(max_grad_norm, max_tensor_norm)
         self.model = model
         optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
         self.optimizer = make_optimizer(model, lr=lr, name=optimizer, weight_decay=weight_decay, betas=betas, seed=seed,
@@ -34,7 +38,7 @@ class TrainingStep:
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
         if savings.update_in_backward:
-            self.updates = UpdateInBackward(self.optimizer, max_tensor_norm=max_grad_norm)
+            self.updates = UpdateInBackward(self.optimizer, max_tensor_norm=max_tensor_norm)
         else:
             self.updates = UpdateAtEnd(self.optimizer, max_grad_norm=max_grad_norm)
         self.head = make_head(model, savings, self.optimizer, self.updates)

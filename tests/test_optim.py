@@ -145,6 +145,21 @@ def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype
     assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 3]
 
 
+def test_8_bit_steps_draw_other_bits_for_another_seed_and_another_parameter():
+    def run(seed):
+        parameters = [torch.nn.Parameter(torch.full((4096,), 0.02).bfloat16()) for _ in range(2)]
+        optimizer = AdamW8bit(parameters, lr=1e-5, seed=seed)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+            optimizer.update(p)
+        return parameters
+
+    first = run(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(0), strict=True))
+    assert not torch.equal(first[0], run(1)[0])
+    assert not torch.equal(first[0], first[1])
+
+
 def test_8_bit_steps_follow_adamw_in_float64():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(4096) * 0.02)

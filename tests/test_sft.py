@@ -7,12 +7,14 @@ from children import call, train_unbroken_and_killed
 from conftest import make_model, random_documents
 
 from kit import checkpoint
+from kit.machine import GIB
+from kit.memory import plan
 from kit.models import head_weight, hidden_states
 from kit.optim import make_optimizer
 from kit.packing import PackedBatch
 from kit.run import RunFolder
 from kit.savings import Savings
-from kit.sft import TrainingPlan, train
+from kit.sft import TrainingPlan, compare_with_plan, out_of_memory, train
 from kit.step import TrainingStep
 from kit.toy import make_tokenizer
 
@@ -71,13 +73,15 @@ def test_the_plan_holds_every_trace_once_an_epoch_and_says_what_it_costs():
         TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=0)
 
 
-def run_training(out, family="llama", *, steps=10, resume=False, lr=1e-2, dtype=torch.float32, **options):
+def run_training(out, family="llama", *, steps=10, resume=False, lr=1e-2, dtype=torch.float32, before_norm=None, **options):
     documents = random_documents(LENGTHS)
-    plan = TrainingPlan.make(list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=steps)
+    training_plan = TrainingPlan.make(list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=steps)
     run = RunFolder.open(Config(str(out), resume))
     model = make_model(family, dtype)
+    if before_norm:
+        model.model.norm.register_forward_pre_hook(before_norm)
     options = {"lr": lr, "warmup_ratio": 0.1, "weight_decay": 0.01, "checkpoint_every": 5} | options
-    return model, train(model, make_tokenizer(), documents, plan, run, **options)
+    return model, train(model, make_tokenizer(), documents, training_plan, run, **options)
 
 
 def test_the_loss_falls_and_a_line_is_written_a_step(tmp_path):
@@ -137,6 +141,35 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     with pytest.raises(ValueError, match=r"step \d+: loss is .*lower --lr"):
         run_training(tmp_path / "run", lr=1e38)
+
+
+def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_on_as_if_nothing_had_been(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def run_out(*_):
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 6:  # in the seventh step, after the checkpoint
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    planned = plan("tiny", row_tokens=32)
+    said = rf"step 7 ran out of memory: the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}\. Pass --gpu_gb"
+    with pytest.raises(ValueError, match=said + r".*checkpoint is .*step_0000005$") as error:
+        run_training(tmp_path / "run", before_norm=run_out, planned=planned)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    _, broken = run_training(tmp_path / "run", resume=True)
+    _, whole = run_training(tmp_path / "whole")
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_what_a_card_measured_is_told_beside_the_plan_and_kept(tmp_path, capsys):
+    """No card is here: the two reports are called with a figure."""
+    planned = plan("tiny", row_tokens=32)
+    compare_with_plan(3.21, planned, tmp_path / "memory.json")
+    assert f"measured peak 3.21 GiB of tensors, planned {planned.peak / GIB:.2f} GiB (simulated)" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "memory.json").read_text())
+    assert kept["measured_peak_gib"] == 3.21 and kept["planned"]["peak"] == planned.peak
+    error = out_of_memory(6, None, 3.21, None)
+    assert "step 7 ran out of memory: no plan was made; the steps before peaked at 3.21 GiB." in str(error)
+    assert "none, so the run starts over" in str(error)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

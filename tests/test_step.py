@@ -102,7 +102,7 @@ def test_a_gradient_is_gone_when_its_layer_is_done():
 
 def test_each_parameter_is_clipped_by_itself_where_no_global_norm_is_known():
     model = make_model("llama")
-    training_step = TrainingStep(model, Savings(update_in_backward=True), lr=1e-2, max_grad_norm=1e-3)
+    training_step = TrainingStep(model, Savings(update_in_backward=True), lr=1e-2, max_tensor_norm=1e-3)
     norms = []
     training_step.optimizer.update = lambda parameter: norms.append(parameter.grad.norm().item())
     _, norm = training_step([PackedBatch.build(random_documents(LENGTHS))])
@@ -125,8 +125,17 @@ def test_what_excludes_one_another_is_refused_with_the_way_out():
     blocked = Savings(update_in_backward=True, head_update="blocked")
     with pytest.raises(ValueError, match="the head is not tied"):
         TrainingStep(make_model("llama"), blocked, lr=1e-2)
-    with pytest.raises(ValueError, match=r"max_grad_norm is 1.0 but head_update is blocked"):
-        TrainingStep(tied("llama"), blocked, lr=1e-2, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_tensor_norm is 1 but head_update is blocked"):
+        TrainingStep(tied("llama"), blocked, lr=1e-2, max_tensor_norm=1.0)
+    clipped = r"max_grad_norm is 1 but update_in_backward .*--max_grad_norm 0, and --max_tensor_norm 1 to clip.*--no_update"
+    with pytest.raises(ValueError, match=clipped):
+        TrainingStep(make_model("llama"), Savings(update_in_backward=True), lr=1e-2, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_tensor_norm is 2 but update_in_backward is off.*--max_grad_norm 2"):
+        TrainingStep(make_model("llama"), Savings(), lr=1e-2, max_tensor_norm=2.0)
+    with pytest.raises(ValueError, match=r"batch_traces is 8 but update_in_backward.*--batch_traces 1.*--no_update_in_backward"):
+        Savings(update_in_backward=True).check_rows(8)
+    Savings(update_in_backward=True).check_rows(1)
+    Savings().check_rows(8)
 
 
 def test_closing_takes_every_hook_off():

@@ -109,7 +109,7 @@ def plan_rl(
             drawing = _transient(fake, lambda: _draw(fake, num_slots, settings))
             return {**resident, CACHE: cache_bytes(fake, num_slots, capacity), SAMPLER: max(reading, drawing)}
 
-        what = Plan(model, settings.row_tokens, qlora_rank, savings, 0, "", {}, book.host_peak)
+        what = Plan(model, settings.row_tokens, qlora_rank, savings, 0, "", {}, book.host_peak, rows=2)
         ladder = {n: _plan(what, owners(n)) for n in sorted({*SLOTS, settings.num_slots})}
     update = replace(what, peak=book.peak, when=book.when, owners={owner: n for owner, n in book.owners.items() if n})
     slots = {gb: max((n for n, plan in ladder.items() if plan.fits(gb)), default=0) for gb in CARDS if gb >= 8}

@@ -13,7 +13,7 @@ gradient, besides activations; --plan tells, and what to switch on where it does
 Left out on purpose: several GPUs, a validation set (the paper has none), weight decay (not stated), other data sizes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import as_flags, parse, show
 from kit.data import load_documents
 from kit.evaluate import evaluate
+from kit.fitting import choose, leaner, rows_of, switches
 from kit.generate import SamplingParams, cache_bytes
-from kit.memory import Plan, check_free_memory, choose, plan, switches, with_savings
+from kit.memory import CARDS, Plan, check_free_memory, plan
 from kit.report import AFTER, BEFORE, findings, write_report
 from kit.run import RunFolder, recipe_name, write_json
 from kit.savings import Savings
@@ -54,6 +55,7 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; 0 = none
     weight_decay: float = 0.0  # 0 = none; the paper does not state it
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
+    max_tensor_norm: float = 0.0  # with update_in_backward, which knows no global norm: each parameter's own; 0 = no clipping
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     # memory: kit/savings.py; what fits is told by --plan
@@ -61,7 +63,7 @@ class Config:
     recompute: bool = True  # one layer's activations at a time, for a third more computation
     tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
     optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
-    update_in_backward: bool = False  # a gradient dies with its layer; needs --batch_traces 1, clips each parameter by itself
+    update_in_backward: bool = False  # a gradient dies with its layer; needs --batch_traces 1 and --max_grad_norm 0
     offload_inputs: bool = False  # layer inputs in CPU memory
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
@@ -95,14 +97,19 @@ SMOKE = {
 def plan_memory(config: Config) -> tuple[Config, Plan]:
     """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
-    print(f"memory plan: a simulated step of {config.model} at {config.row_tokens:,} tokens takes up to a minute", flush=True)
+    print(f"memory plan: each simulated step of {config.model} at {config.row_tokens:,} tokens takes up to a minute", flush=True)
+    rows = 1 if config.batch_traces == 1 else 2  # of a step, at least: how many depends on the traces
     if config.gpu_gb:
-        planned = choose(config.model, gpu_gb=config.gpu_gb, **what)
-        config, chosen = with_savings(config, planned), switches(planned)
+        planned = choose(config.model, gpu_gb=config.gpu_gb, rows=rows, **what)
+        chosen = switches(planned, config.max_grad_norm)
+        config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
     else:
-        planned = plan(config.model, savings=savings_of(config), **what)
+        savings = savings_of(config)
+        planned = plan(config.model, savings=savings, rows=rows_of(savings, rows), **what)
     print(planned)
+    if not planned.fits(CARDS[0]):
+        print(leaner(planned))
     return config, planned
 
 
@@ -118,6 +125,8 @@ def main(config: Config) -> None:
         if config.json:
             write_json(Path(config.json), planned.as_json())
         return
+    savings_of(config).check_clipping(config.max_grad_norm, config.max_tensor_norm)
+    savings_of(config).check_rows(config.batch_traces)
     if config.device == "cuda" and not torch.cuda.is_available():
         command = f"python recipes/{recipe_name(config)}.py"
         raise SystemExit(
@@ -175,7 +184,8 @@ def main(config: Config) -> None:
     trained = train(
         model, tokenizer, documents, plan, run,
         lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        savings=savings_of(config), planned=planned, checkpoint_every=config.checkpoint_every, seed=config.seed,
+        max_tensor_norm=config.max_tensor_norm, savings=savings_of(config), planned=planned,
+        checkpoint_every=config.checkpoint_every, seed=config.seed,
     )  # fmt: skip
     del model  # what is measured next is what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)

@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 
 from kit.config import parse
+from kit.formula import formula_total
 from kit.machine import GIB
-from kit.memory import CONFIGS, Plan, formula_total, load_config, plan
+from kit.memory import CONFIGS, Plan, load_config, plan
 from kit.run import write_json
 from kit.savings import Savings
 
-FULL = {"optimizer": "adamw8bit", "tile_tokens": 2048, "update_in_backward": True, "offload_inputs": True, "logit_rows": 512}
+FULL = {"optimizer": "adamw8bit", "tile_tokens": 2048, "update_in_backward": True, "offload_inputs": True, "logit_rows": 256}
 ROWS = {  # name -> savings, rank of the adapters
     "full": (Savings(**FULL), 0),
     "full, head blocked": (Savings(**FULL, head_update="blocked"), 0),
     "full, optimizer on CPU": (Savings(**FULL, offload_optimizer=True), 0),
     "full, both": (Savings(**FULL, head_update="blocked", offload_optimizer=True), 0),
-    "QLoRA r = 16": (Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=512), 16),
+    "QLoRA r = 16": (Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=256), 16),
 }
 
 
@@ -48,6 +49,16 @@ def simulate(model: str, name: str, row_tokens: int) -> Plan:
     return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=rank)
 
 
+def table(rows: list[dict]) -> str:
+    """The figures as README has them: a column a model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [f"| | {' | '.join(model.split('/')[-1] for model in models)} |", f"|---|{'---:|' * len(models)}"]
+    for name in ROWS:
+        totals = {row["model"]: row["total"] / GIB for row in rows if row["row"] == name}
+        lines.append(f"| {name} | {' | '.join(f'{totals[model]:.2f}' for model in models)} |")
+    return "\n".join(lines)
+
+
 def main(config: Config) -> list[dict]:
     shipped = sorted((path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=lambda name: name.lower())
     models = config.models.split(",") if config.models else shipped
@@ -63,6 +74,7 @@ def main(config: Config) -> list[dict]:
                 owners = ", ".join(f"{owner} {n / GIB:.2f}" for owner, n in found.largest()[:4])
                 print(f"    {name:<24}{found.total / GIB:7.2f} ({opinion / GIB:.2f})  in {found.when}: {owners}", flush=True)
                 rows.append({"row": name, "formula": opinion, **found.as_json()})
+    print(table(rows))
     if config.json:
         write_json(Path(config.json), rows)
     return rows

@@ -108,7 +108,7 @@ def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
 def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
     done = start("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout
+    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout and "several rows a step" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["simulated"] is True and plan["fits_gb"] == [6, 8, 12, 16, 24]
     assert sum(plan["owners"].values()) >= plan["peak"] > 0
@@ -119,6 +119,24 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
     done = start("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
     assert done.returncode == 1
     assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
+
+
+def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it(tmp_path):
+    done = start("memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = {row["row"]: row["total"] / 2**30 for row in json.loads((tmp_path / "table.json").read_text())}
+    assert len(figures) == 5 and figures["full, both"] <= min(figures["full, head blocked"], figures["full, optimizer on CPU"])
+    lines = done.stdout.splitlines()[-7:]
+    assert lines[:2] == ["| | tiny |", "|---|---:|"]
+    assert lines[2:] == [f"| {name} | {total:.2f} |" for name, total in figures.items()]
+
+
+def test_what_update_in_backward_excludes_is_refused_before_anything_else_is_done(tmp_path):
+    done = start("gemma3_1b_8k", "--smoke", "--update_in_backward", cwd=tmp_path)
+    assert "max_grad_norm is 1 but update_in_backward" in done.stderr and "--max_tensor_norm 1" in done.stderr
+    done = start("gemma3_1b_8k", "--smoke", "--update_in_backward", "--max_grad_norm", "0", cwd=tmp_path)
+    assert "batch_traces is 8 but update_in_backward" in done.stderr and "--batch_traces 1" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):

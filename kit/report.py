@@ -31,7 +31,7 @@ def write_report(path: Path) -> Path:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    results = {stage: _results(path / stage) for stage in (BEFORE, AFTER, SAMPLES)}
+    results = {stage: read_results(path / stage) for stage in (BEFORE, AFTER, SAMPLES)}
     measured = {stage: found for stage, found in results.items() if found}
     metrics = Journal(path / "metrics.jsonl").read()
     plots, note = {}, ""
@@ -86,7 +86,8 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
     return sentences
 
 
-def _results(folder: Path) -> dict[str, Result]:
+def read_results(folder: Path) -> dict[str, Result]:
+    """Benchmark -> what was measured of it, of a folder of samples."""
     results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
     return {result.benchmark: result for result in results if result.rows}
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from kit import pages
 from kit.figures import embed
 from kit.journal import Journal
-from kit.results import Result
+from kit.report import AFTER, BEFORE, findings, read_results
 
 PANELS = (  # title, names of metrics; the first is drawn thick
     ("reward", ("reward_mean",)),
@@ -35,24 +36,22 @@ def write_report(path: Path) -> Path:
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     metrics = Journal(path / "metrics.jsonl").read()
-    image = embed(path / "rl.png", _figure(metrics), alt="reward, signal, length, entropy, ratio and KL by step")
-    report = path / "report.html"
-    page = PAGE.format(
+    results = {stage: read_results(path / stage) for stage in (BEFORE, AFTER)}
+    measured = {stage: found for stage, found in results.items() if found}
+    page = pages.PAGE.format(
+        style=pages.STYLE,
         title=html.escape(f"{config.get('model', path.name)}, reinforcement learning"),
-        measured="".join(f"<li>{html.escape(line)}</li>" for line in measured(path)),
-        summary=html.escape(summary(metrics)),
-        image=image,
-        samples=_samples(Journal(path / "rollouts.jsonl").read()),
+        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in findings(results)),
+        paper="",
+        table=pages.figures_table(measured),
+        images=embed(path / "rl.png", _figure(metrics), alt="reward, signal, length, entropy, ratio and KL by step"),
+        training=f"<p>{html.escape(summary(metrics))}</p>",
+        samples=pages.browser(measured) + _samples(Journal(path / "rollouts.jsonl").read()),
         settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
     )
+    report = path / "report.html"
     report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return report
-
-
-def measured(path: Path) -> list[str]:
-    """A line a benchmark and stage."""
-    files = [(stage, file) for stage in ("before", "after") for file in sorted((path / stage).glob("*.jsonl"))]
-    return [f"{stage}: {result}" for stage, file in files for result in [Result.read(file)] if result.rows]
 
 
 def summary(metrics: list[dict]) -> str:
@@ -84,35 +83,17 @@ def _figure(metrics: list[dict]) -> Figure:
 def _samples(rows: list[dict]) -> str:
     steps = sorted({row["step"] for row in rows})
     wanted = {steps[i * (len(steps) - 1) // max(SHOWN - 1, 1)] for i in range(SHOWN)} if steps else set()
-    parts = []
+    parts = ["<h3>In training: all answers to the first prompt of a step</h3>"] if steps else []
     for step in sorted(wanted):
         cells = "".join(
             f"<h4>reward {row['reward']}, {row['tokens']:,} tokens{'' if row['finished'] else ' (cut off)'}</h4>"
-            f"<pre>{html.escape(row['text'])}</pre>"
+            f"<pre>{pages.marked(row['text'])}</pre>"
             for row in rows
             if row["step"] == step
         )
         parts.append(f"<details><summary>step {step}</summary>{cells}</details>")
     return "".join(parts)
 
-
-PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title>
-<style>
-body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-img {{ max-width: 100% }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; max-height: 16rem; overflow-y: auto }}
-td {{ padding: .15rem .7rem; border-bottom: 1px solid #ddd }}
-</style>
-<h1>{title}</h1>
-<ul>{measured}</ul>
-<p>{summary}</p>
-{image}
-<h2>The first prompt's answers</h2>
-{samples}
-<details><summary>Settings</summary><table>{settings}</table></details>
-</html>
-"""
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

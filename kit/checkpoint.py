@@ -64,8 +64,11 @@ def _publish(scratch: Path, path: Path) -> None:
     scratch.rename(path)
 
 
-def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int) -> Path:
-    """Write the checkpoint after `step` steps and delete the older ones. Returns its path."""
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int, **progress) -> Path:
+    """Write the checkpoint after `step` steps and delete the older ones. Returns its path.
+
+    progress: what `read_progress` gives back besides the step: it belongs to these weights, and no other file can lag behind it.
+    """
     path = folder / f"step_{step:07d}"
     scratch = _write_model(folder / "writing", model, tokenizer)
     tensors = {
@@ -74,7 +77,7 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
         for name, tensor in state.items()
     }
     save_file(tensors, scratch / "optimizer.safetensors")
-    write_json(scratch / "trainer.json", {"step": step})
+    write_json(scratch / "trainer.json", {"step": step, **progress})
     _publish(scratch, path)
     for older in folder.glob("step_*"):
         if older != path:
@@ -104,7 +107,12 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
         else:
             on_card = name != "step" or optimizer.defaults.get("fused")
             state[name] = tensor.to(parameter.device) if on_card else tensor
-    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]
+    return read_progress(path)["step"]
+
+
+def read_progress(path: Path) -> dict:
+    """How far a checkpoint's run had come: "step", and what `save` was given besides."""
+    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
 
 
 def load_weights(path: Path, model) -> None:

@@ -1,7 +1,8 @@
 """The loop around kit.rl: prompts in, rollout, update, a line of figures and a checkpoint now and then.
 
-A step depends on its number and the seed alone: prompts come from a stream at a position that the metrics keep, every sample's
-random numbers are keyed by that position. A run that is killed and resumed ends bit for bit where an unbroken one does on a CPU.
+A step depends on weights, seed and one position alone: prompts come from a stream at a position that the checkpoint keeps beside
+the weights, and every sample's random numbers are keyed by it. A run that is killed and resumed ends bit for bit where an
+unbroken one does on a CPU.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def train(
     done = checkpoint.load(newest, policy.model, policy.optimizer) if newest else 0
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
-    policy.drawn = run.metrics.read()[-1]["drawn"] if done else 0
+    policy.drawn = checkpoint.read_progress(newest)["drawn"] if newest else 0
     bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
@@ -72,7 +73,7 @@ def train(
         tqdm.write(line(step, found, resamples, sampled / seconds) + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else ""))
         bar.update()
         if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, drawn=policy.drawn)
     bar.close()
     policy.close()
     checkpoint.save_model(finished, policy.model, policy.chat.tokenizer)

@@ -1,12 +1,15 @@
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from children import call, train_unbroken_and_killed
+from children import call, train_unbroken_and_killed, wait
 
+from kit import checkpoint
 from kit.benchmarks import Question
 from kit.chat import ChatFormat
 from kit.models import load
@@ -64,6 +67,60 @@ def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_
     assert [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
     assert sum(row["updates"] for row in rows[0]) >= STEPS / 2
     assert sum(row["resamples"] for row in rows[0]) > 0  # so that the data's position is no function of the step
+
+
+MOMENTS = {  # of the second checkpoint, after 6 steps, and how many steps the newest one has when the kill has come
+    "before the checkpoint": 3, "before its rename": 3, "before the older one is deleted": 6, "after the checkpoint": 6,
+}  # fmt: skip
+
+
+def run_until_killed(out, moment):
+    """The process kills itself: between the line of metrics and the checkpoint's end, wherever the two can part."""
+    save, publish, calls = checkpoint.save, checkpoint._publish, []
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die(*arguments, **keywords):
+        calls.append("checkpoint")
+        if len(calls) < 2:
+            return save(*arguments, **keywords)
+        if moment == "before the checkpoint":
+            die()
+        if moment == "before its rename":
+            checkpoint._publish = die
+        if moment == "before the older one is deleted":
+            checkpoint._publish = lambda *paths: (publish(*paths), die())
+        save(*arguments, **keywords)
+        die()
+
+    checkpoint.save = save_and_die
+    run_training(out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    wait(start(str(folder), False))
+    return folder
+
+
+@pytest.mark.parametrize(("moment", "lost"), [*((moment, 0) for moment in MOMENTS), ("after the checkpoint", 2)])
+def test_no_kill_between_metrics_and_checkpoint_skips_or_repeats_a_prompt(moment, lost, whole, tmp_path):
+    """A kill loses no line of metrics that was written; a machine that goes down may lose the last ones."""
+    out = tmp_path / "run"
+    child = call(__file__, "run_until_killed", str(out), moment)
+    assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
+    assert checkpoint.latest(out / "checkpoints").name == f"step_{MOMENTS[moment]:07d}"
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    (out / "metrics.jsonl").write_text("".join(lines[: len(lines) - lost]))
+    wait(start(str(out), True))
+    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    rows = [[untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, out)]
+    missing = range(7 - lost, 7) if MOMENTS[moment] == 6 else ()
+    assert rows[1] == [row for row in rows[0] if row["step"] not in missing]
 
 
 def untimed(row):

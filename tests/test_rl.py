@@ -389,6 +389,11 @@ def test_prompts_without_a_gold_answer_are_named_before_anything_is_sampled(tiny
         rollout(tiny_policy(tiny), asked)
 
 
+def test_what_the_grader_cannot_decide_is_no_reward_at_all():
+    texts = {"so \\boxed{5}": 1.0, "so \\boxed{6}": 0.0, "no idea": 0.0, "9^{9^{9^9}}": None}
+    assert [correctness(Question("q", "?", "5"), Completion([1], [0.0], True, text)) for text in texts] == list(texts.values())
+
+
 def test_a_row_too_short_for_prompt_and_completion_is_refused_before_anything_is_sampled(tiny):
     with pytest.raises(ValueError, match=r"row_tokens is 64 but .* pass --row_tokens \d+"):
         rollout(tiny_policy(tiny, row_tokens=64), questions())

@@ -19,9 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit import ledger
+from kit.checkpoint import ADAPTER_CONFIG
 from kit.cost import ASSUMED, extra_seconds, step_seconds
+from kit.heads import TiedHead
 from kit.ledger import Ledger
 from kit.machine import GIB
+from kit.models import head_weight
 from kit.packing import PackedBatch
 from kit.savings import Savings
 from kit.step import LossOfRow, TrainingStep
@@ -98,7 +101,8 @@ class Plan:
 
 
 def load_config(model: str) -> PreTrainedConfig:
-    """A model's config without its weights: shipped with the kit, from a folder or GGUF file, or from the hub.
+    """A model's config without its weights: shipped with the kit, from a folder or GGUF file, or from the hub; of a folder of
+    adapters, their base's.
 
     Raises ValueError where there is none, with the way to give one.
     """
@@ -107,6 +111,8 @@ def load_config(model: str) -> PreTrainedConfig:
         settings = json.loads(shipped.read_text(encoding="utf-8"))
         return AutoConfig.for_model(**settings)
     folder = SHIPPED.get(model, Path(model).expanduser())
+    if (folder / ADAPTER_CONFIG).is_file():
+        return load_config(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     try:
         if folder.suffix == ".gguf":
             return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
@@ -119,6 +125,12 @@ def load_config(model: str) -> PreTrainedConfig:
         ) from error
 
 
+def adapter_rank(model: str) -> int:
+    """The rank of a folder of adapters, 0 for any other model."""
+    file = Path(model).expanduser() / ADAPTER_CONFIG
+    return json.loads(file.read_text(encoding="utf-8"))["r"] if file.is_file() else 0
+
+
 def fake_batch(row_tokens: int) -> PackedBatch:
     """A row of one document, every token of it a target: the most a row can cost."""
     ids = torch.zeros(row_tokens, dtype=torch.int64)
@@ -126,11 +138,12 @@ def fake_batch(row_tokens: int) -> PackedBatch:
 
 
 def measure(
-    model, savings: Savings, batch: PackedBatch, *, steps: int = 1, rows: int = 1, loss_of: LossOfRow | None = None,
-    resident: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
+    model, savings: Savings, batch: PackedBatch, *, steps: int = 1, rows: int = 1, later_row: bool = False,
+    loss_of: LossOfRow | None = None, resident: Mapping[str, Sequence[torch.Tensor]] = MappingProxyType({}),
 ) -> Ledger:  # fmt: skip
     """The ledger of real or fake training steps. steps: 2 counts an optimizer that makes its states in the first. rows: times
-    that a step takes the batch. loss_of: as TrainingStep's. resident: owner -> tensors that lie beside the step."""
+    that a step takes the batch. later_row: the gradients of a row before lie there, as from a step's second row on: that costs no
+    second row's time. loss_of: as TrainingStep's. resident: owner -> tensors that lie beside the step."""
     book = Ledger(model)
     for owner, tensors in resident.items():
         for tensor in tensors:
@@ -149,6 +162,14 @@ def measure(
         book.phase, book.owner = "update of the weights", ledger.OPTIMIZER
         return update_after()
 
+    begin = training_step.updates.begin
+
+    def begin_with_gradients(num_rows: int):
+        begin(num_rows)
+        if later_row:
+            _leave_gradients(training_step, book)
+
+    training_step.updates.begin = begin_with_gradients
     training_step.head.finish, training_step.updates.finish = head_update, update
     with book:
         for _ in range(steps):
@@ -156,6 +177,19 @@ def measure(
     book.close()
     training_step.close()
     return book
+
+
+def _leave_gradients(training_step: TrainingStep, book: Ledger) -> None:
+    """A gradient of nothing for every trained parameter: the tied head keeps its own until the step ends."""
+    for group in training_step.optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = torch.zeros_like(parameter)
+            if isinstance(training_step.head, TiedHead) and parameter is head_weight(training_step.model):
+                training_step.head.dweight = gradient
+                book.enter(gradient, ledger.HEAD)
+            else:
+                parameter.grad = gradient
+                book.enter(gradient, ledger.GRADIENTS)
 
 
 def plan(
@@ -177,12 +211,16 @@ def plan(
         if qlora_rank:
             simulate_quantised_decoder(fake)
             add_adapters(fake, base="", rank=qlora_rank)
-        lazy = savings.optimizer == "adamw" or (savings.optimizer == "auto" and dtype == torch.float32)
-        book = measure(fake, savings, fake_batch(row_tokens), steps=2 if lazy else 1, rows=rows)
+        book = measure(fake, savings, fake_batch(row_tokens), steps=steps_to_count(savings, dtype), rows=rows)
     owners = {owner: n for owner, n in book.owners.items() if n}
     costs = config, row_tokens, savings, qlora_rank
     seconds = {"step": step_seconds(*costs), **extra_seconds(*costs)}
     return Plan(model, row_tokens, qlora_rank, savings, book.peak, book.when, owners, book.host_peak, seconds, rows)
+
+
+def steps_to_count(savings: Savings, dtype: torch.dtype) -> int:
+    """Two where the optimizer makes its states in the first step."""
+    return 2 if savings.optimizer == "adamw" or (savings.optimizer == "auto" and dtype == torch.float32) else 1
 
 
 def check_free_memory(planned: Plan) -> None:

@@ -3,26 +3,31 @@
     sampling    weights + optimizer states + reference + the sampler's cache + what drawing a token or reading prompts takes
     update      weights + optimizer states + reference + gradients + a row's training step
 
-Both are simulated on fake tensors, as kit.memory does it: the real training step with the real objective, on two rows, because
-the second one's backward pass finds the first one's gradients there; what the sampler computes with the model and draws with. The
-cache is a product of sizes.
+Both are simulated on fake tensors, as kit.memory does it: the real training step with the real objective, on a row that
+finds the gradients of the row before it there; what the sampler computes with the model and draws with. The
+cache is a product of sizes. Evaluation has the same cache and no optimizer beside it (see eval_slots), so it is below.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from kit import ledger
+from kit.config import as_flags
 from kit.episodes import EpisodeBatch
+from kit.fitting import rungs
+from kit.formula import formula
 from kit.generate import PREFILL_TOKENS, SamplingParams, cache_bytes
 from kit.ledger import Ledger
 from kit.machine import GIB
-from kit.memory import CARDS, Plan, fake_batch, load_config, measure
+from kit.memory import CARDS, CONTEXT, Plan, fake_batch, load_config, measure, steps_to_count
 from kit.models import hidden_states, next_token_logits, softcap
 from kit.objective import Tally
 from kit.rl import row_loss
@@ -31,8 +36,9 @@ from kit.sampling import sample
 from kit.savings import Savings
 
 REFERENCE, CACHE, SAMPLER = "reference", "sampler's cache", "sampler's step"
-PROMPT_TOKENS = 512  # a prompt's length; the problems of MATH have 75 on average, and 800 at most
-SLOTS = tuple(2**i for i in range(12))
+PROMPT_TOKENS = 1_024  # the longest prompt; one of them decides for all rows of a cache, and MATH's problems reach 800 (mean: 75)
+MOST_SLOTS = 2_048  # answers at once: by then the weights' trip to the cores is shared by so many that more gain nothing
+SHORTEST_ANSWER = 512  # tokens; no plan proposes shorter ones
 
 
 @dataclass(frozen=True)
@@ -75,19 +81,114 @@ def _indent(plan: Plan) -> str:
     return "\n".join(f"  {line}" for line in str(plan).splitlines())
 
 
+Sampling = Callable[[int], Plan]  # answers at once -> what sampling them holds
+
+
 def plan_rl(
     model: str, *, settings: Settings, savings: Savings | None = None, qlora_rank: int = 0, prompt_tokens: int = PROMPT_TOKENS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> RLPlan:  # fmt: skip
-    """Simulate a step of reinforcement learning. model: as kit.memory.load_config takes it. Takes up to a minute.
+    """Simulate a step of reinforcement learning. model: as kit.memory.load_config takes it. Takes seconds to a minute.
 
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
-    savings, config = savings or Savings(), load_config(model)
+    return _as_plan(*_simulate(model, settings, savings or Savings(), qlora_rank, prompt_tokens, dtype), settings)
+
+
+def choose_rl(
+    model: str, *, settings: Settings, gpu_gb: float, qlora_rank: int = 0, most_slots: int = MOST_SLOTS,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> RLPlan:  # fmt: skip
+    """The plan of the fastest savings with which an update fits a card of gpu_gb GiB, and of the most answers at once that fit
+    it then: at most most_slots, in the plan's settings.num_slots. What settings.num_slots was before does not matter.
+
+    Raises ValueError where not even one answer at a time fits, naming the three largest owners and the nearest setting that does.
+    """
+    *richer, leanest = rungs_rl(model, qlora_rank)
+    for savings in [*(s for s in richer if _may_fit(model, settings, s, gpu_gb, qlora_rank)), leanest]:
+        update, sampling = _simulate(model, settings, savings, qlora_rank, prompt_tokens)
+        slots = _most(sampling, gpu_gb, most_slots) if update.fits(gpu_gb) else 0
+        if slots:
+            return _as_plan(update, sampling, replace(settings, num_slots=slots))
+    least = max(update, sampling(1), key=lambda plan: plan.peak)
+    nearest = _nearest(model, settings, gpu_gb, qlora_rank, prompt_tokens)
+    raise ValueError(
+        f"gpu_gb is {gpu_gb:g} but {model} with answers of {settings.max_new_tokens:,} tokens in rows of {settings.row_tokens:,} "
+        f"needs {least.total / GIB:.2f} GiB with every saving on and one answer at a time; its largest owners are "
+        f"{least.largest_owners()}; pass {nearest + ', or ' if nearest else ''}a larger card"
+    )
+
+
+def rungs_rl(model: str, qlora_rank: int) -> list[Savings]:
+    """kit.fitting's settings, from fastest to leanest, without what one row a step and cross-entropy alone can have."""
+    ladder = rungs(load_config(model), qlora_rank)
+    return list(dict.fromkeys(replace(savings, update_in_backward=False, head_update="whole") for savings in ladder))
+
+
+def eval_slots(settings: Settings, eval_tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> int:
+    """Answers of eval_tokens that are measured at once: as many as the rollout's cache has room for, and at least one."""
+    held = settings.num_slots * capacity(settings, prompt_tokens)
+    return min(settings.num_slots, max(held // (prompt_tokens + eval_tokens), 1))
+
+
+def capacity(settings: Settings, prompt_tokens: int) -> int:
+    """Positions of an answer's row in the cache: a rollout refuses prompts that with max_new_tokens exceed row_tokens."""
+    return settings.max_new_tokens + min(prompt_tokens, max(settings.row_tokens - settings.max_new_tokens, 1))
+
+
+def _may_fit(model: str, settings: Settings, savings: Savings, gpu_gb: float, qlora_rank: int) -> bool:
+    """Whether the update may fit by kit.formula, which is good to a tenth and takes no time."""
+    owners = formula(load_config(model), settings.row_tokens, savings, qlora_rank, rows=2)
+    reference = owners[ledger.WEIGHTS] if settings.uses_reference and not qlora_rank else 0
+    return (sum(owners.values()) + reference) / 1.1 + CONTEXT <= gpu_gb * GIB
+
+
+def _nearest(model: str, settings: Settings, gpu_gb: float, qlora_rank: int, prompt_tokens: int) -> str:
+    """Flags with which the leanest savings fit; "" = none that are tried. Tried in the order of how much they change what is
+    learned: shorter rows nothing, the KL little, shorter answers and adapters much."""
+    tried: list[dict] = []
+    if settings.row_tokens > prompt_tokens + settings.max_new_tokens:
+        tried.append({"row_tokens": prompt_tokens + settings.max_new_tokens})
+    if settings.uses_reference and not qlora_rank:
+        tried.append({"kl": "none", "row_tokens": min(settings.row_tokens, prompt_tokens + settings.max_new_tokens)})
+    tokens = settings.max_new_tokens // 2
+    while tokens >= SHORTEST_ANSWER:
+        tried.append({"max_new_tokens": tokens, "row_tokens": min(settings.row_tokens, prompt_tokens + tokens)})
+        tokens //= 2
+    if not qlora_rank:
+        tried.append({"qlora_rank": 16})
+    for flags in tried:
+        rank = flags.get("qlora_rank", qlora_rank)
+        changed = replace(settings, **{name: value for name, value in flags.items() if name != "qlora_rank"})
+        savings = rungs_rl(model, rank)[-1]
+        if _may_fit(model, changed, savings, gpu_gb, rank):
+            update, sampling = _simulate(model, changed, savings, rank, prompt_tokens)
+            if update.fits(gpu_gb) and sampling(1).fits(gpu_gb):
+                return as_flags(flags)
+    return ""
+
+
+def _most(sampling: Sampling, gpu_gb: float, bound: int) -> int:
+    """The most answers at once, up to bound, that fit a card; 0 = not even one."""
+    return bisect_left(range(1, bound + 1), True, key=lambda num_slots: not sampling(num_slots).fits(gpu_gb))
+
+
+def _as_plan(update: Plan, sampling: Sampling, settings: Settings) -> RLPlan:
+    return RLPlan(
+        sampling(settings.num_slots), update, settings, {gb: _most(sampling, gb, MOST_SLOTS) for gb in CARDS if gb >= 8}
+    )
+
+
+def _simulate(
+    model: str, settings: Settings, savings: Savings, qlora_rank: int, prompt_tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Plan, Sampling]:
+    """The update, and what sampling holds by the number of answers at once. settings.num_slots has no part in it."""
+    config = load_config(model)
     if qlora_rank:  # not below, where a tensor made by an import would be fake for good
         from kit.nf4 import simulate_quantised_decoder
         from kit.qlora import add_adapters
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
         fake = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=dtype)
         if qlora_rank:
             simulate_quantised_decoder(fake)
@@ -97,27 +198,30 @@ def plan_rl(
         batch = EpisodeBatch(**vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]})
         loss_of = partial(row_loss, settings=settings, cap=softcap(fake), tally=Tally(), sampler=Tally(),
                           logit_rows=savings.logit_rows)  # fmt: skip
-        lazy = savings.optimizer == "adamw"  # makes its states in the first step
-        book = measure(fake, savings, batch, steps=2 if lazy else 1, rows=2, loss_of=loss_of, resident={REFERENCE: copied})
-        resident = {name: book.owners.get(name, 0) for name in (ledger.WEIGHTS, ledger.OPTIMIZER, REFERENCE)}
-        capacity = prompt_tokens + settings.max_new_tokens
-        reading = _transient(
-            fake, lambda: hidden_states(fake, fake_batch(min(PREFILL_TOKENS, settings.num_slots * prompt_tokens)))
-        )
+        book = measure(fake, savings, batch, steps=steps_to_count(savings, dtype), later_row=True, loss_of=loss_of,
+                       resident={REFERENCE: copied})  # fmt: skip
+    what = Plan(model, settings.row_tokens, qlora_rank, savings, 0, "", {}, book.host_peak, rows=2)
+    resident = {name: book.owners.get(name, 0) for name in (ledger.WEIGHTS, ledger.OPTIMIZER, REFERENCE)}
 
-        def owners(num_slots: int) -> dict[str, int]:
+    @cache
+    def reading(num_tokens: int) -> int:
+        return _transient(fake, lambda: hidden_states(fake, fake_batch(num_tokens)))
+
+    @cache
+    def sampling(num_slots: int) -> Plan:
+        with mode:
             drawing = _transient(fake, lambda: _draw(fake, num_slots, settings))
-            return {**resident, CACHE: cache_bytes(fake, num_slots, capacity), SAMPLER: max(reading, drawing)}
+            longest = capacity(settings, prompt_tokens) - settings.max_new_tokens
+            step = max(drawing, reading(min(PREFILL_TOKENS, num_slots * longest)))
+        held = cache_bytes(fake, num_slots, capacity(settings, prompt_tokens))
+        return _plan(what, "sampling", {**resident, CACHE: held, SAMPLER: step})
 
-        what = Plan(model, settings.row_tokens, qlora_rank, savings, 0, "", {}, book.host_peak, rows=2)
-        ladder = {n: _plan(what, owners(n)) for n in sorted({*SLOTS, settings.num_slots})}
-    update = replace(what, peak=book.peak, when=book.when, owners={owner: n for owner, n in book.owners.items() if n})
-    slots = {gb: max((n for n, plan in ladder.items() if plan.fits(gb)), default=0) for gb in CARDS if gb >= 8}
-    return RLPlan(ladder[settings.num_slots], update, settings, slots)
+    return replace(what, peak=book.peak, when=book.when, owners={name: n for name, n in book.owners.items() if n}), sampling
 
 
-def _plan(what: Plan, owners: dict[str, int]) -> Plan:
-    return replace(what, peak=sum(owners.values()), when="sampling", owners={name: n for name, n in owners.items() if n})
+def _plan(what: Plan, when: str, owners: dict[str, int]) -> Plan:
+    on_card = {name: n for name, n in owners.items() if n}
+    return replace(what, peak=sum(on_card.values()), when=when, owners=on_card)
 
 
 def _transient(fake, call) -> int:

@@ -4,6 +4,7 @@
     python recipes/grpo_qwen2_5_0_5b.py --preset rtx8      a step that fits a card of 8 GB
     python recipes/grpo_qwen2_5_0_5b.py --model FOLDER     from a model that was fine-tuned first, as the paper also does
     python recipes/grpo_qwen2_5_0_5b.py --plan             will it fit, and how many answers at once? no GPU, no download
+    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12        with the memory settings and the answers at once for a card of 12 GB
     python recipes/grpo_qwen2_5_0_5b.py --smoke            the same path in about a minute on any CPU: a tiny model, no network
 
 1. Measure the model. 2. Sample 8 answers a prompt from the model itself, grade them, compare each with the others of its prompt.
@@ -15,7 +16,7 @@ from here); a local copy goes in with --prompts FILE, other MATH files with --le
 Left out on purpose: what kit/rl.py leaves out, a schedule of the learning rate, several passes over one rollout.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,12 +24,13 @@ import torch
 from kit import models
 from kit.benchmarks import parse_benchmarks
 from kit.chat import INSTRUCTION, ChatFormat
-from kit.config import parse, show
+from kit.config import as_flags, parse, show
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams
+from kit.memory import adapter_rank, check_free_memory
 from kit.rl import Policy
 from kit.rl_loop import train
-from kit.rl_memory import plan_rl
+from kit.rl_memory import RLPlan, choose_rl, eval_slots, plan_rl
 from kit.rl_prompts import read_prompts
 from kit.rl_report import write_report
 from kit.rl_settings import Settings
@@ -59,7 +61,7 @@ class Config:
     group_size: int = 8  # answers a prompt
     max_new_tokens: int = 8_192  # tokens an answer
     temperature: float = 1.0  # of sampling, and of the log-probs in the objective
-    num_slots: int = 64  # answers sampled at once
+    num_slots: int = 64  # answers sampled at once; in the evaluation as many as the same cache holds
     # objective: the paper states groups, scale, KL coefficient and mini-batch; clip range, estimator and normaliser it does not
     minibatch_prompts: int = 256  # prompts an optimizer step
     advantage_scale: str = "group-std"  # none: Dr. GRPO
@@ -98,6 +100,7 @@ class Config:
     # run
     seed: int = 0  # of the prompts' order and the samples
     plan: bool = False  # say what sampling and an update would hold and which cards they fit, and stop: no GPU, no download
+    gpu_gb: float = 0.0  # choose memory settings and num_slots for a card of this size; 0 = as they are set
     json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, toy problems, CPU, about a minute
     resume: bool = False  # go on with the run in --out, or with the newest one
@@ -141,14 +144,38 @@ def weaken(model, amount: float, seed: int) -> None:
             parameter += amount * parameter.std() * noise
 
 
+def plan_memory(config: Config) -> tuple[Config, RLPlan]:
+    """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
+    rank = config.qlora_rank or adapter_rank(config.model)
+    what = {"settings": settings_of(config, Settings), "qlora_rank": rank}
+    print(f"memory plan: simulating {config.model}, up to a minute for each setting that is tried", flush=True)
+    if config.gpu_gb:
+        answers = config.batch_prompts * config.group_size  # more slots than that stay empty
+        planned = choose_rl(config.model, gpu_gb=config.gpu_gb, most_slots=answers, **what)
+        chosen = {name: value for name, value in asdict(planned.update.savings).items() if hasattr(config, name)}
+        chosen["num_slots"] = planned.settings.num_slots
+        config = replace(config, **chosen)
+        print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
+    else:
+        planned = plan_rl(config.model, savings=settings_of(config, Savings), **what)
+    print(planned)
+    return config, planned
+
+
 def main(config: Config) -> None:
-    settings = settings_of(config, Settings)
+    if config.weaken and config.qlora_rank:
+        raise ValueError(
+            f"weaken is {config.weaken:g} but qlora_rank is {config.qlora_rank}: adapters are saved with the name of their base, "
+            "which is read anew, without the noise; pass --weaken 0"
+        )
+    planned = None
+    if config.gpu_gb or config.plan:
+        config, planned = plan_memory(config)
     if config.plan:
-        planned = plan_rl(config.model, settings=settings, savings=settings_of(config, Savings), qlora_rank=config.qlora_rank)
-        print(planned)
         if config.json:
             write_json(Path(config.json), planned.as_json())
         return
+    settings = settings_of(config, Settings)
     if config.device == "cuda" and not torch.cuda.is_available():
         command = f"python recipes/{recipe_name(config)}.py"
         raise SystemExit(
@@ -157,6 +184,9 @@ def main(config: Config) -> None:
             f"  {command} --device cpu    this model on this CPU: slow, so make it small, for example with\n"
             "      --batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2 --benchmarks ''"
         )
+    if config.device == "cuda":
+        planned = planned or plan_memory(config)[1]
+        check_free_memory(planned.larger)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
     bad = BadRows(config.max_bad_rows)
@@ -192,7 +222,7 @@ def main(config: Config) -> None:
         for benchmark in parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []:
             result = evaluate(
                 model, chat, benchmark, params, run.path / stage,
-                num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed,
+                num_samples=config.num_samples, num_slots=eval_slots(settings, params.max_new_tokens), seed=config.seed,
             )  # fmt: skip
             print(f"{stage:<12}{result}")
 

@@ -1,13 +1,21 @@
+import contextlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
-from test_memory import SMALL
+import torch
+from conftest import FAMILIES
+from test_memory import SMALL, load_small
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 from kit import ledger
+from kit.checkpoint import ADAPTER_CONFIG
+from kit.generate import cache_bytes
 from kit.machine import GIB
-from kit.memory import plan
-from kit.rl_memory import CACHE, REFERENCE, SAMPLER, plan_rl
+from kit.memory import adapter_rank, fake_batch, load_config, measure, plan
+from kit.rl_memory import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, plan_rl, rungs_rl
 from kit.rl_settings import Settings
 from kit.savings import Savings
 
@@ -63,6 +71,11 @@ def test_more_answers_at_once_need_more_and_the_table_says_how_many_fit(small_mo
     assert set(long.slots.values()) == {0} and "not even one answer at once" in str(long)
 
 
+def test_no_row_of_the_cache_is_longer_than_what_a_rollout_takes(small_model):
+    found = plan_rl(small_model, settings=replace(SETTINGS, row_tokens=130), savings=LEAN, prompt_tokens=50)
+    assert found.sampling.owners[CACHE] == 4 * 2 * 2 * 64 * 2 * 16 * 130
+
+
 def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
     """8,192 tokens of a vocabulary of 100,000 are 1.5 GiB in bf16: the whole update stays below."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 100_000}))
@@ -70,3 +83,120 @@ def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
     found = plan_rl(str(tmp_path), settings=settings, savings=LEAN)
     assert found.update.peak < 8_704 * 100_000 * 2
     assert found.update.owners.get(ledger.LOGITS, 0) <= 0.51 * GIB
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_after_another_holds_what_the_second_of_two_real_rows_does(family, recompute):
+    """The plan's one fake row with the gradients of a row before it, against two real rows on this CPU."""
+    savings, peaks, gradients = Savings(recompute=recompute, optimizer="adamw8bit"), [], []
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_config(load_small(family), attn_implementation="kit", dtype=torch.bfloat16)
+            batch = fake_batch(300)
+            if not fake:
+                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+            book = measure(model, savings, batch, **({"later_row": True} if fake else {"rows": 2}))
+        peaks.append(book.peak)
+        gradients.append(book.owners[ledger.GRADIENTS])
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+    assert gradients[0] == pytest.approx(gradients[1], rel=0.1) and gradients[0] > 0
+
+
+# ---- settings chosen for a card
+
+SHORT = replace(SETTINGS, row_tokens=512)
+PROMPT = {"prompt_tokens": 50}
+
+
+def gib(found):
+    return found.total / GIB
+
+
+def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_fit(small_model):
+    fastest = rungs_rl(small_model, 0)[0]
+    many = plan_rl(small_model, settings=replace(SHORT, num_slots=300), savings=fastest, **PROMPT)
+    assert many.sampling.peak > many.update.peak
+    for num_slots, card in ((300, gib(many.larger)), (299, gib(many.larger) - 1e-7)):
+        found = choose_rl(small_model, settings=SHORT, gpu_gb=card, **PROMPT)
+        assert (found.update.savings, found.settings.num_slots) == (fastest, num_slots)
+        assert found.fits(card)
+        more = replace(SHORT, num_slots=num_slots + 1)
+        assert not plan_rl(small_model, settings=more, savings=fastest, **PROMPT).fits(card)
+    assert choose_rl(small_model, settings=SHORT, gpu_gb=24, most_slots=16, **PROMPT).settings.num_slots == 16
+
+
+@pytest.mark.parametrize("qlora_rank", [0, 4])
+def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(small_model, qlora_rank):
+    settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update is what does not fit
+    ladder = rungs_rl(small_model, qlora_rank)
+    updates = [plan_rl(small_model, settings=settings, savings=s, qlora_rank=qlora_rank, **PROMPT).update for s in ladder]
+    card = max(gib(update) for update in updates if update.peak < updates[0].peak) + 1e-7
+    found = choose_rl(small_model, settings=settings, gpu_gb=card, qlora_rank=qlora_rank, **PROMPT)
+    assert found.update.savings == next(s for s, update in zip(ladder, updates, strict=True) if update.fits(card))
+    assert found.update.savings != ladder[0] and found.update.qlora_rank == qlora_rank
+    again = plan_rl(small_model, settings=found.settings, savings=found.update.savings, qlora_rank=qlora_rank, **PROMPT)
+    assert again.fits(card) and again.as_json() == found.as_json()
+
+
+def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_model):
+    for rank in (0, 16):
+        ladder = rungs_rl(small_model, rank)
+        assert len(set(ladder)) == len(ladder) > 3
+        assert not any(s.update_in_backward or s.head_update == "blocked" for s in ladder)
+        assert ladder[-1].offload_optimizer == (rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, "--row_tokens 150"), ({"row_tokens": 150}, "--kl none --row_tokens 150"),
+     ({"row_tokens": 150, "kl": "none"}, "--qlora_rank 16"),
+     ({"row_tokens": 1_074, "max_new_tokens": 1_024, "kl": "none"}, "--max_new_tokens 512 --row_tokens 562")],
+)  # fmt: skip
+def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(changes, expected, small_model):
+    settings = replace(SHORT, **changes)
+    leanest = plan_rl(small_model, settings=replace(settings, num_slots=1), savings=rungs_rl(small_model, 0)[-1], **PROMPT).larger
+    card = gib(leanest) - 1e-7
+    with pytest.raises(ValueError) as refused:
+        choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
+    pattern = (
+        r"needs ([\d.]+) GiB with every saving on and one answer at a time; its largest owners are (.*); pass (.*), or a larger"
+    )
+    said = re.search(pattern, str(refused.value))
+    assert said[1] == f"{gib(leanest):.2f}" and said[2] == leanest.largest_owners() and said[2].count(" GiB") == 3
+    assert said[3] == expected
+    flags = dict(zip(*[iter(expected.split())] * 2, strict=True))
+    rank = int(flags.pop("--qlora_rank", 0))
+    changed = replace(settings, **{name[2:]: value if name == "--kl" else int(value) for name, value in flags.items()})
+    assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
+
+
+def test_what_does_not_fit_either_is_not_proposed(small_model):
+    closest = replace(SHORT, row_tokens=150, kl="none", num_slots=1)
+    card = gib(plan_rl(small_model, settings=closest, savings=rungs_rl(small_model, 0)[-1], **PROMPT).larger) - 1e-7
+    with pytest.raises(ValueError, match=r"; pass --qlora_rank 16, or a larger card$"):
+        choose_rl(small_model, settings=SHORT, gpu_gb=card, **PROMPT)
+
+
+def test_where_nothing_that_is_tried_fits_only_a_larger_card_is_named(small_model):
+    with pytest.raises(ValueError, match=r"gpu_gb is 0.5 but .*; pass a larger card$"):
+        choose_rl(small_model, settings=SHORT, gpu_gb=0.5, **PROMPT)
+
+
+@pytest.mark.parametrize("eval_tokens", [20, 100, 101, 1_000, 10**6])
+@pytest.mark.parametrize("num_slots", [1, 7, 64])
+def test_the_evaluations_cache_is_no_larger_than_the_rollouts(num_slots, eval_tokens):
+    settings, model = replace(SETTINGS, num_slots=num_slots), AutoModelForCausalLM.from_config(load_small("llama"))
+    slots = eval_slots(settings, eval_tokens, prompt_tokens=50)
+    assert 1 <= slots <= num_slots
+    allowed = cache_bytes(model, num_slots, 150)  # prompts of 50 and answers of 100 tokens
+    assert slots == 1 or cache_bytes(model, slots, 50 + eval_tokens) <= allowed
+    assert slots == num_slots or cache_bytes(model, slots + 1, 50 + eval_tokens) > allowed
+
+
+def test_a_folder_of_adapters_is_planned_by_its_base(small_model, tmp_path):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / ADAPTER_CONFIG).write_text(json.dumps({"base_model_name_or_path": small_model, "r": 4}))
+    assert (adapter_rank(str(folder)), adapter_rank(small_model), adapter_rank("tiny")) == (4, 0, 0)
+    assert load_config(str(folder)).to_dict() == load_config(small_model).to_dict()

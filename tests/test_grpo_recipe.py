@@ -1,0 +1,77 @@
+"""The GRPO recipe's memory plan: --gpu_gb, and the look at the card before anything is loaded."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kit.config import parse
+from kit.machine import GIB
+from kit.memory import CONTEXT
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--model", "tiny", "--row_tokens", "256", "--max_new_tokens", "64"]
+
+
+def start(*flags, cwd):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "recipes" / "grpo_qwen2_5_0_5b.py"), *flags]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import grpo_qwen2_5_0_5b
+
+    return grpo_qwen2_5_0_5b
+
+
+@pytest.mark.parametrize("adapters", [[], ["--qlora_rank", "4"]])
+def test_the_plan_for_a_card_prints_flags_that_give_the_same_plan_again(adapters, tmp_path):
+    flags = ["--plan", *TINY, *adapters]
+    done = start(*flags, "--gpu_gb", "0.75", "--json", "chosen.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = re.search(r"for a card of 0.75 GB: (.*)", done.stdout)[1]
+    assert re.search(r"--optimizer adamw8bit .*--num_slots [1-9]\d*$", printed)
+    again = start(*flags, *printed.split(), "--json", "again.json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    chosen, again = (json.loads((tmp_path / name).read_text()) for name in ("chosen.json", "again.json"))
+    assert chosen == again and chosen["total"] <= 0.75 * GIB
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_too_small_is_refused_before_any_download_or_folder(tmp_path):
+    done = start("--gpu_gb", "0.5", *TINY, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "gpu_gb is 0.5 but tiny with answers of 64 tokens in rows of 256 needs 0." in done.stderr
+    assert "largest owners are " in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_no_more_answers_at_once_are_chosen_than_a_rollout_has(recipe):
+    config = parse(recipe.Config, [*TINY, "--gpu_gb", "24", "--batch_prompts", "3", "--group_size", "2"])
+    chosen, planned = recipe.plan_memory(config)
+    assert chosen.num_slots == planned.settings.num_slots == 6
+    assert replace(chosen, num_slots=config.num_slots, optimizer="auto") == config  # the fastest settings: nothing else changes
+
+
+@pytest.mark.parametrize("flags", [[], ["--gpu_gb", "24", "--batch_prompts", "2", "--group_size", "2"]])
+def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded(recipe, flags, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = parse(recipe.Config, [*TINY, *flags])
+    needed = recipe.plan_memory(config)[1].larger.total - CONTEXT
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, 8 * GIB))
+    with pytest.raises(ValueError, match=r"the plan needs .* of the card's 8.00 GiB are free; its largest owners are .*--gpu_gb"):
+        recipe.main(config)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, 8 * GIB))
+    monkeypatch.setattr(recipe.RunFolder, "open", lambda config: (_ for _ in ()).throw(InterruptedError("training would begin")))
+    with pytest.raises(InterruptedError):
+        recipe.main(config)

@@ -50,17 +50,7 @@ def evaluate(
     # importing sympy takes seconds: not out of the first hard answer's deadline
     threading.Thread(target=workers.start, daemon=True, name="start-grader").start()
     journal = Journal(folder / f"{benchmark.name}.jsonl")
-    header = {
-        "model": fingerprint(model),
-        "prompt": chat.key,
-        "questions": digest(*(question.id + question.answer for question in benchmark.questions)),
-        "num_samples": num_samples,
-        "seed": seed,
-        **asdict(params),
-        "dtype": str(model.dtype),
-        "engine": f"vllm {model.version}" if isinstance(model, VllmModel) else "kit",
-        **{name: version(name) for name in ("torch", "transformers")},
-    }
+    header = header_of(model, chat, benchmark, params, num_samples=num_samples, seed=seed)
     rows = _stored_rows(journal, header)
     done = {(row["question"], row["sample"]) for row in rows}
     wanted = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
@@ -77,6 +67,23 @@ def evaluate(
         keys=[[q.id, i] for q, i in wanted], decode=chat.decode, on_finish=log, description=benchmark.name,
     )  # fmt: skip
     return read_result(journal.path)
+
+
+def header_of(
+    model, chat: ChatFormat, benchmark: Benchmark, params: SamplingParams, *, num_samples: int = 0, seed: int = 0
+) -> dict:
+    """What the samples of an evaluation depend on: model, prompt, questions, decoding, versions. num_samples: as `evaluate`'s."""
+    return {
+        "model": fingerprint(model),
+        "prompt": chat.key,
+        "questions": digest(*(question.id + question.answer for question in benchmark.questions)),
+        "num_samples": num_samples or benchmark.num_samples,
+        "seed": seed,
+        **asdict(params),
+        "dtype": str(model.dtype),
+        "engine": f"vllm {model.version}" if isinstance(model, VllmModel) else "kit",
+        **{name: version(name) for name in ("torch", "transformers")},
+    }
 
 
 def _stored_rows(journal: Journal, header: dict) -> list[dict]:

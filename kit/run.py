@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kit.journal import Journal
 
-FREE_TO_CHANGE = {"resume", "out", "workers"}  # settings that do not change what a run computes
+FREE_TO_CHANGE = {"resume", "out", "baseline", "workers", "gpus"}  # settings that do not change what a run computes
 
 
 class RunFolder:

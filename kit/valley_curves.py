@@ -13,7 +13,8 @@ from statistics import NormalDist, fmean, stdev
 
 from kit.statistics import half_width
 
-ByQuestion = Mapping[str, float]  # question -> the mean over its samples: a share of right ones, or tokens
+# question, or (benchmark, question) -> the mean over its samples: a share of right ones, or tokens
+ByQuestion = Mapping[str | tuple[str, str], float]
 # Student's t, 97.5th percentile, by degrees of freedom: the spread of two or three seeds is itself hardly known
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -105,16 +106,20 @@ class Curve:
 def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Estimate:
     """The mean over seeds and questions. added: what is added to the questions for the width alone (kit.statistics).
 
+    A question named by a pair (benchmark, question) counts within its benchmark, and every benchmark counts the same.
+
     Its variance is the sum of two: over questions (of their means over the seeds) and, where there are several seeds, over seeds
     (of their means over the questions). What chance adds to both is counted twice: the interval errs on the wide side.
     """
-    questions = list(next(iter(seeds.values())))
-    means = [fmean(values[question] for values in seeds.values()) for question in questions]
-    of_seeds = [fmean(values[question] for question in questions) for values in seeds.values()]
+    strata: dict[str, list] = {}
+    for question in next(iter(seeds.values())):
+        strata.setdefault(question[0] if isinstance(question, tuple) else "", []).append(question)
+    of_seeds = [fmean(fmean(values[q] for q in stratum) for stratum in strata.values()) for values in seeds.values()]
+    halves = [half_width([fmean(values[q] for values in seeds.values()) for q in stratum], added) for stratum in strata.values()]
     spread = 0.0
     if len(of_seeds) > 1:
         spread = STUDENT.get(len(of_seeds) - 1, 1.96) * stdev(of_seeds) / math.sqrt(len(of_seeds))
-    return Estimate(fmean(means), math.hypot(half_width(means, added), spread))
+    return Estimate(fmean(of_seeds), math.hypot(math.hypot(*halves) / len(halves), spread))
 
 
 def difference(

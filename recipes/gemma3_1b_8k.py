@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 
 from kit import models
+from kit.baseline import take_baseline
 from kit.benchmarks import parse_benchmarks
 from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import as_flags, parse, show
 from kit.data import load_documents
-from kit.evaluate import evaluate
+from kit.evaluate import evaluate, header_of
 from kit.fitting import choose, leaner, rows_of, switches
 from kit.generate import SamplingParams, cache_bytes
 from kit.memory import CARDS, Plan, check_free_memory, plan
@@ -77,6 +78,7 @@ class Config:
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens a response
     num_slots: int = 16  # responses sampled at once
+    baseline: str = ""  # a run of recipes/evaluate.py on this model, which stands for measuring it before; "" = measure it
     # run
     seed: int = 0  # of the subset, the packs and the samples
     plan: bool = False  # say what a training step would hold and which cards it fits, and stop: no GPU, no download
@@ -180,7 +182,15 @@ def main(config: Config) -> None:
             print(f"{stage:<12}{results[benchmark.name]}")
         return results
 
-    before = measure(model, BEFORE)
+    if config.baseline:
+        headers = [header_of(model, chat, b, params, num_samples=config.num_samples, seed=config.seed) for b in benchmarks]
+        before = take_baseline(
+            Path(config.baseline), list(zip(benchmarks, headers, strict=True)),
+            model=config.model, quantised=bool(config.qlora_rank), folder=run.path / BEFORE,
+        )  # fmt: skip
+        print(f"before      taken from {config.baseline}")
+    else:
+        before = measure(model, BEFORE)
     trained = train(
         model, tokenizer, documents, plan, run,
         lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,

@@ -35,7 +35,7 @@ def write_report(path: Path) -> Path:
     sections = [of_model(path, sweep, model) for model in models]
     outcomes = read_outcomes(path)
     page = PAGE.format(
-        style=pages.STYLE,
+        style=pages.STYLE + STYLE,
         progress=html.escape(progress(sweep, outcomes)),
         deviations="".join(f"<li>{html.escape(line)}" for line in sweep.deviations) or "<li>none",
         failures=failures(outcomes),
@@ -79,7 +79,8 @@ def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
             draw_line(axes, curve.name, [point.num_traces for point in curve.points], estimates, i, scale)
         start = of(curves[0].base)
         axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="untouched model")
-        axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
+        high = min(100, scale * start.high) if scale == 100 else start.high
+        axes.axhspan(max(0, scale * start.low), high, color="#333333", alpha=0.12, linewidth=0)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
     numbers = {size: float(said) for (name, size), said in PAPER.items() if name == short_name(model).lower() and said.isdigit()}
@@ -113,6 +114,7 @@ def failures(outcomes: dict[str, Outcome]) -> str:
 def table(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
     """A row a model, method, arm and size, over the seeds that are finished, the untouched model first; then what is not done."""
     benchmarks = list(dict.fromkeys(name for found in sweep.measured for name in found.after))
+    benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
     lines = []
     for model in dict.fromkeys(cell.model for cell in sweep.cells):
         curves, _ = curves_of(sweep, model)
@@ -184,6 +186,7 @@ def _rl(path: Path, sweep: Sweep) -> str:
     )
 
 
+STYLE = "@media (min-width: 90rem) { body { max-width: 84rem } img { max-width: 62rem } }"
 NOTES = """<p><small>± are 95 % intervals over questions and, where there are several, seeds; accuracy is the mean of the
 benchmarks, each counting the same; differences are paired by question and seed. A column of a benchmark has an interval where
 there is one seed. ¹ Full fine-tuning, in percent; what its text states as a number, its curves carry none. ² Mean tokens of the

@@ -96,15 +96,17 @@ SMOKE = {
     "lr": 3e-3, "cache_dir": "", "benchmarks": "toy", "num_questions": 25, "num_samples": 2, "max_new_tokens": 300,
     "num_slots": 50, "trace_tokens": 119, "response_tokens": 100,
 }  # fmt: skip
-STATED = ("row_tokens", "lr", "warmup_ratio", "max_steps", "benchmarks", "num_questions", "num_samples", "temperature", "top_p",
-          "max_new_tokens")  # fmt: skip
+STATED = {  # settings that the paper states -> its value in words, "" = the default above
+    "row_tokens": "", "lr": "", "warmup_ratio": "", "max_steps": "all", "benchmarks": "", "num_questions": "all",
+    "num_samples": "8 for AIME24 and AMC23, 4 for MATH-500", "temperature": "", "top_p": "", "max_new_tokens": "",
+}  # fmt: skip
 RL_SHARED = ("device", "chat_template", "instruction", "attention", "benchmarks", "num_questions", "num_samples")
 
 
 def deviations(config: Config, grid: Grid) -> list[str]:
     """What differs from the paper's setting; what follows from the card's size is kit.sweep_memory's to say."""
     paper = Config()
-    found = [f"{name} {getattr(config, name)} (paper: {getattr(paper, name)})" for name in STATED
+    found = [f"{name} {getattr(config, name)} (paper: {said or getattr(paper, name)})" for name, said in STATED.items()
              if getattr(config, name) != getattr(paper, name)]  # fmt: skip
     if config.device == "cuda" and any(FULL in methods for _, methods in grid.models):
         found.append("AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)")

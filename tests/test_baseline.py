@@ -57,7 +57,7 @@ def test_a_quantised_model_is_known_by_its_name_and_by_nothing_else_less(tmp_pat
     assert take(path, header=quantised, quantised=True)["toy"].accuracy == 1.0
     with pytest.raises(ValueError, match="measured org/model but this run is of org/other"):
         take(path, header=quantised, quantised=True, model="org/other")
-    with pytest.raises(ValueError, match="temperature was 0.6, is 1.0"):
+    with pytest.raises(ValueError, match=r"temperature was 0\.6, is 1\.0"):
         take(path, header=quantised | {"temperature": 1.0}, quantised=True)
     with pytest.raises(ValueError, match="model was 'abc', is 'of NF4'"):
         take(path, header=quantised)

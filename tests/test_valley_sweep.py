@@ -26,7 +26,9 @@ def start(*flags, cwd):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "recipes" / "valley_sweep.py"), *flags]
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture
@@ -80,8 +82,9 @@ def test_killed_in_its_second_cell_and_resumed_it_finishes_what_is_left_and_repo
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 2  # the broken cell went on, no step twice or missing
 
-    for line in ("lr 0.003 (paper: 5e-05)", "num_questions 4 (paper: all)", "FAILED cell short-full-8-seed0: ValueError: row_tokens is",
-                 "cell tiny-full-96-seed0, ", "Tiny, full fine-tuning: accuracy ", "report runs"):  # fmt: skip
+    for line in ("lr 0.003 (paper: 5e-05)", "num_questions 4 (paper: all)", "cell tiny-full-96-seed0, ",
+                 "FAILED cell short-full-8-seed0: ValueError: row_tokens is", "Tiny, full fine-tuning: accuracy ",
+                 "report runs"):  # fmt: skip
         assert line in output
     cell = run / "cells" / "tiny-full-96-seed0"
     assert (cell / "before" / "toy.jsonl").read_bytes() == (
@@ -126,7 +129,8 @@ def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(re
     jobs = {job.name: job for job in recipe.jobs_of(config, grid.cells(), chosen, (0, 96), tmp_path)}
     assert list(jobs) == [
         "baseline tiny-seed0", "cell tiny-full-24-seed0", "cell tiny-full-96-seed0", "cell tiny-qlora-24-seed0",
-        "cell tiny-qlora-96-seed0", "rl tiny-full-0-seed0", "rl tiny-full-96-seed0", "rl tiny-qlora-0-seed0", "rl tiny-qlora-96-seed0",
+        "cell tiny-qlora-96-seed0", "rl tiny-full-0-seed0", "rl tiny-full-96-seed0", "rl tiny-qlora-0-seed0",
+        "rl tiny-qlora-96-seed0",
     ]  # fmt: skip
     parsed = {}
     for name, job in jobs.items():

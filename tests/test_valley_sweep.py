@@ -26,9 +26,8 @@ def start(*flags, cwd):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(ROOT / "recipes" / "valley_sweep.py"), *flags]
-    return subprocess.Popen(
-        command, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
 
 
 @pytest.fixture

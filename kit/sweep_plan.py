@@ -182,7 +182,7 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     sampling = sum(found.sampling_hours for found in fitting)
     before = sum(found.baseline_hours for found in baselines.values())
     hours = training + sampling + before
-    on_several = f", {hours / num_cards:,.0f} h on {num_cards} if they share evenly" if num_cards > 1 else ""
+    on_several = f", {hours / num_cards:,.1f} h on {num_cards} if they share evenly" if num_cards > 1 else ""
     kept, going = sum(found.disk_kept for found in fitting), max(found.disk_while_training for found in fitting) * num_cards
     assumed, evaluation = fitting[0].assumed, fitting[0].evaluation
     return "\n".join([

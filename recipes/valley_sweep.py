@@ -204,7 +204,7 @@ def make_plan(config: Config, grid: Grid, card: dict, num_cards: int) -> None:
     evaluation = Evaluation.of(config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples,
                                num_slots=config.num_slots)  # fmt: skip
     plans = plan_cells(cells, memory, evaluation=evaluation, max_steps=config.max_steps,
-                       assumed=Assumed(config.trace_tokens, config.response_tokens))  # fmt: skip
+                       assumed=Assumed(config.trace_tokens, min(config.response_tokens, config.max_new_tokens)))  # fmt: skip
     print(describe(plans, num_cards=num_cards))
     print("the paper   " + ("\n            ".join(deviations(config, grid) + forced) or "its setting"))
     if config.json:

@@ -186,7 +186,7 @@ def main(config: Config) -> Path | None:
     print("the paper   " + ("\n            ".join(differences) or "its setting"))
     for outcome in run_jobs(jobs, path, slots):
         tqdm.write(line(outcome, path))
-        report = write_report(path)
+        write_report(path)  # of what there is so far
     report = write_report(path)
     print("\n".join(sentences(Sweep.read(path))))
     print(f"report {report}")

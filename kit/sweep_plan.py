@@ -194,8 +194,8 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
         "which go; RL, what the hub's client stores and the cache of tokens are not counted",
         f"Estimates, not timings: {ASSUMED}; rows full; traces of {assumed.trace_tokens:,} tokens and "
         f"{evaluation.num_samples:,} responses of {assumed.response_tokens:,} tokens an evaluation, both lengths assumed; a step "
-        f"of sampling moves the weights and {evaluation.num_slots} busy slots' caches once, launches left out: it takes longer. RL is "
-        "not estimated.",
+        f"of sampling moves the weights and {evaluation.num_slots} busy slots' caches once, launches left out: it takes longer; "
+        "reinforcement learning is not estimated.",
     ])  # fmt: skip
 
 

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from kit import pages
 from kit.figures import embed
 from kit.report import AFTER, BEFORE
-from kit.sweep import PAPER, RL, short_name
+from kit.sweep import PAPER, RL, Cell, short_name
 from kit.sweep_jobs import DONE, FAILED, Outcome, read_outcomes
-from kit.sweep_results import Results, Sweep, curves_of, length_benchmark, rl_change, rl_sentences
+from kit.sweep_results import Results, Sweep, curves_of, length_benchmark, method_name, rl_change, rl_sentences
 from kit.valley_curves import Curve, Estimate, Point, difference, findings
 from kit.valley_report import draw_line, trace_axis
 
@@ -126,19 +126,23 @@ def table(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
         for curve in curves:
             for point in curve.points:
                 cells = [found for found in sweep.measured if found.of(model, curve.name, point.num_traces)]
-                method = curve.name.removeprefix(f"{short_name(model)}, ")
                 figures = _figures(point, curve, model, [found.after for found in cells], benchmarks)
                 figures[HOURS] = f"{fmean(found.training_seconds for found in cells) / 3600:.2f}"
-                lines.append([short_name(model), method, f"{point.num_traces:,}", str(cells[0].cell.batch_traces), *figures])
+                lines.append([*_columns(cells[0].cell), *figures])
     for cell in sweep.cells:
         outcome = outcomes.get(f"cell {cell.name}")
         if outcome is None or outcome.status == FAILED:
             state = f"seed {cell.seed}: {'not ended yet' if outcome is None else 'FAILED'}"
-            lines.append([short_name(cell.model), cell.method, f"{cell.num_traces:,}", str(cell.batch_traces), state])
+            lines.append([*_columns(cell), state])
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(column)}" for column in line) for line in lines)
     heads = "".join(f"<th>{html.escape(head)}" for head in (*HEADS, *benchmarks))
     notes = NOTES.format(length=html.escape(length_benchmark(sweep)))
     return f"<div class=wide><table><tr>{heads}{rows}</table></div>{notes}"
+
+
+def _columns(cell: Cell) -> list[str]:
+    """The columns up to "batch"."""
+    return [short_name(cell.model), method_name(cell), f"{cell.num_traces:,}", str(cell.batch_traces)]
 
 
 HEADS = ("model", "method", "traces", "batch", "seeds", "accuracy, %", "minus untouched", "the paper ¹", "tokens ²", "cut off, %",

@@ -19,6 +19,15 @@ LENGTH_BENCHMARK = "math500"  # the paper takes the length of responses there
 TITLES = {FULL: "full fine-tuning", QLORA: "QLoRA"}
 
 
+def curve_name(cell: Cell) -> str:
+    """Name of the curve a cell belongs to."""
+    return f"{short_name(cell.model)}, {method_name(cell)}"
+
+
+def method_name(cell: Cell) -> str:
+    return TITLES[cell.method] + (f", batch {cell.batch_traces} throughout" if cell.arm == FIXED_BATCH else "")
+
+
 @dataclass(frozen=True)
 class Measured:
     """A cell that is done."""
@@ -27,14 +36,9 @@ class Measured:
     after: Results
     training_seconds: float
 
-    @property
-    def curve(self) -> str:
-        """Name of the curve it belongs to."""
-        fixed = f", batch {self.cell.batch_traces} throughout" if self.cell.arm == FIXED_BATCH else ""
-        return f"{short_name(self.cell.model)}, {TITLES[self.cell.method]}{fixed}"
-
     def of(self, model: str, curve: str, num_traces: int) -> bool:
-        return (self.cell.model, self.curve, self.cell.num_traces) == (model, curve, num_traces)
+        """Whether it belongs to that point of that curve."""
+        return (self.cell.model, curve_name(self.cell), self.cell.num_traces) == (model, curve, num_traces)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def curves_of(sweep: Sweep, model: str) -> tuple[list[Curve], list[str]]:
         except ValueError as error:
             refused.append(f"{found.cell.name} is left out: {error}")
         else:
-            groups.setdefault(found.curve, {}).setdefault(found.cell.num_traces, {})[found.cell.seed] = found.after
+            groups.setdefault(curve_name(found.cell), {}).setdefault(found.cell.num_traces, {})[found.cell.seed] = found.after
     curves = [
         Curve(name, base, [_point(size, sizes[size], length_of) for size in sorted(sizes)]) for name, sizes in groups.items()
     ]

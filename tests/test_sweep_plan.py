@@ -95,20 +95,21 @@ def test_the_sum_counts_a_baseline_once_a_model_and_seed_and_says_what_is_assume
     assert describe([replace(plans[2])]).endswith("no cell fits")
 
 
-def test_each_model_and_method_is_simulated_once_and_one_that_does_not_fit_says_so(monkeypatch, tmp_path):
-    cells, told, calls = Grid((("tiny", ("full",)),), (8, 16), seeds=2).cells(), [], []
-    found = plan_memory(cells, row_tokens=256, gpu_gb=0, qlora_rank=16, report=told.append)
-    assert list(found) == [("tiny", "full")] and len(told) == 1 and "(simulated); fits 6 GB" in told[0]
-    small = plan_memory(cells, row_tokens=256, gpu_gb=0.5, qlora_rank=16, report=calls.append)
-    assert small["tiny", "full"].startswith("gpu_gb is 0.5 but tiny") and "tiny, full: NO: gpu_gb is 0.5" in calls[0]
-    assert settings_of(small["tiny", "full"]) == ({}, small["tiny", "full"])
+def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(monkeypatch, tmp_path):
+    cells, told = Grid((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
+    found = plan_memory(cells, row_tokens=64, gpu_gb=0, qlora_rank=16, report=told.append)
+    assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
+    assert "tiny, full: " in told[0] and "(simulated); fits 6 GB" in told[0]
+    assert told[1].startswith("  such-model, full: NO: model is no/such-model and no config") and len(told) == 2
+    assert settings_of(found["no/such-model", "full"]) == ({}, found["no/such-model", "full"])
     assert settings_of(found["tiny", "full"])[0]["recompute"] is True
 
-    chosen = choose_settings(cells, tmp_path, row_tokens=256, gpu_gb=6.0, qlora_rank=16)
+    cells = [cell for cell in cells if cell.model == "tiny"]
+    chosen = choose_settings(cells, tmp_path, row_tokens=64, gpu_gb=6.0, qlora_rank=16)
     assert chosen["tiny", "full"][0]["optimizer"] == "adamw8bit"
     monkeypatch.setattr("kit.sweep_memory.plan_memory", None)  # a resumed sweep has it on disk
-    assert choose_settings(cells, tmp_path, row_tokens=256, gpu_gb=6.0, qlora_rank=16) == chosen
-    assert choose_settings(cells, tmp_path / "none", row_tokens=256, gpu_gb=0.0, qlora_rank=16) == {("tiny", "full"): ({}, "")}
+    assert choose_settings(cells, tmp_path, row_tokens=64, gpu_gb=6.0, qlora_rank=16) == chosen
+    assert choose_settings(cells, tmp_path / "none", row_tokens=64, gpu_gb=0.0, qlora_rank=16) == {("tiny", "full"): ({}, "")}
 
 
 def test_one_row_a_step_is_what_the_cell_says_and_leaves_no_control_arm():

@@ -15,11 +15,12 @@ GEMMA = "google/gemma-3-1b-it"
 QUESTIONS = {"math500": 60, "aime24": 12}
 
 
-def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=True):
-    """Two samples a question of both benchmarks, right with the same chance, or a chance a benchmark."""
+def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=True, luck=None):
+    """Two samples a question of both benchmarks, right with the same chance, or a chance a benchmark. luck: of its own unless
+    given."""
     for name, count in QUESTIONS.items():
         level = accuracy[name] if isinstance(accuracy, dict) else accuracy
-        rng = random.Random(f"{folder} {name}")
+        rng = random.Random(f"{luck or folder} {name}")
         journal = Journal(folder / f"{name}.jsonl")
         journal.append({"header": {"seed": seed, "prompt": "p", **dict(header)}})
         for i in range(count):
@@ -53,7 +54,7 @@ def make_sweep(path, grid, accuracies, *, base=0.5, skip=(), failed=(), tokens=6
     for size, level in (rl or {}).items():
         name = rl_name(cells[0].model, cells[0].method, size, 0)
         for stage, share in (("before", 0.3), ("after", level)):
-            write_samples(path / "rl" / name / stage, share)
+            write_samples(path / "rl" / name / stage, share, luck="the same")
         ended(f"rl {name}")
     write_sweep(path, cells, ["lr 1 (paper: 2)"], list(rl or {}))
     return path
@@ -140,7 +141,8 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
     assert "<td>15<td>" in rows["full fine-tuning", "220,000"]
     assert "<td>1.00<td>" in rows["full fine-tuning", "220,000"]  # two steps of half an hour
     assert "<td>8<td>" in rows["full fine-tuning, batch 8 throughout", "220,000"]
-    assert "seed 0: FAILED" in rows["full", "32,000"] and page.count("FAILED") == 1 and page.count("seed 0: not ended yet") == 1
+    assert "seed 0: FAILED" in rows["full fine-tuning", "32,000"] and page.count("FAILED") == 1
+    assert "not ended yet" in rows["full fine-tuning, batch 8 throughout", "32,000"] and page.count("seed 0: not ended yet") == 1
     assert f"<h3>cell {cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page and "a &lt; b" in page
     assert "<li>lr 1 (paper: 2)" in page
     assert page.count("data:image/png;base64,") == 1 and "http" not in page

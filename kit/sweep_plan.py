@@ -167,7 +167,7 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     for cell, group in alike.items():
         first, name = group[0], cell.name.removesuffix("-seed0") + (f" x {len(group)} seeds" if len(group) > 1 else "")
         if first.memory is None:
-            lines.append(f"{name:<52}  does not fit: see above")
+            lines.append(f"{name:<52}  no plan: see above")
             continue
         batch = "1 row" if first.memory.savings.update_in_backward else str(cell.batch_traces)
         lines.append(
@@ -176,7 +176,7 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
         )
     fitting = [found for found in plans if found.memory is not None]
     if not fitting:
-        return "\n".join([*lines, "no cell fits"])
+        return "\n".join([*lines, "no cell can be planned"])
     baselines = {found.cell.baseline: found for found in fitting}
     training = sum(found.training_hours for found in fitting)
     sampling = sum(found.sampling_hours for found in fitting)
@@ -187,7 +187,7 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     assumed, evaluation = fitting[0].assumed, fitting[0].evaluation
     return "\n".join([
         *lines,
-        f"{len(fitting)} of {len(plans)} cells fit; {len(baselines)} baselines, one a model and seed",
+        f"{len(fitting)} of {len(plans)} cells can be planned; {len(baselines)} baselines, one a model and seed",
         f"in all  {training:,.1f} h of training, {sampling:,.1f} h of sampling after it, {before:,.1f} h for the baselines: "
         f"{hours:,.1f} h on one card{on_several}",
         f"disk    {kept / GIB:,.0f} GiB of models and samples, which stay, and at most {going / GIB:,.0f} GiB of checkpoints, "

@@ -82,8 +82,8 @@ def test_the_sum_counts_a_baseline_once_a_model_and_seed_and_says_what_is_assume
     memory = {(GEMMA, "full"): planned(), (GEMMA, "qlora"): "gpu_gb is 1 but it needs 9 GiB"}
     plans = plan_cells(cells, memory, evaluation=PAPERS, assumed=ASSUMED)
     text = describe(plans, num_cards=2)
-    assert "gemma-3-1b-it-full-8000 x 2 seeds" in text and "4 of 8 cells fit; 2 baselines" in text
-    assert "gemma-3-1b-it-qlora-8000 x 2 seeds" in text and text.count("does not fit") == 2
+    assert "gemma-3-1b-it-full-8000 x 2 seeds" in text and "4 of 8 cells can be planned; 2 baselines" in text
+    assert "gemma-3-1b-it-qlora-8000 x 2 seeds" in text and text.count("no plan: see above") == 2
     hours = sum(p.training_hours + p.sampling_hours for p in plans if p.memory) + 2 * plans[0].baseline_hours
     assert f"{hours:,.1f} h on one card, {hours / 2:,.1f} h on 2" in text
     for said in ("Estimates, not timings", "40 TFLOP/s", "4,096 tokens", "3,000 tokens", "launches left out"):
@@ -92,7 +92,7 @@ def test_the_sum_counts_a_baseline_once_a_model_and_seed_and_says_what_is_assume
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert [row["why_not"] for row in rows] == ["", "", memory[GEMMA, "qlora"], memory[GEMMA, "qlora"]] * 2
     assert rows[0]["training_hours"] == plans[0].training_hours and rows[0]["memory"]["simulated"] is True
-    assert describe([replace(plans[2])]).endswith("no cell fits")
+    assert describe([replace(plans[2])]).endswith("no cell can be planned")
 
 
 def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(monkeypatch, tmp_path):

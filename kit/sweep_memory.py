@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+from kit.fitting import choose, switches
 from kit.machine import GIB
-from kit.memory import CARDS, Plan, choose, plan, switches
+from kit.memory import CARDS, Plan, plan
 from kit.run import write_json
 from kit.savings import Savings
 from kit.sweep import FIXED_BATCH, QLORA, Cell, short_name
 
 Chosen = Mapping[tuple[str, str], tuple[dict, str]]  # (model, method) -> the recipe's settings, why none fits ("" = they do)
+ROWS = 2  # of a step, at least: Table 2 takes 8 traces or more
 FILE = "memory.json"  # of a sweep: what was chosen, so that a resumed one need not simulate again
 
 
@@ -24,7 +26,7 @@ def plan_memory(
     settings are chosen. gpu_gb: 0 = the settings as they are, else the fastest that fit. report: is given a line a plan."""
     found: dict[tuple[str, str], Plan | str] = {}
     for model, method in dict.fromkeys((cell.model, cell.method) for cell in cells):
-        what = {"row_tokens": row_tokens, "qlora_rank": qlora_rank if method == QLORA else 0}
+        what = {"row_tokens": row_tokens, "qlora_rank": qlora_rank if method == QLORA else 0, "rows": ROWS}
         try:
             found[model, method] = choose(model, gpu_gb=gpu_gb, **what) if gpu_gb else plan(model, **what)
         except ValueError as error:
@@ -46,13 +48,13 @@ def _describe(planned: Plan | str, gpu_gb: float) -> str:
     )
 
 
-def settings_of(planned: Plan | str) -> tuple[dict, str]:
-    """What a cell's recipe is given, and why it cannot be run."""
-    return ({}, planned) if isinstance(planned, str) else (switches(planned), "")
+def settings_of(planned: Plan | str, max_grad_norm: float) -> tuple[dict, str]:
+    """What a cell's recipe is given, and why it cannot be run. max_grad_norm: the recipe's own."""
+    return ({}, planned) if isinstance(planned, str) else (switches(planned, max_grad_norm), "")
 
 
 def choose_settings(
-    cells: Sequence[Cell], path: Path, *, row_tokens: int, gpu_gb: float, qlora_rank: int
+    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, row_tokens: int, gpu_gb: float, qlora_rank: int
 ) -> dict[tuple[str, str], tuple[dict, str]]:
     """The memory settings for a card of gpu_gb; the recipe's own where it is 0. Kept in path/memory.json."""
     if not gpu_gb:
@@ -60,7 +62,7 @@ def choose_settings(
     stored = path / FILE
     if not stored.is_file():
         found = plan_memory(cells, row_tokens=row_tokens, gpu_gb=gpu_gb, qlora_rank=qlora_rank)
-        write_json(stored, [[*pair, *settings_of(planned)] for pair, planned in found.items()])
+        write_json(stored, [[*pair, *settings_of(planned, max_grad_norm)] for pair, planned in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))
     return {(model, method): (settings, problem) for model, method, settings, problem in rows}
 

@@ -39,7 +39,9 @@ from kit.benchmarks import BENCHMARKS
 from kit.config import parse, show
 from kit.generate import SamplingParams
 from kit.run import RunFolder
-from kit.valley import Finished, Study, Valley, curves, read_cells
+from kit.study import Study
+from kit.sweep import parse_numbers
+from kit.valley import Finished, Valley, curves, read_cells
 from kit.valley_curves import findings
 from kit.valley_report import write_report
 from kit.valley_rl import read_climbs, rl_findings, run_rl
@@ -83,17 +85,10 @@ SMOKE = {"models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_
          "num_samples": 2}  # fmt: skip
 
 
-def numbers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(",") if word.strip())
-    except ValueError as error:
-        raise ValueError(f"{name} is {text!r} but must be whole numbers with commas between them, such as 64,256") from error
-
-
 def study_of(config: Config) -> Study:
     return Study(
-        models=tuple(config.models.split(",")), arms=tuple(config.arms.split(",")), sizes=numbers("sizes", config.sizes),
-        control_sizes=numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs, lr=config.lr,
+        models=tuple(config.models.split(",")), arms=tuple(config.arms.split(",")), sizes=parse_numbers("sizes", config.sizes),
+        control_sizes=parse_numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs, lr=config.lr,
         warmup_ratio=config.warmup_ratio, min_batch=config.min_batch, steps_an_epoch=config.steps_an_epoch,
         params=SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens),
         num_samples=config.num_samples, num_slots=config.num_slots,

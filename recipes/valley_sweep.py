@@ -176,7 +176,7 @@ def main(config: Config) -> Path | None:
         )
     path = RunFolder.open(config).path
     print(f"settings\n{show(config)}\nsweep folder {path}")
-    chosen = choose_settings(grid.cells(), path, **card)
+    chosen = choose_settings(grid.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)
     cells, forced = with_settings(grid.cells(), chosen)
     differences = deviations(config, grid) + forced
     jobs = jobs_of(config, cells, chosen, rl_sizes, path)
@@ -200,7 +200,9 @@ def make_plan(config: Config, grid: Grid, card: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
     print("memory      each model and method simulated once, up to a minute each, several where settings are chosen", flush=True)
     memory = plan_memory(grid.cells(), **card, report=lambda text: print(text, flush=True))
-    cells, forced = with_settings(grid.cells(), {pair: settings_of(found) for pair, found in memory.items()})
+    cells, forced = with_settings(
+        grid.cells(), {pair: settings_of(found, gemma3_1b_8k.Config.max_grad_norm) for pair, found in memory.items()}
+    )
     evaluation = Evaluation.of(config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples,
                                num_slots=config.num_slots)  # fmt: skip
     plans = plan_cells(cells, memory, evaluation=evaluation, max_steps=config.max_steps,

@@ -101,20 +101,25 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
     assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
     assert "tiny, full: " in told[0] and "(simulated); fits 6 GB" in told[0]
     assert told[1].startswith("  such-model, full: NO: model is no/such-model and no config") and len(told) == 2
-    assert settings_of(found["no/such-model", "full"]) == ({}, found["no/such-model", "full"])
-    assert settings_of(found["tiny", "full"])[0]["recompute"] is True
+    assert settings_of(found["no/such-model", "full"], 1.0) == ({}, found["no/such-model", "full"])
+    assert settings_of(found["tiny", "full"], 1.0)[0]["recompute"] is True
 
     cells = [cell for cell in cells if cell.model == "tiny"]
-    chosen = choose_settings(cells, tmp_path, row_tokens=64, gpu_gb=6.0, qlora_rank=16)
+    chosen = choose_settings(cells, tmp_path, max_grad_norm=1.0, row_tokens=64, gpu_gb=6.0, qlora_rank=16)
     assert chosen["tiny", "full"][0]["optimizer"] == "adamw8bit"
     monkeypatch.setattr("kit.sweep_memory.plan_memory", None)  # a resumed sweep has it on disk
-    assert choose_settings(cells, tmp_path, row_tokens=64, gpu_gb=6.0, qlora_rank=16) == chosen
-    assert choose_settings(cells, tmp_path / "none", row_tokens=64, gpu_gb=0.0, qlora_rank=16) == {("tiny", "full"): ({}, "")}
+    assert choose_settings(cells, tmp_path, max_grad_norm=1.0, row_tokens=64, gpu_gb=6.0, qlora_rank=16) == chosen
+    assert choose_settings(cells, tmp_path / "none", max_grad_norm=1.0, row_tokens=64, gpu_gb=0.0, qlora_rank=16) == {
+        ("tiny", "full"): ({}, "")
+    }
 
 
 def test_one_row_a_step_is_what_the_cell_says_and_leaves_no_control_arm():
     cells = Grid(((GEMMA, ("full",)), (QWEN, ("full",))), (8_000, 16_000), fixed_batch=8).cells()
-    chosen = {(GEMMA, "full"): settings_of(planned(update_in_backward=True, optimizer="adamw8bit")), (QWEN, "full"): ({}, "")}
+    chosen = {
+        (GEMMA, "full"): settings_of(planned(update_in_backward=True, optimizer="adamw8bit"), 1.0),
+        (QWEN, "full"): ({}, ""),
+    }
     found, told = with_settings(cells, chosen)
     assert [(cell.batch_traces, cell.arm) for cell in found if cell.model == GEMMA] == [(1, "table"), (1, "table")]
     assert [cell for cell in found if cell.model == QWEN] == [cell for cell in cells if cell.model == QWEN]

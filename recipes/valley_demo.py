@@ -88,8 +88,8 @@ SMOKE = {"models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_
 def study_of(config: Config) -> Study:
     return Study(
         models=tuple(config.models.split(",")), arms=tuple(config.arms.split(",")), sizes=parse_numbers("sizes", config.sizes),
-        control_sizes=parse_numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs, lr=config.lr,
-        warmup_ratio=config.warmup_ratio, min_batch=config.min_batch, steps_an_epoch=config.steps_an_epoch,
+        control_sizes=parse_numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs,
+        lr=config.lr, warmup_ratio=config.warmup_ratio, min_batch=config.min_batch, steps_an_epoch=config.steps_an_epoch,
         params=SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens),
         num_samples=config.num_samples, num_slots=config.num_slots,
     )  # fmt: skip

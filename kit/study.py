@@ -23,7 +23,7 @@ class Arm:
 
     title: str
     long_share: float  # of the traces, the others being short; the problems are the same in every arm
-    fixed_batch: bool = False  # the largest size's batch at every size
+    growing_batch: bool = False  # as in the paper's Table 2, not one batch at every size
 
 
 ARMS = {
@@ -32,7 +32,7 @@ ARMS = {
     "quarter": Arm("a quarter long, the others short", 0.25),
     "mixed": Arm("half short, half long", 0.5),
     "most": Arm("three quarters long, the others short", 0.75),
-    "fixed": Arm("long traces, fixed batch", 1.0, fixed_batch=True),
+    "growing": Arm("long traces, growing batch", 1.0, growing_batch=True),
 }
 
 
@@ -53,19 +53,21 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """What all cells share. The rule of the batch is the paper's Table 2 in small: it grows with the data, so that from
-    min_batch * steps_an_epoch traces on the number of steps stays the same."""
+    """What all cells share. One batch at every size, so that the sizes differ in the data alone. In the arm with a growing one it
+    follows the paper's Table 2 in small: it grows with the data, so that from min_batch * steps_an_epoch traces on the number of
+    steps stays the same."""
 
     models: tuple[str, ...] = ("tiny", "tinier")  # shipped ones, or folders; all arms for the first, the first arm for the others
-    arms: tuple[str, ...] = ("long", "short", "mixed", "fixed")
+    arms: tuple[str, ...] = ("long", "short", "mixed", "growing")
     sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 16_384)  # traces, of the first arm
     control_sizes: tuple[int, ...] = (64, 1_024, 4_096)  # of the other arms
     seeds: int = 3
     epochs: int = 4
-    lr: float = 7e-4
+    lr: float = 1e-3
     warmup_ratio: float = 0.05
-    min_batch: int = 4  # traces a step
-    steps_an_epoch: int = 1_024
+    batch_traces: int = 16  # traces a step
+    min_batch: int = 4  # of the growing batch
+    steps_an_epoch: int = 256  # of the growing batch, from min_batch * steps_an_epoch traces on
     params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=512))
     num_samples: int = 4  # a question
     num_slots: int = 100
@@ -82,31 +84,30 @@ class Study:
             ("sizes", self.sizes and _grows(self.sizes), "numbers of traces, each larger than the one before"),
             ("control_sizes", _grows(self.control_sizes), "numbers of traces, each larger than the one before"),
             ("seeds", self.seeds >= 1, ">= 1"),
+            ("batch_traces", self.batch_traces >= 1, ">= 1"),
             ("min_batch", self.min_batch >= 1, ">= 1"),
             ("steps_an_epoch", self.steps_an_epoch >= 1, ">= 1"),
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
 
-    def batch_of(self, num_traces: int) -> int:
-        """Traces a step where the batch grows with the data."""
-        return max(self.min_batch, num_traces // self.steps_an_epoch)
+    def batch_of(self, arm: str, num_traces: int) -> int:
+        """Traces a step."""
+        return max(self.min_batch, num_traces // self.steps_an_epoch) if ARMS[arm].growing_batch else self.batch_traces
 
     def cells(self) -> list[Cell]:
         """Every cell, the untouched models first, then seed by seed, so that one seed's picture is whole before the next begins.
 
-        The arm with a fixed batch, the largest size's, leaves out where it is the long arm, and where an epoch is a single step.
+        The arm with a growing batch leaves out where that is the batch of the others.
         """
         cells = [Cell(model, BASE, 0, seed) for seed in range(self.seeds) for model in self.models]
-        fixed = self.batch_of(self.sizes[-1])
         for seed in range(self.seeds):
             for model in self.models:
                 for arm in self.arms if model == self.models[0] else self.arms[:1]:
                     for size in self.sizes if arm == self.arms[0] else self.control_sizes:
-                        if not ARMS[arm].fixed_batch:
-                            cells.append(Cell(model, arm, size, seed, self.batch_of(size)))
-                        elif self.batch_of(size) < fixed < size:
-                            cells.append(Cell(model, arm, size, seed, fixed))
+                        batch = self.batch_of(arm, size)
+                        if not ARMS[arm].growing_batch or batch != self.batch_traces:
+                            cells.append(Cell(model, arm, size, seed, batch))
         return cells
 
 

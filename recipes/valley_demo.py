@@ -52,16 +52,15 @@ class Config:
     # model
     models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
     # cells
-    arms: str = "long,short,mixed,fixed"  # of kit/study.py, which has two more mixtures; the first has all sizes
+    arms: str = "long,short,mixed,growing"  # of kit/study.py, which has two more mixtures; the first has all sizes
     sizes: str = "16,64,256,1024,4096,16384"  # traces, of the first arm
     control_sizes: str = "64,1024,4096"  # traces, of the other arms
     seeds: int = 3  # of traces, packs and samples
     # optimisation
     epochs: int = 4  # passes over the traces
-    lr: float = 7e-4  # peak, cosine; why this one: above
+    lr: float = 1e-3  # peak, cosine; why this one: above
     warmup_ratio: float = 0.05  # share of all steps; 0 = none
-    min_batch: int = 4  # traces a step, where there are few
-    steps_an_epoch: int = 1_024  # at which the batch begins to grow, so that the number of steps stays
+    batch_traces: int = 16  # traces a step; what the growing batch of that arm does: kit/study.py
     # evaluation
     num_questions: int = 0  # of the 100 held-out problems; 0 = all
     num_samples: int = 4  # samples a question
@@ -89,7 +88,7 @@ def study_of(config: Config) -> Study:
     return Study(
         models=tuple(config.models.split(",")), arms=tuple(config.arms.split(",")), sizes=parse_numbers("sizes", config.sizes),
         control_sizes=parse_numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs,
-        lr=config.lr, warmup_ratio=config.warmup_ratio, min_batch=config.min_batch, steps_an_epoch=config.steps_an_epoch,
+        lr=config.lr, warmup_ratio=config.warmup_ratio, batch_traces=config.batch_traces,
         params=SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens),
         num_samples=config.num_samples, num_slots=config.num_slots,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from kit.benchmarks import BENCHMARKS
 from kit.generate import SamplingParams
 from kit.grade import grade
 from kit.responses import reflects
-from kit.study import ARMS, BASE, Study, make_traces
+from kit.study import ARMS, BASE, Cell, Study, make_traces
 from kit.valley import curves, plan_of, read_cells
 from kit.valley_report import write_report
 
@@ -35,7 +35,7 @@ def test_the_arms_have_the_same_problems_and_the_sizes_are_nested():
 
 
 def test_an_arm_has_the_share_of_long_traces_it_says():
-    for name, num_long in (("long", 40), ("short", 0), ("quarter", 10), ("mixed", 20), ("most", 30), ("fixed", 40)):
+    for name, num_long in (("long", 40), ("short", 0), ("quarter", 10), ("mixed", 20), ("most", 30), ("growing", 40)):
         traces = make_traces(ARMS[name], 40, 0, set())
         assert sum(trace.response.startswith("<think>") for trace in traces) == num_long
         assert any(reflects(trace.response) for trace in traces) == bool(num_long)
@@ -52,19 +52,20 @@ def test_every_trace_is_right_and_none_of_its_problems_is_measured():
         assert grade(str(total), trace.response).verdict == "correct"
 
 
-def test_the_batch_grows_with_the_data_so_that_the_steps_stay():
+def test_the_batch_is_the_same_at_every_size_or_grows_with_the_data_so_that_the_steps_stay():
     study = Study(sizes=(16, 64, 256, 1_024, 4_096, 16_384))
-    assert [study.batch_of(size) for size in study.sizes] == [4, 4, 4, 4, 4, 16]
-    for size in (4_096, 16_384):
-        cell = next(cell for cell in study.cells() if (cell.arm, cell.num_traces) == ("long", size))
+    assert {study.batch_of("long", size) for size in study.sizes} == {16}
+    assert [study.batch_of("growing", size) for size in study.sizes] == [4, 4, 4, 4, 16, 64]
+    for size in (1_024, 4_096, 16_384):
+        cell = Cell("tiny", "growing", size, 0, study.batch_of("growing", size))
         steps = len(plan_of(study, cell, [100 + i % 41 for i in range(size)]).steps)
-        assert abs(steps - 4 * 1_024) < 160
+        assert abs(steps - 4 * 256) < 40
 
 
-def test_the_fixed_batch_is_that_of_the_largest_size_and_repeats_no_cell_of_the_long_arm():
+def test_the_growing_batch_repeats_no_cell_of_the_long_arm():
     cells = Study(seeds=2).cells()
-    fixed = [cell for cell in cells if cell.arm == "fixed" and cell.seed == 1]
-    assert [(cell.num_traces, cell.batch_traces) for cell in fixed] == [(64, 16), (1_024, 16), (4_096, 16)]
+    growing = [cell for cell in cells if cell.arm == "growing" and cell.seed == 1]
+    assert [(cell.num_traces, cell.batch_traces) for cell in growing] == [(64, 4), (1_024, 4)]
     assert len({cell.name for cell in cells}) == len(cells)
     assert [(cell.model, cell.arm) for cell in cells[:4]] == [("tiny", BASE), ("tinier", BASE)] * 2
     assert [cell.seed for cell in cells[4:]] == sorted(cell.seed for cell in cells[4:])  # one seed's picture is whole first

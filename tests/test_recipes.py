@@ -80,11 +80,14 @@ def test_rows_longer_than_the_models_context_are_refused(tmp_path):
     assert "row_tokens is 2048 but tiny was made for 1024; pass --row_tokens 1024" in done.stderr
 
 
-def test_the_tiny_base_recipe_writes_what_ships(tmp_path):
-    done = start("train_tiny_base", "--smoke", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    made = {path.name for path in (tmp_path / "runs" / "train_tiny_base" / "001" / "tiny").iterdir()}
-    assert made == {path.name for path in (ROOT / "kit" / "tiny").iterdir()}
+def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tmp_path):
+    for _ in range(2):
+        done = start("train_tiny_base", "--smoke", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / "runs/train_tiny_base" / number / "tiny").iterdir()}
+                     for number in ("001", "002"))  # fmt: skip
+    assert first == second
+    assert set(first) == {path.name for path in (ROOT / "kit" / "tiny").iterdir()}
 
 
 def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):

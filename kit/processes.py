@@ -44,12 +44,14 @@ def run_apart(
                 result = _receive(connection, job, log)
                 if waiting:
                     busy[connection] = waiting.popleft()
-                    connection.send(busy[connection])
+                connection.send(busy.get(connection))  # None: no more
                 yield job, result
             on_wait(list(busy.values()))
-    finally:
+    except BaseException:
         for process in processes:
             process.kill()
+        raise
+    finally:
         for process in processes:
             process.join()
 
@@ -75,8 +77,7 @@ def _serve(function: Callable, connection: Connection, log: str) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 2)  # progress bars of several processes would overwrite each other
     torch.set_num_threads(1)
-    while True:
-        job = connection.recv()
+    while (job := connection.recv()) is not None:
         try:
             answer = None, function(*job)
         except ValueError as error:

@@ -194,11 +194,11 @@ def curves(found: Sequence[Finished]) -> list[Curve]:
     """A curve an arm of each model, in the study's order; a point has the seeds that are finished so far. A model whose untouched
     self has not been measured yet has none."""
     points = by_point(found)
+    bases = {model: point_of(cells) for (model, arm, _), cells in points.items() if arm == BASE}
     drawn: dict[tuple[str, str], Curve] = {}
     for (model, arm, _), cells in points.items():
-        base = points.get((model, BASE, 0))
-        if base and arm != BASE:
-            curve = drawn.setdefault((model, arm), Curve(title_of(cells[0], found), point_of(base), []))
+        if model in bases and arm != BASE:
+            curve = drawn.setdefault((model, arm), Curve(title_of(cells[0], found), bases[model], []))
             curve.points.append(point_of(cells))
     return list(drawn.values())
 

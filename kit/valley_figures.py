@@ -19,7 +19,7 @@ FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), (
 
 def valley_figure(drawn: Sequence[Curve]) -> Figure:
     """Accuracy and length against the number of traces, with bands; the untouched model is the dashed line."""
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(9, 9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
         for i, curve in enumerate(drawn):
@@ -38,7 +38,7 @@ def valley_figure(drawn: Sequence[Curve]) -> Figure:
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
     if drawn:
-        top.legend(fontsize=12)
+        figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
     return figure
 
 

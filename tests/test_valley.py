@@ -156,6 +156,7 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
         ("long traces", [8, 24]), ("short traces", [24]), (f"long traces, model of {size} parameters", [8, 24]),
     ]  # fmt: skip
     assert [curve.base.accuracy.mean for curve in drawn] == [found[i].row["accuracy"] for i in (0, 0, 1)]
+    assert drawn[0].base is drawn[1].base is not drawn[2].base  # a line for each model's untouched self, and one only
     page = write_report(broken).read_text()
     assert page.count("<img ") == 3 and "http" not in page
     for text in (

@@ -24,7 +24,7 @@ from kit.sweep import PAPER, RL, Cell, short_name
 from kit.sweep_jobs import DONE, FAILED, Outcome, read_outcomes
 from kit.sweep_results import Results, Sweep, curves_of, length_benchmark, method_name, rl_change, rl_sentences
 from kit.valley_curves import Curve, Estimate, Point, difference, findings
-from kit.valley_report import draw_line, trace_axis
+from kit.valley_figures import draw_line, trace_axis
 
 
 def write_report(path: Path) -> Path:

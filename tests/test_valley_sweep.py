@@ -112,7 +112,7 @@ def test_a_preset_says_every_one_of_its_deviations(recipe):
 
 
 def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(recipe, tmp_path):
-    config = parse(recipe.Config, ["--smoke", "--methods", "full+qlora", "--rl_sizes", "0,96", "--rl_flags", "--steps 2 --smoke"],
+    config = parse(recipe.Config, ["--smoke", "--methods", "full+qlora", "--rl_sizes", "0,96", "--rl_flags=--steps 2 --smoke"],
                    smoke=recipe.SMOKE)  # fmt: skip
     grid = Grid(parse_models(config.models, config.methods), (24, 96))
     chosen = {("tiny", "full"): ({"tile_tokens": 64}, ""), ("tiny", "qlora"): ({}, "it needs 99 GiB")}
@@ -151,7 +151,7 @@ def test_without_a_gpu_it_says_what_can_be_done_here_and_starts_nothing(recipe, 
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU") as refused:
         recipe.main(recipe.Config())
     assert "--plan" in str(refused.value) and "--smoke" in str(refused.value)
-    with pytest.raises(ValueError, match="rl_sizes is 0,500 but no model has 500 traces"):
+    with pytest.raises(ValueError, match="rl_sizes is 0,500 but no model is made with 500 traces"):
         recipe.main(recipe.Config(rl_sizes="0,500"))
     assert not (tmp_path / "runs").exists()
 

@@ -71,9 +71,7 @@ class Config:
     num_slots: int = 16  # responses sampled at once
     # reinforcement learning
     rl_sizes: str = ""  # traces of the models it starts from, 0 = the untouched one; "" = none
-    rl_flags: str = (
-        ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed, after an equals sign: --rl_flags="--preset rtx24"
-    )
+    rl_flags: str = ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed: --rl_flags="--preset rtx24"
     # run
     gpus: str = ""  # numbers of the cards, a process each; "" = one process on the first
     workers: int = 1  # processes at once with --device cpu

@@ -39,22 +39,6 @@ def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(name, value, 
     assert planned == pytest.approx(expected, rel=0.2)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize(
-    ("lean", "dear", "V", "layers"),
-    [({"update_in_backward": True}, {"optimizer": "adamw8bit"}, 500, 12),
-     ({"optimizer": "adamw8bit"}, {"optimizer": "adamw"}, 30_000, 2),
-     ({"recompute": True}, {"recompute": False}, 500, 12)],
-)  # fmt: skip
-def test_dropping_one_of_the_others_does_too(lean, dear, V, layers, rows, tmp_path):
-    """Those that the leanest settings do not let go of one by one."""
-    if "update_in_backward" in lean and rows > 1:
-        pytest.skip("a step that updates in the backward pass has one row")
-    planned, expected, before = moved(tmp_path, V, 512, layers, Savings(**lean), Savings(**dear), rows=rows)
-    assert planned > 0.1 * before
-    assert planned == pytest.approx(expected, rel=0.2)
-
-
 def test_a_second_row_moves_the_formula_as_it_moves_the_plan(tmp_path):
     """Its loss finds the gradients of the first."""
     (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": "llama", "vocab_size": 30_000}))

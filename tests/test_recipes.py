@@ -128,7 +128,8 @@ def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it
     done = start("memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = {row["row"]: row["total"] / 2**30 for row in json.loads((tmp_path / "table.json").read_text())}
-    assert len(figures) == 5 and figures["full, both"] <= min(figures["full, head blocked"], figures["full, optimizer on CPU"])
+    assert len(figures) == 5 and figures["full, optimizer on CPU"] < figures["full"]
+    assert figures["full, both"] < figures["full, head blocked"]
     lines = done.stdout.splitlines()[-7:]
     assert lines[:2] == ["| | tiny |", "|---|---:|"]
     assert lines[2:] == [f"| {name} | {total:.2f} |" for name, total in figures.items()]

@@ -19,8 +19,8 @@ from kit.study import ARMS, BASE, Cell, Study, make_traces
 from kit.valley import curves, plan_of, read_cells
 from kit.valley_report import write_report
 
-STUDY = Study(models=("tiny", "tinier"), arms=("long", "short"), sizes=(8, 24), control_sizes=(24,), seeds=1, epochs=2, batch_traces=4,
-              num_samples=1, params=SamplingParams(max_new_tokens=48), checkpoint_every=3)  # fmt: skip
+STUDY = Study(models=("tiny", "tinier"), arms=("long", "short"), sizes=(8, 24), control_sizes=(24,), seeds=1, epochs=2,
+              batch_traces=4, num_samples=1, params=SamplingParams(max_new_tokens=48), checkpoint_every=3)  # fmt: skip
 BENCHMARK = BENCHMARKS["toy"].read(limit=6)
 
 

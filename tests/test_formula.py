@@ -29,8 +29,7 @@ def moved(tmp_path, V, T, layers, *both, rows=1):
 
 @pytest.mark.parametrize(
     ("name", "value", "V", "T", "layers"),  # where the owner that the saving is for is a good part of the peak
-    [("tile_tokens", 0, 500, 2048, 2), ("offload_inputs", False, 500, 512, 24), ("offload_optimizer", False, 30_000, 256, 2),
-     ("head_update", "whole", 30_000, 256, 2), ("logit_rows", 0, 30_000, 256, 2)],
+    [("tile_tokens", 0, 500, 2048, 2), ("offload_optimizer", False, 30_000, 256, 2), ("head_update", "whole", 30_000, 256, 2)],
 )  # fmt: skip
 def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(name, value, V, T, layers, tmp_path, small_heads):
     lean = Savings(**LEAN | {"tile_tokens": T // 4}, head_update="blocked", offload_optimizer=True)

@@ -17,10 +17,10 @@ QUESTIONS = {"math500": 60, "aime24": 12}
 
 def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=True, luck=None):
     """Two samples a question of both benchmarks, right with the same chance, or a chance a benchmark. luck: of its own unless
-    given."""
+    given, the same wherever the sweep lies."""
     for name, count in QUESTIONS.items():
         level = accuracy[name] if isinstance(accuracy, dict) else accuracy
-        rng = random.Random(f"{luck or folder} {name}")
+        rng = random.Random(f"{luck or '/'.join(folder.parts[-3:])} {name}")
         journal = Journal(folder / f"{name}.jsonl")
         journal.append({"header": {"seed": seed, "prompt": "p", **dict(header)}})
         for i in range(count):

@@ -70,7 +70,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
                 step = int(state["step"]) + 1
-                state["step"] = torch.tensor(float(step))  # a new one: fake ones know the value of what was never changed in place
+                # a new one: fake ones know the value of what was never changed in place
+                state["step"] = torch.tensor(float(step))
                 gradient = parameter.grad.float()
                 state["exp_avg"].lerp_(gradient, 1 - beta1)
                 state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -12,16 +12,23 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from kit import checkpoint
 from kit.benchmarks import Question
 from kit.episodes import Episode, by_group
 from kit.journal import Journal
+from kit.models import head_weight
+from kit.peak import PeakMemory
 from kit.rl import Policy, group_has_signal, rollout, update
 from kit.rl_prompts import draw
 from kit.run import RunFolder
+
+if TYPE_CHECKING:
+    from kit.memory import Plan
 
 SAMPLES = "rollouts.jsonl"
 LOSS_NEAR_ZERO = (
@@ -31,13 +38,17 @@ LOSS_NEAR_ZERO = (
 
 
 def train(
-    policy: Policy, questions: Sequence[Question], run: RunFolder, *, steps: int, batch_prompts: int, checkpoint_every: int = 0
-) -> Path:
+    policy: Policy, questions: Sequence[Question], run: RunFolder, *, steps: int, batch_prompts: int, checkpoint_every: int = 0,
+    planned: Plan | None = None,
+) -> Path:  # fmt: skip
     """Train for `steps` steps of batch_prompts prompts; returns the folder of the finished model.
+
+    planned: the larger of sampling's and update's; on a card, what was measured after ten steps is printed beside it and stored
+    in memory.json.
 
     Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints every so many steps (0 = none before the
     end). Where run.path holds a checkpoint, training goes on from it; where it holds the finished model, nothing is done.
-    Raises ValueError where loss or gradient is not finite: the last checkpoint is intact and named.
+    Raises ValueError where loss or gradient is not finite and where memory runs out: the last checkpoint is intact and named.
     """
     finished = run.path / "model"
     if finished.is_dir():
@@ -48,22 +59,27 @@ def train(
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
     policy.drawn = checkpoint.read_progress(newest)["drawn"] if newest else 0
+    memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
     bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
-        episodes, resamples = gather(policy, questions, batch_prompts)
-        seconds = time.perf_counter() - start
-        found = update(policy, episodes)
+        try:
+            episodes, resamples = gather(policy, questions, batch_prompts)
+            seconds = time.perf_counter() - start
+            found = update(policy, episodes)
+        except torch.OutOfMemoryError as error:
+            raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
         if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
             newest = checkpoint.latest(checkpoints)
             raise ValueError(
                 f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower --lr. "
                 f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
             )
+        memory.look(step, steps)
         sampled = sum(len(episode.completion.ids) for episode in episodes)
         run.metrics.append(
             {"step": step, **found, "resamples": resamples, "drawn": policy.drawn, "rollout_seconds": seconds,
-             "rollout_tokens_per_second": sampled / seconds}
+             "rollout_tokens_per_second": sampled / seconds, "peak_gib": memory.gib}
         )  # fmt: skip
         for episode in by_group(episodes)[0]:
             samples.append(

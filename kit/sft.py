@@ -22,7 +22,8 @@ from kit import checkpoint
 from kit.models import head_weight
 from kit.optim import cosine_with_warmup
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
-from kit.run import RunFolder, write_json
+from kit.peak import PeakMemory
+from kit.run import RunFolder
 from kit.savings import Savings
 from kit.step import TrainingStep
 
@@ -100,9 +101,7 @@ def train(
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
     device = head_weight(model).device
-    gib = None  # measured peak; only a card tells
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # the sampler's cache was there before: it is no part of the step
+    memory = PeakMemory(device, planned, run.path / "memory.json")
     bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
     for step in range(done, len(plan.steps)):
         start = time.perf_counter()
@@ -113,7 +112,7 @@ def train(
         try:
             loss, norm = (x.item() for x in training_step(batches))
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(step, planned, gib, checkpoint.latest(checkpoints)) from error
+            raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
         seconds = time.perf_counter() - start
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
@@ -122,17 +121,14 @@ def train(
                 f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
             )
         tokens = sum(map(len, batches))
-        if device.type == "cuda":
-            gib = torch.cuda.max_memory_allocated() / 2**30
-            if step + 1 == min(10, len(plan.steps)) and planned is not None:
-                compare_with_plan(gib, planned, run.path / "memory.json")
+        memory.look(step + 1, len(plan.steps))
         run.metrics.append(
             {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm, "tokens": tokens,
              "targets": sum(batch.num_targets for batch in batches), "traces": sum(batch.num_documents for batch in batches),
-             "seconds": seconds, "peak_gib": gib}
+             "seconds": seconds, "peak_gib": memory.gib}
         )  # fmt: skip
-        memory = {} if gib is None else {"GiB": f"{gib:.1f}"}
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}", **memory}, refresh=False)
+        held = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
+        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}", **held}, refresh=False)
         bar.update()
         if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < len(plan.steps):
             checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
@@ -141,19 +137,3 @@ def train(
     checkpoint.save_model(finished, model, tokenizer)
     shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
     return finished
-
-
-def compare_with_plan(gib: float, planned: Plan, path: Path) -> None:
-    """gib: measured on a card, beside the plan: printed, and kept in path."""
-    tqdm.write(f"memory      measured peak {gib:.2f} GiB of tensors, planned {planned.peak / 2**30:.2f} GiB (simulated)")
-    write_json(path, {"measured_peak_gib": gib, "planned": planned.as_json()})
-
-
-def out_of_memory(step: int, planned: Plan | None, last_gib: float | None, newest: Path | None) -> ValueError:
-    """What to say of step + 1. last_gib: the peak of the steps before; newest: the last checkpoint."""
-    view = "no plan was made" if planned is None else f"the plan said {planned.total / 2**30:.2f} GiB, at most in {planned.when}"
-    last = "" if last_gib is None else f"; the steps before peaked at {last_gib:.2f} GiB"
-    return ValueError(
-        f"step {step + 1} ran out of memory: {view}{last}. Pass --gpu_gb with the card's size in GiB to have leaner settings "
-        f"chosen, and --resume: the last checkpoint is {newest or 'none, so the run starts over'}"
-    )

@@ -232,8 +232,9 @@ def main(config: Config) -> None:
         savings=settings_of(config, Savings),
     )  # fmt: skip
     trained = train(
-        policy, questions, run, steps=config.steps, batch_prompts=config.batch_prompts, checkpoint_every=config.checkpoint_every
-    )
+        policy, questions, run, steps=config.steps, batch_prompts=config.batch_prompts, checkpoint_every=config.checkpoint_every,
+        planned=planned and planned.larger,
+    )  # fmt: skip
     del policy, model  # what is measured next is what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)
     measure("after")

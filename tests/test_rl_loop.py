@@ -69,6 +69,19 @@ def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_
     assert sum(row["resamples"] for row in rows[0]) > 0  # so that the data's position is no function of the step
 
 
+def test_running_out_of_memory_is_told_with_the_checkpoint_to_go_on_from(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def run_out(question, completion):
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 4:  # in the fifth step, after the checkpoint
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return float(len(completion.ids) % 2)
+
+    with pytest.raises(ValueError, match=r"step 5 ran out of memory: no plan was made.*checkpoint is .*step_0000003$") as error:
+        run_training(tmp_path / "run", reward=run_out)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
 MOMENTS = {  # of the second checkpoint, after 6 steps, and how many steps the newest one has when the kill has come
     "before the checkpoint": 3, "before its rename": 3, "before the older one is deleted": 6, "after the checkpoint": 6,
 }  # fmt: skip

@@ -14,7 +14,7 @@ from kit.optim import make_optimizer
 from kit.packing import PackedBatch
 from kit.run import RunFolder
 from kit.savings import Savings
-from kit.sft import TrainingPlan, compare_with_plan, out_of_memory, train
+from kit.sft import TrainingPlan, train
 from kit.step import TrainingStep
 from kit.toy import make_tokenizer
 
@@ -158,18 +158,6 @@ def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_o
     _, broken = run_training(tmp_path / "run", resume=True)
     _, whole = run_training(tmp_path / "whole")
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-
-
-def test_what_a_card_measured_is_told_beside_the_plan_and_kept(tmp_path, capsys):
-    """No card is here: the two reports are called with a figure."""
-    planned = plan("tiny", row_tokens=32)
-    compare_with_plan(3.21, planned, tmp_path / "memory.json")
-    assert f"measured peak 3.21 GiB of tensors, planned {planned.peak / GIB:.2f} GiB (simulated)" in capsys.readouterr().out
-    kept = json.loads((tmp_path / "memory.json").read_text())
-    assert kept["measured_peak_gib"] == 3.21 and kept["planned"]["peak"] == planned.peak
-    error = out_of_memory(6, None, 3.21, None)
-    assert "step 7 ran out of memory: no plan was made; the steps before peaked at 3.21 GiB." in str(error)
-    assert "none, so the run starts over" in str(error)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

@@ -1,15 +1,112 @@
-"""Tests in a process of their own: a file's kernels in Triton's interpreter, and a run that is killed and resumed."""
+"""Tests in a process of their own: a file's kernels in Triton's interpreter, a recipe, and a run that is killed and resumed."""
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from kit import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+# Importing torch and transformers takes seconds, often longer than the run itself: on Linux one clean process imports them and
+# is forked for every child. It has computed nothing, so there are no threads whose state a fork could lose.
+CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+CONTEXT.set_forkserver_preload([
+    "pytest", "peft", "kit.evaluate", "kit.memory", "kit.qlora", "kit.report", "kit.rl_loop", "kit.sft", "kit.valley_report",
+    "transformers.models.gemma3.modeling_gemma3", "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+])  # fmt: skip
+
+
+class Child:
+    """`function(*arguments)` in a process of its own, on one thread, without a GPU and without the network."""
+
+    def __init__(self, function, *arguments, cwd="."):
+        self._folder = tempfile.TemporaryDirectory()
+        self._process = CONTEXT.Process(target=_run, args=(function, arguments, str(Path(cwd).resolve()), self._folder.name))
+        for name in ("1", "2"):
+            Path(self._folder.name, name).touch()
+        self._process.start()
+        atexit.register(self.kill)  # a test that fails must not leave it running
+
+    def poll(self) -> int | None:
+        """The exit status, minus the signal's number if one ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self._process.kill()
+        self._process.join()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    @property
+    def stdout(self) -> str:
+        return Path(self._folder.name, "1").read_text(encoding="utf-8")
+
+    @property
+    def stderr(self) -> str:
+        return Path(self._folder.name, "2").read_text(encoding="utf-8")
+
+
+def _run(function, arguments, cwd, streams):
+    for descriptor in (1, 2):
+        os.dup2(os.open(Path(streams, str(descriptor)), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    import torch
+
+    torch.set_num_threads(1)
+    os.chdir(cwd)
+    try:
+        function(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
+
+
+def _run_script(file, flags):
+    sys.argv[:] = [file, *flags]
+    sys.path.insert(0, str(Path(file).parent))
+    runpy.run_path(file, run_name="__main__")
+
+
+def _run_function(file, function, arguments, keywords):
+    sys.path.insert(0, str(Path(file).parent))
+    getattr(__import__(Path(file).stem), function)(*arguments, **keywords)
+
+
+def start_recipe(recipe: str, *flags: str, cwd: Path) -> Child:
+    """recipes/<recipe>.py with these flags, in the folder cwd."""
+    return Child(_run_script, str(ROOT / "recipes" / f"{recipe}.py"), flags, cwd=cwd)
+
+
+def run_recipe(recipe: str, *flags: str, cwd: Path) -> Child:
+    """The same, when it has ended."""
+    child = start_recipe(recipe, *flags, cwd=cwd)
+    child.wait()
+    return child
+
+
+def call(file: str, function: str, *arguments, **keywords) -> Child:
+    """`function` of the test file `file`, in a process that has just been started."""
+    return Child(_run_function, file, function, arguments, keywords)
+
+
+def wait(child: Child) -> None:
+    assert child.wait() == 0, child.stderr
 
 
 def pass_in_the_interpreter(file: str, *options: str) -> None:
@@ -18,18 +115,6 @@ def pass_in_the_interpreter(file: str, *options: str) -> None:
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)
-
-
-def call(file: str, function: str, *arguments, **keywords) -> subprocess.Popen:
-    """`function` of the test file `file`, on one thread, in a process that has just been started."""
-    shown = ", ".join([*map(repr, arguments), *(f"{name}={value!r}" for name, value in keywords.items())])
-    code = f"import sys; sys.path.insert(0, {str(Path(file).parent)!r}); from {Path(file).stem} import *; {function}({shown})"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def wait(child: subprocess.Popen) -> None:
-    assert child.wait() == 0, child.stderr.read().decode()
 
 
 def train_unbroken_and_killed(start, folder: Path, *, lines: int, newest_checkpoint: str) -> None:
@@ -42,10 +127,9 @@ def train_unbroken_and_killed(start, folder: Path, *, lines: int, newest_checkpo
     metrics = folder / "broken" / "metrics.jsonl"
     while broken.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= lines):
         time.sleep(0.001)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
+    broken.kill()
     if (folder / "broken" / "model").exists():
         pytest.fail("the run ended before it could be killed: give it more steps")
-    assert broken.returncode == -signal.SIGKILL
+    assert broken.returncode == -signal.SIGKILL, broken.stderr
     assert checkpoint.latest(folder / "broken" / "checkpoints").name == newest_checkpoint
     wait(start(str(folder / "broken"), True))

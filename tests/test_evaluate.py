@@ -1,12 +1,8 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from children import call, wait
 
 from kit import models
 from kit.benchmarks import parse_benchmarks
@@ -79,36 +75,20 @@ def test_a_cut_inside_a_character_of_several_bytes_leaves_it_out(tiny):
     assert _cuts(completion, Bytes()) == {"16": 15, "32": 31}
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from test_evaluate import HOT, toy
-from kit import models
-from kit.chat import ChatFormat
-from kit.evaluate import evaluate
-model, tokenizer = models.load("tiny", device="cpu")
-evaluate(model, ChatFormat(tokenizer, instruction=""), toy(30), HOT, Path({out!r}), num_samples=2, num_slots={slots})
-"""
-
-
-def child(out, slots):
-    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), slots=slots)
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+def measure(out, slots):
+    model, tokenizer = models.load("tiny", device="cpu")
+    evaluate(model, ChatFormat(tokenizer, instruction=""), toy(30), HOT, out, num_samples=2, num_slots=slots)
 
 
 def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path):
-    whole = child(tmp_path / "whole", 8)
-    assert whole.wait() == 0, whole.stderr.read().decode()
+    wait(call(__file__, "measure", tmp_path / "whole", 8))
     path = tmp_path / "broken" / "toy.jsonl"
-    broken = child(tmp_path / "broken", 1)
+    broken = call(__file__, "measure", tmp_path / "broken", 1)
     while broken.poll() is None and not (path.exists() and path.read_text().count("\n") >= 10):
         time.sleep(0.001)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
+    broken.kill()
     assert 10 <= path.read_text().count("\n") < 61, "killed too late to test anything"
-    resumed = child(tmp_path / "broken", 5)
-    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    wait(call(__file__, "measure", tmp_path / "broken", 5))
 
     def rows(name):
         found = read_result(tmp_path / name / "toy.jsonl").rows

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from children import run_recipe
 from peft import LoraConfig, get_peft_model
-from test_recipes import start
 from transformers import AutoModelForCausalLM
 
 from kit import checkpoint, models, qlora
@@ -24,7 +24,7 @@ def samples(run):
 
 
 def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
-    done = start("evaluate", *QUICK, cwd=tmp_path)
+    done = run_recipe("evaluate", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "evaluate" / "001"
     assert {path.name for path in run.iterdir()} >= {"config.json", "results.json", "report.html", "caps.png", "length.png"}
@@ -38,7 +38,7 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
 
     lines = (run / "samples" / "toy.jsonl").read_text().splitlines(keepends=True)
     (run / "samples" / "toy.jsonl").write_text("".join(lines[:5]) + lines[5][:40])  # a kill in the middle of a line
-    again = start("evaluate", *QUICK, "--resume", cwd=tmp_path)
+    again = run_recipe("evaluate", *QUICK, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert {(r["question"], r["sample"]): r["text"] for r in found.rows} == {
         key: row["text"] for key, row in samples(run).items()
@@ -48,16 +48,16 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
 
 def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
     for out, flags in (("a", []), ("b", ["--seed", "1"])):
-        done = start("evaluate", *QUICK, "--out", out, *flags, cwd=tmp_path)
+        done = run_recipe("evaluate", *QUICK, "--out", out, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    same = start("evaluate", "--compare", "a,a", cwd=tmp_path)
+    same = run_recipe("evaluate", "--compare", "a,a", cwd=tmp_path)
     assert "toy: difference +0.0 points, 95 % interval +0.0 to +0.0 (paired bootstrap over 6 questions)" in same.stdout
-    refused = start("evaluate", "--compare", "a,b", cwd=tmp_path)
+    refused = run_recipe("evaluate", "--compare", "a,b", cwd=tmp_path)
     assert refused.returncode == 1
     assert "seed 0 and 1" in refused.stderr and "--force" in refused.stderr
-    assert start("evaluate", "--compare", "a,b", "--force", cwd=tmp_path).returncode == 0
-    assert "takes two run folders" in start("evaluate", "--compare", "a", cwd=tmp_path).stderr
-    assert "no benchmark in common" in start("evaluate", "--compare", "a,c", cwd=tmp_path).stderr
+    assert run_recipe("evaluate", "--compare", "a,b", "--force", cwd=tmp_path).returncode == 0
+    assert "takes two run folders" in run_recipe("evaluate", "--compare", "a", cwd=tmp_path).stderr
+    assert "no benchmark in common" in run_recipe("evaluate", "--compare", "a,c", cwd=tmp_path).stderr
 
 
 def test_a_folder_of_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp_path):
@@ -70,7 +70,7 @@ def test_a_folder_of_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     checkpoint.save_model(tmp_path / "adapters", model, tokenizer)
     assert (tmp_path / "adapters" / "adapter_config.json").is_file()
-    done = start("evaluate", *QUICK, "--model", "./adapters", "--out", "run", cwd=tmp_path)
+    done = run_recipe("evaluate", *QUICK, "--model", "./adapters", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
         read_result(tmp_path / "run" / "samples" / "toy.jsonl").accuracy < 0.5
@@ -88,7 +88,7 @@ def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_
                 parameter.data -= 10 * parameter.grad
                 parameter.grad = None
     adapted.save_pretrained(tmp_path / "adapters")
-    done = start("evaluate", *QUICK, "--model", "./adapters", "--out", "run", cwd=tmp_path)
+    done = run_recipe("evaluate", *QUICK, "--model", "./adapters", "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = read_result(tmp_path / "run" / "samples" / "toy.jsonl")
     assert found.accuracy < 0.5  # the shipped model alone is nearly always right
@@ -104,16 +104,16 @@ def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_
     ],
 )
 def test_what_cannot_run_says_what_to_do(flags, message, tmp_path):
-    done = start("evaluate", *flags, cwd=tmp_path)
+    done = run_recipe("evaluate", *flags, cwd=tmp_path)
     assert done.returncode != 0
     assert message in done.stderr
 
 
 def test_the_samplers_bench_checks_every_engines_answers(tmp_path):
-    done = start("bench_sampler", "--smoke", "--json", "figures.json", cwd=tmp_path)
+    done = run_recipe("bench_sampler", "--smoke", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["ours", "generate_batch", "generate"]
     assert [row["answers_as_expected"] for row in figures["rows"]] == [8, 8, 8]
     assert "ours against generate_batch: " in done.stdout
-    assert "leave 'fast' out" in start("bench_sampler", "--smoke", "--engines", "fast", cwd=tmp_path).stderr
+    assert "leave 'fast' out" in run_recipe("bench_sampler", "--smoke", "--engines", "fast", cwd=tmp_path).stderr

@@ -1,15 +1,13 @@
 """The GRPO recipe's memory plan: --gpu_gb, and the look at the card before anything is loaded."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from children import run_recipe
 
 from kit.config import parse
 from kit.machine import GIB
@@ -17,12 +15,6 @@ from kit.memory import CONTEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--model", "tiny", "--row_tokens", "256", "--max_new_tokens", "64"]
-
-
-def start(*flags, cwd):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "recipes" / "grpo_qwen2_5_0_5b.py"), *flags]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -36,11 +28,11 @@ def recipe(monkeypatch):
 @pytest.mark.parametrize("adapters", [["--qlora_rank", "4"]])
 def test_the_plan_for_a_card_prints_flags_that_give_the_same_plan_again(adapters, tmp_path):
     flags = ["--plan", *TINY, *adapters]
-    done = start(*flags, "--gpu_gb", "0.75", "--json", "chosen.json", cwd=tmp_path)
+    done = run_recipe("grpo_qwen2_5_0_5b", *flags, "--gpu_gb", "0.75", "--json", "chosen.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     printed = re.search(r"for a card of 0.75 GB: (.*)", done.stdout)[1]
     assert re.search(r"--optimizer adamw8bit .*--num_slots [1-9]\d*$", printed)
-    again = start(*flags, *printed.split(), "--json", "again.json", cwd=tmp_path)
+    again = run_recipe("grpo_qwen2_5_0_5b", *flags, *printed.split(), "--json", "again.json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     chosen, again = (json.loads((tmp_path / name).read_text()) for name in ("chosen.json", "again.json"))
     assert chosen == again and chosen["total"] <= 0.75 * GIB
@@ -48,7 +40,7 @@ def test_the_plan_for_a_card_prints_flags_that_give_the_same_plan_again(adapters
 
 
 def test_a_card_too_small_is_refused_before_any_download_or_folder(tmp_path):
-    done = start("--gpu_gb", "0.5", *TINY, cwd=tmp_path)
+    done = run_recipe("grpo_qwen2_5_0_5b", "--gpu_gb", "0.5", *TINY, cwd=tmp_path)
     assert done.returncode == 1
     assert "gpu_gb is 0.5 but tiny with answers of 64 tokens in rows of 256 needs 0." in done.stderr
     assert "largest owners are " in done.stderr and not (tmp_path / "runs").exists()

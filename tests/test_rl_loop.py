@@ -124,7 +124,7 @@ def test_no_kill_between_metrics_and_checkpoint_skips_or_repeats_a_prompt(moment
     """A kill loses no line of metrics that was written; a machine that goes down may lose the last ones."""
     out = tmp_path / "run"
     child = call(__file__, "run_until_killed", str(out), moment)
-    assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
+    assert child.wait() == -signal.SIGKILL, child.stderr
     assert checkpoint.latest(out / "checkpoints").name == f"step_{MOMENTS[moment]:07d}"
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert len(lines) == 6

@@ -1,22 +1,18 @@
 """Cells: what they are made of, and that a killed study ends with the rows and samples of an unbroken one."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from children import call, wait
 
 from kit.benchmarks import BENCHMARKS
 from kit.generate import SamplingParams
 from kit.grade import grade
 from kit.responses import reflects
 from kit.study import ARMS, BASE, Cell, Study, make_traces
-from kit.valley import curves, plan_of, read_cells
+from kit.valley import Valley, curves, plan_of, read_cells
 from kit.valley_report import write_report
 
 STUDY = Study(models=("tiny", "tinier"), arms=("long", "short"), sizes=(8, 24), control_sizes=(24,), seeds=1, epochs=2,
@@ -95,20 +91,9 @@ def test_a_folder_without_a_finished_cell_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-CHILD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_valley import BENCHMARK, STUDY
-from kit.valley import Valley
-for finished in Valley(STUDY, BENCHMARK, Path({out!r})).run(num_workers={workers}):
-    pass
-"""
-
-
-def child(out, workers):
-    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out), workers=workers)
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+def measure(out, workers):
+    for _ in Valley(STUDY, BENCHMARK, out).run(num_workers=workers):
+        pass
 
 
 def rows(path):
@@ -122,23 +107,20 @@ def rows(path):
 
 
 def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as_an_unbroken_run(tmp_path):
-    whole = child(tmp_path / "whole", workers=1)
-    assert whole.wait() == 0, whole.stderr.read().decode()
+    wait(call(__file__, "measure", tmp_path / "whole", workers=1))
     broken = tmp_path / "broken"
     for where in ("cells/tiny-long-24-seed0/metrics.jsonl", "cells/tiny-short-24-seed0/samples/toy.jsonl"):
-        process = child(broken, workers=1)
+        process = call(__file__, "measure", broken, workers=1)
         while process.poll() is None and not ((broken / where).exists() and (broken / where).read_text().count("\n") >= 4):
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
         finished = (broken / "cells.jsonl").read_text().splitlines()
         assert where.split("/")[1] not in "".join(finished), "killed too late to test anything"
         written = (broken / where).read_text()
         time.sleep(1.0)
         assert (broken / where).read_text() == written  # the process that made the cell ended with the one that was killed
     before = (broken / "cells.jsonl").read_text()
-    resumed = child(broken, workers=2)
-    assert resumed.wait() == 0, resumed.stderr.read().decode()
+    wait(call(__file__, "measure", broken, workers=2))
     assert (broken / "cells.jsonl").read_text().startswith(before)  # finished cells are kept, their times too
     assert rows(broken) == rows(tmp_path / "whole")
     untimed, samples = rows(broken)

@@ -1,33 +1,19 @@
 """The sweep as a person starts it: real processes, the shipped model, a model whose context is too short, and a kill."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from children import run_recipe, start_recipe
 
 from kit.config import parse
 from kit.sweep import MODELS, TABLE, Grid, parse_models, parse_numbers
 from kit.toy import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def start(*flags, cwd):
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(ROOT / "recipes" / "valley_sweep.py"), *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
 
 
 @pytest.fixture
@@ -40,11 +26,11 @@ def recipe(monkeypatch):
 
 @pytest.fixture
 def short_context(tmp_path):
-    """The shipped model, said to be made for 256 tokens."""
+    """The shipped model, said to be made for 32 tokens."""
     folder = tmp_path / "short"
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     return folder
 
 
@@ -54,29 +40,31 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     run = tmp_path / "runs" / "valley_sweep" / "001"
     cell, baseline, journal = run / "cells" / "tiny-full-96-seed0", run / "baselines" / "tiny-seed0", run / "jobs.jsonl"
     metrics = cell / "metrics.jsonl"
-    sweep = start(*flags, cwd=tmp_path)
+    sweep = start_recipe("valley_sweep", *flags, cwd=tmp_path)
     while sweep.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
         time.sleep(0.01)
-    sweep.send_signal(signal.SIGKILL)
-    assert sweep.wait() == -signal.SIGKILL, sweep.stderr.read()
+    sweep.kill()
+    assert sweep.returncode == -signal.SIGKILL, sweep.stderr
     assert [json.loads(line)["job"] for line in journal.read_text().splitlines()] == ["baseline tiny-seed0"]
     assert not (cell / "model").exists() and list((cell / "checkpoints").glob("step_*"))
     kept = {path: path.stat().st_mtime_ns for path in baseline.rglob("*")}
 
-    resumed = start(*flags, "--resume", cwd=tmp_path)
-    output, errors = resumed.communicate()
-    assert resumed.returncode == 1 and "1 of 4 runs failed: cell short-full-96-seed0; --resume" in errors, errors
+    resumed = run_recipe("valley_sweep", *flags, "--resume", cwd=tmp_path)
+    output, errors = resumed.stdout, resumed.stderr
+    assert resumed.returncode == 1
+    assert "2 of 4 runs failed: baseline short-seed0, cell short-full-96-seed0; --resume" in errors, errors
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())  # what was done is not done again
     rows = [json.loads(line) for line in journal.read_text().splitlines()][1:]
     assert [(row["job"], row["status"]) for row in rows] == [
-        ("cell tiny-full-96-seed0", "done"), ("baseline short-seed0", "done"), ("cell short-full-96-seed0", "failed"),
+        ("cell tiny-full-96-seed0", "done"), ("baseline short-seed0", "failed"), ("cell short-full-96-seed0", "failed"),
     ]  # fmt: skip
-    assert "row_tokens is 1024 but" in rows[-1]["error"] and "was made for 256; pass --row_tokens 256" in rows[-1]["error"]
-    assert any("run folder" in line for line in Path(tmp_path / rows[-1]["log"]).read_text().splitlines())
+    assert "max_new_tokens is 40, but the model was made for 32" in rows[1]["error"]
+    assert rows[2]["error"] == "not started: it needs baseline short-seed0, which failed"
+    assert any("run folder" in line for line in Path(tmp_path / rows[1]["log"]).read_text().splitlines())
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 13))  # none twice or missing
 
     for line in ("lr 0.003 (paper: 5e-05)", "num_questions 4 (paper: all)", "cell tiny-full-96-seed0, ",
-                 "FAILED cell short-full-96-seed0: ValueError: row_tokens is", "Tiny, full fine-tuning: accuracy ",
+                 "FAILED baseline short-seed0: ValueError: prompt 0 has", "Tiny, full fine-tuning: accuracy ",
                  "report runs"):  # fmt: skip
         assert line in output
     assert (cell / "before" / "toy.jsonl").read_bytes() == (baseline / "samples" / "toy.jsonl").read_bytes()

@@ -87,15 +87,17 @@ class Curve:
 
     @property
     def shape(self) -> str:
-        """flat, rising, falling (ends where it is lowest, within chance), crossing (climbs, still below the start) or valley
-        (falls and climbs back to the start or above)."""
+        """flat, rising, falling (ends where it is lowest, within chance), crossing (climbs, still below the start), valley (falls
+        and climbs back to the start or above) or unclear (climbs, and its end is known too roughly to say whether it is back)."""
         changes = self.changes()
         looks = len(changes)
         if not changes[self.lowest].below_zero(looks):
             return "rising" if any(change.above_zero(looks) for change in changes) else "flat"
         if not self.climb.above_zero(looks):
             return "falling"
-        return "crossing" if changes[-1].below_zero() else "valley"
+        if changes[-1].below_zero():
+            return "crossing"
+        return "valley" if changes[-1].low > changes[self.lowest].mean / 2 else "unclear"  # more than half is back for certain
 
     @property
     def climb(self) -> Estimate:
@@ -197,6 +199,11 @@ def accuracy_sentence(curve: Curve) -> str:
     climb = f"{fall}, then climbs to {percent(last.accuracy)} at {last.num_traces:,} ({_change(curve.climb)} from the lowest)"
     if curve.shape == "crossing":
         return f"{climb}, still below the untouched model ({_change(changes[-1])})."
+    if curve.shape == "unclear":
+        return (
+            f"{climb}; whether it is back at the untouched model's is not known ({_change(changes[-1])}): that takes more seeds "
+            "or questions."
+        )
     if changes[-1].above_zero():
         return f"{climb}, above the untouched model ({_change(changes[-1])}): the valley is crossed."
     return f"{climb}, where it cannot be told from the untouched model ({_change(changes[-1])}): the valley is crossed."
@@ -214,8 +221,8 @@ def length_sentence(curve: Curve) -> str:
     subject = f"{_capital(curve.name)}: answers"
     if not grew:
         return (
-            f"{subject} do not get longer at any size ({start.mean:.0f} tokens before, at most {peak.length.mean:.0f}, at "
-            f"{peak.num_traces:,} traces)."
+            f"{subject} get longer at no size beyond chance ({start.mean:.0f} tokens before, at most {peak.length.mean:.0f} ± "
+            f"{peak.length.half:.0f}, at {peak.num_traces:,} traces)."
         )
     rise = (
         f"{subject} get {ratios[longest]:.1f} times as long, at {peak.num_traces:,} traces "

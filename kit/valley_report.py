@@ -31,10 +31,12 @@ def write_report(path: Path) -> Path:
     found = read_cells(path)
     drawn = curves(found)
     config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
+    first = findings(drawn[:1])
     sections = [
-        _sentences(findings(drawn)),
         embed(path / "valley.png", valley_figure(drawn)),
         _note(found),
+        _sentences(first),
+        *_others(findings(drawn)[len(first) :]),
         *_why(path, first_model(found)),
         *_rl(path),
         "<h2>Every point</h2>" + table(found),
@@ -153,6 +155,11 @@ def table(found: Sequence[Finished]) -> str:
 
 def _sentences(lines: Sequence[str]) -> str:
     return "".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines)
+
+
+def _others(lines: Sequence[str]) -> list[str]:
+    """What the other arms' curves say, below that of the first."""
+    return ["<h2>The other arms</h2><ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"] if lines else []
 
 
 def _note(found: Sequence[Finished]) -> str:

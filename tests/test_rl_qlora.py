@@ -1,15 +1,11 @@
 """GRPO on adapters beside a real NF4 base: the reference is the base, and nothing but adapters moves."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from children import call, train_unbroken_and_killed
+from children import call, run_recipe, train_unbroken_and_killed
 from conftest import make_model
 from safetensors.torch import load_file
 from test_qlora import dense_twin, make_qlora
@@ -25,7 +21,6 @@ from kit.rl_settings import Settings
 from kit.run import RunFolder
 from kit.savings import Savings
 
-ROOT = Path(__file__).resolve().parents[1]
 WITH_KL = replace(BASE, kl="k3", kl_coef=0.3)
 SETTINGS = Settings(group_size=4, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3",
                     kl_coef=0.05)  # fmt: skip
@@ -140,9 +135,7 @@ def test_killed_by_sigkill_and_resumed_adapters_and_rollouts_are_bit_equal_to_an
 
 
 def recipe(*flags, cwd):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "recipes" / "grpo_qwen2_5_0_5b.py"), "--smoke", "--qlora_rank", "4", *flags]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    return run_recipe("grpo_qwen2_5_0_5b", "--smoke", "--qlora_rank", "4", *flags, cwd=cwd)
 
 
 def test_the_recipe_trains_saves_and_measures_adapters(tmp_path):

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from children import call, run_recipe, wait
 
 from kit.config import parse
 
@@ -16,16 +18,10 @@ TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
 QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
 
 
-def start(recipe, *flags, cwd):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), *flags],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
-    done = start("gemma3_1b_8k", *QUICK, cwd=tmp_path)
+    command = [sys.executable, str(ROOT / "recipes" / "gemma3_1b_8k.py"), *QUICK]  # as from a shell, with nothing imported yet
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "gemma3_1b_8k" / "001"
     for line in ("traces kept", "optimizer steps of", "before      toy:", "after       toy:", "toy: accuracy ", "report runs"):
@@ -38,18 +34,18 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
     before, after = ((run / stage / "toy.jsonl").read_text().splitlines()[0] for stage in ("before", "after"))
     assert json.loads(before)["header"]["model"] != json.loads(after)["header"]["model"]  # what is measured last was trained
 
-    again = start("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
+    again = run_recipe("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert [line for line in again.stdout.splitlines() if line.startswith(("before", "after"))] == [
         line for line in done.stdout.splitlines() if line.startswith(("before", "after"))
     ]
-    other = start("gemma3_1b_8k", *QUICK, "--resume", "--lr", "0.5", cwd=tmp_path)
+    other = run_recipe("gemma3_1b_8k", *QUICK, "--resume", "--lr", "0.5", cwd=tmp_path)
     assert "lr was 0.003, is 0.5" in other.stderr
 
 
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_without_a_gpu_a_recipe_says_what_it_needs_and_both_ways_out(recipe, tmp_path):
-    done = start(recipe, cwd=tmp_path)
+    done = run_recipe(recipe, cwd=tmp_path)
     assert done.returncode == 1
     assert "needs an NVIDIA GPU" in done.stderr
     assert f"recipes/{recipe}.py --smoke" in done.stderr
@@ -76,13 +72,13 @@ def test_the_default_is_the_papers_setting(monkeypatch):
 
 
 def test_rows_longer_than_the_models_context_are_refused(tmp_path):
-    done = start("llama3_2_1b_8k", "--smoke", "--row_tokens", "2048", cwd=tmp_path)
+    done = run_recipe("llama3_2_1b_8k", "--smoke", "--row_tokens", "2048", cwd=tmp_path)
     assert "row_tokens is 2048 but tiny was made for 1024; pass --row_tokens 1024" in done.stderr
 
 
 def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tmp_path):
     for _ in range(2):
-        done = start("train_tiny_base", "--smoke", cwd=tmp_path)
+        done = run_recipe("train_tiny_base", "--smoke", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / "runs/train_tiny_base" / number / "tiny").iterdir()}
                      for number in ("001", "002"))  # fmt: skip
@@ -90,11 +86,23 @@ def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tm
     assert set(first) == {path.name for path in (ROOT / "kit" / "tiny").iterdir()}
 
 
+TIMED_ALONE = ["the three matmuls alone", "ours", "Apple cut_cross_entropy"]  # a process each where a CPU can run them
+
+
+def bench_fewer_losses(*flags):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import bench
+
+    losses = bench.bench_kernels._losses()
+    bench.bench_kernels._losses = lambda: {name: losses[name] for name in TIMED_ALONE}
+    bench.main(parse(bench.Config, flags, smoke=bench.SMOKE))
+
+
 def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):
-    done = start("bench", "--smoke", "--json", "figures.json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = call(__file__, "bench_fewer_losses", "--smoke", "--json", str(tmp_path / "figures.json"))
+    wait(done)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {row["name"] for row in figures["loss"]["loss"]} >= {"ours", "the three matmuls alone"}
+    assert [row["name"] for row in figures["loss"]["loss"]] == TIMED_ALONE[:2]
     assert "Apple cut_cross_entropy: " in done.stdout
     assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
     [run] = figures["finetune"]
@@ -103,13 +111,24 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
     assert len(run) == 2 or "TRL is not installed" in done.stdout
 
 
+def test_the_losses_that_the_bench_times_on_a_cpu_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import bench_kernels
+
+    config, ran = bench_kernels.Config(**bench_kernels.SMOKE), []
+    for name, (_, needs_card, _) in bench_kernels._losses().items():
+        if name not in TIMED_ALONE and not needs_card:
+            ran.append(bench_kernels._measure("_losses", "_loss_inputs", name, config, torch.get_num_threads()))
+    assert len(ran) == 3 and all(row["seconds"] > 0 for row in ran)
+
+
 def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
-    done = start("bench", "--what", "packing,speed", cwd=tmp_path)
+    done = run_recipe("bench", "--what", "packing,speed", cwd=tmp_path)
     assert "the parts are packing, loss, attention, finetune; leave 'speed' out" in done.stderr
 
 
 def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
-    done = start("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
+    done = run_recipe("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout and "several rows a step" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -119,13 +138,13 @@ def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
 
 
 def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
-    done = start("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
+    done = run_recipe("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
     assert done.returncode == 1
     assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
 
 
 def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it(tmp_path):
-    done = start("memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
+    done = run_recipe("memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = {row["row"]: row["total"] / 2**30 for row in json.loads((tmp_path / "table.json").read_text())}
     assert len(figures) == 5 and figures["full, optimizer on CPU"] < figures["full"]
@@ -136,15 +155,15 @@ def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it
 
 
 def test_what_update_in_backward_excludes_is_refused_before_anything_else_is_done(tmp_path):
-    done = start("gemma3_1b_8k", "--smoke", "--update_in_backward", cwd=tmp_path)
+    done = run_recipe("gemma3_1b_8k", "--smoke", "--update_in_backward", cwd=tmp_path)
     assert "max_grad_norm is 1 but update_in_backward" in done.stderr and "--max_tensor_norm 1" in done.stderr
-    done = start("gemma3_1b_8k", "--smoke", "--update_in_backward", "--max_grad_norm", "0", cwd=tmp_path)
+    done = run_recipe("gemma3_1b_8k", "--smoke", "--update_in_backward", "--max_grad_norm", "0", cwd=tmp_path)
     assert "batch_traces is 8 but update_in_backward" in done.stderr and "--batch_traces 1" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
-    done = start("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
+    done = run_recipe("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "grpo_qwen2_5_0_5b" / "001"
     for line in ("prompts with gold answers", "2 steps of 4 prompts x 4 answers, 2 updates each", "batch_prompts 4 (paper: ",
@@ -152,13 +171,13 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
                  "report runs"):  # fmt: skip
         assert line in done.stdout
     assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
-    again = start("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
+    again = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "step 1" not in again.stdout
 
 
 def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_path, monkeypatch):
-    done = start("grpo_qwen2_5_0_5b", cwd=tmp_path)
+    done = run_recipe("grpo_qwen2_5_0_5b", cwd=tmp_path)
     assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "--device cpu" in done.stderr
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import grpo_qwen2_5_0_5b as recipe
@@ -181,14 +200,14 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
 
 def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
     flags = ["--plan", "--model", "tiny", "--row_tokens", "256", "--max_new_tokens", "64", "--json", "plan.json"]
-    done = start("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
+    done = run_recipe("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers at once" in done.stdout
 
 
 def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
-    done = start("bench_grpo", "--smoke", "--json", "figures.json", cwd=tmp_path)
+    done = run_recipe("bench_grpo", "--smoke", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert rows[0]["name"] == "ours" and (len(rows) == 2 or "TRL is not installed" in done.stdout)
@@ -196,7 +215,7 @@ def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
 
 def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
     flags = ["--smoke", "--arms", "long", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48", "--rl_steps", "1"]
-    done = start("valley_demo", *flags, cwd=tmp_path)
+    done = run_recipe("valley_demo", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "valley_demo" / "001"
     cells, climbs = (
@@ -208,7 +227,7 @@ def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_
     assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
     for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "learning from long", "report runs"):
         assert line in done.stdout
-    again = start("valley_demo", *flags, "--resume", cwd=tmp_path)
+    again = run_recipe("valley_demo", *flags, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert sorted(map(json.loads, (run / "cells.jsonl").read_text().splitlines()), key=lambda row: row["index"]) == cells
 

@@ -60,9 +60,10 @@ def check(tensors, lengths, *, is_degenerate=False, **options):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dtype", "window"),
     [
-        *((4, 1, torch.float32, window) for window in (None, 1, 2, 17, 18, 40)),
+        *((2, 1, torch.float32, window) for window in (None, 17, 18, 40)),
+        *((4, 1, torch.float32, window) for window in (1, 2)),
         *((2, 2, torch.float16, window) for window in (None, 17)),
-        (7, 1, torch.float16, 33),
+        (5, 1, torch.float16, 33),
         (4, 2, torch.float16, None),
     ],
 )
@@ -71,10 +72,11 @@ def test_kernels_are_as_good_as_torch_for_every_window_and_group(small_tiles, he
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("D", [5, 48, 64, 80, 256])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(5, torch.float32), (48, torch.float16), (64, torch.float32), (80, torch.float16), (256, torch.float32)]
+)
 def test_kernels_are_as_good_as_torch_for_every_head_dim(small_tiles, D, dtype):
-    check(problem([21, 34], 2, 1, D, dtype), [21, 34], window=20, scale=0.3)
+    check(problem([5, 34], 2, 1, D, dtype), [5, 34], window=20, scale=0.3)
 
 
 @in_the_interpreter
@@ -88,7 +90,8 @@ def test_kernels_are_as_good_as_torch_for_every_pack(small_tiles, lengths):
 @pytest.mark.parametrize("D", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_kernels_are_as_good_as_torch_with_the_tiles_of_a_card(D, dtype):
-    lengths = [9, 131] if dtype == torch.float16 else [3, 34]  # longer than a tile
+    rows = tiles.TILES[dtype.itemsize, D].values()
+    lengths = [9, max(max(BLOCK_M, BLOCK_N) for BLOCK_M, BLOCK_N, *_ in rows) + 3]  # longer than a tile
     check(problem(lengths, 2, 1, D, dtype), lengths, window=lengths[1] // 2)
 
 
@@ -96,9 +99,9 @@ def test_kernels_are_as_good_as_torch_with_the_tiles_of_a_card(D, dtype):
 @settings(max_examples=6, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_kernels_agree_with_float64_whatever_the_pack(data):
-    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    lengths = data.draw(st.lists(st.integers(1, 36), min_size=1, max_size=2))
     kv_heads, group, D = (data.draw(st.sampled_from(x)) for x in ([1, 2], [1, 3], [16, 48]))
-    window = data.draw(st.none() | st.integers(1, 45))
+    window = data.draw(st.none() | st.integers(1, 40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILES", dict.fromkeys(tiles.TILES, SMALL))
         check(problem(lengths, kv_heads * group, kv_heads, D, torch.float32), lengths, window=window, is_degenerate=True)
@@ -107,7 +110,7 @@ def test_kernels_agree_with_float64_whatever_the_pack(data):
 @in_the_interpreter
 @pytest.mark.parametrize("window", [None, 20])
 def test_a_document_is_blind_to_its_neighbours_to_the_last_bit(small_tiles, window):
-    tensors = problem(LENGTHS, 2, 1, 16, torch.float32)
+    tensors = problem(LENGTHS, 1, 1, 16, torch.float32)
     before, again = (run(packed_attention, tensors, LENGTHS, window=window) for _ in range(2))
     rows = slice(14, 51)  # the third
     for x in tensors:
@@ -123,7 +126,7 @@ def test_a_document_is_blind_to_its_neighbours_to_the_last_bit(small_tiles, wind
 
 @in_the_interpreter
 def test_views_and_broadcast_tensors_are_read_where_they_lie(small_tiles):
-    lengths, T = [3, 17], 20
+    lengths, T = [3, 9], 12
     q, k, v, dout = problem(lengths, 4, 2, 16, torch.float32)
     truth = run(packed_attention, (q, k, v, dout), lengths)
     between = torch.full((T, 4, 40), torch.nan)

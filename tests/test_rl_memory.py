@@ -25,7 +25,7 @@ LEAN = Savings(optimizer="adamw8bit")
 
 @pytest.fixture
 def small_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "num_hidden_layers": 2}))
     return str(tmp_path)
 
 
@@ -37,8 +37,8 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
         assert phase.owners[REFERENCE] == pytest.approx(weights, rel=0.001)  # the rotary frequencies are not copied
         assert phase.owners[ledger.OPTIMIZER] == pytest.approx(weights / 2 * (2 + 8 / 256), rel=0.01)
         assert sum(phase.owners.values()) == phase.peak
-    # 4 layers, keys and values, 2 heads of 64 numbers of 2 bytes; 16 rows of 150 positions
-    assert found.sampling.owners[CACHE] == 4 * 2 * 2 * 64 * 2 * 16 * 150
+    # 2 layers, keys and values, 2 heads of 64 numbers of 2 bytes; 16 rows of 150 positions
+    assert found.sampling.owners[CACHE] == 2 * 2 * 2 * 64 * 2 * 16 * 150
     assert found.sampling.owners[SAMPLER] >= 16 * 4_000 * 8  # the noise of a draw, in float64
     assert CACHE not in found.update.owners  # freed before the update
     assert found.larger.peak == max(found.sampling.peak, found.update.peak)
@@ -73,12 +73,13 @@ def test_more_answers_at_once_need_more_and_the_table_says_how_many_fit(small_mo
 
 def test_no_row_of_the_cache_is_longer_than_what_a_rollout_takes(small_model):
     found = plan_rl(small_model, settings=replace(SETTINGS, row_tokens=130), savings=LEAN, prompt_tokens=50)
-    assert found.sampling.owners[CACHE] == 4 * 2 * 2 * 64 * 2 * 16 * 130
+    assert found.sampling.owners[CACHE] == 2 * 2 * 2 * 64 * 2 * 16 * 130
 
 
 def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
     """8,192 tokens of a vocabulary of 100,000 are 1.5 GiB in bf16: the whole update stays below."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 100_000}))
+    config = {"model_type": "llama", **SMALL, "vocab_size": 100_000, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl="none")
     found = plan_rl(str(tmp_path), settings=settings, savings=LEAN)
     assert found.update.peak < 8_704 * 100_000 * 2

@@ -405,6 +405,10 @@ def compiled_and_eager(call, *tensors):
     return results
 
 
+about_graphs = pytest.mark.skipif(INTERPRET, reason="the graph holds operators, whatever these run")
+
+
+@about_graphs
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"reduction": "sum", "softcap": 3.0, "max_rows": 2}, {"reduction": "none", "temperature": 0.7}], ids=str
@@ -429,6 +433,7 @@ def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options
         assert x is y is None or torch.equal(x, y)
 
 
+@about_graphs
 def test_torch_compile_takes_scoring_too_and_an_objective_with_a_break():
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
 
@@ -444,6 +449,7 @@ def test_torch_compile_takes_scoring_too_and_an_objective_with_a_break():
     assert torch.equal(loss, linear_cross_entropy(hidden, weight, targets, objective=objective))
 
 
+@about_graphs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_a_compiled_call_have_the_dtypes_of_their_inputs(dtype):
     hidden, weight, targets = problem(13, 77, 19, dtype)
@@ -456,6 +462,7 @@ def test_gradients_of_a_compiled_call_have_the_dtypes_of_their_inputs(dtype):
     assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
 
 
+@about_graphs
 def test_a_target_outside_the_vocabulary_is_refused_in_a_compiled_call_too():
     hidden, weight, targets = problem(6, 70, 8, torch.float32)
     torch.compiler.reset()

@@ -86,23 +86,28 @@ def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tm
     assert set(first) == {path.name for path in (ROOT / "kit" / "tiny").iterdir()}
 
 
-TIMED_ALONE = ["the three matmuls alone", "ours", "Apple cut_cross_entropy"]  # a process each where a CPU can run them
+TIMED_ALONE = {  # in a process each, but for those that need a card
+    "_losses": ["the three matmuls alone", "ours", "Apple cut_cross_entropy"], "_attentions": ["ours", "flash-attn"],
+}  # fmt: skip
+TIMED_HERE = {"_losses": "_loss_inputs", "_attentions": "_attention_inputs"}
 
 
-def bench_fewer_losses(*flags):
+def bench_fewer(*flags):
     sys.path.insert(0, str(ROOT / "recipes"))
     import bench
 
-    losses = bench.bench_kernels._losses()
-    bench.bench_kernels._losses = lambda: {name: losses[name] for name in TIMED_ALONE}
+    for kind, names in TIMED_ALONE.items():
+        every = getattr(bench.bench_kernels, kind)()
+        setattr(bench.bench_kernels, kind, lambda fewer={name: every[name] for name in names}: fewer)
     bench.main(parse(bench.Config, flags, smoke=bench.SMOKE))
 
 
 def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):
-    done = call(__file__, "bench_fewer_losses", "--smoke", "--json", str(tmp_path / "figures.json"))
+    done = call(__file__, "bench_fewer", "--smoke", "--json", str(tmp_path / "figures.json"))
     wait(done)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["name"] for row in figures["loss"]["loss"]] == TIMED_ALONE[:2]
+    assert [row["name"] for row in figures["loss"]["loss"]] == ["the three matmuls alone", "ours"]
+    assert [row["name"] for row in figures["attention"]["attention"]] == ["ours"] and "flash-attn: " in done.stdout
     assert "Apple cut_cross_entropy: " in done.stdout
     assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
     [run] = figures["finetune"]
@@ -111,15 +116,16 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
     assert len(run) == 2 or "TRL is not installed" in done.stdout
 
 
-def test_the_losses_that_the_bench_times_on_a_cpu_run(monkeypatch):
+def test_the_others_that_the_bench_times_on_a_cpu_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import bench_kernels
 
     config, ran = bench_kernels.Config(**bench_kernels.SMOKE), []
-    for name, (_, needs_card, _) in bench_kernels._losses().items():
-        if name not in TIMED_ALONE and not needs_card:
-            ran.append(bench_kernels._measure("_losses", "_loss_inputs", name, config, torch.get_num_threads()))
-    assert len(ran) == 3 and all(row["seconds"] > 0 for row in ran)
+    for kind, inputs in TIMED_HERE.items():
+        for name, (_, needs_card, _) in getattr(bench_kernels, kind)().items():
+            if name not in TIMED_ALONE[kind] and not needs_card:
+                ran.append(bench_kernels._measure(kind, inputs, name, config, torch.get_num_threads()))
+    assert len(ran) == 4 and all(row["seconds"] > 0 for row in ran)
 
 
 def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):

@@ -24,7 +24,7 @@ from kit.savings import Savings
 WITH_KL = replace(BASE, kl="k3", kl_coef=0.3)
 SETTINGS = Settings(group_size=4, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3",
                     kl_coef=0.05)  # fmt: skip
-STEPS = 6
+STEPS = 4
 
 
 def frozen_part(model):

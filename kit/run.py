@@ -9,7 +9,8 @@ from pathlib import Path
 
 from kit.journal import Journal
 
-FREE_TO_CHANGE = {"resume", "out", "baseline", "workers", "gpus"}  # settings that do not change what a run computes
+# settings that do not change what a run computes, or only what is computed after all the rest
+FREE_TO_CHANGE = {"resume", "out", "baseline", "workers", "gpus", "rl_steps"}
 
 
 class RunFolder:

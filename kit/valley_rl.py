@@ -99,9 +99,15 @@ def harder_problems(benchmark: Benchmark, seed: int) -> tuple[Benchmark, list[Qu
 
 def run_rl(valley: Valley, found: Sequence[Finished], *, steps: int, num_workers: int = 1) -> Iterator[Climb]:
     """Train every start for `steps` steps and measure it, num_workers at a time; gives each as it is finished. Finished ones are
-    kept."""
+    kept. Raises ValueError where those have been trained for another number of steps."""
     path, journal = valley.path, Journal(valley.path / "rl.jsonl")
-    done = {row["cell"] for row in journal.read()}
+    rows = journal.read()
+    if others := {row["steps"] for row in rows} - {steps}:
+        raise ValueError(
+            f"rl_steps is {steps} but {journal.path} has models trained for {', '.join(map(str, sorted(others)))}; pass that, or "
+            f"delete {path / 'rl'} and {journal.path} to train them anew"
+        )
+    done = {row["cell"] for row in rows}
     cells = starts(found)
     jobs = [(cell, valley.study, valley.benchmark, path, steps) for cell in cells if cell.name not in done]
     taken = 0

@@ -220,22 +220,26 @@ def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
 
 
 def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
-    flags = ["--smoke", "--arms", "long", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48", "--rl_steps", "1"]
+    flags = ["--smoke", "--arms", "long", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48"]
     done = run_recipe("valley_demo", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "valley_demo" / "001"
-    cells, climbs = (
-        sorted(map(json.loads, (run / name).read_text().splitlines()), key=lambda row: row["index"])  # they end in any order
-        for name in ("cells.jsonl", "rl.jsonl")
-    )
+
+    def rows(name):  # they end in any order
+        return sorted(map(json.loads, (run / name).read_text().splitlines()), key=lambda row: row["index"])
+
+    cells = rows("cells.jsonl")
     assert [cell["cell"] for cell in cells] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
-    assert [climb["cell"] for climb in climbs] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
     assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
-    for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "learning from long", "report runs"):
+    for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "report runs"):
         assert line in done.stdout
-    again = run_recipe("valley_demo", *flags, "--resume", cwd=tmp_path)
+    again = run_recipe("valley_demo", *flags, "--resume", "--rl_steps", "1", cwd=tmp_path)  # afterwards, on the same cells
     assert again.returncode == 0, again.stderr
-    assert sorted(map(json.loads, (run / "cells.jsonl").read_text().splitlines()), key=lambda row: row["index"]) == cells
+    assert rows("cells.jsonl") == cells
+    assert [climb["cell"] for climb in rows("rl.jsonl")] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
+    assert "learning from long" in again.stdout
+    other = run_recipe("valley_demo", *flags, "--resume", "--rl_steps", "2", cwd=tmp_path)
+    assert other.returncode != 0 and "rl_steps is 2 but " in other.stderr and "trained for 1; pass that" in other.stderr
 
 
 def test_quick_sets_what_the_flags_may_change(monkeypatch):

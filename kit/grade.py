@@ -21,12 +21,14 @@ import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
-from kit.grading.answers import ParseError, TooLarge, parse
+from kit.grading.answers import parse
 from kit.grading.comparison import Judge, Options
 from kit.grading.extraction import extract_answer, is_bare
-from kit.grading.notation import FONT_COMMANDS, TEXT_COMMANDS, Undecided, clean, group_ends
+from kit.grading.limits import ParseError, TooLarge, Undecided
+from kit.grading.notation import clean, group_ends
 from kit.grading.paper import grade_as_paper
 from kit.grading.values import Budget, NotNumeric, Undefined
+from kit.grading.vocabulary import FONT_COMMANDS, TEXT_COMMANDS
 from kit.grading.workers import prove
 
 __all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]

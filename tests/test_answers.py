@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.grading.answers import parse
-from kit.grading.notation import MAX_DIGITS, ParseError, TooLarge, clean, tokenize
+from kit.grading.limits import MAX_DIGITS, ParseError, TooLarge
+from kit.grading.notation import clean, tokenize
 from kit.grading.trees import canonical, from_json, symbols, to_json
 
 

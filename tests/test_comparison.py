@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kit.grading.answers import parse
 from kit.grading.comparison import Judge, Options
 from kit.grading.identities import same_number
-from kit.grading.notation import TooLarge, Undecided
+from kit.grading.limits import TooLarge, Undecided
 from kit.grading.values import Budget, Evaluator, NotNumeric, Undefined, exact_root
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kit.grading import symbolic, workers
 from kit.grading.answers import parse
-from kit.grading.notation import Undecided
+from kit.grading.limits import Undecided
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals and process limits as on Linux and macOS")
 START = 60.0  # seconds for a worker to start on a busy machine

@@ -3,27 +3,29 @@ r"""The parser of answers: LaTeX or plain notation in, a tree (trees.py) out. No
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
-from kit.grading.commands import read_command
+from kit.grading.commands import read_command, read_indexed_selection, read_selection, selection
 from kit.grading.cursor import Cursor
-from kit.grading.notation import (
-    BASE_WORDS,
-    CLOSERS,
-    INFIX_COMMANDS,
-    OPAQUE,
-    RELATIONS,
-    ParseError,
-    TooLarge,
-    clean,
-    number_node,
-)
+from kit.grading.limits import ParseError, TooLarge
+from kit.grading.notation import clean
+from kit.grading.numerals import continued, in_base, number_node
 from kit.grading.trees import Node, invert, negate, product
+from kit.grading.vocabulary import CLOSERS, INFIX_COMMANDS, OPAQUE, RELATIONS
+
+_IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
+_INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
+_LENGTH = re.compile(
+    r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*(?:[ ~]|\\[ ,])+)([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
+)
+_DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")
 
 
 class Parser(Cursor):
     """Precedence climbing over the tokens of one answer; `parse` is the way in."""
 
+    sets = 0  # sets whose elements are being read: a colon then is no ratio
     integrals = 0  # signs of integrals that are open: a d then is no factor
 
     # --- lists and relations
@@ -43,6 +45,7 @@ class Parser(Cursor):
 
     def whole(self) -> Node:
         self._trim()
+        self._join_decimal_comma()
         found, separators = self.items()
         if self.peek()[0] != "end":
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
@@ -52,11 +55,21 @@ class Parser(Cursor):
             return found[0]
         return ("list", "or" if separators == {"or"} else ",", *found)
 
+    def _join_decimal_comma(self) -> None:
+        """0,05 as a decimal: nobody lists a number as 05. (0,5 may be a list of two; the judge decides.)"""
+        kinds = [(kind, value if kind == "sep" else "", spaced) for kind, value, spaced in self.tokens[-4:]]
+        if kinds[:3] == [("num", "", kinds[0][2]), ("sep", ",", False), ("num", "", False)] and len(self.tokens) <= 5:
+            whole, decimals = self.tokens[-4][1][0], self.tokens[-2][1][0]
+            if whole.isdigit() and decimals.isdigit() and decimals[0] == "0" and len(decimals) > 1:
+                self.tokens[-4:-1] = [("num", (f"{whole}.{decimals}", 0), kinds[0][2])]
+
     def _trim(self) -> None:
         """Trailing full stops, commas and stray backslashes are punctuation; a relation with nothing before it says no more."""
         while self.tokens[0][1] in ("=", "approx", "simeq"):
             del self.tokens[0]
         while len(self.tokens) > 1 and self.tokens[-2][1] in (".", ",", ";", ":", "\\\\", "\\", "..."):
+            if self.tokens[-2][1] == "..." and len(self.tokens) > 2 and self.tokens[-3][0] == "num":
+                break  # 0.333...
             del self.tokens[-2]
 
     def relation(self) -> Node:
@@ -86,11 +99,13 @@ class Parser(Cursor):
                 left = ("meet", left, self.sum())
             elif self.accept("setminus", "backslash"):
                 left = ("minus", left, self.sum())
-            elif self.accept(":", "colon"):
+            elif not self.sets and self.accept(":", "colon"):
                 right = self.sum()
                 left = (*left, right) if left[0] == "ratio" else ("ratio", left, right)
             elif self.accept("choose"):
                 left = ("binom", left, self.sum())
+            elif self.accept("over"):
+                left = product([left, invert(self.sum())])
             elif left[0] == "ratio" and left[-1][0] == "unit":  # 3:45 p.m.
                 return ("unit", (*left[:-1], left[-1][1]), left[-1][2])
             else:
@@ -142,6 +157,7 @@ class Parser(Cursor):
         return self.power()
 
     def _unit(self, node: Node) -> Node:
+        start = self.index
         unit = str(self.take()[1])
         while self.peek()[0] == "text":
             unit += " " + str(self.take()[1])
@@ -151,6 +167,11 @@ class Parser(Cursor):
         if self.peek()[1] == "/" and self.peek(1)[0] == "text":
             self.index += 1
             unit += "/" + str(self.take()[1])
+        if unit.endswith("base") and self.peek()[0] == "num":
+            unit += f" {self.take()[1][0]}"
+        base = _IN_BASE.fullmatch(unit)
+        if base and node[0] == "num" and self.tokens[start - 1][0] == "num":
+            return in_base(self.tokens[start - 1][1], base[1])
         return ("unit", node, unit)
 
     def starts_factor(self) -> bool:
@@ -237,20 +258,14 @@ class Parser(Cursor):
                 raise ParseError("a subscript that is missing")
         text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
         if node[0] in ("num", "dec"):
-            return self._in_base(node, text, start)
+            bracketed = self.tokens[start - 2][1] == ")" and self.tokens[max(0, start - 4)][1] == "("  # (1101)_2
+            kind, value, _ = self.tokens[start - 3 if bracketed else start - 2]  # the digits as they were written
+            return in_base(value if kind == "num" and node[0] == "num" else None, text)
         if node[0] == "sym":
+            if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):
+                return in_base((node[1], 0), text)
             return ("sym", f"{node[1]}_{text}")
         raise ParseError("a subscript that follows neither a symbol nor a number")
-
-    def _in_base(self, node: Node, text: str, start: int) -> Node:
-        base = BASE_WORDS.get(text.lower()) or (int(text) if text.isascii() and text.isdecimal() and len(text) < 3 else 0)
-        kind, value, _ = self.tokens[start - 2]  # the digits as they were written
-        if not 2 <= base <= 36 or kind != "num" or node[0] != "num":
-            raise ParseError(f"cannot read a number in base {text!r}")
-        try:
-            return ("num", Fraction(int(value[0], base)))
-        except ValueError as error:
-            raise ParseError(f"{value[0]!r} has a digit that base {base} has not") from error
 
     def argument(self) -> Node:
         """What a command takes: a group, or one token (of a number, one digit: \frac12 is a half)."""
@@ -293,6 +308,8 @@ class Parser(Cursor):
                 return self._subscript(("sym", base))
             return ("text", base)
         if kind == "op":
+            if value in ("_", "^") or (value == "{" and self.peek() == ("op", "}") and self.peek(1)[1] in ("_", "^")):
+                return read_selection(self)
             if value in ("(", "["):
                 return self._bracket(value)
             if value == "{":
@@ -311,8 +328,11 @@ class Parser(Cursor):
     def _number(self, value: tuple[str, int]) -> Node:
         node = number_node(*value)
         if node[0] != "num":
-            self.accept("...", "ldots", "dots", "cdots")
-            return node
+            return continued(node, value[0]) if self.accept("...", "ldots", "dots", "cdots") else node
+        if self.peek() in (("sym", "C"), ("sym", "P")) and self.peek(1)[0] == "num":
+            glued = not (self.tokens[self.index][2] or self.tokens[self.index + 1][2])
+            if glued:  # 5C2
+                return selection(node, str(self.take()[1]), number_node(*self.take()[1]))
         if self.peek() == ("cmd", "frac"):
             mark = self.index
             self.index += 1
@@ -352,6 +372,8 @@ class Parser(Cursor):
                 if found:
                     return ("apply", name, *found)
             self.index, self.depth = mark, depth
+        if name == "C" and value in ("_", "^") and kind == "op":
+            return read_indexed_selection(self) or ("sym", name)
         if name == "e" or name == "i":
             return ("const", name)
         return ("sym", name)
@@ -368,12 +390,19 @@ class Parser(Cursor):
         return found[0]
 
     def _set(self) -> Node:
-        found, _ = self.items("\\}", "}", "mid", "|", ":")
-        if self.accept("mid", "|", ":"):
-            found, _ = self.items("\\}", "}")
-            if not self.accept("\\}", "}") or len(found) != 1:
-                raise ParseError("a set given by something other than one condition")
-            return found[0]
+        self.sets += 1
+        found, _ = self.items("\\}", "}", "mid", "|", ":", "colon")
+        self.sets -= 1
+        if self.accept("mid", "|", ":", "colon"):
+            conditions, _ = self.items("\\}", "}")
+            if not self.accept("\\}", "}") or len(found) != 1 or not conditions:
+                raise ParseError("a set given by something other than conditions")
+            element = found[0]
+            if element[0] == "rel" and element[1] == ("in",) and element[2][1] == ("reals",):
+                element = element[2][0]
+            if element[0] != "sym":  # {2k : k is whole}
+                return ("set", element, *conditions)
+            return conditions[0] if len(conditions) == 1 else ("list", ",", *conditions)
         if not self.accept("\\}", "}"):
             raise ParseError("a set that is not closed")
         return ("set", *found)
@@ -385,9 +414,23 @@ class Parser(Cursor):
         return ("call", "abs", inside)
 
 
+def turn_brackets(text: str) -> str:
+    """Open intervals as French schools write them, ]0, 1[ and [0, 1[, with round brackets."""
+    return _INTERVAL.sub(lambda match: ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")"), text)
+
+
 def parse(text: str, deadline_at: float = math.inf) -> Node:
     """The tree of one answer. ParseError where the notation is not known, TooLarge beyond a cap, Undecided at the deadline."""
     try:
-        return Parser(clean(text), deadline_at).whole()
+        text = clean(text)
+        if len(text) < 60:
+            text = _LENGTH.sub(r"\1\\text{\2}\3", text)
+        try:
+            return Parser(text, deadline_at).whole()
+        except ParseError:
+            turned = turn_brackets(text) if "[" in text or "]" in text else text
+            if turned == text:
+                raise
+            return Parser(turned, deadline_at).whole()
     except RecursionError as error:  # a caller that is itself hundreds of frames deep
         raise TooLarge("an answer nested too deeply for the stack that is left") from error

@@ -12,14 +12,16 @@ from fractions import Fraction
 
 from kit.grading.identities import decimal_of, proportional, rounds_to, same_decimals, same_function, same_number
 from kit.grading.intervals import RealSets, condition_name, flip, is_conjunction
+from kit.grading.limits import TooLarge, Undecided
 from kit.grading.meaning import (
     as_rows,
+    as_selection,
     as_vector,
     has_names,
     is_clock,
     is_name,
     kind,
-    known_unit,
+    known_units,
     matrix_value,
     names_differ,
     one_by_one,
@@ -29,10 +31,10 @@ from kit.grading.meaning import (
     strip_names,
     unwrap,
 )
-from kit.grading.notation import TooLarge, Undecided
-from kit.grading.trees import Node, canonical, contains, negate, product, symbols
+from kit.grading.trees import Node, canonical, contains, mentions, negate, product, rename, symbols
 from kit.grading.values import Budget, NotNumeric, Undefined
 
+PI = ("const", "pi")
 MAX_PAIRS = 20_000  # comparisons between the elements of two sets, after equal rational elements are paired off
 
 
@@ -76,7 +78,10 @@ class Judge:
         self.budget.spend()
         if canonical(a) == canonical(b):
             return self.decide("same structure", True)
+        written = (a, b)
         a, b = resolve(a), resolve(b)
+        if {kind(a), kind(b)} == {"equation", "scalar"}:
+            a, b = (as_selection(side) or meant for side, meant in zip(written, (a, b), strict=True))
         kinds = {kind(a), kind(b)}
         if "equation" in kinds:
             return self.same_equation(a, b)
@@ -103,6 +108,8 @@ class Judge:
                 return self.decide("an equation is not a value", False)
             verdict = self.same(value, other)
             return self.decide(f"value of the equation, {self.rule}", verdict)
+        if {a[1][0], b[1][0]} == {"apply", "sym"} and ("sym", "y") in (a[1], b[1]):  # y = 3x and f(x) = 3x
+            return self.decide(f"equation, {self.rule}", self.same(a[2], b[2]))
         renamed = rename_argument(a, b)
         if is_name(a[1]) and canonical(a[1]) == canonical(renamed[1]) and self.same(a[2], renamed[2]):
             return self.decide(f"equation, {self.rule}", True)
@@ -248,6 +255,8 @@ class Judge:
             canonical(x) == canonical(y) or self.similar(x, y) for x, y in zip(chains[0][1], chains[1][1], strict=True)
         ):
             return self.decide("inequality", True)
+        if chains[0][0] == ("equiv", "mod") and canonical(chains[0][1][2]) == canonical(chains[1][1][2]):
+            return self.decide("congruence", self.same_residue(*(chain[1] for chain in chains)))
         if len(chains[0][1]) != 2 or chains[0][0][0] not in ("<", "<=", "!="):
             return self.decide("inequality", False)
         left, right = (("add", chain[1][0], negate(chain[1][1])) for chain in chains)
@@ -257,10 +266,22 @@ class Judge:
             verdict = False
         return self.decide("inequality up to a factor", bool(verdict))
 
+    @staticmethod
+    def same_residue(a: tuple, b: tuple) -> bool:
+        """x = 2 and x = 7 modulo 5, where all of it is plain numbers."""
+        numbers = [part for part in (a[1], b[1], a[2]) if part[0] == "num"]
+        if canonical(a[0]) != canonical(b[0]) or len(numbers) != 3 or not numbers[2][1]:
+            return False
+        return ((numbers[0][1] - numbers[1][1]) / numbers[2][1]).denominator == 1
+
     # --- numbers and expressions
 
     def same_scalar(self, a: Node, b: Node) -> bool:
         (a, marks_a), (b, marks_b) = unwrap(a), unwrap(b)
+        for marks, others, side, other in ((marks_a, marks_b, a, b), (marks_b, marks_a, b, a)):
+            letter = marks.get("unit", "")
+            if len(letter) == 1 and "unit" not in others and letter in symbols(other):  # 5 m and 5m
+                return self.same_expression(product([side, ("sym", letter)]), other)
         if not self.same_units(marks_a.get("unit"), marks_b.get("unit")):
             return self.decide("units", False)
         if ("percent" in marks_a) != ("percent" in marks_b):
@@ -280,10 +301,10 @@ class Judge:
             return True
         if a is None or b is None:
             return a is b or self.options.units == "known"
-        known_a, known_b = known_unit(a), known_unit(b)
-        if known_a is None or known_b is None:
-            return self.options.units == "known" or plain_words(a) == plain_words(b)
-        return known_a == known_b
+        known_a, known_b = known_units(a), known_units(b)
+        if self.options.units == "required" and not (known_a and known_b):
+            return plain_words(a) == plain_words(b)
+        return known_a <= known_b or known_b <= known_a  # dollars are dollars an hour, and 5 apples are 5
 
     def same_expression(self, a: Node, b: Node) -> bool:
         if canonical(a) == canonical(b):
@@ -330,6 +351,12 @@ class Judge:
             return self.decide("sympy", self.prove(a, b))
         if not verdict and (contains(a, "dec") or contains(b, "dec")):
             verdict = self.similar(a, b)
+        if not verdict:
+            counters = [symbols(side) for side in (a, b)]
+            counted = all(len(names) == 1 and names <= {"k", "n", "m"} for names in counters)
+            if counted and counters[0] != counters[1] and mentions(a, PI) and mentions(b, PI):  # 2k pi and 2n pi
+                renamed = rename(b, ("sym", *counters[1]), ("sym", *counters[0]))
+                return self.decide("the same family", bool(same_function(a, renamed, self.budget)))
         return self.decide("identity at random points", verdict)
 
     def same_ratio(self, a: Node, b: Node) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from kit.grading.notation import ParseError, TooLarge, Undecided, tokenize
+from kit.grading.limits import ParseError, TooLarge, Undecided
+from kit.grading.notation import tokenize
 
 SIGNS = frozenset(("op", "cmd", "sep", "row"))  # kinds of tokens that are compared by their value
 MAX_DEPTH = 80  # two a bracket: 40 brackets, some 320 Python frames of the 1,000 allowed; real answers nest about 5 brackets

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import re
 
-from kit.grading.notation import FUNCTIONS, GREEK, UNITS, clean, names
+from kit.grading.choices import choice_in_prose, leading_choice, stated_choice
+from kit.grading.notation import DIGITS, clean
+from kit.grading.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
 
 MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
+MAX_SENTENCE = 200  # characters before the last value in which its sentence is looked for
 MAX_SPANS = 12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer
 
 
@@ -31,23 +34,35 @@ _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
 _BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
 
 
-_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\bis\b|\bare\b|\best\b|\bes\b|\bist\b|是|为|為|は|:|：|=)[\s*:：_\"]{0,6})"
+_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)[\s*:：_\"]{0,6})"
 _HEADS = rf"(?:{_STATES}|\s?\*{{0,2}}\s{{0,3}}\n\s{{0,6}})"
+_ADJECTIVE = r"(?:\s(?i:corr\w{2,5}|exact\w{0,2}|finale?))?"
 _STATEMENT = re.compile(
     "|".join(
         _openings(r"final\s{1,3}answer", _HEADS)
-        + [p for word in ("answer", "option", "choice", "réponse", "respuesta", "antwort") for p in _openings(word, _STATES)]
-        + [word + _STATES for word in ("答案", "答え", "الجواب")]
+        + [p for word in ("answer", "option", "choice", "antwort") for p in _openings(word, _STATES)]
+        + [p for word in ("réponse", "respuesta", "resposta", "risposta", "ответ") for p in _openings(word, _ADJECTIVE + _STATES)]
+        + [word + _STATES for word in ("答案", "答え", "正解", "정답", "답", "الجواب", "الإجابة")]
     )
 )
 _OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')  # a backslash only where it escapes a sign: not that of \frac or \(
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|$)|。|<\|")
+_SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)\.(?=\s|$)|。|<\|")
+_CONTRAST = re.compile(  # what follows explains the answer, or says what it is not
+    r"[\s,;，；]+(?:because|since|which|not|rather than|instead of|no|non|nicht"
+    r"|pas|et non|y no|und nicht|而不是|不是|因为|因為)(?![A-Za-z])"
+)
+_LEADING_WORD = re.compile(r"\W{0,4}(yes|no|true|false)[,.;:!]", re.IGNORECASE)
+_PREDICATE = re.compile(r"\b(?:is|are|was)\s(?:an?\s|the\s)?(\w+)\W*\Z")  # the day is Friday
+_COPULA = re.compile(r"(?:\b(?:is|are|was|were|be|equals?|equal to)\b|:)[\s:]*|(?=(?<![\w\\])[A-Za-z](?:_\w)?\s?=)")
+_ASIDE = re.compile(r"\b(?:that|which) is[\s:]*\Z")
+_LISTED = re.compile(r"[,;]|\b(?:and|or)\b")
+_NAMES = re.compile(r"(?:\A|[,;\s($])([A-Za-z](?:_\w)?)\s?=")
 _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.^])(?:(?<![\w)\]}])[-−]\s?)?\$?"
     r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\s)[0-9]{3})+(?![0-9])|[0-9]+)?(?:(?<=[0-9])[.,][0-9]+|(?<![0-9])\.[0-9]+|(?<=[0-9]))"
-    r"(?:/[0-9]+(?![0-9]))?(?:\s?\\?%)?"
+    r"(?:/[0-9]+(?![0-9])|(?:\s?:\s?[0-9]+)+(?<!\d:\s\d))?(?:\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)s?\b)?"
 )
 _TEXT_GROUP = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
 _WORDS = re.compile(r"[^\W\d_]+")
@@ -56,12 +71,13 @@ _CONNECTIVES = frozenset(("and", "or"))
 _PROSE = names(
     "the is are was be it its of so we he she you they not no but can for has had to as at by if on that this thus hence an"
 )
-_MATH_WORDS = FUNCTIONS | GREEK | _CONNECTIVES | {"sqrt", "cbrt", "binom", "infinity", "infty", "inf", "pi", "percent", "pct"}
-_CHOICE = re.compile(
-    r"[\s*\"']*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{1,3})?(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
-    r"(?!\s{0,3}(?:and|or|et|ou|,|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
+_MATH_WORDS = (
+    FUNCTIONS
+    | GREEK
+    | _CONNECTIVES
+    | frozenset(MULTIPLIERS)
+    | {"sqrt", "cbrt", "binom", "infinity", "infty", "inf", "pi", "percent", "pct"}
 )
-_LEADING_CHOICE = re.compile(r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))")
 _LONE_SYMBOL = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)\s*")
 
 
@@ -78,6 +94,8 @@ def extract_answer(text: str, *, choice: bool = False) -> tuple[str | None, str]
 
 
 def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
+    if not text.isascii():
+        text = text.translate(DIGITS)
     if "<" in text:
         text = _SPECIAL.sub(" ", text)
     box = last_box(text) if "boxed" in text or "fbox" in text else None
@@ -98,19 +116,28 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
     if explicit:
         return None, "no answer: the thought does not end"
     stripped = text.strip()
+    if stripped.startswith("**") and stripped.endswith("**") and "**" not in stripped[2:-2]:
+        stripped = stripped[2:-2].strip()
     if not stripped:
         return None, "no answer: nothing is there"
     if choice:
-        letter = _LEADING_CHOICE.match(stripped)
+        letter = leading_choice(stripped)
         if letter:
-            return letter[1] or letter[2], "leading choice"
+            return letter, "leading choice"
+        letter = choice_in_prose(stripped[-MAX_STATEMENT:])
+        if letter:
+            return letter, "choice in prose"
     if is_bare(stripped):
         return stripped, "whole text"
     found, place = last_value(text)
     if found is not None:
         return found, place
+    word = _LEADING_WORD.match(stripped)
+    if word:
+        return word[1], "leading word"
     if len(stripped) <= 80 and len(stripped.split()) <= 6:
-        return stripped, "short text"
+        word = _PREDICATE.search(stripped)
+        return (word[1], "predicate") if word else (stripped, "short text")
     return None, "no answer: no value is named"
 
 
@@ -174,9 +201,9 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
     if last is None:
         return None
     rest = text[last.end() : last.end() + MAX_STATEMENT]
-    letter = _CHOICE.match(rest) if choice else None
+    letter = stated_choice(rest) if choice else None
     if letter:
-        return letter[1] or letter[2]
+        return letter
     display = _DISPLAY.match(rest)
     if display:
         sentence = display[1] or display[2] or ""
@@ -186,6 +213,11 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
     sentence = _OPENING.sub("", sentence).rstrip(' \n\t*"\\,;:')
     if not sentence:
         return None
+    head = _CONTRAST.split(sentence, maxsplit=1)[0].rstrip(" ,;*")
+    if head != sentence and head and not final:
+        number = _NUMBER.match(head)
+        if is_bare(head) or (number and number[0] and not any(sign.isdigit() for sign in head[number.end() :])):
+            sentence = head
     if is_bare(sentence) and (not final or any(sign.isdigit() or sign in "$\\" for sign in sentence)):
         return sentence
     found = _leading_span(sentence) or last_value(sentence)[0]
@@ -219,15 +251,47 @@ def is_bare(text: str) -> bool:
 def last_value(text: str) -> tuple[str | None, str]:
     """The last mathematics between delimiters, or the last number where one stands after it."""
     span = _last_span(text)
-    number = None
+    number, where = None, -1
     for match in _NUMBER.finditer(text, span[1] if span else 0):
         if match[0]:
-            number = match[0]
+            number, where = match[0].strip(), match.start()
+    predicate = _predicate(text, span[0] if number is None and span else where)
+    if predicate is not None and predicate not in (number, span and text[span[0] : span[1]]):
+        return predicate, "last statement"
     if number is not None:
-        return number.strip(), "last number"
+        return number, "last number"
     if span is not None:
         return text[span[0] : span[1]], "last mathematics"
     return None, ""
+
+
+def _predicate(text: str, position: int) -> str | None:
+    """What the sentence around the last value says to its end, where that is mathematics: the solutions are 1, 3 and 5."""
+    if position < 0:
+        return None
+    start = max((match.end() for match in _SENTENCE_END.finditer(text, max(0, position - MAX_SENTENCE), position)), default=0)
+    start = max(start, position - MAX_SENTENCE)
+    end = _SENTENCE_END.search(text, position)
+    sentence = text[start : end.start() if end else len(text)][: 2 * MAX_SENTENCE].rstrip(" *")
+    for match in _COPULA.finditer(sentence, 0, position - start + 1):
+        tail = sentence[match.end() :].strip(" *")
+        if is_bare(tail) and _is_plain(tail):
+            named = match.end() > match.start() or len(set(_NAMES.findall(tail))) == 1
+            # a list, but not the two values of "that is 4 or 9", nor what "each side is 5, 5 * 4 = 20" says
+            stated = not _LISTED.search(tail) or (
+                ("=" not in tail or _NAMES.match(tail)) and not _ASIDE.search(sentence[: match.end()])
+            )
+            if named and stated and tail.count("$") % 2 == 0:
+                return tail
+    return None
+
+
+def _is_plain(text: str) -> bool:
+    """Whether the words of a bare text are all mathematics: single letters, functions, units."""
+    return all(
+        len(word) == 1 or word.isupper() or word.lower() in _MATH_WORDS or word.lower() in UNITS
+        for word in _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)))
+    )
 
 
 def _last_span(text: str) -> tuple[int, int] | None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 
-from kit.grading.notation import Undecided
-from kit.grading.trees import Node, mentions_i, symbols
+from kit.grading.limits import Undecided
+from kit.grading.trees import Node, mentions, symbols
 from kit.grading.values import Budget, Evaluator, Undefined, context
 
+IMAGINARY_UNIT = ("const", "i")
 PRECISIONS = (50, 120, 400, 900)  # decimal digits; most pairs are decided by the second
 POINTS = 8
 
@@ -62,7 +63,7 @@ def points(names: frozenset[str]):
 def same_function(left: Node, right: Node, budget: Budget) -> bool | None:
     """Whether two expressions agree at every point where both are defined and real; None where too few points are."""
     names = symbols(left) | symbols(right)
-    means_complex = mentions_i(left) or mentions_i(right)
+    means_complex = mentions(left, IMAGINARY_UNIT) or mentions(right, IMAGINARY_UNIT)
     real_points, complex_points = 0, 0
     for binding in points(names):
         try:

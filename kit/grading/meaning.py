@@ -5,11 +5,26 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from kit.grading.notation import UNITS
 from kit.grading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
+from kit.grading.vocabulary import COMPOUND_UNITS, UNITS
 
 ALL_REALS = frozenset(("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers"))
+ALL_INTEGERS = frozenset(("all integers", "the integers", "integers", "the set of all integers", "the set of integers"))
+NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
+_UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # 7 in all is no length
 _HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
+
+
+def is_point_name(node: Node) -> bool:
+    """Whether a symbol may name a point: the A of A(1, 2)."""
+    return node[0] == "sym" and node[1][0].isupper() and len(node[1].rstrip("'").partition("_")[0]) == 1
+
+
+def as_selection(node: Node) -> Node | None:
+    """C(5, 2) as a number of choices, which it is where a number is asked for; None for any other node."""
+    if node[0] == "mul" and len(node) == 3 and node[1] == ("sym", "C") and node[2][0] == "seq" and len(node[2]) == 5:
+        return ("binom", *node[2][3:])
+    return None
 
 
 def is_name(node: Node) -> bool:
@@ -37,18 +52,34 @@ def resolve(node: Node) -> Node:
         head = node[:2] if node[0] == "list" else node[:1]
         parts: list[Node] = []
         name = None
+        excluded = None
         for part in map(resolve, node[len(head) :]):
             for item in part[2:] if part[0] == "list" else [part]:
                 if item[0] == "equation" and is_name(item[1]):
                     name = item[1]
                 elif name is not None and item[0] != "equation" and node[0] == "list" and kind(item) in ("scalar", "sequence"):
                     item = ("equation", name, item)  # a = 4, -8, -10: all three are a
+                if item[0] == "condition" and item[1] == ("!=",):
+                    excluded = item[2][0]
+                elif excluded is not None and node[0] == "list" and kind(item) == "scalar":
+                    item = ("condition", ("!=",), (excluded, item))  # x != 1, 2
+                else:
+                    excluded = None
                 parts.append(item)
         return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
     if node[0] == "unit" and node[1][0] == "text":
         return ("text", f"{node[1][1]} {node[2]}")
     if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
         return ("reals",)
+    if node[0] == "text" and plain_words(node[1]) in ALL_INTEGERS:
+        return ("sym", "Z")
+    if node[0] == "text" and plain_words(node[1]) in NO_SOLUTION:
+        return ("set",)
+    if (node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1])) or (
+        node[0] == "apply" and len(node) > 3 and is_point_name(("sym", node[1]))
+    ):
+        name, place = (node[1], node[2]) if node[0] == "mul" else (("sym", node[1]), ("seq", "(", ")", *node[2:]))
+        return ("equation", name, place)
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
     if node[0] in ("minus", "meet") and node[1][0] == node[2][0] == "set":
@@ -123,28 +154,41 @@ def rename_argument(a: Node, b: Node) -> Node:
 
 def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
     """The bare expression, and what stood around it: a percent sign, a degree sign, a unit."""
-    marks: dict[str, str] = {}
+    return unwrap_more(node, {})
+
+
+def unwrap_more(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
     while node[0] in ("percent", "deg", "unit"):
         unit = UNITS.get(node[2].lower()) if node[0] == "unit" else None
         if unit in ("degree", "percent"):
             marks["deg" if unit == "degree" else unit] = ""
         else:
-            marks[node[0]] = node[2] if node[0] == "unit" else ""
+            marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
         node = node[1]
+    if node[0] == "mul":
+        parts = product([node])[1:]
+        words = [part for part in parts if is_word(part)]
+        if 0 < len(words) < len(parts):  # USD 12, and 5 \frac{\text{m}}{\text{s}}
+            marks.setdefault("unit", " ".join(part[1] if part[0] == "text" else part[1][1] for part in words))
+            return unwrap_more(product([part for part in parts if part not in words]), marks)
     if node[0] == "mul" and sum(part[0] == "deg" for part in node[1:]) == 1:  # 3 sqrt(2)^\circ
         marks["deg"] = ""
         node = ("mul", *(part[1] if part[0] == "deg" else part for part in node[1:]))
     return node, marks
 
 
-def known_unit(text: str) -> str | None:
-    """The canonical name of a unit, its powers left aside ("square inches" and "in^2" are both inches), or None."""
+def is_word(node: Node) -> bool:
+    """Whether a factor is a word, or one over a word."""
+    return node[0] == "text" or (node[0] == "pow" and node[1][0] == "text")
+
+
+def known_units(text: str) -> frozenset[str]:
+    """The units that a text names, by one name each, powers left aside: "square inches" and "in^2" are both inches."""
     half = _HALF_OF_DAY.search(text.lower())
     if half:
-        return f"{half[1]}m"
-    words = re.findall(r"[a-z]+", text.lower())
-    known = [UNITS[word] for word in words if word in UNITS]
-    return known[0] if len(known) == 1 else None
+        return frozenset((f"{half[1]}m",))
+    known = {UNITS[word] for word in _UNIT_WORDS.findall(text.lower()) if word in UNITS}
+    return frozenset(name for unit in known for name in COMPOUND_UNITS.get(unit, unit).split()) - {"unit"}
 
 
 def plain_words(text: str) -> str:

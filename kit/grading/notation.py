@@ -7,80 +7,42 @@ import re
 import time
 from fractions import Fraction
 
-MAX_CHARS = 60_000  # a list of 3,000 numbers has about 20,000 characters
-MAX_DIGITS = 4_000  # Python itself refuses int() beyond 4,300 digits: that limit is quadratic time
-
-
-class ParseError(ValueError):
-    """The text is not an answer in a notation that the parser knows."""
-
-
-class Undecided(ValueError):
-    """Equality could not be decided within the caps or the deadline; the message is the rule that the verdict reports."""
-
-
-class TooLarge(ValueError):
-    """The answer is beyond a cap on length, depth, digits or size: it cannot be compared, which is not the same as wrong."""
-
-
-def names(text: str) -> frozenset[str]:
-    """The words of a text as a set."""
-    return frozenset(text.split())
-
-
-FUNCTIONS = names(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min floor ceil abs det Re Im arg"
+from kit.grading.limits import MAX_CHARS, ParseError, TooLarge, Undecided
+from kit.grading.numerals import repeating
+from kit.grading.vocabulary import (
+    CONSTANTS,
+    CURRENCIES,
+    FONT_COMMANDS,
+    FRACTIONS,
+    FUNCTIONS,
+    GREEK,
+    JOINTS,
+    MULTIPLIERS,
+    RELATIONS,
+    SI_LETTERS,
+    SKIPPED,
+    TEXT_COMMANDS,
+    UNITS,
+    names,
 )
-OPAQUE = frozenset("fghFGH")  # f(2) is never a product
-CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "inf"), "infinity": ("const", "inf"), "inf": ("const", "inf")}
-GREEK = names(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-    "varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
-)
-RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "==": "=", "le": "<=", "leq": "<=", "leqslant": "<=",
-    "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~",
-    "in": "in", "equiv": "equiv", "cong": "equiv",
-}  # fmt: skip
-FONT_COMMANDS = names("mathrm mathbf mathit mathsf mathbb mathcal boldsymbol bm operatorname rm bf")
-TEXT_COMMANDS = names("text textbf textit textrm textsf texttt textnormal mbox hbox emph textup")
-SKIPPED = names(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle limits nolimits quad qquad "
-    "boxed fbox overline underline vec hat bar overrightarrow mathstrut"
-)
-INFIX_COMMANDS = names(
-    "cup cap setminus backslash colon choose cdot times ast div pm mp pmod bmod mid circ degree prime to hline end and"
-)
-CLOSERS = names("rfloor rceil rvert rVert rangle")
-STRUCTURAL = INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf over atop substack overset underset")
-MATRICES = names("matrix pmatrix bmatrix Bmatrix smallmatrix array vmatrix")
-BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12}
-BASE_WORDS["sixteen"] = 16
-# What follows a number in plain words. One-letter units only count inside \text{}: outside it, "5m" is a product.
-UNIT_GROUPS = (
-    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "in inch", "ft foot feet",
-    "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram", "lb lbs pound", "oz ounce", "s sec second", "min minute",
-    "h hr hour", "day", "week", "month", "year", "l liter litre", "ml milliliter", "mph", "cent", "dollar usd", "euro eur",
-    "yuan", "degree deg", "radian rad", "unit", "people", "apple", "percent pct", "gallon", "hz", "volt", "joule", "watt",
-)  # fmt: skip
-UNITS: dict[str, str] = {}
-for _group in UNIT_GROUPS:
-    for _name in _group.split():
-        UNITS[_name] = UNITS[_name + "s"] = UNITS[_name + "es"] = _group.split()[0]
 
 _SIGNS = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "∕": "/", "≤": r"\le ",
     "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ",
     "°": r"^\circ ", "º": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ",
     "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
-    "。": ".", "、": ",", "،": ",", "‘": "'", "’": "'", "′": "'", "“": '"', "”": '"', "…": "...", "€": " ", "£": " ", "¥": " ",
-    "¢": " ", "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∖": r"\setminus ",
-    "≡": r"\equiv ",    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
+    "。": ".", "、": ",", "،": ",", "‘": "'", "’": "'", "′": "'", "“": '"', "”": '"', "…": "...", "€": r"\euro ",
+    "£": r"\pounds ", "¥": r"\yen ", "¢": r"\cent ", "∨": r"\lor ", "∧": r"\land ", "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}",
+    "ℚ": r"\mathbb{Q}",
+    "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∖": r"\setminus ",
+    "≡": r"\equiv ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
     "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ",
     "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
 }  # fmt: skip
 _TRANSLATION = {ord(sign): text for sign, text in _SIGNS.items()}
 _TRANSLATION.update({code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)})  # full-width forms
+DIGITS = {code: chr(code - 0x630) for code in range(0x660, 0x66A)}  # Arabic
+_TRANSLATION.update(DIGITS)
 _TRANSLATION.update(dict.fromkeys((0xA0, 0x2009, 0x202F, 0x3000, 0x200B, 0xFEFF), " "))
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -108,47 +70,31 @@ def clean(text: str) -> str:
 _TOKEN = re.compile(
     r"""(?P<row>\\\\(?:\[[^\]]{0,20}\])?)
       | (?P<space>(?:[\s~"`]|\\[,;:!>\ $()\[\]]|\$)+)
-      | (?P<rep>[0-9]*\.[0-9]*\\(?:overline|bar|dot)\{[0-9]{1,40}\})
-      | (?P<based>(?=[A-F]*[0-9])[0-9]{0,60}[A-F][0-9A-F]{0,60}_(?:\{1[1-6]\}|1[1-6](?![0-9])))
-      | (?P<european>[0-9]{1,3}(?:\.[0-9]{3})+,[0-9]+(?![0-9]|[.,][0-9]))
-      | (?P<num>(?:[0-9]{1,3}(?:(?:(?:\\!)?,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:\ [0-9]{3})+(?![0-9])
+      | (?P<rep>[0-9]*\.[0-9]*(?:\\(?:overline|bar)\{[0-9]{1,40}\}|\([0-9]{1,40}\)
+            |\\dot\{?[0-9]\}?(?:[0-9]{0,40}\\dot\{?[0-9]\}?)?))
+      | (?P<prefixed>0(?:[xX][0-9A-Fa-f]{1,60}|[bB][01]{1,200}|[oO][0-7]{1,80})(?![0-9A-Za-z]))
+      | (?P<based>(?:(?=[0-9A-F]{2})[0-9]{0,60}[A-F][0-9A-F]{0,60}|\([0-9]{0,60}[A-F][0-9A-F]{0,60}\))
+            _(?:\{1[1-6]\}|1[1-6](?![0-9])))
+      | (?P<european>[0-9]{1,3}(?:(?:\.[0-9]{3})+,[0-9]+(?![0-9]|[.,][0-9])|(?:\.[0-9]{3}){2,}(?![0-9]|[.,][0-9])))
+      | (?P<num>(?:[0-9]{1,3}(?:(?:(?:\\!)?,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:[\ ~'][0-9]{3})+(?![0-9])
             |[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
       | \\(?P<cmd>[A-Za-z]+)\*?
       | \\(?P<esc>.)
       | (?P<half>[aApP]\.\ ?[mM](?![A-Za-z])\.?)
       | (?P<word>[A-Za-z]+)
-      | (?P<op>\*\*|!=|<=|>=|==|\.\.\.|.)""",
+      | (?P<foreign>[^\W\d_]+)
+      | (?P<op>\*\*|:=|!=|<=|>=|==|\.\.\.|.)""",
     re.VERBOSE | re.DOTALL,
 )
 _COMMA_GROUPS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])(?:\.[0-9]+)?")
 _SCIENTIFIC = re.compile(r"[eE]([+-]?[0-9]{1,6})(?![0-9A-Za-z.])")
+_PREFIXED = re.compile("0(?:[xX][0-9A-Fa-f]+|[bB][01]+|[oO][0-7]+)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _LEADING_PROSE = re.compile(r"(?:\b(?:is|are|equals)|[:=])[\s~]*\Z")  # \text{The answer is } 5
 _WORDS = re.compile("[A-Za-z]+")
+_SHORT_WORD = re.compile("[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tvwy]")  # 5 men, 3 red; 5 abc is a product
+_NO_AMOUNT = names("+ - pm mp ( ) [ ] \\\\{ : | & ^")
 _NOT_DIGITS = re.compile(r"[^0-9.]")
-
-
-def number_node(digits: str, exponent: int = 0) -> tuple:
-    """The node of a plain unsigned number such as "033", "1.50" or ".5", times a power of ten."""
-    if len(digits) > MAX_DIGITS or abs(exponent) > MAX_DIGITS:
-        raise TooLarge(f"a number of {len(digits)} digits and exponent {exponent} is beyond {MAX_DIGITS} digits")
-    whole, point, decimals = digits.partition(".")
-    value = Fraction(int(whole + decimals or "0"))
-    shift = exponent - len(decimals)
-    value = value * 10**shift if shift >= 0 else value / 10**-shift
-    if not point:
-        return ("num", value)
-    return ("dec", value, max(1, len((whole + decimals).lstrip("0"))), -shift)
-
-
-def _repeating(text: str) -> Fraction:
-    r"""The exact value of a repeating decimal such as 0.1\overline{6}."""
-    digits, repeated, _ = re.split(r"\\[a-z]+\{|\}", text)
-    whole, decimals = digits.split(".")
-    if len(digits) > MAX_DIGITS:
-        raise TooLarge(f"a number of {len(digits)} digits is beyond {MAX_DIGITS} digits")
-    head = int(whole + decimals or "0")
-    return Fraction(head * 10 ** len(repeated) + int(repeated) - head, 10 ** len(decimals) * (10 ** len(repeated) - 1))
 
 
 def group_ends(text: str) -> dict[int, int]:
@@ -169,6 +115,9 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
     tokens: list[tuple[str, object, bool]] = []
     position, spaced, brackets = 0, False, 0
     ends = group_ends(text) if "{" in text else {}
+    money: list[tuple[int, str]] = []
+    dollar = "\\$" if "\\$" in text else "$"
+    lone_sign = text.count(dollar) == 1  # two enclose mathematics, or are two prices
     while position < len(text):
         if len(tokens) % 1024 == 0 and time.monotonic() > deadline_at:
             raise Undecided("deadline")
@@ -176,6 +125,8 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
         kind, value = match.lastgroup, match[match.lastgroup]
         position = match.end()
         if kind == "space":
+            if lone_sign and dollar in value:
+                money.append((len(tokens), "dollars"))
             spaced = True
             continue
         if kind == "european":  # 1.000,99
@@ -190,9 +141,11 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
                 exponent, position = int(scientific[1]), scientific.end()
             tokens.append(("num", (_NOT_DIGITS.sub("", value), exponent), spaced))
         elif kind == "rep":
-            tokens.append(("exact", _repeating(value), spaced))
+            tokens.append(("exact", repeating(value), spaced))
+        elif kind == "prefixed":
+            tokens.append(("exact", Fraction(int(value, 0)), spaced))
         elif kind == "based":
-            digits, _, base = value.rstrip("}").replace("{", "").partition("_")
+            digits, _, base = re.sub("[(){}]", "", value).partition("_")
             if any(int(digit, 16) >= int(base) for digit in digits):
                 raise ParseError(f"{digits!r} has a digit that base {base} has not")
             tokens.append(("exact", Fraction(int(digits, int(base))), spaced))
@@ -211,9 +164,13 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
                 position = ends.get(position, position - 1) + 1
             elif value.startswith(("quad", "qquad")) and value not in SKIPPED:  # \quadx, a common slip in collected answers
                 _word(value[value.index("d") + 1 :], tokens, True)
+            elif value in JOINTS:
+                tokens.append(("sep", JOINTS[value], spaced))
+            elif value in CURRENCIES:
+                money.append((len(tokens), CURRENCIES[value]))
             elif value not in SKIPPED:
-                tokens.append(("cmd", {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}.get(value, value), spaced))
-        elif kind == "half":  # of the day: 3:45 p.m.
+                tokens.append(("cmd", "frac" if value in FRACTIONS else value, spaced))
+        elif kind in ("half", "foreign"):  # the half of the day, 3:45 p.m.; letters of another script
             tokens.append(("text", value, spaced))
         elif kind == "word":
             _word(value, tokens, spaced)
@@ -222,7 +179,23 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
             tokens.append(("sep" if value in ",;" else "op", "^" if value == "**" else value, spaced))
         spaced = False
     tokens.append(("end", "", spaced))
+    if len(money) == 1:
+        _name_currency(tokens, *money[0])
     return tokens
+
+
+def _name_currency(tokens: list, index: int, currency: str) -> None:
+    """The sign of a currency at a single amount, as the unit behind it: -$20 and 20€. Elsewhere it says nothing."""
+    if index and tokens[index - 1][0] in ("num", "exact") and tokens[index][0] != "num":
+        tokens.insert(index, ("text", currency, True))
+        return
+    end = index
+    while tokens[end][0] not in ("end", "sep") and not (tokens[end][0] in ("op", "cmd") and tokens[end][1] in RELATIONS):
+        if tokens[end][1] in _NO_AMOUNT and (end > index or tokens[end][1] not in ("+", "-")):
+            return
+        end += 1
+    if end > index:
+        tokens.insert(end, ("text", currency, True))
 
 
 def _text_command(text: str, position: int, ends: dict[int, int], command: str, tokens: list, spaced: bool) -> int:
@@ -234,10 +207,23 @@ def _text_command(text: str, position: int, ends: dict[int, int], command: str, 
     if end is None:
         return position
     content = text[start + 1 : end].strip(" \\,.;:~$")
+    behind_number = bool(tokens) and (tokens[-1][0] in ("num", "exact") or tokens[-1][1] == "}")
+    words = [word.lower() for word in _WORDS.findall(content)]
+    if behind_number and words and words[0] in MULTIPLIERS and content[0].isalpha():
+        _multiply(words[0], tokens, spaced)
+        content = content[len(words[0]) :].strip(" ,.~")
+        if not content:
+            return end + 1
+    upright = content in SI_LETTERS if len(content) == 1 else not content.isalpha() and all(word in UNITS for word in words)
+    if behind_number and command == "mathrm" and words and upright:
+        tokens.append(("text", content, spaced))  # 5\mathrm{m/s^2}
+        return end + 1
     if not re.search("[A-Za-z]", content) or (command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content)):
         return position  # the group that follows is parsed as usual
-    if content[0].isdigit() and all(word.lower() in UNITS or word in ("and", "or") for word in _WORDS.findall(content)):
+    if content[0].isdigit() and all(word in UNITS or word in MULTIPLIERS or word in ("and", "or") for word in words):
         return position  # \text{60 cm}
+    if _PREFIXED.fullmatch(content):
+        return position  # \texttt{0x1F}
     if not tokens and _LEADING_PROSE.search(text, start, end):
         return end + 1
     if command == "mathbb" and content == "R":
@@ -262,12 +248,21 @@ def _is_unit(word: str, tokens: list) -> bool:
     return word in FUNCTIONS and word in UNITS and bool(tokens) and tokens[-1][0] == "num"
 
 
+def _multiply(word: str, tokens: list, spaced: bool) -> None:
+    """5 million is 5 times a million."""
+    tokens += [("cmd", "times", spaced), ("exact", Fraction(MULTIPLIERS[word]), False)]
+
+
 def _word(word: str, tokens: list, spaced: bool) -> None:
     """A run of letters outside any command: a function, a constant, a connective, a unit or word, or a product of symbols."""
     lower = word.lower()
     glued = re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word) if tokens and tokens[-1][0] == "num" else None  # "1orW(x)=-1"
     if word in ("and", "or"):
         tokens.append(("sep", word, spaced))
+    elif lower in MULTIPLIERS and tokens and (tokens[-1][0] in ("num", "exact") or tokens[-1][1] == "}"):
+        _multiply(lower, tokens, spaced)
+    elif word == "choose" and tokens:
+        tokens.append(("cmd", word, spaced))
     elif word == "to" and tokens and tokens[-1][0] == "num":
         tokens.append(("op", ":", spaced))
     elif _is_unit(word, tokens) or (lower in ("am", "pm") and [token[1] for token in tokens[-2:-1]] == [":"]):
@@ -290,7 +285,9 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
     elif len(word) > 2 and (word[:-1] in FUNCTIONS or word[:-1] in CONSTANTS):  # sinx, pir
         tokens.append(("cmd", word[:-1], spaced))
         tokens.append(("sym", word[-1], False))
-    elif len(word) >= 4 and not word.isupper():
+    elif (len(word) >= 4 and not word.isupper()) or (
+        spaced and tokens and tokens[-1][0] == "num" and _SHORT_WORD.fullmatch(word)
+    ):
         tokens.append(("text", word, spaced))
     else:
         for index, letter in enumerate(word):

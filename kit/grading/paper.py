@@ -25,9 +25,9 @@ import time
 from fractions import Fraction
 from typing import NamedTuple
 
-from kit.grading.answers import ParseError, Parser, TooLarge
+from kit.grading.answers import Parser
 from kit.grading.identities import same_function, same_number
-from kit.grading.notation import Undecided
+from kit.grading.limits import ParseError, TooLarge, Undecided
 from kit.grading.paper_text import CHOICES, LETTER, choice_in, extract, normalise
 from kit.grading.trees import Node, canonical, contains, negate, symbols
 from kit.grading.values import Budget, Evaluator, NotNumeric, Undefined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kit.grading.notation import names
+from kit.grading.vocabulary import names
 
 CHOICES = frozenset("ABCDE")
 LETTER = re.compile(r"\b[A-E]\b")

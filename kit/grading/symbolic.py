@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 
-from kit.grading.notation import names
 from kit.grading.trees import Node, from_json, symbols
+from kit.grading.vocabulary import names
 
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 

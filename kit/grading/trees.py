@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from kit.grading.notation import OPAQUE
+from kit.grading.vocabulary import OPAQUE
 
 Node = tuple
 
@@ -95,9 +95,9 @@ def symbols(node: Node) -> frozenset[str]:
     return found - {node[2]} if node[0] == "big" else found
 
 
-def mentions_i(node) -> bool:
-    """Whether the imaginary unit is written anywhere in the tree."""
-    return node == ("const", "i") or (isinstance(node, tuple) and any(mentions_i(part) for part in node))
+def mentions(node, leaf: Node) -> bool:
+    """Whether a leaf, such as the imaginary unit, is written anywhere in the tree."""
+    return node == leaf or (isinstance(node, tuple) and any(mentions(part, leaf) for part in node))
 
 
 def to_json(node: object) -> object:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 
-from kit.grading.notation import OPAQUE, TooLarge, Undecided
+from kit.grading.limits import TooLarge, Undecided
 from kit.grading.trees import Node
+from kit.grading.vocabulary import OPAQUE
 
 MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the cap costs under a millisecond
 MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many bits more to reduce it

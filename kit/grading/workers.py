@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from kit.grading.notation import Undecided
+from kit.grading.limits import Undecided
 from kit.grading.trees import Node, to_json
 
 MAX_WORKERS = 2  # each holds about 70 MiB; a third thread waits, within its deadline

@@ -1,0 +1,56 @@
+"""Which option of a multiple choice is named: (C), C. 42, "I choose option C because ...", "C is the correct answer"."""
+
+from __future__ import annotations
+
+import re
+
+_LETTER = r"\*{0,2}(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
+_STATED = re.compile(
+    rf"[\s*\"']*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{{1,3}})?{_LETTER}"
+    r"(?!\s{0,3}(?:and|or|et|ou|,|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
+)
+_LEADING = re.compile(r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))")
+_NOUN = r"(?:the\s)?(?:(?:correct|right|best)\s)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter|选项|opción)"
+_OTHER = r"(?!\)?\*{0,2}\s{0,3}(?:and|or|et|ou|,|&|/|和|或)\s{0,3}\(?[A-J](?![a-z]))"
+_CHOSEN = re.compile(
+    r"(?:\b(?:[Cc]hoose|[Cc]hose|[Pp]ick|[Ss]elect|[Gg]o(?:ing)? with|[Oo]pt for)\s|选择?|選択?)"
+    rf"\s?(?:{_NOUN}\s?)?{_LETTER}{_OTHER}"
+    rf"|\b[Aa]nswer\s(?:would|must|should|can only|has to|will|may|might)\s(?:\w+\s)?be\s(?:{_NOUN}\s)?{_LETTER}{_OTHER}"
+    rf"|(?<![A-Za-z0-9]){_LETTER}\*{{0,2}}\s(?:is|must be|would be)\s(?:(?:the|clearly|therefore|thus)\s){{0,2}}"
+    r"(?:correct|right|best|only|answer|true)\b"
+)
+_NAMED = re.compile(rf"{_NOUN}\s?:?\s?{_LETTER}{_OTHER}")
+_REFUSED = re.compile(r"(?:\bnot|neither|nor|than|n't|reject|eliminate|exclude|rule out|unlike|without|不|非)\s?(?:the\s)?$")
+_FAILS = re.compile(
+    r"\)?\*{0,2}[\s,]{1,3}(?:(?:is|are|was|does|can|seems|would be)\s?)?(?:also\s)?"
+    r"(?:wrong|incorrect|not|n't|false|too|out|fails?|impossible)"
+)
+
+
+def stated_choice(text: str) -> str | None:
+    """The letter that a text begins with, behind "the answer is"."""
+    match = _STATED.match(text)
+    return match and (match[1] or match[2])
+
+
+def leading_choice(text: str) -> str | None:
+    """The letter of a text such as "C. 42" or "(C) because 6 * 7 = 42"."""
+    match = _LEADING.match(text)
+    return match and (match[1] or match[2])
+
+
+def choice_in_prose(text: str) -> str | None:
+    """The letter that a text without any "the answer is" settles on, by a verb of choosing, by praise, or as its only option."""
+    chosen = _letters(_CHOSEN, text)
+    if chosen:
+        return chosen[-1]
+    named = _letters(_NAMED, text)
+    return named[0] if len(set(named)) == 1 else None
+
+
+def _letters(pattern: re.Pattern, text: str) -> list[str]:
+    return [
+        next(filter(None, match.groups()))
+        for match in pattern.finditer(text)
+        if not _REFUSED.search(text, max(0, match.start() - 20), match.start()) and not _FAILS.match(text, match.end())
+    ]

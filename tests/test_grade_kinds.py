@@ -1,6 +1,6 @@
 r"""Pairs by the kind of their answer, right and wrong, each graded from both sides. Where notation leaves a choice they rest on
 these rules: a percent sign may be left out or meant as a value; a missing unit is forgiven and a different one is not; a bare
-list is a set, a tuple is not; a decimal of four significant digits may be the exact value rounded."""
+list is a set, a tuple is not; a decimal of four significant digits may be the exact value rounded; a number word multiplies."""
 
 import pytest
 
@@ -27,6 +27,9 @@ RIGHT = {
         \frac12\frac13 ~ \frac16
         \frac123 ~ \frac{3}{2}
         \frac{19}{3} ~ \boxed{\frac{19}{3}\approx 6.33}
+        \frac{1}{2} ~ {1 \over 2}
+        \frac{3}{4} ~ \nicefrac34
+        0,05 ~ \frac{1}{20}
     """,
     "mixed numbers": r"""
         2\frac{3}{4} ~ \boxed{\frac{11}{4}}
@@ -41,6 +44,12 @@ RIGHT = {
         \frac{1}{6} ~ \boxed{0.1\bar{6}}
         0.\overline{9} ~ 1
         2.\overline{3} ~ \boxed{\frac{7}{3}}
+        0.(3) ~ 1/3
+        0.1(6) ~ \frac16
+        0.\dot{1}4285\dot{7} ~ \frac17
+        0.333... ~ 1/3
+        0.1666\ldots ~ \frac16
+        3.14... ~ 3.14
     """,
     "signs": r"""
         -7 ~ \boxed{−7}
@@ -60,6 +69,10 @@ RIGHT = {
         9! ~ \boxed{362,880}
         6,005 ~ \boxed{6\!,\!005}
         10,\!000 ~ \boxed{10000}
+        1'234'567 ~ 1234567
+        1.000.000 ~ 1000000
+        1.000.000,50 ~ 1000000.5
+        1~234 ~ 1234
     """,
     "money": r"""
         \$1,250.50 ~ 1250.5
@@ -72,6 +85,14 @@ RIGHT = {
         \$42 ~ \boxed{42\text{ dollars}}
         €15 ~ \boxed{15\text{ euros}}
         \text{\$}32 ~ \boxed{32}
+        £20 ~ \boxed{20\text{ pounds}}
+        50¢ ~ \boxed{50\text{ cents}}
+        \$12 ~ USD 12
+        \$9.99 ~ $9.99
+        \$-20 ~ -\$20
+        \$2\frac{1}{2} ~ 2.50
+        \$40\text{ per hour} ~ \boxed{40}
+        70 ~ Le coût final est donc de 70 $.
     """,
     "percent": r"""
         25% ~ \boxed{25\%}
@@ -116,6 +137,18 @@ RIGHT = {
         60\text{ cm} ~ 60 \mathrm{~cm}
         2\text{ pounds} ~ 2\text{ lbs}
         24\pi\text{ cubic inches} ~ \boxed{24\pi \text{ in}^3}
+        5 \mathrm{~m} / \mathrm{s} ~ \boxed{5}
+        20 \mathrm{~km} / \mathrm{h} ~ \boxed{20\text{ km/h}}
+        9.8\,\mathrm{m/s^2} ~ 9.8
+        5 m/s ~ 5\ \frac{\text{m}}{\text{s}}
+        60\text{ mph} ~ 60\text{ miles per hour}
+        1000.99 m² ~ 1000.99
+        5 m ~ 5m
+        50\ \mathrm{J} ~ 50\text{ J}
+        10\text{ units} ~ 10\text{ cm}
+        5 ~ \boxed{5\text{ men}}
+        3 ~ \boxed{3个}
+        5 ~ The answer is 5 men.
     """,
     "equations": r"""
         x=7 ~ 7
@@ -136,6 +169,10 @@ RIGHT = {
         x = 3 ~ \boxed{3 = x}
         3x + 4y = 12 ~ \boxed{y = 3 - \frac{3}{4}x}
         \frac{x^2}{9}+\frac{y^2}{4}=1 ~ \boxed{4x^2+9y^2=36}
+        f(x) = 3x+1 ~ y = 3x+1
+        5 ~ x := 5
+        x \equiv 2 \pmod 5 ~ x \equiv 7 (mod 5)
+        \frac{\pi}{3}+2k\pi ~ \frac{\pi}{3}+2n\pi
     """,
     "plus or minus": r"""
         \pm 5 ~ \boxed{5,-5}
@@ -191,6 +228,16 @@ RIGHT = {
         43_5 ~ \boxed{23_{10}}
         110_{\text{two}} ~ 6
         1101_2 ~ 1101₂
+        31 ~ 0x1F
+        0xff ~ FF_{16}
+        255 ~ \texttt{0xFF}
+        0b1011 ~ 1011_2
+        0o17 ~ 15
+        (1101)_2 ~ 13
+        26 ~ \text{1A}_{16}
+        1101_{(2)} ~ 13
+        1101 \text{ (base 2)} ~ 1101_2
+        3 ~ 0x+3
     """,
     "intervals": r"""
         [2,5] ~ \boxed{2\le x\le5}
@@ -216,6 +263,16 @@ RIGHT = {
         x \leq -1 \text{ or } x \geq 4 ~ \boxed{(-\infty,-1]\cup[4,\infty)}
         [\sqrt{2}, 3) ~ \boxed{\sqrt{2} \leqslant x < 3}
         (-3,2) ~ \boxed{x > -3 \text{ and } x < 2}
+        (0,1) ~ ]0,1[
+        [0,+\infty) ~ [0,+\infty[
+        (-\infty, 5] ~ ]-\infty; 5]
+        \{x \in \mathbb{R} : x > 3\} ~ (3,\infty)
+        \{x : x > 1, x \ne 2\} ~ (1,2)\cup(2,\infty)
+        \left\{x \left\lvert\, x>2\right.\right\} ~ (2,\infty)
+        x \neq 1, 2 ~ \mathbb{R}\setminus\{1,2\}
+        \mathbb{R}\setminus[0,1] ~ (-\infty,0)\cup(1,\infty)
+        k \le 0 \lor k \ge 4 ~ (-\infty, 0] \cup [4, \infty)
+        (0,\infty) ~ \mathbb{R}^+
     """,
     "lists and sets": r"""
         1, 2, 3 ~ \boxed{3, 1, 2}
@@ -234,6 +291,10 @@ RIGHT = {
         -5, 1, 4 ~ \boxed{-5, 1, \text{ and } 4}
         \{x \mid x < 2\} ~ \boxed{(-\infty, 2)}
         2, 3, 5 ~ \boxed{2,~3,~5}
+        \{2k : k \in \mathbb{Z}\} ~ \{2k \mid k \in \mathbb{Z}\}
+        \emptyset ~ \text{no real solutions}
+        \mathbb{Z} ~ \text{all integers}
+        \{(x,y) : x+y=1\} ~ \{(x,y) \mid y+x=1\}
     """,
     "tuples": r"""
         (3,4) ~ \boxed{\left(3,4\right)}
@@ -246,6 +307,9 @@ RIGHT = {
         (r,\theta)=(2,\pi) ~ (2, \pi)
         (1,2) ~ \boxed{\big(1,2\big)}
         (3,4) ~ \boxed{(x, y) = (3, 4)}
+        P(3,4) ~ (3,4)
+        A(1,2), B(3,4) ~ (1,2),(3,4)
+        (3, 5) ~ \boxed{(3, 5) \text{ only}}
     """,
     "vectors and matrices": r"""
         \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \boxed{\begin{bmatrix}1&2\\3&4\end{bmatrix}}
@@ -310,6 +374,11 @@ RIGHT = {
         \text{Thursday} ~ \boxed{\text{Thursday.}}
         \text{No} ~ \boxed{No}
         \text{odd} ~ The answer is **odd**.
+        \text{Yes} ~ Yes, it is.
+        \text{Yes} ~ **Yes**
+        \text{True} ~ The statement is true.
+        \text{Friday} ~ The day is Friday.
+        \text{да} ~ \boxed{\text{Да}}
     """,
     "choices": r"""
         B ~ \boxed{\text{(B)}}
@@ -326,6 +395,22 @@ RIGHT = {
         C ~ The answer is **C. Mercury**
         D ~ Therefore the correct answer is option D.
         D ~ Therefore the correct answer is option D because 7 is prime.
+        A ~ I choose option A because the others are too small.
+        B ~ Option B is correct.
+        C ~ I would go with C.
+        C ~ I'd pick option (C), as 5 > 3.
+        D ~ D is the correct answer.
+        A ~ The answer would be A.
+        B ~ Looking at the options, B is the only one that works.
+        B ~ Thus, option B is the correct choice because A and C fail.
+        C ~ Answer C
+        B ~ 故选B。
+        B ~ 选项B是正确的。
+        C ~ La respuesta correcta es C.
+        C ~ Die Antwort lautet C.
+        D ~ Правильный ответ: D
+        C ~ 정답은 C입니다.
+        B ~ I think it's B
     """,
     "clocks and ratios": r"""
         3:45 ~ \boxed{3:45}
@@ -371,6 +456,16 @@ RIGHT = {
         9 ~ The final answer is: $\boxed{9}$
         1/3 ~ The probability is 1/3.
         15 ~ \boxed{\$15}
+        16 ~ My answer is 16 because 4 squared is 16 and 5 squared is 25.
+        7 ~ The answer is the sum of 3 and 4, which is 7.
+        6 ~ 答案是6，不是5。
+        16 ~ The answer is sixteen, i.e. $16$.
+        25\pi ~ So the area of the circle is 25π.
+        2\sqrt{3} ~ The length is 2√3.
+        2+3i ~ so z = 2 + 3i.
+        x>3 ~ So we need x > 3.
+        3:2 ~ The ratio is 3:2.
+        12 ~ الجواب ١٢
     """,
     "wrappings": r"""
         \text{7} ~ 7
@@ -401,6 +496,20 @@ RIGHT = {
         \lceil 2.1\rceil ~ 3
         2^{-3} ~ 0.125
         2^5\cdot 3^2 ~ 288
+        {}_5C_2 ~ \binom{5}{2}
+        10 ~ ^5C_2
+        5C2 ~ \binom52
+        _{10}C_{3} ~ 120
+        120 ~ {}_{10}\mathrm{C}_3
+        C_{10}^{3} ~ 120
+        {}_5P_2 ~ 20
+        {}_nC_2 ~ \frac{n(n-1)}{2}
+        \frac{{}_5C_2}{{}_4C_1} ~ \frac52
+        C(5,2) ~ 10
+        x^5C_2 ~ x^5 C_2
+        C_1^2 ~ (C_1)^2
+        7 ~ \boxed{7 \mod 11}
+        5 \bmod 3 ~ 2
     """,
     "infinity and rounding": r"""
         \infty ~ \boxed{+\infty}
@@ -411,6 +520,32 @@ RIGHT = {
         0.6667 ~ 2/3
         12.35 ~ 12.350
     """,
+    "number words": r"""
+        1000000 ~ \boxed{1\text{ million}}
+        2.5 billion ~ \boxed{2.5\times10^9}
+        2{,}500{,}000 ~ 2.5 million
+        \$3 million ~ \boxed{\$3{,}000{,}000}
+        7\text{ million dollars} ~ 7000000
+        \frac{1}{2}\text{ million} ~ 500000
+        3 hundred thousand ~ 300{,}000
+        5000000 ~ The population is 5 million people.
+    """,
+    "lists in prose": r"""
+        1, 3, 5 ~ The solutions are 1, 3 and 5.
+        1, 3, 5 ~ The solutions are $1$, $3$ and $5$.
+        -2, 2 ~ Hence x = 2 or x = -2.
+        -2, 2 ~ Hence $x = 2$ or $x = -2$.
+        2,4,8 ~ Thus, the possible values of $n$ are 2, 4, and 8.
+        \{1, 2\} ~ The solution set is {1, 2}.
+        (2, -1) ~ It follows that the vertex is at (2, -1).
+        (1,2),(2,1) ~ The solutions are (1, 2) and (2, 1).
+        [2,5] ~ The solution is [2, 5].
+        x=1, y=2 ~ The solution is x = 1 and y = 2.
+        \frac{3}{4} ~ So the probability is 3/4 or 75%.
+        12 ~ The sides are 3, 4, 5, so the perimeter is 12.
+        5 ~ We get a = 3, b = 4, c = 5.
+        20 ~ Each side is 5, 5 * 4 = 20
+    """,
 }
 WRONG = {
     "fractions": r"""
@@ -420,6 +555,10 @@ WRONG = {
         \frac{a}{b} ~ \boxed{b/a}
         \frac{1}{2} ~ \boxed{12}
         \frac{3}{4} ~ \boxed{3}
+        0.5 ~ 0,05
+        {1 \over 2} ~ 2
+        \nicefrac{1}{2} ~ 12
+        6, 05 ~ 6.05
     """,
     "mixed numbers": r"""
         2\frac{3}{4} ~ \boxed{\frac{6}{4}}
@@ -437,10 +576,19 @@ WRONG = {
         123,456 ~ \boxed{123,457}
         1,234 ~ \boxed{1}
         1000 ~ \boxed{100}
+        1'234 ~ 1'235
+        1.000.000 ~ 1
     """,
     "money": r"""
         \$20 ~ \boxed{\$2}
         \$3.50 ~ \boxed{\$3.05}
+        \$5 ~ 5 cents
+        \$5 ~ \boxed{€5}
+        \$5 ~ 5¢
+        £20 ~ \boxed{20\text{ euros}}
+        $\$12$ ~ 12\text{ euros}
+        \$9.99 ~ 9.99 cents
+        \$20 ~ -\$20
     """,
     "percent": r"""
         25\% ~ \boxed{0.025}
@@ -458,6 +606,14 @@ WRONG = {
         12\text{ cm} ~ \boxed{13\text{ cm}}
         7\text{ feet } 6\text{ inches} ~ 7\text{ feet }5\text{ inches}
         \text{60 cm} ~ 60\text{ miles}
+        5\text{ m/s} ~ 5\text{ km/h}
+        60\text{ mph} ~ 60\text{ km/h}
+        5^\circ\text{C} ~ 5^\circ\text{F}
+        5\ \mathrm{m} ~ 5\ \mathrm{s}
+        5m ~ 5
+        2 m ~ 3m
+        2\mathrm{i} ~ 2
+        192 ~ \boxed{193公斤}
     """,
     "equations": r"""
         x=7 ~ \boxed{y=7}
@@ -468,6 +624,11 @@ WRONG = {
         a+b=7 ~ \boxed{7}
         x^2+y^2=25 ~ \boxed{x^2+y^2=5}
         f(x)=2x^2 ~ \boxed{x^2}
+        f(2) = 3 ~ f(3) = 2
+        f(x) = 3x+1 ~ y = 3x-1
+        x \equiv 2 \pmod 5 ~ x \equiv 3 \pmod 5
+        x \equiv 2 \pmod 5 ~ x \equiv 2 \pmod 7
+        \frac{\pi}{3}+2k\pi ~ \frac{\pi}{3}+n\pi
     """,
     "plus or minus": r"""
         \pm 5 ~ \boxed{5}
@@ -496,6 +657,12 @@ WRONG = {
         101_2 ~ 101_3
         1101_2 ~ \boxed{1101}
         1101_2 ~ \boxed{1011_2}
+        0x1F ~ 0
+        0x1F ~ 0x2F
+        10x1 ~ 16
+        (1101)_2 ~ 1101
+        1101 \text{ (base 2)} ~ 1101 \text{ (base 3)}
+        0b1111 ~ 1111
     """,
     "intervals": r"""
         (2,5) ~ \boxed{2\le x<5}
@@ -510,6 +677,13 @@ WRONG = {
         (1,2) ~ \boxed{x > 1 \text{ and } y < 2}
         -1<x<1 ~ |y|<1
         \mathbb{R} ~ \text{all integers}
+        (0,1) ~ [0,1[
+        ]0,1[ ~ [0,1]
+        \{x \vert x > 2\} ~ (3, \infty)
+        \{x : x > 1, x \ne 2\} ~ \{x : x > 1\}
+        x \neq 1, 2 ~ \mathbb{R}\setminus\{1,3\}
+        \{x \in \mathbb{Z} : 1 \le x \le 3\} ~ [1,3]
+        \mathbb{R}^+ ~ \mathbb{R}
     """,
     "lists and sets": r"""
         1,2,3 ~ \boxed{1,2}
@@ -518,6 +692,8 @@ WRONG = {
         (1,2),(3,4) ~ \boxed{(2,1),(4,3)}
         2,3 ~ \boxed{2}
         3 ~ \boxed{2, 3}
+        \{3k : k \in \mathbb{Z}\} ~ \{2k : k \in \mathbb{Z}\}
+        \text{no solution} ~ \boxed{\text{one solution}}
     """,
     "tuples": r"""
         (3,4) ~ \boxed{(4,3)}
@@ -525,6 +701,9 @@ WRONG = {
         (1,2) ~ \boxed{(1,2,3)}
         (0,0) ~ 0
         (1,-1) ~ \boxed{(1,1)}
+        P(2,3) ~ Q(2,3)
+        P(2,3) ~ (3,2)
+        A(1,2), B(3,4) ~ A(3,4), B(1,2)
     """,
     "vectors and matrices": r"""
         \begin{pmatrix}1&2\\3&4\end{pmatrix} ~ \begin{pmatrix}1&3\\2&4\end{pmatrix}
@@ -557,12 +736,25 @@ WRONG = {
         \text{Alice} ~ \boxed{\text{Bob}}
         \text{no solution} ~ \boxed{0}
         \text{even} ~ \boxed{\text{uneven}}
+        \text{Yes} ~ No, it is not.
+        \text{True} ~ The statement is false.
+        \text{C} ~ \text{c}
     """,
     "choices": r"""
         B ~ \boxed{C}
         (B) ~ \boxed{\text{(D)}}
         C ~ \boxed{\text{Option D}}
         \textbf{(E)}\ 5 ~ \boxed{6}
+        A ~ I choose option B because A is too small.
+        A ~ Option A is wrong, so I choose B.
+        B ~ I would go with C rather than B.
+        A ~ I choose option A or B.
+        C ~ Option C is incorrect.
+        A ~ A number is even if it ends in 2, so I go with B.
+        C ~ Neither C nor D works, so the answer is B.
+        B ~ B is wrong, so C.
+        A ~ Not A.
+        D ~ 故选B。
     """,
     "clocks and ratios": r"""
         3:45 ~ \boxed{3:54}
@@ -580,18 +772,48 @@ WRONG = {
         12 ~ The answer is not 12 but 13.
         5 ~ I do not know the answer to this question, I am sorry.
         6 ~ \boxed{2} \cdot 3 = 6
+        5 ~ 答案是6，不是5。
+        25\pi ~ So the area of the circle is 25.
+        x>3 ~ So we need x >= 3.
+        3:2 ~ The ratio is 2:3.
     """,
     "counting and powers": r"""
         2^{10} ~ 1000
         5! ~ 5
         \binom{5}{2} ~ \frac52
         2^{3} ~ 23
+        {}_5C_2 ~ {}_5P_2
+        ^5C_2 ~ 25
+        C_{10}^3 ~ 1000
+        {}_2C_5 ~ 10
+        5C2 ~ 52
+        C_1^2 ~ 2
     """,
     "infinity and rounding": r"""
         \infty ~ \boxed{-\infty}
         3.14 ~ \boxed{\pi}
         1.4 ~ 1.41
         \infty ~ \boxed{0}
+    """,
+    "number words": r"""
+        1 million ~ 1
+        1 million ~ 1 billion
+        2.5 million ~ 2500
+        \$3 million ~ \$3
+        5 million ~ The population is 5.
+    """,
+    "repeating decimals": r"""
+        0.(6) ~ 1/3
+        0.(3) ~ 0.3
+        0.333... ~ 0.334
+    """,
+    "lists in prose": r"""
+        5 ~ The solutions are 1, 3 and 5.
+        1, 3, 5 ~ The solutions are 1 and 3.
+        1, 3 ~ The solutions are 1, 3 and 5.
+        2 ~ Hence x = 2 or x = -2.
+        (3,4) ~ So the point is (4, 3).
+        2,3 ~ There are 2 boys and 3 girls, so 5 children.
     """,
 }
 

@@ -16,8 +16,9 @@ from kit.grading.vocabulary import CLOSERS, INFIX_COMMANDS, OPAQUE, RELATIONS
 
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
-_LENGTH = re.compile(
-    r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*(?:[ ~]|\\[ ,])+)([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
+_LENGTH = re.compile(  # 5 m, not 5m
+    r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*[0-9.,]*(?:[ ~]|\\[ ,])+)"
+    r"([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
 )
 _DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")
 
@@ -82,9 +83,13 @@ class Parser(Cursor):
             operators.append(RELATIONS[value])
             self.accept("&")
             operands.append(self.set_expression())
-        if self.accept("pmod", "bmod"):
-            operands.append(self.argument())
+        bracketed = self.peek() == ("op", "(") and self.peek(1) == ("cmd", "mod")  # x = 2 (mod 5)
+        self.index += bracketed
+        if self.accept("pmod", "bmod", "mod"):
+            operands.append(self.argument() if self.peek()[1] == "{" else self.sum())
             operators.append("mod")
+            if bracketed:
+                self.expect(")")
         return ("rel", tuple(operators), tuple(operands)) if operators else operands[0]
 
     def set_expression(self) -> Node:
@@ -167,6 +172,8 @@ class Parser(Cursor):
         if self.peek()[1] == "/" and self.peek(1)[0] == "text":
             self.index += 1
             unit += "/" + str(self.take()[1])
+            if self.accept("^"):
+                self.argument()
         if unit.endswith("base") and self.peek()[0] == "num":
             unit += f" {self.take()[1][0]}"
         base = _IN_BASE.fullmatch(unit)
@@ -182,8 +189,10 @@ class Parser(Cursor):
             return self.tokens[self.index - 1][0] != "num"
         if kind == "sym":
             return True
+        if self.sets and value in ("lvert", "vert"):  # the bar of {x | x > 2}
+            return False
         if kind == "op":
-            return value in ("(", "{", "[", "\\{")
+            return value in ("(", "{", "[", "\\{") and self.peek(1) != ("cmd", "mod")
         return kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
 
     def power(self) -> Node:
@@ -391,9 +400,9 @@ class Parser(Cursor):
 
     def _set(self) -> Node:
         self.sets += 1
-        found, _ = self.items("\\}", "}", "mid", "|", ":", "colon")
+        found, _ = self.items("\\}", "}", "mid", "|", ":", "colon", "vert", "lvert")
         self.sets -= 1
-        if self.accept("mid", "|", ":", "colon"):
+        if self.accept("mid", "|", ":", "colon", "vert", "lvert"):
             conditions, _ = self.items("\\}", "}")
             if not self.accept("\\}", "}") or len(found) != 1 or not conditions:
                 raise ParseError("a set given by something other than conditions")

@@ -18,6 +18,7 @@ _CHOSEN = re.compile(
     rf"|\b[Aa]nswer\s(?:would|must|should|can only|has to|will|may|might)\s(?:\w+\s)?be\s(?:{_NOUN}\s)?{_LETTER}{_OTHER}"
     rf"|(?<![A-Za-z0-9]){_LETTER}\*{{0,2}}\s(?:is|must be|would be)\s(?:(?:the|clearly|therefore|thus)\s){{0,2}}"
     r"(?:correct|right|best|only|answer|true)\b"
+    rf"|\b(?:[Ii]t['’]?s|is|[Tt]herefore|[Tt]hus|[Ss]o|[Hh]ence)[,:]?\s{_LETTER}[\s.*)]*\Z"
 )
 _NAMED = re.compile(rf"{_NOUN}\s?:?\s?{_LETTER}{_OTHER}")
 _REFUSED = re.compile(r"(?:\bnot|neither|nor|than|n't|reject|eliminate|exclude|rule out|unlike|without|不|非)\s?(?:the\s)?$")

@@ -92,7 +92,8 @@ class Judge:
         if "sequence" in kinds:
             return self.same_sequence(a, b)
         if "text" in kinds:
-            return self.decide("text", kinds == {"text"} and plain_words(a[1]) == plain_words(b[1]))
+            letters = kinds == {"text"} and len(a[1]) == len(b[1]) == 1  # C is not c, but Yes is yes
+            return self.decide("text", a == b if letters else kinds == {"text"} and plain_words(a[1]) == plain_words(b[1]))
         return self.same_scalar(a, b)
 
     # --- equations and names

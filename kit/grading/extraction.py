@@ -34,7 +34,7 @@ _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
 _BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
 
 
-_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)[\s*:：_\"]{0,6})"
+_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|lautet|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)[\s*:：_\"]{0,6})"
 _HEADS = rf"(?:{_STATES}|\s?\*{{0,2}}\s{{0,3}}\n\s{{0,6}})"
 _ADJECTIVE = r"(?:\s(?i:corr\w{2,5}|exact\w{0,2}|finale?))?"
 _STATEMENT = re.compile(
@@ -49,20 +49,23 @@ _OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')  # a backslash only w
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)\.(?=\s|$)|。|<\|")
 _CONTRAST = re.compile(  # what follows explains the answer, or says what it is not
-    r"[\s,;，；]+(?:because|since|which|not|rather than|instead of|no|non|nicht"
+    r"[\s,;，；]{1,4}(?:because|since|which|not|rather than|instead of|no|non|nicht"
     r"|pas|et non|y no|und nicht|而不是|不是|因为|因為)(?![A-Za-z])"
 )
 _LEADING_WORD = re.compile(r"\W{0,4}(yes|no|true|false)[,.;:!]", re.IGNORECASE)
 _PREDICATE = re.compile(r"\b(?:is|are|was)\s(?:an?\s|the\s)?(\w+)\W*\Z")  # the day is Friday
-_COPULA = re.compile(r"(?:\b(?:is|are|was|were|be|equals?|equal to)\b|:)[\s:]*|(?=(?<![\w\\])[A-Za-z](?:_\w)?\s?=)")
+_COPULA = re.compile(
+    r"(?:\b(?:is|are|was|were|be|equals?|equal to)\b(?:\s(?:at|either|exactly|only|then|thus|therefore)\b)?|:)[\s:]*"
+    r"|(?=(?:\$|(?<![\w\\$.]))(?:-?[0-9]+\s?[<≤]=?\s?)?[A-Za-z](?:_\w)?\s?[=<>≤≥])"
+)
 _ASIDE = re.compile(r"\b(?:that|which) is[\s:]*\Z")
 _LISTED = re.compile(r"[,;]|\b(?:and|or)\b")
-_NAMES = re.compile(r"(?:\A|[,;\s($])([A-Za-z](?:_\w)?)\s?=")
+_NAMES = re.compile(r"(?:\A|[,;\s($])([A-Za-z](?:_\w)?)\s?[=<>≤≥]")
 _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.^])(?:(?<![\w)\]}])[-−]\s?)?\$?"
     r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\s)[0-9]{3})+(?![0-9])|[0-9]+)?(?:(?<=[0-9])[.,][0-9]+|(?<![0-9])\.[0-9]+|(?<=[0-9]))"
-    r"(?:/[0-9]+(?![0-9])|(?:\s?:\s?[0-9]+)+(?<!\d:\s\d))?(?:\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)s?\b)?"
+    r"(?:/[0-9]+(?![0-9])|(?:(?:\s:\s|:)[0-9]+)+)?(?:\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)s?\b)?"
 )
 _TEXT_GROUP = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
 _WORDS = re.compile(r"[^\W\d_]+")

@@ -89,6 +89,8 @@ def same_function(left: Node, right: Node, budget: Budget) -> bool | None:
 def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> bool | None:
     """Whether left = c * right for one constant c != 0 (c > 0 where asked): the same equation, or the same inequality."""
     names = symbols(left) | symbols(right)
+    if not names:  # any two numbers are proportional: f(2) = 3 is not f(3) = 2
+        return None
     constant, agreed = None, 0
     for binding in points(names):
         try:

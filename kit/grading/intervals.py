@@ -87,8 +87,8 @@ class RealSets:
             sides = [self.raw_pieces(resolve(part)) for part in node[1:]]
             return None if None in sides else [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
         if node[0] == "minus":
-            whole, holes = self.raw_pieces(resolve(node[1])), resolve(node[2])
-            return None if whole is None or holes[0] != "set" else self.punch(whole, holes[1:])
+            whole, holes = (self.raw_pieces(resolve(part)) for part in node[1:])
+            return None if whole is None or holes is None else self.punch(whole, holes)
         return condition_pieces(node) if node[0] == "condition" else None
 
     def overlap(self, x: Interval, y: Interval) -> list[Interval]:
@@ -100,17 +100,12 @@ class RealSets:
             return []
         return [Interval(low[2], high[2], not low[1], high[1])]
 
-    def punch(self, pieces: list[Interval], holes) -> list[Interval]:
-        """The pieces without some points."""
+    def punch(self, pieces: list[Interval], holes: list[Interval]) -> list[Interval]:
+        """The pieces without some points or intervals."""
         for hole in holes:
-            left = []
-            for piece in pieces:
-                if self.position(piece.low) < self.position(hole) < self.position(piece.high):
-                    left.append(Interval(piece.low, hole, piece.low_closed, False))
-                    left.append(Interval(hole, piece.high, False, piece.high_closed))
-                else:
-                    left.append(piece)
-            pieces = left
+            around = [Interval(MINUS_INFINITY, hole.low, False, not hole.low_closed)]
+            around.append(Interval(hole.high, INFINITY, not hole.high_closed, False))
+            pieces = [left for piece in pieces for side in around for left in self.overlap(piece, side)]
         return pieces
 
     def same_end(self, a: Node, b: Node) -> bool:

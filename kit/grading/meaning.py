@@ -69,6 +69,8 @@ def resolve(node: Node) -> Node:
         return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
     if node[0] == "unit" and node[1][0] == "text":
         return ("text", f"{node[1][1]} {node[2]}")
+    if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
+        return resolve(node[1])
     if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
         return ("reals",)
     if node[0] == "text" and plain_words(node[1]) in ALL_INTEGERS:
@@ -100,6 +102,8 @@ def resolve_relation(node: Node) -> Node:
         operators = ["=" if operator == "~" else operator for operator in operators]
         if not operators:
             return resolve(operands[0])
+    if operators == ["mod"] and all(part[0] == "num" for part in operands) and operands[1][1] > 0:
+        return ("num", operands[0][1] % operands[1][1])
     if operators == ["in"]:
         return resolve(operands[1]) if kind(operands[1]) != "scalar" else ("condition", ("in",), tuple(operands))
     if any(operator != "=" for operator in operators):

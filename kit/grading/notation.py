@@ -215,7 +215,8 @@ def _text_command(text: str, position: int, ends: dict[int, int], command: str, 
         if not content:
             return end + 1
     upright = content in SI_LETTERS if len(content) == 1 else not content.isalpha() and all(word in UNITS for word in words)
-    if behind_number and command == "mathrm" and words and upright:
+    behind_unit = len(tokens) > 1 and tokens[-1][1] == "/" and tokens[-2][0] == "text"  # \mathrm{~m} / \mathrm{s}
+    if (behind_number or behind_unit) and command == "mathrm" and words and upright:
         tokens.append(("text", content, spaced))  # 5\mathrm{m/s^2}
         return end + 1
     if not re.search("[A-Za-z]", content) or (command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content)):
@@ -261,7 +262,7 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
         tokens.append(("sep", word, spaced))
     elif lower in MULTIPLIERS and tokens and (tokens[-1][0] in ("num", "exact") or tokens[-1][1] == "}"):
         _multiply(lower, tokens, spaced)
-    elif word == "choose" and tokens:
+    elif word == "mod" or (word == "choose" and tokens):
         tokens.append(("cmd", word, spaced))
     elif word == "to" and tokens and tokens[-1][0] == "num":
         tokens.append(("op", ":", spaced))

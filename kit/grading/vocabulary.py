@@ -28,10 +28,10 @@ FRACTIONS = names("frac dfrac tfrac cfrac nicefrac sfrac")
 JOINTS = {"lor": "or", "vee": "or", "land": "and", "wedge": "and"}
 SKIPPED = names(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle limits nolimits quad qquad "
-    "boxed fbox overline underline vec hat bar overrightarrow mathstrut"
+    "boxed fbox overline underline vec hat bar overrightarrow mathstrut large Large LARGE huge Huge small checkmark blacksquare"
 )
 INFIX_COMMANDS = names(
-    "cup cap setminus backslash colon choose over cdot times ast div pm mp pmod bmod mid circ degree prime to hline end and"
+    "cup cap setminus backslash colon choose over cdot times ast div pm mp pmod bmod mod mid circ degree prime to hline end and"
 )
 CLOSERS = names("rfloor rceil rvert rVert rangle")
 STRUCTURAL = INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf atop substack overset underset")

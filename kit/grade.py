@@ -22,12 +22,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from kit.grading.answers import parse
-from kit.grading.comparison import Judge, Options
-from kit.grading.extraction import extract_answer, is_bare
-from kit.grading.limits import ParseError, TooLarge, Undecided
+from kit.grading.choices import bare_choice
+from kit.grading.comparison import Judge
+from kit.grading.extraction import extract_answer
+from kit.grading.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
 from kit.grading.notation import clean, group_ends
 from kit.grading.paper import grade_as_paper
-from kit.grading.values import Budget, NotNumeric, Undefined
+from kit.grading.prose import is_bare
+from kit.grading.scalars import Options
 from kit.grading.vocabulary import FONT_COMMANDS, TEXT_COMMANDS
 from kit.grading.workers import prove
 
@@ -57,6 +59,7 @@ _SPACES = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
 _NOT_BETWEEN_DIGITS = re.compile(r" (?![0-9])|(?<![0-9]) ")
 _GROUPED = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:(?:,|\{,\}|(?:\\!)?,\\!\s*|\\,)[0-9]{3})+)(?![0-9]|,[0-9])")
 _FRACTION = re.compile(r"(-?)\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
+_WORD = re.compile("[A-Za-z][a-z]+")  # "Yes" and "yes", but not "AB" and "ab"
 _PLAIN = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*)|/([0-9]+))?")
 
 
@@ -111,28 +114,10 @@ def _number(text: str) -> tuple[int, int, bool] | None:
     return sign * int((match[2] or "0") + decimals), 10 ** len(decimals), bool(decimals)
 
 
-_WORD = re.compile("[A-Za-z][a-z]+")  # "Yes" and "yes", but not "AB" and "ab"
-_LETTER = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J]))[.:]?")
-_LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[\s:~\\]*(\S.*)|([A-J]) ([A-Z][A-Za-z ]+)", re.DOTALL)
-
-
-def _choice(text: str) -> tuple[str | None, str | None]:
-    """(letter, what the letter stands for) of a multiple-choice answer such as "(C)", "C. 42" or "C Cecile"."""
-    match = _LETTER.fullmatch(text)
-    if match:
-        return match[1] or match[2], None
-    if len(text) > 200 or not text[:2].strip("(")[:1].isupper():
-        return None, None
-    match = _LABELLED.fullmatch(text)
-    if match:
-        return match[1] or match[2] or match[4], match[3] or match[5]
-    return None, None
-
-
 @lru_cache(maxsize=4096)
 def _prepare(answer: str) -> tuple[str, tuple | None, tuple]:
     text = normal(answer)
-    return text, _number(text), _choice(text)
+    return text, _number(text), bare_choice(text)
 
 
 @lru_cache(maxsize=4096)

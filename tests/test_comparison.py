@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.grading.answers import parse
-from kit.grading.comparison import Judge, Options
+from kit.grading.comparison import Judge
 from kit.grading.identities import same_number
-from kit.grading.limits import TooLarge, Undecided
-from kit.grading.values import Budget, Evaluator, NotNumeric, Undefined, exact_root
+from kit.grading.limits import Budget, NotNumeric, TooLarge, Undecided, Undefined
+from kit.grading.scalars import Options
+from kit.grading.values import Evaluator, exact_root
 
 
 def budget(seconds=10.0):

@@ -6,13 +6,13 @@ import math
 import re
 from fractions import Fraction
 
-from kit.grading.commands import read_command, read_indexed_selection, read_selection, selection
+from kit.grading.atoms import read_atom, read_subscript, read_symbol
 from kit.grading.cursor import Cursor
 from kit.grading.limits import ParseError, TooLarge
 from kit.grading.notation import clean
-from kit.grading.numerals import continued, in_base, number_node
+from kit.grading.numerals import in_base, join_decimal_comma, number_node
 from kit.grading.trees import Node, invert, negate, product
-from kit.grading.vocabulary import CLOSERS, INFIX_COMMANDS, OPAQUE, RELATIONS
+from kit.grading.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
 
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
@@ -20,7 +20,6 @@ _LENGTH = re.compile(  # 5 m, not 5m
     r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*[0-9.,]*(?:[ ~]|\\[ ,])+)"
     r"([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
 )
-_DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")
 
 
 class Parser(Cursor):
@@ -46,7 +45,7 @@ class Parser(Cursor):
 
     def whole(self) -> Node:
         self._trim()
-        self._join_decimal_comma()
+        join_decimal_comma(self.tokens)
         found, separators = self.items()
         if self.peek()[0] != "end":
             raise ParseError(f"cannot read on at {self.peek()[1]!r}")
@@ -55,14 +54,6 @@ class Parser(Cursor):
         if len(found) == 1:
             return found[0]
         return ("list", "or" if separators == {"or"} else ",", *found)
-
-    def _join_decimal_comma(self) -> None:
-        """0,05 as a decimal: nobody lists a number as 05. (0,5 may be a list of two; the judge decides.)"""
-        kinds = [(kind, value if kind == "sep" else "", spaced) for kind, value, spaced in self.tokens[-4:]]
-        if kinds[:3] == [("num", "", kinds[0][2]), ("sep", ",", False), ("num", "", False)] and len(self.tokens) <= 5:
-            whole, decimals = self.tokens[-4][1][0], self.tokens[-2][1][0]
-            if whole.isdigit() and decimals.isdigit() and decimals[0] == "0" and len(decimals) > 1:
-                self.tokens[-4:-1] = [("num", (f"{whole}.{decimals}", 0), kinds[0][2])]
 
     def _trim(self) -> None:
         """Trailing full stops, commas and stray backslashes are punctuation; a relation with nothing before it says no more."""
@@ -225,7 +216,7 @@ class Parser(Cursor):
                 node = self._prime(node)
             elif self.peek()[1] == "_" and self.peek()[0] == "op":
                 self.index += 1
-                node = self._subscript(node)
+                node = read_subscript(self, node)
             else:
                 break
         self.depth = depth
@@ -240,7 +231,7 @@ class Parser(Cursor):
         node = self.atom()
         if self.peek() == ("op", "_"):
             self.index += 1
-            node = self._subscript(node)
+            node = read_subscript(self, node)
         if self.accept("^"):
             node = ("pow", node, self._exponent())
         self.depth -= 1
@@ -251,30 +242,11 @@ class Parser(Cursor):
             raise ParseError("a prime that does not follow a symbol")
         return ("sym", node[1] + "'")
 
-    def _subscript(self, node: Node) -> Node:
-        start = self.index
-        if self.accept("{"):
-            level = 1
-            while level:
-                kind, value = self.take()
-                if kind == "end":
-                    raise ParseError("a subscript that is not closed")
-                level += (kind == "op" and value == "{") - (kind == "op" and value == "}")
-            inside = self.tokens[start + 1 : self.index - 1]
-        else:
-            inside = [self.tokens[self.index]]
-            if self.take()[0] not in ("num", "sym", "text", "cmd"):
-                raise ParseError("a subscript that is missing")
-        text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
-        if node[0] in ("num", "dec"):
-            bracketed = self.tokens[start - 2][1] == ")" and self.tokens[max(0, start - 4)][1] == "("  # (1101)_2
-            kind, value, _ = self.tokens[start - 3 if bracketed else start - 2]  # the digits as they were written
-            return in_base(value if kind == "num" and node[0] == "num" else None, text)
-        if node[0] == "sym":
-            if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):
-                return in_base((node[1], 0), text)
-            return ("sym", f"{node[1]}_{text}")
-        raise ParseError("a subscript that follows neither a symbol nor a number")
+    def atom(self) -> Node:
+        return read_atom(self)
+
+    def symbol(self, name: str) -> Node:
+        return read_symbol(self, name)
 
     def argument(self) -> Node:
         """What a command takes: a group, or one token (of a number, one digit: \frac12 is a half)."""
@@ -297,130 +269,6 @@ class Parser(Cursor):
         if not found:
             raise ParseError("an empty group")
         return found[0] if len(found) == 1 else ("set", *found)
-
-    # --- atoms
-
-    def atom(self) -> Node:
-        kind, value = self.take()
-        if kind == "num":
-            return self._number(value)
-        if kind == "exact":
-            return ("num", value)
-        if kind == "sym":
-            return self.symbol(str(value))
-        if kind == "text":
-            base = str(value)
-            while self.peek()[0] == "text":
-                base += " " + str(self.take()[1])
-            if self.peek() == ("op", "_"):
-                self.index += 1
-                return self._subscript(("sym", base))
-            return ("text", base)
-        if kind == "op":
-            if value in ("_", "^") or (value == "{" and self.peek() == ("op", "}") and self.peek(1)[1] in ("_", "^")):
-                return read_selection(self)
-            if value in ("(", "["):
-                return self._bracket(value)
-            if value == "{":
-                self.index -= 1
-                return self.group()
-            if value == "\\{":
-                return self._set()
-            if value in ("|", "\\|"):
-                return self._absolute(str(value))
-            if value == "-":
-                return negate(self.power())
-        if kind == "cmd":
-            return read_command(self, str(value))
-        raise ParseError(f"cannot read {value!r}")
-
-    def _number(self, value: tuple[str, int]) -> Node:
-        node = number_node(*value)
-        if node[0] != "num":
-            return continued(node, value[0]) if self.accept("...", "ldots", "dots", "cdots") else node
-        if self.peek() in (("sym", "C"), ("sym", "P")) and self.peek(1)[0] == "num":
-            glued = not (self.tokens[self.index][2] or self.tokens[self.index + 1][2])
-            if glued:  # 5C2
-                return selection(node, str(self.take()[1]), number_node(*self.take()[1]))
-        if self.peek() == ("cmd", "frac"):
-            mark = self.index
-            self.index += 1
-            fraction = read_command(self, "frac")
-            if fraction[0] == "num" and 0 < fraction[1] < 1 and not self._is_raised():
-                return ("num", node[1] + fraction[1])
-            self.index = mark
-            return node
-        following, spaced = self.peek(), self.tokens[min(self.index, len(self.tokens) - 1)][2]
-        if spaced and following[0] == "num" and self.peek(1) == ("op", "/") and self.peek(2)[0] == "num":
-            fraction = (number_node(*following[1]), number_node(*self.peek(2)[1]))
-            if fraction[0][0] == fraction[1][0] == "num" and 0 < fraction[0][1] < fraction[1][1]:
-                self.index += 3
-                return ("num", node[1] + fraction[0][1] / fraction[1][1])
-        return node
-
-    def _is_raised(self) -> bool:
-        """Whether an exponent follows that is no degree sign."""
-        if self.peek() != ("op", "^"):
-            return False
-        return ("cmd", "circ") not in (self.peek(1), self.peek(2)) and self.peek(1) != ("cmd", "degree")
-
-    def symbol(self, name: str) -> Node:
-        kind, value, spaced = self.tokens[self.index]
-        if kind == "op" and value == "'" and name in OPAQUE:
-            self.index += 1
-            name += "'"
-            kind, value, spaced = self.tokens[self.index]
-        if kind == "op" and value == "(" and not spaced and len(name.rstrip("'")) == 1:
-            mark, depth = self.index, self.depth
-            if name[0] in OPAQUE or (
-                self.tokens[min(mark + 1, len(self.tokens) - 1)][0] == "sym" and self.peek(2) == ("op", ")")
-            ):
-                self.index += 1
-                found, _ = self.items(")")
-                self.expect(")")
-                if found:
-                    return ("apply", name, *found)
-            self.index, self.depth = mark, depth
-        if name == "C" and value in ("_", "^") and kind == "op":
-            return read_indexed_selection(self) or ("sym", name)
-        if name == "e" or name == "i":
-            return ("const", name)
-        return ("sym", name)
-
-    def _bracket(self, opening: str) -> Node:
-        found, _ = self.items(")", "]")
-        closing = self.accept(")", "]")
-        if closing is None or not found:
-            raise ParseError("a bracket that is empty or not closed")
-        if len(found) > 1:
-            return ("seq", opening, closing, *found)
-        if {opening + closing} & {"(]", "[)"}:
-            raise ParseError("brackets that do not match")
-        return found[0]
-
-    def _set(self) -> Node:
-        self.sets += 1
-        found, _ = self.items("\\}", "}", "mid", "|", ":", "colon", "vert", "lvert")
-        self.sets -= 1
-        if self.accept("mid", "|", ":", "colon", "vert", "lvert"):
-            conditions, _ = self.items("\\}", "}")
-            if not self.accept("\\}", "}") or len(found) != 1 or not conditions:
-                raise ParseError("a set given by something other than conditions")
-            element = found[0]
-            if element[0] == "rel" and element[1] == ("in",) and element[2][1] == ("reals",):
-                element = element[2][0]
-            if element[0] != "sym":  # {2k : k is whole}
-                return ("set", element, *conditions)
-            return conditions[0] if len(conditions) == 1 else ("list", ",", *conditions)
-        if not self.accept("\\}", "}"):
-            raise ParseError("a set that is not closed")
-        return ("set", *found)
-
-    def _absolute(self, bar: str) -> Node:
-        inside = self.sum()
-        if not self.accept(bar):
-            raise ParseError("an absolute value that is not closed")
-        return ("call", "abs", inside)
 
 
 def turn_brackets(text: str) -> str:

@@ -26,6 +26,21 @@ _FAILS = re.compile(
     r"\)?\*{0,2}[\s,]{1,3}(?:(?:is|are|was|does|can|seems|would be)\s?)?(?:also\s)?"
     r"(?:wrong|incorrect|not|n't|false|too|out|fails?|impossible)"
 )
+_BARE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J]))[.:]?")
+_LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[\s:~\\]*(\S.*)|([A-J]) ([A-Z][A-Za-z ]+)", re.DOTALL)
+
+
+def bare_choice(text: str) -> tuple[str | None, str | None]:
+    """(letter, what the letter stands for) of a multiple-choice answer such as "(C)", "C. 42" or "C Cecile"."""
+    match = _BARE.fullmatch(text)
+    if match:
+        return match[1] or match[2], None
+    if len(text) > 200 or not text[:2].strip("(")[:1].isupper():
+        return None, None
+    match = _LABELLED.fullmatch(text)
+    if match:
+        return match[1] or match[2] or match[4], match[3] or match[5]
+    return None, None
 
 
 def stated_choice(text: str) -> str | None:

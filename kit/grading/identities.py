@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 
-from kit.grading.limits import Undecided
+from kit.grading.limits import Budget, Undecided, Undefined
 from kit.grading.trees import Node, mentions, symbols
-from kit.grading.values import Budget, Evaluator, Undefined, context
+from kit.grading.values import Evaluator, context
 
 IMAGINARY_UNIT = ("const", "i")
 PRECISIONS = (50, 120, 400, 900)  # decimal digits; most pairs are decided by the second

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kit.grading.limits import Budget, NotNumeric
 from kit.grading.meaning import is_name, kind, resolve
 from kit.grading.trees import Node, canonical, negate, symbols
-from kit.grading.values import Budget, Evaluator, NotNumeric
+from kit.grading.values import Evaluator
 
 INFINITY = ("const", "inf")
 MINUS_INFINITY = negate(INFINITY)

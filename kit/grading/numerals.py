@@ -54,3 +54,12 @@ def in_base(digits: tuple[str, int] | None, written: str) -> tuple:
         return ("num", Fraction(int(digits[0], base)))
     except ValueError as error:
         raise ParseError(f"{digits[0]!r} has a digit that base {base} has not") from error
+
+
+def join_decimal_comma(tokens: list) -> None:
+    """0,05 as a decimal: nobody lists a number as 05. (0,5 may be a list of two; the judge decides.)"""
+    kinds = [(kind, value if kind == "sep" else "", spaced) for kind, value, spaced in tokens[-4:]]
+    if kinds[:3] == [("num", "", kinds[0][2]), ("sep", ",", False), ("num", "", False)] and len(tokens) <= 5:
+        whole, decimals = tokens[-4][1][0], tokens[-2][1][0]
+        if whole.isdigit() and decimals.isdigit() and decimals[0] == "0" and len(decimals) > 1:
+            tokens[-4:-1] = [("num", (f"{whole}.{decimals}", 0), kinds[0][2])]

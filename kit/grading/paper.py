@@ -27,10 +27,10 @@ from typing import NamedTuple
 
 from kit.grading.answers import Parser
 from kit.grading.identities import same_function, same_number
-from kit.grading.limits import ParseError, TooLarge, Undecided
+from kit.grading.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
 from kit.grading.paper_text import CHOICES, LETTER, choice_in, extract, normalise
 from kit.grading.trees import Node, canonical, contains, negate, symbols
-from kit.grading.values import Budget, Evaluator, NotNumeric, Undefined
+from kit.grading.values import Evaluator
 from kit.grading.workers import prove
 
 TOLERANCE = Fraction(1, 10_000)  # relative

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import random
 import threading
-import time
 from collections.abc import Callable
 from fractions import Fraction
 
-from kit.grading.limits import TooLarge, Undecided
+from kit.grading.limits import Budget, NotNumeric, TooLarge, Undefined
 from kit.grading.trees import Node
 from kit.grading.vocabulary import OPAQUE
 
@@ -21,29 +20,6 @@ MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the ca
 MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many bits more to reduce it
 MAX_FACTORIAL = 4_000
 MAX_TERMS = 2_000  # of a sum or product that is added up here
-
-
-class NotNumeric(ValueError):
-    """The expression has no number as its value: a symbol is unbound, a function unknown, a set where a number belongs."""
-
-
-class Undefined(ValueError):
-    """The value does not exist at this point (a division by zero, say)."""
-
-
-class Budget:
-    """Steps and time that one comparison may spend."""
-
-    def __init__(self, deadline_at: float, steps: int = 400_000):
-        self.deadline_at = deadline_at
-        self.steps = steps
-
-    def spend(self, steps: int = 1) -> None:
-        self.steps -= steps
-        if self.steps < 0:
-            raise Undecided("too many steps")
-        if time.monotonic() > self.deadline_at:
-            raise Undecided("deadline")
 
 
 _local = threading.local()

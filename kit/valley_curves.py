@@ -228,9 +228,10 @@ def length_sentence(curve: Curve) -> str:
         f"{subject} get {ratios[longest]:.1f} times as long, at {peak.num_traces:,} traces "
         f"({start.mean:.0f} to {peak.length.mean:.0f} tokens)"
     )
-    if shrank:
-        return f"{rise}, and shorter again: {ratios[-1]:.1f} times at {last.num_traces:,} ({last.length.mean:.0f} tokens)."
-    return f"{rise}, and do not get shorter again within the sizes tried."
+    if peak is last:
+        return f"{rise}, the most that were tried."
+    end = f"{ratios[-1]:.1f} times at {last.num_traces:,} ({last.length.mean:.0f} tokens)"
+    return f"{rise}, and shorter again: {end}." if shrank else f"{rise}, and not shorter again beyond chance: {end}."
 
 
 def comparison_sentence(first: Curve, other: Curve) -> str:

@@ -100,7 +100,8 @@ def test_lengths_are_told_as_they_are():
         return findings([curve([0.9] * 4, tokens)])[1]
 
     assert "5.0 times as long, at 64 traces (40 to 200 tokens), and shorter again: 2.0 times at 1,024" in said([80, 200, 120, 80])
-    assert "do not get shorter again" in said([60, 80, 120, 200])
+    assert "5.0 times as long, at 1,024 traces (40 to 200 tokens), the most that were tried." in said([60, 80, 120, 200])
+    assert "and not shorter again beyond chance: 3.0 times at 1,024" in said([60, 80, 120, 119.99])
     assert "get longer at no size beyond chance (40 tokens before, at most 40 ± " in said([40, 40, 39, 30])
 
 

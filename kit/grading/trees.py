@@ -69,7 +69,14 @@ def canonical(node):
     if node[0] == "dec":
         return ("num", node[1])
     parts = tuple(canonical(part) for part in node)
-    return (node[0], *sorted(parts[1:], key=repr)) if node[0] in ("add", "mul", "set") else parts
+    return (node[0], *sorted(parts[1:], key=_order)) if node[0] in ("add", "mul", "set") else parts
+
+
+def _order(part) -> str:
+    try:
+        return repr(part)
+    except ValueError:  # Python writes no number beyond 4,300 digits in decimals
+        return repr(to_json(part))
 
 
 def substitute_sign(node: Node, sign: int) -> Node:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from kit.grading.limits import Budget, NotNumeric, TooLarge, Undefined
-from kit.grading.trees import Node
+from kit.grading.trees import Node, to_json
 from kit.grading.vocabulary import OPAQUE
 
 MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the cap costs under a millisecond
@@ -127,7 +127,7 @@ class Evaluator:
             if not all(isinstance(argument, Fraction) for argument in arguments):
                 raise NotNumeric(f"an unknown function at a value that is not rational: {node[1]}")
             # an unknown function may have any value at any point: a random one, always the same
-            return Fraction(random.Random(f"{node[1]} {arguments}").randrange(1, 2**40), 2**38)
+            return Fraction(random.Random(f"{node[1]} {to_json(tuple(arguments))}").randrange(1, 2**40), 2**38)
         return self._mul(("mul", ("sym", node[1]), node[2]))
 
     def _ratio(self, node):

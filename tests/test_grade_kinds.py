@@ -529,6 +529,7 @@ RIGHT = {
         \frac{1}{2}\text{ million} ~ 500000
         3 hundred thousand ~ 300{,}000
         5000000 ~ The population is 5 million people.
+        5000000 ~ So 5 million of them voted.
     """,
     "lists in prose": r"""
         1, 3, 5 ~ The solutions are 1, 3 and 5.
@@ -588,6 +589,7 @@ WRONG = {
         £20 ~ \boxed{20\text{ euros}}
         $\$12$ ~ 12\text{ euros}
         \$9.99 ~ 9.99 cents
+        $$5 ~ 5 cents
         \$20 ~ -\$20
     """,
     "percent": r"""
@@ -754,6 +756,7 @@ WRONG = {
         C ~ Neither C nor D works, so the answer is B.
         B ~ B is wrong, so C.
         A ~ Not A.
+        A ~ Since 3 is odd it is surely not option A here.
         D ~ 故选B。
     """,
     "clocks and ratios": r"""

@@ -117,7 +117,6 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
     ends = group_ends(text) if "{" in text else {}
     money: list[tuple[int, str]] = []
     dollar = "\\$" if "\\$" in text else "$"
-    lone_sign = text.count(dollar) == 1  # two enclose mathematics, or are two prices
     while position < len(text):
         if len(tokens) % 1024 == 0 and time.monotonic() > deadline_at:
             raise Undecided("deadline")
@@ -125,7 +124,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
         kind, value = match.lastgroup, match[match.lastgroup]
         position = match.end()
         if kind == "space":
-            if lone_sign and dollar in value:
+            if dollar in value:
                 money.append((len(tokens), "dollars"))
             spaced = True
             continue
@@ -179,7 +178,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
             tokens.append(("sep" if value in ",;" else "op", "^" if value == "**" else value, spaced))
         spaced = False
     tokens.append(("end", "", spaced))
-    if len(money) == 1:
+    if len(money) == 1:  # two signs enclose mathematics, or are two prices
         _name_currency(tokens, *money[0])
     return tokens
 

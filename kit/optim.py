@@ -66,12 +66,11 @@ class StochasticAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = torch.tensor(0.0)  # not torch.zeros, whose fake tensors have no value to read
                     state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                step = int(state["step"]) + 1
-                # a new one: fake ones know the value of what was never changed in place
-                state["step"] = torch.tensor(float(step))
+                state["step"] += 1
+                step = int(state["step"])
                 gradient = parameter.grad.float()
                 state["exp_avg"].lerp_(gradient, 1 - beta1)
                 state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -171,15 +171,15 @@ def _change(value: Estimate) -> str:
 def accuracy_sentence(curve: Curve) -> str:
     """What accuracy does as the traces grow in number, named by the curve's shape."""
     changes, low, last = curve.changes(), curve.points[curve.lowest], curve.points[-1]
-    start, subject = percent(curve.base.accuracy), _capital(curve.name)
-    if curve.shape == "flat":
+    start, subject, shape = percent(curve.base.accuracy), _capital(curve.name), curve.shape
+    if shape == "flat":
         most = max(changes, key=lambda change: abs(change.mean))
         at = curve.points[changes.index(most)].num_traces
         return (
             f"{subject}: accuracy does not change beyond chance at any number of traces (untouched {start}; the largest "
             f"difference is {_change(most)}, at {at:,})."
         )
-    if curve.shape == "rising":
+    if shape == "rising":
         best = max(range(len(changes)), key=lambda i: changes[i].mean)
         return (
             f"{subject}: accuracy rises from {start} to {percent(curve.points[best].accuracy)} at "
@@ -189,7 +189,7 @@ def accuracy_sentence(curve: Curve) -> str:
         f"{subject}: accuracy falls from {start} to {percent(low.accuracy)} at {low.num_traces:,} traces "
         f"({_change(changes[curve.lowest])})"
     )
-    if curve.shape == "falling":
+    if shape == "falling":
         if low is last:
             return f"{fall}, the most that were tried: there is no recovery in this range."
         return (
@@ -197,9 +197,9 @@ def accuracy_sentence(curve: Curve) -> str:
             f"({_change(curve.climb)} from the lowest)."
         )
     climb = f"{fall}, then climbs to {percent(last.accuracy)} at {last.num_traces:,} ({_change(curve.climb)} from the lowest)"
-    if curve.shape == "crossing":
+    if shape == "crossing":
         return f"{climb}, still below the untouched model ({_change(changes[-1])})."
-    if curve.shape == "unclear":
+    if shape == "unclear":
         return (
             f"{climb}; whether it is back at the untouched model's is not known ({_change(changes[-1])}): that takes more seeds "
             "or questions."

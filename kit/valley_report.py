@@ -31,12 +31,12 @@ def write_report(path: Path) -> Path:
     found = read_cells(path)
     drawn = curves(found)
     config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
-    first = findings(drawn[:1])
+    lines = findings(drawn)
     sections = [
         embed(path / "valley.png", valley_figure(drawn)),
         _note(found),
-        _sentences(first),
-        *_others(findings(drawn)[len(first) :]),
+        _sentences(lines[:2]),  # of the first arm: its accuracy and its length
+        *_others(lines[2:]),
         *_why(path, first_model(found)),
         *_rl(path),
         "<h2>Every point</h2>" + table(found),

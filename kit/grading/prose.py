@@ -40,11 +40,16 @@ _MATH_WORDS = (
 _LONE_SYMBOL = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)\s*")
 
 
+def _words_of(text: str) -> list[str]:
+    """The words of a text outside \\text{} that are no commands."""
+    return _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)) if "\\" in text else text)
+
+
 def is_bare(text: str) -> bool:
     """Whether a text is an answer by itself: mathematics, units, connectives, words inside \\text{}, but no prose."""
     if not text.isascii():
         text = clean(text)
-    for word in _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)) if "\\" in text else text):
+    for word in _words_of(text):
         lower = word.lower()
         if lower in _PROSE or not word.isascii():
             return False
@@ -94,8 +99,7 @@ def _predicate(text: str, position: int) -> str | None:
 def _is_plain(text: str) -> bool:
     """Whether the words of a bare text are all mathematics: single letters, functions, units."""
     return all(
-        len(word) == 1 or word.isupper() or word.lower() in _MATH_WORDS or word.lower() in UNITS
-        for word in _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)))
+        len(word) == 1 or word.isupper() or word.lower() in _MATH_WORDS or word.lower() in UNITS for word in _words_of(text)
     )
 
 

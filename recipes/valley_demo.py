@@ -33,7 +33,7 @@ traces'. All that was run, one seed, 100 questions x 2 or 4 samples, accuracy in
 The rule first tried, that the short control may not fall beyond chance, gives 3e-4; nothing climbs out there, nor at 7e-4.
 
 Time: the full setting trains on 77 million tokens and took 128 minutes of one Xeon core, 11 of them for samples (2026-11-22; the
-two models learn 10,000 and 14,000 tokens a second): an hour on two cores. --quick took 3 min 43 s on two idle cores.
+two models learn 9,200 and 15,000 tokens a second): an hour on two cores. --quick took 3 min 43 s on two idle cores.
 
 It is about the toy, not about language models. Left out on purpose: what learning rate each size would like best.
 """

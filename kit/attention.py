@@ -62,14 +62,9 @@ def _interface(pack_attention: Callable) -> Callable:
 
 
 def _masked_attention(query, key, value, attention_mask, scaling) -> torch.Tensor:
-    """The sampler's: (B, Hq, Tq, D) and a mask of what each query sees -> (B, Tq, Hq, D)."""
-    B, Hq, Tq, D = query.shape
-    Hkv = key.shape[1]
-    if Tq == 1 and Hq != Hkv:  # the queries of a group are the rows of one small matrix: K and V are read once, not repeated
-        rows = query.reshape(B, Hkv, Hq // Hkv, D)
-        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-        return out.reshape(B, 1, Hq, D)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=Hq != Hkv)
+    """The sampler's prompts: (B, Hq, T, D) and a mask of what each query sees -> (B, T, Hq, D)."""
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 

@@ -14,11 +14,15 @@ from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 
+import torch
+
 from kit.benchmarks import Benchmark, Question
 from kit.chat import ChatFormat, digest
 from kit.generate import Completion, SamplingParams, generate
 from kit.grading import workers
 from kit.journal import Journal
+from kit.kv_cache import cache_bytes
+from kit.machine import GIB
 from kit.regrade import verdict_fields
 from kit.results import Result, read_result
 from kit.vllm_backend import VllmModel
@@ -44,7 +48,7 @@ def evaluate(
     """Sample and grade `benchmark` (which has been read), writing folder/<name>.jsonl; samples found there are not made again.
 
     num_samples: k, samples a question; 0 = the benchmark's own. Raises ValueError where the file there belongs to another model,
-    prompt, decoding or version: results under two headers are not one result.
+    prompt, decoding or version: results under two headers are not one result; and where memory runs out.
     """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds: not out of the first hard answer's deadline
@@ -62,10 +66,20 @@ def evaluate(
         row = {"question": question.id, "sample": i, "prompt": digest(rendered[question.id]), **_row(question, completion)}
         journal.append(row | {"cuts": _cuts(completion, chat)})
 
-    generate(
-        model, [prompts[q.id] for q, _ in wanted], params, num_slots=num_slots, seed=seed, eos_token_id=chat.eos_token_ids,
-        keys=[[q.id, i] for q, i in wanted], decode=chat.decode, on_finish=log, description=benchmark.name,
-    )  # fmt: skip
+    try:
+        generate(
+            model, [prompts[q.id] for q, _ in wanted], params, num_slots=num_slots, seed=seed, eos_token_id=chat.eos_token_ids,
+            keys=[[q.id, i] for q, i in wanted], decode=chat.decode, on_finish=log, description=benchmark.name,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        if isinstance(model, VllmModel):
+            raise
+        longest = max(map(len, prompts.values())) + params.max_new_tokens
+        raise ValueError(
+            f"{benchmark.name}: memory ran out with {num_slots} answers at once, whose cache alone takes "
+            f"{cache_bytes(model, num_slots, longest) / GIB:.2f} GiB; pass --num_slots {max(num_slots // 2, 1)} and --resume: "
+            f"the answers that are finished are in {journal.path}"
+        ) from error
     return read_result(journal.path)
 
 

@@ -1,9 +1,10 @@
 """The batched sampler: S slots, each a row of one preallocated KV cache with its own write position.
 
 A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
-active rows move together and the batch shrinks. Attention reads only as far as the longest active row, and in sliding layers no
-further than the window (kit/kv_cache.py). Equal prompts that are read together are read once. Runs the model's own forward on any
-device, with LoRA and quantised layers.
+active rows move together and the batch shrinks. They lie in the order of their lengths, and attention reads rows of about one
+length together, only as far as the longest of them and in sliding layers no further than the window (kit/kv_cache.py). Equal
+prompts that are read together are read once. Prompts go through the model's own forward, single tokens through kit/decode.py; on
+any device, with LoRA and quantised layers.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
+from kit.decode import Decoder
 from kit.kv_cache import SlotCache, cache_bytes
 from kit.models import context_length, next_token_logits
 from kit.sampling import SamplingParams, sample, stream_key
 from kit.vllm_backend import VllmModel
 
-BUCKET = 64  # attended length is rounded up to this many positions, so that shapes repeat
 SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
+SORTED_BY = 256  # rows whose lengths differ by less may lie in any order: to move one costs more
 PREFILL_TOKENS = 8192  # prompts are read together up to this many padded tokens: bounds the prefill's activations
 
 __all__ = ["Completion", "SamplingParams", "cache_bytes", "generate"]
@@ -45,27 +47,28 @@ class _Slot:
     """A prompt in progress."""
 
     request: int  # index of the prompt; -1 = free
+    prompt_length: int = 0
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache: the last token drawn is not there yet."""
+        return self.prompt_length + len(self.ids) - 1
 
 
 class _Engine:
     """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
 
     def __init__(self, model, params: SamplingParams, num_slots: int, capacity: int):
-        self.model, self.params, self.capacity = model, params, capacity
+        self.model, self.params, self.decoder = model, params, Decoder(model)
         self.device = model.get_input_embeddings().weight.device
         self.cache = SlotCache(model, num_slots, capacity)
         self.positions = torch.zeros(num_slots, dtype=torch.int64, device=self.device)  # where the next token is written
         self.tokens = torch.zeros_like(self.positions)  # the last drawn token, not yet in the cache
         self.keys = torch.zeros_like(self.positions)
         self.drawn = torch.zeros_like(self.positions)  # tokens drawn so far
-
-    def _forward(self, input_ids, position_ids, masks) -> torch.Tensor:
-        return self.model.model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=masks, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
 
     def _draw(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
         logits = next_token_logits(self.model, hidden)
@@ -85,22 +88,26 @@ class _Engine:
         self.keys[index], self.positions[index] = torch.tensor(keys, device=self.device), lengths
         self.drawn[index] = 0
         masks = self.cache.at_prefill(index, lengths, source)
-        hidden = self._forward(padded, torch.arange(L, device=self.device).expand(len(distinct), L), masks)
+        hidden = self.model.model(
+            input_ids=padded, position_ids=torch.arange(L, device=self.device).expand(len(distinct), L), attention_mask=masks,
+            past_key_values=self.cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
         return self._draw(index, hidden[source, lengths - 1])
 
-    def decode(self, B: int, longest: int) -> tuple[list[int], list[float]]:
-        """One more token for rows 0..B-1; `longest` is the largest position among them."""
-        positions = self.positions[:B]
-        masks = self.cache.at_decode(positions, min(-(-(longest + 1) // BUCKET) * BUCKET, self.capacity))
-        hidden = self._forward(self.tokens[:B, None], positions[:, None], masks)
-        drawn = self._draw(self.cache.rows, hidden[:, 0])
-        self.positions[:B] += 1
+    def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
+        """One more token for each of the first rows, which hold so many positions."""
+        positions = self.positions[: len(lengths)]
+        self.cache.at_decode(positions, lengths)
+        hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
+        drawn = self._draw(self.cache.rows, hidden)
+        positions += 1
         return drawn
 
-    def move(self, source: int, target: int, length: int) -> None:
-        self.cache.move(source, target, length)
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        index, into = (torch.tensor(rows, device=self.device) for rows in (sources, targets))
+        self.cache.move(index, into, length)
         for state in (self.positions, self.tokens, self.keys, self.drawn):
-            state[target] = state[source]
+            state[into] = state[index]
 
 
 def generate(
@@ -143,10 +150,9 @@ def _run_slots(
     """(index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
     if not prompts:
         return
-    lengths = [len(prompt) for prompt in prompts]
     slots = [_Slot(-1) for _ in range(min(num_slots, len(prompts)))]
-    engine = _Engine(model, params, len(slots), max(lengths) + params.max_new_tokens)
-    waiting = deque(range(len(prompts)))
+    engine = _Engine(model, params, len(slots), max(map(len, prompts)) + params.max_new_tokens)
+    waiting, arranged = deque(range(len(prompts))), []
 
     def receive(rows, tokens, logprobs):
         progress.step(len(rows))
@@ -167,13 +173,14 @@ def _run_slots(
                 requests = _next_prompts(waiting, prompts, len(free))
                 rows = free[: len(requests)]
                 for row, request in zip(rows, requests, strict=True):
-                    slots[row] = _Slot(request)
+                    slots[row] = _Slot(request, len(prompts[request]))
                 yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]))
-            _compact(slots, engine, lengths)
-            active = [row for row, slot in enumerate(slots) if slot.request >= 0]
-            if active:
-                longest = max(lengths[slots[row].request] + len(slots[row].ids) - 1 for row in active)
-                yield from receive(active, *engine.decode(len(active), longest))
+            if [slot.request for slot in slots] != arranged:
+                arrange(slots, engine)
+                arranged = [slot.request for slot in slots]
+            lengths = [slot.length for slot in slots if slot.request >= 0]
+            if lengths:
+                yield from receive(range(len(lengths)), *engine.decode(lengths))
     finally:
         model.train(training)
 
@@ -206,18 +213,24 @@ def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free:
     return requests
 
 
-def _compact(slots: list[_Slot], engine: _Engine, lengths: list[int]) -> None:
-    """Move active rows into free ones before them: the batch is rows 0..B-1, all of them active."""
-    target, source = 0, len(slots) - 1
-    while True:
-        while target < len(slots) and slots[target].request >= 0:
-            target += 1
-        while source >= 0 and slots[source].request < 0:
-            source -= 1
-        if target >= source:
-            return
-        engine.move(source, target, lengths[slots[source].request] + len(slots[source].ids))
-        slots[target], slots[source] = slots[source], _Slot(-1)
+def arrange(slots: list[_Slot], engine) -> None:
+    """Move active rows so that the batch is rows 0..B-1, the longest first. A row that lies among those of its length stays."""
+    lengths = {row: slot.length // SORTED_BY for row, slot in enumerate(slots) if slot.request >= 0}
+    wanted = sorted(lengths.values(), reverse=True)  # of places 0..B-1
+    movers: dict[int, list[int]] = {}
+    for row, length in lengths.items():
+        if row >= len(wanted) or wanted[row] != length:
+            movers.setdefault(length, []).append(row)
+    if not movers:
+        return
+    targets = [place for place, length in enumerate(wanted) if lengths.get(place) != length]
+    sources = [movers[wanted[place]].pop() for place in targets]
+    engine.move(sources, targets, max(slots[row].length for row in sources))
+    moved = [slots[row] for row in sources]
+    for row in sources:
+        slots[row] = _Slot(-1)
+    for place, slot in zip(targets, moved, strict=True):
+        slots[place] = slot
 
 
 class _Progress:

@@ -9,10 +9,17 @@ of its 26 layers: a row of 16,384 positions takes 75 MiB in bf16 instead of 416.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import accumulate
+
 import torch
 from transformers import Cache
 
 from kit.attention import head_dim, layer_windows
+
+BUCKET = 16  # attended length is rounded up to this many positions, so that shapes repeat
+# keys and values that are read in the time that one more call of attention takes; on a card it is an assumption
+CALL_BYTES = {"cpu": 2**18, "cuda": 2**23}
 
 
 class SlotCache(Cache):
@@ -30,69 +37,93 @@ class SlotCache(Cache):
         ]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.kinds = list(getattr(config, "layer_types", None) or ()) if config.model_type != "llama" else []
-        self.rows = self.lengths = self.source = self.positions = None
-        self.length = 0
+        position_bytes = 2 * config.num_key_value_heads * head_dim(config) * weight.element_size()  # of one layer
+        self.min_saved = CALL_BYTES.get(weight.device.type, CALL_BYTES["cuda"]) // position_bytes
+        self.rows = self.lengths = self.source = None
+        self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row lies in it
+        self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}  # size -> groups of rows: rows, places, mask
 
     def at_prefill(self, rows: torch.Tensor, lengths: torch.Tensor, source: torch.Tensor):
         """Whole prompts come next: row rows[i] gets prompt source[i], of which several rows may share one; lengths (B,) of each
         row's prompt. Returns the masks for prompts that are padded on the right up to `lengths.max()`."""
-        self.rows, self.lengths, self.source, self.positions, self.length = rows, lengths, source, None, 0
+        self.rows, self.lengths, self.source = rows, lengths, source
         steps = torch.arange(int(lengths.max()), device=rows.device)
-        # causality hides the padding
-        distance = (steps[:, None] - steps[None, :])[None, None]  # (1, 1, L, L)
-        return self._masks(lambda layer: (distance >= 0) & (distance < (self.windows[layer] or len(steps))))
-
-    def at_decode(self, positions: torch.Tensor, length: int):
-        """One token comes next for each of rows 0..B-1, at positions (B,), all below `length`. Returns the masks."""
-        self.rows = torch.arange(len(positions), device=positions.device)
-        self.positions, self.length = positions, length
-
-        def seen(layer):
-            W = self.sizes[layer]
-            places = torch.arange(min(W, length), device=positions.device)
-            return ((positions[:, None] - places) % W <= positions[:, None])[:, None, None]  # (B, 1, 1, places)
-
-        return self._masks(seen)
-
-    def _masks(self, seen_of):
-        """What a model's forward takes: one mask, or one for each kind of layer. Added to the scores, 0 where a place is seen: a
-        boolean one would be turned into such numbers again in every layer."""
+        distance = (steps[:, None] - steps[None, :])[None, None]  # (1, 1, L, L); causality hides the padding
 
         def mask_of(layer):
-            seen = seen_of(layer)
-            return torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+            return self._added((distance < 0) | (distance >= (self.windows[layer] or len(steps))))
 
         if not self.kinds:
             return mask_of(0)
         return {kind: mask_of(self.kinds.index(kind)) for kind in set(self.kinds)}
 
+    def at_decode(self, positions: torch.Tensor, lengths: list[int]) -> None:
+        """One token comes next for each of rows 0..B-1, at positions (B,), which `lengths` repeats on the host. Rows side by side
+        that are about as long are read together, as far as the longest of them."""
+        self.rows = torch.arange(len(positions), device=positions.device)
+        for W in set(self.sizes):
+            widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
+            q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
+            mask = self._added((q - s) % W > q)[:, None, None]  # (B, 1, 1, places)
+            self.places[W] = positions % W
+            self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
+
+    def _added(self, unseen: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, 0 where a place is seen: a boolean mask would be turned into it in every layer."""
+        return torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the new tokens' keys and values (B, Hkv, D) in their places."""
+        places = self.places[self.sizes[layer]]
+        self.keys[layer][self.rows, :, places] = keys
+        self.values[layer][self.rows, :, places] = values
+
+    def groups(self, layer: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """(rows, their keys and values (rows, Hkv, places, D), the mask to add to their scores)."""
+        for rows, width, mask in self.readers[self.sizes[layer]]:
+            yield rows, self.keys[layer][rows, :, :width], self.values[layer][rows, :, :width], mask
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values, W = self.keys[layer_idx], self.values[layer_idx], self.sizes[layer_idx]
-        if self.positions is None:  # prefill: prompts attend to themselves alone
-            for held, states in ((keys, key_states), (values, value_states)):
-                if states.shape[2] <= W:  # the padding's keys are overwritten before decoding looks there
-                    held[self.rows, :, : states.shape[2]] = states[self.source]
-                else:
-                    held[self.rows] = states[self.source[:, None], :, self._last_positions(W)].transpose(1, 2)
-            return key_states, value_states
-        places = self.positions % W
-        keys[self.rows, :, places] = key_states[:, :, 0]
-        values[self.rows, :, places] = value_states[:, :, 0]
-        B, width = len(self.rows), min(W, self.length)
-        return keys[:B, :, :width], values[:B, :, :width]
+        """transformers' interface: the prompts' keys and values go to their rows, and prompts attend to themselves alone."""
+        W = self.sizes[layer_idx]
+        for held, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            if states.shape[2] <= W:  # the padding's keys are overwritten before decoding looks there
+                held[self.rows, :, : states.shape[2]] = states[self.source]
+            else:
+                held[self.rows] = states[self.source[:, None], :, self._last_positions(W)].transpose(1, 2)
+        return key_states, value_states
 
     def _last_positions(self, W: int) -> torch.Tensor:
         """(B, W): which of a prompt's positions each place of a ring holds; 0 for places that stay empty."""
         last = self.lengths[:, None] - 1
         return (last - (last - torch.arange(W, device=last.device)) % W).clamp(min=0)
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy a row of `length` positions over another."""
+    def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
+        """Rows `targets` become what rows `sources` were, up to position `length`. A layer's copy of them is held meanwhile."""
         for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+            tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.length
+        return 0  # transformers asks before a prompt is read
+
+
+def grouped(widths: list[int], min_saved: int) -> list[tuple[slice, int]]:
+    """(rows, places to read) of runs of rows, each read as far as its widest row needs: cut in two, and again, where a cut saves
+    the reading of more than min_saved places."""
+    runs, waiting = [], [(0, len(widths))]
+    while waiting:
+        start, end = waiting.pop()
+        run = widths[start:end]
+        widest = max(run)
+        if widest > min(run):
+            before, after = list(accumulate(run, max)), list(accumulate(reversed(run), max))[::-1]
+            areas = [(i * before[i - 1] + (len(run) - i) * after[i], i) for i in range(1, len(run))]
+            area, i = min(areas)
+            if len(run) * widest - area > min_saved:
+                waiting += [(start + i, end), (start, start + i)]
+                continue
+        runs.append((slice(start, end), widest))
+    return runs
 
 
 def cache_bytes(model, num_slots: int, capacity: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from kit.journal import Journal
 
 # settings that do not change what a run computes, or only what is computed after all the rest
-FREE_TO_CHANGE = {"resume", "out", "baseline", "workers", "gpus", "rl_steps"}
+FREE_TO_CHANGE = {"resume", "out", "baseline", "workers", "gpus", "num_slots", "rl_steps"}
 
 
 class RunFolder:
@@ -35,7 +35,7 @@ class RunFolder:
             if not stored.is_file():
                 raise ValueError(f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run")
             before = json.loads(stored.read_text(encoding="utf-8"))
-            changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in sorted({*before, *settings})
+            changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in sorted({*before, *settings} - FREE_TO_CHANGE)
                        if before.get(k) != settings.get(k)]  # fmt: skip
             if changed:
                 raise ValueError(f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out")

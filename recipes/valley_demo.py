@@ -78,7 +78,7 @@ class Config:
     max_new_tokens: int = 512  # tokens a response; the longest trace has about 340
     num_slots: int = 100  # responses sampled at once
     # reinforcement learning, from the untouched model, the lowest point and the largest size of the first arm
-    rl_steps: int = 0  # steps of 32 prompts x 8 answers; 0 = off
+    rl_steps: int = 0  # steps of 16 prompts x 8 answers; 0 = off
     # run
     workers: int = 0  # cells made at once, each in a process with one thread; 0 = one a core
     quick: bool = False  # one seed, fewer sizes and samples: minutes

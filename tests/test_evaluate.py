@@ -2,6 +2,7 @@ import json
 import time
 
 import pytest
+import torch
 from children import call, wait
 
 from kit import models
@@ -48,6 +49,27 @@ def test_samples_of_another_model_or_decoding_are_not_mixed_in(tiny, tmp_path):
     evaluate(*tiny, toy(2), PARAMS, tmp_path, num_samples=1)
     with pytest.raises(ValueError, match=r"temperature was 0.6, is 1.0"):
         evaluate(*tiny, toy(2), SamplingParams(temperature=1.0, max_new_tokens=60), tmp_path, num_samples=1)
+
+
+def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_kept(tiny, tmp_path):
+    calls = []
+
+    def allocate(*_):
+        calls.append(1)
+        if len(calls) == 45:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = tiny[0].get_input_embeddings().register_forward_hook(allocate)
+    with pytest.raises(ValueError, match=r"with 4 answers at once, .* takes 0\.00 GiB; pass --num_slots 2 and --resume") as error:
+        evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=4)
+    handle.remove()
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    kept = read_result(tmp_path / "cut" / "toy.jsonl").rows
+    assert 0 < len(kept) < 12
+    found = evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=2)
+    whole = evaluate(*tiny, toy(), PARAMS, tmp_path / "whole", num_samples=2, num_slots=4)
+    texts, expected = ({(r["question"], r["sample"]): r["text"] for r in result.rows} for result in (found, whole))
+    assert texts == expected
 
 
 @pytest.mark.parametrize("cap", [16, 32])

@@ -1,9 +1,11 @@
+import random
+
 import pytest
 import torch
 from conftest import WINDOW, make_model
 
 from kit.generate import SamplingParams, generate
-from kit.kv_cache import SlotCache, cache_bytes
+from kit.kv_cache import SlotCache, cache_bytes, grouped
 
 
 @pytest.mark.parametrize("capacity", [WINDOW - 2, WINDOW, WINDOW + 30])
@@ -15,11 +17,22 @@ def test_cache_bytes_counts_what_the_cache_holds_and_sliding_layers_hold_their_w
     assert [keys.shape[2] for keys in cache.keys] == [values.shape[2] for values in cache.values] == expected
 
 
+def seen_by_row(cache, layer):
+    """For each row the keys that its query sees, and their values."""
+    for rows, keys, values, mask in cache.groups(layer):
+        assert len(keys) == len(values) == len(mask) == rows.stop - rows.start
+        for row in range(len(keys)):
+            seen = mask[row, 0, 0] == 0
+            yield sorted(keys[row, 0, seen, 0].tolist()), values[row, 0, seen, 0].neg().sort().values.tolist()
+
+
+@pytest.mark.parametrize("min_saved", [0, 1_000_000])  # every row for itself; all in one group
 @pytest.mark.parametrize("longest", [WINDOW, WINDOW + 1, 19])
-def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest):
+def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest, min_saved):
     """Against a plain list: write positions 0, 1, 2, ... and remember the last WINDOW of them."""
     model = make_model("gemma3")
     cache = SlotCache(model, 2, 40)
+    cache.min_saved = min_saved
     starts = torch.tensor([3, longest])
     states = torch.arange(float(longest)).repeat(2, 1)[:, None, :, None].expand(2, 1, longest, 16)
     cache.at_prefill(torch.tensor([0, 1]), starts, torch.tensor([0, 1]))
@@ -27,27 +40,48 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
         cache.update(states, -states, layer)
     for step in range(20):
         positions = starts + step
-        masks = cache.at_decode(positions, 40)
+        cache.at_decode(positions, positions.tolist())
         for layer, kind in enumerate(model.config.layer_types):
-            new = positions.float()[:, None, None, None].expand(2, 1, 1, 16)
-            keys, values = cache.update(new, -new, layer)
-            for row in range(2):
-                seen = masks[kind][row, 0, 0] == 0
-                now = int(positions[row])
-                first = max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0
-                assert sorted(keys[row, 0, seen, 0].tolist()) == list(range(first, now + 1))
-                assert torch.equal(values, -keys)
+            new = positions.float()[:, None, None].expand(2, 1, 16)
+            cache.write(layer, new, -new)
+            firsts = [max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0 for now in positions.tolist()]
+            expected = [list(range(first, now + 1)) for first, now in zip(firsts, positions.tolist(), strict=True)]
+            assert list(seen_by_row(cache, layer)) == [(held, held) for held in expected]
 
 
-def test_attention_looks_at_no_more_places_than_the_length_asked_for():
-    cache = SlotCache(make_model("gemma3"), 2, 40)
-    masks = cache.at_decode(torch.tensor([2, 4]), 5)
-    assert masks["full_attention"].shape == masks["sliding_attention"].shape == (2, 1, 1, 5)
-    state = torch.zeros(2, 1, 1, 16)
-    assert cache.update(state, state, 0)[0].shape == (2, 1, 5, 16)
-    masks = cache.at_decode(torch.tensor([2, 30]), 35)
-    assert masks["full_attention"].shape[-1] == 35
-    assert masks["sliding_attention"].shape[-1] == WINDOW
+def test_attention_reads_no_further_than_the_longest_of_a_group_and_in_sliding_layers_no_further_than_the_window():
+    model = make_model("gemma3")
+    full, sliding = (model.config.layer_types.index(kind) for kind in ("full_attention", "sliding_attention"))
+    cache = SlotCache(model, 3, 200)
+    cache.min_saved = 100
+    cache.at_decode(torch.tensor([170, 165, 2]), [170, 165, 2])
+    assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [176, 16]  # multiples of 16
+    assert [keys.shape[2] for _, keys, *_ in cache.groups(sliding)] == [WINDOW]
+    cache.at_decode(torch.tensor([199]), [199])
+    assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [200]  # no further than the cache
+
+
+def cheapest(widths, min_saved):
+    """Least area over all ways to cut, each cut costing min_saved: by trying all."""
+    best = len(widths) * max(widths)
+    for i in range(1, len(widths)):
+        best = min(best, cheapest(widths[:i], min_saved) + cheapest(widths[i:], min_saved) + min_saved)
+    return best
+
+
+def test_groups_hold_every_row_once_reach_its_end_and_read_little_more_than_the_best_cuts_would():
+    rng = random.Random(0)
+    for _ in range(60):
+        widths = [rng.choice((16, 32, 48, 160, 320)) for _ in range(rng.randint(1, 9))]
+        runs = grouped(widths, 40)
+        assert [row for rows, _ in runs for row in range(rows.start, rows.stop)] == list(range(len(widths)))
+        assert all(width == max(widths[rows]) for rows, width in runs)
+        cost = sum((rows.stop - rows.start) * width for rows, width in runs) + 40 * (len(runs) - 1)
+        assert cost <= len(widths) * max(widths)
+        if widths == sorted(widths, reverse=True):
+            assert cost <= 1.1 * cheapest(widths, 40)
+    assert grouped([320] * 4 + [16] * 4, 40) == [(slice(0, 4), 320), (slice(4, 8), 16)]
+    assert grouped([320, 304, 304], 40) == [(slice(0, 3), 320)]  # a cut would save 32
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -9,6 +9,7 @@ from kit.run import RunFolder, recipe_name
 @dataclass(frozen=True)
 class Config:
     lr: float = 1.0
+    num_slots: int = 16
     resume: bool = False
     out: str = ""
 
@@ -40,6 +41,13 @@ def test_a_run_is_not_resumed_with_other_settings():
     RunFolder.open(Config(out="here"))
     with pytest.raises(ValueError, match=r"lr was 1.0, is 2.0"):
         RunFolder.open(replace(Config(lr=2.0), out="here", resume=True))
+
+
+def test_fewer_answers_at_once_are_the_same_run_also_where_its_folder_says_how_many_there_were():
+    run = RunFolder.open(Config(out="here"))
+    assert RunFolder.open(Config(num_slots=8, out="here", resume=True)).path == run.path
+    (run.path / "config.json").write_text(json.dumps({"lr": 1.0, "num_slots": 16}))
+    assert RunFolder.open(Config(num_slots=8, out="here", resume=True)).path == run.path
 
 
 @pytest.mark.parametrize("out", ["", "nowhere"])

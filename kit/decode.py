@@ -1,0 +1,93 @@
+"""One token a row through a model's own layers: what its forward pass computes, with fewer operations between matrix products.
+
+    h = x + o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
+    y = h + mlp(norm(h))                          Gemma 3 norms the heads of q and k, too, and what is added in both lines
+
+At one token a row a product takes microseconds, and a model's modules as long again for the casts, views and copies between two
+products; on a card each is a kernel to launch. Here a norm is one operation, and q and k are rotated together. Embedding,
+projections and feed-forward are called as the modules they are: adapters and quantised layers do here what they do elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kit.attention import head_dim
+from kit.kv_cache import SlotCache
+
+
+class Decoder:
+    """A model as the sampler runs it after the prompts, while its weights stay as they are: Gemma's norms are read once."""
+
+    def __init__(self, model):
+        self.backbone = model.model
+        self.num_heads, self.head_dim = model.config.num_attention_heads, head_dim(model.config)
+        self.kinds = model.config.layer_types if model.config.model_type == "gemma3_text" else None  # each has its own rotation
+        norm = _gemma_norm if self.kinds else _norm
+        self.layers = [_Layer(layer, norm) for layer in self.backbone.layers]
+        self.norm = norm(self.backbone.norm)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+        """The last hidden states (B, H) of tokens (B,) at positions (B,), which `cache.at_decode` was told of."""
+        x = self.backbone.embed_tokens(tokens)  # (B, H)
+        rotations = {kind: self._rotation(x, positions, kind) for kind in set(self.kinds or [None])}
+        for i, layer in enumerate(self.layers):
+            cos, sin = rotations[self.kinds[i] if self.kinds else None]
+            attended = self._attend(i, layer, layer.norm_in(x), cos, sin, cache)
+            x = x + layer.norm_attended(layer.attention.o_proj(attended))
+            x = x + layer.norm_out(layer.mlp(layer.norm_mlp(x)))
+        return self.norm(x)
+
+    def _rotation(self, x: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, 1, D). The first half of sin is negated: rotate_half(q) * sin is then roll(q, D / 2) * sin."""
+        cos, sin = self.backbone.rotary_emb(x, positions[:, None], *([kind] if kind else []))
+        first, second = sin.chunk(2, dim=-1)
+        return cos, torch.cat([-first, second], dim=-1)
+
+    def _attend(self, i: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache) -> Tensor:
+        """(B, Hq * D)."""
+        attention, Hq, D = layer.attention, self.num_heads, self.head_dim
+        q, k, v = (project(x).unflatten(-1, (-1, D)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        heads = torch.cat([layer.norm_q(q), layer.norm_k(k)], dim=1)  # (B, Hq + Hkv, D)
+        heads = torch.addcmul(heads * cos, heads.roll(D // 2, -1), sin)
+        cache.write(i, heads[:, Hq:], v)
+        q = heads[:, :Hq].unflatten(1, (k.shape[1], -1))  # a group's queries are rows of one small matrix: K and V are read once
+        parts = [
+            F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask, scale=attention.scaling)
+            for rows, keys, values, mask in cache.groups(i)
+        ]
+        return torch.cat(parts).reshape(len(x), Hq * D)
+
+
+class _Layer:
+    """The parts of a decoder layer, by what they do in all three families."""
+
+    def __init__(self, layer: nn.Module, norm):
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+        self.norm_in = norm(layer.input_layernorm)
+        self.norm_q = self.norm_k = self.norm_attended = self.norm_out = _same
+        if norm is _norm:
+            self.norm_mlp = norm(layer.post_attention_layernorm)
+            return
+        self.norm_q, self.norm_k = norm(layer.self_attn.q_norm), norm(layer.self_attn.k_norm)
+        self.norm_attended = norm(layer.post_attention_layernorm)
+        self.norm_mlp = norm(layer.pre_feedforward_layernorm)
+        self.norm_out = norm(layer.post_feedforward_layernorm)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _norm(module: nn.Module):
+    """Of Llama and Qwen2: x / rms(x) * weight."""
+    weight, eps = module.weight, module.variance_epsilon
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _gemma_norm(module: nn.Module):
+    """x / rms(x) * (1 + weight), in fp32: in bf16 1 + weight would lose what training changed."""
+    scale, eps = 1 + module.weight.float(), module.eps
+    return lambda x: F.rms_norm(x.float(), scale.shape, scale, eps).to(x.dtype)

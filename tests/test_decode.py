@@ -1,0 +1,100 @@
+"""A token at a time through kit.decode against the model's own forward over the whole text."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoModelForCausalLM
+
+from kit.decode import Decoder
+from kit.kv_cache import SlotCache
+from kit.nf4 import quantise_decoder
+
+T = 19  # positions, beyond the window of conftest, 7, twice
+SETTINGS = {
+    "llama": {"rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                                                       "original_max_position_embeddings": 8}},
+    "qwen2": {"rms_norm_eps": 0.2},
+    "gemma3": {"rms_norm_eps": 0.1, "query_pre_attn_scalar": 5, "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+def make_model(family, dtype=torch.float32):
+    """Nothing at the value that hides a mistake: norms, biases, eps, the scale of the scores and rope's are all their own."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    for name, value in SETTINGS[family].items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="kit").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 0.5))
+    return model.to(dtype)
+
+
+def token_by_token(model, ids):
+    """Hidden states (rows, T, H)."""
+    cache, decoder = SlotCache(model, len(ids), T), Decoder(model)
+    hidden = []
+    with torch.no_grad():
+        for t in range(T):
+            positions = torch.full((len(ids),), t)
+            cache.at_decode(positions, positions.tolist())
+            hidden.append(decoder(ids[:, t], positions, cache))
+    return torch.stack(hidden, dim=1)
+
+
+def whole(model, ids):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+    model.set_attn_implementation("kit")
+    return hidden
+
+
+def random_ids():
+    torch.manual_seed(1)
+    return torch.randint(3, 97, (3, T))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_the_models_own(family, dtype):
+    model, ids = make_model(family, dtype), random_ids()
+    truth = whole(make_model(family, dtype).double(), ids)
+    ours, theirs = ((states.double() - truth).norm() for states in (token_by_token(model, ids), whole(model, ids)))
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_and_quantised_layers_do_here_what_they_do_in_the_models_forward(family):
+    model, ids = make_model(family), random_ids()
+    plain = whole(model, ids)
+    quantise_decoder(model, "cpu")
+    inject_adapter_in_model(LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False), model)
+    model.eval()
+    expected, found = whole(model, ids), token_by_token(model, ids)
+    assert (expected - plain).norm() > 0.1 * plain.norm()
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_at_different_positions_are_told_apart(family):
+    """Each row's next state is what it would be alone, in one group or each in its own."""
+    model = make_model(family)
+    ids = random_ids()
+    lengths = [12, 9, 2]
+    alone = []
+    for row, length in enumerate(lengths):
+        alone.append(whole(model, ids[row : row + 1, : length + 1])[0, length])
+    for min_saved in (0, 10_000):
+        cache, decoder = SlotCache(model, 3, 40), Decoder(model)
+        cache.min_saved = min_saved
+        with torch.no_grad():
+            for t in range(max(lengths) + 1):
+                positions = torch.tensor([min(t, length) for length in lengths])
+                cache.at_decode(positions, positions.tolist())
+                hidden = decoder(ids[torch.arange(3), positions], positions, cache)
+        torch.testing.assert_close(hidden, torch.stack(alone), rtol=1e-4, atol=1e-5)

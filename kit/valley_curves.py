@@ -81,9 +81,11 @@ class Curve:
 
     @property
     def lowest(self) -> int:
-        """Index of the size with the lowest accuracy; of equals the smallest."""
-        means = [point.accuracy.mean for point in self.points]
-        return means.index(min(means))
+        """Index of the size with the lowest accuracy, of those where it is known to be below the untouched model's if there are
+        such: a size where the seeds disagree may have a lower mean. Of equals the smallest."""
+        changes = self.changes()
+        known = [i for i, change in enumerate(changes) if change.below_zero(len(changes))]
+        return min(known or range(len(changes)), key=lambda i: self.points[i].accuracy.mean)
 
     @property
     def shape(self) -> str:
@@ -211,15 +213,14 @@ def accuracy_sentence(curve: Curve) -> str:
 
 def length_sentence(curve: Curve) -> str:
     """Whether answers get longer, and shorter again."""
-    start = curve.base.length
+    start, looks = curve.base.length, len(curve.points)
     ratios = [point.length.mean / start.mean for point in curve.points]
-    longest = ratios.index(max(ratios))
+    longer = [i for i, point in enumerate(curve.points) if difference(point.tokens, curve.base.tokens, ()).above_zero(looks)]
+    longest = max(longer or range(looks), key=lambda i: ratios[i])
     peak, last = curve.points[longest], curve.points[-1]
-    looks = len(ratios)
-    grew = difference(peak.tokens, curve.base.tokens, ()).above_zero(looks)
     shrank = difference(peak.tokens, last.tokens, ()).above_zero(looks)
     subject = f"{_capital(curve.name)}: answers"
-    if not grew:
+    if not longer:
         return (
             f"{subject} get longer at no size beyond chance ({start.mean:.0f} tokens before, at most {peak.length.mean:.0f} ± "
             f"{peak.length.half:.0f}, at {peak.num_traces:,} traces)."

@@ -3,7 +3,7 @@
     python recipes/valley_demo.py --quick          one seed, fewer sizes
     python recipes/valley_demo.py                  three seeds, all arms
     python recipes/valley_demo.py --resume         go on after an interruption: finished models are kept
-    python recipes/valley_demo.py --resume --rl_steps 30    and then reinforcement learning from three of the models
+    python recipes/valley_demo.py --resume --rl_steps 80    and then reinforcement learning from three of the models
 
 The model that ships with the kit has learned chains of additions and subtractions (kit/toy.py) from 40,000 short traces. It is
 fine-tuned on more and more long ones, which recheck and correct themselves, and measured each time as the paper measures: samples

@@ -1,5 +1,6 @@
 import io
 import os
+import random
 import re
 import sys
 
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from kit import generate as generating
 from kit import models
 from kit.chat import ChatFormat
-from kit.generate import Completion, SamplingParams, generate
+from kit.generate import Completion, SamplingParams, arrange, generate
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
 SLOTS = (1, 3, 16)
@@ -60,6 +61,43 @@ def test_samples_depend_neither_on_slots_nor_on_order_nor_on_what_else_runs(tiny
     some = run(tiny_model, RANDOM, 2, prompts=[prompts()[i] for i in order], keys=[keys[i] for i in order])
     assert [c.ids for c in some] == [first[i].ids for i in order]
     assert [c.ids for c in run(tiny_model, RANDOM, 3, seed=1, keys=keys)] != [c.ids for c in first]
+
+
+class Rows:
+    """Stands for the engine: what each row of the cache holds."""
+
+    def __init__(self, slots):
+        self.held = [slot.request for slot in slots]
+        self.moved = 0
+
+    def move(self, sources, targets, length):
+        assert len(set(targets)) == len(targets) == len(sources) == len(set(sources))
+        copies = [self.held[row] for row in sources]
+        for target, copy in zip(targets, copies, strict=True):
+            self.held[target] = copy
+        self.moved += len(sources)
+        self.length = length
+
+
+def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no_row_without_need():
+    rng = random.Random(0)
+    for _ in range(300):
+        slots = [
+            generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), [1]) if rng.random() < 0.7 else generating._Slot(-1)
+            for i in range(rng.randint(1, 9))
+        ]
+        before, active = list(slots), sorted(slot.request for slot in slots if slot.request >= 0)
+        rows = Rows(slots)
+        arrange(slots, rows)
+        B = len(active)
+        assert sorted(slot.request for slot in slots[:B]) == active and all(slot.request < 0 for slot in slots[B:])
+        assert rows.held[:B] == [slot.request for slot in slots[:B]]  # the cache went with them
+        ranks = [slot.length // generating.SORTED_BY for slot in slots[:B]]
+        assert ranks == sorted(ranks, reverse=True)
+        misplaced = [i for i in active if i >= B or before[i].length // generating.SORTED_BY != ranks[i]]
+        assert rows.moved == len(misplaced)
+        if misplaced:
+            assert rows.length == max(before[i].length for i in misplaced)
 
 
 def logprobs_of(model, ids, prompt_len, temperature):

@@ -70,7 +70,7 @@ def test_a_fall_within_the_spread_of_the_seeds_is_not_called_one():
 def test_a_lower_or_longer_size_that_the_seeds_do_not_agree_on_does_not_hide_what_is_known_of_another():
     made = curve([0.9, 0.9, 0.7, 0.75], [40, 40, 80, 60])
     seen = Curve(made.name, made.base, [point(16, 0.5, 400, spread=0.45), *made.points[1:]])
-    seen.points[0].tokens.update({s: {q: 40 + 500 * s for q in tokens} for s, tokens in seen.points[0].tokens.items()})
+    seen.points[0].tokens.update({s: dict.fromkeys(tokens, 40 + 500 * s) for s, tokens in seen.points[0].tokens.items()})
     assert seen.points[0].accuracy.mean < 0.6 < seen.points[2].accuracy.mean
     assert seen.shape == "falling"
     accuracy, length = findings([seen])

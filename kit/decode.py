@@ -1,11 +1,12 @@
-"""One token a row through a model's own layers: what its forward pass computes, with fewer operations between matrix products.
+"""One token a row through a model's layers: what its forward computes, up to rounding, with fewer operations in between.
 
     h = x + o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
     y = h + mlp(norm(h))                          Gemma 3 norms the heads of q and k, too, and what is added in both lines
 
 At one token a row a product takes microseconds, and a model's modules as long again for the casts, views and copies between two
-products; on a card each is a kernel to launch. Here a norm is one operation, and q and k are rotated together. Embedding,
-projections and feed-forward are called as the modules they are: adapters and quantised layers do here what they do elsewhere.
+products; on a card each is a kernel to launch. Here a norm is one operation (three in Gemma 3, whose weights are added to 1 in
+fp32), and q and k are rotated together. Embedding, projections and feed-forward are called as the modules they are: adapters and
+quantised layers do here what they do elsewhere.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ from torch import Tensor, nn
 
 from kit.attention import head_dim
 from kit.kv_cache import SlotCache
+from kit.models import FAMILIES
 
 
 class Decoder:
     """A model as the sampler runs it after the prompts, while its weights stay as they are: Gemma's norms are read once."""
 
     def __init__(self, model):
+        """Raises ValueError for a family whose layers may hold more than is computed here."""
+        if model.config.model_type not in FAMILIES:
+            raise ValueError(
+                f"the model is a {model.config.model_type} model but the sampler knows the layers of {', '.join(FAMILIES)}; pass "
+                "one of these, or a kit.vllm_backend.VllmModel"
+            )
         self.backbone = model.model
         self.num_heads, self.head_dim = model.config.num_attention_heads, head_dim(model.config)
         self.kinds = model.config.layer_types if model.config.model_type == "gemma3_text" else None  # each has its own rotation
         norm = _gemma_norm if self.kinds else _norm
-        self.layers = [_Layer(layer, norm) for layer in self.backbone.layers]
+        self.layers = [_Layer(layer, norm) for layer in self.backbone.layers[: model.config.num_hidden_layers]]
         self.norm = norm(self.backbone.norm)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:

@@ -74,11 +74,11 @@ def evaluate(
     except torch.OutOfMemoryError as error:
         if isinstance(model, VllmModel):
             raise
-        longest = max(map(len, prompts.values())) + params.max_new_tokens
+        at_once, longest = min(num_slots, len(wanted)), max(map(len, prompts.values())) + params.max_new_tokens
         raise ValueError(
-            f"{benchmark.name}: memory ran out with {num_slots} answers at once, whose cache alone takes "
-            f"{cache_bytes(model, num_slots, longest) / GIB:.2f} GiB; pass --num_slots {max(num_slots // 2, 1)} and --resume: "
-            f"the answers that are finished are in {journal.path}"
+            f"{benchmark.name}: memory ran out with {at_once} answers at once, whose cache alone takes "
+            f"{cache_bytes(model, at_once, longest) / GIB:.2f} GiB; pass a smaller --num_slots (or --gpu_gb, where that chose "
+            f"it), for a single answer fewer tokens, and --resume: the answers that are finished are in {journal.path}"
         ) from error
     return read_result(journal.path)
 

@@ -2,7 +2,8 @@
 
 A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
 active rows move together and the batch shrinks. They lie in the order of their lengths, and attention reads rows of about one
-length together, only as far as the longest of them and in sliding layers no further than the window (kit/kv_cache.py). Equal
+length together (on a CPU; all of them on a card), only as far as the longest of them and in sliding layers no further than the
+window (kit/kv_cache.py). Equal
 prompts that are read together are read once. Prompts go through the model's own forward, single tokens through kit/decode.py; on
 any device, with LoRA and quantised layers.
 """
@@ -117,10 +118,11 @@ def generate(
 ) -> list[Completion]:  # fmt: skip
     """One completion a prompt, in the prompts' order.
 
-    model: a transformers model, or a kit.vllm_backend.VllmModel. prompts: token ids. num_slots: rows decoded at once (vLLM's were
-    set where it was loaded). keys: what names each prompt's random stream beside `seed`, e.g. (question id, sample index); None =
-    the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
-    Raises ValueError for an empty prompt and where prompt and max_new_tokens exceed the model's context.
+    model: a transformers model of kit.models.FAMILIES, or a kit.vllm_backend.VllmModel. prompts: token ids. num_slots: rows
+    decoded at once (vLLM's were set where it was loaded). keys: what names each prompt's random stream beside `seed`, e.g.
+    (question id, sample index); None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each
+    one ends.
+    Raises ValueError for another family, for an empty prompt and where prompt and max_new_tokens exceed the model's context.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)

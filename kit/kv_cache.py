@@ -9,6 +9,7 @@ of its 26 layers: a row of 16,384 positions takes 75 MiB in bf16 instead of 416.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -18,8 +19,10 @@ from transformers import Cache
 from kit.attention import head_dim, layer_windows
 
 BUCKET = 16  # attended length is rounded up to this many positions, so that shapes repeat
-# keys and values that are read in the time that one more call of attention takes; on a card it is an assumption
-CALL_BYTES = {"cpu": 2**18, "cuda": 2**23}
+# on a CPU one more call of attention takes as long as reading this much; on a card rows run beside one another within a call, and
+# several calls one after another: there all rows are read together
+CALL_BYTES = 2**18
+MOVED_AT_ONCE = 1_024  # positions: bounds the copy that moving rows holds
 
 
 class SlotCache(Cache):
@@ -38,7 +41,8 @@ class SlotCache(Cache):
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.kinds = list(getattr(config, "layer_types", None) or ()) if config.model_type != "llama" else []
         position_bytes = 2 * config.num_key_value_heads * head_dim(config) * weight.element_size()  # of one layer
-        self.min_saved = CALL_BYTES.get(weight.device.type, CALL_BYTES["cuda"]) // position_bytes
+        # places whose reading another group must save
+        self.min_saved = CALL_BYTES // position_bytes if weight.device.type == "cpu" else math.inf
         self.rows = self.lengths = self.source = None
         self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row lies in it
         self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}  # size -> groups of rows: rows, places, mask
@@ -99,15 +103,17 @@ class SlotCache(Cache):
         return (last - (last - torch.arange(W, device=last.device)) % W).clamp(min=0)
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
-        """Rows `targets` become what rows `sources` were, up to position `length`. A layer's copy of them is held meanwhile."""
+        """Rows `targets` become what rows `sources` were, up to position `length`. Rows may be in both."""
         for tensor in (*self.keys, *self.values):
-            tensor[targets, :, :length] = tensor[sources, :, :length]
+            for start in range(0, min(length, tensor.shape[2]), MOVED_AT_ONCE):
+                places = slice(start, start + MOVED_AT_ONCE)
+                tensor[targets, :, places] = tensor[sources, :, places]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # transformers asks before a prompt is read
 
 
-def grouped(widths: list[int], min_saved: int) -> list[tuple[slice, int]]:
+def grouped(widths: list[int], min_saved: float) -> list[tuple[slice, int]]:
     """(rows, places to read) of runs of rows, each read as far as its widest row needs: cut in two, and again, where a cut saves
     the reading of more than min_saved places."""
     runs, waiting = [], [(0, len(widths))]

@@ -10,7 +10,8 @@ from pathlib import Path
 from kit.journal import Journal
 
 # settings that do not change what a run computes, or only what is computed after all the rest
-FREE_TO_CHANGE = {"resume", "out", "baseline", "workers", "gpus", "num_slots", "rl_steps"}
+UNSTORED = {"resume", "out", "baseline", "workers", "gpus", "rl_steps"}
+FREE_TO_CHANGE = UNSTORED | {"num_slots"}  # which moves the last bits at most
 
 
 class RunFolder:
@@ -29,7 +30,7 @@ class RunFolder:
         settings differ, naming them.
         """
         path = Path(config.out) if config.out else _numbered(Path("runs") / recipe_name(config), newest=config.resume)
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE_TO_CHANGE}
+        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
         stored = path / "config.json"
         if config.resume:
             if not stored.is_file():

@@ -17,7 +17,7 @@ import torch
 
 # candidates looked at first, and the factor for the next look: a trained model's nucleus mostly fits in the first, and sorting
 # 262,144 logits a row would dominate
-FIRST_LOOK, WIDER = 16, 16
+FIRST_LOOK, WIDER = 64, 16
 
 
 @dataclass(frozen=True)

@@ -183,9 +183,10 @@ untouched model's. What goes wrong first, in this order: {causes}. Right by luck
 not. The paper, on its synthetic arithmetic: about 10 operations an answer before, 40 after 8k traces; on benchmarks, reflection
 below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only where
 a language model agrees; here a keyword is enough.</small></p>"""
-RL_NOTE = """<p><small>GRPO (kit/rl.py), reward 1 for a right answer and 0 otherwise, temperature 1, on new problems of
-the kind above. The curve is the reward of the rollouts, the sentences are of the questions above. Bands span the seeds. In the
-paper the start after 8k traces stays below the untouched one throughout, and the one after 128k ends above it.</small></p>"""
+RL_NOTE = """<p><small>GRPO (kit/rl.py), reward 1 for a right answer and 0 otherwise, temperature 1, on other
+problems of the kind above, nearly all of which the untouched model solves: no start can end much above it here. The curve is the
+reward of the rollouts, the sentences are of the questions above, answered anew. Bands span the seeds. In the paper the start
+after 8k traces stays below the untouched one throughout, and the one after 128k ends above it.</small></p>"""
 BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark>,
 <mark class=taken-back>what the answer itself takes back</mark>, <mark>reflection</mark>, <b class=box>boxed answers</b>.</small>
 </p>"""

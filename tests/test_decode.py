@@ -1,14 +1,16 @@
 """A token at a time through kit.decode against the model's own forward over the whole text."""
 
 import copy
+import math
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, SHAPE
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from kit.decode import Decoder
+from kit.generate import SamplingParams, generate
 from kit.kv_cache import SlotCache
 from kit.nf4 import quantise_decoder
 
@@ -80,21 +82,27 @@ def test_adapters_and_quantised_layers_do_here_what_they_do_in_the_models_forwar
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("num_groups", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_at_different_positions_are_told_apart(family):
-    """Each row's next state is what it would be alone, in one group or each in its own."""
-    model = make_model(family)
-    ids = random_ids()
-    lengths = [12, 9, 2]
-    alone = []
-    for row, length in enumerate(lengths):
-        alone.append(whole(model, ids[row : row + 1, : length + 1])[0, length])
-    for min_saved in (0, 10_000):
-        cache, decoder = SlotCache(model, 3, 40), Decoder(model)
-        cache.min_saved = min_saved
-        with torch.no_grad():
-            for t in range(max(lengths) + 1):
-                positions = torch.tensor([min(t, length) for length in lengths])
-                cache.at_decode(positions, positions.tolist())
-                hidden = decoder(ids[torch.arange(3), positions], positions, cache)
-        torch.testing.assert_close(hidden, torch.stack(alone), rtol=1e-4, atol=1e-5)
+def test_rows_at_different_positions_are_told_apart_in_one_group_and_each_in_its_own(family, num_groups):
+    model, lengths = make_model(family), [60, 37, 2]
+    torch.manual_seed(1)
+    ids = torch.randint(3, 97, (3, 61))
+    alone = [whole(model, ids[row : row + 1, : length + 1])[0, length] for row, length in enumerate(lengths)]
+    cache, decoder = SlotCache(model, 3, 70), Decoder(model)
+    cache.min_saved = 0 if num_groups == 3 else math.inf
+    with torch.no_grad():
+        for t in range(max(lengths) + 1):
+            positions = torch.tensor([min(t, length) for length in lengths])
+            cache.at_decode(positions, positions.tolist())
+            hidden = decoder(ids[torch.arange(3), positions], positions, cache)
+    full = model.config.layer_types.index("full_attention") if family == "gemma3" else 0
+    assert len(list(cache.groups(full))) == num_groups
+    torch.testing.assert_close(hidden, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_family_with_layers_of_its_own_is_refused():
+    config = Qwen3Config(**SHAPE, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="kit")
+    with pytest.raises(ValueError, match="a qwen3 model but the sampler knows the layers of gemma3_text, llama, qwen2"):
+        generate(model, [[3, 4]], SamplingParams(max_new_tokens=2), num_slots=1, seed=0, eos_token_id=2)

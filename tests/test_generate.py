@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from kit import generate as generating
-from kit import models
+from kit import kv_cache, models
 from kit.chat import ChatFormat
 from kit.generate import Completion, SamplingParams, arrange, generate
 
@@ -61,6 +61,31 @@ def test_samples_depend_neither_on_slots_nor_on_order_nor_on_what_else_runs(tiny
     some = run(tiny_model, RANDOM, 2, prompts=[prompts()[i] for i in order], keys=[keys[i] for i in order])
     assert [c.ids for c in some] == [first[i].ids for i in order]
     assert [c.ids for c in run(tiny_model, RANDOM, 3, seed=1, keys=keys)] != [c.ids for c in first]
+
+
+def test_rows_that_swap_places_and_are_read_in_groups_answer_as_they_do_alone(tiny_model, monkeypatch):
+    """The lengths at which rows move and groups are cut are made small; requests end at different times, so that long rows lie
+    among short ones and change places with them."""
+    monkeypatch.setattr(generating, "SORTED_BY", 4)
+    monkeypatch.setattr(kv_cache, "CALL_BYTES", 0)
+    monkeypatch.setattr(kv_cache, "BUCKET", 1)
+    monkeypatch.setattr(kv_cache, "MOVED_AT_ONCE", 3)
+    swaps, groups = [], []
+    move, grouped = kv_cache.SlotCache.move, kv_cache.grouped
+    monkeypatch.setattr(
+        kv_cache.SlotCache, "move",
+        lambda self, sources, targets, length: (
+            swaps.append(len(set(sources.tolist()) & set(targets.tolist()))), move(self, sources, targets, length)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(kv_cache, "grouped", lambda *args: groups.append(grouped(*args)) or groups[-1])
+    torch.manual_seed(7)
+    many = [torch.randint(3, 97, (length,)).tolist() for length in (5, 31, 9, 13, 3, 27, 2, 18, 1, 22, 4, 16)]
+    options = {"prompts": many, "eos_token_id": list(range(2, 12))}
+    alone = run(tiny_model, RANDOM, 1, **options)
+    assert len({len(completion.ids) for completion in alone}) > 3
+    assert [c.ids for c in run(tiny_model, RANDOM, 4, **options)] == [c.ids for c in alone]
+    assert max(swaps) >= 2 and max(map(len, groups)) >= 3
 
 
 class Rows:

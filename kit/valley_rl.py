@@ -147,17 +147,24 @@ def by_start(climbs: Sequence[Climb]) -> dict[str, list[Climb]]:
 
 def rl_findings(climbs: Sequence[Climb]) -> list[str]:
     """What became of every start, and whether it ends below or above the untouched one."""
-    groups = {name: (_shares(of_start, "before"), _shares(of_start, "after")) for name, of_start in by_start(climbs).items()}
-    reference = groups.get("untouched model")
+    groups = by_start(climbs)
+    reference = _shares(groups.get("untouched model", ()), "after")
     sentences = []
-    for name, (before, after) in groups.items():
+    for name, of_start in groups.items():
+        before, after = (_shares(of_start, stage) for stage in ("before", "after"))
         gain = difference(after, before)
         change = "rises" if gain.above_zero() else "falls" if gain.below_zero() else "does not change beyond chance"
-        said = f"Reinforcement learning from {name}: accuracy {change}, {percent(_mean(before))} to {percent(_mean(after))}"
-        if reference and after is not reference[1] and set(after) & set(reference[1]):
-            gap = difference(after, reference[1])
-            side = "above" if gap.above_zero(len(groups) - 1) else "below" if gap.below_zero(len(groups) - 1) else "level with"
-            said += f"; it ends {side} the untouched start ({100 * gap.mean:+.1f} points ± {100 * gap.half:.1f})"
+        lengths = [fmean(getattr(climb, stage).mean_tokens for climb in of_start) for stage in ("before", "after")]
+        said = (
+            f"Reinforcement learning from {name}: accuracy {change}, {percent(_mean(before))} to {percent(_mean(after))}, and "
+            f"the mean length of answers goes from {lengths[0]:.0f} to {lengths[1]:.0f} tokens"
+        )
+        if name != "untouched model" and set(after) & set(reference):
+            gap = difference(after, reference)
+            side = "above" if gap.above_zero(len(groups) - 1) else "below" if gap.below_zero(len(groups) - 1) else ""
+            unknown = "whether it ends above or below the untouched start is not known"
+            end = f"it ends {side} the untouched start" if side else unknown
+            said += f"; {end} ({100 * gap.mean:+.1f} points ± {100 * gap.half:.1f})"
         sentences.append(f"{said}.")
     return sentences
 

@@ -10,15 +10,17 @@ from kit.valley import Finished
 from kit.valley_rl import Climb, rl_findings, starts
 
 
-def result(accuracy, seed):
+def result(accuracy, seed, tokens):
     rng = random.Random(f"{accuracy} {seed}")
-    return Result("toy", tuple({"question": str(q), "sample": i, "verdict": "correct" if rng.random() < accuracy else "wrong"}
+    return Result("toy", tuple({"question": str(q), "sample": i, "tokens": tokens + 2 * i - 3,
+                                "verdict": "correct" if rng.random() < accuracy else "wrong"}
                                for q in range(80) for i in range(4)))  # fmt: skip
 
 
 def climbs(cell, before, after):
     return [
-        Climb(Cell("tiny", *cell, seed), [0.1, 0.2], result(before, seed), result(after, f"after {seed}")) for seed in range(4)
+        Climb(Cell("tiny", *cell, seed), [0.1, 0.2], result(before, seed, 40), result(after, f"after {seed}", 70 + seed))
+        for seed in range(4)
     ]
 
 
@@ -41,9 +43,10 @@ def test_what_is_said_of_the_starts_follows_from_their_samples():
     made = [*climbs((BASE, 0), 0.6, 0.8), *climbs(("long", 64), 0.1, 0.4), *climbs(("long", 256), 0.8, 0.95)]
     untouched, low, fed = rl_findings(made)
     assert untouched.startswith("Reinforcement learning from untouched model: accuracy rises") and "ends" not in untouched
+    assert "mean length of answers goes from 40 to 72 tokens" in untouched
     assert "from long traces, 64: accuracy rises" in low and "ends below the untouched start" in low
     assert "ends above the untouched start" in fed
     made = [*climbs((BASE, 0), 0.6, 0.6), *climbs(("long", 64), 0.6, 0.6)]
     untouched, low = rl_findings(made)
-    assert "does not change beyond chance" in untouched and "ends level with the untouched start" in low
+    assert "does not change beyond chance" in untouched and "above or below the untouched start is not known" in low
     assert "falls" in rl_findings(climbs((BASE, 0), 0.8, 0.2))[0]

@@ -8,8 +8,9 @@ import torch
 from conftest import FAMILIES, SHAPE
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from kit.decode import Decoder
+from kit.decode import Decoder, _gemma_norm
 from kit.generate import SamplingParams, generate
 from kit.kv_cache import SlotCache
 from kit.nf4 import quantise_decoder
@@ -106,3 +107,11 @@ def test_a_family_with_layers_of_its_own_is_refused():
     model = AutoModelForCausalLM.from_config(config, attn_implementation="kit")
     with pytest.raises(ValueError, match="a qwen3 model but the sampler knows the layers of gemma3_text, llama, qwen2"):
         generate(model, [[3, 4]], SamplingParams(max_new_tokens=2), num_slots=1, seed=0, eos_token_id=2)
+
+
+def test_a_change_of_gemmas_norm_that_is_small_beside_1_is_not_rounded_away():
+    norm = Gemma3RMSNorm(8).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.fill_(0.003)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(_gemma_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)

@@ -68,7 +68,7 @@ class SlotCache(Cache):
         for W in set(self.sizes):
             widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
             q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
-            mask = self._added((q - s) % W > q)[:, None, None]  # (B, 1, 1, places)
+            mask = self._added(s > q)[:, None, None]  # (B, 1, 1, places); once q has passed W, every place is of the window
             self.places[W] = positions % W
             self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
 

@@ -3,9 +3,8 @@
 A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
 active rows move together and the batch shrinks. They lie in the order of their lengths, and attention reads rows of about one
 length together (on a CPU; all of them on a card), only as far as the longest of them and in sliding layers no further than the
-window (kit/kv_cache.py). Equal
-prompts that are read together are read once. Prompts go through the model's own forward, single tokens through kit/decode.py; on
-any device, with LoRA and quantised layers.
+window (kit/kv_cache.py). Equal prompts that are read together are read once. Prompts go through the model's own forward, single
+tokens through kit/decode.py; on any device, with LoRA and quantised layers.
 """
 
 from __future__ import annotations

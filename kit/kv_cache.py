@@ -19,8 +19,8 @@ from transformers import Cache
 from kit.attention import head_dim, layer_windows
 
 BUCKET = 16  # attended length is rounded up to this many positions, so that shapes repeat
-# on a CPU one more call of attention takes as long as reading this much; on a card rows run beside one another within a call, and
-# several calls one after another: there all rows are read together
+# on a CPU one more call of attention takes as long as reading so many bytes of keys and values; on a card rows run beside one
+# another within a call and several calls one after another: there all rows are read together
 CALL_BYTES = 2**18
 MOVED_AT_ONCE = 1_024  # positions: bounds the copy that moving rows holds
 

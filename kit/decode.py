@@ -32,18 +32,18 @@ class Decoder:
             )
         self.backbone = model.model
         self.num_heads, self.head_dim = model.config.num_attention_heads, head_dim(model.config)
-        self.kinds = model.config.layer_types if model.config.model_type == "gemma3_text" else None  # each has its own rotation
-        norm = _gemma_norm if self.kinds else _norm
+        is_gemma = model.config.model_type == "gemma3_text"
+        norm = _gemma_norm if is_gemma else _norm
         self.layers = [_Layer(layer, norm) for layer in self.backbone.layers[: model.config.num_hidden_layers]]
+        self.kinds = model.config.layer_types if is_gemma else [None] * len(self.layers)  # each has its own rotation
         self.norm = norm(self.backbone.norm)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         """The last hidden states (B, H) of tokens (B,) at positions (B,), which `cache.at_decode` was told of."""
         x = self.backbone.embed_tokens(tokens)  # (B, H)
-        rotations = {kind: self._rotation(x, positions, kind) for kind in set(self.kinds or [None])}
+        rotations = {kind: self._rotation(x, positions, kind) for kind in set(self.kinds)}
         for i, layer in enumerate(self.layers):
-            cos, sin = rotations[self.kinds[i] if self.kinds else None]
-            attended = self._attend(i, layer, layer.norm_in(x), cos, sin, cache)
+            attended = self._attend(i, layer, layer.norm_in(x), *rotations[self.kinds[i]], cache)
             x = x + layer.norm_attended(layer.attention.o_proj(attended))
             x = x + layer.norm_out(layer.mlp(layer.norm_mlp(x)))
         return self.norm(x)

@@ -1,10 +1,10 @@
 """The batched sampler: S slots, each a row of one preallocated KV cache with its own write position.
 
 A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
-active rows move together and the batch shrinks. They lie in the order of their lengths, and attention reads rows of about one
-length together (on a CPU; all of them on a card), only as far as the longest of them and in sliding layers no further than the
-window (kit/kv_cache.py). Equal prompts that are read together are read once. Prompts go through the model's own forward, single
-tokens through kit/decode.py; on any device, with LoRA and quantised layers.
+active rows move together and the batch shrinks. On a CPU they lie in the order of their lengths and attention reads rows of about
+one length together, only as far as the longest of them; on a card it reads all rows as far as the longest. Sliding layers read no
+further than the window (kit/kv_cache.py). Equal prompts that are read together are read once. Prompts go through the model's own
+forward, single tokens through kit/decode.py; on any device, with LoRA and quantised layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from kit.sampling import SamplingParams, sample, stream_key
 from kit.vllm_backend import VllmModel
 
 SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
-SORTED_BY = 256  # rows whose lengths differ by less may lie in any order: to move one costs more
 PREFILL_TOKENS = 8192  # prompts are read together up to this many padded tokens: bounds the prefill's activations
 
 __all__ = ["Completion", "SamplingParams", "cache_bytes", "generate"]
@@ -177,7 +176,7 @@ def _run_slots(
                     slots[row] = _Slot(request, len(prompts[request]))
                 yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]))
             if [slot.request for slot in slots] != arranged:
-                arrange(slots, engine)
+                arrange(slots, engine, engine.cache.sorted_by)
                 arranged = [slot.request for slot in slots]
             lengths = [slot.length for slot in slots if slot.request >= 0]
             if lengths:
@@ -214,18 +213,15 @@ def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free:
     return requests
 
 
-def arrange(slots: list[_Slot], engine) -> None:
+def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
     """Move active rows so that the batch is rows 0..B-1, the longest first. A row that lies among those of its length stays."""
-    lengths = {row: slot.length // SORTED_BY for row, slot in enumerate(slots) if slot.request >= 0}
+    lengths = {row: slot.length // sorted_by for row, slot in enumerate(slots) if slot.request >= 0}
     wanted = sorted(lengths.values(), reverse=True)  # of places 0..B-1
-    movers: dict[int, list[int]] = {}
-    for row, length in lengths.items():
-        if row >= len(wanted) or wanted[row] != length:
-            movers.setdefault(length, []).append(row)
-    if not movers:
+    stay = {place for place, length in enumerate(wanted) if lengths.get(place) == length}
+    targets = [place for place in range(len(wanted)) if place not in stay]
+    sources = sorted((row for row in lengths if row not in stay), key=lengths.get, reverse=True)
+    if not targets:
         return
-    targets = [place for place, length in enumerate(wanted) if lengths.get(place) != length]
-    sources = [movers[wanted[place]].pop() for place in targets]
     engine.move(sources, targets, max(slots[row].length for row in sources))
     moved = [slots[row] for row in sources]
     for row in sources:

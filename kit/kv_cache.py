@@ -1,7 +1,7 @@
 """The sampler's KV cache: one preallocated row a slot, and in sliding layers a ring that holds the window and nothing else.
 
     position p of a row lies in place p mod W,   W = min(window, capacity) in sliding layers, capacity in all others
-    seen from position q, place s holds position q - ((q - s) mod W), and is empty where that is negative
+    seen from position q, place s holds position q - ((q - s) mod W), and is empty where that is negative, s > q
 
 One formula serves both kinds of layer: where W is the whole capacity nothing ever wraps. Gemma-3-1B keeps a window of 512 in 22
 of its 26 layers: a row of 16,384 positions takes 75 MiB in bf16 instead of 416.
@@ -22,6 +22,7 @@ BUCKET = 16  # attended length is rounded up to this many positions, so that sha
 # on a CPU one more call of attention takes as long as reading so many bytes of keys and values; on a card rows run beside one
 # another within a call and several calls one after another: there all rows are read together
 CALL_BYTES = 2**18
+SORTED_BY = 256  # where rows are grouped: those whose lengths differ by less may lie in any order, since to move one costs more
 MOVED_AT_ONCE = 1_024  # positions: bounds the copy that moving rows holds
 
 
@@ -41,8 +42,9 @@ class SlotCache(Cache):
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.kinds = list(getattr(config, "layer_types", None) or ()) if config.model_type != "llama" else []
         position_bytes = 2 * config.num_key_value_heads * head_dim(config) * weight.element_size()  # of one layer
-        # places whose reading another group must save
-        self.min_saved = CALL_BYTES // position_bytes if weight.device.type == "cpu" else math.inf
+        grouping = weight.device.type == "cpu"
+        self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf  # places whose reading another group must save
+        self.sorted_by = SORTED_BY if grouping else math.inf  # places by which rows may differ and lie in any order
         self.rows = self.lengths = self.source = None
         self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row lies in it
         self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}  # size -> groups of rows: rows, places, mask

@@ -1,4 +1,5 @@
 import io
+import math
 import os
 import random
 import re
@@ -66,7 +67,7 @@ def test_samples_depend_neither_on_slots_nor_on_order_nor_on_what_else_runs(tiny
 def test_rows_that_swap_places_and_are_read_in_groups_answer_as_they_do_alone(tiny_model, monkeypatch):
     """The lengths at which rows move and groups are cut are made small; requests end at different times, so that long rows lie
     among short ones and change places with them."""
-    monkeypatch.setattr(generating, "SORTED_BY", 4)
+    monkeypatch.setattr(kv_cache, "SORTED_BY", 4)
     monkeypatch.setattr(kv_cache, "CALL_BYTES", 0)
     monkeypatch.setattr(kv_cache, "BUCKET", 1)
     monkeypatch.setattr(kv_cache, "MOVED_AT_ONCE", 3)
@@ -104,7 +105,8 @@ class Rows:
         self.length = length
 
 
-def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no_row_without_need():
+@pytest.mark.parametrize("sorted_by", [kv_cache.SORTED_BY, math.inf])  # on a card rows are compacted, not sorted
+def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no_row_without_need(sorted_by):
     rng = random.Random(0)
     for _ in range(300):
         slots = [
@@ -113,13 +115,13 @@ def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no
         ]
         before, active = list(slots), sorted(slot.request for slot in slots if slot.request >= 0)
         rows = Rows(slots)
-        arrange(slots, rows)
+        arrange(slots, rows, sorted_by)
         B = len(active)
         assert sorted(slot.request for slot in slots[:B]) == active and all(slot.request < 0 for slot in slots[B:])
         assert rows.held[:B] == [slot.request for slot in slots[:B]]  # the cache went with them
-        ranks = [slot.length // generating.SORTED_BY for slot in slots[:B]]
+        ranks = [slot.length // sorted_by for slot in slots[:B]]
         assert ranks == sorted(ranks, reverse=True)
-        misplaced = [i for i in active if i >= B or before[i].length // generating.SORTED_BY != ranks[i]]
+        misplaced = [i for i in active if i >= B or before[i].length // sorted_by != ranks[i]]
         assert rows.moved == len(misplaced)
         if misplaced:
             assert rows.length == max(before[i].length for i in misplaced)

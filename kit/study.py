@@ -59,7 +59,7 @@ class Study:
 
     models: tuple[str, ...] = ("tiny", "tinier")  # shipped ones, or folders; all arms for the first, the first arm for the others
     arms: tuple[str, ...] = ("long", "short", "mixed", "growing")
-    sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 16_384)  # traces, of the first arm
+    sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 8_192)  # traces, of the first arm
     control_sizes: tuple[int, ...] = (64, 1_024, 4_096)  # of the other arms
     seeds: int = 3
     epochs: int = 4
@@ -94,6 +94,11 @@ class Study:
     def batch_of(self, arm: str, num_traces: int) -> int:
         """Traces a step."""
         return max(self.min_batch, num_traces // self.steps_an_epoch) if ARMS[arm].growing_batch else self.batch_traces
+
+    def place_of(self, cell: Cell) -> list[int]:
+        """What the cells are sorted by. More seeds and sizes, or more models and arms behind the others, move no cell."""
+        arm = 0 if cell.arm == BASE else self.arms.index(cell.arm)
+        return [int(cell.arm != BASE), cell.seed, self.models.index(cell.model), arm, cell.num_traces]
 
     def cells(self) -> list[Cell]:
         """Every cell, the untouched models first, then seed by seed, so that one seed's picture is whole before the next begins.

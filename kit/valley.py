@@ -100,9 +100,9 @@ class Valley:
 
     def run(self, *, num_workers: int = 1) -> Iterator[Finished]:
         """Make and measure every cell that is not done yet, num_workers at a time; gives each as it is finished."""
-        done, cells = {row["cell"] for row in self.journal.read()}, self.study.cells()
+        done = {row["cell"] for row in self.journal.read()}
         # within a seed the longest first, so that the processes end together
-        waiting = sorted(cells, key=lambda cell: (cell.arm != BASE, cell.seed, -self._cost(cell)))
+        waiting = sorted(self.study.cells(), key=lambda cell: (cell.arm != BASE, cell.seed, -self._cost(cell)))
         waiting = [cell for cell in waiting if cell.name not in done]
         jobs = [(cell, self.study, self.benchmark, self.path / "cells" / cell.name) for cell in waiting]
         finished = 0.0
@@ -115,7 +115,7 @@ class Valley:
             for (cell, *_), row in run_apart(
                 make_cell, jobs, num_workers=num_workers, log=self.path / "workers.log", on_wait=show
             ):
-                row = {"index": cells.index(cell), **row}  # they do not end in the order of the study
+                row = {"place": self.study.place_of(cell), **row}  # they do not end in the order of the study
                 self.journal.append(row)
                 finished += self._cost(cell)
                 yield _finished(row, self.path)
@@ -148,7 +148,7 @@ def read_cells(path: Path) -> list[Finished]:
     rows = Journal(path / "cells.jsonl").read() if (path / "cells.jsonl").is_file() else []
     if not rows:
         raise ValueError(f"{path} holds no finished cell (cells.jsonl); pass the folder of a run of recipes/valley_demo.py")
-    return [_finished(row, path) for row in sorted(rows, key=lambda row: row["index"])]
+    return [_finished(row, path) for row in sorted(rows, key=lambda row: row["place"])]
 
 
 def cell_of(row: dict) -> Cell:

@@ -108,8 +108,7 @@ def run_rl(valley: Valley, found: Sequence[Finished], *, steps: int, num_workers
             f"delete {path / 'rl'} and {journal.path} to train them anew"
         )
     done = {row["cell"] for row in rows}
-    cells = starts(found)
-    jobs = [(cell, valley.study, valley.benchmark, path, steps) for cell in cells if cell.name not in done]
+    jobs = [(cell, valley.study, valley.benchmark, path, steps) for cell in starts(found) if cell.name not in done]
     taken = 0
     with tqdm(total=steps * len(jobs), desc="rl", unit=" steps", disable=None) as bar:
 
@@ -117,7 +116,7 @@ def run_rl(valley: Valley, found: Sequence[Finished], *, steps: int, num_workers
             bar.update(taken + sum(steps_so_far(path / "rl" / cell.name) for cell, *_ in running) - bar.n)
 
         for (cell, *_), row in run_apart(make_climb, jobs, num_workers=num_workers, log=path / "workers.log", on_wait=show):
-            journal.append({"index": cells.index(cell), **row})
+            journal.append({"place": valley.study.place_of(cell), **row})
             taken += steps
             yield _read(path, cell)
 
@@ -125,7 +124,7 @@ def run_rl(valley: Valley, found: Sequence[Finished], *, steps: int, num_workers
 def read_climbs(path: Path) -> list[Climb]:
     """The finished starts of the valley in `path`; none where reinforcement learning was not asked for."""
     rows = Journal(path / "rl.jsonl").read() if (path / "rl.jsonl").is_file() else []
-    return [_read(path, cell_of(row)) for row in sorted(rows, key=lambda row: row["index"])]
+    return [_read(path, cell_of(row)) for row in sorted(rows, key=lambda row: row["place"])]
 
 
 def _read(path: Path, cell: Cell) -> Climb:

@@ -63,7 +63,7 @@ class Config:
     models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
     # cells
     arms: str = "long,short,mixed,growing"  # of kit/study.py, which has two more mixtures; the first has all sizes
-    sizes: str = "16,64,256,1024,4096,16384"  # traces, of the first arm
+    sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm
     control_sizes: str = "64,1024,4096"  # traces, of the other arms
     seeds: int = 3  # of traces, packs and samples
     # optimisation

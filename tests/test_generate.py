@@ -1,4 +1,5 @@
 import io
+import itertools
 import math
 import os
 import random
@@ -13,6 +14,7 @@ from kit import generate as generating
 from kit import kv_cache, models
 from kit.chat import ChatFormat
 from kit.generate import Completion, SamplingParams, arrange, generate
+from kit.packing import Document, PackedBatch
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
 SLOTS = (1, 3, 16)
@@ -226,6 +228,19 @@ def test_training_mode_is_put_back_and_no_gradient_is_kept(tiny_model):
     run(tiny_model, GREEDY)
     assert tiny_model.training
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
+
+
+def test_a_model_learns_after_it_was_sampled_and_within_on_finish(tiny_model):
+    """Sampling is inference, which leaves tensors that autograd refuses: none may stay in the model or reach the caller."""
+
+    def learn(*_):
+        models.hidden_states(tiny_model, PackedBatch.build([Document(torch.tensor([5, 6, 7]), 1)])).sum().backward()
+        losses.append(tiny_model.get_input_embeddings().weight.grad.abs().sum().item())
+
+    losses = []
+    run(tiny_model, RANDOM, on_finish=learn)
+    learn()
+    assert len(losses) == len(LENGTHS) + 1 and all(before < after for before, after in itertools.pairwise([0, *losses]))
 
 
 class Terminal(io.StringIO):

@@ -1,13 +1,15 @@
 """Jobs in processes of their own: results in the order they end, a job's error as it is, a process that dies named."""
 
 import os
+import platform
+import resource
 import signal
 import time
 
 import pytest
 import torch
 
-from kit.processes import run_apart
+from kit.processes import KEEP_FREED_MEMORY, run_apart
 
 
 def square(name, number):
@@ -48,3 +50,25 @@ def test_nothing_to_do_is_done_at_once(tmp_path):
 def test_a_job_that_fails_ends_the_others_and_says_why(tmp_path, name, error, message):
     with pytest.raises(error, match=message):
         list(run_apart(fail, [(name,)] * 3, num_workers=2, log=tmp_path / "log", on_wait=lambda running: None))
+
+
+def use_memory(name):
+    """The allocator's settings, and how many pages 40 blocks of 16 MiB, used one after another, took from the system."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(2**22)
+    return {key: os.environ.get(key) for key in KEEP_FREED_MEMORY}, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_stays_with_the_processes_and_the_environment_is_as_it_was(tmp_path, monkeypatch):
+    for name in KEEP_FREED_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "12345")
+    before = dict(os.environ)
+    ((_, (settings, faults)),) = run_apart(
+        use_memory, [("job",)], num_workers=1, log=tmp_path / "log", on_wait=lambda running: None
+    )
+    assert settings == KEEP_FREED_MEMORY | {"MALLOC_TOP_PAD_": "12345"}
+    assert dict(os.environ) == before
+    if platform.libc_ver()[0] == "glibc":
+        assert faults < 4 * 2**24 // resource.getpagesize()  # of 40 blocks

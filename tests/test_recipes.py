@@ -226,7 +226,7 @@ def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_
     run = tmp_path / "runs" / "valley_demo" / "001"
 
     def rows(name):  # they end in any order
-        return sorted(map(json.loads, (run / name).read_text().splitlines()), key=lambda row: row["index"])
+        return sorted(map(json.loads, (run / name).read_text().splitlines()), key=lambda row: row["place"])
 
     cells = rows("cells.jsonl")
     assert [cell["cell"] for cell in cells] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]

@@ -100,7 +100,7 @@ def rows(path):
     """Everything that does not tell the time."""
     untimed = [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in
                map(json.loads, (path / "cells.jsonl").read_text().splitlines())]  # fmt: skip
-    untimed.sort(key=lambda row: row["index"])  # two at a time end in any order
+    untimed.sort(key=lambda row: row["place"])  # two at a time end in any order
     samples = {cell.cell.name: sorted((row["question"], row["sample"], row["text"], row["verdict"]) for row in cell.result.rows)
                for cell in read_cells(path)}  # fmt: skip
     return untimed, samples
@@ -114,6 +114,7 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
         while process.poll() is None and not ((broken / where).exists() and (broken / where).read_text().count("\n") >= 4):
             time.sleep(0.001)
         process.kill()
+        time.sleep(1.0)  # in which the process that makes the cell sees it
         finished = (broken / "cells.jsonl").read_text().splitlines()
         assert where.split("/")[1] not in "".join(finished), "killed too late to test anything"
         written = (broken / where).read_text()

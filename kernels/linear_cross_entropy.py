@@ -100,20 +100,20 @@ def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_we
     return loss / D, gradients.finish() if gradients else [None, None]
 
 
-def _logprobs(hidden, weight, targets, kept, dtype, score) -> tuple[Tensor, Tensor]:
+def _logprobs(hidden, weight, targets, kept, dtype, score, max_rows) -> tuple[Tensor, Tensor]:
     """(log-prob of the target, entropy) of every token, 0 where ignored."""
     logprobs = hidden.new_zeros(len(targets), dtype=wide(dtype))
     entropy = torch.zeros_like(logprobs)
-    for rows, _, logits in logit_chunks(hidden, weight.to(dtype), kept):
+    for rows, _, logits in logit_chunks(hidden, weight.to(dtype), kept, max_rows):
         logprobs[rows], entropy[rows] = row_logprobs(logits, targets[rows], *score)
     return logprobs, entropy
 
 
-def _logprob_gradients(hidden, weight, targets, kept, dtype, score, dlogprobs, wanted) -> list[Tensor | None]:
+def _logprob_gradients(hidden, weight, targets, kept, dtype, score, max_rows, dlogprobs, wanted) -> list[Tensor | None]:
     """[dhidden, dweight] of _logprobs, from logits that are made anew."""
     head = weight.to(dtype)
     gradients = HeadGradients(hidden, weight, wanted)
-    for rows, x, logits in logit_chunks(hidden, head, kept):
+    for rows, x, logits in logit_chunks(hidden, head, kept, max_rows):
         row_gradients_(logits, targets[rows], *score)
         gradients.add(rows, x, logits, head, -dlogprobs[rows], 1.0)
     logits = None  # frees the chunk before finish() makes its copy
@@ -145,18 +145,18 @@ class _TokenLogprobs(torch.autograd.Function):
     """(log-prob of the target, entropy) of every token. Backward makes the logits again (8NVH)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, kept, dtype, score):
-        logprobs, entropy = _logprobs(hidden, weight, targets, kept, dtype, score)
+    def forward(ctx, hidden, weight, targets, kept, *settings):
+        logprobs, entropy = _logprobs(hidden, weight, targets, kept, *settings)
         ctx.save_for_backward(hidden, weight, targets, kept)
-        ctx.dtype, ctx.score = dtype, score
+        ctx.settings = settings
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogprobs, _):
-        gradients = _logprob_gradients(*ctx.saved_tensors, ctx.dtype, ctx.score, dlogprobs, ctx.needs_input_grad[:2])
-        return *gradients, *[None] * 4
+        gradients = _logprob_gradients(*ctx.saved_tensors, *ctx.settings, dlogprobs, ctx.needs_input_grad[:2])
+        return *gradients, *[None] * 5
 
 
 # What torch.compile sees: one operator a call, because how many rows count, and with it the number of chunks, is not known while
@@ -176,18 +176,18 @@ def _loss_op(
 
 @torch.library.custom_op("kit::linear_logprobs", mutates_args=())
 def _logprobs_op(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, score: list[float], ignore_index: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, score: list[float], ignore_index: int, max_rows: int
 ) -> tuple[Tensor, Tensor]:
-    return _logprobs(hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
+    return _logprobs(hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score, max_rows)
 
 
 @torch.library.custom_op("kit::linear_logprobs_backward", mutates_args=())
 def _logprobs_backward_op(
     hidden: Tensor, weight: Tensor, targets: Tensor, dlogprobs: Tensor, dtype: torch.dtype, score: list[float],
-    ignore_index: int, wanted: list[bool],
+    ignore_index: int, max_rows: int, wanted: list[bool],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     kept = kept_rows(targets, weight.shape[0], ignore_index)
-    gradients = _logprob_gradients(hidden, weight, targets, kept, dtype, score, dlogprobs, wanted)
+    gradients = _logprob_gradients(hidden, weight, targets, kept, dtype, score, max_rows, dlogprobs, wanted)
     return tuple(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -203,12 +203,12 @@ def _(hidden, weight, targets, token_weight, dtype, score, ignore_index, mean, m
 
 
 @_logprobs_op.register_fake
-def _(hidden, weight, targets, dtype, score, ignore_index):
+def _(hidden, weight, targets, dtype, score, ignore_index, max_rows):
     return tuple(hidden.new_empty(targets.shape, dtype=wide(dtype)) for _ in range(2))
 
 
 @_logprobs_backward_op.register_fake
-def _(hidden, weight, targets, dlogprobs, dtype, score, ignore_index, wanted):
+def _(hidden, weight, targets, dlogprobs, dtype, score, ignore_index, max_rows, wanted):
     return tuple(_fake_gradients(hidden, weight, wanted, False))
 
 
@@ -231,14 +231,14 @@ def _keep_inputs(ctx, inputs, output):
 def _make_gradients(ctx, dlogprobs, _):
     wanted = list(ctx.needs_input_grad[:2])
     gradients = _logprobs_backward_op(*ctx.saved_tensors, dlogprobs, *ctx.settings, wanted)
-    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 4
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[None] * 5
 
 
 _loss_op.register_autograd(_scale_gradients, setup_context=_keep_gradients)
 _logprobs_op.register_autograd(_make_gradients, setup_context=_keep_inputs)
 
 
-def checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
+def checked(hidden, weight, targets, softcap, temperature, max_rows=0) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
     """(hidden (N, H), targets (N,), compute dtype, [1 / temperature, softcap or 0]). Raises ValueError."""
     if not isinstance(weight, Tensor):
         raise ValueError(
@@ -271,6 +271,8 @@ def checked(hidden, weight, targets, softcap, temperature) -> tuple[Tensor, Tens
         raise ValueError(f"softcap is {softcap} but must be positive; pass None for no cap")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature} but must be positive; pass 1.0 for the model's own distribution")
+    if max_rows < 0:
+        raise ValueError(f"max_rows is {max_rows} but must be >= 0; pass 0 for as many rows of logits as half a GiB holds")
     dtype, device = hidden.dtype, hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -316,7 +318,7 @@ def linear_cross_entropy(
 
     softcap: z = softcap * tanh(z / softcap), as Gemma 2; temperature: z / temperature, after it.
     max_rows: rows of logits made at once, at most; 0 = as many as half a GiB holds, 512 at least. Fewer rows need less memory and
-        read weight and its gradient more often. Not with "none".
+        read weight and its gradient more often.
     overwrite_hidden: lets hidden's memory take its gradient (bf16, fp32 and float64; not with "none" nor inside torch.compile),
         which a step then never holds beside it. Only where nothing reads hidden again; autograd refuses where it would.
 
@@ -324,11 +326,9 @@ def linear_cross_entropy(
     here if autograd wants any, and backward runs once: a second one raises RuntimeError. No gradient of a gradient.
     Raises ValueError for arguments that do not fit, for a target outside 0 .. V - 1 among them.
     """
-    rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature)
+    rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature, max_rows)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; pass "mean", "sum" or "none"')
-    if max_rows < 0 or (max_rows and reduction == "none"):
-        raise ValueError(f'max_rows is {max_rows} with reduction="{reduction}"; pass 0, or rows >= 1 with "mean" or "sum"')
     if reduction == "none" and objective is not None:
         raise ValueError('objective is given with reduction="none"; apply it yourself to the log-probs (minus the losses)')
     if token_weight is not None:
@@ -340,7 +340,7 @@ def linear_cross_entropy(
         if token_weight.requires_grad and reduction != "none" and torch.is_grad_enabled():
             raise ValueError(f'token_weight requires grad but reduction is {reduction!r}; detach it, or use reduction="none"')
     if reduction == "none":
-        logprobs, _ = _differentiable_logprobs(rows, weight, flat, dtype, score, ignore_index)
+        logprobs, _ = _differentiable_logprobs(rows, weight, flat, dtype, score, ignore_index, max_rows)
         losses = -logprobs.reshape(targets.shape)
         return losses if token_weight is None else losses * token_weight
     if not torch.is_grad_enabled():  # needs_input_grad does not know about no_grad, and would have gradients made for nothing
@@ -360,20 +360,21 @@ def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, 
     return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite)
 
 
-def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index) -> tuple[Tensor, Tensor]:
+def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index, max_rows) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
-        return _logprobs_op(hidden, weight, targets, dtype, score, ignore_index)
-    return _TokenLogprobs.apply(hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score)
+        return _logprobs_op(hidden, weight, targets, dtype, score, ignore_index, max_rows)
+    kept = kept_rows(targets, weight.shape[0], ignore_index)
+    return _TokenLogprobs.apply(hidden, weight, targets, kept, dtype, score, max_rows)
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None, max_rows: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each target, entropy of each position's distribution in nats), both (...) fp32, 0 where targets is -100.
 
     Arguments and errors as linear_cross_entropy. The log-probs are differentiable (backward makes the logits a second time), the
     entropy is not. For a training step, linear_cross_entropy with an objective costs a matmul less.
     """
-    rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature)
-    logprobs, entropy = _differentiable_logprobs(rows, weight, flat, dtype, score, IGNORE_INDEX)
+    rows, flat, dtype, score = checked(hidden, weight, targets, softcap, temperature, max_rows)
+    logprobs, entropy = _differentiable_logprobs(rows, weight, flat, dtype, score, IGNORE_INDEX, max_rows)
     return logprobs.reshape(targets.shape), entropy.reshape(targets.shape)

@@ -153,13 +153,12 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     taught = groups if settings.no_signal == "keep" else [group for group in groups if group_has_signal(group, settings)]
     minibatches = [taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)] or [[]]
     steps = [_rows(policy, lessons(minibatch, settings)) for minibatch in minibatches]
+    score_row = partial(score, temperature=settings.temperature, logit_rows=policy.savings.logit_rows)
     if settings.old_logprobs == "trainer":
-        steps = [[replace(row, old_logprobs=score(policy.model, row, settings.temperature)) for row in rows] for rows in steps]
+        steps = [[replace(row, old_logprobs=score_row(policy.model, row)) for row in rows] for rows in steps]
     if settings.uses_reference:
         with policy.reference() as reference:
-            steps = [
-                [replace(row, reference_logprobs=score(reference, row, settings.temperature)) for row in rows] for rows in steps
-            ]
+            steps = [[replace(row, reference_logprobs=score_row(reference, row)) for row in rows] for rows in steps]
     tally, sampler, results = Tally(), Tally(), []
     for rows in filter(None, steps):
         # before the first step the trainer's weights are still the sampler's: what then differs is the arithmetic
@@ -229,14 +228,14 @@ def _rows(policy: Policy, taught: list[Lesson]) -> list[EpisodeBatch]:
 
 
 @torch.no_grad()
-def score(model, row: EpisodeBatch, temperature: float) -> torch.Tensor:
-    """The model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 where there is no target."""
+def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> torch.Tensor:
+    """The model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 where there is none. logit_rows: as in kit.savings."""
     training = model.training
     model.eval()
     weight = head_weight(model)
     batch = row.to(weight.device)
     logprobs, _ = token_logprobs(
-        hidden_states(model, batch), weight, batch.targets, temperature=temperature, softcap=softcap(model)
+        hidden_states(model, batch), weight, batch.targets, temperature=temperature, softcap=softcap(model), max_rows=logit_rows
     )
     model.train(training)
     return logprobs.cpu()

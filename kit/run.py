@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from kit.journal import Journal
@@ -22,10 +23,12 @@ class RunFolder:
         self.metrics = Journal(path / "metrics.jsonl")
 
     @classmethod
-    def open(cls, config) -> RunFolder:
+    def open(cls, config, *, may_grow: Sequence[str] = ()) -> RunFolder:
         """The run folder a config asks for, with its config.json written.
 
         config: a recipe's Config. Its `out` "" means the next free number under runs/RECIPE, or with `resume` the newest there.
+        may_grow: settings of which a resumed run may have more: a larger number, further numbers in a list, further names behind
+        those that it has.
         Raises ValueError where the folder holds a run already, where there is nothing to resume, and where a resumed run's
         settings differ, naming them.
         """
@@ -36,16 +39,26 @@ class RunFolder:
             if not stored.is_file():
                 raise ValueError(f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run")
             before = json.loads(stored.read_text(encoding="utf-8"))
-            changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in sorted({*before, *settings} - FREE_TO_CHANGE)
-                       if before.get(k) != settings.get(k)]  # fmt: skip
+            grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
+            fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
+            changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in fixed if before.get(k) != settings.get(k)]
             if changed:
                 raise ValueError(f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out")
+            write_json(stored, settings)
         elif stored.exists():
             raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_json(stored, settings)
         return cls(path)
+
+
+def _has_grown(before: int | str, now: int | str) -> bool:
+    """Lists are written with commas."""
+    if not isinstance(before, str):
+        return before < now
+    had, has = before.split(","), now.split(",")
+    return set(had) < set(has) if had[0].isdigit() else has[: len(had)] == had
 
 
 def recipe_name(config) -> str:

@@ -58,6 +58,7 @@ class Config:
     batch_prompts: int = 2  # prompts a step
     group_size: int = 8  # completions a prompt
     max_new_tokens: int = 64  # tokens a completion
+    row_tokens: int = 512  # tokens of our rows, which bound what activations take; TRL's batch is all completions, padded
     lr: float = 1e-4  # constant
     seed: int = 0  # of everything
     # run
@@ -152,7 +153,7 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
     model, tokenizer = models.load(str(Path(folder) / "start"), device="cpu")
     settings = Settings(
         group_size=config.group_size, max_new_tokens=config.max_new_tokens, num_slots=config.batch_prompts * config.group_size,
-        row_tokens=4_096, minibatch_prompts=config.batch_prompts, kl="none", normaliser="tokens", seed=config.seed,
+        row_tokens=config.row_tokens, minibatch_prompts=config.batch_prompts, kl="none", normaliser="tokens", seed=config.seed,
     )  # fmt: skip
     policy, questions, rewards = (
         Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=config.lr),

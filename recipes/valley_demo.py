@@ -3,6 +3,7 @@
     python recipes/valley_demo.py --quick          one seed, fewer sizes
     python recipes/valley_demo.py                  three seeds, all arms
     python recipes/valley_demo.py --resume         go on after an interruption: finished models are kept
+    python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384     and then more sizes, arms or seeds
     python recipes/valley_demo.py --resume --rl_steps 80    and then reinforcement learning from three of the models
 
 The model that ships with the kit has learned chains of additions and subtractions (kit/toy.py) from 40,000 short traces. It is
@@ -90,6 +91,7 @@ class Config:
 
 QUICK = {"models": "tiny", "arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,1024", "seeds": 1,
          "num_samples": 2}  # fmt: skip
+GROWS = "models", "arms", "sizes", "control_sizes", "seeds"  # of which a resumed run may have more: models once made are kept
 SMOKE = {"models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "seeds": 1, "num_questions": 50,
          "num_samples": 2}  # fmt: skip
 
@@ -115,7 +117,7 @@ def line(finished: Finished) -> str:
 
 def main(config: Config) -> Path:
     study = study_of(config)
-    valley_run = RunFolder.open(config)
+    valley_run = RunFolder.open(config, may_grow=GROWS)
     print(f"settings\n{show(config)}\nrun folder {valley_run.path}")
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
     valley = Valley(study, benchmark, valley_run.path)

@@ -411,7 +411,9 @@ about_graphs = pytest.mark.skipif(INTERPRET, reason="the graph holds operators, 
 @about_graphs
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "sum", "softcap": 3.0, "max_rows": 2}, {"reduction": "none", "temperature": 0.7}], ids=str
+    "options",
+    [{}, {"reduction": "sum", "softcap": 3.0, "max_rows": 2}, {"reduction": "none", "temperature": 0.7, "max_rows": 5}],
+    ids=str,
 )
 def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs, monkeypatch):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
@@ -534,8 +536,18 @@ def test_a_caller_may_ask_for_fewer_rows_at_once(max_rows, monkeypatch):
         sizes = []
         patch.setattr(lce, "row_gradients_", lambda logits, *_: sizes.append(len(logits)) or row_gradients_(logits, *_))
         linear_cross_entropy(hidden.requires_grad_(), weight, targets, max_rows=max_rows)
+        forward, backward = sizes.copy(), []
+        patch.setattr(lce, "row_gradients_", lambda logits, *_: backward.append(len(logits)) or row_gradients_(logits, *_))
+        patch.setattr(lce, "row_logprobs", lambda logits, *_: read.append(len(logits)) or row_logprobs(logits, *_))
+        for losses in (
+            lambda: linear_cross_entropy(hidden, weight, targets, reduction="none", max_rows=max_rows),
+            lambda: token_logprobs(hidden, weight, targets, max_rows=max_rows)[0],
+        ):
+            read, backward[:] = [], []
+            losses().sum().backward()
+            assert read == backward == forward  # where logits are made twice, both times
     kept = int((targets != IGNORE_INDEX).sum())
-    assert max(sizes) <= max_rows and sum(sizes) == kept and len(sizes) == -(-kept // max_rows)
+    assert max(forward) <= max_rows and sum(forward) == kept and len(forward) == -(-kept // max_rows)
 
 
 @pytest.mark.parametrize(("V", "H", "copied"), [(1, 1, 4), (2, 3, 1), (7, 5, 3), (150, 19, 8), (33, 64, 10_000)])
@@ -568,6 +580,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
         "objective returned": lambda: linear_cross_entropy(hidden, weight, targets, objective=lambda p, r: p.mean()),
         "requires_grad=False": lambda: linear_cross_entropy(hidden, weight, targets, objective=lambda p, r: p.detach()),
         "softcap is 0": lambda: linear_cross_entropy(hidden, weight, targets, softcap=0.0),
+        "max_rows is -1": lambda: token_logprobs(hidden, weight, targets, max_rows=-1),
         "temperature is 0": lambda: token_logprobs(hidden, weight, targets, temperature=0.0),
         "Linear.*lm_head": lambda: linear_cross_entropy(hidden, module, targets),
     }.items():

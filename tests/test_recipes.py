@@ -220,8 +220,8 @@ def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
 
 
 def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
-    flags = ["--smoke", "--arms", "long", "--sizes", "8", "--num_questions", "4", "--max_new_tokens", "48"]
-    done = run_recipe("valley_demo", *flags, cwd=tmp_path)
+    flags = ["--smoke", "--arms", "long", "--num_questions", "4", "--max_new_tokens", "48"]
+    done = run_recipe("valley_demo", *flags, "--sizes", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "valley_demo" / "001"
 
@@ -233,12 +233,15 @@ def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_
     assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
     for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "report runs"):
         assert line in done.stdout
-    again = run_recipe("valley_demo", *flags, "--resume", "--rl_steps", "1", cwd=tmp_path)  # afterwards, on the same cells
+    flags += ["--sizes", "4,8", "--resume"]  # afterwards, beside the same cells
+    again = run_recipe("valley_demo", *flags, "--rl_steps", "1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert rows("cells.jsonl") == cells
-    assert [climb["cell"] for climb in rows("rl.jsonl")] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
+    base, smaller, same = rows("cells.jsonl")
+    assert [base, same] == cells and smaller["cell"] == "tiny-long-4-seed0"
+    climbed = [climb["cell"] for climb in rows("rl.jsonl")]
+    assert climbed[0] == "tiny-base-0-seed0" and climbed[-1] == "tiny-long-8-seed0"
     assert "learning from long" in again.stdout
-    other = run_recipe("valley_demo", *flags, "--resume", "--rl_steps", "2", cwd=tmp_path)
+    other = run_recipe("valley_demo", *flags, "--rl_steps", "2", cwd=tmp_path)
     assert other.returncode != 0 and "rl_steps is 2 but " in other.stderr and "trained for 1; pass that" in other.stderr
 
 

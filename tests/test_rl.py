@@ -12,6 +12,8 @@ from kit.benchmarks import Question
 from kit.chat import ChatFormat
 from kit.episodes import Episode
 from kit.generate import Completion
+from kit.kernels import linear_cross_entropy as lce
+from kit.kernels.linear_head import logit_chunks
 from kit.models import head_weight, hidden_states, load
 from kit.objective import sampler_correction, token_losses
 from kit.packing import Document, PackedBatch
@@ -455,3 +457,24 @@ def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
     policy = make_policy(model, replace(BASE, kl="none"), savings=Savings(recompute=False, logit_rows=3))
     update(policy, make_episodes(model))
     assert max(sizes) <= 3 < sum(sizes)
+
+
+def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_rows(monkeypatch):
+    """The trainer's own log-probs, the reference's and the update."""
+    model, passes = make_model("llama"), []
+
+    def chunks(hidden, weight, kept, max_rows=0):
+        passes.append([len(rows) for rows, *_ in logit_chunks(hidden, weight, kept, max_rows)])
+        return logit_chunks(hidden, weight, kept, max_rows)
+
+    monkeypatch.setattr(lce, "logit_chunks", chunks)
+    settings = replace(BASE, row_tokens=4_096, kl="k3", kl_coef=0.1, old_logprobs="trainer")
+    found = []
+    for logit_rows in (0, 7):
+        policy = make_policy(copy.deepcopy(model), settings, savings=Savings(logit_rows=logit_rows))
+        found.append(update(policy, make_episodes(model)))
+    whole, parts = passes[:3], passes[3:]
+    assert len(parts) == 3 and all(len(sizes) == 1 for sizes in whole)
+    assert all(max(sizes) == 7 and sum(sizes) == sum(whole[0]) for sizes in parts)
+    assert found[0]["kl"] == pytest.approx(found[1]["kl"], abs=1e-6)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)

@@ -9,6 +9,12 @@ TRITON = [
     'triton>=3.6,<3.10; platform_system == "Linux"',
     'triton-windows>=3.6,<3.10; platform_system == "Windows"',
 ]
+PEERS = [  # what tests and benchmarks compare with
+    "trl>=1.16,<1.17",
+    "math-verify[antlr4_13_2]>=0.9,<0.10",
+    'liger-kernel>=0.8,<0.9; platform_system == "Linux"',
+    'cut-cross-entropy>=25.1,<25.2; platform_system == "Linux"',
+]
 
 setup(
     name="through-the-valley-kit",
@@ -43,10 +49,10 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.12",
             "kernels>=0.10",
-            "math-verify[antlr4_13_2]>=0.9,<0.10",
+            *PEERS,
         ],
         "flash-attn": ["flash-attn>=2.7"],
         "vllm": ["vllm"],
-        "peers": ["trl", "math-verify[antlr4_13_2]>=0.9,<0.10", "liger-kernel", "cut-cross-entropy"],
+        "peers": PEERS,
     },
 )

@@ -1,7 +1,7 @@
 """Reinforcement learning on the same toy task from the same weights, ours and TRL's GRPOTrainer: reward, wall time, peak memory.
 
     python recipes/bench_grpo.py                                      the shipped tiny model with noise on it
-    python recipes/bench_grpo.py --hidden_size 256 --num_layers 6     a Llama of that shape, first taught the task by short traces
+    python recipes/bench_grpo.py --hidden_size 264 --num_layers 5     a Llama of that shape, which begins as the same function
     python recipes/bench_grpo.py --smoke                              two steps
 
 Both get the same start, prompts, rewards (kit.grade), group size, learning rate, AdamW, DAPO's token normaliser, advantages
@@ -31,25 +31,20 @@ from kit.checkpoint import save_model
 from kit.config import parse
 from kit.grade import grade
 from kit.machine import GIB, describe_machine, peak_resident_bytes
-from kit.optim import cosine_with_warmup
-from kit.packing import Document, PackedBatch, plan_packs
 from kit.rl import Policy, update
 from kit.rl_loop import gather
 from kit.rl_prompts import draw
 from kit.rl_settings import Settings
 from kit.run import write_json
-from kit.savings import Savings
-from kit.step import TrainingStep
 from kit.toy import make_rows
 
 
 @dataclass(frozen=True)
 class Config:
     # model
-    hidden_size: int = 0  # > 0: a Llama of this width, taught by short traces; 0 = the shipped tiny model
-    num_layers: int = 4  # of that Llama
-    lessons: int = 150  # its teaching steps, of 4,096 tokens
-    weaken: float = 0.2  # noise on the tiny model's weights, in their standard deviations
+    weaken: float = 0.2  # noise on the shipped tiny model's weights, in their standard deviations: so that there is much to learn
+    hidden_size: int = 0  # grown to this width, a multiple of 24 from its own 96 on; 0 = as it is
+    num_layers: int = 4  # where it is grown; at least its own 3
     # task
     min_operands: int = 3  # of the toy's problems
     max_operands: int = 6
@@ -108,32 +103,40 @@ def _write_start(config: Config, folder: str, threads: int) -> int:
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     model, tokenizer = models.load("tiny", device="cpu")
+    weaken(model, config.weaken, config.seed)
     if config.hidden_size:
-        heads = config.hidden_size // 32
-        shape = {"hidden_size": config.hidden_size, "intermediate_size": 3 * config.hidden_size, "head_dim": 32,
-                 "num_hidden_layers": config.num_layers, "num_attention_heads": heads, "num_key_value_heads": heads}  # fmt: skip
-        settings = LlamaConfig(**model.config.to_diff_dict() | shape, attn_implementation="kit")
-        model = LlamaForCausalLM(settings)
-        _teach(model, ChatFormat(tokenizer, instruction=""), config)
-    else:
-        weaken(model, config.weaken, config.seed)
+        model = grown(model, config.hidden_size, config.num_layers)
     save_model(Path(folder) / "start", model, tokenizer)
     return sum(p.numel() for p in model.parameters())
 
 
-def _teach(model, chat: ChatFormat, config: Config) -> None:
-    """A short training on short traces: a start that is right now and then."""
-    rows = make_rows("short", 150 * config.lessons, seed=config.seed, max_operands=config.max_operands)
-    prompts, answers = chat.encode([chat.prompt(row["problem"]) for row in rows]), chat.encode([row["trace"] for row in rows])
-    end = chat.eos_token_ids[:1]
-    documents = [Document(torch.tensor(p + a + end), len(p)) for p, a in zip(prompts, answers, strict=True)]
-    packs = plan_packs([len(document) for document in documents], 4_096, seed=config.seed)[: config.lessons]
-    step = TrainingStep(model, Savings(recompute=False), lr=2e-3, betas=(0.9, 0.95), max_grad_norm=1.0)
-    for i, pack in enumerate(packs):
-        for group in step.optimizer.param_groups:
-            group["lr"] = 2e-3 * cosine_with_warmup(i, len(packs), 0.05)
-        step([PackedBatch.build([documents[j] for j in pack])])
-    step.close()
+@torch.no_grad()
+def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
+    """A wider and deeper Llama that computes what `model` computes, up to rounding.
+
+    The old weights are the corners of the new ones. What adds to the residual stream begins as zeros outside of them, so nothing
+    reaches its new places; the rest is random, and everything learns. Raises ValueError for sizes that it cannot grow to.
+    """
+    old, H, heads = model.config, hidden_size, hidden_size // model.config.head_dim
+    if old.hidden_size > H or num_layers < old.num_hidden_layers or H % old.head_dim:
+        fitting = max(-(-H // old.head_dim) * old.head_dim, old.hidden_size)
+        raise ValueError(
+            f"hidden_size is {H} and num_layers {num_layers} but {old.hidden_size} and {old.num_hidden_layers} grow, by "
+            f"heads of {old.head_dim}; pass --hidden_size {fitting} --num_layers {max(num_layers, old.num_hidden_layers)}"
+        )
+    shape = {"hidden_size": H, "intermediate_size": 3 * H, "num_hidden_layers": num_layers, "num_attention_heads": heads,
+             "num_key_value_heads": heads, "rms_norm_eps": old.rms_norm_eps * old.hidden_size / H}  # fmt: skip
+    new = LlamaForCausalLM(LlamaConfig(**old.to_diff_dict() | shape, attn_implementation="kit"))
+    corners = dict(model.named_parameters())
+    for name, weight in new.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            weight.zero_()
+        if (corner := corners.get(name)) is None:
+            continue
+        if weight.dim() == 1:  # a norm, whose mean is now taken over more places
+            corner = corner * (old.hidden_size / H) ** 0.5
+        weight[tuple(map(slice, corner.shape))] = corner
+    return new
 
 
 def _questions(config: Config) -> list[Question]:

@@ -510,8 +510,8 @@ def test_the_operators_and_their_fake_implementations_agree():
     for dtype, wanted in product(DTYPES, ([True, True], [True, False], [False, False])):
         x, w, score = hidden.to(dtype), weight.to(dtype), [0.5, 3.0]
         torch.library.opcheck(lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, 2, wanted), test_utils=tests)
-        torch.library.opcheck(lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX), test_utils=tests)
-        arguments = x, w, targets, torch.ones(6), dtype, score, IGNORE_INDEX, wanted
+        torch.library.opcheck(lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX, 2), test_utils=tests)
+        arguments = x, w, targets, torch.ones(6), dtype, score, IGNORE_INDEX, 2, wanted
         torch.library.opcheck(lce._logprobs_backward_op, arguments, test_utils=tests)
 
 

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer and ours on the same weights, the same rollouts and the same options: loss and gradients to 1e-5.
 
-TRL is a peer (pip install -e '.[peers]'), not a requirement: where it is absent these tests say so.
+TRL comes with the extras `test` and `peers`; where it is absent these tests say so.
 """
 
 import copy
@@ -17,7 +17,7 @@ from kit.rl import update
 from kit.toy import make_tokenizer
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="TRL is not installed (pip install -e '.[peers]'): not compared with it"
+    importlib.util.find_spec("trl") is None, reason="TRL is not installed (pip install -e '.[test]'): not compared with it"
 )
 TRL_NAMES = {"sequences": "grpo", "tokens": "dapo", "constant": "dr_grpo"}
 

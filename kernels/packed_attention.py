@@ -89,15 +89,20 @@ def _window_mask(queries: slice, keys: slice, window: int, like: Tensor) -> Tens
     return mask.masked_fill_((distance < 0) | (distance >= window), -torch.inf)
 
 
-def _heads_first(x: Tensor, rows: slice) -> Tensor:
-    return x[rows].transpose(0, 1).unsqueeze(0)  # (1, heads, n, D), a view
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """Views (1, heads, T, D), as torch's attention takes them."""
+    return [x.transpose(0, 1).unsqueeze(0) for x in tensors]
+
+
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    return x.narrow(2, rows.start, rows.stop - rows.start)  # (1, heads, n, D), a view
 
 
 def _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
     """Any device, differentiated by torch."""
-    outputs = []
+    outputs, heads_first = [], _heads_first(q, k, v)
     for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, q.shape[0], max_seqlen), window):
-        piece = (_heads_first(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
+        piece = map(_rows, heads_first, (queries, keys, keys))
         mask = _window_mask(queries, keys, window, q) if is_cut else None
         outputs.append(
             F.scaled_dot_product_attention(
@@ -128,11 +133,12 @@ def _forward(
         _accept(cu_seqlens, T, max_seqlen)
         return tiles.forward(q, k, v, cu_seqlens, window, scale)
     out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[1], T, dtype=torch.promote_types(q.dtype, torch.float32))
+    *inputs, outputs = _heads_first(q, k, v, out)
     for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, T, max_seqlen), window):
         mask = _window_mask(queries, keys, window, q) if is_cut else None
-        piece = (_heads_first(x, rows) for x, rows in ((q, queries), (k, keys), (v, keys)))
+        piece = map(_rows, inputs, (queries, keys, keys))
         piece_out, piece_logsumexp = _cpu_forward(*piece, is_causal=mask is None, attn_mask=mask, scale=scale)
-        out[queries] = piece_out[0].transpose(0, 1)
+        _rows(outputs, queries).copy_(piece_out)
         logsumexp[:, queries] = piece_logsumexp[0]
     return out, logsumexp
 
@@ -146,14 +152,16 @@ def _backward(
     if uses_triton(q):
         return tiles.backward(dout, q, k, v, out, logsumexp, cu_seqlens, window, scale)
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    inputs, outputs = _heads_first(dout, q, k, v, out), _heads_first(dq, dk, dv)
     for queries, keys, is_cut in _pieces(cu_seqlens.tolist(), window):
         mask = _window_mask(queries, keys, window, q) if is_cut else None
-        rows = queries, queries, keys, keys, queries
-        piece = (_heads_first(x, r) for x, r in zip((dout, q, k, v, out), rows, strict=True))
+        piece = map(_rows, inputs, (queries, queries, keys, keys, queries))
         gradients = _cpu_backward(*piece, logsumexp[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale)
-        dq[queries] = gradients[0][0].transpose(0, 1)
-        dk[keys].add_(gradients[1][0].transpose(0, 1))  # pieces of one document share keys
-        dv[keys].add_(gradients[2][0].transpose(0, 1))
+        for whole, rows, gradient in zip(outputs, (queries, keys, keys), gradients, strict=True):
+            if is_cut and whole is not outputs[0]:  # pieces of one document share keys
+                _rows(whole, rows).add_(gradient)
+            else:
+                _rows(whole, rows).copy_(gradient)
     return dq, dk, dv
 
 

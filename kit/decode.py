@@ -66,7 +66,7 @@ class Decoder:
             F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask, scale=attention.scaling)
             for rows, keys, values, mask in cache.groups(i)
         ]
-        return torch.cat(parts).reshape(len(x), Hq * D)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(x), Hq * D)
 
 
 class _Layer:

@@ -69,7 +69,7 @@ class _Engine:
         self.keys = torch.zeros_like(self.positions)
         self.drawn = torch.zeros_like(self.positions)  # tokens drawn so far
 
-    def _draw(self, rows: torch.Tensor, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
+    def _draw(self, rows: torch.Tensor | slice, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
         logits = next_token_logits(self.model, hidden)
         tokens, logprobs = sample(logits, self.params, self.keys[rows], self.drawn[rows])
         self.tokens[rows] = tokens
@@ -98,7 +98,7 @@ class _Engine:
         positions = self.positions[: len(lengths)]
         self.cache.at_decode(positions, lengths)
         hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
-        drawn = self._draw(self.cache.rows, hidden)
+        drawn = self._draw(slice(len(lengths)), hidden)
         positions += 1
         return drawn
 

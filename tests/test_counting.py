@@ -111,6 +111,16 @@ def test_live_bytes_follow_storages_not_views():
     assert memory.peak == 800
 
 
+def test_views_of_what_was_there_before_are_no_new_bytes():
+    x = torch.zeros(100)
+    with LiveBytes() as bytes_:
+        kept = [x.view(10, 10).t(), x[3:], x.add_(1), x.unflatten(0, (2, 50))]
+        assert (bytes_.now, bytes_.peak) == (0, 0)
+        kept.append(x + 1)
+        kept.append(kept[-1].view(4, 25))
+        assert (bytes_.now, bytes_.peak) == (400, 400)
+
+
 def test_live_bytes_of_fake_tensors_need_no_memory():
     with FakeTensorMode(), LiveBytes() as memory:
         a = torch.empty(2**40, dtype=torch.bfloat16)

@@ -66,6 +66,14 @@ def test_no_more_answers_at_once_are_chosen_than_a_rollout_has(recipe, model):
     assert replace(chosen, num_slots=config.num_slots, optimizer="auto") == config  # the fastest settings: nothing else changes
 
 
+def test_the_settings_chosen_for_a_card_are_those_that_are_trained_with(recipe, model):
+    config = parse(recipe.Config, [*small(model), "--gpu_gb", "0.75"])
+    chosen, planned = recipe.plan_memory(config)
+    saved = {name: value for name, value in vars(planned.update.savings).items() if hasattr(config, name)}
+    assert {name: getattr(chosen, name) for name in saved} == saved
+    assert {name: getattr(config, name) for name in saved} != saved
+
+
 @pytest.mark.parametrize("flags", [[], ["--gpu_gb", "24", "--batch_prompts", "2", "--group_size", "2"]])
 def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded(recipe, model, flags, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

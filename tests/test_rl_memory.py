@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from kit import ledger
 from kit.checkpoint import ADAPTER_CONFIG
-from kit.generate import cache_bytes
+from kit.generate import PREFILL_TOKENS, cache_bytes
 from kit.machine import GIB
 from kit.memory import adapter_rank, fake_batch, load_config, measure, plan
 from kit.rl_memory import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, plan_rl, rungs_rl
@@ -69,6 +69,16 @@ def test_more_answers_at_once_need_more_and_the_table_says_how_many_fit(small_mo
     assert list(few.slots.values()) == sorted(few.slots.values())
     long = plan_rl(small_model, settings=replace(SETTINGS, max_new_tokens=10**9), savings=LEAN)
     assert set(long.slots.values()) == {0} and "not even one answer at once" in str(long)
+
+
+def test_the_sampler_needs_what_drawing_or_reading_prompts_takes_whichever_is_more(small_model):
+    owned = {}
+    for prompt_tokens in (1, 100, 200, 400):
+        settings = replace(SETTINGS, num_slots=64)
+        found = plan_rl(small_model, settings=settings, savings=LEAN, prompt_tokens=prompt_tokens)
+        owned[prompt_tokens] = found.sampling.owners[SAMPLER]
+    assert owned[1] < owned[100] < owned[200] == owned[400]  # prompts are read 8,192 tokens at once, at most
+    assert owned[200] >= PREFILL_TOKENS * 2 * SMALL["intermediate_size"] * 2  # gate and up, in bf16
 
 
 def test_no_row_of_the_cache_is_longer_than_what_a_rollout_takes(small_model):

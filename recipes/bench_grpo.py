@@ -119,10 +119,10 @@ def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaFo
     """
     old, H, heads = model.config, hidden_size, hidden_size // model.config.head_dim
     if old.hidden_size > H or num_layers < old.num_hidden_layers or H % old.head_dim:
-        fitting = max(-(-H // old.head_dim) * old.head_dim, old.hidden_size)
+        width, depth = max(-(-H // old.head_dim) * old.head_dim, old.hidden_size), max(num_layers, old.num_hidden_layers)
         raise ValueError(
-            f"hidden_size is {H} and num_layers {num_layers} but the model has {old.hidden_size} and {old.num_hidden_layers}, and "
-            f"grows by heads of {old.head_dim}; pass --hidden_size {fitting} --num_layers {max(num_layers, old.num_hidden_layers)}"
+            f"hidden_size is {H} and num_layers {num_layers} but the model has {old.hidden_size} and {old.num_hidden_layers}, "
+            f"and grows by heads of {old.head_dim}; pass --hidden_size {width} --num_layers {depth}"
         )
     shape = {"hidden_size": H, "intermediate_size": 3 * H, "num_hidden_layers": num_layers, "num_attention_heads": heads,
              "num_key_value_heads": heads, "rms_norm_eps": old.rms_norm_eps * old.hidden_size / H}  # fmt: skip

@@ -152,16 +152,14 @@ def _backward(
     if uses_triton(q):
         return tiles.backward(dout, q, k, v, out, logsumexp, cu_seqlens, window, scale)
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    inputs, outputs = _heads_first(dout, q, k, v, out), _heads_first(dq, dk, dv)
+    inputs, (into_dq, into_dk, into_dv) = _heads_first(dout, q, k, v, out), _heads_first(dq, dk, dv)
     for queries, keys, is_cut in _pieces(cu_seqlens.tolist(), window):
         mask = _window_mask(queries, keys, window, q) if is_cut else None
         piece = map(_rows, inputs, (queries, queries, keys, keys, queries))
         gradients = _cpu_backward(*piece, logsumexp[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale)
-        for whole, rows, gradient in zip(outputs, (queries, keys, keys), gradients, strict=True):
-            if is_cut and whole is not outputs[0]:  # pieces of one document share keys
-                _rows(whole, rows).add_(gradient)
-            else:
-                _rows(whole, rows).copy_(gradient)
+        _rows(into_dq, queries).copy_(gradients[0])
+        _rows(into_dk, keys).add_(gradients[1])  # pieces of one document share keys
+        _rows(into_dv, keys).add_(gradients[2])
     return dq, dk, dv
 
 

@@ -44,7 +44,8 @@ class RunFolder:
             changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in fixed if before.get(k) != settings.get(k)]
             if changed:
                 raise ValueError(f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out")
-            write_json(stored, settings)
+            if grown:
+                write_json(stored, settings)
         elif stored.exists():
             raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
         else:

@@ -450,8 +450,6 @@ def test_hidden_states_of_the_reference_are_those_of_the_start():
 
 def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
     """max_rows reaches the fused loss, whose chunks are then so many rows."""
-    from kit.kernels import linear_cross_entropy as lce
-
     model, sizes, made = make_model("llama"), [], lce.row_gradients_
     monkeypatch.setattr(lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest))
     policy = make_policy(model, replace(BASE, kl="none"), savings=Savings(recompute=False, logit_rows=3))

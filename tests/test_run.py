@@ -51,7 +51,8 @@ def test_a_run_is_not_resumed_with_other_settings():
 
 def test_fewer_answers_at_once_are_the_same_run():
     run = RunFolder.open(Config(out="here"))
-    assert RunFolder.open(Config(num_slots=8, out="here", resume=True)).path == run.path
+    assert RunFolder.open(Config(num_slots=8, out="here", resume=True), may_grow=("sizes",)).path == run.path
+    assert json.loads((run.path / "config.json").read_text())["num_slots"] == 16  # what it was started with
 
 
 @pytest.mark.parametrize("out", ["", "nowhere"])

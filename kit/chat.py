@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."  # as the Qwen2.5-Math evaluation asks
@@ -50,7 +51,7 @@ class ChatFormat:
             messages, chat_template=self.template, tokenize=False, date_string=DATE, **kwargs
         )
 
-    @property
+    @cached_property
     def eos_token_ids(self) -> list[int]:
         """Ids that end a response: the template's end of turn, and the tokenizer's own end of text."""
         return sorted({*self.encode([self.end_of_turn])[0], self.tokenizer.eos_token_id} - {None})

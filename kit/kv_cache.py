@@ -34,19 +34,23 @@ class SlotCache(Cache):
         config, weight = model.config, model.get_input_embeddings().weight
         self.windows = layer_windows(config)
         self.sizes = [min(window or capacity, capacity) for window in self.windows]
-        # never attended before it is written, but garbage may be NaN, and 0 * NaN in a masked product is NaN
+        # not zeros: on a CPU memory is taken when it is first written, and most answers end long before the capacity
         self.keys = [
-            torch.zeros(num_slots, config.num_key_value_heads, W, head_dim(config), dtype=weight.dtype, device=weight.device)
+            torch.empty(num_slots, config.num_key_value_heads, W, head_dim(config), dtype=weight.dtype, device=weight.device)
             for W in self.sizes
         ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        heads = torch.arange(num_slots * config.num_key_value_heads, device=weight.device).view(num_slots, -1)
+        self.starts = {W: heads * W for W in self.sizes}  # where each row's heads begin, (S, Hkv), in a layer's (S * Hkv * W, D)
+        self.zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+        self.cleared = dict.fromkeys(self.sizes, 0)  # size -> places of every row that hold no garbage
         self.kinds = list(getattr(config, "layer_types", None) or ()) if config.model_type != "llama" else []
         position_bytes = 2 * config.num_key_value_heads * head_dim(config) * weight.element_size()  # of one layer
         grouping = weight.device.type == "cpu"
         self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf  # places whose reading another group must save
         self.sorted_by = SORTED_BY if grouping else math.inf  # places by which rows may differ and lie in any order
         self.rows = self.lengths = self.source = None
-        self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row lies in it
+        self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row and head lies in it
         self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}  # size -> groups of rows: rows, places, mask
 
     def at_prefill(self, rows: torch.Tensor, lengths: torch.Tensor, source: torch.Tensor):
@@ -54,6 +58,8 @@ class SlotCache(Cache):
         row's prompt. Returns the masks for prompts that are padded on the right up to `lengths.max()`."""
         self.rows, self.lengths, self.source = rows, lengths, source
         steps = torch.arange(int(lengths.max()), device=rows.device)
+        for W in self.cleared:
+            self._clear(W, min(len(steps), W))
         distance = (steps[:, None] - steps[None, :])[None, None]  # (1, 1, L, L); causality hides the padding
 
         def mask_of(layer):
@@ -66,23 +72,31 @@ class SlotCache(Cache):
     def at_decode(self, positions: torch.Tensor, lengths: list[int]) -> None:
         """One token comes next for each of rows 0..B-1, at positions (B,), which `lengths` repeats on the host. Rows side by side
         that are about as long are read together, as far as the longest of them."""
-        self.rows = torch.arange(len(positions), device=positions.device)
-        for W in set(self.sizes):
+        for W in self.cleared:
             widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
             q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
             mask = self._added(s > q)[:, None, None]  # (B, 1, 1, places); once q has passed W, every place is of the window
-            self.places[W] = positions % W
+            self._clear(W, max(widths))
+            self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
             self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
+
+    def _clear(self, W: int, end: int) -> None:
+        """Zeros in places up to `end` that were never written: masked as they are, 0 * NaN is NaN."""
+        if self.cleared[W] < end:
+            for i in (i for i, size in enumerate(self.sizes) if size == W):
+                self.keys[i][:, :, self.cleared[W] : end] = 0
+                self.values[i][:, :, self.cleared[W] : end] = 0
+            self.cleared[W] = end
 
     def _added(self, unseen: torch.Tensor) -> torch.Tensor:
         """What is added to the scores, 0 where a place is seen: a boolean mask would be turned into it in every layer."""
-        return torch.zeros(unseen.shape, dtype=self.keys[0].dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+        return torch.where(unseen, -torch.inf, self.zero)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the new tokens' keys and values (B, Hkv, D) in their places."""
         places = self.places[self.sizes[layer]]
-        self.keys[layer][self.rows, :, places] = keys
-        self.values[layer][self.rows, :, places] = values
+        for held, states in ((self.keys[layer], keys), (self.values[layer], values)):
+            held.view(-1, held.shape[-1]).index_copy_(0, places, states.reshape(-1, held.shape[-1]))
 
     def groups(self, layer: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(rows, their keys and values (rows, Hkv, places, D), the mask to add to their scores)."""
@@ -107,8 +121,9 @@ class SlotCache(Cache):
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Rows `targets` become what rows `sources` were, up to position `length`. Rows may be in both."""
         for tensor in (*self.keys, *self.values):
-            for start in range(0, min(length, tensor.shape[2]), MOVED_AT_ONCE):
-                places = slice(start, start + MOVED_AT_ONCE)
+            end = min(length, tensor.shape[2])
+            for start in range(0, end, MOVED_AT_ONCE):
+                places = slice(start, min(start + MOVED_AT_ONCE, end))
                 tensor[targets, :, places] = tensor[sources, :, places]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

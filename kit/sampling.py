@@ -49,15 +49,20 @@ def stream_key(seed: int, key: object) -> int:
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """The finaliser of splitmix64 (Steele et al., 2014) on int64: every input bit turns half the output bits."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # >> keeps the sign: mask it off
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+        x = _fold(x, shift).mul_(factor)
+    return _fold(x, 31)
+
+
+def _fold(x: torch.Tensor, shift: int) -> torch.Tensor:
+    """x ^ (x >> shift), unsigned: >> keeps the sign, which is masked off. In place, or a vocabulary takes half as long again."""
+    return (x >> shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(x)
 
 
 def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Gumbel noise (B, K) in float64 for keys (B,), positions (B,) and token_ids (B, K) or (K,), all int64."""
     bits = _mix(_mix(keys + positions * -0x61C8864680B583EB)[:, None] + token_ids * -0x2917014799A6026D)
-    u = (((bits >> 12) & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)  # exact, so never 0 or 1
-    return -torch.log(-torch.log(u))
+    u = (bits >> 12).bitwise_and_((1 << 52) - 1).double().add_(0.5).div_(1 << 52)  # exact, so never 0 or 1
+    return u.log_().neg_().log_().neg_()
 
 
 def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:

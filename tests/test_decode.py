@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from kit.decode import Decoder, _gemma_norm
+from kit.decode import Decoder, _gemma_norm, _in_few_operations, _in_one_kernel
 from kit.generate import SamplingParams, generate
 from kit.kv_cache import SlotCache
 from kit.nf4 import quantise_decoder
@@ -115,3 +115,18 @@ def test_a_change_of_gemmas_norm_that_is_small_beside_1_is_not_rounded_away():
         norm.weight.fill_(0.003)
     x = torch.randn(5, 8)
     torch.testing.assert_close(_gemma_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [_in_few_operations, _in_one_kernel])
+def test_a_norm_divides_by_the_root_of_the_mean_square_however_small_it_is(make, dtype):
+    torch.manual_seed(0)
+    x, scale, eps = torch.randn(4, 2, 9).to(dtype), torch.randn(9).to(dtype), 1e-6
+    x[0] *= 1e-3  # eps decides
+    x[1] = 0
+    x[2] *= 1e4
+    exact = x.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + eps).sqrt() * scale.double()
+    found = make(scale, eps)(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol={torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype], atol=0)

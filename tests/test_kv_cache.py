@@ -1,3 +1,4 @@
+import math
 import random
 
 import pytest
@@ -89,6 +90,42 @@ def test_groups_hold_every_row_once_reach_its_end_and_read_little_more_than_the_
             assert cost <= 1.1 * cheapest(widths, 40)
     assert grouped([320] * 4 + [16] * 4, 40) == [(slice(0, 4), 320), (slice(4, 8), 16)]
     assert grouped([320, 304, 304], 40) == [(slice(0, 3), 320)]  # a cut would save 32
+
+
+@pytest.fixture
+def garbage():
+    """New memory is NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garbage):
+    """Short prompts beside long ones, refilled rows, rings that are not full yet."""
+    model = make_model(family)
+    prompts = [[5] * n for n in (2, 30, 1, WINDOW, 17)]
+    params = SamplingParams(max_new_tokens=20)
+    found = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
+    torch.use_deterministic_algorithms(False)
+    expected = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
+    assert found == expected and all(math.isfinite(logprob) for completion in found for logprob in completion.logprobs)
+
+
+def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_on_a_cpu(garbage):
+    cache = SlotCache(make_model("llama"), 3, 500)
+    cache.at_prefill(torch.tensor([2]), torch.tensor([5]), torch.tensor([0]))
+    cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
+    cache.at_decode(torch.tensor([7, 40]), [7, 40])
+    cache.move(torch.tensor([2]), torch.tensor([0]), 45)
+    for tensor in (*cache.keys, *cache.values):
+        assert not tensor[:, :, :48].isnan().any() and tensor[:, :, 48:].isnan().all()
+    assert (cache.keys[0][2, :, :5] == 1).all()  # what a row held when others grew
+
+    cache.keys[0][2, :, 48:] = 1
+    cache.move(torch.tensor([2]), torch.tensor([0]), 48)
+    assert cache.keys[0][0, :, 48:].isnan().all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -2,18 +2,22 @@
 
     python recipes/bench_grpo.py                                      the shipped tiny model with noise on it
     python recipes/bench_grpo.py --hidden_size 264 --num_layers 5     a Llama of that shape, which begins as the same function
+    python recipes/bench_grpo.py --repeats 3                          each three times, alternately: for a machine that others use
     python recipes/bench_grpo.py --smoke                              two steps
 
 Both get the same start, prompts, rewards (kit.grade), group size, learning rate, AdamW, DAPO's token normaliser, advantages
 scaled by the group's deviation, no KL, one update a rollout; and are otherwise what they are by default: TRL samples with
-model.generate. Each runs in a process of its own, whose highest memory counts, libraries included. Time is from the first rollout
-to the last update. The random numbers differ, so rewards are compared as means over the last quarter of the steps.
+model.generate. Each runs in a process of its own, whose highest memory counts, libraries included; what a process takes that has
+only imported the model's class, as both must, is measured beside them. Time is from the first rollout to the last update. The
+random numbers differ, so rewards are compared as means over the last quarter of the steps.
 Left out on purpose: evaluation, saving, vLLM (which TRL can use on a card).
 """
 
 import importlib.util
 import math
 import multiprocessing
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -57,6 +61,7 @@ class Config:
     lr: float = 1e-4  # constant
     seed: int = 0  # of everything
     # run
+    repeats: int = 1  # runs of each, alternately; the fastest counts
     json: str = ""  # file for the figures; "" = none
     smoke: bool = False  # two steps
 
@@ -65,29 +70,52 @@ SMOKE = {"steps": 2, "max_new_tokens": 16}
 
 
 def main(config: Config) -> list[dict]:
-    rows = []
+    if config.repeats < 1:
+        raise ValueError(f"repeats is {config.repeats} but each runs at least once; pass --repeats 1")
     contestants = {"ours": _ours, "TRL GRPOTrainer": _trl}
     if not importlib.util.find_spec("trl"):
         print("TRL is not installed (pip install trl): not compared")
         del contestants["TRL GRPOTrainer"]
+    runs = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
         size = _apart(_write_start, config, folder)
         what = (
             f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions of up to {config.max_new_tokens}"
         )
         print(f"\nGRPO on the toy: {size:,} parameters, {what} tokens")
-        for name, contestant in contestants.items():
-            rows.append({"name": name, "parameters": size, **_apart(contestant, config, folder)})
-            print(
-                "  {name:<16}{seconds:8.1f} s  peak {peak_gib:5.2f} GiB ({rise_gib:5.2f} above the start of training)  "
-                "reward {first:.3f} in the first quarter, {last:.3f} in the last".format(**rows[-1])
-            )
+        for _ in range(config.repeats):  # in turns: what else runs on the machine slows down both
+            for name, contestant in contestants.items():
+                runs[name].append(_apart(contestant, config, folder))
+    rows = []
+    for name, found in runs.items():
+        seconds = [run["seconds"] for run in found]
+        rows.append({"name": name, "parameters": size, **min(found, key=lambda run: run["seconds"]), "all_seconds": seconds})
+        print(
+            "  {name:<16}{seconds:8.1f} s  peak {peak_gib:5.2f} GiB ({rise_gib:5.2f} above the start of training)  "
+            "reward {first:.3f} in the first quarter, {last:.3f} in the last".format(**rows[-1])
+            + (f"  (all runs: {', '.join(f'{x:.1f}' for x in seconds)} s)" if config.repeats > 1 else "")
+        )
+    libraries = _libraries_gib()
+    print(f"  torch and transformers' Llama, imported and nothing else: {libraries:.2f} GiB")
     if len(rows) == 2:
         seconds, peak, rise = (rows[0][key] / rows[1][key] for key in ("seconds", "peak_gib", "rise_gib"))
-        print(f"  ours / TRL: {seconds:.2f}x the time, {peak:.2f}x the peak memory, {rise:.2f}x what training added to it")
+        print(
+            f"  ours / TRL: {seconds:.2f}x the time, {peak:.2f}x the peak memory (libraries alone: "
+            f"{libraries / rows[1]['peak_gib']:.2f}x), {rise:.2f}x what training added to it"
+        )
     if config.json:
-        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
+        write_json(
+            Path(config.json),
+            {"machine": describe_machine(), "config": asdict(config), "libraries_gib": libraries, "rows": rows},
+        )
     return rows
+
+
+def _libraries_gib() -> float:
+    """What a process holds that has imported what any contestant must; nan where the system does not say."""
+    lines = "from transformers import LlamaForCausalLM; from kit.machine import peak_resident_bytes; print(peak_resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    return math.nan if (peak := done.stdout.split()[-1]) == "None" else int(peak) / GIB
 
 
 def _apart(call, config: Config, folder: str):
@@ -171,7 +199,7 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
 
 def _trl(config: Config, folder: str, threads: int) -> dict:
     import datasets
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(threads)
@@ -200,6 +228,7 @@ def _trl(config: Config, folder: str, threads: int) -> dict:
         lr_scheduler_type="constant", shuffle_dataset=False, seed=config.seed,
     )  # fmt: skip
     trainer = GRPOTrainer(model, reward, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rewards()])
+    trainer.remove_callback(PrinterCallback)  # a line of figures a step
     before, start = peak_resident_bytes(), time.perf_counter()
     trainer.train()
     return _result(time.perf_counter() - start, rewards, before)

@@ -212,11 +212,20 @@ def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
     assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers at once" in done.stdout
 
 
-def test_the_rl_bench_runs_both_or_names_the_one_that_is_not_here(tmp_path):
-    done = run_recipe("bench_grpo", "--smoke", "--json", "figures.json", cwd=tmp_path)
+def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libraries_take(tmp_path):
+    done = run_recipe("bench_grpo", "--smoke", "--repeats", "2", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    found = json.loads((tmp_path / "figures.json").read_text())
+    rows = found["rows"]
     assert rows[0]["name"] == "ours" and (len(rows) == 2 or "TRL is not installed" in done.stdout)
+    for row in rows:
+        assert len(row["all_seconds"]) == 2 and row["seconds"] == min(row["all_seconds"])
+        assert not row["peak_gib"] <= found["libraries_gib"]  # nor where the system says neither
+
+
+def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
+    done = run_recipe("bench_grpo", "--repeats", "0", cwd=tmp_path)
+    assert done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
 
 
 def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):

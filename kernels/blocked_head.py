@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kit.kernels.linear_cross_entropy import IGNORE_INDEX, checked, kept_rows
+from kit.kernels.head_arguments import IGNORE_INDEX, checked, kept_rows
 from kit.kernels.linear_head import MAX_CHUNK_BYTES, HeadGradients, add_matmul_, logit_chunks, wide
 from kit.kernels.logit_rows import block_gradients_, row_gradients_
 

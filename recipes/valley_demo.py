@@ -35,7 +35,7 @@ The rule first tried, that the short control may not fall beyond chance, gives 3
 traces, nor at 7e-4 by 16,384.
 
 Time: the full setting trains on 51 million tokens and took 31 min on two idle Xeon cores (2026-11-22; the two models learn 13,000
-and 21,000 tokens a second), a tenth of it for samples; --quick 3 min 43 s. 16,384 traces, added later: 73 minutes of one core.
+and 21,000 tokens a second), a tenth of it for samples; --quick 3 min 19 s. 16,384 traces, added later: 73 minutes of one core.
 
 It is about the toy, not about language models. Left out on purpose: what learning rate each size would like best.
 """

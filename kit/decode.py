@@ -113,10 +113,11 @@ def _in_one_kernel(scale: Tensor, eps: float):
 def _in_few_operations(scale: Tensor, eps: float):
     """On a CPU torch's rms_norm is ten operations, this is four."""
     root = len(scale) ** 0.5  # rms(x) = sqrt(|x|^2 + H eps) / sqrt(H)
-    factor, floor = scale.float() * root, torch.tensor(root * eps**0.5)
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    factor, floor = scale.to(dtype) * root, torch.tensor(root * eps**0.5, dtype=dtype)
 
     def norm(x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
         return (x / torch.hypot(length, floor) * factor).to(x.dtype)
 
     return norm

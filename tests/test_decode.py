@@ -117,7 +117,7 @@ def test_a_change_of_gemmas_norm_that_is_small_beside_1_is_not_rounded_away():
     torch.testing.assert_close(_gemma_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("make", [_in_few_operations, _in_one_kernel])
 def test_a_norm_divides_by_the_root_of_the_mean_square_however_small_it_is(make, dtype):
     torch.manual_seed(0)
@@ -129,4 +129,6 @@ def test_a_norm_divides_by_the_root_of_the_mean_square_however_small_it_is(make,
     exact = exact / (exact.square().mean(-1, keepdim=True) + eps).sqrt() * scale.double()
     found = make(scale, eps)(x)
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), exact, rtol={torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype], atol=0)
+    torch.testing.assert_close(
+        found.double(), exact, rtol={torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype], atol=0
+    )

@@ -54,7 +54,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _fold(x: torch.Tensor, shift: int) -> torch.Tensor:
-    """x ^ (x >> shift), unsigned: >> keeps the sign, which is masked off. In place, or a vocabulary takes half as long again."""
+    """x ^ (x >> shift), unsigned: >> keeps the sign, which is masked off. In one copy: more take half as long again."""
     return (x >> shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(x)
 
 

@@ -83,9 +83,13 @@ def main(config: Config) -> list[dict]:
             f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions of up to {config.max_new_tokens}"
         )
         print(f"\nGRPO on the toy: {size:,} parameters, {what} tokens")
-        for _ in range(config.repeats):  # in turns: what else runs on the machine slows down both
+        libraries = _libraries_gib()
+        print(f"  torch and transformers' Llama, imported and nothing else: {libraries:.2f} GiB")
+        for turn in range(config.repeats):  # in turns: what else runs on the machine slows down both
             for name, contestant in contestants.items():
                 runs[name].append(_apart(contestant, config, folder))
+                if config.repeats > 1:
+                    print(f"  turn {turn + 1}: {name} {runs[name][-1]['seconds']:.1f} s", flush=True)
     rows = []
     for name, found in runs.items():
         seconds = [run["seconds"] for run in found]
@@ -93,10 +97,7 @@ def main(config: Config) -> list[dict]:
         print(
             "  {name:<16}{seconds:8.1f} s  peak {peak_gib:5.2f} GiB ({rise_gib:5.2f} above the start of training)  "
             "reward {first:.3f} in the first quarter, {last:.3f} in the last".format(**rows[-1])
-            + (f"  (all runs: {', '.join(f'{x:.1f}' for x in seconds)} s)" if config.repeats > 1 else "")
         )
-    libraries = _libraries_gib()
-    print(f"  torch and transformers' Llama, imported and nothing else: {libraries:.2f} GiB")
     if len(rows) == 2:
         seconds, peak, rise = (rows[0][key] / rows[1][key] for key in ("seconds", "peak_gib", "rise_gib"))
         print(
@@ -114,7 +115,7 @@ def main(config: Config) -> list[dict]:
 def _libraries_gib() -> float:
     """What a process holds that has imported what any contestant must; nan where the system does not say."""
     lines = "from transformers import LlamaForCausalLM; from kit.machine import peak_resident_bytes; print(peak_resident_bytes())"
-    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", lines], stdout=subprocess.PIPE, text=True, check=True)
     return math.nan if (peak := done.stdout.split()[-1]) == "None" else int(peak) / GIB
 
 

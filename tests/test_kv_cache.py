@@ -105,7 +105,7 @@ def garbage():
 def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garbage):
     """Short prompts beside long ones, refilled rows, rings that are not full yet."""
     model = make_model(family)
-    prompts = [[5] * n for n in (2, 30, 1, WINDOW, 17)]
+    prompts = [[5] * n for n in (2, 30, 1, WINDOW, 17, 90, 3)]  # 90: longer than any before, beside a row in progress
     params = SamplingParams(max_new_tokens=20)
     found = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
     torch.use_deterministic_algorithms(False)

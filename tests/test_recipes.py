@@ -221,6 +221,8 @@ def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libra
     for row in rows:
         assert len(row["all_seconds"]) == 2 and row["seconds"] == min(row["all_seconds"])
         assert not row["peak_gib"] <= found["libraries_gib"]  # nor where the system says neither
+    turns = [line.split(":")[0].strip() for line in done.stdout.splitlines() if line.startswith("  turn ")]
+    assert turns == ["turn 1"] * len(rows) + ["turn 2"] * len(rows)
 
 
 def test_the_rl_bench_refuses_to_run_nothing(tmp_path):

@@ -1,7 +1,7 @@
 """Which attention a model runs, entered through transformers' own registry.
 
-It serves two callers: a pack, known by the keyword arguments cu_seqlens and max_seqlen, and the sampler, known by a mask of its
-own. Anything else is refused: a pack read as one sequence would let its documents see each other without a word.
+It serves packs, known by the keyword arguments cu_seqlens and max_seqlen. Anything else is refused: a pack read as one sequence
+would let its documents see each other without a word.
 
     kit         kit.kernels.packed_attention: our Triton kernels on a card, torch on a CPU; the same bits every run
     flash-attn  flash_attn_varlen_func where that package is installed: 16-bit on a card; its gradients differ in the last
@@ -16,7 +16,6 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from kit.kernels.packed_attention import documents_attention, packed_attention
@@ -47,25 +46,16 @@ def _interface(pack_attention: Callable) -> Callable:
             raise ValueError(
                 f"attention dropout is {dropout} but a pack's attention has none; set attention_dropout to 0 in the config"
             )
-        if cu_seqlens is not None:
-            q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-            window = sliding_window if getattr(module, "is_sliding", True) else None
-            return pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling).unsqueeze(0), None
-        if attention_mask is None:
+        if cu_seqlens is None:
             raise ValueError(
                 "this model was loaded for packs; run it with kit.models.hidden_states or kit.generate, or call "
                 'model.set_attn_implementation("sdpa") before using it on its own'
             )
-        return _masked_attention(query, key, value, attention_mask, scaling), None
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        window = sliding_window if getattr(module, "is_sliding", True) else None
+        return pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling).unsqueeze(0), None
 
     return attention
-
-
-def _masked_attention(query, key, value, attention_mask, scaling) -> torch.Tensor:
-    """The sampler's prompts: (B, Hq, T, D) and a mask of what each query sees -> (B, T, Hq, D)."""
-    grouped = query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-    return out.transpose(1, 2)
 
 
 def _no_mask(*args, **kwargs) -> None:

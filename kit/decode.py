@@ -4,8 +4,9 @@
     y = h + mlp(norm(h))                          Gemma 3 norms the heads of q and k, too, and what is added in both lines
 
 At one token a row a product takes microseconds, and a model's modules as long again for the casts, views and copies between two
-products; on a card each is a kernel to launch. Here a norm is one operation on a card (three in Gemma 3, whose weights are added
-to 1 in fp32) and four on a CPU, and q and k are rotated together. Embedding, projections and feed-forward are called as the
+products; on a card each is a kernel to launch. Here a norm is two operations on a card (three in Gemma 3, whose weights are added
+to 1 in fp32) and three on a CPU, and q and k are rotated together. Norms round where the model's own do: the sampler's log-probs
+then differ from the trainer's no more than two orders of summation do. Embedding, projections and feed-forward are called as the
 modules they are: adapters and quantised layers do here what they do elsewhere.
 """
 
@@ -91,33 +92,33 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _norm(module: nn.Module):
-    """Of Llama and Qwen2: x / rms(x) * weight."""
-    return _rms_norm(module.weight, module.variance_epsilon)
+    """Return the norm of Llama and Qwen2, x / rms(x) * weight, rounded to x's dtype before and after the weight multiplies it."""
+    normalise = _normalise(module.weight, module.variance_epsilon)
+    return lambda x: normalise(x) * module.weight
 
 
 def _gemma_norm(module: nn.Module):
-    """x / rms(x) * (1 + weight), in fp32: in bf16 1 + weight would lose what training changed."""
-    norm = _rms_norm(1 + module.weight.float(), module.eps)
-    return lambda x: norm(x.float()).to(x.dtype)
+    """Return x / rms(x) * (1 + weight), in fp32 and rounded once: in bf16 1 + weight would lose what training changed."""
+    scale = 1 + module.weight.float()
+    normalise = _normalise(scale, module.eps)
+    return lambda x: (normalise(x.float()) * scale).to(x.dtype)
 
 
-def _rms_norm(scale: Tensor, eps: float):
-    """x / rms(x) * scale."""
-    return (_in_few_operations if scale.device.type == "cpu" else _in_one_kernel)(scale, eps)
+def _normalise(like: Tensor, eps: float):
+    """Return x / rms(x) for vectors of the size of `like`, on its device."""
+    return (_in_few_operations if like.device.type == "cpu" else _in_one_kernel)(len(like), eps)
 
 
-def _in_one_kernel(scale: Tensor, eps: float):
-    return lambda x: F.rms_norm(x, scale.shape, scale, eps)
+def _in_one_kernel(H: int, eps: float):
+    return lambda x: F.rms_norm(x, (H,), eps=eps)
 
 
-def _in_few_operations(scale: Tensor, eps: float):
-    """On a CPU torch's rms_norm is ten operations, this is four (in bf16 a cast more)."""
-    root = len(scale) ** 0.5  # rms(x) = sqrt(|x|^2 + H eps) / sqrt(H)
-    dtype = torch.promote_types(scale.dtype, torch.float32)
-    factor, floor = scale.to(dtype) * root, torch.tensor(root * eps**0.5, dtype=dtype)
+def _in_few_operations(H: int, eps: float):
+    """On a CPU torch's rms_norm is nine operations on x, this is two, and a cast in bf16."""
+    root, floor = H**0.5, torch.tensor((H * eps) ** 0.5, dtype=torch.float64)  # rms(x) = sqrt(|x|^2 + H eps) / sqrt(H)
 
-    def norm(x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        return (x / torch.hypot(length, floor) * factor).to(x.dtype)
+    def normalise(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (x / (torch.hypot(length, floor) / root)).to(x.dtype)
 
-    return norm
+    return normalise

@@ -3,8 +3,8 @@
 A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no prompt is left, the
 active rows move together and the batch shrinks. On a CPU they lie in the order of their lengths and attention reads rows of about
 one length together, only as far as the longest of them; on a card it reads all rows as far as the longest. Sliding layers read no
-further than the window (kit/kv_cache.py). Equal prompts that are read together are read once. Prompts go through the model's own
-forward, single tokens through kit/decode.py; on any device, with LoRA and quantised layers.
+further than the window (kit/kv_cache.py). Prompts are read as a pack, without padding or masks, through the model's own forward;
+equal prompts that are read together are read once. Single tokens go through kit/decode.py. LoRA and quantised layers work.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from kit.decode import Decoder
 from kit.kv_cache import SlotCache, cache_bytes
-from kit.models import context_length, next_token_logits
+from kit.models import context_length, hidden_states, next_token_logits
+from kit.packing import Document, PackedBatch
 from kit.sampling import SamplingParams, sample, stream_key
 from kit.vllm_backend import VllmModel
 
 SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
-PREFILL_TOKENS = 8192  # prompts are read together up to this many padded tokens: bounds the prefill's activations
+PREFILL_TOKENS = 8192  # prompts are packed and read together up to this many tokens: bounds the prefill's activations
 
 __all__ = ["Completion", "SamplingParams", "cache_bytes", "generate"]
 
@@ -79,19 +80,17 @@ class _Engine:
     def prefill(self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]) -> tuple[list[int], list[float]]:
         """Read prompts into rows, equal ones once, and draw the first token of each row."""
         distinct = list(dict.fromkeys(prompts))
-        L = max(map(len, distinct))
-        padded = torch.tensor([[*prompt, *[0] * (L - len(prompt))] for prompt in distinct], device=self.device)
-        source = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct])
+        first = dict(zip(distinct, pack.cu_seqlens[:-1].tolist(), strict=True))  # where each prompt begins in the pack
+        starts, lengths = [first[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
         index = torch.tensor(rows, device=self.device)
-        self.keys[index], self.positions[index] = torch.tensor(keys, device=self.device), lengths
+        self.keys[index] = torch.tensor(keys, device=self.device)
+        self.positions[index] = torch.tensor(lengths, device=self.device)
         self.drawn[index] = 0
-        masks = self.cache.at_prefill(index, lengths, source)
-        hidden = self.model.model(
-            input_ids=padded, position_ids=torch.arange(L, device=self.device).expand(len(distinct), L), attention_mask=masks,
-            past_key_values=self.cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        return self._draw(index, hidden[source, lengths - 1])
+        self.cache.at_prefill(rows, starts, lengths)
+        hidden = hidden_states(self.model, pack.to(self.device), cache=self.cache)
+        ends = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)], device=self.device)
+        return self._draw(index, hidden[ends])
 
     def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
         """One more token for each of the first rows, which hold so many positions."""
@@ -201,12 +200,12 @@ def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_sl
 
 
 def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free: int) -> list[int]:
-    """Take prompts from the front, as many as there are free rows and the prefill's budget of padded tokens allows."""
+    """Take prompts from the front, as many as there are free rows and the prefill's budget of tokens allows."""
     requests = [waiting.popleft()]
     distinct = {prompts[requests[0]]}
     while waiting and len(requests) < num_free:
         wider = distinct | {prompts[waiting[0]]}
-        if len(wider) > len(distinct) and max(map(len, wider)) * len(wider) > PREFILL_TOKENS:
+        if len(wider) > len(distinct) and sum(map(len, wider)) > PREFILL_TOKENS:
             break
         distinct = wider
         requests.append(waiting.popleft())

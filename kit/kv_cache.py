@@ -10,7 +10,7 @@ of its 26 layers: a row of 16,384 positions takes 75 MiB in bf16 instead of 416.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -44,30 +44,26 @@ class SlotCache(Cache):
         self.starts = {W: heads * W for W in self.sizes}  # where each row's heads begin, (S, Hkv), in a layer's (S * Hkv * W, D)
         self.zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
         self.cleared = dict.fromkeys(self.sizes, 0)  # size -> places of every row that hold no garbage
-        self.kinds = list(getattr(config, "layer_types", None) or ()) if config.model_type != "llama" else []
         position_bytes = 2 * config.num_key_value_heads * head_dim(config) * weight.element_size()  # of one layer
         grouping = weight.device.type == "cpu"
         self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf  # places whose reading another group must save
         self.sorted_by = SORTED_BY if grouping else math.inf  # places by which rows may differ and lie in any order
-        self.rows = self.lengths = self.source = None
+        # size of a layer -> for every position that the prompts leave there: its row, its place, and its token in the pack
+        self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row and head lies in it
         self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}  # size -> groups of rows: rows, places, mask
 
-    def at_prefill(self, rows: torch.Tensor, lengths: torch.Tensor, source: torch.Tensor):
-        """Whole prompts come next: row rows[i] gets prompt source[i], of which several rows may share one; lengths (B,) of each
-        row's prompt. Returns the masks for prompts that are padded on the right up to `lengths.max()`."""
-        self.rows, self.lengths, self.source = rows, lengths, source
-        steps = torch.arange(int(lengths.max()), device=rows.device)
+    def at_prefill(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """A pack of whole prompts comes next: row rows[i] gets the lengths[i] tokens that begin at starts[i] in the pack. Several
+        rows may share one prompt."""
+        device = self.starts[self.sizes[0]].device
         for W in self.cleared:
-            self._clear(W, min(len(steps), W))
-        distance = (steps[:, None] - steps[None, :])[None, None]  # (1, 1, L, L); causality hides the padding
-
-        def mask_of(layer):
-            return self._added((distance < 0) | (distance >= (self.windows[layer] or len(steps))))
-
-        if not self.kinds:
-            return mask_of(0)
-        return {kind: mask_of(self.kinds.index(kind)) for kind in set(self.kinds)}
+            self._clear(W, min(max(lengths), W))
+            kept = [min(length, W) for length in lengths]  # a ring holds a prompt's last W positions
+            row = torch.tensor(rows).repeat_interleave(torch.tensor(kept))
+            position = torch.cat([torch.arange(n - k, n) for n, k in zip(lengths, kept, strict=True)])
+            token = position + torch.tensor(starts).repeat_interleave(torch.tensor(kept))
+            self.prompt_places[W] = row.to(device), (position % W).to(device), token.to(device)
 
     def at_decode(self, positions: torch.Tensor, lengths: list[int]) -> None:
         """One token comes next for each of rows 0..B-1, at positions (B,), which `lengths` repeats on the host. Rows side by side
@@ -104,19 +100,12 @@ class SlotCache(Cache):
             yield rows, self.keys[layer][rows, :, :width], self.values[layer][rows, :, :width], mask
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """transformers' interface: the prompts' keys and values go to their rows, and prompts attend to themselves alone."""
-        W = self.sizes[layer_idx]
+        """transformers' interface: keys and values (1, Hkv, T, D) of a pack of prompts go to their rows, and the pack attends to
+        itself alone."""
+        row, place, token = self.prompt_places[self.sizes[layer_idx]]
         for held, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
-            if states.shape[2] <= W:  # the padding's keys are overwritten before decoding looks there
-                held[self.rows, :, : states.shape[2]] = states[self.source]
-            else:
-                held[self.rows] = states[self.source[:, None], :, self._last_positions(W)].transpose(1, 2)
+            held[row, :, place] = states[0, :, token].transpose(0, 1)  # (positions, Hkv, D)
         return key_states, value_states
-
-    def _last_positions(self, W: int) -> torch.Tensor:
-        """(B, W): which of a prompt's positions each place of a ring holds; 0 for places that stay empty."""
-        last = self.lengths[:, None] - 1
-        return (last - (last - torch.arange(W, device=last.device)) % W).clamp(min=0)
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Rows `targets` become what rows `sources` were, up to position `length`. Rows may be in both."""

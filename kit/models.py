@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.attention import attention_name
 from kit.packing import PackedBatch
@@ -132,16 +132,20 @@ def context_length(model: PreTrainedModel) -> int:
     return model.config.max_position_embeddings
 
 
-def hidden_states(model: PreTrainedModel, batch: PackedBatch, *, inputs_embeds: torch.Tensor | None = None) -> torch.Tensor:
+def hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, *, inputs_embeds: torch.Tensor | None = None, cache: Cache | None = None
+) -> torch.Tensor:
     """The backbone's last hidden states of a pack, (T, H). The head is not applied.
 
-    inputs_embeds (1, T, H): what the embedding makes of batch.input_ids; None = look it up.
+    inputs_embeds (1, T, H): what the embedding makes of batch.input_ids; None = look it up. cache: takes every layer's keys and
+    values; None = they are dropped.
     """
     output = model.model(
         input_ids=batch.input_ids[None] if inputs_embeds is None else None,
         inputs_embeds=inputs_embeds,
         position_ids=batch.position_ids[None],
-        use_cache=False,
+        past_key_values=cache,
+        use_cache=cache is not None,
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
     )

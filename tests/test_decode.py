@@ -9,8 +9,10 @@ from conftest import FAMILIES, SHAPE
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from kit.decode import Decoder, _gemma_norm, _in_few_operations, _in_one_kernel
+from kit.decode import Decoder, _gemma_norm, _in_few_operations, _in_one_kernel, _norm
 from kit.generate import SamplingParams, generate
 from kit.kv_cache import SlotCache
 from kit.nf4 import quantise_decoder
@@ -121,14 +123,26 @@ def test_a_change_of_gemmas_norm_that_is_small_beside_1_is_not_rounded_away():
 @pytest.mark.parametrize("make", [_in_few_operations, _in_one_kernel])
 def test_a_norm_divides_by_the_root_of_the_mean_square_however_small_it_is(make, dtype):
     torch.manual_seed(0)
-    x, scale, eps = torch.randn(4, 2, 9).to(dtype), torch.randn(9).to(dtype), 1e-6
+    x, eps = torch.randn(4, 2, 9).to(dtype), 1e-6
     x[0] *= 1e-3  # eps decides
     x[1] = 0
     x[2] *= 1e4
     exact = x.double()
-    exact = exact / (exact.square().mean(-1, keepdim=True) + eps).sqrt() * scale.double()
-    found = make(scale, eps)(x)
+    exact = exact / (exact.square().mean(-1, keepdim=True) + eps).sqrt()
+    found = make(9, eps)(x)
     assert found.dtype == dtype
     torch.testing.assert_close(
         found.double(), exact, rtol={torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype], atol=0
     )
+
+
+@pytest.mark.parametrize("norm_class", [LlamaRMSNorm, Qwen2RMSNorm, Gemma3RMSNorm])
+def test_in_bf16_a_norm_rounds_where_the_models_own_does(norm_class):
+    """To the bit but for the few numbers that fp32 puts on the other side of a rounding edge."""
+    torch.manual_seed(0)
+    module = norm_class(512).to(torch.bfloat16)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(512))
+    x = torch.randn(64, 512).to(torch.bfloat16)
+    ours = (_gemma_norm if norm_class is Gemma3RMSNorm else _norm)(module)(x)
+    assert ((ours != module(x)).float().mean()) < 1e-3

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from kit import generate as generating
@@ -158,7 +160,7 @@ def test_samples_of_one_question_are_the_same_whether_they_share_a_prefill_or_no
     embed = tiny_model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda module, inputs, output: read.append(tuple(inputs[0].shape)))
     together = run(tiny_model, RANDOM, 6, prompts=same)
-    assert [shape for shape in read if len(shape) == 2] == [(2, max(LENGTHS[3], LENGTHS[0]))]  # two prompts for six rows
+    assert [shape for shape in read if len(shape) == 2] == [(1, LENGTHS[3] + LENGTHS[0])]  # two prompts for six rows
     read.clear()
     monkeypatch.setattr(generating, "PREFILL_TOKENS", 1)  # a prompt beyond the budget is read alone, and still once
     run(tiny_model, RANDOM, 6, prompts=same)
@@ -168,7 +170,7 @@ def test_samples_of_one_question_are_the_same_whether_they_share_a_prefill_or_no
     assert len({tuple(c.ids) for c in together}) == 6
 
 
-def test_a_prefill_reads_no_more_padded_tokens_at_once_than_its_budget(tiny_model, monkeypatch):
+def test_a_prefill_reads_no_more_tokens_at_once_than_its_budget(tiny_model, monkeypatch):
     monkeypatch.setattr(generating, "PREFILL_TOKENS", 14)
     read = []
     embed = tiny_model.get_input_embeddings()
@@ -177,7 +179,27 @@ def test_a_prefill_reads_no_more_padded_tokens_at_once_than_its_budget(tiny_mode
     read.clear()
     assert [c.ids for c in run(tiny_model, GREEDY, 7)] == expected
     handle.remove()
-    assert [shape for shape in read if len(shape) == 2] == [(2, 5), (1, 9), (1, 13), (2, 7), (1, 2)]
+    assert [shape for shape in read if len(shape) == 2] == [(1, 5 + 1), (1, 9), (1, 13), (1, 3 + 7 + 2)]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the most elements of any tensor that an operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *found])
+        return result
+
+
+def test_reading_a_long_prompt_makes_neither_a_mask_nor_scores_of_its_length_squared(tiny_model):
+    prompt = [5] * 450  # beyond the window; the widest activation is 450 x 97
+    with LargestTensor() as largest, torch.no_grad():
+        engine = generating._Engine(tiny_model, GREEDY, 2, 460)
+        engine.prefill([0, 1], [tuple(prompt), (4, 3)], [0, 1])
+    assert largest.numel < 450 * 450 // 2
 
 
 def test_each_completion_is_handed_over_once_as_it_ends(tiny_model):

@@ -35,8 +35,8 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
     cache = SlotCache(model, 2, 40)
     cache.min_saved = min_saved
     starts = torch.tensor([3, longest])
-    states = torch.arange(float(longest)).repeat(2, 1)[:, None, :, None].expand(2, 1, longest, 16)
-    cache.at_prefill(torch.tensor([0, 1]), starts, torch.tensor([0, 1]))
+    states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])[None, None, :, None].expand(1, 1, -1, 16)
+    cache.at_prefill([0, 1], [0, 3], starts.tolist())
     for layer in range(4):
         cache.update(states, -states, layer)
     for step in range(20):
@@ -115,7 +115,7 @@ def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garba
 
 def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_on_a_cpu(garbage):
     cache = SlotCache(make_model("llama"), 3, 500)
-    cache.at_prefill(torch.tensor([2]), torch.tensor([5]), torch.tensor([0]))
+    cache.at_prefill([2], [0], [5])
     cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
     cache.at_decode(torch.tensor([7, 40]), [7, 40])
     cache.move(torch.tensor([2]), torch.tensor([0]), 45)

@@ -11,6 +11,7 @@ sum lies in two halves, and is rounded to bf16 in the first half's own memory: n
 
 import functools
 import math
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and from here on larger chunks are no faster
 MIN_ROWS = 512  # each chunk reads W and rewrites dW: chunks of 128 rows move four times the bytes that chunks of 1,024 do
 COPIED_ELEMENTS = 2**16  # of dweight that are rounded through a copy: small, and the rest takes a dozen steps
-TILE_V = 8192  # rows of dweight at once where 16-bit factors cannot be added to an fp32 sum in one call: the copy stays small
+# where 16-bit factors cannot be added to an fp32 sum in one call, a product of this many bytes is added at a time: on a card few
+# enough to stay in its cache, else memory moves three times as much; on a CPU it bounds the copy
+PRODUCT_BYTES = {"cuda": 2 * 2**20, "cpu": 32 * 2**20}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,7 +66,8 @@ class HeadGradients:
     def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, slope: Tensor | None, scale: float) -> None:
         """x = hidden[rows] (R, H), dlogits (R, V), weight (V, H), slope (R,) or None = 1 everywhere."""
         if self.dhidden is not None:
-            dx = (dlogits @ weight).to(self.dhidden.dtype) * (scale if slope is None else (slope * scale)[:, None])
+            dx = _product(dlogits, weight)
+            dx = dx.to(wide(dx.dtype)) * (scale if slope is None else (slope * scale)[:, None])
             self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
         if self.dweight is not None:
             x = x if slope is None else (x * slope[:, None]).to(x.dtype)
@@ -112,29 +116,49 @@ def scaled(gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch
     return [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; in fp32 on a card, where a sum over V is split into parts, and the parts of a bf16 product are added in bf16."""
+    return torch.mm(a, b, torch.float32) if a.is_cuda and a.itemsize == 2 else a @ b
+
+
 @torch.library.custom_op("kit::add_matmul_", mutates_args=("total",))
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
     """total = beta * total + alpha * a @ b, where a and b may be 16-bit and total fp32."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, alpha=alpha, beta=beta, out=total)
-    elif a.is_cuda and _cuda_adds_in_fp32(a.dtype):
+    elif _adds_in_fp32(a):
         torch.addmm(total, a, b, torch.float32, alpha=alpha, beta=beta, out=total)
     else:
-        for part, rows in zip(total.split(TILE_V), a.split(TILE_V), strict=True):
-            if a.is_cuda:
-                product = torch.mm(rows, b, torch.float32)
-                part.mul_(beta).add_(product, alpha=alpha) if beta else torch.mul(product, alpha, out=part)
-            else:
-                torch.addmm(part, rows.float(), b.float(), alpha=alpha, beta=beta, out=part)
+        _add_matmul_in_pieces_(total, a, b, alpha, beta)
+
+
+def _add_matmul_in_pieces_(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    rows = max(PRODUCT_BYTES[a.device.type] // (b.shape[1] * 4), 1)
+    for part, some in zip(total.split(rows), a.split(rows), strict=True):
+        if a.is_cuda:
+            product = torch.mm(some, b, torch.float32)
+            part.mul_(beta).add_(product, alpha=alpha) if beta else torch.mul(product, alpha, out=part)
+        else:
+            torch.addmm(part, some.float(), b.float(), alpha=alpha, beta=beta, out=part)
+
+
+def _adds_in_fp32(a: Tensor) -> bool:
+    with torch.cuda.device_of(a):
+        return a.is_cuda and _cuda_adds_in_fp32(a.dtype)
 
 
 @functools.cache
 def _cuda_adds_in_fp32(dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies 16-bit matrices into an fp32 sum in one call. Some releases refuse a sum of another dtype."""
+    """Whether this torch multiplies 16-bit matrices into an fp32 sum in one call. Warns if not: the loss is slower then."""
     total, a = torch.zeros(16, 16, device="cuda"), torch.zeros(16, 16, device="cuda", dtype=dtype)
     try:
         torch.addmm(total, a, a, torch.float32, out=total)
-    except RuntimeError:
+    except (RuntimeError, TypeError) as error:
+        warnings.warn(
+            f"torch {torch.__version__} cannot add {dtype} products to an fp32 sum in one call ({error}), so the head's gradient "
+            "takes longer; another release of torch may",
+            stacklevel=2,
+        )
         return False
     return True
 

@@ -81,9 +81,9 @@ def _pack_kernel(
 
 
 @triton.jit
-def _unpack_kernel(values_ptr, cu_seqlens_ptr, padded_ptr, L, C, BLOCK: tl.constexpr):
-    d = tl.program_id(0).to(tl.int64)  # d * L * C passes 2**31 for hidden states
-    place = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # in a line of L * C numbers
+def _unpack_kernel(values_ptr, cu_seqlens_ptr, padded_ptr, L, C, blocks, BLOCK: tl.constexpr):
+    d = (tl.program_id(0) // blocks).to(tl.int64)  # d * L * C passes 2**31 for hidden states
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # in a line of L * C numbers
     start = tl.load(cu_seqlens_ptr + d).to(tl.int64)
     length = tl.minimum(tl.load(cu_seqlens_ptr + d + 1) - start, L)
     inside = place < length * C
@@ -179,8 +179,9 @@ def _unpack(values: Tensor, cu_seqlens: Tensor, L: int, fill: float) -> Tensor:
     if uses_triton(values):
         C = values[0].numel()
         if C:
-            with torch.cuda.device_of(values):
-                _unpack_kernel[(D, triton.cdiv(L * C, BLOCK))](values, cu_seqlens, padded, L, C, BLOCK, num_warps=NUM_WARPS)
+            blocks = triton.cdiv(L * C, BLOCK)  # per document
+            with torch.cuda.device_of(values):  # all on the grid's first axis: the others end at 65,535
+                _unpack_kernel[(D * blocks,)](values, cu_seqlens, padded, L, C, blocks, BLOCK, num_warps=NUM_WARPS)
     else:
         padded[_places(cu_seqlens, T)] = values
     return padded

@@ -72,7 +72,7 @@ def _adamw8bit(weight: str, gradient: str) -> Case:
 
 def _packing(kernel: str) -> Case:
     ids = dict.fromkeys(("input_ids_ptr", "targets_ptr", "position_ids_ptr", "offsets_ptr", "documents_ptr"), "*i64")
-    sizes = dict.fromkeys(("D", "T", "L", "C", "ignore_index", "bad_token"), "i32")
+    sizes = dict.fromkeys(("D", "T", "L", "C", "blocks", "ignore_index", "bad_token"), "i32")
     return Case(
         packing, kernel, "fp32",
         arguments=ids | sizes | {"buffer_ptr": "*i32", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"},

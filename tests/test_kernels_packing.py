@@ -1,5 +1,6 @@
 """The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
 
+import math
 import mmap
 
 import pytest
@@ -220,14 +221,14 @@ def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch):
 
     def last(axis):
         handle = get(axis)
-        handle.data = handle.data + handle.data.dtype.type(axis == 0)
+        handle.data = handle.data + handle.data.dtype.type(L * C // 16)
         return handle
 
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", last)
     T, cu_seqlens = L + 1, torch.tensor([0, L, L + 1]).int()
     flat, padded = far(torch.float16, T * C), far(torch.float16, 2 * L * C)
     flat[L * C :][:16] = torch.arange(16).half()
-    kp._unpack_kernel[(1, 1)](flat, cu_seqlens, padded, L, C, 16)  # program (1, 0): document 1
+    kp._unpack_kernel[(1,)](flat, cu_seqlens, padded, L, C, L * C // 16, 16)  # the first program of document 1
     assert padded[L * C :][:16].equal(torch.arange(16).half())
 
     def last_token(axis):
@@ -239,6 +240,26 @@ def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch):
     back = far(torch.float16, T * C)
     kp._repack_kernel[(1,)](padded, cu_seqlens, back, 2, T, L, C, 16)
     assert back[L * C :][:16].equal(torch.arange(16).half())
+
+
+@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+def test_grids_have_one_axis_since_a_card_ends_the_others_at_65_535(monkeypatch):
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *arguments, **options: None
+
+    for kernel in ("_pack_kernel", "_unpack_kernel", "_repack_kernel"):
+        monkeypatch.setattr(kp, kernel, Recorded())
+    buffer, offsets, prompts = corpus([7, 9], [0, 0])
+    cu_seqlens = torch.tensor([0, 7, 16], dtype=torch.int32)
+    kp.pack(buffer, offsets, prompts, torch.tensor([0, 1]), cu_seqlens, 16)
+    values = torch.zeros(16, 70, requires_grad=True)
+    kp.unpack(values, cu_seqlens, 9).sum().backward()
+    assert [len(grid) for grid in grids] == [1, 1, 1]
+    assert grids[1][0] == 2 * math.ceil(9 * 70 / kp.BLOCK)
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the child")

@@ -19,6 +19,7 @@ import kit.kernels.linear_cross_entropy as lce
 import kit.kernels.linear_head as head
 import kit.kernels.logit_rows as logit_rows
 from kit.kernels.backend import INTERPRET
+from kit.kernels.counting import LiveBytes
 from kit.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy, linear_cross_entropy_reference, token_logprobs
 from kit.kernels.logit_rows import row_gradients_, row_logprobs
 
@@ -34,7 +35,7 @@ def small_pieces(monkeypatch):
     """Chunks of at most 5 rows, blocks of 2 rows of 77 fp32 columns, steps of 64 columns: small inputs cross every seam."""
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
-    monkeypatch.setattr(head, "TILE_V", 32)
+    monkeypatch.setattr(head, "PRODUCT_BYTES", {"cpu": 32 * 19 * 4})
     monkeypatch.setattr(logit_rows, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(logit_rows, "BLOCK_V", 64)
 
@@ -496,6 +497,39 @@ def test_fake_tensors_make_the_same_calls_and_allocations(frozen, reduction):
         assert hidden.grad.shape == hidden.shape and (weight.grad is None) == frozen
         recorded.append(calls)
     assert recorded[0] == recorded[1] and len(recorded[0]) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_card_the_sum_over_the_vocabulary_is_never_rounded_on_its_way(dtype):
+    with FakeTensorMode():
+        dlogits, weight = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((5, 77), (77, 19)))
+        assert head._product(dlogits, weight).dtype == torch.float32
+        hidden, x = (torch.empty(n, 19, dtype=dtype, device="cuda") for n in (9, 5))
+        gradients = head.HeadGradients(hidden, weight, (True, False))
+        rows = torch.empty(5, dtype=torch.int64, device="cuda")
+        gradients.add(rows, x, dlogits, weight, None, 0.5)
+        assert gradients.finish()[0].dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def test_where_a_card_cannot_add_to_an_fp32_sum_the_products_that_wait_to_be_added_fit_its_cache(monkeypatch):
+    monkeypatch.undo()  # the real sizes
+    with FakeTensorMode():
+        total = torch.empty(262_144, 1_152, device="cuda")
+        a, b = (torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((262_144, 700), (700, 1_152)))
+        for beta in (0.0, 1.0):
+            with LiveBytes() as held:
+                head._add_matmul_in_pieces_(total, a, b, 0.5, beta)
+            assert 0 < held.peak <= 2 * 2 * 2**20
+
+
+@pytest.mark.parametrize("error", [RuntimeError("self must be bf16"), TypeError("no argument out_dtype")])
+def test_a_torch_that_refuses_to_add_to_an_fp32_sum_is_asked_once_and_named_in_a_warning(error, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "addmm", refuse)
+    with FakeTensorMode(), pytest.warns(UserWarning, match=rf"cannot add torch.bfloat16 products .*\({error}\)"):
+        assert not head._cuda_adds_in_fp32.__wrapped__(torch.bfloat16)
 
 
 def test_the_operators_and_their_fake_implementations_agree():

@@ -22,9 +22,10 @@ from collections import deque
 
 import torch
 
-from kit.host import Host
+from kit.host import host_empty
 
 IN_FLIGHT = 2  # inputs whose device memory is held on the way to the CPU: the running layer's, and one whose copy may lag
+ROUNDING = 2**20  # bytes: rows differ by a few tokens, and the next, slightly longer one should find room
 STAGING = 2  # most inputs on the device on the way back: the running layer's and the next one's
 
 
@@ -46,7 +47,6 @@ class HostInputs:
 
     def __init__(self):
         self.buffers: list[torch.Tensor] = []  # CPU memory not in use; it is kept between steps
-        self.host = Host()
         self.stream: torch.cuda.Stream | None = None
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
         self.staged: list[KeptInput] = []  # whose inputs are on the way back or there
@@ -98,13 +98,13 @@ class HostInputs:
         self.staged = [other for other in self.staged if other is not kept]
 
     def take(self, num_bytes: int, *, pin: bool) -> torch.Tensor:
-        """CPU memory of at least num_bytes from what is free, or new: a power of two, which pinning takes anyway."""
+        """CPU memory of at least num_bytes from what is free, or new, in whole steps of ROUNDING."""
         for i, buffer in enumerate(self.buffers):
             if buffer.nbytes >= num_bytes:
                 return self.buffers.pop(i)
         if self.buffers:
             self.buffers.pop()  # too small for the packs that come now
-        return self.host.empty(1 << (num_bytes - 1).bit_length(), for_card=pin)
+        return host_empty(-(-num_bytes // ROUNDING) * ROUNDING, for_card=pin)
 
     def _stage(self, kept: KeptInput) -> None:
         while len(self.staged) >= STAGING:  # of a backward pass that stopped half-way

@@ -14,10 +14,12 @@ mean exact, so the update arrives on average, without an fp32 copy of the weight
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 
-from kit.host import Host
+from kit.host import host_empty
 from kit.kernels.adamw8bit import adamw8bit_, init_state, state_slice
 
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
@@ -81,19 +83,58 @@ class StochasticAdamW(torch.optim.Optimizer):
                 stochastic_round_(parameter, weight, generator)
 
 
+class Slabs:
+    """Two slabs of a card's memory that offloaded optimizer states visit in turn: while the states in one are updated, the next
+    are on their way in and the last on their way out.
+
+    NOT RUN ON A GPU. One side stream carries the copies. The order that makes this right:
+    - a slab is filled after it was emptied: both copies are on the side stream, in this order.
+    - states are updated after they arrived: the compute stream waits for the event of their copy.
+    - states leave after they were updated: the side stream waits for the compute stream.
+    The slabs are allocated once: memory that two streams use and the allocator hands out again would need a wait of its own.
+    """
+
+    def __init__(self, num_elements: int, device: torch.device):
+        like = torch.empty((), device=device).expand(num_elements)
+        self.slabs, self.turn = [init_state(like) for _ in range(2)], 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def bring(self, home: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+        """Start copying states to the card. Returns their place there, and the event after which they are there."""
+        self.turn = 1 - self.turn
+        visiting = {name: self.slabs[self.turn][name][: len(x)] for name, x in home.items()}
+        with torch.cuda.stream(self.stream):  # None: on a CPU, where copies are done when they return
+            for name, x in home.items():
+                visiting[name].copy_(x, non_blocking=True)
+        return visiting, self.stream and self.stream.record_event()
+
+    def send(self, home: dict[str, torch.Tensor], visiting: dict[str, torch.Tensor]) -> None:
+        """Start copying updated states back."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            for name, x in home.items():
+                x.copy_(visiting[name], non_blocking=True)
+
+    def wait(self) -> None:
+        """Let the compute stream wait for every copy so far."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit states on bf16 (rounded stochastically) or fp32 parameters, in one pass over memory.
 
     Random bits are keyed by (seed, step, parameter, element): resuming repeats them, and so does any order of updates.
-    offload: the states stay in CPU memory, pinned where the parameters are on a card, and visit it a slab at a time: 4 bytes a
-        parameter cross the bus in a step. Wait for the card (the loss's .item() does) before you read them.
+    offload: the states stay in CPU memory, pinned if the parameters are on a card, and visit it a slab at a time: 4 bytes per
+        parameter cross the bus in a step. Before you read them, call wait() and wait for the card (the loss's .item() does).
     """
 
-    SLAB = 2**24  # numbers whose offloaded states are on the card at once: 32 MiB
+    SLAB = 2**22  # numbers whose offloaded states visit the card together: 8 MiB, and two slabs of them
 
     def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
-        self.host = Host() if offload else None
+        self.offload, self.slabs = offload, None
         grouped = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         self.place = {parameter: (index, group) for index, (parameter, group) in enumerate(grouped)}
         for parameter in self.place:
@@ -101,43 +142,66 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state[parameter] = {"step": torch.tensor(0.0), **state}
 
     def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.host is None:
+        if not self.offload:
             return tensor
-        return self.host.empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
+        return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
 
     @torch.no_grad()
     def update(self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None = None, *, first: int = 0) -> None:
         """One step for this parameter alone. gradient: None = its own; of a slice of it, flattened elements from `first` on (a
         multiple of 256), fp32 or the parameter's dtype. Slices of one step must follow one another and cover the parameter."""
+        self._apply(self._pieces(parameter, parameter.grad if gradient is None else gradient, first))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            raise ValueError("AdamW8bit takes no closure; run the backward pass, then call step()")
+        with_gradient = (parameter for parameter in self.place if parameter.grad is not None)
+        self._apply(piece for parameter in with_gradient for piece in self._pieces(parameter, parameter.grad, 0))
+        self.wait()
+
+    def wait(self) -> None:
+        """Let the card wait until offloaded states are back in CPU memory."""
+        if self.slabs is not None:
+            self.slabs.wait()
+
+    def _pieces(self, parameter: torch.nn.Parameter, gradient: torch.Tensor, first: int) -> Iterator[tuple]:
+        """Yield (numbers, their gradient, their states, settings) of what is updated in one call; count the step at the end."""
         index, group = self.place[parameter]
         state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
-        gradient = parameter.grad if gradient is None else gradient
         step = int(self.state[parameter]["step"]) + 1
         flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")}
-        slab = len(flat) if self.host is None else self.SLAB
-        for start in range(0, len(flat), max(slab, 1)):
-            count = min(slab, len(flat) - start)
-            home = state_slice(state, first + start, count)
-            visiting = home if self.host is None else {name: torch.empty_like(x, device=flat.device) for name, x in home.items()}
-            if self.host is not None:
-                for name, tensor in visiting.items():
-                    tensor.copy_(home[name], non_blocking=True)
-            part = slice(start, start + count)
-            adamw8bit_(flat[part], gradient[part], visiting, step=step, index=index, first_element=first + start, **settings)
-            if self.host is not None:
-                for name, tensor in visiting.items():
-                    home[name].copy_(tensor, non_blocking=True)  # the next visit follows on the same stream
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")} | {"step": step, "index": index}
+        slab = self.SLAB if self.offload else max(len(flat), 1)
+        for start in range(0, len(flat), slab):
+            part = slice(start, min(start + slab, len(flat)))
+            states = state_slice(state, first + start, part.stop - start)
+            yield flat[part], gradient[part], states, settings | {"first_element": first + start}
         if first + len(flat) == parameter.numel():
             # a new tensor: fake ones know the value of what was never changed in place
             self.state[parameter]["step"] = torch.tensor(float(step))
 
-    def step(self, closure=None) -> None:
-        if closure is not None:
-            raise ValueError("AdamW8bit takes no closure; run the backward pass, then call step()")
-        for parameter in self.place:
-            if parameter.grad is not None:
-                self.update(parameter)
+    def _apply(self, pieces: Iterator[tuple]) -> None:
+        """Update one piece after another; offloaded states of the next are on their way meanwhile."""
+        if not self.offload:
+            for numbers, gradient, state, settings in pieces:
+                adamw8bit_(numbers, gradient, state, **settings)
+            return
+        arrived = deque()
+        for numbers, gradient, home, settings in pieces:
+            if self.slabs is None:
+                self.slabs = Slabs(min(self.SLAB, max(parameter.numel() for parameter in self.place)), numbers.device)
+            arrived.append((numbers, gradient, home, settings, *self.slabs.bring(home)))
+            if len(arrived) == 2:
+                self._update_visiting(*arrived.popleft())
+        if arrived:
+            self._update_visiting(*arrived.popleft())
+
+    def _update_visiting(self, numbers, gradient, home, settings, visiting, loaded) -> None:
+        if loaded is not None:
+            torch.cuda.current_stream(numbers.device).wait_event(loaded)
+        adamw8bit_(numbers, gradient, visiting, **settings)
+        self.slabs.send(home, visiting)
 
 
 def make_optimizer(

@@ -53,7 +53,7 @@ class UpdateAtEnd:
 
 
 class UpdateInBackward:
-    """A hook on every parameter updates it and lets its gradient go. optimizer: one with `update(parameter)`.
+    """A hook on every parameter updates it and lets its gradient go. optimizer: one with `update(parameter)` and `wait()`.
 
     max_tensor_norm: each parameter's gradient is clipped to this norm; 0 = not. Raises ValueError in `begin` for a step of
     several rows. Call close() to take the hooks off.
@@ -84,6 +84,7 @@ class UpdateInBackward:
         parameter.grad = None
 
     def finish(self) -> torch.Tensor:
+        self.optimizer.wait()
         return torch.stack(self.squares).sum().sqrt()
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
 import copy
-import warnings
 import weakref
 
 import bitsandbytes as bnb
@@ -480,16 +479,6 @@ def test_a_second_backward_pass_repeats_the_first_or_is_refused_with_offload(tin
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="runs backward once"):
         loss.backward()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pinning works here")
-def test_where_pinning_fails_memory_is_pageable_and_a_warning_says_so_once():
-    host = HostInputs()
-    with pytest.warns(UserWarning, match="pageable"):
-        assert host.take(5, pin=True).nbytes == 8
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert host.take(9, pin=True).nbytes == 16
 
 
 @pytest.mark.parametrize("family", FAMILIES)

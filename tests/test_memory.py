@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit import ledger, memory
-from kit.host import Host
+from kit.host import host_empty
 from kit.ledger import Ledger
 from kit.machine import GIB
 from kit.memory import CONFIGS, check_free_memory, fake_batch, load_config, measure, plan
@@ -160,7 +160,7 @@ def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
         del x
         assert book.now == weights + 4096
         del view
-        held = Host().empty(5000, for_card=False)
+        held = host_empty(5000, for_card=False)
         assert book.now == weights and book.host_peak == 5120  # beside what the card holds
         del held
         assert book.now == weights

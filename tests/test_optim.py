@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from kit.optim import AdamW8bit, StochasticAdamW, cosine_with_warmup, make_optimizer, stochastic_round_
+from kit.optim import AdamW8bit, Slabs, StochasticAdamW, cosine_with_warmup, make_optimizer, stochastic_round_
 
 
 def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
@@ -114,7 +114,7 @@ def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
         make_optimizer(model.requires_grad_(False), lr=1.0)
 
 
-def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False):
+def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, together=False):
     """Two parameters after a few 8-bit steps."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter((torch.randn(n) * 0.02).to(dtype)) for n in (700, 256 * 5 + 3)]
@@ -124,18 +124,24 @@ def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False):
         gradients = [torch.randn(len(p), generator=torch.Generator().manual_seed(step)).to(dtype) for p in parameters]
         for i in order:
             parameters[i].grad = gradients[i]
+            if together:
+                continue
             if by_slices:
                 for first in range(0, len(parameters[i]), 256):
                     optimizer.update(parameters[i], gradients[i][first : first + 256], first=first)
             else:
                 optimizer.update(parameters[i])
+        if together:
+            optimizer.step()
     return parameters, optimizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "options", [{"offload": True}, {"order": (1, 0)}, {"by_slices": True}, {"offload": True, "by_slices": True}]
-)
+    "options",
+    [{"offload": True}, {"order": (1, 0)}, {"by_slices": True}, {"offload": True, "by_slices": True},
+     {"together": True}, {"offload": True, "together": True}],
+)  # fmt: skip
 def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype, options):
     (parameters, optimizer), (others, other_optimizer) = updated(dtype), updated(dtype, **options)
     for p, q in zip(parameters, others, strict=True):
@@ -143,6 +149,33 @@ def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype
         for name, tensor in optimizer.state[p].items():
             assert torch.equal(tensor, other_optimizer.state[q][name]), name
     assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 3]
+
+
+def test_offloaded_states_of_the_next_piece_set_out_before_this_one_is_updated_and_no_slab_is_filled_before_it_was_emptied():
+    calls = []
+
+    class Recorded(Slabs):
+        def bring(self, home):
+            found = super().bring(home)
+            calls.append(("in", self.turn))
+            return found
+
+        def send(self, home, visiting):
+            calls.append(("out", [slab["m_codes"].data_ptr() for slab in self.slabs].index(visiting["m_codes"].data_ptr())))
+            super().send(home, visiting)
+
+    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (1_000, 3, 700)]
+    optimizer = AdamW8bit(parameters, lr=1e-3, offload=True)
+    optimizer.SLAB, optimizer.slabs = 512, Recorded(512, torch.device("cpu"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert calls[:4] == [("in", 1), ("in", 0), ("out", 1), ("in", 1)]
+    full = set()
+    for way, slab in calls:
+        assert (slab in full) == (way == "out")
+        full ^= {slab}
+    assert not full and len(calls) == 2 * (2 + 1 + 2)
 
 
 def test_8_bit_steps_draw_other_bits_for_another_seed_and_another_parameter():

@@ -152,11 +152,30 @@ class BlockedHead:
     def finish(self) -> None:
         arguments, cap, lookup = self.pending
         self.pending = None
-        weight, ids, dlookup = arguments[1], lookup.ids, lookup.gradient()
+        weight, dlookup = arguments[1], lookup.gradient()
+        sorted_ids, order = lookup.ids.sort()
+        places = sorted_ids.cpu()  # where a block's ids begin and end: asked once, not of the card at every block
         square = torch.zeros((), device=weight.device)
         for first, dweight in dweight_blocks(*arguments, softcap=cap):
-            inside = (ids >= first) & (ids < first + len(dweight))
-            dweight.index_add_(0, (ids - first).where(inside, 0), dlookup * inside[:, None])
+            _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
             square += dweight.square().sum()
             self.optimizer.update(weight, dweight, first=first * weight.shape[1])
         self.updates.squares.append(square)
+
+
+@torch.library.custom_op("kit::add_lookup_", mutates_args=("block",))
+def _add_lookup_(
+    block: torch.Tensor, first: int, sorted_ids: torch.Tensor, order: torch.Tensor, places: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """block[ids - first] += rows, for the ids in first .. first + len(block) - 1 and no others.
+
+    block (B, H) fp32; sorted_ids, order (T,): ids in order, and where each lies in rows (T, H) fp32; places: sorted_ids on the
+    CPU. An operator, since how many rows a block gets depends on values, which a simulated step does not have.
+    """
+    begin, end = torch.searchsorted(places, torch.tensor([first, first + len(block)], dtype=places.dtype)).tolist()
+    block.index_add_(0, sorted_ids[begin:end] - first, rows.index_select(0, order[begin:end]))
+
+
+@_add_lookup_.register_fake
+def _(block, first, sorted_ids, order, places, rows):
+    return None

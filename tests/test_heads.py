@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
+from torch.profiler import ProfilerActivity, profile
 
-from kit.heads import AutogradHead, TiedHead, make_head, mean_cross_entropy
+from kit.heads import AutogradHead, TiedHead, _add_lookup_, make_head, mean_cross_entropy
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models import head_weight, hidden_states, softcap
 from kit.optim import make_optimizer
@@ -102,3 +103,21 @@ def test_the_way_is_chosen_by_who_owns_the_weight():
     frozen = tied("llama")
     head_weight(frozen).requires_grad_(False)
     assert isinstance(make_head(frozen, savings, None, None), AutogradHead)
+
+
+def test_a_block_gets_the_looked_up_rows_of_its_own_ids_and_no_others():
+    """Every row is added once over all blocks, however many there are; ids come many times, and some blocks have none."""
+    torch.manual_seed(0)
+    V, H, T, block = 50, 5, 37, 8
+    ids, rows = torch.randint(20, V, (T,)), torch.randn(T, H, dtype=torch.float64)
+    ids[0] = V - 1
+    sorted_ids, order = ids.sort()
+    found = torch.zeros(V, H, dtype=torch.float64)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        for first in range(0, V, block):
+            _add_lookup_(found[first : first + block], first, sorted_ids, order, sorted_ids, rows)
+    torch.testing.assert_close(found, torch.zeros_like(found).index_add_(0, ids, rows))
+    added = [event.input_shapes[3][0] for event in profiler.events() if event.name == "aten::index_add_"]
+    assert sum(added) == T and len(added) == 7
+    arguments = found[:8], 0, sorted_ids, order, sorted_ids, rows
+    torch.library.opcheck(_add_lookup_, arguments, test_utils=("test_schema", "test_faketensor"))

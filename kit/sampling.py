@@ -18,6 +18,7 @@ import torch
 # candidates looked at first, and the factor for the next look: a trained model's nucleus mostly fits in the first, and sorting
 # 262,144 logits a row would dominate
 FIRST_LOOK, WIDER = 64, 16
+RACED_AT_ONCE = 2**21  # numbers: drawing from a whole vocabulary holds 60 bytes a number, 16 MB a row of 262,144
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ def sample(
     if params.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    at_once = max(RACED_AT_ONCE // logits.shape[-1], 1)
+    if params.top_p == 1 and not params.top_k and len(logits) > at_once:  # every row races all of the vocabulary
+        parts = zip(*(x.split(at_once) for x in (logits, keys, positions)), strict=True)
+        tokens, logprobs = zip(*(sample(some, params, *streams) for some, *streams in parts), strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
     token_ids, kept = _candidates(logits, params)
     # raced before they are normalised: how far the batch's other rows made us look cannot turn a draw
     winner = (kept + gumbel(keys, positions, token_ids)).argmax(-1, keepdim=True)

@@ -4,8 +4,8 @@
     sampling   the sampler's steps x the larger of (weights and caches) / BANDWIDTH and (2 flops a weight and slot) / FLOPS
 
 A row is taken to be full and one document, the most that attention can cost. The sampler takes tokens / slots steps, as if every
-slot were busy to the end. Left out are the launches of its many small kernels and the slots that idle at last: real sampling
-takes longer. How long answers get is the experiment's question: their length is assumed, and so is that of a trace.
+slot were busy to the end, and reads every slot's cache as far as a whole response. Launch overhead and idle slots are ignored, so
+real sampling is slower. How long answers get is the experiment's question: their length is assumed, and so is that of a trace.
 """
 
 from __future__ import annotations
@@ -58,18 +58,11 @@ def sampling_seconds(
     sizes = Sizes.of(config)
     weights = sizes.linears + sizes.V * sizes.H
     spans = [*sizes.windows, *[response_tokens] * (sizes.L - len(sizes.windows))]
-    places = sum(_mean_places(response_tokens, span) for span in spans)  # read in all layers, of one slot
+    places = sum(min(response_tokens, span) for span in spans)  # in all layers, of one slot: a card reads all rows to the longest
     of_weights = (NF4_BYTES if quantised else 2) * sizes.linears + 2 * sizes.V * sizes.H
     moved = of_weights + evaluation.num_slots * 2 * 2 * sizes.kv * places
     steps = evaluation.num_samples * response_tokens / evaluation.num_slots
     return steps * max(moved / BANDWIDTH, 2 * weights * evaluation.num_slots / FLOPS)
-
-
-def _mean_places(tokens: int, window: int) -> float:
-    """Positions that attention reads a token, on average over a response from its first token to its last."""
-    if tokens <= window:
-        return tokens / 2
-    return window * (1 - window / (2 * tokens))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from kit import sampling
+from kit.kernels.counting import LiveBytes
 from kit.sampling import SamplingParams, gumbel, sample, stream_key
 
 N = 20_000
@@ -118,3 +120,18 @@ def test_how_far_the_rows_beside_it_make_us_look_does_not_turn_a_draw():
     assert len(alone.unique()) > 3
     assert torch.equal(beside[:400], alone)
     torch.testing.assert_close(beside_logprobs[:400], alone_logprobs)
+
+
+def test_drawing_from_whole_vocabularies_holds_no_more_for_more_rows_than_their_logits_and_draws_the_same(monkeypatch):
+    V, params = 1_000, SamplingParams(temperature=0.7, top_p=1.0, max_new_tokens=1)
+    torch.manual_seed(0)
+    logits, keys, positions = torch.randn(67, V), torch.arange(67), torch.zeros(67, dtype=torch.int64)
+    whole = sample(logits, params, keys, positions)
+    monkeypatch.setattr(sampling, "RACED_AT_ONCE", 8 * V + 1)
+    peaks = []
+    for rows in (8, 67):
+        with LiveBytes() as held:
+            found = sample(logits[:rows], params, keys[:rows], positions[:rows])
+        peaks.append(held.peak)
+    assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    assert peaks[1] <= peaks[0] + 67 * 100  # the tokens and log-probs of every row

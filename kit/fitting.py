@@ -29,6 +29,10 @@ LADDER = (
 )
 NOT_FOR_ADAPTERS = {"head_update", "offload_optimizer", "update_in_backward"}  # no head gradient, few states, few gradients
 WORTH_A_TRY = 1.1  # of the card, by the formula, which is good to a tenth
+WIDER_TILES = (
+    8192,
+    4096,
+)  # tokens: a row of 16,384 in tiles of 2,048 launches 50,901 kernels in Gemma-3-1B, whole 10,612 (counted)
 SHORTER = 1024  # tokens: shorter rows are looked for in steps of this many
 QLORA_RANK = 16
 
@@ -64,7 +68,7 @@ def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, r
         if expected <= WORTH_A_TRY * gpu_gb * GIB or savings is settings[-1]:
             found = plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=qlora_rank, rows=num_rows)
             if found.fits(gpu_gb):
-                return _without_the_needless(config, found, gpu_gb, rows)
+                return _with_wider_tiles(_without_the_needless(config, found, gpu_gb, rows), gpu_gb)
     raise ValueError(
         f"gpu_gb is {gpu_gb:g} but {model} at {row_tokens:,} tokens needs {found.total / GIB:.2f} GiB with every saving on; its "
         f"largest owners are {found.largest_owners()}; pass {', or '.join(_ways(config, found, gpu_gb, rows))}"
@@ -92,6 +96,17 @@ def _without_the_needless(config: PreTrainedConfig, found: Plan, gpu_gb: float, 
         if card_bytes(round(found.peak * without / now)) <= WORTH_A_TRY * gpu_gb * GIB:
             lighter = plan(found.model, row_tokens=found.row_tokens, savings=savings, qlora_rank=found.qlora_rank, rows=num_rows)
             found = lighter if lighter.fits(gpu_gb) else found
+
+
+def _with_wider_tiles(found: Plan, gpu_gb: float) -> Plan:
+    """The widest tiles that fit: a tile's kernels are small, and launching them takes longer than they do on a fast card."""
+    for tile_tokens in WIDER_TILES if found.savings.tile_tokens else ():
+        if found.savings.tile_tokens < tile_tokens < found.row_tokens:
+            savings = replace(found.savings, tile_tokens=tile_tokens)
+            wider = plan(found.model, row_tokens=found.row_tokens, savings=savings, qlora_rank=found.qlora_rank, rows=found.rows)
+            if wider.fits(gpu_gb):
+                return wider
+    return found
 
 
 def _switched_on(savings: Savings) -> list[tuple[str, object]]:

@@ -5,6 +5,7 @@ import pytest
 from test_formula import small_heads  # noqa: F401  a fixture
 from test_memory import SMALL
 
+from kit import fitting
 from kit.fitting import choose, leaner, rows_of, rungs, switches
 from kit.machine import GIB
 from kit.memory import load_config, plan
@@ -50,6 +51,16 @@ def test_no_switch_that_was_chosen_can_be_left_out(small_model):
             if name == "update_in_backward" and found.savings.head_update == "blocked":
                 continue
             assert total(small_model, Savings(**without), 2) > gpu_gb, (gpu_gb, found.savings, name)
+
+
+def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
+    """A narrow tile launches many small kernels."""
+    small_model = make_model(tmp_path, num_hidden_layers=1, intermediate_size=4_096, vocab_size=300)
+    monkeypatch.setattr(fitting, "LADDER", ({"optimizer": "adamw8bit"}, {"tile_tokens": 64}))
+    monkeypatch.setattr(fitting, "WIDER_TILES", (512, 256))
+    for tile_tokens in (64, 256, 512):
+        gpu_gb = total(small_model, Savings(optimizer="adamw8bit", tile_tokens=tile_tokens)) + 1e-6
+        assert choose(small_model, row_tokens=T, gpu_gb=gpu_gb).savings.tile_tokens == tile_tokens
 
 
 @pytest.mark.usefixtures("small_heads")

@@ -1,6 +1,13 @@
 """The library: one noun a file. The Triton kernels are imported as `kit.kernels.*`."""
 
+import os
+import sys
 from pathlib import Path
 
 if not (Path(__file__).parent / "kernels").is_dir():  # an installed wheel has them inside
     __path__.append(str(Path(__file__).resolve().parents[1]))  # in a source checkout, kernels/ lies beside kit/
+
+# Rows differ in length: without segments that grow, the gaps between blocks of last row's sizes can be as large as a row. torch
+# reads this when it first allocates on a card.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

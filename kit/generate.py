@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from kit.decode import Decoder
 from kit.kv_cache import SlotCache, cache_bytes
+from kit.machine import return_memory
 from kit.models import context_length, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
 from kit.sampling import SamplingParams, sample, stream_key
@@ -182,6 +183,8 @@ def _run_slots(
                 yield from receive(range(len(lengths)), *engine.decode(lengths))
     finally:
         model.train(training)
+        device, engine = engine.device, None
+        return_memory(device)  # the cache, which training needs
 
 
 def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+CONTEXT = round(0.55 * GIB)  # bytes a card gives to CUDA itself, its libraries and the display; an assumption
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -21,6 +23,13 @@ def describe_machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def return_memory(device: torch.device) -> None:
+    """Give the card back what no tensor uses. Call it between sampling and training: each finds no room in the other's blocks."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def resident_bytes() -> int | None:

@@ -23,7 +23,7 @@ from kit.checkpoint import ADAPTER_CONFIG
 from kit.cost import ASSUMED, extra_seconds, step_seconds
 from kit.heads import TiedHead
 from kit.ledger import Ledger
-from kit.machine import GIB
+from kit.machine import CONTEXT, GIB
 from kit.models import head_weight
 from kit.packing import PackedBatch
 from kit.savings import Savings
@@ -31,7 +31,6 @@ from kit.step import LossOfRow, TrainingStep
 from kit.toy import SHIPPED
 
 CONFIGS = Path(__file__).parent / "configs"
-CONTEXT = round(0.55 * GIB)  # bytes a card gives to CUDA itself, its libraries and the display; an assumption
 SLACK = 0.06  # of the peak: what the allocator cannot use between blocks; an assumption
 CARDS = (6, 8, 12, 16, 24)  # GiB
 

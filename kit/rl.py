@@ -128,8 +128,6 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
         keys=[[prompts[i].id, groups[i], sample] for i, sample in wanted], decode=chat.decode, description="rollout",
     )  # fmt: skip
     policy.drawn += len(prompts)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the sampler's cache: the update's tensors have other sizes
     return [
         Episode(groups[i], prompts[i].id, encoded[i], completion, policy.reward(prompts[i], completion))
         for (i, _), completion in zip(wanted, completions, strict=True)

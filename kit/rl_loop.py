@@ -79,7 +79,7 @@ def train(
         sampled = sum(len(episode.completion.ids) for episode in episodes)
         run.metrics.append(
             {"step": step, **found, "resamples": resamples, "drawn": policy.drawn, "rollout_seconds": seconds,
-             "rollout_tokens_per_second": sampled / seconds, "peak_gib": memory.gib}
+             "rollout_tokens_per_second": sampled / seconds, "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
         )  # fmt: skip
         for episode in by_group(episodes)[0]:
             samples.append(

@@ -26,8 +26,8 @@ from kit.fitting import rungs
 from kit.formula import formula
 from kit.generate import PREFILL_TOKENS, SamplingParams, cache_bytes
 from kit.ledger import Ledger
-from kit.machine import GIB
-from kit.memory import CARDS, CONTEXT, Plan, fake_batch, load_config, measure, steps_to_count
+from kit.machine import CONTEXT, GIB
+from kit.memory import CARDS, Plan, fake_batch, load_config, measure, steps_to_count
 from kit.models import hidden_states, next_token_logits, softcap
 from kit.objective import Tally
 from kit.rl import row_loss

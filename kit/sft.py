@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from kit import checkpoint
+from kit.machine import return_memory
 from kit.models import head_weight
 from kit.optim import cosine_with_warmup
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
@@ -113,7 +114,7 @@ def train(
             loss, norm = (x.item() for x in training_step(batches))
         except torch.OutOfMemoryError as error:
             raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
-        seconds = time.perf_counter() - start
+        seconds, compiles = time.perf_counter() - start, device.type == "cuda" and step == done  # Triton's kernels, in step 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
             raise ValueError(
@@ -125,15 +126,18 @@ def train(
         run.metrics.append(
             {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm, "tokens": tokens,
              "targets": sum(batch.num_targets for batch in batches), "traces": sum(batch.num_documents for batch in batches),
-             "seconds": seconds, "peak_gib": memory.gib}
+             "seconds": seconds, "compiles": compiles, "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
         )  # fmt: skip
         held = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": f"{tokens / seconds:,.0f}", **held}, refresh=False)
+        speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f}"
+        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": speed, **held}, refresh=False)
         bar.update()
         if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < len(plan.steps):
             checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
     bar.close()
     training_step.close()
+    training_step = optimizer = None
+    return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
     checkpoint.save_model(finished, model, tokenizer)
     shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
     return finished

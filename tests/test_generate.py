@@ -1,3 +1,4 @@
+import gc
 import io
 import itertools
 import math
@@ -16,6 +17,7 @@ from kit import generate as generating
 from kit import kv_cache, models
 from kit.chat import ChatFormat
 from kit.generate import Completion, SamplingParams, arrange, generate
+from kit.kv_cache import SlotCache
 from kit.packing import Document, PackedBatch
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
@@ -200,6 +202,15 @@ def test_reading_a_long_prompt_makes_neither_a_mask_nor_scores_of_its_length_squ
         engine = generating._Engine(tiny_model, GREEDY, 2, 460)
         engine.prefill([0, 1], [tuple(prompt), (4, 3)], [0, 1])
     assert largest.numel < 450 * 450 // 2
+
+
+def test_a_card_gets_its_memory_back_after_sampling_when_the_cache_is_gone(tiny_model, monkeypatch):
+    alive = []
+    monkeypatch.setattr(
+        generating, "return_memory", lambda device: alive.append(sum(type(x) is SlotCache for x in gc.get_objects()))
+    )
+    run(tiny_model, GREEDY, 3)
+    assert alive == [0]
 
 
 def test_each_completion_is_handed_over_once_as_it_ends(tiny_model):

@@ -10,8 +10,7 @@ import torch
 from children import run_recipe
 
 from kit.config import parse
-from kit.machine import GIB
-from kit.memory import CONTEXT
+from kit.machine import CONTEXT, GIB
 from kit.toy import TINY
 
 ROOT = Path(__file__).resolve().parents[1]

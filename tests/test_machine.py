@@ -1,10 +1,15 @@
 import mmap
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from kit.machine import describe_machine, peak_resident_bytes, resident_bytes
+from kit.machine import describe_machine, peak_resident_bytes, resident_bytes, return_memory
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_machine_is_named_and_a_missing_gpu_is_said():
@@ -25,3 +30,23 @@ def test_memory_that_is_touched_and_freed_stays_in_the_peak_only():
     assert held >= before + size * 0.9
     assert peak_resident_bytes() >= before + size * 0.9
     assert resident_bytes() <= held - size * 0.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="expandable segments exist on Linux only")
+def test_segments_of_a_cards_memory_can_grow_unless_the_user_chose_otherwise():
+    """Asked of torch itself, which reads the variable when it first allocates, in a process that imports torch first."""
+    question = "import torch, kit; print(torch._C._accelerator_getAllocatorSettings())"
+    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {"PYTHONPATH": str(ROOT)}
+    for chosen, expected in (({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"},) * 2):
+        expected = expected if isinstance(expected, str) else expected["PYTORCH_ALLOC_CONF"]
+        found = subprocess.run([sys.executable, "-c", question], env=bare | chosen, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
+
+
+def test_memory_is_returned_on_a_card_and_left_alone_on_a_cpu(monkeypatch):
+    returned = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: returned.append(True))
+    return_memory(torch.device("cpu"))
+    assert not returned
+    return_memory(torch.device("cuda"))
+    assert returned == [True]

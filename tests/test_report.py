@@ -69,6 +69,12 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     assert "loss 2.000 at the first step, 1.000 at the last" in page
 
 
+def test_tokens_per_second_leave_out_the_steps_that_compiled_kernels(tmp_path):
+    path = make_run(tmp_path / "run", metrics=[2.0, 1.0])
+    Journal(path / "metrics.jsonl").append({"step": 3, "loss": 1.0, "tokens": 10, "seconds": 90.0, "compiles": True})
+    assert "30 tokens in 92 s (10 tokens/s, without steps that compiled kernels)" in write_report(path).read_text()
+
+
 def test_plots_are_pngs_of_a_readable_size(tmp_path):
     path = make_run(tmp_path / "run", before=rows([0.5]), after=rows([0.5]), metrics=[1.0])
     write_report(path)

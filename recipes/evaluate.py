@@ -24,6 +24,7 @@ from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse, show
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams, cache_bytes
+from kit.measured_speed import sampling_time
 from kit.pages import percent
 from kit.report import SAMPLES, write_report
 from kit.results import Result, mean_accuracy, paired_bootstrap, paired_difference, read_result
@@ -85,6 +86,8 @@ def main(config: Config) -> list[Result]:
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
+    responses = sum(len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks)
+    print(f"time        {sampling_time(config.model, responses, config.max_new_tokens, config.num_slots)}")
     results = [
         evaluate(model, chat, benchmark, params, run.path / SAMPLES,
                  num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed)

@@ -27,6 +27,7 @@ from kit.data import load_documents
 from kit.evaluate import evaluate, header_of
 from kit.fitting import choose, leaner, rows_of, switches
 from kit.generate import SamplingParams, cache_bytes
+from kit.measured_speed import sampling_time, training_time
 from kit.memory import CARDS, Plan, check_free_memory, plan
 from kit.report import AFTER, BEFORE, findings, write_report
 from kit.run import RunFolder, recipe_name, write_json
@@ -171,6 +172,11 @@ def main(config: Config) -> None:
     samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
     cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens; KV cache {cache:.2f} GiB and the prompts'")
+    passes = 1 if config.baseline else 2  # before and after
+    responses = passes * sum(len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks)
+    training = training_time(config.model, savings_of(config), config.qlora_rank, plan.tokens)
+    sampling = sampling_time(config.model, responses, config.max_new_tokens, config.num_slots)
+    print(f"time        training {training}\n            sampling {sampling}")
 
     def measure(model, stage: str):
         results = {}

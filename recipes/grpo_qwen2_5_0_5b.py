@@ -27,6 +27,7 @@ from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import as_flags, parse, show
 from kit.evaluate import evaluate
 from kit.generate import SamplingParams
+from kit.measured_speed import sampling_time
 from kit.memory import adapter_rank, check_free_memory
 from kit.rl import Policy
 from kit.rl_loop import train
@@ -216,6 +217,9 @@ def main(config: Config) -> None:
     print(
         f"the paper   {'; '.join(deviations(config)) or 'its Table 3'}; clip range, KL estimator and normaliser: not stated there"
     )
+    answers = config.steps * config.batch_prompts * config.group_size
+    sampling = sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
+    print(f"time        rollouts {sampling}; updates and evaluation besides")
     params = SamplingParams(max_new_tokens=min(config.eval_tokens, models.context_length(model) // 2))
 
     def measure(stage: str) -> None:

@@ -60,12 +60,13 @@ LAYERS = {  # exact classes: a subclass may compute something else
 _norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # last norm -> what recompute_layers set there
 
 
-def recompute_layers(model: nn.Module, *, offload: bool = False, tile_tokens: int = 0) -> None:
+def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, tile_tokens: int = 0) -> None:
     """From now on, in training mode, keep only the inputs of each decoder layer and of the last norm for the backward pass.
 
     model: of a family in kit.models.FAMILIES, with or without adapters, full or NF4 weights; it may be on any device. Module and
     parameter names stay as they are. Calling it again replaces the settings; keep_activations ends it.
     offload: keep layer inputs in CPU memory (pinned on a GPU), the last layer's excepted. A backward pass is then possible once.
+        A HostInputs does it in that object's way: a check can delay its copies.
     tile_tokens: most tokens of the feed-forward (and norms) whose activations are alive at a time; 0 = all.
     The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient.
     Raises ValueError for an unknown layer class, for a model without decoder layers, for tile_tokens < 0; in the forward pass for
@@ -82,7 +83,7 @@ def recompute_layers(model: nn.Module, *, offload: bool = False, tile_tokens: in
             )
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layer to recompute; pass the language model itself")
-    host = HostInputs() if offload else None
+    host = offload if isinstance(offload, HostInputs) else HostInputs() if offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = True  # transformers' own protocol: the layer now calls the function in training mode
         layer._gradient_checkpointing_func = _Recomputed(layer, tile_tokens, host, index, is_last=index == len(layers) - 1)

@@ -50,13 +50,15 @@ def parse(
         allow_abbrev=False,
     )
     for field in dataclasses.fields(config_class):
+        flag = "--" + field.name.rstrip("_")  # `as_` is the flag --as, a keyword of Python
         default = f"(default {field.default!r})"
         text = f"{comments.get(field.name, '')} {default}".strip().replace("%", "%%")
         if types[field.name] is bool:
-            parser.add_argument(f"--{field.name}", action="store_true", default=None, help=text)
+            parser.add_argument(flag, dest=field.name, action="store_true", default=None, help=text)
             parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None, help=argparse.SUPPRESS)
         elif types[field.name] in (int, float, str):
-            parser.add_argument(f"--{field.name}", type=types[field.name], metavar=types[field.name].__name__, help=text)
+            kind = types[field.name]
+            parser.add_argument(flag, dest=field.name, type=kind, metavar=kind.__name__, help=text)
         else:
             raise TypeError(f"{config_class.__name__}.{field.name} is a {types[field.name]}; a flag is a bool, int, float or str")
     known = [option for action in parser._actions for option in action.option_strings]

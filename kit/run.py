@@ -32,7 +32,7 @@ class RunFolder:
         Raises ValueError where the folder holds a run already, where there is nothing to resume, and where a resumed run's
         settings differ, naming them.
         """
-        path = Path(config.out) if config.out else _numbered(Path("runs") / recipe_name(config), newest=config.resume)
+        path = Path(config.out) if config.out else next_folder(Path("runs") / recipe_name(config), newest=config.resume)
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
         stored = path / "config.json"
         if config.resume:
@@ -67,7 +67,8 @@ def recipe_name(config) -> str:
     return Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
 
 
-def _numbered(parent: Path, *, newest: bool) -> Path:
+def next_folder(parent: Path, *, newest: bool = False) -> Path:
+    """The next free number under parent, 001 first; or, with newest, the highest that is there."""
     numbers = [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()] if parent.is_dir() else []
     return parent / f"{max(numbers, default=0) + (0 if newest and numbers else 1):03d}"
 

@@ -32,6 +32,42 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a card if there is none, also under -m gpu."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+left_out: set[str] = set()  # tests that were deselected: xdist does not count them
+
+
+def pytest_deselected(items):
+    left_out.update(item.nodeid for item in items if item.get_closest_marker("gpu"))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = sorted(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    left_out.update(getattr(node, "workeroutput", {}).get("left_out", ()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if left_out:
+        how = "run them with -m gpu" if torch.cuda.is_available() else "there is none here"
+        terminalreporter.write_line(f"{len(left_out)} tests need an NVIDIA card and were deselected: {how}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One process for tests on a card: they cap its memory and time it."""
+    return 1 if config.option.markexpr == "gpu" else None
+
+
 @pytest.fixture(params=FAMILIES)
 def tiny_model(request):
     """A random model of each family whose logits are far from flat, so that greedy decoding has something to decide."""

@@ -398,6 +398,13 @@ def test_cpu_memory_is_allocated_once_and_staging_is_given_back(tiny_model):
     assert not host.leaving
 
 
+def test_inputs_are_offloaded_by_the_object_that_is_passed(tiny_model):
+    host = HostInputs()
+    recompute_layers(tiny_model, offload=host)
+    gradients_of(tiny_model)
+    assert len(host.buffers) == len(tiny_model.model.layers) - 1
+
+
 def test_the_backward_pass_reads_what_the_cpu_memory_holds(tiny_model):
     recompute_layers(tiny_model, offload=True)
     host = host_of(tiny_model)

@@ -1,0 +1,175 @@
+"""Does training fit where the memory plan says so? The allocator gets what a card of the planned size leaves.
+
+For each model, full fine-tuning and QLoRA: kit.memory plans the step; then three rows of 16,384 tokens are
+trained, first one document, then several, with torch's allocator capped at the plan's total less what the
+plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. Passed: nothing runs out of
+memory, at most 3 % lie between the tensors' peak and the plan's, and what is reserved stays below the cap.
+Left out: what CUDA takes outside torch's allocator (an assumption of the plan), other programs on the card,
+several rows per step, and settings as --gpu_gb chooses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from card.models import Training, build, has_bf16, held_gib, memory_cap, peak_gib, warm_up
+from card.results import PASS, Card, Results
+
+from kit.fitting import QLORA_RANK
+from kit.machine import GIB
+from kit.memory import CONTEXT, Plan, plan
+from kit.savings import Savings
+from kit.step import TrainingStep
+
+LEAN = Savings(tile_tokens=2_048, optimizer="adamw8bit", offload_inputs=True, logit_rows=256)
+ROWS = ([16_384], [12_001, 2_983, 1_400], [7_000, 5_211, 2_100, 903, 700, 470])  # documents of each step
+CLOSE = 0.03  # share of the planned peak by which the measured one may differ
+
+
+def run(results: Results, card: Card, models: list[str]) -> None:
+    if not has_bf16(results, card):
+        return
+    check_cap(results, card)
+    with TemporaryDirectory() as folder, planned(chosen_cases(card, models), folder) as plans:
+        for case, job in plans.items():
+            with results.case(title_of(case)):
+                run_case(results, card, case, job)
+    add_headlines(results)
+
+
+def chosen_cases(card: Card, models: list[str]) -> list[Training]:
+    """List the first model in full and the last through adapters, then the others."""
+    chosen = [(models[0], 0), (models[-1], QLORA_RANK)]
+    if not card.quick:
+        chosen += [(name, rank) for rank in (0, QLORA_RANK) for name in models]
+    lean = replace(LEAN, tile_tokens=64, logit_rows=32) if card.small else LEAN
+    savings = {0: replace(lean, update_in_backward=True), QLORA_RANK: lean}
+    return [Training(name, savings[rank], rank, card.small) for name, rank in dict.fromkeys(chosen)]
+
+
+def title_of(case: Training) -> str:
+    return f"{case.short} {'QLoRA' if case.rank else 'full fine-tuning'}"
+
+
+def check_cap(results: Results, card: Card) -> None:
+    """Show that the allocator refuses what lies beyond the cap: every other claim here rests on it."""
+    name = "the cap on memory holds"
+    if not card.is_cuda:
+        results.not_run(name, "no card")
+        return
+    with results.case(name), memory_cap(card, held_gib(card) + 1):
+        refused = False
+        try:
+            torch.empty(2 * GIB, dtype=torch.uint8, device=card.device)
+        except torch.OutOfMemoryError:
+            refused = True
+        torch.empty(GIB // 2, dtype=torch.uint8, device=card.device)  # there is room below the cap
+        setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+        results.check(name, refused, f"2 GiB under a cap of 1; PYTORCH_ALLOC_CONF is {setting or 'not set'}")
+
+
+@contextlib.contextmanager
+def planned(cases: list[Training], folder: str) -> Iterator[dict[Training, Future]]:
+    """Plan all cases in processes beside the training; they end with the block."""
+    before = set(multiprocessing.active_children())
+    workers = min(len(cases), max((os.cpu_count() or 2) // 2, 1))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, initializer=stay_off_the_card)
+    try:
+        yield {case: pool.submit(make_plan, case, folder) for case in cases}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+
+
+def stay_off_the_card() -> None:
+    """Set up a planning process: without the card, with one thread."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+
+
+def make_plan(case: Training, folder: str) -> Plan:
+    """Simulate one step of the case. folder: takes the config of a small model."""
+    model, row_tokens = case.model, len(case.row(ROWS[0], 0))
+    if case.small:
+        model = str(Path(folder) / f"{case.short}_{case.rank}")
+        case.config.save_pretrained(model)
+    return plan(model, row_tokens=row_tokens, savings=case.savings, qlora_rank=case.rank)
+
+
+def run_case(results: Results, card: Card, case: Training, job: Future) -> None:
+    """Train under the cap of the plan's total, and under that of the card that --cap_gb asks for."""
+    title, seconds = title_of(case), case.guessed_seconds(card, case.row(ROWS[0], 0))
+    if not results.has_time(title, seconds):
+        return
+    try:
+        found = job.result(max(min(results.left() - seconds, 600), 1))
+    except TimeoutError:
+        results.not_run(title, "the memory plan was not ready in time")
+        return
+    needed = found.total / GIB
+    if card.is_cuda and needed > card.gib:
+        results.not_run(title, f"the plan needs {needed:.2f} GiB and the card has {card.gib:.2f}")
+        return
+
+    fit(results, card, case, found, title, needed)
+    larger = f"{title} in {card.cap_gb:g} GB"
+    if card.cap_gb and results.has_time(larger, seconds):
+        fit(results, card, case, found, larger, card.cap_gb)
+
+
+def fit(results: Results, card: Card, case: Training, found: Plan, title: str, card_gib: float) -> None:
+    """Train three steps with what a card of card_gib GiB leaves to the allocator."""
+    rows = [case.row(lengths, seed) for seed, lengths in enumerate(ROWS)]
+    held = warm_up(card)
+    model = build(card, case.config, rank=case.rank)
+    cap, peak = card_gib - CONTEXT / GIB, found.peak / GIB
+    losses, seconds, problems = [], 0.0, []
+    with memory_cap(card, cap + held):
+        try:
+            norm = 0.0 if case.savings.update_in_backward else 1.0
+            step = TrainingStep(model, case.savings, lr=1e-5, max_grad_norm=norm)
+            for row in rows:
+                start = time.perf_counter()
+                losses.append(step([row])[0].item())
+                card.synchronize()
+                seconds = time.perf_counter() - start  # of the last one: the others compile
+            step.close()
+        except torch.OutOfMemoryError as error:
+            problems.append(f"OUT OF MEMORY after {len(losses)} steps: {' '.join(str(error).split())[:90]}")
+        allocated, reserved = (gib - held for gib in peak_gib(card))
+
+    if card.is_cuda and not problems and abs(allocated / peak - 1) > CLOSE:
+        problems.append(f"allocated is off by {allocated / peak - 1:+.1%}, more than {CLOSE:.0%}")
+    if reserved > cap + 0.01:
+        problems.append("reserved exceeds the cap")
+    if not all(map(math.isfinite, losses)):
+        problems.append("a loss is not finite")
+    numbers, speed = case.speed(card, rows[-1], seconds) if losses else ({}, "no step")
+    numbers |= {"planned_gib": peak, "allocated_gib": allocated, "reserved_gib": reserved, "cap_gib": cap}
+    numbers |= {"held_before_gib": held}
+    text = f"GiB planned {peak:.2f}, allocated {allocated:.2f}, reserved {reserved:.2f}, cap {cap:.2f}"
+    results.check(title, not problems, "; ".join([*problems, text, speed]), case=title_of(case), **numbers)
+
+
+def add_headlines(results: Results) -> None:
+    """Record the largest model that fitted, in full and with QLoRA, for the closing sentence."""
+    for is_qlora in (False, True):
+        passed = [row for row in results.rows if row.get("case") and row["status"] == PASS]
+        passed = [row for row in passed if bool(row["qlora_rank"]) == is_qlora]
+        if passed:
+            best = max(passed, key=lambda row: row["planned_gib"])
+            text = f"{best['case']} at {best['row_tokens']:,} tokens: {best['reserved_gib']:.1f} GiB, "
+            text += f"{best['tokens_per_second']:,.0f} tokens/s"
+            results.figure("largest that fits", text, headline=text if results.card.is_cuda else "")

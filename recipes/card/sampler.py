@@ -1,0 +1,221 @@
+"""The sampler on Qwen2.5-0.5B: are its tokens right, is it faster than transformers, what does a step cost?
+
+- greedy tokens of tiny fp32 models, sampled on the card, are those of transformers' generate on the CPU
+- tokens/s with 64, 256 and 16 rows of 512 new tokens, prompts of 200, temperature 0.6, top-p 0.95
+- beside transformers' generate and generate_batch on the same prompts: at least twice generate's speed
+- launches, kernels and copies to the host per decode step, also of one long row beside 31 short ones
+- what reading 8 prompts of 1,024 tokens holds, beside the memory plan of reinforcement learning
+Random weights never end a text, so all rows are equally long. Left out: long-tailed lengths, which
+recipes/bench_sampler.py has, and vLLM.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from tempfile import TemporaryDirectory
+
+import torch
+from card import models
+from card.models import QWEN, build_to_sample, held_gib, memory_cap, model_config, peak_gib
+from card.profile import profiled
+from card.results import Card, Results, one_line
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from kit.generate import PREFILL_TOKENS, _Engine, cache_bytes, generate
+from kit.machine import GIB
+from kit.rl_memory import SAMPLER, plan_rl
+from kit.rl_settings import Settings
+from kit.sampling import SamplingParams
+
+NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
+SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's
+PAGE_TOKENS = 32  # of generate_batch's cache
+
+
+def run(results: Results, card: Card) -> None:
+    for name in (QWEN, "google/gemma-3-1b-it"):
+        with results.case(f"tokens of a tiny {model_config(name).model_type}"):
+            check_tokens(results, card, name)
+    if not models.has_bf16(results, card):
+        return
+    model = build_to_sample(card, SPREAD)
+    for check in (measure_speed, measure_decoding, check_reading, compare_peers):
+        with results.case(check.__name__):
+            check(results, card, model)
+
+
+def params(new_tokens: int, temperature: float = 0.6, top_p: float = 0.95) -> SamplingParams:
+    return SamplingParams(temperature, top_p, 0, new_tokens)
+
+
+def random_prompts(lengths: list[int], model, seed: int = 0) -> list[tuple[int, ...]]:
+    rng, V = torch.Generator().manual_seed(seed), model.config.vocab_size
+    return [tuple(torch.randint(3, V, (length,), generator=rng).tolist()) for length in lengths]
+
+
+def check_tokens(results: Results, card: Card, name: str) -> None:
+    """Compare greedy tokens of a tiny model with plain transformers', prompt by prompt on the CPU."""
+    config = model_config(name, small=True, num_hidden_layers=4, tie_word_embeddings=False)
+    cpu = Card(torch.device("cpu"), small=True, quick=True)
+    on_cpu = models.build(cpu, config, seed=1, dtype=torch.float32).eval()
+    models.sharpen(on_cpu, 4.0)
+    on_card, new_tokens = copy.deepcopy(on_cpu).to(card.device), 24
+    prompts = random_prompts([5, 40, 17, 90, 33, 1, 70, 12], on_cpu)
+    found = generate(on_card, prompts, params(new_tokens, 0.0, 1.0), num_slots=3, seed=0, eos_token_id=NEVER)
+
+    on_cpu.set_attn_implementation("sdpa")
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, eos_token_id=NEVER, pad_token_id=0)
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])  # (1, length)
+        written = on_cpu.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+        wanted.append(written[0, len(prompt) :].tolist())
+
+    equal = sum(completion.ids == ids for completion, ids in zip(found, wanted, strict=True))
+    text = f"{equal} of {len(prompts)} answers equal transformers' on the CPU"
+    results.check(f"greedy tokens of a tiny {config.model_type}", equal == len(prompts), text)
+
+
+def sampled(card: Card, model, prompts: list[tuple[int, ...]], new_tokens: int) -> float:
+    """Return the tokens/s of all prompts at once, reading included. Samples a little first, to compile."""
+    for tokens in (3, new_tokens):
+        start = time.perf_counter()
+        generate(model, prompts, params(tokens), num_slots=len(prompts), seed=0, eos_token_id=NEVER)
+        card.synchronize()
+    return len(prompts) * new_tokens / (time.perf_counter() - start)
+
+
+def measure_speed(results: Results, card: Card, model) -> None:
+    length, new_tokens = (16, 8) if card.small else (200, 128 if card.quick else 512)
+    for rows in (2, 4) if card.small else (64,) if card.quick else (64, 256, 16):
+        title = f"{rows} rows of {new_tokens} tokens"
+        if can_run(results, card, title, cache_bytes(model, rows, length + new_tokens), 0.03 * new_tokens):
+            with memory_cap(card):
+                speed = sampled(card, model, random_prompts([length] * rows, model, rows), new_tokens)
+                allocated = peak_gib(card)[0]
+            text = f"{speed:,.0f} tokens/s, {1000 * rows / speed:.1f} ms per decode step, {allocated:.2f} GiB"
+            numbers = {"model": QWEN, "gpu": card.name, "num_slots": rows, "tokens_per_second": speed}
+            results.figure(title, text, new_tokens=new_tokens, **numbers)
+
+
+def can_run(results: Results, card: Card, title: str, cache: int, seconds: float) -> bool:
+    """Return whether memory and time allow the case; if not, record it as not run. cache: bytes."""
+    needed = 1.5 + held_gib(card) + cache / GIB  # 1.5: the tensors of a step, and CUDA's own
+    if card.is_cuda and needed > card.gib:
+        results.not_run(title, f"about {needed:.1f} GiB are needed and the card has {card.gib:.1f}")
+        return False
+    return results.has_time(title, seconds if card.is_cuda else 0)
+
+
+@torch.inference_mode()
+def measure_decoding(results: Results, card: Card, model) -> None:
+    """Profile a decode step of even and uneven rows. Rows of one length share a prompt, read once."""
+    long, brief, steps, seen = (600, 20, 4, 2) if card.small else (16_000, 200, 20, 10)
+    for lengths in ([brief] * 64, [brief] * 32, [long] + [brief] * 31):
+        title = f"decode step, [{lengths[0]:,}] + [{brief}] x {len(lengths) - 1}"
+        if not can_run(results, card, title, cache_bytes(model, len(lengths), lengths[0] + 64), 5):
+            continue
+        card.free()
+        engine = _Engine(model, params(64), len(lengths), lengths[0] + 64)
+        for length in sorted(set(lengths)):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
+        seconds = decode(card, engine, lengths, 3)  # compiles
+        seconds = decode(card, engine, lengths, steps) / steps
+
+        profile = profiled(card, lambda engine=engine, lengths=lengths: decode(card, engine, lengths, seen))
+        counts = {name: getattr(profile, name) / seen for name in ("launches", "kernels", "copies_to_host")}
+        text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
+        text = f"{1000 * seconds:.2f} ms, {text}, the card busy for {profile.busy / seen / seconds:.0%}"
+        results.figure(title, text, **counts, seconds=seconds, longest=profile.longest)
+
+
+def decode(card: Card, engine: _Engine, lengths: list[int], steps: int) -> float:
+    """Time some decode steps, in seconds. lengths: positions that each row holds; they grow by the steps."""
+    card.synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        engine.decode(lengths)
+        lengths[:] = [length + 1 for length in lengths]
+    card.synchronize()
+    return time.perf_counter() - start
+
+
+def check_reading(results: Results, card: Card, model) -> None:
+    """Compare the memory that reading prompts takes, besides model and cache, with its plan."""
+    rows, length = (2, 64) if card.small else (PREFILL_TOKENS // 1_024, 1_024)
+    title = f"reading {rows} x {length:,} prompt tokens"
+    if not results.has_time(title, 15 if card.is_cuda else 0):
+        return
+    engine = _Engine(model, params(16), rows, length + 16)
+    for seed in range(2):  # the first time compiles and makes workspaces
+        prompts = random_prompts([length] * rows, model, seed)
+        with memory_cap(card), torch.inference_mode():
+            start, before = time.perf_counter(), held_gib(card)
+            engine.prefill(list(range(rows)), prompts, list(range(rows)))
+            card.synchronize()
+            speed, held = rows * length / (time.perf_counter() - start), peak_gib(card)[0] - before
+
+    with TemporaryDirectory() as folder:
+        if card.small:
+            model.config.save_pretrained(folder)
+        settings = Settings(max_new_tokens=16, num_slots=rows, row_tokens=4 * length)
+        plan = plan_rl(folder if card.small else QWEN, settings=settings, prompt_tokens=length)
+    planned = plan.sampling.owners[SAMPLER] / GIB
+    text = f"{held:.2f} GiB besides model and cache, planned {planned:.2f}; {speed:,.0f} tokens/s"
+    results.check(title, not card.is_cuda or held <= 1.1 * planned, text, held_gib=held, planned_gib=planned)
+
+
+def compare_peers(results: Results, card: Card, model) -> None:
+    """Time the same prompts in transformers' generate and in its continuous batching."""
+    rows, length, new_tokens = (3, 16, 6) if card.small else (64, 200, 128)
+    prompts = random_prompts([length] * rows, model, rows)
+    peers = {"generate": padded_generate} | ({} if card.quick else {"generate_batch": continuous_batching})
+    if not results.has_time("beside transformers", 25 if card.is_cuda else 0):
+        return
+    ours = sampled(card, model, prompts, new_tokens)
+    model.set_attn_implementation("sdpa")
+    for name, peer in peers.items():
+        title = f"{rows} rows of {new_tokens} tokens beside {name}"
+        try:
+            theirs = peer(card, model, [list(prompt) for prompt in prompts], new_tokens)
+        except Exception as error:  # whatever a peer raises is no failure of the kit
+            results.not_run(title, f"{name} failed: {one_line(error)}")
+            continue
+        text = f"{ours:,.0f} beside {theirs:,.0f} tokens/s: {ours / theirs:.2f} x"
+        if card.is_cuda and name == "generate":
+            results.check(title, ours >= 2 * theirs, f"{text}, at least 2", ratio=ours / theirs)
+        else:
+            results.figure(title, text, ratio=ours / theirs)
+
+
+def generation(new_tokens: int) -> GenerationConfig:
+    drawing = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
+    return GenerationConfig(**drawing, max_new_tokens=new_tokens, eos_token_id=NEVER, pad_token_id=0)
+
+
+@torch.no_grad()
+def padded_generate(card: Card, model, prompts: list[list[int]], new_tokens: int) -> float:
+    """Return the tokens/s of model.generate on prompts of one length. Generates a little first."""
+    ids = torch.tensor(prompts, device=card.device)  # (rows, length)
+    for tokens in (2, new_tokens):
+        start, mask = time.perf_counter(), torch.ones_like(ids)
+        written = model.generate(ids, attention_mask=mask, generation_config=generation(tokens))
+        card.synchronize()
+    return written[:, ids.shape[1] :].numel() / (time.perf_counter() - start)
+
+
+def continuous_batching(card: Card, model, prompts: list[list[int]], new_tokens: int) -> float:
+    """Return the tokens/s of model.generate_batch and its warm-up. Raises ValueError if some are missing."""
+    pages = len(prompts) * (-(-(len(prompts[0]) + new_tokens) // PAGE_TOKENS) + 1)
+    sizes = {"page_size": PAGE_TOKENS, "num_blocks": pages, "max_batch_tokens": 512}
+    batching = ContinuousBatchingConfig(max_requests_per_batch=len(prompts), **sizes)
+    start = time.perf_counter()
+    outputs = model.generate_batch(prompts, generation(new_tokens), batching, progress_bar=False)
+    card.synchronize()
+    seconds = time.perf_counter() - start
+    total, wanted = sum(len(x.generated_tokens) for x in outputs.values()), len(prompts) * new_tokens
+    if total != wanted:
+        raise ValueError(f"{total} tokens came back, {wanted} were asked for")
+    return total / seconds

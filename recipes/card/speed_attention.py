@@ -1,0 +1,159 @@
+"""Packed attention beside torch's attention and flash-attn, forward and backward."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from card.compare import attempt, normal, running_sum
+from card.results import Card, Results
+from card.timing import Limits, milliseconds
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kit.kernels.backend import has_tensor_cores
+from kit.kernels.packed_attention import packed_attention
+from kit.kernels.traffic import causal_pairs
+
+SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
+Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that computes the output from them
+
+
+def run(results: Results, card: Card, limits: Limits) -> None:
+    if card.is_cuda and not has_tensor_cores(card.device):
+        results.not_run("attention", "compute capability below 8.0: attention runs in plain torch")
+        return
+
+    T, window = (64, 8) if card.small else (16_384, 512)
+    ratios: list[float] = []
+    for Hq, Hkv, D in SHAPES[: 3 if card.quick else None]:
+        for length in (T // 4,) if card.quick else (T, T // 4, T // 64):
+            for cut in (None, window) if D == 256 and length > window else (None,):
+                time_case(results, card, limits, (T, Hq, Hkv, D), length, cut, ratios)
+                card.free()
+    if card.is_cuda and ratios:
+        text = f"{min(ratios):.2f}x to {max(ratios):.2f}x the time of SDPA's flash attention"
+        results.figure("attention beside flash", text, headline=f"attention {text}")
+
+
+def time_case(results, card, limits, shape, length, window, ratios) -> None:
+    """Time one shape and length of documents; append our time over SDPA flash's to ratios."""
+    T, Hq, Hkv, D = shape
+    lengths = [length] * (T // length)
+    name = f"attention {Hq}/{Hkv} heads D{D}, {len(lengths)} x {length:,}"
+    if window is not None:
+        name += f", window {window}"
+    flops = 4 * D * Hq * causal_pairs(lengths, window)  # forward; backward has 2.5 times as many
+    seconds = 5 + 200 * flops / limits.matmul_tflops / 1e12  # 5 contestants, 40 forward passes' worth each
+    with results.case(name):
+        if not results.has_time(name, seconds):
+            return
+        torch.manual_seed(0)
+        q, k, v = (normal(card, T, heads, D) for heads in (Hq, Hkv, Hkv))
+        cu_seqlens = running_sum(card, lengths)
+        ours = forward_and_backward(card, *packed(q, k, v, cu_seqlens, length, window))
+        rates = flops / ours[0] / 1e9, 2.5 * flops / ours[1] / 1e9
+        words = [f"ours {ours[0]:.2f} + {ours[1]:.2f} ms, {rates[0]:.0f} and {rates[1]:.0f} TFLOP/s"]
+
+        times = {"ours": ours}
+        for peer, prepare in PEERS.items():
+            found, why = None, refusal(peer, window)
+            if not why:
+                found, why = with_either_layout(card, prepare, q, k, v, cu_seqlens, length, window)
+            if found is None:
+                words.append(f"{peer}: {why}")
+                continue
+            times[peer] = found
+            words.append(f"{peer} {found[0]:.2f} + {found[1]:.2f} ms{why}")
+        if "SDPA flash" in times:
+            ratios.append(sum(ours) / sum(times["SDPA flash"]))
+        results.figure(name, "; ".join(words), milliseconds=times, tflops=rates)
+
+
+def refusal(peer: str, window: int | None) -> str:
+    """Return why a peer cannot run at all, or nothing."""
+    if peer == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
+        return "not installed"
+    return "has no window" if peer.startswith("SDPA") and window is not None else ""
+
+
+def with_either_layout(card, prepare, q, k, v, cu_seqlens, length, window) -> tuple[tuple | None, str]:
+    """Time a peer, with K and V repeated if it takes no groups of heads. Return its times, and a remark."""
+
+    def run_peer(keys, values):
+        leaves, call = prepare(q, keys, values, cu_seqlens, length, window)
+        return forward_and_backward(card, leaves, call)
+
+    found, why = attempt(card, run_peer, k, v)
+    group = q.shape[1] // k.shape[1]
+    if found is None and group > 1:
+        found, _ = attempt(card, run_peer, *(x.repeat_interleave(group, dim=1) for x in (k, v)))
+        why = " with K and V repeated" if found else why
+    return found, why
+
+
+def forward_and_backward(card, leaves, call) -> tuple[float, float]:
+    """Return the milliseconds of each."""
+    with torch.no_grad():
+        forward = milliseconds(card, call)
+    out = call()
+    dout = torch.randn_like(out)
+    backward = milliseconds(card, lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    return forward, backward
+
+
+def packed(q, k, v, cu_seqlens, length, window) -> Prepared:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return leaves, lambda: packed_attention(*leaves, cu_seqlens, length, window=window)
+
+
+def sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
+    """Return a peer that takes documents of one length as a batch: torch at its best."""
+
+    def prepare(q, k, v, cu_seqlens, length, window) -> Prepared:
+        is_grouped = k.shape[1] != q.shape[1]
+        # (documents, heads, n, D)
+        batches = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        leaves = [x.detach().requires_grad_() for x in batches]
+
+        def call():
+            with sdpa_kernel([backend]):
+                return F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=is_grouped)
+
+        return leaves, call
+
+    return prepare
+
+
+def varlen(q, k, v, cu_seqlens, length, window) -> Prepared:
+    from torch.nn.attention.varlen import varlen_attn
+
+    accepted, options = inspect.signature(varlen_attn).parameters, {}
+    if "window_size" in accepted:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise ValueError("has no window in this release of torch")
+    if k.shape[1] != q.shape[1] and "enable_gqa" in accepted:
+        options["enable_gqa"] = True
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return leaves, lambda: varlen_attn(*leaves, cu_seqlens, cu_seqlens, length, length, **options)
+
+
+def flash_attn(q, k, v, cu_seqlens, length, window) -> Prepared:
+    from flash_attn import flash_attn_varlen_func
+
+    size = (-1 if window is None else window - 1, 0)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    bounds = cu_seqlens, cu_seqlens, length, length
+    return leaves, lambda: flash_attn_varlen_func(*leaves, *bounds, causal=True, window_size=size)
+
+
+PEERS = {
+    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "torch varlen": varlen, "flash-attn": flash_attn,
+}  # fmt: skip

@@ -1,0 +1,125 @@
+"""Training steps at 16,384 tokens, from plain to lean settings: are the losses the same, where does time go?
+
+Every model that fits the card is trained three steps with each setting, from the same random weights, on rows
+of four documents. The second step is timed; the third runs under torch.profiler. Settings may change speed
+and memory, not the losses; without offloading, at most 6 copies to the host per row may make the CPU wait.
+Left out: how much memory a step takes (section fits; here --cap_gb only decides what runs), and several rows
+per step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from card.models import ROW_TOKENS, Training, build, has_bf16, model_config, shipped
+from card.profile import Profile, profiled
+from card.results import Card, Results
+
+from kit.fitting import rungs
+from kit.formula import formula_total
+from kit.machine import GIB
+from kit.savings import Savings
+from kit.step import TrainingStep
+
+USUAL = ("google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct")
+DOCUMENTS = [ROW_TOKENS // 4] * 4
+SAME_LOSS = 1e-3  # relative; tiles and blocks add in another order, and bf16 rounds what they add
+COPIES = 6  # to the host, per row
+
+
+def chosen_models(names: str) -> list[str]:
+    """Split comma-separated names of models; "" = the usual three, "all" = every shipped config.
+
+    Raises ValueError for a model without a shipped config.
+    """
+    known = shipped()
+    if names == "all":
+        return known
+    chosen = [name.strip() for name in names.split(",")] if names else list(USUAL)
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ValueError(f"no config of {unknown[0]!r} ships with the kit; pass some of {', '.join(known)}")
+    return chosen
+
+
+def run(results: Results, card: Card, models: list[str]) -> None:
+    if not has_bf16(results, card):
+        return
+    for name in models[:1] if card.quick else models:
+        reference = None  # losses of the first setting that runs
+        for label, savings in settings(name, card).items():
+            training = Training(name, savings, small=card.small)
+            title = f"{training.short}, {label}"
+            with results.case(title):
+                if can_run(results, card, title, training):
+                    losses = train(results, card, title, training)
+                    reference = reference or losses
+                    compare(results, title, losses, reference)
+
+
+def settings(name: str, card: Card) -> dict[str, Savings]:
+    """List the settings to try, from plain to lean."""
+    tiles, rows = (64, 32) if card.small else (2_048, 512)
+    return {
+        "defaults": Savings(),
+        "tiles": Savings(tile_tokens=tiles),
+        "tiles and offloaded inputs": Savings(tile_tokens=tiles, offload_inputs=True),
+        "leanest": replace(rungs(model_config(name))[-1], tile_tokens=tiles, logit_rows=rows),
+    }
+
+
+def can_run(results: Results, card: Card, title: str, training: Training) -> bool:
+    """Return whether memory and time allow the case; if not, record it as not run."""
+    needed = 1.1 * formula_total(training.config, ROW_TOKENS, training.savings) / GIB  # it is good to a tenth
+    if card.is_cuda and needed > card.gib:
+        results.not_run(title, f"it may need {needed:.1f} GiB and the card has {card.gib:.1f}")
+        return False
+    return results.has_time(title, training.guessed_seconds(card, training.row(DOCUMENTS, 0)))
+
+
+def train(results: Results, card: Card, title: str, training: Training) -> list[float]:
+    """Train three steps and record speed and profile. Returns the losses."""
+    rows = [training.row(DOCUMENTS, seed) for seed in range(3)]
+    step = TrainingStep(build(card, training.config), training.savings, lr=1e-5)
+    losses, seconds = [], 0.0
+    for row in rows[:2]:
+        start = time.perf_counter()
+        losses.append(step([row])[0])
+        card.synchronize()
+        seconds = time.perf_counter() - start  # of the second one: the first compiles
+    profile = profiled(card, lambda: losses.append(step([rows[2]])[0]))
+    step.close()
+
+    numbers, text = training.speed(card, rows[1], seconds)
+    results.figure(title, text, **numbers)
+    record(results, title, training.savings, profile, seconds)
+    return [loss.item() for loss in losses]
+
+
+def record(results: Results, title: str, savings: Savings, profile: Profile, seconds: float) -> None:
+    """Record the profile and judge the copies to the host."""
+    if not profile.seconds:
+        results.not_run(f"{title}, profile", "the profiler saw no kernel")
+        return
+    copies, shares = profile.copies_to_host, (profile.busy / profile.seconds, profile.busy / seconds)
+    text = f"{profile.launches:,} launches, {profile.kernels:,} kernels, {copies} copies to the host; "
+    text += "busy for {:.0%} of the profiled step, {:.0%} of the timed one".format(*shares)
+    numbers = {"launches": profile.launches, "kernels": profile.kernels, "busy_seconds": profile.busy}
+    results.figure(f"{title}, profile", text, **numbers, longest=profile.longest)
+    for kernel, milliseconds, times in profile.longest[:5]:
+        print(f"{milliseconds:16.2f} ms {times:>6} x {kernel[:80]}")
+
+    if not (savings.offload_inputs or savings.offload_optimizer):  # which copy to the host on purpose
+        text = f"{copies} per row, at most {COPIES}"
+        results.check(f"{title}, copies to the host", copies <= COPIES, text)
+
+
+def compare(results: Results, title: str, losses: list[float], reference: list[float]) -> None:
+    """Judge the losses beside those of the first setting that ran."""
+    apart = max(abs(loss / other - 1) for loss, other in zip(losses, reference, strict=True))
+    holds = all(map(math.isfinite, losses)) and apart <= SAME_LOSS
+    found = ", ".join(f"{loss:.5f}" for loss in losses)
+    text = f"{found}: {apart:.1e} from the first setting's, at most {SAME_LOSS:g}"
+    results.check(f"{title}, losses", holds, text, losses=losses)

@@ -1,0 +1,88 @@
+"""Times by the card's own events, peaks of memory, and the two limits to compare them with."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from card.compare import normal
+from card.results import Card, Results
+
+from kit.machine import GIB
+
+LONG, VERY_LONG = 30.0, 300.0  # ms; longer calls run three times, and once
+
+
+@dataclass
+class Limits:
+    """What the card can do, as measured. The defaults serve for estimates if measuring fails."""
+
+    copy_gbs: float = 300.0  # GB/s, read and written
+    matmul_tflops: float = 30.0  # of bf16
+
+
+def measure_limits(results: Results, card: Card) -> Limits:
+    limits = Limits()
+    with results.case("copy bandwidth"):
+        x = torch.randn(2**16 if card.small else 2**28, device=card.device)  # 1 GiB
+        y = torch.empty_like(x)
+        limits.copy_gbs = 2 * x.nbytes / milliseconds(card, lambda: y.copy_(x)) / 1e6
+        results.figure("copy bandwidth", f"{limits.copy_gbs:,.0f} GB/s", gbs=limits.copy_gbs)
+    with results.case("matmul"):
+        n = 64 if card.small else 8192
+        a, b = normal(card, n, n), normal(card, n, n)
+        limits.matmul_tflops = 2 * n**3 / milliseconds(card, lambda: a @ b) / 1e9
+        text = f"{limits.matmul_tflops:,.1f} TFLOP/s in bf16, {n} x {n}"
+        results.figure("matmul", text, tflops=limits.matmul_tflops)
+    card.free()
+    return limits
+
+
+def milliseconds(card: Card, call: Callable[[], object]) -> float:
+    """Return the median time of a call after a first one, which compiles. On a CPU: the time of one call."""
+    call()
+    if not card.is_cuda:
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+
+    once = event_time(call)
+    if once < LONG:
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=10, rep=50, return_mode="median")  # clears the L2 cache between runs
+    more = 2 if once < VERY_LONG else 0
+    return statistics.median([once, *(event_time(call) for _ in range(more))])
+
+
+def event_time(call: Callable[[], object]) -> float:
+    """Return the milliseconds of one call between two events of the card."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def peak_gib(card: Card, call: Callable[[], object]) -> float | None:
+    """Return the memory that a call takes beyond what was allocated before. None on a CPU."""
+    if not card.is_cuda:
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+def claim(results: Results, card: Card, name: str, holds: bool, text: str, **numbers) -> None:
+    """Judge a claim about speed. A rehearsal, or another architecture's code, gives a figure only."""
+    if card.is_cuda and not card.arch:
+        results.check(name, holds, text, **numbers)
+    else:
+        results.figure(name, f"{text} (not judged)", **numbers)

@@ -1,0 +1,220 @@
+"""Every kernel against float64, with unwritten outputs visible as NaN."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+from card import truth_attention, truth_head
+from card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms, running_sum
+from card.results import Card, Results
+from torch import Tensor
+
+from kit.kernels.adamw8bit import adamw8bit_, init_state
+from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from kit.kernels.logit_rows import block_gradients_, row_gradients_, row_logprobs
+from kit.kernels.packing import pack, unpack, unpack_reference
+from kit.packing import IGNORE_INDEX, Document, PackedBatch
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = BF16, FP16, FP32
+
+
+def run(results: Results, card: Card) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with results.case("poison"), poisoned():
+        first = torch.empty(8, device=card.device)
+        fresh = torch.cat([first, first.new_empty(8), torch.empty_like(first)])
+        numbers = {"fresh": {"error": int((~fresh.isnan()).sum()), "torch_error": None, "size": len(fresh)}}
+        results.check("poison: fresh memory is NaN", bool(fresh.isnan().all()), numbers=numbers)
+    truth_attention.run(results, card)
+    if not card.arch:  # most of a linear head is cuBLAS, which Triton's target does not change
+        truth_head.run(results, card)
+    check_rows(results, card)
+    if card.arch:
+        with results.case("PTX"):
+            truth_attention.check_ptx(results, card)
+        return
+
+    check_cross_entropy(results, card)
+    check_packing(results, card)
+    check_adamw(results, card)
+
+
+def plain_rows(logits, targets, inv_temperature, softcap, dtype) -> tuple[Tensor, ...]:
+    """Return log-prob, entropy, logsumexp, gradient of -log-prob (in the logits' dtype, or in float64)."""
+    z = logits.to(dtype)
+    slope = torch.full_like(z, inv_temperature)
+    if softcap:
+        capped = torch.tanh(z / softcap)
+        z, slope = softcap * capped, slope * (1 - capped * capped)
+    z = z * inv_temperature
+    logprobs = z.log_softmax(1)
+    p = logprobs.exp()
+    entropy = -(p * logprobs).sum(1)
+    gradient = p.scatter_add(1, targets[:, None], p.new_full((len(z), 1), -1.0)).mul_(slope)
+    gradient = gradient if dtype == FP64 else gradient.to(logits.dtype)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy, z.logsumexp(1), gradient
+
+
+def check_rows(results: Results, card: Card) -> None:
+    """Check log-prob, entropy and gradient of rows, and the gradient of a block of columns."""
+    vocabularies = (530, 77) if card.small else (262_144, 128_257)  # a multiple of 16, and not
+    cases = list(product(DTYPES, vocabularies, ((0.7, 30.0), (1.0, 0.0))))
+    for dtype, V, (temperature, softcap) in cases[:: 3 if card.quick else 1]:
+        name = f"rows of logits {name_of(dtype)} V = {V:,} temperature {temperature} softcap {softcap:g}"
+        with results.case(name):
+            if results.has_time(name, 2):
+                check_row_kernels(results, card, name, dtype, V, 1 / temperature, softcap)
+    card.free()
+
+
+def check_row_kernels(results, card, name, dtype, V, inv_temperature, softcap) -> None:
+    R = 6 if card.small else 200
+    torch.manual_seed(2)
+    logits, targets = normal(card, R, V, dtype=dtype, scale=3.0), torch.randint(V, (R,), device=card.device)
+    targets[0], targets[1] = 0, V - 1
+    score = inv_temperature, softcap
+    truth, torchs = (plain_rows(logits, targets, *score, wide) for wide in (FP64, FP32))
+
+    with poisoned():
+        logprobs, entropy = row_logprobs(logits.clone(), targets, *score)
+        gradient = logits.clone()
+        again = row_gradients_(gradient, targets, *score)
+        columns = slice(V // 3 // 16 * 16, V // 3 // 16 * 16 + V // 2)
+        block = logits[:, columns].contiguous()
+        block_gradients_(block, targets, truth[2].float(), columns.start, *score)
+
+    logprob_floor = ROUNDING * truth[0].abs().max().item()
+    eps = torch.finfo(dtype).eps
+    if dtype == FP32:
+        eps *= 16  # exp of an fp32 number near -16 has lost four bits
+    parts = {
+        "logprob": Part(logprobs, torchs[0], truth[0], logprob_floor),
+        "logprob with gradient": Part(again, torchs[0], truth[0], logprob_floor),
+        "entropy": Part(entropy, torchs[1], truth[1], 2 * logprob_floor),
+    }
+    gradients = (gradient, torchs[3], truth[3]), (block, torchs[3][:, columns], truth[3][:, columns])
+    for label, (ours, peer, true) in zip(("gradient", "block"), gradients, strict=True):
+        parts[label] = Part(ours, peer, true, eps * rms(true) + 1e-8)
+    judge(results, name, parts)
+
+
+def check_cross_entropy(results: Results, card: Card) -> None:
+    """Check the loss of given logits and the gradient written over them."""
+    N, V = (30, 530) if card.small else (200, 262_144)
+    for dtype, reduction in list(product(DTYPES, ("mean", "none")))[:: 3 if card.quick else 1]:
+        name = f"cross_entropy {name_of(dtype)} {reduction}"
+        with results.case(name):
+            if not results.has_time(name, 2):
+                continue
+            torch.manual_seed(1)
+            logits = normal(card, N, V, dtype=dtype, scale=2.0)
+            targets = torch.randint(V, (N,), device=card.device)
+            targets[::7] = IGNORE_INDEX
+            upstream = torch.linspace(-1, 2, N, device=card.device) if reduction == "none" else None
+
+            settings = {"targets": targets, "reduction": reduction}
+            truth = loss_and_gradient(cross_entropy_reference, logits.double(), upstream, settings)
+            torchs = loss_and_gradient(cross_entropy_reference, logits, upstream, settings)
+            with poisoned():
+                ours = loss_and_gradient(cross_entropy, logits, upstream, settings)
+            floors = ROUNDING * rms(truth[0]), torch.finfo(dtype).eps * rms(truth[1])
+            sides = zip(("loss", "dlogits"), ours, torchs, truth, floors, strict=True)
+            judge(results, name, {label: Part(*side) for label, *side in sides})
+    card.free()
+
+
+def loss_and_gradient(function, logits, upstream, settings) -> tuple[Tensor, Tensor]:
+    leaf = logits.clone().requires_grad_()
+    loss = function(leaf, **settings)
+    loss.backward(None if upstream is None else upstream.to(loss.dtype))
+    return loss.detach(), leaf.grad
+
+
+def check_packing(results: Results, card: Card) -> None:
+    """Check pack and unpack against loops over documents, bit for bit."""
+    torch.manual_seed(4)
+    lengths = torch.randint(1, 30 if card.small else 900, (40,)).tolist()
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    prompts = torch.tensor([n // 3 for n in lengths])
+    chosen = [3, 0, 17, 39, 21, 8, 30]
+    row = [lengths[d] for d in chosen]
+    cu_seqlens, T = running_sum(card, row), sum(row)
+
+    for dtype in (torch.int32, torch.int64):
+        with results.case(f"pack {dtype}"):
+            buffer = torch.randint(3, 250_000, (sum(lengths),), dtype=dtype)
+            documents = [Document(buffer[offsets[d] : offsets[d + 1]], int(prompts[d])) for d in chosen]
+            expected = PackedBatch.build(documents)
+            arguments = [x.to(card.device) for x in (buffer, offsets, prompts, torch.tensor(chosen))]
+            with poisoned():
+                found = pack(*arguments, cu_seqlens, T)
+            names = PackedBatch.TENSORS[:3]
+            pairs = {name: (x.cpu(), getattr(expected, name)) for name, x in zip(names, found, strict=True)}
+            judge_equal(results, f"pack {dtype}", pairs)
+
+    cases = list(product((FP32, BF16, FP16, torch.int64), ((), (24,))))
+    for dtype, width in cases[:: 3 if card.quick else 1]:
+        name = f"unpack {dtype} {width}"
+        with results.case(name):
+            values = (100 * torch.randn(T, *width)).to(dtype)
+            leaf = values.to(card.device).requires_grad_(dtype.is_floating_point)
+            with poisoned():
+                found = unpack(leaf, cu_seqlens, max(row) + 3, fill=-7)
+            expected = unpack_reference(values, cu_seqlens.cpu(), max(row) + 3, fill=-7)
+            pairs = {"values": (found.detach().cpu(), expected)}
+            if dtype.is_floating_point:
+                upstream = torch.randn(found.shape).to(dtype)
+                with poisoned():
+                    found.backward(upstream.to(card.device))
+                gradient = torch.cat([upstream[d, :n] for d, n in enumerate(row)])
+                pairs["gradient"] = leaf.grad.cpu(), gradient
+            judge_equal(results, name, pairs)
+
+    name = "unpack, 69 million numbers in a document"
+    with results.case(name):  # in blocks of 1,024: more than the 65,535 of a grid's second axis
+        T, C = (64, 33) if card.small else (32_768, 2_112)
+        values = normal(card, T, C)
+        judge_equal(results, name, {"values": (unpack(values, running_sum(card, [T]), T)[0], values)})
+    card.free()
+
+
+def check_adamw(results: Results, card: Card) -> None:
+    """Check AdamW8bit against its CPU path, and that steps far smaller than a weight's last bit add up."""
+    cases = [(BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP32)]
+    for dtype, gradient_dtype in cases[: 2 if card.quick else None]:
+        name = f"adamw8bit {name_of(dtype)} weights {name_of(gradient_dtype)} gradients beside the CPU"
+        with results.case(name):
+            N = 3_001 if card.small else 1_000_003
+            torch.manual_seed(6)
+            weights = (0.02 * torch.randn(N)).to(dtype)
+            gradients = (1e-3 * torch.exp(torch.randn(N)) * torch.randn(3, N)).to(gradient_dtype)
+            gradients[:, ::10] = 0
+            expected = step_three_times(weights, gradients, torch.device("cpu"))
+            found = step_three_times(weights, gradients, card.device)
+            pairs = {label: (x.cpu(), expected[label]) for label, x in found.items()}
+            judge_equal(results, name, pairs, share=1e-5)  # a root's last bit may decide between two codes
+
+    name = "adamw8bit, 1,000 steps of 1e-5 on bf16 weights near 0.02"
+    with results.case(name):
+        N, steps, lr = (512, 20, 1e-5) if card.small else (1_000_000, 1000, 1e-5)
+        weights = torch.full((N,), 0.02, dtype=BF16, device=card.device)
+        gradient = torch.full_like(weights, -1e-3)
+        start, state = weights.double().mean().item(), init_state(weights)
+        for step in range(1, steps + 1):
+            adamw8bit_(weights, gradient, state, step=step, lr=lr, seed=2)
+        moved = (weights.double().mean().item() - start) / (steps * lr)
+        numbers = {"mean": {"error": abs(moved - 1), "torch_error": None, "size": 1.0}}
+        limit = 0.5 if card.small else 0.02  # a few hundred weights move by chance
+        results.check(name, abs(moved - 1) <= limit, f"moved {moved:.4f} of the way", numbers=numbers)
+
+
+def step_three_times(weights: Tensor, gradients: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Return the weights and their state after three updates on the device."""
+    weights = weights.clone().to(device)
+    state = init_state(weights)
+    options = {"lr": 1e-3, "seed": 1, "index": 3, "weight_decay": 0.1, "gradient_scale": 0.7}
+    for step, gradient in enumerate(gradients, 1):
+        adamw8bit_(weights, gradient.to(device), state, step=step, **options)
+    return {"weights": weights, **state}

@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from kit.kernels.packed_attention import documents_attention, packed_attention
 
 CHOICES = ("auto", "kit", "flash-attn", "torch")
-# transformers reads a meaning of its own into names with "flash" in them
+# Code that gives transformers such a name takes it from here, and so cannot forget the import that registers it. transformers
+# reads a meaning of its own into names with "flash" in them.
 REGISTERED = {"kit": "kit", "flash-attn": "kit_varlen", "torch": "kit_torch"}
 MAX_FLASH_HEAD_DIM = 256  # of flash-attn 2
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit import ledger
+from kit.attention import REGISTERED
 from kit.checkpoint import ADAPTER_CONFIG
 from kit.cost import ASSUMED, extra_seconds, step_seconds
 from kit.heads import TiedHead
@@ -206,7 +207,7 @@ def plan(
         from kit.nf4 import simulate_quantised_decoder
         from kit.qlora import add_adapters
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=dtype)
+        fake = AutoModelForCausalLM.from_config(config, attn_implementation=REGISTERED["kit"], dtype=dtype)
         if qlora_rank:
             simulate_quantised_decoder(fake)
             add_adapters(fake, base="", rank=qlora_rank)

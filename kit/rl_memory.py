@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from kit import ledger
+from kit.attention import REGISTERED
 from kit.config import as_flags
 from kit.episodes import EpisodeBatch
 from kit.fitting import rungs
@@ -189,7 +190,7 @@ def _simulate(
         from kit.qlora import add_adapters
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        fake = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=dtype)
+        fake = AutoModelForCausalLM.from_config(config, attn_implementation=REGISTERED["kit"], dtype=dtype)
         if qlora_rank:
             simulate_quantised_decoder(fake)
             add_adapters(fake, base="", rank=qlora_rank)

@@ -29,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kit import models
+from kit.attention import REGISTERED
 from kit.benchmarks import Question
 from kit.chat import ChatFormat, digest
 from kit.checkpoint import save_model
@@ -155,7 +156,7 @@ def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaFo
         )
     shape = {"hidden_size": H, "intermediate_size": 3 * H, "num_hidden_layers": num_layers, "num_attention_heads": heads,
              "num_key_value_heads": heads, "rms_norm_eps": old.rms_norm_eps * old.hidden_size / H}  # fmt: skip
-    new = LlamaForCausalLM(LlamaConfig(**old.to_diff_dict() | shape, attn_implementation="kit"))
+    new = LlamaForCausalLM(LlamaConfig(**old.to_diff_dict() | shape, attn_implementation=REGISTERED["kit"]))
     corners = dict(model.named_parameters())
     for name, weight in new.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):

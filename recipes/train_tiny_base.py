@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kit.attention import REGISTERED
 from kit.benchmarks import BENCHMARKS
 from kit.chat import ChatFormat
 from kit.checkpoint import save_model
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=config.hidden_size, intermediate_size=3 * config.hidden_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, num_key_value_heads=config.num_heads,
-            max_position_embeddings=1024, tie_word_embeddings=True, attn_implementation="kit",
+            max_position_embeddings=1024, tie_word_embeddings=True, attn_implementation=REGISTERED["kit"],
             pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
+from kit.attention import REGISTERED
 from kit.packing import Document
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -77,7 +78,7 @@ def tiny_model(request):
 def make_model(family: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     config = copy.deepcopy(FAMILIES[family])  # a model shares the config it is made from, and with it the kind of attention
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=REGISTERED["kit"], dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

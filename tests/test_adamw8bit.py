@@ -407,6 +407,7 @@ def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(m
     torch.testing.assert_close(p[-60:].view(torch.bfloat16).float(), torch.full((60,), -(0.1 / 0.001**0.5)), rtol=2**-7, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernel_passes_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")

@@ -89,6 +89,7 @@ def test_the_operator_and_its_fake_implementation_agree():
     torch.library.opcheck(block_gradients_, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernel_passes_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__)

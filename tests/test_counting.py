@@ -160,6 +160,7 @@ def test_the_interpreter_is_as_before_after_the_block_even_after_an_error():
     assert interpreter.interpreter_builder is interpreter.interpreter_semantic.builder is before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
 def test_this_file_passes_in_the_interpreter():

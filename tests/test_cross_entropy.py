@@ -207,6 +207,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernels_pass_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")

@@ -102,6 +102,7 @@ def measure(out, slots):
     evaluate(model, ChatFormat(tokenizer, instruction=""), toy(30), HOT, out, num_samples=2, num_slots=slots)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path):
     wait(call(__file__, "measure", tmp_path / "whole", 8))
     path = tmp_path / "broken" / "toy.jsonl"

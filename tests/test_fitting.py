@@ -37,6 +37,7 @@ def test_a_card_with_room_for_the_first_settings_gets_them(small_model, rows):
     assert switches(found, 1.0) == vars(first)
 
 
+@pytest.mark.slow
 def test_no_switch_that_was_chosen_can_be_left_out(small_model):
     """For a card that the third rung fits, and for one that only the leanest does."""
     ladder = rungs(load_config(small_model))

@@ -37,6 +37,7 @@ def recipe(monkeypatch):
     return grpo_qwen2_5_0_5b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [["--qlora_rank", "4"]])
 def test_the_plan_for_a_card_prints_flags_that_give_the_same_plan_again(adapters, model, tmp_path):
     flags = ["--plan", *small(model), *adapters]

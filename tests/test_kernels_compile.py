@@ -106,6 +106,7 @@ def run_child(*args, **environment):
     return subprocess.run([sys.executable, *args], env=inherited | environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_case_compiles_well_a_dot_shows_its_tensor_cores_and_bad_kernels_are_seen():
     child = run_child(__file__)

@@ -635,6 +635,7 @@ def in_a_child(code_or_args, **environment):
     return child.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernels_pass_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")

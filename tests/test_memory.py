@@ -84,6 +84,7 @@ def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_
     assert peaks[2, True] > 1.1 * peaks[1, True] and peaks[3, True] == peaks[2, True]
 
 
+@pytest.mark.slow
 def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
     """SmolLM2-135M's shape, random weights, all savings on."""
     config = AutoConfig.for_model(

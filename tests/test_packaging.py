@@ -76,6 +76,7 @@ def test_from_the_repository_root_transformers_finds_hugging_faces_kernels_and_n
     assert done.stdout.split("\n")[:2] == ["from the hub", str(ROOT / "kernels" / "packed_attention.py")]
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_repository_root_with_the_real_package_installed():
     assert version("kernels")  # the test extra installs Hugging Face's own
     code = "import transformers.models.llama.modeling_llama, kit.models, kernels; print(hasattr(kernels, 'get_kernel'))"
@@ -83,6 +84,7 @@ def test_transformers_imports_from_the_repository_root_with_the_real_package_ins
     assert done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_repository_root_without_that_package(tmp_path):
     """Then `import kernels` finds our folder as a namespace package, which transformers must not take for Hugging Face's."""
     for entry in Path(transformers.__file__).parents[1].iterdir():  # site-packages, but for that one

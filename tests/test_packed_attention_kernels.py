@@ -303,6 +303,7 @@ def test_programs_reach_every_tile_and_at_most_one_a_document_is_idle():
             assert first[-1] == sum(lengths) // block + len(lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="this is the child, or Triton is not installed (macOS)")
 def test_the_kernels_pass_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "--durations=8")

@@ -344,6 +344,7 @@ def start(out, resume):
     return call(__file__, "run_training", out, resume=resume)
 
 
+@pytest.mark.slow
 def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
     train_unbroken_and_killed(start, tmp_path, lines=6, newest_checkpoint="step_0000005")
     whole, again = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "broken"))

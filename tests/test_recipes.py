@@ -18,6 +18,7 @@ TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
 QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
 
 
+@pytest.mark.slow
 def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
     command = [sys.executable, str(ROOT / "recipes" / "gemma3_1b_8k.py"), *QUICK]  # as from a shell, with nothing imported yet
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -102,6 +103,7 @@ def bench_fewer(*flags):
     bench.main(parse(bench.Config, flags, smoke=bench.SMOKE))
 
 
+@pytest.mark.slow
 def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):
     done = call(__file__, "bench_fewer", "--smoke", "--json", str(tmp_path / "figures.json"))
     wait(done)
@@ -212,6 +214,7 @@ def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
     assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers at once" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libraries_take(tmp_path):
     done = run_recipe("bench_grpo", "--smoke", "--repeats", "2", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -230,6 +233,7 @@ def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
     assert done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
     flags = ["--smoke", "--arms", "long", "--num_questions", "4", "--max_new_tokens", "48"]
     done = run_recipe("valley_demo", *flags, "--sizes", "8", cwd=tmp_path)

@@ -137,6 +137,7 @@ def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_f
     assert choose_rl(small_model, settings=SHORT, gpu_gb=24, most_slots=16, **PROMPT).settings.num_slots == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qlora_rank", [0])
 def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(small_model, qlora_rank):
     settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update is what does not fit

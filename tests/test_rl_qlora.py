@@ -119,6 +119,7 @@ def start(out, resume):
     return call(__file__, "run_training", out, resume=resume)
 
 
+@pytest.mark.slow
 def test_killed_by_sigkill_and_resumed_adapters_and_rollouts_are_bit_equal_to_an_unbroken_run(tmp_path):
     train_unbroken_and_killed(start, tmp_path, lines=3, newest_checkpoint="step_0000002")
     whole, broken = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "broken"))
@@ -138,6 +139,7 @@ def recipe(*flags, cwd):
     return run_recipe("grpo_qwen2_5_0_5b", "--smoke", "--qlora_rank", "4", *flags, cwd=cwd)
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_saves_and_measures_adapters(tmp_path):
     flags = ["--weaken", "0", "--steps", "2", "--batch_prompts", "4", "--group_size", "4", "--minibatch_prompts", "2",
              "--num_questions", "4"]  # fmt: skip

@@ -281,6 +281,7 @@ def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypa
         main(Config(ignored=1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
 def test_this_file_passes_in_the_interpreter():

@@ -106,6 +106,7 @@ def rows(path):
     return untimed, samples
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as_an_unbroken_run(tmp_path):
     wait(call(__file__, "measure", tmp_path / "whole", workers=1))
     broken = tmp_path / "broken"

@@ -34,6 +34,7 @@ def short_context(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_fails(short_context, tmp_path):
     flags = ["--smoke", "--models", f"tiny,{short_context}", "--sizes", "96", "--max_steps", "12", "--checkpoint_every", "4",
              "--num_questions", "4", "--num_samples", "1", "--max_new_tokens", "40"]  # fmt: skip

@@ -111,7 +111,7 @@ def wait(child: Child) -> None:
 
 def pass_in_the_interpreter(file: str, *options: str) -> None:
     """The real Triton kernels: TRITON_INTERPRET is read when a kernel is defined. Prints what pytest said."""
-    command = [sys.executable, "-m", "pytest", file, "--noconftest", "-q", "-p", "no:cacheprovider", *options]
+    command = [sys.executable, "-m", "pytest", file, "--noconftest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *options]
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)

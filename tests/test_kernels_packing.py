@@ -266,9 +266,3 @@ def test_grids_have_one_axis_since_a_card_ends_the_others_at_65_535(monkeypatch)
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 def test_the_triton_kernels_pass_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernels_pass_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")

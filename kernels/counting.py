@@ -19,9 +19,7 @@ What it is not: time.
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 
 import torch
@@ -170,48 +168,6 @@ def _bytes(x: Tensor) -> int:
     for length, stride in zip(x.shape, x.stride(), strict=True):
         size *= length if stride else min(length, 1)
     return size
-
-
-class LiveBytes(TorchDispatchMode):
-    """The with-block: how many bytes of storage live that operators made inside it, now and at most. Run the real function on
-    fake tensors (torch's FakeTensorMode) and it tells the memory of shapes that fit no machine."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.live: dict[int, int] = {}  # storage -> bytes
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "prim":  # questions, such as which device: more than half of all calls on fake tensors
-            return func(*args, **(kwargs or {}))
-        given = set(_storages((*args, *(kwargs or {}).values())))
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                key = x.untyped_storage()._cdata
-                if key not in self.live and key not in given:
-                    self.made(func, x)
-        return out
-
-    def made(self, func, x: Tensor) -> None:
-        """An operator returned a storage that is neither its argument's nor known."""
-        storage = x.untyped_storage()
-        self.live[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, storage._cdata)
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.live.pop(key)
-
-
-def _storages(arguments: Iterable) -> Iterator[int]:
-    """Of an operator's tensors, which stand alone or in lists; pytree, which knows more, takes longer than the operator."""
-    for x in arguments:
-        if isinstance(x, Tensor):
-            yield x.untyped_storage()._cdata
-        elif isinstance(x, (list, tuple)):
-            yield from _storages(x)
 
 
 def _count_triton(add):

@@ -23,9 +23,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kit.kernels.head_arguments import IGNORE_INDEX, checked, kept_rows
-from kit.kernels.linear_head import HeadGradients, logit_chunks, scaled, wide
-from kit.kernels.logit_rows import row_gradients_, row_logprobs
+from kit.kernels.linear_cross_entropy_chunks import (
+    IGNORE_INDEX,
+    HeadGradients,
+    checked,
+    kept_rows,
+    logit_chunks,
+    scaled,
+    wide,
+)
+from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 
 
 def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean", softcap=None, temperature=1.0):

@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 
 from kit.config import parse
-from kit.kernels import adamw8bit, cross_entropy, logit_rows, packed_attention_tiles, packing
+from kit.kernels import adamw8bit, cross_entropy, linear_cross_entropy_rows, packed_attention_tiles, packing
 from kit.kernels.compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
 from kit.run import write_json
 
@@ -29,10 +29,10 @@ HEAD_DIMS = [64, 128, 256]  # Qwen2.5 and Llama-3.2-1B; Llama-3.2-3B and Qwen2.5
 def _logit_rows(kernel: str, element: str, softcap: float) -> Case:
     rows = {"targets_ptr": "*i64"} | dict.fromkeys(("logprobs_ptr", "entropy_ptr", "logsumexp_ptr"), "*fp32")
     return Case(
-        logit_rows, kernel, element,
+        linear_cross_entropy_rows, kernel, element,
         arguments=rows | {"V": "i32:16", "first": "i32:16", "inv_temperature": "fp32"},
-        constants={"BLOCK_V": logit_rows.BLOCK_V, "SOFTCAP": softcap},
-        num_warps=logit_rows.NUM_WARPS, label="softcap" if softcap else "",
+        constants={"BLOCK_V": linear_cross_entropy_rows.BLOCK_V, "SOFTCAP": softcap},
+        num_warps=linear_cross_entropy_rows.NUM_WARPS, label="softcap" if softcap else "",
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import torch
 
 from kit.config import parse
 from kit.kernels.counting import Count
-from kit.kernels.linear_head import COPIED_ELEMENTS, halves, rows_per_chunk
+from kit.kernels.linear_cross_entropy_chunks import COPIED_ELEMENTS, halves, rows_per_chunk
 from kit.packing import plan_packs
 
 WIDE = 4  # bytes of an fp32 number

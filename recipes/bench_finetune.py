@@ -23,16 +23,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit import models
-from kit.attention import attention_name
-from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse
-from kit.data import load_documents
+from kit.data import ChatFormat, load_documents
+from kit.data.chat import INSTRUCTION
 from kit.machine import GIB, describe_machine, peak_resident_bytes
-from kit.optim import cosine_with_warmup
+from kit.models import backbone, loading
+from kit.models.attention import attention_name
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, plan_packs
 from kit.run import write_json
-from kit.savings import Savings
-from kit.step import TrainingStep
+from kit.train import Savings, TrainingStep
+from kit.train.optimizer import cosine_with_warmup
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def main(config: Config) -> list[dict]:
 def _model_and_documents(config: Config, threads: int):
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
-    device = models.default_device()
+    device = loading.default_device()
     model, tokenizer = models.load(config.model, device=device)
     if config.vocab_size:
         shape = {"hidden_size": 64, "intermediate_size": 1_024, "num_hidden_layers": 12, "num_attention_heads": 4,
                  "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
         settings = LlamaConfig(vocab_size=config.vocab_size, max_position_embeddings=config.row_tokens, **shape)
-        settings._attn_implementation = attention_name("auto", settings, device=device, dtype=models.default_dtype(device))
-        model = LlamaForCausalLM(settings).to(device, models.default_dtype(device))
+        settings._attn_implementation = attention_name("auto", settings, device=device, dtype=loading.default_dtype(device))
+        model = LlamaForCausalLM(settings).to(device, loading.default_dtype(device))
     if config.traces:
         chat = ChatFormat(tokenizer, template=config.chat_template, instruction=INSTRUCTION)
         documents, _ = load_documents(
@@ -126,14 +126,14 @@ def _ours(config: Config, threads: int) -> dict:
         batches = [PackedBatch.build([documents[i] for i in row]) for row in rows]
         losses.append(training_step(batches)[0].item())
     seconds = time.perf_counter() - start
-    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(models.head_weight(model).device)
+    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(backbone.head_weight(model).device)
     result = _result(seconds, losses, documents)  # the peak is read before the check below
 
     training_step.close()
 
     def second_document(ids):
         with torch.no_grad():
-            return models.hidden_states(model, PackedBatch(**{**vars(batch), "input_ids": ids}))[5:]
+            return backbone.hidden_states(model, PackedBatch(**{**vars(batch), "input_ids": ids}))[5:]
 
     return result | {"leak": _leaks(second_document, batch.input_ids, first=5)}
 

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kit.benchmarks import BENCHMARKS
 from kit.config import parse
+from kit.evaluate import BENCHMARKS
 from kit.grade import grade
-from kit.grading import workers
+from kit.grade.deciding import sympy_workers
 from kit.machine import describe_machine
 from kit.run import write_json
 
@@ -83,7 +83,7 @@ def main(config: Config) -> dict:
     machine = describe_machine()
     print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
     pairs = make_pairs(read_answers(config), random.Random(config.seed))
-    workers.start()  # importing sympy takes seconds: not out of the first hard pair
+    sympy_workers.start()  # importing sympy takes seconds: not out of the first hard pair
     time_all(pairs, "our", _kit, config.repeats)
     peer = importlib.util.find_spec("math_verify") is not None
     if peer:

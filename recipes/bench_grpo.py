@@ -5,12 +5,13 @@
     python recipes/bench_grpo.py --repeats 3                          each three times, alternately: for a machine that others use
     python recipes/bench_grpo.py --smoke                              two steps
 
-Both get the same start, prompts, rewards (kit.grade), group size, learning rate, AdamW, DAPO's token normaliser, advantages
-scaled by the group's deviation, no KL, one update a rollout; and are otherwise what they are by default: TRL samples with
-model.generate. Each runs in a process of its own, whose highest memory counts, libraries included; what a process takes that has
-only imported the model's class, as both must, is measured beside them. Time is from the first rollout to the last update. The
-random numbers differ, so rewards are compared as means over the last quarter of the steps.
-Left out on purpose: evaluation, saving, vLLM (which TRL can use on a card).
+Both get the same start, prompts, rewards (kit.grade.verdict), group size, learning rate, AdamW, DAPO's token
+normaliser, advantages scaled by the group's deviation, no KL, one update a rollout; and are otherwise what
+they are by default: TRL samples with model.generate. Each runs in a process of its own, whose highest memory
+counts, libraries included; what a process takes that has only imported the model's class, as both must, is
+measured beside them. Time is from the first rollout to the last update. The random numbers differ, so rewards
+are compared as means over the last quarter of the steps. Left out on purpose: evaluation, saving, vLLM (which
+TRL can use on a card).
 """
 
 import importlib.util
@@ -29,19 +30,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kit import models
-from kit.attention import REGISTERED
-from kit.benchmarks import Question
-from kit.chat import ChatFormat, digest
-from kit.checkpoint import save_model
 from kit.config import parse
+from kit.data import ChatFormat, Question
+from kit.data.problems import draw
+from kit.data.toy import make_rows
 from kit.grade import grade
 from kit.machine import GIB, describe_machine, peak_resident_bytes
-from kit.rl import Policy, update
-from kit.rl_loop import gather
-from kit.rl_prompts import draw
-from kit.rl_settings import Settings
-from kit.run import write_json
-from kit.toy import make_rows
+from kit.models.attention import REGISTERED
+from kit.models.folder import save_model
+from kit.rl import Policy, Settings, update
+from kit.rl.loop import gather
+from kit.run import digest, write_json
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from kit.attention import PACK_ATTENTION
 from kit.config import parse
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.traffic import causal_pairs
 from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
-from kit.models import default_device, default_dtype
+from kit.models.attention import PACK_ATTENTION
+from kit.models.loading import default_device, default_dtype
 from kit.run import write_json
 
 

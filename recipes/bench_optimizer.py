@@ -24,17 +24,17 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from kit import models
-from kit.chat import ChatFormat
 from kit.config import parse, show
-from kit.data import load_documents
-from kit.figures import embed
+from kit.data import ChatFormat, load_documents
+from kit.data.toy import LONG_TRACES
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.machine import describe_machine
-from kit.optim import AdamW8bit
+from kit.models import backbone
 from kit.packing import PackedBatch
+from kit.report.figures import embed
 from kit.run import write_json
-from kit.sft import TrainingPlan
-from kit.toy import LONG_TRACES
+from kit.train import TrainingPlan
+from kit.train.optimizer import AdamW8bit
 
 ARMS = {"fp32": "#333333", "kit": "#2a7f3f", "nearest": "#c0392b"}
 
@@ -93,8 +93,8 @@ def train(config: Config, arm: str, batches: list[PackedBatch]) -> tuple[list[fl
     weights, losses = Weights(model, arm, config), []
     for step in tqdm(range(config.num_steps), desc=arm, unit=" steps", disable=None):
         batch = batches[step % len(batches)].to(torch.device(config.device))
-        hidden = models.hidden_states(model, batch)
-        loss = linear_cross_entropy(hidden, models.head_weight(model), batch.targets, softcap=models.softcap(model))
+        hidden = backbone.hidden_states(model, batch)
+        loss = linear_cross_entropy(hidden, backbone.head_weight(model), batch.targets, softcap=backbone.softcap(model))
         loss.backward()
         weights.step()
         losses.append(loss.item())

@@ -20,11 +20,11 @@ import torch
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from kit.attention import attention_name
 from kit.config import parse
 from kit.generate import SamplingParams, generate
 from kit.machine import describe_machine
-from kit.models import default_device, default_dtype
+from kit.models.attention import attention_name
+from kit.models.loading import default_device, default_dtype
 from kit.run import write_json
 
 EOS, PAD = 0, 1  # an answer that starts above 1 counts down past PAD to EOS; prompts never hold either

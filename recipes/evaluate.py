@@ -19,17 +19,17 @@ import torch
 from transformers import AutoTokenizer
 
 from kit import models
-from kit.benchmarks import parse_benchmarks
-from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import parse, show
-from kit.evaluate import evaluate
+from kit.data import ChatFormat
+from kit.data.chat import INSTRUCTION
+from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
+from kit.evaluate.results import mean_accuracy, paired_bootstrap, read_result
 from kit.generate import SamplingParams, cache_bytes
-from kit.measured_speed import sampling_time
-from kit.pages import percent
-from kit.report import SAMPLES, write_report
-from kit.results import Result, mean_accuracy, paired_bootstrap, paired_difference, read_result
-from kit.run import RunFolder, write_json
-from kit.vllm_backend import VllmModel
+from kit.generate.vllm_backend import VllmModel
+from kit.memory.measured_speed import sampling_time
+from kit.report import write_report
+from kit.report.page import percent
+from kit.run import SAMPLES, RunFolder, write_json
 
 
 @dataclass(frozen=True)

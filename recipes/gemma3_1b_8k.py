@@ -19,21 +19,23 @@ from pathlib import Path
 import torch
 
 from kit import models
-from kit.baseline import take_baseline
-from kit.benchmarks import parse_benchmarks
-from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import as_flags, parse, show
-from kit.data import load_documents
-from kit.evaluate import evaluate, header_of
-from kit.fitting import choose, leaner, rows_of, switches
+from kit.data import ChatFormat, load_documents
+from kit.data.chat import INSTRUCTION
+from kit.data.toy import LONG_TRACES
+from kit.evaluate import evaluate, parse_benchmarks
+from kit.evaluate.measure import header_of
+from kit.evaluate.shared_baseline import take_baseline
 from kit.generate import SamplingParams, cache_bytes
-from kit.measured_speed import sampling_time, training_time
-from kit.memory import CARDS, Plan, check_free_memory, plan
-from kit.report import AFTER, BEFORE, findings, write_report
-from kit.run import RunFolder, recipe_name, write_json
-from kit.savings import Savings
-from kit.sft import TrainingPlan, train
-from kit.toy import LONG_TRACES
+from kit.memory import PeakMemory, Plan, plan
+from kit.memory.choose import choose, leaner, rows_of, switches
+from kit.memory.measured_speed import sampling_time, training_time
+from kit.memory.simulate import CARDS, check_free_memory
+from kit.models import backbone
+from kit.report import write_report
+from kit.report.before_after import findings
+from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
+from kit.train import Savings, TrainingPlan, train
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Config:
     max_tensor_norm: float = 0.0  # with update_in_backward, which knows no global norm: each parameter's own; 0 = no clipping
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
-    # memory: kit/savings.py; what fits is told by --plan
+    # memory: kit/train/savings.py; what fits is told by --plan
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
     recompute: bool = True  # one layer's activations at a time, for a third more computation
     tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
@@ -146,7 +148,7 @@ def main(config: Config) -> None:
     model, tokenizer = models.load_to_train(
         config.model, qlora_rank=config.qlora_rank, seed=config.seed, device=config.device, attention=config.attention
     )
-    context = models.context_length(model)
+    context = backbone.context_length(model)
     if config.row_tokens > context:
         raise ValueError(
             f"row_tokens is {config.row_tokens} but {config.model} was made for {context}; pass --row_tokens {context}"
@@ -200,7 +202,8 @@ def main(config: Config) -> None:
     trained = train(
         model, tokenizer, documents, plan, run,
         lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        max_tensor_norm=config.max_tensor_norm, savings=savings_of(config), planned=planned,
+        max_tensor_norm=config.max_tensor_norm, savings=savings_of(config),
+        memory=PeakMemory(model.device, planned, run.path / "memory.json"),
         checkpoint_every=config.checkpoint_every, seed=config.seed,
     )  # fmt: skip
     del model  # what is measured next is what was saved

@@ -9,11 +9,11 @@
 
 1. Measure the model. 2. Sample 8 answers a prompt from the model itself, grade them, compare each with the others of its prompt.
 3. Raise the probability of what did better, a clipped step a mini-batch, held near the start by a KL loss. 4. Repeat from 2, then
-measure again. The algorithm is kit/rl.py: read that one. What differs from the paper's setting is printed. --resume resumes.
+measure again. The algorithm is kit/rl/grpo.py: read that one. What differs from the paper's setting is printed. --resume resumes.
 
 Time: not timed on a GPU; the paper's runs took 8 H100. The prompts are SimpleRL-Zoo's on the hub (loading them was not tried
 from here); a local copy goes in with --prompts FILE, other MATH files with --levels 1-4 besides.
-Left out on purpose: what kit/rl.py leaves out, a schedule of the learning rate, several passes over one rollout.
+Left out on purpose: what kit/rl/grpo.py leaves out, a schedule of the learning rate, several passes over one rollout.
 """
 
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,23 +22,23 @@ from pathlib import Path
 import torch
 
 from kit import models
-from kit.benchmarks import parse_benchmarks
-from kit.chat import INSTRUCTION, ChatFormat
 from kit.config import as_flags, parse, show
-from kit.evaluate import evaluate
+from kit.data import ChatFormat
+from kit.data.chat import INSTRUCTION
+from kit.data.problems import read_prompts
+from kit.data.rows import BadRows
+from kit.data.toy import make_rows, write_rows
+from kit.evaluate import evaluate, parse_benchmarks
 from kit.generate import SamplingParams
-from kit.measured_speed import sampling_time
-from kit.memory import adapter_rank, check_free_memory
-from kit.rl import Policy
-from kit.rl_loop import train
-from kit.rl_memory import RLPlan, choose_rl, eval_slots, plan_rl
-from kit.rl_prompts import read_prompts
-from kit.rl_report import write_report
-from kit.rl_settings import Settings
-from kit.rows import BadRows
+from kit.memory.measured_speed import sampling_time
+from kit.memory.simulate import check_free_memory
+from kit.models import backbone
+from kit.models.folder import adapter_rank
+from kit.report.rl import write_report
+from kit.rl import Policy, Settings, train
+from kit.rl.memory_plan import RLPlan, choose_rl, eval_slots, plan_rl
 from kit.run import RunFolder, recipe_name, write_json
-from kit.savings import Savings
-from kit.toy import make_rows, write_rows
+from kit.train import Savings
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Config:
     weight_decay: float = 0.0  # 0 = none; the paper does not state it
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
     checkpoint_every: int = 5  # steps; 0 = only at the end
-    # memory: kit/savings.py
+    # memory: kit/train/savings.py
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
     row_tokens: int = 16_384  # tokens a pack of the update; a prompt and its answer must fit
     recompute: bool = True  # one layer's activations at a time, for a third more computation
@@ -220,7 +220,7 @@ def main(config: Config) -> None:
     answers = config.steps * config.batch_prompts * config.group_size
     sampling = sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
     print(f"time        rollouts {sampling}; updates and evaluation besides")
-    params = SamplingParams(max_new_tokens=min(config.eval_tokens, models.context_length(model) // 2))
+    params = SamplingParams(max_new_tokens=min(config.eval_tokens, backbone.context_length(model) // 2))
 
     def measure(stage: str) -> None:
         for benchmark in parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []:

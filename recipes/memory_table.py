@@ -4,10 +4,10 @@
     python recipes/memory_table.py --models google/gemma-3-1b-it     one
     python recipes/memory_table.py --json memory.json                for posting
 
-Each figure is one real training step on fake tensors, every live byte counted, plus what kit/memory.py assumes for slack and for
-CUDA itself. The rows switch savings on one after another; the full rows update in the backward pass, one row of packed traces a
-step. Left out on purpose: speed. Offloaded bytes cross the bus, a blocked head costs a matmul more: not timed on a GPU.
-"""
+Each figure is one real training step on fake tensors, every live byte counted, plus what
+kit/memory/simulate.py assumes for slack and for CUDA itself. The rows switch savings on one after another;
+the full rows update in the backward pass, one row of packed traces a step. Left out on purpose: speed.
+Offloaded bytes cross the bus, a blocked head costs a matmul more: not timed on a GPU."""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 from kit.config import parse
-from kit.formula import formula_total
 from kit.machine import GIB
-from kit.memory import CONFIGS, Plan, load_config, plan
+from kit.memory import Plan, plan
+from kit.memory.closed_form import formula_total
+from kit.models.loading import CONFIGS, load_config
 from kit.run import write_json
-from kit.savings import Savings
+from kit.train import Savings
 
 FULL = {"optimizer": "adamw8bit", "tile_tokens": 2048, "update_in_backward": True, "offload_inputs": True, "logit_rows": 256}
 ROWS = {  # name -> savings, rank of the adapters

@@ -1,29 +1,26 @@
-"""Train the tiny model that ships with the kit, from nothing, on short traces of the toy task (kit/toy.py).
+"""Train the tiny model that ships with the kit, from nothing, on short traces of the toy task (kit/data/toy.py).
 
     python recipes/train_tiny_base.py --out runs/tiny_base
 
-A Llama of 365k parameters learns 40,000 short traces in three epochs, through the same data, packing, fused loss and loop as the
-real recipes. It writes the model and, beside it, the toy's long traces and held-out problems, in the form of kit/tiny/.
-Time: about ten minutes on two CPU cores. Left out on purpose: a validation set (the benchmark is one), larger sizes.
-"""
+A Llama of 365k parameters learns 40,000 short traces in three epochs, through the same data, packing, fused
+loss and loop as the real recipes. It writes the model and, beside it, the toy's long traces and held-out
+problems, in the form of kit/models/shipped/tiny/. Time: about ten minutes on two CPU cores. Left out on
+purpose: a validation set (the benchmark is one), larger sizes."""
 
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kit.attention import REGISTERED
-from kit.benchmarks import BENCHMARKS
-from kit.chat import ChatFormat
-from kit.checkpoint import save_model
 from kit.config import parse, show
-from kit.data import Trace, make_documents
-from kit.evaluate import evaluate
+from kit.data import ChatFormat, Trace, make_documents
+from kit.data.toy import make_rows, make_tokenizer, write_rows
+from kit.evaluate import BENCHMARKS, evaluate
 from kit.generate import SamplingParams
+from kit.models.attention import REGISTERED
+from kit.models.folder import save_model
 from kit.run import RunFolder
-from kit.savings import Savings
-from kit.sft import TrainingPlan, train
-from kit.toy import make_rows, make_tokenizer, write_rows
+from kit.train import Savings, TrainingPlan, train
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def main(config: Config) -> None:
     benchmark = BENCHMARKS["toy"].read(str(tiny / "problems.jsonl"))
     params = SamplingParams(max_new_tokens=300)
     result = evaluate(model, chat, benchmark, params, run.path / "samples", num_samples=1, num_slots=64, seed=config.seed)
-    print(f"{result}\n{tiny} holds what ships as kit/tiny")
+    print(f"{result}\n{tiny} holds what ships as kit/models/shipped/tiny")
 
 
 if __name__ == "__main__":

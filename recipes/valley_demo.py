@@ -6,11 +6,12 @@
     python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384     and then more sizes, arms or seeds
     python recipes/valley_demo.py --resume --rl_steps 80    and then reinforcement learning from three of the models
 
-The model that ships with the kit has learned chains of additions and subtractions (kit/toy.py) from 40,000 short traces. It is
-fine-tuned on more and more long ones, which recheck and correct themselves, and measured each time as the paper measures: samples
-at temperature 0.6 and top-p 0.95 on held-out problems. Beside that stand a smaller model, the same problems with short traces,
-half and half, and long traces with a batch that grows with the data, as in the paper's Table 2. Everything goes through the
-pipeline of the real recipes; what came out, and what it says, is in report.html of the run folder.
+The model that ships with the kit has learned chains of additions and subtractions (kit/data/toy.py) from
+40,000 short traces. It is fine-tuned on more and more long ones, which recheck and correct themselves, and
+measured each time as the paper measures: samples at temperature 0.6 and top-p 0.95 on held-out problems.
+Beside that stand a smaller model, the same problems with short traces, half and half, and long traces with a
+batch that grows with the data, as in the paper's Table 2. Everything goes through the pipeline of the real
+recipes; what came out, and what it says, is in report.html of the run folder.
 
 Learning rate and batch were chosen once, by a rule: the largest rate tried at which, with some batch, the short control (more
 traces of the kind that the model knows) keeps four fifths of its accuracy at every size in one seed, so that most of a fall is
@@ -46,16 +47,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kit.benchmarks import BENCHMARKS
 from kit.config import parse, show
+from kit.evaluate import BENCHMARKS
 from kit.generate import SamplingParams
+from kit.report.valley import write_report
 from kit.run import RunFolder
-from kit.study import Study
-from kit.sweep import parse_numbers
-from kit.valley import Finished, Valley, curves, read_cells
-from kit.valley_curves import findings
-from kit.valley_report import write_report
-from kit.valley_rl import read_climbs, rl_findings, run_rl
+from kit.valley import Study
+from kit.valley.curves import findings
+from kit.valley.sweep import parse_numbers
+from kit.valley.toy_cells import Finished, Valley, curves, read_cells
+from kit.valley.toy_rl import read_climbs, rl_findings, run_rl
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Config:
     # model
     models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
     # cells
-    arms: str = "long,short,mixed,growing"  # of kit/study.py, which has two more mixtures; the first has all sizes
+    arms: str = "long,short,mixed,growing"  # of kit/valley/study.py, which has two more mixtures; the first has all sizes
     sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm
     control_sizes: str = "64,1024,4096"  # traces, of the other arms
     seeds: int = 3  # of traces, packs and samples
@@ -71,7 +72,7 @@ class Config:
     epochs: int = 4  # passes over the traces
     lr: float = 1e-3  # peak, cosine; why this one: above
     warmup_ratio: float = 0.05  # share of all steps; 0 = none
-    batch_traces: int = 16  # traces a step; what the growing batch of that arm does: kit/study.py
+    batch_traces: int = 16  # traces a step; what the growing batch of that arm does: kit/valley/study.py
     # evaluation
     num_questions: int = 0  # of the 100 held-out problems; 0 = all
     num_samples: int = 4  # samples a question

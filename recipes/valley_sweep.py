@@ -7,9 +7,10 @@
     python recipes/valley_sweep.py --resume                  go on after a kill, and try again what failed
     python recipes/valley_sweep.py --smoke                   the same path in about a minute on any CPU: a tiny model
 
-Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2 (kit/sweep.py); the untouched model
-is measured once a model and seed. A cell that fails is reported with its reason and the others go on. `--fixed_batch 128` adds
-the control arm that the paper lacks, one batch at every size; `--rl_sizes 0,8000,128000` adds reinforcement learning from there.
+Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2
+(kit/valley/sweep.py); the untouched model is measured once a model and seed. A cell that fails is reported
+with its reason and the others go on. `--fixed_batch 128` adds the control arm that the paper lacks, one batch
+at every size; `--rl_sizes 0,8000,128000` adds reinforcement learning from there.
 
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs, several machines.
 """
@@ -24,16 +25,39 @@ import grpo_qwen2_5_0_5b
 import torch
 from tqdm import tqdm
 
-from kit.chat import INSTRUCTION
 from kit.config import parse, show
+from kit.data.chat import INSTRUCTION
+from kit.data.toy import LONG_TRACES
+from kit.report.sweep import write_report
 from kit.run import RunFolder
-from kit.sweep import BASELINES, CELLS, FULL, MODELS, QLORA, RL, Cell, Grid, parse_models, parse_numbers, rl_name, write_sweep
-from kit.sweep_jobs import FAILED, Job, Outcome, places, read_outcomes, run_jobs
-from kit.sweep_memory import Chosen, choose_settings, plan_memory, settings_of, with_settings
-from kit.sweep_plan import Assumed, Evaluation, describe, plan_cells, write_plan
-from kit.sweep_report import write_report
-from kit.sweep_results import Sweep, measured_by, sentences
-from kit.toy import LONG_TRACES
+from kit.valley.estimate import (
+    Assumed,
+    Chosen,
+    Evaluation,
+    choose_settings,
+    describe,
+    plan_cells,
+    plan_memory,
+    settings_of,
+    with_settings,
+    write_plan,
+)
+from kit.valley.finished import Sweep, measured_by, sentences
+from kit.valley.jobs import FAILED, Job, Outcome, places, read_outcomes, run_jobs
+from kit.valley.sweep import (
+    BASELINES,
+    CELLS,
+    FULL,
+    MODELS,
+    QLORA,
+    RL,
+    Cell,
+    Grid,
+    parse_models,
+    parse_numbers,
+    rl_name,
+    write_sweep,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +128,7 @@ RL_SHARED = ("device", "chat_template", "instruction", "attention", "benchmarks"
 
 
 def deviations(config: Config, grid: Grid) -> list[str]:
-    """What differs from the paper's setting; what follows from the card's size is kit.sweep_memory's to say."""
+    """What differs from the paper's setting; what follows from the card's size is kit.valley.estimate's to say."""
     paper = Config()
     found = [f"{name} {getattr(config, name)} (paper: {said or getattr(paper, name)})" for name, said in STATED.items()
              if getattr(config, name) != getattr(paper, name)]  # fmt: skip

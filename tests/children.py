@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from kit import checkpoint
+from kit.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # Importing torch and transformers takes seconds, often longer than the run itself: on Linux one clean process imports them and
 # is forked for every child. It has computed nothing, so there are no threads whose state a fork could lose.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 CONTEXT.set_forkserver_preload([
-    "pytest", "peft", "kit.evaluate", "kit.memory", "kit.qlora", "kit.report", "kit.rl_loop", "kit.sft", "kit.valley_report",
+    "pytest", "peft", "kit.evaluate.measure", "kit.memory.simulate", "kit.models.qlora", "kit.report.before_after",
+    "kit.report.valley", "kit.rl.loop", "kit.train.loop",
     "transformers.models.gemma3.modeling_gemma3", "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ])  # fmt: skip

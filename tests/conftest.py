@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from kit.attention import REGISTERED
+from kit.models.attention import REGISTERED
 from kit.packing import Document
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from kit.journal import Journal
+from kit.run import Journal
 
 
 def test_rows_come_back_in_order(tmp_path):

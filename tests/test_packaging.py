@@ -56,7 +56,11 @@ def hugging_face_kernels(tmp_path):
 def test_the_wheel_holds_kit_with_its_kernels_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kit"}
-    assert {"kit/kernels/linear_cross_entropy.py", "kit/tiny/model.safetensors", "kit/tiny/long_traces.jsonl"} <= set(names)
+    assert {
+        "kit/kernels/linear_cross_entropy.py",
+        "kit/models/shipped/tiny/model.safetensors",
+        "kit/models/shipped/tiny/long_traces.jsonl",
+    } <= set(names)
     assert not [name for name in names if name.startswith("kit/kernels/__init__")]
 
 
@@ -79,7 +83,7 @@ def test_from_the_repository_root_transformers_finds_hugging_faces_kernels_and_n
 @pytest.mark.slow
 def test_transformers_imports_from_the_repository_root_with_the_real_package_installed():
     assert version("kernels")  # the test extra installs Hugging Face's own
-    code = "import transformers.models.llama.modeling_llama, kit.models, kernels; print(hasattr(kernels, 'get_kernel'))"
+    code = "import transformers.models.llama.modeling_llama, kit.models.loading, kernels; print(hasattr(kernels, 'get_kernel'))"
     done = python(code, cwd=ROOT)
     assert done.stdout.strip() == "True", done.stderr
 
@@ -90,14 +94,14 @@ def test_transformers_imports_from_the_repository_root_without_that_package(tmp_
     for entry in Path(transformers.__file__).parents[1].iterdir():  # site-packages, but for that one
         if not entry.name.startswith("kernels"):
             (tmp_path / entry.name).symlink_to(entry)
-    code = "import transformers.models.llama.modeling_llama, kit.models, kernels; print(hasattr(kernels, 'get_kernel'))"
+    code = "import transformers.models.llama.modeling_llama, kit.models.loading, kernels; print(hasattr(kernels, 'get_kernel'))"
     done = python(code, path=[tmp_path], cwd=ROOT, flags=["-S"])
     assert done.stdout.strip() == "False", done.stderr
 
 
 def test_the_installed_kit_works_from_anywhere_and_brings_no_other_top_level_name(tmp_path):
     """The README installs an editable kit; whatever kind is installed here is what is tried."""
-    code = "import kit.kernels.packed_attention, kit.grading.workers; from importlib.util import find_spec as find; "
+    code = "import kit.kernels.packed_attention, kit.grade.deciding.sympy_workers; from importlib.util import find_spec as find; "
     code += "print([name for name in ('tests', 'recipes', 'setup') if find(name)], find('kernels').origin)"
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

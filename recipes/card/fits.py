@@ -1,6 +1,6 @@
 """Does training fit where the memory plan says so? The allocator gets what a card of the planned size leaves.
 
-For each model, full fine-tuning and QLoRA: kit.memory plans the step; then three rows of 16,384 tokens are
+For each model, full fine-tuning and QLoRA: kit.memory.simulate plans the step; then three rows of 16,384 tokens are
 trained, first one document, then several, with torch's allocator capped at the plan's total less what the
 plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. Passed: nothing runs out of
 memory, at most 3 % lie between the tensors' peak and the plan's, and what is reserved stays below the cap.
@@ -25,11 +25,10 @@ import torch
 from card.models import Training, build, has_bf16, held_gib, memory_cap, peak_gib, warm_up
 from card.results import PASS, Card, Results
 
-from kit.fitting import QLORA_RANK
-from kit.machine import GIB
-from kit.memory import CONTEXT, Plan, plan
-from kit.savings import Savings
-from kit.step import TrainingStep
+from kit.machine import CONTEXT, GIB
+from kit.memory import Plan, plan
+from kit.memory.choose import QLORA_RANK
+from kit.train import Savings, TrainingStep
 
 LEAN = Savings(tile_tokens=2_048, optimizer="adamw8bit", offload_inputs=True, logit_rows=256)
 ROWS = ([16_384], [12_001, 2_983, 1_400], [7_000, 5_211, 2_100, 903, 700, 470])  # documents of each step

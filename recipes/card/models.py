@@ -17,11 +17,11 @@ import torch
 from card.results import Card, Results
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kit.cost import Sizes
 from kit.machine import GIB
-from kit.memory import CONFIGS
+from kit.memory.seconds import Sizes
+from kit.models.loading import CONFIGS
 from kit.packing import Document, PackedBatch
-from kit.savings import Savings
+from kit.train import Savings
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 ROW_TOKENS = 16_384
@@ -60,8 +60,8 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="kit")
 
     if rank:
-        from kit.nf4 import quantise_decoder  # bitsandbytes and peft take seconds to import
-        from kit.qlora import add_adapters
+        from kit.models.nf4 import quantise_decoder  # bitsandbytes and peft take seconds to import
+        from kit.models.qlora import add_adapters
 
         quantise_decoder(model, card.device)
         if card.is_cuda:

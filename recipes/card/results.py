@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from kit.journal import Journal
 from kit.machine import GIB
+from kit.run import Journal
 
 PASS, FAIL, FIGURE, NOT_RUN = "pass", "FAIL", "figure", "not run"
 

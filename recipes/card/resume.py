@@ -18,13 +18,11 @@ import torch
 from card.models import QWEN, build, has_bf16, model_config, packed_row
 from card.results import Card, Results
 
-from kit import checkpoint
-from kit.activations import recompute_layers
-from kit.offload import HostInputs
+from kit.data.toy import make_tokenizer
 from kit.packing import PackedBatch
-from kit.savings import Savings
-from kit.step import TrainingStep
-from kit.toy import make_tokenizer
+from kit.train import Savings, TrainingStep, checkpoint
+from kit.train.offload import HostInputs
+from kit.train.recompute import recompute_layers
 
 SIZES = {
     "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,

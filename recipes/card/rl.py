@@ -20,16 +20,15 @@ import torch
 from card.models import QWEN, build_to_sample, has_bf16, memory_cap, model_config, peak_gib, warm_up
 from card.results import Card, Results
 
-from kit.benchmarks import Question
-from kit.chat import ChatFormat
-from kit.episodes import Episode, EpisodeBatch, Lesson
-from kit.machine import GIB
-from kit.memory import CONTEXT, Plan
+from kit.data import ChatFormat, Question
+from kit.data.toy import make_rows, make_tokenizer
+from kit.machine import CONTEXT, GIB
+from kit.memory import Plan
 from kit.packing import IGNORE_INDEX, plan_packs
-from kit.rl import Policy, rollout, score, update
-from kit.rl_memory import RLPlan, plan_rl
-from kit.rl_settings import Settings
-from kit.toy import make_rows, make_tokenizer
+from kit.rl import Policy, Settings, rollout, update
+from kit.rl.episodes import Episode, EpisodeBatch, Lesson
+from kit.rl.grpo import score
+from kit.rl.memory_plan import RLPlan, plan_rl
 
 NAME = "one step of Qwen2.5-0.5B"
 SPREAD = 7.0  # standard deviation of the logits: an entropy of about one nat

@@ -22,11 +22,11 @@ from card.profile import profiled
 from card.results import Card, Results, one_line
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from kit.generate import PREFILL_TOKENS, _Engine, cache_bytes, generate
+from kit.generate import SamplingParams, cache_bytes, generate
+from kit.generate.sampler import PREFILL_TOKENS, _Engine
 from kit.machine import GIB
-from kit.rl_memory import SAMPLER, plan_rl
-from kit.rl_settings import Settings
-from kit.sampling import SamplingParams
+from kit.rl import Settings
+from kit.rl.memory_plan import SAMPLER, plan_rl
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.kernels.logit_rows import row_gradients_, row_logprobs
+from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
 
 HEADS = {  # model -> V, H. quick takes the first
@@ -105,9 +105,6 @@ def run_peer(card: Card, name: str, function: Callable, *arguments):
     if name in NEED_A_CARD and not card.is_cuda:
         return None, "runs on a card only"
     return attempt(card, function, *arguments)
-
-
-# The loss of a linear head, from hidden states to both gradients
 
 
 def time_losses(results: Results, card: Card, limits: Limits) -> None:

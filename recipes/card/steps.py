@@ -17,11 +17,10 @@ from card.models import ROW_TOKENS, Training, build, has_bf16, model_config, shi
 from card.profile import Profile, profiled
 from card.results import Card, Results
 
-from kit.fitting import rungs
-from kit.formula import formula_total
 from kit.machine import GIB
-from kit.savings import Savings
-from kit.step import TrainingStep
+from kit.memory.choose import rungs
+from kit.memory.closed_form import formula_total
+from kit.train import Savings, TrainingStep
 
 USUAL = ("google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct")
 DOCUMENTS = [ROW_TOKENS // 4] * 4

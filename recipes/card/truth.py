@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
-from kit.kernels.logit_rows import block_gradients_, row_gradients_, row_logprobs
+from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_, row_logprobs
 from kit.kernels.packing import pack, unpack, unpack_reference
 from kit.packing import IGNORE_INDEX, Document, PackedBatch
 

@@ -11,8 +11,8 @@ from card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, po
 from card.results import Card, Results
 from torch import Tensor
 
-from kit.kernels.blocked_head import dweight_blocks, loss_without_dweight
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
 from kit.machine import GIB
 from kit.packing import IGNORE_INDEX
 

@@ -1,0 +1,78 @@
+"""The synthetic arithmetic task: its problems, and where a response to one goes wrong.
+
+The paper (section "Why it happens") isolates error accumulation with expressions of 5 to 15 operations, operands uniform in
+[1, 100], + - * / and some parentheses, every intermediate an integer: 93/3+77+(12-32)-11+61*78+44*39+55. Where it says no more,
+this file decides: the four operators are equally likely; a sum or difference of two neighbours is put in parentheses with
+probability 0.2; the operands of a product or quotient are drawn again, all of them, until its intermediates are integers.
+
+    rows = make_rows(400, seed=0)                        # {"problem", "answer"}
+    steps = check_steps(rows[0]["problem"], response)    # steps.first_wrong, steps.num_operations, steps.accuracy
+"""
+
+from __future__ import annotations
+
+import random
+import re
+
+from kit.data.equations import evaluate
+
+PROMPT = "Compute the answer to this arithmetic expression: "
+NUM_PROBLEMS = 400
+MIN_OPERATIONS, MAX_OPERATIONS = 5, 15
+MAX_OPERAND = 100
+PARENTHESES = 0.2  # share of the sums and differences of two neighbours that are put in parentheses
+MAX_DRAWS = 5_000  # of one term's operands, before another structure is drawn: five divisions in a row hardly ever come out
+
+
+def make_rows(num_problems: int = NUM_PROBLEMS, *, seed: int = 0) -> list[dict]:
+    """Rows {"problem", "answer"}, no problem twice; a seed gives the same ones on every machine and Python version."""
+    rng, answers = random.Random(f"arithmetic {seed}"), {}
+    while len(answers) < num_problems:
+        expression = make_expression(rng)
+        answers[expression] = str(evaluate(expression))
+    return [{"problem": PROMPT + expression, "answer": answer} for expression, answer in answers.items()]
+
+
+def make_expression(rng: random.Random) -> str:
+    """One expression by the paper's rules."""
+    while True:
+        parts = re.findall(r"(?:\([^()]*\)|[#*/])+|[+-]", _draw_structure(rng))  # terms, and the signs between them
+        drawn = [part if part in "+-" else _draw_operands(rng, part) for part in parts]
+        if None not in drawn:
+            return "".join(drawn)
+
+
+def _draw_structure(rng: random.Random) -> str:
+    """An expression with # for its operands: #/#+(#-#)*#."""
+    num_operations = MIN_OPERATIONS + _below(rng, MAX_OPERATIONS - MIN_OPERATIONS + 1)
+    operators = ["+-*/"[_below(rng, 4)] for _ in range(num_operations)]
+    structure, inside = "#", False
+    for operator in operators:
+        inside = not inside and operator in "+-" and rng.random() < PARENTHESES
+        structure = f"{structure[:-1]}({structure[-1]}{operator}#)" if inside else f"{structure}{operator}#"
+        inside = inside and structure.endswith(")")
+    return structure
+
+
+def _draw_operands(rng: random.Random, term: str) -> str | None:
+    """The term with its operands drawn until every intermediate is an integer; None where none was met."""
+    factors = re.findall(r"([*/]?)(?:\(#([+-])#\)|#)", term)  # (operator before it, sign of a sum in parentheses)
+    for _ in range(MAX_DRAWS):
+        value, drawn = 1, ""
+        for operator, sign in factors:
+            factor = 1 + _below(rng, MAX_OPERAND)
+            text = str(factor)
+            if sign:
+                other = 1 + _below(rng, MAX_OPERAND)
+                text, factor = f"({text}{sign}{other})", factor + other if sign == "+" else factor - other
+            if operator == "/" and (factor == 0 or value % factor):
+                break
+            value = value // factor if operator == "/" else value * factor
+            drawn += operator + text
+        else:
+            return drawn
+    return None
+
+
+def _below(rng: random.Random, bound: int) -> int:
+    return int(rng.random() * bound)  # random() alone is promised to be the same in every Python version

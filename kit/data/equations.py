@@ -1,0 +1,330 @@
+r"""The equations between numbers that a text states, each with what it is really worth: 7+5=12, recheck: 12-5=8 ok.
+
+They are read from plain text, Unicode signs and LaTeX: 3 \times 4 = 12, 3·4=12, \frac{93}{3} &= 31, 1,234 + 1 = 1,235, and the
+run-on 3*4=12+5=17, which states 3*4=12 and 12+5=17. One with a variable, a power or a function in it is left out, for it is not
+arithmetic. "is" is not read as "=": too much else is. Nothing is executed and every length is capped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+MAX_TOKENS = 240  # of one side of an equation; the longest problem of kit/data/arithmetic.py has 47
+MAX_DIGITS = 60  # of a number in an equation; the largest product of such a problem has about 30
+MAX_NESTING = 20  # brackets within brackets
+
+
+class Equation(NamedTuple):
+    """One stated equation: left = stated."""
+
+    position: int  # where it begins in the text
+    text: str  # as it stands there
+    stated: Fraction | int  # the right side's value
+    true: Fraction | int  # the left side's value
+    num_operations: int  # that it performs: those on the left that are no longer there on the right
+    is_right: bool  # equal, or the true value rounded where a decimal is stated
+
+
+def stated_equations(text: str) -> list[Equation]:
+    """The equations between numbers that a text states, in their order, each with what its left side is really worth."""
+    tokens = _tokens(text)
+    equals = [i for i, token in enumerate(tokens) if token.kind == "="]
+    bounds = [-1, *equals, len(tokens)]
+    found: list[Equation] = []
+    carried = None  # the expression that the last equals sign's right side is, if another sign follows it at once
+    for before, here, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
+        chained, left = carried is not None, carried or _last_expression(tokens, before + 1, here)
+        whole = after < len(tokens) and _compute(tokens[here + 1 : after]) is not None
+        right = (here + 1, after) if whole else _first_expression(tokens, here + 1, after)
+        carried = right if whole else None
+        if left and right:
+            equation = _equation(text, tokens, left, right, goes_on=whole)
+            if chained and not equation.is_right and _is_sum(tokens[slice(*left)]):  # 5*8=40+6*7=42
+                tail = _equation(text, tokens, (left[0] + 2, left[1]), right, goes_on=whole)
+                equation = tail if tail.is_right else equation
+            if _is_stated(text, tokens, equation, left, right, chained):
+                found.append(equation)
+    return found
+
+
+def evaluate(expression: str) -> Fraction | int:
+    """The value of an arithmetic expression, or of a problem that ends with one. ValueError where it has none."""
+    tokens = [token for token in _tokens(expression.rpartition(":")[2]) if token.kind != "gap"]
+    found = _compute(tokens)
+    if found is None:
+        raise ValueError(f"{expression[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem")
+    return found.value
+
+
+class _Token(NamedTuple):
+    kind: str  # "number", "op", "(", ")", "=", "word" (of text: it may end an equation) or "gap" (punctuation)
+    value: object
+    start: int
+    end: int
+
+
+_TOKEN = re.compile(
+    r"""(?P<bullet>(?<![^\n])[^\S\n]*[-–*+•](?=[^\S\n]))
+      | (?P<skip>(?:[^\S\n]|\*\*|[$&~]|\\(?:[,;:!>\ ()\[\]$]|(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|quad)(?![A-Za-z])))+)
+      | (?P<number>[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,|[\u202f\u2009])[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)
+      | (?P<fraction>\\[dtc]?frac(?=\s*\{))
+      | (?P<times>\\(?:times|cdot|ast)(?![A-Za-z])|[*×·⋅∗]|(?<=[0-9)\s])[xX](?=[^\S\n]?[0-9(]))
+      | (?P<over>\\div(?![A-Za-z])|[/÷∕])
+      | (?P<minus>[-−–]) | (?P<plus>\+)
+      | (?P<open>[(\[{]) | (?P<close>[)\]}])
+      | (?P<equals>==?|\bequals\b|\bis\ equal\ to\b)
+      | (?P<row>\n|\\\\(?:\[[^\]\n]{0,9}\])?)
+      | (?P<gap>\\(?:begin|end)\{[a-z]{1,9}\*?\}|[,;.:?!"'|]|</?[a-z]{1,12}>|[<>→⇒✓✗]
+            |\\(?:implies|Rightarrow|rightarrow|to)(?![A-Za-z]))
+      | (?P<word>\\[A-Za-z]+|[^\W\d_]+|.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_OPERATORS = {"times": "*", "over": "/", "minus": "-", "plus": "+"}
+_ENDS = ("gap", "word")
+_OPERATING_WORDS = frozenset(
+    ("of", "times", "by", "plus", "minus", "choose", "mod", "percent", "over", "per", "squared", "cubed")
+)
+_REMAINDER = re.compile(r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b")  # or 9-4 = 9-2-2 is 5
+
+
+def _tokens(text: str) -> list[_Token]:
+    """The tokens of a text; a line break is none where the equation goes on behind it."""
+    found: list[_Token] = []
+    for match in _TOKEN.finditer(text):
+        kind, value, start, end = match.lastgroup, match[0], match.start(), match.end()
+        if kind == "skip":
+            continue
+        if kind == "row" and found and found[-1].kind == "=":
+            continue
+        if kind == "number":
+            digits = re.sub(r"[^0-9.]", "", value)
+            kind, value = ("number", _number(digits)) if len(digits) <= MAX_DIGITS else ("word", value)
+        elif kind == "equals":
+            if found and found[-1].kind == "gap" and found[-1].value == "\n":
+                found.pop()
+            kind, value = "=", "="
+        elif kind in _OPERATORS:
+            kind, value = "op", _OPERATORS[kind]
+        elif kind in ("open", "close"):
+            kind = "(" if kind == "open" else ")"
+        elif kind == "bullet":
+            kind = "gap"
+        elif kind == "row":
+            if found and found[-1].value == "\n":
+                continue
+            kind, value = "gap", "\n"
+        found.append(_Token(kind, value, start, end))
+    return found
+
+
+def _number(digits: str) -> Fraction | int:
+    return Fraction(digits) if "." in digits else int(digits)
+
+
+class _Computed(NamedTuple):
+    value: Fraction | int
+    num_operations: int
+    is_whole: bool  # whether every intermediate is an integer
+
+
+class _Reader:
+    """Recursive descent over the tokens of one side; `read` is the way in. Raises ValueError for what is no arithmetic."""
+
+    def __init__(self, tokens: Sequence[_Token]):
+        self.tokens = tokens
+        self.index = 0
+        self.depth = 0
+        self.num_operations = 0
+        self.is_whole = True
+
+    def peek(self) -> tuple[str, object]:
+        return self.tokens[self.index][:2] if self.index < len(self.tokens) else ("end", "")
+
+    def read(self) -> _Computed:
+        value = self.sum()
+        if self.index < len(self.tokens):
+            raise ValueError("something is left")
+        return _Computed(value, self.num_operations, self.is_whole)
+
+    def sum(self):
+        value = self.product()
+        while self.peek() in (("op", "+"), ("op", "-")):
+            sign = self.tokens[self.index].value
+            self.index += 1
+            other = self.product()
+            value = self.operate(value + other if sign == "+" else value - other)
+        return value
+
+    def product(self):
+        value = self.operand()
+        while True:
+            kind, sign = self.peek()
+            if kind == "op" and sign in "*/":
+                self.index += 1
+                other = self.operand()
+                value = self.operate(value * other if sign == "*" else _quotient(value, other))
+            elif kind == "(" and self.tokens[self.index].start == self.tokens[self.index - 1].end:  # 3(4+5)
+                value = self.operate(value * self.operand())
+            else:
+                return value
+
+    def operand(self):
+        kind, value = self.peek()
+        self.index += 1
+        if kind == "number":
+            return value
+        if kind == "op" and value in "+-":
+            following = self.operand()
+            return -following if value == "-" else following
+        if kind == "fraction":
+            top, bottom = self.operand(), self.operand()
+            return self.operate(_quotient(top, bottom))
+        if kind != "(" or self.depth >= MAX_NESTING:
+            raise ValueError("no operand")
+        self.depth += 1
+        inner = self.sum()
+        if self.peek()[0] != ")":
+            raise ValueError("a bracket is left open")
+        self.index += 1
+        self.depth -= 1
+        return inner
+
+    def operate(self, value):
+        self.num_operations += 1
+        self.is_whole &= value == int(value)
+        return value
+
+
+def _quotient(a, b):
+    if b == 0:
+        raise ValueError("a division by zero")
+    quotient = Fraction(a) / b
+    return quotient.numerator if quotient.denominator == 1 else quotient
+
+
+def _compute(tokens: Sequence[_Token]) -> _Computed | None:
+    """The value of the tokens as one expression, or None where they are none."""
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        return None
+    try:
+        return _Reader(tokens).read()
+    except ValueError:
+        return None
+
+
+def _equation(text: str, tokens: list[_Token], left: tuple, right: tuple, goes_on: bool) -> Equation:
+    before, after = (_compute(tokens[slice(*side)]) for side in (left, right))
+    stated, performed, end = after.value, max(0, before.num_operations - after.num_operations), right[1]
+    first = tokens[right[0]]
+    if goes_on and stated != before.value and after.num_operations and first.kind == "number":  # 3*4=12+5=17
+        stated, performed, end = first.value, before.num_operations, right[0] + 1
+    is_right = stated == before.value
+    if end == right[0] + 1 and first.kind == "number" and isinstance(stated, Fraction):  # 10/3 = 3.33
+        decimals = len(text[first.start : first.end].rpartition(".")[2])
+        is_right |= abs(stated - before.value) < Fraction(1, 10**decimals)
+    start = tokens[left[0]].start
+    return Equation(start, text[start : tokens[end - 1].end], stated, before.value, performed, is_right)
+
+
+def _is_sum(tokens: list[_Token]) -> bool:
+    return len(tokens) > 2 and tokens[0].kind == "number" and tokens[1][:2] in (("op", "+"), ("op", "-"))
+
+
+def _is_stated(text: str, tokens: list[_Token], equation: Equation, left: tuple, right: tuple, chained: bool) -> bool:
+    """Whether an equation says something: 5 = 5 does not, nor does 7/2 = 3 before "remainder 1"."""
+    computes = [_compute(tokens[slice(*side)]).num_operations > 0 for side in (left, right)]
+    if equation.is_right:
+        return any(computes)
+    if _REMAINDER.match(text, equation.position + len(equation.text)):
+        return False
+    first, second = ([token.value for token in tokens[slice(*side)]] for side in (left, right))
+    if computes[1] and first[: len(second)] == second:  # 1+2+3 = 1+2 = 3, and so on
+        return False
+    return chained or computes[0]  # "20 = 0.3 * 20" may be the end of "30 % of 20 = 0.3 * 20"
+
+
+def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
+    """The (start, end) of the expression that ends at `end`, or None where what stands before makes it part of another."""
+    first = end
+    while first > start and end - first < MAX_TOKENS and tokens[first - 1].kind not in _ENDS:
+        first -= 1
+    before = tokens[first - 1] if first > start else None
+    if first < end and _clings(before, *tokens[first : first + 2]):
+        return None
+    for begin in range(first, end):
+        # what is cut off in front must be whole: 2) 5+3 and 1 5+3
+        cut = tokens[begin - 1].kind in ("number", ")") and tokens[begin].kind in ("number", "(", "fraction")
+        if (begin == first or cut) and _compute(tokens[begin:end]):
+            return begin, end
+    return None
+
+
+def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
+    r"""Whether an expression behind this token is only the end of one: x - 3, 2x + 3, \sqrt 4, half of 6, + 3."""
+    if first.kind == "op" and (first.value != "-" or second.start > first.end):
+        return True
+    if before is None or before.kind == "gap":
+        return False
+    word = str(before.value)
+    return len(word) == 1 or not word.isalpha() or word.lower() in _OPERATING_WORDS or before.end == first.start
+
+
+def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
+    """The (start, end) of the expression that begins at `start`, or None where what follows makes it part of another."""
+    last = start
+    while last < end and last - start < MAX_TOKENS and tokens[last].kind not in _ENDS:
+        last += 1
+    for stop in range(last, start, -1):
+        if (stop == last or tokens[stop].kind in ("number", "(", ")", "fraction")) and _compute(tokens[start:stop]):
+            following = tokens[stop] if stop < len(tokens) else None
+            if following is None or following.kind == "gap" or (following.kind in ("number", ")", "(") and stop < last):
+                return start, stop
+            glued = following.kind == "word" and following.start == tokens[stop - 1].end
+            symbol = following.kind == "word" and not str(following.value).isalpha()
+            return None if following.kind in ("op", "fraction") or glued or symbol else (start, stop)
+    return None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The arithmetic of one response, in its order."""
+
+    equations: tuple[Equation, ...]
+    answer: Fraction | int  # of the problem
+
+    @property
+    def first_wrong(self) -> Equation | None:
+        return next((equation for equation in self.equations if not equation.is_right), None)
+
+    @property
+    def num_operations(self) -> int:
+        """Operations performed, rechecks and repetitions included."""
+        return sum(equation.num_operations for equation in self.equations)
+
+    @property
+    def num_wrong(self) -> int:
+        """Wrong equations; each is taken for one wrong operation."""
+        return sum(not equation.is_right for equation in self.equations)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the operations that were performed right; None where none was performed."""
+        return 1 - min(1.0, self.num_wrong / self.num_operations) if self.num_operations else None
+
+    @property
+    def reaches_answer(self) -> bool:
+        """Whether some equation states the problem's answer."""
+        return any(equation.stated == self.answer for equation in self.equations)
+
+
+def check_steps(problem: str, response: str) -> Steps:
+    """What a response to an arithmetic problem computes, and where it first goes wrong. ValueError for another kind of problem.
+
+    An equation is checked by itself: a right computation with a number miscopied from the problem is a right operation, and shows
+    in `reaches_answer`.
+    """
+    return Steps(tuple(stated_equations(response)), evaluate(problem.rstrip(" ?=.\n")))

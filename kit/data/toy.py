@@ -1,0 +1,158 @@
+"""The toy task: chains of additions and subtractions, with short and long traces, that a tiny model learns in minutes.
+
+A problem is `7+5-3?`: operands 1 to 9, the running value stays in 0..99. A short trace does one step after another,
+
+    7+5=12;12-3=9.\\boxed{9}
+
+a long one thinks first: half of its steps are rechecked by the inverse operation, and three in ten are first stated wrong,
+
+    <think>7+5=12, recheck: 12-5=7 ok;12-3=8, recheck: 8+3=11, no: 12-3=9, 9+3=12 ok</think>\\boxed{9}
+
+It stands in for the paper's setting where nothing can be downloaded and nothing has a GPU: every figure made with it is about
+the toy, not about a language model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from kit.data.traces import Trace
+from kit.models.loading import TINY
+
+LONG_TRACES = TINY / "long_traces.jsonl"
+PROBLEMS = TINY / "problems.jsonl"
+
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
+WORD_TOKENS = ["<think>", "</think>", "\\boxed{", "recheck", "no", "ok"]  # one token each; all else is one token a character
+CHARACTERS = "0123456789+-*/=;?.(),:{}<> \nabcdefghijklmnopqrstuvwxyz"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}<assistant>"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+CHECKED, CORRECTED = 0.5, 0.3  # shares of a long trace's steps; the rest are plain
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One problem: values[0] op[0] operands[0] = values[1], and so on."""
+
+    values: tuple[int, ...]  # n: the first operand, then every intermediate result
+    operators: tuple[str, ...]  # n - 1 of + and -
+    operands: tuple[int, ...]  # n - 1, each 1 to 9
+
+    @property
+    def problem(self) -> str:
+        return f"{self.values[0]}" + "".join(f"{o}{x}" for o, x in zip(self.operators, self.operands, strict=True)) + "?"
+
+    @property
+    def answer(self) -> str:
+        return str(self.values[-1])
+
+
+def make_chain(rng: random.Random, num_operands: int) -> Chain:
+    """A random chain of num_operands operands whose running value stays in 0..99."""
+    values, operators, operands = [rng.randint(1, 9)], [], []
+    for _ in range(num_operands - 1):
+        operand, value = rng.randint(1, 9), values[-1]
+        plus = value < operand or (value + operand < 100 and rng.random() < 0.5)
+        operators.append("+" if plus else "-")
+        operands.append(operand)
+        values.append(value + operand if plus else value - operand)
+    return Chain(tuple(values), tuple(operators), tuple(operands))
+
+
+def short_trace(chain: Chain) -> str:
+    steps = zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)
+    return ";".join(f"{a}{o}{x}={b}" for a, o, x, b in steps) + f".\\boxed{{{chain.answer}}}"
+
+
+def long_trace(chain: Chain, rng: random.Random) -> str:
+    steps = []
+    for a, o, x, b in zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False):
+        inverse, sign = ("-", -1) if o == "+" else ("+", 1)
+        step, luck = f"{a}{o}{x}={b}", rng.random()
+        if luck < CORRECTED:
+            wrong = rng.choice([value for value in (b - 10, b - 1, b + 1, b + 10) if value >= max(0, x)])
+            step = f"{a}{o}{x}={wrong}, recheck: {wrong}{inverse}{x}={wrong + sign * x}, no: {step}, {b}{inverse}{x}={a} ok"
+        elif luck < CORRECTED + CHECKED:
+            step += f", recheck: {b}{inverse}{x}={a} ok"
+        steps.append(step)
+    return f"<think>{';'.join(steps)}</think>\\boxed{{{chain.answer}}}"
+
+
+def make_rows(kind: str, num_rows: int, *, seed: int, min_operands: int = 2, max_operands: int = 8, exclude: Iterable[str] = ()):
+    """Rows {problem, trace, answer} as kit.data.traces reads them, no problem twice and none of `exclude`.
+    kind: "short" or "long"."""
+    if kind not in ("short", "long"):
+        raise ValueError(f"kind is {kind!r} but a toy trace is 'short' or 'long'")
+    rng, seen, rows = random.Random(f"{kind} {seed}"), set(exclude), []
+    while len(rows) < num_rows:
+        chain = make_chain(rng, rng.randint(min_operands, max_operands))
+        if chain.problem not in seen:
+            seen.add(chain.problem)
+            trace = short_trace(chain) if kind == "short" else long_trace(chain, rng)
+            rows.append({"problem": chain.problem, "trace": trace, "answer": chain.answer})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The toy's tokenizer: a token a character, and a few whole words."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *WORD_TOKENS, *CHARACTERS, "\\"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in WORD_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        chat_template=TEMPLATE, model_max_length=1024,
+    )  # fmt: skip
+
+
+def read_chain(problem: str) -> Chain:
+    """The chain of a toy problem such as 7+5-3?. Raises ValueError for any other text."""
+    if not re.fullmatch(r"[1-9](?:[+-][1-9])+\?", problem):
+        raise ValueError(f"{problem!r} is no problem of the toy; one looks like 7+5-3?")
+    operators, operands = re.findall(r"[+-]", problem), [int(x) for x in re.findall(r"\d", problem)]
+    values = operands[:1]
+    for operator, operand in zip(operators, operands[1:], strict=True):
+        values.append(values[-1] + operand if operator == "+" else values[-1] - operand)
+    return Chain(tuple(values), tuple(operators), tuple(operands[1:]))
+
+
+def steps_of(chain: Chain) -> list[str]:
+    return [f"{a}{o}{x}={b}" for a, o, x, b in zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)]
+
+
+def make_traces(long_share: float, num_traces: int, seed: int, exclude: set[str]) -> list[Trace]:
+    """Return num_traces toy problems with a trace each, none of them in `exclude`, no problem twice.
+
+    long_share: of the traces that are long, 0 to 1; the others are short.
+
+    The problems depend on the seed alone, and a smaller number is a prefix of a larger one: the arms differ in the traces, the
+    sizes are nested. Long and short traces are spread evenly.
+    """
+    problems, seen, traces = random.Random(f"problems {seed}"), set(exclude), []
+    while len(traces) < num_traces:
+        chain = make_chain(problems, problems.randint(2, 8))
+        if chain.problem in seen:
+            continue
+        seen.add(chain.problem)
+        i = len(traces)
+        is_long = int((i + 1) * long_share) > int(i * long_share)
+        text = long_trace(chain, random.Random(f"trace {seed} {chain.problem}")) if is_long else short_trace(chain)
+        traces.append(Trace(chain.problem, text, f"toy[{i}]"))
+    return traces

@@ -1,0 +1,144 @@
+"""Traces: one correct, complete chain of thought a problem, rendered with the model's chat template and tokenised.
+
+The paper's rule (section Data): OpenR1-Math-220k holds two to four traces a problem; one correct trace is kept, traces over
+16,384 tokens are dropped. Subsets are nested: problems stand in one random order keyed by seed and text, and a subset is
+the first n that survive, so the 8k set is contained in the 16k set whatever n is asked for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from kit.data.rows import BadRows, read_rows
+from kit.grade.verdict import grade
+from kit.run import digest
+
+NO_CORRECT, NO_COMPLETE, UNVERIFIED = "have no correct trace", "have no complete trace", "could not be verified"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A problem with the one response we train on."""
+
+    problem: str
+    response: str
+    where: str  # file:line, or data set[index]
+
+
+@dataclass
+class Census:
+    """What became of the rows looked at: kept, and dropped by reason. Printed before training, stored with the run."""
+
+    kept: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    bad_rows: list[str] = field(default_factory=list)  # where: reason
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+        return f"{self.kept:,} traces kept, {self.dropped.total():,} dropped" + (f": {reasons}" if reasons else "")
+
+
+def _text(row: dict, *names: str) -> str:
+    """The first of the fields that is there, as text. Raises ValueError naming the field and what is wrong with it."""
+    name = next((name for name in names if row.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
+    value = row[name]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name} is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise ValueError(f"field {name} is empty")
+    if "\0" in value:
+        raise ValueError(f"field {name} contains a NUL byte")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"field {name} contains half a surrogate pair")
+    return value
+
+
+def _flags(row: dict, name: str, count: int) -> list:
+    """A list that runs parallel to `generations`; all None where the data set has no such field."""
+    value = row.get(name)
+    if value is None:
+        return [None] * count
+    if not isinstance(value, list) or len(value) != count:
+        found = f"{len(value)} entries" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise ValueError(f"field {name} has {found} but generations has {count} entries")
+    return value
+
+
+def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
+    """The row's first correct, complete response, or (None, why there is none).
+
+    Rows in OpenR1's schema (`generations` with parallel lists `correctness_math_verify`, `is_reasoning_complete`,
+    `finish_reasons`) are judged by their flags; other rows ({problem, solution | trace, answer}) and missing flags by our
+    grader against `answer`. verify=False takes the first complete one. Raises ValueError for a malformed row.
+    """
+    if row.get("generations") is None:
+        response = _text(row, "trace", "solution")
+        why = _verify(row, response) if verify else ""
+        return (None, why) if why else (response, "")
+    generations = row["generations"]
+    if not isinstance(generations, list) or not generations:
+        raise ValueError(f"field generations is {'an empty list' if generations == [] else 'a ' + type(generations).__name__}")
+    correct = _flags(row, "correctness_math_verify", len(generations))
+    complete = _flags(row, "is_reasoning_complete", len(generations))
+    finish = _flags(row, "finish_reasons", len(generations))
+    reasons = set()
+    for i in range(len(generations)):
+        response = _text({f"generations[{i}]": generations[i]}, f"generations[{i}]")
+        if complete[i] is False or finish[i] == "length":
+            why = NO_COMPLETE
+        elif not verify or correct[i]:
+            why = ""
+        else:
+            why = _verify(row, response) if correct[i] is None else NO_CORRECT
+        if not why:
+            return response, ""
+        reasons.add(why)
+    return None, next(reason for reason in (NO_CORRECT, UNVERIFIED, NO_COMPLETE) if reason in reasons)
+
+
+def _verify(row: dict, response: str) -> str:
+    """Why our grader does not find the response correct; "" if it does."""
+    return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[grade(_text(row, "answer"), response).verdict]
+
+
+def read_traces(
+    source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True
+) -> tuple[list[Trace], Census]:
+    """One trace a problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
+
+    limit: keep only the first `limit` traces of that order in memory (OpenR1-Math-220k is some gigabytes of text); 0 = all.
+    A problem that stands twice is kept once. Raises ValueError for more than max_bad_rows malformed rows, each named.
+    """
+    bad, census = BadRows(max_bad_rows), Counter()
+    kept: dict[str, Trace] = {}
+    seen: set[str] = set()
+    for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
+        try:
+            problem = _text(row, "problem", "question")
+            response, why = pick_response(row, verify=verify)
+        except ValueError as error:
+            bad.add(where, str(error))
+            continue
+        key = digest(str(seed), problem)
+        if response is None:
+            census[why] += 1
+        elif key in seen:
+            census["repeat a problem"] += 1
+        else:
+            seen.add(key)
+            kept[key] = Trace(problem, response, where)
+        if limit and len(kept) > 2 * limit:
+            kept = {key: kept[key] for key in sorted(kept)[:limit]}
+    if bad.found:
+        census["are malformed"] = len(bad.found)
+    order = sorted(kept)[: limit or None]
+    if len(order) < len(seen):
+        census["come later in the random order"] = len(seen) - len(order)
+    return [kept[key] for key in order], Census(kept=len(order), dropped=census, bad_rows=bad.found)

@@ -1,0 +1,12 @@
+"""Evaluation: benchmarks, samples on disk, accuracy with its uncertainty."""
+
+from kit.front_door import hand_on
+
+__getattr__, __all__ = hand_on(
+    __name__,
+    {  # file -> names
+        "measure": ["evaluate"],
+        "benchmarks": ["BENCHMARKS", "Benchmark", "parse_benchmarks"],
+        "results": ["Result", "paired_difference"],
+    },
+)

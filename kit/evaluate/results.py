@@ -1,0 +1,249 @@
+"""Results: one benchmark's samples, read from their log, and every figure that is computed from them; comparing two of them.
+
+Nothing here needs a model: a log holds the texts, the verdicts, and where in each text the length caps fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+
+from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
+from kit.evaluate.uncertainty import Difference, Lengths, bootstrap, half_width, pass_at_k
+from kit.grade.verdict import grade
+from kit.run import Journal
+
+STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; the second is absent in logs that were graded once
+NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k where up to 16k tokens were allowed
+MAY_DIFFER = ("model",)  # of two headers: what a comparison is about
+
+
+@dataclass(frozen=True)
+class Result:
+    """One benchmark's samples and what they add up to; every figure is computed from `rows`. Shares are in 0..1."""
+
+    benchmark: str
+    rows: tuple[dict, ...]
+    header: dict = field(default_factory=dict)  # model, prompt, decoding, versions
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """The samples in a journal so far; no rows where there are none."""
+        rows = Journal(path).read()
+        header = rows[0].get("header", {}) if rows else {}
+        return cls(path.stem, tuple(row for row in rows if "header" not in row), header)
+
+    @property
+    def num_questions(self) -> int:
+        return len({row["question"] for row in self.rows})
+
+    @property
+    def accuracy(self) -> float:
+        """avg@k: the mean over questions of the share of correct samples; `unknown` counts as not correct and is shown apart."""
+        return fmean(self.by_question().values())
+
+    @property
+    def interval(self) -> float:
+        """Half the width of the 95 % interval of accuracy, questions being the sampled unit (samples of one question are not)."""
+        return half_width(list(self.by_question().values()))
+
+    @property
+    def paper_accuracy(self) -> float | None:
+        """avg@k as the paper graded; None where the log was not graded so."""
+        graded = all(AS_THE_PAPER in row for row in self.rows)
+        return fmean(self.by_question(AS_THE_PAPER).values()) if graded else None
+
+    def by_question(self, column: str = STRICT) -> dict[str, float]:
+        """Share of correct samples a question, by one of the two columns of verdicts."""
+        return _share_by_question(self.rows, lambda row: row[column] == "correct")
+
+    def pass_at(self, k: int) -> float:
+        """pass@k: the chance that one of k samples is correct, unbiased, from the samples there are; the mean over questions.
+        Raises ValueError where a question has fewer than k samples."""
+        return fmean(self._pass_by_question(k))
+
+    def pass_interval(self, k: int) -> float:
+        """Half the width of pass@k's 95 % interval."""
+        return half_width(self._pass_by_question(k))
+
+    def _pass_by_question(self, k: int) -> list[float]:
+        samples: dict[str, list[bool]] = {}
+        for row in self.rows:
+            samples.setdefault(row["question"], []).append(row[STRICT] == "correct")
+        return [pass_at_k(len(correct), sum(correct), k) for correct in samples.values()]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that every question has; a run in progress may have more of some."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            counts[row["question"]] = counts.get(row["question"], 0) + 1
+        return min(counts.values())
+
+    def lengths(self, verdict: str = "") -> Lengths:
+        """Tokens of the responses with this verdict; "" = all."""
+        return Lengths.of([row["tokens"] for row in self.rows if verdict in ("", row[STRICT])])
+
+    @property
+    def mean_tokens(self) -> float:
+        return fmean(row["tokens"] for row in self.rows)
+
+    @property
+    def token_efficiency(self) -> float:
+        """Accuracy per 1,000 tokens of mean length: the paper's accuracy / length."""
+        return 1_000 * self.accuracy / self.mean_tokens
+
+    @property
+    def truncated(self) -> float:
+        """Share of samples cut off at max_new_tokens."""
+        return fmean(not row["finished"] for row in self.rows)
+
+    @property
+    def accuracy_of_finished(self) -> float | None:
+        """Accuracy without the samples that were cut off; None where all were. A question with none left is left out, and those
+        are often the hard ones: read it beside `truncated`."""
+        shares = _share_by_question([row for row in self.rows if row["finished"]], lambda row: row[STRICT] == "correct")
+        return fmean(shares.values()) if shares else None
+
+    @property
+    def unknown(self) -> int:
+        """Samples the grader could not decide in time."""
+        return sum(row[STRICT] == "unknown" for row in self.rows)
+
+    @property
+    def without_answer(self) -> float:
+        """Share of responses in which no answer was found."""
+        return fmean(row["prediction"] is None for row in self.rows)
+
+    @property
+    def looping(self) -> float:
+        """Share of responses that end in a repetition loop (kit.evaluate.reflection_and_loops.ends_in_loop)."""
+        return fmean(ends_in_loop(row["text"]) for row in self.rows)
+
+    @property
+    def reflection(self) -> float:
+        """Share of responses with one of the paper's keywords: an upper bound on reflection."""
+        return fmean(reflects(row["text"]) for row in self.rows)
+
+    @property
+    def caps(self) -> list[int]:
+        """Where accuracy against length is taken: max_new_tokens and the powers of two below it; [] where the header has none."""
+        longest = self.header.get("max_new_tokens", 0)
+        powers = [2**n for n in range(4, longest.bit_length()) if 2**n < longest]
+        return [*powers[1 - NUM_CAPS :], longest] if longest else []
+
+    def accuracy_at(self, cap: int) -> float:
+        """Accuracy if max_new_tokens had been `cap`, one of `caps`.
+
+        A longer response is cut after its first `cap` tokens and what is left is graded anew. Every sample has a random stream of
+        its own, so these are the tokens that a run with that limit writes, and its accuracy: a box that stands before the cut
+        counts, one behind it does not, and where none is left the grader's fall-backs apply as in any response.
+        """
+        return fmean(self._by_question_at(cap).values())
+
+    def interval_at(self, cap: int) -> float:
+        """Half the width of the 95 % interval of accuracy_at."""
+        return half_width(list(self._by_question_at(cap).values()))
+
+    def _by_question_at(self, cap: int) -> dict[str, float]:
+        return _share_by_question(self.rows, lambda row: _verdict_at(row, cap) == "correct")
+
+    def summary(self) -> dict:
+        """Every figure, as JSON writes it."""
+        names = ("accuracy", "interval", "paper_accuracy", "mean_tokens", "truncated", "accuracy_of_finished", "unknown",
+                 "without_answer", "looping", "reflection", "token_efficiency", "num_questions")  # fmt: skip
+        ks = [2**n for n in range(self.num_samples.bit_length())]
+        return {
+            "benchmark": self.benchmark, "num_samples": len(self.rows), **{name: getattr(self, name) for name in names},
+            "pass_at": {k: [self.pass_at(k), self.pass_interval(k)] for k in ks},
+            "tokens": {name or "all": asdict(self.lengths(name)) for name in ("", "correct", "wrong")},
+            "accuracy_at": {cap: self.accuracy_at(cap) for cap in self.caps},
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.benchmark}: {100 * self.accuracy:.1f} % ± {100 * self.interval:.1f} of {self.num_questions} questions "
+            f"x {len(self.rows) / self.num_questions:g} samples; {self.mean_tokens:,.0f} tokens a response, "
+            f"{100 * self.truncated:.1f} % truncated, {100 * self.reflection:.1f} % with a reflection keyword"
+            + (f", {self.unknown} undecided" if self.unknown else "")
+        )
+
+
+def read_result(path: Path) -> Result:
+    """The result that a journal of samples holds. Raises ValueError where it holds none."""
+    result = Result.read(path)
+    if not result.rows:
+        raise ValueError(f"{path} holds no samples; run the evaluation that writes it")
+    return result
+
+
+def _share_by_question(rows: Sequence[dict], true_of) -> dict[str, float]:
+    samples: dict[str, list[bool]] = {}
+    for row in rows:
+        samples.setdefault(row["question"], []).append(true_of(row))
+    return {question: fmean(found) for question, found in samples.items()}
+
+
+def _verdict_at(row: dict, cap: int) -> str:
+    if row["tokens"] <= cap:
+        return row[STRICT]
+    if str(cap) not in row["cuts"]:
+        raise ValueError(f"cap is {cap} but the log says where the caps {', '.join(row['cuts'])} fall; pass one of these")
+    return _graded(row["answer"], row["text"][: row["cuts"][str(cap)]])
+
+
+@lru_cache(maxsize=65_536)
+def _graded(answer: str, text: str) -> str:
+    return grade(answer, text).verdict
+
+
+def check_comparable(before: Result, after: Result) -> None:
+    """Raises ValueError where anything but the model differs: prompt, questions, decoding, versions."""
+    keys = [key for key in {**before.header, **after.header} if key not in MAY_DIFFER]
+    changed = [f"{key} {before.header.get(key)!r} and {after.header.get(key)!r}" for key in keys
+               if before.header.get(key) != after.header.get(key)]  # fmt: skip
+    if changed:
+        raise ValueError(
+            f"{before.benchmark}: the two results were made differently ({'; '.join(changed)}), so their difference is not the "
+            "models' alone; make them alike, or pass --force to compare all the same"
+        )
+
+
+def _differences(before: Result, after: Result) -> list[float]:
+    old, new = before.by_question(), after.by_question()
+    if old.keys() != new.keys():
+        raise ValueError(f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "
+                         f"{len(old.keys() & new.keys())} are the same; evaluate both on the same questions")  # fmt: skip
+    return [new[question] - old[question] for question in old]
+
+
+def paired_difference(before: Result, after: Result, *, force: bool = False) -> tuple[float, float]:
+    """(accuracy after - before, half the width of its 95 % interval), paired by question: narrower than two intervals apart.
+
+    Raises ValueError where the two did not answer the same questions, and, unless forced, where their headers differ.
+    """
+    if not force:
+        check_comparable(before, after)
+    differences = _differences(before, after)
+    return fmean(differences), half_width(differences, added=(-1.0, 1.0))  # after Agresti & Min (2005)
+
+
+def paired_bootstrap(before: Result, after: Result, *, force: bool = False, seed: int = 0) -> Difference:
+    """Accuracy after - before, with its interval by resampling questions. Raises ValueError as paired_difference does."""
+    if not force:
+        check_comparable(before, after)
+    return bootstrap(_differences(before, after), seed=seed)
+
+
+def mean_accuracy(results: Sequence[Result]) -> float:
+    """The headline of the paper: the unweighted mean over benchmarks."""
+    return fmean(result.accuracy for result in results)
+
+
+def read_results(folder: Path) -> dict[str, Result]:
+    """Benchmark -> what was measured of it, of a folder of samples."""
+    results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
+    return {result.benchmark: result for result in results if result.rows}

@@ -1,0 +1,123 @@
+"""One token a row through a model's layers: what its forward computes, up to rounding, with fewer operations in between.
+
+    h = x + o_proj(attention(rope(q_proj(norm(x))), rope(k_proj(norm(x))), v_proj(norm(x))))
+    y = h + mlp(norm(h))                          Gemma 3 norms the heads of q and k, too, and what is added in both lines
+
+At one token a row a product takes microseconds, and a model's modules as long again for the casts, views and copies between two
+products; on a card each is a kernel to launch. Here a norm is two operations on a card (three in Gemma 3, whose weights are added
+to 1 in fp32) and three on a CPU, and q and k are rotated together. Norms round where the model's own do: the sampler's log-probs
+then differ from the trainer's no more than two orders of summation do. Embedding, projections and feed-forward are called as the
+modules they are: adapters and quantised layers do here what they do elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kit.generate.kv_cache import SlotCache
+from kit.models.families import FAMILIES, head_dim
+
+
+class Decoder:
+    """A model as the sampler runs it after the prompts, while its weights stay as they are: those of norms are read once."""
+
+    def __init__(self, model):
+        """Raises ValueError for a family whose layers may hold more than is computed here."""
+        if model.config.model_type not in FAMILIES:
+            raise ValueError(
+                f"the model is a {model.config.model_type} model but the sampler knows the layers of {', '.join(FAMILIES)}; pass "
+                "one of these, or a kit.generate.vllm_backend.VllmModel"
+            )
+        self.backbone = model.model
+        self.num_heads, self.head_dim = model.config.num_attention_heads, head_dim(model.config)
+        is_gemma = model.config.model_type == "gemma3_text"
+        norm = _gemma_norm if is_gemma else _norm
+        self.layers = [_Layer(layer, norm) for layer in self.backbone.layers[: model.config.num_hidden_layers]]
+        self.kinds = model.config.layer_types if is_gemma else [None] * len(self.layers)  # each has its own rotation
+        self.norm = norm(self.backbone.norm)
+        self.signs = torch.ones(self.head_dim, dtype=model.dtype, device=model.device)
+        self.signs[: self.head_dim // 2] = -1
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
+        """The last hidden states (B, H) of tokens (B,) at positions (B,), which `cache.at_decode` was told of."""
+        x = self.backbone.embed_tokens(tokens)  # (B, H)
+        rotations = {kind: self._rotation(x, positions, kind) for kind in set(self.kinds)}
+        for i, layer in enumerate(self.layers):
+            attended = self._attend(i, layer, layer.norm_in(x), *rotations[self.kinds[i]], cache)
+            x = x + layer.norm_attended(layer.attention.o_proj(attended))
+            x = x + layer.norm_out(layer.mlp(layer.norm_mlp(x)))
+        return self.norm(x)
+
+    def _rotation(self, x: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, 1, D). The first half of sin is negated: rotate_half(q) * sin is then roll(q, D / 2) * sin."""
+        cos, sin = self.backbone.rotary_emb(x, positions[:, None], *([kind] if kind else []))
+        return cos, sin * self.signs
+
+    def _attend(self, i: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache) -> Tensor:
+        """(B, Hq * D)."""
+        attention, Hq, D = layer.attention, self.num_heads, self.head_dim
+        q, k, v = (project(x).unflatten(-1, (-1, D)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        heads = torch.cat([layer.norm_q(q), layer.norm_k(k)], dim=1)  # (B, Hq + Hkv, D)
+        heads = torch.addcmul(heads * cos, heads.roll(D // 2, -1), sin)
+        cache.write(i, heads[:, Hq:], v)
+        q = heads[:, :Hq].unflatten(1, (k.shape[1], -1))  # a group's queries are rows of one small matrix: K and V are read once
+        parts = [
+            F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask, scale=attention.scaling)
+            for rows, keys, values, mask in cache.groups(i)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(x), Hq * D)
+
+
+class _Layer:
+    """The parts of a decoder layer, by what they do in all three families."""
+
+    def __init__(self, layer: nn.Module, norm):
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+        self.norm_in = norm(layer.input_layernorm)
+        self.norm_q = self.norm_k = self.norm_attended = self.norm_out = _same
+        if norm is _norm:
+            self.norm_mlp = norm(layer.post_attention_layernorm)
+            return
+        self.norm_q, self.norm_k = norm(layer.self_attn.q_norm), norm(layer.self_attn.k_norm)
+        self.norm_attended = norm(layer.post_attention_layernorm)
+        self.norm_mlp = norm(layer.pre_feedforward_layernorm)
+        self.norm_out = norm(layer.post_feedforward_layernorm)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _norm(module: nn.Module):
+    """Return the norm of Llama and Qwen2, x / rms(x) * weight, rounded to x's dtype before and after the weight multiplies it."""
+    normalise = _normalise(module.weight, module.variance_epsilon)
+    return lambda x: normalise(x) * module.weight
+
+
+def _gemma_norm(module: nn.Module):
+    """Return x / rms(x) * (1 + weight), in fp32 and rounded once: in bf16 1 + weight would lose what training changed."""
+    scale = 1 + module.weight.float()
+    normalise = _normalise(scale, module.eps)
+    return lambda x: (normalise(x.float()) * scale).to(x.dtype)
+
+
+def _normalise(like: Tensor, eps: float):
+    """Return x / rms(x) for vectors of the size of `like`, on its device."""
+    return (_in_few_operations if like.device.type == "cpu" else _in_one_kernel)(len(like), eps)
+
+
+def _in_one_kernel(H: int, eps: float):
+    return lambda x: F.rms_norm(x, (H,), eps=eps)
+
+
+def _in_few_operations(H: int, eps: float):
+    """On a CPU torch's rms_norm is nine operations on x, this is two, and a cast in bf16."""
+    root, floor = H**0.5, torch.tensor((H * eps) ** 0.5, dtype=torch.float64)  # rms(x) = sqrt(|x|^2 + H eps) / sqrt(H)
+
+    def normalise(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (x / (torch.hypot(length, floor) / root)).to(x.dtype)
+
+    return normalise

@@ -1,0 +1,266 @@
+"""The batched sampler: S slots, each a row of one preallocated KV cache with its own write position.
+
+A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no
+prompt is left, the active rows move together and the batch shrinks. On a CPU they lie in the order of their
+lengths and attention reads rows of about one length together, only as far as the longest of them; on a card
+it reads all rows as far as the longest. Sliding layers read no further than the window
+(kit/generate/kv_cache.py). Prompts are read as a pack, without padding or masks, through the model's own
+forward; equal prompts that are read together are read once. Single tokens go through kit/generate/decode.py.
+LoRA and quantised layers work."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from kit.generate.decode import Decoder
+from kit.generate.kv_cache import SlotCache
+from kit.generate.sampling import SamplingParams, sample, stream_key
+from kit.generate.vllm_backend import VllmModel
+from kit.machine import return_memory
+from kit.models.backbone import context_length, hidden_states, next_token_logits
+from kit.packing import Document, PackedBatch
+
+SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
+PREFILL_TOKENS = 8192  # prompts are packed and read together up to this many tokens: bounds the prefill's activations
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote for one prompt."""
+
+    ids: list[int]  # the end-of-text id included, where there is one
+    logprobs: list[float]  # of each id, under the distribution it was drawn from
+    finished: bool  # False: cut off at max_new_tokens
+    text: str = ""  # set where generate was given decode
+    seconds: float = field(default=0.0, compare=False)  # from the start of its prefill to its end, beside others in the batch
+
+
+@dataclass
+class _Slot:
+    """A prompt in progress."""
+
+    request: int  # index of the prompt; -1 = free
+    prompt_length: int = 0
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache: the last token drawn is not there yet."""
+        return self.prompt_length + len(self.ids) - 1
+
+
+class _Engine:
+    """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
+
+    def __init__(self, model, params: SamplingParams, num_slots: int, capacity: int):
+        self.model, self.params, self.decoder = model, params, Decoder(model)
+        self.device = model.get_input_embeddings().weight.device
+        self.cache = SlotCache(model, num_slots, capacity)
+        self.positions = torch.zeros(num_slots, dtype=torch.int64, device=self.device)  # where the next token is written
+        self.tokens = torch.zeros_like(self.positions)  # the last drawn token, not yet in the cache
+        self.keys = torch.zeros_like(self.positions)
+        self.drawn = torch.zeros_like(self.positions)  # tokens drawn so far
+
+    def _draw(self, rows: torch.Tensor | slice, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
+        logits = next_token_logits(self.model, hidden)
+        tokens, logprobs = sample(logits, self.params, self.keys[rows], self.drawn[rows])
+        self.tokens[rows] = tokens
+        self.drawn[rows] += 1
+        return tokens.tolist(), logprobs.tolist()
+
+    def prefill(self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]) -> tuple[list[int], list[float]]:
+        """Read prompts into rows, equal ones once, and draw the first token of each row."""
+        distinct = list(dict.fromkeys(prompts))
+        pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct])
+        first = dict(zip(distinct, pack.cu_seqlens[:-1].tolist(), strict=True))  # where each prompt begins in the pack
+        starts, lengths = [first[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
+        index = torch.tensor(rows, device=self.device)
+        self.keys[index] = torch.tensor(keys, device=self.device)
+        self.positions[index] = torch.tensor(lengths, device=self.device)
+        self.drawn[index] = 0
+        self.cache.at_prefill(rows, starts, lengths)
+        hidden = hidden_states(self.model, pack.to(self.device), cache=self.cache)
+        ends = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)], device=self.device)
+        return self._draw(index, hidden[ends])
+
+    def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
+        """One more token for each of the first rows, which hold so many positions."""
+        positions = self.positions[: len(lengths)]
+        self.cache.at_decode(positions, lengths)
+        hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
+        drawn = self._draw(slice(len(lengths)), hidden)
+        positions += 1
+        return drawn
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        index, into = (torch.tensor(rows, device=self.device) for rows in (sources, targets))
+        self.cache.move(index, into, length)
+        for state in (self.positions, self.tokens, self.keys, self.drawn):
+            state[into] = state[index]
+
+
+def generate(
+    model, prompts: Sequence[Sequence[int]], params: SamplingParams, *, num_slots: int, seed: int,
+    eos_token_id: int | Sequence[int], keys: Sequence[object] | None = None, decode: Callable[[list[int]], str] | None = None,
+    on_finish: Callable[[int, Completion], None] | None = None, description: str = "generating",
+) -> list[Completion]:  # fmt: skip
+    """One completion a prompt, in the prompts' order.
+
+    model: a transformers model of kit.models.families.FAMILIES, or a kit.generate.vllm_backend.VllmModel.
+    prompts: token ids. num_slots: rows decoded at once (vLLM's were set where it was loaded). keys: what
+    names each prompt's random stream beside `seed`, e.g. (question id, sample index); None = the prompt's
+    index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
+    Raises ValueError for another family, for an empty prompt and where prompt and max_new_tokens exceed the model's context.
+    """
+    prompts = [tuple(prompt) for prompt in prompts]
+    keys = list(range(len(prompts))) if keys is None else list(keys)
+    _check(model, prompts, params, num_slots, keys)
+    stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    streams = [stream_key(seed, key) for key in keys]
+    done: list[Completion | None] = [None] * len(prompts)
+    with _Progress(len(prompts), description) as progress:
+        if isinstance(model, VllmModel):
+            responses = model.run(prompts, params, streams, stop)
+        else:
+            responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
+        with closing(responses):  # also where on_finish raises
+            for request, ids, logprobs, seconds in responses:
+                text = decode(ids) if decode else ""
+                done[request] = Completion(ids, logprobs, ids[-1] in stop, text, seconds)
+                progress.finish(done[request])
+                if on_finish:
+                    on_finish(request, done[request])
+    return done
+
+
+@torch.inference_mode()  # a step of a small model is many tiny operations, and 10 % of their time is autograd's bookkeeping
+def _run_slots(
+    model, prompts: list[tuple[int, ...]], params: SamplingParams, streams: list[int], stop: set[int], num_slots: int, progress,
+) -> Iterator[tuple[int, list[int], list[float], float]]:  # fmt: skip
+    """(index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
+    if not prompts:
+        return
+    slots = [_Slot(-1) for _ in range(min(num_slots, len(prompts)))]
+    engine = _Engine(model, params, len(slots), max(map(len, prompts)) + params.max_new_tokens)
+    waiting, arranged = deque(range(len(prompts))), []
+
+    def receive(rows, tokens, logprobs):
+        progress.step(len(rows))
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            slot = slots[row]
+            slot.ids.append(token)
+            slot.logprobs.append(logprob)
+            if token in stop or len(slot.ids) == params.max_new_tokens:
+                slots[row] = _Slot(-1)
+                yield slot.request, slot.ids, slot.logprobs, time.perf_counter() - slot.start
+
+    training = model.training
+    model.eval()
+    try:
+        while waiting or any(slot.request >= 0 for slot in slots):
+            while waiting and any(slot.request < 0 for slot in slots):
+                free = [row for row, slot in enumerate(slots) if slot.request < 0]
+                requests = _next_prompts(waiting, prompts, len(free))
+                rows = free[: len(requests)]
+                for row, request in zip(rows, requests, strict=True):
+                    slots[row] = _Slot(request, len(prompts[request]))
+                yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]))
+            if [slot.request for slot in slots] != arranged:
+                arrange(slots, engine, engine.cache.sorted_by)
+                arranged = [slot.request for slot in slots]
+            lengths = [slot.length for slot in slots if slot.request >= 0]
+            if lengths:
+                yield from receive(range(len(lengths)), *engine.decode(lengths))
+    finally:
+        model.train(training)
+        device, engine = engine.device, None
+        return_memory(device)  # the cache, which training needs
+
+
+def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
+    if num_slots < 1:
+        raise ValueError(f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1")
+    if len(keys) != len(prompts):
+        raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key a prompt")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; a prompt has at least one token")
+        if len(prompt) + params.max_new_tokens > context_length(model):
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}, but the model was made for "
+                f"{context_length(model)} in all; pass max_new_tokens <= {context_length(model) - len(prompt)}"
+            )
+
+
+def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free: int) -> list[int]:
+    """Take prompts from the front, as many as there are free rows and the prefill's budget of tokens allows."""
+    requests = [waiting.popleft()]
+    distinct = {prompts[requests[0]]}
+    while waiting and len(requests) < num_free:
+        wider = distinct | {prompts[waiting[0]]}
+        if len(wider) > len(distinct) and sum(map(len, wider)) > PREFILL_TOKENS:
+            break
+        distinct = wider
+        requests.append(waiting.popleft())
+    return requests
+
+
+def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
+    """Move active rows so that the batch is rows 0..B-1, the longest first. A row that lies among those of its length stays."""
+    lengths = {row: slot.length // sorted_by for row, slot in enumerate(slots) if slot.request >= 0}
+    wanted = sorted(lengths.values(), reverse=True)  # of places 0..B-1
+    stay = {place for place, length in enumerate(wanted) if lengths.get(place) == length}
+    targets = [place for place in range(len(wanted)) if place not in stay]
+    sources = sorted((row for row in lengths if row not in stay), key=lengths.get, reverse=True)
+    if not targets:
+        return
+    engine.move(sources, targets, max(slots[row].length for row in sources))
+    moved = [slots[row] for row in sources]
+    for row in sources:
+        slots[row] = _Slot(-1)
+    for place, slot in zip(targets, moved, strict=True):
+        slots[place] = slot
+
+
+class _Progress:
+    """Finished of total, tokens a second, mean length and truncated so far, time left at the mean pace so far."""
+
+    def __init__(self, total: int, description: str):
+        self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)
+        self.start = self.shown = time.perf_counter()
+        self.tokens = self.finished = self.finished_tokens = self.truncated = 0
+
+    def step(self, tokens: int) -> None:
+        """So many rows got a token each."""
+        self.tokens += tokens
+        now = time.perf_counter()
+        if now - self.shown >= SHOW_EVERY:
+            self.shown = now
+            self.bar.set_postfix_str(self.text(now - self.start))
+
+    def finish(self, completion: Completion) -> None:
+        self.finished += 1
+        self.finished_tokens += len(completion.ids)
+        self.truncated += not completion.finished
+        self.bar.update()
+
+    def text(self, seconds: float) -> str:
+        tokens = max(self.tokens, self.finished_tokens)  # vLLM tells of whole responses only
+        mean = f"{self.finished_tokens / self.finished:,.0f}" if self.finished else "?"
+        return f"{tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.set_postfix_str(self.text(time.perf_counter() - self.start), refresh=False)
+        self.bar.close()

@@ -1,0 +1,242 @@
+"""Are two answers the same answer? Trees are compared by what they are: number, expression, list, tuple, interval, equation.
+
+`Judge.same(a, b)` is symmetric: every rule either treats both sides alike or is tried both ways round. What no rule here decides
+(an integral, an identity that the points leave open) goes to the `prove` callable, which is the symbolic worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+from kit.grade.deciding.identities import decimal_of, proportional
+from kit.grade.deciding.intervals import RealSets, condition_name, flip, is_conjunction
+from kit.grade.deciding.meaning import (
+    as_rows,
+    as_selection,
+    as_vector,
+    has_names,
+    is_name,
+    kind,
+    names_differ,
+    one_by_one,
+    plain_words,
+    rename_argument,
+    resolve,
+    strip_names,
+)
+from kit.grade.deciding.scalars import Options, ScalarJudge
+from kit.grade.limits import Budget, NotNumeric, TooLarge, Undecided
+from kit.grade.reading.trees import Node, canonical, contains, negate, symbols
+
+MAX_PAIRS = 20_000  # comparisons between the elements of two sets, after equal rational elements are paired off
+
+
+class Judge(ScalarJudge):
+    """Compares two trees under options. `rule` names the rule that decided last at the outermost level."""
+
+    def __init__(self, options: Options, budget: Budget, prove: Callable[[Node, Node], bool]):
+        super().__init__(options, budget, prove)
+        self.sets = RealSets(budget, self.same)
+
+    def same(self, a: Node, b: Node) -> bool:
+        """Whether the two answers are the same. Undecided or TooLarge where that cannot be said."""
+        self.budget.spend()
+        if canonical(a) == canonical(b):
+            return self.decide("same structure", True)
+        written = (a, b)
+        a, b = resolve(a), resolve(b)
+        if {kind(a), kind(b)} == {"equation", "scalar"}:
+            a, b = (as_selection(side) or meant for side, meant in zip(written, (a, b), strict=True))
+        kinds = {kind(a), kind(b)}
+        if "equation" in kinds:
+            return self.same_equation(a, b)
+        if "collection" in kinds:
+            return self.same_collection(a, b)
+        if "condition" in kinds or "real set" in kinds:
+            return self.same_real_set(a, b)
+        if "sequence" in kinds:
+            return self.same_sequence(a, b)
+        if "text" in kinds:
+            letters = kinds == {"text"} and len(a[1]) == len(b[1]) == 1  # C is not c, but Yes is yes
+            return self.decide("text", a == b if letters else kinds == {"text"} and plain_words(a[1]) == plain_words(b[1]))
+        return self.same_scalar(a, b)
+
+    # --- equations and names
+
+    def same_equation(self, a: Node, b: Node) -> bool:
+        if a[0] != "equation" or b[0] != "equation":
+            equation, other = (a, b) if a[0] == "equation" else (b, a)
+            if other[0] == "list" and has_names(other) and one_by_one(equation) != equation:
+                return self.same_collection(one_by_one(equation), other)
+            name, value = equation[1:]
+            stated = is_name(name) or not (symbols(name) or symbols(value))  # 35 + 70 = 105 states a value too
+            if not stated or kind(other) == "condition":
+                return self.decide("an equation is not a value", False)
+            verdict = self.same(value, other)
+            return self.decide(f"value of the equation, {self.rule}", verdict)
+        if {a[1][0], b[1][0]} == {"apply", "sym"} and ("sym", "y") in (a[1], b[1]):  # y = 3x and f(x) = 3x
+            return self.decide(f"equation, {self.rule}", self.same(a[2], b[2]))
+        renamed = rename_argument(a, b)
+        if is_name(a[1]) and canonical(a[1]) == canonical(renamed[1]) and self.same(a[2], renamed[2]):
+            return self.decide(f"equation, {self.rule}", True)
+        if any(kind(side) != "scalar" for side in (*a[1:], *b[1:])):
+            return self.decide("equation", a[1] == b[1] and self.same(a[2], b[2]))
+        left, right = (("add", side[1], negate(side[2])) for side in (a, b))
+        try:
+            verdict = proportional(left, right, self.budget, positive=False)
+        except NotNumeric:
+            verdict = None
+        if verdict is None or (not verdict and (contains(a, "dec") or contains(b, "dec"))):
+            verdict = all(self.similar(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+        return self.decide("equation up to a factor", verdict)
+
+    # --- lists, sets, tuples
+
+    def same_collection(self, a: Node, b: Node) -> bool:
+        if a[0] not in ("list", "set"):
+            a, b = b, a
+        if self.is_decimal_comma(a, b):
+            return self.decide("decimal comma", True)
+        if is_conjunction(a) and (kind(b) in ("real set", "condition") or b[0] == "seq"):
+            return self.same_real_set(a, b)
+        if b[0] == "seq" and a[0] == "list":
+            verdict = self.elementwise(strip_names(a)[2:], b[3:])
+            return self.decide("a list against a tuple, in order", verdict)
+        if kind(b) in ("real set", "condition"):
+            return self.same_real_set(a, b)
+        if b[0] not in ("list", "set"):
+            b = ("set", b)
+        ordered = self.options.order == "strict" and "list" in (a[0], b[0])
+        if not (has_names(a) and has_names(b)):
+            ordered |= names_differ(a) or names_differ(b)  # x = 2, y = 3 is not 3, 2
+            a, b = strip_names(a), strip_names(b)
+        left, right = (list(side[2:] if side[0] == "list" else side[1:]) for side in (a, b))
+        if ordered:
+            return self.decide("list, in order", self.elementwise(left, right))
+        if a[0] == b[0] == "list" and "or" in (a[1], b[1]) and all(kind(resolve(part)) == "condition" for part in left + right):
+            return self.same_real_set(a, b)
+        return self.decide("set", self.same_elements(left, right))
+
+    def is_decimal_comma(self, a: Node, b: Node) -> bool:
+        """1,22 as a European decimal: a bare list of two plain integers against one decimal with a point."""
+        decimal = decimal_of(b)
+        if (
+            decimal is None
+            or a[0] != "list"
+            or len(a) != 4
+            or any(part[0] != "num" or part[1].denominator != 1 for part in a[2:])
+        ):
+            return False
+        whole, decimals = a[2][1], a[3][1]
+        places = b[3] if b[0] == "dec" else 0
+        if decimals < 0 or len(str(decimals)) != places:  # the list 1, 5 is 1.5, not 1.05
+            return False
+        return abs(decimal[0]) == abs(whole) + decimals / 10**places and (whole < 0) == (decimal[0] < 0)
+
+    def elementwise(self, left, right) -> bool:
+        return len(left) == len(right) and all(self.same(x, y) for x, y in zip(left, right, strict=True))
+
+    def same_elements(self, left: list[Node], right: list[Node]) -> bool:
+        """Set equality: rational elements by their exact values first, the others (and decimals) pair by pair."""
+        exact = [{value: part for part in side if (value := self.rational(part)) is not None} for side in (left, right)]
+        common = exact[0].keys() & exact[1].keys()
+        loose = [[part for part in side if self.rational(part) not in common] for side in (left, right)]
+        if len(loose[0]) * len(loose[1]) > MAX_PAIRS:
+            if all(part[0] == "num" for side in loose for part in side):
+                return False
+            raise Undecided(f"two sets of {len(left)} and {len(right)} elements that are not plain numbers")
+        whole = [left, right]
+        return all(
+            self.any_same(part, whole[1 - side] if part[0] == "dec" else loose[1 - side] or whole[1 - side])
+            for side in (0, 1)
+            for part in loose[side]
+        )
+
+    def any_same(self, part: Node, others: list[Node]) -> bool:
+        undecided: Exception | None = None
+        for other in others:
+            try:
+                if self.same(part, other):
+                    return True
+            except (Undecided, TooLarge) as error:
+                undecided = error
+        if undecided is not None:
+            raise undecided
+        return False
+
+    @staticmethod
+    def rational(node: Node) -> Fraction | None:
+        return node[1] if node[0] in ("num", "dec") else None
+
+    def same_sequence(self, a: Node, b: Node) -> bool:
+        rows = [as_rows(side) for side in (a, b)]
+        if rows[0] is None or rows[1] is None:
+            if {a[0], b[0]} == {"seq", "matrix"}:
+                seq, matrix = (a, b) if a[0] == "seq" else (b, a)
+                nested = tuple(as_vector(part) for part in seq[3:])
+                if all(part is not None for part in nested):  # [[1, 2], [3, 4]]
+                    return self.same_sequence(("matrix", *nested), matrix)
+            return self.same_scalar(a, b) if "matrix" in (a[0], b[0]) else self.decide("a tuple is not a number", False)
+        if a[0] == b[0] == "seq" and (
+            len(a) == len(b) == 5 or "(]" in (a[1] + a[2], b[1] + b[2]) or "[)" in (a[1] + a[2], b[1] + b[2])
+        ):
+            if a[1:3] != b[1:3]:  # two entries: (0, 9) may be an interval, and its brackets then matter
+                return self.decide("brackets", False)
+            return self.decide("tuple or interval", self.elementwise(a[3:], b[3:]))
+        shapes = [[len(row) for row in side] for side in rows]
+        flat = [[part for row in side for part in row] for side in rows]
+        if shapes[0] != shapes[1] and not all(1 in (len(shape), max(shape)) for shape in shapes):
+            return self.decide("shape", False)
+        return self.decide("tuple or matrix", self.elementwise(*flat))
+
+    # --- intervals and inequalities
+
+    def same_real_set(self, a: Node, b: Node) -> bool:
+        if a[0] == b[0] == "condition":
+            names = [condition_name(side) for side in (a, b)]
+            if all(name is not None and is_name(name) for name in names) and canonical(names[0]) != canonical(names[1]):
+                return self.decide("conditions on different quantities", False)
+        pieces = [self.sets.pieces(side) for side in (a, b)]
+        if pieces[0] is None or pieces[1] is None:
+            if a[0] == b[0] == "condition":
+                return self.same_condition(a, b)
+            if a[0] == b[0] and a[0] in ("union", "meet", "minus") and len(a) == len(b):
+                return self.decide("set operation", self.elementwise(a[1:], b[1:]))
+            return self.decide("not the same kind of set", False)
+        if len(pieces[0]) != len(pieces[1]):
+            return self.decide("interval", False)
+        for x, y in zip(*pieces, strict=True):
+            if (x.low_closed, x.high_closed) != (y.low_closed, y.high_closed):
+                return self.decide("interval", False)
+            if not (self.sets.same_end(x.low, y.low) and self.sets.same_end(x.high, y.high)):
+                return self.decide("interval", False)
+        return self.decide("interval", True)
+
+    def same_condition(self, a: Node, b: Node) -> bool:
+        """Chains of inequalities that are no interval, such as f(2) < f(1) < f(4) or 2x + y < 3."""
+        chains = [chain if not chain[0] or chain[0][0] not in (">", ">=") else flip(chain) for chain in (a[1:], b[1:])]
+        if chains[0][0] != chains[1][0]:
+            return self.decide("inequality", False)
+        if len(chains[0][1]) == len(chains[1][1]) and all(
+            canonical(x) == canonical(y) or self.similar(x, y) for x, y in zip(chains[0][1], chains[1][1], strict=True)
+        ):
+            return self.decide("inequality", True)
+        if chains[0][0] == ("equiv", "mod") and canonical(chains[0][1][2]) == canonical(chains[1][1][2]):
+            return self.decide("congruence", self.same_residue(*(chain[1] for chain in chains)))
+        if len(chains[0][1]) != 2 or chains[0][0][0] not in ("<", "<=", "!="):
+            return self.decide("inequality", False)
+        left, right = (("add", chain[1][0], negate(chain[1][1])) for chain in chains)
+        try:
+            verdict = proportional(left, right, self.budget, positive=chains[0][0][0] != "!=")
+        except NotNumeric:
+            verdict = False
+        return self.decide("inequality up to a factor", bool(verdict))
+
+    @staticmethod
+    def same_residue(a: tuple, b: tuple) -> bool:
+        """x = 2 and x = 7 modulo 5, where all of it is plain numbers."""
+        numbers = [part for part in (a[1], b[1], a[2]) if part[0] == "num"]
+        if canonical(a[0]) != canonical(b[0]) or len(numbers) != 3 or not numbers[2][1]:
+            return False
+        return ((numbers[0][1] - numbers[1][1]) / numbers[2][1]).denominator == 1

@@ -1,0 +1,250 @@
+"""What an answer means: chains of equalities, plus-minus, names, units and matrices, reduced to the thing that is compared."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from kit.grade.reading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
+from kit.grade.reading.vocabulary import COMPOUND_UNITS, UNITS
+
+ALL_REALS = frozenset(("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers"))
+ALL_INTEGERS = frozenset(("all integers", "the integers", "integers", "the set of all integers", "the set of integers"))
+NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
+_UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # 7 in all is no length
+_HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
+
+
+def is_point_name(node: Node) -> bool:
+    """Whether a symbol may name a point: the A of A(1, 2)."""
+    return node[0] == "sym" and node[1][0].isupper() and len(node[1].rstrip("'").partition("_")[0]) == 1
+
+
+def as_selection(node: Node) -> Node | None:
+    """C(5, 2) as a number of choices, which it is where a number is asked for; None for any other node."""
+    if node[0] == "mul" and len(node) == 3 and node[1] == ("sym", "C") and node[2][0] == "seq" and len(node[2]) == 5:
+        return ("binom", *node[2][3:])
+    return None
+
+
+def is_name(node: Node) -> bool:
+    """Whether a left side only names what is equated: x, f(x), S_{ABC}, NO/BO, A:B, (p, q), cos x; not 7, x^2 or a + 3z."""
+    if node[0] in ("sym", "text", "apply", "call"):
+        return True
+    if node[0] in ("mul", "ratio", "seq", "unit"):
+        return all(is_name(part) for part in node[1:] if isinstance(part, tuple))
+    return node[0] == "pow" and node[2] == ("num", Fraction(-1)) and is_name(node[1])
+
+
+def kind(node: Node) -> str:
+    """What a resolved node is, for choosing the rule."""
+    kinds = {"list": "collection", "set": "collection", "seq": "sequence", "matrix": "sequence"}
+    kinds |= {"union": "real set", "minus": "real set", "meet": "real set", "reals": "real set"}
+    kinds |= {"equation": "equation", "condition": "condition", "text": "text"}
+    return kinds.get(node[0], "scalar")
+
+
+def resolve(node: Node) -> Node:
+    """The answer that is meant: chains of equalities give their last value, plus-minus gives two, a vector is a tuple."""
+    if node[0] == "rel":
+        return resolve_relation(node)
+    if node[0] in ("list", "set"):
+        head = node[:2] if node[0] == "list" else node[:1]
+        parts: list[Node] = []
+        name = None
+        excluded = None
+        for part in map(resolve, node[len(head) :]):
+            for item in part[2:] if part[0] == "list" else [part]:
+                if item[0] == "equation" and is_name(item[1]):
+                    name = item[1]
+                elif name is not None and item[0] != "equation" and node[0] == "list" and kind(item) in ("scalar", "sequence"):
+                    item = ("equation", name, item)  # a = 4, -8, -10: all three are a
+                if item[0] == "condition" and item[1] == ("!=",):
+                    excluded = item[2][0]
+                elif excluded is not None and node[0] == "list" and kind(item) == "scalar":
+                    item = ("condition", ("!=",), (excluded, item))  # x != 1, 2
+                else:
+                    excluded = None
+                parts.append(item)
+        return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
+    if node[0] == "unit" and node[1][0] == "text":
+        return ("text", f"{node[1][1]} {node[2]}")
+    if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
+        return resolve(node[1])
+    if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
+        return ("reals",)
+    if node[0] == "text" and plain_words(node[1]) in ALL_INTEGERS:
+        return ("sym", "Z")
+    if node[0] == "text" and plain_words(node[1]) in NO_SOLUTION:
+        return ("set",)
+    if (node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1])) or (
+        node[0] == "apply" and len(node) > 3 and is_point_name(("sym", node[1]))
+    ):
+        name, place = (node[1], node[2]) if node[0] == "mul" else (("sym", node[1]), ("seq", "(", ")", *node[2:]))
+        return ("equation", name, place)
+    if contains(node, "pm"):
+        return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
+    if node[0] in ("minus", "meet") and node[1][0] == node[2][0] == "set":
+        others = {canonical(part) for part in node[2][1:]}
+        return ("set", *(part for part in node[1][1:] if (canonical(part) in others) == (node[0] == "meet")))
+    if node[0] == "union" and all(part[0] == "set" for part in node[1:]):
+        return ("set", *(item for part in node[1:] for item in part[1:]))
+    return node
+
+
+def resolve_relation(node: Node) -> Node:
+    operators, operands = list(node[1]), list(node[2])
+    if "~" in operators:
+        cut = operators.index("~")
+        first = operands[cut]
+        if cut > 0 or not symbols(first):  # x = 1/3 ~ 0.333 and sqrt(2) ~ 1.41 give the exact value, x ~ 11 gives 11
+            operators, operands = operators[:cut], operands[: cut + 1]
+        operators = ["=" if operator == "~" else operator for operator in operators]
+        if not operators:
+            return resolve(operands[0])
+    if operators == ["mod"] and all(part[0] == "num" for part in operands) and operands[1][1] > 0:
+        return ("num", operands[0][1] % operands[1][1])
+    if operators == ["in"]:
+        return resolve(operands[1]) if kind(operands[1]) != "scalar" else ("condition", ("in",), tuple(operands))
+    if any(operator != "=" for operator in operators):
+        return ("condition", tuple(operators), tuple(operands))
+    name, value = operands[0], operands[-1]
+    if not is_name(name) and len(operands) > 2:
+        name = operands[-2]
+    if not is_name(name) and is_name(value) and not symbols(name):
+        name, value = value, name
+    if contains(value, "pm"):
+        return ("list", ",", *(("equation", name, substitute_sign(value, sign)) for sign in (1, -1)))
+    value = resolve(value)
+    if value[0] == "list" and name[0] != "seq":
+        return ("list", value[1], *(("equation", name, part) for part in value[2:]))
+    return ("equation", name, value)
+
+
+def has_names(node: Node) -> bool:
+    return any(part[0] == "equation" for part in node[1:] if isinstance(part, tuple))
+
+
+def names_differ(node: Node) -> bool:
+    """Whether a collection equates different quantities: x = 2, y = 3 does, x_1 = 2, x_2 = 3 lists the values of one."""
+    named = [part[1] for part in node if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1])]
+    return len({name[1].partition("_")[0] if name[0] == "sym" else name for name in named}) > 1
+
+
+def one_by_one(equation: Node) -> Node:
+    """(x, y) = (2, 3) as x = 2, y = 3; any other equation as it is."""
+    name, value = equation[1:]
+    if name[0] == value[0] == "seq" and len(name) == len(value):
+        return ("list", ",", *(("equation", x, y) for x, y in zip(name[3:], value[3:], strict=True)))
+    return equation
+
+
+def strip_names(node: Node) -> Node:
+    """The collection with every name = value replaced by its value."""
+    return tuple(part[2] if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1]) else part for part in node)
+
+
+def rename_argument(a: Node, b: Node) -> Node:
+    """b with its function's argument named as in a: W(n) = n + 1 and W(x) = x + 1 are one statement."""
+    heads = (a[1], b[1])
+    if (
+        all(head[0] == "apply" and len(head) == 3 and head[2][0] == "sym" for head in heads)
+        and heads[0][1] == heads[1][1]
+        and heads[0][2][1] not in symbols(b[2])  # f(t) = t + x does not become f(x) = x + x
+    ):
+        return tuple(rename(part, heads[1][2], heads[0][2]) if isinstance(part, tuple) else part for part in b)
+    return b
+
+
+def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
+    """The bare expression, and what stood around it: a percent sign, a degree sign, a unit."""
+    return unwrap_more(node, {})
+
+
+def unwrap_more(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
+    while node[0] in ("percent", "deg", "unit"):
+        unit = UNITS.get(node[2].lower()) if node[0] == "unit" else None
+        if unit in ("degree", "percent"):
+            marks["deg" if unit == "degree" else unit] = ""
+        else:
+            marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
+        node = node[1]
+    if node[0] == "mul":
+        parts = product([node])[1:]
+        words = [part for part in parts if is_word(part)]
+        if 0 < len(words) < len(parts):  # USD 12, and 5 \frac{\text{m}}{\text{s}}
+            marks.setdefault("unit", " ".join(part[1] if part[0] == "text" else part[1][1] for part in words))
+            return unwrap_more(product([part for part in parts if part not in words]), marks)
+    if node[0] == "mul" and sum(part[0] == "deg" for part in node[1:]) == 1:  # 3 sqrt(2)^\circ
+        marks["deg"] = ""
+        node = ("mul", *(part[1] if part[0] == "deg" else part for part in node[1:]))
+    return node, marks
+
+
+def is_word(node: Node) -> bool:
+    """Whether a factor is a word, or one over a word."""
+    return node[0] == "text" or (node[0] == "pow" and node[1][0] == "text")
+
+
+def known_units(text: str) -> frozenset[str]:
+    """The units that a text names, by one name each, powers left aside: "square inches" and "in^2" are both inches."""
+    half = _HALF_OF_DAY.search(text.lower())
+    if half:
+        return frozenset((f"{half[1]}m",))
+    known = {UNITS[word] for word in _UNIT_WORDS.findall(text.lower()) if word in UNITS}
+    return frozenset(name for unit in known for name in COMPOUND_UNITS.get(unit, unit).split()) - {"unit"}
+
+
+def plain_words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def as_vector(node: Node) -> tuple | None:
+    return node[3:] if node[0] == "seq" else None
+
+
+def as_rows(node: Node) -> tuple | None:
+    """Rows of a matrix; a tuple is a column."""
+    if node[0] == "matrix":
+        return node[1:]
+    if node[0] == "seq" and all(part[0] != "seq" for part in node[3:]):
+        return tuple((part,) for part in node[3:])
+    return None
+
+
+def is_clock(node: Node) -> bool:
+    """Whether a:b may be a time of day."""
+    values = [part[1] for part in node[1:] if part[0] == "num" and part[1].denominator == 1]
+    return (
+        len(node) == 3
+        and len(values) == 2
+        and 0 <= values[0] <= 24
+        and 0 <= values[1] < 60
+        and (values[1] >= 10 or not values[1])
+    )
+
+
+def matrix_value(node: Node) -> Node | None:
+    """A matrix from sums of matrices and multiples of one, or None."""
+    if node[0] in ("matrix", "seq"):
+        rows = as_rows(node)
+        return None if rows is None else ("matrix", *rows)
+    if node[0] == "add":
+        parts = [matrix_value(part) for part in node[1:]]
+        if None in parts or len({tuple(map(len, part[1:])) for part in parts}) != 1:
+            return None
+        return (
+            "matrix",
+            *(
+                tuple(("add", *entries) for entries in zip(*rows, strict=True))
+                for rows in zip(*(p[1:] for p in parts), strict=True)
+            ),
+        )
+    if node[0] == "mul":
+        matrices = [part for part in node[1:] if contains(part, "matrix")]
+        value = matrix_value(matrices[0]) if len(matrices) == 1 else None
+        if value is None:
+            return None
+        factors = [part for part in node[1:] if part is not matrices[0]]
+        return ("matrix", *(tuple(product([*factors, entry]) for entry in row) for row in value[1:]))
+    return None

@@ -1,0 +1,190 @@
+"""Sympy behind a wall: worker processes that answer "are these two expressions equal?" or are killed at the deadline.
+
+The parent sends trees (trees.py) as one line of JSON and waits on a queue with a timeout; a worker that does not answer in
+time is killed, and its successor starts at once in the background. Since the parent keeps the time, this holds in any thread and
+on any system. A worker is a plain `python -c` process running symbolic.py, because multiprocessing's spawn would run the
+caller's script again where that has no `__main__` guard. Workers start with the first question. An idle one ends when its
+standard input closes, which is when the parent ends, however that comes about.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from kit.grade.limits import Undecided
+from kit.grade.reading.trees import Node, to_json
+
+MAX_WORKERS = 2  # each holds about 70 MiB; a third thread waits, within its deadline
+START_UP = 60.0  # seconds that importing sympy may take on a busy machine before the worker is given up
+
+# the caller's folder ("") must not be searched: it may hold a sympy.py or a random.py
+_SERVE = (
+    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; from kit.grade.deciding.sympy_worker import serve; serve()"
+)
+
+
+class Worker:
+    """One process and the thread that reads its answers."""
+
+    def __init__(self):
+        self.started = time.monotonic()
+        self.answers: queue.SimpleQueue = queue.SimpleQueue()
+        self.ready = False
+        self.process = subprocess.Popen(
+            [sys.executable or "python", "-c", _SERVE, str(Path(__file__).resolve().parents[3])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        )
+        threading.Thread(target=self._read, daemon=True, name="kit-grade-worker").start()
+
+    def _read(self) -> None:
+        with self.process.stdout as lines:
+            for line in lines:
+                self.answers.put(json.loads(line))
+        self.answers.put(None)  # the process has ended
+
+    def wait_ready(self, deadline_at: float) -> bool:
+        """Whether the worker has imported sympy by the deadline."""
+        if not self.ready:
+            try:
+                self.ready = self.answers.get(timeout=max(0.0, deadline_at - time.monotonic())) == "ready"
+            except queue.Empty:
+                return False
+        return self.ready
+
+    def ask(self, question: dict, deadline_at: float) -> dict | None:
+        """The answer, or None where the process ended. queue.Empty at the deadline."""
+        try:
+            self.process.stdin.write(json.dumps(question).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self.answers.get(timeout=max(0.0, deadline_at - time.monotonic()))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:  # a question that it no longer read
+            return
+
+
+class Pool:
+    """At most MAX_WORKERS workers, started when first needed and handed to one thread at a time."""
+
+    def __init__(self):
+        self.condition = threading.Condition()
+        self.idle: list[Worker] = []
+        self.all: set[Worker] = set()
+
+    def borrow(self, deadline_at: float) -> Worker:
+        with self.condition:
+            while True:
+                while self.idle:
+                    worker = self.idle.pop()
+                    if worker.process.poll() is None:
+                        return worker
+                    self.all.discard(worker)  # it ended while it was idle
+                if len(self.all) < MAX_WORKERS:
+                    self._start()
+                elif not self.condition.wait(max(0.0, deadline_at - time.monotonic())):
+                    raise Undecided("deadline: every worker is busy")
+
+    def give_back(self, worker: Worker, usable: bool) -> None:
+        with self.condition:
+            self.condition.notify()
+            if usable:
+                self.idle.append(worker)
+                return
+            worker.kill()
+            self.all.discard(worker)
+            self._start()  # its successor imports sympy while the parent goes on
+
+    def _start(self) -> None:
+        worker = Worker()
+        self.all.add(worker)
+        self.idle.append(worker)
+
+    def close(self) -> None:
+        with self.condition:
+            for worker in self.all:
+                worker.kill()
+            self.all.clear()
+            self.idle.clear()
+
+
+_pool: Pool | None = None
+_pool_lock = threading.Lock()
+
+
+def pool() -> Pool:
+    """This process's pool."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = Pool()
+            atexit.register(_pool.close)
+        return _pool
+
+
+def _forget() -> None:
+    """A forked child starts its own workers: two processes reading one pipe would steal each other's answers."""
+    global _pool, _pool_lock
+    if _pool is not None:
+        atexit.unregister(_pool.close)
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def start(seconds: float = START_UP) -> bool:
+    """Start a worker and wait until it is ready, so that no question spends its deadline on importing sympy. Whether it is."""
+    deadline_at = time.monotonic() + seconds
+    worker = pool().borrow(deadline_at)
+    ready = worker.wait_ready(deadline_at)
+    pool().give_back(worker, ready or worker.process.poll() is None)
+    return ready
+
+
+def prove(a: Node, b: Node, deadline_at: float) -> bool:
+    """Whether sympy finds the two expressions equal. Undecided, with the reason, where it cannot tell or does not in time."""
+    if time.monotonic() >= deadline_at:
+        raise Undecided("deadline")
+    try:
+        answer = _ask(pool(), {"a": to_json(a), "b": to_json(b)}, deadline_at)
+    except OSError as error:
+        raise Undecided(f"no worker could be started: {error}") from error
+    except queue.Empty:
+        raise Undecided("deadline") from None
+    if answer is None:
+        raise Undecided("the worker ran into its limits")
+    if answer["equal"] is None:
+        raise Undecided(answer["reason"])
+    return answer["equal"]
+
+
+def _ask(workers: Pool, question: dict, deadline_at: float) -> dict | None:
+    worker = workers.borrow(deadline_at)
+    usable = False
+    try:
+        if not worker.wait_ready(deadline_at):
+            usable = worker.process.poll() is None and time.monotonic() - worker.started < START_UP
+            raise Undecided("deadline: the worker is still starting" if usable else "the worker could not start")
+        answer = worker.ask({**question, "seconds": deadline_at - time.monotonic()}, deadline_at)
+        usable = answer is not None and not answer.get("exhausted", False)
+        return answer
+    finally:
+        workers.give_back(worker, usable)

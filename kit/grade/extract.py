@@ -1,0 +1,207 @@
+r"""Which part of a response is its answer? A fixed order of places to look, each with a name that the verdict records.
+
+1.  `boxed`: the last complete \boxed{...}, by brace matching (\fbox, \boxed {x} and \boxed 5 too). Boxes are never joined.
+    `final answer after the box`: a sentence "final answer is ..." or "final answer: ..." after that box, if it names a value.
+2.  `####`: what follows the last ####, as in GSM8K.
+3.  `answer statement`: what follows the last "answer is", "answer:" and their like.
+4.  `whole text`: everything, where it is an answer without prose around it.
+5.  `last mathematics` or `last number`: the last $...$, \(...\) or \[...\], unless a number stands after it.
+6.  `short text`: everything, where it is at most six words.
+
+All of it is looked for after the last </think>. Only if nothing is found there is the thought searched, and the name says so.
+A thought that never ends counts by steps 1 to 3 alone: the last number of a thought that was cut off is no answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kit.grade.choices import choice_in_prose, leading_choice, stated_choice
+from kit.grade.prose import NUMBER, SENTENCE_END, is_bare, last_value
+from kit.grade.reading.tokens import DIGITS
+
+MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
+
+
+def _openings(word: str, tail: str) -> list[str]:
+    """Patterns of a whole word in any case that begin with one letter each: `re` then skips to such letters by itself."""
+    return [rf"{letter}(?<!\w{letter})(?i:{word[1:]}){tail}" for letter in (word[0].lower(), word[0].upper())]
+
+
+_BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
+_BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
+
+_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|lautet|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)[\s*:：_\"]{0,6})"
+_HEADS = rf"(?:{_STATES}|\s?\*{{0,2}}\s{{0,3}}\n\s{{0,6}})"
+_ADJECTIVE = r"(?:\s(?i:corr\w{2,5}|exact\w{0,2}|finale?))?"
+_STATEMENT = re.compile(
+    "|".join(
+        _openings(r"final\s{1,3}answer", _HEADS)
+        + [p for word in ("answer", "option", "choice", "antwort") for p in _openings(word, _STATES)]
+        + [p for word in ("réponse", "respuesta", "resposta", "risposta", "ответ") for p in _openings(word, _ADJECTIVE + _STATES)]
+        + [word + _STATES for word in ("答案", "答え", "正解", "정답", "답", "الجواب", "الإجابة")]
+    )
+)
+_OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')  # a backslash only where it escapes a sign: not that of \frac or \(
+_DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
+_CONTRAST = re.compile(  # what follows explains the answer, or says what it is not
+    r"[\s,;，；]{1,4}(?:because|since|which|not|rather than|instead of|no|non|nicht"
+    r"|pas|et non|y no|und nicht|而不是|不是|因为|因為)(?![A-Za-z])"
+)
+_LEADING_WORD = re.compile(r"\W{0,4}(yes|no|true|false)[,.;:!]", re.IGNORECASE)
+_PREDICATE = re.compile(r"\b(?:is|are|was)\s(?:an?\s|the\s)?(\w+)\W*\Z")  # the day is Friday
+_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
+
+
+def extract_answer(text: str, *, choice: bool = False) -> tuple[str | None, str]:
+    """(the answer's text, where it was found), or (None, why not). `choice`: the letter of a multiple choice counts."""
+    thought, tag, reply = text.rpartition("</think>")
+    if tag:
+        answer, rule = _extract(reply, choice, explicit=False)
+        if answer is not None:
+            return answer, rule
+        answer, rule = _extract(thought, choice, explicit=False)
+        return answer, f"{rule}, before </think>" if answer is not None else rule
+    return _extract(reply, choice, explicit="<think>" in text)
+
+
+def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
+    if not text.isascii():
+        text = text.translate(DIGITS)
+    if "<" in text:
+        text = _SPECIAL.sub(" ", text)
+    box = last_box(text) if "boxed" in text or "fbox" in text else None
+    if box:
+        content, end = box
+        if "nswer" in text[end:] or "NSWER" in text[end:]:
+            later = statement(text[end:], choice, final=True)
+            if later is not None:
+                return later, "final answer after the box"
+        return content, "boxed"
+    if "####" in text:
+        line = text.rpartition("####")[2].strip().partition("\n")[0].strip()
+        if line:
+            return line, "####"
+    stated = statement(text, choice, final=False)
+    if stated is not None:
+        return stated, "answer statement"
+    if explicit:
+        return None, "no answer: the thought does not end"
+    stripped = text.strip()
+    if stripped.startswith("**") and stripped.endswith("**") and "**" not in stripped[2:-2]:
+        stripped = stripped[2:-2].strip()
+    if not stripped:
+        return None, "no answer: nothing is there"
+    if choice:
+        letter = leading_choice(stripped)
+        if letter:
+            return letter, "leading choice"
+        letter = choice_in_prose(stripped[-MAX_STATEMENT:])
+        if letter:
+            return letter, "choice in prose"
+    if is_bare(stripped):
+        return stripped, "whole text"
+    found, place = last_value(text)
+    if found is not None:
+        return found, place
+    word = _LEADING_WORD.match(stripped)
+    if word:
+        return word[1], "leading word"
+    if len(stripped) <= 80 and len(stripped.split()) <= 6:
+        word = _PREDICATE.search(stripped)
+        return (word[1], "predicate") if word else (stripped, "short text")
+    return None, "no answer: no value is named"
+
+
+def last_box(text: str) -> tuple[str, int] | None:
+    """(content, end) of the last complete, non-empty box."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    end = _closing_brace(text, start + 7) if text.startswith("\\boxed{", start) else -1
+    content = text[start + 7 : end].strip() if end >= 0 else ""
+    box = (content, end + 1 - start) if content else _last_box(text[start:])
+    if box and "}" not in text[start + box[1] :]:  # nothing behind it closes a box from before
+        return box[0], start + box[1]
+    return _last_box(text)
+
+
+def _closing_brace(text: str, position: int) -> int:
+    """Where the group that is open at `position` closes; -1 where it does not, or where a brace behind it is escaped."""
+    if text.find("\\{", position) >= 0 or text.find("\\}", position) >= 0:
+        return -1
+    level = 1
+    while level:
+        end = text.find("}", position)
+        if end < 0:
+            return -1
+        level += text.count("{", position, end) - 1
+        position = end + 1
+    return end
+
+
+def _last_box(text: str) -> tuple[str, int] | None:
+    """One pass over the braces, however many boxes are left open."""
+    stack: list[int] = []  # the start of a box's content, or -1 for any other brace
+    waiting = -1  # where a \boxed just ended
+    best: tuple[str, int] | None = None
+    for match in _BRACES.finditer(text):
+        sign = match[0]
+        if sign == "{":
+            stack.append(match.end() if 0 <= waiting <= match.start() and not text[waiting : match.start()].strip() else -1)
+            waiting = -1
+        elif sign == "}":
+            start = stack.pop() if stack else -1
+            if start >= 0 and text[start : match.start()].strip():
+                best = (text[start : match.start()].strip(), match.end())
+        elif sign.endswith(("boxed", "fbox")):
+            token = _BOX_TOKEN.match(text, match.end())
+            if token:
+                best, waiting = (token[1], token.end()), -1
+            else:
+                waiting = match.end()
+    return best
+
+
+def statement(text: str, choice: bool, final: bool) -> str | None:
+    """What the last "(final) answer is ..." names, or None. A final one must name a value, not just go on talking."""
+    last = None
+    for match in _STATEMENT.finditer(text):
+        opening = match[0][:6].lower()
+        if (opening.startswith("final") or not final) and (choice or opening not in ("option", "choice")):
+            last = match
+    if last is None:
+        return None
+    rest = text[last.end() : last.end() + MAX_STATEMENT]
+    letter = stated_choice(rest) if choice else None
+    if letter:
+        return letter
+    display = _DISPLAY.match(rest)
+    if display:
+        sentence = display[1] or display[2] or ""
+    else:
+        end = SENTENCE_END.search(rest)
+        sentence = rest[: end.start()] if end else rest
+    sentence = _OPENING.sub("", sentence).rstrip(' \n\t*"\\,;:')
+    if not sentence:
+        return None
+    head = _CONTRAST.split(sentence, maxsplit=1)[0].rstrip(" ,;*")
+    if head != sentence and head and not final:
+        number = NUMBER.match(head)
+        if is_bare(head) or (number and number[0] and not any(sign.isdigit() for sign in head[number.end() :])):
+            sentence = head
+    if is_bare(sentence) and (not final or any(sign.isdigit() or sign in "$\\" for sign in sentence)):
+        return sentence
+    found = _leading_span(sentence) or last_value(sentence)[0]
+    if found is not None:
+        return found
+    return sentence if not final and len(sentence) <= 60 else None
+
+
+def _leading_span(sentence: str) -> str | None:
+    r"""The mathematics that a sentence opens with: $18$ of "$18$ is what 9 + 9 gives"."""
+    for opening, closing in (("$", "$"), ("\\(", "\\)")):
+        end = sentence.find(closing, len(opening)) if sentence.startswith(opening) else -1
+        if end > 0 and is_bare(sentence[len(opening) : end]):
+            return sentence[: end + len(closing)]
+    return None

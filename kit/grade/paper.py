@@ -1,0 +1,223 @@
+r"""The second verdict: as the paper graded. It used the evaluation code of Qwen2.5-Math, which is more
+tolerant than kit.grade.verdict in some places and blind in others; what is to be compared with published
+numbers has to be graded alike.
+
+The rules, written anew from what that code does (QwenLM/Qwen2.5-Math, evaluation/parser.py and grader.py), on this kit's own
+parser, caps and workers:
+
+1.  The answer is what follows the last "boxed", wherever it stands (in a thought too, and the box may be left open), else what
+    follows the last "he answer is" or "final answer is", else the last number.
+2.  Both sides are normalised: units (some of one letter, so a lone `a` or `h` goes too), degrees, percent and dollar signs, a
+    trailing \text{...}, "x =", \left and \right, all spaces and decimals that are zero go; number words become digits.
+3.  Equal are: the same text, whatever the case and the curly and round brackets; the same letter of a choice; numbers within
+    0.01 % of each other, also after a factor of 100 either way; tuples and matrices element by element, whatever their brackets;
+    equations whose sides differ by the same; expressions that are equal as formulas or, without symbols, within 0.01 %.
+4.  A formula is read as far as it goes and the rest is ignored: of a bare list the first element counts, the base of a number
+    does not. 1\frac12 is a product, and pi, e and i are symbols without a value.
+
+That code calls wrong what takes it longer than three seconds. Here that is `unknown`, which is not correct either. Not rebuilt:
+words read as products of letters, so that an anagram is the same answer.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from fractions import Fraction
+from typing import NamedTuple
+
+from kit.grade.deciding.identities import same_function, same_number
+from kit.grade.deciding.sympy_workers import prove
+from kit.grade.deciding.values import Evaluator
+from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
+from kit.grade.paper_text import CHOICES, LETTER, choice_in, extract, normalise
+from kit.grade.reading.parser import Parser
+from kit.grade.reading.trees import Node, canonical, contains, negate, symbols
+
+TOLERANCE = Fraction(1, 10_000)  # relative
+MAX_CHARS = 8_000  # of an answer: what follows the last "the answer is" may be a whole ramble
+MAX_NESTING = 60  # brackets within brackets that are compared element by element; real answers nest two
+
+
+class PaperVerdict(NamedTuple):
+    """What the paper's rules say about one prediction."""
+
+    verdict: str  # "correct", "wrong" or "unknown"
+    rule: str  # the rule that decided
+    gold: str  # the reference answer, normalised
+    prediction: str  # the predicted answer, normalised; "" where there is none
+
+
+def grade_as_paper(gold: str, prediction: str, *, deadline: float = 5.0) -> PaperVerdict:
+    """Grade a response against a reference answer by the paper's rules. Never raises for what a model wrote.
+
+    gold: the answer itself, not a solution. prediction: the whole response. deadline: seconds; beyond it the verdict is unknown.
+    """
+    extracted = extract(prediction)
+    if max(len(gold), len(extracted)) > MAX_CHARS:
+        return PaperVerdict("unknown", f"too large: an answer of more than {MAX_CHARS:,} characters", gold, extracted)
+    reference, answer = (normalise(normalise(text)) for text in (gold, extracted))  # twice, as there: once bares more
+    if reference in CHOICES and answer not in CHOICES:
+        answer = choice_in(prediction)
+    elif reference and not set(reference) - CHOICES:
+        answer = "".join(letter for letter in answer if letter in CHOICES) if set(answer) - CHOICES else answer
+    comparison = _Comparison(time.monotonic() + deadline)
+    try:
+        same = comparison.same(answer, reference)
+    except (TooLarge, RecursionError) as error:
+        return PaperVerdict("unknown", f"too large: {error}", reference, answer)
+    except Undecided as error:
+        return PaperVerdict("unknown", str(error), reference, answer)
+    return PaperVerdict("correct" if same else "wrong", comparison.rule, reference, answer)
+
+
+_PLAIN = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_MATRIX = ("\\begin{pmatrix}", "\\end{pmatrix}")
+
+
+def number(text: str) -> Fraction | None:
+    """A plain decimal; its commas do not count."""
+    text = text.replace(",", "").strip()
+    if len(text) > 400 or not _PLAIN.fullmatch(text):
+        return None
+    return Fraction(text)
+
+
+def close(a, b) -> bool:
+    return abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
+
+
+class _Comparison:
+    """One comparison; `rule` names the rule that decided."""
+
+    def __init__(self, deadline_at: float):
+        self.deadline_at = deadline_at
+        self.budget = Budget(deadline_at)
+        self.rule = ""
+
+    def decide(self, rule: str, verdict: bool) -> bool:
+        self.rule = rule
+        return verdict
+
+    def same(self, answer: str, reference: str, depth: int = 0) -> bool:
+        self.budget.spend()
+        if depth > MAX_NESTING:
+            raise TooLarge(f"a tuple nested deeper than {MAX_NESTING}")
+        answer, reference = answer.strip(), reference.strip()
+        if answer.lower() == reference.lower():
+            return self.decide("same text", True)
+        if reference in CHOICES and (LETTER.findall(answer.upper()) or [""])[-1] == reference:
+            return self.decide("choice", True)
+        numbers = number(answer), number(reference)
+        if None not in numbers and any(close(numbers[0], numbers[1] * factor) for factor in (1, 100, Fraction(1, 100))):
+            return self.decide("number" if close(*numbers) else "number times 100", True)
+        if not answer:
+            return self.decide("no answer", False)
+        if _without_brackets(answer, reference):
+            return self.decide("same text without brackets", True)
+        if all(_is_tuple(side) for side in (answer, reference)):
+            return self.decide("tuple", self.same_parts(answer[1:-1].split(","), reference[1:-1].split(","), depth))
+        rows = [_rows(side) for side in (answer, reference)]
+        if None not in rows:
+            shapes = [[len(row) for row in side] for side in rows]
+            flat = [[part for row in side for part in row] for side in rows]
+            return self.decide("matrix", shapes[0] == shapes[1] and self.same_parts(*flat, depth))
+        return self.same_formula(answer, reference, depth)
+
+    def same_parts(self, left: list[str], right: list[str], depth: int) -> bool:
+        return len(left) == len(right) and all(self.same(a, b, depth + 1) for a, b in zip(left, right, strict=True))
+
+    def same_formula(self, answer: str, reference: str, depth: int) -> bool:
+        sides = [text.split("=") for text in (answer, reference)]
+        if len(sides[0]) == len(sides[1]) == 2:
+            return self.decide("equation, by the difference of its sides", self.same_difference(*sides))
+        for index, (equation, other) in enumerate((sides, sides[::-1])):
+            if len(equation) == 2 and len(equation[0].strip()) <= 2 and len(other) == 1:
+                value = equation[1]
+                return self.same(*((value, reference) if index == 0 else (answer, value)), depth + 1)
+        trees = [self.read(text) for text in (answer, reference)]
+        if None in trees:
+            return self.decide("not read", False)
+        return self.same_tree(*trees)
+
+    def same_difference(self, left: list[str], right: list[str]) -> bool:
+        trees = [self.read(text) for text in (*left, *right)]
+        if None in trees:
+            return False
+        first, second = (("add", trees[i], negate(trees[i + 1])) for i in (0, 2))
+        return self.same_tree(first, second) or self.same_tree(negate(first), second)
+
+    def read(self, text: str) -> Node | None:
+        """The tree of the longest beginning that is a formula, or None; pi, e and i are symbols."""
+        text = re.sub(r"(?<=[0-9])(?=\\frac)", r"\\cdot ", re.sub(r"(?<=[0-9])_(?:[0-9]|\{[^{}]*\})", "", text))
+        try:
+            return _symbolic(Parser(text, self.deadline_at).relation())
+        except ParseError:
+            return None
+
+    def same_tree(self, a: Node, b: Node) -> bool:
+        if canonical(a) == canonical(b):
+            return self.decide("same formula", True)
+        if "rel" in (a[0], b[0]):
+            relations = [_flipped(side) for side in (a, b)]
+            alike = a[0] == b[0] and relations[0][0] == relations[1][0] and len(a[2]) == len(b[2])
+            same = alike and all(self.same_tree(x, y) for x, y in zip(relations[0][1], relations[1][1], strict=True))
+            return self.decide("inequality", same)
+        try:
+            if symbols(a) or symbols(b):
+                same = same_function(a, b, self.budget)
+                return self.decide("identity at random points", same) if same is not None else self.prove(a, b)
+            return self.same_value(a, b)
+        except Undefined:
+            return self.decide("undefined", False)
+        except NotNumeric:
+            return self.prove(a, b) if contains(a, "big") or contains(b, "big") else self.decide("no formula", False)
+
+    def same_value(self, a: Node, b: Node) -> bool:
+        evaluator = Evaluator(50, self.budget)
+        values = [evaluator(side) for side in (a, b)]
+        if not all(isinstance(value, Fraction) for value in values):
+            values = [evaluator.real(value) for value in values]
+            if any(evaluator.mp.im(value) for value in values):
+                return self.decide("number", same_number(a, b, self.budget))
+            return self.decide("number", bool(abs(values[0] - values[1]) <= max(map(abs, values)) / TOLERANCE.denominator))
+        return self.decide("number", close(*values))
+
+    def prove(self, a: Node, b: Node) -> bool:
+        return self.decide("sympy", prove(a, b, self.deadline_at))
+
+
+def _without_brackets(answer: str, reference: str) -> bool:
+    """Whether the texts are the same but for curly and round brackets: \frac{1}{23} and \frac{12}{3} are."""
+    square, round_ = (answer[:1] + answer[-1:] == pair for pair in ("[]", "()"))
+    ends = reference[:1] + reference[-1:]
+    if (square and ends != "()") or (round_ and ends != "[]"):
+        answer, reference = answer.strip("[]()"), reference.strip("[]()")
+    left, right = (re.sub("[{}()]", "", side).lower() for side in (answer, reference))
+    return left == right
+
+
+def _is_tuple(text: str) -> bool:
+    return text[:1] in ("(", "[") and max(text.rfind(")"), text.rfind("]")) > 1
+
+
+def _rows(text: str) -> list[list[str]] | None:
+    if not (text.startswith(_MATRIX[0]) and text.endswith(_MATRIX[1])):
+        return None
+    rows = text[len(_MATRIX[0]) : -len(_MATRIX[1])].split("\\\\")
+    return [row.strip().split("&") for row in rows if row.strip()]
+
+
+def _symbolic(node):
+    if not isinstance(node, tuple):
+        return node
+    if node[:1] == ("const",) and node[1] != "inf":
+        return ("sym", node[1])
+    return tuple(_symbolic(part) for part in node)
+
+
+def _flipped(node: Node) -> tuple:
+    """(operators, operands) of a relation, read so that its signs point to the right."""
+    if node[0] == "rel" and set(node[1]) & {">", ">="}:
+        return tuple({">": "<", ">=": "<="}.get(sign, sign) for sign in node[1][::-1]), node[2][::-1]
+    return (node[1], node[2]) if node[0] == "rel" else ((), (node,))

@@ -1,0 +1,75 @@
+"""Tier 0 of the grader: answers as plain text and exact fractions, in microseconds."""
+
+from __future__ import annotations
+
+import re
+
+from kit.grade.reading.tokens import clean
+from kit.grade.reading.vocabulary import FONT_COMMANDS, TEXT_COMMANDS
+
+
+def normal(text: str) -> str:
+    """The text as tier 0 compares it: without delimiters, spacing, font commands, thousands separators and final full stops."""
+    if _INTEGER.fullmatch(text):
+        return str(int(text))
+    text = clean(text).strip()
+    if "\\" in text or "$" in text:
+        for _ in range(4):
+            unwrapped = _UNWRAP.sub(r"\1", text)
+            if unwrapped == text:
+                break
+            text = unwrapped
+        if "," in text or "\\," in text:
+            text = _ungroup(text)
+        text = _NOISE.sub(" ", text).replace("\\%", "%")
+        if "frac" in text:
+            text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
+    elif "," in text:
+        text = _ungroup(text)
+    text = " ".join(text.split())  # one space a run: what is left of 1  1/2 must not be 11/2
+    if " " in text:
+        text = _SPACES.sub("", text)
+    while text[-1:] in (".", ",", ";"):
+        text = text[:-1]
+    return text
+
+
+def _ungroup(text: str) -> str:
+    """1,234 and 1{,}234 as 1234, but a comma inside brackets separates."""
+    if not any(sign in text for sign in "([") and "\\{" not in text:
+        return _GROUPED.sub(lambda match: match[1] + re.sub("[^0-9]", "", match[2]), text)
+    return text
+
+
+def _number(text: str) -> tuple[int, int, bool] | None:
+    """(numerator, denominator, whether it is a decimal) of a plain integer, decimal or fraction."""
+    if len(text) > 400:
+        return None
+    match = _FRACTION.fullmatch(text)
+    if match:
+        numerator, denominator = int(match[2] or match[3]), int(match[4] or match[5])
+        return (-numerator if match[1] else numerator, denominator, False) if denominator else None
+    match = _PLAIN.fullmatch(text)
+    if not match or not (match[2] or match[3]):
+        return None
+    sign = -1 if match[1] == "-" else 1
+    if match[4]:
+        return (sign * int(match[2]), int(match[4]), False) if match[2] and int(match[4]) else None
+    decimals = match[3] or ""
+    return sign * int((match[2] or "0") + decimals), 10 ** len(decimals), bool(decimals)
+
+
+def _letters(text: str) -> str:
+    """A normal text that is no mathematics, whatever its case and spaces; but 1 2 is not 12."""
+    return _NOT_BETWEEN_DIGITS.sub("", text.casefold())
+
+
+_UNWRAP = re.compile(r"\\(?:" + "|".join(sorted(TEXT_COMMANDS | FONT_COMMANDS | {"boxed", "fbox"})) + r")\s*\{([^{}]*)\}")
+_NOISE = re.compile(r"\\(?:(?:left|right|[bB]igg?[lr]?|displaystyle|limits|q?quad)(?![A-Za-z])|[,!;:> ()\[\]$])|\$|`|\"")
+_SPACES = re.compile(r" (?![A-Za-z0-9])|(?<![A-Za-z0-9]) ")
+_NOT_BETWEEN_DIGITS = re.compile(r" (?![0-9])|(?<![0-9]) ")
+_GROUPED = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:(?:,|\{,\}|(?:\\!)?,\\!\s*|\\,)[0-9]{3})+)(?![0-9]|,[0-9])")
+_FRACTION = re.compile(r"(-?)\\[dtc]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}|([0-9]))\s*(?:\{\s*([0-9]+)\s*\}|([0-9]))")
+_PLAIN = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*)|/([0-9]+))?")
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")

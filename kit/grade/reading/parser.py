@@ -1,0 +1,293 @@
+r"""The parser of answers: LaTeX or plain notation in, a tree (trees.py) out. Nothing is evaluated and nothing is executed."""
+
+from __future__ import annotations
+
+import math
+import re
+from fractions import Fraction
+
+from kit.grade.limits import ParseError, TooLarge
+from kit.grade.reading.atoms import read_atom, read_subscript, read_symbol
+from kit.grade.reading.cursor import Cursor
+from kit.grade.reading.numerals import in_base, join_decimal_comma, number_node
+from kit.grade.reading.tokens import clean
+from kit.grade.reading.trees import Node, invert, negate, product
+from kit.grade.reading.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
+
+_IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
+_INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
+_LENGTH = re.compile(  # 5 m, not 5m
+    r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*[0-9.,]*(?:[ ~]|\\[ ,])+)"
+    r"([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
+)
+
+
+class Parser(Cursor):
+    """Precedence climbing over the tokens of one answer; `parse` is the way in."""
+
+    sets = 0  # sets whose elements are being read: a colon then is no ratio
+    integrals = 0  # signs of integrals that are open: a d then is no factor
+
+    # --- lists and relations
+
+    def items(self, *ends: str) -> tuple[list[Node], set]:
+        """Relations separated by commas, semicolons, `and`, `or`, up to (not including) one of the ends."""
+        found, separators = [], set()
+        while True:
+            while self.peek()[0] == "sep":
+                separators.add(self.take()[1])
+            kind, value = self.peek()
+            if kind == "end" or (kind in ("op", "cmd", "row") and value in ends):
+                return found, separators
+            found.append(self.relation())
+            if self.peek()[0] not in ("sep", "end") and self.peek()[1] not in ends:
+                raise ParseError(f"cannot read on at {self.peek()[1]!r}")
+
+    def whole(self) -> Node:
+        self._trim()
+        join_decimal_comma(self.tokens)
+        found, separators = self.items()
+        if self.peek()[0] != "end":
+            raise ParseError(f"cannot read on at {self.peek()[1]!r}")
+        if not found:
+            raise ParseError("nothing to read")
+        if len(found) == 1:
+            return found[0]
+        return ("list", "or" if separators == {"or"} else ",", *found)
+
+    def _trim(self) -> None:
+        """Trailing full stops, commas and stray backslashes are punctuation; a relation with nothing before it says no more."""
+        while self.tokens[0][1] in ("=", "approx", "simeq"):
+            del self.tokens[0]
+        while len(self.tokens) > 1 and self.tokens[-2][1] in (".", ",", ";", ":", "\\\\", "\\", "..."):
+            if self.tokens[-2][1] == "..." and len(self.tokens) > 2 and self.tokens[-3][0] == "num":
+                break  # 0.333...
+            del self.tokens[-2]
+
+    def relation(self) -> Node:
+        operands, operators = [self.set_expression()], []
+        while True:
+            kind, value = self.peek()
+            if kind not in ("op", "cmd") or value not in RELATIONS:
+                break
+            self.index += 1
+            operators.append(RELATIONS[value])
+            self.accept("&")
+            operands.append(self.set_expression())
+        bracketed = self.peek() == ("op", "(") and self.peek(1) == ("cmd", "mod")  # x = 2 (mod 5)
+        self.index += bracketed
+        if self.accept("pmod", "bmod", "mod"):
+            operands.append(self.argument() if self.peek()[1] == "{" else self.sum())
+            operators.append("mod")
+            if bracketed:
+                self.expect(")")
+        return ("rel", tuple(operators), tuple(operands)) if operators else operands[0]
+
+    def set_expression(self) -> Node:
+        left = self.sum()
+        while True:
+            if self.tokens[self.index][0] in ("end", "sep") and left[0] != "ratio":
+                return left
+            if self.accept("cup"):
+                right = self.sum()
+                left = (*left, right) if left[0] == "union" else ("union", left, right)
+            elif self.accept("cap"):
+                left = ("meet", left, self.sum())
+            elif self.accept("setminus", "backslash"):
+                left = ("minus", left, self.sum())
+            elif not self.sets and self.accept(":", "colon"):
+                right = self.sum()
+                left = (*left, right) if left[0] == "ratio" else ("ratio", left, right)
+            elif self.accept("choose"):
+                left = ("binom", left, self.sum())
+            elif self.accept("over"):
+                left = product([left, invert(self.sum())])
+            elif left[0] == "ratio" and left[-1][0] == "unit":  # 3:45 p.m.
+                return ("unit", (*left[:-1], left[-1][1]), left[-1][2])
+            else:
+                return left
+
+    # --- arithmetic
+
+    def sum(self) -> Node:
+        self.enter()
+        terms, sign = [], None
+        while True:
+            negative = False
+            while sign in ("+", "-", None):
+                negative ^= sign == "-"
+                sign = self.accept("+", "-", "pm", "mp")
+                if sign is None:
+                    break
+            if sign in ("pm", "mp"):
+                terms.append(("pm", 1 if (sign == "pm") != negative else -1, self.product()))
+            else:
+                term = self.product()
+                terms.append(negate(term) if negative else term)
+            sign = self.accept("+", "-", "pm", "mp")
+            if sign is None:
+                break
+        self.depth -= 1
+        return terms[0] if len(terms) == 1 else ("add", *terms)
+
+    def product(self) -> Node:
+        factors = [self.power()]
+        while True:
+            if self.tokens[self.index][0] in ("end", "sep"):
+                return product(factors)
+            if self.accept("*", "cdot", "times", "ast"):
+                factors.append(self.signed())
+            elif self.accept("/", "div"):
+                factors.append(invert(self.signed()))
+            elif self.peek()[0] == "text":
+                factors = [self._unit(product(factors))]
+            elif self.starts_factor():
+                factors.append(self.power())
+            else:
+                return product(factors)
+
+    def signed(self) -> Node:
+        if self.accept("-"):
+            return negate(self.power())
+        self.accept("+")
+        return self.power()
+
+    def _unit(self, node: Node) -> Node:
+        start = self.index
+        unit = str(self.take()[1])
+        while self.peek()[0] == "text":
+            unit += " " + str(self.take()[1])
+        if self.accept("^"):
+            exponent = self.argument()
+            unit += f"^{exponent[1]}" if exponent[0] == "num" else ""
+        if self.peek()[1] == "/" and self.peek(1)[0] == "text":
+            self.index += 1
+            unit += "/" + str(self.take()[1])
+            if self.accept("^"):
+                self.argument()
+        if unit.endswith("base") and self.peek()[0] == "num":
+            unit += f" {self.take()[1][0]}"
+        base = _IN_BASE.fullmatch(unit)
+        if base and node[0] == "num" and self.tokens[start - 1][0] == "num":
+            return in_base(self.tokens[start - 1][1], base[1])
+        return ("unit", node, unit)
+
+    def starts_factor(self) -> bool:
+        kind, value = self.peek()
+        if self.integrals and kind == "sym" and value == "d":
+            return False
+        if kind == "num":  # "x2" is a product, "2 3" is not
+            return self.tokens[self.index - 1][0] != "num"
+        if kind == "sym":
+            return True
+        if self.sets and value in ("lvert", "vert"):  # the bar of {x | x > 2}
+            return False
+        if kind == "op":
+            return value in ("(", "{", "[", "\\{") and self.peek(1) != ("cmd", "mod")
+        return kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
+
+    def power(self) -> Node:
+        depth = self.depth
+        self.enter()
+        node = self.atom()
+        while self.tokens[self.index][0] in ("op", "cmd"):
+            if self.accept("!"):
+                self.enter()  # each ! is a level of the tree
+                node = ("fact", node)
+            elif self.accept("%"):
+                node = ("percent", node)
+            elif self.accept("^"):
+                kind, value = self.peek()
+                if (kind, value) in (("cmd", "circ"), ("cmd", "degree")):
+                    self.index += 1
+                    node = ("deg", node)
+                elif kind == "op" and value == "{" and self.peek(1) == ("cmd", "circ"):
+                    self.index += 2
+                    self.expect("}")
+                    node = ("deg", node)
+                elif kind == "cmd" and value == "prime":
+                    self.index += 1
+                    node = self._prime(node)
+                else:
+                    node = ("pow", node, self._exponent())
+            elif self.accept("degree", "circ"):
+                node = ("deg", node)
+            elif self.accept("'"):
+                node = self._prime(node)
+            elif self.peek()[1] == "_" and self.peek()[0] == "op":
+                self.index += 1
+                node = read_subscript(self, node)
+            else:
+                break
+        self.depth = depth
+        return node
+
+    def _exponent(self) -> Node:
+        """What ^ raises to: towers go to the right, but a factorial or percent sign behind belongs to the whole power."""
+        self.enter()
+        if self.accept("-"):
+            return negate(self._exponent())
+        self.accept("+")
+        node = self.atom()
+        if self.peek() == ("op", "_"):
+            self.index += 1
+            node = read_subscript(self, node)
+        if self.accept("^"):
+            node = ("pow", node, self._exponent())
+        self.depth -= 1
+        return node
+
+    def _prime(self, node: Node) -> Node:
+        if node[0] != "sym":
+            raise ParseError("a prime that does not follow a symbol")
+        return ("sym", node[1] + "'")
+
+    def atom(self) -> Node:
+        return read_atom(self)
+
+    def symbol(self, name: str) -> Node:
+        return read_symbol(self, name)
+
+    def argument(self) -> Node:
+        """What a command takes: a group, or one token (of a number, one digit: \frac12 is a half)."""
+        kind, value = self.peek()
+        if kind == "num" and value[0].isdigit() and not value[1]:
+            digit, rest = value[0][0], value[0][1:]
+            if rest:  # "exact": what follows it is a factor of its own, as behind a command
+                self.tokens[self.index : self.index + 1] = [("exact", Fraction(int(digit)), False), ("num", (rest, 0), False)]
+            self.index += 1
+            return number_node(digit)
+        if kind == "op" and value == "{":
+            return self.group()
+        return self.atom()
+
+    def group(self) -> Node:
+        self.expect("{")
+        found, _ = self.items("}", "\\}")
+        if not self.accept("}", "\\}"):
+            raise ParseError("a group that is not closed")
+        if not found:
+            raise ParseError("an empty group")
+        return found[0] if len(found) == 1 else ("set", *found)
+
+
+def turn_brackets(text: str) -> str:
+    """Open intervals as French schools write them, ]0, 1[ and [0, 1[, with round brackets."""
+    return _INTERVAL.sub(lambda match: ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")"), text)
+
+
+def parse(text: str, deadline_at: float = math.inf) -> Node:
+    """The tree of one answer. ParseError where the notation is not known, TooLarge beyond a cap, Undecided at the deadline."""
+    try:
+        text = clean(text)
+        if len(text) < 60:
+            text = _LENGTH.sub(r"\1\\text{\2}\3", text)
+        try:
+            return Parser(text, deadline_at).whole()
+        except ParseError:
+            turned = turn_brackets(text) if "[" in text or "]" in text else text
+            if turned == text:
+                raise
+            return Parser(turned, deadline_at).whole()
+    except RecursionError as error:  # a caller that is itself hundreds of frames deep
+        raise TooLarge("an answer nested too deeply for the stack that is left") from error

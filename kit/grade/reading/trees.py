@@ -1,0 +1,125 @@
+r"""A mathematical answer as a tree: the forms it has, and what is done to a tree without evaluating it.
+
+Every form of an answer that the grader compares is one of these nested tuples:
+
+    ("num", Fraction)  ("dec", Fraction, significant_digits, places)  ("sym", name)  ("const", "pi" | "e" | "i" | "inf")
+    ("add", a, b, ...)  ("mul", a, b, ...)  ("pow", a, b)  ("root", n, a)  ("fact", a)  ("binom", n, k)  ("pm", sign, a)
+    ("call", name, a, ...)  ("apply", name, a, ...)  ("big", "sum" | "prod" | "int", variable, low, high, body)
+    ("percent", a)  ("deg", a)  ("unit", a, text)  ("text", text)  ("ratio", a, b, ...)
+    ("seq", "(" | "[", ")" | "]", a, ...)  ("set", a, ...)  ("list", "," | "or", a, ...)  ("matrix", (row, ...), ...)
+    ("union", a, b, ...)  ("minus", a, b)  ("meet", a, b)  ("reals",)  ("rel", (op, ...), (a, b, ...))
+
+A quotient is a product with a power of -1. `("apply", "f", x)` is f(x) where f may be a function or a factor.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from kit.grade.reading.vocabulary import OPAQUE
+
+Node = tuple
+
+
+def negate(node: Node) -> Node:
+    """-node, folded into a number where there is one."""
+    if node[0] == "num":
+        return ("num", -node[1])
+    if node[0] == "dec":
+        return ("dec", -node[1], *node[2:])
+    if node[0] in ("percent", "deg"):
+        return (node[0], negate(node[1]))
+    if node[0] == "unit":
+        return ("unit", negate(node[1]), node[2])
+    return ("mul", ("num", Fraction(-1)), node)
+
+
+def invert(node: Node) -> Node:
+    """1/node, folded where node is a nonzero integer or fraction."""
+    if node[0] == "num" and node[1]:
+        return ("num", 1 / node[1])
+    return ("pow", node, ("num", Fraction(-1)))
+
+
+def rename(node: Node, old: Node, new: Node) -> Node:
+    """The tree with one leaf replaced by another."""
+    if node == old:
+        return new
+    return tuple(rename(part, old, new) if isinstance(part, tuple) else part for part in node)
+
+
+def product(factors: list[Node]) -> Node:
+    """The product of the factors, flat; numbers that are not decimals are folded into one."""
+    number, rest = Fraction(1), []
+    for factor in factors:
+        for part in factor[1:] if factor[0] == "mul" else (factor,):
+            if part[0] == "num" and number.denominator.bit_length() + number.numerator.bit_length() < 20_000:
+                number *= part[1]
+            else:
+                rest.append(part)
+    if number != 1 or not rest:
+        rest.insert(0, ("num", number))
+    return rest[0] if len(rest) == 1 else ("mul", *rest)
+
+
+def canonical(node):
+    """The tree with the operands of sums and products in one order."""
+    if not isinstance(node, tuple) or not node:
+        return node
+    if node[0] == "dec":
+        return ("num", node[1])
+    parts = tuple(canonical(part) for part in node)
+    return (node[0], *sorted(parts[1:], key=_order)) if node[0] in ("add", "mul", "set") else parts
+
+
+def _order(part) -> str:
+    try:
+        return repr(part)
+    except ValueError:  # Python writes no number beyond 4,300 digits in decimals
+        return repr(to_json(part))
+
+
+def substitute_sign(node: Node, sign: int) -> Node:
+    """The tree with every plus-minus resolved to one sign (minus-plus to the other)."""
+    if not isinstance(node, tuple) or not node:
+        return node
+    if node[0] == "pm":
+        part = substitute_sign(node[2], sign)
+        return part if node[1] * sign > 0 else negate(part)
+    return tuple(substitute_sign(part, sign) for part in node)
+
+
+def contains(node, op: str) -> bool:
+    return isinstance(node, tuple) and bool(node) and (node[0] == op or any(contains(part, op) for part in node))
+
+
+def symbols(node: Node) -> frozenset[str]:
+    """The free symbols of a tree."""
+    if node[0] in ("sym", "apply"):
+        own = frozenset((node[1],)) if node[0] == "sym" or node[1][0] not in OPAQUE else frozenset()
+        return own.union(*(symbols(part) for part in node[2:])) if node[0] == "apply" else own
+    found = frozenset().union(*(symbols(part) for part in node if isinstance(part, tuple) and part))
+    return found - {node[2]} if node[0] == "big" else found
+
+
+def mentions(node, leaf: Node) -> bool:
+    """Whether a leaf, such as the imaginary unit, is written anywhere in the tree."""
+    return node == leaf or (isinstance(node, tuple) and any(mentions(part, leaf) for part in node))
+
+
+def to_json(node: object) -> object:
+    """The tree as JSON: tuples become lists, fractions become [numerator, denominator] in hexadecimal (no digit limit)."""
+    if isinstance(node, tuple):
+        return [to_json(part) for part in node]
+    if isinstance(node, Fraction):
+        return {"n": hex(node.numerator), "d": hex(node.denominator)}
+    return node
+
+
+def from_json(data: object) -> object:
+    """The inverse of to_json."""
+    if isinstance(data, list):
+        return tuple(from_json(part) for part in data)
+    if isinstance(data, dict):
+        return Fraction(int(data["n"], 16), int(data["d"], 16))
+    return data

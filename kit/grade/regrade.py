@@ -1,0 +1,128 @@
+"""Regrade: the samples that an evaluation wrote, graded again from their text without generating anything.
+
+    python -m kit.grade.verdict regrade runs/gemma3_1b_8k/001/before/math500.jsonl                        what would change
+    python -m kit.grade.verdict regrade math500.jsonl --out regraded.jsonl                                and a new file with it
+    python -m kit.grade.verdict regrade math500.jsonl --in_place                                          or in the file itself
+    python -m kit.grade.verdict regrade math500.jsonl --compare math-verify                               where a peer disagrees
+
+A file is replaced whole or not at all, and only where `--in_place` asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from kit.grade.verdict import DEADLINE, verdict_fields
+from kit.run import replace_rows
+
+PEERS = ("math-verify",)
+SHOWN = 160  # characters of an answer in a line of the list
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The rows of a file of samples, its header first. ValueError naming a line that is no sample. The file is left as it is."""
+    if not path.is_file():
+        raise ValueError(f"no file {path} here (working directory {Path.cwd()}); pass a file that an evaluation wrote")
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines.pop():
+        raise ValueError(f"{path}:{len(lines) + 1} is half a line: the run is still going on, or was killed; resume it first")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line to go on without it") from error
+        if not isinstance(row, dict) or not ("header" in row or (_reference(row) and isinstance(row.get("text"), str))):
+            raise ValueError(f"{path}:{number} is no sample: it needs `text` and `answer`; pass a file that an evaluation wrote")
+        rows.append(row)
+    return rows
+
+
+def _reference(row: dict) -> str:
+    """The gold answer as the benchmark has it; its normal form in rows that hold only that."""
+    return str(row.get("answer") or row.get("gold") or "")
+
+
+def regrade_row(row: dict, *, deadline: float = DEADLINE) -> dict:
+    """The row with today's verdicts; every other field, and the order of all, as it was."""
+    return {**row, **verdict_fields(_reference(row), row["text"], deadline=deadline)}
+
+
+def compare(rows: list[dict], peer: Callable[[str, str], bool]) -> list[dict]:
+    """The rows on which a peer's verdict is not ours: it says correct where we say wrong or unknown, or the other way round."""
+    return [row for row in rows if peer(_reference(row), row["text"]) != (row["verdict"] == "correct")]
+
+
+def load_peer(name: str) -> Callable[[str, str], bool]:
+    """A function of (reference answer, response) -> whether the peer calls it correct. ValueError where it is not installed."""
+    if name not in PEERS:
+        raise ValueError(f"there is no peer {name!r} to compare with; the kit knows {', '.join(PEERS)}")
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ValueError(
+            f"--compare {name} needs a package that is not installed ({error}): pip install 'math-verify[antlr4_13_2]', "
+            "or the kit's extra `peers`"
+        ) from error
+
+    def judge(gold: str, text: str) -> bool:
+        return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(text)))  # its time limits hold in the main thread only
+
+    return judge
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """The command line. Returns the counts that it prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.grade.verdict regrade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="samples, as kit/evaluate/measure.py writes them")
+    parser.add_argument("--out", type=Path, help="a new file for the rows with the new verdicts")
+    parser.add_argument("--in_place", action="store_true", help="replace the file itself")
+    parser.add_argument("--compare", default="", help=f"list where a peer disagrees: {', '.join(PEERS)}")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds after which a verdict is `unknown`")
+    config = parser.parse_args(arguments)
+    if config.out and config.in_place:
+        raise ValueError(f"--out {config.out} and --in_place exclude each other; leave one out")
+    if config.out and config.out.exists():
+        raise ValueError(f"--out {config.out} exists; pass the name of a new file, or --in_place to replace {config.file}")
+    peer = load_peer(config.compare) if config.compare else None
+
+    before = read_samples(config.file)
+    after = [row if "header" in row else regrade_row(row, deadline=config.deadline) for row in before]
+    samples = [(old, new) for old, new in zip(before, after, strict=True) if "header" not in old]
+    counts = Counter((old.get("verdict"), new["verdict"]) for old, new in samples)
+    paper = Counter((old.get("paper_verdict"), new["paper_verdict"]) for old, new in samples)
+    changed = sum(n for (old, new), n in counts.items() if old != new)
+    paper_changed = sum(n for (old, new), n in paper.items() if old != new)
+    print(f"{config.file}: {len(samples)} samples, {changed} verdicts changed, {paper_changed} of the paper's")
+    for old, new in samples:
+        if (old.get("verdict"), old.get("paper_verdict")) != (new["verdict"], new["paper_verdict"]):
+            _show(new, f"{old.get('verdict')} -> {new['verdict']}, paper {old.get('paper_verdict')} -> {new['paper_verdict']}")
+    bare = sum("answer" not in old for old, _ in samples)
+    if bare:
+        print(f"{bare} rows hold no `answer`: they were graded against their `gold`, which is its normal form")
+    result = {"samples": len(samples), "changed": changed, "paper_changed": paper_changed}
+    if peer:
+        disagreements = compare([new for _, new in samples], peer)
+        print(f"{config.compare} disagrees on {len(disagreements)} of {len(samples)}")
+        for row in disagreements:
+            _show(row, f"ours {row['verdict']} ({row['rule']}), {config.compare} not so")
+        result["disagreements"] = len(disagreements)
+    target = config.file if config.in_place else config.out
+    if target:
+        replace_rows(target, after)
+        print(f"wrote {target}")
+    else:
+        print(f"{config.file} is as it was; --out FILE writes the new verdicts, --in_place replaces it")
+    return result
+
+
+def _show(row: dict, what: str) -> None:
+    place = f"{row.get('question', '?')}/{row.get('sample', '?')}"
+    answers = f"gold {_reference(row)[:SHOWN]!r}, prediction {(row['prediction'] or '')[:SHOWN]!r}"
+    print(f"  {place}: {what}; {answers}".encode("utf-8", "backslashreplace").decode())

@@ -1,0 +1,214 @@
+r"""Is this answer right? Correct, wrong or unknown, with the tier and the rule that decided, and both answers as they were read.
+
+    from kit.grade import grade
+    grade(r"\frac{1}{2}", r"... so the answer is $\boxed{0.5}$.")    # Verdict(verdict="correct", tier=0, rule="number", ...)
+
+Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both and
+compares their exact values (kit/grade/reading, kit/grade/deciding); nothing is executed and every operation
+is capped. Tier 2 is sympy in a worker process, for the few that tier 1 leaves open. A response without an
+answer is wrong; `unknown` is only what could not be decided: the deadline passed, a cap was met, or sympy
+could not tell.
+
+    python -m kit.grade "gold" "prediction"
+    python -m kit.grade regrade samples.jsonl          kit/grade/regrade.py
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kit.grade.choices import bare_choice
+from kit.grade.deciding.judge import Judge
+from kit.grade.deciding.scalars import Options
+from kit.grade.deciding.sympy_workers import prove
+from kit.grade.extract import extract_answer
+from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
+from kit.grade.paper import grade_as_paper
+from kit.grade.plain_text import _INTEGER, _letters, _number, normal
+from kit.grade.prose import is_bare
+from kit.grade.reading.parser import parse
+from kit.grade.reading.tokens import group_ends
+
+__all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
+
+DEADLINE = 5.0
+DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was decided about one prediction, and why; `dataclasses.asdict` of it is JSON."""
+
+    verdict: str  # "correct", "wrong" or "unknown"
+    tier: int  # 0: normalised text and fractions; 1: parsed values; 2: sympy in a worker
+    rule: str  # the rule that decided
+    gold: str  # the reference answer, normalised
+    prediction: str | None  # the predicted answer, normalised; None where there is none
+    extracted: str | None  # the predicted answer as it stood in the response
+    extraction: str  # where in the response it was found
+
+
+_WORD = re.compile("[A-Za-z][a-z]+")  # "Yes" and "yes", but not "AB" and "ab"
+
+
+@lru_cache(maxsize=4096)
+def _prepare(answer: str) -> tuple[str, tuple | None, tuple]:
+    text = normal(answer)
+    return text, _number(text), bare_choice(text)
+
+
+@lru_cache(maxsize=4096)
+def _tree(answer: str):
+    return parse(answer)
+
+
+_BOX_OPENING = re.compile(r"\\{1,4}(?:boxed|fbox)\s*\{")
+_BOX_LIST = re.compile(r"(?:\\[()\[\]]|[\s$,;.&]|\band\b|\bor\b|\\text\s*\{\s*(?:and|or)\s*\})*")
+
+
+@lru_cache(maxsize=4096)
+def gold_answer(gold: str) -> str:
+    """The reference answer in a gold that may be an answer, several boxed answers, or a whole reference solution."""
+    if not isinstance(gold, str) or not gold.strip():
+        raise ValueError(f"gold={gold!r}: the reference answer must be a text that is not empty; pass str(answer)")
+    if _BOX_OPENING.search(gold):
+        if gold.lstrip().startswith("\\") and gold.count("boxed") == 1 and gold.count("{") > gold.count("}"):
+            return _BOX_OPENING.sub("", gold)  # a reference answer cut off before its closing brace
+        listed = _boxes_listed(gold)
+        return listed if listed is not None else extract_answer(gold)[0] or gold
+    if "####" in gold or (len(gold) > 120 and not is_bare(gold)):
+        return extract_answer(gold)[0] or gold
+    return gold
+
+
+def _boxes_listed(gold: str) -> str | None:
+    r"""A gold that is only boxes and connectives, \(\boxed{1}\) and \(\boxed{-2}\), as a list. Predictions are never read so."""
+    contents, position, ends = [], 0, group_ends(gold)
+    for match in _BOX_OPENING.finditer(gold):
+        if match.start() < position:
+            continue
+        if not _BOX_LIST.fullmatch(gold[position : match.start()]):
+            return None
+        end = ends.get(match.end() - 1)
+        if end is None:
+            return None
+        contents.append(gold[match.end() : end])
+        position = end + 1
+    return ", ".join(contents) if len(contents) > 1 and _BOX_LIST.fullmatch(gold[position:]) else None
+
+
+def grade(
+    gold: str,
+    prediction: str,
+    *,
+    deadline: float = DEADLINE,
+    percent: str = "either",
+    units: str = "known",
+    order: str = "free",
+    rounding: int | None = 4,
+) -> Verdict:
+    """Grade a prediction (a whole response, or a bare answer) against a reference answer. Never raises for what a model wrote.
+
+    `deadline` is in seconds, for everything together; a pair that needs longer is `unknown`.
+    `percent`: "either" (10 % is 10 or 0.1) or "value" (10 % is 0.1 only).
+    `units`: "known" (two different known units differ, a missing unit is forgiven), "ignore", or "required" (both or neither).
+    `order`: "free" (a bare list is a set) or "strict" (its order counts). Tuples are ordered, sets are not, whatever it says.
+    `rounding`: significant digits from which a decimal stands for the exact value that rounds to it (4), or None for never.
+    """
+    if not isinstance(prediction, str):
+        raise ValueError(f"gold={gold!r}, prediction={prediction!r}: a prediction must be a text; pass str(prediction)")
+    options = DEFAULTS
+    if not (percent == "either" and units == "known" and order == "free" and rounding == 4):
+        options = Options(percent, units, order, rounding)
+    reference = gold_answer(gold)
+    gold_text, gold_number, gold_choice = _prepare(reference)
+    answer, place = (
+        (prediction, "whole text")
+        if _INTEGER.fullmatch(prediction)
+        else extract_answer(prediction, choice=gold_choice[0] is not None)
+    )
+    if answer is None:
+        return Verdict("wrong", 0, place, gold_text, None, None, place)
+    bare = answer  # without its dollar signs it often is the reference, which is prepared already
+    if answer.startswith("$") and answer.find("$", 1) == len(answer) - 1 and answer[-2] != "\\":
+        bare = answer[1:-1]
+    prepared = _prepare(bare) if len(bare) < 200 else _prepare.__wrapped__(bare)
+    verdict, tier, rule = _decide(reference, bare, (gold_text, gold_number, gold_choice), prepared, options, deadline)
+    return Verdict(verdict, tier, rule, gold_text, prepared[0], answer, place)
+
+
+def equal(a: str, b: str, *, options: Options = DEFAULTS, deadline: float = DEADLINE) -> tuple[str, int, str]:
+    """(verdict, tier, rule) for two bare answers; equal(a, b) and equal(b, a) are the same."""
+    return _decide(a, b, _prepare(a), _prepare(b), options, deadline)
+
+
+def _decide(a: str, b: str, prepared_a: tuple, prepared_b: tuple, options: Options, deadline: float) -> tuple[str, int, str]:
+    (text_a, number_a, choice_a), (text_b, number_b, choice_b) = prepared_a, prepared_b
+    if text_a == text_b:
+        return "correct", 0, "same text"
+    if number_a and number_b:
+        if number_a[0] * number_b[1] == number_b[0] * number_a[1]:
+            return "correct", 0, "number"
+        if number_a[2] == number_b[2] and max(len(text_a), len(text_b)) < 15:  # else one may be the other, rounded
+            return "wrong", 0, "number"
+    if text_a.casefold() == text_b.casefold() and _WORD.fullmatch(text_a) and _WORD.fullmatch(text_b):
+        return "correct", 0, "same text"
+    if choice_a[0] and choice_b[0]:
+        return ("correct" if choice_a[0] == choice_b[0] else "wrong"), 0, "choice"
+    for (letter, content), other in ((choice_a, text_b), (choice_b, text_a)):
+        if letter and content and normal(content) == other:
+            return "correct", 0, "text of the choice"
+    return _decide_by_value(a, b, text_a, text_b, options, time.monotonic() + deadline)
+
+
+def _decide_by_value(a: str, b: str, text_a: str, text_b: str, options: Options, deadline_at: float) -> tuple[str, int, str]:
+    tier = 1
+
+    def prove_in_worker(left, right) -> bool:
+        nonlocal tier
+        tier = 2
+        return prove(left, right, deadline_at)
+
+    trees = []
+    for text in (a, b):
+        try:
+            trees.append(_tree(text) if len(text) < 400 else parse(text, deadline_at))
+        except ParseError:
+            trees.append(None)
+        except TooLarge as error:
+            return "unknown", 1, f"too large: {error}"
+        except Undecided as error:
+            return "unknown", 1, str(error)
+    if trees[0] is None or trees[1] is None:
+        same = _letters(text_a) == _letters(text_b)
+        return ("correct" if same else "wrong"), 0, "same text" if same else "text differs"
+    judge = Judge(options, Budget(deadline_at), prove_in_worker)
+    try:
+        verdict = "correct" if judge.same(*trees) else "wrong"
+    except (NotNumeric, Undefined) as error:
+        return "wrong", tier, f"not comparable: {error}"
+    except TooLarge as error:
+        return "unknown", tier, f"too large: {error}"
+    except Undecided as error:
+        return "unknown", tier, str(error)
+    except RecursionError:
+        return "unknown", tier, "too large: nested too deeply"
+    return verdict, tier, judge.rule
+
+
+def verdict_fields(answer: str, text: str, *, deadline: float = DEADLINE) -> dict:
+    """What a row says about one response's answer; both verdicts, ours and the paper's."""
+    verdict = grade(answer, text, deadline=deadline)
+    return {
+        "verdict": verdict.verdict,
+        "paper_verdict": grade_as_paper(answer, text, deadline=deadline).verdict,
+        "tier": verdict.tier,
+        "rule": verdict.rule,
+        "gold": verdict.gold,
+        "prediction": verdict.prediction,
+        "extracted": verdict.extracted,
+        "extraction": verdict.extraction,
+    }

@@ -1,0 +1,51 @@
+"""A model's backbone over a pack, and its head: hidden states, the head's weight, logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import Cache, PreTrainedModel
+
+from kit.packing import PackedBatch
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens the model was made for: prompt and response together."""
+    return model.config.max_position_embeddings
+
+
+def hidden_states(
+    model: PreTrainedModel, batch: PackedBatch, *, inputs_embeds: torch.Tensor | None = None, cache: Cache | None = None
+) -> torch.Tensor:
+    """The backbone's last hidden states of a pack, (T, H). The head is not applied.
+
+    inputs_embeds (1, T, H): what the embedding makes of batch.input_ids; None = look it up. cache: takes every layer's keys and
+    values; None = they are dropped.
+    """
+    output = model.model(
+        input_ids=batch.input_ids[None] if inputs_embeds is None else None,
+        inputs_embeds=inputs_embeds,
+        position_ids=batch.position_ids[None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+    )
+    return output.last_hidden_state[0]
+
+
+def head_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The head's weight, (V, H); one parameter with the embedding where they are tied."""
+    return model.get_output_embeddings().weight
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """logits -> softcap * tanh(logits / softcap), where the family has it."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def next_token_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) in fp32 of hidden states (..., H): the sampler's view of the head."""
+    logits = F.linear(hidden, head_weight(model)).float()
+    cap = softcap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,0 +1,102 @@
+"""A model on disk, in Hugging Face format, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+def adapter_rank(model: str) -> int:
+    """The rank of a folder of adapters, 0 for any other model."""
+    file = Path(model).expanduser() / ADAPTER_CONFIG
+    return json.loads(file.read_text(encoding="utf-8"))["r"] if file.is_file() else 0
+
+
+ADAPTER = "default"  # peft's name for a model's only adapter
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's, too
+ADAPTER_METADATA = {"format": "pt", "base": "nf4"}  # peft's config has no place for what the base was quantised to
+
+
+def trained_on_nf4(folder: Path) -> bool:
+    """Whether the adapters in a folder say so, as those written here do."""
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        return (file.metadata() or {}).get("base") == ADAPTER_METADATA["base"]
+
+
+def save_model(path: Path, model, tokenizer) -> None:
+    """A plain Hugging Face folder, whole or not at all; replaces what is there."""
+    _publish(_write_model(path.with_name(path.name + ".tmp"), model, tokenizer), path)
+
+
+def _write_model(scratch: Path, model, tokenizer) -> Path:
+    shutil.rmtree(scratch, ignore_errors=True)
+    if _adapter_config(model):
+        _adapter_config(model).save_pretrained(str(scratch))
+        weights = {name: tensor.detach().contiguous() for name, tensor in _adapter_weights(model).items()}
+        save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=ADAPTER_METADATA)
+    else:
+        model.save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
+    return scratch
+
+
+def _adapter_config(model):
+    """peft's config of the model's adapters, or None."""
+    return getattr(model, "peft_config", {}).get(ADAPTER)
+
+
+def _adapter_weights(model) -> dict[str, torch.Tensor]:
+    """The adapters under the names peft gives them in a file, where they go without the adapter's own name."""
+    named = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+    return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in named.items()}
+
+
+def _publish(scratch: Path, path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    scratch.rename(path)
+
+
+def load_weights(path: Path, model) -> None:
+    """Put a folder's weights in place, bit for bit: the whole model's, or its adapters'.
+
+    Raises ValueError where they are of another model.
+    """
+    if _adapter_config(model):
+        _load_adapters(path, model)
+        return
+    weights = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        weights |= load_file(file)
+    result = model.load_state_dict(weights, strict=False)
+    tensors = model.state_dict()
+    loaded = {tensors[name].data_ptr() for name in weights if name in tensors}
+    missing = [name for name in result.missing_keys if tensors[name].data_ptr() not in loaded]  # a tied weight is stored once
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has {result.unexpected_keys[:3]} besides; "
+            "pass the --model it was made from"
+        )
+
+
+@torch.no_grad()
+def _load_adapters(path: Path, model) -> None:
+    file, ours = path / ADAPTER_CONFIG, _adapter_config(model)
+    theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for key in ("base_model_name_or_path", "r", "lora_alpha"):
+        if theirs.get(key) != getattr(ours, key):
+            raise ValueError(
+                f"{path} is a checkpoint of another model: {key} is {theirs.get(key)!r} there and {getattr(ours, key)!r} here; "
+                "pass the model, rank and alpha it was made with"
+            )
+    tensors, stored = _adapter_weights(model), load_file(path / ADAPTER_WEIGHTS)
+    if tensors.keys() != stored.keys():
+        lacks, besides = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+        raise ValueError(f"{path} is a checkpoint of another model: it lacks {lacks[:3]} and has {besides[:3]} besides")
+    for name, tensor in tensors.items():
+        tensor.copy_(stored[name])

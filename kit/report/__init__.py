@@ -1,0 +1,10 @@
+"""Reports: one self-contained HTML page per run."""
+
+from kit.front_door import hand_on
+
+__getattr__, __all__ = hand_on(
+    __name__,
+    {  # file -> names
+        "before_after": ["write_report"],
+    },
+)

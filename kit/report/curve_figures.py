@@ -1,0 +1,124 @@
+"""Figures of a valley: accuracy and length against the number of traces, why accuracy moves, reinforcement learning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from kit.valley.curves import Curve, Estimate
+from kit.valley.error_accumulation import Decomposition, length_alone
+from kit.valley.first_error import CAUSES
+from kit.valley.toy_rl import Climb, by_start
+
+COLOURS = ("#c0392b", "#2471a3", "#b7791f", "#6c3483", "#1e8449", "#784212", "#34495e")  # dark enough for a projector
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and told apart in grey print
+FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), ("#34495e", ".."), ("#8e6fb5", "xx"),
+         ("#d4ac0d", ""), ("#5dade2", "--"))  # fmt: skip
+
+
+def valley_figure(drawn: Sequence[Curve]) -> Figure:
+    """Accuracy and length against the number of traces, with bands; the untouched model is the dashed line."""
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
+        for i, curve in enumerate(drawn):
+            draw_line(axes, curve.name, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale)
+        for i, base in enumerate({id(curve.base): curve.base for curve in drawn}.values()):
+            start = of(base)
+            label = "untouched model" if i == 0 else "the other model, untouched"
+            axes.axhline(scale * start.mean, color="#333333", linestyle=("--", ":")[i % 2], linewidth=1.2, label=label)
+            axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
+    top.set_ylabel("accuracy, %", fontsize=14)
+    top.set_ylim(0, 102)
+    bottom.set_ylabel("tokens an answer", fontsize=14)
+    bottom.set_ylim(0, None)
+    trace_axis(bottom, sorted({point.num_traces for curve in drawn for point in curve.points}))
+    for axes in (top, bottom):
+        axes.tick_params(labelsize=12)
+        axes.grid(alpha=0.3)
+    if drawn:
+        figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
+    return figure
+
+
+def draw_line(axes, label: str, sizes: Sequence[int], estimates: Sequence[Estimate], i: int, scale: float) -> None:
+    """A line with its band; scale 100 for shares, which are drawn in percent and stay within 0..100."""
+    means = [scale * e.mean for e in estimates]
+    axes.plot(sizes, means, marker=MARKERS[i], color=COLOURS[i], linewidth=2.5, markersize=8, label=label)
+    low, high = [scale * max(0, e.low) for e in estimates], [scale * e.high for e in estimates]
+    if scale == 100:
+        high = [min(100, x) for x in high]
+    axes.fill_between(sizes, low, high, color=COLOURS[i], alpha=0.18, linewidth=0)
+
+
+def trace_axis(axes, sizes: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("traces to learn from", fontsize=14)
+
+
+def rl_figure(climbs: Sequence[Climb]) -> Figure:
+    """Mean reward of the rollouts against the step, a line a start; the band spans the seeds."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, of_start) in enumerate(by_start(climbs).items()):
+        curves_of_seeds = [climb.rewards for climb in of_start]
+        steps = range(1, min(map(len, curves_of_seeds)) + 1)
+        columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
+        axes.plot(steps, [sum(column) / len(column) for column in columns], color=COLOURS[i], linewidth=2.5, label=name)
+        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS[i], alpha=0.18, linewidth=0)
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("step", fontsize=14)
+    axes.set_ylabel("right answers, %", fontsize=14)
+    axes.tick_params(labelsize=12)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=12, title="start")
+    return figure
+
+
+def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
+    """Of all answers at each size: the right ones, and the others by the first thing wrong in them."""
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    axes = figure.subplots()
+    every = [base, *points]
+    bottom = [0.0] * len(every)
+    bars = {"right": [point.accuracy.mean for point in every]}
+    bars |= {cause: [point.causes[cause] for point in every] for cause in CAUSES}
+    for (label, shares), (colour, hatch) in zip(bars.items(), FILLS, strict=True):
+        if any(shares):
+            heights = [100 * share for share in shares]
+            axes.bar(range(len(every)), heights, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=label)
+            bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    axes.set_xticks(range(len(every)), ["untouched", *(f"{point.num_traces:,}" for point in points)])
+    axes.set(ylim=(0, 100), title="What goes wrong first")
+    axes.set_xlabel("traces to learn from", fontsize=14)
+    axes.set_ylabel("answers, %", fontsize=14)
+    axes.tick_params(labelsize=12)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=12, reverse=True)
+    return figure
+
+
+def steps_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
+    """Left: the chance of a step. Right: accuracy, p^n, and what longer answers alone would cost."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes = [point.num_traces for point in points]
+    for axes, lines in (
+        (left, {"a step of the chain (p)": [point.step_accuracy for point in points],
+                "any equation, checks too": [point.equation_accuracy for point in points]}),
+        (right, {"measured": [point.accuracy for point in points],
+                 "p to the power of the steps": [point.predicted for point in points],
+                 "longer answers alone": [Estimate(length_alone(base, point), 0.0) for point in points]}),
+    ):  # fmt: skip
+        for i, (label, estimates) in enumerate(lines.items()):
+            draw_line(axes, label, sizes, estimates, i, 100)
+        trace_axis(axes, sizes)
+        axes.set_ylim(0, 102)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=11)
+        axes.tick_params(labelsize=10)
+    left.set(title="How often a step is right", ylabel="%")
+    right.set(title="Do errors that add up explain it?", ylabel="accuracy, %")
+    return figure

@@ -1,0 +1,96 @@
+"""Episodes: what the policy wrote and what it was worth; and a pack of them, with what the objective needs of each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kit.generate.sampler import Completion
+from kit.packing import IGNORE_INDEX, Document, PackedBatch
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One completion of one prompt, with its reward."""
+
+    group: int  # the completions of one prompt share it
+    question: str  # the question's id
+    prompt: list[int]  # token ids
+    completion: Completion  # with the log-probs it was sampled at
+    reward: float | None  # None: the grader could not decide
+
+    def rejection(self, low: float, high: float) -> str:
+        """Why nothing may be learned from it, "" = nothing speaks against it. low, high: the rewards' declared range."""
+        if not self.completion.ids:
+            return "empty completion"
+        if len(self.completion.logprobs) != len(self.completion.ids):
+            return "not one log-prob a token"
+        if not all(math.isfinite(logprob) for logprob in self.completion.logprobs):
+            return "log-prob not finite"
+        if self.reward is None:
+            return "undecided"
+        if not low <= self.reward <= high:  # NaN is outside, too
+            return f"reward outside {low:g} to {high:g}"
+        return ""
+
+
+def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
+    """The episodes of each prompt, in the order in which the prompts first appear."""
+    groups: dict[int, list[Episode]] = {}
+    for episode in episodes:
+        groups.setdefault(episode.group, []).append(episode)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """An episode with what its tokens are worth."""
+
+    episode: Episode
+    advantage: float
+    token_weight: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion."""
+        return len(self.episode.prompt) + len(self.episode.completion.ids)
+
+
+@dataclass(frozen=True)
+class EpisodeBatch(PackedBatch):
+    """A pack of T tokens whose targets are completion tokens; what belongs to a target stands where the target stands."""
+
+    advantages: torch.Tensor  # (T,) fp32
+    token_weight: torch.Tensor  # (T,) fp32, 0 where there is no target
+    sampler_logprobs: torch.Tensor  # (T,) fp32, 0 where there is no target
+    old_logprobs: torch.Tensor  # (T,) fp32: the sampler's, or what the trainer made of the same tokens
+    reference_logprobs: torch.Tensor  # (T,) fp32: the reference's; the sampler's where none is used
+
+    TENSORS = (*PackedBatch.TENSORS, "advantages", "token_weight", "sampler_logprobs", "old_logprobs", "reference_logprobs")
+
+    @classmethod
+    def of(cls, lessons: Sequence[Lesson]) -> EpisodeBatch:
+        """Lay episodes end to end."""
+        pack = PackedBatch.build(
+            [Document(torch.tensor(x.episode.prompt + x.episode.completion.ids), len(x.episode.prompt)) for x in lessons]
+        )
+        kept = pack.targets != IGNORE_INDEX  # completion tokens, one document after another
+        lengths = torch.tensor([len(lesson.episode.completion.ids) for lesson in lessons])
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            found = torch.zeros(len(pack))
+            found[kept] = values.float()
+            return found
+
+        logprobs = spread(torch.tensor([x for lesson in lessons for x in lesson.episode.completion.logprobs]))
+        return cls(
+            **vars(pack),
+            advantages=spread(torch.tensor([x.advantage for x in lessons], dtype=torch.float64).repeat_interleave(lengths)),
+            token_weight=spread(torch.tensor([x.token_weight for x in lessons], dtype=torch.float64).repeat_interleave(lengths)),
+            sampler_logprobs=logprobs,
+            old_logprobs=logprobs,
+            reference_logprobs=logprobs,
+        )

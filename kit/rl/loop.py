@@ -1,0 +1,141 @@
+"""The loop around kit.rl.grpo: prompts in, rollout, update, a line of figures and a checkpoint now and then.
+
+A step depends on weights, seed and one position alone: prompts come from a stream at a position that the checkpoint keeps beside
+the weights, and every sample's random numbers are keyed by it. A run that is killed and resumed ends bit for bit where an
+unbroken one does on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from kit.data.problems import Question, draw
+from kit.memory.measured import PeakMemory
+from kit.models import folder
+from kit.models.backbone import head_weight
+from kit.rl.episodes import Episode, by_group
+from kit.rl.grpo import Policy, group_has_signal, rollout, update
+from kit.run import Journal, RunFolder
+from kit.train import checkpoint
+
+if TYPE_CHECKING:
+    from kit.memory.simulate import Plan
+
+
+SAMPLES = "rollouts.jsonl"
+LOSS_NEAR_ZERO = (
+    "a loss near zero is normal: a group's advantages sum to zero, so on-policy the loss does, too, while its gradient does not. "
+    "Watch reward, length and ratio instead"
+)
+
+
+def train(
+    policy: Policy, questions: Sequence[Question], run: RunFolder, *, steps: int, batch_prompts: int, checkpoint_every: int = 0,
+    planned: Plan | None = None,
+) -> Path:  # fmt: skip
+    """Train for `steps` steps of batch_prompts prompts; returns the folder of the finished model.
+
+    planned: the larger of sampling's and update's; on a card, what was measured after ten steps is printed beside it and stored
+    in memory.json.
+
+    Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints every so many steps (0 = none before the
+    end). Where run.path holds a checkpoint, training goes on from it; where it holds the finished model, nothing is done.
+    Raises ValueError where loss or gradient is not finite and where memory runs out: the last checkpoint is intact and named.
+    """
+    finished = run.path / "model"
+    if finished.is_dir():
+        return finished
+    checkpoints, samples = run.path / "checkpoints", Journal(run.path / SAMPLES)
+    newest = checkpoint.latest(checkpoints)
+    done = checkpoint.load(newest, policy.model, policy.optimizer) if newest else 0
+    for journal in (run.metrics, samples):
+        journal.keep(lambda row: row["step"] <= done)
+    policy.drawn = checkpoint.read_progress(newest)["drawn"] if newest else 0
+    memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
+    bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
+    for step in range(done + 1, steps + 1):
+        start = time.perf_counter()
+        try:
+            episodes, resamples = gather(policy, questions, batch_prompts)
+            seconds = time.perf_counter() - start
+            found = update(policy, episodes)
+        except torch.OutOfMemoryError as error:
+            raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
+        if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
+            newest = checkpoint.latest(checkpoints)
+            raise ValueError(
+                f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower --lr. "
+                f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+            )
+        memory.look(step, steps)
+        sampled = sum(len(episode.completion.ids) for episode in episodes)
+        run.metrics.append(
+            {"step": step, **found, "resamples": resamples, "drawn": policy.drawn, "rollout_seconds": seconds,
+             "rollout_tokens_per_second": sampled / seconds, "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
+        )  # fmt: skip
+        for episode in by_group(episodes)[0]:
+            samples.append(
+                {"step": step, "question": episode.question, "reward": episode.reward, "tokens": len(episode.completion.ids),
+                 "finished": episode.completion.finished, "text": episode.completion.text}
+            )  # fmt: skip
+        tqdm.write(line(step, found, resamples, sampled / seconds) + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else ""))
+        bar.update()
+        if checkpoint_every and step % checkpoint_every == 0 and step < steps:
+            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, drawn=policy.drawn)
+    bar.close()
+    policy.close()
+    folder.save_model(finished, policy.model, policy.chat.tokenizer)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
+    return finished
+
+
+def gather(policy: Policy, questions: Sequence[Question], batch_prompts: int) -> tuple[list[Episode], int]:
+    """(the episodes of batch_prompts prompts, further rollouts).
+
+    With no_signal "resample", prompts follow in place of those whose completions were all worth the same, until the batch is
+    full or settings.max_resamples is reached. All are returned: the mean reward is that of all prompts, and update leaves out
+    what teaches nothing.
+    """
+    settings, episodes, rollouts = policy.settings, [], 0
+    missing = batch_prompts
+    while missing and rollouts <= (settings.max_resamples if settings.no_signal == "resample" else 0):
+        more = rollout(policy, draw(questions, policy.drawn, missing, seed=settings.seed))
+        episodes += more
+        rollouts += 1
+        missing -= sum(group_has_signal(group, settings) for group in by_group(more))
+    return episodes, rollouts - 1
+
+
+def line(step: int, found: dict[str, float], resamples: int, rollout_speed: float) -> str:
+    """A step's figures for the log."""
+    parts = [
+        f"step {step}: reward {found['reward_mean']:.3f} ± {found['reward_std']:.3f}",
+        f"no signal {found['no_signal']:.0%}",
+        f"length {found['length']:.0f} ({found['truncated']:.0%} cut off)",
+        f"entropy {found['entropy']:.3f}",
+        f"loss {found['loss']:.1e}",
+    ]
+    if found["updates"]:
+        parts += [
+            f"ratio {found['ratio_min']:.2f} {found['ratio_mean']:.3f} {found['ratio_max']:.2f}",
+            f"clipped {found['clipped_low']:.1%} low {found['clipped_high']:.1%} high",
+        ]
+    if "kl" in found:
+        parts.append(f"KL {found['kl']:.2e}")
+    if found["empty_minibatches"]:
+        parts.append(
+            f"no update in {found['empty_minibatches']} mini-batches: every completion cut off, rejected or without signal"
+        )
+    if resamples:
+        parts.append(f"{resamples} further rollouts, {found['groups']} prompts in all")
+    parts += [f"{value} {name}" for name, value in found.items() if name.startswith("rejected")]
+    parts.append(f"tokens/s {rollout_speed:,.0f} sampled, {found['update_tokens_per_second']:,.0f} trained")
+    return "; ".join(parts)

@@ -1,0 +1,68 @@
+"""What GRPO may be told: the paper's values where it states them, GRPO's and PPO's own where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kit.rl.objective import KLS, NORMALISERS, SCALES
+
+NO_SIGNAL = ("keep", "skip", "resample")
+OLD_LOGPROBS = ("sampler", "trainer")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The algorithm. What the paper states is the default: groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, k3 or
+    another KL at 1e-4, advantages scaled by the group's deviation."""
+
+    group_size: int = 8  # completions a prompt
+    max_new_tokens: int = 8_192  # tokens a completion
+    temperature: float = 1.0  # of sampling and, the same, of the log-probs in the objective
+    num_slots: int = 64  # completions sampled at once
+    minibatch_prompts: int = 256  # prompts an optimizer step
+    row_tokens: int = 16_384  # tokens a pack; a prompt with max_new_tokens must fit
+    advantage_scale: str = "group-std"  # none: Dr. GRPO
+    normaliser: str = "sequences"  # GRPO's; tokens: DAPO; constant: Dr. GRPO
+    clip_low: float = 0.2  # ratio clipped at 1 - clip_low
+    clip_high: float = 0.2  # ratio clipped at 1 + clip_high; DAPO: 0.28
+    kl: str = "k3"  # estimator of the KL loss against the model that training started from; k1, or none
+    kl_coef: float = 1e-4
+    mask_truncated: bool = False  # learn nothing from completions that were cut off
+    no_signal: str = "keep"  # groups of equal rewards: keep (their KL counts), skip, or resample until the batch is full
+    max_resamples: int = 4  # further rollouts a step for resample
+    old_logprobs: str = "sampler"  # trainer: scored again before the first update, for one forward pass more
+    sampler_cap: float = 2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
+    length_penalty: float = 0.0  # taken off the reward for max_new_tokens, in proportion for less; 0 = off
+    reward_low: float = 0.0  # a reward outside the range is an error of the grader: counted, left out
+    reward_high: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            raise ValueError(
+                f"group_size is {self.group_size} but an advantage is the difference to the others of the group, and one alone "
+                "has none: every update would be zero; pass group_size >= 2 (the paper: 8)"
+            )
+        for name, fits, rule in (
+            ("temperature", self.temperature > 0, "> 0: greedy text has no probability to raise or lower"),
+            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
+            ("minibatch_prompts", self.minibatch_prompts >= 1, ">= 1"),
+            ("advantage_scale", self.advantage_scale in SCALES, f"one of {', '.join(SCALES)}"),
+            ("normaliser", self.normaliser in NORMALISERS, f"one of {', '.join(NORMALISERS)}"),
+            ("clip_low", 0 <= self.clip_low <= 1, "in 0..1"),
+            ("clip_high", self.clip_high >= 0, ">= 0"),
+            ("kl", self.kl in KLS, f"one of {', '.join(KLS)}"),
+            ("kl_coef", self.kl_coef >= 0, ">= 0"),
+            ("no_signal", self.no_signal in NO_SIGNAL, f"one of {', '.join(NO_SIGNAL)}"),
+            ("max_resamples", self.max_resamples >= 0, ">= 0"),
+            ("old_logprobs", self.old_logprobs in OLD_LOGPROBS, f"one of {', '.join(OLD_LOGPROBS)}"),
+            ("sampler_cap", self.sampler_cap >= 0, ">= 0 (0 = not corrected)"),
+            ("length_penalty", self.length_penalty >= 0, ">= 0 (0 = off)"),
+            ("reward_high", self.reward_high > self.reward_low, f"above reward_low, {self.reward_low}"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {getattr(self, name)!r} but must be {rule}")
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.kl != "none" and self.kl_coef > 0

@@ -1,0 +1,71 @@
+"""Checkpoints: the model in Hugging Face format beside the optimizer's state and the step, written whole or not at all.
+
+A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors and trainer.json. It is written
+under another name and renamed once complete, so a kill leaves the older one; the older ones go after the rename.
+
+Of a model with adapters (kit.models.qlora) only these are written, as peft's own folder: adapter_config.json,
+which names the base, and adapter_model.safetensors. The base is read and quantised anew where they are
+loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from kit.models.folder import _publish, _write_model, load_weights
+from kit.run import write_json
+
+
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int, **progress) -> Path:
+    """Write the checkpoint after `step` steps and delete the older ones. Returns its path.
+
+    progress: what `read_progress` gives back besides the step: it belongs to these weights, and no other file can lag behind it.
+    """
+    path = folder / f"step_{step:07d}"
+    scratch = _write_model(folder / "writing", model, tokenizer)
+    tensors = {
+        f"{index}.{name}": tensor.contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, tensor in state.items()
+    }
+    save_file(tensors, scratch / "optimizer.safetensors")
+    write_json(scratch / "trainer.json", {"step": step, **progress})
+    _publish(scratch, path)
+    for older in folder.glob("step_*"):
+        if older != path:
+            shutil.rmtree(older)
+    return path
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return max(folder.glob("step_*"), default=None)
+
+
+def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
+    """Put weights and optimizer state back in place, bit for bit. Returns the number of steps done.
+
+    Raises ValueError where the checkpoint is of another model.
+    """
+    load_weights(path, model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        state = optimizer.state[parameter]
+        # not by optimizer.load_state_dict, which casts fp32 states to bf16 where the parameter is bf16
+        if name != "step" and name in state:
+            state[name].copy_(tensor)  # wherever the optimizer keeps it
+        else:
+            on_card = name != "step" or optimizer.defaults.get("fused")
+            state[name] = tensor.to(parameter.device) if on_card else tensor
+    return read_progress(path)["step"]
+
+
+def read_progress(path: Path) -> dict:
+    """How far a checkpoint's run had come: "step", and what `save` was given besides."""
+    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))

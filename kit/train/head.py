@@ -1,0 +1,181 @@
+"""The head in a training step: the fused loss of a row, its backward pass, and where the head's gradient goes.
+
+backward(batch, scale, loss_of) once a row, then finish() once a step. Three ways: head and embedding apart, or the head frozen
+(AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a block of the vocabulary at a time (BlockedHead).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
+from kit.models.backbone import head_weight, hidden_states, softcap
+from kit.packing import PackedBatch
+from kit.train.optimizer import AdamW8bit
+from kit.train.saved_tensors import catch_gradient
+from kit.train.savings import Savings
+from kit.train.update_in_backward import UpdateInBackward, Updates
+
+LossOfRow = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]  # (hidden (T, H), head's weight (V, H), its row)
+
+
+def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
+    """Raises ValueError where savings.head_update is "blocked" and the model or the updates do not allow it."""
+    weight = head_weight(model)
+    tied = weight is model.get_input_embeddings().weight
+    if savings.head_update == "blocked":
+        if not tied or not weight.requires_grad:
+            raise ValueError(
+                f"head_update is blocked but the head is {'frozen' if tied else 'not tied'}: blocks need a trained embedding "
+                "that is its own head; pass --head_update whole"
+            )
+        return BlockedHead(model, optimizer, updates, savings.logit_rows)
+    if tied and weight.requires_grad:
+        return TiedHead(model, updates, savings.logit_rows)
+    return AutogradHead(model, savings.logit_rows)
+
+
+def mean_cross_entropy(model, scale: float, logit_rows: int) -> LossOfRow:
+    """scale * the sum of a row's token losses: the mean over the step, where scale is 1 / its targets."""
+    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows, "overwrite_hidden": True}
+    return lambda hidden, weight, batch: linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
+
+
+class AutogradHead:
+    """The fused loss under autograd: the head's gradient is made with the loss and waits for the rest."""
+
+    def __init__(self, model, logit_rows: int):
+        self.model, self.logit_rows = model, logit_rows
+
+    def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        loss_of = loss_of or mean_cross_entropy(self.model, scale, self.logit_rows)
+        loss = loss_of(hidden_states(self.model, batch), head_weight(self.model), batch)
+        loss.backward()
+        return loss.detach()
+
+    def finish(self) -> None:
+        """Autograd is done with the head."""
+
+
+class _Lookup:
+    """The embedding outside of autograd, which would make a gradient of all V rows for the few that were looked up."""
+
+    def __init__(self, model, ids: torch.Tensor):
+        self.embedding, self.ids = model.get_input_embeddings(), ids
+        self.gradients: list[torch.Tensor] = []
+
+    def rows(self) -> torch.Tensor:
+        """(1, T, H)"""
+        with torch.no_grad():
+            embedded = self.embedding(self.ids[None])
+        return catch_gradient(embedded, self.gradients)
+
+    def gradient(self) -> torch.Tensor:
+        """Of the looked-up rows, (T, H) fp32; after the backward pass."""
+        dlookup = self.gradients.pop()[0].float()
+        if hasattr(self.embedding, "embed_scale"):  # Gemma scales what it looks up, by a number of the weight's dtype
+            dlookup *= self.embedding.embed_scale.to(self.embedding.weight.dtype).float()
+        if self.embedding.padding_idx is not None:  # whose row gets nothing from a lookup, as in nn.Embedding
+            dlookup *= (self.ids != self.embedding.padding_idx)[:, None]
+        return dlookup
+
+
+class TiedHead:
+    """Head and embedding are one trained weight: the lookup's rows are added to the head's gradient.
+
+    Autograd would make the lookup's gradient as large as the weight, and their sum as a third: 1.1 GiB more at V = 262,144 and
+    H = 1,152 in bf16. A row's parts are summed in fp32 and rounded once. On a GPU index_add_ has no fixed order: last bits differ
+    from run to run there.
+    """
+
+    def __init__(self, model, updates: Updates, logit_rows: int):
+        self.model, self.updates, self.logit_rows = model, updates, logit_rows
+        self.dweight: torch.Tensor | None = None
+
+    def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        loss_of = loss_of or mean_cross_entropy(self.model, scale, self.logit_rows)
+        lookup = _Lookup(self.model, batch.input_ids)
+        leaf = head_weight(self.model).detach().requires_grad_()
+        leaf.grad = self.dweight  # of the rows before
+        loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch)
+        loss.backward()
+        self.dweight = leaf.grad
+        _add_rows_(self.dweight, batch.input_ids, lookup.gradient())
+        return loss.detach()
+
+    def finish(self) -> None:
+        weight = head_weight(self.model)
+        weight.grad, self.dweight = self.dweight, None
+        self.updates.use(weight)
+
+
+@torch.no_grad()
+def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """total[ids] += rows, (T, H) fp32, where an id may come many times."""
+    positions = torch.arange(len(ids), device=ids.device)
+    first = torch.full((len(total),), len(ids), device=ids.device).scatter_reduce_(0, ids.long(), positions, "amin")[ids]
+    sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at the first place of each id
+    total.index_copy_(0, ids, (total[ids] + sums[first]).to(total.dtype))  # equal ids write equal rows
+
+
+class BlockedHead:
+    """The weight's gradient never exists as a whole: after the backward pass the head's part and the lookup's are made and used
+    a block of the vocabulary at a time: its norm is known only then, too late to clip by (Savings.check_clipping).
+
+    The lookup's part is added by index_add_, on a GPU in no fixed order: last bits differ from run to run there.
+    """
+
+    def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward, logit_rows: int):
+        self.model, self.optimizer, self.updates, self.logit_rows = model, optimizer, updates, logit_rows
+
+    def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        if loss_of is not None:
+            raise ValueError(
+                "head_update is blocked but this step's loss is not cross-entropy, which is all that blocks know; "
+                "pass --head_update whole"
+            )
+        lookup = _Lookup(self.model, batch.input_ids)
+        hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
+        weight, cap = head_weight(self.model), softcap(self.model)
+        with torch.no_grad():
+            loss, dhidden, kept, logsumexp = loss_without_dweight(
+                hidden, weight, batch.targets, scale, softcap=cap, max_rows=self.logit_rows
+            )
+        self.pending = (hidden.detach(), weight, batch.targets, kept, logsumexp, scale), cap, lookup
+        torch.autograd.backward(hidden, dhidden)
+        return loss
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        arguments, cap, lookup = self.pending
+        self.pending = None
+        weight, dlookup = arguments[1], lookup.gradient()
+        sorted_ids, order = lookup.ids.sort()
+        places = sorted_ids.cpu()  # where a block's ids begin and end: asked once, not of the card at every block
+        square = torch.zeros((), device=weight.device)
+        for first, dweight in dweight_blocks(*arguments, softcap=cap):
+            _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
+            square += dweight.square().sum()
+            self.optimizer.update(weight, dweight, first=first * weight.shape[1])
+        self.updates.squares.append(square)
+
+
+@torch.library.custom_op("kit::add_lookup_", mutates_args=("block",))
+def _add_lookup_(
+    block: torch.Tensor, first: int, sorted_ids: torch.Tensor, order: torch.Tensor, places: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """block[ids - first] += rows, for the ids in first .. first + len(block) - 1 and no others.
+
+    block (B, H) fp32; sorted_ids, order (T,): ids in order, and where each lies in rows (T, H) fp32; places: sorted_ids on the
+    CPU. An operator, since how many rows a block gets depends on values, which a simulated step does not have.
+    """
+    begin, end = torch.searchsorted(places, torch.tensor([first, first + len(block)], dtype=places.dtype)).tolist()
+    block.index_add_(0, sorted_ids[begin:end] - first, rows.index_select(0, order[begin:end]))
+
+
+@_add_lookup_.register_fake
+def _(block, first, sorted_ids, order, places, rows):
+    return None

@@ -1,0 +1,232 @@
+"""AdamW (Loshchilov & Hutter, 2019) and the learning-rate schedule of the paper's Table 2.
+
+fp32 weights take torch's own AdamW. bf16 weights need one more thing: near 0.02 a bf16 step is 1e-4 wide, an update at lr 5e-5
+is narrower, and rounding to nearest would drop it. Stochastic rounding goes up or down with the probability that makes the
+mean exact, so the update arrives on average, without an fp32 copy of the weights.
+
+    name        weights    bytes a parameter besides weight and gradient
+    adamw       fp32       8    torch.optim.AdamW
+    adamw       bf16       8    fp32 states, stochastic rounding
+    adamw8bit   both       2.03 kit.kernels.adamw8bit: 8-bit states; on the CPU instead, with offload
+    auto                        adamw for fp32, adamw8bit for bf16
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from kit.kernels.adamw8bit import adamw8bit_, init_state, state_slice
+from kit.train.offload import host_empty
+
+OPTIMIZERS = ("auto", "adamw", "adamw8bit")
+
+
+def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
+    """Factor on the learning rate for step 0..num_steps-1: a line up over the warm-up, then half a cosine towards 0."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
+
+
+@torch.no_grad()
+def stochastic_round_(target: torch.Tensor, source: torch.Tensor, generator: torch.Generator) -> None:
+    """target (bf16) <- source (fp32, overwritten), rounded up with probability equal to the fraction that is cut off."""
+    bits = source.view(torch.int32)
+    bits += torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    bits &= -(1 << 16)  # the upper half of an fp32 number is a bf16 number
+    target.copy_(source)
+
+
+def _mix(seed: int, step: int, index: int) -> int:
+    """A stream of its own for every (seed, step, parameter): large odd multipliers keep neighbours apart."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**63
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW on bf16 parameters: fp32 states, no fp32 master copy, stochastic rounding keyed by (seed, step, parameter).
+
+    10 bytes a parameter with its bf16 weight, besides the gradient; while it steps, four fp32 copies of one parameter at a time.
+    Resuming repeats the same random numbers.
+    """
+
+    def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            raise ValueError("StochasticAdamW takes no closure; run the backward pass, then call step()")
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)  # not torch.zeros, whose fake tensors have no value to read
+                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["step"] += 1
+                step = int(state["step"])
+                gradient = parameter.grad.float()
+                state["exp_avg"].lerp_(gradient, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+                weight = parameter.float() * (1 - lr * group["weight_decay"])
+                weight.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1**step))
+                generator = torch.Generator(parameter.device).manual_seed(_mix(group["seed"], step, index))
+                stochastic_round_(parameter, weight, generator)
+
+
+class Slabs:
+    """Two slabs of a card's memory that offloaded optimizer states visit in turn: while the states in one are updated, the next
+    are on their way in and the last on their way out.
+
+    NOT RUN ON A GPU. One side stream carries the copies. The order that makes this right:
+    - a slab is filled after it was emptied: both copies are on the side stream, in this order.
+    - states are updated after they arrived: the compute stream waits for the event of their copy.
+    - states leave after they were updated: the side stream waits for the compute stream.
+    The slabs are allocated once: memory that two streams use and the allocator hands out again would need a wait of its own.
+    """
+
+    def __init__(self, num_elements: int, device: torch.device):
+        like = torch.empty((), device=device).expand(num_elements)
+        self.slabs, self.turn = [init_state(like) for _ in range(2)], 0
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def bring(self, home: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
+        """Start copying states to the card. Returns their place there, and the event after which they are there."""
+        self.turn = 1 - self.turn
+        visiting = {name: self.slabs[self.turn][name][: len(x)] for name, x in home.items()}
+        with torch.cuda.stream(self.stream):  # None: on a CPU, where copies are done when they return
+            for name, x in home.items():
+                visiting[name].copy_(x, non_blocking=True)
+        return visiting, self.stream and self.stream.record_event()
+
+    def send(self, home: dict[str, torch.Tensor], visiting: dict[str, torch.Tensor]) -> None:
+        """Start copying updated states back."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            for name, x in home.items():
+                x.copy_(visiting[name], non_blocking=True)
+
+    def wait(self) -> None:
+        """Let the compute stream wait for every copy so far."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with 8-bit states on bf16 (rounded stochastically) or fp32 parameters, in one pass over memory.
+
+    Random bits are keyed by (seed, step, parameter, element): resuming repeats them, and so does any order of updates.
+    offload: the states stay in CPU memory, pinned if the parameters are on a card, and visit it a slab at a time: 4 bytes per
+        parameter cross the bus in a step. Before you read them, call wait() and wait for the card (the loss's .item() does).
+    """
+
+    SLAB = 2**22  # numbers whose offloaded states visit the card together: 8 MiB, and two slabs of them
+
+    def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+        self.offload, self.slabs = offload, None
+        if offload:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            largest = max(parameter.numel() for parameter in parameters)
+            self.slabs = Slabs(min(self.SLAB, largest), parameters[0].device)
+        grouped = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        self.place = {parameter: (index, group) for index, (parameter, group) in enumerate(grouped)}
+        for parameter in self.place:
+            state = {name: self._at_home(tensor) for name, tensor in init_state(parameter).items()}
+            self.state[parameter] = {"step": torch.tensor(0.0), **state}
+
+    def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self.offload:
+            return tensor
+        return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
+
+    @torch.no_grad()
+    def update(self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None = None, *, first: int = 0) -> None:
+        """One step for this parameter alone. gradient: None = its own; of a slice of it, flattened elements from `first` on (a
+        multiple of 256), fp32 or the parameter's dtype. Slices of one step must follow one another and cover the parameter."""
+        self._apply(self._pieces(parameter, parameter.grad if gradient is None else gradient, first))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            raise ValueError("AdamW8bit takes no closure; run the backward pass, then call step()")
+        with_gradient = (parameter for parameter in self.place if parameter.grad is not None)
+        self._apply(piece for parameter in with_gradient for piece in self._pieces(parameter, parameter.grad, 0))
+        self.wait()
+
+    def wait(self) -> None:
+        """Let the card wait until offloaded states are back in CPU memory."""
+        if self.slabs is not None:
+            self.slabs.wait()
+
+    def _pieces(self, parameter: torch.nn.Parameter, gradient: torch.Tensor, first: int) -> Iterator[tuple]:
+        """Yield (numbers, their gradient, their states, settings) of what is updated in one call; count the step at the end."""
+        index, group = self.place[parameter]
+        state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
+        step = int(self.state[parameter]["step"]) + 1
+        flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")} | {"step": step, "index": index}
+        slab = self.SLAB if self.offload else max(len(flat), 1)
+        for start in range(0, len(flat), slab):
+            part = slice(start, min(start + slab, len(flat)))
+            states = state_slice(state, first + start, part.stop - start)
+            yield flat[part], gradient[part], states, settings | {"first_element": first + start}
+        if first + len(flat) == parameter.numel():
+            # a new tensor: fake ones know the value of what was never changed in place
+            self.state[parameter]["step"] = torch.tensor(float(step))
+
+    def _apply(self, pieces: Iterator[tuple]) -> None:
+        """Update one piece after another; offloaded states of the next are on their way meanwhile."""
+        if not self.offload:
+            for numbers, gradient, state, settings in pieces:
+                adamw8bit_(numbers, gradient, state, **settings)
+            return
+        arrived = deque()
+        for numbers, gradient, home, settings in pieces:
+            arrived.append((numbers, gradient, home, settings, *self.slabs.bring(home)))
+            if len(arrived) == 2:
+                self._update_visiting(*arrived.popleft())
+        if arrived:
+            self._update_visiting(*arrived.popleft())
+
+    def _update_visiting(self, numbers, gradient, home, settings, visiting, loaded) -> None:
+        if loaded is not None:
+            torch.cuda.current_stream(numbers.device).wait_event(loaded)
+        adamw8bit_(numbers, gradient, visiting, **settings)
+        self.slabs.send(home, visiting)
+
+
+def make_optimizer(
+    model: torch.nn.Module, *, lr: float, name: str = "auto", weight_decay: float = 0.0, betas=(0.9, 0.999), seed: int = 0,
+    offload: bool = False,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW for the model's trainable parameters. name: one of OPTIMIZERS; offload: adamw8bit's states in CPU memory.
+
+    Raises ValueError for an unknown name, for parameters of several dtypes or none, and for offload with another optimizer.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dtypes = {parameter.dtype for parameter in parameters}
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer is {name!r}; pass one of {', '.join(OPTIMIZERS)}")
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        raise ValueError(f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or bfloat16")
+    if name == "auto":
+        name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
+    settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    if name == "adamw8bit":
+        return AdamW8bit(parameters, **settings, seed=seed, offload=offload)
+    if offload:
+        raise ValueError("offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass adamw8bit")
+    if dtypes == {torch.bfloat16}:
+        return StochasticAdamW(parameters, **settings, seed=seed)
+    return torch.optim.AdamW(parameters, **settings, fused=True)

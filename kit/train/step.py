@@ -1,0 +1,64 @@
+"""One optimizer step: rows in, weights updated. Training, the memory plan and the benchmarks run this same code.
+
+for each row:  hidden states -> fused loss -> backward        loss = sum of token losses / targets in the whole step
+update the weights, or find them updated: kit.train.update_in_backward
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kit.models.backbone import head_weight
+from kit.packing import PackedBatch
+from kit.train.head import LossOfRow, make_head
+from kit.train.optimizer import make_optimizer
+from kit.train.recompute import keep_activations, recompute_layers
+from kit.train.savings import Savings
+from kit.train.update_in_backward import UpdateAtEnd, UpdateInBackward
+
+
+class TrainingStep:
+    """A model made ready to train, and its optimizer. Call it with the rows of a step; close it when training is over.
+
+    max_grad_norm: the gradient's global norm is clipped to it; max_tensor_norm, only with update_in_backward: each parameter's
+    own; 0 = not. Raises ValueError for settings that exclude one another or do not fit the model.
+    """
+
+    def __init__(
+        self, model, savings: Savings, *, lr: float, weight_decay=0.0, betas=(0.9, 0.999), max_grad_norm=0.0,
+        max_tensor_norm=0.0, seed=0,
+    ):  # fmt: skip
+        savings.check_clipping(max_grad_norm, max_tensor_norm)
+        self.model = model
+        optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
+        self.optimizer = make_optimizer(model, lr=lr, name=optimizer, weight_decay=weight_decay, betas=betas, seed=seed,
+                                        offload=savings.offload_optimizer)  # fmt: skip
+        if savings.recompute:
+            recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
+        if savings.update_in_backward:
+            self.updates = UpdateInBackward(self.optimizer, max_tensor_norm=max_tensor_norm)
+        else:
+            self.updates = UpdateAtEnd(self.optimizer, max_grad_norm=max_grad_norm)
+        self.head = make_head(model, savings, self.optimizer, self.updates)
+        model.train()
+
+    def __call__(self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss of the step, gradient norm before clipping), fp32 scalars on the device.
+
+        loss_of(hidden (T, H), head's weight (V, H), batch): a row's share of the step's loss; None = mean token cross-entropy.
+        """
+        scale = 1 / max(sum(batch.num_targets for batch in batches), 1)
+        device = head_weight(self.model).device
+        self.updates.begin(len(batches))
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            loss += self.head.backward(batch.to(device), scale, loss_of)
+        self.head.finish()
+        return loss, self.updates.finish()
+
+    def close(self) -> None:
+        self.updates.close()
+        keep_activations(self.model)
+        self.model.eval()

@@ -1,0 +1,103 @@
+"""What goes wrong in a toy answer: its steps held against the problem's, and the first thing that is not as it should be.
+
+An answer's steps stand between semicolons. The equation in force of a step is the one it ends up with: the first, or where the
+step takes it back (", no: ") the one that follows. Checks, and what was taken back, are counted but are no steps of the chain.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kit.data.equations import Equation, stated_equations
+from kit.data.toy import read_chain, steps_of
+from kit.evaluate.reflection_and_loops import boxes, ends_in_loop, reflects
+
+# the first thing wrong in an answer, in the order in which it is looked for; "" = nothing
+CAUSES = {
+    "a sum is wrong": "an equation in force is false",
+    "another step": "an equation in force is true, but not the problem's next: a number miscopied, a step left out or done twice",
+    "no steps": "no equation at all",
+    "cut off": "all steps right so far, but the limit on tokens came first",
+    "stops early": "all steps right, but some are missing",
+    "no box": "all steps right, but no boxed answer",
+    "box differs": "all steps right, but the box holds another number",
+}
+STEPS_END = re.compile(r"</think>|\\boxed")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One answer, taken apart."""
+
+    cause: str  # of CAUSES, or "" where nothing is wrong
+    right_steps: int  # before the first wrong one
+    num_steps: int  # of the problem
+    wrong: tuple[tuple[int, int], ...]  # (start, end) in the text of the equations in force that are not the problem's next step
+    taken_back: tuple[tuple[int, int], ...]  # of false equations that the answer itself takes back
+    num_operations: int  # that the answer performs, checks and all
+    num_false: int  # of its equations, taken back or not
+    num_equations: int
+    num_checks: int
+    num_corrections: int
+    looping: bool
+    reflects: bool
+
+
+def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
+    """Take an answer apart. finished: whether it ended by itself."""
+    chain = read_chain(problem)
+    wanted = steps_of(chain)
+    end = match.start() if (match := STEPS_END.search(text)) else len(text)
+    equations = stated_equations(text)
+    in_force, taken_back, checks, corrections = [], [], 0, 0
+    start = 0
+    for part in text[:end].split(";"):
+        stop = start + len(part)
+        inside = [equation for equation in equations if start <= equation.position < stop]
+        no = part.rfind("no:")
+        after = [equation for equation in inside if no >= 0 and equation.position > start + no]
+        chosen = (after or inside)[:1]
+        in_force += chosen
+        corrections += bool(after)
+        checks += max(0, len(inside) - len(chosen) - bool(after))
+        taken_back += [e for e in inside if after and e.position < start + no and not e.is_right]
+        start = stop + 1
+    right = 0
+    while right < min(len(in_force), len(wanted)) and _plain(in_force[right]) == wanted[right]:
+        right += 1
+    first_wrong = in_force[right] if right < len(in_force) else None
+    box = boxes(text)
+    boxed = text[box[-1][0] : box[-1][1]].partition("{")[2].rstrip("}") if box else None
+    if first_wrong is not None:
+        cause = "another step" if first_wrong.is_right else "a sum is wrong"
+    elif not in_force and finished:
+        cause = "no steps"
+    elif not finished:
+        cause = "cut off"
+    elif right < len(wanted):
+        cause = "stops early"
+    else:
+        cause = "no box" if boxed is None else "" if boxed == chain.answer else "box differs"
+    return Anatomy(
+        cause=cause,
+        right_steps=right,
+        num_steps=len(wanted),
+        wrong=tuple(_span(e) for i, e in enumerate(in_force) if i >= len(wanted) or _plain(e) != wanted[i]),
+        taken_back=tuple(_span(e) for e in taken_back),
+        num_operations=sum(equation.num_operations for equation in equations),
+        num_false=sum(not equation.is_right for equation in equations),
+        num_equations=len(equations),
+        num_checks=checks,
+        num_corrections=corrections,
+        looping=ends_in_loop(text),
+        reflects=reflects(text),
+    )
+
+
+def _plain(equation: Equation) -> str:
+    return equation.text.replace(" ", "")
+
+
+def _span(equation: Equation) -> tuple[int, int]:
+    return equation.position, equation.position + len(equation.text)

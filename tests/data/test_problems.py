@@ -1,0 +1,62 @@
+import json
+
+import pytest
+from conftest import real_data
+
+from kit.data.problems import read_prompts
+from kit.data.rows import BadRows
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def test_the_shapes_that_prompts_come_in_are_all_read(tmp_path):
+    source = write(tmp_path / "prompts.jsonl", [
+        {"problem": "1+1?", "answer": "2"},
+        {"question": "2+2?", "gt_answer": 4},
+        {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"ground_truth": "6"}, "extra_info": {"question": "3+3?"}},
+    ])  # fmt: skip
+    found = read_prompts(source, BadRows(0))
+    assert [(q.problem, q.answer) for q in found] == [("1+1?", "2"), ("2+2?", "4"), ("3+3?", "6")]
+    assert len({q.id for q in found}) == 3
+
+
+def test_rows_without_problem_or_gold_answer_are_named_and_counted_and_stop_the_run_when_many(tmp_path):
+    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": " "}, {"problem": "3+3?"}, {"answer": "1"}]
+    source = write(tmp_path / "prompts.jsonl", rows)
+    bad = BadRows(3)
+    assert len(read_prompts(source, bad)) == 1
+    assert "prompts.jsonl:2: no gold answer among its fields ['answer', 'problem']" in bad.found[0]
+    assert len(bad.found) == 3
+    with pytest.raises(ValueError, match=r"2 bad rows but max_bad_rows is 1"):
+        read_prompts(source, BadRows(1))
+
+
+def test_a_file_of_another_shape_says_what_it_has(tmp_path):
+    source = write(tmp_path / "prompts.jsonl", [{"text": "abc"}])
+    with pytest.raises(ValueError, match=r"no problem and no gold answer among its fields \['text'\]"):
+        read_prompts(source, BadRows(0))
+
+
+@pytest.mark.parametrize("levels", ["4", "4-1", "easy"])
+def test_levels_that_are_none_are_refused(levels, tmp_path):
+    with pytest.raises(ValueError, match=r"levels is '.*' but must be two numbers such as 1-4"):
+        read_prompts(write(tmp_path / "p.jsonl", [{"problem": "1", "answer": "1"}]), BadRows(0), levels=levels)
+
+
+def test_levels_are_kept_from_text_and_numbers_and_a_row_without_one_is_bad(tmp_path):
+    rows = [{"problem": f"{i}", "answer": "1", "level": level} for i, level in enumerate(["Level 1", 4, 5.0, "Level 5", None])]
+    bad = BadRows(1)
+    assert [q.problem for q in read_prompts(write(tmp_path / "p.jsonl", rows), bad, levels="1-4")] == ["0", "1"]
+    assert "no level" in bad.found[0]
+    with pytest.raises(ValueError, match="has 5 rows but no prompt of levels 2-3"):
+        read_prompts(write(tmp_path / "p.jsonl", rows), BadRows(1), levels="2-3")
+
+
+def test_real_math_prompts_by_level():
+    source = str(real_data("math_train_prompts.json"))
+    bad = BadRows(4)  # four rows have no answer
+    assert len(read_prompts(source, bad)) == 7_474 - len(bad.found) == 7_470
+    assert len(read_prompts(source, BadRows(4), levels="1-4")) == 564 + 1_345 + 1_584 + 1_681 - 2

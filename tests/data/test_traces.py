@@ -1,0 +1,205 @@
+import json
+from collections import Counter
+
+import pytest
+import torch
+from conftest import real_data
+
+from kit.data import documents as data
+from kit.data.chat import ChatFormat
+from kit.data.documents import load_documents, make_documents, tokenize
+from kit.data.toy import make_rows, make_tokenizer, write_rows
+from kit.data.traces import Trace, pick_response, read_traces
+
+GOOD = "<think>1+1=2</think>\\boxed{2}"
+BAD = "<think>1+1=3</think>\\boxed{3}"
+
+
+@pytest.fixture
+def chat():
+    return ChatFormat(make_tokenizer(), instruction="")
+
+
+def openr1(*generations, correct=None, complete=None, finish=None, answer="2"):
+    """A row in OpenR1-Math-220k's schema."""
+    return {
+        "problem": "1+1?", "answer": answer, "generations": list(generations), "correctness_math_verify": correct,
+        "is_reasoning_complete": complete, "finish_reasons": finish,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (openr1(BAD, GOOD, correct=[False, True]), (GOOD, "")),
+        (openr1(GOOD, GOOD + " ", correct=[True, True], complete=[False, True]), (GOOD + " ", "")),
+        (openr1(GOOD, GOOD + " ", correct=[True, True], finish=["length", "stop"]), (GOOD + " ", "")),
+        (openr1(BAD, GOOD), (GOOD, "")),  # no flags: the grader decides
+        (openr1(BAD, GOOD, correct=[None, None]), (GOOD, "")),
+        (openr1(BAD, correct=[True]), (BAD, "")),  # the data set's flag is believed
+        (openr1(GOOD, correct=[False]), (None, "have no correct trace")),
+        (openr1(GOOD, correct=[True], complete=[False]), (None, "have no complete trace")),
+        ({"problem": "1+1?", "solution": GOOD, "answer": 2}, (GOOD, "")),
+        ({"problem": "1+1?", "trace": BAD, "solution": GOOD, "answer": "2"}, (None, "have no correct trace")),
+    ],
+)
+def test_one_correct_complete_response_is_picked(row, expected):
+    assert pick_response(row) == expected
+
+
+def test_without_verification_the_first_complete_response_is_taken():
+    assert pick_response(openr1(BAD, GOOD, correct=[False, True]), verify=False) == (BAD, "")
+    assert pick_response({"problem": "x", "solution": "s"}, verify=False) == ("s", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": "x"}, "no field trace or solution"),
+        ({"problem": "x", "solution": 3 * [1]}, "field solution is a list, not text"),
+        ({"problem": "x", "solution": "  "}, "field solution is empty"),
+        ({"problem": "x", "solution": "a\0b", "answer": "1"}, "NUL byte"),
+        ({"problem": "x", "solution": "\ud800", "answer": "1"}, "surrogate"),
+        ({"problem": "x", "solution": "s"}, "no field answer"),
+        (openr1(GOOD, correct=[True, False]), "correctness_math_verify has 2 entries but generations has 1"),
+        (openr1(GOOD, complete="yes"), "is_reasoning_complete has a str"),
+        (openr1("", correct=[True]), r"generations\[0\] is empty"),
+        (openr1(), "an empty list"),
+        ({"generations": "text"}, "generations is a str"),
+    ],
+)
+def test_a_malformed_row_says_which_field_and_what_is_wrong(row, message):
+    with pytest.raises(ValueError, match=message):
+        pick_response(row)
+
+
+def test_bad_rows_are_named_with_file_and_line_and_too_many_stop_the_run(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"problem": f"{i}?", "solution": GOOD, "answer": "2"}) for i in range(3)]
+    path.write_text(
+        "\n".join([lines[0], '{"problem"', '{"problem": "x"}', lines[1], '{"problem": "", "solution": "s"}', lines[2]])
+    )
+    traces, census = read_traces(str(path), max_bad_rows=3)
+    assert len(traces) == 3
+    assert [entry.split(": ")[0] for entry in census.bad_rows] == [f"{path}:{number}" for number in (2, 3, 5)]
+    assert census.dropped["are malformed"] == 3
+    with pytest.raises(ValueError, match=r"3 bad rows but max_bad_rows is 2[\s\S]*rows.jsonl:5: field problem is empty"):
+        read_traces(str(path), max_bad_rows=2)
+
+
+def test_a_problem_that_stands_twice_is_kept_once(tmp_path):
+    write_rows(tmp_path / "a.jsonl", make_rows("short", 5, seed=0) * 2)
+    traces, census = read_traces(str(tmp_path / "a.jsonl"))
+    assert len(traces) == 5
+    assert census.dropped == Counter({"repeat a problem": 5})
+
+
+def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):
+    rows = make_rows("long", 300, seed=0)
+    write_rows(tmp_path / "a.jsonl", rows)
+    write_rows(tmp_path / "b.jsonl", rows[::-1])
+
+    def problems(name, n, seed=0):
+        documents, _ = load_documents(str(tmp_path / name), chat, row_tokens=200, num_traces=n, seed=seed)
+        return [tuple(document.ids.tolist()) for document in documents]
+
+    everything = problems("a.jsonl", 0)
+    for n in (1, 8, 16, 128):  # 8 and 16 are read under a limit, 0 is not; many traces are too long and are skipped alike
+        assert problems("a.jsonl", n) == everything[:n]
+    assert problems("b.jsonl", 16) == everything[:16]
+    assert problems("a.jsonl", 16, seed=1) != everything[:16]
+    assert len(everything) < 300
+
+
+def test_where_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 900, seed=0))
+    options = {"row_tokens": 40}
+    everything, _ = load_documents(str(tmp_path / "a.jsonl"), chat, **options)
+    few = len(everything) - 1
+    assert few < 90  # so that the first look, at few + few // 8 + 64 traces, cannot be enough
+    some, census = load_documents(str(tmp_path / "a.jsonl"), chat, num_traces=few, **options)
+    assert [d.ids.tolist() for d in some] == [d.ids.tolist() for d in everything[:few]]
+    assert census.kept + census.dropped.total() == 900
+
+
+def test_a_trace_of_exactly_row_tokens_is_kept(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 9, seed=0))
+    longest = max(len(document) for document in load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)[0])
+    assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest)[1].kept == 9
+    assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest - 1)[1].kept < 9
+
+
+def test_what_is_too_long_is_counted_and_never_cut(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 60, seed=0))
+    documents, census = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=100)
+    kept, dropped = len(documents), census.dropped["are longer than 100 tokens"]
+    assert 0 < dropped < 60
+    assert kept + dropped == 60 == census.kept + census.dropped.total()
+    assert all(document.ids[-1] == chat.tokenizer.eos_token_id and len(document) <= 100 for document in documents)
+    assert f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens" == str(census)
+
+
+def test_every_row_is_accounted_for_when_a_subset_is_taken(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 200, seed=0))
+    _, census = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=120, num_traces=20)
+    assert census.kept == 20
+    assert census.kept + census.dropped.total() == 200
+
+
+def test_fewer_survivors_than_asked_for_is_an_error_that_says_how_many(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 20, seed=0))
+    with pytest.raises(ValueError, match=r"num_traces is 30 but 20 traces .* pass --num_traces 20"):
+        load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=30)
+    with pytest.raises(ValueError, match="row_tokens is 5 and no trace"):
+        load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=5)
+
+
+def test_prompt_and_response_are_tokenised_as_the_sampler_sees_them(chat):
+    document = make_documents([Trace("1+1?", f" {GOOD}\n", "here")], chat)[0]
+    ids = document.ids.tolist()
+    assert ids[: document.prompt_len] == chat.encode([chat.prompt("1+1?")])[0]
+    assert chat.tokenizer.decode(ids[document.prompt_len :]) == GOOD + "<eos>"
+    assert document.ids.dtype == torch.int32
+
+
+def test_the_cache_gives_back_the_same_documents_and_is_keyed_by_content(tmp_path, chat, monkeypatch):
+    traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 40, seed=0)]
+    cache = str(tmp_path / "cache")
+    options = {"row_tokens": 150, "num_traces": 0, "cache_dir": cache}
+    first, num_long = tokenize(traces, chat, **options)
+    calls = []
+    monkeypatch.setattr(data, "_tokenize", lambda *args: calls.append(args) or ([], 0))
+    again, num_long_again = tokenize(traces, chat, **options)
+    assert not calls
+    assert num_long == num_long_again > 0
+    assert [(d.ids.tolist(), d.prompt_len) for d in again] == [(d.ids.tolist(), d.prompt_len) for d in first]
+    other = ChatFormat(make_tokenizer(), instruction="think")
+    changed = [Trace(traces[0].problem, traces[0].response + " ", "x"), *traces[1:]]
+    tokenize(traces, other, **options)
+    tokenize(changed, chat, **options)
+    tokenize(traces, chat, **options | {"row_tokens": 151})
+    tokenize(traces, chat, **options | {"num_traces": 3})
+    assert len(calls) == 4
+
+
+def test_an_unreadable_cache_file_is_named_and_made_anew(tmp_path, chat, capsys):
+    traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 4, seed=0)]
+    first, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(tmp_path))
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    again, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(tmp_path))
+    assert f"{file} cannot be read" in capsys.readouterr().out
+    assert [d.ids.tolist() for d in again] == [d.ids.tolist() for d in first]
+
+
+def test_real_openr1_rows_are_read_and_only_flagged_correct_ones_kept():
+    path = real_data("openr1_gsm8k.jsonl")
+    traces, census = read_traces(str(path))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    right = {
+        row["problem"]: [g for g, ok in zip(row["generations"], row["correctness_math_verify"], strict=True) if ok]
+        for row in rows
+    }
+    assert len(traces) + census.dropped.total() == len(rows)
+    assert all(trace.response in right[trace.problem] for trace in traces)
+    assert len(traces) > 400

@@ -1,0 +1,122 @@
+import json
+
+import pytest
+from conftest import real_data
+
+from kit.evaluate.benchmarks import BENCHMARKS, PAPER, ids_hash, parse_benchmarks
+from kit.grade.verdict import grade
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_papers_three_have_its_sample_counts():
+    assert {name: (BENCHMARKS[name].num_samples, BENCHMARKS[name].num_questions) for name in PAPER} == {
+        "math500": (4, 500), "aime24": (8, 30), "amc23": (8, 40),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "count"),
+    [
+        ("math500", "math500.jsonl", 500),
+        ("aime24", "aime24.jsonl", 30),
+        ("amc23", "amc23.jsonl", 40),
+        ("gsm8k", "gsm8k_test.jsonl", 1319),
+    ],
+)
+def test_real_files_are_read_whole_and_every_gold_is_graded_correct_against_itself(name, file, count):
+    (benchmark,) = parse_benchmarks(f"{name}={real_data(file)}")
+    assert len(benchmark.questions) == count
+    assert len({question.id for question in benchmark.questions}) == count
+    for question in benchmark.questions:
+        assert grade(question.answer, f"so \\boxed{{{question.answer}}}").verdict == "correct", question.answer
+
+
+def test_a_folder_of_local_copies_is_enough_and_golds_do_not_change_the_ids(tmp_path):
+    folder = real_data("aime24.jsonl").parent
+    aime, gsm8k = parse_benchmarks(f"aime24={folder},gsm8k={folder}")
+    assert aime.source == str(folder / "aime24.jsonl")
+    assert gsm8k.source == str(folder / "gsm8k_test.jsonl")
+    rows = [{"problem": f"  {q.problem}\n", "answer": int(q.answer)} for q in reversed(aime.questions)]
+    assert any(question.answer.startswith("0") for question in aime.questions)
+    (copy,) = parse_benchmarks(f"aime24={write(tmp_path / 'aime24.jsonl', rows)}")
+    assert ids_hash(copy.questions) == ids_hash(aime.questions) == BENCHMARKS["aime24"].ids_hash
+
+
+def test_the_arithmetic_problems_are_made_here_and_are_the_ones_the_table_names():
+    (arithmetic,) = parse_benchmarks("arithmetic")
+    assert len(arithmetic.questions) == arithmetic.num_questions == 400
+    assert arithmetic.num_samples == 4
+    assert ids_hash(arithmetic.questions) == arithmetic.ids_hash
+    first = arithmetic.questions[0]
+    assert first.problem.startswith("Compute the answer to this arithmetic expression: ")
+    assert grade(first.answer, f"It is \\boxed{{{first.answer}}}.").verdict == "correct"
+    assert parse_benchmarks("arithmetic", limit=2)[0].questions == arithmetic.questions[:2]
+
+
+def test_other_questions_under_a_benchmarks_name_are_refused_with_both_hashes(tmp_path):
+    (toy,) = parse_benchmarks("toy")
+    rows = [{"problem": question.problem, "answer": question.answer} for question in toy.questions]
+    path = write(tmp_path / "toy.jsonl", rows)
+    assert parse_benchmarks(f"toy={path}")[0].questions == toy.questions
+    rows[7]["problem"] = "1+1?"
+    path = write(tmp_path / "toy.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"holds 100 questions as toy does.*should be {toy.ids_hash}; pass toy=FILE"):
+        parse_benchmarks(f"toy={path}")
+    assert parse_benchmarks(f"toy={path}", limit=100)[0].questions[7].problem == "1+1?"  # asked for by its own file and a limit
+    assert len(parse_benchmarks(f"toy={write(tmp_path / 'part.jsonl', rows[:9])}")[0].questions) == 9
+
+
+def test_a_hub_copy_must_be_whole_and_the_same_even_with_a_limit(tmp_path, monkeypatch):
+    """No network here: what the hub would give is put in the place of its reader."""
+    (toy,) = parse_benchmarks("toy")
+    rows = [{"problem": question.problem, "answer": question.answer} for question in toy.questions]
+    monkeypatch.setattr(
+        "kit.evaluate.benchmarks.read_rows", lambda source, bad: ((f"{source}[{i}]", row) for i, row in enumerate(rows))
+    )
+    assert parse_benchmarks("toy=owner/toy", limit=3)[0].questions == toy.questions[:3]
+    rows[0]["problem"] = "2+2?"
+    with pytest.raises(ValueError, match="owner/toy holds 100 questions"):
+        parse_benchmarks("toy=owner/toy", limit=3)
+    del rows[0]
+    with pytest.raises(ValueError, match="toy has 100 questions but owner/toy gave 99"):
+        parse_benchmarks("toy=owner/toy")
+
+
+def test_the_shipped_problems_are_read_and_limited():
+    (toy,) = parse_benchmarks("toy")
+    assert len(toy.questions) == toy.num_questions == 100
+    (few,) = parse_benchmarks("toy", limit=3)
+    assert few.questions == toy.questions[:3]
+
+
+def test_gsm8ks_answer_is_what_follows_the_hashes(tmp_path):
+    rows = [{"question": "How many?", "answer": "so 1 + 1\n#### 1,002"}]
+    (gsm8k,) = parse_benchmarks(f"gsm8k={write(tmp_path / 'g.jsonl', rows)}")
+    assert gsm8k.questions[0].answer == "1,002"
+
+
+def test_a_questions_id_names_its_text():
+    (toy,) = parse_benchmarks("toy", limit=2)
+    assert toy.questions[0].id != toy.questions[1].id
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"problem": "x"}], r"f.jsonl:1: aime24 needs text in problem and an answer in answer"),
+        ([{"problem": "", "answer": "1"}], r"f.jsonl:1: aime24 needs"),
+        ([{"problem": "x", "answer": "1", "url": "2022_AIME_I"}], "holds no question for aime24"),
+    ],
+)
+def test_a_file_without_the_questions_is_refused(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        parse_benchmarks(f"aime24={write(tmp_path / 'f.jsonl', rows)}")
+
+
+def test_an_unknown_benchmark_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"no benchmark 'aime25'; the kit knows math500, aime24"):
+        parse_benchmarks("aime25")

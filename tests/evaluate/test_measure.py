@@ -1,0 +1,127 @@
+import json
+import time
+
+import pytest
+import torch
+from children import call, wait
+
+from kit.data.chat import ChatFormat
+from kit.evaluate.benchmarks import parse_benchmarks
+from kit.evaluate.measure import _cuts, evaluate, fingerprint
+from kit.evaluate.results import read_result
+from kit.generate.sampler import Completion
+from kit.generate.sampling import SamplingParams
+from kit.grade.verdict import grade
+from kit.models import loading
+from kit.run import digest
+
+PARAMS = SamplingParams(max_new_tokens=60)
+HOT = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=60)  # else the model is too sure of itself to tell samples apart
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, tokenizer = loading.load("tiny", device="cpu")
+    return model, ChatFormat(tokenizer, instruction="")
+
+
+def toy(limit=6):
+    return parse_benchmarks("toy", limit=limit)[0]
+
+
+def test_every_sample_is_logged_with_what_decided_and_the_file_gives_the_same_result(tiny, tmp_path):
+    found = evaluate(*tiny, toy(), PARAMS, tmp_path, num_samples=2, num_slots=4)
+    assert len(found.rows) == 12
+    assert {(r["question"], r["sample"]) for r in found.rows} == {(q.id, i) for q in toy().questions for i in (0, 1)}
+    for logged in found.rows:
+        assert {"verdict", "rule", "tier", "gold", "extracted", "extraction", "seconds", "finished"} <= logged.keys()
+        question = next(q for q in toy().questions if q.id == logged["question"])
+        assert (logged["problem"], logged["answer"]) == (question.problem, question.answer)
+        assert logged["prompt"] == digest(tiny[1].prompt(question.problem))
+        verdict = grade(logged["answer"], logged["text"])  # every figure can be computed again from the file
+        assert (verdict.verdict, verdict.prediction) == (logged["verdict"], logged["prediction"])
+    assert read_result(tmp_path / "toy.jsonl") == found
+    assert found.accuracy > 0  # the shipped model solves some of its own task
+    header = json.loads((tmp_path / "toy.jsonl").read_text().splitlines()[0])["header"]
+    assert header["model"] == fingerprint(tiny[0])
+    assert header["temperature"] == 0.6
+
+
+def test_samples_of_another_model_or_decoding_are_not_mixed_in(tiny, tmp_path):
+    evaluate(*tiny, toy(2), PARAMS, tmp_path, num_samples=1)
+    with pytest.raises(ValueError, match=r"temperature was 0.6, is 1.0"):
+        evaluate(*tiny, toy(2), SamplingParams(temperature=1.0, max_new_tokens=60), tmp_path, num_samples=1)
+
+
+def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_kept(tiny, tmp_path):
+    calls = []
+
+    def allocate(*_):
+        calls.append(1)
+        if len(calls) == 45:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = tiny[0].get_input_embeddings().register_forward_hook(allocate)
+    with pytest.raises(ValueError, match=r"with 4 answers at once, .* takes 0\.00 GiB; pass a smaller --num_slots") as error:
+        evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=4)
+    handle.remove()
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    kept = read_result(tmp_path / "cut" / "toy.jsonl").rows
+    assert 0 < len(kept) < 12
+    found = evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=2)
+    whole = evaluate(*tiny, toy(), PARAMS, tmp_path / "whole", num_samples=2, num_slots=4)
+    texts, expected = ({(r["question"], r["sample"]): r["text"] for r in result.rows} for result in (found, whole))
+    assert texts == expected
+
+
+@pytest.mark.parametrize("cap", [16, 32])
+def test_accuracy_at_a_cap_is_that_of_a_run_with_that_limit(tiny, tmp_path, cap):
+    """The logs of a long run, cut, against short runs: text by text, and the model's answers do fall on both sides of the cut."""
+    long = evaluate(*tiny, toy(20), PARAMS, tmp_path / "long", num_samples=2, num_slots=20)
+    short = evaluate(*tiny, toy(20), SamplingParams(max_new_tokens=cap), tmp_path / "short", num_samples=2, num_slots=20)
+    texts = {(r["question"], r["sample"]): r["text"][: r["cuts"].get(str(cap))] for r in long.rows}
+    assert texts == {(r["question"], r["sample"]): r["text"] for r in short.rows}
+    assert long.accuracy_at(cap) == short.accuracy
+    assert short.accuracy < long.accuracy == long.accuracy_at(60)
+    assert long.caps == [16, 32, 60]
+    with pytest.raises(ValueError, match="cap is 17 but the log says where the caps 16"):
+        long.accuracy_at(17)
+
+
+def test_a_cut_inside_a_character_of_several_bytes_leaves_it_out(tiny):
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    ids = list("x" * 15 + "é and then some more")  # the 16th token is the first byte of é
+    ids = list("".join(ids).encode())
+    completion = Completion(ids, [0.0] * len(ids), True, Bytes().decode(ids))
+    assert _cuts(completion, Bytes()) == {"16": 15, "32": 31}
+
+
+def measure(out, slots):
+    model, tokenizer = loading.load("tiny", device="cpu")
+    evaluate(model, ChatFormat(tokenizer, instruction=""), toy(30), HOT, out, num_samples=2, num_slots=slots)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path):
+    wait(call(__file__, "measure", tmp_path / "whole", 8))
+    path = tmp_path / "broken" / "toy.jsonl"
+    broken = call(__file__, "measure", tmp_path / "broken", 1)
+    while broken.poll() is None and not (path.exists() and path.read_text().count("\n") >= 10):
+        time.sleep(0.001)
+    broken.kill()
+    assert 10 <= path.read_text().count("\n") < 61, "killed too late to test anything"
+    wait(call(__file__, "measure", tmp_path / "broken", 5))
+
+    def rows(name):
+        found = read_result(tmp_path / name / "toy.jsonl").rows
+        return sorted(
+            ({k: v for k, v in r.items() if k not in ("mean_logprob", "seconds")} for r in found),
+            key=lambda r: (r["question"], r["sample"]),
+        )
+
+    assert rows("whole") == rows("broken")
+    assert len(rows("whole")) == 60
+    assert len({row["text"] for row in rows("whole")}) > 30  # some of the 30 questions have two different answers

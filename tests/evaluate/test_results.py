@@ -1,0 +1,175 @@
+import json
+import math
+
+import pytest
+
+from kit.evaluate.results import (
+    Result,
+    check_comparable,
+    mean_accuracy,
+    paired_bootstrap,
+    paired_difference,
+    read_result,
+)
+from kit.run import Journal
+
+
+def row(question, verdict, tokens=10, finished=True, text="x", **more):
+    return {"question": question, "verdict": verdict, "tokens": tokens, "finished": finished, "text": text, **more}
+
+
+def result(*rows, name="toy", **header):
+    return Result(name, tuple(rows), header)
+
+
+def test_accuracy_is_the_mean_over_questions_and_its_interval_counts_questions_not_samples():
+    four = result(*(row(q, v) for q, v in [("a", "correct"), ("a", "wrong"), ("b", "correct"), ("b", "correct"), ("c", "wrong"),
+                                           ("c", "unknown")]))  # fmt: skip
+    assert four.accuracy == pytest.approx(0.5)
+    variance = (0.5**2 + 1 + 2) / 7 - 0.5**2  # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
+    assert four.interval == pytest.approx(1.96 * math.sqrt(variance / 7))
+    assert four.unknown == 1
+    assert four.num_questions == 3
+
+
+def test_a_few_questions_all_alike_are_not_certain():
+    none = result(*(row(str(i), "wrong") for i in range(8)))
+    assert none.accuracy == 0
+    assert 0.15 < none.interval < 0.25  # the exact upper bound for 0 of 8 is 0.31, one-sided at 97.5 %
+    one = result(row("a", "correct"))
+    assert paired_difference(one, one)[1] > 0.5
+
+
+def test_length_truncation_and_reflection_are_shares_of_samples():
+    some = result(row("a", "wrong", 10, True, "Let me RECHECK this"), row("a", "wrong", 30, False, "wait, no"))
+    assert (some.mean_tokens, some.truncated, some.reflection) == (20, 0.5, 0.5)
+    assert "50.0 % truncated" in str(some)
+
+
+def test_the_difference_is_paired_by_question():
+    before = result(row("a", "correct"), row("b", "wrong"), row("c", "wrong"))
+    after = result(row("c", "correct"), row("b", "correct"), row("a", "correct"))
+    difference, spread = paired_difference(before, after)
+    assert difference == pytest.approx(2 / 3)
+    variance = 4 / 5 - (2 / 5) ** 2  # the differences 0, 1, 1 and the added -1, 1
+    assert spread == pytest.approx(1.96 * math.sqrt(variance / 5))
+    with pytest.raises(ValueError, match="1 are the same"):
+        paired_difference(before, result(row("a", "correct")))
+
+
+def test_the_headline_is_the_unweighted_mean_over_benchmarks():
+    assert mean_accuracy([result(row("a", "correct")), result(row("a", "wrong"), row("b", "wrong"), row("c", "wrong"))]) == 0.5
+
+
+def test_a_result_without_samples_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no samples"):
+        read_result(tmp_path / "toy.jsonl")
+
+
+def test_a_killed_logs_half_line_is_left_out_and_the_header_is_read(tmp_path):
+    journal = Journal(tmp_path / "toy.jsonl")
+    journal.append({"header": {"model": "abc", "max_new_tokens": 100}})
+    journal.append(row("a", "correct"))
+    with journal.path.open("a") as file:
+        file.write('{"question": "b", "verd')
+    found = read_result(journal.path)
+    assert (found.header["model"], len(found.rows)) == ("abc", 1)
+
+
+def test_pass_at_k_is_the_mean_over_questions_of_the_samples_there_are():
+    some = result(*(row("a", v) for v in ("correct", "wrong", "wrong")), *(row("b", "wrong") for _ in range(3)),
+                  *(row("c", v) for v in ("correct", "correct", "unknown")))  # fmt: skip
+    assert some.num_samples == 3
+    assert some.pass_at(1) == pytest.approx(some.accuracy)
+    assert some.pass_at(2) == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert some.pass_at(3) == pytest.approx(2 / 3)
+    variance = (4 / 9 + 0 + 1 + 2) / 7 - ((5 / 3 + 2) / 7) ** 2  # 2/3, 0 and 1 with two 0 and two 1
+    assert some.pass_interval(2) == pytest.approx(1.96 * math.sqrt(variance / 7))
+    with pytest.raises(ValueError, match="k is 4 but there are 3 samples"):
+        some.pass_at(4)
+
+
+def test_lengths_are_told_apart_by_verdict_and_undecided_ones_are_in_neither():
+    some = result(row("a", "correct", 10), row("a", "wrong", 30), row("b", "wrong", 50), row("b", "unknown", 1_000))
+    assert [some.lengths(v).count for v in ("", "correct", "wrong")] == [4, 1, 2]
+    assert (some.lengths("correct").mean, some.lengths("wrong").mean) == (10, 40)
+    assert some.token_efficiency == pytest.approx(1_000 * 0.25 / 272.5)
+
+
+def test_accuracy_of_finished_samples_leaves_the_cut_off_ones_out():
+    some = result(row("a", "correct"), row("a", "wrong", finished=False), row("b", "wrong"), row("b", "wrong"),
+                  row("c", "wrong", finished=False))  # fmt: skip
+    assert some.accuracy == pytest.approx(1 / 6)
+    assert some.accuracy_of_finished == pytest.approx(1 / 2)
+    assert result(row("a", "wrong", finished=False)).accuracy_of_finished is None
+
+
+def test_loops_and_missing_answers_are_shares_of_samples():
+    some = result(row("a", "wrong", text="so " + "again and " * 40, prediction=None), row("a", "wrong", prediction="3"))
+    assert (some.looping, some.without_answer) == (0.5, 0.5)
+
+
+def test_a_cut_response_is_graded_again_by_what_stands_before_the_cut():
+    early = "The answer is \\boxed{7}. " + "And so on. " * 9
+    late = "Let us think. " * 8 + "\\boxed{7}"
+    changed = "First I say \\boxed{7}. " + "No. " * 20 + "\\boxed{8}"
+    rows = [
+        row(str(i), verdict, 40, text=text, answer="7", cuts={"16": 30, "32": 60})
+        for i, (text, verdict) in enumerate([(early, "correct"), (late, "correct"), (changed, "wrong")])
+    ]
+    rows.append(row("3", "correct", 16, text="\\boxed{7}", answer="7", cuts={}))
+    found = result(*rows, max_new_tokens=64)
+    assert found.caps == [16, 32, 64]
+    assert found.accuracy_at(16) == pytest.approx(3 / 4)  # early, the one that had not changed its mind yet, and the short one
+    assert found.accuracy_at(64) == found.accuracy == pytest.approx(3 / 4)  # early, late, short
+    alone = [result(row, max_new_tokens=64) for row in rows]
+    assert [one.accuracy_at(16) for one in alone] == [one.accuracy_at(32) for one in alone] == [1, 0, 1, 1]
+    assert [one.accuracy_at(64) for one in alone] == [1, 1, 0, 1]
+
+
+def test_caps_of_the_papers_limit_are_the_issues_five():
+    assert result(max_new_tokens=16_384).caps == [1_024, 2_048, 4_096, 8_192, 16_384]
+    assert result(max_new_tokens=200).caps == [16, 32, 64, 128, 200]
+    assert result(max_new_tokens=16).caps == [16]
+    assert result().caps == []
+
+
+def test_the_papers_column_is_told_beside_ours_where_every_row_has_it():
+    both = [row("a", "wrong", paper_verdict="correct"), row("b", "correct", paper_verdict="correct")]
+    assert (result(*both).accuracy, result(*both).paper_accuracy) == (0.5, 1.0)
+    assert result(*both, row("c", "wrong")).paper_accuracy is None
+
+
+HEADER = {"prompt": "p", "temperature": 0.6, "torch": "2.13.0"}
+
+
+@pytest.mark.parametrize("compare", [paired_difference, paired_bootstrap])
+def test_results_made_differently_are_not_compared_unless_forced(compare):
+    before = result(row("a", "correct"), row("b", "wrong"), model="x", **HEADER)
+    same = result(row("a", "correct"), row("b", "correct"), model="y", **HEADER)
+    compare(before, same)
+    other = result(*same.rows, **HEADER | {"temperature": 1.0, "dtype": "torch.float32"})
+    with pytest.raises(ValueError, match=r"temperature 0.6 and 1.0; dtype None and 'torch.float32'.*--force"):
+        compare(before, other)
+    assert compare(before, other, force=True) == compare(before, same)
+    check_comparable(before, same)
+
+
+def test_the_bootstrap_pairs_questions_whatever_their_order():
+    before = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in range(20)))
+    after = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in reversed(range(20))))
+    assert (paired_bootstrap(before, after).low, paired_bootstrap(before, after).high) == (0, 0)
+    after = result(*(row(str(i), "wrong" if i < 15 else "correct") for i in reversed(range(20))))
+    found = paired_bootstrap(before, after)
+    assert found.mean == -0.25
+    assert -0.5 <= found.low < -0.25 < found.high <= -0.05
+
+
+def test_the_summary_is_plain_json_and_holds_every_figure():
+    rows = [row(str(i), "wrong", 20, False, prediction=None, answer="7", cuts={"16": 1}) for i in range(3)]
+    found = json.loads(json.dumps(result(*rows, max_new_tokens=20).summary(), allow_nan=False))
+    assert found["tokens"]["correct"] == {"count": 0, "mean": None, "median": None, "p90": None}
+    assert found["accuracy_at"] == {"16": 0, "20": 0}
+    assert found["pass_at"]["1"][0] == found["accuracy"] == 0
+    assert found["accuracy_of_finished"] is None
+    assert found["truncated"] == found["without_answer"] == 1

@@ -1,0 +1,78 @@
+"""A shared baseline is taken only where it is what the run would have measured itself."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from kit.evaluate.benchmarks import BENCHMARKS
+from kit.evaluate.shared_baseline import take_baseline
+from kit.run import Journal
+
+TOY = BENCHMARKS["toy"].read(limit=3)
+HEADER = {"model": "abc", "prompt": "p", "questions": "q", "num_samples": 2, "seed": 0, "temperature": 0.6, "torch": "2.13"}
+
+
+def make_baseline(path, *, header=(), model="org/model", missing=0):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model": model}))
+    journal = Journal(path / "samples" / "toy.jsonl")
+    journal.append({"header": HEADER | dict(header)})
+    rows = [{"question": question.id, "sample": i, "verdict": "correct"} for question in TOY.questions for i in range(2)]
+    for row in rows[: len(rows) - missing]:
+        journal.append(row)
+    return path
+
+
+def take(path, *, header=HEADER, model="org/model", quantised=False, benchmark=TOY):
+    return take_baseline(path, [(benchmark, header)], model=model, quantised=quantised, folder=path.parent / "run" / "before")
+
+
+def test_a_baseline_that_was_made_alike_is_copied_and_read(tmp_path):
+    path = make_baseline(tmp_path / "baseline")
+    found = take(path)
+    assert found["toy"].accuracy == 1.0 and found["toy"].num_questions == 3
+    copied = tmp_path / "run" / "before" / "toy.jsonl"
+    assert copied.read_bytes() == (path / "samples" / "toy.jsonl").read_bytes()
+    assert take(path)["toy"] == found["toy"]  # a resumed run takes it again
+
+
+@pytest.mark.parametrize("key", HEADER)
+def test_a_baseline_that_was_made_otherwise_is_refused_by_what_differs(key, tmp_path):
+    path = make_baseline(tmp_path / "baseline", header={key: 7}.items())
+    with pytest.raises(ValueError, match=f"was made otherwise: {key} was 7, is {HEADER[key]!r}"):
+        take(path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_only_one_of_the_headers_has_is_a_difference(tmp_path):
+    path = make_baseline(tmp_path / "baseline", header={"top_k": 20}.items())
+    with pytest.raises(ValueError, match="top_k was 20, is None"):
+        take(path)
+
+
+def test_a_quantised_model_is_known_by_its_name_and_by_nothing_else_less(tmp_path):
+    path = make_baseline(tmp_path / "baseline")
+    quantised = HEADER | {"model": "of NF4"}
+    assert take(path, header=quantised, quantised=True)["toy"].accuracy == 1.0
+    with pytest.raises(ValueError, match="measured org/model but this run is of org/other"):
+        take(path, header=quantised, quantised=True, model="org/other")
+    with pytest.raises(ValueError, match=r"temperature was 0\.6, is 1\.0"):
+        take(path, header=quantised | {"temperature": 1.0}, quantised=True)
+    with pytest.raises(ValueError, match="model was 'abc', is 'of NF4'"):
+        take(path, header=quantised)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 5])
+def test_an_unfinished_baseline_is_refused(missing, tmp_path):
+    path = make_baseline(tmp_path / "baseline", missing=missing)
+    with pytest.raises(ValueError, match=f"is unfinished, {missing} samples are missing; finish it with --resume"):
+        take(path)
+
+
+def test_a_baseline_without_the_benchmark_or_without_a_run_is_refused(tmp_path):
+    path = make_baseline(tmp_path / "baseline")
+    with pytest.raises(ValueError, match="holds no samples of gsm8k"):
+        take(path, benchmark=replace(TOY, name="gsm8k"))
+    with pytest.raises(ValueError, match="no run is there"):
+        take(tmp_path / "none")

@@ -1,0 +1,52 @@
+import itertools
+import math
+from statistics import fmean
+
+import pytest
+
+from kit.evaluate.uncertainty import Lengths, bootstrap, half_width, pass_at_k
+
+
+@pytest.mark.parametrize(("n", "c"), [(1, 0), (1, 1), (4, 1), (5, 3), (8, 8), (6, 0)])
+def test_pass_at_k_is_the_share_of_all_draws_of_k_that_hold_a_correct_sample(n, c):
+    samples = [True] * c + [False] * (n - c)
+    for k in range(1, n + 1):
+        draws = list(itertools.combinations(samples, k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_more_draws_than_samples_are_refused(k):
+    with pytest.raises(ValueError, match=f"k is {k} but there are 4 samples"):
+        pass_at_k(4, 1, k)
+
+
+def test_pass_at_k_is_unbiased():
+    """Over every outcome of n fresh samples, its mean is the true 1 - (1 - p)^k."""
+    n, k, p = 6, 3, 0.2
+    mean = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
+    assert mean == pytest.approx(1 - (1 - p) ** k)
+
+
+def test_the_bootstrap_finds_the_percentiles_of_all_resamples():
+    differences = [-0.5, 0.0, 0.25, 1.0, 1.0]
+    means = sorted(fmean(draw) for draw in itertools.product(differences, repeat=5))  # all 3,125, equally likely
+    found = bootstrap(differences)
+    assert found.mean == pytest.approx(0.35)
+    step = 0.05 + 1e-9  # the means lie on a grid, and a percentile may fall on the neighbour
+    assert found.low == pytest.approx(means[round(0.025 * len(means))], abs=step)
+    assert found.high == pytest.approx(means[round(0.975 * len(means))], abs=step)
+    assert bootstrap(differences) == found
+
+
+def test_the_bootstrap_agrees_with_the_normal_interval_where_there_are_many_questions():
+    differences = [((i * 7919) % 5 - 2) / 2 for i in range(1_319)]
+    found, expected = bootstrap(differences), half_width(differences, added=())
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)  # the percentiles' own error is 1 to 2 %
+
+
+def test_lengths_are_mean_median_and_the_length_nine_tenths_do_not_exceed():
+    assert Lengths.of([5]) == Lengths(1, 5, 5, 5)
+    assert Lengths.of(list(range(10, 0, -1))) == Lengths(10, 5.5, 5.5, 9)
+    assert Lengths.of(list(range(1, 12))).p90 == 10  # 9 of 11 are fewer than nine tenths
+    assert Lengths.of([]) == Lengths(0, None, None, None)

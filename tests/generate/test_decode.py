@@ -1,0 +1,149 @@
+"""A token at a time through kit.generate.decode against the model's own forward over the whole text."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, SHAPE
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+from kit.generate.decode import Decoder, _gemma_norm, _in_few_operations, _in_one_kernel, _norm
+from kit.generate.kv_cache import SlotCache
+from kit.generate.sampler import generate
+from kit.generate.sampling import SamplingParams
+from kit.models.nf4 import quantise_decoder
+
+T = 19  # positions, beyond the window of conftest, 7, twice
+SETTINGS = {
+    "llama": {"rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                                                       "original_max_position_embeddings": 8}},
+    "qwen2": {"rms_norm_eps": 0.2},
+    "gemma3": {"rms_norm_eps": 0.1, "query_pre_attn_scalar": 5, "num_key_value_heads": 2},
+}  # fmt: skip
+
+
+def make_model(family, dtype=torch.float32):
+    """Nothing at the value that hides a mistake: norms, biases, eps, the scale of the scores and rope's are all their own."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    for name, value in SETTINGS[family].items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="kit").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() > 1 else 0.5))
+    return model.to(dtype)
+
+
+def token_by_token(model, ids):
+    """Hidden states (rows, T, H)."""
+    cache, decoder = SlotCache(model, len(ids), T), Decoder(model)
+    hidden = []
+    with torch.no_grad():
+        for t in range(T):
+            positions = torch.full((len(ids),), t)
+            cache.at_decode(positions, positions.tolist())
+            hidden.append(decoder(ids[:, t], positions, cache))
+    return torch.stack(hidden, dim=1)
+
+
+def whole(model, ids):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+    model.set_attn_implementation("kit")
+    return hidden
+
+
+def random_ids():
+    torch.manual_seed(1)
+    return torch.randint(3, 97, (3, T))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_the_models_own(family, dtype):
+    model, ids = make_model(family, dtype), random_ids()
+    truth = whole(make_model(family, dtype).double(), ids)
+    ours, theirs = ((states.double() - truth).norm() for states in (token_by_token(model, ids), whole(model, ids)))
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_and_quantised_layers_do_here_what_they_do_in_the_models_forward(family):
+    model, ids = make_model(family), random_ids()
+    plain = whole(model, ids)
+    quantise_decoder(model, "cpu")
+    inject_adapter_in_model(LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False), model)
+    model.eval()
+    expected, found = whole(model, ids), token_by_token(model, ids)
+    assert (expected - plain).norm() > 0.1 * plain.norm()
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_at_different_positions_are_told_apart_in_one_group_and_each_in_its_own(family, num_groups):
+    model, lengths = make_model(family), [60, 37, 2]
+    torch.manual_seed(1)
+    ids = torch.randint(3, 97, (3, 61))
+    alone = [whole(model, ids[row : row + 1, : length + 1])[0, length] for row, length in enumerate(lengths)]
+    cache, decoder = SlotCache(model, 3, 70), Decoder(model)
+    cache.min_saved = 0 if num_groups == 3 else math.inf
+    with torch.no_grad():
+        for t in range(max(lengths) + 1):
+            positions = torch.tensor([min(t, length) for length in lengths])
+            cache.at_decode(positions, positions.tolist())
+            hidden = decoder(ids[torch.arange(3), positions], positions, cache)
+    full = model.config.layer_types.index("full_attention") if family == "gemma3" else 0
+    assert len(list(cache.groups(full))) == num_groups
+    torch.testing.assert_close(hidden, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_family_with_layers_of_its_own_is_refused():
+    config = Qwen3Config(**SHAPE, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="kit")
+    with pytest.raises(ValueError, match="a qwen3 model but the sampler knows the layers of gemma3_text, llama, qwen2"):
+        generate(model, [[3, 4]], SamplingParams(max_new_tokens=2), num_slots=1, seed=0, eos_token_id=2)
+
+
+def test_a_change_of_gemmas_norm_that_is_small_beside_1_is_not_rounded_away():
+    norm = Gemma3RMSNorm(8).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.fill_(0.003)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(_gemma_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [_in_few_operations, _in_one_kernel])
+def test_a_norm_divides_by_the_root_of_the_mean_square_however_small_it_is(make, dtype):
+    torch.manual_seed(0)
+    x, eps = torch.randn(4, 2, 9).to(dtype), 1e-6
+    x[0] *= 1e-3  # eps decides
+    x[1] = 0
+    x[2] *= 1e4
+    exact = x.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + eps).sqrt()
+    found = make(9, eps)(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), exact, rtol={torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype], atol=0
+    )
+
+
+@pytest.mark.parametrize("norm_class", [LlamaRMSNorm, Qwen2RMSNorm, Gemma3RMSNorm])
+def test_in_bf16_a_norm_rounds_where_the_models_own_does(norm_class):
+    """To the bit but for the few numbers that fp32 puts on the other side of a rounding edge."""
+    torch.manual_seed(0)
+    module = norm_class(512).to(torch.bfloat16)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(512))
+    x = torch.randn(64, 512).to(torch.bfloat16)
+    ours = (_gemma_norm if norm_class is Gemma3RMSNorm else _norm)(module)(x)
+    assert ((ours != module(x)).float().mean()) < 1e-3

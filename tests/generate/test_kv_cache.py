@@ -1,0 +1,142 @@
+import math
+import random
+
+import pytest
+import torch
+from conftest import WINDOW, make_model
+
+from kit.generate.kv_cache import SlotCache, cache_bytes, grouped
+from kit.generate.sampler import generate
+from kit.generate.sampling import SamplingParams
+
+
+@pytest.mark.parametrize("capacity", [WINDOW - 2, WINDOW, WINDOW + 30])
+def test_cache_bytes_counts_what_the_cache_holds_and_sliding_layers_hold_their_window(tiny_model, capacity):
+    cache = SlotCache(tiny_model, 3, capacity)
+    assert cache_bytes(tiny_model, 3, capacity) == sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
+    kinds = getattr(tiny_model.config, "layer_types", None) or ["full_attention"] * 4
+    expected = [min(capacity, WINDOW) if kind == "sliding_attention" else capacity for kind in kinds]
+    assert [keys.shape[2] for keys in cache.keys] == [values.shape[2] for values in cache.values] == expected
+
+
+def seen_by_row(cache, layer):
+    """For each row the keys that its query sees, and their values."""
+    for rows, keys, values, mask in cache.groups(layer):
+        assert len(keys) == len(values) == len(mask) == rows.stop - rows.start
+        for row in range(len(keys)):
+            seen = mask[row, 0, 0] == 0
+            yield sorted(keys[row, 0, seen, 0].tolist()), values[row, 0, seen, 0].neg().sort().values.tolist()
+
+
+@pytest.mark.parametrize("min_saved", [0, 1_000_000])  # every row for itself; all in one group
+@pytest.mark.parametrize("longest", [WINDOW, WINDOW + 1, 19])
+def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest, min_saved):
+    """Against a plain list: write positions 0, 1, 2, ... and remember the last WINDOW of them."""
+    model = make_model("gemma3")
+    cache = SlotCache(model, 2, 40)
+    cache.min_saved = min_saved
+    starts = torch.tensor([3, longest])
+    states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])[None, None, :, None].expand(1, 1, -1, 16)
+    cache.at_prefill([0, 1], [0, 3], starts.tolist())
+    for layer in range(4):
+        cache.update(states, -states, layer)
+    for step in range(20):
+        positions = starts + step
+        cache.at_decode(positions, positions.tolist())
+        for layer, kind in enumerate(model.config.layer_types):
+            new = positions.float()[:, None, None].expand(2, 1, 16)
+            cache.write(layer, new, -new)
+            firsts = [max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0 for now in positions.tolist()]
+            expected = [list(range(first, now + 1)) for first, now in zip(firsts, positions.tolist(), strict=True)]
+            assert list(seen_by_row(cache, layer)) == [(held, held) for held in expected]
+
+
+def test_attention_reads_no_further_than_the_longest_of_a_group_and_in_sliding_layers_no_further_than_the_window():
+    model = make_model("gemma3")
+    full, sliding = (model.config.layer_types.index(kind) for kind in ("full_attention", "sliding_attention"))
+    cache = SlotCache(model, 3, 200)
+    cache.min_saved = 100
+    cache.at_decode(torch.tensor([170, 165, 2]), [170, 165, 2])
+    assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [176, 16]  # multiples of 16
+    assert [keys.shape[2] for _, keys, *_ in cache.groups(sliding)] == [WINDOW]
+    cache.at_decode(torch.tensor([199]), [199])
+    assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [200]  # no further than the cache
+
+
+def test_elsewhere_than_on_a_cpu_all_rows_are_one_group_and_are_not_sorted():
+    cache = SlotCache(make_model("llama").to("meta"), 3, 4_000)
+    cache.at_decode(torch.zeros(3, dtype=torch.int64, device="meta"), [3_999, 700, 2])
+    assert [(rows, keys.shape[2]) for rows, keys, *_ in cache.groups(0)] == [(slice(0, 3), 4_000)]
+    assert 3_999 // cache.sorted_by == 2 // cache.sorted_by
+
+
+def cheapest(widths, min_saved):
+    """Least area over all ways to cut, each cut costing min_saved: by trying all."""
+    best = len(widths) * max(widths)
+    for i in range(1, len(widths)):
+        best = min(best, cheapest(widths[:i], min_saved) + cheapest(widths[i:], min_saved) + min_saved)
+    return best
+
+
+def test_groups_hold_every_row_once_reach_its_end_and_read_little_more_than_the_best_cuts_would():
+    rng = random.Random(0)
+    for _ in range(60):
+        widths = [rng.choice((16, 32, 48, 160, 320)) for _ in range(rng.randint(1, 9))]
+        runs = grouped(widths, 40)
+        assert [row for rows, _ in runs for row in range(rows.start, rows.stop)] == list(range(len(widths)))
+        assert all(width == max(widths[rows]) for rows, width in runs)
+        cost = sum((rows.stop - rows.start) * width for rows, width in runs) + 40 * (len(runs) - 1)
+        assert cost <= len(widths) * max(widths)
+        if widths == sorted(widths, reverse=True):
+            assert cost <= 1.1 * cheapest(widths, 40)
+    assert grouped([320] * 4 + [16] * 4, 40) == [(slice(0, 4), 320), (slice(4, 8), 16)]
+    assert grouped([320, 304, 304], 40) == [(slice(0, 3), 320)]  # a cut would save 32
+
+
+@pytest.fixture
+def garbage():
+    """New memory is NaN until it is written."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garbage):
+    """Short prompts beside long ones, refilled rows, rings that are not full yet."""
+    model = make_model(family)
+    prompts = [[5] * n for n in (2, 30, 1, WINDOW, 17, 90, 3)]  # 90: longer than any before, beside a row in progress
+    params = SamplingParams(max_new_tokens=20)
+    found = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
+    torch.use_deterministic_algorithms(False)
+    expected = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
+    assert found == expected and all(math.isfinite(logprob) for completion in found for logprob in completion.logprobs)
+
+
+def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_on_a_cpu(garbage):
+    cache = SlotCache(make_model("llama"), 3, 500)
+    cache.at_prefill([2], [0], [5])
+    cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
+    cache.at_decode(torch.tensor([7, 40]), [7, 40])
+    cache.move(torch.tensor([2]), torch.tensor([0]), 45)
+    for tensor in (*cache.keys, *cache.values):
+        assert not tensor[:, :, :48].isnan().any() and tensor[:, :, 48:].isnan().all()
+    assert (cache.keys[0][2, :, :5] == 1).all()  # what a row held when others grew
+
+    cache.keys[0][2, :, 48:] = 1
+    cache.move(torch.tensor([2]), torch.tensor([0]), 48)
+    assert cache.keys[0][0, :, 48:].isnan().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_a_row_held_before_is_never_seen(family):
+    """Rows are refilled and moved while the keys of others still lie there."""
+    model = make_model(family)
+    params = SamplingParams(temperature=0, max_new_tokens=25)
+    torch.manual_seed(1)
+    prompts = [torch.randint(3, 97, (n,)).tolist() for n in (30, 2, 17, 3, 1, 90, 9)]  # 90: beside a shorter row in progress
+    alone = [generate(model, [p], params, num_slots=1, seed=0, eos_token_id=range(2, 20))[0].ids for p in prompts]
+    assert len({len(ids) for ids in alone}) > 2  # rows end at different times
+    together = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 20))
+    assert [completion.ids for completion in together] == alone

@@ -1,0 +1,290 @@
+"""The formulas against counts of real calls, and the bars they must hold. What launches Triton kernels runs in a child process:
+TRITON_INTERPRET is read at import. Peers that are not installed are skipped by name; our own part always runs."""
+
+import importlib.util
+
+import pytest
+import torch
+from children import pass_in_the_interpreter
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kit.kernels.linear_cross_entropy_chunks as head
+from kit.kernels.backend import HAS_TRITON, INTERPRET
+from kit.kernels.counting import Count, Counter
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
+from kit.kernels.packed_attention import packed_attention
+from kit.kernels.traffic import (
+    MODELS,
+    Config,
+    Loss,
+    apple,
+    attention_flops,
+    attention_work,
+    causal_pairs,
+    liger,
+    main,
+    ours,
+    realistic_pack,
+    tiled_pairs,
+    total,
+    unfused,
+)
+from kit.memory.live_bytes import LiveBytes
+
+MIB = 2**20
+DTYPES = [torch.float32, torch.float16]
+needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter; runs in the child process")
+needs_liger = pytest.mark.skipif(
+    not importlib.util.find_spec("liger_kernel"), reason="liger-kernel is not installed: its formula is NOT CHECKED here"
+)
+needs_apple = pytest.mark.skipif(
+    not importlib.util.find_spec("cut_cross_entropy"),
+    reason="cut-cross-entropy is not installed: its formula is NOT CHECKED here",
+)
+SIZES = [(77, 19), (301, 19), (77, 24), (4099, 3)]  # V, H: nothing divides anything; more columns than a step of the row kernel
+
+
+def problem(loss: Loss):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, loss.H, generator=generator).to(loss.dtype).requires_grad_() for n in (loss.N, loss.V))
+    targets = torch.randint(loss.V, (loss.N,), generator=generator)
+    targets[loss.K :] = IGNORE_INDEX
+    return hidden, weight, targets
+
+
+def count(function, loss: Loss, upstream: float = 1.0) -> Counter:
+    """Of a forward and a backward pass."""
+    arguments, upstream = problem(loss), torch.tensor(upstream)
+    with Counter() as counter:
+        function(*arguments).backward(upstream)
+    return counter
+
+
+def assert_only_vectors_are_left(differences: list[Count], N: int):
+    """What formulas leave out does not change with V or H, and is a few numbers a row."""
+    assert len(set(differences)) == 1, differences
+    left = differences[0]
+    assert left.launches == 0 and left.flops == 0 and 0 <= left.bytes_loaded <= 200 * N and 0 <= left.bytes_stored <= 200 * N, (
+        left
+    )
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 13), (13, 9)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ours_is_exact(N, K, scaled, dtype, monkeypatch):
+    monkeypatch.setattr(head, "MIN_ROWS", 5)
+    monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
+    differences = []
+    for V, H in SIZES:
+        loss = Loss(N, K, V, H, dtype)
+        terms, counter = ours(loss, scaled=scaled), count(linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0)
+        if dtype == torch.float16:  # a CPU has no product of 16-bit matrices with an fp32 sum: a GPU needs one operator for it
+            terms.pop("dW")
+            counter.by_operator.pop("kit::add_matmul_")
+        differences.append(counter.total - total(terms))
+    assert_only_vectors_are_left(differences, N)
+
+
+def transformers_loss(hidden, weight, targets):
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss(hidden @ weight.T, None, len(weight), ignore_index=IGNORE_INDEX, shift_labels=targets)
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs no kernel")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9)])
+def test_the_unfused_path_is_exact(N, K, dtype):
+    losses = [Loss(N, K, V, H, dtype) for V, H in SIZES]
+    assert_only_vectors_are_left([count(transformers_loss, loss).total - total(unfused(loss)) for loss in losses], N)
+
+
+@needs_interpreter
+@needs_liger
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9), (40, 39)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_liger_is_exact_in_the_way_it_takes_on_a_cpu(N, K, scaled, dtype):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    differences = []
+    for V, H in SIZES[:3]:  # it scales dW with a program a row, which the interpreter runs one by one
+        loss = Loss(N, K, V, H, dtype)
+        counted = count(liger_fused_linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0).total
+        upstream_loads = (N + V) * 4 * scaled  # the scaling kernel reads the upstream gradient once a row, of dX and of dW
+        differences.append(counted - total(liger(loss, on_gpu=False, scaled=scaled)) - Count(0, upstream_loads))
+    assert_only_vectors_are_left(differences, N)
+
+
+@needs_interpreter
+@needs_apple
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9), (150, 150)])
+@pytest.mark.parametrize(("V", "H"), [(77, 19), (301, 40), (128, 64)])
+def test_apples_kernels_are_exact_but_for_the_one_that_cannot_run_here(N, K, V, H):
+    from cut_cross_entropy.cce_backward import cce_backward_kernel
+    from cut_cross_entropy.cce_lse_forward import cce_lse_forward_kernel
+    from cut_cross_entropy.indexed_dot import indexed_neg_dot_forward_kernel
+    from triton.runtime.errors import InterpreterError
+
+    loss = Loss(N, K, V, H, torch.float16)
+    (hidden, weight, targets), terms = problem(loss), apple(loss)
+    valids = None if K == N else torch.arange(K, dtype=torch.int32)
+    hidden = hidden.detach()
+    with Counter() as counter:
+        indexed_neg_dot_forward_kernel(hidden, weight.detach(), targets, False, valids, None, torch.float32)
+    assert counter.by_operator["triton"] == terms["target logits"]
+    logsumexp = (hidden[:K] @ weight.T).float().logsumexp(1).detach()
+    upstream = torch.ones(())
+    with Counter() as counter:
+        cce_backward_kernel(upstream, hidden, weight, logsumexp, valids, None, None, targets=targets)
+    assert counter.by_operator["triton"] == terms["tiles again"] + terms["dX and dW"]
+    assert counter.by_operator["aten::zeros_like"] == terms["zeros"]
+    with pytest.raises(InterpreterError, match="NoneType"):  # libdevice.log1p; once this runs, count it
+        cce_lse_forward_kernel(hidden, weight.detach())
+
+
+def fake_problem(model: str, N: int = 16_384, dtype: torch.dtype = torch.bfloat16):
+    V, H = MODELS[model]
+    loss = Loss(N, N, V, H, dtype)
+    hidden, weight = (torch.empty(n, H, dtype=dtype, requires_grad=True) for n in (N, V))
+    return loss, (hidden, weight, torch.empty(N, dtype=torch.int64))
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs no kernel")
+@pytest.mark.parametrize("model", MODELS)
+def test_at_full_size_in_bf16_the_torch_operators_are_as_the_formula_says(model):
+    """All but the operators of torch.library, which fake tensors cannot open; the interpreter counts those, at small sizes."""
+    with FakeTensorMode():
+        loss, arguments = fake_problem(model)
+        upstream = torch.ones(())
+        with Counter() as counter:
+            linear_cross_entropy(*arguments).backward(upstream)
+    terms = ours(loss, scaled=False)
+    torchs = sum((count for name, count in counter.by_operator.items() if name.startswith("aten")), Count())
+    left = torchs - terms["logits"] - terms["dX"] - terms["hand over"]
+    assert left.flops == 0 and 0 <= left.bytes <= 200 * loss.N, left
+    scaling = ours(loss)["hand over"] - terms["hand over"]
+    assert 0 <= (counter.by_operator["kit::scale_"] - scaling).bytes <= 16  # and the upstream gradient itself
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.1])
+def test_gemmas_loss_moves_at_most_three_quarters_of_the_unfused_path_and_a_third_of_liger(ignored):
+    N, (V, H) = 16_384, MODELS["Gemma-3-1B"]
+    loss = Loss(N, N - round(ignored * N), V, H, torch.bfloat16)
+    bytes_moved = total(ours(loss)).bytes
+    assert bytes_moved <= 0.75 * total(unfused(loss)).bytes
+    assert bytes_moved <= 0.35 * total(liger(loss)).bytes
+
+
+def extra_memory(loss: Loss, arguments) -> int:
+    with LiveBytes() as memory:
+        linear_cross_entropy(*arguments).backward()
+    return memory.peak
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs no kernel")
+@pytest.mark.parametrize("model", MODELS)
+def test_while_summing_extra_memory_is_both_gradients_one_chunk_and_thin_matrices(model):
+    """In fp32, where dW needs no cast at the end."""
+    with FakeTensorMode():
+        loss, arguments = fake_problem(model, dtype=torch.float32)
+        extra = extra_memory(loss, arguments)
+    thin = (
+        4 * head.rows_per_chunk(loss.K, loss.V, loss.H, loss.e) * loss.H * loss.e
+    )  # a chunk's rows, their gradient, and it again scaled
+    assert extra <= (loss.N + loss.V) * loss.H * 4 + 512 * MIB + thin + 64 * loss.N
+
+
+@pytest.mark.skipif(INTERPRET, reason="runs no kernel")
+@pytest.mark.parametrize("model", MODELS)
+def test_extra_memory_is_at_most_both_gradients_and_512_mib(model):
+    with FakeTensorMode():
+        loss, arguments = fake_problem(model)
+        extra = extra_memory(loss, arguments)
+    assert extra <= loss.V * loss.H * 4 + loss.N * loss.H * 2 + 512 * MIB
+
+
+def seen_pairs(lengths, window):
+    """Queries by keys of a pack, True where attention is."""
+    blocks = [torch.ones(n, n).tril().bool() & ~torch.ones(n, n).tril(-(window or n)).bool() for n in lengths]
+    return torch.block_diag(*blocks).bool()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 16, 50])
+def test_the_causal_area_is_what_the_mask_shows(window):
+    lengths = [1, 37, 16, 40, 2]
+    assert causal_pairs(lengths, window) == seen_pairs(lengths, window).sum()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 16, 50])
+@pytest.mark.parametrize(("BLOCK_M", "BLOCK_N"), [(16, 16), (32, 16), (16, 32)])
+@pytest.mark.parametrize("by_keys", [False, True])
+def test_tiles_cover_what_the_mask_shows_and_no_whole_tile_more_than_they_must(BLOCK_M, BLOCK_N, window, by_keys):
+    """Walked as the kernels walk; every tile, as a set of pairs, must hold all that is seen, and none may be empty."""
+    for n in (1, 37, 16, 40):
+        w, missing, tiles = window or n, seen_pairs([n], window), 0
+        for first in range(0, n, BLOCK_N if by_keys else BLOCK_M):
+            low, high = (first, first + BLOCK_N - 1 + w) if by_keys else (max(first - w + 1, 0), first + BLOCK_M)
+            for other in range(low, min(high, n), BLOCK_M if by_keys else BLOCK_N):
+                q, k = (other, first) if by_keys else (first, other)
+                tile = missing[q : q + BLOCK_M, k : k + BLOCK_N]
+                assert tile.any()
+                tile.zero_()
+                tiles += 1
+        assert not missing.any() and tiled_pairs([n], BLOCK_M, BLOCK_N, window, by_keys=by_keys) == tiles * BLOCK_M * BLOCK_N
+
+
+def attention_tiles(head_dim: int, element_size: int):
+    if not importlib.util.find_spec("kit.kernels.packed_attention_tiles"):
+        pytest.skip("kernels/packed_attention_tiles.py is not there yet: its tiles are NOT CHECKED")
+    from kit.kernels.packed_attention_tiles import tiles
+
+    return tiles(head_dim, element_size)
+
+
+def largest_work(head_dim: int, window: int | None) -> float:
+    """Of five packs of realistic lengths, see realistic_pack."""
+    return max(attention_work(realistic_pack(seed=seed), attention_tiles(head_dim, 2), window) for seed in range(5))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_multiplies_at_most_a_tenth_more_than_it_needs(head_dim):
+    assert largest_work(head_dim, None) <= 1.10
+
+
+def test_attention_in_gemmas_window_multiplies_at_most_a_tenth_more_than_it_needs():
+    assert largest_work(256, 512) <= 1.10
+
+
+@needs_interpreter
+@pytest.mark.parametrize("window", [None, 20])
+def test_attention_flops_are_those_of_the_tiles(window):
+    lengths, Hq, D = [1, 37, 5, 40], 4, 16
+    tile = attention_tiles(D, 4)
+    q, k, v = (torch.randn(sum(lengths), heads, D, requires_grad=True) for heads in (Hq, 2, 2))
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+    with Counter() as counter:
+        packed_attention(q, k, v, bounds, max(lengths), window=window).sum().backward()
+    blocks = {name: (tile[name]["BLOCK_M"], tile[name]["BLOCK_N"]) for name in ("forward", "dq", "dkdv")}
+    pairs = {name: tiled_pairs(lengths, *block, window, by_keys=name == "dkdv") for name, block in blocks.items()}
+    assert counter.total.flops == attention_flops(pairs, tile["forward"]["BLOCK_D"], Hq)
+
+
+def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    rows = main(Config(num_tokens=1000, ignored=0.1))
+    out = capsys.readouterr().out
+    assert "Counted, not timed" in out and "cut_cross_entropy is not installed here" in out
+    assert len(rows) == 15 and [row["ratio"] for row in rows if row["name"] == "ours"] == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"ignored 1\.5"):
+        main(Config(ignored=1.5))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRET, reason="this is the child")
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
+def test_this_file_passes_in_the_interpreter():
+    pass_in_the_interpreter(__file__, "-rs")

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from kit.machine import GIB
+from kit.memory.measured import COMPARED_AFTER, PeakMemory
+from kit.memory.simulate import plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """No card is here: one that has held 3.21 GiB in tensors, and 3.55 with the gaps between them."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: round(3.21 * GIB))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: round(3.55 * GIB))
+
+    def make(planned, path):
+        memory = PeakMemory(CPU, planned, path)
+        memory.on_card = True
+        return memory
+
+    return make
+
+
+def test_what_a_card_held_is_told_beside_the_plan_and_kept_after_ten_steps_or_the_last_of_fewer(card, tmp_path, capsys):
+    planned = plan("tiny", row_tokens=32)
+    for num_steps, when in ((50, COMPARED_AFTER), (4, 4)):
+        memory = card(planned, tmp_path / f"{num_steps}.json")
+        for step in range(1, when):
+            memory.look(step, num_steps)
+        assert memory.gib is not None and not memory.path.exists() and capsys.readouterr().out == ""
+        memory.look(when, num_steps)
+        said = capsys.readouterr().out
+        assert f"measured peak 3.21 GiB of tensors, planned {planned.peak / GIB:.2f} GiB (simulated)" in said
+        assert f"3.55 GiB reserved for them, planned at most {planned.peak * 1.06 / GIB:.2f} GiB" in said
+        kept = json.loads(memory.path.read_text())
+        assert round(kept["measured_peak_gib"], 2) == 3.21 and kept["planned"]["peak"] == planned.peak
+        assert round(kept["measured_reserved_gib"], 2) == 3.55
+        memory.path.unlink()
+        memory.look(when + 1, num_steps)
+        assert not memory.path.exists()
+
+
+def test_without_a_plan_nothing_is_compared_and_on_a_cpu_nothing_is_measured(card, tmp_path, capsys):
+    path = tmp_path / "memory.json"
+    without_plan, cpu = card(None, path), PeakMemory(CPU, plan("tiny", row_tokens=32), path)
+    for step in range(1, COMPARED_AFTER + 1):
+        without_plan.look(step, 20)
+        cpu.look(step, 20)
+    assert cpu.gib is None and capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_step_that_ran_out_says_what_is_known(tmp_path):
+    memory = PeakMemory(CPU, None, tmp_path)
+    error = str(memory.exhausted(7, None))
+    assert "step 7 ran out of memory: no plan was made. Pass --gpu_gb" in error and "none, so the run starts over" in error
+    memory.gib, memory.reserved_gib = 3.21, 3.55
+    assert "no plan was made; the steps before peaked at 3.21 GiB, 3.55 GiB reserved." in str(
+        memory.exhausted(7, tmp_path / "step_0000005")
+    )

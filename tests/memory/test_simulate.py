@@ -1,0 +1,188 @@
+import contextlib
+import gc
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kit import machine
+from kit.machine import GIB
+from kit.memory import live_bytes
+from kit.memory.live_bytes import Ledger
+from kit.memory.simulate import check_free_memory, fake_batch, measure, plan
+from kit.models.loading import CONFIGS, load_config
+from kit.models.nf4 import quantise_decoder, simulate_quantised_decoder
+from kit.models.qlora import add_adapters
+from kit.train.offload import host_empty
+from kit.train.savings import Savings
+
+LEAN = {
+    "optimizer": "adamw8bit", "tile_tokens": 100, "update_in_backward": True, "logit_rows": 70, "offload_inputs": True,
+}  # fmt: skip
+PARAMETERS = {  # as published with the models
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+}  # fmt: skip
+SMALL = {  # large enough that one owner does not drown in the others, small enough for seconds
+    "vocab_size": 4_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder that holds a config and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL}))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_the_configs_that_ship_have_the_models_own_number_of_parameters(model):
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(load_config(model))
+    assert sum(parameter.numel() for parameter in made.parameters()) == PARAMETERS[model]
+    assert {path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("savings", [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
+    """The same ledger over fake tensors and over real ones on this CPU."""
+    peaks, hosts, owners = [], [], []
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            config = load_small(family)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
+            batch = fake_batch(300)
+            if not fake:
+                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+            gc.collect()
+            book = measure(model, Savings(**savings), batch, steps=2)
+        peaks.append(book.peak)
+        hosts.append(book.host_peak)
+        owners.append(book.owners)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01) and hosts[0] == hosts[1]
+    assert owners[0].keys() == owners[1].keys()
+    assert (hosts[0] > 0) == bool(savings)
+
+
+def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_a_step_of_one():
+    """The second row's loss finds the gradients of the first: half the peak of a model that is mostly head."""
+    peaks = {}
+    for rows, fake in [(1, True), (2, True), (2, False), (3, True)]:
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 20_000})
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
+            batch = fake_batch(200)
+            if not fake:
+                batch = replace(batch, position_ids=torch.arange(200), cu_seqlens=torch.tensor([0, 200], dtype=torch.int32))
+            peaks[rows, fake] = measure(model, Savings(optimizer="adamw8bit"), batch, rows=rows).peak
+    assert peaks[2, True] == pytest.approx(peaks[2, False], rel=0.01)
+    assert peaks[2, True] > 1.1 * peaks[1, True] and peaks[3, True] == peaks[2, True]
+
+
+@pytest.mark.slow
+def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
+    """SmolLM2-135M's shape, random weights, all savings on."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    savings, peaks = Savings(**LEAN | {"tile_tokens": 24, "logit_rows": 16}), []
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            with torch.device("meta") if not fake else contextlib.nullcontext():
+                model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.bfloat16)
+            batch = fake_batch(64)
+            if not fake:  # zeros do: no byte depends on a value
+                model = model.to_empty(device="cpu")
+                model.model.rotary_emb = type(model.model.rotary_emb)(config)
+                for parameter in model.parameters():
+                    parameter.detach().zero_()
+                model.tie_weights()
+                batch = replace(batch, position_ids=torch.arange(64), cu_seqlens=torch.tensor([0, 64], dtype=torch.int32))
+            assert sum(p.numel() for p in model.parameters()) == 134_515_008
+            peaks.append(measure(model, savings, batch).peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+def load_small(family):
+    kind = {"llama": "llama", "qwen2": "qwen2", "gemma3": "gemma3_text"}[family]
+    gemma = {"num_key_value_heads": 1, "head_dim": 64, "sliding_window": 100, "pad_token_id": 0}
+    return AutoConfig.for_model(kind, **SMALL | (gemma if family == "gemma3" else {}))
+
+
+def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
+    peaks = []
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_config(load_small("llama"), attn_implementation="kit", dtype=torch.float32)
+            simulate_quantised_decoder(model) if fake else quantise_decoder(model, "cpu")
+            add_adapters(model, base="", rank=4)
+            batch = fake_batch(300)
+            if not fake:
+                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+            book = measure(model, Savings(tile_tokens=100), batch, steps=2)
+        peaks.append(book.peak)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+def test_the_plan_of_a_supported_model_names_its_owners():
+    model, savings = "Qwen/Qwen2.5-0.5B-Instruct", Savings(optimizer="adamw8bit", tile_tokens=2048)
+    found = plan(model, row_tokens=4096, savings=savings)
+    assert found.owners[live_bytes.WEIGHTS] == pytest.approx(2 * PARAMETERS[model], rel=0.001)
+    assert found.owners[live_bytes.OPTIMIZER] == pytest.approx((2 + 8 / 256) * PARAMETERS[model], rel=0.001)
+    assert sum(n for owner, n in found.owners.items() if owner != live_bytes.HOST) == found.peak
+    text = str(found)
+    assert "one row a step" in text and "in CPU memory 0.00 GiB" in text
+    assert "(simulated)" in text and found.when in text and "fits 6 GB: yes" in text
+    assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
+
+
+def test_wide_activations_are_not_taken_for_the_gradient_of_a_frozen_head(tmp_path):
+    """1,024 tokens of 768 numbers are more than half the head's 3,000 rows of 256."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 3_000}))
+    found = plan(str(tmp_path), row_tokens=1_024, qlora_rank=4)
+    assert found.owners[live_bytes.LAYER] > 0 and live_bytes.HEAD not in found.owners
+
+
+def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
+    model = make_model("llama")
+    book = Ledger(model)
+    weights = book.now
+    assert weights >= sum(p.nbytes for p in model.parameters())
+    with book:
+        x = torch.zeros(1000)
+        view = x[10:].view(2, -1)
+        assert book.now == weights + 4096  # 4,000 bytes in units of 512
+        del x
+        assert book.now == weights + 4096
+        del view
+        held = host_empty(5000, for_card=False)
+        assert book.now == weights and book.host_peak == 5120  # beside what the card holds
+        del held
+        assert book.now == weights
+    assert book.now == weights and book.peak == weights + 4096
+    book.close()
+
+
+def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one(monkeypatch):
+    with pytest.raises(ValueError, match=r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"):
+        load_config("nobody/nothing")
+
+
+def test_a_card_with_too_little_free_memory_is_refused_before_training(monkeypatch, small_model):
+    found = plan(small_model, row_tokens=256)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.total - machine.CONTEXT, 8 * GIB))
+    check_free_memory(found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.total - machine.CONTEXT - 1, 8 * GIB))
+    with pytest.raises(ValueError, match="the plan needs"):
+        check_free_memory(found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.67 * GIB), 8 * GIB))
+    with pytest.raises(ValueError, match=r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 "):
+        check_free_memory(replace(found, peak=7 * GIB))

@@ -1,0 +1,128 @@
+import copy
+import os
+
+import pytest
+import torch
+from conftest import FAMILIES, make_model, random_documents
+from transformers import AutoModelForCausalLM
+
+from kit.data.toy import make_tokenizer
+from kit.models import folder, loading
+from kit.models.backbone import head_weight, hidden_states, next_token_logits
+from kit.packing import Document, PackedBatch
+from kit.train.recompute import recompute_layers
+
+LENGTHS = [9, 1, 23, 4]  # 23 tokens pass the window of 7 three times
+
+
+def logits_of(model, documents):
+    return next_token_logits(model, hidden_states(model, PackedBatch.build(documents)))
+
+
+def with_transformers(model, documents, dtype):
+    """Each document on its own through transformers' eager attention, with the same weights in `dtype`."""
+    config = copy.deepcopy(model.config)  # models share the config they are made from, and with it the kind of attention
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+    plain.load_state_dict(model.state_dict())
+    return torch.cat([plain(document.ids.long()[None]).logits[0] for document in documents])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_pack_are_the_logits_of_its_documents(family, checkpointing):
+    documents = random_documents(LENGTHS)
+    model = make_model(family)
+    truth = with_transformers(model, documents, torch.float64)
+    torchs = (with_transformers(model, documents, torch.float32) - truth).square().mean().sqrt()
+    if checkpointing:
+        recompute_layers(model)
+        model.train()
+    ours = (logits_of(model, documents) - truth).square().mean().sqrt()
+    assert ours <= 2 * torchs
+    assert 0 < torchs < 1e-4 * truth.square().mean().sqrt()  # the bar is a rounding error: the two have the same weights
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_perturbing_one_document_leaves_the_others_logits_and_gradients_bit_equal(tiny_model, checkpointing):
+    if checkpointing:
+        recompute_layers(tiny_model)
+        tiny_model.train()
+    seen = {}
+    tiny_model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.update(embedded=output))
+
+    def run(documents):
+        logits = logits_of(tiny_model, documents)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), seen["embedded"])
+        return logits.detach(), gradient[0]
+
+    documents = random_documents(LENGTHS)
+    changed = [*documents[:2], random_documents([23], seed=1)[0], documents[3]]
+    rows = torch.arange(sum(LENGTHS))
+    others = (rows < 10) | (rows >= 33)
+    for before, after in zip(run(documents), run(changed), strict=True):
+        assert torch.equal(before[others], after[others])
+        assert not torch.equal(before[~others], after[~others])
+
+
+def test_a_model_loaded_for_packs_refuses_to_run_without_boundaries(tiny_model):
+    with pytest.raises(ValueError, match=r"kit.models.hidden_states or kit.generate.sampler"):
+        tiny_model(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_folder_is_loaded_as_it_was_saved(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    loaded, tokenizer = loading.load(str(tmp_path), device="cpu")
+    assert tokenizer.eos_token_id == 2
+    assert loaded.dtype == torch.float32
+    assert not loaded.training
+    documents = random_documents(LENGTHS)
+    assert torch.equal(logits_of(loaded, documents), logits_of(tiny_model, documents))
+
+
+def test_a_gguf_file_becomes_a_plain_model_that_can_be_trained_and_saved(tmp_path):
+    path = os.environ.get("KIT_GGUF")
+    if not path:
+        pytest.skip("real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 model")
+    model, tokenizer = loading.load(path, device="cpu")
+    document = Document(torch.tensor(tokenizer("one two three four", add_special_tokens=False).input_ids, dtype=torch.int32), 1)
+    hidden_states(model, PackedBatch.build([document])).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.model.parameters())
+    folder.save_model(tmp_path / "saved", model, tokenizer)
+    again, _ = loading.load(str(tmp_path / "saved"), device="cpu")
+    assert torch.equal(logits_of(again, [document]), logits_of(model, [document]))
+
+
+def test_the_shipped_tiny_model_loads_by_name_and_ties_its_head():
+    model, _ = loading.load("tiny", device="cpu")
+    assert head_weight(model) is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "nothing is there"),
+        ("nowhere.gguf", "nothing is there"),
+        ("no-such-owner/no-such-model", "neither a local folder nor a model the hub gave us"),
+    ],
+)
+def test_a_model_that_is_not_there_says_what_to_pass(name, message):
+    with pytest.raises(ValueError, match=message):
+        loading.load(name, device="cpu")
+
+
+def test_an_unknown_family_is_refused_by_name(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a gpt2 model; the kit knows gemma3_text, llama, qwen2"):
+        loading.load(str(tmp_path), device="cpu")
+
+
+def test_attention_dropout_is_refused_not_ignored():
+    model = make_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    model.train()
+    with pytest.raises(ValueError, match=r"attention dropout is 0.1"):
+        logits_of(model, random_documents([3]))

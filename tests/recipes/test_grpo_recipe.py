@@ -1,0 +1,90 @@
+"""The GRPO recipe's memory plan: --gpu_gb, and the look at the card before anything is loaded."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from children import run_recipe
+
+from kit.config import parse
+from kit.machine import CONTEXT, GIB
+from kit.models.loading import TINY
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with the shipped model's config, of one layer: a plan reads nothing else, and its time grows with the layers."""
+    folder = tmp_path_factory.mktemp("one_layer")
+    config = json.loads((TINY / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    return str(folder)
+
+
+def small(model):
+    return ["--model", model, "--row_tokens", "256", "--max_new_tokens", "64"]
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import grpo_qwen2_5_0_5b
+
+    return grpo_qwen2_5_0_5b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [["--qlora_rank", "4"]])
+def test_the_plan_for_a_card_prints_flags_that_give_the_same_plan_again(adapters, model, tmp_path):
+    flags = ["--plan", *small(model), *adapters]
+    done = run_recipe("grpo_qwen2_5_0_5b", *flags, "--gpu_gb", "0.75", "--json", "chosen.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = re.search(r"for a card of 0.75 GB: (.*)", done.stdout)[1]
+    assert re.search(r"--optimizer adamw8bit .*--num_slots [1-9]\d*$", printed)
+    again = run_recipe("grpo_qwen2_5_0_5b", *flags, *printed.split(), "--json", "again.json", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    chosen, again = (json.loads((tmp_path / name).read_text()) for name in ("chosen.json", "again.json"))
+    assert chosen == again and chosen["total"] <= 0.75 * GIB
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_too_small_is_refused_before_any_download_or_folder(model, tmp_path):
+    done = run_recipe("grpo_qwen2_5_0_5b", "--gpu_gb", "0.5", *small(model), cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"gpu_gb is 0.5 but {model} with answers of 64 tokens in rows of 256 needs 0." in done.stderr
+    assert "largest owners are " in done.stderr and not (tmp_path / "runs").exists()
+
+
+def test_no_more_answers_at_once_are_chosen_than_a_rollout_has(recipe, model):
+    config = parse(recipe.Config, [*small(model), "--gpu_gb", "24", "--batch_prompts", "3", "--group_size", "2"])
+    chosen, planned = recipe.plan_memory(config)
+    assert chosen.num_slots == planned.settings.num_slots == 6
+    assert replace(chosen, num_slots=config.num_slots, optimizer="auto") == config  # the fastest settings: nothing else changes
+
+
+def test_the_settings_chosen_for_a_card_are_those_that_are_trained_with(recipe, model):
+    config = parse(recipe.Config, [*small(model), "--gpu_gb", "0.75"])
+    chosen, planned = recipe.plan_memory(config)
+    saved = {name: value for name, value in vars(planned.update.savings).items() if hasattr(config, name)}
+    assert {name: getattr(chosen, name) for name in saved} == saved
+    assert {name: getattr(config, name) for name in saved} != saved
+
+
+@pytest.mark.parametrize("flags", [[], ["--gpu_gb", "24", "--batch_prompts", "2", "--group_size", "2"]])
+def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded(recipe, model, flags, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = parse(recipe.Config, [*small(model), *flags])
+    needed = recipe.plan_memory(config)[1].larger.total - CONTEXT
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, 8 * GIB))
+    with pytest.raises(ValueError, match=r"the plan needs .* of the card's 8.00 GiB are free; its largest owners are .*--gpu_gb"):
+        recipe.main(config)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, 8 * GIB))
+    monkeypatch.setattr(recipe.RunFolder, "open", lambda config: (_ for _ in ()).throw(InterruptedError("training would begin")))
+    with pytest.raises(InterruptedError):
+        recipe.main(config)

@@ -1,0 +1,273 @@
+"""The recipes as a person starts them: real processes, the shipped model and traces, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from children import call, run_recipe, wait
+
+from kit.config import parse
+
+ROOT = Path(__file__).resolve().parents[2]
+RL = ["--smoke", "--steps", "2", "--batch_prompts", "4", "--group_size", "4", "--minibatch_prompts", "2", "--num_questions", "4"]
+TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
+QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
+
+
+@pytest.mark.slow
+def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
+    command = [sys.executable, str(ROOT / "recipes" / "gemma3_1b_8k.py"), *QUICK]  # as from a shell, with nothing imported yet
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "gemma3_1b_8k" / "001"
+    for line in ("traces kept", "optimizer steps of", "before      toy:", "after       toy:", "toy: accuracy ", "report runs"):
+        assert line in done.stdout
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json", "census.json", "metrics.jsonl", "before", "after", "model", "report.html", "loss.png", "accuracy.png",
+    }  # fmt: skip
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    before, after = ((run / stage / "toy.jsonl").read_text().splitlines()[0] for stage in ("before", "after"))
+    assert json.loads(before)["header"]["model"] != json.loads(after)["header"]["model"]  # what is measured last was trained
+
+    again = run_recipe("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert [line for line in again.stdout.splitlines() if line.startswith(("before", "after"))] == [
+        line for line in done.stdout.splitlines() if line.startswith(("before", "after"))
+    ]
+    other = run_recipe("gemma3_1b_8k", *QUICK, "--resume", "--lr", "0.5", cwd=tmp_path)
+    assert "lr was 0.003, is 0.5" in other.stderr
+
+
+@pytest.mark.parametrize("recipe", TRAINING)
+def test_without_a_gpu_a_recipe_says_what_it_needs_and_both_ways_out(recipe, tmp_path):
+    done = run_recipe(recipe, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert f"recipes/{recipe}.py --smoke" in done.stderr
+    assert f"recipes/{recipe}.py --device cpu" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_other_models_recipes_differ_from_the_first_in_a_handful_of_lines():
+    lines = [(ROOT / "recipes" / f"{recipe}.py").read_text().splitlines() for recipe in TRAINING[1:]]
+    assert max(map(len, lines)) <= 30
+    assert sum(a != b for a, b in zip(*lines, strict=True)) <= 6
+
+
+def test_the_default_is_the_papers_setting(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import gemma3_1b_8k
+
+    config = gemma3_1b_8k.Config()
+    assert (config.num_traces, config.epochs, config.batch_traces, config.lr, config.warmup_ratio, config.row_tokens) == (
+        8_000, 4, 8, 5e-5, 0.05, 16_384,
+    )  # fmt: skip
+    assert (config.temperature, config.top_p, config.max_new_tokens, config.num_samples) == (0.6, 0.95, 16_384, 0)
+    assert config.benchmarks == "math500,aime24,amc23"
+
+
+def test_rows_longer_than_the_models_context_are_refused(tmp_path):
+    done = run_recipe("llama3_2_1b_8k", "--smoke", "--row_tokens", "2048", cwd=tmp_path)
+    assert "row_tokens is 2048 but tiny was made for 1024; pass --row_tokens 1024" in done.stderr
+
+
+def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tmp_path):
+    for _ in range(2):
+        done = run_recipe("train_tiny_base", "--smoke", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / "runs/train_tiny_base" / number / "tiny").iterdir()}
+                     for number in ("001", "002"))  # fmt: skip
+    assert first == second
+    assert set(first) == {path.name for path in (ROOT / "kit" / "models" / "shipped" / "tiny").iterdir()}
+
+
+TIMED_ALONE = {  # in a process each, but for those that need a card
+    "_losses": ["the three matmuls alone", "ours", "Apple cut_cross_entropy"], "_attentions": ["ours", "flash-attn"],
+}  # fmt: skip
+TIMED_HERE = {"_losses": "_loss_inputs", "_attentions": "_attention_inputs"}
+
+
+def bench_fewer(*flags):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    import bench
+
+    for kind, names in TIMED_ALONE.items():
+        every = getattr(bench.bench_kernels, kind)()
+        setattr(bench.bench_kernels, kind, lambda fewer={name: every[name] for name in names}: fewer)
+    bench.main(parse(bench.Config, flags, smoke=bench.SMOKE))
+
+
+@pytest.mark.slow
+def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):
+    done = call(__file__, "bench_fewer", "--smoke", "--json", str(tmp_path / "figures.json"))
+    wait(done)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in figures["loss"]["loss"]] == ["the three matmuls alone", "ours"]
+    assert [row["name"] for row in figures["attention"]["attention"]] == ["ours"] and "flash-attn: " in done.stdout
+    assert "Apple cut_cross_entropy: " in done.stdout
+    assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
+    [run] = figures["finetune"]
+    assert run[0]["leak"] == "no"
+    assert run[0]["steps"] > 1
+    assert len(run) == 2 or "TRL is not installed" in done.stdout
+
+
+def test_the_others_that_the_bench_times_on_a_cpu_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import bench_kernels
+
+    config, ran = bench_kernels.Config(**bench_kernels.SMOKE), []
+    for kind, inputs in TIMED_HERE.items():
+        for name, (_, needs_card, _) in getattr(bench_kernels, kind)().items():
+            if name not in TIMED_ALONE[kind] and not needs_card:
+                ran.append(bench_kernels._measure(kind, inputs, name, config, torch.get_num_threads()))
+    assert len(ran) == 4 and all(row["seconds"] > 0 for row in ran)
+
+
+def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
+    done = run_recipe("bench", "--what", "packing,speed", cwd=tmp_path)
+    assert "the parts are packing, loss, attention, finetune; leave 'speed' out" in done.stderr
+
+
+def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
+    done = run_recipe("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout and "several rows a step" in done.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["simulated"] is True and plan["fits_gb"] == [6, 8, 12, 16, 24]
+    assert sum(plan["owners"].values()) >= plan["peak"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
+    done = run_recipe("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
+
+
+def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it(tmp_path):
+    done = run_recipe("memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = {row["row"]: row["total"] / 2**30 for row in json.loads((tmp_path / "table.json").read_text())}
+    assert len(figures) == 5 and figures["full, optimizer on CPU"] < figures["full"]
+    assert figures["full, both"] < figures["full, head blocked"]
+    lines = done.stdout.splitlines()[-7:]
+    assert lines[:2] == ["| | tiny |", "|---|---:|"]
+    assert lines[2:] == [f"| {name} | {total:.2f} |" for name, total in figures.items()]
+
+
+def test_what_update_in_backward_excludes_is_refused_before_anything_else_is_done(tmp_path):
+    done = run_recipe("gemma3_1b_8k", "--smoke", "--update_in_backward", cwd=tmp_path)
+    assert "max_grad_norm is 1 but update_in_backward" in done.stderr and "--max_tensor_norm 1" in done.stderr
+    done = run_recipe("gemma3_1b_8k", "--smoke", "--update_in_backward", "--max_grad_norm", "0", cwd=tmp_path)
+    assert "batch_traces is 8 but update_in_backward" in done.stderr and "--batch_traces 1" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
+    done = run_recipe("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "grpo_qwen2_5_0_5b" / "001"
+    for line in ("prompts with gold answers", "2 steps of 4 prompts x 4 answers, 2 updates each", "batch_prompts 4 (paper: ",
+                 "before      toy:", "step 2: reward", "a loss near zero is normal", "after       toy:",
+                 "report runs"):  # fmt: skip
+        assert line in done.stdout
+    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
+    again = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "step 1" not in again.stdout
+
+
+def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_path, monkeypatch):
+    done = run_recipe("grpo_qwen2_5_0_5b", cwd=tmp_path)
+    assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "--device cpu" in done.stderr
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import grpo_qwen2_5_0_5b as recipe
+
+    paper = recipe.Config()
+    assert recipe.deviations(paper) == []
+    assert (paper.batch_prompts, paper.group_size, paper.max_new_tokens, paper.minibatch_prompts, paper.temperature) == (
+        1_024, 8, 8_192, 256, 1.0,
+    )  # fmt: skip
+    assert (paper.kl_coef, paper.lr, paper.advantage_scale) == (1e-4, 5e-7, "group-std")
+    small = parse(recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS)
+    assert (small.batch_prompts, small.lr) == (32, 2e-6)
+    assert "lr 2e-06 (paper: 5e-07)" in recipe.deviations(small)
+    for name in recipe.PRESETS:  # a prompt of the data and its answer fit a row
+        config = parse(recipe.Config, ["--preset", name], presets=recipe.PRESETS)
+        assert config.max_new_tokens + 1_024 <= config.row_tokens and config.preset == name
+    with pytest.raises(SystemExit):
+        parse(recipe.Config, ["--preset", "rtx9"], presets=recipe.PRESETS)
+
+
+def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
+    flags = ["--plan", "--model", "tiny", "--row_tokens", "256", "--max_new_tokens", "64", "--json", "plan.json"]
+    done = run_recipe("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers at once" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libraries_take(tmp_path):
+    done = run_recipe("bench_grpo", "--smoke", "--repeats", "2", "--json", "figures.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "figures.json").read_text())
+    rows = found["rows"]
+    assert rows[0]["name"] == "ours" and (len(rows) == 2 or "TRL is not installed" in done.stdout)
+    for row in rows:
+        assert len(row["all_seconds"]) == 2 and row["seconds"] == min(row["all_seconds"])
+        assert not row["peak_gib"] <= found["libraries_gib"]  # nor where the system says neither
+    turns = [line.split(":")[0].strip() for line in done.stdout.splitlines() if line.startswith("  turn ")]
+    assert turns == ["turn 1"] * len(rows) + ["turn 2"] * len(rows)
+
+
+def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
+    done = run_recipe("bench_grpo", "--repeats", "0", cwd=tmp_path)
+    assert done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
+    flags = ["--smoke", "--arms", "long", "--num_questions", "4", "--max_new_tokens", "48"]
+    done = run_recipe("valley_demo", *flags, "--sizes", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "valley_demo" / "001"
+
+    def rows(name):  # they end in any order
+        return sorted(map(json.loads, (run / name).read_text().splitlines()), key=lambda row: row["place"])
+
+    cells = rows("cells.jsonl")
+    assert [cell["cell"] for cell in cells] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
+    assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
+    for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "report runs"):
+        assert line in done.stdout
+    flags += ["--sizes", "4,8", "--resume"]  # afterwards, beside the same cells
+    again = run_recipe("valley_demo", *flags, "--rl_steps", "1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    base, smaller, same = rows("cells.jsonl")
+    assert [base, same] == cells and smaller["cell"] == "tiny-long-4-seed0"
+    climbed = [climb["cell"] for climb in rows("rl.jsonl")]
+    assert climbed[0] == "tiny-base-0-seed0" and climbed[-1] == "tiny-long-8-seed0"
+    assert "learning from long" in again.stdout
+    other = run_recipe("valley_demo", *flags, "--rl_steps", "2", cwd=tmp_path)
+    assert other.returncode != 0 and "rl_steps is 2 but " in other.stderr and "trained for 1; pass that" in other.stderr
+
+
+def test_quick_sets_what_the_flags_may_change(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import valley_demo
+
+    config = parse(valley_demo.Config, ["--quick", "--sizes", "8"], smoke=valley_demo.SMOKE, quick=valley_demo.QUICK)
+    assert (config.quick, config.smoke, config.seeds, config.sizes) == (True, False, 1, "8")
+    full = valley_demo.study_of(valley_demo.Config())
+    assert full == valley_demo.Study()  # the defaults stand in one place as far as they can
+    assert (full.seeds, len(full.sizes), full.params.temperature, full.params.top_p) == (3, 6, 0.6, 0.95)
+    with pytest.raises(ValueError, match="sizes is '8,x' but must be whole numbers"):
+        valley_demo.study_of(valley_demo.Config(sizes="8,x"))

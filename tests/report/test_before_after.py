@@ -1,0 +1,154 @@
+import json
+import re
+import struct
+
+import pytest
+
+from kit.evaluate.results import Result
+from kit.report.before_after import findings, write_report
+from kit.report.page import SHOWN, browser, figures_table, marked
+from kit.run import AFTER, BEFORE, SAMPLES, Journal
+
+
+def rows(shares, tokens=10, text="so \\boxed{1}"):
+    """Ten samples a question, of which a share is correct."""
+    return [
+        {"question": f"q{i}", "problem": f"{i} < 1?", "sample": s, "tokens": tokens,
+         "verdict": "correct" if s < 10 * share else "wrong",
+         "finished": True, "text": text, "prediction": "1", "gold": "1", "rule": "text"}
+        for i, share in enumerate(shares) for s in range(10)
+    ]  # fmt: skip
+
+
+def results(before, after, **options):
+    return {BEFORE: {"toy": Result("toy", tuple(rows(before)))}, AFTER: {"toy": Result("toy", tuple(rows(after, **options)))}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ([0.9] * 8, [0.2] * 6 + [0.3] * 2, "accuracy fell, 90.0 % to 22.5 %"),
+        ([0.2] * 8, [0.9] * 6 + [0.8] * 2, "accuracy rose, 20.0 % to 87.5 %"),
+        ([0.5, 0.9, 0.1, 0.5], [0.9, 0.5, 0.5, 0.2], "accuracy did not change beyond chance"),
+        ([0.5], [0.1], "accuracy did not change beyond chance"),  # one question shows nothing
+    ],
+)
+def test_the_finding_follows_the_data_and_calls_no_difference_inside_its_interval_one(before, after, sentence):
+    (finding,) = findings(results(before, after, tokens=25))
+    assert sentence in finding
+    assert "2.50 times as long" in finding
+
+
+def make_run(path, *, before=None, after=None, metrics=()):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model": "google/gemma-3-1b-it", "lr": 5e-5}))
+    (path / "census.json").write_text(json.dumps({"text": "8 traces kept, 2 dropped"}))
+    for stage, found in ((BEFORE, before), (AFTER, after)):
+        if found:
+            journal = Journal(path / stage / "toy.jsonl")
+            journal.append({"header": {}})
+            for row in found:
+                journal.append(row)
+    for step, loss in enumerate(metrics, 1):
+        Journal(path / "metrics.jsonl").append({"step": step, "loss": loss, "tokens": 10, "seconds": 1.0})
+    return path
+
+
+def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
+    hostile = "<script>alert(1)</script> let me recheck \ud800"
+    path = make_run(tmp_path / "run", before=rows([0.9, 0.8] * 3), after=rows([0.1, 0.2] * 3, text=hostile), metrics=[2.0, 1.0])
+    page = write_report(path).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; let me <mark>recheck</mark>" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+    assert "accuracy fell" in page
+    assert "<summary>0 &lt; 1? <small>(before: 9 of 10 right; after: 1 of 10 right)</small></summary>" in page
+    assert "24 % before" in page  # the paper's number for this model
+    assert "8 traces kept, 2 dropped" in page
+    assert "loss 2.000 at the first step, 1.000 at the last" in page
+
+
+def test_tokens_per_second_leave_out_the_steps_that_compiled_kernels(tmp_path):
+    path = make_run(tmp_path / "run", metrics=[2.0, 1.0])
+    Journal(path / "metrics.jsonl").append({"step": 3, "loss": 1.0, "tokens": 10, "seconds": 90.0, "compiles": True})
+    assert "30 tokens in 92 s (10 tokens/s, without steps that compiled kernels)" in write_report(path).read_text()
+
+
+def test_plots_are_pngs_of_a_readable_size(tmp_path):
+    path = make_run(tmp_path / "run", before=rows([0.5]), after=rows([0.5]), metrics=[1.0])
+    write_report(path)
+    for name in ("loss.png", "accuracy.png", "length.png"):
+        content = (path / name).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert struct.unpack(">I", content[16:20])[0] >= 700
+
+
+def test_an_unfinished_run_has_a_report_of_what_there_is(tmp_path):
+    assert "Nothing has been measured yet" in write_report(make_run(tmp_path / "new")).read_text()
+    page = write_report(make_run(tmp_path / "half", before=rows([0.5]))).read_text()
+    assert "before" in page
+    assert page.count("data:image/png") == 2
+
+
+def test_no_run_is_an_error_that_says_what_to_pass(tmp_path):
+    with pytest.raises(ValueError, match="pass a run folder"):
+        write_report(tmp_path)
+
+
+def test_a_report_of_one_evaluation_shows_right_and_wrong_answers_with_their_marks(tmp_path):
+    text = "so <b> let me Double-check: \\boxed{\\frac{1}{2}} " + "again and " * 40
+    found = rows([0.3, 1.0, 0.0], tokens=40, text=text)
+    for row in found:
+        row |= {"answer": "1/2", "cuts": {"16": 3, "32": 60}}
+    path = make_run(tmp_path / "run")
+    journal = Journal(path / SAMPLES / "toy.jsonl")
+    journal.append({"header": {"max_new_tokens": 64}})
+    for row in found:
+        journal.append(row)
+    page = write_report(path).read_text()
+    assert "google/gemma-3-1b-it, an evaluation" in page
+    assert "so &lt;b&gt; let me <mark>Double-check</mark>: <b class=box>\\boxed{\\frac{1}{2}}</b> again" in page
+    summaries = re.findall(r"<summary>(.*?) <small>\((.*?)\)</small></summary>", page)
+    assert summaries == [("0 &lt; 1?", "3 of 10 right"), ("1 &lt; 1?", "10 of 10 right"), ("2 &lt; 1?", "0 of 10 right")]
+    assert [len(re.findall(f"<span class={v}>", page)) for v in ("correct", "wrong")] == [2, 2]  # one of each, where there is one
+    assert "40 tokens, ends in a loop" in page
+    assert page.count("data:image/png;base64,") == 3  # accuracy, length, accuracy against length
+    assert "<b>43.3 %</b>" in page
+
+
+def test_a_cell_for_every_figure_is_what_the_result_says():
+    found = Result("toy", tuple(rows([0.5, 1.0])), {"max_new_tokens": 20})
+    table = figures_table({SAMPLES: {"toy": found}})
+    cells = dict(re.findall(r"<tr><td>(.*?)<td>(.*?)(?=<tr>|</table>)", table))
+    assert cells["accuracy"] == f"<b>75.0 %</b> ± {100 * found.interval:.1f}"
+    assert cells["pass@k ¹"].startswith("100.0 % ±")
+    assert cells["questions x samples"] == "2 x 10"
+    assert cells["accuracy per 1,000 tokens"] == "7500.0 %"
+    assert "accuracy as the paper graded" not in cells
+    graded = Result("toy", tuple(row | {"paper_verdict": "correct"} for row in found.rows))
+    assert "accuracy as the paper graded<td>100.0 %" in figures_table({SAMPLES: {"toy": graded}})
+
+
+def test_stages_made_differently_are_not_called_a_difference():
+    stages = results([0.9] * 8, [0.2] * 8)
+    before, after = stages[BEFORE]["toy"], stages[AFTER]["toy"]
+    stages[AFTER]["toy"] = Result("toy", after.rows, {"temperature": 1.0})
+    (finding,) = findings(stages)
+    assert "temperature None and 1.0" in finding and "fell" not in finding
+    assert before.accuracy > after.accuracy
+
+
+def test_marks_at_the_start_side_by_side_and_inside_a_box_lose_and_repeat_nothing():
+    assert marked("Recheck\\boxed{1<2}rethink & go") == (
+        "<mark>Recheck</mark><b class=box>\\boxed{1&lt;2}</b><mark>rethink</mark> &amp; go"
+    )
+    assert marked("\\boxed{recheck} on") == "<b class=box>\\boxed{recheck}</b> on"
+    assert marked("") == ""
+
+
+def test_the_browser_shows_questions_with_right_answers_however_few_there_are(tmp_path):
+    page = browser({SAMPLES: {"toy": Result("toy", tuple(rows([0.0] * 60 + [0.1, 0.2])))}})
+    assert page.count("<details>") == SHOWN
+    assert "61 &lt; 1?" in page and "60 &lt; 1?" in page
+    assert "5 &lt; 1?" in page and "40 &lt; 1?" not in page

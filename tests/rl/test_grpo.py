@@ -1,0 +1,470 @@
+"""The update against GRPO's formulas, written out episode by episode on full logits in float64."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_model
+
+from kit.data.chat import ChatFormat
+from kit.data.problems import Question
+from kit.data.toy import make_rows, make_tokenizer
+from kit.generate.sampler import Completion
+from kit.kernels import linear_cross_entropy as lce
+from kit.kernels.linear_cross_entropy_chunks import logit_chunks
+from kit.models.backbone import head_weight, hidden_states
+from kit.models.loading import load
+from kit.packing import Document, PackedBatch
+from kit.rl.episodes import Episode
+from kit.rl.grpo import Policy, correctness, rollout, update
+from kit.rl.objective import sampler_correction, token_losses
+from kit.rl.settings import Settings
+from kit.train.savings import Savings
+
+BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl="none")
+REWARDS = [[0.0, 1.0, 0.25, 1.0], [0.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]]  # the last group teaches nothing
+LENGTHS = [[3, 9, 1, 5], [24, 2, 7, 11], [4, 6, 8, 2]]
+TRUNCATED = {(1, 0), (0, 1), (2, 3)}
+
+
+def plain_logprobs(model, episode, temperature):
+    """Log-probs of the completion's tokens, from full logits of this episode alone."""
+    ids = torch.tensor(episode.prompt + episode.completion.ids)
+    hidden = hidden_states(model, PackedBatch.build([Document(ids, len(episode.prompt))]))
+    logprobs = (hidden @ head_weight(model).T / temperature).log_softmax(-1)
+    first = len(episode.prompt)
+    return torch.stack([logprobs[i - 1, ids[i]] for i in range(first, len(ids))])
+
+
+def make_episodes(model, *, temperature=1.0, noise=0.3, seed=0, rewards=REWARDS):
+    """Random tokens, and as sampler's log-probs the model's own with noise: ratios on both sides of the clip range."""
+    generator = torch.Generator().manual_seed(seed)
+    episodes = []
+    for g, (group, lengths) in enumerate(zip(rewards, LENGTHS, strict=True)):
+        prompt = torch.randint(3, 97, (5 + 3 * g,), generator=generator).tolist()
+        for i, (reward, length) in enumerate(zip(group, lengths, strict=True)):
+            ids = torch.randint(3, 97, (length,), generator=generator).tolist()
+            episode = Episode(g, f"q{g}", prompt, Completion(ids, [0.0] * length, (g, i) not in TRUNCATED), reward)
+            with torch.no_grad():
+                logprobs = plain_logprobs(model, episode, temperature)
+            logprobs = logprobs + noise * torch.randn(length, generator=generator)
+            episodes.append(replace(episode, completion=replace(episode.completion, logprobs=logprobs.tolist())))
+    return episodes
+
+
+def formula(model, reference, episodes, s: Settings):
+    """GRPO's loss as the papers write it."""
+    dtype = head_weight(model).dtype
+    groups = {}
+    for episode in episodes:
+        groups.setdefault(episode.group, []).append(episode)
+    terms, lengths, num_sequences = [], [], 0
+    for group in groups.values():
+        r = torch.tensor([e.reward for e in group], dtype=torch.float64)
+        r = r - s.length_penalty * torch.tensor([len(e.completion.ids) for e in group]) / s.max_new_tokens
+        if s.no_signal != "keep" and r.max() == r.min():
+            continue
+        A = r - r.mean()
+        if s.advantage_scale == "group-std" and r.max() > r.min():
+            A = A / (((r - r.mean()) ** 2).sum().div(len(r) - 1).sqrt() + 1e-4)
+        num_sequences += len(group)
+        for episode, a in zip(group, A.tolist(), strict=True):
+            if s.mask_truncated and not episode.completion.finished:
+                continue
+            logp = plain_logprobs(model, episode, s.temperature)
+            sampler = torch.tensor(episode.completion.logprobs, dtype=dtype)
+            old, c = sampler, 1.0
+            if s.old_logprobs == "trainer":
+                old = logp.detach()
+                c = (old - sampler).exp().clamp(max=s.sampler_cap) if s.sampler_cap else 1.0
+            ratio = (logp - old).exp()
+            first, second = ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a
+            loss = -c * torch.where(first < second, first, second)
+            if s.kl != "none":
+                with torch.no_grad():
+                    ref = plain_logprobs(reference, episode, s.temperature)
+                if s.kl == "k3":
+                    loss = loss + s.kl_coef * ((ref - logp).exp() - (ref - logp) - 1)
+                else:
+                    loss = loss + s.kl_coef * ratio * (logp - ref).detach()
+            terms.append(loss)
+            lengths.append(len(loss))
+    if s.normaliser == "tokens":
+        return sum(t.sum() for t in terms) / sum(lengths)
+    if s.normaliser == "sequences":
+        return sum(t.mean() for t in terms) / num_sequences
+    return sum(t.sum() for t in terms) / (num_sequences * s.max_new_tokens)
+
+
+def formula_gradients(model, reference, episodes, s, dtype):
+    model, reference = copy.deepcopy(model).to(dtype), copy.deepcopy(reference).to(dtype)
+    loss = formula(model, reference, episodes, s)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), torch.cat([g.flatten().double() for g in gradients])
+
+
+def make_policy(model, settings, *, lr=0.0, **options):
+    return Policy(model, ChatFormat(make_tokenizer(), instruction=""), settings, lr=lr, max_grad_norm=0.0, **options)
+
+
+OPTIONS = {
+    "GRPO": {},
+    "no std": {"advantage_scale": "none"},
+    "tokens": {"normaliser": "tokens"},
+    "constant": {"normaliser": "constant"},
+    "Dr. GRPO": {"normaliser": "constant", "advantage_scale": "none"},
+    "clip low": {"clip_low": 0.05},
+    "clip high": {"clip_high": 0.6},
+    "k1": {"kl": "k1", "kl_coef": 0.3},
+    "k3": {"kl": "k3", "kl_coef": 0.3},
+    "k3, skip": {"kl": "k3", "kl_coef": 0.3, "no_signal": "skip"},
+    "masked": {"mask_truncated": True},
+    "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
+    "masked, constant": {"mask_truncated": True, "normaliser": "constant"},
+    "skip": {"no_signal": "skip"},
+    "skip, tokens": {"no_signal": "skip", "normaliser": "tokens"},
+    "temperature": {"temperature": 0.7},
+    "trainer": {"old_logprobs": "trainer", "sampler_cap": 1.1},
+    "trainer, not corrected": {"old_logprobs": "trainer", "sampler_cap": 0.0},
+    "length": {"length_penalty": 0.4},
+    "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl": "k3", "kl_coef": 0.1,
+                    "mask_truncated": True, "no_signal": "skip", "temperature": 1.3, "length_penalty": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "recompute"), [*((name, True) for name in OPTIONS), ("all at once", False)])
+def test_loss_and_gradients_are_the_formulas(name, recompute):
+    settings = replace(BASE, **OPTIONS[name])
+    model = make_model("llama")
+    policy = make_policy(model, settings, savings=Savings(recompute=recompute))
+    with torch.no_grad():  # the policy has moved away from its reference, which was copied before
+        generator = torch.Generator().manual_seed(7)
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    reference = policy.frozen if settings.uses_reference else model
+    episodes = make_episodes(model, temperature=settings.temperature)
+    truth, true_gradient = formula_gradients(model, reference, episodes, settings, torch.float64)
+    loss, gradient = formula_gradients(model, reference, episodes, settings, torch.float32)
+    found = update(policy, episodes)
+    ours = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    assert found["updates"] == 1
+    assert true_gradient.norm() > 1e-3
+    assert (ours - true_gradient).norm() <= 2 * (gradient - true_gradient).norm()
+    magnitude = true_gradient.norm().item()  # the loss is a difference: its size says nothing of its terms
+    assert abs(found["loss"] - truth) <= 2 * max(abs(loss - truth), 2**-23 * max(1.0, magnitude))
+
+
+def test_what_is_measured_is_what_the_formulas_give():
+    settings = replace(BASE, kl="k3", kl_coef=0.1, clip_low=0.1, clip_high=0.15)
+    model = make_model("llama")
+    policy = make_policy(model, settings)
+    episodes = make_episodes(model)
+    found = update(policy, episodes)
+    ratios, signs = [], []
+    for group in range(3):
+        rewards = torch.tensor(REWARDS[group])
+        for episode, reward in zip([e for e in episodes if e.group == group], rewards, strict=True):
+            with torch.no_grad():
+                ratio = (plain_logprobs(model, episode, 1.0) - torch.tensor(episode.completion.logprobs)).exp()
+            ratios.append(ratio)
+            signs.append((reward - rewards.mean()).sign().expand_as(ratio))
+    ratio, sign = torch.cat(ratios), torch.cat(signs)
+    expected = {
+        "ratio_min": ratio.min().item(), "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
+        "sampler_ratio_min": ratio.min().item(), "sampler_ratio_max": ratio.max().item(),
+        "clipped_low": ((ratio < 0.9) & (sign < 0)).float().mean().item(),
+        "clipped_high": ((ratio > 1.15) & (sign > 0)).float().mean().item(),
+        "kl": 0.0,  # the policy has not moved
+        "reward_mean": 5.25 / 12, "no_signal": 1 / 3, "truncated": 3 / 12, "length": sum(map(sum, LENGTHS)) / 12,
+        "entropy": -sum(x for e in episodes for x in e.completion.logprobs) / sum(map(sum, LENGTHS)),
+        "episodes": 12, "groups": 3, "updates": 1, "empty_minibatches": 0,
+    }  # fmt: skip
+    assert expected["clipped_low"] > 0 and expected["clipped_high"] > 0 and expected["clipped_low"] != expected["clipped_high"]
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    assert found["reward_std"] == pytest.approx(torch.tensor(REWARDS).std(correction=0).item())
+
+
+@pytest.mark.parametrize("old", ["sampler", "trainer"])
+def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_sampled(old):
+    """Two mini-batches are two optimizer steps: the second one's ratio is against the weights before the first."""
+    settings = replace(BASE, minibatch_prompts=1, old_logprobs=old, sampler_cap=0.0)
+    model = make_model("llama")
+    before = copy.deepcopy(model)
+    policy = make_policy(model, settings, lr=1e-2)
+    episodes = [e for e in make_episodes(model, noise=0.0) if e.group < 2]
+    found = update(policy, episodes)
+    assert found["updates"] == 2
+    assert found["sampler_ratio_min"] == pytest.approx(1, abs=1e-4)
+    assert found["sampler_ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert found["ratio_max"] > 1.01
+    # the same two steps by hand
+    other = make_policy(before, settings, lr=1e-2)
+    fixed = copy.deepcopy(before)
+    for group in (0, 1):
+        other.optimizer.zero_grad()
+        before.eval()
+        total = 0
+        batch = [e for e in episodes if e.group == group]
+        rewards = torch.tensor([e.reward for e in batch])
+        for episode, a in zip(batch, (rewards - rewards.mean()) / (rewards.std() + 1e-4), strict=True):
+            with torch.no_grad():
+                fixed_logprobs = plain_logprobs(fixed, episode, 1.0)
+            ratio = (plain_logprobs(before, episode, 1.0) - fixed_logprobs).exp()
+            total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean() / 4
+        total.backward()
+        other.optimizer.step()
+    for ours, theirs in zip(model.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_an_update_raises_what_was_rewarded_and_lowers_what_was_not():
+    model = make_model("llama")
+    episodes = make_episodes(model, noise=0.0)
+    policy = make_policy(model, BASE, lr=1e-3)
+    before = [plain_logprobs(model, e, 1.0).mean().item() for e in episodes]
+    update(policy, episodes)
+    after = [plain_logprobs(model.eval(), e, 1.0).mean().item() for e in episodes]
+    change = [b - a for a, b in zip(before, after, strict=True)]
+    assert min(change[1], change[3]) > max(change[0], change[2])  # rewards 1 and 1 against 0 and 0.25
+    assert change[6] > max(change[4], change[5], change[7])
+
+
+def test_groups_that_teach_nothing_cost_no_forward_pass_without_a_kl():
+    policy = make_policy(make_model("llama"), BASE)
+    episodes = make_episodes(policy.model)
+    with_prompts = sum(len(e.prompt) + len(e.completion.ids) for e in episodes if e.group < 2)
+    assert update(policy, episodes)["tokens"] == with_prompts
+
+
+def test_a_group_of_one_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="group_size is 1 but an advantage is the difference to the others"):
+        Settings(group_size=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0.0), ("kl", "k2"), ("normaliser", "rows"), ("advantage_scale", "batch"), ("no_signal", "drop"),
+     ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm"), ("reward_high", -1.0), ("length_penalty", -1.0)],
+)  # fmt: skip
+def test_a_setting_that_makes_no_sense_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value!r} but must be"):
+        Settings(**{name: value})
+
+
+def broken(episode, kind):
+    completion = episode.completion
+    if kind == "empty completion":
+        return replace(episode, completion=replace(completion, ids=[], logprobs=[]))
+    if kind == "log-prob not finite":
+        return replace(episode, completion=replace(completion, logprobs=[math.nan, *completion.logprobs[1:]]))
+    if kind == "not one log-prob a token":
+        return replace(episode, completion=replace(completion, logprobs=completion.logprobs[1:]))
+    return replace(episode, reward={"undecided": None, "reward outside 0 to 1": 1.5}.get(kind, math.nan))
+
+
+KINDS = ["empty completion", "log-prob not finite", "not one log-prob a token", "undecided", "reward outside 0 to 1"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_episode_that_cannot_be_trusted_is_counted_and_has_no_part_in_any_mean(kind):
+    model = make_model("llama")
+    episodes = make_episodes(model)
+    with_broken = [broken(episodes[0], kind), *episodes[1:]]
+    settings = replace(BASE, normaliser="tokens")
+    policy = make_policy(model, settings)
+    found = update(policy, with_broken)
+    gradient = [p.grad.clone() for p in model.parameters()]
+    assert found[f"rejected: {kind}"] == 1
+    assert found["reward_mean"] == pytest.approx(5.25 / 11)
+    without = update(policy, episodes[1:])
+    assert not any(name.startswith("rejected") for name in without)
+    assert found["loss"] == without["loss"]
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradient, model.parameters(), strict=True))
+
+
+def test_a_reward_that_is_not_a_number_is_outside_of_every_range():
+    assert broken(make_episodes(make_model("llama"))[0], "nan").rejection(0.0, 1.0) == "reward outside 0 to 1"
+
+
+def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
+    policy = make_policy(make_model("llama"), BASE)
+    episodes = [broken(e, "log-prob not finite") for e in make_episodes(policy.model)]
+    with pytest.raises(ValueError, match=r"nothing can be learned from 12 episodes: {'log-prob not finite': 12}.*lower --lr"):
+        update(policy, episodes)
+    with pytest.raises(ValueError, match="nothing can be learned from 0 episodes"):
+        update(policy, [])
+
+
+@pytest.mark.parametrize("kl", ["none", "k3"])
+def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl):
+    policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl=kl), lr=1e-2)
+    before = [p.clone() for p in policy.model.parameters()]
+    episodes = [replace(e, completion=replace(e.completion, finished=False)) for e in make_episodes(policy.model)]
+    found = update(policy, episodes)
+    assert (found["updates"], found["empty_minibatches"], found["truncated"]) == (0, 1, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert not policy.optimizer.state
+
+
+def test_savings_that_update_inside_the_backward_pass_are_refused():
+    with pytest.raises(ValueError, match="update_in_backward is on but a mini-batch has several rows"):
+        make_policy(make_model("llama"), BASE, savings=Savings(update_in_backward=True))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny", device="cpu")
+
+
+def questions(n=3):
+    return [Question(f"id{i}", row["problem"], row["answer"]) for i, row in enumerate(make_rows("short", n, seed=5))]
+
+
+def tiny_policy(tiny, **options):
+    model, tokenizer = tiny
+    settings = Settings(**{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl": "none", "temperature": 1.4} | options)
+    return Policy(copy.deepcopy(model), ChatFormat(tokenizer, instruction=""), settings, lr=1e-3)
+
+
+def test_a_rollout_is_graded_groups_with_the_log_probs_that_the_trainer_finds_too(tiny):
+    policy = tiny_policy(tiny)
+    asked = questions()
+    episodes = rollout(policy, asked)
+    assert [e.group for e in episodes] == [0] * 4 + [1] * 4 + [2] * 4
+    for episode in episodes:
+        question = asked[episode.group]
+        assert episode.question == question.id
+        assert episode.reward == correctness(question, episode.completion)
+        assert episode.completion.finished == (episode.completion.ids[-1] in policy.chat.eos_token_ids)
+    assert {e.reward for e in episodes} == {0.0, 1.0}
+    found = update(policy, episodes)
+    assert (found["sampler_ratio_min"], found["sampler_ratio_max"]) == pytest.approx((1, 1), abs=1e-4)
+
+
+def test_the_temperature_of_the_trainer_is_the_samplers(tiny):
+    """Without it, log-probs at temperature 1.4 would be compared with those at 1: no ratio of 1 anywhere."""
+    policy = tiny_policy(tiny, temperature=1.0)
+    cold = rollout(policy, questions())
+    policy.settings = replace(policy.settings, temperature=1.4)
+    assert update(policy, cold)["sampler_ratio_max"] > 1.01
+
+
+def test_the_same_prompt_gets_other_completions_each_time_and_the_same_ones_after_a_resume(tiny):
+    policy = tiny_policy(tiny, temperature=2.0)
+    first, second = rollout(policy, questions(1)), rollout(policy, questions(1))
+    assert policy.drawn == 2
+    assert [e.completion.ids for e in first] != [e.completion.ids for e in second]
+    assert len({tuple(e.completion.ids) for e in first}) > 1  # and the samples of a group differ
+    again = tiny_policy(tiny, temperature=2.0)
+    again.drawn = 1
+    assert rollout(again, questions(1)) == second
+
+
+def test_the_entropy_is_that_of_the_sampled_distributions_within_four_standard_errors(tiny):
+    policy = tiny_policy(tiny, group_size=16)
+    episodes = rollout(policy, questions(4))
+    exact, sampled = [], []
+    for episode in episodes:
+        ids = torch.tensor(episode.prompt + episode.completion.ids)
+        with torch.no_grad():
+            hidden = hidden_states(policy.model, PackedBatch.build([Document(ids, 1)]))
+            logits = (hidden @ head_weight(policy.model).T)[len(episode.prompt) - 1 : -1].double() / 1.4
+        p = logits.log_softmax(-1)
+        exact.append(-(p.exp() * p).sum(-1))
+        sampled.append(-torch.tensor(episode.completion.logprobs, dtype=torch.float64))
+    exact, sampled = torch.cat(exact), torch.cat(sampled)
+    error = (sampled - exact).std() / math.sqrt(len(exact))
+    assert abs(update(policy, episodes)["entropy"] - exact.mean().item()) < 4 * error
+
+
+def test_prompts_without_a_gold_answer_are_named_before_anything_is_sampled(tiny):
+    asked = [*questions(2), Question("bare", "1+1?", " ")]
+    with pytest.raises(ValueError, match=r"1 of 3 prompts have no gold answer to grade by: \['bare'\]"):
+        rollout(tiny_policy(tiny), asked)
+
+
+def test_what_the_grader_cannot_decide_is_no_reward_at_all():
+    texts = {"so \\boxed{5}": 1.0, "so \\boxed{6}": 0.0, "no idea": 0.0, "9^{9^{9^9}}": None}
+    assert [correctness(Question("q", "?", "5"), Completion([1], [0.0], True, text)) for text in texts] == list(texts.values())
+
+
+def test_a_row_too_short_for_prompt_and_completion_is_refused_before_anything_is_sampled(tiny):
+    with pytest.raises(ValueError, match=r"row_tokens is 64 but .* pass --row_tokens \d+"):
+        rollout(tiny_policy(tiny, row_tokens=64), questions())
+
+
+def test_a_reward_of_ones_own_is_used_and_its_range_kept(tiny):
+    policy = tiny_policy(tiny, reward_low=-1.0, reward_high=2.0)
+    policy.reward = lambda question, completion: len(completion.ids) / 30
+    episodes = rollout(policy, questions(1))
+    assert [e.reward for e in episodes] == [len(e.completion.ids) / 30 for e in episodes]
+
+
+def test_the_correction_is_never_above_its_cap():
+    old, sampler = torch.tensor([0.0, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0])
+    torch.testing.assert_close(sampler_correction(old, sampler, 2.0), torch.tensor([2.0, 1.0, math.exp(-2)]))
+
+
+def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_rewarded_way():
+    logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    token_losses(logprobs, torch.zeros_like(advantages), advantages, clip_low=0.2, clip_high=0.2).sum().backward()
+    ratio = logprobs.detach().exp()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, ratio[1], -ratio[2], 0.0], dtype=torch.float64))
+
+
+def test_both_kls_are_zero_at_the_reference_and_pull_towards_it():
+    for kl in ("k1", "k3"):
+        zeros = torch.zeros(1, dtype=torch.float64)
+        for distance in (-0.3, 0.0, 0.3):
+            logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
+            loss = token_losses(
+                logprobs, logprobs.detach(), zeros, clip_low=0.2, clip_high=0.2, kl=kl, kl_coef=1.0, reference=zeros
+            )
+            loss.sum().backward()
+            expected = distance if kl == "k1" else 1 - math.exp(-distance)
+            assert logprobs.grad.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_hidden_states_of_the_reference_are_those_of_the_start():
+    model = make_model("llama")
+    policy = make_policy(model, replace(BASE, kl="k3"), lr=1e-2)
+    start = copy.deepcopy(model)
+    update(policy, make_episodes(model))
+    with policy.reference() as reference:
+        assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), start.parameters(), strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(reference.parameters(), model.parameters(), strict=True))
+        assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
+    """max_rows reaches the fused loss, whose chunks are then so many rows."""
+    model, sizes, made = make_model("llama"), [], lce.row_gradients_
+    monkeypatch.setattr(lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest))
+    policy = make_policy(model, replace(BASE, kl="none"), savings=Savings(recompute=False, logit_rows=3))
+    update(policy, make_episodes(model))
+    assert max(sizes) <= 3 < sum(sizes)
+
+
+def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_rows(monkeypatch):
+    """The trainer's own log-probs, the reference's and the update."""
+    model, passes = make_model("llama"), []
+
+    def chunks(hidden, weight, kept, max_rows=0):
+        passes.append([len(rows) for rows, *_ in logit_chunks(hidden, weight, kept, max_rows)])
+        return logit_chunks(hidden, weight, kept, max_rows)
+
+    monkeypatch.setattr(lce, "logit_chunks", chunks)
+    settings = replace(BASE, row_tokens=4_096, kl="k3", kl_coef=0.1, old_logprobs="trainer")
+    found = []
+    for logit_rows in (0, 7):
+        policy = make_policy(copy.deepcopy(model), settings, savings=Savings(logit_rows=logit_rows))
+        found.append(update(policy, make_episodes(model)))
+    whole, parts = passes[:3], passes[3:]
+    assert len(parts) == 3 and all(len(sizes) == 1 for sizes in whole)
+    assert all(max(sizes) == 7 and sum(sizes) == sum(whole[0]) for sizes in parts)
+    assert found[0]["kl"] == pytest.approx(found[1]["kl"], abs=1e-6)
+    assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)

@@ -1,0 +1,221 @@
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from children import call, train_unbroken_and_killed, wait
+
+from kit.data.chat import ChatFormat
+from kit.data.problems import Question, draw
+from kit.data.toy import make_rows
+from kit.models.loading import load
+from kit.report.rl import write_report
+from kit.rl.grpo import Policy
+from kit.rl.loop import LOSS_NEAR_ZERO, gather, train
+from kit.rl.settings import Settings
+from kit.run import RunFolder
+from kit.train import checkpoint
+from kit.train.savings import Savings
+
+QUESTIONS = [
+    Question(f"q{i}", row["problem"], row["answer"]) for i, row in enumerate(make_rows("short", 7, seed=3, max_operands=4))
+]
+SETTINGS = Settings(
+    group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3", kl_coef=0.05,
+    no_signal="resample", max_resamples=1, old_logprobs="trainer",
+)  # fmt: skip
+STEPS = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str
+    resume: bool = False
+
+
+def make_policy(settings=SETTINGS, **options):
+    model, tokenizer = load("tiny", device="cpu")
+    options = {"lr": 3e-4, "savings": Savings(recompute=False)} | options
+    return Policy(model, ChatFormat(tokenizer, instruction=""), settings, **options)
+
+
+def run_training(out, *, resume=False, steps=STEPS, settings=SETTINGS, **options):
+    run = RunFolder.open(Config(str(out), resume))
+    return train(make_policy(settings, **options), QUESTIONS, run, steps=steps, batch_prompts=3, checkpoint_every=3)
+
+
+def start(out, resume):
+    return call(__file__, "run_training", out, resume=resume)
+
+
+def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
+    train_unbroken_and_killed(start, tmp_path, lines=5, newest_checkpoint="step_0000003")
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    files = [
+        [(tmp_path / n / name).read_text().splitlines() for name in ("metrics.jsonl", "rollouts.jsonl")]
+        for n in ("whole", "broken")
+    ]
+    assert files[0][1] == files[1][1]  # every sample that was written down
+    rows = [[untimed(json.loads(line)) for line in run[0]] for run in files]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
+    assert sum(row["updates"] for row in rows[0]) >= STEPS / 2
+    assert sum(row["resamples"] for row in rows[0]) > 0  # so that the data's position is no function of the step
+
+
+def test_running_out_of_memory_is_told_with_the_checkpoint_to_go_on_from(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def run_out(question, completion):
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 4:  # in the fifth step, after the checkpoint
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return float(len(completion.ids) % 2)
+
+    with pytest.raises(ValueError, match=r"step 5 ran out of memory: no plan was made.*checkpoint is .*step_0000003$") as error:
+        run_training(tmp_path / "run", reward=run_out)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
+MOMENTS = {  # of the second checkpoint, after 6 steps, and how many steps the newest one has when the kill has come
+    "before the checkpoint": 3, "before its rename": 3, "before the older one is deleted": 6, "after the checkpoint": 6,
+}  # fmt: skip
+
+
+def run_until_killed(out, moment):
+    """The process kills itself: between the line of metrics and the checkpoint's end, wherever the two can part."""
+    save, publish, calls = checkpoint.save, checkpoint._publish, []
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die(*arguments, **keywords):
+        calls.append("checkpoint")
+        if len(calls) < 2:
+            return save(*arguments, **keywords)
+        if moment == "before the checkpoint":
+            die()
+        if moment == "before its rename":
+            checkpoint._publish = die
+        if moment == "before the older one is deleted":
+            checkpoint._publish = lambda *paths: (publish(*paths), die())
+        save(*arguments, **keywords)
+        die()
+
+    checkpoint.save = save_and_die
+    run_training(out)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    wait(start(str(folder), False))
+    return folder
+
+
+@pytest.mark.parametrize(("moment", "lost"), [*((moment, 0) for moment in MOMENTS), ("after the checkpoint", 2)])
+def test_no_kill_between_metrics_and_checkpoint_skips_or_repeats_a_prompt(moment, lost, whole, tmp_path):
+    """A kill loses no line of metrics that was written; a machine that goes down may lose the last ones."""
+    out = tmp_path / "run"
+    child = call(__file__, "run_until_killed", str(out), moment)
+    assert child.wait() == -signal.SIGKILL, child.stderr
+    assert checkpoint.latest(out / "checkpoints").name == f"step_{MOMENTS[moment]:07d}"
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    (out / "metrics.jsonl").write_text("".join(lines[: len(lines) - lost]))
+    wait(start(str(out), True))
+    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    rows = [[untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, out)]
+    missing = range(7 - lost, 7) if MOMENTS[moment] == 6 else ()
+    assert rows[1] == [row for row in rows[0] if row["step"] not in missing]
+
+
+def untimed(row):
+    return {name: value for name, value in row.items() if "second" not in name}
+
+
+def test_a_run_writes_its_figures_samples_model_and_report_and_is_not_made_twice(tmp_path, capsys):
+    folder = run_training(tmp_path / "run", steps=2)
+    log = capsys.readouterr()
+    assert log.out.count(LOSS_NEAR_ZERO) == 1 and "step 2: reward" in log.out
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "rollouts.jsonl", "model"} | (
+        {"checkpoints"} if (tmp_path / "run" / "checkpoints").exists() else set()
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("reward_mean", "reward_std", "no_signal", "entropy", "length", "truncated", "ratio_min", "ratio_mean",
+                 "ratio_max", "clipped_low", "clipped_high", "kl", "sampler_ratio_mean", "rollout_tokens_per_second",
+                 "update_tokens_per_second", "drawn"):  # fmt: skip
+        assert name in rows[0], name
+    report = write_report(tmp_path / "run").read_text()
+    assert "2 steps: mean reward" in report and "data:image/png;base64," in report and "not drawn" in report
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert run_training(tmp_path / "run", steps=2, resume=True) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_resampling_fills_the_batch_with_groups_that_teach_within_its_bound_and_counts():
+    policy = make_policy(replace(SETTINGS, max_resamples=3))
+    episodes, resamples = gather(policy, QUESTIONS, 4)
+    groups = {e.group: set() for e in episodes}
+    for e in episodes:
+        groups[e.group].add(e.reward)
+    with_signal = sum(len(rewards) > 1 for rewards in groups.values())
+    assert 1 <= resamples <= 3
+    assert with_signal == 4 or resamples == 3
+    assert policy.drawn == len(groups) > 4
+    keeping = make_policy(replace(SETTINGS, no_signal="keep"))
+    assert len({e.group for e in gather(keeping, QUESTIONS, 4)[0]}) == 4
+
+
+def test_resampling_gives_up_at_its_bound_where_nothing_teaches():
+    policy = make_policy(replace(SETTINGS, max_resamples=2))
+    policy.reward = lambda question, completion: 1.0
+    episodes, resamples = gather(policy, QUESTIONS, 3)
+    assert (resamples, len({e.group for e in episodes})) == (2, 9)
+
+
+def test_a_step_in_which_nothing_can_be_learned_is_logged_and_leaves_the_weights(tmp_path, capsys):
+    policy = make_policy(replace(SETTINGS, no_signal="keep", kl="none"))
+    policy.reward = lambda question, completion: 0.0
+    before = [p.clone() for p in policy.model.parameters()]
+    train(policy, QUESTIONS, RunFolder.open(Config(str(tmp_path / "run"))), steps=1, batch_prompts=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert "no update in 2 mini-batches" in capsys.readouterr().out
+
+
+def test_a_policy_that_diverges_stops_the_run_and_names_the_last_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"step \d+: loss is|nothing can be learned from .*log-prob not finite.*lower --lr"):
+        run_training(tmp_path / "run", lr=1e38)
+
+
+def test_the_stream_of_prompts_holds_each_once_an_epoch_in_another_order_each_time():
+    first, second = (draw(QUESTIONS, start, 7, seed=0) for start in (0, 7))
+    assert sorted(q.id for q in first) == sorted(q.id for q in second) == sorted(q.id for q in QUESTIONS)
+    assert first != second
+    assert draw(QUESTIONS, 5, 4, seed=0) == [*first[5:], *second[:2]]
+    assert draw(QUESTIONS, 0, 7, seed=1) != first
+
+
+def test_the_reward_of_a_weakened_model_rises():
+    """The toy task from a start that is right a third of the time: the point of it all. Deterministic on a CPU."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+    from grpo_qwen2_5_0_5b import weaken
+
+    settings = Settings(group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl="none")
+    model, tokenizer = load("tiny", device="cpu")
+    weaken(model, 0.2, seed=0)
+    policy = Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=1e-4, savings=Savings(recompute=False))
+    rows = make_rows("short", 500, seed=9, min_operands=3, max_operands=5)
+    questions = [Question(row["problem"], row["problem"], row["answer"]) for row in rows]
+    from kit.rl.grpo import update
+
+    rewards = []
+    for _ in range(8):
+        episodes, _ = gather(policy, questions, 16)
+        rewards.append(update(policy, episodes)["reward_mean"])
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.1

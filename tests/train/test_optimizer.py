@@ -1,0 +1,217 @@
+import math
+
+import pytest
+import torch
+
+from kit.train.optimizer import (
+    AdamW8bit,
+    Slabs,
+    StochasticAdamW,
+    cosine_with_warmup,
+    make_optimizer,
+    stochastic_round_,
+)
+
+
+def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
+    factors = [cosine_with_warmup(step, 100, 0.05) for step in range(100)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[5] == 1.0
+    assert factors[52] == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert 0 < factors[-1] < 0.001
+    assert cosine_with_warmup(0, 1, 0.0) == 1.0
+    assert cosine_with_warmup(0, 1, 0.05) == 1.0
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_stochastic_rounding_is_exact_on_average_and_only_ever_takes_a_neighbour():
+    value = torch.full((200_000,), 0.02 + 3e-5)
+    rounded = torch.empty_like(value, dtype=torch.bfloat16)
+    stochastic_round_(rounded, value.clone(), generator())
+    down, up = sorted(set(rounded.tolist()))
+    assert down < value[0] < up
+    assert torch.nextafter(torch.tensor(down, dtype=torch.bfloat16), torch.tensor(1.0, dtype=torch.bfloat16)) == up
+    p = (value[0].item() - down) / (up - down)
+    standard_error = (up - down) * math.sqrt(p * (1 - p) / len(value))
+    assert abs(rounded.double().mean() - value[0].double()) < 5 * standard_error
+
+
+def test_what_bf16_holds_exactly_is_left_alone():
+    value = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-120, -(2.0**127)]).repeat(1000)
+    rounded = torch.empty_like(value, dtype=torch.bfloat16)
+    stochastic_round_(rounded, value.clone(), generator())
+    assert torch.equal(rounded.float(), value)
+
+
+def adamw_float64(weight, gradients, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
+    """Algorithm 2 of Loshchilov & Hutter in float64."""
+    w, m, v = weight.double(), 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        g = g.double()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        w = w - lr * (m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps) + weight_decay * w)
+    return w
+
+
+def test_a_bf16_step_follows_adamw_in_float64_on_average():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter((torch.randn(50_000) * 0.02).bfloat16())
+    start = weight.detach().clone()
+    gradients = [torch.randn(50_000).bfloat16() + 0.5 for _ in range(20)]
+    optimizer = StochasticAdamW([weight], lr=5e-5, weight_decay=0.1)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    truth = adamw_float64(start, gradients, lr=5e-5, weight_decay=0.1)
+    moved = (truth - start.double()).mean()
+    error = weight.detach().double() - truth
+    standard_error = error.std() / math.sqrt(len(weight))
+    assert abs(error.mean()) < 5 * standard_error
+    assert abs(moved) > 20 * standard_error  # the test can see the move it checks
+
+
+def test_rounding_to_nearest_would_lose_what_stochastic_rounding_keeps():
+    weight = torch.full((10_000,), 0.02).bfloat16()
+    start = weight.double().mean()
+    nearest, kept = weight.clone(), weight.clone()
+    g = generator()
+    for _ in range(100):
+        nearest = (nearest.float() - 1e-5).bfloat16()
+        stochastic_round_(kept, kept.float() - 1e-5, g)
+    assert nearest.double().mean() == start  # not one of a hundred updates arrived
+    assert kept.double().mean() - start == pytest.approx(-1e-3, rel=0.02)
+
+
+def test_the_random_numbers_depend_on_seed_step_and_parameter_alone():
+    def run(seed, steps=2):
+        parameters = [torch.nn.Parameter(torch.full((4096,), 0.02).bfloat16()) for _ in range(2)]
+        optimizer = StochasticAdamW(parameters, lr=1e-5, seed=seed)
+        for _ in range(steps):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        return [p.detach().clone() for p in parameters]
+
+    torch.manual_seed(1)
+    first = run(0)
+    torch.manual_seed(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(0), strict=True))
+    assert not torch.equal(first[0], run(1)[0])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    assert isinstance(make_optimizer(model, lr=1.0), torch.optim.AdamW)
+    model[0].bfloat16()
+    with pytest.raises(ValueError, match=r"torch.bfloat16', 'torch.float32"):
+        make_optimizer(model, lr=1.0)
+    assert isinstance(make_optimizer(model.bfloat16(), lr=1.0), AdamW8bit)
+    assert isinstance(make_optimizer(model, lr=1.0, name="adamw"), StochasticAdamW)
+    assert isinstance(make_optimizer(model.float(), lr=1.0, name="adamw8bit"), AdamW8bit)
+    with pytest.raises(ValueError, match="optimizer is 'lion'; pass one of auto, adamw, adamw8bit"):
+        make_optimizer(model, lr=1.0, name="lion")
+    with pytest.raises(ValueError, match="offload_optimizer is on but optimizer is adamw"):
+        make_optimizer(model, lr=1.0, name="adamw", offload=True)
+    with pytest.raises(ValueError, match="none"):
+        make_optimizer(model.requires_grad_(False), lr=1.0)
+
+
+def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, together=False):
+    """Two parameters after a few 8-bit steps."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter((torch.randn(n) * 0.02).to(dtype)) for n in (700, 256 * 5 + 3)]
+    optimizer = AdamW8bit(parameters, lr=1e-3, weight_decay=0.1, seed=5, offload=offload)
+    optimizer.SLAB = 512
+    for step in range(steps):
+        gradients = [torch.randn(len(p), generator=torch.Generator().manual_seed(step)).to(dtype) for p in parameters]
+        for i in order:
+            parameters[i].grad = gradients[i]
+            if together:
+                continue
+            if by_slices:
+                for first in range(0, len(parameters[i]), 256):
+                    optimizer.update(parameters[i], gradients[i][first : first + 256], first=first)
+            else:
+                optimizer.update(parameters[i])
+        if together:
+            optimizer.step()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"offload": True}, {"order": (1, 0)}, {"by_slices": True}, {"offload": True, "by_slices": True},
+     {"together": True}, {"offload": True, "together": True}],
+)  # fmt: skip
+def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype, options):
+    (parameters, optimizer), (others, other_optimizer) = updated(dtype), updated(dtype, **options)
+    for p, q in zip(parameters, others, strict=True):
+        assert torch.equal(p, q)
+        for name, tensor in optimizer.state[p].items():
+            assert torch.equal(tensor, other_optimizer.state[q][name]), name
+    assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 3]
+
+
+def test_offloaded_states_of_the_next_piece_set_out_before_this_one_is_updated_and_no_slab_is_filled_before_it_was_emptied():
+    calls = []
+
+    class Recorded(Slabs):
+        def bring(self, home):
+            found = super().bring(home)
+            calls.append(("in", self.turn))
+            return found
+
+        def send(self, home, visiting):
+            calls.append(("out", [slab["m_codes"].data_ptr() for slab in self.slabs].index(visiting["m_codes"].data_ptr())))
+            super().send(home, visiting)
+
+    parameters = [torch.nn.Parameter(torch.randn(n)) for n in (1_000, 3, 700)]
+    optimizer = AdamW8bit(parameters, lr=1e-3, offload=True)
+    optimizer.SLAB, optimizer.slabs = 512, Recorded(512, torch.device("cpu"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert calls[:4] == [("in", 1), ("in", 0), ("out", 1), ("in", 1)]
+    full = set()
+    for way, slab in calls:
+        assert (slab in full) == (way == "out")
+        full ^= {slab}
+    assert not full and len(calls) == 2 * (2 + 1 + 2)
+
+
+def test_8_bit_steps_draw_other_bits_for_another_seed_and_another_parameter():
+    def run(seed):
+        parameters = [torch.nn.Parameter(torch.full((4096,), 0.02).bfloat16()) for _ in range(2)]
+        optimizer = AdamW8bit(parameters, lr=1e-5, seed=seed)
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+            optimizer.update(p)
+        return parameters
+
+    first = run(0)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(0), strict=True))
+    assert not torch.equal(first[0], run(1)[0])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_8_bit_steps_follow_adamw_in_float64():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4096) * 0.02)
+    start, gradients = weight.detach().clone(), [torch.randn(4096) + 0.5 for _ in range(20)]
+    optimizer = AdamW8bit([weight], lr=1e-3, weight_decay=0.1)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    moved, truth = (
+        x - start.double() for x in (weight.detach().double(), adamw_float64(start, gradients, lr=1e-3, weight_decay=0.1))
+    )
+    cosine = (moved @ truth / moved.norm() / truth.norm()).item()
+    assert cosine > 0.99 and moved.norm() / truth.norm() == pytest.approx(1, abs=0.05)
+    with pytest.raises(ValueError, match="no closure"):
+        optimizer.step(lambda: 0.0)

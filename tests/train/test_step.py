@@ -1,0 +1,148 @@
+import pytest
+import torch
+from conftest import FAMILIES, make_model, random_documents
+
+from kit.models.backbone import head_weight
+from kit.packing import PackedBatch
+from kit.train.savings import Savings
+from kit.train.step import TrainingStep
+
+LENGTHS = [9, 4, 23, 12]
+LEAN = {
+    "update_in_backward": True, "tile_tokens": 7, "offload_inputs": True, "logit_rows": 5, "offload_optimizer": True
+}  # fmt: skip
+
+
+def tied(family, dtype=torch.float32):
+    model = make_model(family, dtype)
+    model.set_output_embeddings(model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    head.weight = model.get_input_embeddings().weight
+    return model
+
+
+def trained(model, savings, steps=3, seed=0, **options):
+    training_step = TrainingStep(model, savings, lr=1e-2, seed=seed, **options)
+    history = []
+    for step in range(steps):
+        loss, norm = training_step([PackedBatch.build(random_documents(LENGTHS, seed=step))])
+        history.append((loss.item(), norm.item()))
+    training_step.close()
+    return history
+
+
+def assert_close_to(model, other, atol):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_updating_inside_the_backward_pass_gives_the_bits_of_updating_after_it(family):
+    """lr is the same for all, and each parameter's random stream is its own: the order of updates is invisible."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, other = make_model(family, dtype), make_model(family, dtype)
+        history = trained(model, Savings(optimizer="adamw8bit"))
+        assert [x for x, _ in trained(other, Savings(update_in_backward=True))] == [x for x, _ in history]
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_savings_together_train_the_same_model(family):
+    model, other = tied(family), tied(family)
+    history, lean = trained(model, Savings(optimizer="adamw8bit")), trained(other, Savings(**LEAN, head_update="blocked"))
+    for (loss, norm), (lean_loss, lean_norm) in zip(history, lean, strict=True):
+        assert lean_loss == pytest.approx(loss, rel=1e-4)
+        assert lean_norm == pytest.approx(norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, monkeypatch):
+    """One step of the 8-bit optimizer on the same gradient up to rounding; codes differ where a random threshold is close."""
+    monkeypatch.setattr(
+        "kit.kernels.linear_cross_entropy_blocks.VOCABULARY_UNIT", 8
+    )  # 97 rows of 32 numbers: blocks of 256 numbers, twelve and a bit
+    monkeypatch.setattr("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", 1)
+    gradients = []
+    for savings in (Savings(update_in_backward=True), Savings(update_in_backward=True, head_update="blocked")):
+        model = tied(family)
+        training_step = TrainingStep(model, savings, lr=1e-2)
+        weight, seen = head_weight(model), torch.zeros_like(head_weight(model))
+
+        def update(parameter, gradient=None, *, first=0, seen=seen, weight=weight):
+            if parameter is weight:
+                gradient = (parameter.grad if gradient is None else gradient).reshape(-1)
+                seen.view(-1)[first : first + len(gradient)] += gradient
+
+        monkeypatch.setattr(training_step.optimizer, "update", update)
+        documents = random_documents(LENGTHS)
+        documents[0].ids[:3] = model.get_input_embeddings().padding_idx or 0  # whose row gets nothing from the lookup
+        _, norm = training_step([PackedBatch.build(documents)])
+        gradients.append((seen, norm))
+    (whole, norm), (blocked, blocked_norm) = gradients
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(blocked, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-4)
+    torch.testing.assert_close(blocked_norm, norm)
+
+
+def test_a_gradient_is_gone_when_its_layer_is_done():
+    model = make_model("llama")
+    alive = []
+    training_step = TrainingStep(model, Savings(update_in_backward=True), lr=1e-2)
+    update = training_step.optimizer.update
+
+    def counted(parameter, *args, **options):
+        alive.append(sum(p.grad is not None for p in model.parameters()))
+        update(parameter, *args, **options)
+
+    training_step.optimizer.update = counted
+    training_step([PackedBatch.build(random_documents(LENGTHS))])
+    assert len(alive) == len(list(model.parameters())) and set(alive) == {1}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_each_parameter_is_clipped_by_itself_where_no_global_norm_is_known():
+    model = make_model("llama")
+    training_step = TrainingStep(model, Savings(update_in_backward=True), lr=1e-2, max_tensor_norm=1e-3)
+    norms = []
+    training_step.optimizer.update = lambda parameter: norms.append(parameter.grad.norm().item())
+    _, norm = training_step([PackedBatch.build(random_documents(LENGTHS))])
+    assert norm > 1e-2 and max(norms) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_what_excludes_one_another_is_refused_with_the_way_out():
+    model = make_model("llama")
+    rows = [PackedBatch.build(random_documents(LENGTHS))] * 2
+    with pytest.raises(ValueError, match=r"2 rows but update_in_backward.*--batch_traces 1.*--no_update_in_backward"):
+        TrainingStep(model, Savings(update_in_backward=True), lr=1e-2)(rows)
+    with pytest.raises(ValueError, match="head_update is blocked but update_in_backward is off"):
+        Savings(head_update="blocked")
+    with pytest.raises(ValueError, match="head_update is 'tiled'; pass one of whole, blocked"):
+        Savings(head_update="tiled")
+    with pytest.raises(ValueError, match="recompute is off"):
+        Savings(recompute=False, tile_tokens=5)
+    with pytest.raises(ValueError, match="optimizer is adamw, which updates all at once"):
+        Savings(update_in_backward=True, optimizer="adamw")
+    blocked = Savings(update_in_backward=True, head_update="blocked")
+    with pytest.raises(ValueError, match="the head is not tied"):
+        TrainingStep(make_model("llama"), blocked, lr=1e-2)
+    with pytest.raises(ValueError, match=r"max_tensor_norm is 1 but head_update is blocked"):
+        TrainingStep(tied("llama"), blocked, lr=1e-2, max_tensor_norm=1.0)
+    clipped = r"max_grad_norm is 1 but update_in_backward .*--max_grad_norm 0, and --max_tensor_norm 1 to clip.*--no_update"
+    with pytest.raises(ValueError, match=clipped):
+        TrainingStep(make_model("llama"), Savings(update_in_backward=True), lr=1e-2, max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"max_tensor_norm is 2 but update_in_backward is off.*--max_grad_norm 2"):
+        TrainingStep(make_model("llama"), Savings(), lr=1e-2, max_tensor_norm=2.0)
+    with pytest.raises(ValueError, match=r"batch_traces is 8 but update_in_backward.*--batch_traces 1.*--no_update_in_backward"):
+        Savings(update_in_backward=True).check_rows(8)
+    Savings(update_in_backward=True).check_rows(1)
+    Savings().check_rows(8)
+
+
+def test_closing_takes_every_hook_off():
+    model = make_model("gemma3")
+    training_step = TrainingStep(model, Savings(**LEAN), lr=1e-2)
+    training_step.close()
+    before = [p.detach().clone() for p in model.parameters()]
+    sum(p.square().sum() for p in model.parameters()).backward()
+    assert all(torch.equal(p, q) and p.grad is not None for p, q in zip(model.parameters(), before, strict=True))
+    assert not model.training

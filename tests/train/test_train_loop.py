@@ -1,0 +1,186 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from children import call, train_unbroken_and_killed
+from conftest import make_model, random_documents
+
+from kit.data.toy import make_tokenizer
+from kit.machine import GIB
+from kit.memory.measured import PeakMemory
+from kit.memory.simulate import plan
+from kit.models.backbone import head_weight, hidden_states
+from kit.packing import PackedBatch
+from kit.run import RunFolder
+from kit.train import checkpoint
+from kit.train.loop import TrainingPlan, train
+from kit.train.optimizer import make_optimizer
+from kit.train.savings import Savings
+from kit.train.step import TrainingStep
+
+LENGTHS = [9, 4, 23, 12, 7, 30, 5, 18]
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str
+    resume: bool = False
+
+
+def mean_token_loss(model, documents):
+    """The definition: cross-entropy of every response token of every document, each on its own, averaged over all of them."""
+    losses = []
+    for document in documents:
+        batch = PackedBatch.build([document])
+        logits = hidden_states(model, batch) @ head_weight(model).T
+        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")[batch.targets >= 0])
+    return torch.cat(losses).mean()
+
+
+@pytest.mark.parametrize("packs", [[list(range(8))], [[0, 2], [1, 3, 4], [5], [6, 7]]])
+def test_the_step_weights_every_target_alike_however_documents_share_rows(tiny_model, packs):
+    documents = random_documents(LENGTHS)
+    truth = mean_token_loss(tiny_model, documents)
+    truth.backward()
+    expected = [p.grad.clone() for p in tiny_model.parameters()]
+    batches = [PackedBatch.build([documents[i] for i in pack]) for pack in packs]
+    loss, norm = TrainingStep(tiny_model, Savings(), lr=0.0)(batches)
+    torch.testing.assert_close(loss, truth.detach())
+    torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected]).norm())
+    for parameter, gradient in zip(tiny_model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_clipping_scales_the_gradient_to_the_norm_it_is_given():
+    model = make_model("llama")
+    batch = PackedBatch.build(random_documents(LENGTHS))
+    _, norm = TrainingStep(model, Savings(), lr=0.0, max_grad_norm=0.1)([batch])
+    assert norm > 0.1
+    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    torch.testing.assert_close(clipped, torch.tensor(0.1), atol=1e-6, rtol=1e-4)
+
+
+def test_the_plan_holds_every_trace_once_an_epoch_and_says_what_it_costs():
+    plan = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=3)
+    seen = [i for step in plan.steps for pack in step for i in pack]
+    assert sorted(seen) == sorted(list(range(8)) * 3)
+    assert (plan.traces, plan.tokens) == (24, 3 * sum(LENGTHS))
+    assert "optimizer steps of" in str(plan)
+    assert "packs of up to 32 tokens" in str(plan)
+    short = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=3, max_steps=2)
+    assert short.steps == plan.steps[:2]
+    with pytest.raises(ValueError, match="epochs is 0"):
+        TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=0)
+
+
+def run_training(out, family="llama", *, steps=10, resume=False, lr=1e-2, dtype=torch.float32, before_norm=None, **options):
+    documents = random_documents(LENGTHS)
+    training_plan = TrainingPlan.make(list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=steps)
+    run = RunFolder.open(Config(str(out), resume))
+    model = make_model(family, dtype)
+    if before_norm:
+        model.model.norm.register_forward_pre_hook(before_norm)
+    options = {"lr": lr, "warmup_ratio": 0.1, "weight_decay": 0.01, "checkpoint_every": 5} | options
+    return model, train(model, make_tokenizer(), documents, training_plan, run, **options)
+
+
+def test_the_loss_falls_and_a_line_is_written_a_step(tmp_path):
+    _, folder = run_training(tmp_path / "run", steps=30, checkpoint_every=0)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert (folder / "model.safetensors").is_file()
+    assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
+def test_a_checkpoint_gives_back_weights_and_optimizer_bit_for_bit(tmp_path, family, dtype):
+    def make():
+        model = make_model(family, dtype)
+        training_step = TrainingStep(model, Savings(), lr=1e-2, max_grad_norm=1.0, seed=3)
+        return model, training_step, training_step.optimizer
+
+    def step(training_step, seed):
+        training_step([PackedBatch.build(random_documents(LENGTHS, seed=seed))])
+
+    model, training_step, optimizer = make()
+    step(training_step, 0)
+    path = checkpoint.save(tmp_path, model, make_tokenizer(), optimizer, 1)
+    step(training_step, 1)
+    other, other_step, other_optimizer = make()
+    assert checkpoint.load(path, other, other_optimizer) == 1
+    assert head_weight(other) is other.get_input_embeddings().weight if family == "gemma3" else True
+    step(other_step, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    if dtype == torch.float32:
+        assert {s["exp_avg"].dtype for s in other_optimizer.state.values()} == {torch.float32}
+    else:
+        assert {s["m_codes"].dtype for s in other_optimizer.state.values()} == {torch.int8}
+
+
+def test_only_the_newest_checkpoint_is_kept_and_a_half_written_one_is_not_taken(tmp_path):
+    model = make_model("llama")
+    optimizer = make_optimizer(model, lr=1.0)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, model, make_tokenizer(), optimizer, step)
+    (tmp_path / "writing").mkdir()
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_0000002"]
+    assert checkpoint.latest(tmp_path).name == "step_0000002"
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
+    model = make_model("llama")
+    path = checkpoint.save(tmp_path, model, make_tokenizer(), make_optimizer(model, lr=1.0), 1)
+    other = make_model("qwen2")
+    with pytest.raises(ValueError, match="checkpoint of another model"):
+        checkpoint.load(path, other, make_optimizer(other, lr=1.0))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    with pytest.raises(ValueError, match=r"step \d+: loss is .*lower --lr"):
+        run_training(tmp_path / "run", lr=1e38)
+
+
+def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_on_as_if_nothing_had_been(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def run_out(*_):
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 6:  # in the seventh step, after the checkpoint
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    planned = plan("tiny", row_tokens=32)
+    said = rf"step 7 ran out of memory: the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}\. Pass --gpu_gb"
+    with pytest.raises(ValueError, match=said + r".*checkpoint is .*step_0000005$") as error:
+        run_training(
+            tmp_path / "run", before_norm=run_out, memory=PeakMemory(torch.device("cpu"), planned, tmp_path / "memory.json")
+        )
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    _, broken = run_training(tmp_path / "run", resume=True)
+    _, whole = run_training(tmp_path / "whole")
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    _, folder = run_training(tmp_path / "run", steps=2)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    _, again = run_training(tmp_path / "run", steps=2, resume=True)
+    assert again == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))  # what the finished model replaces is gone
+
+
+def start(out, resume):
+    return call(__file__, "run_training", out, steps=10, resume=resume)
+
+
+def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
+    train_unbroken_and_killed(start, tmp_path, lines=6, newest_checkpoint="step_0000005")
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert weights[0] == weights[1]
+    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "broken")]
+    losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in run] for run in rows]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10

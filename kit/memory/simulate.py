@@ -24,7 +24,8 @@ from kit.models.attention import REGISTERED
 from kit.models.backbone import head_weight
 from kit.models.loading import load_config
 from kit.packing import PackedBatch
-from kit.train.head import LossOfRow, TiedHead
+from kit.train.head import TiedHead
+from kit.train.loss import LossOfRow
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
 

@@ -249,13 +249,13 @@ def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> 
 
 
 def row_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, batch: EpisodeBatch, *, settings: Settings, cap: float | None = None,
-    tally: Tally | None = None, sampler: Tally | None = None, logit_rows: int = 0,
+    hidden: torch.Tensor, weight: torch.Tensor, batch: EpisodeBatch, scale: float, *, settings: Settings,
+    cap: float | None = None, tally: Tally | None = None, sampler: Tally | None = None, logit_rows: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """A row's share of the step's loss: the clipped objective of every completion token, times its weight.
 
-    hidden (T, H), weight (V, H). cap: the softcap. logit_rows: as in kit.train.savings. sampler: takes the ratio of the trainer's
-    probabilities to the sampler's.
+    hidden (T, H), weight (V, H). scale: not used, since a token's weight holds its normaliser. cap: the softcap. logit_rows: as
+    in kit.train.savings. sampler: takes the ratio of the trainer's probabilities to the sampler's.
     """
 
     def objective(logprobs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

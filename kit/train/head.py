@@ -1,4 +1,4 @@
-"""The head in a training step: the fused loss of a row, its backward pass, and where the head's gradient goes.
+"""The head in a training step: the loss of a row (kit/train/loss.py), its backward pass, and where the head's gradient goes.
 
 backward(batch, scale, loss_of) once a row, then finish() once a step. Three ways: head and embedding apart, or the head frozen
 (AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a block of the vocabulary at a time (BlockedHead).
@@ -6,20 +6,16 @@ backward(batch, scale, loss_of) once a row, then finish() once a step. Three way
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import PackedBatch
+from kit.train.loss import LossOfRow, cross_entropy
 from kit.train.optimizer import AdamW8bit
 from kit.train.saved_tensors import catch_gradient
 from kit.train.savings import Savings
 from kit.train.update_in_backward import UpdateInBackward, Updates
-
-LossOfRow = Callable[[torch.Tensor, torch.Tensor, PackedBatch], torch.Tensor]  # (hidden (T, H), head's weight (V, H), its row)
 
 
 def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
@@ -38,12 +34,6 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
     return AutogradHead(model, savings.logit_rows)
 
 
-def mean_cross_entropy(model, scale: float, logit_rows: int) -> LossOfRow:
-    """scale * the sum of a row's token losses: the mean over the step, where scale is 1 / its targets."""
-    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows, "overwrite_hidden": True}
-    return lambda hidden, weight, batch: linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
-
-
 class AutogradHead:
     """The fused loss under autograd: the head's gradient is made with the loss and waits for the rest."""
 
@@ -51,8 +41,8 @@ class AutogradHead:
         self.model, self.logit_rows = model, logit_rows
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
-        loss_of = loss_of or mean_cross_entropy(self.model, scale, self.logit_rows)
-        loss = loss_of(hidden_states(self.model, batch), head_weight(self.model), batch)
+        loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
+        loss = loss_of(hidden_states(self.model, batch), head_weight(self.model), batch, scale)
         loss.backward()
         return loss.detach()
 
@@ -96,11 +86,11 @@ class TiedHead:
         self.dweight: torch.Tensor | None = None
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
-        loss_of = loss_of or mean_cross_entropy(self.model, scale, self.logit_rows)
+        loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
         lookup = _Lookup(self.model, batch.input_ids)
         leaf = head_weight(self.model).detach().requires_grad_()
         leaf.grad = self.dweight  # of the rows before
-        loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch)
+        loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch, scale)
         loss.backward()
         self.dweight = leaf.grad
         _add_rows_(self.dweight, batch.input_ids, lookup.gradient())

@@ -24,6 +24,7 @@ from kit.models.backbone import head_weight
 from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
 from kit.run import RunFolder
 from kit.train import checkpoint
+from kit.train.loss import LossOfRow
 from kit.train.optimizer import cosine_with_warmup
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
@@ -99,12 +100,12 @@ def train(
     model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
     lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999, max_grad_norm: float = 1.0,
     max_tensor_norm: float = 0.0, savings: Savings | None = None,
-    memory: Memory | None = None, checkpoint_every: int = 0, seed: int = 0,
+    loss_of: LossOfRow | None = None, memory: Memory | None = None, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
 
-    savings: None = Savings(). max_grad_norm, max_tensor_norm: as TrainingStep's. memory: watches the card, such as
-    kit.memory.PeakMemory; None = nobody does.
+    loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy. savings: None = Savings(). max_grad_norm,
+    max_tensor_norm: as TrainingStep's. memory: watches the card, such as kit.memory.PeakMemory; None = nobody does.
 
     checkpoint_every: steps; 0 = none before the end. Where run.path holds a checkpoint, training goes on from it (bit for bit on
     a CPU); where it holds the finished model, nothing is done and that folder is returned.
@@ -132,7 +133,7 @@ def train(
             group["lr"] = lr * factor
         batches = [PackedBatch.build([documents[i] for i in pack]) for pack in plan.steps[step]]
         try:
-            loss, norm = (x.item() for x in training_step(batches))
+            loss, norm = (x.item() for x in training_step(batches, loss_of))
         except torch.OutOfMemoryError as error:
             raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
         seconds, compiles = time.perf_counter() - start, device.type == "cuda" and step == done  # Triton's kernels, in step 1

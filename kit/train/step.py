@@ -12,7 +12,8 @@ import torch
 
 from kit.models.backbone import head_weight
 from kit.packing import PackedBatch
-from kit.train.head import LossOfRow, make_head
+from kit.train.head import make_head
+from kit.train.loss import LossOfRow
 from kit.train.optimizer import make_optimizer
 from kit.train.recompute import keep_activations, recompute_layers
 from kit.train.savings import Savings
@@ -47,7 +48,7 @@ class TrainingStep:
     def __call__(self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss of the step, gradient norm before clipping), fp32 scalars on the device.
 
-        loss_of(hidden (T, H), head's weight (V, H), batch): a row's share of the step's loss; None = mean token cross-entropy.
+        loss_of: a row's share of the step's loss (kit.train.loss); None = mean token cross-entropy.
         """
         scale = 1 / max(sum(batch.num_targets for batch in batches), 1)
         device = head_weight(self.model).device

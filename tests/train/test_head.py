@@ -8,7 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import PackedBatch
-from kit.train.head import AutogradHead, TiedHead, _add_lookup_, make_head, mean_cross_entropy
+from kit.train.head import AutogradHead, TiedHead, _add_lookup_, make_head
+from kit.train.loss import cross_entropy
 from kit.train.optimizer import make_optimizer
 from kit.train.savings import Savings
 from kit.train.update_in_backward import UpdateAtEnd
@@ -92,7 +93,7 @@ def test_the_loss_gives_hidden_its_gradient_in_its_own_memory():
     batch, places = batches(model)[0], []
     hidden = torch.randn(len(batch), model.config.hidden_size).requires_grad_() * 1
     hidden.register_hook(lambda gradient: places.append(gradient.data_ptr()))
-    mean_cross_entropy(model, SCALE, 0)(hidden, head_weight(model), batch).backward()
+    cross_entropy(model)(hidden, head_weight(model), batch, SCALE).backward()
     assert places == [hidden.data_ptr()]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
-from kit.packing import IGNORE_INDEX
+from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
 
 BLOCK = 1024  # output places a program: 8 a thread; a row of 16,384 tokens makes 16 programs
 NUM_WARPS = 4

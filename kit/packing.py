@@ -15,7 +15,8 @@ from itertools import accumulate
 
 import torch
 
-IGNORE_INDEX = -100  # torch's default ignore_index, and what Hugging Face collators write
+from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
+
 BITS = 128  # free spaces a word of the bitset: two machine words keep Python's integers in their fast case
 
 

@@ -5,7 +5,7 @@ from kit.front_door import hand_on
 __getattr__, __all__ = hand_on(
     __name__,
     {  # file -> names
-        "loading": ["load", "load_to_train"],
+        "load_any": ["load", "load_to_train"],
         "backbone": ["head_weight", "hidden_states"],
     },
 )

@@ -33,28 +33,26 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def load(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from "tiny" or "tinier", a hub id, a local folder, or a GGUF file (which is dequantised).
+def path_of(name: str) -> Path:
+    """Return where a shipped model, a folder or a file lies; a hub id as it is.
 
-    A folder of adapters is loaded with its base: in NF4 those that the kit trained so (kit.models.qlora), plain all others
-    (kit.models.lora).
-
-    attention: one of kit.models.attention.CHOICES. Raises ValueError for a path that is not there, for a
-    family whose attention we do not know, and for an attention that cannot run here.
+    Raises ValueError for what looks like a path and is not there.
     """
-    device = torch.device(device or default_device())
-    dtype = dtype or default_dtype(device)
     path = SHIPPED.get(name, Path(name))
     if name.endswith(".gguf") or name.startswith((".", "/", "~")):
         path = path.expanduser()
         if not path.exists():
             raise ValueError(f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists")
-    if (path / "adapter_config.json").is_file():
-        from kit.models import lora  # which loads the base from here
+    return path
 
-        return lora.load(path, device=device, dtype=dtype, attention=attention)
+
+def load_plain(
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model that is whole in itself: as kit.models.load, but for folders of adapters."""
+    device = torch.device(device or default_device())
+    dtype = dtype or default_dtype(device)
+    path = path_of(name)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)
     else:
@@ -66,24 +64,6 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(where)
     check_end_of_text(tokenizer, name)
     return model.to(device).eval(), tokenizer
-
-
-def load_to_train(name: str, *, qlora_rank: int = 0, seed: int = 0, **where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's.
-
-    Raises ValueError for adapters that the kit did not train, too: a checkpoint has no place for another base than NF4.
-    """
-    if not qlora_rank:
-        model, tokenizer = load(name, **where)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                f"{name} holds adapters that the kit did not train: they can be evaluated but not trained further; merge them "
-                "with peft's merge_and_unload and train the result"
-            )
-        return model, tokenizer
-    from kit.models import qlora  # bitsandbytes and peft take seconds to import
-
-    return qlora.load(name, rank=qlora_rank, seed=seed, **where)
 
 
 def _config(where: str):

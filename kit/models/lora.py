@@ -43,7 +43,7 @@ def load(
         return qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
     base = _base(folder)
     try:
-        model, tokenizer = loading.load(base, device=device, dtype=dtype, attention=attention)
+        model, tokenizer = loading.load_plain(base, device=device, dtype=dtype, attention=attention)
     except ValueError as error:
         raise ValueError(
             f"{folder} holds adapters of {base}, which cannot be loaded; write where the base is as base_model_name_or_path in "

@@ -15,13 +15,13 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from kit import models
 from kit.data.chat import ChatFormat
 from kit.data.documents import make_documents
 from kit.data.toy import make_traces
 from kit.evaluate.benchmarks import Benchmark
 from kit.evaluate.measure import evaluate
 from kit.evaluate.results import Result
-from kit.models import loading
 from kit.run import Journal, RunFolder
 from kit.train.loop import TrainingPlan, train
 from kit.train.savings import Savings
@@ -59,7 +59,7 @@ def make_cell(cell: Cell, study: Study, benchmark: Benchmark, path: Path) -> dic
     run = RunFolder(path)
     path.mkdir(parents=True, exist_ok=True)
     row = {"cell": cell.name, **asdict(cell)}
-    model, tokenizer = loading.load(cell.model, device="cpu")
+    model, tokenizer = models.load(cell.model, device="cpu")
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     chat = ChatFormat(tokenizer, instruction="")
     if cell.arm != BASE:
@@ -71,7 +71,7 @@ def make_cell(cell: Cell, study: Study, benchmark: Benchmark, path: Path) -> dic
             lr=study.lr, warmup_ratio=study.warmup_ratio, beta2=0.95, savings=Savings(recompute=False),
             checkpoint_every=study.checkpoint_every, seed=cell.seed,
         )  # fmt: skip
-        model, _ = loading.load(str(trained), device="cpu")  # what is measured is what was saved
+        model, _ = models.load(str(trained), device="cpu")  # what is measured is what was saved
         metrics = run.metrics.read()
         row |= {
             "epochs": study.epochs,

@@ -21,13 +21,13 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from kit import models
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.data.toy import make_rows
 from kit.evaluate.benchmarks import Benchmark
 from kit.evaluate.measure import evaluate
 from kit.evaluate.results import Result
-from kit.models import loading
 from kit.rl.grpo import Policy
 from kit.rl.loop import train
 from kit.rl.settings import Settings
@@ -70,7 +70,7 @@ def make_climb(cell: Cell, study: Study, benchmark: Benchmark, path: Path, steps
     """Train one start for `steps` steps, or go on with it, and measure it: its line of the journal."""
     run = RunFolder(path / "rl" / cell.name)
     where = cell.model if cell.arm == BASE else str(path / "cells" / cell.name / "model")
-    model, tokenizer = loading.load(where, device="cpu")
+    model, tokenizer = models.load(where, device="cpu")
     chat = ChatFormat(tokenizer, instruction="")
     max_new_tokens = min(MAX_NEW_TOKENS, study.params.max_new_tokens)
     settings = Settings(max_new_tokens=max_new_tokens, num_slots=256, minibatch_prompts=8, row_tokens=4_096, kl_coef=KL_COEF,
@@ -87,7 +87,7 @@ def make_climb(cell: Cell, study: Study, benchmark: Benchmark, path: Path, steps
     prompts = prompts_for(benchmark, cell.seed)
     trained = train(policy, prompts, run, steps=steps, batch_prompts=BATCH_PROMPTS, checkpoint_every=10)
     policy.close()
-    model, _ = loading.load(str(trained), device="cpu")
+    model, _ = models.load(str(trained), device="cpu")
     after = measure(model, "after")
     return {"cell": cell.name, **asdict(cell), "steps": steps, "before": before.accuracy, "accuracy": after.accuracy}
 

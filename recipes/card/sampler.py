@@ -6,7 +6,7 @@
 - launches, kernels and copies to the host per decode step, also of one long row beside 31 short ones
 - what reading 8 prompts of 1,024 tokens holds, beside the memory plan of reinforcement learning
 Random weights never end a text, so all rows are equally long. Left out: long-tailed lengths, which
-recipes/bench_sampler.py has, and vLLM.
+recipes/bench/sampler.py has, and vLLM.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.backend import has_tensor_cores
 from kit.kernels.packed_attention import packed_attention
-from kit.kernels.traffic import causal_pairs
 
 SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
 Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that computes the output from them
@@ -46,7 +45,9 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
     name = f"attention {Hq}/{Hkv} heads D{D}, {len(lengths)} x {length:,}"
     if window is not None:
         name += f", window {window}"
-    flops = 4 * D * Hq * causal_pairs(lengths, window)  # forward; backward has 2.5 times as many
+    n = min(window or length, length)
+    pairs = len(lengths) * (n * (n + 1) // 2 + (length - n) * n)  # of a query and a key that it sees
+    flops = 4 * D * Hq * pairs  # forward; backward has 2.5 times as many
     seconds = 5 + 200 * flops / limits.matmul_tflops / 1e12  # 5 contestants, 40 forward passes' worth each
     with results.case(name):
         if not results.has_time(name, seconds):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from children import call, wait
 
+from kit import models
 from kit.data.chat import ChatFormat
 from kit.evaluate.benchmarks import parse_benchmarks
 from kit.evaluate.measure import _cuts, evaluate, fingerprint
@@ -12,7 +13,6 @@ from kit.evaluate.results import read_result
 from kit.generate.sampler import Completion
 from kit.generate.sampling import SamplingParams
 from kit.grade.verdict import grade
-from kit.models import loading
 from kit.run import digest
 
 PARAMS = SamplingParams(max_new_tokens=60)
@@ -21,7 +21,7 @@ HOT = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=60)  # else the 
 
 @pytest.fixture(scope="module")
 def tiny():
-    model, tokenizer = loading.load("tiny", device="cpu")
+    model, tokenizer = models.load("tiny", device="cpu")
     return model, ChatFormat(tokenizer, instruction="")
 
 
@@ -100,7 +100,7 @@ def test_a_cut_inside_a_character_of_several_bytes_leaves_it_out(tiny):
 
 
 def measure(out, slots):
-    model, tokenizer = loading.load("tiny", device="cpu")
+    model, tokenizer = models.load("tiny", device="cpu")
     evaluate(model, ChatFormat(tokenizer, instruction=""), toy(30), HOT, out, num_samples=2, num_slots=slots)
 
 

@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+from kit import models
 from kit.data.chat import ChatFormat
 from kit.generate import kv_cache
 from kit.generate import sampler as generating
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import Completion, arrange, generate
 from kit.generate.sampling import SamplingParams
-from kit.models import backbone, loading
+from kit.models import backbone
 from kit.packing import Document, PackedBatch
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
@@ -326,7 +327,7 @@ def test_real_weights_decode_greedily_as_transformers_does():
         pytest.skip(
             "real weights do not ship with the kit: set KIT_MODEL to a folder or .gguf file of a model with a chat template"
         )
-    model, tokenizer = loading.load(path, device="cpu")
+    model, tokenizer = models.load(path, device="cpu")
     chat = ChatFormat(tokenizer)
     problems = [
         "What is 2 + 3?",

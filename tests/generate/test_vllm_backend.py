@@ -7,13 +7,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from kit import models
 from kit.data.chat import ChatFormat
 from kit.evaluate.benchmarks import parse_benchmarks
 from kit.evaluate.measure import evaluate
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 from kit.generate.vllm_backend import VllmModel
-from kit.models import loading
 
 
 class Engine:
@@ -92,11 +92,11 @@ def test_the_context_is_respected(model):
 
 
 def test_an_evaluation_writes_the_same_log_and_says_which_engine(model, tmp_path):
-    tokenizer = loading.load("tiny", device="cpu")[1]
+    tokenizer = models.load("tiny", device="cpu")[1]
     benchmark = parse_benchmarks("toy", limit=2)[0]
     chat = ChatFormat(tokenizer, instruction="")
     found = evaluate(model, chat, benchmark, SamplingParams(max_new_tokens=9), tmp_path, num_samples=2)
-    tiny = loading.load("tiny", device="cpu")[0]
+    tiny = models.load("tiny", device="cpu")[0]
     ours = evaluate(tiny, chat, benchmark, SamplingParams(max_new_tokens=9), tmp_path / "kit", num_samples=2)
     assert found.header.keys() == ours.header.keys()
     assert found.rows[0].keys() == ours.rows[0].keys()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from kit import models
 from kit.data.chat import ChatFormat
 from kit.evaluate.benchmarks import parse_benchmarks
 from kit.evaluate.measure import evaluate
 from kit.evaluate.results import read_result
 from kit.generate.sampling import SamplingParams
 from kit.grade import regrade
-from kit.models import loading
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = {"header": {"model": "abc", "seed": 0}}
@@ -115,7 +115,7 @@ def test_mistakes_on_the_command_line_are_named(samples, tmp_path):
 
 
 def test_what_an_evaluation_writes_is_regraded_without_a_change(tmp_path):
-    model, tokenizer = loading.load("tiny", device="cpu")
+    model, tokenizer = models.load("tiny", device="cpu")
     (toy,) = parse_benchmarks("toy", limit=3)
     evaluate(model, ChatFormat(tokenizer, instruction=""), toy, SamplingParams(max_new_tokens=60), tmp_path, num_samples=2)
     path = tmp_path / "toy.jsonl"

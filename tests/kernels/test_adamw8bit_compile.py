@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from children import ROOT
+from compiled import CARDS, compile_case
+from kernel_report import cases
 
 from kit.kernels.backend import HAS_TRITON
-from kit.kernels.compiled import CARDS, compile_case
-from kit.kernels.report import cases
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)")
 
@@ -45,6 +46,7 @@ def check_accesses():
 
 def test_weights_and_gradients_move_16_bytes_at_a_time_and_nothing_is_fused():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("", "recipes/bench", "tests"))
     child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, f"\n{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
 

@@ -1,4 +1,4 @@
-"""Compiles every kernel to machine code for the cards people have, with the code of `python -m kit.kernels.report`. Needs no GPU.
+"""Compiles every kernel to machine code for the cards people have, with the code of recipes/bench/kernel_report.py. Needs no GPU.
 
 TRITON_INTERPRET is read at import, so what compiles runs in a child process that does not have it.
 """
@@ -12,10 +12,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
+from children import ROOT
+from compiled import CARDS, Case, Compiled, compile_case
+from kernel_report import Config, cases, chosen, line
 
 from kit.kernels.backend import HAS_TRITON, tl, triton
-from kit.kernels.compiled import CARDS, Case, Compiled, compile_case
-from kit.kernels.report import Config, cases, chosen, line
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)")
 TARGETS = [card for card in CARDS if card.capability >= 80]
@@ -103,7 +104,10 @@ def check_bad():
 
 def run_child(*args, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *args], env=inherited | environment, capture_output=True, text=True)
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "recipes/bench", "tests"))
+    return subprocess.run(
+        [sys.executable, *args], env=inherited | {"PYTHONPATH": path} | environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow
@@ -150,7 +154,7 @@ def test_ptx_is_read_right():
 @needs_triton
 def test_the_command_prints_one_card_and_writes_json(tmp_path):
     flags = ["--card", "75", "--kernel", "cross_entropy._forward", "--json", str(tmp_path / "x")]
-    child = run_child("-m", "kit.kernels.report", *flags)
+    child = run_child(str(ROOT / "recipes/bench/kernel_report.py"), *flags)
     assert child.returncode == 0, child.stderr
     rows = json.loads((tmp_path / "x").read_text())
     assert {row["target"] for row in rows} == {"sm_75"} and len(rows) == 3
@@ -159,7 +163,7 @@ def test_the_command_prints_one_card_and_writes_json(tmp_path):
 
 @needs_triton
 def test_the_command_refuses_the_interpreter():
-    child = run_child("-m", "kit.kernels.report", TRITON_INTERPRET="1")
+    child = run_child(str(ROOT / "recipes/bench/kernel_report.py"), TRITON_INTERPRET="1")
     assert child.returncode == 1 and "error: TRITON_INTERPRET is 1" in child.stderr and "Traceback" not in child.stderr
 
 
@@ -175,7 +179,7 @@ def test_without_triton_the_command_says_what_to_do():
     child = run_child("-c", """
 import sys
 sys.modules["triton"] = None  # import triton now raises ImportError, as on macOS
-from kit.kernels.report import Config, main
+from kernel_report import Config, main
 try:
     main(Config())
 except ValueError as error:

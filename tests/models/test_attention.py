@@ -5,10 +5,9 @@ import torch
 from conftest import FAMILIES, make_model, random_documents
 
 from kit.kernels.packed_attention import packed_attention_reference
-from kit.models import attention
+from kit.models import attention, load
 from kit.models.attention import CHOICES, attention_name
 from kit.models.backbone import hidden_states
-from kit.models.loading import load
 from kit.packing import PackedBatch
 
 CPU = {"device": "cpu", "dtype": torch.float32}

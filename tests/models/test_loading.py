@@ -6,8 +6,9 @@ import torch
 from conftest import FAMILIES, make_model, random_documents
 from transformers import AutoModelForCausalLM
 
+from kit import models
 from kit.data.toy import make_tokenizer
-from kit.models import folder, loading
+from kit.models import folder
 from kit.models.backbone import head_weight, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
 from kit.train.recompute import recompute_layers
@@ -72,7 +73,7 @@ def test_a_model_loaded_for_packs_refuses_to_run_without_boundaries(tiny_model):
 def test_a_folder_is_loaded_as_it_was_saved(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    loaded, tokenizer = loading.load(str(tmp_path), device="cpu")
+    loaded, tokenizer = models.load(str(tmp_path), device="cpu")
     assert tokenizer.eos_token_id == 2
     assert loaded.dtype == torch.float32
     assert not loaded.training
@@ -84,17 +85,17 @@ def test_a_gguf_file_becomes_a_plain_model_that_can_be_trained_and_saved(tmp_pat
     path = os.environ.get("KIT_GGUF")
     if not path:
         pytest.skip("real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 model")
-    model, tokenizer = loading.load(path, device="cpu")
+    model, tokenizer = models.load(path, device="cpu")
     document = Document(torch.tensor(tokenizer("one two three four", add_special_tokens=False).input_ids, dtype=torch.int32), 1)
     hidden_states(model, PackedBatch.build([document])).sum().backward()
     assert all(parameter.grad is not None for parameter in model.model.parameters())
     folder.save_model(tmp_path / "saved", model, tokenizer)
-    again, _ = loading.load(str(tmp_path / "saved"), device="cpu")
+    again, _ = models.load(str(tmp_path / "saved"), device="cpu")
     assert torch.equal(logits_of(again, [document]), logits_of(model, [document]))
 
 
 def test_the_shipped_tiny_model_loads_by_name_and_ties_its_head():
-    model, _ = loading.load("tiny", device="cpu")
+    model, _ = models.load("tiny", device="cpu")
     assert head_weight(model) is model.get_input_embeddings().weight
 
 
@@ -108,7 +109,7 @@ def test_the_shipped_tiny_model_loads_by_name_and_ties_its_head():
 )
 def test_a_model_that_is_not_there_says_what_to_pass(name, message):
     with pytest.raises(ValueError, match=message):
-        loading.load(name, device="cpu")
+        models.load(name, device="cpu")
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path):
@@ -116,7 +117,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path):
 
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is a gpt2 model; the kit knows gemma3_text, llama, qwen2"):
-        loading.load(str(tmp_path), device="cpu")
+        models.load(str(tmp_path), device="cpu")
 
 
 def test_attention_dropout_is_refused_not_ignored():

@@ -11,9 +11,9 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kit import models
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
-from kit.models import loading
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.loading import TINY
 from kit.packing import PackedBatch
@@ -80,8 +80,8 @@ def test_logits_are_pefts_own(tmp_path, settings):
         warnings.simplefilter("ignore")  # peft says that the tied head and embedding part ways, which is what is tested
         folder = train_with_peft(tmp_path / "theirs", **settings)
         truth, torchs = with_peft(folder, torch.float64), with_peft(folder, torch.float32)
-        model, _ = loading.load(str(folder), device="cpu")
-    base, _ = loading.load("tiny", device="cpu")
+        model, _ = models.load(str(folder), device="cpu")
+    base, _ = models.load("tiny", device="cpu")
     assert rms(logits_of(model) - truth) <= 2 * rms(torchs - truth) < 1e-4 * rms(truth)
     assert rms(logits_of(base) - truth) > 0.1 * rms(truth)  # the adapters are what is tested
 
@@ -90,13 +90,13 @@ def test_loading_draws_nothing_from_the_global_generator(tmp_path):
     folder = train_with_peft(tmp_path / "theirs")
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    loading.load(str(folder), device="cpu")
+    models.load(str(folder), device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_base_keeps_the_dtype_that_was_asked_for_and_the_adapters_peft_gives_them(tmp_path):
     folder = train_with_peft(tmp_path / "theirs")
-    model, _ = loading.load(str(folder), device="cpu", dtype=torch.bfloat16)
+    model, _ = models.load(str(folder), device="cpu", dtype=torch.bfloat16)
     theirs = PeftModel.from_pretrained(plain_base(torch.bfloat16), str(folder)).get_base_model()
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
         name: tensor.dtype for name, tensor in theirs.state_dict().items()
@@ -108,7 +108,7 @@ def test_the_base_keeps_the_dtype_that_was_asked_for_and_the_adapters_peft_gives
 def test_the_sampler_draws_from_adapted_layers(tmp_path):
     """Greedy, against peft's logits position by position."""
     folder = train_with_peft(tmp_path / "theirs")
-    model, _ = loading.load(str(folder), device="cpu")
+    model, _ = models.load(str(folder), device="cpu")
     prompt = documents()[0].ids.tolist()
     params = SamplingParams(temperature=0, max_new_tokens=12)
     (response,) = generate(model, [prompt], params, num_slots=1, seed=0, eos_token_id=())
@@ -122,20 +122,20 @@ def test_the_sampler_draws_from_adapted_layers(tmp_path):
 def test_a_tokenizer_beside_the_adapters_is_the_one_that_counts(tmp_path):
     folder = train_with_peft(tmp_path / "theirs")
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    assert loading.load(str(folder), device="cpu")[1].chat_template == tokenizer.chat_template
+    assert models.load(str(folder), device="cpu")[1].chat_template == tokenizer.chat_template
     tokenizer.chat_template = "{{ messages[0].content }}!"
     tokenizer.save_pretrained(folder)
-    assert loading.load(str(folder), device="cpu")[1].chat_template == "{{ messages[0].content }}!"
+    assert models.load(str(folder), device="cpu")[1].chat_template == "{{ messages[0].content }}!"
 
 
 def test_a_base_is_found_from_the_working_directory_as_peft_finds_it(tmp_path, monkeypatch):
     os.symlink(TINY, tmp_path / "base")
     folder = train_with_peft(tmp_path / "theirs", base="base")
     monkeypatch.chdir(tmp_path)
-    loading.load("./theirs", device="cpu")
+    models.load("./theirs", device="cpu")
     monkeypatch.chdir("/")
     with pytest.raises(ValueError, match=r"theirs holds adapters of base, which cannot be loaded; write where the base is"):
-        loading.load(str(folder), device="cpu")
+        models.load(str(folder), device="cpu")
 
 
 def change_config(**fields):
@@ -185,14 +185,14 @@ def test_what_would_be_another_model_is_refused_with_the_next_step(tmp_path, cha
     folder = train_with_peft(tmp_path / "theirs")
     change(folder)
     with pytest.raises(ValueError, match=message):
-        loading.load(str(folder), device="cpu")
+        models.load(str(folder), device="cpu")
 
 
 def test_adapters_of_adapters_are_refused(tmp_path):
     first = train_with_peft(tmp_path / "first")
     second = train_with_peft(tmp_path / "second", base=str(first))
     with pytest.raises(ValueError, match="is adapters itself; merge those first"):
-        loading.load(str(second), device="cpu")
+        models.load(str(second), device="cpu")
 
 
 def test_adapters_of_the_head_are_refused_since_the_sampler_reads_its_weight(tmp_path):
@@ -200,17 +200,17 @@ def test_adapters_of_the_head_are_refused_since_the_sampler_reads_its_weight(tmp
         warnings.simplefilter("ignore")  # of the tied embedding, as above
         folder = train_with_peft(tmp_path / "theirs", target_modules=["q_proj", "lm_head"])
         with pytest.raises(ValueError, match=r"adapters of the head.*merge_and_unload"):
-            loading.load(str(folder), device="cpu")
+            models.load(str(folder), device="cpu")
 
 
 def test_other_kinds_of_adapters_are_refused_by_name(tmp_path):
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     folder = train_with_peft(tmp_path / "theirs", config=config)
     with pytest.raises(ValueError, match="IA3 adapters but the kit knows LoRA"):
-        loading.load(str(folder), device="cpu")
+        models.load(str(folder), device="cpu")
 
 
 def test_training_on_them_is_refused(tmp_path):
     folder = train_with_peft(tmp_path / "theirs")
     with pytest.raises(ValueError, match="can be evaluated but not trained further"):
-        loading.load_to_train(str(folder), device="cpu")
+        models.load_to_train(str(folder), device="cpu")

@@ -15,11 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from kit import models
 from kit.data.toy import make_tokenizer
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 from kit.memory.live_bytes import LiveBytes
-from kit.models import loading, qlora
+from kit.models import qlora
 from kit.models.backbone import head_weight, hidden_states, next_token_logits
 from kit.models.folder import load_weights, save_model
 from kit.models.nf4 import NF4Linear, quantise_decoder, simulate_quantised_decoder
@@ -202,7 +203,7 @@ def test_a_merged_model_is_the_unmerged_one_to_rounding(tmp_path, family):
     twin, _ = dense_twin(model, torch.float64)
     truth, unmerged = logits_of(twin), logits_of(model)
     qlora.export(model, make_tokenizer(), tmp_path / "plain")
-    loaded, _ = loading.load(str(tmp_path / "plain"), device="cpu")
+    loaded, _ = models.load(str(tmp_path / "plain"), device="cpu")
     assert {type(m) for m in loaded.modules()} == {type(m) for m in make_model(family).modules()}
     assert loaded.dtype == torch.float32
     bar = rms(unmerged - truth)
@@ -259,7 +260,7 @@ def test_a_folder_of_adapters_is_loaded_with_its_base_and_can_be_trained_on(tmp_
     model, tokenizer = qlora.load(str(base), rank=3, alpha=5, device="cpu")
     losses = take_steps(model, 3)
     save_model(tmp_path / "adapters", model, tokenizer)
-    loaded, again = loading.load(str(tmp_path / "adapters"), device="cpu")
+    loaded, again = models.load(str(tmp_path / "adapters"), device="cpu")
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert again.get_vocab() == tokenizer.get_vocab()
     assert take_steps(loaded, 1)[0] < losses[0]
@@ -272,7 +273,7 @@ def test_the_shipped_model_is_quantised_and_adapted_by_name():
     assert model.peft_config["default"].base_model_name_or_path == "tiny"
     assert (model.peft_config["default"].r, model.peft_config["default"].lora_alpha) == (16, 32)
     assert sum(isinstance(module, NF4Linear) for module in model.modules()) == 3 * 7
-    plain, _ = loading.load("tiny", device="cpu")
+    plain, _ = models.load("tiny", device="cpu")
     full = plain.model.layers[0].mlp.up_proj.weight
     error = rms(model.model.layers[0].mlp.up_proj.base_layer.dequantise() - full) / rms(full)
     assert 0.05 < error < 0.12  # NF4 of a normal distribution in blocks of 64: 0.09
@@ -284,7 +285,7 @@ def test_a_gguf_file_is_dequantised_and_then_quantised():
         pytest.skip("real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 model")
     model, _ = qlora.load(path, device="cpu")
     assert model.peft_config["default"].base_model_name_or_path == str(Path(path).resolve())
-    plain, _ = loading.load(path, device="cpu")
+    plain, _ = models.load(path, device="cpu")
     expected = NF4Linear.quantise(plain.model.layers[0].mlp.up_proj, "cpu")
     assert torch.equal(model.model.layers[0].mlp.up_proj.base_layer.weight, expected.weight)
 

@@ -12,7 +12,7 @@ from kit.grade.verdict import grade
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend("recipes")
-    return importlib.import_module("bench_grader")
+    return importlib.import_module("grader")
 
 
 def test_every_rewriting_keeps_the_answer_and_every_wrong_one_is_wrong(bench):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kit.models import load
 from kit.models.backbone import head_weight, hidden_states
-from kit.models.loading import load
 from kit.packing import Document, PackedBatch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import bench_grpo
+    import grpo
 
-    return bench_grpo
+    return grpo
 
 
 def logits(model):

@@ -1,4 +1,4 @@
-"""recipes/evaluate.py and recipes/bench_sampler.py as a person starts them: real processes, the shipped model, no network."""
+"""recipes/evaluate.py and recipes/bench/sampler.py as a person starts them: real processes, the shipped model, no network."""
 
 import json
 
@@ -8,8 +8,9 @@ from children import run_recipe
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from kit import models
 from kit.evaluate.results import read_result
-from kit.models import folder, loading, qlora
+from kit.models import folder, qlora
 from kit.models.loading import TINY
 from kit.models.nf4 import quantise_decoder
 
@@ -61,7 +62,7 @@ def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
 
 
 def test_a_folder_of_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp_path):
-    model, tokenizer = loading.load("tiny", device="cpu", attention="kit")
+    model, tokenizer = models.load("tiny", device="cpu", attention="kit")
     quantise_decoder(model, torch.device("cpu"))
     qlora.add_adapters(model, base="tiny")
     generator = torch.Generator().manual_seed(0)
@@ -110,10 +111,10 @@ def test_what_cannot_run_says_what_to_do(flags, message, tmp_path):
 
 
 def test_the_samplers_bench_checks_every_engines_answers(tmp_path):
-    done = run_recipe("bench_sampler", "--smoke", "--json", "figures.json", cwd=tmp_path)
+    done = run_recipe("bench/sampler", "--smoke", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in figures["rows"]] == ["ours", "generate_batch", "generate"]
     assert [row["answers_as_expected"] for row in figures["rows"]] == [8, 8, 8]
     assert "ours against generate_batch: " in done.stdout
-    assert "leave 'fast' out" in run_recipe("bench_sampler", "--smoke", "--engines", "fast", cwd=tmp_path).stderr
+    assert "leave 'fast' out" in run_recipe("bench/sampler", "--smoke", "--engines", "fast", cwd=tmp_path).stderr

@@ -94,12 +94,12 @@ TIMED_HERE = {"_losses": "_loss_inputs", "_attentions": "_attention_inputs"}
 
 
 def bench_fewer(*flags):
-    sys.path.insert(0, str(ROOT / "recipes"))
-    import bench
+    sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "bench")]
+    import everything as bench
 
     for kind, names in TIMED_ALONE.items():
-        every = getattr(bench.bench_kernels, kind)()
-        setattr(bench.bench_kernels, kind, lambda fewer={name: every[name] for name in names}: fewer)
+        every = getattr(bench.loss_and_attention, kind)()
+        setattr(bench.loss_and_attention, kind, lambda fewer={name: every[name] for name in names}: fewer)
     bench.main(parse(bench.Config, flags, smoke=bench.SMOKE))
 
 
@@ -120,18 +120,18 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
 
 def test_the_others_that_the_bench_times_on_a_cpu_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import bench_kernels
+    import loss_and_attention
 
-    config, ran = bench_kernels.Config(**bench_kernels.SMOKE), []
+    config, ran = loss_and_attention.Config(**loss_and_attention.SMOKE), []
     for kind, inputs in TIMED_HERE.items():
-        for name, (_, needs_card, _) in getattr(bench_kernels, kind)().items():
+        for name, (_, needs_card, _) in getattr(loss_and_attention, kind)().items():
             if name not in TIMED_ALONE[kind] and not needs_card:
-                ran.append(bench_kernels._measure(kind, inputs, name, config, torch.get_num_threads()))
+                ran.append(loss_and_attention._measure(kind, inputs, name, config, torch.get_num_threads()))
     assert len(ran) == 4 and all(row["seconds"] > 0 for row in ran)
 
 
 def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
-    done = run_recipe("bench", "--what", "packing,speed", cwd=tmp_path)
+    done = run_recipe("bench/everything", "--what", "packing,speed", cwd=tmp_path)
     assert "the parts are packing, loss, attention, finetune; leave 'speed' out" in done.stderr
 
 
@@ -152,7 +152,7 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
 
 
 def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it(tmp_path):
-    done = run_recipe("memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
+    done = run_recipe("bench/memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = {row["row"]: row["total"] / 2**30 for row in json.loads((tmp_path / "table.json").read_text())}
     assert len(figures) == 5 and figures["full, optimizer on CPU"] < figures["full"]
@@ -216,7 +216,7 @@ def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
 
 @pytest.mark.slow
 def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libraries_take(tmp_path):
-    done = run_recipe("bench_grpo", "--smoke", "--repeats", "2", "--json", "figures.json", cwd=tmp_path)
+    done = run_recipe("bench/grpo", "--smoke", "--repeats", "2", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "figures.json").read_text())
     rows = found["rows"]
@@ -229,7 +229,7 @@ def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libra
 
 
 def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
-    done = run_recipe("bench_grpo", "--repeats", "0", cwd=tmp_path)
+    done = run_recipe("bench/grpo", "--repeats", "0", cwd=tmp_path)
     assert done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
 
 

@@ -14,8 +14,8 @@ from kit.data.toy import make_rows, make_tokenizer
 from kit.generate.sampler import Completion
 from kit.kernels import linear_cross_entropy as lce
 from kit.kernels.linear_cross_entropy_chunks import logit_chunks
+from kit.models import load
 from kit.models.backbone import head_weight, hidden_states
-from kit.models.loading import load
 from kit.packing import Document, PackedBatch
 from kit.rl.episodes import Episode
 from kit.rl.grpo import Policy, correctness, rollout, update

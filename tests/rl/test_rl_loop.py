@@ -12,7 +12,7 @@ from children import call, train_unbroken_and_killed, wait
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question, draw
 from kit.data.toy import make_rows
-from kit.models.loading import load
+from kit.models import load
 from kit.report.rl import write_report
 from kit.rl.grpo import Policy
 from kit.rl.loop import LOSS_NEAR_ZERO, gather, train

@@ -12,13 +12,13 @@ from kit.grade.reading.trees import Node, negate
 from kit.grade.reading.vocabulary import OPAQUE
 
 if TYPE_CHECKING:
-    from kit.grade.reading.parser import Parser
+    from kit.grade.reading.cursor import Cursor
 
 
 _DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")  # of a base beyond ten
 
 
-def read_atom(parser: Parser) -> Node:
+def read_atom(parser: Cursor) -> Node:
     kind, value = parser.take()
     if kind == "num":
         return _read_number(parser, value)
@@ -53,7 +53,7 @@ def read_atom(parser: Parser) -> Node:
     raise ParseError(f"cannot read {value!r}")
 
 
-def _read_number(parser: Parser, value: tuple[str, int]) -> Node:
+def _read_number(parser: Cursor, value: tuple[str, int]) -> Node:
     node = number_node(*value)
     if node[0] != "num":
         return continued(node, value[0]) if parser.accept("...", "ldots", "dots", "cdots") else node
@@ -78,14 +78,14 @@ def _read_number(parser: Parser, value: tuple[str, int]) -> Node:
     return node
 
 
-def _is_raised(parser: Parser) -> bool:
+def _is_raised(parser: Cursor) -> bool:
     """Whether an exponent follows that is no degree sign."""
     if parser.peek() != ("op", "^"):
         return False
     return ("cmd", "circ") not in (parser.peek(1), parser.peek(2)) and parser.peek(1) != ("cmd", "degree")
 
 
-def read_symbol(parser: Parser, name: str) -> Node:
+def read_symbol(parser: Cursor, name: str) -> Node:
     kind, value, spaced = parser.tokens[parser.index]
     if kind == "op" and value == "'" and name in OPAQUE:
         parser.index += 1
@@ -109,7 +109,7 @@ def read_symbol(parser: Parser, name: str) -> Node:
     return ("sym", name)
 
 
-def _read_bracket(parser: Parser, opening: str) -> Node:
+def _read_bracket(parser: Cursor, opening: str) -> Node:
     found, _ = parser.items(")", "]")
     closing = parser.accept(")", "]")
     if closing is None or not found:
@@ -121,7 +121,7 @@ def _read_bracket(parser: Parser, opening: str) -> Node:
     return found[0]
 
 
-def _read_set(parser: Parser) -> Node:
+def _read_set(parser: Cursor) -> Node:
     parser.sets += 1
     found, _ = parser.items("\\}", "}", "mid", "|", ":", "colon", "vert", "lvert")
     parser.sets -= 1
@@ -140,14 +140,14 @@ def _read_set(parser: Parser) -> Node:
     return ("set", *found)
 
 
-def _read_absolute(parser: Parser, bar: str) -> Node:
+def _read_absolute(parser: Cursor, bar: str) -> Node:
     inside = parser.sum()
     if not parser.accept(bar):
         raise ParseError("an absolute value that is not closed")
     return ("call", "abs", inside)
 
 
-def read_subscript(parser: Parser, node: Node) -> Node:
+def read_subscript(parser: Cursor, node: Node) -> Node:
     start = parser.index
     if parser.accept("{"):
         level = 1

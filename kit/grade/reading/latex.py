@@ -11,10 +11,10 @@ from kit.grade.reading.trees import Node, invert, negate, product, rename
 from kit.grade.reading.vocabulary import CONSTANTS, FUNCTIONS, GREEK, MATRICES, STRUCTURAL
 
 if TYPE_CHECKING:
-    from kit.grade.reading.parser import Parser
+    from kit.grade.reading.cursor import Cursor
 
 
-def read_command(parser: Parser, name: str) -> Node:
+def read_command(parser: Cursor, name: str) -> Node:
     if name == "frac":
         top = parser.argument()
         return product([top, invert(parser.argument())])
@@ -59,7 +59,7 @@ def read_command(parser: Parser, name: str) -> Node:
     return parser.symbol(name)  # an unknown command is a symbol like any other
 
 
-def read_selection(parser: Parser) -> Node:
+def read_selection(parser: Cursor) -> Node:
     """The number of choices as schools write it, {}_5C_2 or ^5C_2, from behind its first sign on."""
     while parser.tokens[parser.index - 1][1] not in ("_", "^"):
         parser.index += 1
@@ -70,7 +70,7 @@ def read_selection(parser: Parser) -> Node:
     return selection(total, name, parser.argument())
 
 
-def read_indexed_selection(parser: Parser) -> Node | None:
+def read_indexed_selection(parser: Cursor) -> Node | None:
     """C_5^2 and C^2_5, where both are plain numbers and can be meant so; else None, and nothing is read."""
     mark, indices = parser.index, {}
     for _ in range(2):
@@ -91,7 +91,7 @@ def selection(total: Node, name: str, chosen: Node) -> Node:
     return product([("fact", total), invert(("fact", ("add", total, negate(chosen))))])
 
 
-def _root(parser: Parser, name: str) -> Node:
+def _root(parser: Cursor, name: str) -> Node:
     index: Node = ("num", Fraction(3 if name == "cbrt" else 2))
     if parser.accept("["):
         index = parser.sum()
@@ -107,7 +107,7 @@ def _root(parser: Parser, name: str) -> Node:
     return ("root", index, inside)
 
 
-def _function(parser: Parser, name: str) -> Node:
+def _function(parser: Cursor, name: str) -> Node:
     base = exponent = None
     for _ in range(2):
         if base is None and parser.accept("_"):
@@ -136,7 +136,7 @@ def _function(parser: Parser, name: str) -> Node:
     return node if exponent is None else ("pow", node, exponent)
 
 
-def _big(parser: Parser, name: str) -> Node:
+def _big(parser: Cursor, name: str) -> Node:
     low = high = None
     for _ in range(2):
         if low is None and parser.accept("_"):
@@ -158,7 +158,7 @@ def _big(parser: Parser, name: str) -> Node:
     return ("big", name, str(parser.take()[1]), low, high, body)
 
 
-def _environment(parser: Parser) -> Node:
+def _environment(parser: Cursor) -> Node:
     name = _environment_name(parser)
     if name == "array" and parser.accept("{"):
         while not parser.accept("}"):
@@ -190,7 +190,7 @@ def _environment(parser: Parser) -> Node:
     return ("call", "det", matrix) if name == "vmatrix" else matrix
 
 
-def _environment_name(parser: Parser) -> str:
+def _environment_name(parser: Cursor) -> str:
     parser.expect("{")
     name = ""
     while not parser.accept("}"):

@@ -1,8 +1,8 @@
 """
 Bytes moved, flops and launches of one loss, forward and backward, ours and the peers': formulas, and the table they make.
 
-    python -m kit.kernels.traffic                    three models, 16,384 tokens, bf16; packed attention
-    python -m kit.kernels.traffic --ignored 0.1      a tenth of the targets are ignored
+    python recipes/bench/kernel_traffic.py                    three models, 16,384 tokens, bf16; packed attention
+    python recipes/bench/kernel_traffic.py --ignored 0.1      a tenth of the targets are ignored
 
 Each formula is exact in its launches and in every term with V or H in it; left out are the bytes of vectors, one number a row.
 tests/test_traffic.py holds them against counts of real calls at small shapes (counting.py says what a count is: no cache between
@@ -20,9 +20,9 @@ import random
 from dataclasses import dataclass
 
 import torch
+from counting import Count
 
 from kit.config import parse
-from kit.kernels.counting import Count
 from kit.kernels.linear_cross_entropy_chunks import COPIED_ELEMENTS, halves, rows_per_chunk
 from kit.packing import plan_packs
 

@@ -1,7 +1,7 @@
 """The kernels and their peers on the same tensors: seconds and memory, forward and backward.
 
-    python recipes/bench_kernels.py                                           the loss and attention, on this machine
-    python recipes/bench_kernels.py --what loss --hidden_size 1152 --num_tokens 2048
+    python recipes/bench/loss_and_attention.py                                           the loss and attention, on this machine
+    python recipes/bench/loss_and_attention.py --what loss --hidden_size 1152 --num_tokens 2048
 
 loss: ours against `F.linear_cross_entropy` in chunks, `F.cross_entropy` on full logits and, on a card, Liger and Apple's CCE; and
 against three matmuls alone, which no exact loss can do without. attention: ours against one SDPA over the masked square and, on
@@ -24,10 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from kernel_traffic import causal_pairs
 
 from kit.config import parse
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.kernels.traffic import causal_pairs
 from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
 from kit.models.attention import PACK_ATTENTION
 from kit.models.loading import default_device, default_dtype

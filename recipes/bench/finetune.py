@@ -1,7 +1,7 @@
 """One whole fine-tuning run, ours and TRL's SFTTrainer: target tokens a second, peak memory, and do documents see each other?
 
-    python recipes/bench_finetune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces open-r1/OpenR1-Math-220k:all
-    python recipes/bench_finetune.py --vocab_size 262144          a 20M Llama with Gemma's vocabulary and random tokens
+    python recipes/bench/finetune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces open-r1/OpenR1-Math-220k:all
+    python recipes/bench/finetune.py --vocab_size 262144          a 20M Llama with Gemma's vocabulary and random tokens
 
 Both get the same weights, documents, row length, rows a step, learning rate and AdamW, and are otherwise what they are by
 default: TRL with packing=True lays a step's 8 rows end to end and recomputes activations; we take them one after another. Both

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from children import pass_in_the_interpreter
+from counting import Count, Counter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kit.kernels.backend import HAS_TRITON, INTERPRET, tl, triton
-from kit.kernels.counting import Count, Counter
 from kit.memory.live_bytes import LiveBytes
 
 

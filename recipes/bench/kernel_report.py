@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel, for every card people have. Needs no GPU; nothing here is a time.
 
-    python -m kit.kernels.report                              every kernel, every card: about two minutes, then seconds (cached)
-    python -m kit.kernels.report --card 89 --kernel gradient  one card; kernels whose name contains the word
-    python -m kit.kernels.report --json kernels.json          the same figures for posting
+    python recipes/bench/kernel_report.py                              all kernels and cards: two minutes, then seconds (cached)
+    python recipes/bench/kernel_report.py --card 89 --kernel gradient  one card; kernels whose name contains the word
+    python recipes/bench/kernel_report.py --json kernels.json          the same figures for posting
 
 registers: per thread, 255 at most. spilled: bytes a thread keeps in memory because registers ran out; should be 0. shared: bytes
 a program asks for, of what the card allows. occupancy: warps that fit a multiprocessor, of the most it holds. tensor cores:
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
+
 from kit.config import parse
 from kit.kernels import adamw8bit, cross_entropy, linear_cross_entropy_rows, packed_attention_tiles, packing
-from kit.kernels.compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
 from kit.run import write_json
 
 ELEMENTS = ["bf16", "fp16", "fp32"]

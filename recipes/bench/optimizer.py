@@ -1,7 +1,7 @@
 """Does 8-bit AdamW on bf16 weights follow fp32 AdamW? Three trainings from the same weights on the same rows.
 
-    python recipes/bench_optimizer.py                                        the shipped tiny model
-    python recipes/bench_optimizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces traces.jsonl --row_tokens 512
+    python recipes/bench/optimizer.py                                        the shipped tiny model
+    python recipes/bench/optimizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces traces.jsonl --row_tokens 512
 
 1. fp32      fp32 weights, torch's AdamW: the truth.
 2. kit       bf16 weights, 8-bit states, both rounded stochastically: what the kit trains with on a card.

@@ -6,15 +6,8 @@ import importlib.util
 import pytest
 import torch
 from children import pass_in_the_interpreter
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import kit.kernels.linear_cross_entropy_chunks as head
-from kit.kernels.backend import HAS_TRITON, INTERPRET
-from kit.kernels.counting import Count, Counter
-from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
-from kit.kernels.packed_attention import packed_attention
-from kit.kernels.traffic import (
+from counting import Count, Counter
+from kernel_traffic import (
     MODELS,
     Config,
     Loss,
@@ -30,6 +23,13 @@ from kit.kernels.traffic import (
     total,
     unfused,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kit.kernels.linear_cross_entropy_chunks as head
+from kit.kernels.backend import HAS_TRITON, INTERPRET
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
+from kit.kernels.packed_attention import packed_attention
 from kit.memory.live_bytes import LiveBytes
 
 MIB = 2**20

@@ -1,9 +1,9 @@
 """Reinforcement learning on the same toy task from the same weights, ours and TRL's GRPOTrainer: reward, wall time, peak memory.
 
-    python recipes/bench_grpo.py                                      the shipped tiny model with noise on it
-    python recipes/bench_grpo.py --hidden_size 264 --num_layers 5     a Llama of that shape, which begins as the same function
-    python recipes/bench_grpo.py --repeats 3                          each three times, alternately: for a machine that others use
-    python recipes/bench_grpo.py --smoke                              two steps
+    python recipes/bench/grpo.py                                      the shipped tiny model with noise on it
+    python recipes/bench/grpo.py --hidden_size 264 --num_layers 5     a Llama of that shape, which begins as the same function
+    python recipes/bench/grpo.py --repeats 3                          each three times, alternately: for a machine that others use
+    python recipes/bench/grpo.py --smoke                              two steps
 
 Both get the same start, prompts, rewards (kit.grade.verdict), group size, learning rate, AdamW, DAPO's token
 normaliser, advantages scaled by the group's deviation, no KL, one update a rollout; and are otherwise what

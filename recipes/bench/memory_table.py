@@ -1,8 +1,8 @@
 """What fits: the six models at 16,384 tokens, full fine-tuning and QLoRA, simulated. No GPU, no weights, no download.
 
-    python recipes/memory_table.py                                   all six: about half an hour on one core
-    python recipes/memory_table.py --models google/gemma-3-1b-it     one
-    python recipes/memory_table.py --json memory.json                for posting
+    python recipes/bench/memory_table.py                                   all six: about half an hour on one core
+    python recipes/bench/memory_table.py --models google/gemma-3-1b-it     one
+    python recipes/bench/memory_table.py --json memory.json                for posting
 
 Each figure is one real training step on fake tensors, every live byte counted, plus what
 kit/memory/simulate.py assumes for slack and for CUDA itself. The rows switch savings on one after another;

@@ -1,8 +1,8 @@
 """Our grader against Math-Verify on the same pairs in one run: microseconds, ratios, and where the two disagree.
 
-    python recipes/bench_grader.py                                      pairs from the answers below
-    python recipes/bench_grader.py --problems math500.jsonl             pairs from the answers of a benchmark's file
-    python recipes/bench_grader.py --json grader.json                   for posting
+    python recipes/bench/grader.py                                      pairs from the answers below
+    python recipes/bench/grader.py --problems math500.jsonl             pairs from the answers of a benchmark's file
+    python recipes/bench/grader.py --json grader.json                   for posting
 
 Every answer gives several predictions: itself and the same value written otherwise, in a box and in a sentence, and wrong ones (a
 number changed, a neighbour's answer). Both graders get the same response texts; ours is asked for a verdict, Math-Verify for

@@ -1,11 +1,11 @@
 """Ours and the peers on the same input in one run: seconds, memory, ratios.
 
-    python recipes/bench.py                          everything, on this machine
-    python recipes/bench.py --what packing           one part: packing, loss, attention or finetune
-    python recipes/bench.py --json bench.json        for posting
+    python recipes/bench/everything.py                          everything, on this machine
+    python recipes/bench/everything.py --what packing           one part: packing, loss, attention or finetune
+    python recipes/bench/everything.py --json bench.json        for posting
 
 packing: `plan_packs` against TRL's `pack_dataset(strategy="bfd")` on lognormal lengths. TRL moves the tokens while it packs; ours
-are moved when a step builds its rows, so that part is timed too. loss, attention: bench_kernels.py. finetune: bench_finetune.py,
+are moved when a step builds its rows, so that part is timed too. loss, attention: loss_and_attention.py. finetune: finetune.py,
 a whole run against TRL's SFTTrainer. A peer that is not installed is named. Takes about ten minutes on two CPU cores. Left out on
 purpose: sampling and grading, which have their own.
 """
@@ -17,8 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import bench_finetune
-import bench_kernels
+import finetune
+import loss_and_attention
 import torch
 
 from kit.config import parse
@@ -37,7 +37,7 @@ class Config:
     median_tokens: int = 4_096  # of the lognormal lengths
     sigma: float = 0.8  # of the lognormal lengths
     row_tokens: int = 16_384  # capacity of a pack; lengths are clipped to it
-    # finetune; the kernels' sizes are flags of bench_kernels.py
+    # finetune; the kernels' sizes are flags of loss_and_attention.py
     model: str = "tiny"  # hub id, local folder or .gguf file
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
     vocab_size: int = 262_144  # of the Llama with random weights that is trained besides; 0 = none
@@ -49,11 +49,11 @@ SMOKE = {"num_rows": 2_000, "vocab_size": 0}
 
 
 def main(config: Config) -> dict:
-    small = bench_kernels.SMOKE if config.smoke else {}
+    small = loss_and_attention.SMOKE if config.smoke else {}
     parts = {
         "packing": lambda: bench_packing(config),
-        "loss": lambda: bench_kernels.main(bench_kernels.Config(what="loss", **small)),
-        "attention": lambda: bench_kernels.main(bench_kernels.Config(what="attention", **small)),
+        "loss": lambda: loss_and_attention.main(loss_and_attention.Config(what="loss", **small)),
+        "attention": lambda: loss_and_attention.main(loss_and_attention.Config(what="attention", **small)),
         "finetune": lambda: bench_run(config),
     }
     names = config.what.split(",")
@@ -69,11 +69,11 @@ def main(config: Config) -> dict:
 
 
 def bench_run(config: Config) -> list[list[dict]]:
-    small = bench_finetune.SMOKE if config.smoke else {}
-    runs = [bench_finetune.Config(model=config.model, traces=config.traces, **small)]
+    small = finetune.SMOKE if config.smoke else {}
+    runs = [finetune.Config(model=config.model, traces=config.traces, **small)]
     if config.vocab_size:
-        runs.append(bench_finetune.Config(vocab_size=config.vocab_size, **small))
-    return [bench_finetune.main(run) for run in runs]
+        runs.append(finetune.Config(vocab_size=config.vocab_size, **small))
+    return [finetune.main(run) for run in runs]
 
 
 def bench_packing(config: Config) -> list[dict]:

@@ -1,7 +1,7 @@
 """The sampler against transformers' two ways of answering many prompts: useful tokens a second on the same model and prompts.
 
-    python recipes/bench_sampler.py                         48 prompts, long-tailed lengths, 32 at a time
-    python recipes/bench_sampler.py --num_slots 16
+    python recipes/bench/sampler.py                         48 prompts, long-tailed lengths, 32 at a time
+    python recipes/bench/sampler.py --num_slots 16
 
 The model is a tiny Llama whose head undoes its embedding one step further down: after token n comes n - 1, and 0 ends the text.
 So the last token of a prompt sets how long its answer is, every engine computes the whole model for every token, stops by itself,

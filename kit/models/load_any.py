@@ -1,0 +1,48 @@
+"""Load any model: a whole one, a base with its adapters, or an NF4 copy with fresh adapters to train."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kit.models.folder import ADAPTER_CONFIG
+from kit.models.loading import default_device, default_dtype, load_plain, path_of
+
+
+def load(
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer from "tiny" or "tinier", a hub id, a local folder, or a GGUF file (which is dequantised).
+
+    A folder of adapters is loaded with its base: in NF4 if the kit trained them so (kit.models.qlora), plain otherwise
+    (kit.models.lora).
+
+    attention: one of kit.models.attention.CHOICES. Raises ValueError for a path that is not there, for an unknown family, and for
+    an attention that cannot run here.
+    """
+    device = torch.device(device or default_device())
+    where = {"device": device, "dtype": dtype or default_dtype(device), "attention": attention}
+    path = path_of(name)
+    if not (path / ADAPTER_CONFIG).is_file():
+        return load_plain(name, **where)
+    from kit.models import lora  # peft takes seconds to import
+
+    return lora.load(path, **where)
+
+
+def load_to_train(name: str, *, qlora_rank: int = 0, seed: int = 0, **where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's.
+
+    Raises ValueError for adapters that the kit did not train, too: a checkpoint has no place for another base than NF4.
+    """
+    if not qlora_rank:
+        model, tokenizer = load(name, **where)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"{name} holds adapters that the kit did not train: they can be evaluated but not trained further; merge them "
+                "with peft's merge_and_unload and train the result"
+            )
+        return model, tokenizer
+    from kit.models import qlora  # bitsandbytes and peft take seconds to import
+
+    return qlora.load(name, rank=qlora_rank, seed=seed, **where)

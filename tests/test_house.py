@@ -1,0 +1,117 @@
+"""The layout: imports run down the floors only, no files import one another in a ring, and front doors are light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from children import ROOT
+
+# Floors from the top: a package imports what lies below its own floor, or itself. The hall is kit's own files.
+FLOORS = [
+    {"report"}, {"valley"}, {"rl"}, {"evaluate", "memory"}, {"data", "generate", "train"}, {"grade", "models"}, {"hall"},
+    {"kernels"},
+]  # fmt: skip
+PACKAGES = [name for floor in FLOORS for name in floor if name not in ("hall", "kernels")]
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of everything that is imported as kit.*"""
+    found = {}
+    for path in [*(ROOT / "kit").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "kit" else ("kit", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Files of kit that a file imports anywhere, also inside functions and for annotations only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inside & MODULES.keys()) or {node.module}
+    return found & MODULES.keys()
+
+
+def package_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in (*PACKAGES, "kernels") else "hall"
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if package_of(module) in floor)
+
+
+ARROWS = {module: imports(path) for module, path in MODULES.items()}
+
+
+def climbing(arrows: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{module} imports {other}"
+        for module, others in sorted(arrows.items())
+        for other in sorted(others)
+        if package_of(other) != package_of(module) and floor_of(other) <= floor_of(module)
+    ]
+
+
+def rings(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Files that reach themselves by way of others: each ring once, from its first name on."""
+    found, done = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            ring = path[path.index(module) :]
+            first = ring.index(min(ring))
+            ring = ring[first:] + ring[:first]
+            if ring not in found:
+                found.append(ring)
+        elif module not in done:
+            for other in sorted(arrows[module] - {module}):
+                visit(other, [*path, module])
+            done.add(module)
+
+    for module in sorted(arrows):
+        visit(module, [])
+    return found
+
+
+def test_imports_run_down_the_floors_only():
+    assert climbing(ARROWS) == []
+
+
+def test_no_files_import_one_another_in_a_ring():
+    assert rings(ARROWS) == []
+
+
+def test_an_import_that_climbs_and_one_that_closes_a_ring_are_seen():
+    assert climbing({"kit.train.loop": {"kit.memory.simulate", "kit.models.lora"}}) == [
+        "kit.train.loop imports kit.memory.simulate"
+    ]
+    assert climbing({"kit.data.traces": {"kit.train.loop"}}) and climbing({"kit.kernels.packing": {"kit.packing"}})
+    ring = {"kit.a": {"kit.b"}, "kit.b": {"kit.c"}, "kit.c": {"kit.a"}, "kit.d": {"kit.b"}}
+    assert rings(ring) == [["kit.a", "kit.b", "kit.c"]]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_front_door_is_short_loads_nothing_heavy_and_every_name_behind_it_is_there(package):
+    assert len((ROOT / "kit" / package / "__init__.py").read_text().splitlines()) < 40
+    code = f"import sys, kit.{package}; print([m for m in ('torch', 'transformers', 'sympy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    door = __import__(f"kit.{package}", fromlist=["*"])
+    assert door.__all__ and all(hasattr(door, name) for name in door.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nobody'; it hands on "):
+        door.nobody  # noqa: B018
+
+
+def test_nothing_makes_the_folder_kernels_importable_on_its_own():
+    """Hugging Face publishes a package of that name, and transformers imports it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -13,27 +13,7 @@ Beside that stand a smaller model, the same problems with short traces, half and
 batch that grows with the data, as in the paper's Table 2. Everything goes through the pipeline of the real
 recipes; what came out, and what it says, is in report.html of the run folder.
 
-Learning rate and batch were chosen once, by a rule: the largest rate tried at which, with some batch, the short control (more
-traces of the kind that the model knows) keeps four fifths of its accuracy at every size in one seed, so that most of a fall is
-the long traces'. All that was run, one seed, 100 questions x 2 or 4 samples, accuracy in percent (untouched 99.0; "-": not run):
-
-    lr    batch  short 64    256  1,024   long 16     64    256  1,024  4,096  16,384
-    3e-3      4       8.0   54.5   88.0       3.5    1.5    4.0    3.5    7.0       -    4,096: batches of 16; redrawn traces 39.5
-    3e-3     16      36.5      -      -         -      -      -      -      -       -
-    1e-3      4      72.5   86.5   97.0         -    2.0      -   11.3      -       -
-    1e-3      8      64.0   91.5      -         -      -      -      -      -       -
-    1e-3     16      84.0   91.5   97.5      40.0    3.8    2.8    2.8   25.5    74.5
-    7e-4      4      84.5   96.0   98.0       9.3    1.5    1.0    6.8      -     9.3    16,384: batches of 16
-    7e-4      8      91.5   96.0      -         -      -      -      -      -       -
-    7e-4     16      83.5   96.5      -         -      -      -      -      -       -
-    5e-4      4      92.5   92.5      -         -      -      -      -      -       -
-    5e-4      8      95.5   97.0      -         -      -      -      -      -       -
-    5e-4     16      95.0   96.5      -         -      -      -      -      -       -
-    3e-4      4      95.5   97.5   99.0      86.5    2.5    2.5    6.0    5.0       -    4,096: batches of 16
-    1e-4      4      98.0      -   99.5         -      -      -      -      -       -
-
-The rule first tried, that the short control may not fall beyond chance, gives 3e-4; nothing climbs out there by 4,096
-traces, nor at 7e-4 by 16,384.
+Learning rate and batch size were chosen once, by a rule; recipes/bench/LOG.md has the rule and everything that was tried.
 
 Time: the full setting trains on 51 million tokens and took 31 min on two idle Xeon cores (2026-11-22; the two models learn 13,000
 and 21,000 tokens a second), a tenth of it for samples; --quick 3 min 19 s. 16,384 traces, added later: 73 minutes of one core.

@@ -38,11 +38,12 @@ def test_there_are_recipe_commands_to_check():
 
 @pytest.mark.parametrize("words", RECIPES, ids=" ".join)
 def test_every_recipe_command_parses_against_the_recipes_own_flags(words, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))  # before recipes/bench, which pytest adds, too
     position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
     assert (ROOT / words[position]).is_file()
     module = importlib.import_module(Path(words[position]).stem)
-    assert parse(module.Config, words[position + 1 :], smoke=module.SMOKE)
+    presets = {name: getattr(module, name.upper(), None) for name in ("smoke", "quick")}
+    assert parse(module.Config, words[position + 1 :], **presets)
 
 
 @pytest.mark.parametrize("words", [words for words in COMMANDS if "-m" in words], ids=" ".join)
@@ -52,5 +53,13 @@ def test_every_module_command_names_a_module_that_exists(words):
 
 
 def test_every_file_the_readme_links_to_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for page in ("README.md", "recipes/bench/README.md"):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_readme_fits_two_screens_and_the_reading_path_an_afternoon():
+    assert len(README.splitlines()) <= 130
+    path = re.findall(r"^\| \[([\w/.]+)\]", README.split("## The reading path")[1], flags=re.MULTILINE)
+    assert path[0] == "recipes/gemma3_1b_8k.py" and 10 <= len(path) <= 14
+    assert sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in path) <= 2_800

@@ -20,9 +20,9 @@ to-nearest would never let it fall. Why a floor: a v that is not 0 never gets th
 NaN and infinity are never hidden: an element whose gradient is one becomes NaN at once, and its block of 256 at the next step. So
 does a block with a gradient above 1.8e19, whose square is no fp32 number. Watch the loss or the gradient norm to find it early.
 
-Bytes a weight, besides p and g: 2 + 8 / 256 (fp32 states: 8). Gemma-3-1B, 1.0e9 weights: 1.9 GiB (7.5 GiB). A step moves 10
-bytes a weight for bf16 p and g, once; on a CPU the temporaries are a few MiB whatever the parameter's size. The number of tokens
-does not matter here.
+Bytes a weight, besides p and g: 2 + 8 / 256 (fp32 states: 8). Gemma-3-1B, 1.0e9 weights: 1.9 GiB (7.5 GiB). A
+step moves 10 bytes per weight for bf16 p and g, once; on a CPU the temporaries are a few MiB whatever the
+parameter's size. The number of tokens does not matter here.
 """
 
 import math

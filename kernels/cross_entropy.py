@@ -5,7 +5,7 @@ Cross-entropy on given logits, with one copy of them in memory instead of three.
     d loss[i] / d z[i, v]   = softmax_v(z_i) - 1[v == t_i]
 
 How it works. The forward kernel reads each row once: it keeps m, the largest logit so far, and s, the sum of exp(z - m) so far,
-and multiplies s by exp(m_old - m_new) whenever m grows. It stores two numbers a row, the loss and logsumexp = m + log s. The
+and multiplies s by exp(m_old - m_new) whenever m grows. It stores two numbers per row, the loss and logsumexp = m + log s. The
 backward kernel needs nothing else: softmax = exp(z - logsumexp), one element at a time. So it writes each gradient where its
 logit was.
 

@@ -244,16 +244,18 @@ def linear_cross_entropy(
         sums of dW stay fp32 and reach an fp32 weight unrounded).
     targets (...): int64 or int32, already shifted; ignore_index = no loss. On a GPU the call waits once for the device, to learn
         how many targets count and that they lie in the vocabulary.
-    reduction: "mean" divides by the number of targets that are not ignored, with token_weight too: a token's weight then means
-        the same whatever its neighbours' are, and weights may be negative or cancel (torch divides by the sum of its class
-        weights). No target at all gives 0 and zero gradients (torch: nan). "sum" divides by nothing. "none" gives a loss a token,
-        0 where ignored; its backward makes the logits a second time.
+    reduction: "mean" divides by the number of targets that are not ignored, with token_weight too: a token's
+        weight then means the same whatever its neighbours' are, and weights may be negative or cancel (torch
+        divides by the sum of its class weights). No target at all gives 0 and zero gradients (torch: nan).
+        "sum" divides by nothing. "none" gives a loss per token, 0 where ignored; its backward makes the
+        logits a second time.
     token_weight (...): multiplies each token's loss; a constant, not differentiated, except with "none". With fp16 keep
         weights near 1, and scale the loss.
-    objective(logprobs, rows) -> losses: replaces -logprob by any elementwise function of it. Called once a chunk with the chunk's
-        log-probs (R,) and rows (R,), int64 indices into the flattened targets, with which to look up what belongs to these tokens
-        (old log-probs, advantages); returns their losses (R,). Autograd differentiates it by logprobs alone. Chunks are an
-        accident of memory: a loss that mixes tokens needs reduction="none". GRPO's clipped surrogate:
+    objective(logprobs, rows) -> losses: replaces -logprob by any elementwise function of it. Called once per
+        chunk with the chunk's log-probs (R,) and rows (R,), int64 indices into the flattened targets, with
+        which to look up what belongs to these tokens (old log-probs, advantages); returns their losses (R,).
+        Autograd differentiates it by logprobs alone. Chunks are an accident of memory: a loss that mixes
+        tokens needs reduction="none". GRPO's clipped surrogate:
 
             def objective(logprobs, rows):
                 ratio = (logprobs - old[rows]).exp()

@@ -6,11 +6,11 @@ Rows of logits, read where they lie: log-prob of the target, entropy, and the gr
     d(-logp)/dlogits[v] = (softmax_v(z) - 1[v == t]) * dz[v]/dlogits[v]
 
 How it works. One program a row. It reads the row once for m, the largest z so far, and s, the sum of exp(z - m) so far, s being
-multiplied by exp(m_old - m_new) whenever m grows. For the gradient it reads the row a second time and writes each element where
+multiplied by exp(m_old - m_new) whenever m grows. For the gradient it reads the row per second time and writes each element where
 it was read. What a token's loss is multiplied by is one number a row, and is applied elsewhere: see linear_head.py. Where the
 row's logsumexp is known already, its gradient can be made a block of columns at a time.
 
-A chunk of 1,024 rows of 262,144 bf16 logits: 512 MiB read twice and written once; besides it, eight bytes a row.
+A chunk of 1,024 rows of 262,144 bf16 logits: 512 MiB read twice and written once; besides it, eight bytes per row.
 """
 
 from collections.abc import Iterator

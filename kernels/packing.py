@@ -1,5 +1,5 @@
 """
-Packs on the device: documents gathered from one flat token buffer into a row, and values of a row back to one line a document.
+Packs on the device: documents gathered from one flat token buffer into a row, and values of a row back to one line per document.
 
     pack      input_ids[t]    = buffer[offsets[d] + position_ids[t]]      d: document of t; position_ids[t] = t - cu_seqlens[d]
               targets[t]      = buffer[offsets[d] + position_ids[t] + 1]  or -100: inside the prompt, whose last token alone
@@ -10,7 +10,7 @@ How it works. A program makes 1,024 places of the output. It finds the document 
 stays in the cache, and gathers; no program writes where another does, so there are no atomics. The targets are shifted once,
 here, exactly as in kit.packing.PackedBatch.build. The gradient of unpacking is a gather too: each token has one place.
 
-16,384 tokens: 128 KiB of tokens are read and 384 KiB written in one launch, instead of some ten launches a document, and the
+16,384 tokens: 128 KiB of tokens are read and 384 KiB written in one launch, instead of some ten launches per document, and the
 row is never on the host. Unpacking fp32 values of D documents writes 4 D L bytes, L = max_seqlen, and needs no index.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from kit.kernels.backend import tl, triton, uses_triton
 from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
 
-BLOCK = 1024  # output places a program: 8 a thread; a row of 16,384 tokens makes 16 programs
+BLOCK = 1024  # output places per program: 8 a thread; a row of 16,384 tokens makes 16 programs
 NUM_WARPS = 4
 BAD_TOKEN = -1  # where a GPU finds a plan that does not fit: no embedding has this row, so the model's first lookup fails
 
@@ -269,7 +269,7 @@ def pack(
 
 
 def unpack(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, fill: float = 0) -> Tensor:
-    """One line a document, (D, max_seqlen, ...), from values (T, ...) of a row; fill behind a document's end.
+    """One line per document, (D, max_seqlen, ...), from values (T, ...) of a row; fill behind a document's end.
 
     Differentiable in values, any dtype; copied where it is not contiguous. cu_seqlens: (D + 1,) int32, 0 first, T last, on the
     device of values. max_seqlen: at least the tokens of the longest document. Raises ValueError for arguments that do not

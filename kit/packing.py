@@ -57,7 +57,7 @@ class _FreeSpace:
 def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[int]]:
     """Which documents share a row: best-fit decreasing over all of them, then the rows in a random order.
 
-    lengths: tokens a document, each in 1..capacity. capacity: tokens a row. seed: breaks ties between documents of one
+    lengths: tokens per document, each in 1..capacity. capacity: tokens per row. seed: breaks ties between documents of one
     length and orders the rows and the documents inside each; the same seed gives the same plan on every machine.
     Returns document indices a row; every index stands exactly once.
     Raises ValueError for a length outside 1..capacity (nothing is cut and nothing is dropped here).

@@ -43,12 +43,12 @@ class Config:
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
-    num_questions: int = 0  # questions a benchmark; 0 = all
-    num_samples: int = 0  # samples a question; 0 = the paper's k (4, 8, 8)
+    num_questions: int = 0  # questions per benchmark; 0 = all
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     top_k: int = 0  # 0 = off
-    max_new_tokens: int = 16_384  # tokens a response
+    max_new_tokens: int = 16_384  # tokens per response
     num_slots: int = 16  # responses sampled at once; changes the speed only
     seed: int = 0  # of the samples
     # comparison
@@ -114,7 +114,7 @@ ENGINES = {"kit": load_kit, "vllm": load_vllm}
 
 
 def table(results: list[Result]) -> str:
-    """The figures a person asks for first, a line a benchmark."""
+    """The figures a person asks for first, a line per benchmark."""
     head = ("benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong", "cut off", "no answer",
             "loops", "reflection*", "undecided")  # fmt: skip
     lines = [head]

@@ -8,7 +8,7 @@
 Measures the model on MATH-500, AIME24 and AMC23, fine-tunes it on packed OpenR1-Math-220k traces through the fused loss, measures
 it again and draws the difference. The paper finds that accuracy falls to about a quarter. Every stage resumes: --resume.
 
-Time: not timed on a GPU. Memory: bf16 weights rounded stochastically and 8-bit optimizer states, 6 bytes a parameter with the
+Time: not timed on a GPU. Memory: bf16 weights rounded stochastically and 8-bit optimizer states, 6 bytes per parameter with the
 gradient, besides activations; --plan tells, and what to switch on where it does not fit.
 Left out on purpose: several GPUs, a validation set (the paper has none), weight decay (not stated), other data sizes.
 """
@@ -75,11 +75,11 @@ class Config:
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
-    num_questions: int = 0  # questions a benchmark; 0 = all
-    num_samples: int = 0  # samples a question; 0 = the paper's k (4, 8, 8)
+    num_questions: int = 0  # questions per benchmark; 0 = all
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
-    max_new_tokens: int = 16_384  # tokens a response
+    max_new_tokens: int = 16_384  # tokens per response
     num_slots: int = 16  # responses sampled at once
     baseline: str = ""  # a run of recipes/evaluate.py on this model, which stands for measuring it before; "" = measure it
     # run

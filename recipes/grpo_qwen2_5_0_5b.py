@@ -7,9 +7,10 @@
     python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12        with the memory settings and the answers at once for a card of 12 GB
     python recipes/grpo_qwen2_5_0_5b.py --smoke            the same path in about a minute on any CPU: a tiny model, no network
 
-1. Measure the model. 2. Sample 8 answers a prompt from the model itself, grade them, compare each with the others of its prompt.
-3. Raise the probability of what did better, a clipped step a mini-batch, held near the start by a KL loss. 4. Repeat from 2, then
-measure again. The algorithm is kit/rl/grpo.py: read that one. What differs from the paper's setting is printed. --resume resumes.
+1. Measure the model. 2. Sample 8 answers per prompt from the model itself, grade them, compare each with the
+others of its prompt. 3. Raise the probability of what did better, a clipped step a mini-batch, held near the
+start by a KL loss. 4. Repeat from 2, then measure again. The algorithm is kit/rl/grpo.py: read that one. What
+differs from the paper's setting is printed. --resume resumes.
 
 Time: not timed on a GPU; the paper's runs took 8 H100. The prompts are SimpleRL-Zoo's on the hub (loading them was not tried
 from here); a local copy goes in with --prompts FILE, other MATH files with --levels 1-4 besides.
@@ -58,8 +59,8 @@ class Config:
     num_prompts: int = 0  # the first so many of the file; 0 = all
     max_bad_rows: int = 20  # rows without problem or gold answer that are named and left out; one more stops the run
     # rollout: the paper's Table 3
-    batch_prompts: int = 1_024  # prompts a step
-    group_size: int = 8  # answers a prompt
+    batch_prompts: int = 1_024  # prompts per step
+    group_size: int = 8  # answers per prompt
     max_new_tokens: int = 8_192  # tokens an answer
     temperature: float = 1.0  # of sampling, and of the log-probs in the objective
     num_slots: int = 64  # answers sampled at once; in the evaluation as many as the same cache holds
@@ -95,9 +96,9 @@ class Config:
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
     # evaluation, before and after
     benchmarks: str = "math500"  # name or name=FILE, comma-separated; "" = none
-    num_questions: int = 0  # questions a benchmark; 0 = all
-    num_samples: int = 0  # samples a question; 0 = the paper's k
-    eval_tokens: int = 16_384  # tokens a response; at most the model's context
+    num_questions: int = 0  # questions per benchmark; 0 = all
+    num_samples: int = 0  # samples per question; 0 = the paper's k
+    eval_tokens: int = 16_384  # tokens per response; at most the model's context
     # run
     seed: int = 0  # of the prompts' order and the samples
     plan: bool = False  # say what sampling and an update would hold and which cards they fit, and stop: no GPU, no download

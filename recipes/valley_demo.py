@@ -16,7 +16,7 @@ recipes; what came out, and what it says, is in report.html of the run folder.
 Learning rate and batch size were chosen once, by a rule; recipes/bench/LOG.md has the rule and everything that was tried.
 
 Time: the full setting trains on 51 million tokens and took 31 min on two idle Xeon cores (2026-11-22; the two models learn 13,000
-and 21,000 tokens a second), a tenth of it for samples; --quick 3 min 19 s. 16,384 traces, added later: 73 minutes of one core.
+and 21,000 tokens per second), a tenth of it for samples; --quick 3 min 19 s. 16,384 traces, added later: 73 minutes of one core.
 
 It is about the toy, not about language models. Left out on purpose: what learning rate each size would like best.
 """
@@ -52,13 +52,13 @@ class Config:
     epochs: int = 4  # passes over the traces
     lr: float = 1e-3  # peak, cosine; why this one: above
     warmup_ratio: float = 0.05  # share of all steps; 0 = none
-    batch_traces: int = 16  # traces a step; what the growing batch of that arm does: kit/valley/study.py
+    batch_traces: int = 16  # traces per step; what the growing batch of that arm does: kit/valley/study.py
     # evaluation
     num_questions: int = 0  # of the 100 held-out problems; 0 = all
-    num_samples: int = 4  # samples a question
+    num_samples: int = 4  # samples per question
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
-    max_new_tokens: int = 512  # tokens a response; the longest trace has about 340
+    max_new_tokens: int = 512  # tokens per response; the longest trace has about 340
     num_slots: int = 100  # responses sampled at once
     # reinforcement learning, from the untouched model, the lowest point and the largest size of the first arm
     rl_steps: int = 0  # steps of 16 prompts x 8 answers; 0 = off

@@ -8,7 +8,7 @@
     python recipes/valley_sweep.py --smoke                   the same path in about a minute on any CPU: a tiny model
 
 Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2
-(kit/valley/sweep.py); the untouched model is measured once a model and seed. A cell that fails is reported
+(kit/valley/sweep.py); the untouched model is measured once per model and seed. A cell that fails is reported
 with its reason and the others go on. `--fixed_batch 128` adds the control arm that the paper lacks, one batch
 at every size; `--rl_sizes 0,8000,128000` adds reinforcement learning from there.
 
@@ -68,7 +68,7 @@ class Config:
     methods: str = "full"  # full, qlora or full+qlora, of the models that do not say
     sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs and batch follow from the paper's Table 2
     seeds: int = 1  # of subset, packs and samples; the paper's number is not stated
-    fixed_batch: int = 0  # traces a step in a control arm with one batch at every size; 0 = no such arm
+    fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = no such arm
     # of every model
     device: str = "cuda"  # cuda or cpu
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
@@ -87,11 +87,11 @@ class Config:
     gpu_gb: float = 0.0  # choose the memory settings for cards of this size; 0 = the recipe's defaults
     # evaluation
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
-    num_questions: int = 0  # questions a benchmark; 0 = all
-    num_samples: int = 0  # samples a question; 0 = the paper's k (4, 8, 8)
+    num_questions: int = 0  # questions per benchmark; 0 = all
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
-    max_new_tokens: int = 16_384  # tokens a response
+    max_new_tokens: int = 16_384  # tokens per response
     num_slots: int = 16  # responses sampled at once
     # reinforcement learning
     rl_sizes: str = ""  # traces of the models it starts from, 0 = the untouched one; "" = none

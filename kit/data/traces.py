@@ -1,6 +1,6 @@
 """Traces: one correct, complete chain of thought a problem, rendered with the model's chat template and tokenised.
 
-The paper's rule (section Data): OpenR1-Math-220k holds two to four traces a problem; one correct trace is kept, traces over
+The paper's rule (section Data): OpenR1-Math-220k holds two to four traces per problem; one correct trace is kept, traces over
 16,384 tokens are dropped. Subsets are nested: problems stand in one random order keyed by seed and text, and a subset is
 the first n that survive, so the 8k set is contained in the 16k set whatever n is asked for.
 """
@@ -111,7 +111,7 @@ def _verify(row: dict, response: str) -> str:
 def read_traces(
     source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True
 ) -> tuple[list[Trace], Census]:
-    """One trace a problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
+    """One trace per problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
 
     limit: keep only the first `limit` traces of that order in memory (OpenR1-Math-220k is some gigabytes of text); 0 = all.
     A problem that stands twice is kept once. Raises ValueError for more than max_bad_rows malformed rows, each named.

@@ -1,4 +1,4 @@
-"""The benchmarks as a table: where each one's problems are, which fields to read, how many samples a question.
+"""The benchmarks as a table: where each one's problems are, which fields to read, how many samples per question.
 
 Accuracy in the paper (section Evaluation) is avg@k over MATH-500, AIME24 and AMC23 and the unweighted mean of the three;
 `arithmetic` is its synthetic task (section "Why it happens"). GSM8K is for models that solve nothing else, the toy for machines
@@ -31,7 +31,7 @@ class Benchmark:
     file: str  # what a local copy is called, in the folder of `name=FOLDER`
     problem_field: str
     answer_field: str
-    num_samples: int  # k, samples a question in the paper
+    num_samples: int  # k, samples per question in the paper
     num_questions: int  # rows it must have
     ids_hash: str  # of the ids of all its questions, whatever their order
     answer_pattern: str = ""  # the gold is this pattern's first group in the answer field; "" = the whole field
@@ -124,7 +124,7 @@ PAPER = ("math500", "aime24", "amc23")
 def parse_benchmarks(text: str, *, limit: int = 0) -> list[Benchmark]:
     """Benchmarks with their questions from `name`, `name=file` or `name=folder`: `math500,aime24=aime24.jsonl,gsm8k=data`.
 
-    limit: questions a benchmark; 0 = all. Raises ValueError for an unknown name.
+    limit: questions per benchmark; 0 = all. Raises ValueError for an unknown name.
     """
     benchmarks = []
     for word in text.split(","):

@@ -50,9 +50,9 @@ def evaluate(
 ) -> Result:  # fmt: skip
     """Sample and grade `benchmark` (which has been read), writing folder/<name>.jsonl; samples found there are not made again.
 
-    num_samples: k, samples a question; 0 = the benchmark's own. Raises ValueError where the file there belongs to another model,
-    prompt, decoding or version: results under two headers are not one result; and where memory runs out.
-    """
+    num_samples: k, samples per question; 0 = the benchmark's own. Raises ValueError where the file there
+    belongs to another model, prompt, decoding or version: results under two headers are not one result; and
+    where memory runs out. """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds: not out of the first hard answer's deadline
     threading.Thread(target=sympy_workers.start, daemon=True, name="start-grader").start()

@@ -57,7 +57,7 @@ class Result:
         return fmean(self.by_question(AS_THE_PAPER).values()) if graded else None
 
     def by_question(self, column: str = STRICT) -> dict[str, float]:
-        """Share of correct samples a question, by one of the two columns of verdicts."""
+        """Share of correct samples per question, by one of the two columns of verdicts."""
         return _share_by_question(self.rows, lambda row: row[column] == "correct")
 
     def pass_at(self, k: int) -> float:
@@ -166,7 +166,7 @@ class Result:
     def __str__(self) -> str:
         return (
             f"{self.benchmark}: {100 * self.accuracy:.1f} % ± {100 * self.interval:.1f} of {self.num_questions} questions "
-            f"x {len(self.rows) / self.num_questions:g} samples; {self.mean_tokens:,.0f} tokens a response, "
+            f"x {len(self.rows) / self.num_questions:g} samples; {self.mean_tokens:,.0f} tokens per response, "
             f"{100 * self.truncated:.1f} % truncated, {100 * self.reflection:.1f} % with a reflection keyword"
             + (f", {self.unknown} undecided" if self.unknown else "")
         )

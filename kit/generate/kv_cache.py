@@ -1,4 +1,4 @@
-"""The sampler's KV cache: one preallocated row a slot, and in sliding layers a ring that holds the window and nothing else.
+"""The sampler's KV cache: one preallocated row per slot, and in sliding layers a ring that holds the window and nothing else.
 
     position p of a row lies in place p mod W,   W = min(window, capacity) in sliding layers, capacity in all others
     seen from position q, place s holds position q - ((q - s) mod W), and is empty where that is negative, s > q

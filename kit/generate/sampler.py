@@ -232,7 +232,7 @@ def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
 
 
 class _Progress:
-    """Finished of total, tokens a second, mean length and truncated so far, time left at the mean pace so far."""
+    """Finished of total, tokens per second, mean length and truncated so far, time left at the mean pace so far."""
 
     def __init__(self, total: int, description: str):
         self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)

@@ -18,7 +18,7 @@ import torch
 # candidates looked at first, and the factor for the next look: a trained model's nucleus mostly fits in the first, and sorting
 # 262,144 logits a row would dominate
 FIRST_LOOK, WIDER = 64, 16
-RACED_AT_ONCE = 2**21  # numbers: drawing from a whole vocabulary holds 60 bytes a number, 16 MB a row of 262,144
+RACED_AT_ONCE = 2**21  # numbers: drawing from a whole vocabulary holds 60 bytes per number, 16 MB a row of 262,144
 
 
 @dataclass(frozen=True)

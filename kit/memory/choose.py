@@ -151,13 +151,13 @@ def leaner(planned: Plan) -> str:
         savings = replace(savings, **{name: value})
         num_rows = rows_of(savings, planned.rows)
         total = formula_total(config, planned.row_tokens, savings, planned.qlora_rank, rows=num_rows)
-        longer = f"{seconds.get(name, 0.0):.2f} s a step" if name != "update_in_backward" else "one row a step"
+        longer = f"{seconds.get(name, 0.0):.2f} s per step" if name != "update_in_backward" else "one row per step"
         lines.append(f"    {as_flags({name: value}):<24}{total / GIB:7.2f} GiB, {longer}")
     return "\n".join(lines)
 
 
 def switches(chosen: Plan, max_grad_norm: float) -> dict:
-    """The chosen savings as a recipe's settings, with what they bring along: updating in the backward pass takes one row a step
+    """The chosen savings as a recipe's settings, with what they bring along: updating in the backward pass takes one row per step
     and clips each parameter by itself instead of all by their common norm; blocks of the head's gradient cannot be clipped."""
     found = asdict(chosen.savings)
     if chosen.savings.update_in_backward:

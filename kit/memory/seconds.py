@@ -18,7 +18,7 @@ from kit.train.savings import Savings
 
 FLOPS = 40e12  # a second in bf16 matmuls; about what an RTX 4070 reaches of its peak
 BANDWIDTH = 400e9  # bytes a second of the card's own memory
-BUS = 12e9  # bytes a second to and from pinned CPU memory: half of PCIe 4.0 x16, all of x8
+BUS = 12e9  # bytes per second to and from pinned CPU memory: half of PCIe 4.0 x16, all of x8
 ASSUMED = f"estimated for a card of {FLOPS / 1e12:.0f} TFLOP/s, {BANDWIDTH / 1e9:.0f} GB/s, {BUS / 1e9:.0f} GB/s over the bus"
 
 

@@ -64,9 +64,9 @@ class Plan:
     def __str__(self) -> str:
         what = f"QLoRA of rank {self.qlora_rank}" if self.qlora_rank else "full fine-tuning"
         on = ", ".join(f"{name} {value}" for name, value in asdict(self.savings).items() if value != getattr(Savings(), name))
-        rows = "one row a step" if self.rows == 1 else "several rows a step"
+        rows = "one row per step" if self.rows == 1 else "several rows per step"
         lines = [
-            f"{self.model}, {what}, {self.row_tokens:,} tokens a row, {rows}: {self.total / GIB:.2f} GiB (simulated)",
+            f"{self.model}, {what}, {self.row_tokens:,} tokens per row, {rows}: {self.total / GIB:.2f} GiB (simulated)",
             f"  switched on: {on or 'nothing but the defaults'}",
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed besides: {SLACK:.0%} slack, "
             f"{CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",

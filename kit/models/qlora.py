@@ -4,7 +4,7 @@
 
 A model is loaded as ever, quantised layer by layer, and given its adapters in place: it stays the class it was, so the trainer,
 the sampler and the head see nothing new. Loading first and quantising then serves a hub id, a folder and a GGUF file alike; it
-holds the whole model in main memory on the way (2 bytes a parameter in bf16) and one layer of it on the card.
+holds the whole model in main memory on the way (2 bytes per parameter in bf16) and one layer of it on the card.
 
 peft's prepare_model_for_kbit_training is not used. It would cast whatever is not quantised to fp32: 0.6 to 0.7 GiB more for the
 embedding and the head of a 1B to 3B model, and a gradient path through them that nothing needs. What is left of it is to freeze

@@ -61,7 +61,7 @@ def write_report(path: Path) -> Path:
 
 
 def findings(results: dict[str, dict[str, Result]]) -> list[str]:
-    """What the measurements say, a sentence a benchmark; a difference inside its interval is not called one."""
+    """What the measurements say, a sentence per benchmark; a difference inside its interval is not called one."""
     sentences = []
     for name, after in results[AFTER].items():
         before = results[BEFORE].get(name)

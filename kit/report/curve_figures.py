@@ -60,7 +60,7 @@ def trace_axis(axes, sizes: Sequence[int]) -> None:
 
 
 def rl_figure(climbs: Sequence[Climb]) -> Figure:
-    """Mean reward of the rollouts against the step, a line a start; the band spans the seeds."""
+    """Mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, (name, of_start) in enumerate(by_start(climbs).items()):

@@ -68,7 +68,7 @@ def length_figure(stages: Stages) -> Figure:
         longest = max(max(lengths, default=0) for lengths in groups.values())
         for (kind, lengths), colour in zip(groups.items(), COLOURS, strict=False):
             axes.hist(lengths, bins=30, range=(0, longest), alpha=0.6, color=colour, label=f"{kind} ({len(lengths):,})")
-        axes.set(xlabel="tokens a response", ylabel="responses", title=f"Length of the answers: {name}")
+        axes.set(xlabel="tokens per response", ylabel="responses", title=f"Length of the answers: {name}")
         axes.legend()
     return figure
 

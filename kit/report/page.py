@@ -16,7 +16,7 @@ from kit.evaluate.reflection_and_loops import (
 from kit.evaluate.results import Result, mean_accuracy
 from kit.report.figures import Stages
 
-SHOWN = 24  # questions a benchmark in the browser of samples, half of them with a right answer: a page one can still scroll
+SHOWN = 24  # questions per benchmark in the browser of samples, half of them with a right answer: a page one can still scroll
 
 
 def percent(share: float | None) -> str:
@@ -34,7 +34,7 @@ FIGURES = {
         f"{percent(r.pass_at(r.num_samples))} ± {100 * r.pass_interval(r.num_samples):.1f} (k = {r.num_samples})"
     ),
     "questions x samples": lambda r: f"{r.num_questions} x {len(r.rows) / r.num_questions:g}",
-    "tokens a response: mean": lambda r: _tokens(r.lengths().mean),
+    "tokens per response: mean": lambda r: _tokens(r.lengths().mean),
     "median": lambda r: _tokens(r.lengths().median),
     "90 % are at most": lambda r: _tokens(r.lengths().p90),
     "mean of the right ones": lambda r: _tokens(r.lengths("correct").mean),

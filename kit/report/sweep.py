@@ -1,4 +1,4 @@
-"""Report of a sweep: its run folders -> a figure a model, sentences, every cell in a table, one self-contained report.html.
+"""Report of a sweep: its run folders -> a figure per model, sentences, every cell in a table, one self-contained report.html.
 
     python -m kit.report.sweep runs/valley_sweep/001
 
@@ -99,7 +99,7 @@ def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
     top.set_ylim(0, None)
     bottom.set_ylim(0, None)
     top.set_ylabel("accuracy, %", fontsize=14)
-    bottom.set_ylabel(f"tokens a response, {length_of}", fontsize=14)
+    bottom.set_ylabel(f"tokens per response, {length_of}", fontsize=14)
     trace_axis(bottom, sizes)
     top.legend(fontsize=11)
     return figure
@@ -120,7 +120,8 @@ def failures(outcomes: dict[str, Outcome]) -> str:
 
 
 def table(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
-    """A row a model, method, arm and size, over the seeds that are finished, the untouched model first; then what is not done."""
+    """A row per model, method, arm and size, over the seeds that are finished, the untouched model first;
+    then what is not done."""
     benchmarks = list(dict.fromkeys(name for found in sweep.measured for name in found.after))
     benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
     lines = []

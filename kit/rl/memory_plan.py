@@ -123,7 +123,7 @@ def choose_rl(
 
 
 def rungs_rl(model: str, qlora_rank: int) -> list[Savings]:
-    """kit.memory.choose's settings, from fastest to leanest, without what one row a step and cross-entropy alone can have."""
+    """kit.memory.choose's settings, from fastest to leanest, without what one row per step and cross-entropy alone can have."""
     ladder = rungs(load_config(model), qlora_rank)
     return list(dict.fromkeys(replace(savings, update_in_backward=False, head_update="whole") for savings in ladder))
 

@@ -16,7 +16,7 @@ class Settings:
     another KL at 1e-4, advantages scaled by the group's deviation."""
 
     group_size: int = 8  # completions a prompt
-    max_new_tokens: int = 8_192  # tokens a completion
+    max_new_tokens: int = 8_192  # tokens per completion
     temperature: float = 1.0  # of sampling and, the same, of the log-probs in the objective
     num_slots: int = 64  # completions sampled at once
     minibatch_prompts: int = 256  # prompts an optimizer step

@@ -1,8 +1,8 @@
 """The head in a training step: the loss of a row (kit/train/loss.py), its backward pass, and where the head's gradient goes.
 
-backward(batch, scale, loss_of) once a row, then finish() once a step. Three ways: head and embedding apart, or the head frozen
-(AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a block of the vocabulary at a time (BlockedHead).
-"""
+backward(batch, scale, loss_of) once per row, then finish() once per step. Three ways: head and embedding
+apart, or the head frozen (AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a
+block of the vocabulary at a time (BlockedHead). """
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class TrainingPlan:
 
     @classmethod
     def make(cls, lengths: Sequence[int], *, row_tokens: int, batch_traces: int, epochs: int, max_steps: int = 0, seed: int = 0):
-        """lengths: tokens a document. Each epoch packs the whole set anew. max_steps: stop there; 0 = all epochs.
+        """lengths: tokens per document. Each epoch packs the whole set anew. max_steps: stop there; 0 = all epochs.
 
         Raises ValueError for no epoch, and for what plan_packs and plan_steps refuse.
         """

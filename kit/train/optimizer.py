@@ -4,7 +4,7 @@ fp32 weights take torch's own AdamW. bf16 weights need one more thing: near 0.02
 is narrower, and rounding to nearest would drop it. Stochastic rounding goes up or down with the probability that makes the
 mean exact, so the update arrives on average, without an fp32 copy of the weights.
 
-    name        weights    bytes a parameter besides weight and gradient
+    name        weights    bytes per parameter besides weight and gradient
     adamw       fp32       8    torch.optim.AdamW
     adamw       bf16       8    fp32 states, stochastic rounding
     adamw8bit   both       2.03 kit.kernels.adamw8bit: 8-bit states; on the CPU instead, with offload
@@ -50,8 +50,8 @@ def _mix(seed: int, step: int, index: int) -> int:
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW on bf16 parameters: fp32 states, no fp32 master copy, stochastic rounding keyed by (seed, step, parameter).
 
-    10 bytes a parameter with its bf16 weight, besides the gradient; while it steps, four fp32 copies of one parameter at a time.
-    Resuming repeats the same random numbers.
+    10 bytes per parameter with its bf16 weight, besides the gradient; while it steps, four fp32 copies of one
+    parameter at a time. Resuming repeats the same random numbers.
     """
 
     def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0):

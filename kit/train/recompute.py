@@ -10,10 +10,11 @@ lets go of norm(x) and has it made once more), forms h, and then takes the feed-
 backward, drop. dh is written over h tile by tile; then the attention's graph is spent, then the norm's tiles. A tile's forward is
 the recompute: no product runs a third time.
 
-At 16,384 tokens of Gemma 3 1B in bf16 (H = 1152, 26 layers) the inputs are 36 MiB a layer, 936 MiB in all; with offload those of
-two layers are on the device. One layer's backward takes 1.8 GiB without tiles and 0.6 GiB with tiles of 2,048. What tiles cost
-is the fp32 sum of the MLP's gradients, 91 MiB here. Measured against float64 on a tiny Llama of 2,048 tokens, fp32 sums err 1.02
-times as much as no tiles, however many; bf16 sums 1.1 times at 8 tiles, 1.2 at 16, 7 at 2,048. Smaller tiles buy the bytes back.
+At 16,384 tokens of Gemma 3 1B in bf16 (H = 1152, 26 layers) the inputs are 36 MiB per layer, 936 MiB in all;
+with offload those of two layers are on the device. One layer's backward takes 1.8 GiB without tiles and 0.6
+GiB with tiles of 2,048. What tiles cost is the fp32 sum of the MLP's gradients, 91 MiB here. Measured against
+float64 on a tiny Llama of 2,048 tokens, fp32 sums err 1.02 times as much as no tiles, however many; bf16 sums
+1.1 times at 8 tiles, 1.2 at 16, 7 at 2,048. Smaller tiles buy the bytes back.
 
 A layer's parameters are inputs of its autograd.Function, so each gradient reaches its parameter once, whole, when the layer is
 done: post-accumulate hooks may use it and let it go. kit.train.offload moves the inputs; its streams were not run on a GPU.

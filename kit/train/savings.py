@@ -14,7 +14,7 @@ class Savings:
     recompute: bool = True  # keep each layer's input only; costs a forward pass more
     tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of this many tokens; 0 = whole
     optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw for fp32 weights, adamw8bit for bf16
-    update_in_backward: bool = False  # a gradient dies with its layer: one row a step, no clipping by the global norm
+    update_in_backward: bool = False  # a gradient dies with its layer: one row per step, no clipping by the global norm
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory

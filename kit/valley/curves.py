@@ -69,7 +69,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm: the untouched model and a point a size, smallest first."""
+    """One arm: the untouched model and a point per size, smallest first."""
 
     name: str  # as a sentence's subject: "long traces"
     base: Point

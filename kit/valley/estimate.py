@@ -1,7 +1,7 @@
 """The plan of a sweep: which cells fit, how long they take, and what they leave on disk. Estimates, but for the simulated memory.
 
     training   packed rows x the seconds of a row (kit/memory/seconds.py: counted flops and bytes, an assumed card)
-    sampling   the sampler's steps x the larger of (weights and caches) / BANDWIDTH and (2 flops a weight and slot) / FLOPS
+    sampling   the sampler's steps x the larger of (weights and caches) / BANDWIDTH and (2 flops per weight and slot) / FLOPS
 
 A row is taken to be full and one document, the most that attention can cost. The sampler takes tokens / slots steps, as if every
 slot were busy to the end, and reads every slot's cache as far as a whole response. Launch overhead and idle slots are ignored, so
@@ -97,7 +97,7 @@ class CellPlan:
 
     @property
     def _all_steps(self) -> float:
-        if self.memory.savings.update_in_backward:  # one row a step
+        if self.memory.savings.update_in_backward:  # one row per step
             return self._all_rows
         return min(self._all_rows, self.cell.epochs * self.cell.num_traces / self.cell.batch_traces)
 
@@ -270,5 +270,5 @@ def with_settings(cells: Sequence[Cell], chosen: Chosen) -> tuple[list[Cell], li
         elif cell.arm != FIXED_BATCH:
             single[f"{short_name(cell.model)}, {cell.method}"] = None
             found.append(replace(cell, batch_traces=settings["batch_traces"]))
-    lines = [f"one row of packed traces a step at every size, to fit the card, for {'; '.join(single)}"] if single else []
+    lines = [f"one row of packed traces per step at every size, to fit the card, for {'; '.join(single)}"] if single else []
     return found, lines

@@ -41,7 +41,7 @@ class Cell:
     arm: str  # of ARMS, or BASE
     num_traces: int  # 0 for BASE
     seed: int  # of traces, packs and samples
-    batch_traces: int = 0  # traces a step; 0 for BASE
+    batch_traces: int = 0  # traces per step; 0 for BASE
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Study:
     epochs: int = 4
     lr: float = 1e-3
     warmup_ratio: float = 0.05
-    batch_traces: int = 16  # traces a step
+    batch_traces: int = 16  # traces per step
     min_batch: int = 4  # of the growing batch
     steps_an_epoch: int = 256  # of the growing batch, from min_batch * steps_an_epoch traces on
     params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=512))

@@ -59,8 +59,8 @@ PAPER = {
 
 
 def schedule(num_traces: int) -> Row:
-    """Table 2's row. Other numbers continue its rule: a thousandth of the traces a step, from 1 to the table's largest batch, and
-    the epochs of the largest row that is no larger, or else of the first."""
+    """Table 2's row. Other numbers continue its rule: a thousandth of the traces per step, from 1 to the
+    table's largest batch, and the epochs of the largest row that is no larger, or else of the first."""
     row = next((row for row in reversed(TABLE) if row.traces <= num_traces), TABLE[0])
     if row.traces == num_traces:
         return row
@@ -156,7 +156,7 @@ class Grid:
         if adapted := [short_name(model) for model, methods in self.models if QLORA in methods]:
             found.append(f"QLoRA of rank {qlora_rank} for {', '.join(adapted)} (paper: all parameters)")
         if self.fixed_batch:
-            found.append(f"a control arm with {self.fixed_batch} traces a step at every size, which the paper lacks")
+            found.append(f"a control arm with {self.fixed_batch} traces per step at every size, which the paper lacks")
         return found
 
 

@@ -92,7 +92,7 @@ def make_cell(cell: Cell, study: Study, benchmark: Benchmark, path: Path) -> dic
 
 
 class Valley:
-    """A study in a folder: cells.jsonl, and a folder a cell under cells/."""
+    """A study in a folder: cells.jsonl, and a folder per cell under cells/."""
 
     def __init__(self, study: Study, benchmark: Benchmark, path: Path):
         self.study, self.benchmark, self.path = study, benchmark, path

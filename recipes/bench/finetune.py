@@ -1,9 +1,9 @@
-"""One whole fine-tuning run, ours and TRL's SFTTrainer: target tokens a second, peak memory, and do documents see each other?
+"""One whole fine-tuning run, ours and TRL's SFTTrainer: target tokens per second, peak memory, and do documents see each other?
 
     python recipes/bench/finetune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces open-r1/OpenR1-Math-220k:all
     python recipes/bench/finetune.py --vocab_size 262144          a 20M Llama with Gemma's vocabulary and random tokens
 
-Both get the same weights, documents, row length, rows a step, learning rate and AdamW, and are otherwise what they are by
+Both get the same weights, documents, row length, rows per step, learning rate and AdamW, and are otherwise what they are by
 default: TRL with packing=True lays a step's 8 rows end to end and recomputes activations; we take them one after another. Both
 compute in fp32 on a CPU (TRL's own default, bf16, is several times slower there) and in bf16 on a card. Each runs in a process of
 its own whose highest memory counts: resident, weights and libraries included, or on a card what torch allocated. Time is from
@@ -61,7 +61,7 @@ SMOKE = {"num_traces": 24, "row_tokens": 256, "median_tokens": 60, "rows_per_ste
 def main(config: Config) -> list[dict]:
     what = f"a Llama with V = {config.vocab_size:,}" if config.vocab_size else config.model
     print(
-        f"\nfine-tuning {what}: {config.num_traces} documents, rows of {config.row_tokens:,}, {config.rows_per_step} rows a step"
+        f"\nfine-tuning {what}: {config.num_traces} documents, rows of {config.row_tokens:,}, {config.rows_per_step} rows per step"
     )
     contestants = {"ours": _ours, "TRL SFTTrainer": _trl}
     if not importlib.util.find_spec("trl"):
@@ -77,7 +77,7 @@ def main(config: Config) -> list[dict]:
         )
     if len(rows) == 2:
         speed, memory = (rows[0][key] / rows[1][key] for key in ("targets_per_second", "peak_gib"))
-        print(f"  ours / TRL: {speed:.2f}x the target tokens a second, {memory:.2f}x the peak memory")
+        print(f"  ours / TRL: {speed:.2f}x the target tokens per second, {memory:.2f}x the peak memory")
     if config.json:
         write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
     return rows

@@ -54,9 +54,9 @@ class Config:
     max_operands: int = 6
     # algorithm
     steps: int = 30  # rollouts, one update each
-    batch_prompts: int = 2  # prompts a step
+    batch_prompts: int = 2  # prompts per step
     group_size: int = 8  # completions a prompt
-    max_new_tokens: int = 64  # tokens a completion
+    max_new_tokens: int = 64  # tokens per completion
     row_tokens: int = 512  # tokens of our rows, which bound what activations take; TRL's batch is all completions, padded
     lr: float = 1e-4  # constant
     seed: int = 0  # of everything
@@ -229,7 +229,7 @@ def _trl(config: Config, folder: str, threads: int) -> dict:
         lr_scheduler_type="constant", shuffle_dataset=False, seed=config.seed,
     )  # fmt: skip
     trainer = GRPOTrainer(model, reward, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rewards()])
-    trainer.remove_callback(PrinterCallback)  # a line of figures a step
+    trainer.remove_callback(PrinterCallback)  # a line of figures per step
     before, start = peak_resident_bytes(), time.perf_counter()
     trainer.train()
     return _result(time.perf_counter() - start, rewards, before)

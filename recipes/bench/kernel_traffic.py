@@ -176,7 +176,7 @@ def tiled_pairs(lengths: list[int], BLOCK_M: int, BLOCK_N: int, window: int | No
     return num_tiles * BLOCK_M * BLOCK_N
 
 
-DOTS = {"forward": 2, "dq": 3, "dkdv": 4}  # products of each kernel, every one 2 * head_dim flops a pair
+DOTS = {"forward": 2, "dq": 3, "dkdv": 4}  # products of each kernel, every one 2 * head_dim flops per pair
 
 
 def attention_flops(pairs: dict[str, int], head_dim: int, num_heads: int) -> int:
@@ -214,7 +214,7 @@ class Config:
 
 
 def table(num_tokens: int, ignored: float) -> list[dict]:
-    """One row a model and implementation, bf16; ratio = bytes / ours."""
+    """One row per model and implementation, bf16; ratio = bytes / ours."""
     rows = []
     for model, (V, H) in MODELS.items():
         loss = Loss(num_tokens, num_tokens - round(ignored * num_tokens), V, H, torch.bfloat16)

@@ -6,7 +6,7 @@
 
 Each figure is one real training step on fake tensors, every live byte counted, plus what
 kit/memory/simulate.py assumes for slack and for CUDA itself. The rows switch savings on one after another;
-the full rows update in the backward pass, one row of packed traces a step. Left out on purpose: speed.
+the full rows update in the backward pass, one row of packed traces per step. Left out on purpose: speed.
 Offloaded bytes cross the bus, a blocked head costs a matmul more: not timed on a GPU."""
 
 from concurrent.futures import ProcessPoolExecutor

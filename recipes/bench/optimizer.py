@@ -85,7 +85,7 @@ class Weights:
 
 
 def train(config: Config, arm: str, batches: list[PackedBatch]) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor]]:
-    """(loss a step, weights before, weights after) of one arm."""
+    """(loss per step, weights before, weights after) of one arm."""
     bf16 = arm != "fp32" and (config.compute == "bf16" or (config.compute == "auto" and config.device == "cuda"))
     model, _ = models.load(config.model, device=config.device, dtype=torch.bfloat16 if bf16 else torch.float32)
     model.train()

@@ -1,4 +1,4 @@
-"""The sampler against transformers' two ways of answering many prompts: useful tokens a second on the same model and prompts.
+"""The sampler against transformers' two ways of answering many prompts: useful tokens per second on the same model and prompts.
 
     python recipes/bench/sampler.py                         48 prompts, long-tailed lengths, 32 at a time
     python recipes/bench/sampler.py --num_slots 16

@@ -217,7 +217,7 @@ def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch):
     kp._pack_kernel[(2,)](buffer, offsets, torch.tensor([0, 1]), documents, cu_seqlens, *out, 1, 20, -100, -1, 16)
     assert out[0].equal(tokens.long()) and out[1, :-1].equal(tokens[1:].long()) and out[1, -1] == -100
 
-    get, C, L = interpreter.interpreter_builder.create_get_program_id, 262_144, 16_384  # logits, say: 2^32 numbers a document
+    get, C, L = interpreter.interpreter_builder.create_get_program_id, 262_144, 16_384  # logits, say: 2^32 numbers per document
 
     def last(axis):
         handle = get(axis)

@@ -104,7 +104,7 @@ def test_what_would_save_more_is_listed_cheapest_first_until_nothing_is_left():
     sizes = [float(line.split(" GiB, ")[0].split()[-1]) for line in lines[1:]]
     assert sizes == sorted(sizes, reverse=True)
     seconds = [float(line.split(" GiB, ")[1].split()[0]) for line in lines[2:]]
-    assert seconds == sorted(seconds) and seconds[0] > 0 and "one row a step" in lines[1]
+    assert seconds == sorted(seconds) and seconds[0] > 0 and "one row per step" in lines[1]
     dear = replace(found, savings=Savings(recompute=False, optimizer="adamw"))
     assert leaner(dear).splitlines()[1].startswith("    --recompute ") and "--optimizer adamw8bit" in leaner(dear)
     assert leaner(replace(found, savings=rungs(load_config(model))[-1])) == ""

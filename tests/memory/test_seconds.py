@@ -64,7 +64,7 @@ def test_estimated_flops_are_those_of_a_real_step(family):
 
 
 def test_bytes_over_the_bus_are_those_that_lie_in_cpu_memory(monkeypatch):
-    """Each is written there once a step and read once."""
+    """Each is written there once per step and read once."""
     model = tied_model("llama")
     held = {}
 

@@ -139,7 +139,7 @@ def test_the_plan_of_a_supported_model_names_its_owners():
     assert found.owners[live_bytes.OPTIMIZER] == pytest.approx((2 + 8 / 256) * PARAMETERS[model], rel=0.001)
     assert sum(n for owner, n in found.owners.items() if owner != live_bytes.HOST) == found.peak
     text = str(found)
-    assert "one row a step" in text and "in CPU memory 0.00 GiB" in text
+    assert "one row per step" in text and "in CPU memory 0.00 GiB" in text
     assert "(simulated)" in text and found.when in text and "fits 6 GB: yes" in text
     assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
 

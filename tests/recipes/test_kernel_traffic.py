@@ -62,7 +62,7 @@ def count(function, loss: Loss, upstream: float = 1.0) -> Counter:
 
 
 def assert_only_vectors_are_left(differences: list[Count], N: int):
-    """What formulas leave out does not change with V or H, and is a few numbers a row."""
+    """What formulas leave out does not change with V or H, and is a few numbers per row."""
     assert len(set(differences)) == 1, differences
     left = differences[0]
     assert left.launches == 0 and left.flops == 0 and 0 <= left.bytes_loaded <= 200 * N and 0 <= left.bytes_stored <= 200 * N, (
@@ -114,7 +114,7 @@ def test_liger_is_exact_in_the_way_it_takes_on_a_cpu(N, K, scaled, dtype):
     for V, H in SIZES[:3]:  # it scales dW with a program a row, which the interpreter runs one by one
         loss = Loss(N, K, V, H, dtype)
         counted = count(liger_fused_linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0).total
-        upstream_loads = (N + V) * 4 * scaled  # the scaling kernel reads the upstream gradient once a row, of dX and of dW
+        upstream_loads = (N + V) * 4 * scaled  # the scaling kernel reads the upstream gradient once per row, of dX and of dW
         differences.append(counted - total(liger(loss, on_gpu=False, scaled=scaled)) - Count(0, upstream_loads))
     assert_only_vectors_are_left(differences, N)
 

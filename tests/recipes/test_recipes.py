@@ -138,7 +138,7 @@ def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
 def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
     done = run_recipe("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout and "several rows a step" in done.stdout
+    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout and "several rows per step" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["simulated"] is True and plan["fits_gb"] == [6, 8, 12, 16, 24]
     assert sum(plan["owners"].values()) >= plan["peak"] > 0

@@ -11,7 +11,7 @@ from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
 
 def rows(shares, tokens=10, text="so \\boxed{1}"):
-    """Ten samples a question, of which a share is correct."""
+    """Ten samples per question, of which a share is correct."""
     return [
         {"question": f"q{i}", "problem": f"{i} < 1?", "sample": s, "tokens": tokens,
          "verdict": "correct" if s < 10 * share else "wrong",

@@ -66,7 +66,7 @@ def test_sampling_with_many_slots_is_bound_by_flops_and_nf4_moves_more_than_bf16
 
 def test_training_is_rows_times_seconds_and_what_is_of_a_step_is_counted_once_a_step():
     found = cell_plan(Cell(GEMMA, "full", 8_000, 0, epochs=4, batch_traces=8))
-    assert found.num_rows == 4 * 8_000 / 4  # four traces of 4,096 tokens a row
+    assert found.num_rows == 4 * 8_000 / 4  # four traces of 4,096 tokens per row
     assert found.num_steps == 4_000
     assert found.training_hours == pytest.approx((8_000 * 13.0 + 4_000 * 5.0) / 3_600)
     for row in TABLE:
@@ -136,5 +136,5 @@ def test_one_row_a_step_is_what_the_cell_says_and_leaves_no_control_arm():
     assert [(cell.batch_traces, cell.arm) for cell in found if cell.model == GEMMA] == [(1, "table"), (1, "table")]
     assert [cell for cell in found if cell.model == QWEN] == [cell for cell in cells if cell.model == QWEN]
     assert any(cell.arm == FIXED_BATCH for cell in found)
-    assert told == ["one row of packed traces a step at every size, to fit the card, for gemma-3-1b-it, full"]
+    assert told == ["one row of packed traces per step at every size, to fit the card, for gemma-3-1b-it, full"]
     assert with_settings(found[2:], {(QWEN, "full"): ({}, "")})[1] == []

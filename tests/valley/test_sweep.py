@@ -97,7 +97,7 @@ def test_models_name_their_own_methods_or_take_the_common_ones():
 
 def test_what_differs_from_the_papers_cells_is_told():
     told = "\n".join(Grid((("a/x", ("qlora",)),), (500, 8_000), fixed_batch=4).deviations(16))
-    for text in ("500 traces, which the paper lacks", "without 16,000, 32,000,", "QLoRA of rank 16 for x", "4 traces a step"):
+    for text in ("500 traces, which the paper lacks", "without 16,000, 32,000,", "QLoRA of rank 16 for x", "4 traces per step"):
         assert text in told
     assert Grid((("x", ("full",)),), tuple(row.traces for row in TABLE)).deviations(16) == []
 

@@ -130,7 +130,7 @@ def _watch(parent: int) -> None:
 
 
 def serve() -> None:
-    """The worker's main loop: one question a line, one answer a line."""
+    """The worker's main loop: one question a line, one answer per line."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     if os.name == "posix":

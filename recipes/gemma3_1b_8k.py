@@ -28,7 +28,7 @@ from kit.evaluate.measure import header_of
 from kit.evaluate.shared_baseline import take_baseline
 from kit.generate import SamplingParams, cache_bytes
 from kit.memory import PeakMemory, Plan, plan
-from kit.memory.choose import choose, leaner, rows_of, switches
+from kit.memory.choose import choose, rows_of, suggest_savings, switches
 from kit.memory.measured_speed import sampling_time, training_time
 from kit.memory.simulate import CARDS, check_free_memory
 from kit.models import backbone
@@ -114,7 +114,7 @@ def plan_memory(config: Config) -> tuple[Config, Plan]:
         planned = plan(config.model, savings=savings, rows=rows_of(savings, rows), **what)
     print(planned)
     if not planned.fits(CARDS[0]):
-        print(leaner(planned))
+        print(suggest_savings(planned))
     return config, planned
 
 
@@ -158,7 +158,7 @@ def main(config: Config) -> None:
     benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
 
     # the consequences of the settings, before anything slow happens
-    documents, census = load_documents(
+    documents, drop_counts = load_documents(
         config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed,
         max_bad_rows=config.max_bad_rows, verify=config.verify, cache_dir=config.cache_dir,
     )  # fmt: skip
@@ -166,9 +166,9 @@ def main(config: Config) -> None:
         [len(document) for document in documents], row_tokens=config.row_tokens, batch_traces=config.batch_traces,
         epochs=config.epochs, max_steps=config.max_steps, seed=config.seed,
     )  # fmt: skip
-    write_json(run.path / "census.json", {"text": str(census), "bad_rows": census.bad_rows})
-    print(f"data        {census}")
-    for place in census.bad_rows:
+    write_json(run.path / "drop_counts.json", {"text": str(drop_counts), "bad_rows": drop_counts.bad_rows})
+    print(f"data        {drop_counts}")
+    for place in drop_counts.bad_rows:
         print(f"  bad row   {place}")
     print(f"training    {plan}")
     samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)

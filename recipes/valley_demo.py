@@ -36,7 +36,7 @@ from kit.valley import Study
 from kit.valley.curves import findings
 from kit.valley.sweep import parse_numbers
 from kit.valley.toy_cells import Finished, Valley, curves, read_cells
-from kit.valley.toy_rl import read_climbs, rl_findings, run_rl
+from kit.valley.toy_rl import read_rl_runs, rl_findings, run_rl
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Config:
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 512  # tokens per response; the longest trace has about 340
     num_slots: int = 100  # responses sampled at once
-    # reinforcement learning, from the untouched model, the lowest point and the largest size of the first arm
+    # reinforcement learning, from the base model, the lowest point and the largest size of the first arm
     rl_steps: int = 0  # steps of 16 prompts x 8 answers; 0 = off
     # run
     workers: int = 0  # cells made at once, each in a process with one thread; 0 = one a core
@@ -89,7 +89,7 @@ def study_of(config: Config) -> Study:
 
 def line(finished: Finished) -> str:
     row = finished.row
-    trained = f"{row['steps']:>5,} steps, {row['training_seconds']:>4.0f} s" if "steps" in row else "untouched"
+    trained = f"{row['steps']:>5,} steps, {row['training_seconds']:>4.0f} s" if "steps" in row else "base model"
     return (
         f"{finished.cell.name:<26} {100 * row['accuracy']:5.1f} % right, {row['mean_tokens']:4.0f} tokens, "
         f"{100 * row['truncated']:3.0f} % cut off; {trained}, {row['sampling_seconds']:.0f} s of sampling"
@@ -112,10 +112,10 @@ def main(config: Config) -> Path:
         tqdm.write(line(finished))
     found = read_cells(valley_run.path)
     if config.rl_steps:
-        for climb in run_rl(valley, found, steps=config.rl_steps, num_workers=workers):
-            tqdm.write(f"rl {climb.cell.name:<23} {climb.before.accuracy:6.1%} -> {climb.after.accuracy:.1%} right")
+        for rl_run in run_rl(valley, found, steps=config.rl_steps, num_workers=workers):
+            tqdm.write(f"rl {rl_run.cell.name:<23} {rl_run.before.accuracy:6.1%} -> {rl_run.after.accuracy:.1%} right")
     report = write_report(valley_run.path)
-    print("\n".join(findings(curves(found)) + rl_findings(read_climbs(valley_run.path))))
+    print("\n".join(findings(curves(found)) + rl_findings(read_rl_runs(valley_run.path))))
     print(f"report {report}")
     return report
 

@@ -8,7 +8,7 @@
     python recipes/valley_sweep.py --smoke                   the same path in about a minute on any CPU: a tiny model
 
 Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2
-(kit/valley/sweep.py); the untouched model is measured once per model and seed. A cell that fails is reported
+(kit/valley/sweep.py); the base model is measured once per model and seed. A cell that fails is reported
 with its reason and the others go on. `--fixed_batch 128` adds the control arm that the paper lacks, one batch
 at every size; `--rl_sizes 0,8000,128000` adds reinforcement learning from there.
 
@@ -94,7 +94,7 @@ class Config:
     max_new_tokens: int = 16_384  # tokens per response
     num_slots: int = 16  # responses sampled at once
     # reinforcement learning
-    rl_sizes: str = ""  # traces of the models it starts from, 0 = the untouched one; "" = none
+    rl_sizes: str = ""  # traces of the models it starts from, 0 = the base model; "" = none
     rl_flags: str = ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed: --rl_flags="--preset rtx24"
     # run
     gpus: str = ""  # numbers of the cards, a process each; "" = one process on the first

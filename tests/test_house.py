@@ -13,7 +13,7 @@ FLOORS = [
     {"report"}, {"valley"}, {"rl"}, {"evaluate", "memory"}, {"data", "generate", "train"}, {"grade", "models"}, {"hall"},
     {"kernels"},
 ]  # fmt: skip
-PACKAGES = [name for floor in FLOORS for name in floor if name not in ("hall", "kernels")]
+PACKAGES = sorted(name for floor in FLOORS for name in floor if name not in ("hall", "kernels"))
 
 
 def modules() -> dict[str, Path]:

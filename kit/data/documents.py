@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from kit.data.chat import ChatFormat
-from kit.data.traces import Census, Trace, read_traces
+from kit.data.traces import DropCounts, Trace, read_traces
 from kit.packing import Document
 from kit.run import digest
 
@@ -83,30 +83,30 @@ def _cached(path: Path, make: Callable[[], tuple[list[Document], int]]) -> tuple
 def load_documents(
     source: str, chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, seed: int = 0,
     max_bad_rows: int = 0, verify: bool = True, cache_dir: str = "",
-) -> tuple[list[Document], Census]:  # fmt: skip
+) -> tuple[list[Document], DropCounts]:  # fmt: skip
     """num_traces documents (0 = all there are) of at most row_tokens tokens from `source`, and what became of every row.
 
     Raises ValueError when fewer than num_traces survive: a smaller set would be another experiment.
     """
     limit = num_traces + num_traces // 8 + 64 if num_traces else 0  # the paper's row length drops less than 1 %
     while True:
-        traces, census = read_traces(source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify)
+        traces, drop_counts = read_traces(source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify)
         documents, num_long = tokenize(traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir)
         if len(documents) >= num_traces or len(traces) < limit:
             break
         limit *= 4  # many were too long: look further down the order
     if num_long:
-        census.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
+        drop_counts.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
     if unused := len(traces) - len(documents) - num_long:
-        census.dropped["come later in the random order"] += unused
-    census.kept = len(documents)
+        drop_counts.dropped["come later in the random order"] += unused
+    drop_counts.kept = len(documents)
     if not documents:
         raise ValueError(
-            f"row_tokens is {row_tokens} and no trace of {source} survives ({census}); raise --row_tokens or mend the data"
+            f"row_tokens is {row_tokens} and no trace of {source} survives ({drop_counts}); raise --row_tokens or mend the data"
         )
     if len(documents) < num_traces:
         raise ValueError(
-            f"num_traces is {num_traces} but {len(documents)} traces of {source} survive ({census}); "
+            f"num_traces is {num_traces} but {len(documents)} traces of {source} survive ({drop_counts}); "
             f"pass --num_traces {len(documents)}, or 0 for all, or a larger --row_tokens than {row_tokens}"
         )
-    return documents, census
+    return documents, drop_counts

@@ -29,7 +29,7 @@ class Trace:
 
 
 @dataclass
-class Census:
+class DropCounts:
     """What became of the rows looked at: kept, and dropped by reason. Printed before training, stored with the run."""
 
     kept: int = 0
@@ -110,13 +110,13 @@ def _verify(row: dict, response: str) -> str:
 
 def read_traces(
     source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True
-) -> tuple[list[Trace], Census]:
+) -> tuple[list[Trace], DropCounts]:
     """One trace per problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
 
     limit: keep only the first `limit` traces of that order in memory (OpenR1-Math-220k is some gigabytes of text); 0 = all.
     A problem that stands twice is kept once. Raises ValueError for more than max_bad_rows malformed rows, each named.
     """
-    bad, census = BadRows(max_bad_rows), Counter()
+    bad, drop_counts = BadRows(max_bad_rows), Counter()
     kept: dict[str, Trace] = {}
     seen: set[str] = set()
     for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
@@ -128,17 +128,17 @@ def read_traces(
             continue
         key = digest(str(seed), problem)
         if response is None:
-            census[why] += 1
+            drop_counts[why] += 1
         elif key in seen:
-            census["repeat a problem"] += 1
+            drop_counts["repeat a problem"] += 1
         else:
             seen.add(key)
             kept[key] = Trace(problem, response, where)
         if limit and len(kept) > 2 * limit:
             kept = {key: kept[key] for key in sorted(kept)[:limit]}
     if bad.found:
-        census["are malformed"] = len(bad.found)
+        drop_counts["are malformed"] = len(bad.found)
     order = sorted(kept)[: limit or None]
     if len(order) < len(seen):
-        census["come later in the random order"] = len(seen) - len(order)
-    return [kept[key] for key in order], Census(kept=len(order), dropped=census, bad_rows=bad.found)
+        drop_counts["come later in the random order"] = len(seen) - len(order)
+    return [kept[key] for key in order], DropCounts(kept=len(order), dropped=drop_counts, bad_rows=bad.found)

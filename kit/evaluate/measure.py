@@ -52,7 +52,7 @@ def evaluate(
 
     num_samples: k, samples per question; 0 = the benchmark's own. Raises ValueError where the file there
     belongs to another model, prompt, decoding or version: results under two headers are not one result; and
-    where memory runs out. """
+    where memory runs out."""
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds: not out of the first hard answer's deadline
     threading.Thread(target=sympy_workers.start, daemon=True, name="start-grader").start()

@@ -1,4 +1,4 @@
-"""A baseline that several runs share: the untouched model's samples, made once by recipes/evaluate.py and copied to each run."""
+"""A baseline that several runs share: the base model's samples, made once by recipes/evaluate.py and copied to each run."""
 
 from __future__ import annotations
 

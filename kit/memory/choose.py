@@ -38,13 +38,13 @@ SHORTER = 1024  # tokens: shorter rows are looked for in steps of this many
 QLORA_RANK = 16
 
 
-def rungs(config: PreTrainedConfig, qlora_rank: int = 0) -> list[Savings]:
+def ladder_steps(config: PreTrainedConfig, qlora_rank: int = 0) -> list[Savings]:
     """The ladder for this model. An untied head has no blocks."""
     found, settings = [], {}
-    for rung in LADDER:
-        if (qlora_rank and rung.keys() & NOT_FOR_ADAPTERS) or ("head_update" in rung and not config.tie_word_embeddings):
+    for step in LADDER:
+        if (qlora_rank and step.keys() & NOT_FOR_ADAPTERS) or ("head_update" in step and not config.tie_word_embeddings):
             continue
-        settings |= rung
+        settings |= step
         found.append(Savings(**settings))
     return found
 
@@ -55,14 +55,14 @@ def rows_of(savings: Savings, rows: int) -> int:
 
 
 def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, rows: int = 1) -> Plan:
-    """The plan of settings that fit a card of gpu_gb GiB: the ladder's first rung that fits, without what it
-    turns out not to need, the dearest in seconds (kit.memory.seconds) left out first. rows: of a step, where
+    """The plan of settings that fit a card of gpu_gb GiB: the ladder's first step that fits, without what it
+    turns out not to need, the most expensive in seconds (kit.memory.seconds) left out first. rows: of a step, where
     gradients can wait. Takes minutes where much must be tried.
 
     Raises ValueError where none fits, naming the three largest owners of the leanest and what would fit.
     """
     config = load_config(model)
-    settings = rungs(config, qlora_rank)
+    settings = ladder_steps(config, qlora_rank)
     for savings in settings:
         num_rows = rows_of(savings, rows)
         expected = formula_total(config, row_tokens, savings, qlora_rank, rows=num_rows)
@@ -77,7 +77,7 @@ def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, r
 
 
 def _without_the_needless(config: PreTrainedConfig, found: Plan, gpu_gb: float, rows: int) -> Plan:
-    """A rung keeps what the rungs before it switched on; the dearest that is not needed for it goes, and so on."""
+    """A step keeps what the steps before it switched on; the most expensive one that is not needed is dropped, and so on."""
     tried = set()
     while True:
         seconds = extra_seconds(config, found.row_tokens, found.savings, found.qlora_rank)
@@ -128,17 +128,17 @@ def _ways(config: PreTrainedConfig, found: Plan, gpu_gb: float, rows: int) -> It
     if fits:
         yield f"--row_tokens {fits * SHORTER}"
     if not found.qlora_rank:
-        leanest = rungs(config, QLORA_RANK)[-1]
+        leanest = ladder_steps(config, QLORA_RANK)[-1]
         adapters = plan(found.model, row_tokens=found.row_tokens, savings=leanest, qlora_rank=QLORA_RANK, rows=rows)
         if adapters.fits(gpu_gb):
             yield f"--qlora_rank {QLORA_RANK}"
     yield next((f"a card of {gb} GB" for gb in CARDS if found.fits(gb)), "a smaller --model")
 
 
-def leaner(planned: Plan) -> str:
+def suggest_savings(planned: Plan) -> str:
     """What to switch on where a plan does not fit, cheapest first, in lines to print; "" = it is all on."""
     config, savings = load_config(planned.model), planned.savings
-    leanest = rungs(config, planned.qlora_rank)[-1]
+    leanest = ladder_steps(config, planned.qlora_rank)[-1]
     seconds = extra_seconds(config, planned.row_tokens, leanest, planned.qlora_rank)
     is_off = {name: getattr(savings, name) == getattr(Savings(), name) for name, _ in _switched_on(leanest)}
     is_off["optimizer"] = savings.optimizer == "adamw"  # auto is adamw8bit for the bf16 weights of a card

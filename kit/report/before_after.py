@@ -96,8 +96,8 @@ def _training(metrics: list[dict], path: Path) -> str:
     tokens, seconds = sum(row["tokens"] for row in metrics), sum(row["seconds"] for row in metrics)
     timed = [row for row in metrics if not row.get("compiles")] or metrics
     speed = sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed)
-    census = path / "census.json"
-    data = json.loads(census.read_text(encoding="utf-8"))["text"] + ". " if census.is_file() else ""
+    drop_counts = path / "drop_counts.json"
+    data = json.loads(drop_counts.read_text(encoding="utf-8"))["text"] + ". " if drop_counts.is_file() else ""
     return (
         f"<p>{html.escape(data)}{len(metrics):,} steps, {tokens:,} tokens in {seconds:,.0f} s "
         f"({speed:,.0f} tokens/s, without steps that compiled kernels); "

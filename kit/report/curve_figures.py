@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from kit.valley.curves import Curve, Estimate
 from kit.valley.error_accumulation import Decomposition, length_alone
 from kit.valley.first_error import CAUSES
-from kit.valley.toy_rl import Climb, by_start
+from kit.valley.toy_rl import RLRun, by_start
 
 COLOURS = ("#c0392b", "#2471a3", "#b7791f", "#6c3483", "#1e8449", "#784212", "#34495e")  # dark enough for a projector
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and told apart in grey print
@@ -18,7 +18,7 @@ FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), (
 
 
 def valley_figure(drawn: Sequence[Curve]) -> Figure:
-    """Accuracy and length against the number of traces, with bands; the untouched model is the dashed line."""
+    """Accuracy and length against the number of traces, with bands; the base model is the dashed line."""
     figure = Figure(figsize=(9, 9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
@@ -26,7 +26,7 @@ def valley_figure(drawn: Sequence[Curve]) -> Figure:
             draw_line(axes, curve.name, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale)
         for i, base in enumerate({id(curve.base): curve.base for curve in drawn}.values()):
             start = of(base)
-            label = "untouched model" if i == 0 else "the other model, untouched"
+            label = "base model" if i == 0 else "the other base model"
             axes.axhline(scale * start.mean, color="#333333", linestyle=("--", ":")[i % 2], linewidth=1.2, label=label)
             axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
     top.set_ylabel("accuracy, %", fontsize=14)
@@ -59,12 +59,12 @@ def trace_axis(axes, sizes: Sequence[int]) -> None:
     axes.set_xlabel("traces to learn from", fontsize=14)
 
 
-def rl_figure(climbs: Sequence[Climb]) -> Figure:
+def rl_figure(rl_runs: Sequence[RLRun]) -> Figure:
     """Mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, (name, of_start) in enumerate(by_start(climbs).items()):
-        curves_of_seeds = [climb.rewards for climb in of_start]
+    for i, (name, of_start) in enumerate(by_start(rl_runs).items()):
+        curves_of_seeds = [rl_run.rewards for rl_run in of_start]
         steps = range(1, min(map(len, curves_of_seeds)) + 1)
         columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
         axes.plot(steps, [sum(column) / len(column) for column in columns], color=COLOURS[i], linewidth=2.5, label=name)
@@ -91,7 +91,7 @@ def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figur
             heights = [100 * share for share in shares]
             axes.bar(range(len(every)), heights, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=label)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes.set_xticks(range(len(every)), ["untouched", *(f"{point.num_traces:,}" for point in points)])
+    axes.set_xticks(range(len(every)), ["base model", *(f"{point.num_traces:,}" for point in points)])
     axes.set(ylim=(0, 100), title="What goes wrong first")
     axes.set_xlabel("traces to learn from", fontsize=14)
     axes.set_ylabel("answers, %", fontsize=14)

@@ -77,7 +77,7 @@ def of_model(path: Path, sweep: Sweep, model: str) -> str:
 
 
 def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
-    """Accuracy and length against the number of traces; dashed: the untouched model; stars: the paper's numbers."""
+    """Accuracy and length against the number of traces; dashed: the base model; stars: the paper's numbers."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     sizes = sorted({point.num_traces for curve in curves for point in curve.points})
@@ -86,7 +86,7 @@ def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
             estimates = [of(point) for point in curve.points]
             draw_line(axes, curve.name, [point.num_traces for point in curve.points], estimates, i, scale)
         start = of(curves[0].base)
-        axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="untouched model")
+        axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="base model")
         high = min(100, scale * start.high) if scale == 100 else start.high
         axes.axhspan(max(0, scale * start.low), high, color="#333333", alpha=0.12, linewidth=0)
         axes.tick_params(labelsize=12)
@@ -95,7 +95,7 @@ def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
     if told := {size: value for size, value in numbers.items() if size in sizes}:
         top.plot(list(told), list(told.values()), "k*", markersize=14, linestyle="", label="the paper, after fine-tuning")
     if 0 in numbers:
-        top.axhline(numbers[0], color="#333333", linestyle=":", linewidth=1.2, label="the paper, untouched")
+        top.axhline(numbers[0], color="#333333", linestyle=":", linewidth=1.2, label="the paper's base model")
     top.set_ylim(0, None)
     bottom.set_ylim(0, None)
     top.set_ylabel("accuracy, %", fontsize=14)
@@ -120,7 +120,7 @@ def failures(outcomes: dict[str, Outcome]) -> str:
 
 
 def table(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
-    """A row per model, method, arm and size, over the seeds that are finished, the untouched model first;
+    """A row per model, method, arm and size, over the seeds that are finished, the base model first;
     then what is not done."""
     benchmarks = list(dict.fromkeys(name for found in sweep.measured for name in found.after))
     benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
@@ -130,7 +130,7 @@ def table(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
         if curves:
             baselines = [found for (name, _), found in sweep.baselines.items() if name == model]
             lines.append(
-                [short_name(model), "untouched", "0", "-", *_figures(curves[0].base, None, model, baselines, benchmarks)]
+                [short_name(model), "base model", "0", "-", *_figures(curves[0].base, None, model, baselines, benchmarks)]
             )
         for curve in curves:
             for point in curve.points:
@@ -154,7 +154,7 @@ def _columns(cell: Cell) -> list[str]:
     return [short_name(cell.model), method_name(cell), f"{cell.num_traces:,}", str(cell.batch_traces)]
 
 
-HEADS = ("model", "method", "traces", "batch", "seeds", "accuracy, %", "minus untouched", "the paper ¹", "tokens ²", "cut off, %",
+HEADS = ("model", "method", "traces", "batch", "seeds", "accuracy, %", "minus base", "the paper ¹", "tokens ²", "cut off, %",
          "training, h ³")  # fmt: skip
 HOURS = 6  # of the columns below
 
@@ -194,7 +194,7 @@ def _rl(path: Path, sweep: Sweep) -> str:
     said = "".join(f"<p class=finding>{html.escape(line)}</p>" for line in rl_sentences(sweep.rl))
     return (
         f"<h2>Reinforcement learning</h2>{said}<div class=wide><table><tr><th>start<th>before<th>after<th>change<th>its report"
-        f"{rows}</table></div><p><small>In the paper the start after 8k traces stays below the untouched one throughout, and the "
+        f"{rows}</table></div><p><small>In the paper the start after 8k traces stays below the base model throughout, and the "
         "one after 128k ends above it.</small></p>"
     )
 
@@ -204,7 +204,7 @@ NOTES = """<p><small>± are 95 % intervals over questions and, where there are s
 benchmarks, each counting the same; differences are paired by question and seed. A column of a benchmark has an interval where
 there is one seed. ¹ Full fine-tuning, in percent; what its text states as a number, its curves carry none. ² Mean tokens of the
 responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over the seeds. A QLoRA model is compared with
-the untouched model in its own precision, so what rounding to NF4 does is part of the difference.</small></p>"""
+the base model in its own precision, so what rounding to NF4 does is part of the difference.</small></p>"""
 PAGE = """<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Through the valley: a sweep</title>
 <style>{style}</style>

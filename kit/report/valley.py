@@ -31,7 +31,7 @@ from kit.valley.toy_cells import (
     read_cells,
     title_of,
 )
-from kit.valley.toy_rl import read_climbs, rl_findings
+from kit.valley.toy_rl import read_rl_runs, rl_findings
 
 SHOWN = 12  # problems in the browser
 
@@ -84,13 +84,13 @@ def _why(path: Path, found: Sequence[Finished]) -> list[str]:
 
 def _rl(path: Path) -> list[str]:
     """The section on reinforcement learning; nothing where there was none."""
-    climbs = read_climbs(path)
-    if not climbs:
+    rl_runs = read_rl_runs(path)
+    if not rl_runs:
         return []
     return [
         "<h2>Reinforcement learning from three starts</h2>",
-        _sentences(rl_findings(climbs)),
-        embed(path / "rl.png", rl_figure(climbs)),
+        _sentences(rl_findings(rl_runs)),
+        embed(path / "rl.png", rl_figure(rl_runs)),
         RL_NOTE,
     ]
 
@@ -100,7 +100,7 @@ def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
     rows = ""
     for point in (base, *points):
         longer, reflection = point.reflection_tokens, point.reflection
-        cells = [f"{point.num_traces:,}" if point.num_traces else "untouched"]
+        cells = [f"{point.num_traces:,}" if point.num_traces else "base model"]
         for e in (point.accuracy, point.step_accuracy, point.predicted, point.residual):
             cells.append(f"{100 * e.mean:.1f} ± {100 * e.half:.1f}")
         cells += [f"{100 * point.saved:.1f}", f"{point.operations.mean:.1f} ± {point.operations.half:.1f}"]
@@ -136,7 +136,7 @@ def browser(found: Sequence[Finished]) -> str:
 
 def _answer(cell: Finished, row: dict) -> str:
     found = dissect(row["problem"], row["text"], finished=row["finished"])
-    title = "untouched" if cell.cell.arm == BASE else f"{ARMS[cell.cell.arm].title}, {cell.cell.num_traces:,}"
+    title = "base model" if cell.cell.arm == BASE else f"{ARMS[cell.cell.arm].title}, {cell.cell.num_traces:,}"
     cause = f": {found.cause}" if found.cause else ""
     spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(found.taken_back, "mark class=taken-back")
     return (
@@ -146,10 +146,10 @@ def _answer(cell: Finished, row: dict) -> str:
 
 
 def table(found: Sequence[Finished]) -> str:
-    """A row a point of any curve, the untouched models first."""
+    """A row a point of any curve, the base models first."""
     rows = ""
     for (_, arm, size), cells in by_point(found).items():
-        title = title_of(cells[0], found) if arm != BASE else f"untouched {describe(cells[0])}"
+        title = title_of(cells[0], found) if arm != BASE else f"base model, {describe(cells[0])}"
         point = point_of(cells)
         mean = {name: sum(cell.row[name] for cell in cells) / len(cells) for name in ("truncated", "looping", "reflection")}
         batch, steps = (f"{cells[0].row.get(name) or '-'}" for name in ("batch_traces", "steps"))
@@ -189,14 +189,14 @@ where there are several, seeds. This is about the toy, chains of additions and s
 language models.</small></p>"""
 WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the problem's steps. "Longer
 answers alone": the share that would be right if every operation of these answers, checks and all, were as reliable as the
-untouched model's. What goes wrong first, in this order: {causes}. Right by luck: something in the answer is wrong, its box is
+base model's. What goes wrong first, in this order: {causes}. Right by luck: something in the answer is wrong, its box is
 not. The paper, on its synthetic arithmetic: about 10 operations an answer before, 40 after 8k traces; on benchmarks, reflection
 below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only where
 a language model agrees; here a keyword is enough.</small></p>"""
 RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise, temperature 1, on other
-problems of the kind above, nearly all of which the untouched model solves: no start can end much above it here. The curve is the
+problems of the kind above, nearly all of which the base model solves: no start can end much above it here. The curve is the
 reward of the rollouts, the sentences are of the questions above, answered anew. Bands span the seeds. In the paper the start
-after 8k traces stays below the untouched one throughout, and the one after 128k ends above it.</small></p>"""
+after 8k traces stays below the base model throughout, and the one after 128k ends above it.</small></p>"""
 BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark>,
 <mark class=taken-back>what the answer itself takes back</mark>, <mark>reflection</mark>, <b class=box>boxed answers</b>.</small>
 </p>"""

@@ -46,7 +46,7 @@ def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class WeightedEpisode:
     """An episode with what its tokens are worth."""
 
     episode: Episode
@@ -72,24 +72,31 @@ class EpisodeBatch(PackedBatch):
     TENSORS = (*PackedBatch.TENSORS, "advantages", "token_weight", "sampler_logprobs", "old_logprobs", "reference_logprobs")
 
     @classmethod
-    def of(cls, lessons: Sequence[Lesson]) -> EpisodeBatch:
+    def of(cls, weighted_episodes: Sequence[WeightedEpisode]) -> EpisodeBatch:
         """Lay episodes end to end."""
         pack = PackedBatch.build(
-            [Document(torch.tensor(x.episode.prompt + x.episode.completion.ids), len(x.episode.prompt)) for x in lessons]
+            [
+                Document(torch.tensor(x.episode.prompt + x.episode.completion.ids), len(x.episode.prompt))
+                for x in weighted_episodes
+            ]
         )
         kept = pack.targets != IGNORE_INDEX  # completion tokens, one document after another
-        lengths = torch.tensor([len(lesson.episode.completion.ids) for lesson in lessons])
+        lengths = torch.tensor([len(weighted.episode.completion.ids) for weighted in weighted_episodes])
 
         def spread(values: torch.Tensor) -> torch.Tensor:
             found = torch.zeros(len(pack))
             found[kept] = values.float()
             return found
 
-        logprobs = spread(torch.tensor([x for lesson in lessons for x in lesson.episode.completion.logprobs]))
+        logprobs = spread(torch.tensor([x for weighted in weighted_episodes for x in weighted.episode.completion.logprobs]))
         return cls(
             **vars(pack),
-            advantages=spread(torch.tensor([x.advantage for x in lessons], dtype=torch.float64).repeat_interleave(lengths)),
-            token_weight=spread(torch.tensor([x.token_weight for x in lessons], dtype=torch.float64).repeat_interleave(lengths)),
+            advantages=spread(
+                torch.tensor([x.advantage for x in weighted_episodes], dtype=torch.float64).repeat_interleave(lengths)
+            ),
+            token_weight=spread(
+                torch.tensor([x.token_weight for x in weighted_episodes], dtype=torch.float64).repeat_interleave(lengths)
+            ),
             sampler_logprobs=logprobs,
             old_logprobs=logprobs,
             reference_logprobs=logprobs,

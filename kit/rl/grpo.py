@@ -36,9 +36,9 @@ from kit.grade.verdict import grade
 from kit.kernels.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import plan_packs
-from kit.rl.episodes import Episode, EpisodeBatch, Lesson, by_group
+from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group
 from kit.rl.objective import (
-    Tally,
+    RunningStats,
     group_advantages,
     has_signal,
     sampler_correction,
@@ -158,21 +158,21 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     groups = by_group(episodes)
     taught = groups if settings.no_signal == "keep" else [group for group in groups if group_has_signal(group, settings)]
     minibatches = [taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)] or [[]]
-    steps = [_rows(policy, lessons(minibatch, settings)) for minibatch in minibatches]
+    steps = [_rows(policy, weighted_episodes(minibatch, settings)) for minibatch in minibatches]
     score_row = partial(score, temperature=settings.temperature, logit_rows=policy.savings.logit_rows)
     if settings.old_logprobs == "trainer":
         steps = [[replace(row, old_logprobs=score_row(policy.model, row)) for row in rows] for rows in steps]
     if settings.uses_reference:
         with policy.reference() as reference:
             steps = [[replace(row, reference_logprobs=score_row(reference, row)) for row in rows] for rows in steps]
-    tally, sampler, results = Tally(), Tally(), []
+    stats, sampler, results = RunningStats(), RunningStats(), []
     for rows in filter(None, steps):
         # before the first step the trainer's weights are still the sampler's: what then differs is the arithmetic
         loss_of = partial(
             row_loss,
             settings=settings,
             cap=softcap(policy.model),
-            tally=tally,
+            stats=stats,
             sampler=None if results else sampler,
             logit_rows=policy.savings.logit_rows,
         )
@@ -185,7 +185,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
         "updates": len(results),
         "empty_minibatches": len(steps) - len(results),
         **summary(groups, settings),
-        **tally.read(),
+        **stats.read(),
         **sampler.read(),
         **{f"rejected: {reason}": count for reason, count in reasons.items()},
         "tokens": tokens,
@@ -194,7 +194,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def lessons(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[Lesson]:
+def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[WeightedEpisode]:
     """What is to be learned in one optimizer step, and how much each token of it counts."""
     found: list[tuple[Episode, float]] = []
     num_sequences = 0
@@ -207,8 +207,8 @@ def lessons(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[Les
                 found.append((episode, advantage))
     lengths = [len(episode.completion.ids) for episode, _ in found]
     weights = token_weights(lengths, settings.normaliser, num_sequences=num_sequences, max_new_tokens=settings.max_new_tokens)
-    taught = [Lesson(episode, advantage, weight) for (episode, advantage), weight in zip(found, weights, strict=True)]
-    return [lesson for lesson in taught if lesson.advantage or settings.uses_reference]  # the others' gradient is zero
+    taught = [WeightedEpisode(episode, advantage, weight) for (episode, advantage), weight in zip(found, weights, strict=True)]
+    return [weighted for weighted in taught if weighted.advantage or settings.uses_reference]  # the others' gradient is zero
 
 
 def reward_of(episode: Episode, settings: Settings) -> float | None:
@@ -227,8 +227,8 @@ def group_has_signal(group: Sequence[Episode], settings: Settings) -> bool:
     return has_signal([reward_of(episode, settings) for episode in group])
 
 
-def _rows(policy: Policy, taught: list[Lesson]) -> list[EpisodeBatch]:
-    lengths = [lesson.num_tokens for lesson in taught]
+def _rows(policy: Policy, taught: list[WeightedEpisode]) -> list[EpisodeBatch]:
+    lengths = [weighted.num_tokens for weighted in taught]
     packs = plan_packs(lengths, policy.settings.row_tokens, seed=policy.settings.seed)
     return [EpisodeBatch.of([taught[i] for i in pack]) for pack in packs]
 
@@ -250,7 +250,7 @@ def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> 
 
 def row_loss(
     hidden: torch.Tensor, weight: torch.Tensor, batch: EpisodeBatch, scale: float, *, settings: Settings,
-    cap: float | None = None, tally: Tally | None = None, sampler: Tally | None = None, logit_rows: int = 0,
+    cap: float | None = None, stats: RunningStats | None = None, sampler: RunningStats | None = None, logit_rows: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """A row's share of the step's loss: the clipped objective of every completion token, times its weight.
 
@@ -269,7 +269,7 @@ def row_loss(
         return token_losses(
             logprobs, old, batch.advantages[rows], clip_low=settings.clip_low, clip_high=settings.clip_high,
             kl=settings.kl if settings.uses_reference else "none", kl_coef=settings.kl_coef,
-            reference=batch.reference_logprobs[rows], correction=correction, tally=tally,
+            reference=batch.reference_logprobs[rows], correction=correction, stats=stats,
         )  # fmt: skip
 
     return linear_cross_entropy(

@@ -25,7 +25,7 @@ from kit.generate.sampler import PREFILL_TOKENS
 from kit.generate.sampling import SamplingParams, sample
 from kit.machine import CONTEXT, GIB
 from kit.memory import live_bytes
-from kit.memory.choose import rungs
+from kit.memory.choose import ladder_steps
 from kit.memory.closed_form import formula
 from kit.memory.live_bytes import Ledger
 from kit.memory.simulate import CARDS, Plan, fake_batch, measure, steps_to_count
@@ -34,7 +34,7 @@ from kit.models.backbone import hidden_states, next_token_logits, softcap
 from kit.models.loading import load_config
 from kit.rl.episodes import EpisodeBatch
 from kit.rl.grpo import row_loss
-from kit.rl.objective import Tally
+from kit.rl.objective import RunningStats
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -107,7 +107,7 @@ def choose_rl(
 
     Raises ValueError where not even one answer at a time fits, naming the three largest owners and the nearest setting that does.
     """
-    *richer, leanest = rungs_rl(model, qlora_rank)
+    *richer, leanest = ladder_steps_rl(model, qlora_rank)
     for savings in [*(s for s in richer if _may_fit(model, settings, s, gpu_gb, qlora_rank)), leanest]:
         update, sampling = _simulate(model, settings, savings, qlora_rank, prompt_tokens)
         slots = _most(sampling, gpu_gb, most_slots) if update.fits(gpu_gb) else 0
@@ -122,9 +122,9 @@ def choose_rl(
     )
 
 
-def rungs_rl(model: str, qlora_rank: int) -> list[Savings]:
+def ladder_steps_rl(model: str, qlora_rank: int) -> list[Savings]:
     """kit.memory.choose's settings, from fastest to leanest, without what one row per step and cross-entropy alone can have."""
-    ladder = rungs(load_config(model), qlora_rank)
+    ladder = ladder_steps(load_config(model), qlora_rank)
     return list(dict.fromkeys(replace(savings, update_in_backward=False, head_update="whole") for savings in ladder))
 
 
@@ -163,7 +163,7 @@ def _nearest(model: str, settings: Settings, gpu_gb: float, qlora_rank: int, pro
     for flags in tried:
         rank = flags.get("qlora_rank", qlora_rank)
         changed = replace(settings, **{name: value for name, value in flags.items() if name != "qlora_rank"})
-        savings = rungs_rl(model, rank)[-1]
+        savings = ladder_steps_rl(model, rank)[-1]
         if _may_fit(model, changed, savings, gpu_gb, rank):
             update, sampling = _simulate(model, changed, savings, rank, prompt_tokens)
             if update.fits(gpu_gb) and sampling(1).fits(gpu_gb):
@@ -199,7 +199,7 @@ def _simulate(
         copied = [torch.empty_like(p) for p in fake.parameters()] if settings.uses_reference and not qlora_rank else []
         row = fake_batch(settings.row_tokens)
         batch = EpisodeBatch(**vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]})
-        loss_of = partial(row_loss, settings=settings, cap=softcap(fake), tally=Tally(), sampler=Tally(),
+        loss_of = partial(row_loss, settings=settings, cap=softcap(fake), stats=RunningStats(), sampler=RunningStats(),
                           logit_rows=savings.logit_rows)  # fmt: skip
         book = measure(fake, savings, batch, steps=steps_to_count(savings, dtype), later_row=True, loss_of=loss_of,
                        resident={REFERENCE: copied})  # fmt: skip

@@ -28,7 +28,7 @@ KLS = ("none", "k1", "k3")
 
 
 @dataclass
-class Tally:
+class RunningStats:
     """Sums over tokens, kept on the device: reading one would make a card wait."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -61,10 +61,10 @@ class Tally:
 
 def token_losses(
     logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, kl: str = "none",
-    kl_coef: float = 0.0, reference: Tensor | None = None, correction: Tensor | None = None, tally: Tally | None = None,
+    kl_coef: float = 0.0, reference: Tensor | None = None, correction: Tensor | None = None, stats: RunningStats | None = None,
 ) -> Tensor:  # fmt: skip
     """Losses (R,), unreduced, differentiable by logprobs (R,). All others (R,): old log-probs, advantages, the reference's
-    log-probs (for k1 and k3), the correction c (None = 1). tally: what is measured goes there."""
+    log-probs (for k1 and k3), the correction c (None = 1). stats: takes what is measured."""
     log_ratio = logprobs - old
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -78,14 +78,14 @@ def token_losses(
         divergence = ratio * (logprobs - reference).detach()
     if divergence is not None:
         losses = losses + kl_coef * divergence
-    if tally is not None:
+    if stats is not None:
         with torch.no_grad():
-            tally.count(len(logprobs))
-            tally.range("ratio", ratio)
-            tally.add("clipped_low", (ratio < 1 - clip_low) & (advantages < 0))
-            tally.add("clipped_high", (ratio > 1 + clip_high) & (advantages > 0))
+            stats.count(len(logprobs))
+            stats.range("ratio", ratio)
+            stats.add("clipped_low", (ratio < 1 - clip_low) & (advantages < 0))
+            stats.add("clipped_high", (ratio > 1 + clip_high) & (advantages > 0))
             if divergence is not None:
-                tally.add("kl", divergence)
+                stats.add("kl", divergence)
     return losses
 
 

@@ -2,7 +2,7 @@
 
 backward(batch, scale, loss_of) once per row, then finish() once per step. Three ways: head and embedding
 apart, or the head frozen (AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a
-block of the vocabulary at a time (BlockedHead). """
+block of the vocabulary at a time (BlockedHead)."""
 
 from __future__ import annotations
 

@@ -69,19 +69,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm: the untouched model and a point per size, smallest first."""
+    """One arm: the base model and a point per size, smallest first."""
 
     name: str  # as a sentence's subject: "long traces"
     base: Point
     points: Sequence[Point]
 
     def changes(self) -> list[Estimate]:
-        """Accuracy minus the untouched model's, a size each."""
+        """Accuracy minus the base model's, a size each."""
         return [difference(point.shares, self.base.shares) for point in self.points]
 
     @property
     def lowest(self) -> int:
-        """Index of the size with the lowest accuracy, of those where it is known to be below the untouched model's if there are
+        """Index of the size with the lowest accuracy, of those where it is known to be below the base model's if there are
         such: a size where the seeds disagree may have a lower mean. Of equals the smallest."""
         changes = self.changes()
         known = [i for i, change in enumerate(changes) if change.below_zero(len(changes))]
@@ -178,14 +178,14 @@ def accuracy_sentence(curve: Curve) -> str:
         most = max(changes, key=lambda change: abs(change.mean))
         at = curve.points[changes.index(most)].num_traces
         return (
-            f"{subject}: accuracy does not change beyond chance at any number of traces (untouched {start}; the largest "
+            f"{subject}: accuracy does not change beyond chance at any number of traces (base model {start}; the largest "
             f"difference is {_change(most)}, at {at:,})."
         )
     if shape == "rising":
         best = max(range(len(changes)), key=lambda i: changes[i].mean)
         return (
             f"{subject}: accuracy rises from {start} to {percent(curve.points[best].accuracy)} at "
-            f"{curve.points[best].num_traces:,} traces ({_change(changes[best])}) and falls below the untouched model at no size."
+            f"{curve.points[best].num_traces:,} traces ({_change(changes[best])}) and falls below the base model at no size."
         )
     fall = (
         f"{subject}: accuracy falls from {start} to {percent(low.accuracy)} at {low.num_traces:,} traces "
@@ -200,15 +200,15 @@ def accuracy_sentence(curve: Curve) -> str:
         )
     climb = f"{fall}, then climbs to {percent(last.accuracy)} at {last.num_traces:,} ({_change(curve.climb)} from the lowest)"
     if shape == "crossing":
-        return f"{climb}, still below the untouched model ({_change(changes[-1])})."
+        return f"{climb}, still below the base model ({_change(changes[-1])})."
     if shape == "unclear":
         return (
-            f"{climb}; whether it is back at the untouched model's is not known ({_change(changes[-1])}): that takes more seeds "
+            f"{climb}; whether it is back at the base model's is not known ({_change(changes[-1])}): that takes more seeds "
             "or questions."
         )
     if changes[-1].above_zero():
-        return f"{climb}, above the untouched model ({_change(changes[-1])}): the valley is crossed."
-    return f"{climb}, where it cannot be told from the untouched model ({_change(changes[-1])}): the valley is crossed."
+        return f"{climb}, above the base model ({_change(changes[-1])}): the valley is crossed."
+    return f"{climb}, where it cannot be told from the base model ({_change(changes[-1])}): the valley is crossed."
 
 
 def length_sentence(curve: Curve) -> str:

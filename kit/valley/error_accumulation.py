@@ -114,7 +114,7 @@ def _reflection_tokens(rows: Rows) -> Estimate | None:
 
 
 def length_alone(base: Decomposition, point: Decomposition) -> float:
-    """Accuracy of answers with as many operations as this point's, were each as reliable as the untouched model's: what longer
+    """Accuracy of answers with as many operations as this point's, were each as reliable as the base model's: what longer
     answers by themselves make of it."""
     return fmean(base.equation_accuracy.mean**count for count in point.counts)
 
@@ -135,7 +135,7 @@ def explain(base: Decomposition, points: Sequence[Decomposition]) -> list[str]:
 def _fit_sentence(base: Decomposition, low: Decomposition, at: str) -> str:
     certain = low.residual.above_zero() or low.residual.below_zero()
     return (
-        f"A step is right with p = {base.step_accuracy} in the untouched model and {low.step_accuracy} {at}. Were every step "
+        f"A step is right with p = {base.step_accuracy} in the base model and {low.step_accuracy} {at}. Were every step "
         f"alike and nothing else wrong, answers would be right with p^n, n the problem's steps: {percent(low.predicted)}; "
         f"measured {percent(low.accuracy)}, {'a difference of' if certain else 'the same within chance:'} "
         f"{100 * low.residual.mean:+.1f} points ± {100 * low.residual.half:.1f}."
@@ -154,7 +154,7 @@ def _length_sentence(base: Decomposition, low: Decomposition) -> str:
     share = "most" if by_length > lost / 2 else "the smaller part" if by_length > lost / 10 else "next to nothing"
     return (
         f"Longer answers by themselves explain {share} of the fall: {low.operations.mean:.1f} operations an answer "
-        f"(± {low.operations.half:.1f}) against {base.operations.mean:.1f} before, were they as reliable as the untouched "
+        f"(± {low.operations.half:.1f}) against {base.operations.mean:.1f} before, were they as reliable as the base "
         f"model's ({percent(base.equation_accuracy)} of its equations are true), would cost {100 * by_length:.1f} of the "
         f"{100 * lost:.1f} points that were lost. The rest is that each operation has become worse, or something else."
     )

@@ -114,7 +114,7 @@ class CellPlan:
 
     @property
     def baseline_hours(self) -> float:
-        """Of the untouched model, in bf16."""
+        """Of the base model, in bf16."""
         return self._sampling_hours(quantised=False)
 
     def _sampling_hours(self, *, quantised: bool) -> float:

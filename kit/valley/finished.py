@@ -53,12 +53,12 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Climb:
+class RLRun:
     """Reinforcement learning from one start, that is done."""
 
     model: str
     method: str
-    num_traces: int  # of the start; 0 = the untouched model
+    num_traces: int  # of the start; 0 = the base model
     seed: int
     stages: dict[str, Results]  # BEFORE and AFTER
 
@@ -78,7 +78,7 @@ class Sweep:
     deviations: list[str]
     measured: list[Measured]
     baselines: dict[tuple[str, int], Results]  # (model, seed)
-    rl: list[Climb]
+    rl: list[RLRun]
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
@@ -94,14 +94,14 @@ class Sweep:
             Measured(cell, results_in(path / CELLS / cell.name / AFTER), _training_seconds(path / CELLS / cell.name))
             for cell in cells if f"cell {cell.name}" in done
         ]  # fmt: skip
-        climbs = []
+        rl_runs = []
         for model, method, seed in dict.fromkeys((cell.model, cell.method, cell.seed) for cell in cells):
             for size in rl_sizes:
                 name = rl_name(model, method, size, seed)
                 if f"rl {name}" in done:
                     stages = {stage: results_in(path / RL / name / stage) for stage in (BEFORE, AFTER)}
-                    climbs += [Climb(model, method, size, seed, stages)] if all(stages.values()) else []
-        return cls(cells, deviations, measured, baselines, climbs)
+                    rl_runs += [RLRun(model, method, size, seed, stages)] if all(stages.values()) else []
+        return cls(cells, deviations, measured, baselines, rl_runs)
 
 
 def results_in(folder: Path) -> Results:
@@ -182,22 +182,22 @@ def tokens(results: Results, benchmark: str) -> ByQuestion:
     return {question: fmean(counts) for question, counts in found.items()}
 
 
-def rl_change(climb: Climb) -> str:
+def rl_change(rl_run: RLRun) -> str:
     """What reinforcement learning did to accuracy, with its interval."""
-    seed = climb.seed
-    return _points(difference({seed: shares(climb.stages[AFTER])}, {seed: shares(climb.stages[BEFORE])}))
+    seed = rl_run.seed
+    return _points(difference({seed: shares(rl_run.stages[AFTER])}, {seed: shares(rl_run.stages[BEFORE])}))
 
 
 def _points(change: Estimate) -> str:
     return f"{100 * change.mean:+.1f} points ± {100 * change.half:.1f}"
 
 
-def rl_sentences(climbs: Sequence[Climb]) -> list[str]:
-    """Of every fine-tuned start, whether RL ends above or below where it ends from the untouched model; paired by seed."""
+def rl_sentences(rl_runs: Sequence[RLRun]) -> list[str]:
+    """Of every fine-tuned start, whether RL ends above or below where it ends from the base model; paired by seed."""
     ends: dict[tuple[str, str], dict[int, dict[int, ByQuestion]]] = {}  # (model, method) -> size -> seed -> shares
-    for climb in climbs:
-        sizes = ends.setdefault((climb.model, climb.method), {})
-        sizes.setdefault(climb.num_traces, {})[climb.seed] = shares(climb.stages[AFTER])
+    for rl_run in rl_runs:
+        sizes = ends.setdefault((rl_run.model, rl_run.method), {})
+        sizes.setdefault(rl_run.num_traces, {})[rl_run.seed] = shares(rl_run.stages[AFTER])
     lines = []
     for (model, method), sizes in ends.items():
         for size in (size for size in sorted(sizes) if size and 0 in sizes):
@@ -206,6 +206,6 @@ def rl_sentences(climbs: Sequence[Climb]) -> list[str]:
             ending = f"ends {side}" if side else "cannot be told from"
             lines.append(
                 f"{short_name(model)}, {TITLES[method]}: reinforcement learning from the model after {size:,} traces {ending} "
-                f"that from the untouched model ({_points(change)})."
+                f"that from the base model ({_points(change)})."
             )
     return lines

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kit.generate.sampling import SamplingParams
 
-BASE = "base"  # the arm of the untouched model
+BASE = "base"  # the arm of the base model
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Study:
         return [int(cell.arm != BASE), cell.seed, self.models.index(cell.model), arm, cell.num_traces]
 
     def cells(self) -> list[Cell]:
-        """Every cell, the untouched models first, then seed by seed, so that one seed's picture is whole before the next begins.
+        """Every cell, the base models first, then seed by seed, so that one seed's picture is whole before the next begins.
 
         The arm with a growing batch leaves out where that is the batch of the others.
         """

@@ -1,7 +1,7 @@
 """A sweep: many models, numbers of traces, methods and seeds, from one table of settings.
 
 TABLE is the paper's Table 2. A cell is one model that is fine-tuned and measured; it is a run of recipes/gemma3_1b_8k.py with the
-cell's settings. Cells of one model and seed share a baseline, the untouched model's samples, which are made once.
+cell's settings. Cells of one model and seed share a baseline, the base model's samples, which are made once.
 
     folder/sweep.json             the cells, and how the settings deviate from the paper
     folder/jobs.jsonl             a line a run that ended: done, or failed and why (kit/valley/jobs.py)
@@ -92,7 +92,7 @@ class Cell:
 
     @property
     def baseline(self) -> str:
-        """Name of the evaluation of the untouched model that it is compared with."""
+        """Name of the evaluation of the base model that it is compared with."""
         return baseline_name(self.model, self.seed)
 
 
@@ -101,7 +101,7 @@ def baseline_name(model: str, seed: int) -> str:
 
 
 def rl_name(model: str, method: str, num_traces: int, seed: int) -> str:
-    """Name of reinforcement learning from the model after num_traces traces, 0 = the untouched one."""
+    """Name of reinforcement learning from the model after num_traces traces, 0 = the base model."""
     return f"{short_name(model)}-{method}-{num_traces}-seed{seed}"
 
 

@@ -175,7 +175,7 @@ def first_model(found: Sequence[Finished]) -> list[Finished]:
 
 
 def first_arm(found: Sequence[Finished]) -> str | None:
-    """The arm with all sizes; None where only untouched models have been measured."""
+    """The arm with all sizes; None where only base models have been measured."""
     return next((done.cell.arm for done in found if done.cell.arm != BASE), None)
 
 
@@ -191,7 +191,7 @@ def title_of(finished: Finished, found: Sequence[Finished]) -> str:
 
 
 def curves(found: Sequence[Finished]) -> list[Curve]:
-    """A curve an arm of each model, in the study's order; a point has the seeds that are finished so far. A model whose untouched
+    """A curve an arm of each model, in the study's order; a point has the seeds that are finished so far. A model whose base
     self has not been measured yet has none."""
     points = by_point(found)
     bases = {model: point_of(cells) for (model, arm, _), cells in points.items() if arm == BASE}

@@ -61,7 +61,8 @@ SMOKE = {"num_traces": 24, "row_tokens": 256, "median_tokens": 60, "rows_per_ste
 def main(config: Config) -> list[dict]:
     what = f"a Llama with V = {config.vocab_size:,}" if config.vocab_size else config.model
     print(
-        f"\nfine-tuning {what}: {config.num_traces} documents, rows of {config.row_tokens:,}, {config.rows_per_step} rows per step"
+        f"\nfine-tuning {what}: {config.num_traces} documents, rows of {config.row_tokens:,} tokens, "
+        f"{config.rows_per_step} rows per step"
     )
     contestants = {"ours": _ours, "TRL SFTTrainer": _trl}
     if not importlib.util.find_spec("trl"):

@@ -112,7 +112,7 @@ def main(config: Config) -> dict:
     print(f"settings\n{show(config)}")
     _, tokenizer = models.load(config.model, device="cpu")
     chat = ChatFormat(tokenizer, instruction="")
-    documents, census = load_documents(
+    documents, drop_counts = load_documents(
         config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed, max_bad_rows=20,
         verify=True, cache_dir="",
     )  # fmt: skip
@@ -120,7 +120,7 @@ def main(config: Config) -> dict:
         [len(d) for d in documents], row_tokens=config.row_tokens, batch_traces=1, epochs=1, seed=config.seed
     )
     batches = [PackedBatch.build([documents[i] for i in pack]) for step in plan.steps for pack in step]
-    print(f"data        {census}\n{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps")
+    print(f"data        {drop_counts}\n{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps")
 
     results, ends, way = {}, {}, 1.0
     for arm in ARMS:

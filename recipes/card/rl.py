@@ -26,7 +26,7 @@ from kit.machine import CONTEXT, GIB
 from kit.memory import Plan
 from kit.packing import IGNORE_INDEX, plan_packs
 from kit.rl import Policy, Settings, rollout, update
-from kit.rl.episodes import Episode, EpisodeBatch, Lesson
+from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
 from kit.rl.grpo import score
 from kit.rl.memory_plan import RLPlan, plan_rl
 
@@ -93,9 +93,9 @@ def train(results: Results, card: Card, plan: RLPlan, chat: ChatFormat, question
 
 def log_probs(card: Card, policy: Policy, episodes: list[Episode]) -> tuple[torch.Tensor, ...]:
     """Return log-probs of the sampled tokens, (N,) each: the sampler's, the trainer's, and those in fp32."""
-    lessons = [Lesson(episode, 1.0, 1.0) for episode in episodes if episode.completion.ids]
-    packs = plan_packs([lesson.num_tokens for lesson in lessons], policy.settings.row_tokens, seed=0)
-    rows = [EpisodeBatch.of([lessons[i] for i in pack]) for pack in packs]
+    weighted_episodes = [WeightedEpisode(episode, 1.0, 1.0) for episode in episodes if episode.completion.ids]
+    packs = plan_packs([weighted.num_tokens for weighted in weighted_episodes], policy.settings.row_tokens, seed=0)
+    rows = [EpisodeBatch.of([weighted_episodes[i] for i in pack]) for pack in packs]
     kept = torch.cat([row.targets != IGNORE_INDEX for row in rows])
     sampler = torch.cat([row.sampler_logprobs for row in rows])
 

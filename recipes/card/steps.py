@@ -18,7 +18,7 @@ from card.profile import Profile, profiled
 from card.results import Card, Results
 
 from kit.machine import GIB
-from kit.memory.choose import rungs
+from kit.memory.choose import ladder_steps
 from kit.memory.closed_form import formula_total
 from kit.train import Savings, TrainingStep
 
@@ -65,7 +65,7 @@ def settings(name: str, card: Card) -> dict[str, Savings]:
         "defaults": Savings(),
         "tiles": Savings(tile_tokens=tiles),
         "tiles and offloaded inputs": Savings(tile_tokens=tiles, offload_inputs=True),
-        "leanest": replace(rungs(model_config(name))[-1], tile_tokens=tiles, logit_rows=rows),
+        "leanest": replace(ladder_steps(model_config(name))[-1], tile_tokens=tiles, logit_rows=rows),
     }
 
 

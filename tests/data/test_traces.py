@@ -79,19 +79,19 @@ def test_bad_rows_are_named_with_file_and_line_and_too_many_stop_the_run(tmp_pat
     path.write_text(
         "\n".join([lines[0], '{"problem"', '{"problem": "x"}', lines[1], '{"problem": "", "solution": "s"}', lines[2]])
     )
-    traces, census = read_traces(str(path), max_bad_rows=3)
+    traces, drop_counts = read_traces(str(path), max_bad_rows=3)
     assert len(traces) == 3
-    assert [entry.split(": ")[0] for entry in census.bad_rows] == [f"{path}:{number}" for number in (2, 3, 5)]
-    assert census.dropped["are malformed"] == 3
+    assert [entry.split(": ")[0] for entry in drop_counts.bad_rows] == [f"{path}:{number}" for number in (2, 3, 5)]
+    assert drop_counts.dropped["are malformed"] == 3
     with pytest.raises(ValueError, match=r"3 bad rows but max_bad_rows is 2[\s\S]*rows.jsonl:5: field problem is empty"):
         read_traces(str(path), max_bad_rows=2)
 
 
 def test_a_problem_that_stands_twice_is_kept_once(tmp_path):
     write_rows(tmp_path / "a.jsonl", make_rows("short", 5, seed=0) * 2)
-    traces, census = read_traces(str(tmp_path / "a.jsonl"))
+    traces, drop_counts = read_traces(str(tmp_path / "a.jsonl"))
     assert len(traces) == 5
-    assert census.dropped == Counter({"repeat a problem": 5})
+    assert drop_counts.dropped == Counter({"repeat a problem": 5})
 
 
 def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):
@@ -117,9 +117,9 @@ def test_where_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_pat
     everything, _ = load_documents(str(tmp_path / "a.jsonl"), chat, **options)
     few = len(everything) - 1
     assert few < 90  # so that the first look, at few + few // 8 + 64 traces, cannot be enough
-    some, census = load_documents(str(tmp_path / "a.jsonl"), chat, num_traces=few, **options)
+    some, drop_counts = load_documents(str(tmp_path / "a.jsonl"), chat, num_traces=few, **options)
     assert [d.ids.tolist() for d in some] == [d.ids.tolist() for d in everything[:few]]
-    assert census.kept + census.dropped.total() == 900
+    assert drop_counts.kept + drop_counts.dropped.total() == 900
 
 
 def test_a_trace_of_exactly_row_tokens_is_kept(tmp_path, chat):
@@ -131,19 +131,19 @@ def test_a_trace_of_exactly_row_tokens_is_kept(tmp_path, chat):
 
 def test_what_is_too_long_is_counted_and_never_cut(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 60, seed=0))
-    documents, census = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=100)
-    kept, dropped = len(documents), census.dropped["are longer than 100 tokens"]
+    documents, drop_counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=100)
+    kept, dropped = len(documents), drop_counts.dropped["are longer than 100 tokens"]
     assert 0 < dropped < 60
-    assert kept + dropped == 60 == census.kept + census.dropped.total()
+    assert kept + dropped == 60 == drop_counts.kept + drop_counts.dropped.total()
     assert all(document.ids[-1] == chat.tokenizer.eos_token_id and len(document) <= 100 for document in documents)
-    assert f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens" == str(census)
+    assert f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens" == str(drop_counts)
 
 
 def test_every_row_is_accounted_for_when_a_subset_is_taken(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 200, seed=0))
-    _, census = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=120, num_traces=20)
-    assert census.kept == 20
-    assert census.kept + census.dropped.total() == 200
+    _, drop_counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=120, num_traces=20)
+    assert drop_counts.kept == 20
+    assert drop_counts.kept + drop_counts.dropped.total() == 200
 
 
 def test_fewer_survivors_than_asked_for_is_an_error_that_says_how_many(tmp_path, chat):
@@ -194,12 +194,12 @@ def test_an_unreadable_cache_file_is_named_and_made_anew(tmp_path, chat, capsys)
 
 def test_real_openr1_rows_are_read_and_only_flagged_correct_ones_kept():
     path = real_data("openr1_gsm8k.jsonl")
-    traces, census = read_traces(str(path))
+    traces, drop_counts = read_traces(str(path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     right = {
         row["problem"]: [g for g, ok in zip(row["generations"], row["correctness_math_verify"], strict=True) if ok]
         for row in rows
     }
-    assert len(traces) + census.dropped.total() == len(rows)
+    assert len(traces) + drop_counts.dropped.total() == len(rows)
     assert all(trace.response in right[trace.problem] for trace in traces)
     assert len(traces) > 400

@@ -7,7 +7,7 @@ from test_simulate import SMALL
 
 from kit.machine import GIB
 from kit.memory import choose as fitting
-from kit.memory.choose import choose, leaner, rows_of, rungs, switches
+from kit.memory.choose import choose, ladder_steps, rows_of, suggest_savings, switches
 from kit.memory.simulate import plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
@@ -32,7 +32,7 @@ def total(model, savings, rows=1):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_card_with_room_for_the_first_settings_gets_them(small_model, rows):
-    first = rungs(load_config(small_model))[0]
+    first = ladder_steps(load_config(small_model))[0]
     found = choose(small_model, row_tokens=T, gpu_gb=total(small_model, first, rows) + 1e-6, rows=rows)
     assert found.savings == first and found.rows == rows
     assert switches(found, 1.0) == vars(first)
@@ -41,7 +41,7 @@ def test_a_card_with_room_for_the_first_settings_gets_them(small_model, rows):
 @pytest.mark.slow
 def test_no_switch_that_was_chosen_can_be_left_out(small_model):
     """For a card that the third rung fits, and for one that only the leanest does."""
-    ladder = rungs(load_config(small_model))
+    ladder = ladder_steps(load_config(small_model))
     for place in (2, len(ladder) - 1):
         gpu_gb = total(small_model, ladder[place], 2) + 1e-6
         found = choose(small_model, row_tokens=T, gpu_gb=gpu_gb, rows=2)
@@ -68,7 +68,7 @@ def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("small_heads")
 def test_the_blocked_head_is_chosen_where_it_decides_whether_a_model_fits(tmp_path):
     model = make_model(tmp_path, vocab_size=60_000, num_hidden_layers=2)  # mostly head
-    ladder = rungs(load_config(model))
+    ladder = ladder_steps(load_config(model))
     place = next(i for i, savings in enumerate(ladder) if savings.head_update == "blocked")
     whole, blocked = (total(model, savings) for savings in ladder[place - 1 : place + 1])
     found = choose(model, row_tokens=T, gpu_gb=(whole + blocked) / 2)
@@ -82,21 +82,21 @@ def test_the_blocked_head_is_chosen_where_it_decides_whether_a_model_fits(tmp_pa
 
 def test_a_head_of_its_own_has_no_blocks_to_choose(tmp_path):
     model = make_model(tmp_path, tie_word_embeddings=False, num_hidden_layers=2)
-    ladder = rungs(load_config(model))
+    ladder = ladder_steps(load_config(model))
     assert all(savings.head_update == "whole" for savings in ladder) and ladder[-1].offload_optimizer
     gpu_gb = total(model, ladder[-1]) + 1e-6
     assert choose(model, row_tokens=T, gpu_gb=gpu_gb).fits(gpu_gb)
 
 
 def test_adapters_choose_among_what_saves_them_something(small_model):
-    ladder = rungs(load_config(small_model), 16)
+    ladder = ladder_steps(load_config(small_model), 16)
     assert len(ladder) > 2 and not any(s.update_in_backward or s.offload_optimizer or s.head_update == "blocked" for s in ladder)
 
 
 def test_what_would_save_more_is_listed_cheapest_first_until_nothing_is_left():
     model = "google/gemma-3-1b-it"
     found = replace(plan("tiny", row_tokens=64), model=model, row_tokens=16_384, rows=2)
-    lines = leaner(found).splitlines()
+    lines = suggest_savings(found).splitlines()
     assert lines[0].startswith("  for less, cheapest first")
     flags = [line.split("  ")[2] for line in lines[1:]]
     assert flags == ["--update_in_backward", "--logit_rows 512", "--tile_tokens 2048", "--offload_inputs",
@@ -106,5 +106,7 @@ def test_what_would_save_more_is_listed_cheapest_first_until_nothing_is_left():
     seconds = [float(line.split(" GiB, ")[1].split()[0]) for line in lines[2:]]
     assert seconds == sorted(seconds) and seconds[0] > 0 and "one row per step" in lines[1]
     dear = replace(found, savings=Savings(recompute=False, optimizer="adamw"))
-    assert leaner(dear).splitlines()[1].startswith("    --recompute ") and "--optimizer adamw8bit" in leaner(dear)
-    assert leaner(replace(found, savings=rungs(load_config(model))[-1])) == ""
+    assert suggest_savings(dear).splitlines()[1].startswith("    --recompute ") and "--optimizer adamw8bit" in suggest_savings(
+        dear
+    )
+    assert suggest_savings(replace(found, savings=ladder_steps(load_config(model))[-1])) == ""

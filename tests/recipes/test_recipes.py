@@ -28,7 +28,7 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
     for line in ("traces kept", "optimizer steps of", "before      toy:", "after       toy:", "toy: accuracy ", "report runs"):
         assert line in done.stdout
     assert {path.name for path in run.iterdir()} >= {
-        "config.json", "census.json", "metrics.jsonl", "before", "after", "model", "report.html", "loss.png", "accuracy.png",
+        "config.json", "drop_counts.json", "metrics.jsonl", "before", "after", "model", "report.html", "loss.png", "accuracy.png",
     }  # fmt: skip
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
@@ -253,7 +253,7 @@ def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_
     assert again.returncode == 0, again.stderr
     base, smaller, same = rows("cells.jsonl")
     assert [base, same] == cells and smaller["cell"] == "tiny-long-4-seed0"
-    climbed = [climb["cell"] for climb in rows("rl.jsonl")]
+    climbed = [rl_run["cell"] for rl_run in rows("rl.jsonl")]
     assert climbed[0] == "tiny-base-0-seed0" and climbed[-1] == "tiny-long-8-seed0"
     assert "learning from long" in again.stdout
     other = run_recipe("valley_demo", *flags, "--rl_steps", "2", cwd=tmp_path)

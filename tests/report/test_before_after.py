@@ -42,7 +42,7 @@ def test_the_finding_follows_the_data_and_calls_no_difference_inside_its_interva
 def make_run(path, *, before=None, after=None, metrics=()):
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model": "google/gemma-3-1b-it", "lr": 5e-5}))
-    (path / "census.json").write_text(json.dumps({"text": "8 traces kept, 2 dropped"}))
+    (path / "drop_counts.json").write_text(json.dumps({"text": "8 traces kept, 2 dropped"}))
     for stage, found in ((BEFORE, before), (AFTER, after)):
         if found:
             journal = Journal(path / stage / "toy.jsonl")

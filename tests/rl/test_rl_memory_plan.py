@@ -17,7 +17,7 @@ from kit.memory import live_bytes
 from kit.memory.simulate import fake_batch, measure, plan
 from kit.models.folder import ADAPTER_CONFIG, adapter_rank
 from kit.models.loading import load_config
-from kit.rl.memory_plan import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, plan_rl, rungs_rl
+from kit.rl.memory_plan import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, ladder_steps_rl, plan_rl
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -125,7 +125,7 @@ def gib(found):
 
 
 def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_fit(small_model):
-    fastest = rungs_rl(small_model, 0)[0]
+    fastest = ladder_steps_rl(small_model, 0)[0]
     many = plan_rl(small_model, settings=replace(SHORT, num_slots=300), savings=fastest, **PROMPT)
     assert many.sampling.peak > many.update.peak
     for num_slots, card in ((300, gib(many.larger)), (299, gib(many.larger) - 1e-7)):
@@ -141,7 +141,7 @@ def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_f
 @pytest.mark.parametrize("qlora_rank", [0])
 def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(small_model, qlora_rank):
     settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update is what does not fit
-    ladder = rungs_rl(small_model, qlora_rank)
+    ladder = ladder_steps_rl(small_model, qlora_rank)
     updates = [plan_rl(small_model, settings=settings, savings=s, qlora_rank=qlora_rank, **PROMPT).update for s in ladder]
     card = max(gib(update) for update in updates if update.peak < updates[0].peak) + 1e-7
     found = choose_rl(small_model, settings=settings, gpu_gb=card, qlora_rank=qlora_rank, **PROMPT)
@@ -153,7 +153,7 @@ def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planne
 
 def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_model):
     for rank in (0, 16):
-        ladder = rungs_rl(small_model, rank)
+        ladder = ladder_steps_rl(small_model, rank)
         assert len(set(ladder)) == len(ladder) > 3
         assert not any(s.update_in_backward or s.head_update == "blocked" for s in ladder)
         assert ladder[-1].offload_optimizer == (rank == 0)
@@ -167,7 +167,9 @@ def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_mo
 )  # fmt: skip
 def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(changes, expected, small_model):
     settings = replace(SHORT, **changes)
-    leanest = plan_rl(small_model, settings=replace(settings, num_slots=1), savings=rungs_rl(small_model, 0)[-1], **PROMPT).larger
+    leanest = plan_rl(
+        small_model, settings=replace(settings, num_slots=1), savings=ladder_steps_rl(small_model, 0)[-1], **PROMPT
+    ).larger
     card = gib(leanest) - 1e-7
     with pytest.raises(ValueError) as refused:
         choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
@@ -185,7 +187,7 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
 
 def test_what_does_not_fit_either_is_not_proposed(small_model):
     closest = replace(SHORT, row_tokens=150, kl="none", num_slots=1)
-    card = gib(plan_rl(small_model, settings=closest, savings=rungs_rl(small_model, 0)[-1], **PROMPT).larger) - 1e-7
+    card = gib(plan_rl(small_model, settings=closest, savings=ladder_steps_rl(small_model, 0)[-1], **PROMPT).larger) - 1e-7
     with pytest.raises(ValueError, match=r"; pass --qlora_rank 16, or a larger card$"):
         choose_rl(small_model, settings=SHORT, gpu_gb=card, **PROMPT)
 

@@ -29,7 +29,7 @@ def curve(accuracies, tokens=(), *, base=0.9, name="long traces", **options):
 
 PHRASES = (
     "does not change beyond chance", "rises from", "falls from", "climbs to", "no recovery", "does not climb back",
-    "still below the untouched", "cannot be told from the untouched", "above the untouched", "valley is crossed",
+    "still below the base", "cannot be told from the base", "above the base", "valley is crossed",
     "is not known",
 )  # fmt: skip
 

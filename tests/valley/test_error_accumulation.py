@@ -61,7 +61,7 @@ def test_what_goes_wrong_with_the_format_is_left_over():
 
 
 def test_longer_answers_by_themselves_are_told_from_worse_steps():
-    """The untouched model errs in one equation of a hundred; thirty times as many, no worse each, cost what was lost."""
+    """The base model errs in one equation of a hundred; thirty times as many, no worse each, cost what was lost."""
     base = decompose(0, results(lambda chain, rng: answer(chain, rng, 0.99)))
     longer = decompose(64, results(lambda chain, rng: answer(chain, rng, 0.99**30, copies=30)))
     assert longer.operations.mean == pytest.approx(30 * base.operations.mean)

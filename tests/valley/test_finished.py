@@ -72,7 +72,7 @@ TABLE = ("full", "table")
     [
         ([0.5, 0.5, 0.5], 0.5, ["does not change beyond chance"], ["falls"]),
         ([0.05, 0.5, 0.9], 0.9, ["falls from", "at 8,000 traces", "valley is crossed"], ["no recovery", "still below"]),
-        ([0.05, 0.2, 0.4], 0.9, ["falls from", "at 8,000 traces", "still below the untouched"], ["crossed"]),
+        ([0.05, 0.2, 0.4], 0.9, ["falls from", "at 8,000 traces", "still below the base"], ["crossed"]),
         ([0.6, 0.3, 0.05], 0.9, ["at 220,000 traces", "no recovery"], ["crossed"]),
         ([0.5, 0.7, 0.95], 0.4, ["rises from"], ["falls from"]),
     ],
@@ -136,7 +136,7 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
     page = write_report(path).read_text()
     assert "3 of 5 cells are done, 1 failed, 1 have not ended yet." in page
     rows = {tuple(row.split("<td>")[2:4]): row for row in page.split("<tr>") if row.startswith("<td>gemma")}
-    assert "<td>24<td>" in rows["untouched", "0"]
+    assert "<td>24<td>" in rows["base model", "0"]
     assert "<td>about a quarter of its 24<td>" in rows["full fine-tuning", "8,000"]
     assert "<td>15<td>" in rows["full fine-tuning", "220,000"]
     assert "<td>1.00<td>" in rows["full fine-tuning", "220,000"]  # two steps of half an hour
@@ -162,7 +162,7 @@ def test_reinforcement_learning_is_compared_with_that_from_the_untouched_model(t
         return [line for line in sentences(Sweep.read(path)) if "reinforcement" in line]
 
     below, above = said({0: 0.5, 8_000: 0.1, 220_000: 0.95})
-    assert "after 8,000 traces ends below that from the untouched model" in below
+    assert "after 8,000 traces ends below that from the base model" in below
     assert "after 220,000 traces ends above that" in above
     (alike,) = said({0: 0.5, 8_000: 0.5})
     assert "after 8,000 traces cannot be told from that" in alike

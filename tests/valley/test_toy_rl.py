@@ -7,7 +7,7 @@ import pytest
 from kit.evaluate.results import Result
 from kit.valley.study import BASE, Cell
 from kit.valley.toy_cells import Finished
-from kit.valley.toy_rl import Climb, rl_findings, starts
+from kit.valley.toy_rl import RLRun, rl_findings, starts
 
 
 def result(accuracy, seed, tokens):
@@ -17,9 +17,9 @@ def result(accuracy, seed, tokens):
                                for q in range(80) for i in range(4)))  # fmt: skip
 
 
-def climbs(cell, before, after):
+def rl_runs(cell, before, after):
     return [
-        Climb(Cell("tiny", *cell, seed), [0.1, 0.2], result(before, seed, 40), result(after, f"after {seed}", 70 + seed))
+        RLRun(Cell("tiny", *cell, seed), [0.1, 0.2], result(before, seed, 40), result(after, f"after {seed}", 70 + seed))
         for seed in range(4)
     ]
 
@@ -40,13 +40,13 @@ def test_the_starts_are_the_untouched_model_the_lowest_point_and_the_largest_siz
 
 
 def test_what_is_said_of_the_starts_follows_from_their_samples():
-    made = [*climbs((BASE, 0), 0.6, 0.8), *climbs(("long", 64), 0.1, 0.4), *climbs(("long", 256), 0.8, 0.95)]
+    made = [*rl_runs((BASE, 0), 0.6, 0.8), *rl_runs(("long", 64), 0.1, 0.4), *rl_runs(("long", 256), 0.8, 0.95)]
     untouched, low, fed = rl_findings(made)
-    assert untouched.startswith("Reinforcement learning from untouched model: accuracy rises") and "ends" not in untouched
+    assert untouched.startswith("Reinforcement learning from base model: accuracy rises") and "ends" not in untouched
     assert "mean length of answers goes from 40 to 72 tokens" in untouched
-    assert "from long traces, 64: accuracy rises" in low and "ends below the untouched start" in low
-    assert "ends above the untouched start" in fed
-    made = [*climbs((BASE, 0), 0.6, 0.6), *climbs(("long", 64), 0.6, 0.6)]
+    assert "from long traces, 64: accuracy rises" in low and "ends below the base model" in low
+    assert "ends above the base model" in fed
+    made = [*rl_runs((BASE, 0), 0.6, 0.6), *rl_runs(("long", 64), 0.6, 0.6)]
     untouched, low = rl_findings(made)
-    assert "does not change beyond chance" in untouched and "above or below the untouched start is not known" in low
-    assert "falls" in rl_findings(climbs((BASE, 0), 0.8, 0.2))[0]
+    assert "does not change beyond chance" in untouched and "above or below the base model is not known" in low
+    assert "falls" in rl_findings(rl_runs((BASE, 0), 0.8, 0.2))[0]

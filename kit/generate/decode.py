@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.generate.kv_cache import SlotCache
-from kit.models.families import FAMILIES, head_dim
+from kit.models.families import Family, family_of, head_dim
 
 
 class Decoder:
@@ -25,18 +25,12 @@ class Decoder:
 
     def __init__(self, model):
         """Raises ValueError for a family whose layers may hold more than is computed here."""
-        if model.config.model_type not in FAMILIES:
-            raise ValueError(
-                f"the model is a {model.config.model_type} model but the sampler knows the layers of {', '.join(FAMILIES)}; pass "
-                "one of these, or a kit.generate.vllm_backend.VllmModel"
-            )
+        family = family_of(model.config)
         self.backbone = model.model
         self.num_heads, self.head_dim = model.config.num_attention_heads, head_dim(model.config)
-        is_gemma = model.config.model_type == "gemma3_text"
-        norm = _gemma_norm if is_gemma else _norm
-        self.layers = [_Layer(layer, norm) for layer in self.backbone.layers[: model.config.num_hidden_layers]]
-        self.kinds = model.config.layer_types if is_gemma else [None] * len(self.layers)  # each has its own rotation
-        self.norm = norm(self.backbone.norm)
+        self.layers = [_Layer(layer, family) for layer in self.backbone.layers[: model.config.num_hidden_layers]]
+        self.kinds = model.config.layer_types if family.has_windows else [None] * len(self.layers)  # each has its own rotation
+        self.norm = _norm(self.backbone.norm, family)
         self.signs = torch.ones(self.head_dim, dtype=model.dtype, device=model.device)
         self.signs[: self.head_dim // 2] = -1
 
@@ -71,35 +65,32 @@ class Decoder:
 
 
 class _Layer:
-    """The parts of a decoder layer, by what they do in all three families."""
+    """The parts of a decoder layer, by what they do in every family."""
 
-    def __init__(self, layer: nn.Module, norm):
+    def __init__(self, layer: nn.Module, family: Family):
+        def norm(parent: nn.Module, name: str | None):
+            return _norm(getattr(parent, name), family) if name else _same
+
         self.attention, self.mlp = layer.self_attn, layer.mlp
-        self.norm_in = norm(layer.input_layernorm)
-        self.norm_q = self.norm_k = self.norm_attended = self.norm_out = _same
-        if norm is _norm:
-            self.norm_mlp = norm(layer.post_attention_layernorm)
-            return
-        self.norm_q, self.norm_k = norm(layer.self_attn.q_norm), norm(layer.self_attn.k_norm)
-        self.norm_attended = norm(layer.post_attention_layernorm)
-        self.norm_mlp = norm(layer.pre_feedforward_layernorm)
-        self.norm_out = norm(layer.post_feedforward_layernorm)
+        self.norm_in = norm(layer, "input_layernorm")
+        self.norm_q, self.norm_k = (norm(layer.self_attn, name) for name in family.head_norms or (None, None))
+        self.norm_attended = norm(layer, family.after_attention)
+        self.norm_mlp = norm(layer, family.before_mlp)
+        self.norm_out = norm(layer, family.after_mlp)
 
 
 def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _norm(module: nn.Module):
-    """Return the norm of Llama and Qwen2, x / rms(x) * weight, rounded to x's dtype before and after the weight multiplies it."""
-    normalise = _normalise(module.weight, module.variance_epsilon)
-    return lambda x: normalise(x) * module.weight
-
-
-def _gemma_norm(module: nn.Module):
-    """Return x / rms(x) * (1 + weight), in fp32 and rounded once: in bf16 1 + weight would lose what training changed."""
-    scale = 1 + module.weight.float()
-    normalise = _normalise(scale, module.eps)
+def _norm(module: nn.Module, family: Family):
+    """Return x / rms(x), scaled and rounded as the family's own norm does it."""
+    eps = getattr(module, family.norm_eps)
+    if family.norm_offset is None:
+        normalise = _normalise(module.weight, eps)
+        return lambda x: normalise(x) * module.weight  # rounded to x's dtype before and after
+    scale = family.norm_offset + module.weight.float()  # in bf16 1 + weight would lose what training changed
+    normalise = _normalise(scale, eps)
     return lambda x: (normalise(x.float()) * scale).to(x.dtype)
 
 

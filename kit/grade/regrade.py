@@ -1,9 +1,9 @@
 """Regrade: the samples that an evaluation wrote, graded again from their text without generating anything.
 
-    python -m kit.grade.verdict regrade runs/gemma3_1b_8k/001/before/math500.jsonl                        what would change
-    python -m kit.grade.verdict regrade math500.jsonl --out regraded.jsonl                                and a new file with it
-    python -m kit.grade.verdict regrade math500.jsonl --in_place                                          or in the file itself
-    python -m kit.grade.verdict regrade math500.jsonl --compare math-verify                               where a peer disagrees
+    python -m kit.grade regrade runs/gemma3_1b_8k/001/before/math500.jsonl                        what would change
+    python -m kit.grade regrade math500.jsonl --out regraded.jsonl                                and a new file with it
+    python -m kit.grade regrade math500.jsonl --in_place                                          or in the file itself
+    python -m kit.grade regrade math500.jsonl --compare math-verify                               where a peer disagrees
 
 A file is replaced whole or not at all, and only where `--in_place` asks for it.
 """
@@ -78,7 +78,7 @@ def load_peer(name: str) -> Callable[[str, str], bool]:
 def main(arguments: list[str] | None = None) -> dict:
     """The command line. Returns the counts that it prints."""
     parser = argparse.ArgumentParser(
-        prog="python -m kit.grade.verdict regrade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kit.grade regrade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="samples, as kit/evaluate/measure.py writes them")
     parser.add_argument("--out", type=Path, help="a new file for the rows with the new verdicts")

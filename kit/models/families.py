@@ -1,44 +1,67 @@
-"""What differs between model families: one row per family."""
+"""What differs between model families: one row per family.
+
+A row names what a decoder layer computes besides projections, attention and feed-forward. To add a family whose layers differ in
+these points alone, add its row to FAMILIES and its sizes to tests/conftest.py: the tests compare every family with transformers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-FAMILIES = ("gemma3_text", "llama", "qwen2")  # config.model_type
+
+@dataclass(frozen=True)
+class Family:
+    """Names are attributes of transformers' modules; None: the family has no such thing."""
+
+    layer: type[nn.Module]  # the exact class: a subclass may compute something else
+    norm_eps: str = "variance_epsilon"  # of a norm
+    norm_offset: float | None = None  # a norm scales by offset + weight, in fp32 and rounded once; None: by weight, rounded twice
+    after_attention: str | None = None  # norm of what attention adds
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str | None = None  # norm of what the feed-forward adds
+    head_norms: tuple[str, str] | None = None  # of q and k, before the rotation
+    has_windows: bool = False  # some layers attend to config.sliding_window positions, with a rotation of their own
+    embedding_scale: str | None = None  # what is looked up is multiplied by this
 
 
-def _check_family(config, name: str) -> None:
+FAMILIES = {  # config.model_type -> its row
+    "gemma3_text": Family(
+        Gemma3DecoderLayer,
+        norm_eps="eps",
+        norm_offset=1.0,
+        after_attention="post_attention_layernorm",
+        before_mlp="pre_feedforward_layernorm",
+        after_mlp="post_feedforward_layernorm",
+        head_norms=("q_norm", "k_norm"),
+        has_windows=True,
+        embedding_scale="embed_scale",
+    ),
+    "llama": Family(LlamaDecoderLayer),
+    "qwen2": Family(Qwen2DecoderLayer),
+}
+
+
+def family_of(config: PreTrainedConfig, name: str = "the model") -> Family:
+    """Return a config's family. Raises ValueError for an unknown one."""
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (of Gemma 3, the text-only sizes)"
+            f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (of Gemma 3, the text-only sizes). "
+            "Pass one of these, or add a row to FAMILIES in kit/models/families.py"
         )
+    return FAMILIES[config.model_type]
 
 
-def head_dim(config) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def layer_windows(config) -> list[int | None]:
-    """Positions that each layer attends to, its own included; None = all."""
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """Return the number of positions that each layer attends to, its own included; None = all."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
-
-
-@dataclass(frozen=True)
-class Norms:
-    """Which of a layer's norms stands where; None: there is none."""
-
-    after_attention: str | None
-    before_mlp: str
-    after_mlp: str | None
-
-
-LAYERS = {  # exact classes: a subclass may compute something else
-    Gemma3DecoderLayer: Norms("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    LlamaDecoderLayer: Norms(None, "post_attention_layernorm", None),
-    Qwen2DecoderLayer: Norms(None, "post_attention_layernorm", None),
-}

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from kit.models.attention import attention_name
-from kit.models.families import _check_family
+from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
 
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client keeps its own bar for downloads
@@ -58,7 +58,7 @@ def load_plain(
     else:
         where = str(path) if path.is_dir() else name
         config = _config(where)
-        _check_family(config, name)
+        family_of(config, name)
         kind = attention_name(attention, config, device=device, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation=kind)
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -92,7 +92,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     finally:
         loader.setLevel(level)
     config = packed.config
-    _check_family(config, path.name)
+    family_of(config, path.name)
     if hasattr(config, "quantization_config"):
         del (
             config.quantization_config

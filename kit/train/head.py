@@ -10,6 +10,7 @@ import torch
 
 from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
 from kit.models.backbone import head_weight, hidden_states, softcap
+from kit.models.families import family_of
 from kit.packing import PackedBatch
 from kit.train.loss import LossOfRow, cross_entropy
 from kit.train.optimizer import AdamW8bit
@@ -55,6 +56,7 @@ class _Lookup:
 
     def __init__(self, model, ids: torch.Tensor):
         self.embedding, self.ids = model.get_input_embeddings(), ids
+        self.scale = family_of(model.config).embedding_scale
         self.gradients: list[torch.Tensor] = []
 
     def rows(self) -> torch.Tensor:
@@ -66,8 +68,8 @@ class _Lookup:
     def gradient(self) -> torch.Tensor:
         """Of the looked-up rows, (T, H) fp32; after the backward pass."""
         dlookup = self.gradients.pop()[0].float()
-        if hasattr(self.embedding, "embed_scale"):  # Gemma scales what it looks up, by a number of the weight's dtype
-            dlookup *= self.embedding.embed_scale.to(self.embedding.weight.dtype).float()
+        if self.scale:  # a number, which the lookup rounds to the weight's dtype
+            dlookup *= getattr(self.embedding, self.scale).to(self.embedding.weight.dtype).float()
         if self.embedding.padding_idx is not None:  # whose row gets nothing from a lookup, as in nn.Embedding
             dlookup *= (self.ids != self.embedding.padding_idx)[:, None]
         return dlookup

@@ -35,10 +35,11 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kit.models.families import LAYERS, Norms
+from kit.models.families import FAMILIES, Family
 from kit.train.offload import HostInputs
 from kit.train.saved_tensors import catch_gradient, made_again
 
+LAYERS = {family.layer: family for family in FAMILIES.values()}
 _norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # last norm -> what recompute_layers set there
 
 
@@ -62,7 +63,7 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
         if type(layer) not in LAYERS:
             known = ", ".join(kind.__name__ for kind in LAYERS)
             raise ValueError(
-                f"a layer is a {type(layer).__name__} but its halves are written out only for {known}; add it to LAYERS"
+                f"a layer is a {type(layer).__name__} but the kit knows {known}; add a row to FAMILIES in kit/models/families.py"
             )
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layer to recompute; pass the language model itself")
@@ -93,11 +94,11 @@ def _stop_recomputing(norm: nn.Module) -> None:
 class _FeedForward(nn.Module):
     """h -> out. Refers to the layer's own modules, so that adapters and NF4 weights are what they are there."""
 
-    def __init__(self, layer: nn.Module, norms: Norms):
+    def __init__(self, layer: nn.Module, family: Family):
         super().__init__()
-        self.before = getattr(layer, norms.before_mlp)
+        self.before = getattr(layer, family.before_mlp)
         self.mlp = layer.mlp
-        self.after = getattr(layer, norms.after_mlp) if norms.after_mlp else nn.Identity()
+        self.after = getattr(layer, family.after_mlp) if family.after_mlp else nn.Identity()
 
     def forward(self, h):
         return h + self.after(self.mlp(self.before(h)))
@@ -151,7 +152,7 @@ class _Recomputed(_Tiles):
     def __init__(self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool):
         super().__init__(tile_tokens)
         self.layer = layer
-        self.norms = LAYERS[type(layer)]
+        self.family = LAYERS[type(layer)]
         self.host = host
         self.index = index
         self.is_last = is_last
@@ -180,12 +181,12 @@ class _Recomputed(_Tiles):
 
     def forward(self, x: torch.Tensor, arguments: dict) -> torch.Tensor:
         """The layer without a graph: besides x, one (T, H) of ours and what the attention makes."""
-        after = self._part(self.norms.after_attention)
+        after = self._part(self.family.after_attention)
         h = self.layer.self_attn(hidden_states=self._normed(x), **arguments)[0]
         if after is not None:
             self._run(after, h, h)
         h.add_(x)
-        self._run(_FeedForward(self.layer, self.norms), h, h)
+        self._run(_FeedForward(self.layer, self.family), h, h)
         return h
 
     def backward(self, x: torch.Tensor, arguments: dict, dout: torch.Tensor, needs_dx: bool, when_lean: Callable[[], None]):
@@ -196,7 +197,7 @@ class _Recomputed(_Tiles):
         of a projection, which saves its input, not its output; and where some module does save it, the changed tensor is refused.
         when_lean: called when the tiles are done.
         """
-        before, after = self.layer.input_layernorm, self._part(self.norms.after_attention)
+        before, after = self.layer.input_layernorm, self._part(self.family.after_attention)
         gradients: dict[nn.Parameter, torch.Tensor] = {}
         normed, dnormeds = self._normed(x), []
         leaves = _leaves(self.layer.self_attn)
@@ -211,7 +212,7 @@ class _Recomputed(_Tiles):
             self._run(after, a, h)
         h.add_(x)
         needs_dh = needs_dx or needs_da or (after is not None and bool(_trainable(after)))
-        self._differentiate(_FeedForward(self.layer, self.norms), h, dout, h if needs_dh else None, gradients)
+        self._differentiate(_FeedForward(self.layer, self.family), h, dout, h if needs_dh else None, gradients)
         if after is not None:
             self._differentiate(after, a, h, a if needs_da else None, gradients)
         when_lean()

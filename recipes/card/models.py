@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit.machine import GIB
 from kit.memory.seconds import Sizes
+from kit.models.families import family_of
 from kit.models.loading import CONFIGS
 from kit.packing import Document, PackedBatch
 from kit.train import Savings
@@ -85,10 +86,8 @@ def sharpen(model, spread: float) -> None:
     """Scale the last norm so that logits have about this standard deviation: at random they hardly differ."""
     weight = model.model.norm.weight  # (H,)
     scale = spread / (model.get_output_embeddings().weight.float().std().item() * len(weight) ** 0.5)
-    if model.config.model_type == "gemma3_text":
-        weight.add_(scale - 1)  # its scale is 1 + weight
-    else:
-        weight.mul_(scale)
+    offset = family_of(model.config).norm_offset or 0.0  # the norm multiplies by offset + weight
+    weight.copy_(scale * (offset + weight) - offset)
 
 
 def has_bf16(results: Results, card: Card) -> bool:

@@ -12,12 +12,14 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
-from kit.generate.decode import Decoder, _gemma_norm, _in_few_operations, _in_one_kernel, _norm
+from kit.generate.decode import Decoder, _in_few_operations, _in_one_kernel, _norm
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
+from kit.models.families import FAMILIES as ROWS
 from kit.models.nf4 import quantise_decoder
 
+GEMMA = ROWS["gemma3_text"]
 T = 19  # positions, beyond the window of conftest, 7, twice
 SETTINGS = {
     "llama": {"rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
@@ -108,7 +110,10 @@ def test_rows_at_different_positions_are_told_apart_in_one_group_and_each_in_its
 def test_a_family_with_layers_of_its_own_is_refused():
     config = Qwen3Config(**SHAPE, head_dim=8)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="kit")
-    with pytest.raises(ValueError, match="a qwen3 model but the sampler knows the layers of gemma3_text, llama, qwen2"):
+    with pytest.raises(
+        ValueError,
+        match=r"a qwen3 model; the kit knows gemma3_text, llama, qwen2 .*add a row to FAMILIES in kit/models/families.py",
+    ):
         generate(model, [[3, 4]], SamplingParams(max_new_tokens=2), num_slots=1, seed=0, eos_token_id=2)
 
 
@@ -117,7 +122,7 @@ def test_a_change_of_gemmas_norm_that_is_small_beside_1_is_not_rounded_away():
     with torch.no_grad():
         norm.weight.fill_(0.003)
     x = torch.randn(5, 8)
-    torch.testing.assert_close(_gemma_norm(norm)(x), norm(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(_norm(norm, GEMMA)(x), norm(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -145,5 +150,5 @@ def test_in_bf16_a_norm_rounds_where_the_models_own_does(norm_class):
     with torch.no_grad():
         module.weight.copy_(torch.randn(512))
     x = torch.randn(64, 512).to(torch.bfloat16)
-    ours = (_gemma_norm if norm_class is Gemma3RMSNorm else _norm)(module)(x)
+    ours = _norm(module, GEMMA if norm_class is Gemma3RMSNorm else ROWS["llama"])(x)
     assert ((ours != module(x)).float().mean()) < 1e-3

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit.machine import GIB
 from kit.memory.seconds import Sizes
+from kit.models.attention import REGISTERED
 from kit.models.families import family_of
 from kit.models.loading import CONFIGS
 from kit.packing import Document, PackedBatch
@@ -58,7 +59,7 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
 
     torch.manual_seed(seed)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="kit")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=REGISTERED["kit"])
 
     if rank:
         from kit.models.nf4 import quantise_decoder  # bitsandbytes and peft take seconds to import

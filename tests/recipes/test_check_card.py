@@ -14,6 +14,7 @@ from check_card import QUICK, SECTIONS, Config, main, sentence
 CPU = Card(torch.device("cpu"), small=True, quick=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", ["truth,speed", "steps,fits", "sampler,rl,resume"])
 def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sections):
     done = run_recipe("check_card", "--device", "cpu", "--quick", "--seconds", "0", "--only", sections, cwd=tmp_path)
@@ -27,6 +28,7 @@ def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sectio
     assert machine["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(tmp_path):
     flags = ["--device", "cpu", "--quick", "--only", "truth", "--as", "sm89", "--out", str(tmp_path / "check")]
     done = run_recipe("check_card", *flags, cwd=tmp_path)

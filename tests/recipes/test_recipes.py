@@ -151,6 +151,7 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
     assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it(tmp_path):
     done = run_recipe("bench/memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -88,6 +88,7 @@ def test_no_row_of_the_cache_is_longer_than_what_a_rollout_takes(small_model):
     assert found.sampling.owners[CACHE] == 2 * 2 * 2 * 64 * 2 * 16 * 130
 
 
+@pytest.mark.slow
 def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
     """8,192 tokens of a vocabulary of 100,000 are 1.5 GiB in bf16: the whole update stays below."""
     config = {"model_type": "llama", **SMALL, "vocab_size": 100_000, "num_hidden_layers": 1}

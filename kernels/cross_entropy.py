@@ -28,7 +28,7 @@ CPU_BLOCK_BYTES = 2 * 2**20  # torch path: several passes over rows that stay in
 
 
 def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=-100):
-    """The same function in plain torch: the meaning of this file, and its test."""
+    """Compute the same in plain torch: what this file means, and what its tests compare with."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.nn.functional.cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
 
@@ -67,14 +67,14 @@ def _backward_kernel(logits_ptr, targets_ptr, logsumexp_ptr, dloss_ptr, row_stri
 
 
 def _blocks(logits):
-    """A few rows at a time, for the torch path."""
+    """Yield a few rows at a time, for the torch path."""
     step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
     return [slice(i, i + step) for i in range(0, logits.shape[0], step)]
 
 
 @torch.library.custom_op("kit::cross_entropy", mutates_args=())
 def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(loss, logsumexp) of every row."""
+    """Return (loss, logsumexp) of every row."""
     (N, V), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     loss, logsumexp = logits.new_empty(N, dtype=wide), logits.new_empty(N, dtype=wide)
     ignored = targets == ignore_index
@@ -100,7 +100,7 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
 
 @torch.library.custom_op("kit::cross_entropy_backward_", mutates_args=("logits",))
 def _backward_(logits: Tensor, targets: Tensor, logsumexp: Tensor, dloss: Tensor, ignore_index: int) -> None:
-    """logits become their gradient."""
+    """Overwrite the logits with their gradient."""
     N, V = logits.shape
     if uses_triton(logits):
         if N:
@@ -159,7 +159,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", i
     BACKWARD OVERWRITES THE LOGITS with their gradient (see the top of this file), and runs once. Logits whose rows do not lie at
     one distance in memory, logits[:, :-1] say, are copied first; then the copy is overwritten.
 
-    reduction: "mean" divides by the number of targets != ignore_index, and is 0 where there is none (torch: nan); "sum"; "none".
+    reduction: "mean" divides by the number of targets != ignore_index, and is 0 if there are none (torch: nan); "sum"; "none".
     Returns fp32 (float64 for float64). Raises ValueError for arguments that do not fit. A target outside 0 .. V - 1 raises too on
     a CPU; on a GPU it makes the loss nan, because looking at it would make the host wait for the device.
     """

@@ -36,7 +36,7 @@ from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 
 
 def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean", softcap=None, temperature=1.0):
-    """The same function in plain torch: the meaning of this file, and its test. Holds the logits several times."""
+    """Compute the same in plain torch: what this file means, and what its tests compare with. Holds the logits several times."""
     logits = (hidden @ weight.T).float() if hidden.dtype != torch.float64 else hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -44,7 +44,7 @@ def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean",
 
 
 def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tensor | None]:
-    """Loss of each token, and its slope against -logprob (None = 1 everywhere)."""
+    """Return the loss of each token, and its slope against -logprob (None = 1 everywhere)."""
     losses, slope = -logprobs, None
     if objective is not None:
         with torch.enable_grad():
@@ -65,7 +65,7 @@ def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tens
 
 
 def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite, wanted):
-    """(loss / D, [dhidden, dweight]), a gradient that is not wanted being None: 6NVH flops, or 2NVH."""
+    """Return (loss / D, [dhidden, dweight]), None for a gradient that is not needed: 6NVH flops, or 2NVH."""
     head = weight.to(dtype)
     overwrite = overwrite and wanted[0] and hidden.dtype != torch.float16 and hidden.is_contiguous()
     if overwrite:  # each row is read before its gradient is written; these are never read
@@ -87,7 +87,7 @@ def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_we
 
 
 def _logprobs(hidden, weight, targets, kept, dtype, score, max_rows) -> tuple[Tensor, Tensor]:
-    """(log-prob of the target, entropy) of every token, 0 where ignored."""
+    """Return (log-prob of the target, entropy) of every token, 0 if ignored."""
     logprobs = hidden.new_zeros(len(targets), dtype=wide(dtype))
     entropy = torch.zeros_like(logprobs)
     for rows, _, logits in logit_chunks(hidden, weight.to(dtype), kept, max_rows):
@@ -96,7 +96,7 @@ def _logprobs(hidden, weight, targets, kept, dtype, score, max_rows) -> tuple[Te
 
 
 def _logprob_gradients(hidden, weight, targets, kept, dtype, score, max_rows, dlogprobs, wanted) -> list[Tensor | None]:
-    """[dhidden, dweight] of _logprobs, from logits that are made anew."""
+    """Return [dhidden, dweight] of _logprobs, from recomputed logits."""
     head = weight.to(dtype)
     gradients = HeadGradients(hidden, weight, wanted)
     for rows, x, logits in logit_chunks(hidden, head, kept, max_rows):
@@ -238,7 +238,7 @@ def linear_cross_entropy(
     max_rows: int = 0,
     overwrite_hidden: bool = False,
 ) -> Tensor:
-    """Loss of the targets under softmax(hidden @ weight.T), without holding the logits.
+    """Compute the loss of the targets under softmax(hidden @ weight.T) without holding the logits.
 
     hidden (..., H) and weight (V, H): one floating dtype, or any two under torch.autocast, whose dtype the matmuls then use (the
         sums of dW stay fp32 and reach an fp32 weight unrounded).

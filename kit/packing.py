@@ -55,11 +55,11 @@ class _FreeSpace:
 
 
 def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[int]]:
-    """Which documents share a row: best-fit decreasing over all of them, then the rows in a random order.
+    """Decide which documents share a row: best-fit decreasing over all of them, then the rows in a random order.
 
     lengths: tokens per document, each in 1..capacity. capacity: tokens per row. seed: breaks ties between documents of one
     length and orders the rows and the documents inside each; the same seed gives the same plan on every machine.
-    Returns document indices a row; every index stands exactly once.
+    Returns the document indices of each row; every index occurs exactly once.
     Raises ValueError for a length outside 1..capacity (nothing is cut and nothing is dropped here).
     """
     if capacity < 1:
@@ -94,7 +94,7 @@ def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[
 
 
 def fill(packs: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -> float:
-    """Share of the rows' capacity that holds a token, 0..1; 1.0 for no rows at all."""
+    """Return the share of the rows' capacity that holds a token, 0..1; 1.0 for no rows at all."""
     return sum(lengths[i] for pack in packs for i in pack) / (len(packs) * capacity) if packs else 1.0
 
 
@@ -102,8 +102,8 @@ def plan_steps(packs: Sequence[Sequence[int]], batch_traces: int) -> list[list[i
     """Group rows, in their order, into optimizer steps of `batch_traces` documents on average.
 
     A row is never split, so a step takes rows until the documents so far reach the next multiple of batch_traces: steps
-    differ by a few documents and the number of steps stays the paper's. Where one row alone holds more than batch_traces,
-    each step takes one row. Returns row indices a step.
+    differ by a few documents and the number of steps stays the paper's. If one row alone holds more than batch_traces,
+    each step takes one row. Returns the row indices of each step.
     """
     if batch_traces < 1:
         raise ValueError(f"batch_traces is {batch_traces} but a step needs at least one trace; pass batch_traces >= 1")
@@ -169,7 +169,7 @@ class PackedBatch:
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same row on another device; copies do not wait for one another."""
+        """Return the same row on another device; copies do not wait for one another."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.TENSORS}
         return replace(self, **moved)
 

@@ -100,7 +100,7 @@ SMOKE = {
 
 
 def plan_memory(config: Config) -> tuple[Config, Plan]:
-    """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
+    """Print the memory plan and return it with the settings, which --gpu_gb chooses for a card of that size."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
     print(f"memory plan: each simulated step of {config.model} at {config.row_tokens:,} tokens takes up to a minute", flush=True)
     rows = 1 if config.batch_traces == 1 else 2  # of a step, at least: how many depends on the traces

@@ -1,4 +1,4 @@
-"""Documents: traces as token ids, made once and kept on disk."""
+"""Documents: traces as token ids, rendered with the model's chat template, tokenised once and cached on disk."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
 def tokenize(
     traces: list[Trace], chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, cache_dir: str = ""
 ) -> tuple[list[Document], int]:
-    """The first num_traces (0 = all) of `traces` that fit row_tokens, as documents, and how many before them were too long.
+    """Return the first num_traces (0 = all) of `traces` that fit row_tokens, as documents, and how many
+    before them were too long.
 
-    Reads and writes a cache under cache_dir ("" = none), keyed by the content of all that goes in.
+    Reads and writes a cache under cache_dir ("" = none), keyed by the content of everything it depends on.
     """
     if not cache_dir:
         return _tokenize(traces, chat, row_tokens, num_traces)
@@ -57,7 +58,7 @@ def _tokenize(traces: list[Trace], chat: ChatFormat, row_tokens: int, num_traces
 
 
 def _cached(path: Path, make: Callable[[], tuple[list[Document], int]]) -> tuple[list[Document], int]:
-    """What make() returned under this name before, or its result, stored. An unreadable file is named and made anew."""
+    """Return what is cached in this file, or call make() and cache its result. An unreadable file is named and replaced."""
     if path.is_file():
         try:
             flat = load_file(path)
@@ -84,9 +85,9 @@ def load_documents(
     source: str, chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, seed: int = 0,
     max_bad_rows: int = 0, verify: bool = True, cache_dir: str = "",
 ) -> tuple[list[Document], DropCounts]:  # fmt: skip
-    """num_traces documents (0 = all there are) of at most row_tokens tokens from `source`, and what became of every row.
+    """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`, and count what was dropped.
 
-    Raises ValueError when fewer than num_traces survive: a smaller set would be another experiment.
+    Raises ValueError if fewer than num_traces survive: a smaller set would be another experiment.
     """
     limit = num_traces + num_traces // 8 + 64 if num_traces else 0  # the paper's row length drops less than 1 %
     while True:

@@ -1,8 +1,8 @@
-"""Traces: one correct, complete chain of thought a problem, rendered with the model's chat template and tokenised.
+"""Traces: one correct, complete chain of thought per problem.
 
 The paper's rule (section Data): OpenR1-Math-220k holds two to four traces per problem; one correct trace is kept, traces over
-16,384 tokens are dropped. Subsets are nested: problems stand in one random order keyed by seed and text, and a subset is
-the first n that survive, so the 8k set is contained in the 16k set whatever n is asked for.
+16,384 tokens are dropped. Subsets are nested: problems are put in one random order, keyed by seed and text, and a subset is
+the first n that survive. So the 8k set is always contained in the 16k set.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_CORRECT, NO_COMPLETE, UNVERIFIED = "have no correct trace", "have no complete
 
 @dataclass(frozen=True)
 class Trace:
-    """A problem with the one response we train on."""
+    """A problem and the one response that is trained on."""
 
     problem: str
     response: str
@@ -30,7 +30,7 @@ class Trace:
 
 @dataclass
 class DropCounts:
-    """What became of the rows looked at: kept, and dropped by reason. Printed before training, stored with the run."""
+    """How many rows were kept, and how many were dropped for which reason. Printed before training and stored with the run."""
 
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class DropCounts:
 
 
 def _text(row: dict, *names: str) -> str:
-    """The first of the fields that is there, as text. Raises ValueError naming the field and what is wrong with it."""
+    """Return the first of the fields that exists, as text. Raises ValueError naming the field and what is wrong with it."""
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
@@ -61,7 +61,7 @@ def _text(row: dict, *names: str) -> str:
 
 
 def _flags(row: dict, name: str, count: int) -> list:
-    """A list that runs parallel to `generations`; all None where the data set has no such field."""
+    """Return a list parallel to `generations`; all None if the data set has no such field."""
     value = row.get(name)
     if value is None:
         return [None] * count
@@ -72,7 +72,7 @@ def _flags(row: dict, name: str, count: int) -> list:
 
 
 def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
-    """The row's first correct, complete response, or (None, why there is none).
+    """Return the row's first correct, complete response, or (None, the reason why it has none).
 
     Rows in OpenR1's schema (`generations` with parallel lists `correctness_math_verify`, `is_reasoning_complete`,
     `finish_reasons`) are judged by their flags; other rows ({problem, solution | trace, answer}) and missing flags by our
@@ -104,17 +104,17 @@ def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
 
 
 def _verify(row: dict, response: str) -> str:
-    """Why our grader does not find the response correct; "" if it does."""
+    """Return why our grader does not find the response correct; "" if it does."""
     return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[grade(_text(row, "answer"), response).verdict]
 
 
 def read_traces(
     source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True
 ) -> tuple[list[Trace], DropCounts]:
-    """One trace per problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
+    """Read one trace per problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
 
     limit: keep only the first `limit` traces of that order in memory (OpenR1-Math-220k is some gigabytes of text); 0 = all.
-    A problem that stands twice is kept once. Raises ValueError for more than max_bad_rows malformed rows, each named.
+    A problem that occurs twice is kept once. Raises ValueError for more than max_bad_rows malformed rows, each named.
     """
     bad, drop_counts = BadRows(max_bad_rows), Counter()
     kept: dict[str, Trace] = {}

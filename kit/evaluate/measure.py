@@ -34,7 +34,7 @@ FIRST_CUT = 16  # tokens; a row says where its text stands after 16, 32, 64, ...
 
 
 def fingerprint(model) -> str:
-    """Names a model's weights by content: a hash of every tensor's name, shape and sums. Two checkpoints of a run differ."""
+    """Name a model's weights by their content: a hash of every tensor's name, shape and sums. Two checkpoints of a run differ."""
     if isinstance(model, VllmModel):
         return model.fingerprint
     state = hashlib.blake2b(digest_size=8)
@@ -48,7 +48,7 @@ def evaluate(
     model, chat: ChatFormat, benchmark: Benchmark, params: SamplingParams, folder: Path, *,
     num_samples: int = 0, num_slots: int = 16, seed: int = 0,
 ) -> Result:  # fmt: skip
-    """Sample and grade `benchmark` (which has been read), writing folder/<name>.jsonl; samples found there are not made again.
+    """Sample and grade `benchmark` (which has been read), writing folder/<name>.jsonl; samples found there are kept.
 
     num_samples: k, samples per question; 0 = the benchmark's own. Raises ValueError where the file there
     belongs to another model, prompt, decoding or version: results under two headers are not one result; and
@@ -89,7 +89,8 @@ def evaluate(
 def header_of(
     model, chat: ChatFormat, benchmark: Benchmark, params: SamplingParams, *, num_samples: int = 0, seed: int = 0
 ) -> dict:
-    """What the samples of an evaluation depend on: model, prompt, questions, decoding, versions. num_samples: as `evaluate`'s."""
+    """Return what the samples of an evaluation depend on: model, prompt, questions, decoding, versions.
+    num_samples: as `evaluate`'s."""
     return {
         "model": fingerprint(model),
         "prompt": chat.key,
@@ -131,7 +132,7 @@ def _row(question: Question, completion: Completion) -> dict:
 
 
 def _cuts(completion: Completion, chat: ChatFormat) -> dict[str, int]:
-    """How many characters of the text the first 16, 32, 64, ... tokens make, for every such number below the response's own."""
+    """Count the characters in the first 16, 32, 64, ... tokens of the text, for every such number below the response's length."""
     cuts, cap = {}, FIRST_CUT
     while cap < len(completion.ids):
         pairs = zip(chat.decode(completion.ids[:cap]), completion.text, strict=False)

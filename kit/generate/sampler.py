@@ -33,7 +33,7 @@ PREFILL_TOKENS = 8192  # prompts are packed and read together up to this many to
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote for one prompt."""
+    """The response to one prompt."""
 
     ids: list[int]  # the end-of-text id included, where there is one
     logprobs: list[float]  # of each id, under the distribution it was drawn from
@@ -93,7 +93,7 @@ class _Engine:
         return self._draw(index, hidden[ends])
 
     def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
-        """One more token for each of the first rows, which hold so many positions."""
+        """Draw one more token for each of the first len(lengths) rows. lengths: positions that each row holds."""
         positions = self.positions[: len(lengths)]
         self.cache.at_decode(positions, lengths)
         hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
@@ -113,13 +113,13 @@ def generate(
     eos_token_id: int | Sequence[int], keys: Sequence[object] | None = None, decode: Callable[[list[int]], str] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None, description: str = "generating",
 ) -> list[Completion]:  # fmt: skip
-    """One completion a prompt, in the prompts' order.
+    """Sample one completion per prompt and return them in the prompts' order.
 
     model: a transformers model of kit.models.families.FAMILIES, or a kit.generate.vllm_backend.VllmModel.
-    prompts: token ids. num_slots: rows decoded at once (vLLM's were set where it was loaded). keys: what
+    prompts: token ids. num_slots: rows decoded at once (vLLM's are set when it is loaded). keys: what
     names each prompt's random stream beside `seed`, e.g. (question id, sample index); None = the prompt's
     index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
-    Raises ValueError for another family, for an empty prompt and where prompt and max_new_tokens exceed the model's context.
+    Raises ValueError for an unknown family, for an empty prompt, and if prompt and max_new_tokens exceed the model's context.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)
@@ -146,7 +146,7 @@ def generate(
 def _run_slots(
     model, prompts: list[tuple[int, ...]], params: SamplingParams, streams: list[int], stop: set[int], num_slots: int, progress,
 ) -> Iterator[tuple[int, list[int], list[float], float]]:  # fmt: skip
-    """(index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
+    """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
     if not prompts:
         return
     slots = [_Slot(-1) for _ in range(min(num_slots, len(prompts)))]
@@ -232,7 +232,7 @@ def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
 
 
 class _Progress:
-    """Finished of total, tokens per second, mean length and truncated so far, time left at the mean pace so far."""
+    """A progress bar: finished of total, tokens per second, mean length, truncated so far, and time left."""
 
     def __init__(self, total: int, description: str):
         self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)
@@ -240,7 +240,7 @@ class _Progress:
         self.tokens = self.finished = self.finished_tokens = self.truncated = 0
 
     def step(self, tokens: int) -> None:
-        """So many rows got a token each."""
+        """Count one token for each of so many rows."""
         self.tokens += tokens
         now = time.perf_counter()
         if now - self.shown >= SHOW_EVERY:

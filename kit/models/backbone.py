@@ -10,16 +10,16 @@ from kit.packing import PackedBatch
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Tokens the model was made for: prompt and response together."""
+    """Return the number of tokens the model was trained for, prompt and response together."""
     return model.config.max_position_embeddings
 
 
 def hidden_states(
     model: PreTrainedModel, batch: PackedBatch, *, inputs_embeds: torch.Tensor | None = None, cache: Cache | None = None
 ) -> torch.Tensor:
-    """The backbone's last hidden states of a pack, (T, H). The head is not applied.
+    """Compute the backbone's last hidden states of a packed row, (T, H), without the head.
 
-    inputs_embeds (1, T, H): what the embedding makes of batch.input_ids; None = look it up. cache: takes every layer's keys and
+    inputs_embeds (1, T, H): the embeddings of batch.input_ids; None = look them up. cache: takes every layer's keys and
     values; None = they are dropped.
     """
     output = model.model(
@@ -35,17 +35,17 @@ def hidden_states(
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:
-    """The head's weight, (V, H); one parameter with the embedding where they are tied."""
+    """Return the head's weight, (V, H); it is the embedding's parameter if the two are tied."""
     return model.get_output_embeddings().weight
 
 
 def softcap(model: PreTrainedModel) -> float | None:
-    """logits -> softcap * tanh(logits / softcap), where the family has it."""
+    """Return c if the model caps its logits at c, as c * tanh(logits / c); None if it does not."""
     return getattr(model.config, "final_logit_softcapping", None)
 
 
 def next_token_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits (..., V) in fp32 of hidden states (..., H): the sampler's view of the head."""
+    """Compute the logits (..., V) in fp32 of hidden states (..., H): the sampler's view of the head."""
     logits = F.linear(hidden, head_weight(model)).float()
     cap = softcap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -54,7 +54,7 @@ Reward = Callable[[Question, Completion], "float | None"]  # None: undecided
 
 
 def correctness(question: Question, completion: Completion) -> float | None:
-    """1 for a right answer, 0 for a wrong one or none, None where the grader could not decide."""
+    """Return 1 for a right answer, 0 for a wrong one or none, None if the grader could not decide."""
     return {"correct": 1.0, "wrong": 0.0, "unknown": None}[grade(question.answer, completion.text).verdict]
 
 
@@ -114,7 +114,7 @@ class Policy:
 
 
 def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
-    """settings.group_size graded completions of each prompt, prompt by prompt. Moves policy.drawn on.
+    """Sample and grade settings.group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
 
     Raises ValueError for prompts without a gold answer and for a prompt that with max_new_tokens exceeds row_tokens.
     """
@@ -143,10 +143,10 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
 
 
 def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Learn from the episodes of one rollout, one optimizer step a mini-batch; returns what was measured.
+    """Learn from the episodes of one rollout, one optimizer step per mini-batch. Returns what was measured.
 
-    A mini-batch in which nothing is to be learned makes no step, and is counted (empty_minibatches).
-    Raises ValueError where no episode can be trusted, with the reasons.
+    A mini-batch without anything to learn takes no step and is counted (empty_minibatches).
+    Raises ValueError if no episode can be trusted, with the reasons.
     """
     settings, start = policy.settings, time.perf_counter()
     reasons = Counter(filter(None, (e.rejection(settings.reward_low, settings.reward_high) for e in episodes)))
@@ -195,7 +195,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[WeightedEpisode]:
-    """What is to be learned in one optimizer step, and how much each token of it counts."""
+    """Return the episodes to learn from in one optimizer step, with the weight of their tokens."""
     found: list[tuple[Episode, float]] = []
     num_sequences = 0
     for group in groups:
@@ -212,7 +212,7 @@ def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -
 
 
 def reward_of(episode: Episode, settings: Settings) -> float | None:
-    """The reward that is compared: None for a rejected episode, less the penalty on length."""
+    """Return the reward after the penalty on length; None for a rejected episode."""
     if episode.rejection(settings.reward_low, settings.reward_high):
         return None
     return shaped_reward(
@@ -235,7 +235,7 @@ def _rows(policy: Policy, taught: list[WeightedEpisode]) -> list[EpisodeBatch]:
 
 @torch.no_grad()
 def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> torch.Tensor:
-    """The model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 where there is none. logit_rows: as
+    """Compute the model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 if a token has no target. logit_rows: as
     in kit.train.savings."""
     training = model.training
     model.eval()
@@ -252,7 +252,7 @@ def row_loss(
     hidden: torch.Tensor, weight: torch.Tensor, batch: EpisodeBatch, scale: float, *, settings: Settings,
     cap: float | None = None, stats: RunningStats | None = None, sampler: RunningStats | None = None, logit_rows: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """A row's share of the step's loss: the clipped objective of every completion token, times its weight.
+    """Compute a row's share of the step's loss: the clipped objective of every completion token, times its weight.
 
     hidden (T, H), weight (V, H). scale: not used, since a token's weight holds its normaliser. cap: the softcap. logit_rows: as
     in kit.train.savings. sampler: takes the ratio of the trainer's probabilities to the sampler's.
@@ -279,7 +279,7 @@ def row_loss(
 
 
 def summary(groups: Sequence[Sequence[Episode]], settings: Settings) -> dict[str, float]:
-    """What a rollout's episodes are like. Rejected ones are in no mean of rewards."""
+    """Summarise a rollout's episodes. Rejected ones are left out of the mean rewards."""
     episodes = [episode for group in groups for episode in group]
     trusted = [e for e in episodes if not e.rejection(settings.reward_low, settings.reward_high)]
     rewards = [episode.reward for episode in trusted]

@@ -20,7 +20,7 @@ from kit.train.update_in_backward import UpdateInBackward, Updates
 
 
 def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
-    """Raises ValueError where savings.head_update is "blocked" and the model or the updates do not allow it."""
+    """Choose how the head is trained. Raises ValueError if head_update is "blocked" and the model has no tied, trained head."""
     weight = head_weight(model)
     tied = weight is model.get_input_embeddings().weight
     if savings.head_update == "blocked":
@@ -36,7 +36,7 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
 
 
 class AutogradHead:
-    """The fused loss under autograd: the head's gradient is made with the loss and waits for the rest."""
+    """The fused loss under autograd: the head's gradient is computed together with the loss, like any other."""
 
     def __init__(self, model, logit_rows: int):
         self.model, self.logit_rows = model, logit_rows
@@ -48,11 +48,11 @@ class AutogradHead:
         return loss.detach()
 
     def finish(self) -> None:
-        """Autograd is done with the head."""
+        """No-op: autograd has computed the head's gradient."""
 
 
 class _Lookup:
-    """The embedding outside of autograd, which would make a gradient of all V rows for the few that were looked up."""
+    """The embedding lookup outside of autograd, which would allocate a gradient of all V rows for the few looked up."""
 
     def __init__(self, model, ids: torch.Tensor):
         self.embedding, self.ids = model.get_input_embeddings(), ids
@@ -66,7 +66,7 @@ class _Lookup:
         return catch_gradient(embedded, self.gradients)
 
     def gradient(self) -> torch.Tensor:
-        """Of the looked-up rows, (T, H) fp32; after the backward pass."""
+        """Return the gradient of the looked-up rows, (T, H) in fp32. Call after the backward pass."""
         dlookup = self.gradients.pop()[0].float()
         if self.scale:  # a number, which the lookup rounds to the weight's dtype
             dlookup *= getattr(self.embedding, self.scale).to(self.embedding.weight.dtype).float()
@@ -78,9 +78,9 @@ class _Lookup:
 class TiedHead:
     """Head and embedding are one trained weight: the lookup's rows are added to the head's gradient.
 
-    Autograd would make the lookup's gradient as large as the weight, and their sum as a third: 1.1 GiB more at V = 262,144 and
-    H = 1,152 in bf16. A row's parts are summed in fp32 and rounded once. On a GPU index_add_ has no fixed order: last bits differ
-    from run to run there.
+    Autograd would allocate the lookup's gradient at the size of the weight, and their sum as a third tensor:
+    1.1 GiB more at V = 262,144 and H = 1,152 in bf16. The parts of a row are summed in fp32 and rounded once.
+    On a GPU, index_add_ adds in no fixed order, so the last bits may differ from run to run.
     """
 
     def __init__(self, model, updates: Updates, logit_rows: int):
@@ -106,7 +106,7 @@ class TiedHead:
 
 @torch.no_grad()
 def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
-    """total[ids] += rows, (T, H) fp32, where an id may come many times."""
+    """Compute total[ids] += rows, (T, H) in fp32. An id may occur many times."""
     positions = torch.arange(len(ids), device=ids.device)
     first = torch.full((len(total),), len(ids), device=ids.device).scatter_reduce_(0, ids.long(), positions, "amin")[ids]
     sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at the first place of each id
@@ -114,10 +114,10 @@ def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> No
 
 
 class BlockedHead:
-    """The weight's gradient never exists as a whole: after the backward pass the head's part and the lookup's are made and used
-    a block of the vocabulary at a time: its norm is known only then, too late to clip by (Savings.check_clipping).
+    """The weight's gradient never exists as a whole. After the backward pass, the head's part and the lookup's are computed and
+    applied one block of the vocabulary at a time. The norm is known only then, too late to clip by (Savings.check_clipping).
 
-    The lookup's part is added by index_add_, on a GPU in no fixed order: last bits differ from run to run there.
+    On a GPU, index_add_ adds the lookup's part in no fixed order, so the last bits may differ from run to run.
     """
 
     def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward, logit_rows: int):

@@ -31,7 +31,7 @@ from kit.train.step import TrainingStep
 
 
 class Memory(Protocol):
-    """What watches a card's memory while a run trains. gib, reserved_gib: the most so far; None = not measured."""
+    """Watches a card's memory while a run trains. gib, reserved_gib: the most so far; None = not measured."""
 
     gib: float | None
     reserved_gib: float | None
@@ -67,7 +67,8 @@ class TrainingPlan:
 
     @classmethod
     def make(cls, lengths: Sequence[int], *, row_tokens: int, batch_traces: int, epochs: int, max_steps: int = 0, seed: int = 0):
-        """lengths: tokens per document. Each epoch packs the whole set anew. max_steps: stop there; 0 = all epochs.
+        """Plan all steps. lengths: tokens per document. Each epoch packs the whole set again. max_steps: stop
+        there; 0 = all epochs.
 
         Raises ValueError for no epoch, and for what plan_packs and plan_steps refuse.
         """
@@ -102,14 +103,14 @@ def train(
     max_tensor_norm: float = 0.0, savings: Savings | None = None,
     loss_of: LossOfRow | None = None, memory: Memory | None = None, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """Fine-tune `model` in place, writing a line a step to run.metrics, and return the folder of the finished model.
+    """Fine-tune `model` in place, append one row per step to run.metrics, and return the folder of the finished model.
 
     loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy. savings: None = Savings(). max_grad_norm,
     max_tensor_norm: as TrainingStep's. memory: watches the card, such as kit.memory.PeakMemory; None = nobody does.
 
-    checkpoint_every: steps; 0 = none before the end. Where run.path holds a checkpoint, training goes on from it (bit for bit on
-    a CPU); where it holds the finished model, nothing is done and that folder is returned.
-    Raises ValueError where the loss is not finite: the last checkpoint is intact and named.
+    checkpoint_every: steps; 0 = none before the end. If run.path holds a checkpoint, training continues from it (bit for bit on a
+    CPU); if it holds the finished model, nothing is done and that folder is returned.
+    Raises ValueError if the loss is not finite; the last checkpoint is intact and named.
     """
     finished = run.path / "model"
     if finished.is_dir():

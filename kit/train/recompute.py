@@ -274,7 +274,7 @@ def _collect(part: nn.Module, found: dict[str, torch.Tensor | None], gradients: 
 
 
 def _nothing() -> None:
-    """No input is on its way."""
+    """No-op: nothing is prefetched."""
 
 
 class _LayerFunction(torch.autograd.Function):

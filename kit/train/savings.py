@@ -1,4 +1,4 @@
-"""What a training step does to hold less memory. Each costs something; kit.memory.simulate knows how much each saves."""
+"""Memory settings of a training step. Each saves memory at a cost; kit.memory.plan says how much it saves."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from kit.train.update_in_backward import UpdateAtEnd, UpdateInBackward
 
 
 class TrainingStep:
-    """A model made ready to train, and its optimizer. Call it with the rows of a step; close it when training is over.
+    """A model prepared for training, and its optimizer. Call it with the rows of a step; close it when training is over.
 
     max_grad_norm: the gradient's global norm is clipped to it; max_tensor_norm, only with update_in_backward: each parameter's
     own; 0 = not. Raises ValueError for settings that exclude one another or do not fit the model.
@@ -46,7 +46,7 @@ class TrainingStep:
         model.train()
 
     def __call__(self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss of the step, gradient norm before clipping), fp32 scalars on the device.
+        """Train on the rows of one step. Returns (loss, gradient norm before clipping), fp32 scalars on the device.
 
         loss_of: a row's share of the step's loss (kit.train.loss); None = mean token cross-entropy.
         """

@@ -1,6 +1,6 @@
 """When weights are updated: after the whole backward pass, or inside it, each parameter as soon as its gradient is whole.
 
-Inside it, a gradient lives from its layer's backward pass to its update and no two layers' are ever held together: 2 bytes a
+Inside it, a gradient lives from its layer's backward pass to its update, and no two layers' gradients exist together: 2 bytes a
 parameter less in bf16. The price: nothing is known about the other gradients yet, so there is no global norm to clip by (each
 parameter's own norm is offered instead), and no gradient waits for a second row of the same step.
 A tied embedding is one parameter with two gradients, the head's and the lookup's: kit.train.head hands over their sum, once.
@@ -20,17 +20,17 @@ class Updates(Protocol):
     def begin(self, num_rows: int) -> None: ...
 
     def use(self, parameter: torch.nn.Parameter) -> None:
-        """parameter.grad is whole, and was not made by autograd, whose hooks would have told."""
+        """Apply parameter.grad, which is complete and was not computed by autograd, so that no hook has seen it."""
 
     def finish(self) -> torch.Tensor:
-        """The gradient's norm before clipping, an fp32 scalar on the device. The weights are updated when it returns."""
+        """Return the gradient's norm before clipping, an fp32 scalar on the device. By then all weights are updated."""
 
     def close(self) -> None:
-        """Leave nothing on the model."""
+        """Remove all hooks and gradients from the model."""
 
 
 class UpdateAtEnd:
-    """All gradients are held, clipped by their common norm (max_grad_norm; 0 = not), and used together."""
+    """Keep all gradients, clip them by their global norm (max_grad_norm; 0 = no clipping), and apply them together."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float):
         self.optimizer = optimizer
@@ -41,7 +41,7 @@ class UpdateAtEnd:
         self.optimizer.zero_grad(set_to_none=True)
 
     def use(self, parameter: torch.nn.Parameter) -> None:
-        """It waits with the others."""
+        """No-op: all gradients are applied together in finish()."""
 
     def finish(self) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
@@ -53,10 +53,10 @@ class UpdateAtEnd:
 
 
 class UpdateInBackward:
-    """A hook on every parameter updates it and lets its gradient go. optimizer: one with `update(parameter)` and `wait()`.
+    """A hook on every parameter updates it and frees its gradient. optimizer: one with `update(parameter)` and `wait()`.
 
-    max_tensor_norm: each parameter's gradient is clipped to this norm; 0 = not. Raises ValueError in `begin` for a step of
-    several rows. Call close() to take the hooks off.
+    max_tensor_norm: each parameter's gradient is clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of
+    several rows. Call close() to remove the hooks.
     """
 
     def __init__(self, optimizer, *, max_tensor_norm: float = 0.0):

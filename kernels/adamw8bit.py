@@ -243,7 +243,7 @@ def init_state(parameter: Tensor) -> dict[str, Tensor]:
 def state_slice(state: dict[str, Tensor], first_element: int, num_elements: int) -> dict[str, Tensor]:
     """Views of the state of elements first_element .. first_element + num_elements - 1 of the flattened parameter.
 
-    Raises ValueError where the slice does not begin and end between two blocks of 256 (it may end where the parameter does).
+    Raises ValueError if the slice does not begin and end between two blocks of 256 (it may end where the parameter does).
     """
     N, end = len(state["m_codes"]), first_element + num_elements
     if not 0 <= first_element <= end <= N or first_element % BLOCK or (end % BLOCK and end != N):

@@ -50,7 +50,7 @@ def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor, max_rows: int = 0
 
 
 class HeadGradients:
-    """dhidden and dweight; None where autograd does not ask for one. overwrite: dhidden is hidden's own memory, and the caller
+    """dhidden and dweight; None if autograd does not ask for one. overwrite: dhidden is hidden's own memory, and the caller
     zeroes the rows that are never added."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool], *, overwrite: bool = False):

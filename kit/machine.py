@@ -33,12 +33,12 @@ def return_memory(device: torch.device) -> None:
 
 
 def resident_bytes() -> int | None:
-    """Memory this process holds now; None where the system does not say (anything but Linux)."""
+    """Memory this process holds now; None if the system does not say (anything but Linux)."""
     return _kib("VmRSS")
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory this process has ever held; None where the system does not say."""
+    """The most memory this process has ever held; None if the system does not say."""
     return _kib("VmHWM")
 
 
@@ -48,7 +48,7 @@ def _kib(key: str) -> int | None:
 
 
 def _proc(path: str, key: str) -> str | None:
-    """The value of the first line `key: value`; None where the file or the key is absent."""
+    """The value of the first line `key: value`; None if the file or the key is absent."""
     if not Path(path).is_file():
         return None
     lines = (line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)

@@ -29,7 +29,7 @@ class RunFolder:
         config: a recipe's Config. Its `out` "" means the next free number under runs/RECIPE, or with `resume` the newest there.
         may_grow: settings of which a resumed run may have more: a larger number, further numbers in a list, further names behind
         those that it has.
-        Raises ValueError where the folder holds a run already, where there is nothing to resume, and where a resumed run's
+        Raises ValueError if the folder holds a run already, where there is nothing to resume, and if a resumed run's
         settings differ, naming them.
         """
         path = Path(config.out) if config.out else next_folder(Path("runs") / recipe_name(config), newest=config.resume)

@@ -55,7 +55,7 @@ def _draw_structure(rng: random.Random) -> str:
 
 
 def _draw_operands(rng: random.Random, term: str) -> str | None:
-    """The term with its operands drawn until every intermediate is an integer; None where none was met."""
+    """The term with its operands drawn until every intermediate is an integer; None if none was met."""
     factors = re.findall(r"([*/]?)(?:\(#([+-])#\)|#)", term)  # (operator before it, sign of a sum in parentheses)
     for _ in range(MAX_DRAWS):
         value, drawn = 1, ""

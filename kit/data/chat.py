@@ -24,7 +24,7 @@ class ChatFormat:
 
     template: "" = the tokenizer's own, "plain" = `Problem: ... Solution: ...` for base models, else a Jinja file.
     instruction: a line added below every problem, the same in training and evaluation; "" = none.
-    Raises ValueError where there is no template, or one that does not show the assistant's words exactly once.
+    Raises ValueError if there is no template, or one that does not show the assistant's words exactly once.
     """
 
     def __init__(self, tokenizer, *, template: str = "", instruction: str = INSTRUCTION):

@@ -207,7 +207,7 @@ def _quotient(a, b):
 
 
 def _compute(tokens: Sequence[_Token]) -> _Computed | None:
-    """The value of the tokens as one expression, or None where they are none."""
+    """The value of the tokens as one expression, or None if they are none."""
     if not 0 < len(tokens) <= MAX_TOKENS:
         return None
     try:
@@ -248,7 +248,7 @@ def _is_stated(text: str, tokens: list[_Token], equation: Equation, left: tuple,
 
 
 def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
-    """The (start, end) of the expression that ends at `end`, or None where what stands before makes it part of another."""
+    """The (start, end) of the expression that ends at `end`, or None if what stands before makes it part of another."""
     first = end
     while first > start and end - first < MAX_TOKENS and tokens[first - 1].kind not in _ENDS:
         first -= 1
@@ -274,7 +274,7 @@ def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
 
 
 def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
-    """The (start, end) of the expression that begins at `start`, or None where what follows makes it part of another."""
+    """The (start, end) of the expression that begins at `start`, or None if what follows makes it part of another."""
     last = start
     while last < end and last - start < MAX_TOKENS and tokens[last].kind not in _ENDS:
         last += 1
@@ -312,7 +312,7 @@ class Steps:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the operations that were performed right; None where none was performed."""
+        """Share of the operations that were performed right; None if none was performed."""
         return 1 - min(1.0, self.num_wrong / self.num_operations) if self.num_operations else None
 
     @property

@@ -46,7 +46,7 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
 
 
 def _text(row: dict, names: Sequence[str]) -> str:
-    """The first of these fields that holds text or a number; "a.b" is field b of a. "" where there is none."""
+    """The first of these fields that holds text or a number; "a.b" is field b of a. "" if there is none."""
     for name in names:
         value = row
         for part in name.split("."):

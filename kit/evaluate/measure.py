@@ -50,7 +50,7 @@ def evaluate(
 ) -> Result:  # fmt: skip
     """Sample and grade `benchmark` (which has been read), writing folder/<name>.jsonl; samples found there are kept.
 
-    num_samples: k, samples per question; 0 = the benchmark's own. Raises ValueError where the file there
+    num_samples: k, samples per question; 0 = the benchmark's own. Raises ValueError if the file there
     belongs to another model, prompt, decoding or version: results under two headers are not one result; and
     where memory runs out."""
     num_samples = num_samples or benchmark.num_samples

@@ -52,7 +52,7 @@ class Result:
 
     @property
     def paper_accuracy(self) -> float | None:
-        """avg@k as the paper graded; None where the log was not graded so."""
+        """avg@k as the paper graded; None if the log was not graded so."""
         graded = all(AS_THE_PAPER in row for row in self.rows)
         return fmean(self.by_question(AS_THE_PAPER).values()) if graded else None
 
@@ -62,7 +62,7 @@ class Result:
 
     def pass_at(self, k: int) -> float:
         """pass@k: the chance that one of k samples is correct, unbiased, from the samples there are; the mean over questions.
-        Raises ValueError where a question has fewer than k samples."""
+        Raises ValueError if a question has fewer than k samples."""
         return fmean(self._pass_by_question(k))
 
     def pass_interval(self, k: int) -> float:
@@ -103,7 +103,7 @@ class Result:
 
     @property
     def accuracy_of_finished(self) -> float | None:
-        """Accuracy without the samples that were cut off; None where all were. A question with none left is left out, and those
+        """Accuracy without the samples that were cut off; None if all were. A question with none left is left out, and those
         are often the hard ones: read it beside `truncated`."""
         shares = _share_by_question([row for row in self.rows if row["finished"]], lambda row: row[STRICT] == "correct")
         return fmean(shares.values()) if shares else None
@@ -140,7 +140,7 @@ class Result:
 
         A longer response is cut after its first `cap` tokens and what is left is graded anew. Every sample has a random stream of
         its own, so these are the tokens that a run with that limit writes, and its accuracy: a box that stands before the cut
-        counts, one behind it does not, and where none is left the grader's fall-backs apply as in any response.
+        counts, one behind it does not, and if none is left the grader's fall-backs apply as in any response.
         """
         return fmean(self._by_question_at(cap).values())
 
@@ -173,7 +173,7 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """The result that a journal of samples holds. Raises ValueError where it holds none."""
+    """The result that a journal of samples holds. Raises ValueError if it holds none."""
     result = Result.read(path)
     if not result.rows:
         raise ValueError(f"{path} holds no samples; run the evaluation that writes it")
@@ -201,7 +201,7 @@ def _graded(answer: str, text: str) -> str:
 
 
 def check_comparable(before: Result, after: Result) -> None:
-    """Raises ValueError where anything but the model differs: prompt, questions, decoding, versions."""
+    """Raises ValueError if anything but the model differs: prompt, questions, decoding, versions."""
     keys = [key for key in {**before.header, **after.header} if key not in MAY_DIFFER]
     changed = [f"{key} {before.header.get(key)!r} and {after.header.get(key)!r}" for key in keys
                if before.header.get(key) != after.header.get(key)]  # fmt: skip
@@ -223,7 +223,7 @@ def _differences(before: Result, after: Result) -> list[float]:
 def paired_difference(before: Result, after: Result, *, force: bool = False) -> tuple[float, float]:
     """(accuracy after - before, half the width of its 95 % interval), paired by question: narrower than two intervals apart.
 
-    Raises ValueError where the two did not answer the same questions, and, unless forced, where their headers differ.
+    Raises ValueError if the two did not answer the same questions, and, unless forced, if their headers differ.
     """
     if not force:
         check_comparable(before, after)

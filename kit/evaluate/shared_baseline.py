@@ -20,7 +20,7 @@ def take_baseline(
     wanted: the benchmarks, each with the header (kit.evaluate.measure.header_of) that this run's own
     evaluation would have. quantised: the run's model is an NF4 copy, whose weights are not the baseline's; it
     is then known by its name `model`, else by its weights.
-    Raises ValueError where the baseline is of another model, prompt, decoding or version, lacks a benchmark, or is unfinished.
+    Raises ValueError if the baseline is of another model, prompt, decoding or version, lacks a benchmark, or is unfinished.
     """
     stored = baseline / "config.json"
     if not stored.is_file():

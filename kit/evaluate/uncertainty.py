@@ -63,7 +63,7 @@ class Lengths:
     """Tokens a response."""
 
     count: int  # responses
-    mean: float | None  # None where there are none, as all that follow
+    mean: float | None  # None if there are none, as all that follow
     median: float | None
     p90: float | None  # the smallest length that at least nine tenths of the responses do not exceed
 

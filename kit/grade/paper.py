@@ -45,7 +45,7 @@ class PaperVerdict(NamedTuple):
     verdict: str  # "correct", "wrong" or "unknown"
     rule: str  # the rule that decided
     gold: str  # the reference answer, normalised
-    prediction: str  # the predicted answer, normalised; "" where there is none
+    prediction: str  # the predicted answer, normalised; "" if there is none
 
 
 def grade_as_paper(gold: str, prediction: str, *, deadline: float = 5.0) -> PaperVerdict:

@@ -111,7 +111,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def _word_number(text: str) -> str:
-    """Digits for a text with a number in words somewhere ("forty-two apples" is 42); the text where there is none."""
+    """Digits for a text with a number in words somewhere ("forty-two apples" is 42); the text if there is none."""
     total = part = 0
     found = False
     for word in text.lower().replace("-", " ").split() if len(text) < 400 else ():

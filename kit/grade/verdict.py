@@ -46,7 +46,7 @@ class Verdict:
     tier: int  # 0: normalised text and fractions; 1: parsed values; 2: sympy in a worker
     rule: str  # the rule that decided
     gold: str  # the reference answer, normalised
-    prediction: str | None  # the predicted answer, normalised; None where there is none
+    prediction: str | None  # the predicted answer, normalised; None if there is none
     extracted: str | None  # the predicted answer as it stood in the response
     extraction: str  # where in the response it was found
 

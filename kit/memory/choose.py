@@ -59,7 +59,7 @@ def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, r
     turns out not to need, the most expensive in seconds (kit.memory.seconds) left out first. rows: of a step, where
     gradients can wait. Takes minutes where much must be tried.
 
-    Raises ValueError where none fits, naming the three largest owners of the leanest and what would fit.
+    Raises ValueError if none fits, naming the three largest owners of the leanest and what would fit.
     """
     config = load_config(model)
     settings = ladder_steps(config, qlora_rank)

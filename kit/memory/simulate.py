@@ -193,7 +193,7 @@ def steps_to_count(savings: Savings, dtype: torch.dtype) -> int:
 
 
 def check_free_memory(planned: Plan) -> None:
-    """Raises ValueError where the card has less memory free than the plan needs, with the way to settings that fit."""
+    """Raises ValueError if the card has less memory free than the plan needs, with the way to settings that fit."""
     free, total = torch.cuda.mem_get_info()
     if planned.total - CONTEXT > free:  # CUDA is up by now and has taken its own part
         raise ValueError(

@@ -65,7 +65,7 @@ def _publish(scratch: Path, path: Path) -> None:
 def load_weights(path: Path, model) -> None:
     """Put a folder's weights in place, bit for bit: the whole model's, or its adapters'.
 
-    Raises ValueError where they are of another model.
+    Raises ValueError if they are of another model.
     """
     if _adapter_config(model):
         _load_adapters(path, model)

@@ -113,7 +113,7 @@ def load_config(model: str) -> PreTrainedConfig:
     """A model's config without its weights: shipped with the kit, from a folder or GGUF file, or from the hub; of a folder of
     adapters, their base's.
 
-    Raises ValueError where there is none, with the way to give one.
+    Raises ValueError if there is none, with the way to give one.
     """
     shipped = CONFIGS / f"{model.replace('/', '--')}.json"
     if shipped.is_file():

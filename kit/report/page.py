@@ -75,7 +75,7 @@ characters in all. ⁴ share of responses with one of the paper's keywords; the 
 this is an upper bound.</small></p>"""
 CAPS_NOTE = """<p><small>Accuracy against length comes from the same samples: a longer response is cut after so many tokens and
 what is left is graded again, by the same rules: it is what a run with that limit writes. A box that stands before the cut counts;
-where there is none the grader takes the last number, as in any response, so a short limit can be right by luck.</small></p>
+if there is none the grader takes the last number, as in any response, so a short limit can be right by luck.</small></p>
 """
 
 

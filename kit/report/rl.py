@@ -32,7 +32,7 @@ SHOWN = 6  # steps whose first group is shown: from the first to the last, evenl
 
 
 def write_report(path: Path) -> Path:
-    """Write rl.png and report.html of the run in `path`; returns the report. Raises ValueError where there is no run."""
+    """Write rl.png and report.html of the run in `path`; returns the report. Raises ValueError if there is no run."""
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

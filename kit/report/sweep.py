@@ -36,7 +36,7 @@ from kit.valley.sweep import PAPER, RL, Cell, short_name
 
 
 def write_report(path: Path) -> Path:
-    """Write the figures and report.html of the sweep in `path`; returns the report. Raises ValueError where there is no sweep."""
+    """Write the figures and report.html of the sweep in `path`; returns the report. Raises ValueError if there is no sweep."""
     sweep = Sweep.read(path)
     config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
     models = dict.fromkeys(cell.model for cell in sweep.cells)

@@ -48,7 +48,7 @@ def train(
 
     Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints every so many steps (0 = none before the
     end). Where run.path holds a checkpoint, training goes on from it; where it holds the finished model, nothing is done.
-    Raises ValueError where loss or gradient is not finite and where memory runs out: the last checkpoint is intact and named.
+    Raises ValueError if loss or gradient is not finite and where memory runs out: the last checkpoint is intact and named.
     """
     finished = run.path / "model"
     if finished.is_dir():

@@ -105,7 +105,7 @@ def choose_rl(
     """The plan of the fastest savings with which an update fits a card of gpu_gb GiB, and of the most answers at once that fit
     it then: at most most_slots, in the plan's settings.num_slots. What settings.num_slots was before does not matter.
 
-    Raises ValueError where not even one answer at a time fits, naming the three largest owners and the nearest setting that does.
+    Raises ValueError if not even one answer at a time fits, naming the three largest owners and the nearest setting that does.
     """
     *richer, leanest = ladder_steps_rl(model, qlora_rank)
     for savings in [*(s for s in richer if _may_fit(model, settings, s, gpu_gb, qlora_rank)), leanest]:

@@ -49,7 +49,7 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
     """Put weights and optimizer state back in place, bit for bit. Returns the number of steps done.
 
-    Raises ValueError where the checkpoint is of another model.
+    Raises ValueError if the checkpoint is of another model.
     """
     load_weights(path, model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

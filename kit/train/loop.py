@@ -42,7 +42,7 @@ class Memory(Protocol):
 
 
 class Unwatched:
-    """No one watches the memory."""
+    """Nobody watches the memory."""
 
     gib = reserved_gib = None
 

@@ -122,7 +122,7 @@ class _Tiles:
     def _differentiate(self, part, source, dout, dsource, gradients) -> None:
         """Forward and backward of a token-wise part, tile by tile: dsource <- its gradient, parameters' gradients are collected.
 
-        dsource may be source or dout (a tile is written when both were read), or None where it is not needed.
+        dsource may be source or dout (a tile is written when both were read), or None if it is not needed.
         """
         leaves = _leaves(part)
         if dsource is None and not leaves:
@@ -190,7 +190,7 @@ class _Recomputed(_Tiles):
         return h
 
     def backward(self, x: torch.Tensor, arguments: dict, dout: torch.Tensor, needs_dx: bool, when_lean: Callable[[], None]):
-        """dx, or None where it is not needed, and the gradient of every trainable parameter that the layer used.
+        """dx, or None if it is not needed, and the gradient of every trainable parameter that the layer used.
 
         Alive while the tiles run, the fullest moment: x, dout, the attention's graph without its input, its output a, and h; a
         and h are one tensor where no norm stands between. Each is overwritten by its own gradient. That is safe: a is the result

@@ -39,7 +39,7 @@ class Savings:
             raise ValueError("update_in_backward is on but optimizer is adamw, which updates all at once; pass adamw8bit")
 
     def check_clipping(self, max_grad_norm: float, max_tensor_norm: float) -> None:
-        """Raises ValueError where a norm is to be clipped that these savings never know."""
+        """Raises ValueError if a norm is to be clipped that these savings never know."""
         if max_grad_norm and self.update_in_backward:
             instead = "" if self.head_update == "blocked" else f", and --max_tensor_norm {max_grad_norm:g} to clip each parameter"
             raise ValueError(
@@ -58,7 +58,7 @@ class Savings:
             )
 
     def check_rows(self, batch_traces: int) -> None:
-        """Raises ValueError where a step of this many traces may have several rows, whose gradients these savings cannot add."""
+        """Raises ValueError if a step of this many traces may have several rows, whose gradients these savings cannot add."""
         if self.update_in_backward and batch_traces > 1:
             raise ValueError(
                 f"batch_traces is {batch_traces} but update_in_backward uses each gradient up before the next row; pass "

@@ -131,7 +131,7 @@ def difference(
 ) -> Estimate:
     """after - before, paired by question and seed. added: as in `estimate`; the default is for shares.
 
-    Raises ValueError where they share no seed, or answered other questions.
+    Raises ValueError if they share no seed, or answered other questions.
     """
     common = [seed for seed in after if seed in before]
     if not common:

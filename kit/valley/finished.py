@@ -82,7 +82,7 @@ class Sweep:
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """Raises ValueError where there is no sweep."""
+        """Raises ValueError if there is no sweep."""
         cells, deviations, rl_sizes = read_sweep(path)
         done = {name for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
         starts = dict.fromkeys((cell.model, cell.seed) for cell in cells)
@@ -157,7 +157,7 @@ def sentences(sweep: Sweep) -> list[str]:
 
 
 def check_alike(before: Results, found: Measured) -> None:
-    """Raises ValueError where a cell was measured otherwise than its baseline."""
+    """Raises ValueError if a cell was measured otherwise than its baseline."""
     if before.keys() != found.after.keys():
         raise ValueError(f"it has samples of {', '.join(found.after) or 'nothing'}, its baseline of {', '.join(before)}")
     for name in before:

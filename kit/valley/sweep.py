@@ -184,7 +184,7 @@ def write_sweep(path: Path, cells: Sequence[Cell], deviations: Sequence[str], rl
 
 
 def read_sweep(path: Path) -> tuple[list[Cell], list[str], list[int]]:
-    """(cells, deviations, sizes that RL starts from). Raises ValueError where there is no sweep."""
+    """(cells, deviations, sizes that RL starts from). Raises ValueError if there is no sweep."""
     if not (path / SWEEP).is_file():
         raise ValueError(f"{path} holds no sweep ({SWEEP}); pass the folder of a run of recipes/valley_sweep.py")
     stored = json.loads((path / SWEEP).read_text(encoding="utf-8"))

@@ -144,7 +144,7 @@ def steps_so_far(path: Path) -> int:
 
 
 def read_cells(path: Path) -> list[Finished]:
-    """The finished cells of the study in `path`, in its order, with their samples. Raises ValueError where there is none."""
+    """The finished cells of the study in `path`, in its order, with their samples. Raises ValueError if there is none."""
     rows = Journal(path / "cells.jsonl").read() if (path / "cells.jsonl").is_file() else []
     if not rows:
         raise ValueError(f"{path} holds no finished cell (cells.jsonl); pass the folder of a run of recipes/valley_demo.py")
@@ -175,7 +175,7 @@ def first_model(found: Sequence[Finished]) -> list[Finished]:
 
 
 def first_arm(found: Sequence[Finished]) -> str | None:
-    """The arm with all sizes; None where only base models have been measured."""
+    """The arm with all sizes; None if only base models have been measured."""
     return next((done.cell.arm for done in found if done.cell.arm != BASE), None)
 
 

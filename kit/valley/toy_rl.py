@@ -101,7 +101,7 @@ def prompts_for(benchmark: Benchmark, seed: int) -> list[Question]:
 
 def run_rl(valley: Valley, found: Sequence[Finished], *, steps: int, num_workers: int = 1) -> Iterator[RLRun]:
     """Train every start for `steps` steps and measure it, num_workers at a time; gives each as it is finished. Finished ones are
-    kept. Raises ValueError where those have been trained for another number of steps."""
+    kept. Raises ValueError if those have been trained for another number of steps."""
     path, journal = valley.path, Journal(valley.path / "rl.jsonl")
     rows = journal.read()
     if others := {row["steps"] for row in rows} - {steps}:

@@ -171,7 +171,7 @@ def refuse_where_nothing_compiles() -> None:
 
 
 def compile_case(case: Case, card: Card) -> Compiled:
-    """Raises ValueError where compiling is impossible (no Triton, interpreter, a type that is missing)."""
+    """Raises ValueError if compiling is impossible (no Triton, interpreter, a type that is missing)."""
     refuse_where_nothing_compiles()
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas

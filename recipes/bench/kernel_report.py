@@ -100,7 +100,7 @@ class Config:
 
 
 def chosen(config: Config) -> tuple[list[Case], list[Card]]:
-    """What the flags ask for. Raises ValueError where that is nothing."""
+    """What the flags ask for. Raises ValueError if that is nothing."""
     kernels = [case for case in cases() if config.kernel in case.name]
     cards = [card for card in CARDS if config.card in (0, card.capability)]
     if not kernels:

@@ -61,7 +61,7 @@ def points(names: frozenset[str]):
 
 
 def same_function(left: Node, right: Node, budget: Budget) -> bool | None:
-    """Whether two expressions agree at every point where both are defined and real; None where too few points are."""
+    """Whether two expressions agree at every point where both are defined and real; None if too few points are."""
     names = symbols(left) | symbols(right)
     means_complex = mentions(left, IMAGINARY_UNIT) or mentions(right, IMAGINARY_UNIT)
     real_points, complex_points = 0, 0

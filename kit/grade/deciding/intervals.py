@@ -33,7 +33,7 @@ class RealSets:
         self.same = same
 
     def pieces(self, node: Node) -> list[Interval] | None:
-        """The node as disjoint intervals from left to right, or None where it is no set of reals with comparable ends."""
+        """The node as disjoint intervals from left to right, or None if it is no set of reals with comparable ends."""
         found = self.raw_pieces(resolve(node))
         if found is None:
             return None

@@ -63,7 +63,7 @@ class Worker:
         return self.ready
 
     def ask(self, question: dict, deadline_at: float) -> dict | None:
-        """The answer, or None where the process ended. queue.Empty at the deadline."""
+        """The answer, or None if the process ended. queue.Empty at the deadline."""
         try:
             self.process.stdin.write(json.dumps(question).encode() + b"\n")
             self.process.stdin.flush()

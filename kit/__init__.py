@@ -1,6 +1,7 @@
 """The library: one noun a file. The Triton kernels are imported as `kit.kernels.*`."""
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ if not (Path(__file__).parent / "kernels").is_dir():  # an installed wheel has t
     __path__.append(str(Path(__file__).resolve().parents[1]))  # in a source checkout, kernels/ lies beside kit/
 
 # Rows differ in length: without segments that grow, the gaps between blocks of last row's sizes can be as large as a row. torch
-# reads this when it first allocates on a card.
-if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+# reads this when it first allocates on a card. Not under WSL, whose driver fails on them with some cards (pytorch issue 192330).
+has_segments = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+if has_segments and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

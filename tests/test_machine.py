@@ -43,6 +43,15 @@ def test_segments_of_a_cards_memory_can_grow_unless_the_user_chose_otherwise():
         assert found.stdout.strip() == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="expandable segments exist on Linux only")
+def test_under_wsl_whose_driver_fails_on_growing_segments_nothing_is_chosen():
+    code = "import platform; platform.release = lambda: '6.6.87-microsoft-standard-WSL2'; import os, kit; "
+    code += "print([name for name in os.environ if 'ALLOC_CONF' in name])"
+    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_memory_is_returned_on_a_card_and_left_alone_on_a_cpu(monkeypatch):
     returned = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: returned.append(True))

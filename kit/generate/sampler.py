@@ -13,10 +13,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from kit.generate.decode import Decoder
@@ -80,15 +82,16 @@ class _Engine:
     def prefill(self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]) -> tuple[list[int], list[float]]:
         """Read prompts into rows, equal ones once, and draw the first token of each row."""
         distinct = list(dict.fromkeys(prompts))
-        pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct])
-        first = dict(zip(distinct, pack.cu_seqlens[:-1].tolist(), strict=True))  # where each prompt begins in the pack
+        with torch.inference_mode(False):  # of a tensor made in inference mode every layer would look at the bounds anew
+            pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct]).to(self.device)
+        first = dict(zip(distinct, accumulate(map(len, distinct), initial=0), strict=False))  # where each prompt begins
         starts, lengths = [first[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
         index = torch.tensor(rows, device=self.device)
         self.keys[index] = torch.tensor(keys, device=self.device)
         self.positions[index] = torch.tensor(lengths, device=self.device)
         self.drawn[index] = 0
         self.cache.at_prefill(rows, starts, lengths)
-        hidden = hidden_states(self.model, pack.to(self.device), cache=self.cache)
+        hidden = hidden_states(self.model, pack, cache=self.cache)
         ends = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)], device=self.device)
         return self._draw(index, hidden[ends])
 
@@ -96,7 +99,8 @@ class _Engine:
         """Draw one more token for each of the first len(lengths) rows. lengths: positions that each row holds."""
         positions = self.positions[: len(lengths)]
         self.cache.at_decode(positions, lengths)
-        hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
+        with _attention_of_one_token(self.device):
+            hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
         drawn = self._draw(slice(len(lengths)), hidden)
         positions += 1
         return drawn
@@ -106,6 +110,13 @@ class _Engine:
         self.cache.move(index, into, length)
         for state in (self.positions, self.tokens, self.keys, self.drawn):
             state[into] = state[index]
+
+
+def _attention_of_one_token(device: torch.device) -> AbstractContextManager:
+    """On a card, keep torch from cuDNN, which some cards prefer: it compiles a plan for every length and number of rows."""
+    if device.type == "cuda":
+        return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    return nullcontext()
 
 
 def generate(

@@ -17,6 +17,7 @@ GPU. The order that makes the streams right:
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
 import weakref
@@ -147,6 +148,10 @@ class _PinnedPages(mmap.mmap):
         """Raises RuntimeError if the system pins no more memory."""
         error = int(torch.cuda.cudart().cudaHostRegister(address, len(self), 0))
         if error:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the error waits in the runtime for the next launch to report it: be that one
+                torch.ones(1, device="cuda")
             raise RuntimeError(f"cudaHostRegister returned error {error}")
         self.address, self.pinned = address, True
 

@@ -81,7 +81,7 @@ def check_cap(results: Results, card: Card) -> None:
 def planned(cases: list[Training], folder: str) -> Iterator[dict[Training, Future]]:
     """Plan all cases in processes beside the training; they end with the block."""
     before = set(multiprocessing.active_children())
-    workers = min(len(cases), max((os.cpu_count() or 2) // 2, 1))
+    workers = min(len(cases), max((os.cpu_count() or 2) // 2, 1), 4)  # a GiB each
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=stay_off_the_card)
     try:

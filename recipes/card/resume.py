@@ -3,7 +3,7 @@
 A small Qwen2 in bf16 is trained for a few steps in several ways, and all weights are compared bit by bit:
 - layer inputs in CPU memory or on the card, also if copies are late; if a wait is missing, bits must differ
 - weights updated inside the backward pass or after it; optimizer states in CPU memory or on the card
-- the tied head's gradient whole or in blocks: after one step all weights but the embedding's are equal
+- the tied head's gradient whole or in blocks: after one step hardly any number differs
 - four steps in one go, or two, a checkpoint, and two more in a new model; in full and through adapters
 No row holds a token twice, so that sums by atomics have one summand each.
 Left out: real models and long runs, where the same code runs on other sizes.
@@ -114,16 +114,17 @@ def check_updates(results: Results, card: Card, one_row: Rows, two_rows: Rows) -
 
 
 def check_blocks(results: Results, card: Card, rows: Rows) -> None:
-    """Compare the heads, which round the embedding's gradient at other places: no whole row may differ."""
+    """Compare the heads, which round the embedding's gradient, and on a card dhidden, at other places: few numbers may differ."""
     whole, blocked = train(card, rows, IN_BACKWARD), train(card, rows, BLOCKED)
     name = next(name for name in whole if "embed_tokens" in name)
     others = [other for other in differences(whole, blocked) if other not in (name, "loss")]
     apart = (whole[name] != blocked[name]).float()  # (V, H)
     share, worst = apart.mean().item(), apart.mean(1).max().item()
+    rest = [(whole[other] != blocked[other]).float().mean().item() for other in others]
     loss = abs(blocked["loss"][0] / whole["loss"][0] - 1).item()
     text = f"{share:.2%} of the embedding differ, at most {worst:.0%} of a row; loss by {loss:.0e}"
-    text += f"; {len(others)} other tensors differ"
-    holds = not others and share < 0.02 and worst < 0.5 and loss < 1e-4
+    text += f"; {len(others)} other tensors differ, at most in {max(rest, default=0.0):.2%} of their numbers"
+    holds = max(rest, default=0.0) < 0.01 and share < 0.02 and worst < 0.5 and loss < 1e-4
     results.check("head in blocks = whole, one step", holds, text, share=share)
 
 

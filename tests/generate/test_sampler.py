@@ -21,6 +21,7 @@ from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import Completion, arrange, generate
 from kit.generate.sampling import SamplingParams
 from kit.models import backbone
+from kit.models.backbone import hidden_states
 from kit.packing import Document, PackedBatch
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
@@ -205,6 +206,15 @@ def test_reading_a_long_prompt_makes_neither_a_mask_nor_scores_of_its_length_squ
         engine = generating._Engine(tiny_model, GREEDY, 2, 460)
         engine.prefill([0, 1], [tuple(prompt), (4, 3)], [0, 1])
     assert largest.numel < 450 * 450 // 2
+
+
+def test_the_bounds_of_a_pack_of_prompts_are_no_tensor_of_inference_mode_at_which_every_layer_would_look(tiny_model, monkeypatch):
+    packs = []
+    monkeypatch.setattr(
+        generating, "hidden_states", lambda model, pack, cache: packs.append(pack) or hidden_states(model, pack, cache=cache)
+    )
+    run(tiny_model, GREEDY, 3)
+    assert packs and not any(pack.cu_seqlens.is_inference() for pack in packs)
 
 
 def test_a_card_gets_its_memory_back_after_sampling_when_the_cache_is_gone(tiny_model, monkeypatch):

@@ -42,8 +42,15 @@ def test_memory_for_no_card_and_memory_of_no_bytes_is_not_pinned(driver):
     assert not driver.pinned
 
 
-def test_memory_that_cannot_be_pinned_is_pageable_and_a_warning_says_how_to_pin_it(driver):
-    driver.error = 2
+def test_memory_that_cannot_be_pinned_is_pageable_and_a_warning_says_how_to_pin_it(driver, monkeypatch):
+    """The failure waits in CUDA's runtime and the next launch reports it: that launch is one that nobody needs."""
+    driver.error, launches = 2, []
+
+    def launch(*arguments, **options):
+        launches.append(options["device"])
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "ones", launch)
     with pytest.warns(UserWarning, match=r"pageable, so the card waits for every copy: .*error 2.*ulimit -l"):
         memory = host_empty(50, for_card=True)
-    assert len(memory) == 50 and not driver.pinned
+    assert len(memory) == 50 and not driver.pinned and launches == ["cuda"]

@@ -272,3 +272,17 @@ def test_quick_sets_what_the_flags_may_change(monkeypatch):
     assert (full.seeds, len(full.sizes), full.params.temperature, full.params.top_p) == (3, 6, 0.6, 0.95)
     with pytest.raises(ValueError, match="sizes is '8,x' but must be whole numbers"):
         valley_demo.study_of(valley_demo.Config(sizes="8,x"))
+
+
+def test_a_torch_without_a_loss_of_its_own_is_named_and_the_kernel_bench_goes_on(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "bench"))
+    import loss_and_attention
+
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    for name, (_, needs_card, function) in loss_and_attention._losses().items():
+        if "F.linear_cross_entropy" in name:
+            with pytest.raises(NotImplementedError, match=r"has no F\.linear_cross_entropy; 2\.13 has"):
+                function(hidden, weight, targets)
+        elif not needs_card:
+            function(hidden, weight, targets)

@@ -6,7 +6,7 @@ Rows of logits, read where they lie: log-prob of the target, entropy, and the gr
     d(-logp)/dlogits[v] = (softmax_v(z) - 1[v == t]) * dz[v]/dlogits[v]
 
 How it works. One program a row. It reads the row once for m, the largest z so far, and s, the sum of exp(z - m) so far, s being
-multiplied by exp(m_old - m_new) whenever m grows. For the gradient it reads the row per second time and writes each element where
+multiplied by exp(m_old - m_new) whenever m grows. For the gradient it reads the row a second time and writes each element where
 it was read. What a token's loss is multiplied by is one number a row, and is applied elsewhere: see linear_head.py. Where the
 row's logsumexp is known already, its gradient can be made a block of columns at a time.
 

@@ -47,11 +47,9 @@ def path_of(name: str) -> Path:
 
 
 def load_plain(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+    name: str, *, device: torch.device, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model that is whole in itself: as kit.models.load, but for folders of adapters."""
-    device = torch.device(device or default_device())
-    dtype = dtype or default_dtype(device)
     path = path_of(name)
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)

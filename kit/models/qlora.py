@@ -46,7 +46,7 @@ def load(
         raise ValueError(f"{name} has adapters already; load it with kit.models.load, or export it and start from the export")
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)
-    model, tokenizer = loading.load_plain(name, device="cpu", dtype=dtype, attention="kit")
+    model, tokenizer = loading.load_plain(name, device=torch.device("cpu"), dtype=dtype, attention="kit")
     quantise_decoder(model, device)
     model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
     local = name not in SHIPPED and Path(name).expanduser()

@@ -134,7 +134,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
-        self.offload, self.slabs = offload, None
+        self.slabs = None
         if offload:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             largest = max(parameter.numel() for parameter in parameters)
@@ -146,7 +146,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self.state[parameter] = {"step": torch.tensor(0.0), **state}
 
     def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self.offload:
+        if self.slabs is None:
             return tensor
         return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
 
@@ -176,7 +176,7 @@ class AdamW8bit(torch.optim.Optimizer):
         step = int(self.state[parameter]["step"]) + 1
         flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")} | {"step": step, "index": index}
-        slab = self.SLAB if self.offload else max(len(flat), 1)
+        slab = max(len(flat), 1) if self.slabs is None else self.SLAB
         for start in range(0, len(flat), slab):
             part = slice(start, min(start + slab, len(flat)))
             states = state_slice(state, first + start, part.stop - start)
@@ -187,7 +187,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _apply(self, pieces: Iterator[tuple]) -> None:
         """Update one piece after another; offloaded states of the next are on their way meanwhile."""
-        if not self.offload:
+        if self.slabs is None:
             for numbers, gradient, state, settings in pieces:
                 adamw8bit_(numbers, gradient, state, **settings)
             return

@@ -48,9 +48,9 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
 
     model: of a family in kit.models.families.FAMILIES, with or without adapters, full or NF4 weights; it may
     be on any device. Module and parameter names stay as they are. Calling it again replaces the settings;
-    keep_activations ends it. offload: keep layer inputs in CPU memory (pinned on a GPU), the last layer's
-    excepted. A backward pass is then possible once. A HostInputs does it in that object's way: a check can
-    delay its copies.
+    keep_activations ends it.
+    offload: keep layer inputs in CPU memory (pinned on a GPU), the last layer's excepted. A backward pass is then possible once.
+        A HostInputs does it in that object's way: a check can delay its copies.
     tile_tokens: most tokens of the feed-forward (and norms) whose activations are alive at a time; 0 = all.
     The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient.
     Raises ValueError for an unknown layer class, for a model without decoder layers, for tile_tokens < 0; in the forward pass for

@@ -11,10 +11,10 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import torch
 from card.results import Card, Results
+from card.timing import matmul_flops
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit.machine import GIB
@@ -150,22 +150,6 @@ class Training:
             numbers["mfu"] = self.flops(row) / seconds / matmul_flops(card)
             text += f", MFU {numbers['mfu']:.0%} of a matmul's {matmul_flops(card) / 1e12:.0f} TFLOP/s"
         return numbers, text
-
-
-@cache
-def matmul_flops(card: Card) -> float:
-    """Measure the FLOP/s of one large bf16 matmul: what MFU is a share of."""
-    N, repeats = 8_192, 10
-    x = torch.randn(N, N, device=card.device, dtype=torch.bfloat16)
-    out = torch.empty_like(x)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for i in range(3 + repeats):
-        if i == 3:
-            start.record()
-        torch.mm(x, x, out=out)
-    end.record()
-    end.synchronize()
-    return 2 * N**3 * repeats / (start.elapsed_time(end) / 1000)
 
 
 def warm_up(card: Card) -> float:

@@ -8,7 +8,6 @@ error in one case is that case's result, and the next case runs.
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 import traceback
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kit.machine import GIB
+from kit.machine import GIB, return_memory
 from kit.run import Journal
 
 PASS, FAIL, FIGURE, NOT_RUN = "pass", "FAIL", "figure", "not run"
@@ -61,9 +60,7 @@ class Card:
 
     def free(self) -> None:
         """Return to the driver everything that no tensor uses."""
-        gc.collect()
-        if self.is_cuda:
-            torch.cuda.empty_cache()
+        return_memory(self.device)
 
     def is_lost(self) -> bool:
         """Whether a CUDA error has made the card unusable for this process."""

@@ -17,9 +17,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from card import models
+from card.compare import attempt
 from card.models import QWEN, build_to_sample, held_gib, memory_cap, model_config, peak_gib
 from card.profile import profiled
-from card.results import Card, Results, one_line
+from card.results import Card, Results
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
@@ -178,10 +179,9 @@ def compare_peers(results: Results, card: Card, model) -> None:
     model.set_attn_implementation("sdpa")
     for name, peer in peers.items():
         title = f"{rows} rows of {new_tokens} tokens beside {name}"
-        try:
-            theirs = peer(card, model, [list(prompt) for prompt in prompts], new_tokens)
-        except Exception as error:  # whatever a peer raises is no failure of the kit
-            results.not_run(title, f"{name} failed: {one_line(error)}")
+        theirs, why = attempt(card, peer, card, model, [list(prompt) for prompt in prompts], new_tokens)
+        if theirs is None:
+            results.not_run(title, f"{name} failed: {why}")
             continue
         text = f"{ours:,.0f} beside {theirs:,.0f} tokens/s: {ours / theirs:.2f} x"
         if card.is_cuda and name == "generate":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from card import speed_attention
 from card.compare import attempt, normal
 from card.results import Card, Results
-from card.timing import Limits, claim, measure_limits, milliseconds, peak_gib
+from card.timing import Limits, claim, extra_gib, measure_limits, milliseconds
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
@@ -152,7 +152,7 @@ def time_loss(results, card, name, shape, ratios) -> None:
 
     def measure(make: Callable) -> tuple[float, float | None]:
         call = make(hidden, weight, targets)
-        return milliseconds(card, call), peak_gib(card, call)
+        return milliseconds(card, call), extra_gib(card, call)
 
     found, words = {}, []
     for label, make in LOSSES.items():

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from card.compare import normal
@@ -32,13 +33,19 @@ def measure_limits(results: Results, card: Card) -> Limits:
         limits.copy_gbs = 2 * x.nbytes / milliseconds(card, lambda: y.copy_(x)) / 1e6
         results.figure("copy bandwidth", f"{limits.copy_gbs:,.0f} GB/s", gbs=limits.copy_gbs)
     with results.case("matmul"):
-        n = 64 if card.small else 8192
-        a, b = normal(card, n, n), normal(card, n, n)
-        limits.matmul_tflops = 2 * n**3 / milliseconds(card, lambda: a @ b) / 1e9
-        text = f"{limits.matmul_tflops:,.1f} TFLOP/s in bf16, {n} x {n}"
+        limits.matmul_tflops = matmul_flops(card) / 1e12
+        text = f"{limits.matmul_tflops:,.1f} TFLOP/s of a large bf16 matmul"
         results.figure("matmul", text, tflops=limits.matmul_tflops)
     card.free()
     return limits
+
+
+@cache
+def matmul_flops(card: Card) -> float:
+    """Measure the FLOP/s of one large bf16 matmul: what MFU is a share of."""
+    N = 64 if card.small else 8192
+    a, b = normal(card, N, N), normal(card, N, N)
+    return 2 * N**3 / milliseconds(card, lambda: a @ b) * 1e3
 
 
 def milliseconds(card: Card, call: Callable[[], object]) -> float:
@@ -68,7 +75,7 @@ def event_time(call: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def peak_gib(card: Card, call: Callable[[], object]) -> float | None:
+def extra_gib(card: Card, call: Callable[[], object]) -> float | None:
     """Return the memory that a call takes beyond what was allocated before. None on a CPU."""
     if not card.is_cuda:
         return None

@@ -32,7 +32,9 @@ from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
 
-BLOCK = 256  # numbers that share a scale: 1.6 % more bytes than the codes alone; one warp's 16-byte loads of bf16
+BLOCK = (
+    256  # numbers that share a scale: 1.6 % more bytes than the codes alone; one warp's 16-byte loads of bf16
+)
 M_LEVELS, V_LEVELS = 127, 255  # the largest int8 and uint8
 # Why the power 4, and the root of v. Relative error of the update against float64 AdamW after 3,000 steps, the scales of a
 # block's gradients log-normal with sigma 0.7 / 2.0, all rounded stochastically: power 2 of sqrt(v) 0.09 / 0.85; power 4 of
@@ -103,7 +105,9 @@ def _update_kernel(
     gradient_scale, keep1, take1, keep2, take2, correction, eps, rate, shrink,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, M_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # int64: 262,144 x 1,152 x ... passes 2**31
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(
+        0, BLOCKS
+    )  # int64: 262,144 x 1,152 x ... passes 2**31
     offsets = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (BLOCKS, BLOCK)
     inside, block_inside = offsets < N, block * BLOCK < N
     p = _load(p_ptr, offsets, inside)
@@ -129,7 +133,9 @@ def _update_kernel(
     tl.store(m_scale_ptr + block, m_scale, mask=block_inside)
     tl.store(v_scale_ptr + block, v_scale, mask=block_inside)
     if p_ptr.dtype.element_ty == tl.int16:
-        bits = tl.where(p != p, 0x7FC00000, p.to(tl.int32, bitcast=True))  # a NaN of all ones plus anything would turn into -0
+        bits = tl.where(
+            p != p, 0x7FC00000, p.to(tl.int32, bitcast=True)
+        )  # a NaN of all ones plus anything would turn into -0
         p = ((bits + (random & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
     tl.store(p_ptr + offsets, p, mask=inside)
 
@@ -159,7 +165,11 @@ def _torch_encode(x: Tensor, scale: Tensor, random: Tensor, levels: int) -> Tens
 def _rows(x: Tensor, dtype=torch.float32) -> Tensor:
     """(n,) -> (blocks, BLOCK), the last one filled up with zeros."""
     missing = -len(x) % BLOCK
-    return torch.nn.functional.pad(x.to(dtype), (0, missing)).view(-1, BLOCK) if missing else x.to(dtype).view(-1, BLOCK)
+    return (
+        torch.nn.functional.pad(x.to(dtype), (0, missing)).view(-1, BLOCK)
+        if missing
+        else x.to(dtype).view(-1, BLOCK)
+    )
 
 
 def _torch_update(
@@ -174,7 +184,9 @@ def _torch_update(
         code = _rows(m_codes[part])
         m = _torch_level(code, M_LEVELS).mul_(m_scales[blocks, None]).copysign_(code)
         m.mul_(keep1).add_(gradient * take1)
-        root_v = _torch_level(_rows(v_codes[part]), V_LEVELS).mul_(v_scales[blocks, None]).square_().mul_(keep2)
+        root_v = (
+            _torch_level(_rows(v_codes[part]), V_LEVELS).mul_(v_scales[blocks, None]).square_().mul_(keep2)
+        )
         root_v = (
             root_v.add_(gradient.square_().mul_(take2)).double().sqrt_().float()
         )  # torch's fp32 root misses by a bit at times
@@ -190,7 +202,9 @@ def _torch_update(
         v_codes[part] = code.maximum(floor.mul_(v_scales[blocks, None] < torch.inf)).view(-1)[:count]
         if p.dtype == torch.bfloat16:
             bits = weight.view(torch.int32).masked_fill_(weight.isnan(), 0x7FC00000)
-            bits.add_(random.bitwise_and_(0xFFFF)).bitwise_and_(-(1 << 16))  # the upper half of an fp32 number is a bf16 number
+            bits.add_(random.bitwise_and_(0xFFFF)).bitwise_and_(
+                -(1 << 16)
+            )  # the upper half of an fp32 number is a bf16 number
         p[part] = weight.view(-1)[:count]
 
 
@@ -252,7 +266,9 @@ def state_slice(state: dict[str, Tensor], first_element: int, num_elements: int)
             f"multiple of {BLOCK} and end at one, or at {N}"
         )
     blocks = slice(first_element // BLOCK, -(-end // BLOCK))
-    return {name: x[blocks] if name.endswith("_scales") else x[first_element:end] for name, x in state.items()}
+    return {
+        name: x[blocks] if name.endswith("_scales") else x[first_element:end] for name, x in state.items()
+    }
 
 
 def decode_state(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -295,7 +311,11 @@ def adamw8bit_(
             f"parameter is {parameter.dtype} with strides {parameter.stride()} for shape {tuple(parameter.shape)}; it is updated "
             "in place, so it must be contiguous fp32 or bf16: use parameter.contiguous(), or load the model in one of these"
         )
-    if gradient.shape != parameter.shape or gradient.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if gradient.shape != parameter.shape or gradient.dtype not in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ):
         raise ValueError(
             f"gradient is {gradient.dtype} {tuple(gradient.shape)} but parameter {tuple(parameter.shape)}; pass a bf16, fp16 or "
             "fp32 gradient of the parameter's shape"
@@ -313,15 +333,26 @@ def adamw8bit_(
                 "init_state(parameter), for a slice with state_slice"
             )
         if x.device != parameter.device:
-            raise ValueError(f"state[{name!r}] is on {x.device} but parameter on {parameter.device}; move the state there first")
+            raise ValueError(
+                f"state[{name!r}] is on {x.device} but parameter on {parameter.device}; move the state there first"
+            )
     if gradient.device != parameter.device:
-        raise ValueError(f"gradient is on {gradient.device} but parameter on {parameter.device}; move the gradient there first")
+        raise ValueError(
+            f"gradient is on {gradient.device} but parameter on {parameter.device}; move the gradient there first"
+        )
     if first_element < 0 or first_element % BLOCK:
-        raise ValueError(f"first_element is {first_element} but {BLOCK} neighbours share a scale; cut at multiples of {BLOCK}")
+        raise ValueError(
+            f"first_element is {first_element} but {BLOCK} neighbours share a scale; cut at multiples of {BLOCK}"
+        )
     for name, value, fits, rule in (
         ("step", step, step >= 1, ">= 1: the first update is step 1"),
         ("betas", betas, 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-        ("eps", eps, eps >= torch.finfo(torch.float32).tiny, "an fp32 number > 0: a weight without gradient divides by it"),
+        (
+            "eps",
+            eps,
+            eps >= torch.finfo(torch.float32).tiny,
+            "an fp32 number > 0: a weight without gradient divides by it",
+        ),
     ):
         if not fits:
             raise ValueError(f"{name} is {value} but must be {rule}")

@@ -19,7 +19,9 @@ except ImportError:
     tl = SimpleNamespace(constexpr=None)
 
 HAS_TRITON = hasattr(triton, "__version__")
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import too: the kernels run on CPU tensors, slowly
+INTERPRET = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton reads it at import too: the kernels run on CPU tensors, slowly
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

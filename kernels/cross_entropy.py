@@ -23,8 +23,12 @@ from torch import Tensor
 from kit.kernels.backend import tl, triton, uses_triton
 
 BLOCK_V = 4096  # columns a step: 16 a thread, two 16-byte loads of bf16
-NUM_WARPS = 8  # 32 threads each; BLOCK_V must not be smaller than that, or two threads would write the same column
-CPU_BLOCK_BYTES = 2 * 2**20  # torch path: several passes over rows that stay in the L2 cache cost one trip to memory
+NUM_WARPS = (
+    8  # 32 threads each; BLOCK_V must not be smaller than that, or two threads would write the same column
+)
+CPU_BLOCK_BYTES = (
+    2 * 2**20
+)  # torch path: several passes over rows that stay in the L2 cache cost one trip to memory
 
 
 def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=-100):
@@ -34,7 +38,9 @@ def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=-
 
 
 @triton.jit
-def _forward_kernel(logits_ptr, targets_ptr, loss_ptr, logsumexp_ptr, row_stride, V, ignore_index, BLOCK_V: tl.constexpr):
+def _forward_kernel(
+    logits_ptr, targets_ptr, loss_ptr, logsumexp_ptr, row_stride, V, ignore_index, BLOCK_V: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2**31 from 8,192 rows of 262,144 on
     logits_ptr += row * row_stride
     m = -1e30  # not -inf, or a first step that reads nothing but masked logits (-inf) makes exp(inf - inf)
@@ -48,13 +54,17 @@ def _forward_kernel(logits_ptr, targets_ptr, loss_ptr, logsumexp_ptr, row_stride
     logsumexp = m + tl.log(s)
     target = tl.load(targets_ptr + row)
     # a target outside the row reads nothing and gives nan: looking at its value on the host would stop the GPU
-    z_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    z_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(
+        tl.float32
+    )
     tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, logsumexp - z_target))
     tl.store(logsumexp_ptr + row, logsumexp)
 
 
 @triton.jit
-def _backward_kernel(logits_ptr, targets_ptr, logsumexp_ptr, dloss_ptr, row_stride, V, ignore_index, BLOCK_V: tl.constexpr):
+def _backward_kernel(
+    logits_ptr, targets_ptr, logsumexp_ptr, dloss_ptr, row_stride, V, ignore_index, BLOCK_V: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     logits_ptr += row * row_stride
@@ -78,7 +88,10 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
     (N, V), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     loss, logsumexp = logits.new_empty(N, dtype=wide), logits.new_empty(N, dtype=wide)
     ignored = targets == ignore_index
-    if logits.device.type == "cpu" and (outside := targets[~ignored & ((targets < 0) | (targets >= V))]).numel():
+    if (
+        logits.device.type == "cpu"
+        and (outside := targets[~ignored & ((targets < 0) | (targets >= V))]).numel()
+    ):
         raise ValueError(
             f"targets contains {int(outside[0])} but logits has {V} columns, ids 0 to {V - 1}, and ignore_index is "
             f"{ignore_index}; check that tokenizer and model belong together, or pass the targets' own ignore_index"
@@ -87,7 +100,15 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
         if N:
             with torch.cuda.device_of(logits):
                 _forward_kernel[(N,)](
-                    logits, targets, loss, logsumexp, logits.stride(0), V, ignore_index, BLOCK_V, num_warps=NUM_WARPS
+                    logits,
+                    targets,
+                    loss,
+                    logsumexp,
+                    logits.stride(0),
+                    V,
+                    ignore_index,
+                    BLOCK_V,
+                    num_warps=NUM_WARPS,
                 )
         return loss, logsumexp
     inside = targets.masked_fill(ignored, 0)[:, None]
@@ -106,7 +127,15 @@ def _backward_(logits: Tensor, targets: Tensor, logsumexp: Tensor, dloss: Tensor
         if N:
             with torch.cuda.device_of(logits):
                 _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                    logits, targets, logsumexp, dloss, logits.stride(0), V, ignore_index, BLOCK_V, num_warps=NUM_WARPS
+                    logits,
+                    targets,
+                    logsumexp,
+                    dloss,
+                    logits.stride(0),
+                    V,
+                    ignore_index,
+                    BLOCK_V,
+                    num_warps=NUM_WARPS,
                 )
         return
     ignored = (targets == ignore_index)[:, None]
@@ -148,12 +177,16 @@ class _CrossEntropy(torch.autograd.Function):
             )
         logits, targets, logsumexp = ctx.saved_tensors
         dlogits = logits.detach()
-        _backward_(dlogits, targets, logsumexp, dloss.contiguous(), ctx.ignore_index)  # .sum() hands down a stride-0 dloss
+        _backward_(
+            dlogits, targets, logsumexp, dloss.contiguous(), ctx.ignore_index
+        )  # .sum() hands down a stride-0 dloss
         ctx.overwritten = True
         return dlogits, None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
     """Cross-entropy of logits (..., V), any floating dtype, against targets (...), int64, already shifted.
 
     BACKWARD OVERWRITES THE LOGITS with their gradient (see the top of this file), and runs once. Logits whose rows do not lie at
@@ -169,14 +202,20 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", i
             "shift both before the call, logits[:, :-1] and targets[:, 1:]"
         )
     if targets.dtype != torch.int64 or not logits.is_floating_point():
-        raise ValueError(f"logits is {logits.dtype} and targets {targets.dtype}; pass floating logits and targets.long()")
+        raise ValueError(
+            f"logits is {logits.dtype} and targets {targets.dtype}; pass floating logits and targets.long()"
+        )
     if logits.device != targets.device:
-        raise ValueError(f"logits is on {logits.device} but targets on {targets.device}; move them to one device")
+        raise ValueError(
+            f"logits is on {logits.device} but targets on {targets.device}; move them to one device"
+        )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; pass "mean", "sum" or "none"')
     V = logits.shape[-1]
     flat, target = logits.reshape(-1, V), targets.reshape(-1).contiguous()
-    if flat.stride(1) != 1 or flat.stride(0) < V:  # expanded rows share memory: a gradient in place would hit several
+    if (
+        flat.stride(1) != 1 or flat.stride(0) < V
+    ):  # expanded rows share memory: a gradient in place would hit several
         flat = flat.contiguous()
     loss = _CrossEntropy.apply(flat, target, ignore_index)
     if reduction == "none":

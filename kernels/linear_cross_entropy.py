@@ -35,12 +35,16 @@ from kit.kernels.linear_cross_entropy_chunks import (
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 
 
-def linear_cross_entropy_reference(hidden, weight, targets, *, reduction="mean", softcap=None, temperature=1.0):
+def linear_cross_entropy_reference(
+    hidden, weight, targets, *, reduction="mean", softcap=None, temperature=1.0
+):
     """Compute the same in plain torch: what this file means, and what its tests compare with. Holds the logits several times."""
     logits = (hidden @ weight.T).float() if hidden.dtype != torch.float64 else hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.nn.functional.cross_entropy(logits / temperature, targets, reduction=reduction, ignore_index=IGNORE_INDEX)
+    return torch.nn.functional.cross_entropy(
+        logits / temperature, targets, reduction=reduction, ignore_index=IGNORE_INDEX
+    )
 
 
 def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tensor | None]:
@@ -51,7 +55,11 @@ def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tens
             leaf = logprobs.detach().requires_grad_()
             losses = objective(leaf, rows)
             if not isinstance(losses, Tensor) or losses.shape != leaf.shape or not losses.requires_grad:
-                got = (tuple(losses.shape), f"requires_grad={losses.requires_grad}") if isinstance(losses, Tensor) else losses
+                got = (
+                    (tuple(losses.shape), f"requires_grad={losses.requires_grad}")
+                    if isinstance(losses, Tensor)
+                    else losses
+                )
                 raise ValueError(
                     f"objective returned {got} for log-probs of shape {tuple(leaf.shape)}; "
                     "return one differentiable loss per token, unreduced, computed from the log-probs it was given"
@@ -64,7 +72,9 @@ def _token_losses(logprobs, rows, token_weight, objective) -> tuple[Tensor, Tens
     return losses, slope
 
 
-def _loss_and_gradients(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite, wanted):
+def _loss_and_gradients(
+    hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite, wanted
+):
     """Return (loss / D, [dhidden, dweight]), None for a gradient that is not needed: 6NVH flops, or 2NVH."""
     head = weight.to(dtype)
     overwrite = overwrite and wanted[0] and hidden.dtype != torch.float16 and hidden.is_contiguous()
@@ -95,7 +105,9 @@ def _logprobs(hidden, weight, targets, kept, dtype, score, max_rows) -> tuple[Te
     return logprobs, entropy
 
 
-def _logprob_gradients(hidden, weight, targets, kept, dtype, score, max_rows, dlogprobs, wanted) -> list[Tensor | None]:
+def _logprob_gradients(
+    hidden, weight, targets, kept, dtype, score, max_rows, dlogprobs, wanted
+) -> list[Tensor | None]:
     """Return [dhidden, dweight] of _logprobs, from recomputed logits."""
     head = weight.to(dtype)
     gradients = HeadGradients(hidden, weight, wanted)
@@ -103,7 +115,9 @@ def _logprob_gradients(hidden, weight, targets, kept, dtype, score, max_rows, dl
         row_gradients_(logits, targets[rows], *score)
         gradients.add(rows, x, logits, head, -dlogprobs[rows], 1.0)
     logits = None  # frees the chunk before finish() makes its copy
-    return [g if g is None else g.to(x.dtype) for g, x in zip(gradients.finish(), (hidden, weight), strict=True)]
+    return [
+        g if g is None else g.to(x.dtype) for g, x in zip(gradients.finish(), (hidden, weight), strict=True)
+    ]
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -162,9 +176,17 @@ def _loss_op(
 
 @torch.library.custom_op("kit::linear_logprobs", mutates_args=())
 def _logprobs_op(
-    hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, score: list[float], ignore_index: int, max_rows: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    score: list[float],
+    ignore_index: int,
+    max_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    return _logprobs(hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score, max_rows)
+    return _logprobs(
+        hidden, weight, targets, kept_rows(targets, weight.shape[0], ignore_index), dtype, score, max_rows
+    )
 
 
 @torch.library.custom_op("kit::linear_logprobs_backward", mutates_args=())
@@ -205,7 +227,9 @@ def _keep_gradients(ctx, inputs, output):
 
 def _scale_gradients(ctx, dloss, *_):
     gradients = zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)
-    return *((g.to(dloss.dtype) * dloss).to(dtype) if want else None for g, want, dtype in gradients), *[None] * 8
+    return *((g.to(dloss.dtype) * dloss).to(dtype) if want else None for g, want, dtype in gradients), *[
+        None
+    ] * 8
 
 
 def _keep_inputs(ctx, inputs, output):
@@ -275,7 +299,9 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; pass "mean", "sum" or "none"')
     if reduction == "none" and objective is not None:
-        raise ValueError('objective is given with reduction="none"; apply it yourself to the log-probs (minus the losses)')
+        raise ValueError(
+            'objective is given with reduction="none"; apply it yourself to the log-probs (minus the losses)'
+        )
     if token_weight is not None:
         if token_weight.shape != targets.shape or token_weight.device != targets.device:
             raise ValueError(
@@ -283,29 +309,60 @@ def linear_cross_entropy(
                 f"{targets.device}; pass one weight per token (weights per class are not supported)"
             )
         if token_weight.requires_grad and reduction != "none" and torch.is_grad_enabled():
-            raise ValueError(f'token_weight requires grad but reduction is {reduction!r}; detach it, or use reduction="none"')
+            raise ValueError(
+                f'token_weight requires grad but reduction is {reduction!r}; detach it, or use reduction="none"'
+            )
     if reduction == "none":
         logprobs, _ = _differentiable_logprobs(rows, weight, flat, dtype, score, ignore_index, max_rows)
         losses = -logprobs.reshape(targets.shape)
         return losses if token_weight is None else losses * token_weight
-    if not torch.is_grad_enabled():  # needs_input_grad does not know about no_grad, and would have gradients made for nothing
+    if (
+        not torch.is_grad_enabled()
+    ):  # needs_input_grad does not know about no_grad, and would have gradients made for nothing
         rows, weight = rows.detach(), weight.detach()
     token_weight = None if token_weight is None else token_weight.detach().reshape(-1)
     if torch.compiler.is_compiling() and objective is None:
         wanted = [rows.requires_grad, weight.requires_grad]
-        return _loss_op(rows, weight, flat, token_weight, dtype, score, ignore_index, reduction == "mean", max_rows, wanted)[0]
+        return _loss_op(
+            rows,
+            weight,
+            flat,
+            token_weight,
+            dtype,
+            score,
+            ignore_index,
+            reduction == "mean",
+            max_rows,
+            wanted,
+        )[0]
     settings = token_weight, objective, dtype, score, ignore_index, reduction, max_rows, overwrite_hidden
     return _eager_loss(rows, weight, flat, *settings)
 
 
 @torch.compiler.disable  # an objective is Python of the caller's: a compiled model runs it between its graphs
-def _eager_loss(hidden, weight, targets, token_weight, objective, dtype, score, ignore_index, reduction, max_rows, overwrite):
+def _eager_loss(
+    hidden,
+    weight,
+    targets,
+    token_weight,
+    objective,
+    dtype,
+    score,
+    ignore_index,
+    reduction,
+    max_rows,
+    overwrite,
+):
     kept = kept_rows(targets, weight.shape[0], ignore_index)
     D = max(len(kept), 1) if reduction == "mean" else 1
-    return _FusedLoss.apply(hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite)
+    return _FusedLoss.apply(
+        hidden, weight, targets, kept, dtype, score, D, token_weight, objective, max_rows, overwrite
+    )
 
 
-def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index, max_rows) -> tuple[Tensor, Tensor]:
+def _differentiable_logprobs(
+    hidden, weight, targets, dtype, score, ignore_index, max_rows
+) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return _logprobs_op(hidden, weight, targets, dtype, score, ignore_index, max_rows)
     kept = kept_rows(targets, weight.shape[0], ignore_index)
@@ -313,7 +370,13 @@ def _differentiable_logprobs(hidden, weight, targets, dtype, score, ignore_index
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0, softcap: float | None = None, max_rows: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    max_rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of each target, entropy of each position's distribution in nats), both (...) fp32, 0 where targets is -100.
 

@@ -32,11 +32,19 @@ from kit.kernels.linear_cross_entropy_chunks import (
 from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_
 
 VOCABULARY_UNIT = 256  # rows: a block of the vocabulary then ends where a block of 8-bit optimizer state does, whatever H is
-BLOCK_BYTES = MAX_CHUNK_BYTES // 2  # of a block's logits and dweight: 6,912 rows of Gemma-3-1B's at 16,384 tokens
+BLOCK_BYTES = (
+    MAX_CHUNK_BYTES // 2
+)  # of a block's logits and dweight: 6,912 rows of Gemma-3-1B's at 16,384 tokens
 
 
 def loss_without_dweight(
-    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, *, softcap: float | None = None, max_rows: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    max_rows: int = 0,
 ):
     """The sum of token losses * scale and d/dhidden, and what dweight_blocks needs to make dweight later.
 

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and from here on larger chunks are no faster
+MAX_CHUNK_BYTES = (
+    512 * 2**20
+)  # of logits: small beside a 3B model, and from here on larger chunks are no faster
 MIN_ROWS = 512  # each chunk reads W and rewrites dW: chunks of 128 rows move four times the bytes that chunks of 1,024 do
 COPIED_ELEMENTS = 2**16  # of dweight that are rounded through a copy: small, and the rest takes a dozen steps
 # where 16-bit factors cannot be added to an fp32 sum in one call, a product of this many bytes is added at a time: on a card few
@@ -38,7 +40,9 @@ def rows_per_chunk(N: int, V: int, H: int, element_size: int, max_rows: int = 0)
     return math.ceil(N / math.ceil(N / most)) if N else 0
 
 
-def logit_chunks(hidden: Tensor, weight: Tensor, kept: Tensor, max_rows: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def logit_chunks(
+    hidden: Tensor, weight: Tensor, kept: Tensor, max_rows: int = 0
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields (rows, x (R, H), logits (R, V)). The logits are one buffer: a fresh one a chunk would be paged in anew each time.
     max_rows: most rows of a chunk; 0 = as rows_per_chunk."""
     size = rows_per_chunk(len(kept), *weight.shape, weight.element_size(), max_rows)
@@ -58,20 +62,32 @@ class HeadGradients:
         self.dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in (hidden, weight)]
         self.dhidden = None
         if needs[0]:
-            self.dhidden = hidden.detach() if overwrite else hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
+            self.dhidden = (
+                hidden.detach() if overwrite else hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
+            )
         rows = halves(len(weight)) if self.dtypes[1] == torch.bfloat16 else [len(weight)]
-        self.dweight = [weight.new_empty(n, weight.shape[1], dtype=wide(weight.dtype)) for n in rows] if needs[1] else None
+        self.dweight = (
+            [weight.new_empty(n, weight.shape[1], dtype=wide(weight.dtype)) for n in rows]
+            if needs[1]
+            else None
+        )
         self.beta = 0.0  # the first chunk overwrites: zeros would be one more trip through V * H numbers
 
-    def add(self, rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, slope: Tensor | None, scale: float) -> None:
+    def add(
+        self, rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, slope: Tensor | None, scale: float
+    ) -> None:
         """x = hidden[rows] (R, H), dlogits (R, V), weight (V, H), slope (R,) or None = 1 everywhere."""
         if self.dhidden is not None:
             dx = _product(dlogits, weight)
-            dx = dx.to(torch.promote_types(dx.dtype, self.dhidden.dtype)) * (scale if slope is None else (slope * scale)[:, None])
+            dx = dx.to(torch.promote_types(dx.dtype, self.dhidden.dtype)) * (
+                scale if slope is None else (slope * scale)[:, None]
+            )
             self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
         if self.dweight is not None:
             x = x if slope is None else (x * slope[:, None]).to(x.dtype)
-            for part, columns in zip(self.dweight, dlogits.split([len(part) for part in self.dweight], dim=1), strict=True):
+            for part, columns in zip(
+                self.dweight, dlogits.split([len(part) for part in self.dweight], dim=1), strict=True
+            ):
                 add_matmul_(part, columns.T, x, scale, self.beta)
             self.beta = 1.0
 
@@ -108,7 +124,9 @@ def join_narrowed(first: Tensor, second: Tensor) -> Tensor:
     return target[: n + second.numel()].view(-1, first.shape[1])
 
 
-def scaled(gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch.dtype, ...]) -> list[Tensor | None]:
+def scaled(
+    gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> list[Tensor | None]:
     """gradients *= upstream, in place, in their inputs' dtypes."""
     for gradient in gradients:
         if gradient is not None:
@@ -185,7 +203,9 @@ def _(gradient, upstream):
 IGNORE_INDEX = -100  # torch's default, and what every collator writes
 
 
-def checked(hidden, weight, targets, softcap, temperature, max_rows=0) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
+def checked(
+    hidden, weight, targets, softcap, temperature, max_rows=0
+) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
     """(hidden (N, H), targets (N,), compute dtype, [1 / temperature, softcap or 0]). Raises ValueError."""
     if not isinstance(weight, Tensor):
         raise ValueError(
@@ -217,15 +237,26 @@ def checked(hidden, weight, targets, softcap, temperature, max_rows=0) -> tuple[
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap} but must be positive; pass None for no cap")
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature} but must be positive; pass 1.0 for the model's own distribution")
+        raise ValueError(
+            f"temperature is {temperature} but must be positive; pass 1.0 for the model's own distribution"
+        )
     if max_rows < 0:
-        raise ValueError(f"max_rows is {max_rows} but must be >= 0; pass 0 for as many rows of logits as half a GiB holds")
+        raise ValueError(
+            f"max_rows is {max_rows} but must be >= 0; pass 0 for as many rows of logits as half a GiB holds"
+        )
     dtype, device = hidden.dtype, hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif weight.dtype != dtype:
-        raise ValueError(f"hidden is {dtype} but weight is {weight.dtype}; cast one, or call under torch.autocast({device!r})")
-    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), dtype, [1 / temperature, softcap or 0.0]
+        raise ValueError(
+            f"hidden is {dtype} but weight is {weight.dtype}; cast one, or call under torch.autocast({device!r})"
+        )
+    return (
+        hidden.reshape(-1, hidden.shape[-1]),
+        targets.reshape(-1).long(),
+        dtype,
+        [1 / temperature, softcap or 0.0],
+    )
 
 
 @torch.library.custom_op("kit::kept_rows", mutates_args=())
@@ -245,4 +276,6 @@ def kept_rows(targets: Tensor, V: int, ignore_index: int) -> Tensor:
 
 @kept_rows.register_fake
 def _(targets, V, ignore_index):
-    return torch.empty_like(targets)  # fake targets have no values: all are kept, so a memory plan is an upper bound
+    return torch.empty_like(
+        targets
+    )  # fake targets have no values: all are kept, so a memory plan is an upper bound

@@ -21,7 +21,9 @@ from torch import Tensor
 from kit.kernels.backend import tl, triton, uses_triton
 from kit.kernels.linear_cross_entropy_chunks import wide
 
-CPU_BLOCK_BYTES = 2 * 2**20  # of logits, torch path: four passes over a block that stays in the L2 cache cost one trip to memory
+CPU_BLOCK_BYTES = (
+    2 * 2**20
+)  # of logits, torch path: four passes over a block that stays in the L2 cache cost one trip to memory
 BLOCK_V = 4096  # columns a step; at least 32 * NUM_WARPS, see _gradient_kernel
 NUM_WARPS = 8
 
@@ -60,7 +62,9 @@ def _online_logsumexp(row_ptr, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_
         m_new = tl.maximum(m, tl.max(z, 0))
         shrink = tl.exp(m - m_new)
         e = tl.exp(z - m_new)
-        u = shrink * (u + (m - m_new) * s) + tl.sum(e * tl.where(z > -1e30, z - m_new, 0.0), 0)  # 0 * -inf is nan
+        u = shrink * (u + (m - m_new) * s) + tl.sum(
+            e * tl.where(z > -1e30, z - m_new, 0.0), 0
+        )  # 0 * -inf is nan
         s = shrink * s + tl.sum(e, 0)
         m = m_new
     return m, s, u
@@ -82,7 +86,14 @@ def _logprob_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits_ptr, targets_ptr, logprobs_ptr, row_stride, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    logprobs_ptr,
+    row_stride,
+    V,
+    inv_temperature,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """One program a row: log-prob of the target; then d(-logp) / d(raw logit) over the logits.
 
@@ -106,7 +117,15 @@ def _gradient_kernel(
 
 @triton.jit
 def _block_gradient_kernel(
-    logits_ptr, targets_ptr, logsumexp_ptr, row_stride, V, first, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr
+    logits_ptr,
+    targets_ptr,
+    logsumexp_ptr,
+    row_stride,
+    V,
+    first,
+    inv_temperature,
+    SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """One program a row and BLOCK_V columns of logits that begin at column `first` of the whole row, whose logsumexp is known."""
     row = tl.program_id(0).to(tl.int64)
@@ -118,7 +137,9 @@ def _block_gradient_kernel(
     tl.store(logits_ptr + cols, dlogits.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 
-def _score_blocks(logits: Tensor, inv_temperature: float, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
+def _score_blocks(
+    logits: Tensor, inv_temperature: float, softcap: float
+) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
     """Torch path: (rows, z, dz / d(raw logit)) a few rows at a time. z is made over fp32 logits, or in a small copy."""
     step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
     for start in range(0, logits.shape[0], step):
@@ -134,7 +155,9 @@ def _score_blocks(logits: Tensor, inv_temperature: float, softcap: float) -> Ite
 
 
 @torch.library.custom_op("kit::token_logprobs", mutates_args=("logits",))
-def row_logprobs(logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float) -> tuple[Tensor, Tensor]:
+def row_logprobs(
+    logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each row's target and entropy of each row, (R,) fp32. The logits are scratch afterwards."""
     logprobs = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
     entropy = torch.empty_like(logprobs)

@@ -31,8 +31,12 @@ from kit.kernels import packed_attention_tiles as tiles
 from kit.kernels.backend import has_tensor_cores, uses_triton
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-WHOLE_DOCUMENT = 2**30  # the window of attention without one: more than any document, and its sum with a position fits int32
-_accepted = WeakTensorKeyDictionary()  # cu_seqlens -> what it was accepted for, so that a model of 26 layers checks it once
+WHOLE_DOCUMENT = (
+    2**30
+)  # the window of attention without one: more than any document, and its sum with a position fits int32
+_accepted = (
+    WeakTensorKeyDictionary()
+)  # cu_seqlens -> what it was accepted for, so that a model of 26 layers checks it once
 
 
 def packed_attention_reference(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None):
@@ -57,7 +61,9 @@ def _bounds(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[int]:
             "pass the running sum of the documents' lengths, with a 0 in front"
         )
     if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen} but the longest document has {max(lengths)} tokens; pass that")
+        raise ValueError(
+            f"max_seqlen is {max_seqlen} but the longest document has {max(lengths)} tokens; pass that"
+        )
     return bounds
 
 
@@ -78,7 +84,11 @@ def _pieces(bounds: list[int], window: int) -> Iterator[tuple[slice, slice, bool
             yield slice(start, end), slice(start, end), False
             continue
         for first in range(start, end, window):
-            yield slice(first, min(first + window, end)), slice(max(first - window + 1, start), min(first + window, end)), True
+            yield (
+                slice(first, min(first + window, end)),
+                slice(max(first - window + 1, start), min(first + window, end)),
+                True,
+            )
 
 
 def _window_mask(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
@@ -106,7 +116,11 @@ def _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tens
         mask = _window_mask(queries, keys, window, q) if is_cut else None
         outputs.append(
             F.scaled_dot_product_attention(
-                *piece, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                *piece,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         )
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0
@@ -132,7 +146,10 @@ def _forward(
     if uses_triton(q):
         _accept(cu_seqlens, T, max_seqlen)
         return tiles.forward(q, k, v, cu_seqlens, window, scale)
-    out, logsumexp = q.new_empty(q.shape), q.new_empty(q.shape[1], T, dtype=torch.promote_types(q.dtype, torch.float32))
+    out, logsumexp = (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[1], T, dtype=torch.promote_types(q.dtype, torch.float32)),
+    )
     *inputs, outputs = _heads_first(q, k, v, out)
     for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, T, max_seqlen), window):
         mask = _window_mask(queries, keys, window, q) if is_cut else None
@@ -145,7 +162,15 @@ def _forward(
 
 @torch.library.custom_op("kit::packed_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, window: int, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
     dout, q, k, v = _stride_1(dout, q, k, v)
@@ -156,7 +181,9 @@ def _backward(
     for queries, keys, is_cut in _pieces(cu_seqlens.tolist(), window):
         mask = _window_mask(queries, keys, window, q) if is_cut else None
         piece = map(_rows, inputs, (queries, queries, keys, keys, queries))
-        gradients = _cpu_backward(*piece, logsumexp[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale)
+        gradients = _cpu_backward(
+            *piece, logsumexp[None, :, queries], 0.0, mask is None, attn_mask=mask, scale=scale
+        )
         _rows(into_dq, queries).copy_(gradients[0])
         _rows(into_dk, keys).add_(gradients[1])  # pieces of one document share keys
         _rows(into_dv, keys).add_(gradients[2])
@@ -189,7 +216,9 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         gradients = _backward(dout, *ctx.saved_tensors, ctx.window, ctx.scale)
-        return *(g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:3], strict=True)), *[None] * 4
+        return *(
+            g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:3], strict=True)
+        ), *[None] * 4
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:
@@ -223,7 +252,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     if not isinstance(max_seqlen, int | torch.SymInt):
         raise ValueError(f"max_seqlen is {max_seqlen!r} but must be an int; pass max(lengths)")
     if window is not None and (not isinstance(window, int) or window < 1):
-        raise ValueError(f"window is {window!r} but a token sees at least itself; pass an int >= 1, or None for no window")
+        raise ValueError(
+            f"window is {window!r} but a token sees at least itself; pass an int >= 1, or None for no window"
+        )
 
 
 def _runs_in_operators(q: Tensor) -> bool:
@@ -268,9 +299,18 @@ def packed_attention(
 
 
 def documents_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, window: int | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """packed_attention as one `scaled_dot_product_attention` a document: any device, any head_dim, no kernel of ours."""
     _check(q, k, v, cu_seqlens, max_seqlen, window)
     window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
-    return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, q.shape[2] ** -0.5 if scale is None else scale)
+    return _documents_attention(
+        q, k, v, cu_seqlens, max_seqlen, window, q.shape[2] ** -0.5 if scale is None else scale
+    )

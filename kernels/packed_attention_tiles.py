@@ -23,12 +23,18 @@ from torch import Tensor
 from kit.kernels.backend import tl, triton
 
 MAX_HEAD_DIM = 256  # a wider tile leaves too few registers and too little shared memory
-SHAPES = ["T", "num_documents", "window"]  # differ from pack to pack: one compiled kernel must serve all of their values
+SHAPES = [
+    "T",
+    "num_documents",
+    "window",
+]  # differ from pack to pack: one compiled kernel must serve all of their values
 
 
 def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
     """Launch configuration of each kernel, for a head_dim and bytes an element."""
-    BLOCK_D = max(16, triton.next_power_of_2(head_dim))  # tl.dot multiplies no side below 16; the rest is masked
+    BLOCK_D = max(
+        16, triton.next_power_of_2(head_dim)
+    )  # tl.dot multiplies no side below 16; the rest is masked
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     rows = TILES[element_size, max(BLOCK_D, 64)]
     return {kernel: {"BLOCK_D": BLOCK_D} | dict(zip(names, row, strict=True)) for kernel, row in rows.items()}
@@ -60,7 +66,11 @@ def _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK: tl.constexpr):
         low = tl.where(is_later, low, middle)
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low).to(tl.int32), 0), T)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low + 1).to(tl.int32), start), T)
-    return start.to(tl.int64), end - start, (program - low - start // BLOCK) * BLOCK  # int64: row * stride passes 2**31
+    return (
+        start.to(tl.int64),
+        end - start,
+        (program - low - start // BLOCK) * BLOCK,
+    )  # int64: row * stride passes 2**31
 
 
 @triton.jit
@@ -75,7 +85,9 @@ def _load_rows(ptr, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _store_rows(ptr, tile, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < n)[:, None] & (columns < D)[None, :]
-    tl.store(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -84,7 +96,9 @@ def _forward_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles of a document see most keys: they start first
+    program = (
+        tl.num_programs(0) - 1 - tl.program_id(0)
+    )  # the last tiles of a document see most keys: they start first
     start, n, first_query = _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK_M)
     if (first_query < 0) | (first_query >= n):
         return
@@ -94,15 +108,21 @@ def _forward_kernel(
     v_ptr += start * v_stride_t + head // GROUP * v_stride_h
     queries = first_query + tl.arange(0, BLOCK_M)
     q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
-    m = tl.full((BLOCK_M,), -1e30, tl.float32)  # not -inf: a row that sees nothing of its first tile would make inf - inf
+    m = tl.full(
+        (BLOCK_M,), -1e30, tl.float32
+    )  # not -inf: a row that sees nothing of its first tile would make inf - inf
     s = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_key in range(tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N):
+    for first_key in range(
+        tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N
+    ):
         keys = first_key + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
         v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
         distance = queries[:, None] - keys[None, :]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)  # in log2 units: exp2 is cheap
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (
+            scale * 1.4426950408889634
+        )  # in log2 units: exp2 is cheap
         scores = tl.where((distance >= 0) & (distance < window), scores, -float("inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         shrink = tl.exp2(m - m_new)
@@ -111,7 +131,9 @@ def _forward_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         m = m_new
     _store_rows(out_ptr + (start * Hq + head) * D, acc / s[:, None], queries, n, Hq * D, D, BLOCK_D)
-    tl.store(logsumexp_ptr + head * T + start + queries, (m + tl.log2(s)) * 0.6931471805599453, mask=queries < n)
+    tl.store(
+        logsumexp_ptr + head * T + start + queries, (m + tl.log2(s)) * 0.6931471805599453, mask=queries < n
+    )
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -132,13 +154,17 @@ def _dq_kernel(
     queries = first_query + tl.arange(0, BLOCK_M)
     numbers = head * T + start + queries  # where the query's logsumexp and delta lie
     out = _load_rows(out_ptr + (start * Hq + head) * D, queries, n, Hq * D, D, BLOCK_D)
-    dout = _load_rows(dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D)
+    dout = _load_rows(
+        dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D
+    )
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + numbers, delta, mask=queries < n)
     logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
     q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_key in range(tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N):
+    for first_key in range(
+        tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N
+    ):
         keys = first_key + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
         v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
@@ -173,7 +199,9 @@ def _dkdv_kernel(
             queries = first_query + tl.arange(0, BLOCK_M)
             numbers = head * T + start + queries
             q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
-            dout = _load_rows(dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D)
+            dout = _load_rows(
+                dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D
+            )
             logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
             delta = tl.load(delta_ptr + numbers, mask=queries < n, other=0.0)
             distance = queries[None, :] - keys[:, None]
@@ -191,7 +219,9 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """(out (T, Hq, D), logsumexp (Hq, T) fp32) of tensors whose last dimension has stride 1."""
     (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
     out, logsumexp = q.new_empty(T, Hq, D), q.new_empty(Hq, T, dtype=torch.float32)
@@ -206,7 +236,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, sc
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, cu_seqlens: Tensor, window: int, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cu_seqlens: Tensor,
+    window: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). dQ goes first: it makes the delta that dK/dV reads."""
     (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
@@ -217,9 +255,33 @@ def backward(
     if q.numel():
         with torch.cuda.device_of(q):
             _dq_kernel[(T // tile["dq"]["BLOCK_M"] + num_documents, Hq)](
-                q, k, v, out, dout, logsumexp, delta, dq, cu_seqlens, *sizes, GROUP=Hq // Hkv, D=D, **tile["dq"]
+                q,
+                k,
+                v,
+                out,
+                dout,
+                logsumexp,
+                delta,
+                dq,
+                cu_seqlens,
+                *sizes,
+                GROUP=Hq // Hkv,
+                D=D,
+                **tile["dq"],
             )
             _dkdv_kernel[(T // tile["dkdv"]["BLOCK_N"] + num_documents, Hkv)](
-                q, k, v, dout, logsumexp, delta, dk, dv, cu_seqlens, *sizes, GROUP=Hq // Hkv, D=D, **tile["dkdv"]
+                q,
+                k,
+                v,
+                dout,
+                logsumexp,
+                delta,
+                dk,
+                dv,
+                cu_seqlens,
+                *sizes,
+                GROUP=Hq // Hkv,
+                D=D,
+                **tile["dkdv"],
             )
     return dq, dk, dv

@@ -22,7 +22,9 @@ from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
 
 BLOCK = 1024  # output places per program: 8 a thread; a row of 16,384 tokens makes 16 programs
 NUM_WARPS = 4
-BAD_TOKEN = -1  # where a GPU finds a plan that does not fit: no embedding has this row, so the model's first lookup fails
+BAD_TOKEN = (
+    -1
+)  # where a GPU finds a plan that does not fit: no embedding has this row, so the model's first lookup fails
 
 
 def pack_reference(buffer, offsets, prompt_lens, documents):
@@ -33,7 +35,12 @@ def pack_reference(buffer, offsets, prompt_lens, documents):
         first = max(int(prompt_lens[d]) - 1, 0)
         target[first : len(x) - 1] = x[first + 1 :]
     positions = [torch.arange(len(x)) for x in ids]
-    return torch.cat(ids), torch.cat(targets), torch.cat(positions), torch.tensor([0, *map(len, ids)]).cumsum(0).int()
+    return (
+        torch.cat(ids),
+        torch.cat(targets),
+        torch.cat(positions),
+        torch.tensor([0, *map(len, ids)]).cumsum(0).int(),
+    )
 
 
 def unpack_reference(values, cu_seqlens, max_seqlen, fill=0):
@@ -64,12 +71,17 @@ def _pack_kernel(
     buffer_ptr, offsets_ptr, prompt_lens_ptr, documents_ptr, cu_seqlens_ptr, input_ids_ptr, targets_ptr, position_ids_ptr,
     D, T, ignore_index, bad_token, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # cu_seqlens is int32: a row has fewer than 2**31 tokens
+    t = tl.program_id(0) * BLOCK + tl.arange(
+        0, BLOCK
+    )  # cu_seqlens is int32: a row has fewer than 2**31 tokens
     d = _find_document(cu_seqlens_ptr, t, D)
     position = t - tl.load(cu_seqlens_ptr + d)
     length = tl.load(cu_seqlens_ptr + d + 1) - tl.load(cu_seqlens_ptr + d)
     document = tl.load(documents_ptr + d)
-    start, end = tl.load(offsets_ptr + document), tl.load(offsets_ptr + document + 1)  # int64: a corpus passes 2**31 tokens
+    start, end = (
+        tl.load(offsets_ptr + document),
+        tl.load(offsets_ptr + document + 1),
+    )  # int64: a corpus passes 2**31 tokens
     fits = (end - start == length) & (position < length)
     speaks = (position + 1 < length) & (position + 1 >= tl.load(prompt_lens_ptr + document))
     inside = t < T
@@ -83,11 +95,15 @@ def _pack_kernel(
 @triton.jit
 def _unpack_kernel(values_ptr, cu_seqlens_ptr, padded_ptr, L, C, blocks, BLOCK: tl.constexpr):
     d = (tl.program_id(0) // blocks).to(tl.int64)  # d * L * C passes 2**31 for hidden states
-    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # in a line of L * C numbers
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(
+        0, BLOCK
+    )  # in a line of L * C numbers
     start = tl.load(cu_seqlens_ptr + d).to(tl.int64)
     length = tl.minimum(tl.load(cu_seqlens_ptr + d + 1) - start, L)
     inside = place < length * C
-    tl.store(padded_ptr + d * L * C + place, tl.load(values_ptr + start * C + place, mask=inside), mask=inside)
+    tl.store(
+        padded_ptr + d * L * C + place, tl.load(values_ptr + start * C + place, mask=inside), mask=inside
+    )
 
 
 @triton.jit
@@ -116,7 +132,9 @@ def _check_boundaries(cu_seqlens: Tensor, T: int) -> None:
         )
 
 
-def _check_plan(buffer: Tensor, offsets: Tensor, prompt_lens: Tensor, documents: Tensor, cu_seqlens: Tensor) -> None:
+def _check_plan(
+    buffer: Tensor, offsets: Tensor, prompt_lens: Tensor, documents: Tensor, cu_seqlens: Tensor
+) -> None:
     lengths = offsets.diff()
     if offsets[0] != 0 or offsets[-1] != len(buffer) or (lengths < 0).any():
         raise ValueError(
@@ -172,7 +190,9 @@ def _unpack(values: Tensor, cu_seqlens: Tensor, L: int, fill: float) -> Tensor:
     if values.device.type == "cpu":
         _check_boundaries(cu_seqlens, T)
         if cu_seqlens.diff().max() > L:
-            raise ValueError(f"max_seqlen is {L} but the longest document has {int(cu_seqlens.diff().max())} tokens; pass that")
+            raise ValueError(
+                f"max_seqlen is {L} but the longest document has {int(cu_seqlens.diff().max())} tokens; pass that"
+            )
     else:
         torch._assert_async((cu_seqlens.diff() <= L).all() & (cu_seqlens[-1] == T))
     padded = values.new_full((D, L, *rest), fill)
@@ -181,7 +201,9 @@ def _unpack(values: Tensor, cu_seqlens: Tensor, L: int, fill: float) -> Tensor:
         if C:
             blocks = triton.cdiv(L * C, BLOCK)  # per document
             with torch.cuda.device_of(values):  # all on the grid's first axis: the others end at 65,535
-                _unpack_kernel[(D * blocks,)](values, cu_seqlens, padded, L, C, blocks, BLOCK, num_warps=NUM_WARPS)
+                _unpack_kernel[(D * blocks,)](
+                    values, cu_seqlens, padded, L, C, blocks, BLOCK, num_warps=NUM_WARPS
+                )
     else:
         padded[_places(cu_seqlens, T)] = values
     return padded
@@ -237,7 +259,12 @@ def _check_integers(device, **tensors) -> None:
 
 
 def pack(
-    buffer: Tensor, offsets: Tensor, prompt_lens: Tensor, documents: Tensor, cu_seqlens: Tensor, num_tokens: int
+    buffer: Tensor,
+    offsets: Tensor,
+    prompt_lens: Tensor,
+    documents: Tensor,
+    cu_seqlens: Tensor,
+    num_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(input_ids, targets, position_ids) of one row, each (num_tokens,) int64: those of kit.packing.PackedBatch.build.
 
@@ -255,7 +282,9 @@ def pack(
         documents=(documents, (torch.int64,)), cu_seqlens=(cu_seqlens, (torch.int32,)),
     )  # fmt: skip
     if len(prompt_lens) != len(offsets) - 1:
-        raise ValueError(f"prompt_lens has {len(prompt_lens)} entries but offsets {len(offsets)}; offsets has one more, the end")
+        raise ValueError(
+            f"prompt_lens has {len(prompt_lens)} entries but offsets {len(offsets)}; offsets has one more, the end"
+        )
     if len(cu_seqlens) != len(documents) + 1 or len(documents) == 0:
         raise ValueError(
             f"cu_seqlens has {len(cu_seqlens)} entries but documents {len(documents)}; a row has at least one document, and "
@@ -276,8 +305,12 @@ def unpack(values: Tensor, cu_seqlens: Tensor, max_seqlen: int, fill: float = 0)
     fit; a document longer than max_seqlen raises on a CPU and fails an assertion on a GPU, where looking would wait.
     """
     if values.dim() < 1 or len(values) == 0:
-        raise ValueError(f"values has shape {tuple(values.shape)} but a row is (T, ...) with a token at least; pass such a row")
+        raise ValueError(
+            f"values has shape {tuple(values.shape)} but a row is (T, ...) with a token at least; pass such a row"
+        )
     _check_integers(values.device, cu_seqlens=(cu_seqlens, (torch.int32,)))
     if len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens has {len(cu_seqlens)} entries but a row has at least a start and an end; pass the row's")
+        raise ValueError(
+            f"cu_seqlens has {len(cu_seqlens)} entries but a row has at least a start and an end; pass the row's"
+        )
     return _Unpack.apply(values.contiguous(), cu_seqlens, max_seqlen, fill)

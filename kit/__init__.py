@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 if not (Path(__file__).parent / "kernels").is_dir():  # an installed wheel has them inside
-    __path__.append(str(Path(__file__).resolve().parents[1]))  # in a source checkout, kernels/ lies beside kit/
+    __path__.append(
+        str(Path(__file__).resolve().parents[1])
+    )  # in a source checkout, kernels/ lies beside kit/
 
 # Rows differ in length: without segments that grow, the gaps between blocks of last row's sizes can be as large as a row. torch
 # reads this when it first allocates on a card. Not under WSL, whose driver fails on them with some cards (pytorch issue 192330).

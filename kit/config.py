@@ -27,7 +27,9 @@ def field_comments(config_class: type) -> dict[str, str]:
     comments: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if dataclasses.is_dataclass(base):
-            comments |= dict(re.findall(r"^ +(\w+) *:[^#\n]*# *(.+)$", inspect.getsource(base), flags=re.MULTILINE))
+            comments |= dict(
+                re.findall(r"^ +(\w+) *:[^#\n]*# *(.+)$", inspect.getsource(base), flags=re.MULTILINE)
+            )
     return comments
 
 
@@ -55,24 +57,37 @@ def parse(
         text = f"{comments.get(field.name, '')} {default}".strip().replace("%", "%%")
         if types[field.name] is bool:
             parser.add_argument(flag, dest=field.name, action="store_true", default=None, help=text)
-            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None, help=argparse.SUPPRESS)
+            parser.add_argument(
+                f"--no_{field.name}",
+                dest=field.name,
+                action="store_false",
+                default=None,
+                help=argparse.SUPPRESS,
+            )
         elif types[field.name] in (int, float, str):
             kind = types[field.name]
             parser.add_argument(flag, dest=field.name, type=kind, metavar=kind.__name__, help=text)
         else:
-            raise TypeError(f"{config_class.__name__}.{field.name} is a {types[field.name]}; a flag is a bool, int, float or str")
+            raise TypeError(
+                f"{config_class.__name__}.{field.name} is a {types[field.name]}; a flag is a bool, int, float or str"
+            )
     known = [option for action in parser._actions for option in action.option_strings]
     for word in argv:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known:
             near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
             parser.exit(
-                2, f"error: there is no {flag}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags") + "\n"
+                2,
+                f"error: there is no {flag}"
+                + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+                + "\n",
             )
     said = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     preset = said.get("preset")
     if preset is not None and preset not in (presets or {}):
-        parser.exit(2, f"error: there is no preset {preset!r}; the presets are {', '.join(presets or {}) or 'none'}\n")
+        parser.exit(
+            2, f"error: there is no preset {preset!r}; the presets are {', '.join(presets or {}) or 'none'}\n"
+        )
     base = presets[preset] if preset else {}
     for name, settings in (("quick", quick), ("smoke", smoke)):
         base = base | ((settings or {}) if said.get(name) else {})
@@ -90,4 +105,6 @@ def as_flags(settings: dict) -> str:
 def show(config) -> str:
     """The settings, one a line, as a person would type them."""
     width = max(len(field.name) for field in dataclasses.fields(config))
-    return "\n".join(f"  {field.name:<{width}}  {getattr(config, field.name)!r}" for field in dataclasses.fields(config))
+    return "\n".join(
+        f"  {field.name:<{width}}  {getattr(config, field.name)!r}" for field in dataclasses.fields(config)
+    )

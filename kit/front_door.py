@@ -15,7 +15,9 @@ def hand_on(package: str, files: Mapping[str, Sequence[str]]) -> tuple[Callable[
 
     def __getattr__(name: str) -> object:
         if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it hands on {', '.join(sorted(homes))}")
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}; it hands on {', '.join(sorted(homes))}"
+            )
         return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
 
     return __getattr__, sorted(homes)

@@ -19,7 +19,9 @@ def describe_machine() -> dict[str, str | int]:
         "processor": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none: nothing here was timed on a GPU",
+        "gpu": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else "none: nothing here was timed on a GPU",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

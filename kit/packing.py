@@ -106,7 +106,9 @@ def plan_steps(packs: Sequence[Sequence[int]], batch_traces: int) -> list[list[i
     each step takes one row. Returns the row indices of each step.
     """
     if batch_traces < 1:
-        raise ValueError(f"batch_traces is {batch_traces} but a step needs at least one trace; pass batch_traces >= 1")
+        raise ValueError(
+            f"batch_traces is {batch_traces} but a step needs at least one trace; pass batch_traces >= 1"
+        )
     steps: list[list[int]] = []
     current: list[int] = []
     num_documents = 0
@@ -151,13 +153,17 @@ class PackedBatch:
     def build(cls, documents: Sequence[Document]) -> PackedBatch:
         """Lay documents end to end. Raises ValueError for no document or an empty one."""
         if not documents or any(len(document) == 0 for document in documents):
-            raise ValueError(f"a pack needs documents of at least one token; got lengths {[len(d) for d in documents]}")
+            raise ValueError(
+                f"a pack needs documents of at least one token; got lengths {[len(d) for d in documents]}"
+            )
         lengths = [len(document) for document in documents]
         cu_seqlens = list(accumulate(lengths, initial=0))
         input_ids = torch.cat([document.ids for document in documents]).to(torch.int64)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         for document, start, end in zip(documents, cu_seqlens, cu_seqlens[1:], strict=False):
-            first = start + max(document.prompt_len - 1, 0)  # the last prompt token predicts the first response token
+            first = start + max(
+                document.prompt_len - 1, 0
+            )  # the last prompt token predicts the first response token
             targets[first : end - 1] = input_ids[first + 1 : end]
         return cls(
             input_ids=input_ids,

@@ -32,18 +32,30 @@ class RunFolder:
         Raises ValueError if the folder holds a run already, where there is nothing to resume, and if a resumed run's
         settings differ, naming them.
         """
-        path = Path(config.out) if config.out else next_folder(Path("runs") / recipe_name(config), newest=config.resume)
+        path = (
+            Path(config.out)
+            if config.out
+            else next_folder(Path("runs") / recipe_name(config), newest=config.resume)
+        )
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
         stored = path / "config.json"
         if config.resume:
             if not stored.is_file():
-                raise ValueError(f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run")
+                raise ValueError(
+                    f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run"
+                )
             before = json.loads(stored.read_text(encoding="utf-8"))
             grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
-            changed = [f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in fixed if before.get(k) != settings.get(k)]
+            changed = [
+                f"{k} was {before.get(k)!r}, is {settings.get(k)!r}"
+                for k in fixed
+                if before.get(k) != settings.get(k)
+            ]
             if changed:
-                raise ValueError(f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out")
+                raise ValueError(
+                    f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out"
+                )
             if grown:
                 write_json(stored, settings)
         elif stored.exists():
@@ -69,7 +81,11 @@ def recipe_name(config) -> str:
 
 def next_folder(parent: Path, *, newest: bool = False) -> Path:
     """The next free number under parent, 001 first; or, with newest, the highest that is there."""
-    numbers = [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()] if parent.is_dir() else []
+    numbers = (
+        [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()]
+        if parent.is_dir()
+        else []
+    )
     return parent / f"{max(numbers, default=0) + (0 if newest and numbers else 1):03d}"
 
 
@@ -105,7 +121,9 @@ class Journal:
 
     def append(self, row: dict) -> None:
         """One row, handed to the operating system at once: killing the process does not lose it. NaN and inf become text."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}, ensure_ascii=False, allow_nan=False)
+        line = json.dumps(
+            {key: _finite(value) for key, value in row.items()}, ensure_ascii=False, allow_nan=False
+        )
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
@@ -118,7 +136,9 @@ class Journal:
             try:
                 rows += [json.loads(line)] if line else []
             except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}:{number} is not JSON ({error}); delete that line to go on without it") from error
+                raise ValueError(
+                    f"{self.path}:{number} is not JSON ({error}); delete that line to go on without it"
+                ) from error
         return rows
 
     def keep(self, wanted: Callable[[dict], bool]) -> None:

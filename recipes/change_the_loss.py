@@ -34,9 +34,14 @@ class Config:
 def weigh_answers(end_of_thinking: int, answer_weight: float) -> LossOfRow:
     def loss_of(hidden, weight, batch, scale):
         closed = (batch.input_ids == end_of_thinking).cumsum(0)  # </think> so far in the whole row, (T,)
-        start = torch.arange(len(batch), device=hidden.device) - batch.position_ids  # of each token's document
+        start = (
+            torch.arange(len(batch), device=hidden.device) - batch.position_ids
+        )  # of each token's document
         token_weight = torch.where(closed > closed[start], answer_weight, 1.0)
-        return linear_cross_entropy(hidden, weight, batch.targets, reduction="sum", token_weight=token_weight) * scale
+        return (
+            linear_cross_entropy(hidden, weight, batch.targets, reduction="sum", token_weight=token_weight)
+            * scale
+        )
 
     return loss_of
 
@@ -47,10 +52,16 @@ def main(config: Config) -> Path:
     model, tokenizer = models.load_to_train("tiny", device="cpu")
     loss_of = weigh_answers(tokenizer.convert_tokens_to_ids("</think>"), config.answer_weight)
     chat = ChatFormat(tokenizer, instruction="")
-    documents, _ = load_documents(str(LONG_TRACES), chat, row_tokens=1_024, num_traces=config.num_traces, seed=config.seed)
-    plan = TrainingPlan.make([len(document) for document in documents], row_tokens=1_024, batch_traces=8, epochs=1)
+    documents, _ = load_documents(
+        str(LONG_TRACES), chat, row_tokens=1_024, num_traces=config.num_traces, seed=config.seed
+    )
+    plan = TrainingPlan.make(
+        [len(document) for document in documents], row_tokens=1_024, batch_traces=8, epochs=1
+    )
     print(f"training    {plan}")
-    model_folder = train(model, tokenizer, documents, plan, run, lr=config.lr, warmup_ratio=0.05, loss_of=loss_of)
+    model_folder = train(
+        model, tokenizer, documents, plan, run, lr=config.lr, warmup_ratio=0.05, loss_of=loss_of
+    )
     print(f"model {model_folder}")
     return model_folder
 

@@ -47,7 +47,9 @@ class Config:
     seconds: float = 290.0  # time budget; a check that does not fit is reported as not run; 0 = no limit
     models: str = ""  # models of steps and fits, comma-separated names of shipped configs, or "all"; "" = the usual three
     cap_gb: float = 0.0  # GiB of the card to use, so that it stands in for a smaller one; 0 = the whole card
-    as_: str = ""  # compile for another architecture that this card can run, for example sm89; "" = this card's own
+    as_: str = (
+        ""  # compile for another architecture that this card can run, for example sm89; "" = this card's own
+    )
     device: str = "cuda"  # cuda, or cpu for a rehearsal with tiny shapes
     out: str = ""  # folder for results.jsonl; "" = the next free one under runs/check_card
 
@@ -68,8 +70,13 @@ def main(config: Config) -> Results:
     models = steps.chosen_models(config.models)
     folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))
     folder.mkdir(parents=True, exist_ok=True)
-    if config.as_:  # Triton reads both when it compiles; a cache of its own, or the card's own code would be found there
-        os.environ |= {"TRITON_OVERRIDE_ARCH": config.as_, "TRITON_CACHE_DIR": str((folder / f"triton_{config.as_}").resolve())}
+    if (
+        config.as_
+    ):  # Triton reads both when it compiles; a cache of its own, or the card's own code would be found there
+        os.environ |= {
+            "TRITON_OVERRIDE_ARCH": config.as_,
+            "TRITON_CACHE_DIR": str((folder / f"triton_{config.as_}").resolve()),
+        }
 
     device = torch.device(config.device)
     card = Card(device, device.type == "cpu", config.quick, config.cap_gb, config.as_)
@@ -83,7 +90,9 @@ def main(config: Config) -> Results:
             run_section(name, results, models)
     except CardLost as error:
         results.add(
-            FAIL, "card", f"a CUDA error in {error} ended this process's use of the card; the checks after it did not run"
+            FAIL,
+            "card",
+            f"a CUDA error in {error} ended this process's use of the card; the checks after it did not run",
         )
     except KeyboardInterrupt:
         results.not_run("the rest", "stopped with Ctrl-C")
@@ -103,12 +112,20 @@ def run_section(name: str, results: Results, models: list[str]) -> None:
 
 def sentence(results: Results, machine: dict) -> str:
     """The result as one sentence to post."""
-    truths = [row["status"] for row in results.rows if row["section"] == "truth" and row["status"] in (PASS, FAIL)]
+    truths = [
+        row["status"] for row in results.rows if row["section"] == "truth" and row["status"] in (PASS, FAIL)
+    ]
     parts = [f"{truths.count(PASS)} of {len(truths)} kernel checks right"] if truths else []
     parts += [row["headline"] for row in results.rows if row.get("headline")]
-    card = f"{machine['gpu']}, {results.card.gib:.0f} GB" if results.card.is_cuda else "CPU rehearsal, tiny shapes"
+    card = (
+        f"{machine['gpu']}, {results.card.gib:.0f} GB"
+        if results.card.is_cuda
+        else "CPU rehearsal, tiny shapes"
+    )
     failed = results.count(FAIL)
-    return f"{card}: {'; '.join(parts) or 'nothing measured'}" + (f"; {failed} checks FAILED" if failed else "")
+    return f"{card}: {'; '.join(parts) or 'nothing measured'}" + (
+        f"; {failed} checks FAILED" if failed else ""
+    )
 
 
 if __name__ == "__main__":

@@ -35,9 +35,13 @@ from kit.run import SAMPLES, RunFolder, write_json
 @dataclass(frozen=True)
 class Config:
     # model
-    model: str = "google/gemma-3-1b-it"  # hub id, local folder (a checkpoint, or adapters), .gguf file, or "tiny"
+    model: str = (
+        "google/gemma-3-1b-it"  # hub id, local folder (a checkpoint, or adapters), .gguf file, or "tiny"
+    )
     device: str = "cuda"  # cuda or cpu
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    attention: str = (
+        "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    )
     engine: str = "kit"  # kit, or vllm: the extra `vllm`, for those who outgrow one card
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
@@ -52,7 +56,9 @@ class Config:
     num_slots: int = 16  # responses sampled at once; changes the speed only
     seed: int = 0  # of the samples
     # comparison
-    compare: str = ""  # two run folders, comma-separated: print the second minus the first and stop; "" = evaluate
+    compare: str = (
+        ""  # two run folders, comma-separated: print the second minus the first and stop; "" = evaluate
+    )
     force: bool = False  # compare also what was prompted, decoded or computed differently
     # run
     smoke: bool = False  # tiny model, toy benchmark, CPU, seconds
@@ -84,7 +90,9 @@ def main(config: Config) -> list[Result]:
         raise ValueError(f"engine is {config.engine!r}; pass one of {', '.join(ENGINES)}")
     model, tokenizer = ENGINES[config.engine](config)
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
-    samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
+    samples = ", ".join(
+        f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks
+    )
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
     responses = sum(len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks)
     print(f"time        {sampling_time(config.model, responses, config.max_new_tokens, config.num_slots)}")
@@ -128,7 +136,9 @@ def table(results: list[Result]) -> str:
             *("-" if mean is None else f"{mean:,.0f}" for mean in means), *map(percent, shares), str(result.unknown),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines)
+    text = "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
     if len(results) > 1:
         text += f"\nmean accuracy {100 * mean_accuracy(results):.1f} %, every benchmark counting the same"
     return text + "\n* keywords alone: an upper bound"
@@ -142,7 +152,9 @@ def compare(config: Config) -> list[Result]:
     first, second = ({path.stem: path for path in sorted(folder.glob("*.jsonl"))} for folder in folders)
     shared = [name for name in first if name in second]
     if not shared:
-        raise ValueError(f"{folders[0]} holds {sorted(first)} and {folders[1]} holds {sorted(second)}: no benchmark in common")
+        raise ValueError(
+            f"{folders[0]} holds {sorted(first)} and {folders[1]} holds {sorted(second)}: no benchmark in common"
+        )
     for name in shared:
         before, after = read_result(first[name]), read_result(second[name])
         sampled = paired_bootstrap(before, after, force=config.force)

@@ -46,7 +46,9 @@ class Config:
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # data
-    traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    traces: str = (
+        "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    )
     num_traces: int = 8_000  # problems, one trace each; 0 = all
     row_tokens: int = 16_384  # tokens a pack; longer traces are dropped
     verify: bool = True  # keep correct traces only
@@ -59,7 +61,9 @@ class Config:
     warmup_ratio: float = 0.05  # share of the steps; 0 = none
     weight_decay: float = 0.0  # 0 = none; the paper does not state it
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
-    max_tensor_norm: float = 0.0  # with update_in_backward, which knows no global norm: each parameter's own; 0 = no clipping
+    max_tensor_norm: float = (
+        0.0  # with update_in_backward, which knows no global norm: each parameter's own; 0 = no clipping
+    )
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     # memory: kit/train/savings.py; what fits is told by --plan
@@ -67,12 +71,16 @@ class Config:
     recompute: bool = True  # one layer's activations at a time, for a third more computation
     tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
     optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
-    update_in_backward: bool = False  # a gradient dies with its layer; needs --batch_traces 1 and --max_grad_norm 0
+    update_in_backward: bool = (
+        False  # a gradient dies with its layer; needs --batch_traces 1 and --max_grad_norm 0
+    )
     offload_inputs: bool = False  # layer inputs in CPU memory
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
     head_update: str = "whole"  # blocked: the embedding's gradient a block of the vocabulary at a time
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    attention: str = (
+        "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    )
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
@@ -84,7 +92,9 @@ class Config:
     baseline: str = ""  # a run of recipes/evaluate.py on this model, which stands for measuring it before; "" = measure it
     # run
     seed: int = 0  # of the subset, the packs and the samples
-    plan: bool = False  # say what a training step would hold and which cards it fits, and stop: no GPU, no download
+    plan: bool = (
+        False  # say what a training step would hold and which cards it fits, and stop: no GPU, no download
+    )
     gpu_gb: float = 0.0  # choose the memory settings for a card of this size; 0 = as they are set
     json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
@@ -102,7 +112,10 @@ SMOKE = {
 def plan_memory(config: Config) -> tuple[Config, Plan]:
     """Print the memory plan and return it with the settings, which --gpu_gb chooses for a card of that size."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
-    print(f"memory plan: each simulated step of {config.model} at {config.row_tokens:,} tokens takes up to a minute", flush=True)
+    print(
+        f"memory plan: each simulated step of {config.model} at {config.row_tokens:,} tokens takes up to a minute",
+        flush=True,
+    )
     rows = 1 if config.batch_traces == 1 else 2  # of a step, at least: how many depends on the traces
     if config.gpu_gb:
         planned = choose(config.model, gpu_gb=config.gpu_gb, rows=rows, **what)
@@ -146,7 +159,11 @@ def main(config: Config) -> None:
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
     model, tokenizer = models.load_to_train(
-        config.model, qlora_rank=config.qlora_rank, seed=config.seed, device=config.device, attention=config.attention
+        config.model,
+        qlora_rank=config.qlora_rank,
+        seed=config.seed,
+        device=config.device,
+        attention=config.attention,
     )
     context = backbone.context_length(model)
     if config.row_tokens > context:
@@ -171,9 +188,13 @@ def main(config: Config) -> None:
     for place in drop_counts.bad_rows:
         print(f"  bad row   {place}")
     print(f"training    {plan}")
-    samples = ", ".join(f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks)
+    samples = ", ".join(
+        f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks
+    )
     cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
-    print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens; KV cache {cache:.2f} GiB and the prompts'")
+    print(
+        f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens; KV cache {cache:.2f} GiB and the prompts'"
+    )
     passes = 1 if config.baseline else 2  # before and after
     responses = passes * sum(len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks)
     training = training_time(config.model, savings_of(config), config.qlora_rank, plan.tokens)
@@ -191,7 +212,10 @@ def main(config: Config) -> None:
         return results
 
     if config.baseline:
-        headers = [header_of(model, chat, b, params, num_samples=config.num_samples, seed=config.seed) for b in benchmarks]
+        headers = [
+            header_of(model, chat, b, params, num_samples=config.num_samples, seed=config.seed)
+            for b in benchmarks
+        ]
         before = take_baseline(
             Path(config.baseline), list(zip(benchmarks, headers, strict=True)),
             model=config.model, quantised=bool(config.qlora_rank), folder=run.path / BEFORE,

@@ -52,12 +52,12 @@ class Config:
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     weaken: float = 0.0  # noise on the weights, in their standard deviations: a start worth improving for --smoke; 0 = none
     # data
-    prompts: str = (
-        "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level1to4"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
-    )
+    prompts: str = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level1to4"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all
     num_prompts: int = 0  # the first so many of the file; 0 = all
-    max_bad_rows: int = 20  # rows without problem or gold answer that are named and left out; one more stops the run
+    max_bad_rows: int = (
+        20  # rows without problem or gold answer that are named and left out; one more stops the run
+    )
     # rollout: the paper's Table 3
     batch_prompts: int = 1_024  # prompts per step
     group_size: int = 8  # answers per prompt
@@ -76,7 +76,9 @@ class Config:
     no_signal: str = "keep"  # groups of equal rewards: keep, skip, or resample until the batch is full
     max_resamples: int = 4  # further rollouts a step, for resample
     old_logprobs: str = "sampler"  # trainer: scored again before the first update, for a forward pass more
-    sampler_cap: float = 2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
+    sampler_cap: float = (
+        2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
+    )
     length_penalty: float = 0.0  # taken off the reward for max_new_tokens, in proportion for less; 0 = off
     # optimisation
     steps: int = 100  # rollouts; the paper does not state how many
@@ -93,7 +95,9 @@ class Config:
     offload_inputs: bool = False  # layer inputs in CPU memory
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    attention: str = (
+        "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    )
     # evaluation, before and after
     benchmarks: str = "math500"  # name or name=FILE, comma-separated; "" = none
     num_questions: int = 0  # questions per benchmark; 0 = all
@@ -109,7 +113,13 @@ class Config:
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
-CONSUMER = {"max_new_tokens": 2_048, "row_tokens": 4_096, "tile_tokens": 2_048, "mask_truncated": True, "num_samples": 1}
+CONSUMER = {
+    "max_new_tokens": 2_048,
+    "row_tokens": 4_096,
+    "tile_tokens": 2_048,
+    "mask_truncated": True,
+    "num_samples": 1,
+}
 PRESETS = {
     "paper": {},
     "rtx8": CONSUMER | {"batch_prompts": 32, "minibatch_prompts": 8, "num_slots": 64, "lr": 1e-6, "eval_tokens": 2_048},
@@ -134,7 +144,9 @@ def deviations(config: Config) -> list[str]:
 
 
 def settings_of(config: Config, kind: type):
-    return kind(**{field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)})
+    return kind(
+        **{field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)}
+    )
 
 
 def weaken(model, amount: float, seed: int) -> None:
@@ -150,11 +162,15 @@ def plan_memory(config: Config) -> tuple[Config, RLPlan]:
     """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
     rank = config.qlora_rank or adapter_rank(config.model)
     what = {"settings": settings_of(config, Settings), "qlora_rank": rank}
-    print(f"memory plan: simulating {config.model}, up to a minute for each setting that is tried", flush=True)
+    print(
+        f"memory plan: simulating {config.model}, up to a minute for each setting that is tried", flush=True
+    )
     if config.gpu_gb:
         answers = config.batch_prompts * config.group_size  # more slots than that stay empty
         planned = choose_rl(config.model, gpu_gb=config.gpu_gb, most_slots=answers, **what)
-        chosen = {name: value for name, value in asdict(planned.update.savings).items() if hasattr(config, name)}
+        chosen = {
+            name: value for name, value in asdict(planned.update.savings).items() if hasattr(config, name)
+        }
         chosen["num_slots"] = planned.settings.num_slots
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
@@ -200,7 +216,11 @@ def main(config: Config) -> None:
         questions = read_prompts(config.prompts, bad, levels=config.levels)
     questions = questions[: config.num_prompts or None]
     model, tokenizer = models.load_to_train(
-        config.model, qlora_rank=config.qlora_rank, seed=config.seed, device=config.device, attention=config.attention
+        config.model,
+        qlora_rank=config.qlora_rank,
+        seed=config.seed,
+        device=config.device,
+        attention=config.attention,
     )
     if config.weaken:
         weaken(model, config.weaken, config.seed)
@@ -224,7 +244,9 @@ def main(config: Config) -> None:
     params = SamplingParams(max_new_tokens=min(config.eval_tokens, backbone.context_length(model) // 2))
 
     def measure(stage: str) -> None:
-        for benchmark in parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []:
+        for benchmark in (
+            parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []
+        ):
             result = evaluate(
                 model, chat, benchmark, params, run.path / stage,
                 num_samples=config.num_samples, num_slots=eval_slots(settings, params.max_new_tokens), seed=config.seed,

@@ -82,11 +82,18 @@ def main(config: Config) -> None:
     )  # fmt: skip
     tiny = run.path / "tiny"
     save_model(tiny, model, tokenizer)
-    write_rows(tiny / "long_traces.jsonl", make_rows("long", config.num_long_traces, seed=config.seed, exclude=held_out))
-    write_rows(tiny / "problems.jsonl", [{"problem": row["problem"], "answer": row["answer"]} for row in problems])
+    write_rows(
+        tiny / "long_traces.jsonl",
+        make_rows("long", config.num_long_traces, seed=config.seed, exclude=held_out),
+    )
+    write_rows(
+        tiny / "problems.jsonl", [{"problem": row["problem"], "answer": row["answer"]} for row in problems]
+    )
     benchmark = BENCHMARKS["toy"].read(str(tiny / "problems.jsonl"))
     params = SamplingParams(max_new_tokens=300)
-    result = evaluate(model, chat, benchmark, params, run.path / "samples", num_samples=1, num_slots=64, seed=config.seed)
+    result = evaluate(
+        model, chat, benchmark, params, run.path / "samples", num_samples=1, num_slots=64, seed=config.seed
+    )
     print(f"{result}\n{tiny} holds what ships as kit/models/shipped/tiny")
 
 

@@ -42,7 +42,9 @@ from kit.valley.toy_rl import read_rl_runs, rl_findings, run_rl
 @dataclass(frozen=True)
 class Config:
     # model
-    models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
+    models: str = (
+        "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
+    )
     # cells
     arms: str = "long,short,mixed,growing"  # of kit/valley/study.py, which has two more mixtures; the first has all sizes
     sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm
@@ -72,7 +74,13 @@ class Config:
 
 QUICK = {"models": "tiny", "arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,1024", "seeds": 1,
          "num_samples": 2}  # fmt: skip
-GROWS = "models", "arms", "sizes", "control_sizes", "seeds"  # of which a resumed run may have more: models once made are kept
+GROWS = (
+    "models",
+    "arms",
+    "sizes",
+    "control_sizes",
+    "seeds",
+)  # of which a resumed run may have more: models once made are kept
 SMOKE = {"models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "seeds": 1, "num_questions": 50,
          "num_samples": 2}  # fmt: skip
 
@@ -89,7 +97,9 @@ def study_of(config: Config) -> Study:
 
 def line(finished: Finished) -> str:
     row = finished.row
-    trained = f"{row['steps']:>5,} steps, {row['training_seconds']:>4.0f} s" if "steps" in row else "base model"
+    trained = (
+        f"{row['steps']:>5,} steps, {row['training_seconds']:>4.0f} s" if "steps" in row else "base model"
+    )
     return (
         f"{finished.cell.name:<26} {100 * row['accuracy']:5.1f} % right, {row['mean_tokens']:4.0f} tokens, "
         f"{100 * row['truncated']:3.0f} % cut off; {trained}, {row['sampling_seconds']:.0f} s of sampling"
@@ -113,7 +123,9 @@ def main(config: Config) -> Path:
     found = read_cells(valley_run.path)
     if config.rl_steps:
         for rl_run in run_rl(valley, found, steps=config.rl_steps, num_workers=workers):
-            tqdm.write(f"rl {rl_run.cell.name:<23} {rl_run.before.accuracy:6.1%} -> {rl_run.after.accuracy:.1%} right")
+            tqdm.write(
+                f"rl {rl_run.cell.name:<23} {rl_run.before.accuracy:6.1%} -> {rl_run.after.accuracy:.1%} right"
+            )
     report = write_report(valley_run.path)
     print("\n".join(findings(curves(found)) + rl_findings(read_rl_runs(valley_run.path))))
     print(f"report {report}")

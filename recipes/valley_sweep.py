@@ -64,18 +64,26 @@ from kit.valley.sweep import (
 class Config:
     preset: str = "paper"  # paper or rtx24: settings that the other flags may change
     # cells
-    models: str = ",".join(MODELS)  # as recipes/gemma3_1b_8k.py takes them, comma-separated; MODEL=qlora: its own methods
+    models: str = ",".join(
+        MODELS
+    )  # as recipes/gemma3_1b_8k.py takes them, comma-separated; MODEL=qlora: its own methods
     methods: str = "full"  # full, qlora or full+qlora, of the models that do not say
-    sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs and batch follow from the paper's Table 2
+    sizes: str = (
+        "8000,16000,32000,64000,128000,220000"  # traces; epochs and batch follow from the paper's Table 2
+    )
     seeds: int = 1  # of subset, packs and samples; the paper's number is not stated
     fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = no such arm
     # of every model
     device: str = "cuda"  # cuda or cpu
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    attention: str = (
+        "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
+    )
     # data
-    traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    traces: str = (
+        "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    )
     row_tokens: int = 16_384  # tokens a pack; longer traces are dropped
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
     # optimisation
@@ -100,11 +108,15 @@ class Config:
     gpus: str = ""  # numbers of the cards, a process each; "" = one process on the first
     workers: int = 1  # processes at once with --device cpu
     plan: bool = False  # what fits, estimated hours and disk, and stop: no GPU, no download
-    trace_tokens: int = 4_500  # of the plan alone: a trace, on average; the mean of 291 R1 traces on AIME problems
+    trace_tokens: int = (
+        4_500  # of the plan alone: a trace, on average; the mean of 291 R1 traces on AIME problems
+    )
     response_tokens: int = 4_000  # of the plan alone: a response, on average; assumed
     json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, shipped traces, two sizes, CPU
-    resume: bool = False  # go on with the sweep in --out, or with the newest one; failed cells are tried again
+    resume: bool = (
+        False  # go on with the sweep in --out, or with the newest one; failed cells are tried again
+    )
     out: str = ""  # sweep folder; "" = the next free one under runs/
 
 
@@ -124,7 +136,15 @@ STATED = {  # settings that the paper states -> its value in words, "" = the def
     "row_tokens": "", "lr": "", "warmup_ratio": "", "max_steps": "all", "benchmarks": "", "num_questions": "all",
     "num_samples": "8 for AIME24 and AMC23, 4 for MATH-500", "temperature": "", "top_p": "", "max_new_tokens": "",
 }  # fmt: skip
-RL_SHARED = ("device", "chat_template", "instruction", "attention", "benchmarks", "num_questions", "num_samples")
+RL_SHARED = (
+    "device",
+    "chat_template",
+    "instruction",
+    "attention",
+    "benchmarks",
+    "num_questions",
+    "num_samples",
+)
 
 
 def deviations(config: Config, grid: Grid) -> list[str]:
@@ -144,20 +164,30 @@ def shared(config: Config, other: type) -> dict:
             and field.name not in own}  # fmt: skip
 
 
-def jobs_of(config: Config, cells: list[Cell], chosen: Chosen, rl_sizes: tuple[int, ...], path: Path) -> list[Job]:
+def jobs_of(
+    config: Config, cells: list[Cell], chosen: Chosen, rl_sizes: tuple[int, ...], path: Path
+) -> list[Job]:
     """Baselines, cells, then reinforcement learning; a run comes after what it needs."""
     found: dict[str, Job] = {}
     for cell in cells:
-        before, after, baseline = f"baseline {cell.baseline}", f"cell {cell.name}", path / BASELINES / cell.baseline
+        before, after, baseline = (
+            f"baseline {cell.baseline}",
+            f"cell {cell.name}",
+            path / BASELINES / cell.baseline,
+        )
         common = {"model": cell.model, "seed": cell.seed}
         if before not in found:
-            found[before] = Job(before, Path(evaluate.__file__), shared(config, evaluate.Config) | common, baseline)
+            found[before] = Job(
+                before, Path(evaluate.__file__), shared(config, evaluate.Config) | common, baseline
+            )
         settings, problem = chosen[cell.model, cell.method]
         settings = shared(config, gemma3_1b_8k.Config) | common | settings | {
             "num_traces": cell.num_traces, "epochs": cell.epochs, "batch_traces": cell.batch_traces, "baseline": str(baseline),
             "qlora_rank": config.qlora_rank if cell.method == QLORA else 0,
         }  # fmt: skip
-        found[after] = Job(after, Path(gemma3_1b_8k.__file__), settings, path / CELLS / cell.name, (before,), problem=problem)
+        found[after] = Job(
+            after, Path(gemma3_1b_8k.__file__), settings, path / CELLS / cell.name, (before,), problem=problem
+        )
     settings = {name: getattr(config, name) for name in RL_SHARED} | {"eval_tokens": config.max_new_tokens}
     for model, method, seed in dict.fromkeys((cell.model, cell.method, cell.seed) for cell in cells):
         for size in rl_sizes:
@@ -174,16 +204,24 @@ def jobs_of(config: Config, cells: list[Cell], chosen: Chosen, rl_sizes: tuple[i
 def line(outcome: Outcome, path: Path) -> str:
     """How a run ended, and what it measured last."""
     if outcome.status == FAILED:
-        return f"FAILED {outcome.job}: {outcome.error}" + (f"\n  its log: {outcome.log}" if outcome.log else "")
+        return f"FAILED {outcome.job}: {outcome.error}" + (
+            f"\n  its log: {outcome.log}" if outcome.log else ""
+        )
     measured = measured_by(path, *outcome.job.split(" ", 1))
     return f"{outcome.job}, {outcome.seconds:,.0f} s: " + "; ".join(map(str, measured.values()))
 
 
 def main(config: Config) -> Path | None:
     grid = Grid(
-        parse_models(config.models, config.methods), parse_numbers("sizes", config.sizes), config.seeds, config.fixed_batch
+        parse_models(config.models, config.methods),
+        parse_numbers("sizes", config.sizes),
+        config.seeds,
+        config.fixed_batch,
     )
-    rl_sizes, slots = parse_numbers("rl_sizes", config.rl_sizes), places(config.device, config.gpus, config.workers)
+    rl_sizes, slots = (
+        parse_numbers("rl_sizes", config.rl_sizes),
+        places(config.device, config.gpus, config.workers),
+    )
     card = {"row_tokens": config.row_tokens, "gpu_gb": config.gpu_gb, "qlora_rank": config.qlora_rank}
     if unknown := sorted({*rl_sizes} - {0, *grid.sizes}):
         raise ValueError(
@@ -216,16 +254,22 @@ def main(config: Config) -> Path | None:
     print(f"report {report}")
     failed = [name for name, outcome in read_outcomes(path).items() if outcome.status == FAILED]
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; --resume tries them again")
+        raise SystemExit(
+            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; --resume tries them again"
+        )
     return report
 
 
 def make_plan(config: Config, grid: Grid, card: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
-    print("memory      each model and method simulated once, up to a minute each, several where settings are chosen", flush=True)
+    print(
+        "memory      each model and method simulated once, up to a minute each, several where settings are chosen",
+        flush=True,
+    )
     memory = plan_memory(grid.cells(), **card, report=lambda text: print(text, flush=True))
     cells, forced = with_settings(
-        grid.cells(), {pair: settings_of(found, gemma3_1b_8k.Config.max_grad_norm) for pair, found in memory.items()}
+        grid.cells(),
+        {pair: settings_of(found, gemma3_1b_8k.Config.max_grad_norm) for pair, found in memory.items()},
     )
     evaluation = Evaluation.of(config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples,
                                num_slots=config.num_slots)  # fmt: skip

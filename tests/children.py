@@ -32,7 +32,9 @@ class Child:
 
     def __init__(self, function, *arguments, cwd="."):
         self._folder = tempfile.TemporaryDirectory()
-        self._process = CONTEXT.Process(target=_run, args=(function, arguments, str(Path(cwd).resolve()), self._folder.name))
+        self._process = CONTEXT.Process(
+            target=_run, args=(function, arguments, str(Path(cwd).resolve()), self._folder.name)
+        )
         for name in ("1", "2"):
             Path(self._folder.name, name).touch()
         self._process.start()
@@ -67,7 +69,12 @@ class Child:
 def _run(function, arguments, cwd, streams):
     for descriptor in (1, 2):
         os.dup2(os.open(Path(streams, str(descriptor)), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     import torch
 
     torch.set_num_threads(1)
@@ -112,8 +119,22 @@ def wait(child: Child) -> None:
 
 def pass_in_the_interpreter(file: str, *options: str) -> None:
     """The real Triton kernels: TRITON_INTERPRET is read when a kernel is defined. Prints what pytest said."""
-    command = [sys.executable, "-m", "pytest", file, "--noconftest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *options]
-    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        file,
+        "--noconftest",
+        "-q",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        *options,
+    ]
+    child = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)
 

@@ -4,7 +4,9 @@ import copy
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test may touch the network
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # read when huggingface_hub is imported: no test may touch the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would spin against one another
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -77,8 +79,12 @@ def tiny_model(request):
 
 def make_model(family: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    config = copy.deepcopy(FAMILIES[family])  # a model shares the config it is made from, and with it the kind of attention
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=REGISTERED["kit"], dtype=dtype).eval()
+    config = copy.deepcopy(
+        FAMILIES[family]
+    )  # a model shares the config it is made from, and with it the kind of attention
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=REGISTERED["kit"], dtype=dtype
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -89,7 +95,10 @@ def make_model(family: str, dtype: torch.dtype = torch.float32):
 def random_documents(lengths, *, vocab_size: int = 97, seed: int = 0) -> list[Document]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        Document(torch.randint(3, vocab_size, (length,), generator=generator, dtype=torch.int32), min(length // 3, length - 1))
+        Document(
+            torch.randint(3, vocab_size, (length,), generator=generator, dtype=torch.int32),
+            min(length // 3, length - 1),
+        )
         for length in lengths
     ]
 

@@ -95,7 +95,9 @@ def test_an_import_that_climbs_and_one_that_closes_a_ring_are_seen():
     assert climbing({"kit.train.loop": {"kit.memory.simulate", "kit.models.lora"}}) == [
         "kit.train.loop imports kit.memory.simulate"
     ]
-    assert climbing({"kit.data.traces": {"kit.train.loop"}}) and climbing({"kit.kernels.packing": {"kit.packing"}})
+    assert climbing({"kit.data.traces": {"kit.train.loop"}}) and climbing(
+        {"kit.kernels.packing": {"kit.packing"}}
+    )
     ring = {"kit.a": {"kit.b"}, "kit.b": {"kit.c"}, "kit.c": {"kit.a"}, "kit.d": {"kit.b"}}
     assert rings(ring) == [["kit.a", "kit.b", "kit.c"]]
 

@@ -36,10 +36,17 @@ def test_memory_that_is_touched_and_freed_stays_in_the_peak_only():
 def test_segments_of_a_cards_memory_can_grow_unless_the_user_chose_otherwise():
     """Asked of torch itself, which reads the variable when it first allocates, in a process that imports torch first."""
     question = "import torch, kit; print(torch._C._accelerator_getAllocatorSettings())"
-    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {"PYTHONPATH": str(ROOT)}
-    for chosen, expected in (({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"},) * 2):
+    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {
+        "PYTHONPATH": str(ROOT)
+    }
+    for chosen, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "garbage_collection_threshold:0.8"},) * 2,
+    ):
         expected = expected if isinstance(expected, str) else expected["PYTORCH_ALLOC_CONF"]
-        found = subprocess.run([sys.executable, "-c", question], env=bare | chosen, capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            [sys.executable, "-c", question], env=bare | chosen, capture_output=True, text=True, check=True
+        )
         assert found.stdout.strip() == expected
 
 
@@ -47,7 +54,9 @@ def test_segments_of_a_cards_memory_can_grow_unless_the_user_chose_otherwise():
 def test_under_wsl_whose_driver_fails_on_growing_segments_nothing_is_chosen():
     code = "import platform; platform.release = lambda: '6.6.87-microsoft-standard-WSL2'; import os, kit; "
     code += "print([name for name in os.environ if 'ALLOC_CONF' in name])"
-    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {"PYTHONPATH": str(ROOT)}
+    bare = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | {
+        "PYTHONPATH": str(ROOT)
+    }
     found = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -28,7 +28,17 @@ def wheel(tmp_path_factory):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(out),
+        str(source),
+    ]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return next(out.glob("*.whl"))
@@ -36,9 +46,16 @@ def wheel(tmp_path_factory):
 
 def python(code, *, path=(), cwd, flags=()):
     """Run code in a fresh interpreter: the working directory comes first, then `path`, then site-packages (not with -S)."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PYTHONPATH": os.pathsep.join(map(str, path))
+    }
     return subprocess.run(
-        [sys.executable, *flags, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *flags, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -70,7 +87,10 @@ def test_from_the_wheel_kit_kernels_is_ours_even_beside_hugging_faces(wheel, hug
     code = "import kit.kernels.packed_attention as p, kernels; print(p.__file__); print(kernels.NAME)"
     done = python(code, path=[site], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:2] == [str(site / "kit" / "kernels" / "packed_attention.py"), "from the hub"]
+    assert done.stdout.split("\n")[:2] == [
+        str(site / "kit" / "kernels" / "packed_attention.py"),
+        "from the hub",
+    ]
 
 
 def test_from_the_repository_root_transformers_finds_hugging_faces_kernels_and_not_ours(hugging_face_kernels):
@@ -118,5 +138,14 @@ def test_a_bare_checkout_finds_the_kernels_beside_kit(tmp_path):
 def test_the_top_level_is_as_designed():
     names = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     generated = {"build", "dist", "runs"} | {name for name in names if name.endswith(".egg-info")}
-    assert names - generated == {"kit", "kernels", "recipes", "tests", "setup.py", "README.md", "LICENSE", "pyproject.toml"}
+    assert names - generated == {
+        "kit",
+        "kernels",
+        "recipes",
+        "tests",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+    }
     assert not (ROOT / "kernels" / "__init__.py").exists()

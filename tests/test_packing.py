@@ -69,7 +69,9 @@ def test_steps_keep_every_row_in_order_and_the_papers_number_of_steps(sizes, bat
     assert [row for step in steps for row in step] == list(range(len(packs)))
     assert all(steps)
     assert len(steps) <= math.ceil(sum(sizes) / batch_traces)
-    if sizes and max(sizes) <= batch_traces:  # the last step may end early; each other one is at most one row late
+    if (
+        sizes and max(sizes) <= batch_traces
+    ):  # the last step may end early; each other one is at most one row late
         assert len(steps) >= sum(sizes) // batch_traces
 
 
@@ -81,7 +83,11 @@ def test_eight_thousand_traces_in_batches_of_eight_are_a_thousand_steps():
 
 def test_targets_are_the_next_token_of_the_same_document_and_only_of_the_response():
     batch = PackedBatch.build(
-        [Document(torch.tensor([5, 6, 7, 8]), 2), Document(torch.tensor([9]), 0), Document(torch.tensor([3, 4]), 0)]
+        [
+            Document(torch.tensor([5, 6, 7, 8]), 2),
+            Document(torch.tensor([9]), 0),
+            Document(torch.tensor([3, 4]), 0),
+        ]
     )
     i = IGNORE_INDEX
     assert batch.input_ids.tolist() == [5, 6, 7, 8, 9, 3, 4]

@@ -68,7 +68,8 @@ def test_a_resumed_run_may_have_more_of_what_may_grow_and_keeps_it():
     RunFolder.open(Config(out="here"))
     more = Config(out="here", resume=True, seeds=3, sizes="4,16,64,256", arms="long,short")
     with pytest.raises(
-        ValueError, match="arms was 'long', is 'long,short'; seeds was 1, is 3; sizes was '16,64', is '4,16,64,256'"
+        ValueError,
+        match="arms was 'long', is 'long,short'; seeds was 1, is 3; sizes was '16,64', is '4,16,64,256'",
     ):
         RunFolder.open(more)
     RunFolder.open(more, may_grow=GROWS)

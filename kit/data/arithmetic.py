@@ -36,7 +36,9 @@ def make_rows(num_problems: int = NUM_PROBLEMS, *, seed: int = 0) -> list[dict]:
 def make_expression(rng: random.Random) -> str:
     """One expression by the paper's rules."""
     while True:
-        parts = re.findall(r"(?:\([^()]*\)|[#*/])+|[+-]", _draw_structure(rng))  # terms, and the signs between them
+        parts = re.findall(
+            r"(?:\([^()]*\)|[#*/])+|[+-]", _draw_structure(rng)
+        )  # terms, and the signs between them
         drawn = [part if part in "+-" else _draw_operands(rng, part) for part in parts]
         if None not in drawn:
             return "".join(drawn)
@@ -56,7 +58,9 @@ def _draw_structure(rng: random.Random) -> str:
 
 def _draw_operands(rng: random.Random, term: str) -> str | None:
     """The term with its operands drawn until every intermediate is an integer; None if none was met."""
-    factors = re.findall(r"([*/]?)(?:\(#([+-])#\)|#)", term)  # (operator before it, sign of a sum in parentheses)
+    factors = re.findall(
+        r"([*/]?)(?:\(#([+-])#\)|#)", term
+    )  # (operator before it, sign of a sum in parentheses)
     for _ in range(MAX_DRAWS):
         value, drawn = 1, ""
         for operator, sign in factors:

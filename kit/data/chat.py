@@ -32,18 +32,28 @@ class ChatFormat:
             template = PLAIN_TEMPLATE
         elif template:
             if not Path(template).is_file():
-                raise ValueError(f"chat_template is {template!r} but there is no such file; pass a Jinja file or 'plain'")
+                raise ValueError(
+                    f"chat_template is {template!r} but there is no such file; pass a Jinja file or 'plain'"
+                )
             template = Path(template).read_text(encoding="utf-8")
-        self.tokenizer, self.instruction, self.template = tokenizer, instruction, template or tokenizer.chat_template
+        self.tokenizer, self.instruction, self.template = (
+            tokenizer,
+            instruction,
+            template or tokenizer.chat_template,
+        )
         if not self.template:
             raise ValueError(
                 f"{tokenizer.name_or_path} has no chat template (a base model?); pass --chat_template plain, or a Jinja file"
             )
         rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         if rendered.count(MARK) != 1:
-            raise ValueError("the chat template does not show an assistant's message exactly once; pass --chat_template plain")
+            raise ValueError(
+                "the chat template does not show an assistant's message exactly once; pass --chat_template plain"
+            )
         self.end_of_turn = rendered.split(MARK)[1].rstrip()  # nothing is to be learned after the end of turn
-        if len(self.encode([self.end_of_turn])[0]) != 1:  # several ids cannot stop the sampler: end the text instead
+        if (
+            len(self.encode([self.end_of_turn])[0]) != 1
+        ):  # several ids cannot stop the sampler: end the text instead
             self.end_of_turn = tokenizer.eos_token
 
     def _render(self, messages: list[dict], **kwargs) -> str:
@@ -73,5 +83,9 @@ class ChatFormat:
     @property
     def key(self) -> str:
         """Names tokenizer, template and instruction by their content: what a cache of ids depends on."""
-        backend = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else self.tokenizer.name_or_path
+        backend = (
+            self.tokenizer.backend_tokenizer.to_str()
+            if self.tokenizer.is_fast
+            else self.tokenizer.name_or_path
+        )
         return digest(backend, self.template, self.instruction, self.prompt("?"), self.end_of_turn)

@@ -23,7 +23,10 @@ def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
     """Tokenise traces: prompt ids, which carry no loss, then the response and its end of turn."""
     prompts = chat.encode([chat.prompt(trace.problem) for trace in traces])
     responses = chat.encode([trace.response.strip() + chat.end_of_turn for trace in traces])
-    return [Document(torch.tensor(p + r, dtype=torch.int32), len(p)) for p, r in zip(prompts, responses, strict=True)]
+    return [
+        Document(torch.tensor(p + r, dtype=torch.int32), len(p))
+        for p, r in zip(prompts, responses, strict=True)
+    ]
 
 
 def tokenize(
@@ -37,10 +40,15 @@ def tokenize(
     if not cache_dir:
         return _tokenize(traces, chat, row_tokens, num_traces)
     key = digest(chat.key, str(row_tokens), str(num_traces), *(f"{t.problem}\0{t.response}" for t in traces))
-    return _cached(Path(cache_dir).expanduser() / f"{key}.safetensors", lambda: _tokenize(traces, chat, row_tokens, num_traces))
+    return _cached(
+        Path(cache_dir).expanduser() / f"{key}.safetensors",
+        lambda: _tokenize(traces, chat, row_tokens, num_traces),
+    )
 
 
-def _tokenize(traces: list[Trace], chat: ChatFormat, row_tokens: int, num_traces: int) -> tuple[list[Document], int]:
+def _tokenize(
+    traces: list[Trace], chat: ChatFormat, row_tokens: int, num_traces: int
+) -> tuple[list[Document], int]:
     wanted = min(num_traces or len(traces), len(traces))
     documents: list[Document] = []
     num_long = 0
@@ -66,7 +74,9 @@ def _cached(path: Path, make: Callable[[], tuple[list[Document], int]]) -> tuple
             print(f"the token cache {path} cannot be read ({error}); making it anew")
         else:
             ids = flat["ids"].split(flat["lengths"].tolist())
-            return [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)], int(flat["num_long"])
+            return [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)], int(
+                flat["num_long"]
+            )
     documents, num_long = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
@@ -89,10 +99,16 @@ def load_documents(
 
     Raises ValueError if fewer than num_traces survive: a smaller set would be another experiment.
     """
-    limit = num_traces + num_traces // 8 + 64 if num_traces else 0  # the paper's row length drops less than 1 %
+    limit = (
+        num_traces + num_traces // 8 + 64 if num_traces else 0
+    )  # the paper's row length drops less than 1 %
     while True:
-        traces, drop_counts = read_traces(source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify)
-        documents, num_long = tokenize(traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir)
+        traces, drop_counts = read_traces(
+            source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify
+        )
+        documents, num_long = tokenize(
+            traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir
+        )
         if len(documents) >= num_traces or len(traces) < limit:
             break
         limit *= 4  # many were too long: look further down the order

@@ -35,7 +35,9 @@ def stated_equations(text: str) -> list[Equation]:
     equals = [i for i, token in enumerate(tokens) if token.kind == "="]
     bounds = [-1, *equals, len(tokens)]
     found: list[Equation] = []
-    carried = None  # the expression that the last equals sign's right side is, if another sign follows it at once
+    carried = (
+        None  # the expression that the last equals sign's right side is, if another sign follows it at once
+    )
     for before, here, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
         chained, left = carried is not None, carried or _last_expression(tokens, before + 1, here)
         whole = after < len(tokens) and _compute(tokens[here + 1 : after]) is not None
@@ -56,12 +58,16 @@ def evaluate(expression: str) -> Fraction | int:
     tokens = [token for token in _tokens(expression.rpartition(":")[2]) if token.kind != "gap"]
     found = _compute(tokens)
     if found is None:
-        raise ValueError(f"{expression[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem")
+        raise ValueError(
+            f"{expression[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem"
+        )
     return found.value
 
 
 class _Token(NamedTuple):
-    kind: str  # "number", "op", "(", ")", "=", "word" (of text: it may end an equation) or "gap" (punctuation)
+    kind: (
+        str  # "number", "op", "(", ")", "=", "word" (of text: it may end an equation) or "gap" (punctuation)
+    )
     value: object
     start: int
     end: int
@@ -88,7 +94,9 @@ _ENDS = ("gap", "word")
 _OPERATING_WORDS = frozenset(
     ("of", "times", "by", "plus", "minus", "choose", "mod", "percent", "over", "per", "squared", "cubed")
 )
-_REMAINDER = re.compile(r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b")  # or 9-4 = 9-2-2 is 5
+_REMAINDER = re.compile(
+    r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b"
+)  # or 9-4 = 9-2-2 is 5
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -234,7 +242,9 @@ def _is_sum(tokens: list[_Token]) -> bool:
     return len(tokens) > 2 and tokens[0].kind == "number" and tokens[1][:2] in (("op", "+"), ("op", "-"))
 
 
-def _is_stated(text: str, tokens: list[_Token], equation: Equation, left: tuple, right: tuple, chained: bool) -> bool:
+def _is_stated(
+    text: str, tokens: list[_Token], equation: Equation, left: tuple, right: tuple, chained: bool
+) -> bool:
     """Whether an equation says something: 5 = 5 does not, nor does 7/2 = 3 before "remainder 1"."""
     computes = [_compute(tokens[slice(*side)]).num_operations > 0 for side in (left, right)]
     if equation.is_right:
@@ -270,7 +280,9 @@ def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
     if before is None or before.kind == "gap":
         return False
     word = str(before.value)
-    return len(word) == 1 or not word.isalpha() or word.lower() in _OPERATING_WORDS or before.end == first.start
+    return (
+        len(word) == 1 or not word.isalpha() or word.lower() in _OPERATING_WORDS or before.end == first.start
+    )
 
 
 def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
@@ -279,9 +291,15 @@ def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, 
     while last < end and last - start < MAX_TOKENS and tokens[last].kind not in _ENDS:
         last += 1
     for stop in range(last, start, -1):
-        if (stop == last or tokens[stop].kind in ("number", "(", ")", "fraction")) and _compute(tokens[start:stop]):
+        if (stop == last or tokens[stop].kind in ("number", "(", ")", "fraction")) and _compute(
+            tokens[start:stop]
+        ):
             following = tokens[stop] if stop < len(tokens) else None
-            if following is None or following.kind == "gap" or (following.kind in ("number", ")", "(") and stop < last):
+            if (
+                following is None
+                or following.kind == "gap"
+                or (following.kind in ("number", ")", "(") and stop < last)
+            ):
                 return start, stop
             glued = following.kind == "word" and following.start == tokens[stop - 1].end
             symbol = following.kind == "word" and not str(following.value).isalpha()

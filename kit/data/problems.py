@@ -34,14 +34,18 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
         problem, answer = _text(row, PROBLEM), _text(row, ANSWER)
         level = re.search("[0-9]+", _text(row, LEVEL)) if levels else None
         missing = [
-            name for name, value in (("problem", problem), ("gold answer", answer), ("level", level or not levels)) if not value
+            name
+            for name, value in (("problem", problem), ("gold answer", answer), ("level", level or not levels))
+            if not value
         ]
         if missing:
             bad.add(where, f"no {' and no '.join(missing)} among its fields {sorted(row)}")
         elif not levels or int(match[1]) <= int(level.group()) <= int(match[2]):
             found.append(Question(digest(problem)[:12], problem, answer))
     if not found:
-        raise ValueError(f"{source} has {num_rows} rows but no prompt of levels {levels or 'any'}; pass another file or --levels")
+        raise ValueError(
+            f"{source} has {num_rows} rows but no prompt of levels {levels or 'any'}; pass another file or --levels"
+        )
     return found
 
 

@@ -39,7 +39,9 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     path = Path(source)
     if path.suffix in SUFFIXES:
         if not path.is_file():
-            raise ValueError(f"no file {source} here (working directory {Path.cwd()}); pass an existing file or a hub id")
+            raise ValueError(
+                f"no file {source} here (working directory {Path.cwd()}); pass an existing file or a hub id"
+            )
         reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
         rows = reader(path, bad)
     elif path.exists():
@@ -71,9 +73,13 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
     try:
         rows = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; one object a line belongs in a .jsonl file") from error
+        raise ValueError(
+            f"{path} is not JSON: {error}; one object a line belongs in a .jsonl file"
+        ) from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path} holds a {type(rows).__name__} but a list of rows is needed; one object a line is .jsonl")
+        raise ValueError(
+            f"{path} holds a {type(rows).__name__} but a list of rows is needed; one object a line is .jsonl"
+        )
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
 
@@ -95,7 +101,9 @@ def _read_hub(source: str) -> Iterator[tuple[str, object]]:
     name, _, config = path.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the hub client has no common base class for "not found", "no network" and "no such config"
+    except (
+        Exception
+    ) as error:  # the hub client has no common base class for "not found", "no network" and "no such config"
         raise ValueError(
             f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "
             f"({type(error).__name__}: {error}); check the name and the network, or pass a local file"

@@ -31,7 +31,14 @@ LONG_TRACES = TINY / "long_traces.jsonl"
 PROBLEMS = TINY / "problems.jsonl"
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
-WORD_TOKENS = ["<think>", "</think>", "\\boxed{", "recheck", "no", "ok"]  # one token each; all else is one token a character
+WORD_TOKENS = [
+    "<think>",
+    "</think>",
+    "\\boxed{",
+    "recheck",
+    "no",
+    "ok",
+]  # one token each; all else is one token a character
 CHARACTERS = "0123456789+-*/=;?.(),:{}<> \nabcdefghijklmnopqrstuvwxyz"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}<assistant>"
@@ -50,7 +57,11 @@ class Chain:
 
     @property
     def problem(self) -> str:
-        return f"{self.values[0]}" + "".join(f"{o}{x}" for o, x in zip(self.operators, self.operands, strict=True)) + "?"
+        return (
+            f"{self.values[0]}"
+            + "".join(f"{o}{x}" for o, x in zip(self.operators, self.operands, strict=True))
+            + "?"
+        )
 
     @property
     def answer(self) -> str:
@@ -88,7 +99,15 @@ def long_trace(chain: Chain, rng: random.Random) -> str:
     return f"<think>{';'.join(steps)}</think>\\boxed{{{chain.answer}}}"
 
 
-def make_rows(kind: str, num_rows: int, *, seed: int, min_operands: int = 2, max_operands: int = 8, exclude: Iterable[str] = ()):
+def make_rows(
+    kind: str,
+    num_rows: int,
+    *,
+    seed: int,
+    min_operands: int = 2,
+    max_operands: int = 8,
+    exclude: Iterable[str] = (),
+):
     """Rows {problem, trace, answer} as kit.data.traces reads them, no problem twice and none of `exclude`.
     kind: "short" or "long"."""
     if kind not in ("short", "long"):
@@ -113,7 +132,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in WORD_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -134,7 +155,10 @@ def read_chain(problem: str) -> Chain:
 
 
 def steps_of(chain: Chain) -> list[str]:
-    return [f"{a}{o}{x}={b}" for a, o, x, b in zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)]
+    return [
+        f"{a}{o}{x}={b}"
+        for a, o, x, b in zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)
+    ]
 
 
 def make_traces(long_share: float, num_traces: int, seed: int, exclude: set[str]) -> list[Trace]:
@@ -153,6 +177,10 @@ def make_traces(long_share: float, num_traces: int, seed: int, exclude: set[str]
         seen.add(chain.problem)
         i = len(traces)
         is_long = int((i + 1) * long_share) > int(i * long_share)
-        text = long_trace(chain, random.Random(f"trace {seed} {chain.problem}")) if is_long else short_trace(chain)
+        text = (
+            long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))
+            if is_long
+            else short_trace(chain)
+        )
         traces.append(Trace(chain.problem, text, f"toy[{i}]"))
     return traces

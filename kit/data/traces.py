@@ -16,7 +16,11 @@ from kit.data.rows import BadRows, read_rows
 from kit.grade.verdict import grade
 from kit.run import digest
 
-NO_CORRECT, NO_COMPLETE, UNVERIFIED = "have no correct trace", "have no complete trace", "could not be verified"
+NO_CORRECT, NO_COMPLETE, UNVERIFIED = (
+    "have no correct trace",
+    "have no complete trace",
+    "could not be verified",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class DropCounts:
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-        return f"{self.kept:,} traces kept, {self.dropped.total():,} dropped" + (f": {reasons}" if reasons else "")
+        return f"{self.kept:,} traces kept, {self.dropped.total():,} dropped" + (
+            f": {reasons}" if reasons else ""
+        )
 
 
 def _text(row: dict, *names: str) -> str:
@@ -84,7 +90,9 @@ def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
         return (None, why) if why else (response, "")
     generations = row["generations"]
     if not isinstance(generations, list) or not generations:
-        raise ValueError(f"field generations is {'an empty list' if generations == [] else 'a ' + type(generations).__name__}")
+        raise ValueError(
+            f"field generations is {'an empty list' if generations == [] else 'a ' + type(generations).__name__}"
+        )
     correct = _flags(row, "correctness_math_verify", len(generations))
     complete = _flags(row, "is_reasoning_complete", len(generations))
     finish = _flags(row, "finish_reasons", len(generations))
@@ -105,7 +113,9 @@ def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
 
 def _verify(row: dict, response: str) -> str:
     """Return why our grader does not find the response correct; "" if it does."""
-    return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[grade(_text(row, "answer"), response).verdict]
+    return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[
+        grade(_text(row, "answer"), response).verdict
+    ]
 
 
 def read_traces(

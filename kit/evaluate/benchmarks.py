@@ -34,7 +34,9 @@ class Benchmark:
     num_samples: int  # k, samples per question in the paper
     num_questions: int  # rows it must have
     ids_hash: str  # of the ids of all its questions, whatever their order
-    answer_pattern: str = ""  # the gold is this pattern's first group in the answer field; "" = the whole field
+    answer_pattern: str = (
+        ""  # the gold is this pattern's first group in the answer field; "" = the whole field
+    )
     row_filter: str = ""  # keep rows whose `url` field contains this; "" = all
     questions: tuple[Question, ...] = ()
 
@@ -48,7 +50,11 @@ class Benchmark:
         where = source or self.source
         if where and Path(where).is_dir():
             where = str(Path(where) / self.file)
-        rows = read_rows(where, BadRows(0)) if where else ((f"{self.name}[{i}]", row) for i, row in enumerate(make_rows()))
+        rows = (
+            read_rows(where, BadRows(0))
+            if where
+            else ((f"{self.name}[{i}]", row) for i, row in enumerate(make_rows()))
+        )
         questions = [
             self._question(row, place)
             for place, row in rows

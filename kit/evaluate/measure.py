@@ -40,7 +40,9 @@ def fingerprint(model) -> str:
     state = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         wide = tensor.detach().double()
-        state.update(f"{name} {tuple(tensor.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r}".encode())
+        state.update(
+            f"{name} {tuple(tensor.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r}".encode()
+        )
     return state.hexdigest()
 
 
@@ -66,7 +68,12 @@ def evaluate(
 
     def log(index: int, completion: Completion) -> None:
         question, i = wanted[index]
-        row = {"question": question.id, "sample": i, "prompt": digest(rendered[question.id]), **_row(question, completion)}
+        row = {
+            "question": question.id,
+            "sample": i,
+            "prompt": digest(rendered[question.id]),
+            **_row(question, completion),
+        }
         journal.append(row | {"cuts": _cuts(completion, chat)})
 
     try:
@@ -77,7 +84,10 @@ def evaluate(
     except torch.OutOfMemoryError as error:
         if isinstance(model, VllmModel):
             raise
-        at_once, longest = min(num_slots, len(wanted)), max(map(len, prompts.values())) + params.max_new_tokens
+        at_once, longest = (
+            min(num_slots, len(wanted)),
+            max(map(len, prompts.values())) + params.max_new_tokens,
+        )
         raise ValueError(
             f"{benchmark.name}: memory ran out with {at_once} answers at once, whose cache alone takes "
             f"{cache_bytes(model, at_once, longest) / GIB:.2f} GiB; pass a smaller --num_slots (or --gpu_gb, where that chose "
@@ -87,7 +97,13 @@ def evaluate(
 
 
 def header_of(
-    model, chat: ChatFormat, benchmark: Benchmark, params: SamplingParams, *, num_samples: int = 0, seed: int = 0
+    model,
+    chat: ChatFormat,
+    benchmark: Benchmark,
+    params: SamplingParams,
+    *,
+    num_samples: int = 0,
+    seed: int = 0,
 ) -> dict:
     """Return what the samples of an evaluation depend on: model, prompt, questions, decoding, versions.
     num_samples: as `evaluate`'s."""
@@ -136,6 +152,8 @@ def _cuts(completion: Completion, chat: ChatFormat) -> dict[str, int]:
     cuts, cap = {}, FIRST_CUT
     while cap < len(completion.ids):
         pairs = zip(chat.decode(completion.ids[:cap]), completion.text, strict=False)
-        cuts[str(cap)] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))  # a cut may fall inside a character
+        cuts[str(cap)] = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)
+        )  # a cut may fall inside a character
         cap *= 2
     return cuts

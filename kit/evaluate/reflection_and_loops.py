@@ -34,7 +34,9 @@ def ends_in_loop(text: str) -> bool:
     It does when its last characters are one unit of at most LOOP_UNIT characters over and over, the last one perhaps cut off:
     at least LOOP_TIMES units and at least LOOP_CHARACTERS characters. A loop that the model found its way out of is not counted.
     """
-    tail = text[: -1 - max(LOOP_UNIT * LOOP_TIMES, LOOP_CHARACTERS) : -1]  # backwards, so that a loop is a periodic prefix
+    tail = text[
+        : -1 - max(LOOP_UNIT * LOOP_TIMES, LOOP_CHARACTERS) : -1
+    ]  # backwards, so that a loop is a periodic prefix
     matches = _matches_with_start(tail)
     for period in range(1, min(LOOP_UNIT, len(tail) - 1) + 1):
         if period + matches[period] >= max(LOOP_TIMES * period, LOOP_CHARACTERS):

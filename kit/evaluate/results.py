@@ -16,7 +16,10 @@ from kit.evaluate.uncertainty import Difference, Lengths, bootstrap, half_width,
 from kit.grade.verdict import grade
 from kit.run import Journal
 
-STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; the second is absent in logs that were graded once
+STRICT, AS_THE_PAPER = (
+    "verdict",
+    "paper_verdict",
+)  # columns of a row; the second is absent in logs that were graded once
 NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k where up to 16k tokens were allowed
 MAY_DIFFER = ("model",)  # of two headers: what a comparison is about
 
@@ -105,7 +108,9 @@ class Result:
     def accuracy_of_finished(self) -> float | None:
         """Accuracy without the samples that were cut off; None if all were. A question with none left is left out, and those
         are often the hard ones: read it beside `truncated`."""
-        shares = _share_by_question([row for row in self.rows if row["finished"]], lambda row: row[STRICT] == "correct")
+        shares = _share_by_question(
+            [row for row in self.rows if row["finished"]], lambda row: row[STRICT] == "correct"
+        )
         return fmean(shares.values()) if shares else None
 
     @property
@@ -191,7 +196,9 @@ def _verdict_at(row: dict, cap: int) -> str:
     if row["tokens"] <= cap:
         return row[STRICT]
     if str(cap) not in row["cuts"]:
-        raise ValueError(f"cap is {cap} but the log says where the caps {', '.join(row['cuts'])} fall; pass one of these")
+        raise ValueError(
+            f"cap is {cap} but the log says where the caps {', '.join(row['cuts'])} fall; pass one of these"
+        )
     return _graded(row["answer"], row["text"][: row["cuts"][str(cap)]])
 
 

@@ -24,25 +24,37 @@ def take_baseline(
     """
     stored = baseline / "config.json"
     if not stored.is_file():
-        raise ValueError(f"baseline is {baseline} but no run is there (no config.json); pass a run folder of recipes/evaluate.py")
+        raise ValueError(
+            f"baseline is {baseline} but no run is there (no config.json); pass a run folder of recipes/evaluate.py"
+        )
     measured = json.loads(stored.read_text(encoding="utf-8")).get("model")
     if quantised and measured != model:
-        raise ValueError(f"baseline {baseline} measured {measured} but this run is of {model}; pass a baseline of {model}")
+        raise ValueError(
+            f"baseline {baseline} measured {measured} but this run is of {model}; pass a baseline of {model}"
+        )
     found = {}
     for benchmark, header in wanted:
         source = baseline / SAMPLES / f"{benchmark.name}.jsonl"
         result = Result.read(source)
         if not result.rows:
-            raise ValueError(f"baseline {baseline} holds no samples of {benchmark.name}; pass one that measured it")
+            raise ValueError(
+                f"baseline {baseline} holds no samples of {benchmark.name}; pass one that measured it"
+            )
         there = result.header | ({"model": header["model"]} if quantised else {})
         other = [key for key in {**header, **there} if there.get(key) != header.get(key)]
         changed = [f"{key} was {there.get(key)!r}, is {header.get(key)!r}" for key in other]
         if changed:
-            raise ValueError(f"baseline {source} was made otherwise: {'; '.join(changed)}; pass one that was made alike")
+            raise ValueError(
+                f"baseline {source} was made otherwise: {'; '.join(changed)}; pass one that was made alike"
+            )
         done = {(row["question"], row["sample"]) for row in result.rows}
-        num_missing = len({(q.id, i) for q in benchmark.questions for i in range(header["num_samples"])} - done)
+        num_missing = len(
+            {(q.id, i) for q in benchmark.questions for i in range(header["num_samples"])} - done
+        )
         if num_missing:
-            raise ValueError(f"baseline {source} is unfinished, {num_missing} samples are missing; finish it with --resume")
+            raise ValueError(
+                f"baseline {source} is unfinished, {num_missing} samples are missing; finish it with --resume"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / source.name)
         found[benchmark.name] = result

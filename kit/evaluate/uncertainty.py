@@ -30,7 +30,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """The probability that k of the samples, drawn without replacement, hold a correct one: unbiased for k fresh samples
     (Chen et al., 2021). Raises ValueError for more than there are."""
     if not 1 <= k <= num_samples:
-        raise ValueError(f"k is {k} but there are {num_samples} samples per question; pass 1 <= k <= {num_samples}")
+        raise ValueError(
+            f"k is {k} but there are {num_samples} samples per question; pass 1 <= k <= {num_samples}"
+        )
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 

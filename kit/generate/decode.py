@@ -28,8 +28,12 @@ class Decoder:
         family = family_of(model.config)
         self.backbone = model.model
         self.num_heads, self.head_dim = model.config.num_attention_heads, head_dim(model.config)
-        self.layers = [_Layer(layer, family) for layer in self.backbone.layers[: model.config.num_hidden_layers]]
-        self.kinds = model.config.layer_types if family.has_windows else [None] * len(self.layers)  # each has its own rotation
+        self.layers = [
+            _Layer(layer, family) for layer in self.backbone.layers[: model.config.num_hidden_layers]
+        ]
+        self.kinds = (
+            model.config.layer_types if family.has_windows else [None] * len(self.layers)
+        )  # each has its own rotation
         self.norm = _norm(self.backbone.norm, family)
         self.signs = torch.ones(self.head_dim, dtype=model.dtype, device=model.device)
         self.signs[: self.head_dim // 2] = -1
@@ -52,11 +56,16 @@ class Decoder:
     def _attend(self, i: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache) -> Tensor:
         """(B, Hq * D)."""
         attention, Hq, D = layer.attention, self.num_heads, self.head_dim
-        q, k, v = (project(x).unflatten(-1, (-1, D)) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            project(x).unflatten(-1, (-1, D))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         heads = torch.cat([layer.norm_q(q), layer.norm_k(k)], dim=1)  # (B, Hq + Hkv, D)
         heads = torch.addcmul(heads * cos, heads.roll(D // 2, -1), sin)
         cache.write(i, heads[:, Hq:], v)
-        q = heads[:, :Hq].unflatten(1, (k.shape[1], -1))  # a group's queries are rows of one small matrix: K and V are read once
+        q = heads[:, :Hq].unflatten(
+            1, (k.shape[1], -1)
+        )  # a group's queries are rows of one small matrix: K and V are read once
         parts = [
             F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask, scale=attention.scaling)
             for rows, keys, values, mask in cache.groups(i)
@@ -105,10 +114,15 @@ def _in_one_kernel(H: int, eps: float):
 
 def _in_few_operations(H: int, eps: float):
     """On a CPU torch's rms_norm is nine operations on x, this is two, and a cast in bf16."""
-    root, floor = H**0.5, torch.tensor((H * eps) ** 0.5, dtype=torch.float64)  # rms(x) = sqrt(|x|^2 + H eps) / sqrt(H)
+    root, floor = (
+        H**0.5,
+        torch.tensor((H * eps) ** 0.5, dtype=torch.float64),
+    )  # rms(x) = sqrt(|x|^2 + H eps) / sqrt(H)
 
     def normalise(x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        length = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+        )
         return (x / (torch.hypot(length, floor) / root)).to(x.dtype)
 
     return normalise

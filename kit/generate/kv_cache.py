@@ -36,22 +36,41 @@ class SlotCache(Cache):
         self.sizes = [min(window or capacity, capacity) for window in self.windows]
         # not zeros: on a CPU memory is taken when it is first written, and most answers end long before the capacity
         self.keys = [
-            torch.empty(num_slots, config.num_key_value_heads, W, head_dim(config), dtype=weight.dtype, device=weight.device)
+            torch.empty(
+                num_slots,
+                config.num_key_value_heads,
+                W,
+                head_dim(config),
+                dtype=weight.dtype,
+                device=weight.device,
+            )
             for W in self.sizes
         ]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         heads = torch.arange(num_slots * config.num_key_value_heads, device=weight.device).view(num_slots, -1)
-        self.starts = {W: heads * W for W in self.sizes}  # where each row's heads begin, (S, Hkv), in a layer's (S * Hkv * W, D)
+        self.starts = {
+            W: heads * W for W in self.sizes
+        }  # where each row's heads begin, (S, Hkv), in a layer's (S * Hkv * W, D)
         self.zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
         self.cleared = dict.fromkeys(self.sizes, 0)  # size -> places of every row that hold no garbage
-        position_bytes = 2 * config.num_key_value_heads * head_dim(config) * weight.element_size()  # of one layer
+        position_bytes = (
+            2 * config.num_key_value_heads * head_dim(config) * weight.element_size()
+        )  # of one layer
         grouping = weight.device.type == "cpu"
-        self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf  # places whose reading another group must save
-        self.sorted_by = SORTED_BY if grouping else math.inf  # places by which rows may differ and lie in any order
+        self.min_saved = (
+            CALL_BYTES // position_bytes if grouping else math.inf
+        )  # places whose reading another group must save
+        self.sorted_by = (
+            SORTED_BY if grouping else math.inf
+        )  # places by which rows may differ and lie in any order
         # size of a layer -> for every position that the prompts leave there: its row, its place, and its token in the pack
         self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.places: dict[int, torch.Tensor] = {}  # size of a layer -> where the next position of each row and head lies in it
-        self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}  # size -> groups of rows: rows, places, mask
+        self.places: dict[
+            int, torch.Tensor
+        ] = {}  # size of a layer -> where the next position of each row and head lies in it
+        self.readers: dict[
+            int, list[tuple[slice, int, torch.Tensor]]
+        ] = {}  # size -> groups of rows: rows, places, mask
 
     def at_prefill(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
         """A pack of whole prompts comes next: row rows[i] gets the lengths[i] tokens that begin at starts[i] in the pack. Several
@@ -71,7 +90,9 @@ class SlotCache(Cache):
         for W in self.cleared:
             widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
             q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
-            mask = self._added(s > q)[:, None, None]  # (B, 1, 1, places); once q has passed W, every place is of the window
+            mask = self._added(s > q)[
+                :, None, None
+            ]  # (B, 1, 1, places); once q has passed W, every place is of the window
             self._clear(W, max(widths))
             self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
             self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
@@ -142,5 +163,7 @@ def cache_bytes(model, num_slots: int, capacity: int) -> int:
     """Bytes of the KV cache for num_slots rows of `capacity` positions (prompt and response together)."""
     config = model.config
     positions = sum(min(window or capacity, capacity) for window in layer_windows(config))
-    per_position = 2 * config.num_key_value_heads * head_dim(config) * model.get_input_embeddings().weight.element_size()
+    per_position = (
+        2 * config.num_key_value_heads * head_dim(config) * model.get_input_embeddings().weight.element_size()
+    )
     return num_slots * positions * per_position

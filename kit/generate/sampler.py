@@ -30,7 +30,9 @@ from kit.models.backbone import context_length, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
 
 SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
-PREFILL_TOKENS = 8192  # prompts are packed and read together up to this many tokens: bounds the prefill's activations
+PREFILL_TOKENS = (
+    8192  # prompts are packed and read together up to this many tokens: bounds the prefill's activations
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Completion:
     logprobs: list[float]  # of each id, under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
     text: str = ""  # set where generate was given decode
-    seconds: float = field(default=0.0, compare=False)  # from the start of its prefill to its end, beside others in the batch
+    seconds: float = field(
+        default=0.0, compare=False
+    )  # from the start of its prefill to its end, beside others in the batch
 
 
 @dataclass
@@ -67,7 +71,9 @@ class _Engine:
         self.model, self.params, self.decoder = model, params, Decoder(model)
         self.device = model.get_input_embeddings().weight.device
         self.cache = SlotCache(model, num_slots, capacity)
-        self.positions = torch.zeros(num_slots, dtype=torch.int64, device=self.device)  # where the next token is written
+        self.positions = torch.zeros(
+            num_slots, dtype=torch.int64, device=self.device
+        )  # where the next token is written
         self.tokens = torch.zeros_like(self.positions)  # the last drawn token, not yet in the cache
         self.keys = torch.zeros_like(self.positions)
         self.drawn = torch.zeros_like(self.positions)  # tokens drawn so far
@@ -79,12 +85,20 @@ class _Engine:
         self.drawn[rows] += 1
         return tokens.tolist(), logprobs.tolist()
 
-    def prefill(self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]) -> tuple[list[int], list[float]]:
+    def prefill(
+        self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]
+    ) -> tuple[list[int], list[float]]:
         """Read prompts into rows, equal ones once, and draw the first token of each row."""
         distinct = list(dict.fromkeys(prompts))
-        with torch.inference_mode(False):  # of a tensor made in inference mode every layer would look at the bounds anew
-            pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct]).to(self.device)
-        first = dict(zip(distinct, accumulate(map(len, distinct), initial=0), strict=False))  # where each prompt begins
+        with torch.inference_mode(
+            False
+        ):  # of a tensor made in inference mode every layer would look at the bounds anew
+            pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct]).to(
+                self.device
+            )
+        first = dict(
+            zip(distinct, accumulate(map(len, distinct), initial=0), strict=False)
+        )  # where each prompt begins
         starts, lengths = [first[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
         index = torch.tensor(rows, device=self.device)
         self.keys[index] = torch.tensor(keys, device=self.device)
@@ -92,7 +106,9 @@ class _Engine:
         self.drawn[index] = 0
         self.cache.at_prefill(rows, starts, lengths)
         hidden = hidden_states(self.model, pack, cache=self.cache)
-        ends = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)], device=self.device)
+        ends = torch.tensor(
+            [start + length - 1 for start, length in zip(starts, lengths, strict=True)], device=self.device
+        )
         return self._draw(index, hidden[ends])
 
     def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
@@ -184,7 +200,10 @@ def _run_slots(
                 rows = free[: len(requests)]
                 for row, request in zip(rows, requests, strict=True):
                     slots[row] = _Slot(request, len(prompts[request]))
-                yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]))
+                yield from receive(
+                    rows,
+                    *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]),
+                )
             if [slot.request for slot in slots] != arranged:
                 arrange(slots, engine, engine.cache.sorted_by)
                 arranged = [slot.request for slot in slots]
@@ -199,7 +218,9 @@ def _run_slots(
 
 def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
     if num_slots < 1:
-        raise ValueError(f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1")
+        raise ValueError(
+            f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1"
+        )
     if len(keys) != len(prompts):
         raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key a prompt")
     for i, prompt in enumerate(prompts):

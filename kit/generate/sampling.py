@@ -18,7 +18,9 @@ import torch
 # candidates looked at first, and the factor for the next look: a trained model's nucleus mostly fits in the first, and sorting
 # 262,144 logits a row would dominate
 FIRST_LOOK, WIDER = 64, 16
-RACED_AT_ONCE = 2**21  # numbers: drawing from a whole vocabulary holds 60 bytes per number, 16 MB a row of 262,144
+RACED_AT_ONCE = (
+    2**21
+)  # numbers: drawing from a whole vocabulary holds 60 bytes per number, 16 MB a row of 262,144
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     K = min(params.top_k or FIRST_LOOK, V)
     while True:
         values, token_ids = logits.topk(K, dim=-1)
-        shifted = (values if params.top_k else logits) - values[:, :1]  # by the largest: half the passes of logsumexp
+        shifted = (values if params.top_k else logits) - values[
+            :, :1
+        ]  # by the largest: half the passes of logsumexp
         # e^-80 is as good as 0 in a sum that holds a 1, and a result below 1e-38 takes a CPU sixty times as long
         probabilities = (values - values[:, :1]).exp() / shifted.clamp_(min=-80).exp_().sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
@@ -97,7 +101,9 @@ def sample(
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     at_once = max(RACED_AT_ONCE // logits.shape[-1], 1)
-    if params.top_p == 1 and not params.top_k and len(logits) > at_once:  # every row races all of the vocabulary
+    if (
+        params.top_p == 1 and not params.top_k and len(logits) > at_once
+    ):  # every row races all of the vocabulary
         parts = zip(*(x.split(at_once) for x in (logits, keys, positions)), strict=True)
         tokens, logprobs = zip(*(sample(some, params, *streams) for some, *streams in parts), strict=True)
         return torch.cat(tokens), torch.cat(logprobs)

@@ -30,9 +30,14 @@ class VllmModel:
         import vllm
 
         self.vllm, self.name, self.version = vllm, name, vllm.__version__
-        self.engine = vllm.LLM(model=name, max_num_seqs=num_slots, logprobs_mode="processed_logprobs").llm_engine
+        self.engine = vllm.LLM(
+            model=name, max_num_seqs=num_slots, logprobs_mode="processed_logprobs"
+        ).llm_engine
         settings = self.engine.model_config
-        self.dtype, self.config = settings.dtype, SimpleNamespace(max_position_embeddings=settings.max_model_len)
+        self.dtype, self.config = (
+            settings.dtype,
+            SimpleNamespace(max_position_embeddings=settings.max_model_len),
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -21,17 +21,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kit.grade", description="Is this answer right?")
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
-    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds after which the verdict is `unknown`")
+    parser.add_argument(
+        "--deadline", type=float, default=DEADLINE, help="seconds after which the verdict is `unknown`"
+    )
     parser.add_argument("--percent", default="either", choices=("either", "value"))
     parser.add_argument("--units", default="known", choices=("known", "ignore", "required"))
     parser.add_argument("--order", default="free", choices=("free", "strict"))
     parser.add_argument(
-        "--rounding", type=int, default=4, help="significant digits from which a decimal may be rounded; 0: never"
+        "--rounding",
+        type=int,
+        default=4,
+        help="significant digits from which a decimal may be rounded; 0: never",
     )
     settings = vars(parser.parse_args(arguments))
     settings["rounding"] = settings["rounding"] or None
     paper = grade_as_paper(settings["gold"], settings["prediction"], deadline=settings["deadline"])
-    rows = {**asdict(grade(**settings)), "paper": f"{paper.verdict} ({paper.rule}: {paper.gold} against {paper.prediction})"}
+    rows = {
+        **asdict(grade(**settings)),
+        "paper": f"{paper.verdict} ({paper.rule}: {paper.gold} against {paper.prediction})",
+    }
     for name, value in rows.items():
         print(f"{name:<11}", str(value).encode("utf-8", "backslashreplace").decode())
 

@@ -9,7 +9,9 @@ _STATED = re.compile(
     rf"[\s*\"']*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{{1,3}})?{_LETTER}"
     r"(?!\s{0,3}(?:and|or|et|ou|,|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
 )
-_LEADING = re.compile(r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))")
+_LEADING = re.compile(
+    r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))"
+)
 _NOUN = r"(?:the\s)?(?:(?:correct|right|best)\s)?(?:[Oo]ption|[Cc]hoice|[Aa]nswer|[Ll]etter|选项|opción)"
 _OTHER = r"(?!\)?\*{0,2}\s{0,3}(?:and|or|et|ou|,|&|/|和|或)\s{0,3}\(?[A-J](?![a-z]))"
 _CHOSEN = re.compile(
@@ -21,7 +23,9 @@ _CHOSEN = re.compile(
     rf"|\b(?:[Ii]t['’]?s|is|[Tt]herefore|[Tt]hus|[Ss]o|[Hh]ence)[,:]?\s{_LETTER}[\s.*)]*\Z"
 )
 _NAMED = re.compile(rf"{_NOUN}\s?:?\s?{_LETTER}{_OTHER}")
-_REFUSED = re.compile(r"(?:\bnot|neither|nor|than|n't|reject|eliminate|exclude|rule out|unlike|without|不|非)\s?(?:the\s)?$")
+_REFUSED = re.compile(
+    r"(?:\bnot|neither|nor|than|n't|reject|eliminate|exclude|rule out|unlike|without|不|非)\s?(?:the\s)?$"
+)
 _FAILS = re.compile(
     r"\)?\*{0,2}[\s,]{1,3}(?:(?:is|are|was|does|can|seems|would be)\s?)?(?:also\s)?"
     r"(?:wrong|incorrect|not|n't|false|too|out|fails?|impossible)"
@@ -68,5 +72,6 @@ def _letters(pattern: re.Pattern, text: str) -> list[str]:
     return [
         next(filter(None, match.groups()))
         for match in pattern.finditer(text)
-        if not _REFUSED.search(text, max(0, match.start() - 20), match.start()) and not _FAILS.match(text, match.end())
+        if not _REFUSED.search(text, max(0, match.start() - 20), match.start())
+        and not _FAILS.match(text, match.end())
     ]

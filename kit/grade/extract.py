@@ -38,11 +38,17 @@ _STATEMENT = re.compile(
     "|".join(
         _openings(r"final\s{1,3}answer", _HEADS)
         + [p for word in ("answer", "option", "choice", "antwort") for p in _openings(word, _STATES)]
-        + [p for word in ("réponse", "respuesta", "resposta", "risposta", "ответ") for p in _openings(word, _ADJECTIVE + _STATES)]
+        + [
+            p
+            for word in ("réponse", "respuesta", "resposta", "risposta", "ответ")
+            for p in _openings(word, _ADJECTIVE + _STATES)
+        ]
         + [word + _STATES for word in ("答案", "答え", "正解", "정답", "답", "الجواب", "الإجابة")]
     )
 )
-_OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')  # a backslash only where it escapes a sign: not that of \frac or \(
+_OPENING = re.compile(
+    r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+'
+)  # a backslash only where it escapes a sign: not that of \frac or \(
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _CONTRAST = re.compile(  # what follows explains the answer, or says what it is not
     r"[\s,;，；]{1,4}(?:because|since|which|not|rather than|instead of|no|non|nicht"
@@ -148,7 +154,11 @@ def _last_box(text: str) -> tuple[str, int] | None:
     for match in _BRACES.finditer(text):
         sign = match[0]
         if sign == "{":
-            stack.append(match.end() if 0 <= waiting <= match.start() and not text[waiting : match.start()].strip() else -1)
+            stack.append(
+                match.end()
+                if 0 <= waiting <= match.start() and not text[waiting : match.start()].strip()
+                else -1
+            )
             waiting = -1
         elif sign == "}":
             start = stack.pop() if stack else -1
@@ -188,7 +198,9 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
     head = _CONTRAST.split(sentence, maxsplit=1)[0].rstrip(" ,;*")
     if head != sentence and head and not final:
         number = NUMBER.match(head)
-        if is_bare(head) or (number and number[0] and not any(sign.isdigit() for sign in head[number.end() :])):
+        if is_bare(head) or (
+            number and number[0] and not any(sign.isdigit() for sign in head[number.end() :])
+        ):
             sentence = head
     if is_bare(sentence) and (not final or any(sign.isdigit() or sign in "$\\" for sign in sentence)):
         return sentence

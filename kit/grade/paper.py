@@ -55,12 +55,18 @@ def grade_as_paper(gold: str, prediction: str, *, deadline: float = 5.0) -> Pape
     """
     extracted = extract(prediction)
     if max(len(gold), len(extracted)) > MAX_CHARS:
-        return PaperVerdict("unknown", f"too large: an answer of more than {MAX_CHARS:,} characters", gold, extracted)
-    reference, answer = (normalise(normalise(text)) for text in (gold, extracted))  # twice, as there: once bares more
+        return PaperVerdict(
+            "unknown", f"too large: an answer of more than {MAX_CHARS:,} characters", gold, extracted
+        )
+    reference, answer = (
+        normalise(normalise(text)) for text in (gold, extracted)
+    )  # twice, as there: once bares more
     if reference in CHOICES and answer not in CHOICES:
         answer = choice_in(prediction)
     elif reference and not set(reference) - CHOICES:
-        answer = "".join(letter for letter in answer if letter in CHOICES) if set(answer) - CHOICES else answer
+        answer = (
+            "".join(letter for letter in answer if letter in CHOICES) if set(answer) - CHOICES else answer
+        )
     comparison = _Comparison(time.monotonic() + deadline)
     try:
         same = comparison.same(answer, reference)
@@ -109,14 +115,18 @@ class _Comparison:
         if reference in CHOICES and (LETTER.findall(answer.upper()) or [""])[-1] == reference:
             return self.decide("choice", True)
         numbers = number(answer), number(reference)
-        if None not in numbers and any(close(numbers[0], numbers[1] * factor) for factor in (1, 100, Fraction(1, 100))):
+        if None not in numbers and any(
+            close(numbers[0], numbers[1] * factor) for factor in (1, 100, Fraction(1, 100))
+        ):
             return self.decide("number" if close(*numbers) else "number times 100", True)
         if not answer:
             return self.decide("no answer", False)
         if _without_brackets(answer, reference):
             return self.decide("same text without brackets", True)
         if all(_is_tuple(side) for side in (answer, reference)):
-            return self.decide("tuple", self.same_parts(answer[1:-1].split(","), reference[1:-1].split(","), depth))
+            return self.decide(
+                "tuple", self.same_parts(answer[1:-1].split(","), reference[1:-1].split(","), depth)
+            )
         rows = [_rows(side) for side in (answer, reference)]
         if None not in rows:
             shapes = [[len(row) for row in side] for side in rows]
@@ -125,7 +135,9 @@ class _Comparison:
         return self.same_formula(answer, reference, depth)
 
     def same_parts(self, left: list[str], right: list[str], depth: int) -> bool:
-        return len(left) == len(right) and all(self.same(a, b, depth + 1) for a, b in zip(left, right, strict=True))
+        return len(left) == len(right) and all(
+            self.same(a, b, depth + 1) for a, b in zip(left, right, strict=True)
+        )
 
     def same_formula(self, answer: str, reference: str, depth: int) -> bool:
         sides = [text.split("=") for text in (answer, reference)]
@@ -149,7 +161,9 @@ class _Comparison:
 
     def read(self, text: str) -> Node | None:
         """The tree of the longest beginning that is a formula, or None; pi, e and i are symbols."""
-        text = re.sub(r"(?<=[0-9])(?=\\frac)", r"\\cdot ", re.sub(r"(?<=[0-9])_(?:[0-9]|\{[^{}]*\})", "", text))
+        text = re.sub(
+            r"(?<=[0-9])(?=\\frac)", r"\\cdot ", re.sub(r"(?<=[0-9])_(?:[0-9]|\{[^{}]*\})", "", text)
+        )
         try:
             return _symbolic(Parser(text, self.deadline_at).relation())
         except ParseError:
@@ -161,17 +175,25 @@ class _Comparison:
         if "rel" in (a[0], b[0]):
             relations = [_flipped(side) for side in (a, b)]
             alike = a[0] == b[0] and relations[0][0] == relations[1][0] and len(a[2]) == len(b[2])
-            same = alike and all(self.same_tree(x, y) for x, y in zip(relations[0][1], relations[1][1], strict=True))
+            same = alike and all(
+                self.same_tree(x, y) for x, y in zip(relations[0][1], relations[1][1], strict=True)
+            )
             return self.decide("inequality", same)
         try:
             if symbols(a) or symbols(b):
                 same = same_function(a, b, self.budget)
-                return self.decide("identity at random points", same) if same is not None else self.prove(a, b)
+                return (
+                    self.decide("identity at random points", same) if same is not None else self.prove(a, b)
+                )
             return self.same_value(a, b)
         except Undefined:
             return self.decide("undefined", False)
         except NotNumeric:
-            return self.prove(a, b) if contains(a, "big") or contains(b, "big") else self.decide("no formula", False)
+            return (
+                self.prove(a, b)
+                if contains(a, "big") or contains(b, "big")
+                else self.decide("no formula", False)
+            )
 
     def same_value(self, a: Node, b: Node) -> bool:
         evaluator = Evaluator(50, self.budget)
@@ -180,7 +202,9 @@ class _Comparison:
             values = [evaluator.real(value) for value in values]
             if any(evaluator.mp.im(value) for value in values):
                 return self.decide("number", same_number(a, b, self.budget))
-            return self.decide("number", bool(abs(values[0] - values[1]) <= max(map(abs, values)) / TOLERANCE.denominator))
+            return self.decide(
+                "number", bool(abs(values[0] - values[1]) <= max(map(abs, values)) / TOLERANCE.denominator)
+            )
         return self.decide("number", close(*values))
 
     def prove(self, a: Node, b: Node) -> bool:

@@ -46,7 +46,9 @@ def _box(rest: str) -> str:
 def choice_in(response: str) -> str:
     """The letter of a multiple choice: the first after "answer is" or "choice is", else the last in the response."""
     repeated = any(response.count(phrase) > 1 for phrase in ("answer is", "choice is"))
-    parts = re.split(r"choice is|answer is", response.strip("\n").partition("\n\n")[0] if repeated else response)
+    parts = re.split(
+        r"choice is|answer is", response.strip("\n").partition("\n\n")[0] if repeated else response
+    )
     letters = LETTER.findall(parts[-1].upper())
     if letters:
         return letters[0 if len(parts) > 1 else -1]

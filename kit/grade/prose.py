@@ -8,7 +8,9 @@ from kit.grade.reading.tokens import clean
 from kit.grade.reading.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
 
 MAX_SENTENCE = 200  # characters before the last value in which its sentence is looked for
-MAX_SPANS = 12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer
+MAX_SPANS = (
+    12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer
+)
 
 SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)\.(?=\s|$)|。|<\|")
 _COPULA = re.compile(
@@ -23,7 +25,9 @@ NUMBER = re.compile(
     r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\s)[0-9]{3})+(?![0-9])|[0-9]+)?(?:(?<=[0-9])[.,][0-9]+|(?<![0-9])\.[0-9]+|(?<=[0-9]))"
     r"(?:/[0-9]+(?![0-9])|(?:(?:\s:\s|:)[0-9]+)+)?(?:\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)s?\b)?"
 )
-_TEXT_GROUP = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}")
+_TEXT_GROUP = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}"
+)
 _WORDS = re.compile(r"[^\W\d_]+")
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
 _CONNECTIVES = frozenset(("and", "or"))
@@ -53,7 +57,13 @@ def is_bare(text: str) -> bool:
         lower = word.lower()
         if lower in _PROSE or not word.isascii():
             return False
-        if len(word) >= 4 and not word.isupper() and lower not in _MATH_WORDS and lower not in UNITS and word not in _MATH_WORDS:
+        if (
+            len(word) >= 4
+            and not word.isupper()
+            and lower not in _MATH_WORDS
+            and lower not in UNITS
+            and word not in _MATH_WORDS
+        ):
             return False
     return True
 
@@ -79,7 +89,10 @@ def _predicate(text: str, position: int) -> str | None:
     """What the sentence around the last value says to its end, where that is mathematics: the solutions are 1, 3 and 5."""
     if position < 0:
         return None
-    start = max((match.end() for match in SENTENCE_END.finditer(text, max(0, position - MAX_SENTENCE), position)), default=0)
+    start = max(
+        (match.end() for match in SENTENCE_END.finditer(text, max(0, position - MAX_SENTENCE), position)),
+        default=0,
+    )
     start = max(start, position - MAX_SENTENCE)
     end = SENTENCE_END.search(text, position)
     sentence = text[start : end.start() if end else len(text)][: 2 * MAX_SENTENCE].rstrip(" *")
@@ -99,7 +112,8 @@ def _predicate(text: str, position: int) -> str | None:
 def _is_plain(text: str) -> bool:
     """Whether the words of a bare text are all mathematics: single letters, functions, units."""
     return all(
-        len(word) == 1 or word.isupper() or word.lower() in _MATH_WORDS or word.lower() in UNITS for word in _words_of(text)
+        len(word) == 1 or word.isupper() or word.lower() in _MATH_WORDS or word.lower() in UNITS
+        for word in _words_of(text)
     )
 
 

@@ -26,18 +26,28 @@ SHOWN = 160  # characters of an answer in a line of the list
 def read_samples(path: Path) -> list[dict]:
     """The rows of a file of samples, its header first. ValueError naming a line that is no sample. The file is left as it is."""
     if not path.is_file():
-        raise ValueError(f"no file {path} here (working directory {Path.cwd()}); pass a file that an evaluation wrote")
+        raise ValueError(
+            f"no file {path} here (working directory {Path.cwd()}); pass a file that an evaluation wrote"
+        )
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n")
     if lines.pop():
-        raise ValueError(f"{path}:{len(lines) + 1} is half a line: the run is still going on, or was killed; resume it first")
+        raise ValueError(
+            f"{path}:{len(lines) + 1} is half a line: the run is still going on, or was killed; resume it first"
+        )
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line to go on without it") from error
-        if not isinstance(row, dict) or not ("header" in row or (_reference(row) and isinstance(row.get("text"), str))):
-            raise ValueError(f"{path}:{number} is no sample: it needs `text` and `answer`; pass a file that an evaluation wrote")
+            raise ValueError(
+                f"{path}:{number} is not JSON ({error}); delete that line to go on without it"
+            ) from error
+        if not isinstance(row, dict) or not (
+            "header" in row or (_reference(row) and isinstance(row.get("text"), str))
+        ):
+            raise ValueError(
+                f"{path}:{number} is no sample: it needs `text` and `answer`; pass a file that an evaluation wrote"
+            )
         rows.append(row)
     return rows
 
@@ -70,7 +80,9 @@ def load_peer(name: str) -> Callable[[str, str], bool]:
         ) from error
 
     def judge(gold: str, text: str) -> bool:
-        return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(text)))  # its time limits hold in the main thread only
+        return bool(
+            verify(parse(rf"\boxed{{{gold}}}"), parse(text))
+        )  # its time limits hold in the main thread only
 
     return judge
 
@@ -78,18 +90,24 @@ def load_peer(name: str) -> Callable[[str, str], bool]:
 def main(arguments: list[str] | None = None) -> dict:
     """The command line. Returns the counts that it prints."""
     parser = argparse.ArgumentParser(
-        prog="python -m kit.grade regrade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kit.grade regrade",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="samples, as kit/evaluate/measure.py writes them")
     parser.add_argument("--out", type=Path, help="a new file for the rows with the new verdicts")
     parser.add_argument("--in_place", action="store_true", help="replace the file itself")
     parser.add_argument("--compare", default="", help=f"list where a peer disagrees: {', '.join(PEERS)}")
-    parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds after which a verdict is `unknown`")
+    parser.add_argument(
+        "--deadline", type=float, default=DEADLINE, help="seconds after which a verdict is `unknown`"
+    )
     config = parser.parse_args(arguments)
     if config.out and config.in_place:
         raise ValueError(f"--out {config.out} and --in_place exclude each other; leave one out")
     if config.out and config.out.exists():
-        raise ValueError(f"--out {config.out} exists; pass the name of a new file, or --in_place to replace {config.file}")
+        raise ValueError(
+            f"--out {config.out} exists; pass the name of a new file, or --in_place to replace {config.file}"
+        )
     peer = load_peer(config.compare) if config.compare else None
 
     before = read_samples(config.file)
@@ -99,13 +117,20 @@ def main(arguments: list[str] | None = None) -> dict:
     paper = Counter((old.get("paper_verdict"), new["paper_verdict"]) for old, new in samples)
     changed = sum(n for (old, new), n in counts.items() if old != new)
     paper_changed = sum(n for (old, new), n in paper.items() if old != new)
-    print(f"{config.file}: {len(samples)} samples, {changed} verdicts changed, {paper_changed} of the paper's")
+    print(
+        f"{config.file}: {len(samples)} samples, {changed} verdicts changed, {paper_changed} of the paper's"
+    )
     for old, new in samples:
         if (old.get("verdict"), old.get("paper_verdict")) != (new["verdict"], new["paper_verdict"]):
-            _show(new, f"{old.get('verdict')} -> {new['verdict']}, paper {old.get('paper_verdict')} -> {new['paper_verdict']}")
+            _show(
+                new,
+                f"{old.get('verdict')} -> {new['verdict']}, paper {old.get('paper_verdict')} -> {new['paper_verdict']}",
+            )
     bare = sum("answer" not in old for old, _ in samples)
     if bare:
-        print(f"{bare} rows hold no `answer`: they were graded against their `gold`, which is its normal form")
+        print(
+            f"{bare} rows hold no `answer`: they were graded against their `gold`, which is its normal form"
+        )
     result = {"samples": len(samples), "changed": changed, "paper_changed": paper_changed}
     if peer:
         disagreements = compare([new for _, new in samples], peer)

@@ -73,7 +73,9 @@ _BOX_LIST = re.compile(r"(?:\\[()\[\]]|[\s$,;.&]|\band\b|\bor\b|\\text\s*\{\s*(?
 def gold_answer(gold: str) -> str:
     """The reference answer in a gold that may be an answer, several boxed answers, or a whole reference solution."""
     if not isinstance(gold, str) or not gold.strip():
-        raise ValueError(f"gold={gold!r}: the reference answer must be a text that is not empty; pass str(answer)")
+        raise ValueError(
+            f"gold={gold!r}: the reference answer must be a text that is not empty; pass str(answer)"
+        )
     if _BOX_OPENING.search(gold):
         if gold.lstrip().startswith("\\") and gold.count("boxed") == 1 and gold.count("{") > gold.count("}"):
             return _BOX_OPENING.sub("", gold)  # a reference answer cut off before its closing brace
@@ -119,7 +121,9 @@ def grade(
     `rounding`: significant digits from which a decimal stands for the exact value that rounds to it (4), or None for never.
     """
     if not isinstance(prediction, str):
-        raise ValueError(f"gold={gold!r}, prediction={prediction!r}: a prediction must be a text; pass str(prediction)")
+        raise ValueError(
+            f"gold={gold!r}, prediction={prediction!r}: a prediction must be a text; pass str(prediction)"
+        )
     options = DEFAULTS
     if not (percent == "either" and units == "known" and order == "free" and rounding == 4):
         options = Options(percent, units, order, rounding)
@@ -136,7 +140,9 @@ def grade(
     if answer.startswith("$") and answer.find("$", 1) == len(answer) - 1 and answer[-2] != "\\":
         bare = answer[1:-1]
     prepared = _prepare(bare) if len(bare) < 200 else _prepare.__wrapped__(bare)
-    verdict, tier, rule = _decide(reference, bare, (gold_text, gold_number, gold_choice), prepared, options, deadline)
+    verdict, tier, rule = _decide(
+        reference, bare, (gold_text, gold_number, gold_choice), prepared, options, deadline
+    )
     return Verdict(verdict, tier, rule, gold_text, prepared[0], answer, place)
 
 
@@ -145,14 +151,18 @@ def equal(a: str, b: str, *, options: Options = DEFAULTS, deadline: float = DEAD
     return _decide(a, b, _prepare(a), _prepare(b), options, deadline)
 
 
-def _decide(a: str, b: str, prepared_a: tuple, prepared_b: tuple, options: Options, deadline: float) -> tuple[str, int, str]:
+def _decide(
+    a: str, b: str, prepared_a: tuple, prepared_b: tuple, options: Options, deadline: float
+) -> tuple[str, int, str]:
     (text_a, number_a, choice_a), (text_b, number_b, choice_b) = prepared_a, prepared_b
     if text_a == text_b:
         return "correct", 0, "same text"
     if number_a and number_b:
         if number_a[0] * number_b[1] == number_b[0] * number_a[1]:
             return "correct", 0, "number"
-        if number_a[2] == number_b[2] and max(len(text_a), len(text_b)) < 15:  # else one may be the other, rounded
+        if (
+            number_a[2] == number_b[2] and max(len(text_a), len(text_b)) < 15
+        ):  # else one may be the other, rounded
             return "wrong", 0, "number"
     if text_a.casefold() == text_b.casefold() and _WORD.fullmatch(text_a) and _WORD.fullmatch(text_b):
         return "correct", 0, "same text"
@@ -164,7 +174,9 @@ def _decide(a: str, b: str, prepared_a: tuple, prepared_b: tuple, options: Optio
     return _decide_by_value(a, b, text_a, text_b, options, time.monotonic() + deadline)
 
 
-def _decide_by_value(a: str, b: str, text_a: str, text_b: str, options: Options, deadline_at: float) -> tuple[str, int, str]:
+def _decide_by_value(
+    a: str, b: str, text_a: str, text_b: str, options: Options, deadline_at: float
+) -> tuple[str, int, str]:
     tier = 1
 
     def prove_in_worker(left, right) -> bool:

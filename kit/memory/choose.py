@@ -28,7 +28,11 @@ LADDER = (
     {"head_update": "blocked"},
     {"offload_optimizer": True},
 )
-NOT_FOR_ADAPTERS = {"head_update", "offload_optimizer", "update_in_backward"}  # no head gradient, few states, few gradients
+NOT_FOR_ADAPTERS = {
+    "head_update",
+    "offload_optimizer",
+    "update_in_backward",
+}  # no head gradient, few states, few gradients
 WORTH_A_TRY = 1.1  # of the card, by the formula, which is good to a tenth
 WIDER_TILES = (
     8192,
@@ -42,7 +46,9 @@ def ladder_steps(config: PreTrainedConfig, qlora_rank: int = 0) -> list[Savings]
     """The ladder for this model. An untied head has no blocks."""
     found, settings = [], {}
     for step in LADDER:
-        if (qlora_rank and step.keys() & NOT_FOR_ADAPTERS) or ("head_update" in step and not config.tie_word_embeddings):
+        if (qlora_rank and step.keys() & NOT_FOR_ADAPTERS) or (
+            "head_update" in step and not config.tie_word_embeddings
+        ):
             continue
         settings |= step
         found.append(Savings(**settings))
@@ -95,7 +101,13 @@ def _without_the_needless(config: PreTrainedConfig, found: Plan, gpu_gb: float, 
             for s, n in ((found.savings, found.rows), (savings, num_rows))
         )
         if card_bytes(round(found.peak * without / now)) <= WORTH_A_TRY * gpu_gb * GIB:
-            lighter = plan(found.model, row_tokens=found.row_tokens, savings=savings, qlora_rank=found.qlora_rank, rows=num_rows)
+            lighter = plan(
+                found.model,
+                row_tokens=found.row_tokens,
+                savings=savings,
+                qlora_rank=found.qlora_rank,
+                rows=num_rows,
+            )
             found = lighter if lighter.fits(gpu_gb) else found
 
 
@@ -104,7 +116,13 @@ def _with_wider_tiles(found: Plan, gpu_gb: float) -> Plan:
     for tile_tokens in WIDER_TILES if found.savings.tile_tokens else ():
         if found.savings.tile_tokens < tile_tokens < found.row_tokens:
             savings = replace(found.savings, tile_tokens=tile_tokens)
-            wider = plan(found.model, row_tokens=found.row_tokens, savings=savings, qlora_rank=found.qlora_rank, rows=found.rows)
+            wider = plan(
+                found.model,
+                row_tokens=found.row_tokens,
+                savings=savings,
+                qlora_rank=found.qlora_rank,
+                rows=found.rows,
+            )
             if wider.fits(gpu_gb):
                 return wider
     return found
@@ -116,7 +134,12 @@ def _switched_on(savings: Savings) -> list[tuple[str, object]]:
 
 def _ways(config: PreTrainedConfig, found: Plan, gpu_gb: float, rows: int) -> Iterator[str]:
     """What fits where the leanest settings at this length do not, each simulated before it is promised."""
-    what = {"model": found.model, "savings": found.savings, "qlora_rank": found.qlora_rank, "rows": found.rows}
+    what = {
+        "model": found.model,
+        "savings": found.savings,
+        "qlora_rank": found.qlora_rank,
+        "rows": found.rows,
+    }
     fits, too_many = 0, -(-found.row_tokens // SHORTER)
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -129,7 +152,9 @@ def _ways(config: PreTrainedConfig, found: Plan, gpu_gb: float, rows: int) -> It
         yield f"--row_tokens {fits * SHORTER}"
     if not found.qlora_rank:
         leanest = ladder_steps(config, QLORA_RANK)[-1]
-        adapters = plan(found.model, row_tokens=found.row_tokens, savings=leanest, qlora_rank=QLORA_RANK, rows=rows)
+        adapters = plan(
+            found.model, row_tokens=found.row_tokens, savings=leanest, qlora_rank=QLORA_RANK, rows=rows
+        )
         if adapters.fits(gpu_gb):
             yield f"--qlora_rank {QLORA_RANK}"
     yield next((f"a card of {gb} GB" for gb in CARDS if found.fits(gb)), "a smaller --model")
@@ -146,12 +171,18 @@ def suggest_savings(planned: Plan) -> str:
     off.sort(key=lambda switch: seconds.get(switch[0], 0.0))
     if not savings.recompute:  # what others need
         off.insert(0, ("recompute", True))
-    lines = ["  for less, cheapest first, each with those above it (by the formula; seconds estimated):"] if off else []
+    lines = (
+        ["  for less, cheapest first, each with those above it (by the formula; seconds estimated):"]
+        if off
+        else []
+    )
     for name, value in off:
         savings = replace(savings, **{name: value})
         num_rows = rows_of(savings, planned.rows)
         total = formula_total(config, planned.row_tokens, savings, planned.qlora_rank, rows=num_rows)
-        longer = f"{seconds.get(name, 0.0):.2f} s per step" if name != "update_in_backward" else "one row per step"
+        longer = (
+            f"{seconds.get(name, 0.0):.2f} s per step" if name != "update_in_backward" else "one row per step"
+        )
         lines.append(f"    {as_flags({name: value}):<24}{total / GIB:7.2f} GiB, {longer}")
     return "\n".join(lines)
 

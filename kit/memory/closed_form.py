@@ -19,12 +19,16 @@ from kit.train.optimizer import AdamW8bit
 from kit.train.savings import Savings
 
 
-def formula_total(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_rank: int = 0, *, rows: int = 1) -> int:
+def formula_total(
+    config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_rank: int = 0, *, rows: int = 1
+) -> int:
     """Plan.total by the formula."""
     return card_bytes(sum(formula(config, row_tokens, savings, qlora_rank, rows=rows).values()))
 
 
-def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_rank: int = 0, *, rows: int = 1) -> dict[str, int]:
+def formula(
+    config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_rank: int = 0, *, rows: int = 1
+) -> dict[str, int]:
     """Bytes of each owner at the worst moment, for bf16 weights. rows: of a step; from the second one on, a row's loss finds the
     gradients of those before it."""
     T, sizes = row_tokens, Sizes.of(config)
@@ -48,7 +52,9 @@ def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_r
     else:
         layer += 2 * H * intermediate  # one weight, dequantised
     inputs = row * (2 if savings.offload_inputs else L + 1)
-    if not savings.recompute:  # the norms' inputs in fp32, what they make of them, their outputs; q, k, v, out; a tile's four
+    if (
+        not savings.recompute
+    ):  # the norms' inputs in fp32, what they make of them, their outputs; q, k, v, out; a tile's four
         inputs = L * T * (16 * H + 4 * (q + kv) + 8 * intermediate)
     chunk = rows_per_chunk(T, V, H, 2, savings.logit_rows) * 2 * (V + 3 * H)
     norm_graph = 0 if savings.recompute else 5 * row  # the last norm's, two fp32 copies and a bf16 one
@@ -60,13 +66,19 @@ def formula(config: PreTrainedConfig, row_tokens: int, savings: Savings, qlora_r
     }
     if rows > 1:
         at_loss[live_bytes.GRADIENTS] = gradients
-    in_layer = {live_bytes.INPUTS: inputs, live_bytes.LAYER: layer, live_bytes.HEAD: 2 * V * H if whole else 0}
+    in_layer = {
+        live_bytes.INPUTS: inputs,
+        live_bytes.LAYER: layer,
+        live_bytes.HEAD: 2 * V * H if whole else 0,
+    }
     if not savings.update_in_backward:
         in_layer[live_bytes.GRADIENTS] = gradients - in_layer[live_bytes.HEAD]
     block = min(V, BLOCK_BYTES // (2 * T + 4 * H)) * (2 * T + 4 * H)
     in_head = {} if whole or qlora_rank else {live_bytes.HEAD: block, live_bytes.REST: 6 * row}
     in_update = {}
-    if savings.optimizer == "adamw":  # its step takes four fp32 copies of one parameter, of which the largest is the head
+    if (
+        savings.optimizer == "adamw"
+    ):  # its step takes four fp32 copies of one parameter, of which the largest is the head
         in_update = {live_bytes.GRADIENTS: gradients, live_bytes.REST: 0 if qlora_rank else 16 * V * H}
     worst = max(at_loss, in_layer, in_head, in_update, key=lambda owners: sum(owners.values()))
     return {live_bytes.WEIGHTS: weights, live_bytes.OPTIMIZER: states} | worst

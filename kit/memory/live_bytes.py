@@ -26,7 +26,9 @@ class LiveBytes(TorchDispatchMode):
         self.live: dict[int, int] = {}  # storage -> bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "prim":  # questions, such as which device: more than half of all calls on fake tensors
+        if (
+            func.namespace == "prim"
+        ):  # questions, such as which device: more than half of all calls on fake tensors
             return func(*args, **(kwargs or {}))
         given = set(_storages((*args, *(kwargs or {}).values())))
         out = func(*args, **(kwargs or {}))
@@ -61,7 +63,13 @@ def _storages(arguments: Iterable) -> Iterator[int]:
 ROUNDING = 512  # bytes: the CUDA allocator's smallest unit
 HOST = "CPU memory"
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
-INPUTS, LAYER, HEAD, LOGITS, REST = "layer inputs", "one layer", "head gradient", "logits chunk", "rows of the loss"
+INPUTS, LAYER, HEAD, LOGITS, REST = (
+    "layer inputs",
+    "one layer",
+    "head gradient",
+    "logits chunk",
+    "rows of the loss",
+)
 
 
 class Ledger(LiveBytes):
@@ -135,7 +143,9 @@ class Ledger(LiveBytes):
         for i, layer in enumerate(layers):
             # the feed-forward's norms and tiles belong to the layer whose attention ran last
             yield layer.self_attn.register_forward_pre_hook(
-                lambda *_, i=i: at(f"{'forward' if self.phase.startswith('forward') else 'backward'}, layer {i + 1}", LAYER)
+                lambda *_, i=i: at(
+                    f"{'forward' if self.phase.startswith('forward') else 'backward'}, layer {i + 1}", LAYER
+                )
             )
             yield layer.register_forward_hook(lambda module, args, out: self._layer_done(out))
         for parameter in model.parameters():

@@ -56,10 +56,14 @@ class PeakMemory:
         """What to say of a step that ran out of memory. newest: the last checkpoint."""
         planned = self.planned
         view = (
-            "no plan was made" if planned is None else f"the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}"
+            "no plan was made"
+            if planned is None
+            else f"the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}"
         )
         last = (
-            "" if self.gib is None else f"; the steps before peaked at {self.gib:.2f} GiB, {self.reserved_gib:.2f} GiB reserved"
+            ""
+            if self.gib is None
+            else f"; the steps before peaked at {self.gib:.2f} GiB, {self.reserved_gib:.2f} GiB reserved"
         )
         return ValueError(
             f"step {step} ran out of memory: {view}{last}. Pass --gpu_gb with the card's size in GiB to have leaner settings "

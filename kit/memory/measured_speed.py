@@ -30,20 +30,27 @@ class Measured:
         return f"{self.tokens_per_second:,.0f} tokens/s ({how}, {self.folder})"
 
 
-def training_speed(model: str, savings: Savings, qlora_rank: int, *, checks: Path = CHECKS) -> Measured | None:
+def training_speed(
+    model: str, savings: Savings, qlora_rank: int, *, checks: Path = CHECKS
+) -> Measured | None:
     """The newest measured training speed of this model on this card, with the settings nearest to `savings`; None if none is."""
     found = []
     for folder, row in _rows(checks, model, "savings"):
         if bool(row["qlora_rank"]) == bool(qlora_rank):
-            differs = {name: value for name, value in row["savings"].items() if value != asdict(savings).get(name)}
+            differs = {
+                name: value for name, value in row["savings"].items() if value != asdict(savings).get(name)
+            }
             found.append((len(differs), Measured(row["tokens_per_second"], folder, as_flags(differs))))
-    return min(found, key=lambda pair: pair[0])[1] if found else None  # of equals the newest, which comes first
+    return (
+        min(found, key=lambda pair: pair[0])[1] if found else None
+    )  # of equals the newest, which comes first
 
 
 def sampling_speed(model: str, num_slots: int, *, checks: Path = CHECKS) -> Measured | None:
     """The newest measured sampling speed of this model on this card, with the number of rows nearest to num_slots."""
     found = [
-        (abs(row["num_slots"] - num_slots), row["num_slots"], row, folder) for folder, row in _rows(checks, model, "num_slots")
+        (abs(row["num_slots"] - num_slots), row["num_slots"], row, folder)
+        for folder, row in _rows(checks, model, "num_slots")
     ]
     if not found:
         return None
@@ -51,13 +58,17 @@ def sampling_speed(model: str, num_slots: int, *, checks: Path = CHECKS) -> Meas
     return Measured(row["tokens_per_second"], folder, "" if slots == num_slots else f"--num_slots {slots}")
 
 
-def training_time(model: str, savings: Savings, qlora_rank: int, tokens: int, *, checks: Path = CHECKS) -> str:
+def training_time(
+    model: str, savings: Savings, qlora_rank: int, tokens: int, *, checks: Path = CHECKS
+) -> str:
     """What training on so many tokens takes, as words for a recipe to print."""
     found = training_speed(model, savings, qlora_rank, checks=checks)
     return f"{_hours(tokens / found.tokens_per_second)} at {found}" if found else _not_known(model, "steps")
 
 
-def sampling_time(model: str, samples: int, max_new_tokens: int, num_slots: int, *, checks: Path = CHECKS) -> str:
+def sampling_time(
+    model: str, samples: int, max_new_tokens: int, num_slots: int, *, checks: Path = CHECKS
+) -> str:
     """What so many responses take at most, as words for a recipe to print: no response is taken to end early."""
     found = sampling_speed(model, num_slots, checks=checks)
     if found is None:
@@ -81,5 +92,10 @@ def _rows(checks: Path, model: str, key: str):
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     for folder in sorted(checks.glob("[0-9]*"), reverse=True):
         for row in Journal(folder / "results.jsonl").read():
-            if row.get("model") == model and row.get("gpu") == card and key in row and row.get("tokens_per_second"):
+            if (
+                row.get("model") == model
+                and row.get("gpu") == card
+                and key in row
+                and row.get("tokens_per_second")
+            ):
                 yield folder, row

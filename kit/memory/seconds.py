@@ -73,7 +73,9 @@ def step_seconds(config: PreTrainedConfig, T: int, savings: Savings, qlora_rank:
     return ((2 if qlora_rank else 3) * sizes.forward_flops(T) + head) / FLOPS
 
 
-def extra_seconds(config: PreTrainedConfig, T: int, savings: Savings, qlora_rank: int = 0) -> dict[str, float]:
+def extra_seconds(
+    config: PreTrainedConfig, T: int, savings: Savings, qlora_rank: int = 0
+) -> dict[str, float]:
     """What each saving that is on adds to a step of one row of T tokens. Savings that move no byte more are not listed."""
     sizes, found = Sizes.of(config), {}
     if savings.recompute:
@@ -85,13 +87,19 @@ def extra_seconds(config: PreTrainedConfig, T: int, savings: Savings, qlora_rank
     if savings.offload_inputs:
         found["offload_inputs"] = 2 * (sizes.L - 1) * T * sizes.H * 2 / BUS
     if savings.logit_rows:
-        usual, now = (-(-T // rows_per_chunk(T, sizes.V, sizes.H, 2, rows)) for rows in (0, savings.logit_rows))
-        found["logit_rows"] = max(now - usual, 0) * sizes.V * sizes.H * (4 if qlora_rank else 4 + 8) / BANDWIDTH
+        usual, now = (
+            -(-T // rows_per_chunk(T, sizes.V, sizes.H, 2, rows)) for rows in (0, savings.logit_rows)
+        )
+        found["logit_rows"] = (
+            max(now - usual, 0) * sizes.V * sizes.H * (4 if qlora_rank else 4 + 8) / BANDWIDTH
+        )
     if savings.head_update == "blocked" and not qlora_rank:
         found["head_update"] = 2 * T * sizes.V * sizes.H / FLOPS
     if savings.offload_optimizer and not qlora_rank:
         numbers = sizes.linears + sizes.V * sizes.H * (1 if sizes.tied else 2)
         found["offload_optimizer"] = 2 * numbers * (8 if savings.optimizer == "adamw" else 2) / BUS
     if qlora_rank:
-        found["qlora_rank"] = 2 * sizes.linears * 4.6 / BANDWIDTH  # half a byte read, two written, two read: forward and backward
+        found["qlora_rank"] = (
+            2 * sizes.linears * 4.6 / BANDWIDTH
+        )  # half a byte read, two written, two read: forward and backward
     return found

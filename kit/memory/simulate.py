@@ -50,7 +50,9 @@ class Plan:
     when: str
     owners: dict[str, int]  # owner -> bytes at that moment
     host: int  # bytes of CPU memory
-    seconds: dict[str, float] = field(default_factory=dict)  # "step", and what each saving adds; estimated; empty = not
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # "step", and what each saving adds; estimated; empty = not
     rows: int = 1  # that the simulated step took; 2 stands for more
 
     @property
@@ -63,7 +65,11 @@ class Plan:
 
     def __str__(self) -> str:
         what = f"QLoRA of rank {self.qlora_rank}" if self.qlora_rank else "full fine-tuning"
-        on = ", ".join(f"{name} {value}" for name, value in asdict(self.savings).items() if value != getattr(Savings(), name))
+        on = ", ".join(
+            f"{name} {value}"
+            for name, value in asdict(self.savings).items()
+            if value != getattr(Savings(), name)
+        )
         rows = "one row per step" if self.rows == 1 else "several rows per step"
         lines = [
             f"{self.model}, {what}, {self.row_tokens:,} tokens per row, {rows}: {self.total / GIB:.2f} GiB (simulated)",
@@ -94,13 +100,19 @@ class Plan:
         return ", ".join(f"{owner} {n / GIB:.2f} GiB" for owner, n in self.largest()[:3])
 
     def as_json(self) -> dict:
-        return asdict(self) | {"total": self.total, "simulated": True, "fits_gb": [gb for gb in CARDS if self.fits(gb)]}
+        return asdict(self) | {
+            "total": self.total,
+            "simulated": True,
+            "fits_gb": [gb for gb in CARDS if self.fits(gb)],
+        }
 
 
 def fake_batch(row_tokens: int) -> PackedBatch:
     """A row of one document, every token of it a target: the most a row can cost."""
     ids = torch.zeros(row_tokens, dtype=torch.int64)
-    return PackedBatch(ids, ids.clone(), ids.clone(), torch.zeros(2, dtype=torch.int32), row_tokens, row_tokens)
+    return PackedBatch(
+        ids, ids.clone(), ids.clone(), torch.zeros(2, dtype=torch.int32), row_tokens, row_tokens
+    )
 
 
 def measure(
@@ -117,7 +129,10 @@ def measure(
     training_step = TrainingStep(model, savings, lr=1e-5)
     for state in training_step.optimizer.state.values():
         for name, tensor in state.items():
-            book.enter(tensor, live_bytes.HOST if savings.offload_optimizer and name != "step" else live_bytes.OPTIMIZER)
+            book.enter(
+                tensor,
+                live_bytes.HOST if savings.offload_optimizer and name != "step" else live_bytes.OPTIMIZER,
+            )
     if savings.offload_optimizer:  # what offloaded states visit
         for tensor in (tensor for slab in training_step.optimizer.slabs.slabs for tensor in slab.values()):
             book.enter(tensor, live_bytes.OPTIMIZER)
@@ -184,12 +199,16 @@ def plan(
     owners = {owner: n for owner, n in book.owners.items() if n}
     costs = config, row_tokens, savings, qlora_rank
     seconds = {"step": step_seconds(*costs), **extra_seconds(*costs)}
-    return Plan(model, row_tokens, qlora_rank, savings, book.peak, book.when, owners, book.host_peak, seconds, rows)
+    return Plan(
+        model, row_tokens, qlora_rank, savings, book.peak, book.when, owners, book.host_peak, seconds, rows
+    )
 
 
 def steps_to_count(savings: Savings, dtype: torch.dtype) -> int:
     """Two where the optimizer makes its states in the first step."""
-    return 2 if savings.optimizer == "adamw" or (savings.optimizer == "auto" and dtype == torch.float32) else 1
+    return (
+        2 if savings.optimizer == "adamw" or (savings.optimizer == "auto" and dtype == torch.float32) else 1
+    )
 
 
 def check_free_memory(planned: Plan) -> None:

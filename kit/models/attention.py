@@ -55,7 +55,9 @@ def _interface(pack_attention: Callable) -> Callable:
             )
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         window = sliding_window if getattr(module, "is_sliding", True) else None
-        return pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling).unsqueeze(0), None
+        return pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling).unsqueeze(
+            0
+        ), None
 
     return attention
 
@@ -69,7 +71,9 @@ for _choice, _name in REGISTERED.items():
     AttentionMaskInterface.register(_name, _no_mask)
 
 
-def attention_name(choice: str, config: PreTrainedConfig | None = None, *, device: torch.device | str, dtype: torch.dtype) -> str:
+def attention_name(
+    choice: str, config: PreTrainedConfig | None = None, *, device: torch.device | str, dtype: torch.dtype
+) -> str:
     """The registered name of a choice for a model on this device.
 
     Raises ValueError for an unknown choice, and for flash-attn where it is not installed or cannot do it, with the reason.

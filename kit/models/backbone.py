@@ -15,7 +15,11 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def hidden_states(
-    model: PreTrainedModel, batch: PackedBatch, *, inputs_embeds: torch.Tensor | None = None, cache: Cache | None = None
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    inputs_embeds: torch.Tensor | None = None,
+    cache: Cache | None = None,
 ) -> torch.Tensor:
     """Compute the backbone's last hidden states of a packed row, (T, H), without the head.
 

@@ -21,12 +21,16 @@ class Family:
 
     layer: type[nn.Module]  # the exact class: a subclass may compute something else
     norm_eps: str = "variance_epsilon"  # of a norm
-    norm_offset: float | None = None  # a norm scales by offset + weight, in fp32 and rounded once; None: by weight, rounded twice
+    norm_offset: float | None = (
+        None  # a norm scales by offset + weight, in fp32 and rounded once; None: by weight, rounded twice
+    )
     after_attention: str | None = None  # norm of what attention adds
     before_mlp: str = "post_attention_layernorm"
     after_mlp: str | None = None  # norm of what the feed-forward adds
     head_norms: tuple[str, str] | None = None  # of q and k, before the rotation
-    has_windows: bool = False  # some layers attend to config.sliding_window positions, with a rotation of their own
+    has_windows: bool = (
+        False  # some layers attend to config.sliding_window positions, with a rotation of their own
+    )
     embedding_scale: str | None = None  # what is looked up is multiplied by this
 
 

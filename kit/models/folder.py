@@ -19,7 +19,10 @@ def adapter_rank(model: str) -> int:
 
 ADAPTER = "default"  # peft's name for a model's only adapter
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's, too
-ADAPTER_METADATA = {"format": "pt", "base": "nf4"}  # peft's config has no place for what the base was quantised to
+ADAPTER_METADATA = {
+    "format": "pt",
+    "base": "nf4",
+}  # peft's config has no place for what the base was quantised to
 
 
 def trained_on_nf4(folder: Path) -> bool:
@@ -76,7 +79,9 @@ def load_weights(path: Path, model) -> None:
     result = model.load_state_dict(weights, strict=False)
     tensors = model.state_dict()
     loaded = {tensors[name].data_ptr() for name in weights if name in tensors}
-    missing = [name for name in result.missing_keys if tensors[name].data_ptr() not in loaded]  # a tied weight is stored once
+    missing = [
+        name for name in result.missing_keys if tensors[name].data_ptr() not in loaded
+    ]  # a tied weight is stored once
     if missing or result.unexpected_keys:
         raise ValueError(
             f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has {result.unexpected_keys[:3]} besides; "
@@ -97,6 +102,8 @@ def _load_adapters(path: Path, model) -> None:
     tensors, stored = _adapter_weights(model), load_file(path / ADAPTER_WEIGHTS)
     if tensors.keys() != stored.keys():
         lacks, besides = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
-        raise ValueError(f"{path} is a checkpoint of another model: it lacks {lacks[:3]} and has {besides[:3]} besides")
+        raise ValueError(
+            f"{path} is a checkpoint of another model: it lacks {lacks[:3]} and has {besides[:3]} besides"
+        )
     for name, tensor in tensors.items():
         tensor.copy_(stored[name])

@@ -10,7 +10,11 @@ from kit.models.loading import default_device, default_dtype, load_plain, path_o
 
 
 def load(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+    name: str,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer from "tiny" or "tinier", a hub id, a local folder, or a GGUF file (which is dequantised).
 
@@ -30,7 +34,9 @@ def load(
     return lora.load(path, **where)
 
 
-def load_to_train(name: str, *, qlora_rank: int = 0, seed: int = 0, **where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_to_train(
+    name: str, *, qlora_rank: int = 0, seed: int = 0, **where
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's.
 
     Raises ValueError for adapters that the kit did not train, too: a checkpoint has no place for another base than NF4.

@@ -42,7 +42,9 @@ def path_of(name: str) -> Path:
     if name.endswith(".gguf") or name.startswith((".", "/", "~")):
         path = path.expanduser()
         if not path.exists():
-            raise ValueError(f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists")
+            raise ValueError(
+                f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists"
+            )
     return path
 
 
@@ -58,7 +60,9 @@ def load_plain(
         config = _config(where)
         family_of(config, name)
         kind = attention_name(attention, config, device=device, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation=kind)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, config=config, dtype=dtype, attn_implementation=kind
+        )
         tokenizer = AutoTokenizer.from_pretrained(where)
     check_end_of_text(tokenizer, name)
     return model.to(device).eval(), tokenizer
@@ -77,7 +81,9 @@ def _config(where: str):
 
 def check_end_of_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {name} names no end-of-text token; set eos_token in its tokenizer_config.json")
+        raise ValueError(
+            f"the tokenizer of {name} names no end-of-text token; set eos_token in its tokenizer_config.json"
+        )
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: str):
@@ -97,7 +103,9 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
         )  # the weights are plain by now, and a model marked quantised can be neither trained nor saved
     kind = attention_name(attention, config, device=device, dtype=dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}, assign=True)
+    model.load_state_dict(
+        {name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}, assign=True
+    )
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -119,7 +127,9 @@ def load_config(model: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**settings)
     folder = SHIPPED.get(model, Path(model).expanduser())
     if (folder / ADAPTER_CONFIG).is_file():
-        return load_config(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+        return load_config(
+            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        )
     try:
         if folder.suffix == ".gguf":
             return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
@@ -132,5 +142,7 @@ def load_config(model: str) -> PreTrainedConfig:
         ) from error
 
 
-TINY = Path(__file__).parent / "shipped" / "tiny"  # what ships: a model in Hugging Face format and the two files below
+TINY = (
+    Path(__file__).parent / "shipped" / "tiny"
+)  # what ships: a model in Hugging Face format and the two files below
 SHIPPED = {"tiny": TINY, "tinier": TINY.with_name("tinier")}  # models by name; the second is the smaller one

@@ -24,7 +24,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kit.models import loading
 from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_on_nf4
 
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base as it was published
+PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # init_lora_weights that leave the base as it was published
 MERGE = "merge them with peft's merge_and_unload where they were trained, and pass the folder of the result"
 
 
@@ -70,12 +76,20 @@ def _base(folder: Path) -> str:
     """Where the base is, from a config that means no more than a base and LoRA layers on it."""
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder} holds {config.peft_type.value} adapters but the kit knows LoRA; {MERGE} if they can be")
-    fields = {"layer_replication": (None,), "alora_invocation_tokens": (None,), "init_lora_weights": PLAIN_STARTS}
+        raise ValueError(
+            f"{folder} holds {config.peft_type.value} adapters but the kit knows LoRA; {MERGE} if they can be"
+        )
+    fields = {
+        "layer_replication": (None,),
+        "alora_invocation_tokens": (None,),
+        "init_lora_weights": PLAIN_STARTS,
+    }
     for name, plain in fields.items():
         value = getattr(config, name)
         if value not in plain:
-            raise ValueError(f"{folder} holds adapters with {name} {value!r}, which is more than LoRA on the base; {MERGE}")
+            raise ValueError(
+                f"{folder} holds adapters with {name} {value!r}, which is more than LoRA on the base; {MERGE}"
+            )
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
@@ -88,23 +102,33 @@ def _base(folder: Path) -> str:
             f"(hf download {base} --revision {config.revision} --local-dir DIR) and write DIR as base_model_name_or_path"
         )
     if (Path(base) / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{folder} holds adapters of {base}, which is adapters itself; merge those first, with merge_and_unload")
+        raise ValueError(
+            f"{folder} holds adapters of {base}, which is adapters itself; merge those first, with merge_and_unload"
+        )
     return base
 
 
 def _adapt(model: PreTrainedModel, folder: Path, base: str, device: torch.device) -> PreTrainedModel:
     try:  # made empty: peft would draw what is overwritten at once from the global generator
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(device), low_cpu_mem_usage=True)
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), torch_device=str(device), low_cpu_mem_usage=True
+        )
     except (RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(f"the adapters in {folder} do not fit {base}; pass the base they were trained on\n{error}") from error
+        raise ValueError(
+            f"the adapters in {folder} do not fit {base}; pass the base they were trained on\n{error}"
+        ) from error
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     lacks, besides = sorted(expected - stored), sorted(stored - expected - adapted.state_dict().keys())
     if lacks or besides:
-        raise ValueError(f"the adapters in {folder} do not fit {base}: the file lacks {lacks[:3]} and has {besides[:3]} besides")
+        raise ValueError(
+            f"the adapters in {folder} do not fit {base}: the file lacks {lacks[:3]} and has {besides[:3]} besides"
+        )
     model = adapted.get_base_model()
     head = model.get_output_embeddings()
     if not isinstance(head, (nn.Linear, ModulesToSaveWrapper)):
-        raise ValueError(f"{folder} holds adapters of the head, whose weight the kit's sampler reads as it stands; {MERGE}")
+        raise ValueError(
+            f"{folder} holds adapters of the head, whose weight the kit's sampler reads as it stands; {MERGE}"
+        )
     return model

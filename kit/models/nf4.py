@@ -22,7 +22,9 @@ from torch import Tensor, nn
 QUANT_TYPE = "nf4"
 BLOCK = 64  # weights a scale, as in the paper
 SCALE_BLOCK = 256  # scales a scale of scales: bitsandbytes' gemm_4bit knows no other
-FUSED_ROWS = 1536  # up to here gemm_4bit may multiply without writing the weight out; above it dequantises as we do
+FUSED_ROWS = (
+    1536  # up to here gemm_4bit may multiply without writing the weight out; above it dequantises as we do
+)
 
 
 class NF4Linear(nn.Linear):
@@ -40,11 +42,20 @@ class NF4Linear(nn.Linear):
         self.compute_dtype = dtype  # peft gives an adapter the dtype it finds under this name
         num_weights = in_features * out_features
         num_scales = math.ceil(num_weights / BLOCK)
-        packed = torch.empty(math.ceil(num_weights / 2), 1, dtype=torch.uint8, device=device)  # two weights a byte
+        packed = torch.empty(
+            math.ceil(num_weights / 2), 1, dtype=torch.uint8, device=device
+        )  # two weights a byte
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
+        self.bias = (
+            nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False)
+            if bias
+            else None
+        )
         self.register_buffer("scale_bytes", torch.empty(num_scales, dtype=torch.uint8, device=device))
-        self.register_buffer("scale_scales", torch.empty(math.ceil(num_scales / SCALE_BLOCK), device=device, dtype=torch.float32))
+        self.register_buffer(
+            "scale_scales",
+            torch.empty(math.ceil(num_scales / SCALE_BLOCK), device=device, dtype=torch.float32),
+        )
         self.register_buffer("scale_table", torch.empty(256, device=device, dtype=torch.float32))
         self.register_buffer("scale_offset", torch.empty((), device=device, dtype=torch.float32))
 
@@ -61,7 +72,9 @@ class NF4Linear(nn.Linear):
         """`linear` on `device` in NF4. It is rounded there: one full weight at a time is on the device."""
         layer = cls.like(linear, device)
         weight = linear.weight.to(device)
-        packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=QUANT_TYPE, compress_statistics=True)
+        packed, state = bnb.quantize_4bit(
+            weight, blocksize=BLOCK, quant_type=QUANT_TYPE, compress_statistics=True
+        )
         layer.weight.copy_(packed)
         layer.scale_bytes.copy_(state.absmax)
         layer.scale_scales.copy_(state.state2.absmax)
@@ -77,13 +90,21 @@ class NF4Linear(nn.Linear):
             self.scale_bytes, self.scale_scales, self.scale_table, SCALE_BLOCK, torch.float32
         )
         scales += self.scale_offset
-        shape = [self.in_features * self.out_features]  # as one row: blocks run on from row to row, which the CPU kernel forgets
-        flat = torch.ops.bitsandbytes.dequantize_4bit(self.weight, scales, BLOCK, QUANT_TYPE, shape, self.compute_dtype)
+        shape = [
+            self.in_features * self.out_features
+        ]  # as one row: blocks run on from row to row, which the CPU kernel forgets
+        flat = torch.ops.bitsandbytes.dequantize_4bit(
+            self.weight, scales, BLOCK, QUANT_TYPE, shape, self.compute_dtype
+        )
         return flat.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        if not wants_gradient and self.in_features % BLOCK == 0 and x.numel() <= FUSED_ROWS * self.in_features:
+        if (
+            not wants_gradient
+            and self.in_features % BLOCK == 0
+            and x.numel() <= FUSED_ROWS * self.in_features
+        ):
             return torch.ops.bitsandbytes.gemm_4bit(
                 x, self.weight, [self.out_features, self.in_features], self.scale_scales, BLOCK, QUANT_TYPE, self.bias,
                 self.scale_bytes, self.scale_table, self.scale_offset,
@@ -91,7 +112,9 @@ class NF4Linear(nn.Linear):
         return _DequantisedMatmul.apply(x, self)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
 
 
 class _DequantisedMatmul(torch.autograd.Function):
@@ -124,4 +147,9 @@ def simulate_quantised_decoder(model: nn.Module) -> None:
 def _decoder_linears(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """(parent, attribute). The head is not in model.model; the layers themselves are not in the list, which would keep them."""
     decoder = model.model.modules()
-    return [(parent, name) for parent in decoder for name, child in parent.named_children() if type(child) is nn.Linear]
+    return [
+        (parent, name)
+        for parent in decoder
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]

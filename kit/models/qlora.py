@@ -43,7 +43,9 @@ def load(
     Raises ValueError for what kit.models.load refuses, for an adapter folder, and for what add_adapters refuses.
     """
     if (Path(name) / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{name} has adapters already; load it with kit.models.load, or export it and start from the export")
+        raise ValueError(
+            f"{name} has adapters already; load it with kit.models.load, or export it and start from the export"
+        )
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)
     model, tokenizer = loading.load_plain(name, device=torch.device("cpu"), dtype=dtype, attention="kit")
@@ -55,7 +57,9 @@ def load(
     return model, tokenizer
 
 
-def add_adapters(model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: int = ALPHA, seed: int = 0) -> None:
+def add_adapters(
+    model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: int = ALPHA, seed: int = 0
+) -> None:
     """Give every NF4 layer of `model` an adapter, in place and in the layer's dtype; everything else is frozen.
 
     base: what kit.models.load gives the model for; it is written beside the adapters.
@@ -63,17 +67,27 @@ def add_adapters(model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: 
     """
     if rank < 1:
         raise ValueError(f"rank is {rank} but an adapter has at least one row; pass rank >= 1")
-    names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, NF4Linear)})
+    names = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    )
     if not names:
-        raise ValueError(f"{base} has no NF4 layer to adapt; call kit.models.nf4.quantise_decoder on the model first")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", base_model_name_or_path=base)
-    with torch.device("meta"):  # peft would draw from the global generator in fp32, and move modules, which fake ones refuse
+        raise ValueError(
+            f"{base} has no NF4 layer to adapt; call kit.models.nf4.quantise_decoder on the model first"
+        )
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", base_model_name_or_path=base
+    )
+    with torch.device(
+        "meta"
+    ):  # peft would draw from the global generator in fp32, and move modules, which fake ones refuse
         inject_adapter_in_model(config, model)
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted_layers(model):
         base, pair = layer.get_base_layer(), (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
         bound = base.in_features**-0.5  # peft's choice
-        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)  # on the CPU whatever the device
+        a = torch.empty(rank, base.in_features).uniform_(
+            -bound, bound, generator=generator
+        )  # on the CPU whatever the device
         for linear, values in zip(pair, (a, torch.zeros(base.out_features, rank)), strict=True):
             linear.weight = nn.Parameter(values.to(base.weight.device, base.compute_dtype))
 
@@ -86,7 +100,9 @@ def _adapted_layers(model: PreTrainedModel) -> list[LoraLayer]:
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     """The base model, for a `with` block: a policy's reference costs no second copy. Run backward passes outside of it or whole
     inside of it: a checkpointed layer computes again with what is switched on at that moment."""
-    layers = [layer for layer in _adapted_layers(model) if not layer.disable_adapters]  # those an outer block left on
+    layers = [
+        layer for layer in _adapted_layers(model) if not layer.disable_adapters
+    ]  # those an outer block left on
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -97,7 +113,11 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
 
 
 def load_adapter(
-    folder: Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+    folder: Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base and adapters from a folder that kit.train.checkpoint wrote, ready to sample from or to train on.
 
@@ -126,7 +146,9 @@ def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     dtype = dtype or model.dtype
     for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer)]:
         base = layer.get_base_layer()
-        delta = layer.scaling[ADAPTER] * (layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float())
+        delta = layer.scaling[ADAPTER] * (
+            layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
+        )
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         plain.weight = nn.Parameter((base.dequantise().float() + delta).to("cpu", dtype))
         if base.bias is not None:
@@ -137,7 +159,9 @@ def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     model.requires_grad_(True)
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None) -> None:
+def export(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
     """Merge the model in place and write it as a plain Hugging Face folder, whole or not at all. dtype: see `merge`."""
     merge(model, dtype)
     save_model(folder, model, tokenizer)

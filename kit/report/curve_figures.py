@@ -11,7 +11,15 @@ from kit.valley.error_accumulation import Decomposition, length_alone
 from kit.valley.first_error import CAUSES
 from kit.valley.toy_rl import RLRun, by_start
 
-COLOURS = ("#c0392b", "#2471a3", "#b7791f", "#6c3483", "#1e8449", "#784212", "#34495e")  # dark enough for a projector
+COLOURS = (
+    "#c0392b",
+    "#2471a3",
+    "#b7791f",
+    "#6c3483",
+    "#1e8449",
+    "#784212",
+    "#34495e",
+)  # dark enough for a projector
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and told apart in grey print
 FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), ("#34495e", ".."), ("#8e6fb5", "xx"),
          ("#d4ac0d", ""), ("#5dade2", "--"))  # fmt: skip
@@ -21,13 +29,25 @@ def valley_figure(drawn: Sequence[Curve]) -> Figure:
     """Accuracy and length against the number of traces, with bands; the base model is the dashed line."""
     figure = Figure(figsize=(9, 9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
+    for axes, of, scale in (
+        (top, lambda point: point.accuracy, 100),
+        (bottom, lambda point: point.length, 1),
+    ):
         for i, curve in enumerate(drawn):
-            draw_line(axes, curve.name, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale)
+            draw_line(
+                axes,
+                curve.name,
+                [p.num_traces for p in curve.points],
+                [of(p) for p in curve.points],
+                i,
+                scale,
+            )
         for i, base in enumerate({id(curve.base): curve.base for curve in drawn}.values()):
             start = of(base)
             label = "base model" if i == 0 else "the other base model"
-            axes.axhline(scale * start.mean, color="#333333", linestyle=("--", ":")[i % 2], linewidth=1.2, label=label)
+            axes.axhline(
+                scale * start.mean, color="#333333", linestyle=("--", ":")[i % 2], linewidth=1.2, label=label
+            )
             axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
     top.set_ylabel("accuracy, %", fontsize=14)
     top.set_ylim(0, 102)
@@ -42,7 +62,9 @@ def valley_figure(drawn: Sequence[Curve]) -> Figure:
     return figure
 
 
-def draw_line(axes, label: str, sizes: Sequence[int], estimates: Sequence[Estimate], i: int, scale: float) -> None:
+def draw_line(
+    axes, label: str, sizes: Sequence[int], estimates: Sequence[Estimate], i: int, scale: float
+) -> None:
     """A line with its band; scale 100 for shares, which are drawn in percent and stay within 0..100."""
     means = [scale * e.mean for e in estimates]
     axes.plot(sizes, means, marker=MARKERS[i], color=COLOURS[i], linewidth=2.5, markersize=8, label=label)
@@ -67,8 +89,21 @@ def rl_figure(rl_runs: Sequence[RLRun]) -> Figure:
         curves_of_seeds = [rl_run.rewards for rl_run in of_start]
         steps = range(1, min(map(len, curves_of_seeds)) + 1)
         columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
-        axes.plot(steps, [sum(column) / len(column) for column in columns], color=COLOURS[i], linewidth=2.5, label=name)
-        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=COLOURS[i], alpha=0.18, linewidth=0)
+        axes.plot(
+            steps,
+            [sum(column) / len(column) for column in columns],
+            color=COLOURS[i],
+            linewidth=2.5,
+            label=name,
+        )
+        axes.fill_between(
+            steps,
+            [min(c) for c in columns],
+            [max(c) for c in columns],
+            color=COLOURS[i],
+            alpha=0.18,
+            linewidth=0,
+        )
     axes.set_ylim(0, 102)
     axes.set_xlabel("step", fontsize=14)
     axes.set_ylabel("right answers, %", fontsize=14)
@@ -89,7 +124,15 @@ def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figur
     for (label, shares), (colour, hatch) in zip(bars.items(), FILLS, strict=True):
         if any(shares):
             heights = [100 * share for share in shares]
-            axes.bar(range(len(every)), heights, bottom=bottom, color=colour, hatch=hatch, edgecolor="white", label=label)
+            axes.bar(
+                range(len(every)),
+                heights,
+                bottom=bottom,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                label=label,
+            )
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axes.set_xticks(range(len(every)), ["base model", *(f"{point.num_traces:,}" for point in points)])
     axes.set(ylim=(0, 100), title="What goes wrong first")

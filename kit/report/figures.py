@@ -27,7 +27,9 @@ def embed(path: Path, figure: Figure, alt: str = "") -> str:
 def loss_figure(metrics: list[dict]) -> Figure:
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row["step"] for row in metrics], [row["loss"] for row in metrics], color="#333333", linewidth=1)
+    axes.plot(
+        [row["step"] for row in metrics], [row["loss"] for row in metrics], color="#333333", linewidth=1
+    )
     axes.set(xlabel="optimizer step", ylabel="loss (mean over targets)", title="Training loss")
     return figure
 
@@ -47,7 +49,9 @@ def accuracy_figure(stages: Stages) -> Figure:
             color=COLOURS[i], label=stage, capsize=3,
         )  # fmt: skip
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="accuracy, % (95 % interval)", title="Accuracy", ylim=(0, None), xlim=(-0.8, len(names) - 0.2))
+    axes.set(
+        ylabel="accuracy, % (95 % interval)", title="Accuracy", ylim=(0, None), xlim=(-0.8, len(names) - 0.2)
+    )
     _legend(axes, stages)
     return figure
 
@@ -57,7 +61,11 @@ def length_figure(stages: Stages) -> Figure:
     names = _benchmarks(stages)
     figure = Figure(figsize=(7, 2.8 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        groups = {stage: [row["tokens"] for row in found[name].rows] for stage, found in stages.items() if name in found}
+        groups = {
+            stage: [row["tokens"] for row in found[name].rows]
+            for stage, found in stages.items()
+            if name in found
+        }
         if len(groups) == 1:
             (stage,) = groups
             rows = stages[stage][name].rows
@@ -67,7 +75,14 @@ def length_figure(stages: Stages) -> Figure:
             }
         longest = max(max(lengths, default=0) for lengths in groups.values())
         for (kind, lengths), colour in zip(groups.items(), COLOURS, strict=False):
-            axes.hist(lengths, bins=30, range=(0, longest), alpha=0.6, color=colour, label=f"{kind} ({len(lengths):,})")
+            axes.hist(
+                lengths,
+                bins=30,
+                range=(0, longest),
+                alpha=0.6,
+                color=colour,
+                label=f"{kind} ({len(lengths):,})",
+            )
         axes.set(xlabel="tokens per response", ylabel="responses", title=f"Length of the answers: {name}")
         axes.legend()
     return figure
@@ -94,7 +109,11 @@ def caps_figure(stages: Stages) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(ticks), [f"{cap:,}" for cap in sorted(ticks)])
         axes.set_xticks([], minor=True)
-        axes.set(xlabel="limit on the tokens of a response", ylabel="accuracy, %", title=f"Accuracy against length: {name}")
+        axes.set(
+            xlabel="limit on the tokens of a response",
+            ylabel="accuracy, %",
+            title=f"Accuracy against length: {name}",
+        )
         axes.set_ylim(0, None)
         _legend(axes, stages)
     return figure

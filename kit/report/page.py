@@ -59,7 +59,9 @@ def figures_table(stages: Stages) -> str:
     )
     shown = {label: cell for label, cell in FIGURES.items() if label != "accuracy as the paper graded" or
              any(result.paper_accuracy is not None for _, _, result in columns)}  # fmt: skip
-    rows = "".join(f"<tr><td>{label}" + "".join(f"<td>{cell(r)}" for _, _, r in columns) for label, cell in shown.items())
+    rows = "".join(
+        f"<tr><td>{label}" + "".join(f"<td>{cell(r)}" for _, _, r in columns) for label, cell in shown.items()
+    )
     means = "".join(
         f"<p>Mean accuracy{f' {stage}' if len(stages) > 1 else ''}, every benchmark counting the same: "
         f"<b>{percent(mean_accuracy(list(found.values())))}</b></p>"
@@ -85,7 +87,9 @@ def browser(stages: Stages) -> str:
     for name in dict.fromkeys(name for found in stages.values() for name in found):
         parts.append(f"<h3>{html.escape(name)}</h3>")
         for question in _chosen([found[name] for found in stages.values() if name in found]):
-            parts.append(_question(question, {stage: found[name] for stage, found in stages.items() if name in found}))
+            parts.append(
+                _question(question, {stage: found[name] for stage, found in stages.items() if name in found})
+            )
     return "".join(parts)
 
 
@@ -115,7 +119,9 @@ def _question(question: str, results: dict[str, Result]) -> str:
 
 
 def _response(row: dict, label: str) -> str:
-    ends = ("" if row["finished"] else ", cut off") + (", ends in a loop" if ends_in_loop(row["text"]) else "")
+    ends = ("" if row["finished"] else ", cut off") + (
+        ", ends in a loop" if ends_in_loop(row["text"]) else ""
+    )
     return (
         f"<div><h4>{label}<span class={row['verdict']}>{row['verdict']}</span>, {row['tokens']:,} tokens{ends}</h4>"
         f"<p>answer {html.escape(str(row['prediction']))}, gold {html.escape(str(row['gold']))} "
@@ -131,7 +137,10 @@ def marked(text: str, others: Mapping[tuple[int, int], str] | None = None) -> st
     parts, position = [], 0
     for start, end, tag in spans:
         if start >= position:  # what lies inside a box is the box's
-            parts += [html.escape(text[position:start]), f"<{tag}>{html.escape(text[start:end])}</{tag.split()[0]}>"]
+            parts += [
+                html.escape(text[position:start]),
+                f"<{tag}>{html.escape(text[start:end])}</{tag.split()[0]}>",
+            ]
             position = end
     return "".join(parts) + html.escape(text[position:])
 

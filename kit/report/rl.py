@@ -45,7 +45,9 @@ def write_report(path: Path) -> Path:
         findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in findings(results)),
         paper="",
         table=pages.figures_table(measured),
-        images=embed(path / "rl.png", _figure(metrics), alt="reward, signal, length, entropy, ratio and KL by step"),
+        images=embed(
+            path / "rl.png", _figure(metrics), alt="reward, signal, length, entropy, ratio and KL by step"
+        ),
         training=f"<p>{html.escape(summary(metrics))}</p>",
         samples=pages.browser(measured) + _samples(Journal(path / "rollouts.jsonl").read()),
         settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
@@ -59,7 +61,9 @@ def summary(metrics: list[dict]) -> str:
     if not metrics:
         return "No step has been made yet."
     tenth = max(len(metrics) // 10, 1)
-    first, last = (sum(row["reward_mean"] for row in rows) / tenth for rows in (metrics[:tenth], metrics[-tenth:]))
+    first, last = (
+        sum(row["reward_mean"] for row in rows) / tenth for rows in (metrics[:tenth], metrics[-tenth:])
+    )
     seconds = {phase: sum(row[f"{phase}_seconds"] for row in metrics) for phase in ("rollout", "update")}
     rejected = sum(value for row in metrics for name, value in row.items() if name.startswith("rejected"))
     return (
@@ -74,7 +78,12 @@ def _figure(metrics: list[dict]) -> Figure:
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name in names:
             rows = [row for row in metrics if isinstance(row.get(name), float | int)]
-            axes.plot([row["step"] for row in rows], [row[name] for row in rows], lw=2 if name == names[0] else 0.8, label=name)
+            axes.plot(
+                [row["step"] for row in rows],
+                [row[name] for row in rows],
+                lw=2 if name == names[0] else 0.8,
+                label=name,
+            )
         axes.set(title=title, xlabel="step")
         if len(names) > 1:
             axes.legend()
@@ -97,6 +106,8 @@ def _samples(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run folder")
     print(write_report(parser.parse_args().run))

@@ -38,7 +38,11 @@ from kit.valley.sweep import PAPER, RL, Cell, short_name
 def write_report(path: Path) -> Path:
     """Write the figures and report.html of the sweep in `path`; returns the report. Raises ValueError if there is no sweep."""
     sweep = Sweep.read(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
+    config = (
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if (path / "config.json").is_file()
+        else {}
+    )
     models = dict.fromkeys(cell.model for cell in sweep.cells)
     sections = [of_model(path, sweep, model) for model in models]
     outcomes = read_outcomes(path)
@@ -59,7 +63,9 @@ def write_report(path: Path) -> Path:
 
 def progress(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
     cells = [outcomes.get(f"cell {cell.name}") for cell in sweep.cells]
-    done, failed = (sum(outcome is not None and outcome.status == s for outcome in cells) for s in (DONE, FAILED))
+    done, failed = (
+        sum(outcome is not None and outcome.status == s for outcome in cells) for s in (DONE, FAILED)
+    )
     waiting = len(cells) - done - failed
     return f"{done} of {len(cells)} cells are done" + (f", {failed} failed" if failed else "") + (
         f", {waiting} have not ended yet" if waiting else "") + "."  # fmt: skip
@@ -73,7 +79,11 @@ def of_model(path: Path, sweep: Sweep, model: str) -> str:
     if not any(curve.points for curve in curves):
         return heading + notes + "<p>Nothing to compare yet.</p>"
     figure = model_figure(model, curves, length_benchmark(sweep))
-    return heading + notes + embed(path / f"{short_name(model)}.png", figure, alt=f"{model}: accuracy and length against traces")
+    return (
+        heading
+        + notes
+        + embed(path / f"{short_name(model)}.png", figure, alt=f"{model}: accuracy and length against traces")
+    )
 
 
 def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
@@ -81,7 +91,10 @@ def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
     figure = Figure(figsize=(8, 7), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     sizes = sorted({point.num_traces for curve in curves for point in curve.points})
-    for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
+    for axes, of, scale in (
+        (top, lambda point: point.accuracy, 100),
+        (bottom, lambda point: point.length, 1),
+    ):
         for i, curve in enumerate(curves):
             estimates = [of(point) for point in curve.points]
             draw_line(axes, curve.name, [point.num_traces for point in curve.points], estimates, i, scale)
@@ -91,9 +104,20 @@ def model_figure(model: str, curves: Sequence[Curve], length_of: str) -> Figure:
         axes.axhspan(max(0, scale * start.low), high, color="#333333", alpha=0.12, linewidth=0)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
-    numbers = {size: float(said) for (name, size), said in PAPER.items() if name == short_name(model).lower() and said.isdigit()}
+    numbers = {
+        size: float(said)
+        for (name, size), said in PAPER.items()
+        if name == short_name(model).lower() and said.isdigit()
+    }
     if told := {size: value for size, value in numbers.items() if size in sizes}:
-        top.plot(list(told), list(told.values()), "k*", markersize=14, linestyle="", label="the paper, after fine-tuning")
+        top.plot(
+            list(told),
+            list(told.values()),
+            "k*",
+            markersize=14,
+            linestyle="",
+            label="the paper, after fine-tuning",
+        )
     if 0 in numbers:
         top.axhline(numbers[0], color="#333333", linestyle=":", linewidth=1.2, label="the paper's base model")
     top.set_ylim(0, None)
@@ -130,7 +154,13 @@ def table(sweep: Sweep, outcomes: dict[str, Outcome]) -> str:
         if curves:
             baselines = [found for (name, _), found in sweep.baselines.items() if name == model]
             lines.append(
-                [short_name(model), "base model", "0", "-", *_figures(curves[0].base, None, model, baselines, benchmarks)]
+                [
+                    short_name(model),
+                    "base model",
+                    "0",
+                    "-",
+                    *_figures(curves[0].base, None, model, baselines, benchmarks),
+                ]
             )
         for curve in curves:
             for point in curve.points:
@@ -159,7 +189,9 @@ HEADS = ("model", "method", "traces", "batch", "seeds", "accuracy, %", "minus ba
 HOURS = 6  # of the columns below
 
 
-def _figures(point: Point, curve: Curve | None, model: str, results: Sequence[Results], benchmarks: Sequence[str]) -> list[str]:
+def _figures(
+    point: Point, curve: Curve | None, model: str, results: Sequence[Results], benchmarks: Sequence[str]
+) -> list[str]:
     """The columns from "seeds" on. curve: whose baseline the point is compared with; None = it is the baseline."""
     length = point.length
     columns = [
@@ -222,6 +254,8 @@ PAGE = """<!doctype html>
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the folder of a sweep")
     print(write_report(parser.parse_args().run))

@@ -40,7 +40,11 @@ def write_report(path: Path) -> Path:
     """Write the plots and report.html of the valley in `path`; returns the report. ValueError where nothing is finished."""
     found = read_cells(path)
     drawn = curves(found)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
+    config = (
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if (path / "config.json").is_file()
+        else {}
+    )
     lines = findings(drawn)
     sections = [
         embed(path / "valley.png", valley_figure(drawn)),
@@ -77,7 +81,9 @@ def _why(path: Path, found: Sequence[Finished]) -> list[str]:
         _sentences(explain(base, points)),
         embed(path / "causes.png", causes_figure(base, points)),
         embed(path / "steps.png", steps_figure(base, points)),
-        WHY_NOTE.format(causes="; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())),
+        WHY_NOTE.format(
+            causes="; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
+        ),
         why_table(base, points),
     ]
 
@@ -120,12 +126,19 @@ def browser(found: Sequence[Finished]) -> str:
     """The first sample of one seed to the same problems at every size, arm after arm, wrong steps marked."""
     seed = min(cell.cell.seed for cell in found)
     columns = [cell for cell in found if cell.cell.seed == seed]
-    columns.sort(key=lambda cell: (cell.cell.arm != BASE, list(ARMS).index(cell.cell.arm) if cell.cell.arm in ARMS else 0))
+    columns.sort(
+        key=lambda cell: (
+            cell.cell.arm != BASE,
+            list(ARMS).index(cell.cell.arm) if cell.cell.arm in ARMS else 0,
+        )
+    )
     samples = [{row["question"]: row for row in cell.result.rows if row["sample"] == 0} for cell in columns]
     common = [question for question in samples[0] if all(question in of_cell for of_cell in samples)]
     parts = []
     for question in common[:SHOWN]:
-        cells = "".join(_answer(cell, of_cell[question]) for cell, of_cell in zip(columns, samples, strict=True))
+        cells = "".join(
+            _answer(cell, of_cell[question]) for cell, of_cell in zip(columns, samples, strict=True)
+        )
         row = samples[0][question]
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
         parts.append(
@@ -136,9 +149,13 @@ def browser(found: Sequence[Finished]) -> str:
 
 def _answer(cell: Finished, row: dict) -> str:
     found = dissect(row["problem"], row["text"], finished=row["finished"])
-    title = "base model" if cell.cell.arm == BASE else f"{ARMS[cell.cell.arm].title}, {cell.cell.num_traces:,}"
+    title = (
+        "base model" if cell.cell.arm == BASE else f"{ARMS[cell.cell.arm].title}, {cell.cell.num_traces:,}"
+    )
     cause = f": {found.cause}" if found.cause else ""
-    spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(found.taken_back, "mark class=taken-back")
+    spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(
+        found.taken_back, "mark class=taken-back"
+    )
     return (
         f"<div><h4>{html.escape(title)}: <span class={row['verdict']}>{row['verdict']}</span>{cause}</h4>"
         f"<pre>{pages.marked(row['text'], spans)}</pre></div>"
@@ -151,7 +168,10 @@ def table(found: Sequence[Finished]) -> str:
     for (_, arm, size), cells in by_point(found).items():
         title = title_of(cells[0], found) if arm != BASE else f"base model, {describe(cells[0])}"
         point = point_of(cells)
-        mean = {name: sum(cell.row[name] for cell in cells) / len(cells) for name in ("truncated", "looping", "reflection")}
+        mean = {
+            name: sum(cell.row[name] for cell in cells) / len(cells)
+            for name in ("truncated", "looping", "reflection")
+        }
         batch, steps = (f"{cells[0].row.get(name) or '-'}" for name in ("batch_traces", "steps"))
         rows += (
             f"<tr><td>{html.escape(title)}<td>{size or '-'}<td>{batch}<td>{steps}<td>{len(cells)}"
@@ -159,7 +179,18 @@ def table(found: Sequence[Finished]) -> str:
             f"<td>{point.length.mean:.0f} ± {point.length.half:.0f}"
             + "".join(f"<td>{100 * mean[name]:.0f}" for name in ("truncated", "looping", "reflection"))
         )
-    heads = ("arm", "traces", "batch", "steps", "seeds", "accuracy, %", "tokens", "cut off, %", "in a loop, %", "rechecks, %")
+    heads = (
+        "arm",
+        "traces",
+        "batch",
+        "steps",
+        "seeds",
+        "accuracy, %",
+        "tokens",
+        "cut off, %",
+        "in a loop, %",
+        "rechecks, %",
+    )
     return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
 
 
@@ -169,12 +200,21 @@ def _sentences(lines: Sequence[str]) -> str:
 
 def _others(lines: Sequence[str]) -> list[str]:
     """What the other arms' curves say, below that of the first."""
-    return ["<h2>The other arms</h2><ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"] if lines else []
+    return (
+        ["<h2>The other arms</h2><ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"]
+        if lines
+        else []
+    )
 
 
 def _note(found: Sequence[Finished]) -> str:
     result = found[0].result
-    return NOTE.format(model=describe(found[0]), seeds=_seeds(found), questions=result.num_questions, samples=result.num_samples)
+    return NOTE.format(
+        model=describe(found[0]),
+        seeds=_seeds(found),
+        questions=result.num_questions,
+        samples=result.num_samples,
+    )
 
 
 def _seeds(found: Sequence[Finished]) -> str:
@@ -214,6 +254,8 @@ PAGE = """<!doctype html>
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run folder")
     print(write_report(parser.parse_args().run))

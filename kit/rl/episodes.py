@@ -69,7 +69,14 @@ class EpisodeBatch(PackedBatch):
     old_logprobs: torch.Tensor  # (T,) fp32: the sampler's, or what the trainer made of the same tokens
     reference_logprobs: torch.Tensor  # (T,) fp32: the reference's; the sampler's where none is used
 
-    TENSORS = (*PackedBatch.TENSORS, "advantages", "token_weight", "sampler_logprobs", "old_logprobs", "reference_logprobs")
+    TENSORS = (
+        *PackedBatch.TENSORS,
+        "advantages",
+        "token_weight",
+        "sampler_logprobs",
+        "old_logprobs",
+        "reference_logprobs",
+    )
 
     @classmethod
     def of(cls, weighted_episodes: Sequence[WeightedEpisode]) -> EpisodeBatch:
@@ -88,14 +95,20 @@ class EpisodeBatch(PackedBatch):
             found[kept] = values.float()
             return found
 
-        logprobs = spread(torch.tensor([x for weighted in weighted_episodes for x in weighted.episode.completion.logprobs]))
+        logprobs = spread(
+            torch.tensor([x for weighted in weighted_episodes for x in weighted.episode.completion.logprobs])
+        )
         return cls(
             **vars(pack),
             advantages=spread(
-                torch.tensor([x.advantage for x in weighted_episodes], dtype=torch.float64).repeat_interleave(lengths)
+                torch.tensor([x.advantage for x in weighted_episodes], dtype=torch.float64).repeat_interleave(
+                    lengths
+                )
             ),
             token_weight=spread(
-                torch.tensor([x.token_weight for x in weighted_episodes], dtype=torch.float64).repeat_interleave(lengths)
+                torch.tensor(
+                    [x.token_weight for x in weighted_episodes], dtype=torch.float64
+                ).repeat_interleave(lengths)
             ),
             sampler_logprobs=logprobs,
             old_logprobs=logprobs,

@@ -76,8 +76,16 @@ class Policy:
                 "update_in_backward is on but a mini-batch has several rows, whose gradients must wait for one another; "
                 "pass --no_update_in_backward (and --qlora_rank 16 where memory is short)"
             )
-        self.model, self.chat, self.settings, self.reward, self.savings = model, chat, settings, reward, savings
-        self.drawn = 0  # prompts rolled out so far: the data's cursor, and a part of every sample's random stream
+        self.model, self.chat, self.settings, self.reward, self.savings = (
+            model,
+            chat,
+            settings,
+            reward,
+            savings,
+        )
+        self.drawn = (
+            0  # prompts rolled out so far: the data's cursor, and a part of every sample's random stream
+        )
         has_adapters = hasattr(model, "peft_config")
         if (
             has_adapters
@@ -89,7 +97,11 @@ class Policy:
                 "model that this training starts from; pass --kl none, or start from what kit.models.qlora.export writes"
             )
         # a copy of the model as training starts; with adapters the base is still there, and they start as nothing
-        self.frozen = copy.deepcopy(model).requires_grad_(False).eval() if settings.uses_reference and not has_adapters else None
+        self.frozen = (
+            copy.deepcopy(model).requires_grad_(False).eval()
+            if settings.uses_reference and not has_adapters
+            else None
+        )
         self.training_step = TrainingStep(
             model, savings, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=settings.seed
         )
@@ -121,13 +133,17 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
     settings, chat = policy.settings, policy.chat
     without_gold = [question.id for question in prompts if not question.answer.strip()]
     if without_gold:
-        raise ValueError(f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: {without_gold[:5]}")
+        raise ValueError(
+            f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: {without_gold[:5]}"
+        )
     encoded = chat.encode([chat.prompt(question.problem) for question in prompts])
     longest = max(map(len, encoded), default=0) + settings.max_new_tokens
     if longest > settings.row_tokens:
         raise ValueError(f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} tokens; "
                          f"pass --row_tokens {longest}")  # fmt: skip
-    policy.optimizer.zero_grad(set_to_none=True)  # the last update's gradients need not be held while sampling
+    policy.optimizer.zero_grad(
+        set_to_none=True
+    )  # the last update's gradients need not be held while sampling
     groups = range(policy.drawn, policy.drawn + len(prompts))
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(settings.group_size)]
     completions = generate(
@@ -149,22 +165,32 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     Raises ValueError if no episode can be trusted, with the reasons.
     """
     settings, start = policy.settings, time.perf_counter()
-    reasons = Counter(filter(None, (e.rejection(settings.reward_low, settings.reward_high) for e in episodes)))
+    reasons = Counter(
+        filter(None, (e.rejection(settings.reward_low, settings.reward_high) for e in episodes))
+    )
     if not episodes or sum(reasons.values()) == len(episodes):
         raise ValueError(
             f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; where log-probs are not finite the policy "
             "has diverged: go back to the last checkpoint and lower --lr"
         )
     groups = by_group(episodes)
-    taught = groups if settings.no_signal == "keep" else [group for group in groups if group_has_signal(group, settings)]
-    minibatches = [taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)] or [[]]
+    taught = (
+        groups
+        if settings.no_signal == "keep"
+        else [group for group in groups if group_has_signal(group, settings)]
+    )
+    minibatches = [
+        taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)
+    ] or [[]]
     steps = [_rows(policy, weighted_episodes(minibatch, settings)) for minibatch in minibatches]
     score_row = partial(score, temperature=settings.temperature, logit_rows=policy.savings.logit_rows)
     if settings.old_logprobs == "trainer":
         steps = [[replace(row, old_logprobs=score_row(policy.model, row)) for row in rows] for rows in steps]
     if settings.uses_reference:
         with policy.reference() as reference:
-            steps = [[replace(row, reference_logprobs=score_row(reference, row)) for row in rows] for rows in steps]
+            steps = [
+                [replace(row, reference_logprobs=score_row(reference, row)) for row in rows] for rows in steps
+            ]
     stats, sampler, results = RunningStats(), RunningStats(), []
     for rows in filter(None, steps):
         # before the first step the trainer's weights are still the sampler's: what then differs is the arithmetic
@@ -201,14 +227,23 @@ def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -
     for group in groups:
         rewards = [reward_of(episode, settings) for episode in group]
         num_sequences += sum(reward is not None for reward in rewards)
-        for episode, reward, advantage in zip(group, rewards, group_advantages(rewards, settings.advantage_scale), strict=True):
+        for episode, reward, advantage in zip(
+            group, rewards, group_advantages(rewards, settings.advantage_scale), strict=True
+        ):
             masked = settings.mask_truncated and not episode.completion.finished
             if reward is not None and not masked:
                 found.append((episode, advantage))
     lengths = [len(episode.completion.ids) for episode, _ in found]
-    weights = token_weights(lengths, settings.normaliser, num_sequences=num_sequences, max_new_tokens=settings.max_new_tokens)
-    taught = [WeightedEpisode(episode, advantage, weight) for (episode, advantage), weight in zip(found, weights, strict=True)]
-    return [weighted for weighted in taught if weighted.advantage or settings.uses_reference]  # the others' gradient is zero
+    weights = token_weights(
+        lengths, settings.normaliser, num_sequences=num_sequences, max_new_tokens=settings.max_new_tokens
+    )
+    taught = [
+        WeightedEpisode(episode, advantage, weight)
+        for (episode, advantage), weight in zip(found, weights, strict=True)
+    ]
+    return [
+        weighted for weighted in taught if weighted.advantage or settings.uses_reference
+    ]  # the others' gradient is zero
 
 
 def reward_of(episode: Episode, settings: Settings) -> float | None:
@@ -242,7 +277,12 @@ def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> 
     weight = head_weight(model)
     batch = row.to(weight.device)
     logprobs, _ = token_logprobs(
-        hidden_states(model, batch), weight, batch.targets, temperature=temperature, softcap=softcap(model), max_rows=logit_rows
+        hidden_states(model, batch),
+        weight,
+        batch.targets,
+        temperature=temperature,
+        softcap=softcap(model),
+        max_rows=logit_rows,
     )
     model.train(training)
     return logprobs.cpu()

@@ -86,10 +86,15 @@ def train(
                 {"step": step, "question": episode.question, "reward": episode.reward, "tokens": len(episode.completion.ids),
                  "finished": episode.completion.finished, "text": episode.completion.text}
             )  # fmt: skip
-        tqdm.write(line(step, found, resamples, sampled / seconds) + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else ""))
+        tqdm.write(
+            line(step, found, resamples, sampled / seconds)
+            + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else "")
+        )
         bar.update()
         if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, drawn=policy.drawn)
+            checkpoint.save(
+                checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, drawn=policy.drawn
+            )
     bar.close()
     policy.close()
     folder.save_model(finished, policy.model, policy.chat.tokenizer)

@@ -64,7 +64,11 @@ class RLPlan:
         rows = []
         for gb, slots in self.slots.items():
             verdict = "yes" if self.fits(gb) else "no"
-            most = f"up to {slots:,} answers at once" if slots and self.update.fits(gb) else "not even one answer at once"
+            most = (
+                f"up to {slots:,} answers at once"
+                if slots and self.update.fits(gb)
+                else "not even one answer at once"
+            )
             reason = most if self.update.fits(gb) else "the update does not fit"
             rows.append(f"    {gb:>3} GB: {verdict:<4} {reason}")
         how = f"{self.settings.num_slots} answers of up to {self.settings.max_new_tokens:,} tokens at once"
@@ -95,7 +99,9 @@ def plan_rl(
 
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
-    return _as_plan(*_simulate(model, settings, savings or Savings(), qlora_rank, prompt_tokens, dtype), settings)
+    return _as_plan(
+        *_simulate(model, settings, savings or Savings(), qlora_rank, prompt_tokens, dtype), settings
+    )
 
 
 def choose_rl(
@@ -125,7 +131,9 @@ def choose_rl(
 def ladder_steps_rl(model: str, qlora_rank: int) -> list[Savings]:
     """kit.memory.choose's settings, from fastest to leanest, without what one row per step and cross-entropy alone can have."""
     ladder = ladder_steps(load_config(model), qlora_rank)
-    return list(dict.fromkeys(replace(savings, update_in_backward=False, head_update="whole") for savings in ladder))
+    return list(
+        dict.fromkeys(replace(savings, update_in_backward=False, head_update="whole") for savings in ladder)
+    )
 
 
 def eval_slots(settings: Settings, eval_tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> int:
@@ -153,10 +161,14 @@ def _nearest(model: str, settings: Settings, gpu_gb: float, qlora_rank: int, pro
     if settings.row_tokens > prompt_tokens + settings.max_new_tokens:
         tried.append({"row_tokens": prompt_tokens + settings.max_new_tokens})
     if settings.uses_reference and not qlora_rank:
-        tried.append({"kl": "none", "row_tokens": min(settings.row_tokens, prompt_tokens + settings.max_new_tokens)})
+        tried.append(
+            {"kl": "none", "row_tokens": min(settings.row_tokens, prompt_tokens + settings.max_new_tokens)}
+        )
     tokens = settings.max_new_tokens // 2
     while tokens >= SHORTEST_ANSWER:
-        tried.append({"max_new_tokens": tokens, "row_tokens": min(settings.row_tokens, prompt_tokens + tokens)})
+        tried.append(
+            {"max_new_tokens": tokens, "row_tokens": min(settings.row_tokens, prompt_tokens + tokens)}
+        )
         tokens //= 2
     if not qlora_rank:
         tried.append({"qlora_rank": 16})
@@ -178,12 +190,20 @@ def _most(sampling: Sampling, gpu_gb: float, bound: int) -> int:
 
 def _as_plan(update: Plan, sampling: Sampling, settings: Settings) -> RLPlan:
     return RLPlan(
-        sampling(settings.num_slots), update, settings, {gb: _most(sampling, gb, MOST_SLOTS) for gb in CARDS if gb >= 8}
+        sampling(settings.num_slots),
+        update,
+        settings,
+        {gb: _most(sampling, gb, MOST_SLOTS) for gb in CARDS if gb >= 8},
     )
 
 
 def _simulate(
-    model: str, settings: Settings, savings: Savings, qlora_rank: int, prompt_tokens: int, dtype: torch.dtype = torch.bfloat16
+    model: str,
+    settings: Settings,
+    savings: Savings,
+    qlora_rank: int,
+    prompt_tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Plan, Sampling]:
     """The update, and what sampling holds by the number of answers at once. settings.num_slots has no part in it."""
     config = load_config(model)
@@ -196,15 +216,23 @@ def _simulate(
         if qlora_rank:
             simulate_quantised_decoder(fake)
             add_adapters(fake, base="", rank=qlora_rank)
-        copied = [torch.empty_like(p) for p in fake.parameters()] if settings.uses_reference and not qlora_rank else []
+        copied = (
+            [torch.empty_like(p) for p in fake.parameters()]
+            if settings.uses_reference and not qlora_rank
+            else []
+        )
         row = fake_batch(settings.row_tokens)
-        batch = EpisodeBatch(**vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]})
+        batch = EpisodeBatch(
+            **vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]}
+        )
         loss_of = partial(row_loss, settings=settings, cap=softcap(fake), stats=RunningStats(), sampler=RunningStats(),
                           logit_rows=savings.logit_rows)  # fmt: skip
         book = measure(fake, savings, batch, steps=steps_to_count(savings, dtype), later_row=True, loss_of=loss_of,
                        resident={REFERENCE: copied})  # fmt: skip
     what = Plan(model, settings.row_tokens, qlora_rank, savings, 0, "", {}, book.host_peak, rows=2)
-    resident = {name: book.owners.get(name, 0) for name in (live_bytes.WEIGHTS, live_bytes.OPTIMIZER, REFERENCE)}
+    resident = {
+        name: book.owners.get(name, 0) for name in (live_bytes.WEIGHTS, live_bytes.OPTIMIZER, REFERENCE)
+    }
 
     @cache
     def reading(num_tokens: int) -> int:
@@ -219,7 +247,9 @@ def _simulate(
         held = cache_bytes(fake, num_slots, capacity(settings, prompt_tokens))
         return _plan(what, "sampling", {**resident, CACHE: held, SAMPLER: step})
 
-    return replace(what, peak=book.peak, when=book.when, owners={name: n for name, n in book.owners.items() if n}), sampling
+    return replace(
+        what, peak=book.peak, when=book.when, owners={name: n for name, n in book.owners.items() if n}
+    ), sampling
 
 
 def _plan(what: Plan, when: str, owners: dict[str, int]) -> Plan:
@@ -242,4 +272,9 @@ def _draw(fake, num_slots: int, settings: Settings) -> None:
     weight = fake.get_input_embeddings().weight
     hidden = torch.empty(num_slots, weight.shape[1], dtype=weight.dtype)
     keys = torch.zeros(num_slots, dtype=torch.int64)
-    sample(next_token_logits(fake, hidden), SamplingParams(settings.temperature, 1.0, 0, settings.max_new_tokens), keys, keys)
+    sample(
+        next_token_logits(fake, hidden),
+        SamplingParams(settings.temperature, 1.0, 0, settings.max_new_tokens),
+        keys,
+        keys,
+    )

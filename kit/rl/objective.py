@@ -53,7 +53,10 @@ class RunningStats:
 
     def read(self) -> dict[str, float]:
         """Means over the tokens counted; NaN where none was."""
-        found = {name: total.item() / self.num_tokens if self.num_tokens else math.nan for name, total in self.sums.items()}
+        found = {
+            name: total.item() / self.num_tokens if self.num_tokens else math.nan
+            for name, total in self.sums.items()
+        }
         for end, extremes in (("min", self.lows), ("max", self.highs)):
             found |= {f"{name}_{end}": value.item() for name, value in extremes.items()}
         return {f"{name}_mean" if name in self.lows else name: value for name, value in found.items()}
@@ -96,7 +99,9 @@ def sampler_correction(old: Tensor, sampler: Tensor, cap: float) -> Tensor:
 
 SCALES = ("group-std", "none")
 NORMALISERS = ("tokens", "sequences", "constant")
-STD_FLOOR = 1e-4  # TRL's, so that the two can be compared; verl has 1e-6. A group of equal rewards is 0 either way
+STD_FLOOR = (
+    1e-4  # TRL's, so that the two can be compared; verl has 1e-6. A group of equal rewards is 0 either way
+)
 
 
 def shaped_reward(reward: float, tokens: int, *, max_new_tokens: int, length_penalty: float) -> float:
@@ -119,7 +124,9 @@ def has_signal(rewards: Sequence[float | None]) -> bool:
     return len({reward for reward in rewards if reward is not None}) > 1
 
 
-def token_weights(lengths: Sequence[int], normaliser: str, *, num_sequences: int, max_new_tokens: int) -> list[float]:
+def token_weights(
+    lengths: Sequence[int], normaliser: str, *, num_sequences: int, max_new_tokens: int
+) -> list[float]:
     """What each token of each completion is multiplied by, so that the step's loss is a sum.
 
     lengths: tokens of each completion that is learned from. num_sequences: all of the step, also those that are masked: what is

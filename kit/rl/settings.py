@@ -28,10 +28,14 @@ class Settings:
     kl: str = "k3"  # estimator of the KL loss against the model that training started from; k1, or none
     kl_coef: float = 1e-4
     mask_truncated: bool = False  # learn nothing from completions that were cut off
-    no_signal: str = "keep"  # groups of equal rewards: keep (their KL counts), skip, or resample until the batch is full
+    no_signal: str = (
+        "keep"  # groups of equal rewards: keep (their KL counts), skip, or resample until the batch is full
+    )
     max_resamples: int = 4  # further rollouts a step for resample
     old_logprobs: str = "sampler"  # trainer: scored again before the first update, for one forward pass more
-    sampler_cap: float = 2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
+    sampler_cap: float = (
+        2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
+    )
     length_penalty: float = 0.0  # taken off the reward for max_new_tokens, in proportion for less; 0 = off
     reward_low: float = 0.0  # a reward outside the range is an error of the grader: counted, left out
     reward_high: float = 1.0

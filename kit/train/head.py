@@ -108,7 +108,9 @@ class TiedHead:
 def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
     """Compute total[ids] += rows, (T, H) in fp32. An id may occur many times."""
     positions = torch.arange(len(ids), device=ids.device)
-    first = torch.full((len(total),), len(ids), device=ids.device).scatter_reduce_(0, ids.long(), positions, "amin")[ids]
+    first = torch.full((len(total),), len(ids), device=ids.device).scatter_reduce_(
+        0, ids.long(), positions, "amin"
+    )[ids]
     sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at the first place of each id
     total.index_copy_(0, ids, (total[ids] + sums[first]).to(total.dtype))  # equal ids write equal rows
 
@@ -146,7 +148,9 @@ class BlockedHead:
         self.pending = None
         weight, dlookup = arguments[1], lookup.gradient()
         sorted_ids, order = lookup.ids.sort()
-        places = sorted_ids.cpu()  # where a block's ids begin and end: asked once, not of the card at every block
+        places = (
+            sorted_ids.cpu()
+        )  # where a block's ids begin and end: asked once, not of the card at every block
         square = torch.zeros((), device=weight.device)
         for first, dweight in dweight_blocks(*arguments, softcap=cap):
             _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
@@ -157,14 +161,21 @@ class BlockedHead:
 
 @torch.library.custom_op("kit::add_lookup_", mutates_args=("block",))
 def _add_lookup_(
-    block: torch.Tensor, first: int, sorted_ids: torch.Tensor, order: torch.Tensor, places: torch.Tensor, rows: torch.Tensor
+    block: torch.Tensor,
+    first: int,
+    sorted_ids: torch.Tensor,
+    order: torch.Tensor,
+    places: torch.Tensor,
+    rows: torch.Tensor,
 ) -> None:
     """block[ids - first] += rows, for the ids in first .. first + len(block) - 1 and no others.
 
     block (B, H) fp32; sorted_ids, order (T,): ids in order, and where each lies in rows (T, H) fp32; places: sorted_ids on the
     CPU. An operator, since how many rows a block gets depends on values, which a simulated step does not have.
     """
-    begin, end = torch.searchsorted(places, torch.tensor([first, first + len(block)], dtype=places.dtype)).tolist()
+    begin, end = torch.searchsorted(
+        places, torch.tensor([first, first + len(block)], dtype=places.dtype)
+    ).tolist()
     block.index_add_(0, sorted_ids[begin:end] - first, rows.index_select(0, order[begin:end]))
 
 

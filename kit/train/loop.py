@@ -51,7 +51,9 @@ class Unwatched:
 
     def exhausted(self, step: int, newest: Path | None) -> ValueError:
         """Return what to say of a step that ran out of memory. newest: the last checkpoint."""
-        return ValueError(f"step {step} ran out of memory; the last checkpoint is {newest or 'none, so the run starts over'}")
+        return ValueError(
+            f"step {step} ran out of memory; the last checkpoint is {newest or 'none, so the run starts over'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,16 @@ class TrainingPlan:
     traces: int  # over all epochs
 
     @classmethod
-    def make(cls, lengths: Sequence[int], *, row_tokens: int, batch_traces: int, epochs: int, max_steps: int = 0, seed: int = 0):
+    def make(
+        cls,
+        lengths: Sequence[int],
+        *,
+        row_tokens: int,
+        batch_traces: int,
+        epochs: int,
+        max_steps: int = 0,
+        seed: int = 0,
+    ):
         """Plan all steps. lengths: tokens per document. Each epoch packs the whole set again. max_steps: stop
         there; 0 = all epochs.
 
@@ -137,7 +148,10 @@ def train(
             loss, norm = (x.item() for x in training_step(batches, loss_of))
         except torch.OutOfMemoryError as error:
             raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
-        seconds, compiles = time.perf_counter() - start, device.type == "cuda" and step == done  # Triton's kernels, in step 1
+        seconds, compiles = (
+            time.perf_counter() - start,
+            device.type == "cuda" and step == done,
+        )  # Triton's kernels, in step 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
             raise ValueError(

@@ -26,5 +26,12 @@ LossOfRow = Callable[[Tensor, Tensor, PackedBatch, float], Tensor]
 
 def cross_entropy(model, logit_rows: int = 0) -> LossOfRow:
     """Return the mean token cross-entropy of this model. logit_rows: as in kit.train.savings."""
-    settings = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows, "overwrite_hidden": True}
-    return lambda hidden, weight, batch, scale: linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
+    settings = {
+        "reduction": "sum",
+        "softcap": softcap(model),
+        "max_rows": logit_rows,
+        "overwrite_hidden": True,
+    }
+    return lambda hidden, weight, batch, scale: (
+        linear_cross_entropy(hidden, weight, batch.targets, **settings) * scale
+    )

@@ -36,7 +36,9 @@ class KeptInput:
 
     def __init__(self, x: torch.Tensor, index: int, previous: KeptInput | None):
         self.index = index
-        self.previous = previous  # of the layer before it in the same forward pass: needed next in the backward pass
+        self.previous = (
+            previous  # of the layer before it in the same forward pass: needed next in the backward pass
+        )
         self.device = x.device
         self.on_device: torch.Tensor | None = None  # kept there, or staged
         self.buffer: torch.Tensor | None = None  # CPU memory, as bytes
@@ -79,7 +81,9 @@ class HostInputs:
     def fetch(self, kept: KeptInput) -> torch.Tensor:
         """The input on the device. Raises RuntimeError where done() was called for it."""
         if kept.on_device is None and kept.on_host is None:
-            raise RuntimeError("a layer's input is gone: with offload a graph runs backward once, without retain_graph")
+            raise RuntimeError(
+                "a layer's input is gone: with offload a graph runs backward once, without retain_graph"
+            )
         if kept.on_device is None:
             self._stage(kept)
         if kept.loaded is not None:

@@ -55,7 +55,9 @@ class StochasticAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+        super().__init__(
+            parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        )
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -68,7 +70,9 @@ class StochasticAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)  # not torch.zeros, whose fake tensors have no value to read
+                    state["step"] = torch.tensor(
+                        0.0
+                    )  # not torch.zeros, whose fake tensors have no value to read
                     state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
                 state["step"] += 1
@@ -132,8 +136,12 @@ class AdamW8bit(torch.optim.Optimizer):
 
     SLAB = 2**22  # numbers whose offloaded states visit the card together: 8 MiB, and two slabs of them
 
-    def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed})
+    def __init__(
+        self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False
+    ):
+        super().__init__(
+            parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
+        )
         self.slabs = None
         if offload:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -151,7 +159,9 @@ class AdamW8bit(torch.optim.Optimizer):
         return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
 
     @torch.no_grad()
-    def update(self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None = None, *, first: int = 0) -> None:
+    def update(
+        self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None = None, *, first: int = 0
+    ) -> None:
         """One step for this parameter alone. gradient: None = its own; of a slice of it, flattened elements from `first` on (a
         multiple of 256), fp32 or the parameter's dtype. Slices of one step must follow one another and cover the parameter."""
         self._apply(self._pieces(parameter, parameter.grad if gradient is None else gradient, first))
@@ -161,7 +171,9 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("AdamW8bit takes no closure; run the backward pass, then call step()")
         with_gradient = (parameter for parameter in self.place if parameter.grad is not None)
-        self._apply(piece for parameter in with_gradient for piece in self._pieces(parameter, parameter.grad, 0))
+        self._apply(
+            piece for parameter in with_gradient for piece in self._pieces(parameter, parameter.grad, 0)
+        )
         self.wait()
 
     def wait(self) -> None:
@@ -175,7 +187,10 @@ class AdamW8bit(torch.optim.Optimizer):
         state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
         step = int(self.state[parameter]["step"]) + 1
         flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")} | {"step": step, "index": index}
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")} | {
+            "step": step,
+            "index": index,
+        }
         slab = max(len(flat), 1) if self.slabs is None else self.SLAB
         for start in range(0, len(flat), slab):
             part = slice(start, min(start + slab, len(flat)))
@@ -219,14 +234,18 @@ def make_optimizer(
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer is {name!r}; pass one of {', '.join(OPTIMIZERS)}")
     if dtypes not in ({torch.float32}, {torch.bfloat16}):
-        raise ValueError(f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or bfloat16")
+        raise ValueError(
+            f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or bfloat16"
+        )
     if name == "auto":
         name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
     settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     if name == "adamw8bit":
         return AdamW8bit(parameters, **settings, seed=seed, offload=offload)
     if offload:
-        raise ValueError("offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass adamw8bit")
+        raise ValueError(
+            "offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass adamw8bit"
+        )
     if dtypes == {torch.bfloat16}:
         return StochasticAdamW(parameters, **settings, seed=seed)
     return torch.optim.AdamW(parameters, **settings, fused=True)

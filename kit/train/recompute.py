@@ -40,7 +40,9 @@ from kit.train.offload import HostInputs
 from kit.train.saved_tensors import catch_gradient, made_again
 
 LAYERS = {family.layer: family for family in FAMILIES.values()}
-_norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()  # last norm -> what recompute_layers set there
+_norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = (
+    WeakKeyDictionary()
+)  # last norm -> what recompute_layers set there
 
 
 def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, tile_tokens: int = 0) -> None:
@@ -57,7 +59,9 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
     autocast, which the recompute would not repeat, and for dropout, whose mask it would not draw again.
     """
     if tile_tokens < 0:
-        raise ValueError(f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0 for no tiles")
+        raise ValueError(
+            f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0 for no tiles"
+        )
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         if type(layer) not in LAYERS:
@@ -66,13 +70,21 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
                 f"a layer is a {type(layer).__name__} but the kit knows {known}; add a row to FAMILIES in kit/models/families.py"
             )
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no decoder layer to recompute; pass the language model itself")
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layer to recompute; pass the language model itself"
+        )
     host = offload if isinstance(offload, HostInputs) else HostInputs() if offload else None
     for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = True  # transformers' own protocol: the layer now calls the function in training mode
-        layer._gradient_checkpointing_func = _Recomputed(layer, tile_tokens, host, index, is_last=index == len(layers) - 1)
+        layer.gradient_checkpointing = (
+            True  # transformers' own protocol: the layer now calls the function in training mode
+        )
+        layer._gradient_checkpointing_func = _Recomputed(
+            layer, tile_tokens, host, index, is_last=index == len(layers) - 1
+        )
     for module in model.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and isinstance(getattr(module, "norm", None), nn.Module):
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and isinstance(
+            getattr(module, "norm", None), nn.Module
+        ):
             _stop_recomputing(module.norm)
             _norm_hooks[module.norm] = module.norm.register_forward_hook(_RecomputedNorm(tile_tokens))
 
@@ -130,17 +142,23 @@ class _Tiles:
         several = 0 < self.tile_tokens < source.shape[1]
         sums: dict[str, torch.Tensor] = {}
 
-        def add(name: str, leaf: torch.Tensor) -> None:  # at once, so that one weight's gradient of one tile is alive
+        def add(
+            name: str, leaf: torch.Tensor
+        ) -> None:  # at once, so that one weight's gradient of one tile is alive
             if name in sums:
                 sums[name].add_(leaf.grad)
             else:
-                sums[name] = leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32) if several else leaf.dtype)
+                sums[name] = leaf.grad.to(
+                    torch.promote_types(leaf.dtype, torch.float32) if several else leaf.dtype
+                )
             leaf.grad = None
 
         for name, leaf in leaves.items():
             leaf.register_post_accumulate_grad_hook(partial(add, name))
         for tile in self._tiles(source.shape[1]):
-            dtile = _differentiate_once(part, leaves, source[:, tile].detach(), dout[:, tile], dsource is not None)
+            dtile = _differentiate_once(
+                part, leaves, source[:, tile].detach(), dout[:, tile], dsource is not None
+            )
             if dsource is not None:
                 dsource[:, tile] = dtile
         _collect(part, sums, gradients)
@@ -149,7 +167,9 @@ class _Tiles:
 class _Recomputed(_Tiles):
     """What one layer calls instead of its own forward. x, h, a and their gradients are (B, T, H), B = 1 for a pack."""
 
-    def __init__(self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool):
+    def __init__(
+        self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool
+    ):
         super().__init__(tile_tokens)
         self.layer = layer
         self.family = LAYERS[type(layer)]
@@ -160,10 +180,14 @@ class _Recomputed(_Tiles):
     def __call__(self, forward: partial, x: torch.Tensor) -> torch.Tensor:
         """forward: the layer's own, bound to the keyword arguments of this call."""
         if torch.is_autocast_enabled(x.device.type):
-            raise ValueError("the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off")
+            raise ValueError(
+                "the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off"
+            )
         for name, module in self.layer.named_modules():
             if isinstance(module, nn.Dropout) and module.p:
-                raise ValueError(f"{name} drops out {module.p} but the recompute would draw another mask; set the dropout to 0")
+                raise ValueError(
+                    f"{name} drops out {module.p} but the recompute would draw another mask; set the dropout to 0"
+                )
         parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
             return _LayerFunction.apply(self, forward.keywords, x, *parameters)
@@ -189,7 +213,14 @@ class _Recomputed(_Tiles):
         self._run(_FeedForward(self.layer, self.family), h, h)
         return h
 
-    def backward(self, x: torch.Tensor, arguments: dict, dout: torch.Tensor, needs_dx: bool, when_lean: Callable[[], None]):
+    def backward(
+        self,
+        x: torch.Tensor,
+        arguments: dict,
+        dout: torch.Tensor,
+        needs_dx: bool,
+        when_lean: Callable[[], None],
+    ):
         """dx, or None if it is not needed, and the gradient of every trainable parameter that the layer used.
 
         Alive while the tiles run, the fullest moment: x, dout, the attention's graph without its input, its output a, and h; a
@@ -203,7 +234,9 @@ class _Recomputed(_Tiles):
         leaves = _leaves(self.layer.self_attn)
         with torch.enable_grad(), made_again(normed, partial(self._normed, x)):
             entering = catch_gradient(normed, dnormeds) if needs_dx or _trainable(before) else normed
-            attended = functional_call(self.layer.self_attn, leaves, kwargs={"hidden_states": entering, **arguments})[0]
+            attended = functional_call(
+                self.layer.self_attn, leaves, kwargs={"hidden_states": entering, **arguments}
+            )[0]
         del normed, entering
         needs_da = attended.requires_grad
         a = h = attended.detach()
@@ -212,7 +245,9 @@ class _Recomputed(_Tiles):
             self._run(after, a, h)
         h.add_(x)
         needs_dh = needs_dx or needs_da or (after is not None and bool(_trainable(after)))
-        self._differentiate(_FeedForward(self.layer, self.family), h, dout, h if needs_dh else None, gradients)
+        self._differentiate(
+            _FeedForward(self.layer, self.family), h, dout, h if needs_dh else None, gradients
+        )
         if after is not None:
             self._differentiate(after, a, h, a if needs_da else None, gradients)
         when_lean()
@@ -264,7 +299,9 @@ def _leaves(part: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().requires_grad_() for name, parameter in _trainable(part).items()}
 
 
-def _collect(part: nn.Module, found: dict[str, torch.Tensor | None], gradients: dict[nn.Parameter, torch.Tensor]) -> None:
+def _collect(
+    part: nn.Module, found: dict[str, torch.Tensor | None], gradients: dict[nn.Parameter, torch.Tensor]
+) -> None:
     """Move gradients from names to parameters, in the parameter's dtype; `found` is emptied so that each fp32 sum dies here."""
     for name, parameter in _trainable(part).items():
         gradient = found.pop(name, None)
@@ -304,7 +341,9 @@ class _LayerFunction(torch.autograd.Function):
 
 class _NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tiles: _RecomputedNorm, norm: nn.Module, made: list[torch.Tensor], x: torch.Tensor, *parameters):
+    def forward(
+        ctx, tiles: _RecomputedNorm, norm: nn.Module, made: list[torch.Tensor], x: torch.Tensor, *parameters
+    ):
         ctx.tiles, ctx.norm, ctx.parameters = tiles, norm, parameters
         ctx.save_for_backward(x)
         return made.pop()

@@ -40,7 +40,10 @@ def made_again(x: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     def pack(saved: Tensor) -> tuple:
         if saved.untyped_storage()._cdata == dropped:
             return saved.size(), saved.stride(), saved.storage_offset()
-        return saved.detach(), saved._version  # detached: an output held by its own graph would be held for good
+        return (
+            saved.detach(),
+            saved._version,
+        )  # detached: an output held by its own graph would be held for good
 
     def unpack(packed: tuple) -> Tensor:
         if len(packed) == 3:
@@ -50,7 +53,9 @@ def made_again(x: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
             return made[0].as_strided(*packed)
         saved, version = packed
         if saved._version != version:
-            raise RuntimeError(f"a tensor of shape {tuple(saved.shape)} that the backward pass needs was changed in place")
+            raise RuntimeError(
+                f"a tensor of shape {tuple(saved.shape)} that the backward pass needs was changed in place"
+            )
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

@@ -13,8 +13,12 @@ class Savings:
 
     recompute: bool = True  # keep each layer's input only; costs a forward pass more
     tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of this many tokens; 0 = whole
-    optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw for fp32 weights, adamw8bit for bf16
-    update_in_backward: bool = False  # a gradient dies with its layer: one row per step, no clipping by the global norm
+    optimizer: str = (
+        "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw for fp32 weights, adamw8bit for bf16
+    )
+    update_in_backward: bool = (
+        False  # a gradient dies with its layer: one row per step, no clipping by the global norm
+    )
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
@@ -24,7 +28,9 @@ class Savings:
         if self.head_update not in HEAD_UPDATES:
             raise ValueError(f"head_update is {self.head_update!r}; pass one of {', '.join(HEAD_UPDATES)}")
         if self.logit_rows < 0:
-            raise ValueError(f"logit_rows is {self.logit_rows}; pass rows such as 512, or 0 for half a GiB of logits")
+            raise ValueError(
+                f"logit_rows is {self.logit_rows}; pass rows such as 512, or 0 for half a GiB of logits"
+            )
         if self.head_update == "blocked" and not self.update_in_backward:
             raise ValueError(
                 "head_update is blocked but update_in_backward is off: blocks are updated as they are made; pass both, or "
@@ -36,12 +42,18 @@ class Savings:
                 "to the recomputation: pass --recompute, or leave them out"
             )
         if self.update_in_backward and self.optimizer == "adamw":
-            raise ValueError("update_in_backward is on but optimizer is adamw, which updates all at once; pass adamw8bit")
+            raise ValueError(
+                "update_in_backward is on but optimizer is adamw, which updates all at once; pass adamw8bit"
+            )
 
     def check_clipping(self, max_grad_norm: float, max_tensor_norm: float) -> None:
         """Raises ValueError if a norm is to be clipped that these savings never know."""
         if max_grad_norm and self.update_in_backward:
-            instead = "" if self.head_update == "blocked" else f", and --max_tensor_norm {max_grad_norm:g} to clip each parameter"
+            instead = (
+                ""
+                if self.head_update == "blocked"
+                else f", and --max_tensor_norm {max_grad_norm:g} to clip each parameter"
+            )
             raise ValueError(
                 f"max_grad_norm is {max_grad_norm:g} but update_in_backward uses each gradient up before the norm of all is "
                 f"known; pass --max_grad_norm 0{instead}, or --no_update_in_backward"

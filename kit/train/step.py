@@ -45,7 +45,9 @@ class TrainingStep:
         self.head = make_head(model, savings, self.optimizer, self.updates)
         model.train()
 
-    def __call__(self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Train on the rows of one step. Returns (loss, gradient norm before clipping), fp32 scalars on the device.
 
         loss_of: a row's share of the step's loss (kit.train.loss); None = mean token cross-entropy.

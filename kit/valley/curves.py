@@ -99,7 +99,9 @@ class Curve:
             return "falling"
         if changes[-1].below_zero():
             return "crossing"
-        return "valley" if changes[-1].low > changes[self.lowest].mean / 2 else "unclear"  # more than half is back for certain
+        return (
+            "valley" if changes[-1].low > changes[self.lowest].mean / 2 else "unclear"
+        )  # more than half is back for certain
 
     @property
     def climb(self) -> Estimate:
@@ -118,8 +120,13 @@ def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Es
     strata: dict[str, list] = {}
     for question in next(iter(seeds.values())):
         strata.setdefault(question[0] if isinstance(question, tuple) else "", []).append(question)
-    of_seeds = [fmean(fmean(values[q] for q in stratum) for stratum in strata.values()) for values in seeds.values()]
-    halves = [half_width([fmean(values[q] for values in seeds.values()) for q in stratum], added) for stratum in strata.values()]
+    of_seeds = [
+        fmean(fmean(values[q] for q in stratum) for stratum in strata.values()) for values in seeds.values()
+    ]
+    halves = [
+        half_width([fmean(values[q] for values in seeds.values()) for q in stratum], added)
+        for stratum in strata.values()
+    ]
     spread = 0.0
     if len(of_seeds) > 1:
         spread = STUDENT.get(len(of_seeds) - 1, 1.96) * stdev(of_seeds) / math.sqrt(len(of_seeds))
@@ -135,7 +142,9 @@ def difference(
     """
     common = [seed for seed in after if seed in before]
     if not common:
-        raise ValueError(f"seeds {list(after)} and {list(before)} have none in common; measure both with the same seeds")
+        raise ValueError(
+            f"seeds {list(after)} and {list(before)} have none in common; measure both with the same seeds"
+        )
     for seed in common:
         if after[seed].keys() != before[seed].keys():
             raise ValueError(
@@ -215,7 +224,11 @@ def length_sentence(curve: Curve) -> str:
     """Whether answers get longer, and shorter again."""
     start, looks = curve.base.length, len(curve.points)
     ratios = [point.length.mean / start.mean for point in curve.points]
-    longer = [i for i, point in enumerate(curve.points) if difference(point.tokens, curve.base.tokens, ()).above_zero(looks)]
+    longer = [
+        i
+        for i, point in enumerate(curve.points)
+        if difference(point.tokens, curve.base.tokens, ()).above_zero(looks)
+    ]
     longest = max(longer or range(looks), key=lambda i: ratios[i])
     peak, last = curve.points[longest], curve.points[-1]
     shrank = difference(peak.tokens, last.tokens, ()).above_zero(looks)
@@ -232,7 +245,11 @@ def length_sentence(curve: Curve) -> str:
     if peak is last:
         return f"{rise}, the most that were tried."
     end = f"{ratios[-1]:.1f} times at {last.num_traces:,} ({last.length.mean:.0f} tokens)"
-    return f"{rise}, and shorter again: {end}." if shrank else f"{rise}, and not shorter again beyond chance: {end}."
+    return (
+        f"{rise}, and shorter again: {end}."
+        if shrank
+        else f"{rise}, and not shorter again beyond chance: {end}."
+    )
 
 
 def comparison_sentence(first: Curve, other: Curve) -> str:

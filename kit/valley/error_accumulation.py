@@ -25,7 +25,9 @@ class Decomposition:
     num_traces: int
     accuracy: Estimate
     step_accuracy: Estimate  # p: right steps, of those that had only right ones before them
-    predicted: Estimate  # accuracy if that were all, and every step alike: the mean of p^n, n the problem's steps
+    predicted: (
+        Estimate  # accuracy if that were all, and every step alike: the mean of p^n, n the problem's steps
+    )
     residual: Estimate  # accuracy - predicted
     equation_accuracy: Estimate  # share of true equations, checks and what was taken back and all
     operations: Estimate  # that an answer performs, checks and all
@@ -33,7 +35,9 @@ class Decomposition:
     causes: Mapping[str, float]  # share of all answers that are wrong and have this first, of CAUSES
     saved: float  # share of all answers that are right although something in them is wrong
     reflection: Estimate
-    reflection_tokens: Estimate | None  # mean length of answers with a recheck minus that of those without; None without both
+    reflection_tokens: (
+        Estimate | None
+    )  # mean length of answers with a recheck minus that of those without; None without both
     looping: float
     truncated: float
     corrections: float  # an answer
@@ -83,7 +87,10 @@ def _sums(rows: Rows, value_of, *, mean: bool) -> dict[int, dict[str, float]]:
     groups: dict[int, dict[str, list[float]]] = {}
     for seed, row, found in rows:
         groups.setdefault(seed, {}).setdefault(row["question"], []).append(float(value_of(row, found)))
-    return {seed: {q: fmean(v) if mean else sum(v) for q, v in of_seed.items()} for seed, of_seed in groups.items()}
+    return {
+        seed: {q: fmean(v) if mean else sum(v) for q, v in of_seed.items()}
+        for seed, of_seed in groups.items()
+    }
 
 
 def _deviations(rows: Rows, top_of, bottom_of) -> tuple[float, dict[int, ByQuestion]]:
@@ -92,7 +99,9 @@ def _deviations(rows: Rows, top_of, bottom_of) -> tuple[float, dict[int, ByQuest
     total = sum(sum(values.values()) for values in bottom.values())
     share = sum(sum(values.values()) for values in top.values()) / total if total else 0.0
     each = total / sum(map(len, bottom.values())) or 1.0
-    return share, {seed: {q: (top[seed][q] - share * bottom[seed][q]) / each for q in top[seed]} for seed in top}
+    return share, {
+        seed: {q: (top[seed][q] - share * bottom[seed][q]) / each for q in top[seed]} for seed in top
+    }
 
 
 def ratio(rows: Rows, top_of, bottom_of) -> Estimate:
@@ -151,7 +160,9 @@ def _length_sentence(base: Decomposition, low: Decomposition) -> str:
             "worse, or something else."
         )
     by_length = base.accuracy.mean - min(base.accuracy.mean, length_alone(base, low))
-    share = "most" if by_length > lost / 2 else "the smaller part" if by_length > lost / 10 else "next to nothing"
+    share = (
+        "most" if by_length > lost / 2 else "the smaller part" if by_length > lost / 10 else "next to nothing"
+    )
     return (
         f"Longer answers by themselves explain {share} of the fall: {low.operations.mean:.1f} operations an answer "
         f"(± {low.operations.half:.1f}) against {base.operations.mean:.1f} before, were they as reliable as the base "
@@ -180,8 +191,12 @@ def _reflection_sentence(base: Decomposition, points: Sequence[Decomposition]) -
         f"Answers with a recheck: {percent(base.reflection)} before, {percent(first.reflection)} after {first.num_traces:,} "
         f"traces, {percent(last.reflection)} after {last.num_traces:,}."
     )
-    lengths = [(point.num_traces, point.reflection_tokens) for point in points if point.reflection_tokens is not None]
+    lengths = [
+        (point.num_traces, point.reflection_tokens) for point in points if point.reflection_tokens is not None
+    ]
     if not lengths:
-        return f"{said} At no size are there answers with and without one, so their lengths cannot be compared."
+        return (
+            f"{said} At no size are there answers with and without one, so their lengths cannot be compared."
+        )
     listed = ", ".join(f"{tokens.mean:+.0f} ± {tokens.half:.0f} at {size:,}" for size, tokens in lengths)
     return f"{said} By how many tokens those are longer than the others, where there are both: {listed}."

@@ -62,7 +62,9 @@ def sampling_seconds(
     sizes = Sizes.of(config)
     weights = sizes.linears + sizes.V * sizes.H
     spans = [*sizes.windows, *[response_tokens] * (sizes.L - len(sizes.windows))]
-    places = sum(min(response_tokens, span) for span in spans)  # in all layers, of one slot: a card reads all rows to the longest
+    places = sum(
+        min(response_tokens, span) for span in spans
+    )  # in all layers, of one slot: a card reads all rows to the longest
     of_weights = (NF4_BYTES if quantised else 2) * sizes.linears + 2 * sizes.V * sizes.H
     moved = of_weights + evaluation.num_slots * 2 * 2 * sizes.kv * places
     steps = evaluation.num_samples * response_tokens / evaluation.num_slots
@@ -127,7 +129,11 @@ class CellPlan:
         sizes = Sizes.of(self.config)
         rank = self.memory.qlora_rank
         if rank:
-            return sizes.L * rank * (2 * (sizes.H + sizes.q) + 2 * (sizes.H + sizes.kv) + 3 * (sizes.H + sizes.intermediate))
+            return (
+                sizes.L
+                * rank
+                * (2 * (sizes.H + sizes.q) + 2 * (sizes.H + sizes.kv) + 3 * (sizes.H + sizes.intermediate))
+            )
         return sizes.linears + sizes.V * sizes.H * (1 if sizes.tied else 2)
 
     @property
@@ -151,18 +157,33 @@ def plan_cells(
         planned = memory[cell.model, cell.method]
         fits = isinstance(planned, Plan)
         config = load_config(cell.model) if fits else None
-        found.append(CellPlan(cell, planned if fits else None, "" if fits else planned, config, evaluation, assumed, max_steps))
+        found.append(
+            CellPlan(
+                cell,
+                planned if fits else None,
+                "" if fits else planned,
+                config,
+                evaluation,
+                assumed,
+                max_steps,
+            )
+        )
     return found
 
 
 def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     """The plan as a table, its sums, and what they assume. Cells that differ in the seed alone are one line."""
-    lines = [f"{'cell':<52}{'batch':>6}{'steps':>8}{'training':>12}{'sampling':>12}{'disk kept':>12}{'while training':>16}"]
+    lines = [
+        f"{'cell':<52}{'batch':>6}{'steps':>8}{'training':>12}{'sampling':>12}{'disk kept':>12}{'while training':>16}"
+    ]
     alike: dict[Cell, list[CellPlan]] = {}
     for found in plans:
         alike.setdefault(replace(found.cell, seed=0), []).append(found)
     for cell, group in alike.items():
-        first, name = group[0], cell.name.removesuffix("-seed0") + (f" x {len(group)} seeds" if len(group) > 1 else "")
+        first, name = (
+            group[0],
+            cell.name.removesuffix("-seed0") + (f" x {len(group)} seeds" if len(group) > 1 else ""),
+        )
         if first.memory is None:
             lines.append(f"{name:<52}  no plan: see above")
             continue
@@ -180,7 +201,10 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     before = sum(found.baseline_hours for found in baselines.values())
     hours = training + sampling + before
     on_several = f", {hours / num_cards:,.1f} h on {num_cards} if they share evenly" if num_cards > 1 else ""
-    kept, going = sum(found.disk_kept for found in fitting), max(found.disk_while_training for found in fitting) * num_cards
+    kept, going = (
+        sum(found.disk_kept for found in fitting),
+        max(found.disk_while_training for found in fitting) * num_cards,
+    )
     assumed, evaluation = fitting[0].assumed, fitting[0].evaluation
     return "\n".join([
         *lines,
@@ -198,7 +222,14 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
 
 def write_plan(path: Path, plans: Sequence[CellPlan]) -> None:
     """The estimates as JSON, a cell each."""
-    names = ("num_steps", "training_hours", "sampling_hours", "baseline_hours", "disk_kept", "disk_while_training")
+    names = (
+        "num_steps",
+        "training_hours",
+        "sampling_hours",
+        "baseline_hours",
+        "disk_kept",
+        "disk_while_training",
+    )
     write_json(path, [
         asdict(found.cell) | {"why_not": found.why_not, "memory": found.memory and found.memory.as_json()}
         | ({name: getattr(found, name) for name in names} if found.memory else {})
@@ -206,13 +237,20 @@ def write_plan(path: Path, plans: Sequence[CellPlan]) -> None:
     ])  # fmt: skip
 
 
-Chosen = Mapping[tuple[str, str], tuple[dict, str]]  # (model, method) -> the recipe's settings, why none fits ("" = they do)
+Chosen = Mapping[
+    tuple[str, str], tuple[dict, str]
+]  # (model, method) -> the recipe's settings, why none fits ("" = they do)
 ROWS = 2  # of a step, at least: Table 2 takes 8 traces or more
 FILE = "memory.json"  # of a sweep: what was chosen, so that a resumed one need not simulate again
 
 
 def plan_memory(
-    cells: Sequence[Cell], *, row_tokens: int, gpu_gb: float, qlora_rank: int, report: Callable[[str], None] = print
+    cells: Sequence[Cell],
+    *,
+    row_tokens: int,
+    gpu_gb: float,
+    qlora_rank: int,
+    report: Callable[[str], None] = print,
 ) -> dict[tuple[str, str], Plan | str]:
     """(model, method) -> its plan, or why there is none. Each is simulated once, which takes up to a minute, or several where
     settings are chosen. gpu_gb: 0 = the settings as they are, else the fastest that fit. report: is given a line a plan."""
@@ -232,7 +270,9 @@ def _describe(planned: Plan | str, gpu_gb: float) -> str:
         return f"NO: {planned}"
     cards = [gpu_gb] if gpu_gb else [gb for gb in CARDS if planned.fits(gb)]
     on = [
-        f"{field.name} {value}" for field in fields(Savings) if (value := getattr(planned.savings, field.name)) != field.default
+        f"{field.name} {value}"
+        for field in fields(Savings)
+        if (value := getattr(planned.savings, field.name)) != field.default
     ]
     return (
         f"{planned.total / GIB:.2f} GiB (simulated); fits {', '.join(f'{gb:g} GB' for gb in cards) or 'no card up to 24 GB'}; "
@@ -246,7 +286,13 @@ def settings_of(planned: Plan | str, max_grad_norm: float) -> tuple[dict, str]:
 
 
 def choose_settings(
-    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, row_tokens: int, gpu_gb: float, qlora_rank: int
+    cells: Sequence[Cell],
+    path: Path,
+    *,
+    max_grad_norm: float,
+    row_tokens: int,
+    gpu_gb: float,
+    qlora_rank: int,
 ) -> dict[tuple[str, str], tuple[dict, str]]:
     """The memory settings for a card of gpu_gb; the recipe's own where it is 0. Kept in path/memory.json."""
     if not gpu_gb:
@@ -270,5 +316,9 @@ def with_settings(cells: Sequence[Cell], chosen: Chosen) -> tuple[list[Cell], li
         elif cell.arm != FIXED_BATCH:
             single[f"{short_name(cell.model)}, {cell.method}"] = None
             found.append(replace(cell, batch_traces=settings["batch_traces"]))
-    lines = [f"one row of packed traces per step at every size, to fit the card, for {'; '.join(single)}"] if single else []
+    lines = (
+        [f"one row of packed traces per step at every size, to fit the card, for {'; '.join(single)}"]
+        if single
+        else []
+    )
     return found, lines

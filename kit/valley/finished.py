@@ -36,7 +36,9 @@ def curve_name(cell: Cell) -> str:
 
 
 def method_name(cell: Cell) -> str:
-    return TITLES[cell.method] + (f", batch {cell.batch_traces} throughout" if cell.arm == FIXED_BATCH else "")
+    return TITLES[cell.method] + (
+        f", batch {cell.batch_traces} throughout" if cell.arm == FIXED_BATCH else ""
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,11 @@ def results_in(folder: Path) -> Results:
 
 def measured_by(path: Path, kind: str, name: str) -> Results:
     """What a run of the sweep in `path` measured last. kind: baseline, cell or rl."""
-    folder = {"baseline": path / BASELINES / name / SAMPLES, "cell": path / CELLS / name / AFTER, "rl": path / RL / name / AFTER}
+    folder = {
+        "baseline": path / BASELINES / name / SAMPLES,
+        "cell": path / CELLS / name / AFTER,
+        "rl": path / RL / name / AFTER,
+    }
     return results_in(folder[kind])
 
 
@@ -122,7 +128,11 @@ def _training_seconds(run: Path) -> float:
 
 def length_benchmark(sweep: Sweep) -> str:
     """The benchmark whose responses' length is reported: the paper's, or the first there is."""
-    names = [name for results in [*sweep.baselines.values(), *(found.after for found in sweep.measured)] for name in results]
+    names = [
+        name
+        for results in [*sweep.baselines.values(), *(found.after for found in sweep.measured)]
+        for name in results
+    ]
     return LENGTH_BENCHMARK if LENGTH_BENCHMARK in names else next(iter(names), LENGTH_BENCHMARK)
 
 
@@ -143,9 +153,12 @@ def curves_of(sweep: Sweep, model: str) -> tuple[list[Curve], list[str]]:
         except ValueError as error:
             refused.append(f"{found.cell.name} is left out: {error}")
         else:
-            groups.setdefault(curve_name(found.cell), {}).setdefault(found.cell.num_traces, {})[found.cell.seed] = found.after
+            groups.setdefault(curve_name(found.cell), {}).setdefault(found.cell.num_traces, {})[
+                found.cell.seed
+            ] = found.after
     curves = [
-        Curve(name, base, [_point(size, sizes[size], length_of) for size in sorted(sizes)]) for name, sizes in groups.items()
+        Curve(name, base, [_point(size, sizes[size], length_of) for size in sorted(sizes)])
+        for name, sizes in groups.items()
     ]
     return curves or [Curve(short_name(model), base, [])], refused
 
@@ -153,13 +166,17 @@ def curves_of(sweep: Sweep, model: str) -> tuple[list[Curve], list[str]]:
 def sentences(sweep: Sweep) -> list[str]:
     """What the cells say, model by model."""
     models = dict.fromkeys(cell.model for cell in sweep.cells)
-    return [line for model in models for line in findings(curves_of(sweep, model)[0])] + rl_sentences(sweep.rl)
+    return [line for model in models for line in findings(curves_of(sweep, model)[0])] + rl_sentences(
+        sweep.rl
+    )
 
 
 def check_alike(before: Results, found: Measured) -> None:
     """Raises ValueError if a cell was measured otherwise than its baseline."""
     if before.keys() != found.after.keys():
-        raise ValueError(f"it has samples of {', '.join(found.after) or 'nothing'}, its baseline of {', '.join(before)}")
+        raise ValueError(
+            f"it has samples of {', '.join(found.after) or 'nothing'}, its baseline of {', '.join(before)}"
+        )
     for name in before:
         check_comparable(before[name], found.after[name])
 
@@ -171,7 +188,11 @@ def _point(num_traces: int, seeds: dict[int, Results], length_of: str) -> Point:
 
 def shares(results: Results) -> ByQuestion:
     """(benchmark, question) -> share of right samples."""
-    return {(name, question): share for name, result in results.items() for question, share in result.by_question().items()}
+    return {
+        (name, question): share
+        for name, result in results.items()
+        for question, share in result.by_question().items()
+    }
 
 
 def tokens(results: Results, benchmark: str) -> ByQuestion:
@@ -194,7 +215,9 @@ def _points(change: Estimate) -> str:
 
 def rl_sentences(rl_runs: Sequence[RLRun]) -> list[str]:
     """Of every fine-tuned start, whether RL ends above or below where it ends from the base model; paired by seed."""
-    ends: dict[tuple[str, str], dict[int, dict[int, ByQuestion]]] = {}  # (model, method) -> size -> seed -> shares
+    ends: dict[
+        tuple[str, str], dict[int, dict[int, ByQuestion]]
+    ] = {}  # (model, method) -> size -> seed -> shares
     for rl_run in rl_runs:
         sizes = ends.setdefault((rl_run.model, rl_run.method), {})
         sizes.setdefault(rl_run.num_traces, {})[rl_run.seed] = shares(rl_run.stages[AFTER])

@@ -33,7 +33,9 @@ class Anatomy:
     cause: str  # of CAUSES, or "" where nothing is wrong
     right_steps: int  # before the first wrong one
     num_steps: int  # of the problem
-    wrong: tuple[tuple[int, int], ...]  # (start, end) in the text of the equations in force that are not the problem's next step
+    wrong: tuple[
+        tuple[int, int], ...
+    ]  # (start, end) in the text of the equations in force that are not the problem's next step
     taken_back: tuple[tuple[int, int], ...]  # of false equations that the answer itself takes back
     num_operations: int  # that the answer performs, checks and all
     num_false: int  # of its equations, taken back or not

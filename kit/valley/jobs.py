@@ -25,7 +25,9 @@ JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
 TAIL = 12  # lines of the log that go with a failure
 LOOK_EVERY = 0.2  # seconds between two looks at the processes
-MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")  # what a traceback ends with
+MESSAGE = re.compile(
+    r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)"
+)  # what a traceback ends with
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,15 @@ class Job:
     def command(self) -> list[str]:
         resume = ["--resume"] if (self.folder / "config.json").is_file() else []
         flags = [*(as_flag(name, value) for name, value in self.settings.items()), *self.flags]
-        return [sys.executable, "-m", "kit.valley.sweep_child", str(self.recipe), *flags, f"--out={self.folder}", *resume]
+        return [
+            sys.executable,
+            "-m",
+            "kit.valley.sweep_child",
+            str(self.recipe),
+            *flags,
+            f"--out={self.folder}",
+            *resume,
+        ]
 
     def obstacle(self, state: Mapping[str, str]) -> str:
         """Why it is not to be started; "" = nothing is in its way but what is still running."""
@@ -82,7 +92,9 @@ def places(device: str, gpus: str, workers: int) -> list[dict[str, str]]:
     """
     if device == "cuda":
         if workers != 1:
-            raise ValueError(f"workers is {workers} but device is cuda, where processes are counted by cards; pass --gpus 0,1")
+            raise ValueError(
+                f"workers is {workers} but device is cuda, where processes are counted by cards; pass --gpus 0,1"
+            )
         return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in gpus.split(",")] if gpus else [{}]
     if gpus:
         raise ValueError(f"gpus is {gpus!r} but device is {device}; pass --device cuda, or --workers instead")
@@ -103,14 +115,20 @@ def run_jobs(jobs: Sequence[Job], path: Path, slots: Sequence[Mapping[str, str]]
     state = {name: outcome.status for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
     waiting = [job for job in jobs if job.name not in state]
     free, running = list(range(len(slots))), []
-    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", unit=" runs", disable=None) as bar:
+    with tqdm(
+        total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", unit=" runs", disable=None
+    ) as bar:
         try:
             while waiting or running:
                 ended = [
-                    Outcome(job.name, FAILED, error=f"not started: {why}") for job in waiting if (why := job.obstacle(state))
+                    Outcome(job.name, FAILED, error=f"not started: {why}")
+                    for job in waiting
+                    if (why := job.obstacle(state))
                 ]
                 waiting = [job for job in waiting if not job.obstacle(state)]
-                while free and (job := next((j for j in waiting if all(state.get(n) == DONE for n in j.needs)), None)):
+                while free and (
+                    job := next((j for j in waiting if all(state.get(n) == DONE for n in j.needs)), None)
+                ):
                     waiting.remove(job)
                     running.append(_Running(job, free.pop(0), slots))
                     bar.set_postfix_str(", ".join(process.job.name for process in running))
@@ -140,7 +158,11 @@ class _Running:
         self.log_start = self.log.stat().st_size if self.log.exists() else 0  # of this attempt
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(
-                job.command(), env={**os.environ, **slots[slot]}, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+                job.command(),
+                env={**os.environ, **slots[slot]},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def outcome(self) -> Outcome:
@@ -151,7 +173,14 @@ class _Running:
             lines = log.read().decode("utf-8", errors="replace").splitlines()
         if self.child.returncode == 0:
             return Outcome(self.job.name, DONE, seconds, log=str(self.log))
-        return Outcome(self.job.name, FAILED, seconds, reason(self.child.returncode, lines), tuple(lines[-TAIL:]), str(self.log))
+        return Outcome(
+            self.job.name,
+            FAILED,
+            seconds,
+            reason(self.child.returncode, lines),
+            tuple(lines[-TAIL:]),
+            str(self.log),
+        )
 
     def stop(self) -> None:
         self.child.stdin.close()  # the run sees its end and goes
@@ -162,7 +191,12 @@ class _Running:
 def reason(status: int, lines: Sequence[str]) -> str:
     """The reason a process failed: the message its log ends with, or the signal that ended it."""
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}" + (", as Linux does when memory runs out" if status == -9 else "")
+        return f"ended by {signal.Signals(-status).name}" + (
+            ", as Linux does when memory runs out" if status == -9 else ""
+        )
     start = next((i for i in reversed(range(len(lines))) if MESSAGE.match(lines[i])), None)
     said = lines[start:] if start is not None else lines[-3:]
-    return " ".join(line.strip() for line in said if line.strip()) or f"it ended with status {status} and said nothing"
+    return (
+        " ".join(line.strip() for line in said if line.strip())
+        or f"it ended with status {status} and said nothing"
+    )

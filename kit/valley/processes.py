@@ -18,11 +18,20 @@ import torch
 LOOK_EVERY = 0.5  # seconds between two calls of on_wait
 # glibc gives freed blocks of a megabyte back to the system at once, and taking them anew is 6 % of a small model's training step;
 # read when a process starts, and by no other allocator
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 
 
 def run_apart(
-    function: Callable, jobs: Iterable[tuple], *, num_workers: int, log: Path, on_wait: Callable[[list[tuple]], None]
+    function: Callable,
+    jobs: Iterable[tuple],
+    *,
+    num_workers: int,
+    log: Path,
+    on_wait: Callable[[list[tuple]], None],
 ) -> Iterator[tuple[tuple, object]]:
     """(job, function(*job)) of each job as it ends, num_workers at a time in the jobs' order.
 

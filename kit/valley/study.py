@@ -54,7 +54,10 @@ class Study:
     follows the paper's Table 2 in small: it grows with the data, so that from min_batch * steps_an_epoch traces on the number of
     steps stays the same."""
 
-    models: tuple[str, ...] = ("tiny", "tinier")  # shipped ones, or folders; all arms for the first, the first arm for the others
+    models: tuple[str, ...] = (
+        "tiny",
+        "tinier",
+    )  # shipped ones, or folders; all arms for the first, the first arm for the others
     arms: tuple[str, ...] = ("long", "short", "mixed", "growing")
     sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 8_192)  # traces, of the first arm
     control_sizes: tuple[int, ...] = (64, 1_024, 4_096)  # of the other arms
@@ -90,7 +93,11 @@ class Study:
 
     def batch_of(self, arm: str, num_traces: int) -> int:
         """Traces a step."""
-        return max(self.min_batch, num_traces // self.steps_an_epoch) if ARMS[arm].growing_batch else self.batch_traces
+        return (
+            max(self.min_batch, num_traces // self.steps_an_epoch)
+            if ARMS[arm].growing_batch
+            else self.batch_traces
+        )
 
     def place_of(self, cell: Cell) -> list[int]:
         """What the cells are sorted by. More seeds and sizes, or more models and arms behind the others, move no cell."""

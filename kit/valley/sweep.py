@@ -18,7 +18,10 @@ from pathlib import Path
 from kit.run import write_json
 
 FULL, QLORA = "full", "qlora"  # methods
-PAPER_BATCH, FIXED_BATCH = "table", "fixed"  # arms: the batch grows with the data as in Table 2, or is the same at every size
+PAPER_BATCH, FIXED_BATCH = (
+    "table",
+    "fixed",
+)  # arms: the batch grows with the data as in Table 2, or is the same at every size
 BASELINES, CELLS, RL = "baselines", "cells", "rl"  # folders of a sweep
 SWEEP = "sweep.json"
 
@@ -118,14 +121,20 @@ class Grid:
         names = [short_name(model) for model, _ in self.models]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
-            raise ValueError(f"models is {names} but must be one or more, each with a name of its own ({', '.join(twice)})")
+            raise ValueError(
+                f"models is {names} but must be one or more, each with a name of its own ({', '.join(twice)})"
+            )
         for model, methods in self.models:
             if not methods or len(set(methods)) < len(methods) or set(methods) - {FULL, QLORA}:
                 raise ValueError(
                     f"methods of {model} are {'+'.join(methods) or 'none'}; pass {FULL}, {QLORA} or {FULL}+{QLORA}, each once"
                 )
-        if not self.sizes or any(before >= after for before, after in zip((0, *self.sizes), self.sizes, strict=False)):
-            raise ValueError(f"sizes is {self.sizes} but must be numbers of traces, each larger than the one before")
+        if not self.sizes or any(
+            before >= after for before, after in zip((0, *self.sizes), self.sizes, strict=False)
+        ):
+            raise ValueError(
+                f"sizes is {self.sizes} but must be numbers of traces, each larger than the one before"
+            )
         for name, least in (("seeds", 1), ("fixed_batch", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least {least}")
@@ -138,7 +147,9 @@ class Grid:
             for model, methods in self.models:
                 for method in methods:
                     rows = [schedule(size) for size in self.sizes]
-                    found += [Cell(model, method, row.traces, seed, row.epochs, row.batch_traces) for row in rows]
+                    found += [
+                        Cell(model, method, row.traces, seed, row.epochs, row.batch_traces) for row in rows
+                    ]
                     if self.fixed_batch:
                         found += [
                             Cell(model, method, row.traces, seed, row.epochs, self.fixed_batch, FIXED_BATCH)
@@ -150,13 +161,17 @@ class Grid:
         """What differs from the paper in which cells there are."""
         table, found = {row.traces for row in TABLE}, []
         if own := [f"{size:,}" for size in self.sizes if size not in table]:
-            found.append(f"{', '.join(own)} traces, which the paper lacks; batch and epochs continue its Table 2")
+            found.append(
+                f"{', '.join(own)} traces, which the paper lacks; batch and epochs continue its Table 2"
+            )
         if missing := [f"{size:,}" for size in sorted(table - {*self.sizes})]:
             found.append(f"without {', '.join(missing)} traces")
         if adapted := [short_name(model) for model, methods in self.models if QLORA in methods]:
             found.append(f"QLoRA of rank {qlora_rank} for {', '.join(adapted)} (paper: all parameters)")
         if self.fixed_batch:
-            found.append(f"a control arm with {self.fixed_batch} traces per step at every size, which the paper lacks")
+            found.append(
+                f"a control arm with {self.fixed_batch} traces per step at every size, which the paper lacks"
+            )
         return found
 
 
@@ -174,10 +189,14 @@ def parse_numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError as error:
-        raise ValueError(f"{name} is {text!r} but must be whole numbers with commas between them, such as 8000,16000") from error
+        raise ValueError(
+            f"{name} is {text!r} but must be whole numbers with commas between them, such as 8000,16000"
+        ) from error
 
 
-def write_sweep(path: Path, cells: Sequence[Cell], deviations: Sequence[str], rl_sizes: Sequence[int]) -> None:
+def write_sweep(
+    path: Path, cells: Sequence[Cell], deviations: Sequence[str], rl_sizes: Sequence[int]
+) -> None:
     """What the report needs to know beside the run folders."""
     rows = [asdict(cell) for cell in cells]
     write_json(path / SWEEP, {"cells": rows, "deviations": list(deviations), "rl_sizes": list(rl_sizes)})
@@ -186,6 +205,8 @@ def write_sweep(path: Path, cells: Sequence[Cell], deviations: Sequence[str], rl
 def read_sweep(path: Path) -> tuple[list[Cell], list[str], list[int]]:
     """(cells, deviations, sizes that RL starts from). Raises ValueError if there is no sweep."""
     if not (path / SWEEP).is_file():
-        raise ValueError(f"{path} holds no sweep ({SWEEP}); pass the folder of a run of recipes/valley_sweep.py")
+        raise ValueError(
+            f"{path} holds no sweep ({SWEEP}); pass the folder of a run of recipes/valley_sweep.py"
+        )
     stored = json.loads((path / SWEEP).read_text(encoding="utf-8"))
     return [Cell(**row) for row in stored["cells"]], stored["deviations"], stored["rl_sizes"]

@@ -31,7 +31,9 @@ from kit.valley.study import ARMS, BASE, Cell, Study
 
 SAMPLES = "samples"  # folder of a cell's samples
 MAX_ROW_TOKENS = 2_048  # of a pack: larger ones are no faster on a CPU
-SAMPLE_COST = 4  # measured: a sampled token takes about as long as this many trained ones; for the time left alone
+SAMPLE_COST = (
+    4  # measured: a sampled token takes about as long as this many trained ones; for the time left alone
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def usual_tokens(arm: str) -> float:
 def plan_of(study: Study, cell: Cell, lengths: Sequence[int]) -> TrainingPlan:
     """Rows as long as a step's traces are together, so that a batch of few traces is a batch of few traces."""
     row_tokens = max(*lengths, min(MAX_ROW_TOKENS, cell.batch_traces * sum(lengths) // len(lengths)))
-    return TrainingPlan.make(lengths, row_tokens=row_tokens, batch_traces=cell.batch_traces, epochs=study.epochs, seed=cell.seed)
+    return TrainingPlan.make(
+        lengths, row_tokens=row_tokens, batch_traces=cell.batch_traces, epochs=study.epochs, seed=cell.seed
+    )
 
 
 def make_cell(cell: Cell, study: Study, benchmark: Benchmark, path: Path) -> dict:
@@ -64,7 +68,9 @@ def make_cell(cell: Cell, study: Study, benchmark: Benchmark, path: Path) -> dic
     chat = ChatFormat(tokenizer, instruction="")
     if cell.arm != BASE:
         held_out = {question.problem for question in benchmark.questions}
-        documents = make_documents(make_traces(ARMS[cell.arm].long_share, cell.num_traces, cell.seed, held_out), chat)
+        documents = make_documents(
+            make_traces(ARMS[cell.arm].long_share, cell.num_traces, cell.seed, held_out), chat
+        )
         plan = plan_of(study, cell, [len(document) for document in documents])
         trained = train(
             model, tokenizer, documents, plan, run,
@@ -85,7 +91,10 @@ def make_cell(cell: Cell, study: Study, benchmark: Benchmark, path: Path) -> dic
         model, chat, benchmark, study.params, path / SAMPLES,
         num_samples=study.num_samples, num_slots=study.num_slots, seed=cell.seed,
     )  # fmt: skip
-    row |= {name: getattr(result, name) for name in ("accuracy", "mean_tokens", "truncated", "looping", "reflection")}
+    row |= {
+        name: getattr(result, name)
+        for name in ("accuracy", "mean_tokens", "truncated", "looping", "reflection")
+    }
     row |= {"sampled_tokens": sum(sample["tokens"] for sample in result.rows),
             "sampling_seconds": round(time.perf_counter() - start)}  # fmt: skip
     return row
@@ -102,7 +111,9 @@ class Valley:
         """Make and measure every cell that is not done yet, num_workers at a time; gives each as it is finished."""
         done = {row["cell"] for row in self.journal.read()}
         # within a seed the longest first, so that the processes end together
-        waiting = sorted(self.study.cells(), key=lambda cell: (cell.arm != BASE, cell.seed, -self._cost(cell)))
+        waiting = sorted(
+            self.study.cells(), key=lambda cell: (cell.arm != BASE, cell.seed, -self._cost(cell))
+        )
         waiting = [cell for cell in waiting if cell.name not in done]
         jobs = [(cell, self.study, self.benchmark, self.path / "cells" / cell.name) for cell in waiting]
         finished = 0.0
@@ -147,7 +158,9 @@ def read_cells(path: Path) -> list[Finished]:
     """The finished cells of the study in `path`, in its order, with their samples. Raises ValueError if there is none."""
     rows = Journal(path / "cells.jsonl").read() if (path / "cells.jsonl").is_file() else []
     if not rows:
-        raise ValueError(f"{path} holds no finished cell (cells.jsonl); pass the folder of a run of recipes/valley_demo.py")
+        raise ValueError(
+            f"{path} holds no finished cell (cells.jsonl); pass the folder of a run of recipes/valley_demo.py"
+        )
     return [_finished(row, path) for row in sorted(rows, key=lambda row: row["place"])]
 
 

@@ -62,9 +62,16 @@ def starts(found: Sequence[Finished]) -> list[Cell]:
     means = {size: fmean(done.row["accuracy"] for done in cells) for (model, name, size), cells in by_point(found).items()
              if (model, name) == (found[0].cell.model, arm)}  # fmt: skip
     if not means:
-        raise ValueError("no model of any arm is finished, so there is no start to compare; finish the demo first")
+        raise ValueError(
+            "no model of any arm is finished, so there is no start to compare; finish the demo first"
+        )
     wanted = [(BASE, 0), *((arm, size) for size in sorted({min(means, key=means.get), max(means)}))]
-    return [done.cell for key in wanted for done in first_model(found) if (done.cell.arm, done.cell.num_traces) == key]
+    return [
+        done.cell
+        for key in wanted
+        for done in first_model(found)
+        if (done.cell.arm, done.cell.num_traces) == key
+    ]
 
 
 def make_rl_run(cell: Cell, study: Study, benchmark: Benchmark, path: Path, steps: int) -> dict:
@@ -90,12 +97,23 @@ def make_rl_run(cell: Cell, study: Study, benchmark: Benchmark, path: Path, step
     policy.close()
     model, _ = models.load(str(trained), device="cpu")
     after = measure(model, "after")
-    return {"cell": cell.name, **asdict(cell), "steps": steps, "before": before.accuracy, "accuracy": after.accuracy}
+    return {
+        "cell": cell.name,
+        **asdict(cell),
+        "steps": steps,
+        "before": before.accuracy,
+        "accuracy": after.accuracy,
+    }
 
 
 def prompts_for(benchmark: Benchmark, seed: int) -> list[Question]:
     """Problems to learn from, none of them in the benchmark."""
-    rows = make_rows("short", NUM_PROMPTS, seed=1_000 + seed, exclude={question.problem for question in benchmark.questions})
+    rows = make_rows(
+        "short",
+        NUM_PROMPTS,
+        seed=1_000 + seed,
+        exclude={question.problem for question in benchmark.questions},
+    )
     return [Question(str(i), row["problem"], row["answer"]) for i, row in enumerate(rows)]
 
 
@@ -110,14 +128,18 @@ def run_rl(valley: Valley, found: Sequence[Finished], *, steps: int, num_workers
             f"delete {path / 'rl'} and {journal.path} to train them anew"
         )
     done = {row["cell"] for row in rows}
-    jobs = [(cell, valley.study, valley.benchmark, path, steps) for cell in starts(found) if cell.name not in done]
+    jobs = [
+        (cell, valley.study, valley.benchmark, path, steps) for cell in starts(found) if cell.name not in done
+    ]
     taken = 0
     with tqdm(total=steps * len(jobs), desc="rl", unit=" steps", disable=None) as bar:
 
         def show(running: list[tuple]) -> None:
             bar.update(taken + sum(steps_so_far(path / "rl" / cell.name) for cell, *_ in running) - bar.n)
 
-        for (cell, *_), row in run_apart(make_rl_run, jobs, num_workers=num_workers, log=path / "workers.log", on_wait=show):
+        for (cell, *_), row in run_apart(
+            make_rl_run, jobs, num_workers=num_workers, log=path / "workers.log", on_wait=show
+        ):
             journal.append({"place": valley.study.place_of(cell), **row})
             taken += steps
             yield _read(path, cell)
@@ -154,15 +176,29 @@ def rl_findings(rl_runs: Sequence[RLRun]) -> list[str]:
     for name, of_start in groups.items():
         before, after = (_shares(of_start, stage) for stage in ("before", "after"))
         gain = difference(after, before)
-        change = "rises" if gain.above_zero() else "falls" if gain.below_zero() else "does not change beyond chance"
-        lengths = [fmean(getattr(rl_run, stage).mean_tokens for rl_run in of_start) for stage in ("before", "after")]
+        change = (
+            "rises"
+            if gain.above_zero()
+            else "falls"
+            if gain.below_zero()
+            else "does not change beyond chance"
+        )
+        lengths = [
+            fmean(getattr(rl_run, stage).mean_tokens for rl_run in of_start) for stage in ("before", "after")
+        ]
         said = (
             f"Reinforcement learning from {name}: accuracy {change}, {percent(_mean(before))} to {percent(_mean(after))}, and "
             f"the mean length of answers goes from {lengths[0]:.0f} to {lengths[1]:.0f} tokens"
         )
         if name != "base model" and set(after) & set(reference):
             gap = difference(after, reference)
-            side = "above" if gap.above_zero(len(groups) - 1) else "below" if gap.below_zero(len(groups) - 1) else ""
+            side = (
+                "above"
+                if gap.above_zero(len(groups) - 1)
+                else "below"
+                if gap.below_zero(len(groups) - 1)
+                else ""
+            )
             unknown = "whether it ends above or below the base model is not known"
             end = f"it ends {side} the base model" if side else unknown
             said += f"; {end} ({100 * gap.mean:+.1f} points ± {100 * gap.half:.1f})"

@@ -66,12 +66,16 @@ class Case:
     constants: dict[str, object] = field(default_factory=dict)  # the tl.constexpr arguments
     num_warps: int = 4
     num_stages: int = 3  # Triton's own default
-    options: dict[str, object] = field(default_factory=dict)  # further launch options, enable_fp_fusion=False say
+    options: dict[str, object] = field(
+        default_factory=dict
+    )  # further launch options, enable_fp_fusion=False say
     label: str = ""  # what tells it from the kernel's other cases
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (f"{self.module.__name__.split('.')[-1]}.{self.kernel}", self.element, self.label)))
+        return " ".join(
+            filter(None, (f"{self.module.__name__.split('.')[-1]}.{self.kernel}", self.element, self.label))
+        )
 
     def argument_type(self, name: str) -> str:
         if name in self.arguments:
@@ -80,7 +84,9 @@ class Case:
             return f"*{self.element}"
         if "stride" in name:
             return "i32:16"
-        raise ValueError(f"{self.name}: argument {name!r} has neither a type nor a value; add it to arguments or constants")
+        raise ValueError(
+            f"{self.name}: argument {name!r} has neither a type nor a value; add it to arguments or constants"
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,9 @@ class Compiled:
     @property
     def spilled(self) -> int:
         """Bytes of spills and of everything else that lives in local memory, per thread."""
-        return sum(self._reported(rf"(\d+) bytes {what}") for what in ("stack frame", "spill stores", "spill loads"))
+        return sum(
+            self._reported(rf"(\d+) bytes {what}") for what in ("stack frame", "spill stores", "spill loads")
+        )
 
     @property
     def shared_limit(self) -> int:
@@ -115,11 +123,15 @@ class Compiled:
     def programs(self) -> int:
         """How many of this program one multiprocessor holds at once; 0 = it cannot run on this card."""
         warps = self.case.num_warps
-        warps_by_registers = REGISTERS // _round_up(self.registers * 32, REGISTER_UNIT) // WARP_UNIT * WARP_UNIT
+        warps_by_registers = (
+            REGISTERS // _round_up(self.registers * 32, REGISTER_UNIT) // WARP_UNIT * WARP_UNIT
+        )
         shared = _round_up(self.shared, SHARED_UNIT) + self.card.reserved
         by_shared = self.card.shared_kib * 1024 // shared if shared else self.card.programs
         fits = self.shared <= self.shared_limit
-        return fits * min(self.card.threads // (32 * warps), self.card.programs, warps_by_registers // warps, by_shared)
+        return fits * min(
+            self.card.threads // (32 * warps), self.card.programs, warps_by_registers // warps, by_shared
+        )
 
     @property
     def occupancy(self) -> float:
@@ -129,7 +141,11 @@ class Compiled:
     @cached_property
     def tensor_core(self) -> dict[str, int]:
         """Tensor-core instructions in the PTX."""
-        return dict(Counter(re.findall(r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx, re.MULTILINE)))
+        return dict(
+            Counter(
+                re.findall(r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx, re.MULTILINE)
+            )
+        )
 
     @cached_property
     def loads(self) -> dict[int, int]:
@@ -180,7 +196,9 @@ def compile_case(case: Case, card: Card) -> Compiled:
     fn = getattr(case.module, case.kernel)
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
-        kind, _, divisor = ("constexpr" if name in case.constants else case.argument_type(name)).partition(":")
+        kind, _, divisor = ("constexpr" if name in case.constants else case.argument_type(name)).partition(
+            ":"
+        )
         signature[name] = kind
         if divisor or kind.startswith("*"):  # torch's allocations are aligned
             attrs[i,] = [["tt.divisibility", int(divisor or 16)]]
@@ -196,5 +214,9 @@ def compile_case(case: Case, card: Card) -> Compiled:
         command.insert(1, "--fmad=false")  # as Triton calls it
     report = subprocess.run(command, input=ptx, capture_output=True, text=True)
     if report.returncode:
-        raise ValueError(f"{case.name}: ptxas refused what Triton made for sm_{card.capability}: {report.stderr.strip()}")
-    return Compiled(case, card, report.stderr, compiled.metadata.shared, ptx, "tt.dot" in compiled.asm["ttir"])
+        raise ValueError(
+            f"{case.name}: ptxas refused what Triton made for sm_{card.capability}: {report.stderr.strip()}"
+        )
+    return Compiled(
+        case, card, report.stderr, compiled.metadata.shared, ptx, "tt.dot" in compiled.asm["ttir"]
+    )

@@ -64,7 +64,16 @@ PARTIAL_READS = {
 PARTIAL_WRITES = {"index_copy_": "source", "scatter_": "index"}
 OVERWRITES = {"copy_", "fill_", "zero_", *PARTIAL_WRITES}
 CREATES = ("new_", "zeros_like", "ones_like", "full_like")  # they take only the shape of what they are given
-FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "set_", "_unsafe_view", "_reshape_alias"}
+FREE = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "set_",
+    "_unsafe_view",
+    "_reshape_alias",
+}
 FREE |= {"item", "_local_scalar_dense", "promote_types", "lift_fresh"}  # answers on the host
 
 
@@ -114,7 +123,9 @@ class Counter(TorchDispatchMode):
         return out
 
 
-_IMPLEMENTATION = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)  # where custom_op registers it
+_IMPLEMENTATION = torch._C.DispatchKeySet(
+    torch._C.DispatchKey.CompositeExplicitAutograd
+)  # where custom_op registers it
 
 
 def count_operator(func, args: tuple, kwargs: dict, out) -> Count:
@@ -124,7 +135,11 @@ def count_operator(func, args: tuple, kwargs: dict, out) -> Count:
     if func.is_view or name in FREE:
         return Count()
     inputs = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    written = {argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write}
+    written = {
+        argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info and argument.alias_info.is_write
+    }
     if name == "copy_" and _start(inputs["self"]) == _start(inputs["src"]):
         return Count()  # onto itself: the interpreter hands its arguments back so
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -134,7 +149,11 @@ def count_operator(func, args: tuple, kwargs: dict, out) -> Count:
     for argument, value in inputs.items():
         if name.startswith(CREATES):
             break
-        is_read = argument not in written or func.namespace != "aten" or (name.endswith("_") and name not in OVERWRITES)
+        is_read = (
+            argument not in written
+            or func.namespace != "aten"
+            or (name.endswith("_") and name not in OVERWRITES)
+        )
         if plain_name in ("addmm", "baddbmm", "addmv") and argument == "self" and inputs.get("beta", 1) == 0:
             is_read = False
         for x in _tensors({argument: value}):

@@ -59,7 +59,9 @@ def main(config: Config) -> dict:
     names = config.what.split(",")
     for name in names:
         if name not in parts:
-            raise ValueError(f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out")
+            raise ValueError(
+                f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out"
+            )
     machine = describe_machine()
     print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
     results = {name: parts[name]() for name in names}
@@ -79,7 +81,9 @@ def bench_run(config: Config) -> list[list[dict]]:
 def bench_packing(config: Config) -> list[dict]:
     rng = random.Random(0)
     lengths = [
-        min(config.row_tokens, max(1, round(rng.lognormvariate(math.log(config.median_tokens), config.sigma))))
+        min(
+            config.row_tokens, max(1, round(rng.lognormvariate(math.log(config.median_tokens), config.sigma)))
+        )
         for _ in range(config.num_rows)
     ]
     print(f"\npacking {len(lengths):,} documents, {sum(lengths):,} tokens, rows of {config.row_tokens:,}")
@@ -120,7 +124,11 @@ def _trl_packing(tokens: torch.Tensor, lengths: list[int], row_tokens: int) -> d
     start = time.perf_counter()
     packed = pack_dataset(dataset, row_tokens, strategy="bfd")
     seconds = time.perf_counter() - start
-    return {"name": 'TRL pack_dataset(strategy="bfd")', "seconds": seconds, "fill": sum(lengths) / (len(packed) * row_tokens)}
+    return {
+        "name": 'TRL pack_dataset(strategy="bfd")',
+        "seconds": seconds,
+        "fill": sum(lengths) / (len(packed) * row_tokens),
+    }
 
 
 if __name__ == "__main__":

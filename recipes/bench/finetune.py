@@ -39,7 +39,9 @@ from kit.train.optimizer import cosine_with_warmup
 class Config:
     # model
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
-    vocab_size: int = 0  # > 0: instead, a Llama of some 20M parameters, random weights, this vocabulary; 0 = off
+    vocab_size: int = (
+        0  # > 0: instead, a Llama of some 20M parameters, random weights, this vocabulary; 0 = off
+    )
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     # data
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
@@ -70,11 +72,15 @@ def main(config: Config) -> list[dict]:
         del contestants["TRL SFTTrainer"]
     rows = []
     for name, contestant in contestants.items():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # a peak is the highest ever
+        with ProcessPoolExecutor(
+            1, mp_context=multiprocessing.get_context("spawn")
+        ) as pool:  # a peak is the highest ever
             rows.append({"name": name, **pool.submit(contestant, config, torch.get_num_threads()).result()})
         print(
             "  {name:<16}{targets:>9,} targets {seconds:8.1f} s {targets_per_second:9,.0f} targets/s  peak {peak_gib:6.2f} GiB  "
-            "{steps} steps, loss {first_loss:.3f} to {last_loss:.3f}  documents see each other: {leak}".format(**rows[-1])
+            "{steps} steps, loss {first_loss:.3f} to {last_loss:.3f}  documents see each other: {leak}".format(
+                **rows[-1]
+            )
         )
     if len(rows) == 2:
         speed, memory = (rows[0][key] / rows[1][key] for key in ("targets_per_second", "peak_gib"))
@@ -92,8 +98,12 @@ def _model_and_documents(config: Config, threads: int):
     if config.vocab_size:
         shape = {"hidden_size": 64, "intermediate_size": 1_024, "num_hidden_layers": 12, "num_attention_heads": 4,
                  "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
-        settings = LlamaConfig(vocab_size=config.vocab_size, max_position_embeddings=config.row_tokens, **shape)
-        settings._attn_implementation = attention_name("auto", settings, device=device, dtype=loading.default_dtype(device))
+        settings = LlamaConfig(
+            vocab_size=config.vocab_size, max_position_embeddings=config.row_tokens, **shape
+        )
+        settings._attn_implementation = attention_name(
+            "auto", settings, device=device, dtype=loading.default_dtype(device)
+        )
         model = LlamaForCausalLM(settings).to(device, loading.default_dtype(device))
     if config.traces:
         chat = ChatFormat(tokenizer, template=config.chat_template, instruction=INSTRUCTION)
@@ -102,7 +112,12 @@ def _model_and_documents(config: Config, threads: int):
             cache_dir="",
         )  # fmt: skip
         return model, tokenizer, documents
-    lengths = torch.empty(config.num_traces).log_normal_(math.log(config.median_tokens), 0.6).long().clamp(4, config.row_tokens)
+    lengths = (
+        torch.empty(config.num_traces)
+        .log_normal_(math.log(config.median_tokens), 0.6)
+        .long()
+        .clamp(4, config.row_tokens)
+    )
     V = model.config.vocab_size
     return model, tokenizer, [Document(torch.randint(V, (n,)), n // 10) for n in lengths.tolist()]
 
@@ -127,7 +142,9 @@ def _ours(config: Config, threads: int) -> dict:
         batches = [PackedBatch.build([documents[i] for i in row]) for row in rows]
         losses.append(training_step(batches)[0].item())
     seconds = time.perf_counter() - start
-    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(backbone.head_weight(model).device)
+    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(
+        backbone.head_weight(model).device
+    )
     result = _result(seconds, losses, documents)  # the peak is read before the check below
 
     training_step.close()
@@ -146,7 +163,10 @@ def _trl(config: Config, threads: int) -> dict:
 
     model, tokenizer, documents = _model_and_documents(config, threads)
     model.set_attn_implementation("sdpa")  # what it would have if TRL had loaded it
-    labels = [[IGNORE_INDEX] * document.prompt_len + document.ids[document.prompt_len :].tolist() for document in documents]
+    labels = [
+        [IGNORE_INDEX] * document.prompt_len + document.ids[document.prompt_len :].tolist()
+        for document in documents
+    ]
     dataset = datasets.Dataset.from_dict({"input_ids": [d.ids.tolist() for d in documents], "labels": labels})
     datasets.disable_progress_bars()
     losses = []
@@ -163,12 +183,20 @@ def _trl(config: Config, threads: int) -> dict:
             bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=1,
             report_to="none", seed=config.seed, disable_tqdm=True,
         )  # fmt: skip
-        trainer = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Losses()])
+        trainer = SFTTrainer(
+            model, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Losses()]
+        )
         trainer.train()
         seconds = time.perf_counter() - start
         result = _result(seconds, losses, documents)
-        batch = trainer.data_collator([{"input_ids": list(range(12)), "labels": list(range(12)), "seq_lengths": [5, 7]}])
-    batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items() if name != "labels"}
+        batch = trainer.data_collator(
+            [{"input_ids": list(range(12)), "labels": list(range(12)), "seq_lengths": [5, 7]}]
+        )
+    batch = {
+        name: x.to(model.device) if isinstance(x, torch.Tensor) else x
+        for name, x in batch.items()
+        if name != "labels"
+    }
 
     def second_document(ids):
         with torch.no_grad():

@@ -43,7 +43,11 @@ ANSWERS = r"""
     1.5 \times 10^6 | 0.\overline{3} | 2x^3-x | \frac{n(n+1)}{2} | \sum_{k=1}^{10} k | \int_0^1 x^2 dx | 1 < x < 5
 """
 
-WARM_UP = [("17", r"so $\boxed{18}$"), (r"\sqrt{12}", r"$\boxed{2\sqrt{3}}$"), (r"\int_0^1 x^4 dx", r"$\boxed{\frac{1}{5}}$")]
+WARM_UP = [
+    ("17", r"so $\boxed{18}$"),
+    (r"\sqrt{12}", r"$\boxed{2\sqrt{3}}$"),
+    (r"\int_0^1 x^4 dx", r"$\boxed{\frac{1}{5}}$"),
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ def main(config: Config) -> dict:
     show(result, pairs, config.num_shown, peer=peer)
     if config.json:
         write_json(
-            Path(config.json), {"machine": machine, "config": asdict(config), **result, "pairs": [asdict(p) for p in pairs]}
+            Path(config.json),
+            {"machine": machine, "config": asdict(config), **result, "pairs": [asdict(p) for p in pairs]},
         )
     return result
 
@@ -103,9 +108,13 @@ def read_answers(config: Config) -> list[str]:
     if config.problems:
         path = Path(config.problems)
         benchmark = next((b for b in BENCHMARKS.values() if b.file == path.name), BENCHMARKS["math500"])
-        answers = [question.answer for question in benchmark.read(str(path), limit=config.num_answers).questions]
+        answers = [
+            question.answer for question in benchmark.read(str(path), limit=config.num_answers).questions
+        ]
     else:
-        answers = [answer.strip() for line in ANSWERS.strip().splitlines() for answer in re.split(r" \| ", line)]
+        answers = [
+            answer.strip() for line in ANSWERS.strip().splitlines() for answer in re.split(r" \| ", line)
+        ]
     return answers[: config.num_answers or None]
 
 
@@ -116,7 +125,9 @@ def make_pairs(answers: list[str], rng: random.Random) -> list[Pair]:
         variants = {"the same": answer, "another's": rng.choice(answers)}
         number = re.search(r"[0-9]+", answer)
         if number:
-            variants["a number changed"] = f"{answer[: number.start()]}{int(number[0]) + 1}{answer[number.end() :]}"
+            variants["a number changed"] = (
+                f"{answer[: number.start()]}{int(number[0]) + 1}{answer[number.end() :]}"
+            )
         for kind, rewrite in REWRITES.items():
             rewritten = rewrite(answer)
             if rewritten != answer:
@@ -128,17 +139,21 @@ def make_pairs(answers: list[str], rng: random.Random) -> list[Pair]:
 
 
 REWRITES: dict[str, Callable[[str], str]] = {
-    "other commands": lambda text: re.sub(r"(?<!left)\(", r"\\left(", re.sub(r"(?<!right)\)", r"\\right)", text)).replace(
-        "\\frac", "\\dfrac"
-    ),
+    "other commands": lambda text: re.sub(
+        r"(?<!left)\(", r"\\left(", re.sub(r"(?<!right)\)", r"\\right)", text)
+    ).replace("\\frac", "\\dfrac"),
     "spaced": lambda text: re.sub(r"([+=])|,(?![0-9]{3})", r" \g<0> ", text),
     "as a decimal": lambda text: f"{int(text)}.0" if re.fullmatch(r"-?[0-9]{1,9}", text) else text,
     "a plain quotient": lambda text: re.sub(r"^(-?)\\d?frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1\2/\3", text),
     "scaled by 2/2": lambda text: re.sub(
         r"\\d?frac\{([0-9]+)\}\{([0-9]+)\}", lambda m: rf"\frac{{{2 * int(m[1])}}}{{{2 * int(m[2])}}}", text
     ),
-    "plus zero": lambda text: f"{text}+0" if re.fullmatch(r"[-0-9a-z^+ ]+|.*\\sqrt\{[0-9]+\}", text) else text,
-    "without the unit": lambda text: re.sub(r"\s*\\(?:text|mbox)\{[^}]*\}(?:\^[0-9])?$|\^\\circ$", "", text) or text,
+    "plus zero": lambda text: (
+        f"{text}+0" if re.fullmatch(r"[-0-9a-z^+ ]+|.*\\sqrt\{[0-9]+\}", text) else text
+    ),
+    "without the unit": lambda text: (
+        re.sub(r"\s*\\(?:text|mbox)\{[^}]*\}(?:\^[0-9])?$|\^\\circ$", "", text) or text
+    ),
 }
 
 
@@ -178,17 +193,29 @@ def _math_verify() -> Callable[[str, str], str]:
 
 def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
     """Microseconds and ratios, by the first time a pair is seen and by the later ones."""
-    simple = [pair for pair in pairs if re.fullmatch(r"-?[0-9]+", pair.gold) and pair.kind in ("the same", "a number changed")]
+    simple = [
+        pair
+        for pair in pairs
+        if re.fullmatch(r"-?[0-9]+", pair.gold) and pair.kind in ("the same", "a number changed")
+    ]
     decided = [pair for pair in pairs if {pair.ours, pair.theirs} <= {"correct", "wrong"}]
     result: dict = {"num_simple": len(simple)}
     for when in ("first", "again"):
         our, their = f"our_{when}", f"their_{when}"
         ours, theirs = ([1e6 * getattr(pair, side) for pair in pairs] for side in (our, their))
-        figures = {"our_median_us": statistics.median(ours), "our_mean_us": statistics.fmean(ours), "our_worst_us": max(ours)}
+        figures = {
+            "our_median_us": statistics.median(ours),
+            "our_mean_us": statistics.fmean(ours),
+            "our_worst_us": max(ours),
+        }
         if simple:
-            figures["our_median_us_on_simple"] = statistics.median(1e6 * getattr(pair, our) for pair in simple)
+            figures["our_median_us_on_simple"] = statistics.median(
+                1e6 * getattr(pair, our) for pair in simple
+            )
         if peer:
-            hard = sorted(decided, key=lambda pair, sides=(our, their): max(getattr(pair, side) for side in sides))
+            hard = sorted(
+                decided, key=lambda pair, sides=(our, their): max(getattr(pair, side) for side in sides)
+            )
             hard = hard[-max(1, round(hardest * len(hard))) :]
             figures |= {
                 "their_median_us": statistics.median(theirs),
@@ -199,15 +226,20 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
                 "ratio_of_totals": sum(theirs) / sum(ours),
                 "ratio_of_medians_on_hardest": statistics.median(getattr(p, their) for p in hard)
                 / statistics.median(getattr(p, our) for p in hard),
-                "ratio_of_totals_on_hardest": sum(getattr(p, their) for p in hard) / sum(getattr(p, our) for p in hard),
+                "ratio_of_totals_on_hardest": sum(getattr(p, their) for p in hard)
+                / sum(getattr(p, our) for p in hard),
             }
         result[when] = figures
-    result["verdicts"] = {f"{a}, {b}": n for (a, b), n in Counter((p.ours, p.theirs) for p in pairs).most_common()}
+    result["verdicts"] = {
+        f"{a}, {b}": n for (a, b), n in Counter((p.ours, p.theirs) for p in pairs).most_common()
+    }
     return result
 
 
 def show(result: dict, pairs: list[Pair], num_shown: int, *, peer: bool) -> None:
-    print(f"\n{result['num_pairs']} pairs, {result['num_simple']} of them two integers{'first':>20}{'again':>14}")
+    print(
+        f"\n{result['num_pairs']} pairs, {result['num_simple']} of them two integers{'first':>20}{'again':>14}"
+    )
     for name in result["first"]:
         print(f"  {name:<40}{result['first'][name]:14,.1f}{result['again'][name]:14,.1f}")
     print("verdicts, ours and theirs:" if peer else "verdicts:")
@@ -216,7 +248,9 @@ def show(result: dict, pairs: list[Pair], num_shown: int, *, peer: bool) -> None
     if not peer:
         return
     for pair in [pair for pair in pairs if pair.ours != pair.theirs][:num_shown]:
-        print(f"  ours {pair.ours}, theirs {pair.theirs} ({pair.kind}): {json.dumps([pair.gold, pair.response])}")
+        print(
+            f"  ours {pair.ours}, theirs {pair.theirs} ({pair.kind}): {json.dumps([pair.gold, pair.response])}"
+        )
 
 
 if __name__ == "__main__":

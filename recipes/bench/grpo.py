@@ -57,7 +57,9 @@ class Config:
     batch_prompts: int = 2  # prompts per step
     group_size: int = 8  # completions a prompt
     max_new_tokens: int = 64  # tokens per completion
-    row_tokens: int = 512  # tokens of our rows, which bound what activations take; TRL's batch is all completions, padded
+    row_tokens: int = (
+        512  # tokens of our rows, which bound what activations take; TRL's batch is all completions, padded
+    )
     lr: float = 1e-4  # constant
     seed: int = 0  # of everything
     # run
@@ -79,9 +81,7 @@ def main(config: Config) -> list[dict]:
     runs = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
         size = _apart(_write_start, config, folder)
-        what = (
-            f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions of up to {config.max_new_tokens}"
-        )
+        what = f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions of up to {config.max_new_tokens}"
         print(f"\nGRPO on the toy: {size:,} parameters, {what} tokens")
         libraries = _libraries_gib()
         print(f"  torch and transformers' Llama, imported and nothing else: {libraries:.2f} GiB")
@@ -93,7 +93,14 @@ def main(config: Config) -> list[dict]:
     rows = []
     for name, found in runs.items():
         seconds = [run["seconds"] for run in found]
-        rows.append({"name": name, "parameters": size, **min(found, key=lambda run: run["seconds"]), "all_seconds": seconds})
+        rows.append(
+            {
+                "name": name,
+                "parameters": size,
+                **min(found, key=lambda run: run["seconds"]),
+                "all_seconds": seconds,
+            }
+        )
         print(
             "  {name:<16}{seconds:8.1f} s  peak {peak_gib:5.2f} GiB ({rise_gib:5.2f} above the start of training)  "
             "reward {first:.3f} in the first quarter, {last:.3f} in the last".format(**rows[-1])
@@ -107,7 +114,12 @@ def main(config: Config) -> list[dict]:
     if config.json:
         write_json(
             Path(config.json),
-            {"machine": describe_machine(), "config": asdict(config), "libraries_gib": libraries, "rows": rows},
+            {
+                "machine": describe_machine(),
+                "config": asdict(config),
+                "libraries_gib": libraries,
+                "rows": rows,
+            },
         )
     return rows
 
@@ -148,7 +160,10 @@ def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaFo
     """
     old, H, heads = model.config, hidden_size, hidden_size // model.config.head_dim
     if old.hidden_size > H or num_layers < old.num_hidden_layers or H % old.head_dim:
-        width, depth = max(-(-H // old.head_dim) * old.head_dim, old.hidden_size), max(num_layers, old.num_hidden_layers)
+        width, depth = (
+            max(-(-H // old.head_dim) * old.head_dim, old.hidden_size),
+            max(num_layers, old.num_hidden_layers),
+        )
         raise ValueError(
             f"hidden_size is {H} and num_layers {num_layers} but the model has {old.hidden_size} and {old.num_hidden_layers}, "
             f"and grows by heads of {old.head_dim}; pass --hidden_size {width} --num_layers {depth}"
@@ -169,7 +184,13 @@ def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaFo
 
 
 def _questions(config: Config) -> list[Question]:
-    rows = make_rows("short", 1_000, seed=config.seed + 2, min_operands=config.min_operands, max_operands=config.max_operands)
+    rows = make_rows(
+        "short",
+        1_000,
+        seed=config.seed + 2,
+        min_operands=config.min_operands,
+        max_operands=config.max_operands,
+    )
     return [Question(digest(row["problem"])[:12], row["problem"], row["answer"]) for row in rows]
 
 
@@ -215,7 +236,8 @@ def _trl(config: Config, folder: str, threads: int) -> dict:
 
     def reward(prompts, completion_ids, **_):
         return [
-            float(grade(golds[p], chat.decode(ids)).verdict == "correct") for p, ids in zip(prompts, completion_ids, strict=True)
+            float(grade(golds[p], chat.decode(ids)).verdict == "correct")
+            for p, ids in zip(prompts, completion_ids, strict=True)
         ]
 
     class Rewards(TrainerCallback):
@@ -228,7 +250,9 @@ def _trl(config: Config, folder: str, threads: int) -> dict:
         max_completion_length=config.max_new_tokens, max_steps=config.steps, learning_rate=config.lr, beta=0.0, loss_type="dapo",
         lr_scheduler_type="constant", shuffle_dataset=False, seed=config.seed,
     )  # fmt: skip
-    trainer = GRPOTrainer(model, reward, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rewards()])
+    trainer = GRPOTrainer(
+        model, reward, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rewards()]
+    )
     trainer.remove_callback(PrinterCallback)  # a line of figures per step
     before, start = peak_resident_bytes(), time.perf_counter()
     trainer.train()

@@ -72,7 +72,9 @@ def _adamw8bit(weight: str, gradient: str) -> Case:
 
 
 def _packing(kernel: str) -> Case:
-    ids = dict.fromkeys(("input_ids_ptr", "targets_ptr", "position_ids_ptr", "offsets_ptr", "documents_ptr"), "*i64")
+    ids = dict.fromkeys(
+        ("input_ids_ptr", "targets_ptr", "position_ids_ptr", "offsets_ptr", "documents_ptr"), "*i64"
+    )
     sizes = dict.fromkeys(("D", "T", "L", "C", "blocks", "ignore_index", "bad_token"), "i32")
     return Case(
         packing, kernel, "fp32",
@@ -108,7 +110,9 @@ def chosen(config: Config) -> tuple[list[Case], list[Card]]:
         raise ValueError(f"kernel is {config.kernel!r} but the kernels are {names}; pass a part of a name")
     if not cards:
         known = ", ".join(f"{card.capability} ({card.name})" for card in CARDS)
-        raise ValueError(f"card is {config.card} but the targets are {known}; pass one of the numbers, or 0 for all")
+        raise ValueError(
+            f"card is {config.card} but the targets are {known}; pass one of the numbers, or 0 for all"
+        )
     return kernels, cards
 
 
@@ -129,7 +133,9 @@ def main(config: Config) -> list[dict]:
     kernels, cards = chosen(config)
     rows = []
     for card in cards:
-        print(f"\n{card.name} (sm_{card.capability}){' - no tensor cores from this compiler' if card.capability < 80 else ''}")
+        print(
+            f"\n{card.name} (sm_{card.capability}){' - no tensor cores from this compiler' if card.capability < 80 else ''}"
+        )
         head = f"{'registers':>9}{'spilled':>8}  {'shared, bytes':>18}{'occupancy':>10}  {'tensor cores':<20}  loads, n x bytes"
         print(f"    {'kernel':<52}{head}")
         for case in kernels:
@@ -137,7 +143,14 @@ def main(config: Config) -> list[dict]:
                 compiled = compile_case(case, card)
             except ValueError as error:
                 print(f"    {case.name:<52} does not compile: {error}")
-                rows.append({"kernel": case.name, "card": card.name, "target": f"sm_{card.capability}", "error": str(error)})
+                rows.append(
+                    {
+                        "kernel": case.name,
+                        "card": card.name,
+                        "target": f"sm_{card.capability}",
+                        "error": str(error),
+                    }
+                )
                 continue
             print(line(compiled))
             rows.append(compiled.row())

@@ -58,7 +58,9 @@ def ours(loss: Loss, *, scaled: bool = True) -> dict[str, Count]:
         cast = Count(2, (N + V) * H * WIDE, (N + V) * H * e)
     elif e < WIDE:  # in the memory of the first half, doubling its way through
         first, copied = halves(V)[0] * H, min(COPIED_ELEMENTS, halves(V)[0] * H)
-        cast = Count(3 + math.ceil(math.log2(first / copied)), V * H * WIDE + copied * e, V * H * e + copied * e)
+        cast = Count(
+            3 + math.ceil(math.log2(first / copied)), V * H * WIDE + copied * e, V * H * e + copied * e
+        )
     widened = Count(chunks, X, K * H * held) if held != e else Count()
     return {
         "logits": Count(2 * chunks, 2 * X + chunks * W, X + L, 2 * K * V * H),  # the rows are gathered first
@@ -113,7 +115,9 @@ def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str,
     return {
         "zeros": Count(2, 0, X + W),
         "logits": Count(chunks, X + chunks * W, L, 2 * N * V * H),
-        "row kernel": Count(chunks, 2 * K * V * e, L),  # ignored rows are not read, but zeros are written over them
+        "row kernel": Count(
+            chunks, 2 * K * V * e, L
+        ),  # ignored rows are not read, but zeros are written over them
         "dX": Count(chunks, L + chunks * W, X, 2 * N * V * H) + dX,
         "dW": dW,
         "hand over": Count(2, X + W, X + W) if scaled else Count(),
@@ -130,7 +134,10 @@ def apple(loss: Loss, *, kept_tiles: float = 1.0) -> dict[str, Count]:
     forward kernel calls libdevice.log1p, which the interpreter does not have: that term is from its source, not counted."""
     K, V, H, e = loss.K, loss.V, loss.H, loss.e
     forward, backward = math.ceil(K / 256) * math.ceil(V / 128), math.ceil(K / 128) * math.ceil(V / 128)
-    per_row, per_column = math.ceil(V / 128), math.ceil(K / 128)  # how many tiles a row of hidden, or of W, takes part in
+    per_row, per_column = (
+        math.ceil(V / 128),
+        math.ceil(K / 128),
+    )  # how many tiles a row of hidden, or of W, takes part in
     partial = loss.K < loss.N
     steps, back_steps = math.ceil(H / 32) * 32, math.ceil(H / 64) * 64
     kept = round(kept_tiles * backward)
@@ -160,7 +167,9 @@ def causal_pairs(lengths: list[int], window: int | None = None) -> int:
     return pairs
 
 
-def tiled_pairs(lengths: list[int], BLOCK_M: int, BLOCK_N: int, window: int | None = None, *, by_keys: bool = False) -> int:
+def tiled_pairs(
+    lengths: list[int], BLOCK_M: int, BLOCK_N: int, window: int | None = None, *, by_keys: bool = False
+) -> int:
     """The same in whole tiles of BLOCK_M queries by BLOCK_N keys, which is what the kernels multiply: tiles start at each
     document's first token, and a program walks from its window's edge to its diagonal. by_keys: as dK/dV walks, one program a
     block of keys; else as the forward and the dQ kernel, one program a block of queries."""
@@ -188,22 +197,32 @@ def attention_work(lengths: list[int], tiles: dict[str, dict[str, int]], window:
     """Flops of the tiled kernels / flops of exactly the pairs needed. tiles: kernel -> {"BLOCK_M": .., "BLOCK_N": ..}."""
     needed = dict.fromkeys(DOTS, causal_pairs(lengths, window))
     done = {
-        kernel: tiled_pairs(lengths, tiles[kernel]["BLOCK_M"], tiles[kernel]["BLOCK_N"], window, by_keys=kernel == "dkdv")
+        kernel: tiled_pairs(
+            lengths, tiles[kernel]["BLOCK_M"], tiles[kernel]["BLOCK_N"], window, by_keys=kernel == "dkdv"
+        )
         for kernel in DOTS
     }
     return attention_flops(done, 1, 1) / attention_flops(needed, 1, 1)
 
 
-def realistic_pack(row_tokens: int = 16_384, median: int = 4_096, sigma: float = 0.8, seed: int = 0) -> list[int]:
+def realistic_pack(
+    row_tokens: int = 16_384, median: int = 4_096, sigma: float = 0.8, seed: int = 0
+) -> list[int]:
     """Document lengths of one packed row: lognormal, as long chains of thought are, clipped to the row, packed by plan_packs;
     of 1,000 documents' packs the one with the median number of them."""
     rng = random.Random(seed)
-    lengths = [min(row_tokens, max(1, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(1000)]
+    lengths = [
+        min(row_tokens, max(1, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(1000)
+    ]
     packs = sorted(plan_packs(lengths, row_tokens), key=lambda pack: (len(pack), pack))
     return [lengths[i] for i in packs[len(packs) // 2]]
 
 
-MODELS = {"Gemma-3-1B": (262_144, 1_152), "Qwen2.5-3B": (151_936, 2_048), "Llama-3.2-3B": (128_256, 3_072)}  # V, H
+MODELS = {
+    "Gemma-3-1B": (262_144, 1_152),
+    "Qwen2.5-3B": (151_936, 2_048),
+    "Llama-3.2-3B": (128_256, 3_072),
+}  # V, H
 PEERS = {"Liger": "liger_kernel", "Apple": "cut_cross_entropy"}
 
 
@@ -236,17 +255,27 @@ def table(num_tokens: int, ignored: float) -> list[dict]:
 
 def main(config: Config) -> list[dict]:
     if not 0 <= config.ignored < 1 or config.num_tokens < 1:
-        raise ValueError(f"num_tokens is {config.num_tokens} and ignored {config.ignored}; pass at least 1, and 0 <= ignored < 1")
-    print(f"Linear cross-entropy, forward and backward, N = {config.num_tokens:,} ({config.ignored:.0%} ignored), bf16.")
-    print("Counted, not timed: formulas that tests hold against counts at small shapes; ratio = bytes / ours.")
+        raise ValueError(
+            f"num_tokens is {config.num_tokens} and ignored {config.ignored}; pass at least 1, and 0 <= ignored < 1"
+        )
+    print(
+        f"Linear cross-entropy, forward and backward, N = {config.num_tokens:,} ({config.ignored:.0%} ignored), bf16."
+    )
+    print(
+        "Counted, not timed: formulas that tests hold against counts at small shapes; ratio = bytes / ours."
+    )
     rows, model = table(config.num_tokens, config.ignored), None
     for row in rows:
         if row["model"] != model:
             model = row["model"]
             print("\n{}: V = {:,}, H = {:,}".format(model, *MODELS[model]))
             print(f"    {'':<36}{'GB':>9}{'ratio':>8}{'Tflop':>9}{'launches':>10}")
-        print(f"    {row['name']:<36}{row['gigabytes']:>9.1f}{row['ratio']:>8.2f}{row['teraflops']:>9.1f}{row['launches']:>10,}")
-    print("\nApple's loads are those of tiles, again for every tile; on a GPU most come from its L2 cache, not from memory.")
+        print(
+            f"    {row['name']:<36}{row['gigabytes']:>9.1f}{row['ratio']:>8.2f}{row['teraflops']:>9.1f}{row['launches']:>10,}"
+        )
+    print(
+        "\nApple's loads are those of tiles, again for every tile; on a GPU most come from its L2 cache, not from memory."
+    )
     for name, package in PEERS.items():
         if not importlib.util.find_spec(package):
             print(f"{name}: {package} is not installed here, so its formula was not checked on this machine")
@@ -256,7 +285,9 @@ def main(config: Config) -> list[dict]:
 
 def _show_attention(lengths: list[int]) -> None:
     T = sum(lengths)
-    print(f"\nPacked attention, one row of {T:,} tokens in {len(lengths)} documents: {', '.join(map(str, sorted(lengths)))}")
+    print(
+        f"\nPacked attention, one row of {T:,} tokens in {len(lengths)} documents: {', '.join(map(str, sorted(lengths)))}"
+    )
     for window in (None, 512):
         needed = causal_pairs(lengths, window)
         print(f"    window {window}: {needed:,} pairs are needed, {needed / T**2:.1%} of the masked square")

@@ -54,7 +54,14 @@ class Config:
     smoke: bool = False  # small sizes, in seconds
 
 
-SMOKE = {"num_tokens": 600, "hidden_size": 32, "vocab_size": 5_000, "repeats": 1, "documents": "90,7,33", "head_dim": 16}
+SMOKE = {
+    "num_tokens": 600,
+    "hidden_size": 32,
+    "vocab_size": 5_000,
+    "repeats": 1,
+    "documents": "90,7,33",
+    "head_dim": 16,
+}
 
 
 def main(config: Config) -> dict:
@@ -62,7 +69,9 @@ def main(config: Config) -> dict:
     names = config.what.split(",")
     for name in names:
         if name not in parts:
-            raise ValueError(f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out")
+            raise ValueError(
+                f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out"
+            )
     results = {name: parts[name](config) for name in names}
     if config.json:
         write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), **results})
@@ -94,7 +103,11 @@ def _apple(hidden, weight, targets):
 def _three_matmuls(hidden, weight, targets, chunk=512):
     """What no exact way around exists for: logits, dX and dW, in chunks, into buffers that are used again."""
     hidden, weight = hidden.detach(), weight.detach()
-    logits, dhidden, dweight = weight.new_empty(chunk, len(weight)), torch.empty_like(hidden), torch.empty_like(weight)
+    logits, dhidden, dweight = (
+        weight.new_empty(chunk, len(weight)),
+        torch.empty_like(hidden),
+        torch.empty_like(weight),
+    )
     for start in range(0, len(hidden), chunk):
         rows = hidden[start : start + chunk]
         part = torch.mm(rows, weight.T, out=logits[: len(rows)])
@@ -109,7 +122,11 @@ def _losses() -> dict[str, tuple[str, bool, Callable]]:
         "ours": ("torch", False, linear_cross_entropy),
         "F.linear_cross_entropy, chunks of 512": ("torch", False, _torch_in_chunks(512)),
         "F.linear_cross_entropy, chunks of 1,024": ("torch", False, _torch_in_chunks(1024)),
-        "F.cross_entropy on full logits": ("torch", False, lambda h, w, t: F.cross_entropy((h @ w.T).float(), t)),
+        "F.cross_entropy on full logits": (
+            "torch",
+            False,
+            lambda h, w, t: F.cross_entropy((h @ w.T).float(), t),
+        ),
         "Liger fused_linear_cross_entropy": ("liger_kernel", True, _liger),
         "Apple cut_cross_entropy": ("cut_cross_entropy", True, _apple),
     }
@@ -117,7 +134,9 @@ def _losses() -> dict[str, tuple[str, bool, Callable]]:
 
 def bench_loss(config: Config) -> list[dict]:
     N, H, V = config.num_tokens, config.hidden_size, config.vocab_size
-    print(f"\nloss, forward and backward, {_precision()}, N = {N:,}, H = {H:,}, V = {V:,}; memory besides the inputs")
+    print(
+        f"\nloss, forward and backward, {_precision()}, N = {N:,}, H = {H:,}, V = {V:,}; memory besides the inputs"
+    )
     return _contest("_losses", "_loss_inputs", config, reference="the three matmuls alone")
 
 
@@ -151,9 +170,16 @@ def _attentions() -> dict[str, tuple[str, bool, Callable]]:
 
 def bench_attention(config: Config) -> list[dict]:
     lengths = _lengths(config)
-    heads, window = f"{config.num_heads} heads on {config.num_kv_heads}, head_dim {config.head_dim}", config.window or "none"
-    print(f"\nattention, forward and backward, {_precision()}, {heads}, window {window}, documents of {config.documents} tokens")
-    print(f"  {causal_pairs(lengths, config.window) / sum(lengths) ** 2:.1%} of the square's pairs of tokens see each other")
+    heads, window = (
+        f"{config.num_heads} heads on {config.num_kv_heads}, head_dim {config.head_dim}",
+        config.window or "none",
+    )
+    print(
+        f"\nattention, forward and backward, {_precision()}, {heads}, window {window}, documents of {config.documents} tokens"
+    )
+    print(
+        f"  {causal_pairs(lengths, config.window) / sum(lengths) ** 2:.1%} of the square's pairs of tokens see each other"
+    )
     return _contest("_attentions", "_attention_inputs", config, reference="ours")
 
 
@@ -161,7 +187,9 @@ def _lengths(config: Config) -> list[int]:
     try:
         lengths = [int(n) for n in config.documents.split(",")]
     except ValueError as error:
-        raise ValueError(f"documents is {config.documents!r}; pass token counts, comma-separated: 1500,300,900") from error
+        raise ValueError(
+            f"documents is {config.documents!r}; pass token counts, comma-separated: 1500,300,900"
+        ) from error
     if min(lengths) < 1:
         raise ValueError(f"documents is {config.documents!r} but every document has at least one token")
     return lengths
@@ -187,7 +215,9 @@ def _contest(contestants: str, inputs: str, config: Config, reference: str) -> l
             print(f"  {name}: runs on a GPU only, not timed")
         else:
             arguments = (contestants, inputs, name, config, torch.get_num_threads())
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # a peak is the highest ever
+            with ProcessPoolExecutor(
+                1, mp_context=multiprocessing.get_context("spawn")
+            ) as pool:  # a peak is the highest ever
                 try:
                     rows.append({"name": name, **pool.submit(_measure, *arguments).result()})
                 except Exception as error:
@@ -226,14 +256,15 @@ def _measure(contestants: str, inputs: str, name: str, config: Config, threads: 
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() if card else peak_resident_bytes()
-    return {"seconds": statistics.median(times[1:]), "extra_gib": math.nan if peak is None else (peak - before) / GIB}
+    return {
+        "seconds": statistics.median(times[1:]),
+        "extra_gib": math.nan if peak is None else (peak - before) / GIB,
+    }
 
 
 def _precision() -> str:
     device = default_device()
-    return (
-        f"{str(default_dtype(device)).removeprefix('torch.')} on {'a CPU' if device.type == 'cpu' else describe_machine()['gpu']}"
-    )
+    return f"{str(default_dtype(device)).removeprefix('torch.')} on {'a CPU' if device.type == 'cpu' else describe_machine()['gpu']}"
 
 
 if __name__ == "__main__":

@@ -23,13 +23,22 @@ from kit.models.loading import CONFIGS, load_config
 from kit.run import write_json
 from kit.train import Savings
 
-FULL = {"optimizer": "adamw8bit", "tile_tokens": 2048, "update_in_backward": True, "offload_inputs": True, "logit_rows": 256}
+FULL = {
+    "optimizer": "adamw8bit",
+    "tile_tokens": 2048,
+    "update_in_backward": True,
+    "offload_inputs": True,
+    "logit_rows": 256,
+}
 ROWS = {  # name -> savings, rank of the adapters
     "full": (Savings(**FULL), 0),
     "full, head blocked": (Savings(**FULL, head_update="blocked"), 0),
     "full, optimizer on CPU": (Savings(**FULL, offload_optimizer=True), 0),
     "full, both": (Savings(**FULL, head_update="blocked", offload_optimizer=True), 0),
-    "QLoRA r = 16": (Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=256), 16),
+    "QLoRA r = 16": (
+        Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=256),
+        16,
+    ),
 }
 
 
@@ -61,19 +70,30 @@ def table(rows: list[dict]) -> str:
 
 
 def main(config: Config) -> list[dict]:
-    shipped = sorted((path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=lambda name: name.lower())
+    shipped = sorted(
+        (path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=lambda name: name.lower()
+    )
     models = config.models.split(",") if config.models else shipped
     rows = []
-    print(f"GiB a card needs, simulated, {config.row_tokens:,} tokens in one row; in brackets the second opinion, a formula")
+    print(
+        f"GiB a card needs, simulated, {config.row_tokens:,} tokens in one row; in brackets the second opinion, a formula"
+    )
     with ProcessPoolExecutor() as pool:
-        jobs = {(model, name): pool.submit(simulate, model, name, config.row_tokens) for model in models for name in ROWS}
+        jobs = {
+            (model, name): pool.submit(simulate, model, name, config.row_tokens)
+            for model in models
+            for name in ROWS
+        }
         for model in models:
             print(f"{model}")
             for name, (savings, rank) in ROWS.items():
                 found = jobs[model, name].result()
                 opinion = formula_total(load_config(model), config.row_tokens, savings, rank)
                 owners = ", ".join(f"{owner} {n / GIB:.2f}" for owner, n in found.largest()[:4])
-                print(f"    {name:<24}{found.total / GIB:7.2f} ({opinion / GIB:.2f})  in {found.when}: {owners}", flush=True)
+                print(
+                    f"    {name:<24}{found.total / GIB:7.2f} ({opinion / GIB:.2f})  in {found.when}: {owners}",
+                    flush=True,
+                )
                 rows.append({"row": name, "formula": opinion, **found.as_json()})
     print(table(rows))
     if config.json:

@@ -84,17 +84,25 @@ class Weights:
         self.copy()
 
 
-def train(config: Config, arm: str, batches: list[PackedBatch]) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor]]:
+def train(
+    config: Config, arm: str, batches: list[PackedBatch]
+) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor]]:
     """(loss per step, weights before, weights after) of one arm."""
-    bf16 = arm != "fp32" and (config.compute == "bf16" or (config.compute == "auto" and config.device == "cuda"))
-    model, _ = models.load(config.model, device=config.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    bf16 = arm != "fp32" and (
+        config.compute == "bf16" or (config.compute == "auto" and config.device == "cuda")
+    )
+    model, _ = models.load(
+        config.model, device=config.device, dtype=torch.bfloat16 if bf16 else torch.float32
+    )
     model.train()
     before = [p.detach().float().cpu().clone() for p in model.parameters()]
     weights, losses = Weights(model, arm, config), []
     for step in tqdm(range(config.num_steps), desc=arm, unit=" steps", disable=None):
         batch = batches[step % len(batches)].to(torch.device(config.device))
         hidden = backbone.hidden_states(model, batch)
-        loss = linear_cross_entropy(hidden, backbone.head_weight(model), batch.targets, softcap=backbone.softcap(model))
+        loss = linear_cross_entropy(
+            hidden, backbone.head_weight(model), batch.targets, softcap=backbone.softcap(model)
+        )
         loss.backward()
         weights.step()
         losses.append(loss.item())
@@ -106,7 +114,9 @@ def main(config: Config) -> dict:
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}; pass one of {', '.join(allowed)}")
     if config.num_steps < 10:
-        raise ValueError(f"num_steps is {config.num_steps} but the last tenth of the steps is compared; pass at least 10")
+        raise ValueError(
+            f"num_steps is {config.num_steps} but the last tenth of the steps is compared; pass at least 10"
+        )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     print(f"settings\n{show(config)}")
@@ -120,7 +130,9 @@ def main(config: Config) -> dict:
         [len(d) for d in documents], row_tokens=config.row_tokens, batch_traces=1, epochs=1, seed=config.seed
     )
     batches = [PackedBatch.build([documents[i] for i in pack]) for step in plan.steps for pack in step]
-    print(f"data        {drop_counts}\n{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps")
+    print(
+        f"data        {drop_counts}\n{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps"
+    )
 
     results, ends, way = {}, {}, 1.0
     for arm in ARMS:
@@ -157,7 +169,10 @@ def _report(path: Path, config: Config, results: dict) -> Path:
     below.axhspan(-1, 1, color="#dddddd", zorder=0)
     below.set(xlabel="step", ylabel="% from fp32 (grey: within 1 %)")
     image = embed(path / "loss.png", figure)
-    rows = "".join(f"<tr><td>{arm}<td>{x['last']:.4f}<td>{x['off']:+.2%}<td>{x['distance']:.1%}" for arm, x in results.items())
+    rows = "".join(
+        f"<tr><td>{arm}<td>{x['last']:.4f}<td>{x['off']:+.2%}<td>{x['distance']:.1%}"
+        for arm, x in results.items()
+    )
     page = (
         "<!doctype html><meta charset=utf-8><title>8-bit AdamW against fp32</title>"
         "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{padding:.3em 1em;text-align:right}"

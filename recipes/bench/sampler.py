@@ -62,17 +62,23 @@ def main(config: Config) -> list[dict]:
     rows = []
     for name in config.engines.split(","):
         if name not in engines:
-            raise ValueError(f"engines is {config.engines!r} but they are {', '.join(engines)}; leave {name!r} out")
+            raise ValueError(
+                f"engines is {config.engines!r} but they are {', '.join(engines)}; leave {name!r} out"
+            )
         start, cpu = time.perf_counter(), time.process_time()
         answers = engines[name](config, model, prompts)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        right = sum(answer == list(range(length - 1, -1, -1)) for answer, length in zip(answers, lengths, strict=True))
+        right = sum(
+            answer == list(range(length - 1, -1, -1)) for answer, length in zip(answers, lengths, strict=True)
+        )
         rows.append({"name": name, "seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": total / seconds,
                      "answers_as_expected": right})  # fmt: skip
         print(f"  {name:<16}{seconds:8.1f} s ({cpu:.1f} s of CPU) {total / seconds:9,.0f} useful tokens/s   "
               f"{right} of {len(prompts)} answers as expected")  # fmt: skip
     for row in rows[1:]:
-        times = " x, by CPU time ".join(f"{row[key] / rows[0][key]:.2f}" for key in ("seconds", "cpu_seconds"))
+        times = " x, by CPU time ".join(
+            f"{row[key] / rows[0][key]:.2f}" for key in ("seconds", "cpu_seconds")
+        )
         print(f"  {rows[0]['name']} against {row['name']}: {times} x")
     if config.json:
         write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
@@ -86,7 +92,9 @@ def requests(config: Config) -> tuple[list[int], list[list[int]]]:
         min(config.longest, max(8, round(rng.lognormvariate(math.log(config.median_tokens), config.sigma))))
         for _ in range(config.num_prompts)
     ]
-    return lengths, [[rng.randrange(2, config.longest) for _ in range(rng.randrange(19, 59))] + [n] for n in lengths]
+    return lengths, [
+        [rng.randrange(2, config.longest) for _ in range(rng.randrange(19, 59))] + [n] for n in lengths
+    ]
 
 
 def countdown_model(config: Config) -> LlamaForCausalLM:
@@ -99,7 +107,9 @@ def countdown_model(config: Config) -> LlamaForCausalLM:
     )  # fmt: skip
     model = LlamaForCausalLM(settings).eval()
     with torch.no_grad():
-        embedding = torch.randn(settings.vocab_size, config.hidden_size)  # in this many dimensions no two are alike
+        embedding = torch.randn(
+            settings.vocab_size, config.hidden_size
+        )  # in this many dimensions no two are alike
         model.model.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.copy_(embedding.roll(-1, 0))  # row n - 1 answers to token n
     return model.to(device, default_dtype(device))
@@ -108,13 +118,21 @@ def countdown_model(config: Config) -> LlamaForCausalLM:
 def _ours(config: Config, model, prompts) -> list[list[int]]:
     model.set_attn_implementation(attention_name("kit", model.config, device=model.device, dtype=model.dtype))
     params = SamplingParams(max_new_tokens=config.longest)
-    completions = generate(model, prompts, params, num_slots=config.num_slots, seed=config.seed, eos_token_id=EOS)
+    completions = generate(
+        model, prompts, params, num_slots=config.num_slots, seed=config.seed, eos_token_id=EOS
+    )
     return [completion.ids for completion in completions]
 
 
 def _settings(config: Config) -> GenerationConfig:
     return GenerationConfig(
-        do_sample=True, temperature=0.6, top_p=0.95, top_k=0, max_new_tokens=config.longest, eos_token_id=EOS, pad_token_id=PAD
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+        top_k=0,
+        max_new_tokens=config.longest,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
     )
 
 
@@ -126,8 +144,12 @@ def _padded_generate(config: Config, model, prompts) -> list[list[int]]:
         batch = prompts[first : first + config.num_slots]
         L = max(map(len, batch))
         ids = torch.tensor([[PAD] * (L - len(prompt)) + prompt for prompt in batch], device=model.device)
-        mask = torch.tensor([[0] * (L - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-        written = model.generate(ids, attention_mask=mask, generation_config=_settings(config))[:, L:].tolist()
+        mask = torch.tensor(
+            [[0] * (L - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
+        )
+        written = model.generate(ids, attention_mask=mask, generation_config=_settings(config))[
+            :, L:
+        ].tolist()
         answers += [answer[: answer.index(EOS) + 1] if EOS in answer else answer for answer in written]
     return answers
 
@@ -142,7 +164,10 @@ def _generate_batch(config: Config, model, prompts) -> list[list[int]]:
     outputs = model.generate_batch(
         prompts, generation_config=_settings(config), continuous_batching_config=batching, progress_bar=False
     )
-    return [output.generated_tokens for output in sorted(outputs.values(), key=lambda output: _number(output.request_id))]
+    return [
+        output.generated_tokens
+        for output in sorted(outputs.values(), key=lambda output: _number(output.request_id))
+    ]
 
 
 def _number(request_id: str) -> int:

@@ -79,7 +79,9 @@ def build_to_sample(card: Card, spread: float, dtype: torch.dtype = torch.bfloat
     changes = {"tie_word_embeddings": False} if card.small else {}  # a tiny tied model only repeats itself
     model = build(card, model_config(QWEN, small=card.small, **changes)).eval().requires_grad_(False)
     sharpen(model, spread)
-    return model if dtype == model.dtype else model.to(dtype)  # which would round the rotation's frequencies, too
+    return (
+        model if dtype == model.dtype else model.to(dtype)
+    )  # which would round the rotation's frequencies, too
 
 
 @torch.no_grad()

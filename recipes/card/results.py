@@ -118,7 +118,10 @@ class Results:
         except CardLost:
             raise
         except Exception as error:
-            frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+            frames = [
+                f"{Path(frame.filename).name}:{frame.lineno}"
+                for frame in traceback.extract_tb(error.__traceback__)
+            ]
             self.add(FAIL, name, one_line(error), where=frames[-4:])
             traceback.clear_frames(error.__traceback__)  # they hold tensors
             error.__traceback__ = None
@@ -130,7 +133,10 @@ class Results:
         """Whether so many seconds are left; if not, the case is recorded as not run."""
         if self.left() >= seconds:
             return True
-        self.not_run(name, f"{max(self.left(), 0):.0f} s left, about {seconds:.0f} s needed; pass --seconds 0 for no limit")
+        self.not_run(
+            name,
+            f"{max(self.left(), 0):.0f} s left, about {seconds:.0f} s needed; pass --seconds 0 for no limit",
+        )
         return False
 
     def count(self, status: str) -> int:
@@ -141,9 +147,15 @@ class Results:
         lines = [f"{'section':<10}{PASS:>8}{FAIL:>8}{NOT_RUN:>10}{FIGURE + 's':>10}"]
         for section in dict.fromkeys(row["section"] for row in self.rows):
             own = [row["status"] for row in self.rows if row["section"] == section]
-            lines.append(f"{section:<10}{own.count(PASS):>8}{own.count(FAIL):>8}{own.count(NOT_RUN):>10}{own.count(FIGURE):>10}")
+            lines.append(
+                f"{section:<10}{own.count(PASS):>8}{own.count(FAIL):>8}{own.count(NOT_RUN):>10}{own.count(FIGURE):>10}"
+            )
         for status in (FAIL, NOT_RUN):
-            lines += [f"{status:<8}{row['section']} {row['name']}: {row['text']}" for row in self.rows if row["status"] == status]
+            lines += [
+                f"{status:<8}{row['section']} {row['name']}: {row['text']}"
+                for row in self.rows
+                if row["status"] == status
+            ]
         return "\n".join(lines)
 
 

@@ -94,7 +94,9 @@ def train(results: Results, card: Card, plan: RLPlan, chat: ChatFormat, question
 def log_probs(card: Card, policy: Policy, episodes: list[Episode]) -> tuple[torch.Tensor, ...]:
     """Return log-probs of the sampled tokens, (N,) each: the sampler's, the trainer's, and those in fp32."""
     weighted_episodes = [WeightedEpisode(episode, 1.0, 1.0) for episode in episodes if episode.completion.ids]
-    packs = plan_packs([weighted.num_tokens for weighted in weighted_episodes], policy.settings.row_tokens, seed=0)
+    packs = plan_packs(
+        [weighted.num_tokens for weighted in weighted_episodes], policy.settings.row_tokens, seed=0
+    )
     rows = [EpisodeBatch.of([weighted_episodes[i] for i in pack]) for pack in packs]
     kept = torch.cat([row.targets != IGNORE_INDEX for row in rows])
     sampler = torch.cat([row.sampler_logprobs for row in rows])

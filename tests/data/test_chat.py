@@ -47,7 +47,9 @@ def test_a_template_file_is_used_and_a_missing_one_is_named(tmp_path):
 
 def test_a_template_that_hides_the_assistants_words_is_refused(tmp_path):
     file = tmp_path / "t.jinja"
-    file.write_text("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}")
+    file.write_text(
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="exactly once"):
         chat(str(file))
 

@@ -24,7 +24,12 @@ def test_the_shapes_that_prompts_come_in_are_all_read(tmp_path):
 
 
 def test_rows_without_problem_or_gold_answer_are_named_and_counted_and_stop_the_run_when_many(tmp_path):
-    rows = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": " "}, {"problem": "3+3?"}, {"answer": "1"}]
+    rows = [
+        {"problem": "1+1?", "answer": "2"},
+        {"problem": "2+2?", "answer": " "},
+        {"problem": "3+3?"},
+        {"answer": "1"},
+    ]
     source = write(tmp_path / "prompts.jsonl", rows)
     bad = BadRows(3)
     assert len(read_prompts(source, bad)) == 1
@@ -43,13 +48,21 @@ def test_a_file_of_another_shape_says_what_it_has(tmp_path):
 @pytest.mark.parametrize("levels", ["4", "4-1", "easy"])
 def test_levels_that_are_none_are_refused(levels, tmp_path):
     with pytest.raises(ValueError, match=r"levels is '.*' but must be two numbers such as 1-4"):
-        read_prompts(write(tmp_path / "p.jsonl", [{"problem": "1", "answer": "1"}]), BadRows(0), levels=levels)
+        read_prompts(
+            write(tmp_path / "p.jsonl", [{"problem": "1", "answer": "1"}]), BadRows(0), levels=levels
+        )
 
 
 def test_levels_are_kept_from_text_and_numbers_and_a_row_without_one_is_bad(tmp_path):
-    rows = [{"problem": f"{i}", "answer": "1", "level": level} for i, level in enumerate(["Level 1", 4, 5.0, "Level 5", None])]
+    rows = [
+        {"problem": f"{i}", "answer": "1", "level": level}
+        for i, level in enumerate(["Level 1", 4, 5.0, "Level 5", None])
+    ]
     bad = BadRows(1)
-    assert [q.problem for q in read_prompts(write(tmp_path / "p.jsonl", rows), bad, levels="1-4")] == ["0", "1"]
+    assert [q.problem for q in read_prompts(write(tmp_path / "p.jsonl", rows), bad, levels="1-4")] == [
+        "0",
+        "1",
+    ]
     assert "no level" in bad.found[0]
     with pytest.raises(ValueError, match="has 5 rows but no prompt of levels 2-3"):
         read_prompts(write(tmp_path / "p.jsonl", rows), BadRows(1), levels="2-3")

@@ -12,7 +12,11 @@ def test_the_three_file_formats_give_the_same_rows_with_their_places(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "a.json").write_text(json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    for name, places in (("a.jsonl", (":1", ":2")), ("a.json", ("[0]", "[1]")), ("a.parquet", ("[0]", "[1]"))):
+    for name, places in (
+        ("a.jsonl", (":1", ":2")),
+        ("a.json", ("[0]", "[1]")),
+        ("a.parquet", ("[0]", "[1]")),
+    ):
         found = list(read_rows(str(tmp_path / name), BadRows(0)))
         assert [row for _, row in found] == rows
         assert [where for where, _ in found] == [f"{tmp_path / name}{place}" for place in places]

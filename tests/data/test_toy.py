@@ -24,7 +24,10 @@ def test_every_equation_of_a_trace_is_true_unless_it_is_taken_back():
         for trace in (short_trace(chain), long_trace(chain, random.Random(1))):
             for step in trace.replace("<think>", "").split("</think>")[0].split(";"):
                 equations = re.findall(r"(\d+)([+-])(\d+)=(\d+)", step)
-                true = [int(a) + int(b) == int(c) if o == "+" else int(a) - int(b) == int(c) for a, o, b, c in equations]
+                true = [
+                    int(a) + int(b) == int(c) if o == "+" else int(a) - int(b) == int(c)
+                    for a, o, b, c in equations
+                ]
                 if "no:" in step:
                     assert true == [False, True, True, True]  # the check of a wrong result is itself right
                 else:

@@ -77,13 +77,26 @@ def test_bad_rows_are_named_with_file_and_line_and_too_many_stop_the_run(tmp_pat
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"problem": f"{i}?", "solution": GOOD, "answer": "2"}) for i in range(3)]
     path.write_text(
-        "\n".join([lines[0], '{"problem"', '{"problem": "x"}', lines[1], '{"problem": "", "solution": "s"}', lines[2]])
+        "\n".join(
+            [
+                lines[0],
+                '{"problem"',
+                '{"problem": "x"}',
+                lines[1],
+                '{"problem": "", "solution": "s"}',
+                lines[2],
+            ]
+        )
     )
     traces, drop_counts = read_traces(str(path), max_bad_rows=3)
     assert len(traces) == 3
-    assert [entry.split(": ")[0] for entry in drop_counts.bad_rows] == [f"{path}:{number}" for number in (2, 3, 5)]
+    assert [entry.split(": ")[0] for entry in drop_counts.bad_rows] == [
+        f"{path}:{number}" for number in (2, 3, 5)
+    ]
     assert drop_counts.dropped["are malformed"] == 3
-    with pytest.raises(ValueError, match=r"3 bad rows but max_bad_rows is 2[\s\S]*rows.jsonl:5: field problem is empty"):
+    with pytest.raises(
+        ValueError, match=r"3 bad rows but max_bad_rows is 2[\s\S]*rows.jsonl:5: field problem is empty"
+    ):
         read_traces(str(path), max_bad_rows=2)
 
 
@@ -104,7 +117,12 @@ def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):
         return [tuple(document.ids.tolist()) for document in documents]
 
     everything = problems("a.jsonl", 0)
-    for n in (1, 8, 16, 128):  # 8 and 16 are read under a limit, 0 is not; many traces are too long and are skipped alike
+    for n in (
+        1,
+        8,
+        16,
+        128,
+    ):  # 8 and 16 are read under a limit, 0 is not; many traces are too long and are skipped alike
         assert problems("a.jsonl", n) == everything[:n]
     assert problems("b.jsonl", 16) == everything[:16]
     assert problems("a.jsonl", 16, seed=1) != everything[:16]
@@ -124,7 +142,9 @@ def test_where_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_pat
 
 def test_a_trace_of_exactly_row_tokens_is_kept(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 9, seed=0))
-    longest = max(len(document) for document in load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)[0])
+    longest = max(
+        len(document) for document in load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)[0]
+    )
     assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest)[1].kept == 9
     assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest - 1)[1].kept < 9
 
@@ -135,7 +155,9 @@ def test_what_is_too_long_is_counted_and_never_cut(tmp_path, chat):
     kept, dropped = len(documents), drop_counts.dropped["are longer than 100 tokens"]
     assert 0 < dropped < 60
     assert kept + dropped == 60 == drop_counts.kept + drop_counts.dropped.total()
-    assert all(document.ids[-1] == chat.tokenizer.eos_token_id and len(document) <= 100 for document in documents)
+    assert all(
+        document.ids[-1] == chat.tokenizer.eos_token_id and len(document) <= 100 for document in documents
+    )
     assert f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens" == str(drop_counts)
 
 
@@ -197,7 +219,9 @@ def test_real_openr1_rows_are_read_and_only_flagged_correct_ones_kept():
     traces, drop_counts = read_traces(str(path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     right = {
-        row["problem"]: [g for g, ok in zip(row["generations"], row["correctness_math_verify"], strict=True) if ok]
+        row["problem"]: [
+            g for g, ok in zip(row["generations"], row["correctness_math_verify"], strict=True) if ok
+        ]
         for row in rows
     }
     assert len(traces) + drop_counts.dropped.total() == len(rows)

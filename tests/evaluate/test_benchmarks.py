@@ -32,7 +32,9 @@ def test_real_files_are_read_whole_and_every_gold_is_graded_correct_against_itse
     assert len(benchmark.questions) == count
     assert len({question.id for question in benchmark.questions}) == count
     for question in benchmark.questions:
-        assert grade(question.answer, f"so \\boxed{{{question.answer}}}").verdict == "correct", question.answer
+        assert grade(question.answer, f"so \\boxed{{{question.answer}}}").verdict == "correct", (
+            question.answer
+        )
 
 
 def test_a_folder_of_local_copies_is_enough_and_golds_do_not_change_the_ids(tmp_path):
@@ -64,9 +66,13 @@ def test_other_questions_under_a_benchmarks_name_are_refused_with_both_hashes(tm
     assert parse_benchmarks(f"toy={path}")[0].questions == toy.questions
     rows[7]["problem"] = "1+1?"
     path = write(tmp_path / "toy.jsonl", rows)
-    with pytest.raises(ValueError, match=rf"holds 100 questions as toy does.*should be {toy.ids_hash}; pass toy=FILE"):
+    with pytest.raises(
+        ValueError, match=rf"holds 100 questions as toy does.*should be {toy.ids_hash}; pass toy=FILE"
+    ):
         parse_benchmarks(f"toy={path}")
-    assert parse_benchmarks(f"toy={path}", limit=100)[0].questions[7].problem == "1+1?"  # asked for by its own file and a limit
+    assert (
+        parse_benchmarks(f"toy={path}", limit=100)[0].questions[7].problem == "1+1?"
+    )  # asked for by its own file and a limit
     assert len(parse_benchmarks(f"toy={write(tmp_path / 'part.jsonl', rows[:9])}")[0].questions) == 9
 
 
@@ -75,7 +81,8 @@ def test_a_hub_copy_must_be_whole_and_the_same_even_with_a_limit(tmp_path, monke
     (toy,) = parse_benchmarks("toy")
     rows = [{"problem": question.problem, "answer": question.answer} for question in toy.questions]
     monkeypatch.setattr(
-        "kit.evaluate.benchmarks.read_rows", lambda source, bad: ((f"{source}[{i}]", row) for i, row in enumerate(rows))
+        "kit.evaluate.benchmarks.read_rows",
+        lambda source, bad: ((f"{source}[{i}]", row) for i, row in enumerate(rows)),
     )
     assert parse_benchmarks("toy=owner/toy", limit=3)[0].questions == toy.questions[:3]
     rows[0]["problem"] = "2+2?"

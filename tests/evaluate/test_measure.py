@@ -16,7 +16,9 @@ from kit.grade.verdict import grade
 from kit.run import digest
 
 PARAMS = SamplingParams(max_new_tokens=60)
-HOT = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=60)  # else the model is too sure of itself to tell samples apart
+HOT = SamplingParams(
+    temperature=1.5, top_p=1.0, max_new_tokens=60
+)  # else the model is too sure of itself to tell samples apart
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,20 @@ def toy(limit=6):
 def test_every_sample_is_logged_with_what_decided_and_the_file_gives_the_same_result(tiny, tmp_path):
     found = evaluate(*tiny, toy(), PARAMS, tmp_path, num_samples=2, num_slots=4)
     assert len(found.rows) == 12
-    assert {(r["question"], r["sample"]) for r in found.rows} == {(q.id, i) for q in toy().questions for i in (0, 1)}
+    assert {(r["question"], r["sample"]) for r in found.rows} == {
+        (q.id, i) for q in toy().questions for i in (0, 1)
+    }
     for logged in found.rows:
-        assert {"verdict", "rule", "tier", "gold", "extracted", "extraction", "seconds", "finished"} <= logged.keys()
+        assert {
+            "verdict",
+            "rule",
+            "tier",
+            "gold",
+            "extracted",
+            "extraction",
+            "seconds",
+            "finished",
+        } <= logged.keys()
         question = next(q for q in toy().questions if q.id == logged["question"])
         assert (logged["problem"], logged["answer"]) == (question.problem, question.answer)
         assert logged["prompt"] == digest(tiny[1].prompt(question.problem))
@@ -62,7 +75,9 @@ def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_k
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     handle = tiny[0].get_input_embeddings().register_forward_hook(allocate)
-    with pytest.raises(ValueError, match=r"with 4 answers at once, .* takes 0\.00 GiB; pass a smaller --num_slots") as error:
+    with pytest.raises(
+        ValueError, match=r"with 4 answers at once, .* takes 0\.00 GiB; pass a smaller --num_slots"
+    ) as error:
         evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=4)
     handle.remove()
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
@@ -70,7 +85,9 @@ def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_k
     assert 0 < len(kept) < 12
     found = evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=2)
     whole = evaluate(*tiny, toy(), PARAMS, tmp_path / "whole", num_samples=2, num_slots=4)
-    texts, expected = ({(r["question"], r["sample"]): r["text"] for r in result.rows} for result in (found, whole))
+    texts, expected = (
+        {(r["question"], r["sample"]): r["text"] for r in result.rows} for result in (found, whole)
+    )
     assert texts == expected
 
 
@@ -78,7 +95,9 @@ def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_k
 def test_accuracy_at_a_cap_is_that_of_a_run_with_that_limit(tiny, tmp_path, cap):
     """The logs of a long run, cut, against short runs: text by text, and the model's answers do fall on both sides of the cut."""
     long = evaluate(*tiny, toy(20), PARAMS, tmp_path / "long", num_samples=2, num_slots=20)
-    short = evaluate(*tiny, toy(20), SamplingParams(max_new_tokens=cap), tmp_path / "short", num_samples=2, num_slots=20)
+    short = evaluate(
+        *tiny, toy(20), SamplingParams(max_new_tokens=cap), tmp_path / "short", num_samples=2, num_slots=20
+    )
     texts = {(r["question"], r["sample"]): r["text"][: r["cuts"].get(str(cap))] for r in long.rows}
     assert texts == {(r["question"], r["sample"]): r["text"] for r in short.rows}
     assert long.accuracy_at(cap) == short.accuracy
@@ -124,4 +143,6 @@ def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path)
 
     assert rows("whole") == rows("broken")
     assert len(rows("whole")) == 60
-    assert len({row["text"] for row in rows("whole")}) > 30  # some of the 30 questions have two different answers
+    assert (
+        len({row["text"] for row in rows("whole")}) > 30
+    )  # some of the 30 questions have two different answers

@@ -26,7 +26,9 @@ def test_what_is_not_one_of_the_papers_keywords_does_not_count():
     assert not reflects("Wait, hmm, alternatively: let me check, and evaluate and examine it once more")
 
 
-@pytest.mark.parametrize("unit", ["So x = 3 and hence y = 4. ", PROSE[:LOOP_UNIT], PROSE[: LOOP_CHARACTERS // LOOP_TIMES]])
+@pytest.mark.parametrize(
+    "unit", ["So x = 3 and hence y = 4. ", PROSE[:LOOP_UNIT], PROSE[: LOOP_CHARACTERS // LOOP_TIMES]]
+)
 def test_a_unit_repeated_often_enough_at_the_end_is_a_loop_and_once_less_is_not(unit):
     times = max(LOOP_TIMES, -(-LOOP_CHARACTERS // len(unit)))
     assert ends_in_loop(PROSE + unit * times)
@@ -57,7 +59,11 @@ def test_loops_are_found_exactly_where_trying_every_period_finds_them():
     found = []
     for _ in range(150):
         unit = "".join(rng.choices("ab", k=rng.randrange(1, 60)))
-        text = "".join(rng.choices("ab", k=rng.randrange(40))) + unit * rng.randrange(1, 9) + unit[: rng.randrange(len(unit))]
+        text = (
+            "".join(rng.choices("ab", k=rng.randrange(40)))
+            + unit * rng.randrange(1, 9)
+            + unit[: rng.randrange(len(unit))]
+        )
         found.append(ends_in_loop(text))
         assert found[-1] == brute_force(text), text
     assert 10 < sum(found) < 140
@@ -65,4 +71,8 @@ def test_loops_are_found_exactly_where_trying_every_period_finds_them():
 
 def test_boxes_are_the_outermost_complete_ones():
     text = r"first \boxed{1}, then \boxed{\frac{1}{2}} and \fbox {x \boxed{3}} but \boxed{never"
-    assert [text[start:end] for start, end in boxes(text)] == [r"\boxed{1}", r"\boxed{\frac{1}{2}}", r"\fbox {x \boxed{3}}"]
+    assert [text[start:end] for start, end in boxes(text)] == [
+        r"\boxed{1}",
+        r"\boxed{\frac{1}{2}}",
+        r"\fbox {x \boxed{3}}",
+    ]

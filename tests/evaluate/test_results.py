@@ -15,7 +15,14 @@ from kit.run import Journal
 
 
 def row(question, verdict, tokens=10, finished=True, text="x", **more):
-    return {"question": question, "verdict": verdict, "tokens": tokens, "finished": finished, "text": text, **more}
+    return {
+        "question": question,
+        "verdict": verdict,
+        "tokens": tokens,
+        "finished": finished,
+        "text": text,
+        **more,
+    }
 
 
 def result(*rows, name="toy", **header):
@@ -26,7 +33,9 @@ def test_accuracy_is_the_mean_over_questions_and_its_interval_counts_questions_n
     four = result(*(row(q, v) for q, v in [("a", "correct"), ("a", "wrong"), ("b", "correct"), ("b", "correct"), ("c", "wrong"),
                                            ("c", "unknown")]))  # fmt: skip
     assert four.accuracy == pytest.approx(0.5)
-    variance = (0.5**2 + 1 + 2) / 7 - 0.5**2  # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
+    variance = (
+        0.5**2 + 1 + 2
+    ) / 7 - 0.5**2  # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
     assert four.interval == pytest.approx(1.96 * math.sqrt(variance / 7))
     assert four.unknown == 1
     assert four.num_questions == 3
@@ -41,7 +50,9 @@ def test_a_few_questions_all_alike_are_not_certain():
 
 
 def test_length_truncation_and_reflection_are_shares_of_samples():
-    some = result(row("a", "wrong", 10, True, "Let me RECHECK this"), row("a", "wrong", 30, False, "wait, no"))
+    some = result(
+        row("a", "wrong", 10, True, "Let me RECHECK this"), row("a", "wrong", 30, False, "wait, no")
+    )
     assert (some.mean_tokens, some.truncated, some.reflection) == (20, 0.5, 0.5)
     assert "50.0 % truncated" in str(some)
 
@@ -58,7 +69,12 @@ def test_the_difference_is_paired_by_question():
 
 
 def test_the_headline_is_the_unweighted_mean_over_benchmarks():
-    assert mean_accuracy([result(row("a", "correct")), result(row("a", "wrong"), row("b", "wrong"), row("c", "wrong"))]) == 0.5
+    assert (
+        mean_accuracy(
+            [result(row("a", "correct")), result(row("a", "wrong"), row("b", "wrong"), row("c", "wrong"))]
+        )
+        == 0.5
+    )
 
 
 def test_a_result_without_samples_is_refused(tmp_path):
@@ -90,7 +106,9 @@ def test_pass_at_k_is_the_mean_over_questions_of_the_samples_there_are():
 
 
 def test_lengths_are_told_apart_by_verdict_and_undecided_ones_are_in_neither():
-    some = result(row("a", "correct", 10), row("a", "wrong", 30), row("b", "wrong", 50), row("b", "unknown", 1_000))
+    some = result(
+        row("a", "correct", 10), row("a", "wrong", 30), row("b", "wrong", 50), row("b", "unknown", 1_000)
+    )
     assert [some.lengths(v).count for v in ("", "correct", "wrong")] == [4, 1, 2]
     assert (some.lengths("correct").mean, some.lengths("wrong").mean) == (10, 40)
     assert some.token_efficiency == pytest.approx(1_000 * 0.25 / 272.5)
@@ -105,7 +123,9 @@ def test_accuracy_of_finished_samples_leaves_the_cut_off_ones_out():
 
 
 def test_loops_and_missing_answers_are_shares_of_samples():
-    some = result(row("a", "wrong", text="so " + "again and " * 40, prediction=None), row("a", "wrong", prediction="3"))
+    some = result(
+        row("a", "wrong", text="so " + "again and " * 40, prediction=None), row("a", "wrong", prediction="3")
+    )
     assert (some.looping, some.without_answer) == (0.5, 0.5)
 
 
@@ -120,7 +140,9 @@ def test_a_cut_response_is_graded_again_by_what_stands_before_the_cut():
     rows.append(row("3", "correct", 16, text="\\boxed{7}", answer="7", cuts={}))
     found = result(*rows, max_new_tokens=64)
     assert found.caps == [16, 32, 64]
-    assert found.accuracy_at(16) == pytest.approx(3 / 4)  # early, the one that had not changed its mind yet, and the short one
+    assert found.accuracy_at(16) == pytest.approx(
+        3 / 4
+    )  # early, the one that had not changed its mind yet, and the short one
     assert found.accuracy_at(64) == found.accuracy == pytest.approx(3 / 4)  # early, late, short
     alone = [result(row, max_new_tokens=64) for row in rows]
     assert [one.accuracy_at(16) for one in alone] == [one.accuracy_at(32) for one in alone] == [1, 0, 1, 1]

@@ -10,7 +10,15 @@ from kit.evaluate.shared_baseline import take_baseline
 from kit.run import Journal
 
 TOY = BENCHMARKS["toy"].read(limit=3)
-HEADER = {"model": "abc", "prompt": "p", "questions": "q", "num_samples": 2, "seed": 0, "temperature": 0.6, "torch": "2.13"}
+HEADER = {
+    "model": "abc",
+    "prompt": "p",
+    "questions": "q",
+    "num_samples": 2,
+    "seed": 0,
+    "temperature": 0.6,
+    "torch": "2.13",
+}
 
 
 def make_baseline(path, *, header=(), model="org/model", missing=0):
@@ -18,14 +26,20 @@ def make_baseline(path, *, header=(), model="org/model", missing=0):
     (path / "config.json").write_text(json.dumps({"model": model}))
     journal = Journal(path / "samples" / "toy.jsonl")
     journal.append({"header": HEADER | dict(header)})
-    rows = [{"question": question.id, "sample": i, "verdict": "correct"} for question in TOY.questions for i in range(2)]
+    rows = [
+        {"question": question.id, "sample": i, "verdict": "correct"}
+        for question in TOY.questions
+        for i in range(2)
+    ]
     for row in rows[: len(rows) - missing]:
         journal.append(row)
     return path
 
 
 def take(path, *, header=HEADER, model="org/model", quantised=False, benchmark=TOY):
-    return take_baseline(path, [(benchmark, header)], model=model, quantised=quantised, folder=path.parent / "run" / "before")
+    return take_baseline(
+        path, [(benchmark, header)], model=model, quantised=quantised, folder=path.parent / "run" / "before"
+    )
 
 
 def test_a_baseline_that_was_made_alike_is_copied_and_read(tmp_path):
@@ -66,7 +80,9 @@ def test_a_quantised_model_is_known_by_its_name_and_by_nothing_else_less(tmp_pat
 @pytest.mark.parametrize("missing", [1, 2, 5])
 def test_an_unfinished_baseline_is_refused(missing, tmp_path):
     path = make_baseline(tmp_path / "baseline", missing=missing)
-    with pytest.raises(ValueError, match=f"is unfinished, {missing} samples are missing; finish it with --resume"):
+    with pytest.raises(
+        ValueError, match=f"is unfinished, {missing} samples are missing; finish it with --resume"
+    ):
         take(path)
 
 

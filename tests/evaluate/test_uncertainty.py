@@ -30,7 +30,9 @@ def test_pass_at_k_is_unbiased():
 
 def test_the_bootstrap_finds_the_percentiles_of_all_resamples():
     differences = [-0.5, 0.0, 0.25, 1.0, 1.0]
-    means = sorted(fmean(draw) for draw in itertools.product(differences, repeat=5))  # all 3,125, equally likely
+    means = sorted(
+        fmean(draw) for draw in itertools.product(differences, repeat=5)
+    )  # all 3,125, equally likely
     found = bootstrap(differences)
     assert found.mean == pytest.approx(0.35)
     step = 0.05 + 1e-9  # the means lie on a grid, and a percentile may fall on the neighbour
@@ -42,7 +44,9 @@ def test_the_bootstrap_finds_the_percentiles_of_all_resamples():
 def test_the_bootstrap_agrees_with_the_normal_interval_where_there_are_many_questions():
     differences = [((i * 7919) % 5 - 2) / 2 for i in range(1_319)]
     found, expected = bootstrap(differences), half_width(differences, added=())
-    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.05)  # the percentiles' own error is 1 to 2 %
+    assert (found.high - found.low) / 2 == pytest.approx(
+        expected, rel=0.05
+    )  # the percentiles' own error is 1 to 2 %
 
 
 def test_lengths_are_mean_median_and_the_length_nine_tenths_do_not_exceed():

@@ -72,7 +72,9 @@ def random_ids():
 def test_hidden_states_are_the_models_own(family, dtype):
     model, ids = make_model(family, dtype), random_ids()
     truth = whole(make_model(family, dtype).double(), ids)
-    ours, theirs = ((states.double() - truth).norm() for states in (token_by_token(model, ids), whole(model, ids)))
+    ours, theirs = (
+        (states.double() - truth).norm() for states in (token_by_token(model, ids), whole(model, ids))
+    )
     assert ours <= 2 * theirs
 
 
@@ -138,7 +140,10 @@ def test_a_norm_divides_by_the_root_of_the_mean_square_however_small_it_is(make,
     found = make(9, eps)(x)
     assert found.dtype == dtype
     torch.testing.assert_close(
-        found.double(), exact, rtol={torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype], atol=0
+        found.double(),
+        exact,
+        rtol={torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype],
+        atol=0,
     )
 
 

@@ -13,7 +13,9 @@ from kit.generate.sampling import SamplingParams
 @pytest.mark.parametrize("capacity", [WINDOW - 2, WINDOW, WINDOW + 30])
 def test_cache_bytes_counts_what_the_cache_holds_and_sliding_layers_hold_their_window(tiny_model, capacity):
     cache = SlotCache(tiny_model, 3, capacity)
-    assert cache_bytes(tiny_model, 3, capacity) == sum(x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values))
+    assert cache_bytes(tiny_model, 3, capacity) == sum(
+        x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values)
+    )
     kinds = getattr(tiny_model.config, "layer_types", None) or ["full_attention"] * 4
     expected = [min(capacity, WINDOW) if kind == "sliding_attention" else capacity for kind in kinds]
     assert [keys.shape[2] for keys in cache.keys] == [values.shape[2] for values in cache.values] == expected
@@ -36,7 +38,9 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
     cache = SlotCache(model, 2, 40)
     cache.min_saved = min_saved
     starts = torch.tensor([3, longest])
-    states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])[None, None, :, None].expand(1, 1, -1, 16)
+    states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])[None, None, :, None].expand(
+        1, 1, -1, 16
+    )
     cache.at_prefill([0, 1], [0, 3], starts.tolist())
     for layer in range(4):
         cache.update(states, -states, layer)
@@ -46,8 +50,12 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
         for layer, kind in enumerate(model.config.layer_types):
             new = positions.float()[:, None, None].expand(2, 1, 16)
             cache.write(layer, new, -new)
-            firsts = [max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0 for now in positions.tolist()]
-            expected = [list(range(first, now + 1)) for first, now in zip(firsts, positions.tolist(), strict=True)]
+            firsts = [
+                max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0 for now in positions.tolist()
+            ]
+            expected = [
+                list(range(first, now + 1)) for first, now in zip(firsts, positions.tolist(), strict=True)
+            ]
             assert list(seen_by_row(cache, layer)) == [(held, held) for held in expected]
 
 
@@ -106,12 +114,16 @@ def garbage():
 def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garbage):
     """Short prompts beside long ones, refilled rows, rings that are not full yet."""
     model = make_model(family)
-    prompts = [[5] * n for n in (2, 30, 1, WINDOW, 17, 90, 3)]  # 90: longer than any before, beside a row in progress
+    prompts = [
+        [5] * n for n in (2, 30, 1, WINDOW, 17, 90, 3)
+    ]  # 90: longer than any before, beside a row in progress
     params = SamplingParams(max_new_tokens=20)
     found = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
     torch.use_deterministic_algorithms(False)
     expected = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
-    assert found == expected and all(math.isfinite(logprob) for completion in found for logprob in completion.logprobs)
+    assert found == expected and all(
+        math.isfinite(logprob) for completion in found for logprob in completion.logprobs
+    )
 
 
 def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_on_a_cpu(garbage):
@@ -135,8 +147,12 @@ def test_what_a_row_held_before_is_never_seen(family):
     model = make_model(family)
     params = SamplingParams(temperature=0, max_new_tokens=25)
     torch.manual_seed(1)
-    prompts = [torch.randint(3, 97, (n,)).tolist() for n in (30, 2, 17, 3, 1, 90, 9)]  # 90: beside a shorter row in progress
-    alone = [generate(model, [p], params, num_slots=1, seed=0, eos_token_id=range(2, 20))[0].ids for p in prompts]
+    prompts = [
+        torch.randint(3, 97, (n,)).tolist() for n in (30, 2, 17, 3, 1, 90, 9)
+    ]  # 90: beside a shorter row in progress
+    alone = [
+        generate(model, [p], params, num_slots=1, seed=0, eos_token_id=range(2, 20))[0].ids for p in prompts
+    ]
     assert len({len(ids) for ids in alone}) > 2  # rows end at different times
     together = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 20))
     assert [completion.ids for completion in together] == alone

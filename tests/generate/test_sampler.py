@@ -24,7 +24,15 @@ from kit.models import backbone
 from kit.models.backbone import hidden_states
 from kit.packing import Document, PackedBatch
 
-LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
+LENGTHS = (
+    5,
+    1,
+    9,
+    13,
+    3,
+    7,
+    2,
+)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
 SLOTS = (1, 3, 16)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
 RANDOM = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=40)
@@ -37,7 +45,13 @@ def prompts():
 
 def run(model, params, num_slots=3, seed=0, eos_token_id=2, **options):
     return generate(
-        model, options.pop("prompts", prompts()), params, num_slots=num_slots, seed=seed, eos_token_id=eos_token_id, **options
+        model,
+        options.pop("prompts", prompts()),
+        params,
+        num_slots=num_slots,
+        seed=seed,
+        eos_token_id=eos_token_id,
+        **options,
     )
 
 
@@ -115,19 +129,25 @@ class Rows:
         self.length = length
 
 
-@pytest.mark.parametrize("sorted_by", [kv_cache.SORTED_BY, math.inf])  # on a card rows are compacted, not sorted
+@pytest.mark.parametrize(
+    "sorted_by", [kv_cache.SORTED_BY, math.inf]
+)  # on a card rows are compacted, not sorted
 def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no_row_without_need(sorted_by):
     rng = random.Random(0)
     for _ in range(300):
         slots = [
-            generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), [1]) if rng.random() < 0.7 else generating._Slot(-1)
+            generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), [1])
+            if rng.random() < 0.7
+            else generating._Slot(-1)
             for i in range(rng.randint(1, 9))
         ]
         before, active = list(slots), sorted(slot.request for slot in slots if slot.request >= 0)
         rows = Rows(slots)
         arrange(slots, rows, sorted_by)
         B = len(active)
-        assert sorted(slot.request for slot in slots[:B]) == active and all(slot.request < 0 for slot in slots[B:])
+        assert sorted(slot.request for slot in slots[:B]) == active and all(
+            slot.request < 0 for slot in slots[B:]
+        )
         assert rows.held[:B] == [slot.request for slot in slots[:B]]  # the cache went with them
         ranks = [slot.length // sorted_by for slot in slots[:B]]
         assert ranks == sorted(ranks, reverse=True)
@@ -143,7 +163,9 @@ def logprobs_of(model, ids, prompt_len, temperature):
     return logprobs[prompt_len - 1 : -1].gather(-1, ids[0, prompt_len:, None])[:, 0].double()
 
 
-@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.7, top_p=1.0, max_new_tokens=40)], ids=["greedy", "0.7"])
+@pytest.mark.parametrize(
+    "params", [GREEDY, SamplingParams(temperature=0.7, top_p=1.0, max_new_tokens=40)], ids=["greedy", "0.7"]
+)
 def test_logprobs_are_those_of_the_distribution_that_was_sampled(tiny_model, params):
     completions = run(tiny_model, params)
     tiny_model.set_attn_implementation("eager")
@@ -166,9 +188,13 @@ def test_samples_of_one_question_are_the_same_whether_they_share_a_prefill_or_no
     embed = tiny_model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda module, inputs, output: read.append(tuple(inputs[0].shape)))
     together = run(tiny_model, RANDOM, 6, prompts=same)
-    assert [shape for shape in read if len(shape) == 2] == [(1, LENGTHS[3] + LENGTHS[0])]  # two prompts for six rows
+    assert [shape for shape in read if len(shape) == 2] == [
+        (1, LENGTHS[3] + LENGTHS[0])
+    ]  # two prompts for six rows
     read.clear()
-    monkeypatch.setattr(generating, "PREFILL_TOKENS", 1)  # a prompt beyond the budget is read alone, and still once
+    monkeypatch.setattr(
+        generating, "PREFILL_TOKENS", 1
+    )  # a prompt beyond the budget is read alone, and still once
     run(tiny_model, RANDOM, 6, prompts=same)
     handle.remove()
     assert read[:3] == [(1, LENGTHS[3]), (1, LENGTHS[0]), (1, LENGTHS[3])]
@@ -208,10 +234,14 @@ def test_reading_a_long_prompt_makes_neither_a_mask_nor_scores_of_its_length_squ
     assert largest.numel < 450 * 450 // 2
 
 
-def test_the_bounds_of_a_pack_of_prompts_are_no_tensor_of_inference_mode_at_which_every_layer_would_look(tiny_model, monkeypatch):
+def test_the_bounds_of_a_pack_of_prompts_are_no_tensor_of_inference_mode_at_which_every_layer_would_look(
+    tiny_model, monkeypatch
+):
     packs = []
     monkeypatch.setattr(
-        generating, "hidden_states", lambda model, pack, cache: packs.append(pack) or hidden_states(model, pack, cache=cache)
+        generating,
+        "hidden_states",
+        lambda model, pack, cache: packs.append(pack) or hidden_states(model, pack, cache=cache),
     )
     run(tiny_model, GREEDY, 3)
     assert packs and not any(pack.cu_seqlens.is_inference() for pack in packs)
@@ -220,7 +250,9 @@ def test_the_bounds_of_a_pack_of_prompts_are_no_tensor_of_inference_mode_at_whic
 def test_a_card_gets_its_memory_back_after_sampling_when_the_cache_is_gone(tiny_model, monkeypatch):
     alive = []
     monkeypatch.setattr(
-        generating, "return_memory", lambda device: alive.append(sum(type(x) is SlotCache for x in gc.get_objects()))
+        generating,
+        "return_memory",
+        lambda device: alive.append(sum(type(x) is SlotCache for x in gc.get_objects())),
     )
     run(tiny_model, GREEDY, 3)
     assert alive == [0]
@@ -280,13 +312,17 @@ def test_a_model_learns_after_it_was_sampled_and_within_on_finish(tiny_model):
     """Sampling is inference, which leaves tensors that autograd refuses: none may stay in the model or reach the caller."""
 
     def learn(*_):
-        backbone.hidden_states(tiny_model, PackedBatch.build([Document(torch.tensor([5, 6, 7]), 1)])).sum().backward()
+        backbone.hidden_states(
+            tiny_model, PackedBatch.build([Document(torch.tensor([5, 6, 7]), 1)])
+        ).sum().backward()
         losses.append(tiny_model.get_input_embeddings().weight.grad.abs().sum().item())
 
     losses = []
     run(tiny_model, RANDOM, on_finish=learn)
     learn()
-    assert len(losses) == len(LENGTHS) + 1 and all(before < after for before, after in itertools.pairwise([0, *losses]))
+    assert len(losses) == len(LENGTHS) + 1 and all(
+        before < after for before, after in itertools.pairwise([0, *losses])
+    )
 
 
 class Terminal(io.StringIO):
@@ -310,7 +346,9 @@ def test_progress_shows_finished_of_total_pace_length_truncated_and_time_left(ti
     assert 0 < truncated < 7 or len(set(lengths)) > 1
     pace = float(re.search(r"([\d,]+) tokens/s", last)[1].replace(",", ""))
     assert pace > 0
-    assert any(re.search(r"[1-6]/7 \[\d\d:\d\d<\d\d:\d\d", frame) for frame in frames)  # elapsed<left, once one has finished
+    assert any(
+        re.search(r"[1-6]/7 \[\d\d:\d\d<\d\d:\d\d", frame) for frame in frames
+    )  # elapsed<left, once one has finished
     assert any("0/7" in frame and "mean length ?" in frame for frame in frames)
 
 
@@ -324,7 +362,9 @@ def test_what_on_finish_raises_comes_out_and_leaves_the_model_as_it_was(tiny_mod
         raise KeyError("disk full")
 
     tiny_model.train()
-    with pytest.raises(KeyError, match="disk full") as caught:  # which keeps the frames, and what they hold, alive
+    with pytest.raises(
+        KeyError, match="disk full"
+    ) as caught:  # which keeps the frames, and what they hold, alive
         run(tiny_model, GREEDY, on_finish=fail)
     assert caught.value
     assert tiny_model.training

@@ -31,7 +31,9 @@ def test_tokens_come_with_the_probability_of_the_softmax():
     tokens, logprobs = draw(LOGITS)
     assert within_chance(tokens, LOGITS.double().softmax(-1))
     torch.testing.assert_close(logprobs, LOGITS.log_softmax(-1)[tokens])
-    assert not within_chance(tokens, (LOGITS.double() / 1.1).softmax(-1))  # the test can tell a close neighbour apart
+    assert not within_chance(
+        tokens, (LOGITS.double() / 1.1).softmax(-1)
+    )  # the test can tell a close neighbour apart
 
 
 def test_temperature_top_k_and_top_p_cut_and_renormalise_in_that_order():
@@ -74,7 +76,10 @@ def test_a_stream_depends_on_seed_key_and_position_and_on_nothing_else():
     order = torch.tensor([3, 1, 7])
     again, _ = sample(logits[:3], params, keys[order], positions[order])
     assert torch.equal(again, tokens[order])
-    assert len({stream_key(seed, key) for seed in (0, 1) for key in (0, "0", ["q", 0], ["q", 1], [0, "q"])}) == 10
+    assert (
+        len({stream_key(seed, key) for seed in (0, 1) for key in (0, "0", ["q", 0], ["q", 1], [0, "q"])})
+        == 10
+    )
 
 
 def test_noise_of_neighbouring_keys_positions_and_tokens_is_uncorrelated_and_gumbel():
@@ -86,7 +91,9 @@ def test_noise_of_neighbouring_keys_positions_and_tokens_is_uncorrelated_and_gum
         gumbel(torch.zeros_like(many), many, one)[:, 0],
     ):
         assert noise.isfinite().all()
-        assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / math.sqrt(len(many))  # Euler's constant; the deviation is pi / sqrt(6)
+        assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / math.sqrt(
+            len(many)
+        )  # Euler's constant; the deviation is pi / sqrt(6)
         assert abs(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1]) < 5 / math.sqrt(len(many))
 
 
@@ -122,7 +129,9 @@ def test_how_far_the_rows_beside_it_make_us_look_does_not_turn_a_draw():
     torch.testing.assert_close(beside_logprobs[:400], alone_logprobs)
 
 
-def test_drawing_from_whole_vocabularies_holds_no_more_for_more_rows_than_their_logits_and_draws_the_same(monkeypatch):
+def test_drawing_from_whole_vocabularies_holds_no_more_for_more_rows_than_their_logits_and_draws_the_same(
+    monkeypatch,
+):
     V, params = 1_000, SamplingParams(temperature=0.7, top_p=1.0, max_new_tokens=1)
     torch.manual_seed(0)
     logits, keys, positions = torch.randn(67, V), torch.arange(67), torch.zeros(67, dtype=torch.int64)

@@ -37,7 +37,11 @@ class Engine:
         ids = self.waiting.pop(request_id)
         logprobs = [{i: SimpleNamespace(logprob=-i / 8), i + 1: SimpleNamespace(logprob=-9.0)} for i in ids]
         return [
-            SimpleNamespace(request_id=request_id, finished=True, outputs=[SimpleNamespace(token_ids=ids, logprobs=logprobs)])
+            SimpleNamespace(
+                request_id=request_id,
+                finished=True,
+                outputs=[SimpleNamespace(token_ids=ids, logprobs=logprobs)],
+            )
         ]
 
 
@@ -52,7 +56,9 @@ def model(monkeypatch):
     kinds = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
     vllm = ModuleType("vllm")
     vllm.__spec__ = ModuleSpec("vllm", None)
-    vars(vllm).update(__version__="0", LLM=llm, SamplingParams=lambda **s: SimpleNamespace(**s), sampling_params=kinds)
+    vars(vllm).update(
+        __version__="0", LLM=llm, SamplingParams=lambda **s: SimpleNamespace(**s), sampling_params=kinds
+    )
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     model = VllmModel("owner/name", 8)
     assert made == {"model": "owner/name", "max_num_seqs": 8, "logprobs_mode": "processed_logprobs"}
@@ -77,10 +83,13 @@ def test_completions_come_back_in_order_with_their_logprobs_and_every_sample_has
     assert found[2].text == "[1, 0]"
     assert seen == [2, 1, 0]
     settings = [s for _, s in model.engine.requests.values()]
-    assert [prompt for prompt, _ in model.engine.requests.values()] == [{"prompt_token_ids": [5, n]} for n in (9, 3, 1)]
-    assert {(s.temperature, s.top_p, s.top_k, s.max_tokens, s.logprobs, s.ignore_eos, s.detokenize) for s in settings} == {
-        (0.6, 0.95, 7, 6, 0, True, False)
-    }
+    assert [prompt for prompt, _ in model.engine.requests.values()] == [
+        {"prompt_token_ids": [5, n]} for n in (9, 3, 1)
+    ]
+    assert {
+        (s.temperature, s.top_p, s.top_k, s.max_tokens, s.logprobs, s.ignore_eos, s.detokenize)
+        for s in settings
+    } == {(0.6, 0.95, 7, 6, 0, True, False)}
     assert all(s.stop_token_ids == [0, 2] for s in settings)
     assert len({s.seed for s in settings}) == 3
     assert all(0 <= s.seed < 2**63 for s in settings)

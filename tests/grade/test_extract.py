@@ -69,7 +69,11 @@ def test_places_in_order(text, answer, place):
         (r"<think>so \boxed{7}, but let me check", "7", "boxed"),
         ("", None, "no answer: nothing is there"),
         ("   \n", None, "no answer: nothing is there"),
-        ("I have thought about this for a long time without any result.", None, "no answer: no value is named"),
+        (
+            "I have thought about this for a long time without any result.",
+            None,
+            "no answer: no value is named",
+        ),
     ],
 )
 def test_thoughts_and_silence(text, answer, place):

@@ -82,7 +82,11 @@ ALIKE = [
 @pytest.mark.parametrize(("gold", "response", "right", "why"), DIFFERENT)
 def test_where_the_paper_decides_otherwise(gold, response, right, why):
     paper, strict = grade_as_paper(gold, response, deadline=60), grade(gold, response)
-    assert (paper.verdict, strict.verdict) == (("correct", "wrong") if right else ("wrong", "correct")), (why, paper, strict)
+    assert (paper.verdict, strict.verdict) == (("correct", "wrong") if right else ("wrong", "correct")), (
+        why,
+        paper,
+        strict,
+    )
 
 
 @pytest.mark.parametrize(("gold", "response", "right"), ALIKE)
@@ -135,7 +139,9 @@ def test_normal_form(text, expected):
 
 
 def test_hostile_input_is_bounded_and_nothing_long_is_called_wrong():
-    boxed = [(gold, rf"\boxed{{{prediction}}}") for gold, prediction in HOSTILE]  # else the last number is all that is graded
+    boxed = [
+        (gold, rf"\boxed{{{prediction}}}") for gold, prediction in HOSTILE
+    ]  # else the last number is all that is graded
     for index, (gold, prediction) in enumerate([*HOSTILE, *boxed]):
         start = time.monotonic()
         verdict = grade_as_paper(gold, prediction, deadline=0.25)

@@ -108,7 +108,10 @@ HALF = number("1/2")
         (r"\mathbb{R}", ("reals",)),
         (r"x \le 2", ("rel", ("<=",), (X, number(2)))),
         ("x != 2", ("rel", ("!=",), (X, number(2)))),
-        (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", ("matrix", (number(1), number(2)), (number(3), number(4)))),
+        (
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+            ("matrix", (number(1), number(2)), (number(3), number(4))),
+        ),
         (r"\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", ("matrix", (number(1),), (number(2),))),
         (r"\\frac{1}{2}", HALF),
         (r"\int_0^1 x dx", ("big", "int", "x", number(0), number(1), X)),
@@ -127,7 +130,23 @@ def test_notation(text, tree):
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", "(", ")", r"\frac{1}", r"\sqrt", "x +", "1 2", "[)", r"\begin{pmatrix} 1", "x_", "^2", r"9_{5}", "\ud800", "x = "],
+    [
+        "",
+        ".",
+        "(",
+        ")",
+        r"\frac{1}",
+        r"\sqrt",
+        "x +",
+        "1 2",
+        "[)",
+        r"\begin{pmatrix} 1",
+        "x_",
+        "^2",
+        r"9_{5}",
+        "\ud800",
+        "x = ",
+    ],
 )
 def test_what_is_no_answer_is_refused(text):
     with pytest.raises(ParseError):

@@ -21,13 +21,23 @@ HEADER = {"header": {"model": "abc", "seed": 0}}
 
 
 def sample(number, answer, text, **fields):
-    return {"question": "q1", "sample": number, "problem": "?", "answer": answer, "tokens": 5, "text": text, **fields}
+    return {
+        "question": "q1",
+        "sample": number,
+        "problem": "?",
+        "answer": answer,
+        "tokens": 5,
+        "text": text,
+        **fields,
+    }
 
 
 ROWS = [
     HEADER,
     sample(0, "5", r"\boxed{5}", verdict="correct", paper_verdict="correct"),
-    sample(1, "5", r"\boxed{500}", verdict="correct", paper_verdict="correct"),  # an older grader forgave the factor
+    sample(
+        1, "5", r"\boxed{500}", verdict="correct", paper_verdict="correct"
+    ),  # an older grader forgave the factor
     sample(2, r"\frac12", "\\boxed{0.5} \ud800 π", verdict="wrong"),
 ]
 
@@ -68,7 +78,9 @@ def test_a_new_file_holds_the_new_verdicts_and_every_other_field(samples, tmp_pa
     assert [row["verdict"] for row in rows] == ["correct", "wrong", "correct"]
     assert [row["paper_verdict"] for row in rows] == ["correct", "correct", "correct"]
     assert all(
-        row[name] == old[name] for row, old in zip(rows, ROWS[1:], strict=True) for name in ("problem", "tokens", "answer")
+        row[name] == old[name]
+        for row, old in zip(rows, ROWS[1:], strict=True)
+        for name in ("problem", "tokens", "answer")
     )
     assert regrade.main([str(tmp_path / "new.jsonl")])["changed"] == 0
 
@@ -117,7 +129,14 @@ def test_mistakes_on_the_command_line_are_named(samples, tmp_path):
 def test_what_an_evaluation_writes_is_regraded_without_a_change(tmp_path):
     model, tokenizer = models.load("tiny", device="cpu")
     (toy,) = parse_benchmarks("toy", limit=3)
-    evaluate(model, ChatFormat(tokenizer, instruction=""), toy, SamplingParams(max_new_tokens=60), tmp_path, num_samples=2)
+    evaluate(
+        model,
+        ChatFormat(tokenizer, instruction=""),
+        toy,
+        SamplingParams(max_new_tokens=60),
+        tmp_path,
+        num_samples=2,
+    )
     path = tmp_path / "toy.jsonl"
     assert regrade.main([str(path)]) == {"samples": 6, "changed": 0, "paper_changed": 0}
     before = read_result(path)
@@ -129,7 +148,13 @@ def test_what_an_evaluation_writes_is_regraded_without_a_change(tmp_path):
 
 def command(*arguments, **options):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, **options
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
     )
 
 
@@ -148,9 +173,15 @@ def test_a_missing_peer_is_an_error_that_names_the_package(samples):
     assert "pip install 'math-verify[antlr4_13_2]'" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed (extra `test`)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed (extra `test`)"
+)
 def test_where_math_verify_disagrees_is_listed(tmp_path, capsys):
-    rows = [sample(0, "5", r"\boxed{5}"), sample(1, "5", r"\boxed{6}"), sample(2, "2", r"\boxed{1} and \boxed{2}")]
+    rows = [
+        sample(0, "5", r"\boxed{5}"),
+        sample(1, "5", r"\boxed{6}"),
+        sample(2, "2", r"\boxed{1} and \boxed{2}"),
+    ]
     rows.append(sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}"))  # two tiny numbers are one to it
     counts = regrade.main([str(write(tmp_path / "s.jsonl", rows)), "--compare", "math-verify"])
     printed = capsys.readouterr().out

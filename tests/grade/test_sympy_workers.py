@@ -24,7 +24,13 @@ def prove(a, b, seconds=START):
 
 def run(script, *arguments, cwd=None, **options):
     return subprocess.run(
-        [sys.executable, *arguments], input=script, capture_output=True, text=True, timeout=120, cwd=cwd, **options
+        [sys.executable, *arguments],
+        input=script,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+        **options,
     )
 
 
@@ -92,7 +98,9 @@ def test_threads_share_the_workers_and_get_their_own_answers():
     results = {}
 
     def ask(index):
-        results[index] = prove(r"\int_0^1 x^{" + str(index) + "} dx", rf"\frac{{1}}{{{index + 1 + index % 2}}}")
+        results[index] = prove(
+            r"\int_0^1 x^{" + str(index) + "} dx", rf"\frac{{1}}{{{index + 1 + index % 2}}}"
+        )
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(8)]
     for thread in threads:
@@ -148,7 +156,9 @@ grade("5", r"{HARD}", deadline=1)
 
 def is_zombie(pid):
     """Whether the process has ended and waits for its (stopped) parent to notice."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout.strip()
     return not state or state.startswith("Z")
 
 

@@ -223,7 +223,10 @@ CASES = [
 JOINED = "the label joins several boxes of a response; the last box is the answer, since self-corrections are what is studied"
 CONTESTED = {
     (r"$1 - \frac{1}{\mathrm{e}}$", r"$1 + \frac{1}{\mathrm{e}}$"): "the label calls 0.632 and 1.368 equal",
-    (r"[2^{\frac{1}{2^{1000}}}, \infty)", r"[1,+\infty)"): "2^(2^-1000) exceeds 1 by 6.9e-302: equal only in double precision",
+    (
+        r"[2^{\frac{1}{2^{1000}}}, \infty)",
+        r"[1,+\infty)",
+    ): "2^(2^-1000) exceeds 1 by 6.9e-302: equal only in double precision",
     ("$f(x)$", "$f(y)$"): "labelled right and wrong, by the option `strict`; f(x) is not f(y)",
     ("$${1,2,3}$$", r"\boxed{1},\boxed{2},\boxed{3}"): JOINED,
     ("$${1,2,3}$$", r"\boxed{1} and \boxed{2} and \boxed{3}"): JOINED,
@@ -412,7 +415,11 @@ def test_case(gold, prediction, right):
 
 def test_verdict_does_not_depend_on_the_side():
     answers = sorted({gold for gold, _, _ in CASES if len(gold) < 60})
-    pairs = [(gold, prediction) for gold, prediction, _ in CASES if "boxed" not in prediction and "think" not in prediction]
+    pairs = [
+        (gold, prediction)
+        for gold, prediction, _ in CASES
+        if "boxed" not in prediction and "think" not in prediction
+    ]
     for a, b in [*pairs, *pairwise(answers), *zip(answers, answers[7:], strict=False)]:
         assert equal(a, b) == equal(b, a), (a, b)
 
@@ -425,7 +432,9 @@ def test_every_answer_equals_itself():
 
 def test_verdict_is_complete_frozen_and_json():
     verdict = grade("033", r"so $\boxed{ 33 }$.")
-    expected = Verdict("correct", 0, "same text", gold="33", prediction="33", extracted="33", extraction="boxed")
+    expected = Verdict(
+        "correct", 0, "same text", gold="33", prediction="33", extracted="33", extraction="boxed"
+    )
     assert verdict == expected
     assert json.loads(json.dumps(asdict(verdict)))["rule"] == "same text"
     with pytest.raises(AttributeError):
@@ -522,7 +531,9 @@ def run_hostile(deadline):
 
 
 def assert_bounded(results):
-    late = [(HOSTILE[index][1][:60], seconds) for index, (seconds, _) in enumerate(results) if seconds > SLACK]
+    late = [
+        (HOSTILE[index][1][:60], seconds) for index, (seconds, _) in enumerate(results) if seconds > SLACK
+    ]
     assert not late
     assert {verdict for _, verdict in results} <= {"correct", "wrong", "unknown"}
 
@@ -531,7 +542,9 @@ def test_hostile_input_from_the_main_thread():
     assert len(HOSTILE) >= 60
     results = run_hostile(0.25)
     assert_bounded(results)
-    assert {HOSTILE[index][1][:20] for index, (_, verdict) in enumerate(results) if verdict == "correct"} <= RIGHT
+    assert {
+        HOSTILE[index][1][:20] for index, (_, verdict) in enumerate(results) if verdict == "correct"
+    } <= RIGHT
 
 
 def test_hostile_input_from_a_worker_thread():
@@ -562,7 +575,9 @@ if sys.platform == "linux":
     memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 print(json.dumps([worst, memory]))
 """
-    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(HOSTILE), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(HOSTILE), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     worst, kilobytes = json.loads(done.stdout)
     assert worst <= SLACK
@@ -598,7 +613,12 @@ def test_command_line():
 def test_importing_the_grader_is_light():
     heavy = ("torch", "transformers", "sympy", "mpmath")
     script = f"import sys, kit.grade.verdict; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_public_cases_agree_except_the_contested():
@@ -623,13 +643,20 @@ def test_golds_as_published():
     for row in read("amc23.jsonl"):
         assert grade(str(row["answer"]), rf"\boxed{{{round(row['answer'])}}}").verdict == "correct"
     for row in read("gsm8k_test.jsonl")[:200]:
-        assert grade(row["answer"], row["answer"].rpartition("#### ")[2].replace(",", "")).verdict == "correct"
+        assert (
+            grade(row["answer"], row["answer"].rpartition("#### ")[2].replace(",", "")).verdict == "correct"
+        )
 
 
 def test_neighbouring_answers_of_math500_differ():
     answers = sorted({row["answer"] for row in read("math500.jsonl")})
     same = {pair for pair in pairwise(answers) if equal(*pair)[0] == "correct"}
-    assert same == {("120", r"120^\circ"), ("15", r"15\mbox{ cm}^2"), ("30", r"30^\circ"), ("36", r"36^\circ")}
+    assert same == {
+        ("120", r"120^\circ"),
+        ("15", r"15\mbox{ cm}^2"),
+        ("30", r"30^\circ"),
+        ("36", r"36^\circ"),
+    }
     assert all(equal(a, b) == equal(b, a) for a, b in pairwise(answers))
 
 
@@ -642,4 +669,7 @@ def test_traces_judged_right_by_others_are_right():
                 if flag:
                     assert verdict.verdict == "correct", (row["uuid"], verdict)
                 elif verdict.verdict == "correct":
-                    assert verdict.extraction in ("answer statement", "last number") or "Mb/h" in verdict.extracted, verdict
+                    assert (
+                        verdict.extraction in ("answer statement", "last number")
+                        or "Mb/h" in verdict.extracted
+                    ), verdict

@@ -13,9 +13,18 @@ import kit.kernels.adamw8bit as ka
 from kit.kernels.adamw8bit import adamw8bit_, adamw_reference, decode_state, init_state, state_slice
 from kit.kernels.backend import INTERPRET
 
-DTYPES = [torch.float32, torch.bfloat16]  # the kernel does no bf16 arithmetic: the interpreter is right for bf16 too
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+]  # the kernel does no bf16 arithmetic: the interpreter is right for bf16 too
 GRADIENTS = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [1, 255, 256, 257, 2_001]  # numbers: one; a block less one; a block; one more; several programs, the last one ragged
+SIZES = [
+    1,
+    255,
+    256,
+    257,
+    2_001,
+]  # numbers: one; a block less one; a block; one more; several programs, the last one ragged
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +95,9 @@ def test_the_first_step_is_adamw_and_its_states_are_the_nearest_codes_up_or_down
         code = state[f"{name}_codes"].double().abs()
         eps = levels * torch.finfo(torch.float32).eps
         assert ((code >= exact.floor() - eps) & (code <= (exact + eps).ceil())).all()
-        assert (state[f"{name}_codes"].float().abs() == levels).float().sum() >= N // 256  # each block's largest is exact
+        assert (
+            state[f"{name}_codes"].float().abs() == levels
+        ).float().sum() >= N // 256  # each block's largest is exact
     assert ((state["v_codes"] == 0) == (g == 0)).all()  # no gradient that came is forgotten in v
     sign = state["m_codes"].sign()
     assert ((sign == 0) | (sign == g.sign())).all()
@@ -98,8 +109,14 @@ def test_the_random_codes_have_the_right_mean():
     g, trials = gradients(256, 1)[0], 1_024
     g[0] = 1.0
     states = [decode_state(train(weights(256), [g], seed=seed)[1]) for seed in range(trials)]
-    ms, roots = torch.stack([m.double() for m, _ in states]), torch.stack([v.double().sqrt() for _, v in states])
-    for samples, x, levels in ((ms.abs(), 0.1 * g.double().abs(), 127), (roots, 0.001**0.5 * g.double().abs(), 255)):
+    ms, roots = (
+        torch.stack([m.double() for m, _ in states]),
+        torch.stack([v.double().sqrt() for _, v in states]),
+    )
+    for samples, x, levels in (
+        (ms.abs(), 0.1 * g.double().abs(), 127),
+        (roots, 0.001**0.5 * g.double().abs(), 255),
+    ):
         lower = (levels * (x / x.max()) ** 0.25).floor()
         low, high = (x.max() * (code / levels) ** 4 for code in (lower, lower + 1))
         error = ((x - low) * (high - x)).clamp(min=0).sqrt() / trials**0.5 + 1e-6 * x
@@ -137,7 +154,9 @@ def test_the_bits_depend_on_seed_step_index_and_element_and_on_nothing_else():
     for other in ({"seed": 8}, {"seed": 7, "index": 1}):
         q, state = train(p, gs, **other)
         assert not q.equal(first[0]) and not state["m_codes"].equal(first[1]["m_codes"])
-    keys = {ka._stream_key(seed, step, index) for seed in range(4) for step in range(50) for index in range(20)}
+    keys = {
+        ka._stream_key(seed, step, index) for seed in range(4) for step in range(50) for index in range(20)
+    }
     assert len(keys) == 4 * 50 * 20 and all(-(2**63) <= key < 2**63 for key in keys)
     bits = ka._torch_random_bits(ka._stream_key(7, 1, 0), 0, 1 << 16, "cpu").view(-1)
     assert len(bits.unique()) == 1 << 16
@@ -147,7 +166,10 @@ def test_the_bits_depend_on_seed_step_index_and_element_and_on_nothing_else():
     apart = torch.corrcoef(ones) - torch.eye(64)
     assert apart.abs().max() < 5 / (1 << 8)  # the bits of one number, of which p, m and v take different ones
     assert (
-        torch.stack([((ones[:, lag:] == ones[:, :-lag]).double().mean(1) - 0.5).abs().max() for lag in (1, 2, 256)]).max() < error
+        torch.stack(
+            [((ones[:, lag:] == ones[:, :-lag]).double().mean(1) - 0.5).abs().max() for lag in (1, 2, 256)]
+        ).max()
+        < error
     )
 
 
@@ -185,7 +207,9 @@ def test_without_gradient_and_state_only_the_decay_moves_a_weight(dtype):
     still, state = train(p, torch.zeros(5, 2_001))
     assert still.equal(p) and all((x == 0).all() for x in state.values())
     decayed, _ = train(p, torch.zeros(5, 2_001), lr=0.1, weight_decay=0.5)
-    torch.testing.assert_close(decayed.double().norm() / p.double().norm(), torch.tensor(0.95**5).double(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        decayed.double().norm() / p.double().norm(), torch.tensor(0.95**5).double(), rtol=1e-3, atol=0
+    )
 
 
 def test_a_dead_neighbour_of_a_live_weight_stops_and_never_explodes():
@@ -297,7 +321,9 @@ def test_after_200_steps_we_are_no_further_from_fp32_adamw_than_bitsandbytes():
     errors = {"ours": 0.0, "bitsandbytes": 0.0}
     for seed in range(3):
         truth = trained(torchs(lambda p: torch.optim.AdamW(p, **options)), seed=seed)
-        theirs = trained(torchs(lambda p: bitsandbytes.optim.AdamW8bit(p, min_8bit_size=1, **options)), seed=seed)
+        theirs = trained(
+            torchs(lambda p: bitsandbytes.optim.AdamW8bit(p, min_8bit_size=1, **options)), seed=seed
+        )
         assert truth.abs().max() > 0.5  # it trains
         errors["ours"] += (trained(ours(seed), seed=seed) - truth).norm().item()
         errors["bitsandbytes"] += (theirs - truth).norm().item()
@@ -325,7 +351,11 @@ def test_fake_tensors_and_the_operator():
     p = weights(300)
     state = [init_state(p)[name] for name in ("m_codes", "m_scales", "v_codes", "v_scales")]
     numbers = (0, 5, 1.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1e-8, 1e-3, 1.0)
-    torch.library.opcheck(ka._update_, (p, gradients(300, 1)[0], *state, *numbers), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        ka._update_,
+        (p, gradients(300, 1)[0], *state, *numbers),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values():
@@ -337,7 +367,10 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
 
     for match, arguments in {
         "float16": {"p": p.half()},
-        r"strides \(1, 20\) for shape \(20, 15\).*contiguous\(\)": {"p": p.view(15, 20).T, "g": g.view(20, 15)},
+        r"strides \(1, 20\) for shape \(20, 15\).*contiguous\(\)": {
+            "p": p.view(15, 20).T,
+            "g": g.view(20, 15),
+        },
         r"\(299,\) but parameter \(300,\)": {"g": g[1:]},
         "gradient is torch.float64": {"g": g.double()},
         "m_codes'] is missing": {"state": {}},
@@ -362,7 +395,9 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
 def test_elements_past_2_to_the_31_do_not_overflow(monkeypatch, first_element):
     import triton.runtime.interpreter as interpreter
 
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
+    )
     p, state = weights(700, torch.bfloat16), init_state(weights(700))
     q, other = p.clone(), init_state(p)
     g = gradients(700, 1)[0]
@@ -387,7 +422,9 @@ def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(m
         handle.data = handle.data + handle.data.dtype.type(FAR)
         return handle
 
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
+    )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
     N = 2**31 + 60
 
@@ -402,9 +439,13 @@ def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(m
     m_scales, v_scales = far(torch.float32, 2**23 + 1), far(torch.float32, 2**23 + 1)
     g[-60:] = torch.ones(60, dtype=torch.bfloat16).view(torch.int16)
     numbers = (0, 5, 1.0, 0.9, 0.1, 0.999, 0.001, 1.0, 1e-8, 1.0, 1.0)
-    ka._update_kernel[(1,)](p, g, m, m_scales, v, v_scales, N, *numbers, ka.BLOCK, ka.BLOCKS, ka.M_LEVELS, ka.V_LEVELS)
+    ka._update_kernel[(1,)](
+        p, g, m, m_scales, v, v_scales, N, *numbers, ka.BLOCK, ka.BLOCKS, ka.M_LEVELS, ka.V_LEVELS
+    )
     assert (m[-60:] == 127).all() and (v[-60:] == 255).all() and m_scales[-1] == torch.tensor(0.1)
-    torch.testing.assert_close(p[-60:].view(torch.bfloat16).float(), torch.full((60,), -(0.1 / 0.001**0.5)), rtol=2**-7, atol=0)
+    torch.testing.assert_close(
+        p[-60:].view(torch.bfloat16).float(), torch.full((60,), -(0.1 / 0.001**0.5)), rtol=2**-7, atol=0
+    )
 
 
 @pytest.mark.slow

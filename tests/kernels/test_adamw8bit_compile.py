@@ -41,12 +41,16 @@ def check_accesses():
                 assert set(widths) == {16}, (
                     f"{case.name} {card.name}: {kind} of argument {pointer} is {widths} bytes wide, not 16"
                 )
-            assert "fma.rn.f32" not in ptx, f"{case.name} {card.name} fuses multiply and add: not the torch path's bits"
+            assert "fma.rn.f32" not in ptx, (
+                f"{case.name} {card.name} fuses multiply and add: not the torch path's bits"
+            )
 
 
 def test_weights_and_gradients_move_16_bytes_at_a_time_and_nothing_is_fused():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("", "recipes/bench", "tests"))
+    environment["PYTHONPATH"] = os.pathsep.join(
+        str(ROOT / folder) for folder in ("", "recipes/bench", "tests")
+    )
     child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, f"\n{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
 

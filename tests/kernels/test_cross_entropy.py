@@ -14,7 +14,9 @@ from kit.kernels.backend import INTERPRET
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
-REDUCTIONS = ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]  # the kernels do not know "mean" from "sum"
+REDUCTIONS = (
+    ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
+)  # the kernels do not know "mean" from "sum"
 # (N, V): one of each; nothing divides anything; several column steps with a ragged end
 SHAPES = [(1, 1), (1, 7), (13, 77), (11, 301)]
 
@@ -39,7 +41,9 @@ def problem(N, V, dtype, *, ignore=True):
 def reference(logits, targets, *, reduction):
     """0 instead of nan where every target is ignored."""
     losses = cross_entropy_reference(logits, targets, reduction="none")
-    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (targets != -100).sum().clamp(min=1)}[reduction]
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (targets != -100).sum().clamp(min=1)}[
+        reduction
+    ]
 
 
 def run(function, logits, targets, dtype, *, upstream=1.0, reduction="mean"):
@@ -73,7 +77,13 @@ def check(logits, targets, dtype, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_and_gradient_are_as_good_as_torchs(shape, reduction, dtype):
     logits, targets = problem(*shape, dtype)
-    check(logits, targets, dtype, reduction=reduction, upstream=torch.linspace(-2, 3, shape[0]) if reduction == "none" else 1 / 3)
+    check(
+        logits,
+        targets,
+        dtype,
+        reduction=reduction,
+        upstream=torch.linspace(-2, 3, shape[0]) if reduction == "none" else 1 / 3,
+    )
 
 
 @settings(max_examples=10 if INTERPRET else 60, deadline=None, database=None)
@@ -81,10 +91,19 @@ def test_loss_and_gradient_are_as_good_as_torchs(shape, reduction, dtype):
 def test_every_shape_agrees_with_float64(data):
     N, V = data.draw(st.integers(0, 14)), data.draw(st.integers(1, 140))
     logits, _ = problem(N, V, torch.float32)
-    targets = torch.tensor(data.draw(st.lists(st.sampled_from([-100, 0, V // 2, V - 1]), min_size=N, max_size=N))).long()
-    truth, ours = run(reference, logits, targets, torch.float64), run(cross_entropy, logits, targets, torch.float32)
-    for name in truth:  # single numbers have no error to compare with: some units in the last place of logits near 10
-        torch.testing.assert_close(ours[name].double(), truth[name], rtol=0, atol=8 * 10 * torch.finfo(torch.float32).eps)
+    targets = torch.tensor(
+        data.draw(st.lists(st.sampled_from([-100, 0, V // 2, V - 1]), min_size=N, max_size=N))
+    ).long()
+    truth, ours = (
+        run(reference, logits, targets, torch.float64),
+        run(cross_entropy, logits, targets, torch.float32),
+    )
+    for name in (
+        truth
+    ):  # single numbers have no error to compare with: some units in the last place of logits near 10
+        torch.testing.assert_close(
+            ours[name].double(), truth[name], rtol=0, atol=8 * 10 * torch.finfo(torch.float32).eps
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -113,7 +132,11 @@ def test_ignored_rows_may_hold_anything():
     logits, targets = problem(13, 77, torch.float32)
     logits[targets == -100] = torch.nan
     out = run(cross_entropy, logits, targets, torch.float32)
-    assert out["loss"].isfinite() and (out["dlogits"][targets == -100] == 0).all() and out["dlogits"].isfinite().all()
+    assert (
+        out["loss"].isfinite()
+        and (out["dlogits"][targets == -100] == 0).all()
+        and out["dlogits"].isfinite().all()
+    )
 
 
 def test_memory_that_is_not_written_is_not_read(monkeypatch):
@@ -190,7 +213,9 @@ def test_the_operators_and_their_fake_implementations_agree():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ce._forward, (logits, targets, -100), test_utils=tests)
     lse = logits.logsumexp(1)
-    torch.library.opcheck(ce._backward_, (logits.clone(), targets, lse, torch.ones(6), -100), test_utils=tests)
+    torch.library.opcheck(
+        ce._backward_, (logits.clone(), targets, lse, torch.ones(6), -100), test_utils=tests
+    )
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values():
@@ -225,10 +250,14 @@ def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(monkeypatch)
         handle.data = handle.data + handle.data.dtype.type(FAR_ROW if axis == 0 else 0)
         return handle
 
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
+    )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
     # 8 GiB of addresses, of which one page is ever touched: nothing is committed
-    space = mmap.mmap(-1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    space = mmap.mmap(
+        -1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    )  # MAP_NORESERVE
     base = torch.frombuffer(space, dtype=torch.float16)
     logits, values = base[FAR_ROW * FAR_STRIDE :][:60], torch.randn(60).half()
     logits.copy_(values)

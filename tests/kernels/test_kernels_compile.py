@@ -41,7 +41,9 @@ def _hoarding_kernel(x_ptr, BLOCK: tl.constexpr):
 
 
 def matmul(**options):
-    return Case(sys.modules[__name__], "_matmul_kernel", "bf16", {"num_steps": "i32"}, {"BLOCK": 64}, **options)
+    return Case(
+        sys.modules[__name__], "_matmul_kernel", "bf16", {"num_steps": "i32"}, {"BLOCK": 64}, **options
+    )
 
 
 def complaints(compiled: Compiled) -> list[str]:
@@ -50,7 +52,9 @@ def complaints(compiled: Compiled) -> list[str]:
     if compiled.spilled:
         found.append(f"{compiled.spilled} bytes a thread spill to memory")
     if not compiled.programs:
-        found.append(f"does not fit: {compiled.shared} bytes of shared memory, {compiled.shared_limit} are allowed")
+        found.append(
+            f"does not fit: {compiled.shared} bytes of shared memory, {compiled.shared_limit} are allowed"
+        )
     if compiled.has_dot and compiled.case.element != "fp32" and not compiled.tensor_core:
         found.append("has a dot but no tensor-core instruction")
     if compiled.case.element != "fp32" and 16 not in compiled.loads:
@@ -64,19 +68,30 @@ def worth_compiling(case: Case, card) -> bool:
     if card.capability == 89:
         return True
     is_attention = "attention" in case.name
-    return (is_attention or card.capability != 86) and (case.element not in ("fp16", "fp32") or "packing." in case.name)
+    return (is_attention or card.capability != 86) and (
+        case.element not in ("fp16", "fp32") or "packing." in case.name
+    )
 
 
 def judge(job: tuple[int, int]) -> tuple[str, list[str]]:
     """(a line of the report, what is wrong) for the numbers of a case and a target."""
     case, card = cases()[job[0]], TARGETS[job[1]]
     compiled = compile_case(case, card)
-    return f"{card.name} {line(compiled)}", [f"{case.name} on {card.name}: {wrong}" for wrong in complaints(compiled)]
+    return f"{card.name} {line(compiled)}", [
+        f"{case.name} on {card.name}: {wrong}" for wrong in complaints(compiled)
+    ]
 
 
 def check_every_case():
-    everything = [(i, j) for i, case in enumerate(cases()) for j, card in enumerate(TARGETS) if worth_compiling(case, card)]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:  # nothing has run here yet
+    everything = [
+        (i, j)
+        for i, case in enumerate(cases())
+        for j, card in enumerate(TARGETS)
+        if worth_compiling(case, card)
+    ]
+    with ProcessPoolExecutor(
+        os.cpu_count(), mp_context=multiprocessing.get_context("fork")
+    ) as pool:  # nothing has run here yet
         lines, found = zip(*pool.map(judge, everything, chunksize=4), strict=True)
     print("\n".join(lines))
     assert not any(found), "\n".join(wrong for each in found for wrong in each)
@@ -87,14 +102,18 @@ def check_dots():
         if card.capability in (80, 86):  # as 89
             continue
         compiled = compile_case(matmul(), card)
-        kinds = {"wgmma.mma_async"} if card.capability == 90 else {"mma.sync"} if card.capability >= 80 else set()
+        kinds = (
+            {"wgmma.mma_async"} if card.capability == 90 else {"mma.sync"} if card.capability >= 80 else set()
+        )
         assert compiled.has_dot and set(compiled.tensor_core) == kinds, (card.name, compiled.tensor_core)
         assert card.capability < 80 or (set(compiled.loads) == {16} and not complaints(compiled))
 
 
 def check_bad():
     card = next(card for card in CARDS if card.capability == 89)
-    hoarding = Case(sys.modules[__name__], "_hoarding_kernel", "fp32", constants={"BLOCK": 16_384}, num_warps=1)
+    hoarding = Case(
+        sys.modules[__name__], "_hoarding_kernel", "fp32", constants={"BLOCK": 16_384}, num_warps=1
+    )
     assert "spill" in complaints(compile_case(hoarding, card))[0]
     deep = matmul(num_stages=9)  # 8 KiB a tile, two tiles a stage
     assert any("does not fit" in complaint for complaint in complaints(compile_case(deep, card)))
@@ -106,7 +125,10 @@ def run_child(*args, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join(str(ROOT / folder) for folder in ("", "recipes/bench", "tests"))
     return subprocess.run(
-        [sys.executable, *args], env=inherited | {"PYTHONPATH": path} | environment, capture_output=True, text=True
+        [sys.executable, *args],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -126,11 +148,17 @@ def compiled_with(num_warps, registers, shared, capability):
 
 def test_occupancy_is_what_the_limits_leave():
     """Worked by hand from the limits of a multiprocessor: 64 Ki registers in four files; RTX 40: 48 warps, 100 KiB."""
-    assert compiled_with(8, 48, 32, 89).programs == 5  # 42 warps by registers, 40 in four files: 5 programs of 8
+    assert (
+        compiled_with(8, 48, 32, 89).programs == 5
+    )  # 42 warps by registers, 40 in four files: 5 programs of 8
     assert compiled_with(8, 48, 32, 89).occupancy == 40 / 48
-    assert compiled_with(8, 33, 0, 89).programs == 6  # 33 registers cost 40 each: 51 warps, more than the 48 threads allow
+    assert (
+        compiled_with(8, 33, 0, 89).programs == 6
+    )  # 33 registers cost 40 each: 51 warps, more than the 48 threads allow
     assert compiled_with(1, 16, 0, 89).programs == 24  # the cap on programs
-    assert compiled_with(1, 96, 0, 89).programs == 20  # 21 warps by registers, but each of the four files holds 5 whole ones
+    assert (
+        compiled_with(1, 96, 0, 89).programs == 20
+    )  # 21 warps by registers, but each of the four files holds 5 whole ones
     assert compiled_with(4, 32, 49 * 1024, 89).programs == 2  # 2 x (49 + 1 KiB) = 100
     assert compiled_with(4, 32, 49 * 1024 + 1, 89).programs == 1
     assert compiled_with(4, 32, 99 * 1024 + 1, 89).programs == 0  # and it cannot run
@@ -158,13 +186,19 @@ def test_the_command_prints_one_card_and_writes_json(tmp_path):
     assert child.returncode == 0, child.stderr
     rows = json.loads((tmp_path / "x").read_text())
     assert {row["target"] for row in rows} == {"sm_75"} and len(rows) == 3
-    assert "no tensor cores from this compiler" in child.stdout and all(0 < row["registers"] <= 255 for row in rows)
+    assert "no tensor cores from this compiler" in child.stdout and all(
+        0 < row["registers"] <= 255 for row in rows
+    )
 
 
 @needs_triton
 def test_the_command_refuses_the_interpreter():
     child = run_child(str(ROOT / "recipes/bench/kernel_report.py"), TRITON_INTERPRET="1")
-    assert child.returncode == 1 and "error: TRITON_INTERPRET is 1" in child.stderr and "Traceback" not in child.stderr
+    assert (
+        child.returncode == 1
+        and "error: TRITON_INTERPRET is 1" in child.stderr
+        and "Traceback" not in child.stderr
+    )
 
 
 def test_a_kernel_or_card_that_does_not_exist_is_refused_with_those_that_do():

@@ -29,7 +29,9 @@ from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.memory.live_bytes import LiveBytes
 
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
-REDUCTIONS = ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]  # the kernels do not know "mean" from "sum"
+REDUCTIONS = (
+    ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
+)  # the kernels do not know "mean" from "sum"
 NAMES = ("loss", "dhidden", "dweight")
 # (N, V, H): one row; nothing divides anything; several column steps with a ragged end
 SHAPES = [(1, 7, 3), (13, 77, 19), (11, 301, 24)]
@@ -58,7 +60,16 @@ def problem(N, V, H, dtype, *, ignore=True, seed=0):
 
 
 def plain(
-    hidden, weight, targets, *, reduction="mean", token_weight=None, objective=None, softcap=None, temperature=1.0, max_rows=0
+    hidden,
+    weight,
+    targets,
+    *,
+    reduction="mean",
+    token_weight=None,
+    objective=None,
+    softcap=None,
+    temperature=1.0,
+    max_rows=0,
 ):
     """What linear_cross_entropy promises, in plain autograd."""
     logits = hidden @ weight.T if hidden.dtype == torch.float64 else (hidden @ weight.T).float()
@@ -68,7 +79,11 @@ def plain(
     losses = -logprobs if objective is None else objective(logprobs, torch.arange(len(targets)))
     losses = losses if token_weight is None else losses * token_weight
     losses = losses.masked_fill(~kept, 0)
-    return losses if reduction == "none" else losses.sum() / (kept.sum().clamp(min=1) if reduction == "mean" else 1)
+    return (
+        losses
+        if reduction == "none"
+        else losses.sum() / (kept.sum().clamp(min=1) if reduction == "mean" else 1)
+    )
 
 
 def run(function, hidden, weight, targets, dtype, upstream=1.0, **options):
@@ -89,7 +104,9 @@ def assert_as_good_as_torch(ours, torchs, truth, dtype, unit=0.0):
         error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
         size = max(rms(truth[name]), unit, 0.0 if name.startswith("d") else 1.0)
         assert not ours[name].isnan().any(), name
-        assert error <= 2 * allowed + torch.finfo(dtype).eps * size, f"{name}: {error:.2e} off, torch {allowed:.2e}"
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * size, (
+            f"{name}: {error:.2e} off, torch {allowed:.2e}"
+        )
 
 
 def check(hidden, weight, targets, dtype, unit=0.0, **options):
@@ -121,7 +138,9 @@ def test_softcap_temperature_and_token_weights_are_as_good_as_torchs(reduction, 
     hidden, weight, targets = problem(13, 77, 19, dtype)
     token_weight = torch.linspace(-1, 2, 13)
     check(hidden, weight, targets, dtype, reduction=reduction, softcap=3.0)
-    check(hidden, weight, targets, dtype, reduction=reduction, softcap=1000.0)  # tanh of small numbers must keep their digits
+    check(
+        hidden, weight, targets, dtype, reduction=reduction, softcap=1000.0
+    )  # tanh of small numbers must keep their digits
     check(hidden, weight, targets, dtype, reduction=reduction, softcap=30.0, temperature=0.6)
     check(hidden, weight, targets, dtype, reduction=reduction, temperature=1.7, token_weight=token_weight)
 
@@ -130,10 +149,23 @@ def test_softcap_temperature_and_token_weights_are_as_good_as_torchs(reduction, 
 @pytest.mark.parametrize("reduction", REDUCTIONS[:-1])
 def test_an_objective_of_the_log_prob_is_as_good_as_autograd(reduction, dtype):
     hidden, weight, targets = problem(23, 77, 19, dtype)
-    noise, advantage = torch.linspace(-0.5, 0.5, 23, dtype=torch.float64), torch.linspace(2, -1, 23, dtype=torch.float64)
-    old = -plain(hidden.double(), weight.double(), targets, reduction="none") + noise  # ratios on both sides of both clips
+    noise, advantage = (
+        torch.linspace(-0.5, 0.5, 23, dtype=torch.float64),
+        torch.linspace(2, -1, 23, dtype=torch.float64),
+    )
+    old = (
+        -plain(hidden.double(), weight.double(), targets, reduction="none") + noise
+    )  # ratios on both sides of both clips
     check(hidden, weight, targets, dtype, reduction=reduction, objective=grpo(old, advantage))
-    check(hidden, weight, targets, dtype, objective=grpo(old, advantage), token_weight=torch.rand(23), temperature=0.9)
+    check(
+        hidden,
+        weight,
+        targets,
+        dtype,
+        objective=grpo(old, advantage),
+        token_weight=torch.rand(23),
+        temperature=0.9,
+    )
 
 
 def test_an_objective_is_given_the_indices_of_its_own_tokens():
@@ -163,7 +195,13 @@ def test_log_probs_and_entropy_are_as_good_as_torchs(temperature, dtype):
             "entropy": -(logp.exp() * logp).sum(1) * kept,
         }
 
-    ours = dict(zip(("logprobs", "entropy"), token_logprobs(hidden, weight, targets, temperature=temperature), strict=True))
+    ours = dict(
+        zip(
+            ("logprobs", "entropy"),
+            token_logprobs(hidden, weight, targets, temperature=temperature),
+            strict=True,
+        )
+    )
     assert_as_good_as_torch(ours, expected(hidden, weight), expected(hidden.double(), weight.double()), dtype)
     assert all(x.dtype == torch.float32 and (x[targets == IGNORE_INDEX] == 0).all() for x in ours.values())
 
@@ -173,7 +211,9 @@ def test_log_probs_carry_a_gradient_and_the_entropy_does_not():
     logprobs, entropy = token_logprobs(hidden.requires_grad_(), weight, targets)
     assert not entropy.requires_grad
     logprobs.sum().backward()
-    torch.testing.assert_close(hidden.grad, -run(plain, hidden, weight, targets, torch.float32, reduction="sum")["dhidden"])
+    torch.testing.assert_close(
+        hidden.grad, -run(plain, hidden, weight, targets, torch.float32, reduction="sum")["dhidden"]
+    )
 
 
 @settings(max_examples=10 if INTERPRET else 60, deadline=None, database=None)
@@ -181,7 +221,9 @@ def test_log_probs_carry_a_gradient_and_the_entropy_does_not():
 def test_every_shape_agrees_with_float64(data):
     N, V, H = data.draw(st.integers(0, 14)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 9))
     hidden, weight, _ = problem(N, V, H, torch.float32)
-    targets = torch.tensor(data.draw(st.lists(st.sampled_from([IGNORE_INDEX, 0, V // 2, V - 1]), min_size=N, max_size=N)))
+    targets = torch.tensor(
+        data.draw(st.lists(st.sampled_from([IGNORE_INDEX, 0, V // 2, V - 1]), min_size=N, max_size=N))
+    )
     options = {
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
         "softcap": data.draw(st.sampled_from([None, 4.0])),
@@ -195,15 +237,31 @@ def test_every_shape_agrees_with_float64(data):
 @pytest.mark.parametrize("N", [0, 6])
 def test_without_a_single_target_loss_and_gradients_are_zero_not_nan(N, reduction):
     hidden, weight, _ = problem(N, 70, 8, torch.float32)
-    out = run(linear_cross_entropy, hidden, weight, torch.full((N,), IGNORE_INDEX), torch.float32, reduction=reduction)
+    out = run(
+        linear_cross_entropy,
+        hidden,
+        weight,
+        torch.full((N,), IGNORE_INDEX),
+        torch.float32,
+        reduction=reduction,
+    )
     assert all((x == 0).all() for x in out.values())
-    assert all((x == 0).all() and len(x) == N for x in token_logprobs(hidden, weight, torch.full((N,), IGNORE_INDEX)))
+    assert all(
+        (x == 0).all() and len(x) == N for x in token_logprobs(hidden, weight, torch.full((N,), IGNORE_INDEX))
+    )
 
 
 def test_adding_200_to_every_logit_changes_nothing():
     hidden, weight, targets = problem(13, 77, 8, torch.float32)
-    hidden, low, high = torch.cat([hidden, torch.ones(13, 1)], 1), torch.zeros(77, 1), torch.full((77, 1), 200.0)
-    a, b = (run(linear_cross_entropy, hidden, torch.cat([weight, x], 1), targets, torch.float32) for x in (low, high))
+    hidden, low, high = (
+        torch.cat([hidden, torch.ones(13, 1)], 1),
+        torch.zeros(77, 1),
+        torch.full((77, 1), 200.0),
+    )
+    a, b = (
+        run(linear_cross_entropy, hidden, torch.cat([weight, x], 1), targets, torch.float32)
+        for x in (low, high)
+    )
     for name in ("loss", "dweight"):  # fp32 near 200 resolves 1.5e-5
         torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0)
     entropy = [token_logprobs(hidden, torch.cat([weight, x], 1), targets)[1] for x in (low, high)]
@@ -224,9 +282,14 @@ def test_strided_transposed_and_broadcast_inputs_are_read_right(reduction):
     truth = run(plain, hidden, weight, targets, torch.float64, reduction=reduction)
     wide_hidden, wide_weight = torch.full((12, 25), torch.nan), torch.full((77, 31), torch.nan)
     wide_hidden[:, 3:13], wide_weight[:, 5:15] = hidden, weight
-    for h, w in ((wide_hidden[:, 3:13], wide_weight[:, 5:15]), (hidden.T.contiguous().T, weight.T.contiguous().T)):
+    for h, w in (
+        (wide_hidden[:, 3:13], wide_weight[:, 5:15]),
+        (hidden.T.contiguous().T, weight.T.contiguous().T),
+    ):
         h, w = h.requires_grad_(), w.requires_grad_()
-        loss = linear_cross_entropy(h.view(12, 10).unflatten(0, (3, 4)), w, targets.view(3, 4), reduction=reduction)
+        loss = linear_cross_entropy(
+            h.view(12, 10).unflatten(0, (3, 4)), w, targets.view(3, 4), reduction=reduction
+        )
         dh, dw = torch.autograd.grad(loss.sum(), (h, w))
         torch.testing.assert_close(dh.double(), truth["dhidden"], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(dw.double(), truth["dweight"], rtol=1e-5, atol=1e-6)
@@ -259,7 +322,9 @@ def test_memory_that_is_not_written_is_not_read(monkeypatch):
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: poison(new_empty(*args, **options)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **options: poison(new_empty(*args, **options))
+    )
     monkeypatch.setattr(torch, "empty_like", lambda *args, **options: poison(empty_like(*args, **options)))
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     for reduction in ("mean", "none"):
@@ -274,7 +339,9 @@ def test_only_the_gradients_that_autograd_asks_for_are_made(needs, reduction, mo
     truth = run(plain, hidden, weight, targets, torch.float64)
     made = []
     monkeypatch.setattr(
-        head.HeadGradients, "finish", lambda self, _finish=head.HeadGradients.finish: made.append(self) or _finish(self)
+        head.HeadGradients,
+        "finish",
+        lambda self, _finish=head.HeadGradients.finish: made.append(self) or _finish(self),
     )
     hidden.requires_grad_(needs[0])
     weight.requires_grad_(needs[1])
@@ -342,7 +409,10 @@ def test_tied_embedding_and_head_get_one_summed_gradient():
         return {"dweight": w.grad}
 
     assert_as_good_as_torch(
-        tied(linear_cross_entropy, torch.float32), tied(plain, torch.float32), tied(plain, torch.float64), torch.float32
+        tied(linear_cross_entropy, torch.float32),
+        tied(plain, torch.float32),
+        tied(plain, torch.float64),
+        torch.float32,
     )
 
 
@@ -391,12 +461,20 @@ def test_autocast_decides_the_matmul_dtype_and_an_fp32_weight_gets_fp32_sums():
 @pytest.mark.skipif(INTERPRET, reason="float64 never reaches the kernels")
 def test_float64_is_float64_throughout():
     hidden, weight, targets = problem(7, 11, 3, torch.float64)
-    for options in ({}, {"softcap": 2.0, "temperature": 0.7}, {"objective": lambda logprobs, rows: logprobs.exp()}):
-        ours, truth = (run(f, hidden, weight, targets, torch.float64, **options) for f in (linear_cross_entropy, plain))
+    for options in (
+        {},
+        {"softcap": 2.0, "temperature": 0.7},
+        {"objective": lambda logprobs, rows: logprobs.exp()},
+    ):
+        ours, truth = (
+            run(f, hidden, weight, targets, torch.float64, **options) for f in (linear_cross_entropy, plain)
+        )
         for name in NAMES:
             torch.testing.assert_close(ours[name], truth[name], rtol=1e-12, atol=1e-14)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
-    torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, reduction="none", softcap=2.0), (hidden, weight))
+    torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, targets, reduction="none", softcap=2.0), (hidden, weight)
+    )
 
 
 def compiled_and_eager(call, *tensors):
@@ -418,7 +496,11 @@ about_graphs = pytest.mark.skipif(INTERPRET, reason="the graph holds operators, 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reduction": "sum", "softcap": 3.0, "max_rows": 2}, {"reduction": "none", "temperature": 0.7, "max_rows": 5}],
+    [
+        {},
+        {"reduction": "sum", "softcap": 3.0, "max_rows": 2},
+        {"reduction": "none", "temperature": 0.7, "max_rows": 5},
+    ],
     ids=str,
 )
 def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs, monkeypatch):
@@ -453,7 +535,9 @@ def test_torch_compile_takes_scoring_too_and_an_objective_with_a_break():
     assert all(torch.equal(x, y) for x, y in zip(compiled, eager, strict=True))
     torch.compiler.reset()
     objective = grpo(torch.zeros(13), torch.ones(13))
-    loss = torch.compile(lambda h: linear_cross_entropy(h, weight, targets, objective=objective), backend="aot_eager")(hidden)
+    loss = torch.compile(
+        lambda h: linear_cross_entropy(h, weight, targets, objective=objective), backend="aot_eager"
+    )(hidden)
     assert torch.equal(loss, linear_cross_entropy(hidden, weight, targets, objective=objective))
 
 
@@ -520,7 +604,10 @@ def test_where_a_card_cannot_add_to_an_fp32_sum_the_products_that_wait_to_be_add
     monkeypatch.undo()  # the real sizes
     with FakeTensorMode():
         total = torch.empty(262_144, 1_152, device="cuda")
-        a, b = (torch.empty(*shape, dtype=torch.bfloat16, device="cuda") for shape in ((262_144, 700), (700, 1_152)))
+        a, b = (
+            torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+            for shape in ((262_144, 700), (700, 1_152))
+        )
         for beta in (0.0, 1.0):
             with LiveBytes() as held:
                 head._add_matmul_in_pieces_(total, a, b, 0.5, beta)
@@ -533,7 +620,10 @@ def test_a_torch_that_refuses_to_add_to_an_fp32_sum_is_asked_once_and_named_in_a
         raise error
 
     monkeypatch.setattr(torch, "addmm", refuse)
-    with FakeTensorMode(), pytest.warns(UserWarning, match=rf"cannot add torch.bfloat16 products .*\({error}\)"):
+    with (
+        FakeTensorMode(),
+        pytest.warns(UserWarning, match=rf"cannot add torch.bfloat16 products .*\({error}\)"),
+    ):
         assert not head._cuda_adds_in_fp32.__wrapped__(torch.bfloat16)
 
 
@@ -543,13 +633,19 @@ def test_the_operators_and_their_fake_implementations_agree():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(row_gradients_, (logits.clone(), targets, 1.0, 0.0), test_utils=tests)
     torch.library.opcheck(row_logprobs, (logits.clone(), targets, 0.5, 3.0), test_utils=tests)
-    torch.library.opcheck(head.add_matmul_, (torch.zeros(77, 19), logits.T, hidden, 0.5, 1.0), test_utils=tests)
+    torch.library.opcheck(
+        head.add_matmul_, (torch.zeros(77, 19), logits.T, hidden, 0.5, 1.0), test_utils=tests
+    )
     torch.library.opcheck(head._scale_, (hidden.clone(), torch.tensor(2.0)), test_utils=tests)
     torch.library.opcheck(lce.kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
     for dtype, wanted in product(DTYPES, ([True, True], [True, False], [False, False])):
         x, w, score = hidden.to(dtype), weight.to(dtype), [0.5, 3.0]
-        torch.library.opcheck(lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, 2, wanted), test_utils=tests)
-        torch.library.opcheck(lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX, 2), test_utils=tests)
+        torch.library.opcheck(
+            lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, 2, wanted), test_utils=tests
+        )
+        torch.library.opcheck(
+            lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX, 2), test_utils=tests
+        )
         arguments = x, w, targets, torch.ones(6), dtype, score, IGNORE_INDEX, 2, wanted
         torch.library.opcheck(lce._logprobs_backward_op, arguments, test_utils=tests)
 
@@ -557,13 +653,18 @@ def test_the_operators_and_their_fake_implementations_agree():
 def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
     monkeypatch.undo()
     assert head.rows_per_chunk(16384, 262144, 0, 2) == 1024
-    assert head.rows_per_chunk(16384, 262144, 1152, 2) == 964  # 17 chunks: three matrices of 1,152 columns take their share
+    assert (
+        head.rows_per_chunk(16384, 262144, 1152, 2) == 964
+    )  # 17 chunks: three matrices of 1,152 columns take their share
     assert head.rows_per_chunk(16384, 262144, 1152, 4) == 512
     assert head.rows_per_chunk(16384, 2**20, 640, 4) == 512  # the chunk is 2 GiB then
     assert head.rows_per_chunk(513, 262144, 640, 4) == 257  # not 512 and 1
     assert head.rows_per_chunk(0, 262144, 640, 4) == 0
     assert head.rows_per_chunk(16384, 262144, 1152, 2, max_rows=512) == 512
-    assert head.rows_per_chunk(13, 77, 19, 2, max_rows=5) == 5 and head.rows_per_chunk(11, 77, 19, 2, max_rows=5) == 4
+    assert (
+        head.rows_per_chunk(13, 77, 19, 2, max_rows=5) == 5
+        and head.rows_per_chunk(11, 77, 19, 2, max_rows=5) == 4
+    )
 
 
 @pytest.mark.parametrize("max_rows", [1, 5, 13, 14])
@@ -573,11 +674,19 @@ def test_a_caller_may_ask_for_fewer_rows_at_once(max_rows, monkeypatch):
     check(hidden, weight, targets, torch.float32, reduction="sum", max_rows=max_rows)
     with monkeypatch.context() as patch:
         sizes = []
-        patch.setattr(lce, "row_gradients_", lambda logits, *_: sizes.append(len(logits)) or row_gradients_(logits, *_))
+        patch.setattr(
+            lce, "row_gradients_", lambda logits, *_: sizes.append(len(logits)) or row_gradients_(logits, *_)
+        )
         linear_cross_entropy(hidden.requires_grad_(), weight, targets, max_rows=max_rows)
         forward, backward = sizes.copy(), []
-        patch.setattr(lce, "row_gradients_", lambda logits, *_: backward.append(len(logits)) or row_gradients_(logits, *_))
-        patch.setattr(lce, "row_logprobs", lambda logits, *_: read.append(len(logits)) or row_logprobs(logits, *_))
+        patch.setattr(
+            lce,
+            "row_gradients_",
+            lambda logits, *_: backward.append(len(logits)) or row_gradients_(logits, *_),
+        )
+        patch.setattr(
+            lce, "row_logprobs", lambda logits, *_: read.append(len(logits)) or row_logprobs(logits, *_)
+        )
         for losses in (
             lambda: linear_cross_entropy(hidden, weight, targets, reduction="none", max_rows=max_rows),
             lambda: token_logprobs(hidden, weight, targets, max_rows=max_rows)[0],
@@ -589,7 +698,9 @@ def test_a_caller_may_ask_for_fewer_rows_at_once(max_rows, monkeypatch):
     assert max(forward) <= max_rows and sum(forward) == kept and len(forward) == -(-kept // max_rows)
 
 
-@pytest.mark.parametrize(("V", "H", "copied"), [(1, 1, 4), (2, 3, 1), (7, 5, 3), (150, 19, 8), (33, 64, 10_000)])
+@pytest.mark.parametrize(
+    ("V", "H", "copied"), [(1, 1, 4), (2, 3, 1), (7, 5, 3), (150, 19, 8), (33, 64, 10_000)]
+)
 def test_two_fp32_halves_become_one_bf16_tensor_in_the_memory_of_the_first(V, H, copied, monkeypatch):
     monkeypatch.setattr(head, "COPIED_ELEMENTS", copied)
     whole = torch.randn(V, H)
@@ -614,10 +725,18 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
         "uint8": lambda: linear_cross_entropy(hidden, weight.byte(), targets),
         "reduction is 'max'": lambda: linear_cross_entropy(hidden, weight, targets, reduction="max"),
         r"\(5,\).*\(6,\)": lambda: linear_cross_entropy(hidden, weight, targets, token_weight=torch.ones(5)),
-        "detach": lambda: linear_cross_entropy(hidden, weight, targets, token_weight=torch.ones(6, requires_grad=True)),
-        "objective is given": lambda: linear_cross_entropy(hidden, weight, targets, reduction="none", objective=lambda p, r: p),
-        "objective returned": lambda: linear_cross_entropy(hidden, weight, targets, objective=lambda p, r: p.mean()),
-        "requires_grad=False": lambda: linear_cross_entropy(hidden, weight, targets, objective=lambda p, r: p.detach()),
+        "detach": lambda: linear_cross_entropy(
+            hidden, weight, targets, token_weight=torch.ones(6, requires_grad=True)
+        ),
+        "objective is given": lambda: linear_cross_entropy(
+            hidden, weight, targets, reduction="none", objective=lambda p, r: p
+        ),
+        "objective returned": lambda: linear_cross_entropy(
+            hidden, weight, targets, objective=lambda p, r: p.mean()
+        ),
+        "requires_grad=False": lambda: linear_cross_entropy(
+            hidden, weight, targets, objective=lambda p, r: p.detach()
+        ),
         "softcap is 0": lambda: linear_cross_entropy(hidden, weight, targets, softcap=0.0),
         "max_rows is -1": lambda: token_logprobs(hidden, weight, targets, max_rows=-1),
         "temperature is 0": lambda: token_logprobs(hidden, weight, targets, temperature=0.0),
@@ -630,12 +749,16 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
 def test_the_reference_says_the_same_as_this_files_own():
     hidden, weight, targets = problem(13, 77, 19, torch.float64)
     for options in ({}, {"reduction": "none", "softcap": 3.0}, {"reduction": "sum", "temperature": 0.5}):
-        reference, ours = (f(hidden, weight, targets, **options) for f in (linear_cross_entropy_reference, plain))
+        reference, ours = (
+            f(hidden, weight, targets, **options) for f in (linear_cross_entropy_reference, plain)
+        )
         torch.testing.assert_close(reference, ours)
 
 
 def in_a_child(code_or_args, **environment):
-    child = subprocess.run([sys.executable, *code_or_args], env=os.environ | environment, capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, *code_or_args], env=os.environ | environment, capture_output=True, text=True
+    )
     assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
     return child.stdout
 
@@ -674,10 +797,14 @@ def far_row(monkeypatch):
         handle.data = handle.data + handle.data.dtype.type(FAR_ROW if axis == 0 else 0)
         return handle
 
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
+    )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
     # 8 GiB of addresses, of which one page is ever touched: nothing is committed
-    space = mmap.mmap(-1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    space = mmap.mmap(
+        -1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+    )  # MAP_NORESERVE
     logits = torch.frombuffer(space, dtype=torch.float16)[FAR_ROW * FAR_STRIDE :][:150]
     return torch.frombuffer(space, dtype=torch.float16), logits
 
@@ -687,11 +814,19 @@ def far_row(monkeypatch):
 def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(far_row, softcap):
     base, logits = far_row
     values = torch.randn(150).half()
-    targets, logprobs, entropy = torch.full((FAR_ROW + 1,), 149), torch.empty(FAR_ROW + 1), torch.empty(FAR_ROW + 1)
+    targets, logprobs, entropy = (
+        torch.full((FAR_ROW + 1,), 149),
+        torch.empty(FAR_ROW + 1),
+        torch.empty(FAR_ROW + 1),
+    )
     expected = values.float() if softcap == 0 else softcap * torch.tanh(values.float() / softcap)
     logits.copy_(values)
-    logit_rows._logprob_kernel[(1,)](base, targets, logprobs, entropy, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
+    logit_rows._logprob_kernel[(1,)](
+        base, targets, logprobs, entropy, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64
+    )
     torch.testing.assert_close(logprobs[-1], expected.log_softmax(0)[149])
-    logit_rows._gradient_kernel[(1,)](base, targets, logprobs, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64)
+    logit_rows._gradient_kernel[(1,)](
+        base, targets, logprobs, FAR_STRIDE, 150, 1.0, SOFTCAP=softcap, BLOCK_V=64
+    )
     torch.testing.assert_close(logprobs[-1], expected.log_softmax(0)[149])
     assert logits[149] < 0 and (logits[:149] > 0).all()

@@ -55,7 +55,9 @@ def test_blocks_put_together_are_the_gradient_of_the_whole(dtype, N, softcap):
     truth = whole(*(x.double() if x.is_floating_point() else x for x in tensors), 0.3, softcap)
     loss, dhidden, dweight, firsts = blocked(*tensors, 0.3, softcap)
     assert firsts == [0, VOCABULARY_UNIT, 2 * VOCABULARY_UNIT] and dweight.dtype == torch.float32
-    for ours, plain, exact in zip((loss, dhidden, dweight), whole(*tensors, 0.3, softcap), truth, strict=True):
+    for ours, plain, exact in zip(
+        (loss, dhidden, dweight), whole(*tensors, 0.3, softcap), truth, strict=True
+    ):
         assert not ours.isnan().any()
         assert rms(ours - exact) <= 2 * rms(plain - exact) + torch.finfo(dtype).eps * rms(exact)
 
@@ -80,8 +82,14 @@ def test_block_bytes_decides_how_many_columns_are_made_at_once():
     hidden, weight, targets = problem(16, 5 * VOCABULARY_UNIT, 19, torch.float32)
     num_targets = int((targets != IGNORE_INDEX).sum())
     two_units = 2 * VOCABULARY_UNIT * (num_targets + 19) * 4
-    assert blocked(hidden, weight, targets, 1.0, None, two_units)[3] == [0, 2 * VOCABULARY_UNIT, 4 * VOCABULARY_UNIT]
-    assert blocked(hidden, weight, targets, 1.0, None, two_units - 1)[3] == [i * VOCABULARY_UNIT for i in range(5)]
+    assert blocked(hidden, weight, targets, 1.0, None, two_units)[3] == [
+        0,
+        2 * VOCABULARY_UNIT,
+        4 * VOCABULARY_UNIT,
+    ]
+    assert blocked(hidden, weight, targets, 1.0, None, two_units - 1)[3] == [
+        i * VOCABULARY_UNIT for i in range(5)
+    ]
 
 
 def test_the_operator_and_its_fake_implementation_agree():

@@ -46,7 +46,10 @@ def test_no_worse_than_the_masked_square_against_float64(window, heads, kv_heads
     for dtype in (torch.float32, torch.bfloat16):
         tensors = problem(heads, kv_heads, dtype)
         truth = run(packed_attention_reference, [x.double() for x in tensors], **options)
-        ours, torchs = run(packed_attention, tensors, **options), run(packed_attention_reference, tensors, **options)
+        ours, torchs = (
+            run(packed_attention, tensors, **options),
+            run(packed_attention_reference, tensors, **options),
+        )
         for name in truth:
             error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
             # through a window of 1 dq and dk are differences of two equal dot products: D roundings are their floor
@@ -76,7 +79,9 @@ def test_non_contiguous_and_broadcast_inputs_are_read_right():
     wide[..., ::2] = q
     v = v[:, :1].expand(T, 2, 16)  # stride 0 along the heads
     ours = packed_attention(wide[..., ::2], k, v, CU_SEQLENS, 20)
-    torch.testing.assert_close(ours, packed_attention(q, k, v.contiguous(), CU_SEQLENS, 20), atol=1e-14, rtol=0)
+    torch.testing.assert_close(
+        ours, packed_attention(q, k, v.contiguous(), CU_SEQLENS, 20), atol=1e-14, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,13 +121,20 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     ],
 )
 def test_mixed_dtypes_and_devices_are_refused(change, message):
-    tensors = {"q": torch.zeros(T, 4, 16), "k": torch.zeros(T, 2, 16), "v": torch.zeros(T, 2, 16), "cu_seqlens": CU_SEQLENS}
+    tensors = {
+        "q": torch.zeros(T, 4, 16),
+        "k": torch.zeros(T, 2, 16),
+        "v": torch.zeros(T, 2, 16),
+        "cu_seqlens": CU_SEQLENS,
+    }
     tensors |= {name: tensors[name].to(where) for name, where in change.items()}
     with pytest.raises(ValueError, match=message):
         packed_attention(**tensors, max_seqlen=20)
 
 
-@pytest.mark.parametrize("function", [packed_attention, lambda *a: pa._documents_attention(*a, pa.WHOLE_DOCUMENT, 0.25)])
+@pytest.mark.parametrize(
+    "function", [packed_attention, lambda *a: pa._documents_attention(*a, pa.WHOLE_DOCUMENT, 0.25)]
+)
 def test_a_pack_of_no_tokens_gives_none_and_has_gradients(function):
     tensors = [torch.zeros(0, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
     out = function(*tensors, torch.tensor([0]), 0)
@@ -139,13 +151,17 @@ def test_every_pack_agrees_with_the_masked_square(data):
     window = data.draw(st.none() | st.integers(1, 14))
     cu_seqlens = torch.tensor([0, *accumulate(lengths)])
     torch.manual_seed(0)
-    tensors = [torch.randn(sum(lengths), h, D, dtype=torch.float64) for h in (kv_heads * group, kv_heads, kv_heads)]
+    tensors = [
+        torch.randn(sum(lengths), h, D, dtype=torch.float64) for h in (kv_heads * group, kv_heads, kv_heads)
+    ]
     results = []
     for function in (packed_attention, packed_attention_reference):
         leaves = [x.clone().requires_grad_() for x in tensors]
         out = function(*leaves, cu_seqlens, max(lengths), window=window)
         results.append([out, *torch.autograd.grad((out * out).sum(), leaves)])
-    for ours, truth in zip(*results, strict=True):  # float64 is the truth: what is left are some roundings of sums of a few terms
+    for ours, truth in zip(
+        *results, strict=True
+    ):  # float64 is the truth: what is left are some roundings of sums of a few terms
         torch.testing.assert_close(ours, truth, atol=1e-13, rtol=1e-12)
 
 
@@ -153,7 +169,11 @@ def test_every_pack_agrees_with_the_masked_square(data):
 def test_the_path_without_operators_gives_the_same_to_the_last_bit(window):
     tensors = problem(4, 2, torch.float32)
     ours = run(packed_attention, tensors, window=window)
-    other = run(lambda *a, window: pa._documents_attention(*a, window or pa.WHOLE_DOCUMENT, 0.25), tensors, window=window)
+    other = run(
+        lambda *a, window: pa._documents_attention(*a, window or pa.WHOLE_DOCUMENT, 0.25),
+        tensors,
+        window=window,
+    )
     for name in ours:
         assert torch.equal(ours[name], other[name]), name
 
@@ -174,7 +194,10 @@ def test_autocast_casts_what_a_rotary_embedding_left_in_fp32():
 
 def test_fake_tensors_allocate_what_the_kernels_do():
     saved = []
-    with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+    with (
+        FakeTensorMode(),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x),
+    ):
         q, k, v = (torch.empty(T, h, 16, dtype=torch.bfloat16, requires_grad=True) for h in (4, 2, 2))
         cu_seqlens = torch.empty(4, dtype=torch.int32)  # without values
         out = packed_attention(q, k, v, cu_seqlens, 20, window=7)
@@ -198,7 +221,9 @@ def test_the_operators_and_their_fake_implementations_agree(dtype):
 @pytest.mark.parametrize("window", [None, 7])
 def test_a_compiled_function_is_one_graph_and_gives_the_same(window):
     tensors = problem(4, 2, torch.float32)
-    compiled = torch.compile(lambda *a, **o: packed_attention(*a, **o) * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a, **o: packed_attention(*a, **o) * 2, fullgraph=True, backend="aot_eager"
+    )
     ours, eager = (
         run(compiled, tensors, window=window),
         run(lambda *a, **o: packed_attention(*a, **o) * 2, tensors, window=window),
@@ -210,7 +235,9 @@ def test_a_compiled_function_is_one_graph_and_gives_the_same(window):
 
 
 def test_a_card_without_tensor_cores_is_told_so_once(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 0 else (8, 6))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 0 else (8, 6)
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce RTX 2080")
     backend.has_tensor_cores.cache_clear()
     with pytest.warns(UserWarning, match=r"RTX 2080 has compute capability 7.5.*plain torch"):

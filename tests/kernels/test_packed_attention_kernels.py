@@ -15,7 +15,11 @@ from kit.kernels.backend import HAS_TRITON, INTERPRET
 from kit.kernels.packed_attention import packed_attention, packed_attention_reference
 
 LENGTHS = [1, 13, 37, 2]  # shorter than a tile, a little longer than one and than two
-SMALL = {"forward": (32, 16, 4, 1), "dkdv": (16, 32, 4, 1), "dq": (16, 32, 4, 1)}  # sides differ, so that mixing them up shows
+SMALL = {
+    "forward": (32, 16, 4, 1),
+    "dkdv": (16, 32, 4, 1),
+    "dq": (16, 32, 4, 1),
+}  # sides differ, so that mixing them up shows
 
 in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter, see the last test")
 
@@ -28,7 +32,12 @@ def small_tiles(monkeypatch):
 def problem(lengths, heads, kv_heads, D, dtype):
     """q, k, v and the output's gradient, dtype."""
     torch.manual_seed(0)
-    shapes = (sum(lengths), heads, D), (sum(lengths), kv_heads, D), (sum(lengths), kv_heads, D), (sum(lengths), heads, D)
+    shapes = (
+        (sum(lengths), heads, D),
+        (sum(lengths), kv_heads, D),
+        (sum(lengths), kv_heads, D),
+        (sum(lengths), heads, D),
+    )
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -37,7 +46,9 @@ def run(function, tensors, lengths, **options):
     leaves = [x.detach().requires_grad_() for x in leaves]  # keeps their strides
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     out = function(*leaves, cu_seqlens, max(lengths, default=0), **options)
-    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True))
+    return dict(
+        zip(("out", "dq", "dk", "dv"), (out.detach(), *torch.autograd.grad(out, leaves, dout)), strict=True)
+    )
 
 
 def rms(x):
@@ -48,10 +59,16 @@ def check(tensors, lengths, *, is_degenerate=False, **options):
     """At most twice torch's own error. Where every token sees but itself, p = 1, and torch's gradients of q and k are zero by
     luck: there, and for single numbers, the floor is the D roundings of the dot products whose difference they are."""
     truth = run(packed_attention_reference, [x.double() for x in tensors], lengths, **options)
-    torchs, ours = (run(f, tensors, lengths, **options) for f in (packed_attention_reference, packed_attention))
+    torchs, ours = (
+        run(f, tensors, lengths, **options) for f in (packed_attention_reference, packed_attention)
+    )
     for name in truth:
         error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
-        floor = tensors[0].shape[-1] * torch.finfo(ours[name].dtype).eps * rms(truth["out"]) if is_degenerate else 0.0
+        floor = (
+            tensors[0].shape[-1] * torch.finfo(ours[name].dtype).eps * rms(truth["out"])
+            if is_degenerate
+            else 0.0
+        )
         assert ours[name].dtype == tensors[0].dtype and ours[name].shape == truth[name].shape
         assert error <= 2 * allowed + floor, f"{name}: {error:.2e}, torch {allowed:.2e}"
 
@@ -73,7 +90,8 @@ def test_kernels_are_as_good_as_torch_for_every_window_and_group(small_tiles, he
 
 @in_the_interpreter
 @pytest.mark.parametrize(
-    ("D", "dtype"), [(5, torch.float32), (48, torch.float16), (64, torch.float32), (80, torch.float16), (256, torch.float32)]
+    ("D", "dtype"),
+    [(5, torch.float32), (48, torch.float16), (64, torch.float32), (80, torch.float16), (256, torch.float32)],
 )
 def test_kernels_are_as_good_as_torch_for_every_head_dim(small_tiles, D, dtype):
     check(problem([5, 34], 2, 1, D, dtype), [5, 34], window=20, scale=0.3)
@@ -104,7 +122,12 @@ def test_kernels_agree_with_float64_whatever_the_pack(data):
     window = data.draw(st.none() | st.integers(1, 40))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILES", dict.fromkeys(tiles.TILES, SMALL))
-        check(problem(lengths, kv_heads * group, kv_heads, D, torch.float32), lengths, window=window, is_degenerate=True)
+        check(
+            problem(lengths, kv_heads * group, kv_heads, D, torch.float32),
+            lengths,
+            window=window,
+            is_degenerate=True,
+        )
 
 
 @in_the_interpreter
@@ -134,7 +157,12 @@ def test_views_and_broadcast_tensors_are_read_where_they_lie(small_tiles):
     every_other = torch.full((T, 2, 32), torch.nan)
     every_other[..., ::2] = v  # a head's numbers do too
     heads_first = k.transpose(0, 1).contiguous().transpose(0, 1)
-    views = between[..., 3:19], heads_first, every_other[..., ::2], dout.transpose(0, 2).contiguous().transpose(0, 2)
+    views = (
+        between[..., 3:19],
+        heads_first,
+        every_other[..., ::2],
+        dout.transpose(0, 2).contiguous().transpose(0, 2),
+    )
     for name, x in run(packed_attention, views, lengths).items():
         assert torch.equal(x, truth[name]), name
     kv = k[:, :1].expand(T, 2, 16)
@@ -198,7 +226,9 @@ def test_no_tile_is_visited_that_is_masked_as_a_whole(small_tiles, monkeypatch, 
 
     dots = []
     create_dot = interpreter.interpreter_builder.create_dot
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_dot", lambda *a, **o: dots.append(1) or create_dot(*a, **o))
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "create_dot", lambda *a, **o: dots.append(1) or create_dot(*a, **o)
+    )
     run(packed_attention, problem(LENGTHS, 2, 1, 16, torch.float32), LENGTHS, window=window)
     expected = 0
     for n in LENGTHS:
@@ -208,7 +238,9 @@ def test_no_tile_is_visited_that_is_masked_as_a_whole(small_tiles, monkeypatch, 
             block_m, block_n, *_ = SMALL[kernel]
             own, walked, matrix = (block_n, block_m, seen.T) if kernel == "dkdv" else (block_m, block_n, seen)
             for block in matrix.split(own):
-                columns = block.any(0).nonzero()[:, 0]  # what the block sees is one range, walked from its beginning
+                columns = block.any(0).nonzero()[
+                    :, 0
+                ]  # what the block sees is one range, walked from its beginning
                 expected += 2 * products * -(-len(columns) // walked)
     assert len(dots) == expected
 
@@ -248,7 +280,9 @@ FAR_T, FAR_H, FAR_D = 16_384, 1024, 256  # the last head of the last rows: offse
 
 
 @in_the_interpreter
-@pytest.mark.parametrize(("start", "window", "filled"), [(FAR_T - 4, FAR_T, 4), (0, 4, 32)], ids=["far document", "far tile"])
+@pytest.mark.parametrize(
+    ("start", "window", "filled"), [(FAR_T - 4, FAR_T, 4), (0, 4, 32)], ids=["far document", "far tile"]
+)
 def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, filled):
     """Only the program of the last tile runs: of a document that starts late, and of one that is long."""
     import triton.runtime.interpreter as interpreter
@@ -257,14 +291,20 @@ def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, fi
     place = {}  # what a program is told: its number, and how many there are, on both axes
 
     def handle(value):
-        return interpreter.TensorHandle(interpreter.np.array([value], dtype=interpreter.np.int32), interpreter.tl.int32)
+        return interpreter.TensorHandle(
+            interpreter.np.array([value], dtype=interpreter.np.int32), interpreter.tl.int32
+        )
 
-    monkeypatch.setattr(builder, "options", interpreter.InterpreterOptions(debug=True))  # raises on int32 overflow
+    monkeypatch.setattr(
+        builder, "options", interpreter.InterpreterOptions(debug=True)
+    )  # raises on int32 overflow
     monkeypatch.setattr(builder, "create_get_program_id", lambda axis: handle(place["id"][axis]))
     monkeypatch.setattr(builder, "create_get_num_programs", lambda axis: handle(place["num"][axis]))
 
     def far_tensor():  # 8 GiB of addresses, of which a few pages are ever touched: nothing is committed
-        space = mmap.mmap(-1, 2 * FAR_T * FAR_H * FAR_D, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+        space = mmap.mmap(
+            -1, 2 * FAR_T * FAR_H * FAR_D, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        )  # MAP_NORESERVE
         return torch.frombuffer(space, dtype=torch.float16).view(FAR_T, FAR_H, FAR_D)
 
     q, k, v, dout, out, dq, dk, dv = (far_tensor() for _ in range(8))
@@ -275,7 +315,9 @@ def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, fi
     cu_seqlens = torch.tensor([0, start, FAR_T] if start else [0, FAR_T], dtype=torch.int32)
     sizes = FAR_T, len(cu_seqlens) - 1, window, FAR_D**-0.5, *[FAR_H * FAR_D, FAR_D] * 3
     blocks = {"GROUP": 1, "D": FAR_D, "BLOCK_D": FAR_D, "BLOCK_M": 16, "BLOCK_N": 16}
-    program = FAR_T // 16 if start else FAR_T // 16 - 1  # 1,023 tiles come before; a second document starts one number later
+    program = (
+        FAR_T // 16 if start else FAR_T // 16 - 1
+    )  # 1,023 tiles come before; a second document starts one number later
     place["id"], place["num"] = (0, FAR_H - 1), (program + 1, FAR_H)  # counted from the end
     tiles._forward_kernel[(1,)](q, k, v, out, logsumexp, cu_seqlens, *sizes, **blocks)
     sizes += FAR_H * FAR_D, FAR_D
@@ -304,6 +346,8 @@ def test_programs_reach_every_tile_and_at_most_one_a_document_is_idle():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="this is the child, or Triton is not installed (macOS)")
+@pytest.mark.skipif(
+    INTERPRET or not HAS_TRITON, reason="this is the child, or Triton is not installed (macOS)"
+)
 def test_the_kernels_pass_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "--durations=8")

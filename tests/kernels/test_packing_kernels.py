@@ -15,7 +15,11 @@ from kit.kernels.backend import INTERPRET
 from kit.kernels.packing import pack, pack_reference, unpack, unpack_reference
 from kit.packing import Document, PackedBatch
 
-DTYPES = [torch.float32, torch.float16, torch.int64] if INTERPRET else [torch.float32, torch.float64, torch.bfloat16, torch.int64]
+DTYPES = (
+    [torch.float32, torch.float16, torch.int64]
+    if INTERPRET
+    else [torch.float32, torch.float64, torch.bfloat16, torch.int64]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +31,11 @@ def corpus(lengths, prompt_lens, dtype=torch.int32):
     """buffer, offsets, prompt_lens"""
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, 250_000, (int(offsets[-1]),), generator=generator, dtype=dtype), offsets, torch.tensor(prompt_lens)
+    return (
+        torch.randint(3, 250_000, (int(offsets[-1]),), generator=generator, dtype=dtype),
+        offsets,
+        torch.tensor(prompt_lens),
+    )
 
 
 def row(offsets, documents):
@@ -41,10 +49,15 @@ def check(lengths, prompt_lens, documents, dtype=torch.int32):
     """Against PackedBatch.build, bit for bit; what the kernel does not write shows as poison."""
     buffer, offsets, prompts = corpus(lengths, prompt_lens, dtype)
     plan = row(offsets, documents)
-    built = PackedBatch.build([Document(buffer[offsets[d] : offsets[d + 1]], prompt_lens[d]) for d in documents])
+    built = PackedBatch.build(
+        [Document(buffer[offsets[d] : offsets[d + 1]], prompt_lens[d]) for d in documents]
+    )
     packed = pack(buffer, offsets, prompts, *plan)
     for ours, name, reference in zip(
-        (*packed, plan[1]), PackedBatch.TENSORS, pack_reference(buffer, offsets, prompts, plan[0]), strict=True
+        (*packed, plan[1]),
+        PackedBatch.TENSORS,
+        pack_reference(buffer, offsets, prompts, plan[0]),
+        strict=True,
     ):
         expected = getattr(built, name)
         assert ours.dtype == expected.dtype and ours.equal(expected), name
@@ -61,7 +74,9 @@ def poison(monkeypatch):
 @given(st.data())
 def test_every_row_is_the_one_packed_batch_builds(data):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=9))
-    prompt_lens = [data.draw(st.integers(0, length + 2)) for length in lengths]  # beyond the document too: then all is silent
+    prompt_lens = [
+        data.draw(st.integers(0, length + 2)) for length in lengths
+    ]  # beyond the document too: then all is silent
     indices = st.integers(0, len(lengths) - 1)
     documents = data.draw(st.lists(indices, min_size=1, max_size=9))  # any order, the same one twice
     check(lengths, prompt_lens, documents, data.draw(st.sampled_from([torch.int32, torch.int64])))
@@ -115,7 +130,10 @@ def test_what_is_packed_comes_back_unpacked_and_so_does_its_gradient(lengths, sp
     input_ids, _, _ = pack(buffer, offsets, prompts, documents, cu_seqlens, T)
     L = max(lengths) + spare
     for line, d in zip(unpack(input_ids, cu_seqlens, L, fill=-1), documents.tolist(), strict=True):
-        assert line[: lengths[d]].equal(buffer[offsets[d] : offsets[d + 1]].long()) and (line[lengths[d] :] == -1).all()
+        assert (
+            line[: lengths[d]].equal(buffer[offsets[d] : offsets[d + 1]].long())
+            and (line[lengths[d] :] == -1).all()
+        )
     x = values(T, (2,), torch.float32).requires_grad_()
     upstream = values(len(lengths) * L, (2,), torch.float32).view(len(lengths), L, 2)
     (ours,) = torch.autograd.grad(unpack(x, cu_seqlens, L), x, upstream)
@@ -148,7 +166,9 @@ def test_fake_tensors_and_the_operators():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(kp._pack, (buffer, offsets, prompts, *plan), test_utils=tests)
     torch.library.opcheck(kp._unpack, (values(19, (3,), torch.float32), plan[1], 20, -1.0), test_utils=tests)
-    torch.library.opcheck(kp._repack, (values(40, (3,), torch.float32).view(2, 20, 3), plan[1], 19), test_utils=tests)
+    torch.library.opcheck(
+        kp._repack, (values(40, (3,), torch.float32).view(2, 20, 3), plan[1], 19), test_utils=tests
+    )
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values():
@@ -165,7 +185,11 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
         "prompt_lens is .* on meta": {"prompt_lens": prompts.to("meta")},
         "prompt_lens has 4 entries but offsets 6": {"prompt_lens": prompts[:-1]},
         "cu_seqlens has 2 entries but documents 2": {"cu_seqlens": cu_seqlens[:-1]},
-        "cu_seqlens has 1 entries but documents 0": {"documents": documents[:0], "cu_seqlens": cu_seqlens[:1], "num_tokens": 0},
+        "cu_seqlens has 1 entries but documents 0": {
+            "documents": documents[:0],
+            "cu_seqlens": cu_seqlens[:1],
+            "num_tokens": 0,
+        },
         "num_tokens is 1 but documents has 2": {"num_tokens": 1},
         r"rise from 0 to 18.*\[0, 2, 19\]": {"num_tokens": 18},
         "offsets must rise from 0 to 40": {"buffer": buffer[:-1]},
@@ -193,7 +217,9 @@ def test_a_plan_that_does_not_fit_gives_the_token_minus_1_where_nothing_can_rais
     buffer, offsets, prompts = corpus([7, 9], [0, 0])
     out = torch.full((3, 14), -77)
     cu_seqlens = torch.tensor([0, 5, 14], dtype=torch.int32)
-    kp._pack_kernel[(1,)](buffer, offsets, prompts, torch.tensor([0, 1]), cu_seqlens, *out, 2, 14, -100, -1, 16)
+    kp._pack_kernel[(1,)](
+        buffer, offsets, prompts, torch.tensor([0, 1]), cu_seqlens, *out, 2, 14, -100, -1, 16
+    )
     assert (out[0, :5] == -1).all() and (out[1, :5] == -100).all() and out[0, 5:].equal(buffer[7:].long())
 
 
@@ -208,16 +234,28 @@ def far(dtype, count):
 def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch):
     import triton.runtime.interpreter as interpreter
 
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    monkeypatch.setattr(
+        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
+    )
     start = 2**32 + 5
     buffer, tokens = far(torch.int32, start + 20), torch.arange(100, 120, dtype=torch.int32)
     buffer[start:] = tokens
-    offsets, documents, cu_seqlens = torch.tensor([0, start, start + 20]), torch.tensor([1]), torch.tensor([0, 20]).int()
+    offsets, documents, cu_seqlens = (
+        torch.tensor([0, start, start + 20]),
+        torch.tensor([1]),
+        torch.tensor([0, 20]).int(),
+    )
     out = torch.full((3, 20), -77)
-    kp._pack_kernel[(2,)](buffer, offsets, torch.tensor([0, 1]), documents, cu_seqlens, *out, 1, 20, -100, -1, 16)
+    kp._pack_kernel[(2,)](
+        buffer, offsets, torch.tensor([0, 1]), documents, cu_seqlens, *out, 1, 20, -100, -1, 16
+    )
     assert out[0].equal(tokens.long()) and out[1, :-1].equal(tokens[1:].long()) and out[1, -1] == -100
 
-    get, C, L = interpreter.interpreter_builder.create_get_program_id, 262_144, 16_384  # logits, say: 2^32 numbers per document
+    get, C, L = (
+        interpreter.interpreter_builder.create_get_program_id,
+        262_144,
+        16_384,
+    )  # logits, say: 2^32 numbers per document
 
     def last(axis):
         handle = get(axis)
@@ -228,7 +266,9 @@ def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch):
     T, cu_seqlens = L + 1, torch.tensor([0, L, L + 1]).int()
     flat, padded = far(torch.float16, T * C), far(torch.float16, 2 * L * C)
     flat[L * C :][:16] = torch.arange(16).half()
-    kp._unpack_kernel[(1,)](flat, cu_seqlens, padded, L, C, L * C // 16, 16)  # the first program of document 1
+    kp._unpack_kernel[(1,)](
+        flat, cu_seqlens, padded, L, C, L * C // 16, 16
+    )  # the first program of document 1
     assert padded[L * C :][:16].equal(torch.arange(16).half())
 
     def last_token(axis):

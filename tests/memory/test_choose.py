@@ -90,7 +90,9 @@ def test_a_head_of_its_own_has_no_blocks_to_choose(tmp_path):
 
 def test_adapters_choose_among_what_saves_them_something(small_model):
     ladder = ladder_steps(load_config(small_model), 16)
-    assert len(ladder) > 2 and not any(s.update_in_backward or s.offload_optimizer or s.head_update == "blocked" for s in ladder)
+    assert len(ladder) > 2 and not any(
+        s.update_in_backward or s.offload_optimizer or s.head_update == "blocked" for s in ladder
+    )
 
 
 def test_what_would_save_more_is_listed_cheapest_first_until_nothing_is_left():
@@ -106,7 +108,7 @@ def test_what_would_save_more_is_listed_cheapest_first_until_nothing_is_left():
     seconds = [float(line.split(" GiB, ")[1].split()[0]) for line in lines[2:]]
     assert seconds == sorted(seconds) and seconds[0] > 0 and "one row per step" in lines[1]
     dear = replace(found, savings=Savings(recompute=False, optimizer="adamw"))
-    assert suggest_savings(dear).splitlines()[1].startswith("    --recompute ") and "--optimizer adamw8bit" in suggest_savings(
-        dear
-    )
+    assert suggest_savings(dear).splitlines()[1].startswith(
+        "    --recompute "
+    ) and "--optimizer adamw8bit" in suggest_savings(dear)
     assert suggest_savings(replace(found, savings=ladder_steps(load_config(model))[-1])) == ""

@@ -14,7 +14,10 @@ MODELS = sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json
 
 @pytest.fixture
 def small_heads(monkeypatch):
-    for place in ("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", "kit.memory.closed_form.BLOCK_BYTES"):
+    for place in (
+        "kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES",
+        "kit.memory.closed_form.BLOCK_BYTES",
+    ):
         monkeypatch.setattr(place, 2**22)  # whose usual size holds the whole of so small a head
     monkeypatch.setattr("kit.train.optimizer.AdamW8bit.SLAB", 2**16)
 
@@ -33,7 +36,9 @@ def moved(tmp_path, V, T, layers, *both, rows=1):
     ("name", "value", "V", "T", "layers"),  # where the owner that the saving is for is a good part of the peak
     [("tile_tokens", 0, 500, 2048, 2), ("offload_optimizer", False, 30_000, 256, 2), ("head_update", "whole", 30_000, 256, 2)],
 )  # fmt: skip
-def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(name, value, V, T, layers, tmp_path, small_heads):
+def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(
+    name, value, V, T, layers, tmp_path, small_heads
+):
     lean = Savings(**LEAN | {"tile_tokens": T // 4}, head_update="blocked", offload_optimizer=True)
     planned, expected, before = moved(tmp_path, V, T, layers, lean, replace(lean, **{name: value}))
     assert planned > 0.1 * before
@@ -77,6 +82,10 @@ def test_the_plan_of_a_supported_model_agrees_with_the_formula(model, qlora_rank
         first |= {"num_hidden_layers": LAYERS, "vocab_size": vocab_size}
         (tmp_path / "config.json").write_text(json.dumps(config | first))
         model = str(tmp_path)
-    savings = Savings(optimizer="adamw8bit", tile_tokens=2048, update_in_backward=not qlora_rank, offload_inputs=True)
+    savings = Savings(
+        optimizer="adamw8bit", tile_tokens=2048, update_in_backward=not qlora_rank, offload_inputs=True
+    )
     found = plan(model, row_tokens=4096, savings=savings, qlora_rank=qlora_rank)
-    assert sum(formula(load_config(model), 4096, savings, qlora_rank).values()) == pytest.approx(found.peak, rel=0.1)
+    assert sum(formula(load_config(model), 4096, savings, qlora_rank).values()) == pytest.approx(
+        found.peak, rel=0.1
+    )

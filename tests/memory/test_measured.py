@@ -24,7 +24,9 @@ def card(monkeypatch):
     return make
 
 
-def test_what_a_card_held_is_told_beside_the_plan_and_kept_after_ten_steps_or_the_last_of_fewer(card, tmp_path, capsys):
+def test_what_a_card_held_is_told_beside_the_plan_and_kept_after_ten_steps_or_the_last_of_fewer(
+    card, tmp_path, capsys
+):
     planned = plan("tiny", row_tokens=32)
     for num_steps, when in ((50, COMPARED_AFTER), (4, 4)):
         memory = card(planned, tmp_path / f"{num_steps}.json")
@@ -55,7 +57,10 @@ def test_without_a_plan_nothing_is_compared_and_on_a_cpu_nothing_is_measured(car
 def test_a_step_that_ran_out_says_what_is_known(tmp_path):
     memory = PeakMemory(CPU, None, tmp_path)
     error = str(memory.exhausted(7, None))
-    assert "step 7 ran out of memory: no plan was made. Pass --gpu_gb" in error and "none, so the run starts over" in error
+    assert (
+        "step 7 ran out of memory: no plan was made. Pass --gpu_gb" in error
+        and "none, so the run starts over" in error
+    )
     memory.gib, memory.reserved_gib = 3.21, 3.55
     assert "no plan was made; the steps before peaked at 3.21 GiB, 3.55 GiB reserved." in str(
         memory.exhausted(7, tmp_path / "step_0000005")

@@ -16,7 +16,9 @@ def checks(tmp_path):
 
     def write(number, speed, *, model=GEMMA, gpu="", savings=None, qlora_rank=0, **more):
         row = {"model": model, "gpu": gpu, "tokens_per_second": speed, "qlora_rank": qlora_rank, **more}
-        Journal(tmp_path / number / "results.jsonl").append(row | ({"savings": asdict(savings)} if savings else {}))
+        Journal(tmp_path / number / "results.jsonl").append(
+            row | ({"savings": asdict(savings)} if savings else {})
+        )
 
     write("001", 900.0, savings=Savings())
     write("002", 1_000.0, savings=Savings())
@@ -52,8 +54,14 @@ def test_hours_follow_from_what_was_measured_and_say_from_what(checks):
 
 
 def test_what_was_not_measured_is_not_guessed(checks, tmp_path, monkeypatch):
-    assert training_time(GEMMA, Savings(), 0, 1, checks=tmp_path / "none") == "not known: no card is here to measure"
+    assert (
+        training_time(GEMMA, Savings(), 0, 1, checks=tmp_path / "none")
+        == "not known: no card is here to measure"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a third card")
     said = sampling_time(GEMMA, 1, 1, 1, checks=checks)
-    assert said == f"not known: measure this card with python recipes/check_card.py --only sampler --models {GEMMA}"
+    assert (
+        said
+        == f"not known: measure this card with python recipes/check_card.py --only sampler --models {GEMMA}"
+    )

@@ -45,7 +45,9 @@ def counted_flops(family, **savings) -> int:
 
 def attention_flops(config) -> int:
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    pairs = sum(min(i + 1, WINDOW if kind == "sliding_attention" else T + 1) for kind in kinds for i in range(T + 1))
+    pairs = sum(
+        min(i + 1, WINDOW if kind == "sliding_attention" else T + 1) for kind in kinds for i in range(T + 1)
+    )
     return 4 * pairs * Sizes.of(config).q
 
 
@@ -83,7 +85,9 @@ def test_bytes_over_the_bus_are_those_that_lie_in_cpu_memory(monkeypatch):
     training_step([PackedBatch.build(random_documents([tokens]))])
     extra = extra_seconds(model.config, tokens, savings)
     assert extra["offload_inputs"] * BUS == 2 * held["inputs"] / 2  # this model is fp32, the estimate bf16
-    assert extra["offload_optimizer"] * BUS == pytest.approx(2 * held["states"], rel=0.1)  # block scales, norms
+    assert extra["offload_optimizer"] * BUS == pytest.approx(
+        2 * held["states"], rel=0.1
+    )  # block scales, norms
 
 
 def test_a_saving_that_is_off_costs_nothing_and_tiles_or_rows_that_are_no_fewer_neither():

@@ -49,7 +49,9 @@ def test_the_configs_that_ship_have_the_models_own_number_of_parameters(model):
     assert {path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")} == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("savings", [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}], ids=str)
+@pytest.mark.parametrize(
+    "savings", [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
     """The same ledger over fake tensors and over real ones on this CPU."""
@@ -60,7 +62,11 @@ def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
             batch = fake_batch(300)
             if not fake:
-                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+                batch = replace(
+                    batch,
+                    position_ids=torch.arange(300),
+                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
+                )
             gc.collect()
             book = measure(model, Savings(**savings), batch, steps=2)
         peaks.append(book.peak)
@@ -80,7 +86,11 @@ def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_
             model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
             batch = fake_batch(200)
             if not fake:
-                batch = replace(batch, position_ids=torch.arange(200), cu_seqlens=torch.tensor([0, 200], dtype=torch.int32))
+                batch = replace(
+                    batch,
+                    position_ids=torch.arange(200),
+                    cu_seqlens=torch.tensor([0, 200], dtype=torch.int32),
+                )
             peaks[rows, fake] = measure(model, Savings(optimizer="adamw8bit"), batch, rows=rows).peak
     assert peaks[2, True] == pytest.approx(peaks[2, False], rel=0.01)
     assert peaks[2, True] > 1.1 * peaks[1, True] and peaks[3, True] == peaks[2, True]
@@ -97,7 +107,9 @@ def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
     for fake in (True, False):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
             with torch.device("meta") if not fake else contextlib.nullcontext():
-                model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.bfloat16)
+                model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation="kit", dtype=torch.bfloat16
+                )
             batch = fake_batch(64)
             if not fake:  # zeros do: no byte depends on a value
                 model = model.to_empty(device="cpu")
@@ -105,7 +117,9 @@ def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
                 for parameter in model.parameters():
                     parameter.detach().zero_()
                 model.tie_weights()
-                batch = replace(batch, position_ids=torch.arange(64), cu_seqlens=torch.tensor([0, 64], dtype=torch.int32))
+                batch = replace(
+                    batch, position_ids=torch.arange(64), cu_seqlens=torch.tensor([0, 64], dtype=torch.int32)
+                )
             assert sum(p.numel() for p in model.parameters()) == 134_515_008
             peaks.append(measure(model, savings, batch).peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
@@ -121,12 +135,18 @@ def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
     peaks = []
     for fake in (True, False):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_config(load_small("llama"), attn_implementation="kit", dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                load_small("llama"), attn_implementation="kit", dtype=torch.float32
+            )
             simulate_quantised_decoder(model) if fake else quantise_decoder(model, "cpu")
             add_adapters(model, base="", rank=4)
             batch = fake_batch(300)
             if not fake:
-                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+                batch = replace(
+                    batch,
+                    position_ids=torch.arange(300),
+                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
+                )
             book = measure(model, Savings(tile_tokens=100), batch, steps=2)
         peaks.append(book.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
@@ -172,7 +192,9 @@ def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
 
 
 def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one(monkeypatch):
-    with pytest.raises(ValueError, match=r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"):
+    with pytest.raises(
+        ValueError, match=r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"
+    ):
         load_config("nobody/nothing")
 
 
@@ -184,5 +206,8 @@ def test_a_card_with_too_little_free_memory_is_refused_before_training(monkeypat
     with pytest.raises(ValueError, match="the plan needs"):
         check_free_memory(found)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.67 * GIB), 8 * GIB))
-    with pytest.raises(ValueError, match=r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 "):
+    with pytest.raises(
+        ValueError,
+        match=r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 ",
+    ):
         check_free_memory(replace(found, peak=7 * GIB))

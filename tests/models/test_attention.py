@@ -45,14 +45,18 @@ def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, 
     """What flash-attn documents, as one masked square: key j of query i where i - left <= j <= i + right, -1 = no limit."""
     left, right = window_size
     assert causal and right in (-1, 0) and torch.equal(cu_q, cu_k) and max_q == max_k == max(LENGTHS)
-    return packed_attention_reference(q, k, v, cu_q, max_q, window=None if left == -1 else left + 1, scale=softmax_scale)
+    return packed_attention_reference(
+        q, k, v, cu_q, max_q, window=None if left == -1 else left + 1, scale=softmax_scale
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_flash_attn_is_called_with_means_the_same_as_ours(family, monkeypatch):
     """The package needs a card: here its documented meaning stands in for it."""
     monkeypatch.setitem(
-        __import__("sys").modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+        __import__("sys").modules,
+        "flash_attn",
+        types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func),
     )
     batch = PackedBatch.build(random_documents(LENGTHS))
     model = make_model(family, torch.float64)

@@ -77,7 +77,9 @@ def rms(x):
 )  # fmt: skip
 def test_logits_are_pefts_own(tmp_path, settings):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft says that the tied head and embedding part ways, which is what is tested
+        warnings.simplefilter(
+            "ignore"
+        )  # peft says that the tied head and embedding part ways, which is what is tested
         folder = train_with_peft(tmp_path / "theirs", **settings)
         truth, torchs = with_peft(folder, torch.float64), with_peft(folder, torch.float32)
         model, _ = models.load(str(folder), device="cpu")
@@ -134,7 +136,9 @@ def test_a_base_is_found_from_the_working_directory_as_peft_finds_it(tmp_path, m
     monkeypatch.chdir(tmp_path)
     models.load("./theirs", device="cpu")
     monkeypatch.chdir("/")
-    with pytest.raises(ValueError, match=r"theirs holds adapters of base, which cannot be loaded; write where the base is"):
+    with pytest.raises(
+        ValueError, match=r"theirs holds adapters of base, which cannot be loaded; write where the base is"
+    ):
         models.load(str(folder), device="cpu")
 
 
@@ -172,7 +176,10 @@ def change_tensors(change):
             "/no/such/base, which cannot be loaded; write where the base is",
         ),
         (change_config(base_model_name_or_path="no-such/base"), "of no-such/base, which cannot be loaded"),
-        (change_config(revision="v2", base_model_name_or_path="a/b"), "hf download a/b --revision v2 --local-dir DIR"),
+        (
+            change_config(revision="v2", base_model_name_or_path="a/b"),
+            "hf download a/b --revision v2 --local-dir DIR",
+        ),
         (change_config(init_lora_weights="pissa"), "init_lora_weights 'pissa', which is more than LoRA"),
         (change_config(layer_replication=[[0, 2], [1, 3]]), "layer_replication"),
         (change_config(target_modules=["c_attn"]), "do not fit"),
@@ -204,7 +211,9 @@ def test_adapters_of_the_head_are_refused_since_the_sampler_reads_its_weight(tmp
 
 
 def test_other_kinds_of_adapters_are_refused_by_name(tmp_path):
-    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
     folder = train_with_peft(tmp_path / "theirs", config=config)
     with pytest.raises(ValueError, match="IA3 adapters but the kit knows LoRA"):
         models.load(str(folder), device="cpu")

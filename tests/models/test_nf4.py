@@ -58,7 +58,9 @@ def test_every_weight_is_the_nearest_entry_of_the_table_and_comes_back_as_entry_
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1).repeat_interleave(BLOCK)[: len(flat)]
     distance = (flat / largest)[:, None].sub(TABLE).abs()
-    assert (distance.gather(1, codes[:, None])[:, 0] - distance.amin(1)).max() < torch.finfo(torch.float32).eps
+    assert (distance.gather(1, codes[:, None])[:, 0] - distance.amin(1)).max() < torch.finfo(
+        torch.float32
+    ).eps
     gaps = layer.scale_table.double().diff() * layer.scale_scales.double().max()
     assert (scales - largest).abs().max() <= gaps.max() / 2 + torch.finfo(torch.float32).eps * largest.max()
     truth = (TABLE[codes] * scales).view(shape)
@@ -95,8 +97,16 @@ def test_the_layer_is_a_linear_layer_of_its_dequantised_weight(shape, dtype, gra
 
 
 def make_bitsandbytes_linear(linear: nn.Linear) -> Linear4bit:
-    theirs = Linear4bit(linear.in_features, linear.out_features, bias=True, compute_dtype=linear.weight.dtype, quant_type="nf4")
-    theirs.weight = Params4bit(linear.weight.detach().clone(), quant_type="nf4", compress_statistics=True, module=theirs)
+    theirs = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=True,
+        compute_dtype=linear.weight.dtype,
+        quant_type="nf4",
+    )
+    theirs.weight = Params4bit(
+        linear.weight.detach().clone(), quant_type="nf4", compress_statistics=True, module=theirs
+    )
     theirs.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
     return theirs.to("cpu").train()
 
@@ -154,18 +164,26 @@ def test_a_layer_on_fake_tensors_holds_and_allocates_what_the_real_one_does_and_
     real, theirs = NF4Linear.quantise(linear, "cpu"), make_bitsandbytes_linear(linear)
     with FakeTensorMode():
         fake = NF4Linear.like(nn.Linear(shape[1], shape[0], dtype=dtype))
-        x, d_out = torch.empty(1, T, shape[1], dtype=dtype, requires_grad=True), torch.empty(1, T, shape[0], dtype=dtype)
+        x, d_out = (
+            torch.empty(1, T, shape[1], dtype=dtype, requires_grad=True),
+            torch.empty(1, T, shape[0], dtype=dtype),
+        )
         with LiveBytes() as counted:
             kept = forward_backward(fake, x, d_out)()
         assert counted.now == sum(t.untyped_storage().nbytes() for t in tree_iter(kept))
-    x, d_out = torch.randn(1, T, shape[1], dtype=dtype, requires_grad=True), torch.randn(1, T, shape[0], dtype=dtype)
+    x, d_out = (
+        torch.randn(1, T, shape[1], dtype=dtype, requires_grad=True),
+        torch.randn(1, T, shape[0], dtype=dtype),
+    )
     for layer in (real, theirs):  # the first run makes what a process makes once
         forward_backward(layer, x, d_out)()
     peak, left = allocated(forward_backward(real, x, d_out))
     assert (counted.peak, counted.now) == (peak, left)
     assert (peak, left) == allocated(forward_backward(theirs, x, d_out))
     dense = real.dequantise()
-    assert counted.peak == sum(tensor.untyped_storage().nbytes() for tensor in (dense, d_out, x))  # weight, result, gradient
+    assert counted.peak == sum(
+        tensor.untyped_storage().nbytes() for tensor in (dense, d_out, x)
+    )  # weight, result, gradient
     assert held_tensors(fake) == held_tensors(real)
     state = theirs.weight.quant_state
     held = [theirs.weight, theirs.bias, state.absmax, state.offset, state.state2.absmax, state.state2.code]
@@ -212,5 +230,7 @@ def test_a_simulated_model_holds_the_same_tensors(tiny_model):
         simulate_quantised_decoder(fake)
         assert all(tensor.fake_mode is mode for tensor in fake.state_dict().values())
     quantise_decoder(tiny_model, "cpu")
-    shapes = [[(name, x.shape, x.dtype) for name, x in model.state_dict().items()] for model in (tiny_model, fake)]
+    shapes = [
+        [(name, x.shape, x.dtype) for name, x in model.state_dict().items()] for model in (tiny_model, fake)
+    ]
     assert shapes[0] == shapes[1]

@@ -18,7 +18,13 @@ def bench(monkeypatch):
 def test_every_rewriting_keeps_the_answer_and_every_wrong_one_is_wrong(bench):
     pairs = bench.make_pairs(bench.read_answers(bench.Config()), random.Random(0))
     assert len(pairs) > 250
-    assert {pair.kind for pair in pairs} >= {"the same", "another's", "a number changed", "in a sentence", *bench.REWRITES}
+    assert {pair.kind for pair in pairs} >= {
+        "the same",
+        "another's",
+        "a number changed",
+        "in a sentence",
+        *bench.REWRITES,
+    }
     for pair in pairs:
         verdict = grade(pair.gold, pair.response, deadline=60).verdict
         if pair.kind in ("a number changed", "another's"):
@@ -39,9 +45,14 @@ def test_a_short_run_writes_its_figures(bench, tmp_path, capsys):
 
 
 def test_the_hardest_are_the_slowest_pairs_that_both_decide(bench):
-    pairs = [bench.Pair("7", "7", "the same", "correct", "correct", *([1e-6] * 2), *([1e-4] * 2)) for _ in range(18)]
+    pairs = [
+        bench.Pair("7", "7", "the same", "correct", "correct", *([1e-6] * 2), *([1e-4] * 2))
+        for _ in range(18)
+    ]
     pairs.append(bench.Pair("8", "8", "the same", "correct", "correct", 1e-3, 1e-3, 2e-3, 2e-3))
-    pairs.append(bench.Pair("9", "9", "the same", "unknown", "wrong", 5.0, 5.0, 1e-3, 1e-3))  # one side alone decides it
+    pairs.append(
+        bench.Pair("9", "9", "the same", "unknown", "wrong", 5.0, 5.0, 1e-3, 1e-3)
+    )  # one side alone decides it
     figures = bench.summarise(pairs, 0.05, peer=True)["first"]
     assert figures["ratio_of_medians_on_hardest"] == pytest.approx(2)
     assert figures["ratio_of_medians"] == pytest.approx(100)

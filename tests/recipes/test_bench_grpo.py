@@ -26,7 +26,9 @@ def logits(model):
     return hidden_states(model, batch) @ head_weight(model).T
 
 
-@pytest.mark.parametrize(("hidden_size", "num_layers", "parameters"), [(96, 3, 366_528), (120, 4, 757_920), (264, 5, 4_550_832)])
+@pytest.mark.parametrize(
+    ("hidden_size", "num_layers", "parameters"), [(96, 3, 366_528), (120, 4, 757_920), (264, 5, 4_550_832)]
+)
 def test_a_grown_model_computes_the_same_and_learns_everywhere(bench, hidden_size, num_layers, parameters):
     model, _ = load("tiny", device="cpu")
     with torch.no_grad():
@@ -40,10 +42,14 @@ def test_a_grown_model_computes_the_same_and_learns_everywhere(bench, hidden_siz
         with torch.no_grad():
             for parameter in grown.parameters():
                 parameter -= 1e-3 * parameter.grad.sign()
-    assert all((p.grad != 0).float().mean() > 0.9 for name, p in grown.named_parameters() if "embed" not in name)
+    assert all(
+        (p.grad != 0).float().mean() > 0.9 for name, p in grown.named_parameters() if "embed" not in name
+    )
 
 
-@pytest.mark.parametrize(("hidden_size", "num_layers", "fitting"), [(72, 4, "96.*4"), (100, 3, "120.*3"), (96, 2, "96.*3")])
+@pytest.mark.parametrize(
+    ("hidden_size", "num_layers", "fitting"), [(72, 4, "96.*4"), (100, 3, "120.*3"), (96, 2, "96.*3")]
+)
 def test_a_model_does_not_grow_smaller_or_by_parts_of_a_head(bench, hidden_size, num_layers, fitting):
     message = f"hidden_size is {hidden_size} and num_layers {num_layers} but the model has 96 and 3, and grows.*{fitting}$"
     with pytest.raises(ValueError, match=message):

@@ -17,9 +17,13 @@ CPU = Card(torch.device("cpu"), small=True, quick=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", ["truth,speed", "steps,fits", "sampler,rl,resume"])
 def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sections):
-    done = run_recipe("check_card", "--device", "cpu", "--quick", "--seconds", "0", "--only", sections, cwd=tmp_path)
+    done = run_recipe(
+        "check_card", "--device", "cpu", "--quick", "--seconds", "0", "--only", sections, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "runs/check_card/001/results.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "runs/check_card/001/results.jsonl").read_text().splitlines()
+    ]
     assert {row["section"] for row in rows} == set(sections.split(","))
     assert not [row for row in rows if row["status"] == FAIL]
     assert {row["section"] for row in rows if row["status"] == PASS} >= set(sections.split(",")) - {"speed"}
@@ -30,7 +34,17 @@ def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sectio
 
 @pytest.mark.slow
 def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(tmp_path):
-    flags = ["--device", "cpu", "--quick", "--only", "truth", "--as", "sm89", "--out", str(tmp_path / "check")]
+    flags = [
+        "--device",
+        "cpu",
+        "--quick",
+        "--only",
+        "truth",
+        "--as",
+        "sm89",
+        "--out",
+        str(tmp_path / "check"),
+    ]
     done = run_recipe("check_card", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "PTX of sm89: mma.sync, no wgmma" in done.stdout and (tmp_path / "check" / "triton_sm89").is_dir()
@@ -39,7 +53,10 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
 def test_what_cannot_be_checked_is_refused_in_one_line_that_says_what_to_do(tmp_path):
     for flags, words in (
         ([], "error: check_card needs an NVIDIA card and torch sees none; rehearse with --device cpu"),
-        (["--only", "truth,sped"], "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume"),
+        (
+            ["--only", "truth,sped"],
+            "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume",
+        ),
         (["--models", "gemma", "--device", "cpu"], "google/gemma-3-1b-it"),
     ):
         done = run_recipe("check_card", *flags, cwd=tmp_path)

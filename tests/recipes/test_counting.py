@@ -28,7 +28,9 @@ def _dot_kernel(a_ptr, b_ptr, c_ptr, lock_ptr, M: tl.constexpr, N: tl.constexpr,
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
     a = tl.load(a_ptr + m[:, None] * K + k[None, :])
     b = tl.load(b_ptr + k[:, None] * N + n[None, :], mask=k[:, None] < 5, other=0.0)
-    tl.atomic_add(c_ptr + m[:, None] * N + n[None, :], tl.dot(a, b, input_precision="ieee"), mask=m[:, None] < 3)
+    tl.atomic_add(
+        c_ptr + m[:, None] * N + n[None, :], tl.dot(a, b, input_precision="ieee"), mask=m[:, None] < 3
+    )
     tl.atomic_cas(lock_ptr, 0, 1)
 
 
@@ -129,7 +131,9 @@ def test_live_bytes_of_fake_tensors_need_no_memory():
     assert memory.peak == 2 * 2**41 + 2
 
 
-needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter; runs in the child process")
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRET, reason="needs the interpreter; runs in the child process"
+)
 
 
 @needs_interpreter
@@ -143,7 +147,12 @@ def test_masked_out_elements_do_not_count():
 
 @needs_interpreter
 def test_dots_and_atomics_count():
-    a, b, c, lock = torch.ones(4, 8).half(), torch.ones(8, 16).half(), torch.zeros(4, 16), torch.zeros(1, dtype=torch.int32)
+    a, b, c, lock = (
+        torch.ones(4, 8).half(),
+        torch.ones(8, 16).half(),
+        torch.zeros(4, 16),
+        torch.zeros(1, dtype=torch.int32),
+    )
     with Counter() as counter:
         _dot_kernel[(1,)](a, b, c, lock, 4, 16, 8)
     assert counter.total == Count(1, 4 * 8 * 2 + 5 * 16 * 2 + 3 * 16 * 4 + 4, 3 * 16 * 4 + 4, 2 * 4 * 8 * 16)

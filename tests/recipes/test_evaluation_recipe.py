@@ -19,7 +19,9 @@ QUICK = ["--smoke", "--num_questions", "6", "--max_new_tokens", "64"]
 
 def samples(run):
     return {
-        (row["question"], row["sample"]): {key: value for key, value in row.items() if key not in ("seconds", "mean_logprob")}
+        (row["question"], row["sample"]): {
+            key: value for key, value in row.items() if key not in ("seconds", "mean_logprob")
+        }
         for row in read_result(run / "samples" / "toy.jsonl").rows
     }
 
@@ -28,7 +30,13 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
     done = run_recipe("evaluate", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "evaluate" / "001"
-    assert {path.name for path in run.iterdir()} >= {"config.json", "results.json", "report.html", "caps.png", "length.png"}
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json",
+        "results.json",
+        "report.html",
+        "caps.png",
+        "length.png",
+    }
     (figures,) = json.loads((run / "results.json").read_text())
     found = read_result(run / "samples" / "toy.jsonl")
     assert figures == json.loads(json.dumps(found.summary()))
@@ -38,7 +46,9 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
     assert line[1] == f"{100 * found.accuracy:.1f}"
 
     lines = (run / "samples" / "toy.jsonl").read_text().splitlines(keepends=True)
-    (run / "samples" / "toy.jsonl").write_text("".join(lines[:5]) + lines[5][:40])  # a kill in the middle of a line
+    (run / "samples" / "toy.jsonl").write_text(
+        "".join(lines[:5]) + lines[5][:40]
+    )  # a kill in the middle of a line
     again = run_recipe("evaluate", *QUICK, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert {(r["question"], r["sample"]): r["text"] for r in found.rows} == {
@@ -52,7 +62,10 @@ def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
         done = run_recipe("evaluate", *QUICK, "--out", out, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     same = run_recipe("evaluate", "--compare", "a,a", cwd=tmp_path)
-    assert "toy: difference +0.0 points, 95 % interval +0.0 to +0.0 (paired bootstrap over 6 questions)" in same.stdout
+    assert (
+        "toy: difference +0.0 points, 95 % interval +0.0 to +0.0 (paired bootstrap over 6 questions)"
+        in same.stdout
+    )
     refused = run_recipe("evaluate", "--compare", "a,b", cwd=tmp_path)
     assert refused.returncode == 1
     assert "seed 0 and 1" in refused.stderr and "--force" in refused.stderr
@@ -80,7 +93,9 @@ def test_a_folder_of_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp
 
 def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(TINY)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    )
     ids = torch.arange(6, 60)[None]
     for _ in range(3):  # up the loss: it unlearns
         (-adapted(input_ids=ids, labels=ids).loss).backward()
@@ -117,4 +132,6 @@ def test_the_samplers_bench_checks_every_engines_answers(tmp_path):
     assert [row["name"] for row in figures["rows"]] == ["ours", "generate_batch", "generate"]
     assert [row["answers_as_expected"] for row in figures["rows"]] == [8, 8, 8]
     assert "ours against generate_batch: " in done.stdout
-    assert "leave 'fast' out" in run_recipe("bench/sampler", "--smoke", "--engines", "fast", cwd=tmp_path).stderr
+    assert (
+        "leave 'fast' out" in run_recipe("bench/sampler", "--smoke", "--engines", "fast", cwd=tmp_path).stderr
+    )

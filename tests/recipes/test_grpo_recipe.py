@@ -60,10 +60,14 @@ def test_a_card_too_small_is_refused_before_any_download_or_folder(model, tmp_pa
 
 
 def test_no_more_answers_at_once_are_chosen_than_a_rollout_has(recipe, model):
-    config = parse(recipe.Config, [*small(model), "--gpu_gb", "24", "--batch_prompts", "3", "--group_size", "2"])
+    config = parse(
+        recipe.Config, [*small(model), "--gpu_gb", "24", "--batch_prompts", "3", "--group_size", "2"]
+    )
     chosen, planned = recipe.plan_memory(config)
     assert chosen.num_slots == planned.settings.num_slots == 6
-    assert replace(chosen, num_slots=config.num_slots, optimizer="auto") == config  # the fastest settings: nothing else changes
+    assert (
+        replace(chosen, num_slots=config.num_slots, optimizer="auto") == config
+    )  # the fastest settings: nothing else changes
 
 
 def test_the_settings_chosen_for_a_card_are_those_that_are_trained_with(recipe, model):
@@ -75,16 +79,25 @@ def test_the_settings_chosen_for_a_card_are_those_that_are_trained_with(recipe, 
 
 
 @pytest.mark.parametrize("flags", [[], ["--gpu_gb", "24", "--batch_prompts", "2", "--group_size", "2"]])
-def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded(recipe, model, flags, monkeypatch, tmp_path):
+def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded(
+    recipe, model, flags, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = parse(recipe.Config, [*small(model), *flags])
     needed = recipe.plan_memory(config)[1].larger.total - CONTEXT
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, 8 * GIB))
-    with pytest.raises(ValueError, match=r"the plan needs .* of the card's 8.00 GiB are free; its largest owners are .*--gpu_gb"):
+    with pytest.raises(
+        ValueError,
+        match=r"the plan needs .* of the card's 8.00 GiB are free; its largest owners are .*--gpu_gb",
+    ):
         recipe.main(config)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed, 8 * GIB))
-    monkeypatch.setattr(recipe.RunFolder, "open", lambda config: (_ for _ in ()).throw(InterruptedError("training would begin")))
+    monkeypatch.setattr(
+        recipe.RunFolder,
+        "open",
+        lambda config: (_ for _ in ()).throw(InterruptedError("training would begin")),
+    )
     with pytest.raises(InterruptedError):
         recipe.main(config)

@@ -34,20 +34,30 @@ from kit.memory.live_bytes import LiveBytes
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.float16]
-needs_interpreter = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter; runs in the child process")
+needs_interpreter = pytest.mark.skipif(
+    not INTERPRET, reason="needs the interpreter; runs in the child process"
+)
 needs_liger = pytest.mark.skipif(
-    not importlib.util.find_spec("liger_kernel"), reason="liger-kernel is not installed: its formula is NOT CHECKED here"
+    not importlib.util.find_spec("liger_kernel"),
+    reason="liger-kernel is not installed: its formula is NOT CHECKED here",
 )
 needs_apple = pytest.mark.skipif(
     not importlib.util.find_spec("cut_cross_entropy"),
     reason="cut-cross-entropy is not installed: its formula is NOT CHECKED here",
 )
-SIZES = [(77, 19), (301, 19), (77, 24), (4099, 3)]  # V, H: nothing divides anything; more columns than a step of the row kernel
+SIZES = [
+    (77, 19),
+    (301, 19),
+    (77, 24),
+    (4099, 3),
+]  # V, H: nothing divides anything; more columns than a step of the row kernel
 
 
 def problem(loss: Loss):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, loss.H, generator=generator).to(loss.dtype).requires_grad_() for n in (loss.N, loss.V))
+    hidden, weight = (
+        torch.randn(n, loss.H, generator=generator).to(loss.dtype).requires_grad_() for n in (loss.N, loss.V)
+    )
     targets = torch.randint(loss.V, (loss.N,), generator=generator)
     targets[loss.K :] = IGNORE_INDEX
     return hidden, weight, targets
@@ -65,9 +75,12 @@ def assert_only_vectors_are_left(differences: list[Count], N: int):
     """What formulas leave out does not change with V or H, and is a few numbers per row."""
     assert len(set(differences)) == 1, differences
     left = differences[0]
-    assert left.launches == 0 and left.flops == 0 and 0 <= left.bytes_loaded <= 200 * N and 0 <= left.bytes_stored <= 200 * N, (
-        left
-    )
+    assert (
+        left.launches == 0
+        and left.flops == 0
+        and 0 <= left.bytes_loaded <= 200 * N
+        and 0 <= left.bytes_stored <= 200 * N
+    ), left
 
 
 @needs_interpreter
@@ -80,8 +93,13 @@ def test_ours_is_exact(N, K, scaled, dtype, monkeypatch):
     differences = []
     for V, H in SIZES:
         loss = Loss(N, K, V, H, dtype)
-        terms, counter = ours(loss, scaled=scaled), count(linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0)
-        if dtype == torch.float16:  # a CPU has no product of 16-bit matrices with an fp32 sum: a GPU needs one operator for it
+        terms, counter = (
+            ours(loss, scaled=scaled),
+            count(linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0),
+        )
+        if (
+            dtype == torch.float16
+        ):  # a CPU has no product of 16-bit matrices with an fp32 sum: a GPU needs one operator for it
             terms.pop("dW")
             counter.by_operator.pop("kit::add_matmul_")
         differences.append(counter.total - total(terms))
@@ -91,7 +109,9 @@ def test_ours_is_exact(N, K, scaled, dtype, monkeypatch):
 def transformers_loss(hidden, weight, targets):
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    return ForCausalLMLoss(hidden @ weight.T, None, len(weight), ignore_index=IGNORE_INDEX, shift_labels=targets)
+    return ForCausalLMLoss(
+        hidden @ weight.T, None, len(weight), ignore_index=IGNORE_INDEX, shift_labels=targets
+    )
 
 
 @pytest.mark.skipif(INTERPRET, reason="runs no kernel")
@@ -99,7 +119,9 @@ def transformers_loss(hidden, weight, targets):
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9)])
 def test_the_unfused_path_is_exact(N, K, dtype):
     losses = [Loss(N, K, V, H, dtype) for V, H in SIZES]
-    assert_only_vectors_are_left([count(transformers_loss, loss).total - total(unfused(loss)) for loss in losses], N)
+    assert_only_vectors_are_left(
+        [count(transformers_loss, loss).total - total(unfused(loss)) for loss in losses], N
+    )
 
 
 @needs_interpreter
@@ -114,8 +136,12 @@ def test_liger_is_exact_in_the_way_it_takes_on_a_cpu(N, K, scaled, dtype):
     for V, H in SIZES[:3]:  # it scales dW with a program a row, which the interpreter runs one by one
         loss = Loss(N, K, V, H, dtype)
         counted = count(liger_fused_linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0).total
-        upstream_loads = (N + V) * 4 * scaled  # the scaling kernel reads the upstream gradient once per row, of dX and of dW
-        differences.append(counted - total(liger(loss, on_gpu=False, scaled=scaled)) - Count(0, upstream_loads))
+        upstream_loads = (
+            (N + V) * 4 * scaled
+        )  # the scaling kernel reads the upstream gradient once per row, of dX and of dW
+        differences.append(
+            counted - total(liger(loss, on_gpu=False, scaled=scaled)) - Count(0, upstream_loads)
+        )
     assert_only_vectors_are_left(differences, N)
 
 
@@ -222,19 +248,26 @@ def test_the_causal_area_is_what_the_mask_shows(window):
 @pytest.mark.parametrize("window", [None, 1, 3, 16, 50])
 @pytest.mark.parametrize(("BLOCK_M", "BLOCK_N"), [(16, 16), (32, 16), (16, 32)])
 @pytest.mark.parametrize("by_keys", [False, True])
-def test_tiles_cover_what_the_mask_shows_and_no_whole_tile_more_than_they_must(BLOCK_M, BLOCK_N, window, by_keys):
+def test_tiles_cover_what_the_mask_shows_and_no_whole_tile_more_than_they_must(
+    BLOCK_M, BLOCK_N, window, by_keys
+):
     """Walked as the kernels walk; every tile, as a set of pairs, must hold all that is seen, and none may be empty."""
     for n in (1, 37, 16, 40):
         w, missing, tiles = window or n, seen_pairs([n], window), 0
         for first in range(0, n, BLOCK_N if by_keys else BLOCK_M):
-            low, high = (first, first + BLOCK_N - 1 + w) if by_keys else (max(first - w + 1, 0), first + BLOCK_M)
+            low, high = (
+                (first, first + BLOCK_N - 1 + w) if by_keys else (max(first - w + 1, 0), first + BLOCK_M)
+            )
             for other in range(low, min(high, n), BLOCK_M if by_keys else BLOCK_N):
                 q, k = (other, first) if by_keys else (first, other)
                 tile = missing[q : q + BLOCK_M, k : k + BLOCK_N]
                 assert tile.any()
                 tile.zero_()
                 tiles += 1
-        assert not missing.any() and tiled_pairs([n], BLOCK_M, BLOCK_N, window, by_keys=by_keys) == tiles * BLOCK_M * BLOCK_N
+        assert (
+            not missing.any()
+            and tiled_pairs([n], BLOCK_M, BLOCK_N, window, by_keys=by_keys) == tiles * BLOCK_M * BLOCK_N
+        )
 
 
 def attention_tiles(head_dim: int, element_size: int):
@@ -247,7 +280,9 @@ def attention_tiles(head_dim: int, element_size: int):
 
 def largest_work(head_dim: int, window: int | None) -> float:
     """Of five packs of realistic lengths, see realistic_pack."""
-    return max(attention_work(realistic_pack(seed=seed), attention_tiles(head_dim, 2), window) for seed in range(5))
+    return max(
+        attention_work(realistic_pack(seed=seed), attention_tiles(head_dim, 2), window) for seed in range(5)
+    )
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -269,7 +304,9 @@ def test_attention_flops_are_those_of_the_tiles(window):
     with Counter() as counter:
         packed_attention(q, k, v, bounds, max(lengths), window=window).sum().backward()
     blocks = {name: (tile[name]["BLOCK_M"], tile[name]["BLOCK_N"]) for name in ("forward", "dq", "dkdv")}
-    pairs = {name: tiled_pairs(lengths, *block, window, by_keys=name == "dkdv") for name, block in blocks.items()}
+    pairs = {
+        name: tiled_pairs(lengths, *block, window, by_keys=name == "dkdv") for name, block in blocks.items()
+    }
     assert counter.total.flops == attention_flops(pairs, tile["forward"]["BLOCK_D"], Hq)
 
 

@@ -13,19 +13,42 @@ from children import call, run_recipe, wait
 from kit.config import parse
 
 ROOT = Path(__file__).resolve().parents[2]
-RL = ["--smoke", "--steps", "2", "--batch_prompts", "4", "--group_size", "4", "--minibatch_prompts", "2", "--num_questions", "4"]
+RL = [
+    "--smoke",
+    "--steps",
+    "2",
+    "--batch_prompts",
+    "4",
+    "--group_size",
+    "4",
+    "--minibatch_prompts",
+    "2",
+    "--num_questions",
+    "4",
+]
 TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
 QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
 
 
 @pytest.mark.slow
 def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
-    command = [sys.executable, str(ROOT / "recipes" / "gemma3_1b_8k.py"), *QUICK]  # as from a shell, with nothing imported yet
+    command = [
+        sys.executable,
+        str(ROOT / "recipes" / "gemma3_1b_8k.py"),
+        *QUICK,
+    ]  # as from a shell, with nothing imported yet
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "gemma3_1b_8k" / "001"
-    for line in ("traces kept", "optimizer steps of", "before      toy:", "after       toy:", "toy: accuracy ", "report runs"):
+    for line in (
+        "traces kept",
+        "optimizer steps of",
+        "before      toy:",
+        "after       toy:",
+        "toy: accuracy ",
+        "report runs",
+    ):
         assert line in done.stdout
     assert {path.name for path in run.iterdir()} >= {
         "config.json", "drop_counts.json", "metrics.jsonl", "before", "after", "model", "report.html", "loss.png", "accuracy.png",
@@ -33,7 +56,9 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     before, after = ((run / stage / "toy.jsonl").read_text().splitlines()[0] for stage in ("before", "after"))
-    assert json.loads(before)["header"]["model"] != json.loads(after)["header"]["model"]  # what is measured last was trained
+    assert (
+        json.loads(before)["header"]["model"] != json.loads(after)["header"]["model"]
+    )  # what is measured last was trained
 
     again = run_recipe("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -68,7 +93,12 @@ def test_the_default_is_the_papers_setting(monkeypatch):
     assert (config.num_traces, config.epochs, config.batch_traces, config.lr, config.warmup_ratio, config.row_tokens) == (
         8_000, 4, 8, 5e-5, 0.05, 16_384,
     )  # fmt: skip
-    assert (config.temperature, config.top_p, config.max_new_tokens, config.num_samples) == (0.6, 0.95, 16_384, 0)
+    assert (config.temperature, config.top_p, config.max_new_tokens, config.num_samples) == (
+        0.6,
+        0.95,
+        16_384,
+        0,
+    )
     assert config.benchmarks == "math500,aime24,amc23"
 
 
@@ -109,7 +139,9 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
     wait(done)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in figures["loss"]["loss"]] == ["the three matmuls alone", "ours"]
-    assert [row["name"] for row in figures["attention"]["attention"]] == ["ours"] and "flash-attn: " in done.stdout
+    assert [row["name"] for row in figures["attention"]["attention"]] == [
+        "ours"
+    ] and "flash-attn: " in done.stdout
     assert "Apple cut_cross_entropy: " in done.stdout
     assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
     [run] = figures["finetune"]
@@ -136,9 +168,23 @@ def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
 
 
 def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
-    done = run_recipe("gemma3_1b_8k", "--plan", "--model", "tiny", "--row_tokens", "256", "--json", "plan.json", cwd=tmp_path)
+    done = run_recipe(
+        "gemma3_1b_8k",
+        "--plan",
+        "--model",
+        "tiny",
+        "--row_tokens",
+        "256",
+        "--json",
+        "plan.json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
-    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout and "several rows per step" in done.stdout
+    assert (
+        "(simulated)" in done.stdout
+        and "fits 6 GB: yes" in done.stdout
+        and "several rows per step" in done.stdout
+    )
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["simulated"] is True and plan["fits_gb"] == [6, 8, 12, 16, 24]
     assert sum(plan["owners"].values()) >= plan["peak"] > 0
@@ -146,9 +192,13 @@ def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
 
 
 def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
-    done = run_recipe("gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path)
+    done = run_recipe(
+        "gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path
+    )
     assert done.returncode == 1
-    assert "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
+    assert (
+        "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -179,7 +229,13 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
                  "before      toy:", "step 2: reward", "a loss near zero is normal", "after       toy:",
                  "report runs"):  # fmt: skip
         assert line in done.stdout
-    assert {path.name for path in run.iterdir()} >= {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "model",
+        "report.html",
+    }
     again = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "step 1" not in again.stdout
@@ -197,7 +253,9 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
         1_024, 8, 8_192, 256, 1.0,
     )  # fmt: skip
     assert (paper.kl_coef, paper.lr, paper.advantage_scale) == (1e-4, 5e-7, "group-std")
-    small = parse(recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS)
+    small = parse(
+        recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS
+    )
     assert (small.batch_prompts, small.lr) == (32, 2e-6)
     assert "lr 2e-06 (paper: 5e-07)" in recipe.deviations(small)
     for name in recipe.PRESETS:  # a prompt of the data and its answer fit a row
@@ -208,7 +266,17 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
 
 
 def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
-    flags = ["--plan", "--model", "tiny", "--row_tokens", "256", "--max_new_tokens", "64", "--json", "plan.json"]
+    flags = [
+        "--plan",
+        "--model",
+        "tiny",
+        "--row_tokens",
+        "256",
+        "--max_new_tokens",
+        "64",
+        "--json",
+        "plan.json",
+    ]
     done = run_recipe("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
@@ -231,7 +299,9 @@ def test_the_rl_bench_runs_both_in_turns_and_shows_the_fastest_beside_what_libra
 
 def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
     done = run_recipe("bench/grpo", "--repeats", "0", cwd=tmp_path)
-    assert done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
+    assert (
+        done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -246,7 +316,13 @@ def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_
 
     cells = rows("cells.jsonl")
     assert [cell["cell"] for cell in cells] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
-    assert {path.name for path in run.iterdir()} >= {"config.json", "valley.png", "causes.png", "steps.png", "report.html"}
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json",
+        "valley.png",
+        "causes.png",
+        "steps.png",
+        "report.html",
+    }
     for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "report runs"):
         assert line in done.stdout
     flags += ["--sizes", "4,8", "--resume"]  # afterwards, beside the same cells
@@ -258,14 +334,20 @@ def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_
     assert climbed[0] == "tiny-base-0-seed0" and climbed[-1] == "tiny-long-8-seed0"
     assert "learning from long" in again.stdout
     other = run_recipe("valley_demo", *flags, "--rl_steps", "2", cwd=tmp_path)
-    assert other.returncode != 0 and "rl_steps is 2 but " in other.stderr and "trained for 1; pass that" in other.stderr
+    assert (
+        other.returncode != 0
+        and "rl_steps is 2 but " in other.stderr
+        and "trained for 1; pass that" in other.stderr
+    )
 
 
 def test_quick_sets_what_the_flags_may_change(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import valley_demo
 
-    config = parse(valley_demo.Config, ["--quick", "--sizes", "8"], smoke=valley_demo.SMOKE, quick=valley_demo.QUICK)
+    config = parse(
+        valley_demo.Config, ["--quick", "--sizes", "8"], smoke=valley_demo.SMOKE, quick=valley_demo.QUICK
+    )
     assert (config.quick, config.smoke, config.seeds, config.sizes) == (True, False, 1, "8")
     full = valley_demo.study_of(valley_demo.Config())
     assert full == valley_demo.Study()  # the defaults stand in one place as far as they can

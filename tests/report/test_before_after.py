@@ -21,7 +21,10 @@ def rows(shares, tokens=10, text="so \\boxed{1}"):
 
 
 def results(before, after, **options):
-    return {BEFORE: {"toy": Result("toy", tuple(rows(before)))}, AFTER: {"toy": Result("toy", tuple(rows(after, **options)))}}
+    return {
+        BEFORE: {"toy": Result("toy", tuple(rows(before)))},
+        AFTER: {"toy": Result("toy", tuple(rows(after, **options)))},
+    }
 
 
 @pytest.mark.parametrize(
@@ -33,7 +36,9 @@ def results(before, after, **options):
         ([0.5], [0.1], "accuracy did not change beyond chance"),  # one question shows nothing
     ],
 )
-def test_the_finding_follows_the_data_and_calls_no_difference_inside_its_interval_one(before, after, sentence):
+def test_the_finding_follows_the_data_and_calls_no_difference_inside_its_interval_one(
+    before, after, sentence
+):
     (finding,) = findings(results(before, after, tokens=25))
     assert sentence in finding
     assert "2.50 times as long" in finding
@@ -56,7 +61,12 @@ def make_run(path, *, before=None, after=None, metrics=()):
 
 def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     hostile = "<script>alert(1)</script> let me recheck \ud800"
-    path = make_run(tmp_path / "run", before=rows([0.9, 0.8] * 3), after=rows([0.1, 0.2] * 3, text=hostile), metrics=[2.0, 1.0])
+    path = make_run(
+        tmp_path / "run",
+        before=rows([0.9, 0.8] * 3),
+        after=rows([0.1, 0.2] * 3, text=hostile),
+        metrics=[2.0, 1.0],
+    )
     page = write_report(path).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; let me <mark>recheck</mark>" in page
@@ -71,8 +81,13 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
 
 def test_tokens_per_second_leave_out_the_steps_that_compiled_kernels(tmp_path):
     path = make_run(tmp_path / "run", metrics=[2.0, 1.0])
-    Journal(path / "metrics.jsonl").append({"step": 3, "loss": 1.0, "tokens": 10, "seconds": 90.0, "compiles": True})
-    assert "30 tokens in 92 s (10 tokens/s, without steps that compiled kernels)" in write_report(path).read_text()
+    Journal(path / "metrics.jsonl").append(
+        {"step": 3, "loss": 1.0, "tokens": 10, "seconds": 90.0, "compiles": True}
+    )
+    assert (
+        "30 tokens in 92 s (10 tokens/s, without steps that compiled kernels)"
+        in write_report(path).read_text()
+    )
 
 
 def test_plots_are_pngs_of_a_readable_size(tmp_path):
@@ -108,10 +123,19 @@ def test_a_report_of_one_evaluation_shows_right_and_wrong_answers_with_their_mar
         journal.append(row)
     page = write_report(path).read_text()
     assert "google/gemma-3-1b-it, an evaluation" in page
-    assert "so &lt;b&gt; let me <mark>Double-check</mark>: <b class=box>\\boxed{\\frac{1}{2}}</b> again" in page
+    assert (
+        "so &lt;b&gt; let me <mark>Double-check</mark>: <b class=box>\\boxed{\\frac{1}{2}}</b> again" in page
+    )
     summaries = re.findall(r"<summary>(.*?) <small>\((.*?)\)</small></summary>", page)
-    assert summaries == [("0 &lt; 1?", "3 of 10 right"), ("1 &lt; 1?", "10 of 10 right"), ("2 &lt; 1?", "0 of 10 right")]
-    assert [len(re.findall(f"<span class={v}>", page)) for v in ("correct", "wrong")] == [2, 2]  # one of each, where there is one
+    assert summaries == [
+        ("0 &lt; 1?", "3 of 10 right"),
+        ("1 &lt; 1?", "10 of 10 right"),
+        ("2 &lt; 1?", "0 of 10 right"),
+    ]
+    assert [len(re.findall(f"<span class={v}>", page)) for v in ("correct", "wrong")] == [
+        2,
+        2,
+    ]  # one of each, where there is one
     assert "40 tokens, ends in a loop" in page
     assert page.count("data:image/png;base64,") == 3  # accuracy, length, accuracy against length
     assert "<b>43.3 %</b>" in page

@@ -27,13 +27,22 @@ def make_run(path, *, steps=0, shares=None):
         Journal(path / "metrics.jsonl").append(row)
         for reward, finished in ((0.0, False), (1.0, True)):
             Journal(path / "rollouts.jsonl").append(
-                {"step": step, "question": "q", "reward": reward, "tokens": 7, "finished": finished, "text": HOSTILE}
+                {
+                    "step": step,
+                    "question": "q",
+                    "reward": reward,
+                    "tokens": 7,
+                    "finished": finished,
+                    "text": HOSTILE,
+                }
             )
     return path
 
 
 def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_write(tmp_path):
-    page = write_report(make_run(tmp_path / "run", steps=20, shares={"before": 0.1, "after": 0.9})).read_text()
+    page = write_report(
+        make_run(tmp_path / "run", steps=20, shares={"before": 0.1, "after": 0.9})
+    ).read_text()
     assert "toy: accuracy rose, 10.0 % to 90.0 % (difference +80.0 points" in page
     assert (
         "20 steps: mean reward 0.250 in the first tenth, 0.250 in the last; 40 s of sampling and grading, 20 s of updates; 40 "
@@ -42,12 +51,18 @@ def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_wr
     assert "<b>90.0 %</b>" in page and "some &lt;model&gt;, reinforcement learning" in page
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "<mark>recheck</mark>" in page and page.count("data:image/png;base64,") == 1
-    assert [f"step {step}</summary>" in page for step in (1, 2, 20)] == [True, False, True]  # six of them, evenly
+    assert [f"step {step}</summary>" in page for step in (1, 2, 20)] == [
+        True,
+        False,
+        True,
+    ]  # six of them, evenly
     assert page.count("reward 0.0, 7 tokens (cut off)") == page.count("reward 1.0, 7 tokens<") == 6
 
 
 def test_an_unfinished_run_has_a_report_and_a_folder_without_a_run_none(tmp_path):
     assert "No step has been made yet." in write_report(make_run(tmp_path / "empty")).read_text()
-    assert "3 steps" in write_report(make_run(tmp_path / "begun", steps=3, shares={"before": 0.5})).read_text()
+    assert (
+        "3 steps" in write_report(make_run(tmp_path / "begun", steps=3, shares={"before": 0.5})).read_text()
+    )
     with pytest.raises(ValueError, match="holds no run"):
         write_report(tmp_path)

@@ -24,7 +24,11 @@ from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
 BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl="none")
-REWARDS = [[0.0, 1.0, 0.25, 1.0], [0.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]]  # the last group teaches nothing
+REWARDS = [
+    [0.0, 1.0, 0.25, 1.0],
+    [0.0, 0.0, 1.0, 0.0],
+    [0.5, 0.5, 0.5, 0.5],
+]  # the last group teaches nothing
 LENGTHS = [[3, 9, 1, 5], [24, 2, 7, 11], [4, 6, 8, 2]]
 TRUNCATED = {(1, 0), (0, 1), (2, 3)}
 
@@ -46,11 +50,15 @@ def make_episodes(model, *, temperature=1.0, noise=0.3, seed=0, rewards=REWARDS)
         prompt = torch.randint(3, 97, (5 + 3 * g,), generator=generator).tolist()
         for i, (reward, length) in enumerate(zip(group, lengths, strict=True)):
             ids = torch.randint(3, 97, (length,), generator=generator).tolist()
-            episode = Episode(g, f"q{g}", prompt, Completion(ids, [0.0] * length, (g, i) not in TRUNCATED), reward)
+            episode = Episode(
+                g, f"q{g}", prompt, Completion(ids, [0.0] * length, (g, i) not in TRUNCATED), reward
+            )
             with torch.no_grad():
                 logprobs = plain_logprobs(model, episode, temperature)
             logprobs = logprobs + noise * torch.randn(length, generator=generator)
-            episodes.append(replace(episode, completion=replace(episode.completion, logprobs=logprobs.tolist())))
+            episodes.append(
+                replace(episode, completion=replace(episode.completion, logprobs=logprobs.tolist()))
+            )
     return episodes
 
 
@@ -106,7 +114,9 @@ def formula_gradients(model, reference, episodes, s, dtype):
 
 
 def make_policy(model, settings, *, lr=0.0, **options):
-    return Policy(model, ChatFormat(make_tokenizer(), instruction=""), settings, lr=lr, max_grad_norm=0.0, **options)
+    return Policy(
+        model, ChatFormat(make_tokenizer(), instruction=""), settings, lr=lr, max_grad_norm=0.0, **options
+    )
 
 
 OPTIONS = {
@@ -167,7 +177,9 @@ def test_what_is_measured_is_what_the_formulas_give():
         rewards = torch.tensor(REWARDS[group])
         for episode, reward in zip([e for e in episodes if e.group == group], rewards, strict=True):
             with torch.no_grad():
-                ratio = (plain_logprobs(model, episode, 1.0) - torch.tensor(episode.completion.logprobs)).exp()
+                ratio = (
+                    plain_logprobs(model, episode, 1.0) - torch.tensor(episode.completion.logprobs)
+                ).exp()
             ratios.append(ratio)
             signs.append((reward - rewards.mean()).sign().expand_as(ratio))
     ratio, sign = torch.cat(ratios), torch.cat(signs)
@@ -181,7 +193,11 @@ def test_what_is_measured_is_what_the_formulas_give():
         "entropy": -sum(x for e in episodes for x in e.completion.logprobs) / sum(map(sum, LENGTHS)),
         "episodes": 12, "groups": 3, "updates": 1, "empty_minibatches": 0,
     }  # fmt: skip
-    assert expected["clipped_low"] > 0 and expected["clipped_high"] > 0 and expected["clipped_low"] != expected["clipped_high"]
+    assert (
+        expected["clipped_low"] > 0
+        and expected["clipped_high"] > 0
+        and expected["clipped_low"] != expected["clipped_high"]
+    )
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert found["reward_std"] == pytest.approx(torch.tensor(REWARDS).std(correction=0).item())
@@ -265,7 +281,13 @@ def broken(episode, kind):
     return replace(episode, reward={"undecided": None, "reward outside 0 to 1": 1.5}.get(kind, math.nan))
 
 
-KINDS = ["empty completion", "log-prob not finite", "not one log-prob a token", "undecided", "reward outside 0 to 1"]
+KINDS = [
+    "empty completion",
+    "log-prob not finite",
+    "not one log-prob a token",
+    "undecided",
+    "reward outside 0 to 1",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,7 +314,9 @@ def test_a_reward_that_is_not_a_number_is_outside_of_every_range():
 def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
     policy = make_policy(make_model("llama"), BASE)
     episodes = [broken(e, "log-prob not finite") for e in make_episodes(policy.model)]
-    with pytest.raises(ValueError, match=r"nothing can be learned from 12 episodes: {'log-prob not finite': 12}.*lower --lr"):
+    with pytest.raises(
+        ValueError, match=r"nothing can be learned from 12 episodes: {'log-prob not finite': 12}.*lower --lr"
+    ):
         update(policy, episodes)
     with pytest.raises(ValueError, match="nothing can be learned from 0 episodes"):
         update(policy, [])
@@ -302,7 +326,9 @@ def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
 def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl):
     policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl=kl), lr=1e-2)
     before = [p.clone() for p in policy.model.parameters()]
-    episodes = [replace(e, completion=replace(e.completion, finished=False)) for e in make_episodes(policy.model)]
+    episodes = [
+        replace(e, completion=replace(e.completion, finished=False)) for e in make_episodes(policy.model)
+    ]
     found = update(policy, episodes)
     assert (found["updates"], found["empty_minibatches"], found["truncated"]) == (0, 1, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
@@ -320,12 +346,18 @@ def tiny():
 
 
 def questions(n=3):
-    return [Question(f"id{i}", row["problem"], row["answer"]) for i, row in enumerate(make_rows("short", n, seed=5))]
+    return [
+        Question(f"id{i}", row["problem"], row["answer"])
+        for i, row in enumerate(make_rows("short", n, seed=5))
+    ]
 
 
 def tiny_policy(tiny, **options):
     model, tokenizer = tiny
-    settings = Settings(**{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl": "none", "temperature": 1.4} | options)
+    settings = Settings(
+        **{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl": "none", "temperature": 1.4}
+        | options
+    )
     return Policy(copy.deepcopy(model), ChatFormat(tokenizer, instruction=""), settings, lr=1e-3)
 
 
@@ -388,7 +420,9 @@ def test_prompts_without_a_gold_answer_are_named_before_anything_is_sampled(tiny
 
 def test_what_the_grader_cannot_decide_is_no_reward_at_all():
     texts = {"so \\boxed{5}": 1.0, "so \\boxed{6}": 0.0, "no idea": 0.0, "9^{9^{9^9}}": None}
-    assert [correctness(Question("q", "?", "5"), Completion([1], [0.0], True, text)) for text in texts] == list(texts.values())
+    assert [
+        correctness(Question("q", "?", "5"), Completion([1], [0.0], True, text)) for text in texts
+    ] == list(texts.values())
 
 
 def test_a_row_too_short_for_prompt_and_completion_is_refused_before_anything_is_sampled(tiny):
@@ -411,9 +445,13 @@ def test_the_correction_is_never_above_its_cap():
 def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_rewarded_way():
     logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    token_losses(logprobs, torch.zeros_like(advantages), advantages, clip_low=0.2, clip_high=0.2).sum().backward()
+    token_losses(
+        logprobs, torch.zeros_like(advantages), advantages, clip_low=0.2, clip_high=0.2
+    ).sum().backward()
     ratio = logprobs.detach().exp()
-    torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, ratio[1], -ratio[2], 0.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        logprobs.grad, torch.tensor([0.0, ratio[1], -ratio[2], 0.0], dtype=torch.float64)
+    )
 
 
 def test_both_kls_are_zero_at_the_reference_and_pull_towards_it():
@@ -422,7 +460,14 @@ def test_both_kls_are_zero_at_the_reference_and_pull_towards_it():
         for distance in (-0.3, 0.0, 0.3):
             logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
             loss = token_losses(
-                logprobs, logprobs.detach(), zeros, clip_low=0.2, clip_high=0.2, kl=kl, kl_coef=1.0, reference=zeros
+                logprobs,
+                logprobs.detach(),
+                zeros,
+                clip_low=0.2,
+                clip_high=0.2,
+                kl=kl,
+                kl_coef=1.0,
+                reference=zeros,
             )
             loss.sum().backward()
             expected = distance if kl == "k1" else 1 - math.exp(-distance)
@@ -436,14 +481,18 @@ def test_hidden_states_of_the_reference_are_those_of_the_start():
     update(policy, make_episodes(model))
     with policy.reference() as reference:
         assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), start.parameters(), strict=True))
-        assert not any(torch.equal(a, b) for a, b in zip(reference.parameters(), model.parameters(), strict=True))
+        assert not any(
+            torch.equal(a, b) for a, b in zip(reference.parameters(), model.parameters(), strict=True)
+        )
         assert not any(p.requires_grad for p in reference.parameters())
 
 
 def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
     """max_rows reaches the fused loss, whose chunks are then so many rows."""
     model, sizes, made = make_model("llama"), [], lce.row_gradients_
-    monkeypatch.setattr(lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest))
+    monkeypatch.setattr(
+        lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest)
+    )
     policy = make_policy(model, replace(BASE, kl="none"), savings=Savings(recompute=False, logit_rows=3))
     update(policy, make_episodes(model))
     assert max(sizes) <= 3 < sum(sizes)

@@ -22,7 +22,8 @@ from kit.train import checkpoint
 from kit.train.savings import Savings
 
 QUESTIONS = [
-    Question(f"q{i}", row["problem"], row["answer"]) for i, row in enumerate(make_rows("short", 7, seed=3, max_operands=4))
+    Question(f"q{i}", row["problem"], row["answer"])
+    for i, row in enumerate(make_rows("short", 7, seed=3, max_operands=4))
 ]
 SETTINGS = Settings(
     group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3", kl_coef=0.05,
@@ -45,7 +46,9 @@ def make_policy(settings=SETTINGS, **options):
 
 def run_training(out, *, resume=False, steps=STEPS, settings=SETTINGS, **options):
     run = RunFolder.open(Config(str(out), resume))
-    return train(make_policy(settings, **options), QUESTIONS, run, steps=steps, batch_prompts=3, checkpoint_every=3)
+    return train(
+        make_policy(settings, **options), QUESTIONS, run, steps=steps, batch_prompts=3, checkpoint_every=3
+    )
 
 
 def start(out, resume):
@@ -65,18 +68,24 @@ def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
     assert sum(row["updates"] for row in rows[0]) >= STEPS / 2
-    assert sum(row["resamples"] for row in rows[0]) > 0  # so that the data's position is no function of the step
+    assert (
+        sum(row["resamples"] for row in rows[0]) > 0
+    )  # so that the data's position is no function of the step
 
 
 def test_running_out_of_memory_is_told_with_the_checkpoint_to_go_on_from(tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def run_out(question, completion):
-        if metrics.exists() and len(metrics.read_text().splitlines()) == 4:  # in the fifth step, after the checkpoint
+        if (
+            metrics.exists() and len(metrics.read_text().splitlines()) == 4
+        ):  # in the fifth step, after the checkpoint
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return float(len(completion.ids) % 2)
 
-    with pytest.raises(ValueError, match=r"step 5 ran out of memory: no plan was made.*checkpoint is .*step_0000003$") as error:
+    with pytest.raises(
+        ValueError, match=r"step 5 ran out of memory: no plan was made.*checkpoint is .*step_0000003$"
+    ) as error:
         run_training(tmp_path / "run", reward=run_out)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
 
@@ -118,7 +127,9 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("moment", "lost"), [*((moment, 0) for moment in MOMENTS), ("after the checkpoint", 2)])
+@pytest.mark.parametrize(
+    ("moment", "lost"), [*((moment, 0) for moment in MOMENTS), ("after the checkpoint", 2)]
+)
 def test_no_kill_between_metrics_and_checkpoint_skips_or_repeats_a_prompt(moment, lost, whole, tmp_path):
     """A kill loses no line of metrics that was written; a machine that goes down may lose the last ones."""
     out = tmp_path / "run"
@@ -129,8 +140,13 @@ def test_no_kill_between_metrics_and_checkpoint_skips_or_repeats_a_prompt(moment
     assert len(lines) == 6
     (out / "metrics.jsonl").write_text("".join(lines[: len(lines) - lost]))
     wait(start(str(out), True))
-    assert (out / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
-    rows = [[untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, out)]
+    assert (out / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+    rows = [
+        [untimed(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, out)
+    ]
     missing = range(7 - lost, 7) if MOMENTS[moment] == 6 else ()
     assert rows[1] == [row for row in rows[0] if row["step"] not in missing]
 
@@ -143,9 +159,12 @@ def test_a_run_writes_its_figures_samples_model_and_report_and_is_not_made_twice
     folder = run_training(tmp_path / "run", steps=2)
     log = capsys.readouterr()
     assert log.out.count(LOSS_NEAR_ZERO) == 1 and "step 2: reward" in log.out
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "rollouts.jsonl", "model"} | (
-        {"checkpoints"} if (tmp_path / "run" / "checkpoints").exists() else set()
-    )
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "model",
+    } | ({"checkpoints"} if (tmp_path / "run" / "checkpoints").exists() else set())
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for name in ("reward_mean", "reward_std", "no_signal", "entropy", "length", "truncated", "ratio_min", "ratio_mean",
                  "ratio_max", "clipped_low", "clipped_high", "kl", "sampler_ratio_mean", "rollout_tokens_per_second",
@@ -189,7 +208,9 @@ def test_a_step_in_which_nothing_can_be_learned_is_logged_and_leaves_the_weights
 
 
 def test_a_policy_that_diverges_stops_the_run_and_names_the_last_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match=r"step \d+: loss is|nothing can be learned from .*log-prob not finite.*lower --lr"):
+    with pytest.raises(
+        ValueError, match=r"step \d+: loss is|nothing can be learned from .*log-prob not finite.*lower --lr"
+    ):
         run_training(tmp_path / "run", lr=1e38)
 
 
@@ -206,10 +227,14 @@ def test_the_reward_of_a_weakened_model_rises():
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
     from grpo_qwen2_5_0_5b import weaken
 
-    settings = Settings(group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl="none")
+    settings = Settings(
+        group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl="none"
+    )
     model, tokenizer = load("tiny", device="cpu")
     weaken(model, 0.2, seed=0)
-    policy = Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=1e-4, savings=Savings(recompute=False))
+    policy = Policy(
+        model, ChatFormat(tokenizer, instruction=""), settings, lr=1e-4, savings=Savings(recompute=False)
+    )
     rows = make_rows("short", 500, seed=9, min_operands=3, max_operands=5)
     questions = [Question(row["problem"], row["problem"], row["answer"]) for row in rows]
     from kit.rl.grpo import update

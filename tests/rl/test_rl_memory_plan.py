@@ -27,7 +27,9 @@ LEAN = Savings(optimizer="adamw8bit")
 
 @pytest.fixture
 def small_model(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "num_hidden_layers": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "llama", **SMALL, "num_hidden_layers": 2})
+    )
     return str(tmp_path)
 
 
@@ -36,7 +38,9 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
     weights = found.update.owners[live_bytes.WEIGHTS]
     for phase in (found.sampling, found.update):
         assert phase.owners[live_bytes.WEIGHTS] == weights
-        assert phase.owners[REFERENCE] == pytest.approx(weights, rel=0.001)  # the rotary frequencies are not copied
+        assert phase.owners[REFERENCE] == pytest.approx(
+            weights, rel=0.001
+        )  # the rotary frequencies are not copied
         assert phase.owners[live_bytes.OPTIMIZER] == pytest.approx(weights / 2 * (2 + 8 / 256), rel=0.01)
         assert sum(phase.owners.values()) == phase.peak
     # 2 layers, keys and values, 2 heads of 64 numbers of 2 bytes; 16 rows of 150 positions
@@ -45,15 +49,23 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
     assert CACHE not in found.update.owners  # freed before the update
     assert found.larger.peak == max(found.sampling.peak, found.update.peak)
     text = str(found)
-    assert "sampling, 16 answers of up to 100 tokens at once" in text and "(simulated)" in text and "8 GB: yes" in text
+    assert (
+        "sampling, 16 answers of up to 100 tokens at once" in text
+        and "(simulated)" in text
+        and "8 GB: yes" in text
+    )
     assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
 
 
-def test_without_a_kl_no_reference_is_held_and_the_update_costs_a_training_step_and_the_gradients_that_wait(small_model):
+def test_without_a_kl_no_reference_is_held_and_the_update_costs_a_training_step_and_the_gradients_that_wait(
+    small_model,
+):
     without = plan_rl(small_model, settings=replace(SETTINGS, kl="none"), savings=LEAN)
     with_reference = plan_rl(small_model, settings=SETTINGS, savings=LEAN)
     assert REFERENCE not in without.update.owners
-    assert with_reference.update.peak - without.update.peak == pytest.approx(with_reference.update.owners[REFERENCE], rel=0.01)
+    assert with_reference.update.peak - without.update.peak == pytest.approx(
+        with_reference.update.owners[REFERENCE], rel=0.01
+    )
     one_row = plan(small_model, row_tokens=512, savings=LEAN).peak
     gradients = without.update.owners[live_bytes.WEIGHTS]
     assert one_row <= without.update.peak <= one_row + gradients
@@ -106,10 +118,16 @@ def test_a_row_after_another_holds_what_the_second_of_two_real_rows_does(family,
     savings, peaks, gradients = Savings(recompute=recompute, optimizer="adamw8bit"), [], []
     for fake in (True, False):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_config(load_small(family), attn_implementation="kit", dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(
+                load_small(family), attn_implementation="kit", dtype=torch.bfloat16
+            )
             batch = fake_batch(300)
             if not fake:
-                batch = replace(batch, position_ids=torch.arange(300), cu_seqlens=torch.tensor([0, 300], dtype=torch.int32))
+                batch = replace(
+                    batch,
+                    position_ids=torch.arange(300),
+                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
+                )
             book = measure(model, savings, batch, **({"later_row": True} if fake else {"rows": 2}))
         peaks.append(book.peak)
         gradients.append(book.owners[live_bytes.GRADIENTS])
@@ -140,15 +158,24 @@ def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_f
 
 @pytest.mark.slow
 @pytest.mark.parametrize("qlora_rank", [0])
-def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(small_model, qlora_rank):
+def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(
+    small_model, qlora_rank
+):
     settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update is what does not fit
     ladder = ladder_steps_rl(small_model, qlora_rank)
-    updates = [plan_rl(small_model, settings=settings, savings=s, qlora_rank=qlora_rank, **PROMPT).update for s in ladder]
+    updates = [
+        plan_rl(small_model, settings=settings, savings=s, qlora_rank=qlora_rank, **PROMPT).update
+        for s in ladder
+    ]
     card = max(gib(update) for update in updates if update.peak < updates[0].peak) + 1e-7
     found = choose_rl(small_model, settings=settings, gpu_gb=card, qlora_rank=qlora_rank, **PROMPT)
-    assert found.update.savings == next(s for s, update in zip(ladder, updates, strict=True) if update.fits(card))
+    assert found.update.savings == next(
+        s for s, update in zip(ladder, updates, strict=True) if update.fits(card)
+    )
     assert found.update.savings != ladder[0] and found.update.qlora_rank == qlora_rank
-    again = plan_rl(small_model, settings=found.settings, savings=found.update.savings, qlora_rank=qlora_rank, **PROMPT)
+    again = plan_rl(
+        small_model, settings=found.settings, savings=found.update.savings, qlora_rank=qlora_rank, **PROMPT
+    )
     assert again.fits(card) and again.as_json() == found.as_json()
 
 
@@ -166,29 +193,45 @@ def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_mo
      ({"row_tokens": 150, "kl": "none"}, "--qlora_rank 16"),
      ({"row_tokens": 1_074, "max_new_tokens": 1_024, "kl": "none"}, "--max_new_tokens 512 --row_tokens 562")],
 )  # fmt: skip
-def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(changes, expected, small_model):
+def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(
+    changes, expected, small_model
+):
     settings = replace(SHORT, **changes)
     leanest = plan_rl(
-        small_model, settings=replace(settings, num_slots=1), savings=ladder_steps_rl(small_model, 0)[-1], **PROMPT
+        small_model,
+        settings=replace(settings, num_slots=1),
+        savings=ladder_steps_rl(small_model, 0)[-1],
+        **PROMPT,
     ).larger
     card = gib(leanest) - 1e-7
     with pytest.raises(ValueError) as refused:
         choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
-    pattern = (
-        r"needs ([\d.]+) GiB with every saving on and one answer at a time; its largest owners are (.*); pass (.*), or a larger"
-    )
+    pattern = r"needs ([\d.]+) GiB with every saving on and one answer at a time; its largest owners are (.*); pass (.*), or a larger"
     said = re.search(pattern, str(refused.value))
-    assert said[1] == f"{gib(leanest):.2f}" and said[2] == leanest.largest_owners() and said[2].count(" GiB") == 3
+    assert (
+        said[1] == f"{gib(leanest):.2f}"
+        and said[2] == leanest.largest_owners()
+        and said[2].count(" GiB") == 3
+    )
     assert said[3] == expected
     flags = dict(zip(*[iter(expected.split())] * 2, strict=True))
     rank = int(flags.pop("--qlora_rank", 0))
-    changed = replace(settings, **{name[2:]: value if name == "--kl" else int(value) for name, value in flags.items()})
+    changed = replace(
+        settings, **{name[2:]: value if name == "--kl" else int(value) for name, value in flags.items()}
+    )
     assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
 
 
 def test_what_does_not_fit_either_is_not_proposed(small_model):
     closest = replace(SHORT, row_tokens=150, kl="none", num_slots=1)
-    card = gib(plan_rl(small_model, settings=closest, savings=ladder_steps_rl(small_model, 0)[-1], **PROMPT).larger) - 1e-7
+    card = (
+        gib(
+            plan_rl(
+                small_model, settings=closest, savings=ladder_steps_rl(small_model, 0)[-1], **PROMPT
+            ).larger
+        )
+        - 1e-7
+    )
     with pytest.raises(ValueError, match=r"; pass --qlora_rank 16, or a larger card$"):
         choose_rl(small_model, settings=SHORT, gpu_gb=card, **PROMPT)
 
@@ -201,7 +244,10 @@ def test_where_nothing_that_is_tried_fits_only_a_larger_card_is_named(small_mode
 @pytest.mark.parametrize("eval_tokens", [20, 100, 101, 1_000, 10**6])
 @pytest.mark.parametrize("num_slots", [1, 7, 64])
 def test_the_evaluations_cache_is_no_larger_than_the_rollouts(num_slots, eval_tokens):
-    settings, model = replace(SETTINGS, num_slots=num_slots), AutoModelForCausalLM.from_config(load_small("llama"))
+    settings, model = (
+        replace(SETTINGS, num_slots=num_slots),
+        AutoModelForCausalLM.from_config(load_small("llama")),
+    )
     slots = eval_slots(settings, eval_tokens, prompt_tokens=50)
     assert 1 <= slots <= num_slots
     allowed = cache_bytes(model, num_slots, 150)  # prompts of 50 and answers of 100 tokens

@@ -42,7 +42,9 @@ def test_loss_and_the_adapters_gradients_are_the_formulas_with_the_base_as_refer
     settings = replace(WITH_KL, kl=kl)
     model = make_qlora()
     policy = make_policy(model, settings, savings=Savings(recompute=recompute))
-    references = {dtype: dense_twin(model, dtype)[0] for dtype in (torch.float64, torch.float32)}  # B is zero yet
+    references = {
+        dtype: dense_twin(model, dtype)[0] for dtype in (torch.float64, torch.float32)
+    }  # B is zero yet
     with torch.no_grad():
         generator = torch.Generator().manual_seed(7)
         for name, parameter in model.named_parameters():
@@ -60,7 +62,9 @@ def test_loss_and_the_adapters_gradients_are_the_formulas_with_the_base_as_refer
     ours = torch.cat([p.grad.flatten().double() for p in adapters_of(model)])
     assert found["kl"] != 0
     assert (ours - true_gradient).norm() <= 2 * (plain_gradient - true_gradient).norm()
-    assert abs(found["loss"] - truth) <= 2 * max(abs(plain - truth), 2**-23 * max(1.0, true_gradient.norm().item()))
+    assert abs(found["loss"] - truth) <= 2 * max(
+        abs(plain - truth), 2**-23 * max(1.0, true_gradient.norm().item())
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
@@ -89,7 +93,8 @@ def test_adapters_that_were_trained_before_are_refused_with_a_kl_and_taken_witho
     model = make_qlora()
     update(make_policy(model, BASE, lr=1e-2), make_episodes(model))
     with pytest.raises(
-        ValueError, match=r"kl is k3 but the adapters have been trained already.*--kl none.*kit.models.qlora.export"
+        ValueError,
+        match=r"kl is k3 but the adapters have been trained already.*--kl none.*kit.models.qlora.export",
     ):
         make_policy(model, WITH_KL)
     assert make_policy(model, BASE).frozen is None
@@ -98,7 +103,9 @@ def test_adapters_that_were_trained_before_are_refused_with_a_kl_and_taken_witho
 
 def make_tiny_policy():
     model, tokenizer = qlora.load("tiny", rank=4, device="cpu")
-    return Policy(model, ChatFormat(tokenizer, instruction=""), SETTINGS, lr=3e-3, savings=Savings(recompute=False))
+    return Policy(
+        model, ChatFormat(tokenizer, instruction=""), SETTINGS, lr=3e-3, savings=Savings(recompute=False)
+    )
 
 
 def test_what_the_adapted_model_writes_is_graded_and_scored_as_it_was_sampled():
@@ -124,7 +131,9 @@ def start(out, resume):
 @pytest.mark.slow
 def test_killed_by_sigkill_and_resumed_adapters_and_rollouts_are_bit_equal_to_an_unbroken_run(tmp_path):
     train_unbroken_and_killed(start, tmp_path, lines=3, newest_checkpoint="step_0000002")
-    whole, broken = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "broken"))
+    whole, broken = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "broken")
+    )
     assert whole.keys() == broken.keys()
     assert all(torch.equal(tensor, broken[name]) for name, tensor in whole.items())
     assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name)
@@ -150,7 +159,10 @@ def test_the_recipe_trains_saves_and_measures_adapters(tmp_path):
     run = tmp_path / "runs" / "grpo_qwen2_5_0_5b" / "001"
     assert [file.name for file in (run / "model").glob("*.safetensors")] == ["adapter_model.safetensors"]
     assert "before      toy:" in done.stdout and "after       toy:" in done.stdout
-    headers = [json.loads((run / stage / "toy.jsonl").read_text().splitlines()[0])["header"] for stage in ("before", "after")]
+    headers = [
+        json.loads((run / stage / "toy.jsonl").read_text().splitlines()[0])["header"]
+        for stage in ("before", "after")
+    ]
     assert headers[0]["model"] != headers[1]["model"]
     again = recipe(*flags, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

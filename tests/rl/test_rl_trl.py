@@ -17,7 +17,8 @@ from kit.rl.episodes import by_group
 from kit.rl.grpo import update
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="TRL is not installed (pip install -e '.[test]'): not compared with it"
+    importlib.util.find_spec("trl") is None,
+    reason="TRL is not installed (pip install -e '.[test]'): not compared with it",
 )
 TRL_NAMES = {"sequences": "grpo", "tokens": "dapo", "constant": "dr_grpo"}
 
@@ -53,7 +54,9 @@ def trainer_of(model, settings, folder, episodes, *, bias_correction=False):
         beta=settings.kl_coef if settings.uses_reference else 0.0, use_bias_correction_kl=bias_correction,
     )  # fmt: skip
     dataset = datasets.Dataset.from_dict({"prompt": [f"{i}" for i in range(len(groups))]})
-    return GRPOTrainer(model, reward, arguments, train_dataset=dataset, processing_class=tokenizer, rollout_func=rollout_func)
+    return GRPOTrainer(
+        model, reward, arguments, train_dataset=dataset, processing_class=tokenizer, rollout_func=rollout_func
+    )
 
 
 def ended(episodes):
@@ -108,7 +111,9 @@ def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatc
     compare(gradients, [p.grad for p in model.parameters()])
     assert found["reward_mean"] == pytest.approx(row["reward"], rel=1e-5)
     assert found["no_signal"] == pytest.approx(row["frac_reward_zero_std"], rel=1e-5)
-    terms = sum(g.norm() for g in gradients).item()  # on-policy the loss is a sum that cancels: measured against its terms
+    terms = sum(
+        g.norm() for g in gradients
+    ).item()  # on-policy the loss is a sum that cancels: measured against its terms
     assert abs(found["loss"] - row["loss"]) < 1e-5 * max(terms, 1.0)
 
 
@@ -137,19 +142,26 @@ def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl, tmp_path
     compare([p.grad for p in theirs.parameters()], [p.grad for p in model.parameters()])
     if kl != "k1":
         assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert found["loss"] == pytest.approx(formula(model, policy.frozen or model, episodes, settings).item(), rel=1e-5)
+        assert found["loss"] == pytest.approx(
+            formula(model, policy.frozen or model, episodes, settings).item(), rel=1e-5
+        )
 
 
 def padded(episodes, settings, model, reference):
     """The episodes as TRL lays them out: prompts padded on the left, completions on the right."""
-    P, C = (max(len(x) for x in lengths) for lengths in zip(*((e.prompt, e.completion.ids) for e in episodes), strict=True))
+    P, C = (
+        max(len(x) for x in lengths)
+        for lengths in zip(*((e.prompt, e.completion.ids) for e in episodes), strict=True)
+    )
     rows = {name: [] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "old_per_token_logps",
                                   "ref_per_token_logps")}  # fmt: skip
     advantages = []
     for group in by_group(episodes):
         rewards = torch.tensor([e.reward for e in group])
         centred = rewards - rewards.mean()
-        advantages.append(centred / (rewards.std() + 1e-4) if settings.advantage_scale == "group-std" else centred)
+        advantages.append(
+            centred / (rewards.std() + 1e-4) if settings.advantage_scale == "group-std" else centred
+        )
     for e in episodes:
         left, right, n = P - len(e.prompt), C - len(e.completion.ids), len(e.completion.ids)
         kept = int(e.completion.finished or not settings.mask_truncated)
@@ -162,7 +174,10 @@ def padded(episodes, settings, model, reference):
             ref = plain_logprobs(reference or model, e, settings.temperature).tolist()
         rows["ref_per_token_logps"].append(ref + [0.0] * right)
     inputs = {name: torch.tensor(values) for name, values in rows.items()}
-    return inputs | {"advantages": torch.cat(advantages), "num_items_in_batch": inputs["completion_mask"].sum()}
+    return inputs | {
+        "advantages": torch.cat(advantages),
+        "num_items_in_batch": inputs["completion_mask"].sum(),
+    }
 
 
 def compare(theirs, ours):

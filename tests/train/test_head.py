@@ -57,7 +57,9 @@ def test_the_tied_heads_gradient_is_autograds_over_several_rows(family):
     ours, gradients = by_tied_head(tied(family))
     assert ours == pytest.approx(loss)
     for name in plain:
-        torch.testing.assert_close(gradients[name], plain[name], atol=1e-6 * plain[name].abs().max().item(), rtol=1e-5, msg=name)
+        torch.testing.assert_close(
+            gradients[name], plain[name], atol=1e-6 * plain[name].abs().max().item(), rtol=1e-5, msg=name
+        )
 
 
 def test_a_bf16_gradient_of_an_id_that_comes_often_errs_no_more_than_autograds():
@@ -65,7 +67,9 @@ def test_a_bf16_gradient_of_an_id_that_comes_often_errs_no_more_than_autograds()
     name = "model.embed_tokens.weight"
     model = tied("llama", torch.bfloat16)
     truth = by_autograd(copy.deepcopy(model).float())[1][name]
-    errors = [(run(copy.deepcopy(model))[1][name].float() - truth).norm() for run in (by_tied_head, by_autograd)]
+    errors = [
+        (run(copy.deepcopy(model))[1][name].float() - truth).norm() for run in (by_tied_head, by_autograd)
+    ]
     assert 0 < errors[0] <= 1.1 * errors[1]
 
 

@@ -38,7 +38,9 @@ def test_the_recipe_counts_what_follows_the_end_of_thinking_twice_in_each_docume
     torch.manual_seed(0)
     hidden, weight = torch.randn(len(batch), 6, dtype=torch.float64), torch.randn(11, 6, dtype=torch.float64)
     losses = linear_cross_entropy_reference(hidden, weight, batch.targets, reduction="none")
-    expected = torch.tensor([1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2.0])  # a first token opens its document
+    expected = torch.tensor(
+        [1, 1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2.0]
+    )  # a first token opens its document
     found = weigh_answers(END, 2.0)(hidden, weight, batch, 0.25)
     torch.testing.assert_close(found, (losses * expected).sum() * 0.25)
 

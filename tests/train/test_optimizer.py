@@ -34,7 +34,10 @@ def test_stochastic_rounding_is_exact_on_average_and_only_ever_takes_a_neighbour
     stochastic_round_(rounded, value.clone(), generator())
     down, up = sorted(set(rounded.tolist()))
     assert down < value[0] < up
-    assert torch.nextafter(torch.tensor(down, dtype=torch.bfloat16), torch.tensor(1.0, dtype=torch.bfloat16)) == up
+    assert (
+        torch.nextafter(torch.tensor(down, dtype=torch.bfloat16), torch.tensor(1.0, dtype=torch.bfloat16))
+        == up
+    )
     p = (value[0].item() - down) / (up - down)
     standard_error = (up - down) * math.sqrt(p * (1 - p) / len(value))
     assert abs(rounded.double().mean() - value[0].double()) < 5 * standard_error
@@ -128,7 +131,9 @@ def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, tog
     optimizer = AdamW8bit(parameters, lr=1e-3, weight_decay=0.1, seed=5, offload=offload)
     optimizer.SLAB = 512
     for step in range(steps):
-        gradients = [torch.randn(len(p), generator=torch.Generator().manual_seed(step)).to(dtype) for p in parameters]
+        gradients = [
+            torch.randn(len(p), generator=torch.Generator().manual_seed(step)).to(dtype) for p in parameters
+        ]
         for i in order:
             parameters[i].grad = gradients[i]
             if together:
@@ -168,7 +173,12 @@ def test_offloaded_states_of_the_next_piece_set_out_before_this_one_is_updated_a
             return found
 
         def send(self, home, visiting):
-            calls.append(("out", [slab["m_codes"].data_ptr() for slab in self.slabs].index(visiting["m_codes"].data_ptr())))
+            calls.append(
+                (
+                    "out",
+                    [slab["m_codes"].data_ptr() for slab in self.slabs].index(visiting["m_codes"].data_ptr()),
+                )
+            )
             super().send(home, visiting)
 
     parameters = [torch.nn.Parameter(torch.randn(n)) for n in (1_000, 3, 700)]
@@ -209,7 +219,8 @@ def test_8_bit_steps_follow_adamw_in_float64():
         weight.grad = gradient
         optimizer.step()
     moved, truth = (
-        x - start.double() for x in (weight.detach().double(), adamw_float64(start, gradients, lr=1e-3, weight_decay=0.1))
+        x - start.double()
+        for x in (weight.detach().double(), adamw_float64(start, gradients, lr=1e-3, weight_decay=0.1))
     )
     cosine = (moved @ truth / moved.norm() / truth.norm()).item()
     assert cosine > 0.99 and moved.norm() / truth.norm() == pytest.approx(1, abs=0.05)

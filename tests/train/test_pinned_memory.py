@@ -19,7 +19,9 @@ def driver(monkeypatch):
             found.pinned[address] = num_bytes
         return found.error
 
-    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: found.pinned.pop(address))
+    runtime = SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=lambda address: found.pinned.pop(address)
+    )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return found

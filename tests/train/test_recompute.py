@@ -55,7 +55,9 @@ def add_adapters(model):
 
 
 def loss_of(model, batch=BATCH):
-    return linear_cross_entropy(hidden_states(model, batch), head_weight(model), batch.targets, softcap=softcap(model))
+    return linear_cross_entropy(
+        hidden_states(model, batch), head_weight(model), batch.targets, softcap=softcap(model)
+    )
 
 
 def gradients_of(model, batches=(BATCH,)):
@@ -210,18 +212,26 @@ def test_a_gradient_reaches_its_hook_once_and_dies_before_the_layer_before_is_do
 
     def step_at_once(parameter, name, index):
         alive = sum(shape == {32, INTERMEDIATE} for shape in made.alive_products.values())
-        assert alive <= 3, f"at layer {index} {alive} gradients of feed-forward weights are alive, but a layer has 3"
+        assert alive <= 3, (
+            f"at layer {index} {alive} gradients of feed-forward weights are alive, but a layer has 3"
+        )
         calls.append((index, name))
         parameter.grad = None
 
     for index, layer in enumerate(tiny_model.model.layers):
         for name, parameter in layer.named_parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p, name=name, index=index: step_at_once(p, name, index))
+            parameter.register_post_accumulate_grad_hook(
+                lambda p, name=name, index=index: step_at_once(p, name, index)
+            )
     with made:
         gradients_of(tiny_model)
     indices = [index for index, _ in calls]
     assert indices == sorted(indices, reverse=True)
-    names = [(index, name) for index, layer in enumerate(tiny_model.model.layers) for name, _ in layer.named_parameters()]
+    names = [
+        (index, name)
+        for index, layer in enumerate(tiny_model.model.layers)
+        for name, _ in layer.named_parameters()
+    ]
     assert sorted(calls) == sorted(names)
 
 
@@ -260,9 +270,13 @@ def quantise(model):
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                linear = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16)
+                linear = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16
+                )
                 weight = child.weight.detach().bfloat16()
-                linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                linear.weight = bnb.nn.Params4bit(
+                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True
+                )
                 linear.bias = child.bias
                 setattr(module, name, linear.to("cpu"))  # the move quantises
     return model
@@ -273,7 +287,9 @@ def dequantise(model):
         for name, child in list(module.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
                 linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                linear.weight.data = bnb.functional.dequantize_4bit(child.weight, child.weight.quant_state).float()
+                linear.weight.data = bnb.functional.dequantize_4bit(
+                    child.weight, child.weight.quant_state
+                ).float()
                 linear.bias = child.bias
                 setattr(module, name, linear.requires_grad_(False))
     return model
@@ -320,7 +336,9 @@ def test_a_trainable_parameter_that_is_not_used_gets_no_gradient_as_in_the_plain
     model = make_model("llama")
     model.model.layers[2].mlp.register_parameter("spare", nn.Parameter(torch.ones(3)))
     recompute_layers(model, tile_tokens=5)
-    assert [name for name, gradient in gradients_of(model).items() if gradient is None] == ["model.layers.2.mlp.spare"]
+    assert [name for name, gradient in gradients_of(model).items() if gradient is None] == [
+        "model.layers.2.mlp.spare"
+    ]
 
 
 def test_a_parameter_in_two_parts_of_a_layer_gets_the_sum(tiny_model):
@@ -334,7 +352,10 @@ def test_a_parameter_in_two_parts_of_a_layer_gets_the_sum(tiny_model):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_packs_of_a_step_accumulate_whatever_their_lengths(tiny_model, offload):
-    batches = [PackedBatch.build(random_documents(lengths, seed=i)) for i, lengths in enumerate([[5, 3], [40, 2], [9], [60]])]
+    batches = [
+        PackedBatch.build(random_documents(lengths, seed=i))
+        for i, lengths in enumerate([[5, 3], [40, 2], [9], [60]])
+    ]
     tiny_model.bfloat16()
     plain = gradients_of(copy.deepcopy(tiny_model), batches)
     recompute_layers(tiny_model, offload=offload)
@@ -345,7 +366,9 @@ def test_packs_of_a_step_accumulate_whatever_their_lengths(tiny_model, offload):
 def test_two_packs_may_be_forward_before_either_is_backward(tiny_model, offload):
     def joint(model):
         model.train()
-        losses = [loss_of(model, PackedBatch.build(random_documents(lengths, seed=9))) for lengths in ([5, 3], [20])]
+        losses = [
+            loss_of(model, PackedBatch.build(random_documents(lengths, seed=9))) for lengths in ([5, 3], [20])
+        ]
         sum(losses).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -373,7 +396,9 @@ def test_offloaded_inputs_leave_the_device_in_the_forward_pass_but_for_the_last(
     tiny_model.train()
     inputs = []
     for layer in tiny_model.model.layers:
-        layer.register_forward_pre_hook(lambda layer, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+        layer.register_forward_pre_hook(
+            lambda layer, args: inputs.append(weakref.ref(args[0].untyped_storage()))
+        )
     loss = loss_of(tiny_model)
     assert [storage() is not None for storage in inputs] == [False, False, False, True]
     loss.backward()
@@ -425,7 +450,8 @@ def test_what_the_attention_reads_is_let_go_while_the_tiles_run(tiny_model):
     read, held = [], []
     for layer in tiny_model.model.layers:
         layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: read.append(weakref.ref(kwargs["hidden_states"].untyped_storage())), with_kwargs=True
+            lambda module, args, kwargs: read.append(weakref.ref(kwargs["hidden_states"].untyped_storage())),
+            with_kwargs=True,
         )
         layer.mlp.register_forward_hook(lambda *_: held.append(read[-1]() is not None))
     loss.backward()
@@ -456,7 +482,9 @@ def test_the_next_input_sets_out_after_the_tiles_and_before_the_attentions_backw
     loss = loss_of(tiny_model.train())
     for layer in tiny_model.model.layers:
         layer.mlp.register_forward_hook(lambda *_: staged.append(("tile", len(host.staged))))
-        layer.self_attn.q_proj.register_full_backward_hook(lambda *_: staged.append(("attention", len(host.staged))))
+        layer.self_attn.q_proj.register_full_backward_hook(
+            lambda *_: staged.append(("attention", len(host.staged)))
+        )
     loss.backward()
     seen = [staged[i : i + 3] for i in range(0, len(staged), 3)]
     assert [count for layer in seen for what, count in layer if what == "tile"] == [0, 0, 1, 1, 1, 1, 1, 1]
@@ -495,7 +523,9 @@ def test_what_is_kept_for_the_backward_pass_is_one_input_a_layer_and_one_of_the_
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(weakref.ref(x)) or x, lambda x: x):
         hidden = hidden_states(model, BATCH)
-    alive = [x for x in (reference() for reference in kept) if x is not None]  # held by the graph of `hidden` alone
+    alive = [
+        x for x in (reference() for reference in kept) if x is not None
+    ]  # held by the graph of `hidden` alone
     wide = [x for x in alive if x.is_floating_point() and x.numel() >= T * model.config.hidden_size]
     assert len({x.data_ptr() for x in wide}) == len(model.model.layers) + 1
     assert hidden.requires_grad
@@ -531,7 +561,9 @@ def test_only_training_mode_recomputes(tiny_model):
 
 
 def test_an_unknown_layer_class_is_named():
-    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
+    )
     with pytest.raises(ValueError, match=r"a layer is a BertLayer.*LlamaDecoderLayer"):
         recompute_layers(BertModel(config))
     with pytest.raises(ValueError, match="Linear has no decoder layer"):
@@ -545,7 +577,9 @@ def test_settings_that_cannot_work_are_refused(tiny_model):
     tiny_model.train()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         loss_of(tiny_model)
-    adapted = get_peft_model(tiny_model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["up_proj"])).get_base_model()
+    adapted = get_peft_model(
+        tiny_model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["up_proj"])
+    ).get_base_model()
     adapted.train()
     with pytest.raises(ValueError, match=r"mlp.up_proj.lora_dropout.default drops out 0.1"):
         loss_of(adapted)

@@ -11,12 +11,19 @@ def graph(x, weight, calls, gradients):
     content = x.clone()
     with made_again(x, lambda: calls.append(1) or content.clone()):
         entering = catch_gradient(x, gradients)
-        return (entering @ weight + entering.view(-1, weight.shape[0]) @ weight.square() + entering[:, :3] @ weight[:3]).sum()
+        return (
+            entering @ weight
+            + entering.view(-1, weight.shape[0]) @ weight.square()
+            + entering[:, :3] @ weight[:3]
+        ).sum()
 
 
 def test_a_tensor_that_is_let_go_gives_the_gradients_it_would_have_given():
     torch.manual_seed(0)
-    x, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    x, weight = (
+        torch.randn(7, 5, dtype=torch.float64),
+        torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
+    )
     leaf = x.clone().requires_grad_()
     (leaf @ weight + leaf.view(-1, 5) @ weight.square() + leaf[:, :3] @ weight[:3]).sum().backward()
     expected, weight.grad = weight.grad, None
@@ -37,7 +44,9 @@ def test_what_was_kept_and_then_changed_is_refused_as_autograd_would():
         out = (kept * kept).sum() + (x * other).sum()
     with torch.no_grad():
         kept.add_(1)
-    with pytest.raises(RuntimeError, match=r"a tensor of shape \(4, 4\) that the backward pass needs was changed in place"):
+    with pytest.raises(
+        RuntimeError, match=r"a tensor of shape \(4, 4\) that the backward pass needs was changed in place"
+    ):
         out.backward()
 
 

@@ -49,7 +49,10 @@ def test_updating_inside_the_backward_pass_gives_the_bits_of_updating_after_it(f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_savings_together_train_the_same_model(family):
     model, other = tied(family), tied(family)
-    history, lean = trained(model, Savings(optimizer="adamw8bit")), trained(other, Savings(**LEAN, head_update="blocked"))
+    history, lean = (
+        trained(model, Savings(optimizer="adamw8bit")),
+        trained(other, Savings(**LEAN, head_update="blocked")),
+    )
     for (loss, norm), (lean_loss, lean_norm) in zip(history, lean, strict=True):
         assert lean_loss == pytest.approx(loss, rel=1e-4)
         assert lean_norm == pytest.approx(norm, rel=1e-3)
@@ -63,7 +66,10 @@ def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, m
     )  # 97 rows of 32 numbers: blocks of 256 numbers, twelve and a bit
     monkeypatch.setattr("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", 1)
     gradients = []
-    for savings in (Savings(update_in_backward=True), Savings(update_in_backward=True, head_update="blocked")):
+    for savings in (
+        Savings(update_in_backward=True),
+        Savings(update_in_backward=True, head_update="blocked"),
+    ):
         model = tied(family)
         training_step = TrainingStep(model, savings, lr=1e-2)
         weight, seen = head_weight(model), torch.zeros_like(head_weight(model))
@@ -75,7 +81,9 @@ def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, m
 
         monkeypatch.setattr(training_step.optimizer, "update", update)
         documents = random_documents(LENGTHS)
-        documents[0].ids[:3] = model.get_input_embeddings().padding_idx or 0  # whose row gets nothing from the lookup
+        documents[0].ids[:3] = (
+            model.get_input_embeddings().padding_idx or 0
+        )  # whose row gets nothing from the lookup
         _, norm = training_step([PackedBatch.build(documents)])
         gradients.append((seen, norm))
     (whole, norm), (blocked, blocked_norm) = gradients
@@ -112,7 +120,9 @@ def test_each_parameter_is_clipped_by_itself_where_no_global_norm_is_known():
 def test_what_excludes_one_another_is_refused_with_the_way_out():
     model = make_model("llama")
     rows = [PackedBatch.build(random_documents(LENGTHS))] * 2
-    with pytest.raises(ValueError, match=r"2 rows but update_in_backward.*--batch_traces 1.*--no_update_in_backward"):
+    with pytest.raises(
+        ValueError, match=r"2 rows but update_in_backward.*--batch_traces 1.*--no_update_in_backward"
+    ):
         TrainingStep(model, Savings(update_in_backward=True), lr=1e-2)(rows)
     with pytest.raises(ValueError, match="head_update is blocked but update_in_backward is off"):
         Savings(head_update="blocked")
@@ -130,9 +140,14 @@ def test_what_excludes_one_another_is_refused_with_the_way_out():
     clipped = r"max_grad_norm is 1 but update_in_backward .*--max_grad_norm 0, and --max_tensor_norm 1 to clip.*--no_update"
     with pytest.raises(ValueError, match=clipped):
         TrainingStep(make_model("llama"), Savings(update_in_backward=True), lr=1e-2, max_grad_norm=1.0)
-    with pytest.raises(ValueError, match=r"max_tensor_norm is 2 but update_in_backward is off.*--max_grad_norm 2"):
+    with pytest.raises(
+        ValueError, match=r"max_tensor_norm is 2 but update_in_backward is off.*--max_grad_norm 2"
+    ):
         TrainingStep(make_model("llama"), Savings(), lr=1e-2, max_tensor_norm=2.0)
-    with pytest.raises(ValueError, match=r"batch_traces is 8 but update_in_backward.*--batch_traces 1.*--no_update_in_backward"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_traces is 8 but update_in_backward.*--batch_traces 1.*--no_update_in_backward",
+    ):
         Savings(update_in_backward=True).check_rows(8)
     Savings(update_in_backward=True).check_rows(1)
     Savings().check_rows(8)
@@ -144,5 +159,7 @@ def test_closing_takes_every_hook_off():
     training_step.close()
     before = [p.detach().clone() for p in model.parameters()]
     sum(p.square().sum() for p in model.parameters()).backward()
-    assert all(torch.equal(p, q) and p.grad is not None for p, q in zip(model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(p, q) and p.grad is not None for p, q in zip(model.parameters(), before, strict=True)
+    )
     assert not model.training

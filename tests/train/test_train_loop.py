@@ -34,7 +34,9 @@ def mean_token_loss(model, documents):
     for document in documents:
         batch = PackedBatch.build([document])
         logits = hidden_states(model, batch) @ head_weight(model).T
-        losses.append(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")[batch.targets >= 0])
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")[batch.targets >= 0]
+        )
     return torch.cat(losses).mean()
 
 
@@ -74,9 +76,13 @@ def test_the_plan_holds_every_trace_once_an_epoch_and_says_what_it_costs():
         TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=0)
 
 
-def run_training(out, family="llama", *, steps=10, resume=False, lr=1e-2, dtype=torch.float32, before_norm=None, **options):
+def run_training(
+    out, family="llama", *, steps=10, resume=False, lr=1e-2, dtype=torch.float32, before_norm=None, **options
+):
     documents = random_documents(LENGTHS)
-    training_plan = TrainingPlan.make(list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=steps)
+    training_plan = TrainingPlan.make(
+        list(map(len, documents)), row_tokens=32, batch_traces=2, epochs=9, max_steps=steps
+    )
     run = RunFolder.open(Config(str(out), resume))
     model = make_model(family, dtype)
     if before_norm:
@@ -144,18 +150,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
         run_training(tmp_path / "run", lr=1e38)
 
 
-def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_on_as_if_nothing_had_been(tmp_path):
+def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_on_as_if_nothing_had_been(
+    tmp_path,
+):
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def run_out(*_):
-        if metrics.exists() and len(metrics.read_text().splitlines()) == 6:  # in the seventh step, after the checkpoint
+        if (
+            metrics.exists() and len(metrics.read_text().splitlines()) == 6
+        ):  # in the seventh step, after the checkpoint
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     planned = plan("tiny", row_tokens=32)
     said = rf"step 7 ran out of memory: the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}\. Pass --gpu_gb"
     with pytest.raises(ValueError, match=said + r".*checkpoint is .*step_0000005$") as error:
         run_training(
-            tmp_path / "run", before_norm=run_out, memory=PeakMemory(torch.device("cpu"), planned, tmp_path / "memory.json")
+            tmp_path / "run",
+            before_norm=run_out,
+            memory=PeakMemory(torch.device("cpu"), planned, tmp_path / "memory.json"),
         )
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     _, broken = run_training(tmp_path / "run", resume=True)
@@ -180,7 +192,10 @@ def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_
     train_unbroken_and_killed(start, tmp_path, lines=6, newest_checkpoint="step_0000005")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
-    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "broken")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("whole", "broken")
+    ]
     losses = [[(row["step"], row["loss"], row["grad_norm"]) for row in run] for run in rows]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10

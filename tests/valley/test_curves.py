@@ -40,8 +40,20 @@ PHRASES = (
     [
         ([0.9, 0.9, 0.9, 0.9], 0.9, "flat", {PHRASES[0]}, ""),
         ([0.5, 0.6, 0.8, 0.95], 0.4, "rising", {PHRASES[1]}, "at 1,024 traces"),
-        ([0.4, 0.05, 0.5, 0.9], 0.9, "valley", {PHRASES[2], PHRASES[3], PHRASES[7], PHRASES[9]}, "at 64 traces"),
-        ([0.4, 0.05, 0.5, 0.9], 0.6, "valley", {PHRASES[2], PHRASES[3], PHRASES[8], PHRASES[9]}, "at 64 traces"),
+        (
+            [0.4, 0.05, 0.5, 0.9],
+            0.9,
+            "valley",
+            {PHRASES[2], PHRASES[3], PHRASES[7], PHRASES[9]},
+            "at 64 traces",
+        ),
+        (
+            [0.4, 0.05, 0.5, 0.9],
+            0.6,
+            "valley",
+            {PHRASES[2], PHRASES[3], PHRASES[8], PHRASES[9]},
+            "at 64 traces",
+        ),
         ([0.4, 0.05, 0.3, 0.5], 0.9, "crossing", {PHRASES[2], PHRASES[3], PHRASES[6]}, "at 64 traces"),
         ([0.6, 0.4, 0.2, 0.05], 0.9, "falling", {PHRASES[2], PHRASES[4]}, "at 1,024 traces"),
         ([0.12, 0.0, 0.01, 0.01], 0.9, "falling", {PHRASES[2], PHRASES[5]}, "at 64 traces"),
@@ -70,7 +82,9 @@ def test_a_fall_within_the_spread_of_the_seeds_is_not_called_one():
 def test_a_lower_or_longer_size_that_the_seeds_do_not_agree_on_does_not_hide_what_is_known_of_another():
     made = curve([0.9, 0.9, 0.7, 0.75], [40, 40, 80, 60])
     seen = Curve(made.name, made.base, [point(16, 0.5, 400, spread=0.45), *made.points[1:]])
-    seen.points[0].tokens.update({s: dict.fromkeys(tokens, 40 + 500 * s) for s, tokens in seen.points[0].tokens.items()})
+    seen.points[0].tokens.update(
+        {s: dict.fromkeys(tokens, 40 + 500 * s) for s, tokens in seen.points[0].tokens.items()}
+    )
     assert seen.points[0].accuracy.mean < 0.6 < seen.points[2].accuracy.mean
     assert seen.shape == "falling"
     accuracy, length = findings([seen])
@@ -82,7 +96,11 @@ def test_an_end_that_the_seeds_do_not_agree_on_is_neither_back_nor_below():
     made = curve([0.4, 0.05, 0.5, 0.75])
     wide = Curve(made.name, made.base, [*made.points[:3], point(1_024, 0.7, spread=0.15)])
     assert wide.shape == "unclear"
-    assert {phrase for phrase in PHRASES if phrase in findings([wide])[0]} == {PHRASES[2], PHRASES[3], PHRASES[10]}
+    assert {phrase for phrase in PHRASES if phrase in findings([wide])[0]} == {
+        PHRASES[2],
+        PHRASES[3],
+        PHRASES[10],
+    }
 
 
 def test_an_interval_over_equal_seeds_is_that_of_the_questions_and_grows_with_their_spread():
@@ -97,7 +115,10 @@ def test_an_interval_over_equal_seeds_is_that_of_the_questions_and_grows_with_th
 
 
 def test_a_difference_is_paired_by_question_and_by_seed():
-    before, after = {0: {"a": 0.0, "b": 0.5}, 1: {"a": 0.1, "b": 0.9}}, {0: {"a": 0.2, "b": 0.7}, 2: {"a": 0.9, "b": 0.9}}
+    before, after = (
+        {0: {"a": 0.0, "b": 0.5}, 1: {"a": 0.1, "b": 0.9}},
+        {0: {"a": 0.2, "b": 0.7}, 2: {"a": 0.9, "b": 0.9}},
+    )
     assert difference(after, before, ()).mean == pytest.approx(0.2)
     assert difference(after, before, ()).half == pytest.approx(0)
     with pytest.raises(ValueError, match="none in common"):
@@ -110,8 +131,13 @@ def test_lengths_are_told_as_they_are():
     def said(tokens):
         return findings([curve([0.9] * 4, tokens)])[1]
 
-    assert "5.0 times as long, at 64 traces (40 to 200 tokens), and shorter again: 2.0 times at 1,024" in said([80, 200, 120, 80])
-    assert "5.0 times as long, at 1,024 traces (40 to 200 tokens), the most that were tried." in said([60, 80, 120, 200])
+    assert (
+        "5.0 times as long, at 64 traces (40 to 200 tokens), and shorter again: 2.0 times at 1,024"
+        in said([80, 200, 120, 80])
+    )
+    assert "5.0 times as long, at 1,024 traces (40 to 200 tokens), the most that were tried." in said(
+        [60, 80, 120, 200]
+    )
     assert "and not shorter again beyond chance: 3.0 times at 1,024" in said([60, 80, 120, 119.99])
     assert "get longer at no size beyond chance (40 tokens before, at most 40 ± " in said([40, 40, 39, 30])
 
@@ -122,7 +148,9 @@ def test_arms_are_compared_at_the_sizes_they_share():
     said = comparison_sentence(long, short)
     assert said.startswith("Short traces: accuracy is above that of long traces at 64 (")
     assert (
-        " and below that of long traces at 1,024 (" in said and "256" not in said and "not to be told apart at the others" in said
+        " and below that of long traces at 1,024 (" in said
+        and "256" not in said
+        and "not to be told apart at the others" in said
     )
     same = Curve("half", long.base, list(long.points))
     assert "cannot be told from that of long traces at any size" in comparison_sentence(long, same)

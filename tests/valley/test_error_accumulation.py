@@ -48,7 +48,9 @@ def test_errors_that_only_accumulate_leave_nothing_over():
     assert found.causes["a sum is wrong"] == pytest.approx(1 - found.accuracy.mean)
     said = explain(BASE, [found])
     assert "the same within chance" in said[0]
-    assert "Length explains nothing of the fall" in said[1]  # answers are as long as before: it is p that fell
+    assert (
+        "Length explains nothing of the fall" in said[1]
+    )  # answers are as long as before: it is p that fell
     assert "a sum is wrong at 64 (100 %)" in said[2]
 
 
@@ -76,7 +78,9 @@ def test_a_rise_is_not_explained_as_a_fall():
 
 
 def test_lengths_of_answers_with_and_without_a_recheck_are_compared_where_there_are_both():
-    mixed = decompose(64, results(lambda chain, rng: answer(chain, rng, 1.0, copies=1 + (rng.random() < 0.5)), operands=5))
+    mixed = decompose(
+        64, results(lambda chain, rng: answer(chain, rng, 1.0, copies=1 + (rng.random() < 0.5)), operands=5)
+    )
     extra = len(", recheck: 12+0=12 ok") * 4
     assert mixed.reflection_tokens.mean == pytest.approx(extra, abs=6)
     assert mixed.reflection_tokens.low > 0

@@ -74,14 +74,19 @@ def test_training_is_rows_times_seconds_and_what_is_of_a_step_is_counted_once_a_
         assert int(cell_plan(cell).num_steps) == row.steps
     small = cell_plan(Cell(GEMMA, "full", 500, 0, epochs=4, batch_traces=1))
     assert small.num_steps == small.num_rows == 500  # a row holds four traces, more than a step asks for
-    single = cell_plan(Cell(GEMMA, "full", 8_000, 0, epochs=4, batch_traces=1), planned(update_in_backward=True))
+    single = cell_plan(
+        Cell(GEMMA, "full", 8_000, 0, epochs=4, batch_traces=1), planned(update_in_backward=True)
+    )
     assert single.num_steps == single.num_rows == 8_000
     stopped = cell_plan(Cell(GEMMA, "full", 8_000, 0, epochs=4, batch_traces=8), max_steps=1_000)
     assert (stopped.num_steps, stopped.num_rows) == (1_000, 2_000)
 
 
 def test_disk_is_weights_and_samples_and_adapters_are_small():
-    full, adapters = cell_plan(Cell(GEMMA, "full", 500, 0, 4, 1)), cell_plan(Cell(GEMMA, "qlora", 500, 0, 4, 1), planned(rank=16))
+    full, adapters = (
+        cell_plan(Cell(GEMMA, "full", 500, 0, 4, 1)),
+        cell_plan(Cell(GEMMA, "qlora", 500, 0, 4, 1), planned(rank=16)),
+    )
     assert full.trained == pytest.approx(1.0e9, rel=0.01)  # Gemma-3-1B has 1.00 billion parameters
     assert adapters.trained == pytest.approx(13.0e6, rel=0.05)
     samples = 2 * PAPERS.num_samples * 3_000 * 5
@@ -107,12 +112,16 @@ def test_the_sum_counts_a_baseline_once_a_model_and_seed_and_says_what_is_assume
     assert describe([replace(plans[2])]).endswith("no cell can be planned")
 
 
-def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(monkeypatch, tmp_path):
+def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(
+    monkeypatch, tmp_path
+):
     cells, told = Grid((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
     found = plan_memory(cells, row_tokens=64, gpu_gb=0, qlora_rank=16, report=told.append)
     assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
     assert "tiny, full: " in told[0] and "(simulated); fits 6 GB" in told[0]
-    assert told[1].startswith("  such-model, full: NO: model is no/such-model and no config") and len(told) == 2
+    assert (
+        told[1].startswith("  such-model, full: NO: model is no/such-model and no config") and len(told) == 2
+    )
     assert settings_of(found["no/such-model", "full"], 1.0) == ({}, found["no/such-model", "full"])
     assert settings_of(found["tiny", "full"], 1.0)[0]["recompute"] is True
 
@@ -120,10 +129,13 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
     chosen = choose_settings(cells, tmp_path, max_grad_norm=1.0, row_tokens=64, gpu_gb=6.0, qlora_rank=16)
     assert chosen["tiny", "full"][0]["optimizer"] == "adamw8bit"
     monkeypatch.setattr("kit.valley.estimate.plan_memory", None)  # a resumed sweep has it on disk
-    assert choose_settings(cells, tmp_path, max_grad_norm=1.0, row_tokens=64, gpu_gb=6.0, qlora_rank=16) == chosen
-    assert choose_settings(cells, tmp_path / "none", max_grad_norm=1.0, row_tokens=64, gpu_gb=0.0, qlora_rank=16) == {
-        ("tiny", "full"): ({}, "")
-    }
+    assert (
+        choose_settings(cells, tmp_path, max_grad_norm=1.0, row_tokens=64, gpu_gb=6.0, qlora_rank=16)
+        == chosen
+    )
+    assert choose_settings(
+        cells, tmp_path / "none", max_grad_norm=1.0, row_tokens=64, gpu_gb=0.0, qlora_rank=16
+    ) == {("tiny", "full"): ({}, "")}
 
 
 def test_one_row_a_step_is_what_the_cell_says_and_leaves_no_control_arm():
@@ -133,8 +145,13 @@ def test_one_row_a_step_is_what_the_cell_says_and_leaves_no_control_arm():
         (QWEN, "full"): ({}, ""),
     }
     found, told = with_settings(cells, chosen)
-    assert [(cell.batch_traces, cell.arm) for cell in found if cell.model == GEMMA] == [(1, "table"), (1, "table")]
+    assert [(cell.batch_traces, cell.arm) for cell in found if cell.model == GEMMA] == [
+        (1, "table"),
+        (1, "table"),
+    ]
     assert [cell for cell in found if cell.model == QWEN] == [cell for cell in cells if cell.model == QWEN]
     assert any(cell.arm == FIXED_BATCH for cell in found)
-    assert told == ["one row of packed traces per step at every size, to fit the card, for gemma-3-1b-it, full"]
+    assert told == [
+        "one row of packed traces per step at every size, to fit the card, for gemma-3-1b-it, full"
+    ]
     assert with_settings(found[2:], {(QWEN, "full"): ({}, "")})[1] == []

@@ -36,7 +36,9 @@ def make_sweep(path, grid, accuracies, *, base=0.5, skip=(), failed=(), tokens=6
     outcomes, cells = Journal(path / "jobs.jsonl"), grid.cells()
 
     def ended(name, status=DONE, **fields):
-        outcomes.append({"job": name, "status": status, "seconds": 1.0, "error": "", "tail": [], "log": ""} | fields)
+        outcomes.append(
+            {"job": name, "status": status, "seconds": 1.0, "error": "", "tail": [], "log": ""} | fields
+        )
 
     for cell in cells:
         write = path / "baselines" / cell.baseline / "samples"
@@ -47,9 +49,13 @@ def make_sweep(path, grid, accuracies, *, base=0.5, skip=(), failed=(), tokens=6
             ended(f"cell {cell.name}", FAILED, error="ValueError: <too long>", tail=["a < b"], log="log.txt")
         elif cell.name not in skip:
             level = accuracies[cell.method, cell.arm][grid.sizes.index(cell.num_traces)]
-            write_samples(path / "cells" / cell.name / "after", level, seed=cell.seed, tokens=tokens, **samples)
+            write_samples(
+                path / "cells" / cell.name / "after", level, seed=cell.seed, tokens=tokens, **samples
+            )
             for step in (1, 2):
-                Journal(path / "cells" / cell.name / "metrics.jsonl").append({"step": step, "seconds": 1_800.0})
+                Journal(path / "cells" / cell.name / "metrics.jsonl").append(
+                    {"step": step, "seconds": 1_800.0}
+                )
             ended(f"cell {cell.name}")
     for size, level in (rl or {}).items():
         name = rl_name(cells[0].model, cells[0].method, size, 0)
@@ -71,7 +77,12 @@ TABLE = ("full", "table")
     ("levels", "base", "phrases", "absent"),
     [
         ([0.5, 0.5, 0.5], 0.5, ["does not change beyond chance"], ["falls"]),
-        ([0.05, 0.5, 0.9], 0.9, ["falls from", "at 8,000 traces", "valley is crossed"], ["no recovery", "still below"]),
+        (
+            [0.05, 0.5, 0.9],
+            0.9,
+            ["falls from", "at 8,000 traces", "valley is crossed"],
+            ["no recovery", "still below"],
+        ),
         ([0.05, 0.2, 0.4], 0.9, ["falls from", "at 8,000 traces", "still below the base"], ["crossed"]),
         ([0.6, 0.3, 0.05], 0.9, ["at 220,000 traces", "no recovery"], ["crossed"]),
         ([0.5, 0.7, 0.95], 0.4, ["rises from"], ["falls from"]),
@@ -85,7 +96,9 @@ def test_the_sentence_follows_from_made_up_results(levels, base, phrases, absent
 
 
 def test_accuracy_is_the_unweighted_mean_of_the_benchmarks_and_length_is_math500s(tmp_path):
-    path = make_sweep(tmp_path, grid(sizes=(8_000,)), {TABLE: [{"math500": 1.0, "aime24": 0.0}]}, base=0.0, tokens=1_200)
+    path = make_sweep(
+        tmp_path, grid(sizes=(8_000,)), {TABLE: [{"math500": 1.0, "aime24": 0.0}]}, base=0.0, tokens=1_200
+    )
     (curve,), refused = curves_of(Sweep.read(path), GEMMA)
     assert refused == []
     assert curve.points[0].accuracy.mean == 0.5  # not 60 / 72, the share of the questions
@@ -95,7 +108,12 @@ def test_accuracy_is_the_unweighted_mean_of_the_benchmarks_and_length_is_math500
 
 
 def test_arms_and_methods_are_curves_of_their_own_compared_with_the_first(tmp_path):
-    levels = {TABLE: [0.1, 0.5], ("qlora", "table"): [0.9, 0.5], ("full", "fixed"): [0.1, 0.1], ("qlora", "fixed"): [0.1, 0.1]}
+    levels = {
+        TABLE: [0.1, 0.5],
+        ("qlora", "table"): [0.9, 0.5],
+        ("full", "fixed"): [0.1, 0.1],
+        ("qlora", "fixed"): [0.1, 0.1],
+    }
     path = make_sweep(tmp_path, grid("full", "qlora", sizes=(8_000, 32_000), fixed_batch=8), levels, base=0.9)
     curves, _ = curves_of(Sweep.read(path), GEMMA)
     assert [(curve.name, [point.num_traces for point in curve.points]) for curve in curves] == [
@@ -142,8 +160,14 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
     assert "<td>1.00<td>" in rows["full fine-tuning", "220,000"]  # two steps of half an hour
     assert "<td>8<td>" in rows["full fine-tuning, batch 8 throughout", "220,000"]
     assert "seed 0: FAILED" in rows["full fine-tuning", "32,000"] and page.count("FAILED") == 1
-    assert "not ended yet" in rows["full fine-tuning, batch 8 throughout", "32,000"] and page.count("seed 0: not ended yet") == 1
-    assert f"<h3>cell {cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page and "a &lt; b" in page
+    assert (
+        "not ended yet" in rows["full fine-tuning, batch 8 throughout", "32,000"]
+        and page.count("seed 0: not ended yet") == 1
+    )
+    assert (
+        f"<h3>cell {cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page
+        and "a &lt; b" in page
+    )
     assert "<li>lr 1 (paper: 2)" in page
     assert page.count("data:image/png;base64,") == 1 and "http" not in page
     assert (path / "gemma-3-1b-it.png").read_bytes().startswith(b"\x89PNG")

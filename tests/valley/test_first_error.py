@@ -19,27 +19,55 @@ def test_a_problem_is_read_back_as_the_chain_it_was_made_from():
 def test_nothing_is_wrong_in_a_trace_to_learn_from_and_its_checks_and_corrections_are_counted():
     for chain in CHAINS:
         short = dissect(chain.problem, short_trace(chain), finished=True)
-        assert (short.cause, short.right_steps, short.wrong, short.reflects) == ("", len(chain.operands), (), False)
-        assert (short.num_operations, short.num_false, short.num_checks, short.num_corrections) == (len(chain.operands), 0, 0, 0)
+        assert (short.cause, short.right_steps, short.wrong, short.reflects) == (
+            "",
+            len(chain.operands),
+            (),
+            False,
+        )
+        assert (short.num_operations, short.num_false, short.num_checks, short.num_corrections) == (
+            len(chain.operands),
+            0,
+            0,
+            0,
+        )
         text = long_trace(chain, random.Random(1))
         long = dissect(chain.problem, text, finished=True)
-        assert (long.cause, long.right_steps, long.num_steps) == ("", len(chain.operands), len(chain.operands))
+        assert (long.cause, long.right_steps, long.num_steps) == (
+            "",
+            len(chain.operands),
+            len(chain.operands),
+        )
         assert long.num_corrections == text.count("no:") == long.num_false == len(long.taken_back)
         # a correction: the wrong sum, its check, the right sum, its check
         assert long.num_checks == text.count("recheck") + text.count("no:")
-        assert long.num_operations == long.num_equations == len(chain.operands) + long.num_checks + long.num_corrections
+        assert (
+            long.num_operations
+            == long.num_equations
+            == len(chain.operands) + long.num_checks + long.num_corrections
+        )
 
 
 @pytest.mark.parametrize(
     ("text", "cause", "right", "wrong"),
     [
         ("7+5=12;12-3=9.\\boxed{9}", "", 2, []),
-        ("<think>7+5=12, recheck: 12-5=7 ok;12-3=8, recheck: 8+3=11, no: 12-3=9, 9+3=12 ok</think>\\boxed{9}", "", 2, []),
+        (
+            "<think>7+5=12, recheck: 12-5=7 ok;12-3=8, recheck: 8+3=11, no: 12-3=9, 9+3=12 ok</think>\\boxed{9}",
+            "",
+            2,
+            [],
+        ),
         ("7+5=13;13-3=10.\\boxed{10}", "a sum is wrong", 0, ["7+5=13", "13-3=10"]),
         ("7+5=12;12-3=8.\\boxed{8}", "a sum is wrong", 1, ["12-3=8"]),
         ("7+5=12;12-4=8.\\boxed{8}", "another step", 1, ["12-4=8"]),
         ("7+5=12;12-3=9;9+1=10.\\boxed{10}", "another step", 2, ["9+1=10"]),
-        ("<think>7+5=12;12-3=9, recheck: 9+3=12, no: 12-3=8</think>\\boxed{8}", "a sum is wrong", 1, ["12-3=8"]),
+        (
+            "<think>7+5=12;12-3=9, recheck: 9+3=12, no: 12-3=8</think>\\boxed{8}",
+            "a sum is wrong",
+            1,
+            ["12-3=8"],
+        ),
         ("<think>7+5=12, recheck: 12-5=8 ok;12-3=9</think>\\boxed{9}", "", 2, []),  # a false check is no step
         ("7+5=12.\\boxed{12}", "stops early", 1, []),
         ("7+5=12;12-3=9.", "no box", 2, []),

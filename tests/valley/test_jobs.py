@@ -139,7 +139,9 @@ run([job(recipe, "first"), job(recipe, "second", wait_for={wait!r})], recipe.par
 
 def test_a_sweep_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(recipe, tmp_path):
     code = SWEEP.format(tests=str(Path(__file__).parent), recipe=str(recipe), wait=str(tmp_path / "go"))
-    sweep = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    )
     alive = tmp_path / "runs" / "second" / "alive"
     while not alive.exists():
         assert sweep.poll() is None
@@ -158,7 +160,11 @@ def test_a_sweep_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(reci
     (tmp_path / "go").touch()
     again = run([job(recipe, "first"), job(recipe, "second", wait_for=str(tmp_path / "go"))], tmp_path)
     assert {name: outcome.status for name, outcome in again.items()} == {"second": DONE}
-    assert [line.split()[:2] for line in starts(recipe)] == [["first", "False"], ["second", "False"], ["second", "True"]]
+    assert [line.split()[:2] for line in starts(recipe)] == [
+        ["first", "False"],
+        ["second", "False"],
+        ["second", "True"],
+    ]
 
 
 def test_leaving_a_sweep_early_ends_its_processes(recipe, tmp_path):
@@ -172,7 +178,9 @@ def test_leaving_a_sweep_early_ends_its_processes(recipe, tmp_path):
     before = alive.read_text()
     time.sleep(0.3)
     assert alive.read_text() == before
-    assert [json.loads(line)["job"] for line in (tmp_path / "jobs.jsonl").read_text().splitlines()] == ["first"]
+    assert [json.loads(line)["job"] for line in (tmp_path / "jobs.jsonl").read_text().splitlines()] == [
+        "first"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,27 @@ def fail(name):
 def test_every_job_is_done_once_in_one_thread_and_no_more_processes_run_than_were_asked_for(tmp_path):
     jobs = [("slow", 3), ("quick", 4), ("quick", 5), ("quick", 6)]
     seen = []
-    found = dict(run_apart(square, jobs, num_workers=2, log=tmp_path / "log", on_wait=lambda running: seen.append(len(running))))
+    found = dict(
+        run_apart(
+            square,
+            jobs,
+            num_workers=2,
+            log=tmp_path / "log",
+            on_wait=lambda running: seen.append(len(running)),
+        )
+    )
     assert {job: result[0] for job, result in found.items()} == {job: job[1] ** 2 for job in jobs}
     assert {result[1] for result in found.values()} == {1}
-    assert len({result[2] for result in found.values()}) == 2 and os.getpid() not in {result[2] for result in found.values()}
+    assert len({result[2] for result in found.values()}) == 2 and os.getpid() not in {
+        result[2] for result in found.values()
+    }
     assert max(seen) <= 2 and seen[-1] == 0
 
 
 def test_nothing_to_do_is_done_at_once(tmp_path):
-    assert list(run_apart(square, [], num_workers=2, log=tmp_path / "log", on_wait=lambda running: None)) == []
+    assert (
+        list(run_apart(square, [], num_workers=2, log=tmp_path / "log", on_wait=lambda running: None)) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +60,9 @@ def test_nothing_to_do_is_done_at_once(tmp_path):
 )
 def test_a_job_that_fails_ends_the_others_and_says_why(tmp_path, name, error, message):
     with pytest.raises(error, match=message):
-        list(run_apart(fail, [(name,)] * 3, num_workers=2, log=tmp_path / "log", on_wait=lambda running: None))
+        list(
+            run_apart(fail, [(name,)] * 3, num_workers=2, log=tmp_path / "log", on_wait=lambda running: None)
+        )
 
 
 def use_memory(name):
@@ -61,7 +75,11 @@ def use_memory(name):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(40):
         torch.ones(2**22)
-    return settings, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, 2**24 // resource.getpagesize()
+    return (
+        settings,
+        resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before,
+        2**24 // resource.getpagesize(),
+    )
 
 
 def test_freed_memory_stays_with_the_processes_and_the_environment_is_as_it_was(tmp_path, monkeypatch):

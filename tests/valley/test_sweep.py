@@ -28,7 +28,10 @@ def test_the_table_is_the_papers_and_gives_its_number_of_optimizer_steps():
 
 def test_a_size_outside_the_table_continues_its_rule_and_one_inside_is_its_row():
     assert all(schedule(row.traces) is row for row in TABLE)
-    found = {size: (schedule(size).epochs, schedule(size).batch_traces) for size in (1, 500, 2_000, 100_000, 225_000)}
+    found = {
+        size: (schedule(size).epochs, schedule(size).batch_traces)
+        for size in (1, 500, 2_000, 100_000, 225_000)
+    }
     assert found == {1: (4, 1), 500: (4, 1), 2_000: (4, 2), 100_000: (3, 100), 225_000: (2, 128)}
     for row in TABLE:  # so the rule is the table's
         assert row.batch_traces == min(row.traces // 1_000, 128)
@@ -97,7 +100,12 @@ def test_models_name_their_own_methods_or_take_the_common_ones():
 
 def test_what_differs_from_the_papers_cells_is_told():
     told = "\n".join(Grid((("a/x", ("qlora",)),), (500, 8_000), fixed_batch=4).deviations(16))
-    for text in ("500 traces, which the paper lacks", "without 16,000, 32,000,", "QLoRA of rank 16 for x", "4 traces per step"):
+    for text in (
+        "500 traces, which the paper lacks",
+        "without 16,000, 32,000,",
+        "QLoRA of rank 16 for x",
+        "4 traces per step",
+    ):
         assert text in told
     assert Grid((("x", ("full",)),), tuple(row.traces for row in TABLE)).deviations(16) == []
 

@@ -28,15 +28,26 @@ def test_the_arms_have_the_same_problems_and_the_sizes_are_nested():
     assert len(set(problems)) == 40
     assert make_traces(ARMS["mixed"].long_share, 20, 0, set()) == made["mixed"][:20]
     assert [trace.problem for trace in make_traces(ARMS["long"].long_share, 40, 1, set())] != problems
-    assert not {trace.problem for trace in make_traces(ARMS["long"].long_share, 40, 0, set(problems[:9]))} & set(problems[:9])
+    assert not {
+        trace.problem for trace in make_traces(ARMS["long"].long_share, 40, 0, set(problems[:9]))
+    } & set(problems[:9])
 
 
 def test_an_arm_has_the_share_of_long_traces_it_says():
-    for name, num_long in (("long", 40), ("short", 0), ("quarter", 10), ("mixed", 20), ("most", 30), ("growing", 40)):
+    for name, num_long in (
+        ("long", 40),
+        ("short", 0),
+        ("quarter", 10),
+        ("mixed", 20),
+        ("most", 30),
+        ("growing", 40),
+    ):
         traces = make_traces(ARMS[name].long_share, 40, 0, set())
         assert sum(trace.response.startswith("<think>") for trace in traces) == num_long
         assert any(reflects(trace.response) for trace in traces) == bool(num_long)
-    half = [trace.response.startswith("<think>") for trace in make_traces(ARMS["mixed"].long_share, 40, 0, set())]
+    half = [
+        trace.response.startswith("<think>") for trace in make_traces(ARMS["mixed"].long_share, 40, 0, set())
+    ]
     assert half[:6] == [False, True] * 3  # spread, so that every subset has its share
 
 
@@ -65,9 +76,14 @@ def test_the_growing_batch_repeats_no_cell_of_the_long_arm():
     assert [(cell.num_traces, cell.batch_traces) for cell in growing] == [(64, 4), (1_024, 4)]
     assert len({cell.name for cell in cells}) == len(cells)
     assert [(cell.model, cell.arm) for cell in cells[:4]] == [("tiny", BASE), ("tinier", BASE)] * 2
-    assert [cell.seed for cell in cells[4:]] == sorted(cell.seed for cell in cells[4:])  # one seed's picture is whole first
+    assert [cell.seed for cell in cells[4:]] == sorted(
+        cell.seed for cell in cells[4:]
+    )  # one seed's picture is whole first
     assert [cell.num_traces for cell in cells if (cell.arm, cell.seed) == ("short", 0)] == [64, 1_024, 4_096]
-    assert {cell.arm for cell in cells if cell.model == "tinier"} == {BASE, "long"}  # other models: the first arm alone
+    assert {cell.arm for cell in cells if cell.model == "tinier"} == {
+        BASE,
+        "long",
+    }  # other models: the first arm alone
 
 
 @pytest.mark.parametrize(
@@ -113,7 +129,9 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
     broken = tmp_path / "broken"
     for where in ("cells/tiny-long-24-seed0/metrics.jsonl", "cells/tiny-short-24-seed0/samples/toy.jsonl"):
         process = call(__file__, "measure", broken, workers=1)
-        while process.poll() is None and not ((broken / where).exists() and (broken / where).read_text().count("\n") >= 4):
+        while process.poll() is None and not (
+            (broken / where).exists() and (broken / where).read_text().count("\n") >= 4
+        ):
             time.sleep(0.001)
         process.kill()
         time.sleep(1.0)  # in which the process that makes the cell sees it
@@ -121,13 +139,20 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
         assert where.split("/")[1] not in "".join(finished), "killed too late to test anything"
         written = (broken / where).read_text()
         time.sleep(1.0)
-        assert (broken / where).read_text() == written  # the process that made the cell ended with the one that was killed
+        assert (
+            broken / where
+        ).read_text() == written  # the process that made the cell ended with the one that was killed
     before = (broken / "cells.jsonl").read_text()
     wait(call(__file__, "measure", broken, workers=2))
     assert (broken / "cells.jsonl").read_text().startswith(before)  # finished cells are kept, their times too
     assert rows(broken) == rows(tmp_path / "whole")
     untimed, samples = rows(broken)
-    long, short, base, smaller = "tiny-long-24-seed0", "tiny-short-24-seed0", "tiny-base-0-seed0", "tinier-long-24-seed0"
+    long, short, base, smaller = (
+        "tiny-long-24-seed0",
+        "tiny-short-24-seed0",
+        "tiny-base-0-seed0",
+        "tinier-long-24-seed0",
+    )
     assert [row["cell"] for row in untimed] == [
         base, "tinier-base-0-seed0", "tiny-long-8-seed0", long, short, "tinier-long-8-seed0", smaller,
     ]  # fmt: skip
@@ -141,7 +166,9 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
         ("long traces", [8, 24]), ("short traces", [24]), (f"long traces, model of {size} parameters", [8, 24]),
     ]  # fmt: skip
     assert [curve.base.accuracy.mean for curve in drawn] == [found[i].row["accuracy"] for i in (0, 0, 1)]
-    assert drawn[0].base is drawn[1].base is not drawn[2].base  # a line for each model's untouched self, and one only
+    assert (
+        drawn[0].base is drawn[1].base is not drawn[2].base
+    )  # a line for each model's untouched self, and one only
     page = write_report(broken).read_text()
     assert page.count("<img ") == 3 and "http" not in page
     for text in (

@@ -19,13 +19,24 @@ def result(accuracy, seed, tokens):
 
 def rl_runs(cell, before, after):
     return [
-        RLRun(Cell("tiny", *cell, seed), [0.1, 0.2], result(before, seed, 40), result(after, f"after {seed}", 70 + seed))
+        RLRun(
+            Cell("tiny", *cell, seed),
+            [0.1, 0.2],
+            result(before, seed, 40),
+            result(after, f"after {seed}", 70 + seed),
+        )
         for seed in range(4)
     ]
 
 
 def test_the_starts_are_the_untouched_model_the_lowest_point_and_the_largest_size_of_the_first_arm():
-    accuracies = {(BASE, 0): 0.9, ("long", 16): 0.5, ("long", 64): 0.1, ("long", 256): 0.7, ("short", 64): 0.0}
+    accuracies = {
+        (BASE, 0): 0.9,
+        ("long", 16): 0.5,
+        ("long", 64): 0.1,
+        ("long", 256): 0.7,
+        ("short", 64): 0.0,
+    }
     found = [
         Finished(Cell("tiny", *key, seed), {"accuracy": accuracy}, None)
         for key, accuracy in accuracies.items()
@@ -40,13 +51,22 @@ def test_the_starts_are_the_untouched_model_the_lowest_point_and_the_largest_siz
 
 
 def test_what_is_said_of_the_starts_follows_from_their_samples():
-    made = [*rl_runs((BASE, 0), 0.6, 0.8), *rl_runs(("long", 64), 0.1, 0.4), *rl_runs(("long", 256), 0.8, 0.95)]
+    made = [
+        *rl_runs((BASE, 0), 0.6, 0.8),
+        *rl_runs(("long", 64), 0.1, 0.4),
+        *rl_runs(("long", 256), 0.8, 0.95),
+    ]
     untouched, low, fed = rl_findings(made)
-    assert untouched.startswith("Reinforcement learning from base model: accuracy rises") and "ends" not in untouched
+    assert (
+        untouched.startswith("Reinforcement learning from base model: accuracy rises")
+        and "ends" not in untouched
+    )
     assert "mean length of answers goes from 40 to 72 tokens" in untouched
     assert "from long traces, 64: accuracy rises" in low and "ends below the base model" in low
     assert "ends above the base model" in fed
     made = [*rl_runs((BASE, 0), 0.6, 0.6), *rl_runs(("long", 64), 0.6, 0.6)]
     untouched, low = rl_findings(made)
-    assert "does not change beyond chance" in untouched and "above or below the base model is not known" in low
+    assert (
+        "does not change beyond chance" in untouched and "above or below the base model is not known" in low
+    )
     assert "falls" in rl_findings(rl_runs((BASE, 0), 0.8, 0.2))[0]

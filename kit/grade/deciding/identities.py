@@ -55,7 +55,8 @@ def points(names: frozenset[str]):
     generator = random.Random(20250607)
     for index in range(POINTS):
         yield {
-            name: Fraction(generator.randrange(1, 2**40), 2**38) * (-1 if index % 3 == 2 and generator.random() < 0.7 else 1)
+            name: Fraction(generator.randrange(1, 2**40), 2**38)
+            * (-1 if index % 3 == 2 and generator.random() < 0.7 else 1)
             for name in sorted(names)
         }
 
@@ -74,7 +75,9 @@ def same_function(left: Node, right: Node, budget: Budget) -> bool | None:
             if not same_number(left, right, budget, binding):
                 if not is_complex:
                     return False
-                complex_points -= 100  # principal values: a root of a negative number may be meant as the real one
+                complex_points -= (
+                    100  # principal values: a root of a negative number may be meant as the real one
+                )
             elif is_complex:
                 complex_points += 1
             else:
@@ -114,7 +117,10 @@ def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> boo
         elif isinstance(ratio, Fraction) and isinstance(constant, Fraction):
             if ratio != constant:
                 return False
-        elif abs(evaluator.real(ratio) - evaluator.real(constant)) > abs(evaluator.real(constant)) * evaluator.mp.mpf(10) ** -40:
+        elif (
+            abs(evaluator.real(ratio) - evaluator.real(constant))
+            > abs(evaluator.real(constant)) * evaluator.mp.mpf(10) ** -40
+        ):
             return False
         agreed += 1
     return True if agreed >= 4 else None
@@ -156,9 +162,18 @@ def decimal_of(node: Node) -> tuple[Fraction, Fraction, int] | None:
 def _power_of_ten(node: Node) -> Fraction | None:
     if node[0] == "num":
         size = abs(node[1])
-        digits = str(max(size.numerator, size.denominator)) if size and max(size.numerator, size.denominator) < 10**50 else ""
+        digits = (
+            str(max(size.numerator, size.denominator))
+            if size and max(size.numerator, size.denominator) < 10**50
+            else ""
+        )
         return node[1] if 1 in (size.numerator, size.denominator) and digits.strip("0") == "1" else None
-    if node[0] == "pow" and node[1] == ("num", Fraction(10)) and node[2][0] == "num" and node[2][1].denominator == 1:
+    if (
+        node[0] == "pow"
+        and node[1] == ("num", Fraction(10))
+        and node[2][0] == "num"
+        and node[2][1].denominator == 1
+    ):
         return Fraction(10) ** node[2][1].numerator if abs(node[2][1]) < 4_000 else None
     return None
 

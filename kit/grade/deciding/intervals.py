@@ -47,7 +47,9 @@ class RealSets:
                     or (self.same_end(piece.low, last.high) and (piece.low_closed or last.high_closed))
                 ):
                     longer = self.position(piece.high) > self.position(last.high)
-                    closed = last.high_closed or (piece.high_closed and not longer and self.same_end(piece.high, last.high))
+                    closed = last.high_closed or (
+                        piece.high_closed and not longer and self.same_end(piece.high, last.high)
+                    )
                     high, high_closed = (piece.high, piece.high_closed) if longer else (last.high, closed)
                     merged[-1] = Interval(last.low, high, last.low_closed, high_closed)
                 else:
@@ -86,7 +88,11 @@ class RealSets:
             return pieces
         if node[0] == "meet":
             sides = [self.raw_pieces(resolve(part)) for part in node[1:]]
-            return None if None in sides else [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
+            return (
+                None
+                if None in sides
+                else [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
+            )
         if node[0] == "minus":
             whole, holes = (self.raw_pieces(resolve(part)) for part in node[1:])
             return None if whole is None or holes is None else self.punch(whole, holes)
@@ -94,9 +100,16 @@ class RealSets:
 
     def overlap(self, x: Interval, y: Interval) -> list[Interval]:
         """The intersection of two intervals, as a list of one or none."""
-        lows, highs = ((self.position(x.low), self.position(y.low)), (self.position(x.high), self.position(y.high)))
-        low = max((lows[0], not x.low_closed, x.low), (lows[1], not y.low_closed, y.low), key=lambda end: end[:2])
-        high = min((highs[0], x.high_closed, x.high), (highs[1], y.high_closed, y.high), key=lambda end: end[:2])
+        lows, highs = (
+            (self.position(x.low), self.position(y.low)),
+            (self.position(x.high), self.position(y.high)),
+        )
+        low = max(
+            (lows[0], not x.low_closed, x.low), (lows[1], not y.low_closed, y.low), key=lambda end: end[:2]
+        )
+        high = min(
+            (highs[0], x.high_closed, x.high), (highs[1], y.high_closed, y.high), key=lambda end: end[:2]
+        )
         if low[0] > high[0] or (low[0] == high[0] and (low[1] or not high[1])):
             return []
         return [Interval(low[2], high[2], not low[1], high[1])]
@@ -132,7 +145,9 @@ def condition_name(node: Node) -> Node | None:
 
 
 def flip(chain: tuple) -> tuple:
-    return tuple(FLIPPED.get(operator, operator) for operator in reversed(chain[0])), tuple(reversed(chain[1]))
+    return tuple(FLIPPED.get(operator, operator) for operator in reversed(chain[0])), tuple(
+        reversed(chain[1])
+    )
 
 
 def point(node: Node) -> list[Interval] | None:

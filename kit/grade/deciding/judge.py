@@ -29,7 +29,9 @@ from kit.grade.deciding.scalars import Options, ScalarJudge
 from kit.grade.limits import Budget, NotNumeric, TooLarge, Undecided
 from kit.grade.reading.trees import Node, canonical, contains, negate, symbols
 
-MAX_PAIRS = 20_000  # comparisons between the elements of two sets, after equal rational elements are paired off
+MAX_PAIRS = (
+    20_000  # comparisons between the elements of two sets, after equal rational elements are paired off
+)
 
 
 class Judge(ScalarJudge):
@@ -59,7 +61,9 @@ class Judge(ScalarJudge):
             return self.same_sequence(a, b)
         if "text" in kinds:
             letters = kinds == {"text"} and len(a[1]) == len(b[1]) == 1  # C is not c, but Yes is yes
-            return self.decide("text", a == b if letters else kinds == {"text"} and plain_words(a[1]) == plain_words(b[1]))
+            return self.decide(
+                "text", a == b if letters else kinds == {"text"} and plain_words(a[1]) == plain_words(b[1])
+            )
         return self.same_scalar(a, b)
 
     # --- equations and names
@@ -70,7 +74,9 @@ class Judge(ScalarJudge):
             if other[0] == "list" and has_names(other) and one_by_one(equation) != equation:
                 return self.same_collection(one_by_one(equation), other)
             name, value = equation[1:]
-            stated = is_name(name) or not (symbols(name) or symbols(value))  # 35 + 70 = 105 states a value too
+            stated = is_name(name) or not (
+                symbols(name) or symbols(value)
+            )  # 35 + 70 = 105 states a value too
             if not stated or kind(other) == "condition":
                 return self.decide("an equation is not a value", False)
             verdict = self.same(value, other)
@@ -114,7 +120,11 @@ class Judge(ScalarJudge):
         left, right = (list(side[2:] if side[0] == "list" else side[1:]) for side in (a, b))
         if ordered:
             return self.decide("list, in order", self.elementwise(left, right))
-        if a[0] == b[0] == "list" and "or" in (a[1], b[1]) and all(kind(resolve(part)) == "condition" for part in left + right):
+        if (
+            a[0] == b[0] == "list"
+            and "or" in (a[1], b[1])
+            and all(kind(resolve(part)) == "condition" for part in left + right)
+        ):
             return self.same_real_set(a, b)
         return self.decide("set", self.same_elements(left, right))
 
@@ -139,7 +149,10 @@ class Judge(ScalarJudge):
 
     def same_elements(self, left: list[Node], right: list[Node]) -> bool:
         """Set equality: rational elements by their exact values first, the others (and decimals) pair by pair."""
-        exact = [{value: part for part in side if (value := self.rational(part)) is not None} for side in (left, right)]
+        exact = [
+            {value: part for part in side if (value := self.rational(part)) is not None}
+            for side in (left, right)
+        ]
         common = exact[0].keys() & exact[1].keys()
         loose = [[part for part in side if self.rational(part) not in common] for side in (left, right)]
         if len(loose[0]) * len(loose[1]) > MAX_PAIRS:
@@ -177,7 +190,11 @@ class Judge(ScalarJudge):
                 nested = tuple(as_vector(part) for part in seq[3:])
                 if all(part is not None for part in nested):  # [[1, 2], [3, 4]]
                     return self.same_sequence(("matrix", *nested), matrix)
-            return self.same_scalar(a, b) if "matrix" in (a[0], b[0]) else self.decide("a tuple is not a number", False)
+            return (
+                self.same_scalar(a, b)
+                if "matrix" in (a[0], b[0])
+                else self.decide("a tuple is not a number", False)
+            )
         if a[0] == b[0] == "seq" and (
             len(a) == len(b) == 5 or "(]" in (a[1] + a[2], b[1] + b[2]) or "[)" in (a[1] + a[2], b[1] + b[2])
         ):
@@ -195,7 +212,9 @@ class Judge(ScalarJudge):
     def same_real_set(self, a: Node, b: Node) -> bool:
         if a[0] == b[0] == "condition":
             names = [condition_name(side) for side in (a, b)]
-            if all(name is not None and is_name(name) for name in names) and canonical(names[0]) != canonical(names[1]):
+            if all(name is not None and is_name(name) for name in names) and canonical(names[0]) != canonical(
+                names[1]
+            ):
                 return self.decide("conditions on different quantities", False)
         pieces = [self.sets.pieces(side) for side in (a, b)]
         if pieces[0] is None or pieces[1] is None:
@@ -215,11 +234,15 @@ class Judge(ScalarJudge):
 
     def same_condition(self, a: Node, b: Node) -> bool:
         """Chains of inequalities that are no interval, such as f(2) < f(1) < f(4) or 2x + y < 3."""
-        chains = [chain if not chain[0] or chain[0][0] not in (">", ">=") else flip(chain) for chain in (a[1:], b[1:])]
+        chains = [
+            chain if not chain[0] or chain[0][0] not in (">", ">=") else flip(chain)
+            for chain in (a[1:], b[1:])
+        ]
         if chains[0][0] != chains[1][0]:
             return self.decide("inequality", False)
         if len(chains[0][1]) == len(chains[1][1]) and all(
-            canonical(x) == canonical(y) or self.similar(x, y) for x, y in zip(chains[0][1], chains[1][1], strict=True)
+            canonical(x) == canonical(y) or self.similar(x, y)
+            for x, y in zip(chains[0][1], chains[1][1], strict=True)
         ):
             return self.decide("inequality", True)
         if chains[0][0] == ("equiv", "mod") and canonical(chains[0][1][2]) == canonical(chains[1][1][2]):

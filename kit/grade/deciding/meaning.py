@@ -8,8 +8,12 @@ from fractions import Fraction
 from kit.grade.reading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
 from kit.grade.reading.vocabulary import COMPOUND_UNITS, UNITS
 
-ALL_REALS = frozenset(("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers"))
-ALL_INTEGERS = frozenset(("all integers", "the integers", "integers", "the set of all integers", "the set of integers"))
+ALL_REALS = frozenset(
+    ("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers")
+)
+ALL_INTEGERS = frozenset(
+    ("all integers", "the integers", "integers", "the set of all integers", "the set of integers")
+)
 NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
 _UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # 7 in all is no length
 _HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
@@ -22,7 +26,13 @@ def is_point_name(node: Node) -> bool:
 
 def as_selection(node: Node) -> Node | None:
     """C(5, 2) as a number of choices, which it is where a number is asked for; None for any other node."""
-    if node[0] == "mul" and len(node) == 3 and node[1] == ("sym", "C") and node[2][0] == "seq" and len(node[2]) == 5:
+    if (
+        node[0] == "mul"
+        and len(node) == 3
+        and node[1] == ("sym", "C")
+        and node[2][0] == "seq"
+        and len(node[2]) == 5
+    ):
         return ("binom", *node[2][3:])
     return None
 
@@ -57,7 +67,12 @@ def resolve(node: Node) -> Node:
             for item in part[2:] if part[0] == "list" else [part]:
                 if item[0] == "equation" and is_name(item[1]):
                     name = item[1]
-                elif name is not None and item[0] != "equation" and node[0] == "list" and kind(item) in ("scalar", "sequence"):
+                elif (
+                    name is not None
+                    and item[0] != "equation"
+                    and node[0] == "list"
+                    and kind(item) in ("scalar", "sequence")
+                ):
                     item = ("equation", name, item)  # a = 4, -8, -10: all three are a
                 if item[0] == "condition" and item[1] == ("!=",):
                     excluded = item[2][0]
@@ -80,7 +95,9 @@ def resolve(node: Node) -> Node:
     if (node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1])) or (
         node[0] == "apply" and len(node) > 3 and is_point_name(("sym", node[1]))
     ):
-        name, place = (node[1], node[2]) if node[0] == "mul" else (("sym", node[1]), ("seq", "(", ")", *node[2:]))
+        name, place = (
+            (node[1], node[2]) if node[0] == "mul" else (("sym", node[1]), ("seq", "(", ")", *node[2:]))
+        )
         return ("equation", name, place)
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
@@ -97,7 +114,9 @@ def resolve_relation(node: Node) -> Node:
     if "~" in operators:
         cut = operators.index("~")
         first = operands[cut]
-        if cut > 0 or not symbols(first):  # x = 1/3 ~ 0.333 and sqrt(2) ~ 1.41 give the exact value, x ~ 11 gives 11
+        if cut > 0 or not symbols(
+            first
+        ):  # x = 1/3 ~ 0.333 and sqrt(2) ~ 1.41 give the exact value, x ~ 11 gives 11
             operators, operands = operators[:cut], operands[: cut + 1]
         operators = ["=" if operator == "~" else operator for operator in operators]
         if not operators:
@@ -105,7 +124,9 @@ def resolve_relation(node: Node) -> Node:
     if operators == ["mod"] and all(part[0] == "num" for part in operands) and operands[1][1] > 0:
         return ("num", operands[0][1] % operands[1][1])
     if operators == ["in"]:
-        return resolve(operands[1]) if kind(operands[1]) != "scalar" else ("condition", ("in",), tuple(operands))
+        return (
+            resolve(operands[1]) if kind(operands[1]) != "scalar" else ("condition", ("in",), tuple(operands))
+        )
     if any(operator != "=" for operator in operators):
         return ("condition", tuple(operators), tuple(operands))
     name, value = operands[0], operands[-1]
@@ -127,7 +148,9 @@ def has_names(node: Node) -> bool:
 
 def names_differ(node: Node) -> bool:
     """Whether a collection equates different quantities: x = 2, y = 3 does, x_1 = 2, x_2 = 3 lists the values of one."""
-    named = [part[1] for part in node if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1])]
+    named = [
+        part[1] for part in node if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1])
+    ]
     return len({name[1].partition("_")[0] if name[0] == "sym" else name for name in named}) > 1
 
 
@@ -141,7 +164,10 @@ def one_by_one(equation: Node) -> Node:
 
 def strip_names(node: Node) -> Node:
     """The collection with every name = value replaced by its value."""
-    return tuple(part[2] if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1]) else part for part in node)
+    return tuple(
+        part[2] if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1]) else part
+        for part in node
+    )
 
 
 def rename_argument(a: Node, b: Node) -> Node:
@@ -152,7 +178,9 @@ def rename_argument(a: Node, b: Node) -> Node:
         and heads[0][1] == heads[1][1]
         and heads[0][2][1] not in symbols(b[2])  # f(t) = t + x does not become f(x) = x + x
     ):
-        return tuple(rename(part, heads[1][2], heads[0][2]) if isinstance(part, tuple) else part for part in b)
+        return tuple(
+            rename(part, heads[1][2], heads[0][2]) if isinstance(part, tuple) else part for part in b
+        )
     return b
 
 

@@ -20,8 +20,12 @@ class Options:
 
     percent: str = "either"  # "either": 10 % is 10 or 0.1; "value": 10 % is 0.1 only
     units: str = "known"  # "known": two different known units differ; "ignore": units never matter; "required": both or neither
-    order: str = "free"  # "free": a bare list is a set; "strict": its order counts (tuples are always ordered)
-    rounding: int | None = 4  # a decimal of so many significant digits is the exact value that rounds to it; None: never
+    order: str = (
+        "free"  # "free": a bare list is a set; "strict": its order counts (tuples are always ordered)
+    )
+    rounding: int | None = (
+        4  # a decimal of so many significant digits is the exact value that rounds to it; None: never
+    )
 
     def __post_init__(self):
         for name, allowed in (
@@ -30,9 +34,13 @@ class Options:
             ("order", ("free", "strict")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: pass one of {', '.join(map(repr, allowed))}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: pass one of {', '.join(map(repr, allowed))}"
+                )
         if self.rounding is not None and (type(self.rounding) is not int or self.rounding < 1):
-            raise ValueError(f"rounding={self.rounding!r}: pass a positive number of significant digits, or None for never")
+            raise ValueError(
+                f"rounding={self.rounding!r}: pass a positive number of significant digits, or None for never"
+            )
 
 
 class ScalarJudge:
@@ -64,7 +72,9 @@ class ScalarJudge:
             whole, percent = (b, a) if "percent" in marks_a else (a, b)
             if self.same_expression(whole, product([percent, ("num", Fraction(1, 100))])):
                 return self.decide("percent", True)
-            return self.decide("percent", self.options.percent == "either" and self.same_expression(whole, percent))
+            return self.decide(
+                "percent", self.options.percent == "either" and self.same_expression(whole, percent)
+            )
         if ("deg" in marks_a) != ("deg" in marks_b):
             plain, degrees = (b, a) if "deg" in marks_a else (a, b)
             if self.options.units != "required" and self.same_expression(plain, degrees):
@@ -108,7 +118,11 @@ class ScalarJudge:
     def same_closed(self, a: Node, b: Node) -> bool:
         if self.same_value(a, b):
             return True
-        loose = self.options.rounding and (contains(a, "dec") or contains(b, "dec")) and not (decimal_of(a) or decimal_of(b))
+        loose = (
+            self.options.rounding
+            and (contains(a, "dec") or contains(b, "dec"))
+            and not (decimal_of(a) or decimal_of(b))
+        )
         return self.decide("number", bool(loose) and self.similar(a, b))
 
     def same_value(self, a: Node, b: Node) -> bool:
@@ -117,7 +131,11 @@ class ScalarJudge:
         if all(decimals):
             return self.decide("number", same_decimals(*decimals))
         for decimal, side, other in ((decimals[0], a, b), (decimals[1], b, a)):
-            if decimal and self.options.rounding and rounds_to(side, other, self.options.rounding, self.budget):
+            if (
+                decimal
+                and self.options.rounding
+                and rounds_to(side, other, self.options.rounding, self.budget)
+            ):
                 return self.decide("number" if same_number(a, b, self.budget) else "rounded decimal", True)
         return self.decide("number", same_number(a, b, self.budget))
 
@@ -130,7 +148,9 @@ class ScalarJudge:
         if not verdict:
             counters = [symbols(side) for side in (a, b)]
             counted = all(len(names) == 1 and names <= {"k", "n", "m"} for names in counters)
-            if counted and counters[0] != counters[1] and mentions(a, PI) and mentions(b, PI):  # 2k pi and 2n pi
+            if (
+                counted and counters[0] != counters[1] and mentions(a, PI) and mentions(b, PI)
+            ):  # 2k pi and 2n pi
                 renamed = rename(b, ("sym", *counters[1]), ("sym", *counters[0]))
                 return self.decide("the same family", bool(same_function(a, renamed, self.budget)))
         return self.decide("identity at random points", verdict)
@@ -161,7 +181,10 @@ class ScalarJudge:
             except (NotNumeric, Undefined):
                 return False
         if a[0] not in ("add", "mul"):
-            return all(self.similar(x, y) if isinstance(x, tuple) else x == y for x, y in zip(a[1:], b[1:], strict=True))
+            return all(
+                self.similar(x, y) if isinstance(x, tuple) else x == y
+                for x, y in zip(a[1:], b[1:], strict=True)
+            )
         left = list(b[1:])
         self.budget.spend(len(left))
         for part in a[1:]:

@@ -19,7 +19,15 @@ from kit.grade.reading.vocabulary import names
 
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 
-_SYMPY_NAMES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs", "ceil": "ceiling", "ln": "log", "lg": "log"}
+_SYMPY_NAMES = {
+    "arcsin": "asin",
+    "arccos": "acos",
+    "arctan": "atan",
+    "abs": "Abs",
+    "ceil": "ceiling",
+    "ln": "log",
+    "lg": "log",
+}
 _SYMPY_NAMES |= {"max": "Max", "min": "Min", "Re": "re", "Im": "im"}
 _FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm arg") | _SYMPY_NAMES.keys()
 
@@ -39,7 +47,10 @@ def build(node: Node, sympy, assumptions: dict[str, dict]):
         name, variable, low, high, body = parts
         kind = {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name]
         bounds = [build(bound, sympy, assumptions) for bound in (low, high)]
-        return kind(build(body, sympy, assumptions), (sympy.Symbol(variable, **assumptions.get(variable, {})), *bounds))
+        return kind(
+            build(body, sympy, assumptions),
+            (sympy.Symbol(variable, **assumptions.get(variable, {})), *bounds),
+        )
     if op in ("call", "apply"):
         return _function(op, parts[0], [build(part, sympy, assumptions) for part in parts[1:]], sympy)
     makers = {
@@ -150,6 +161,12 @@ def serve() -> None:
             equal, reason = decide(from_json(question["a"]), from_json(question["b"]), sympy)
             send({"equal": equal, "reason": reason})
         except (MemoryError, RecursionError, OverflowError) as error:
-            send({"equal": None, "reason": f"the worker ran into its limits: {type(error).__name__}", "exhausted": True})
+            send(
+                {
+                    "equal": None,
+                    "reason": f"the worker ran into its limits: {type(error).__name__}",
+                    "exhausted": True,
+                }
+            )
         except Exception as error:  # sympy raises many kinds on odd input; the reason goes into the verdict
             send({"equal": None, "reason": f"sympy could not decide: {type(error).__name__}"})

@@ -26,9 +26,7 @@ MAX_WORKERS = 2  # each holds about 70 MiB; a third thread waits, within its dea
 START_UP = 60.0  # seconds that importing sympy may take on a busy machine before the worker is given up
 
 # the caller's folder ("") must not be searched: it may hold a sympy.py or a random.py
-_SERVE = (
-    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; from kit.grade.deciding.sympy_worker import serve; serve()"
-)
+_SERVE = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; from kit.grade.deciding.sympy_worker import serve; serve()"
 
 
 class Worker:
@@ -182,7 +180,9 @@ def _ask(workers: Pool, question: dict, deadline_at: float) -> dict | None:
     try:
         if not worker.wait_ready(deadline_at):
             usable = worker.process.poll() is None and time.monotonic() - worker.started < START_UP
-            raise Undecided("deadline: the worker is still starting" if usable else "the worker could not start")
+            raise Undecided(
+                "deadline: the worker is still starting" if usable else "the worker could not start"
+            )
         answer = worker.ask({**question, "seconds": deadline_at - time.monotonic()}, deadline_at)
         usable = answer is not None and not answer.get("exhausted", False)
         return answer

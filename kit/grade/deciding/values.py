@@ -90,7 +90,12 @@ class Evaluator:
             term = self(part)
             exact = isinstance(total, Fraction) and isinstance(term, Fraction)
             # 60 bits beyond the precision: a term that is rounding error, such as cos(90 degrees), lies nearer
-            if not exact and total and term and abs(self._magnitude(total) - self._magnitude(term)) > self.mp.prec + 60:
+            if (
+                not exact
+                and total
+                and term
+                and abs(self._magnitude(total) - self._magnitude(term)) > self.mp.prec + 60
+            ):
                 self.absorbed = True
             total = self._pair(total, term, lambda a, b: a + b)
         return total
@@ -102,7 +107,10 @@ class Evaluator:
         total = Fraction(1)
         for part in node[1:]:
             total = self._pair(total, self(part), lambda a, b: a * b)
-            if isinstance(total, Fraction) and total.numerator.bit_length() + total.denominator.bit_length() > MAX_BITS:
+            if (
+                isinstance(total, Fraction)
+                and total.numerator.bit_length() + total.denominator.bit_length() > MAX_BITS
+            ):
                 total = self.real(total)
         return total
 
@@ -126,7 +134,9 @@ class Evaluator:
             if not all(isinstance(argument, Fraction) for argument in arguments):
                 raise NotNumeric(f"an unknown function at a value that is not rational: {node[1]}")
             # an unknown function may have any value at any point: a random one, always the same
-            return Fraction(random.Random(f"{node[1]} {to_json(tuple(arguments))}").randrange(1, 2**40), 2**38)
+            return Fraction(
+                random.Random(f"{node[1]} {to_json(tuple(arguments))}").randrange(1, 2**40), 2**38
+            )
         return self._mul(("mul", ("sym", node[1]), node[2]))
 
     def _ratio(self, node):
@@ -241,13 +251,18 @@ class Evaluator:
         if name == "int":
             raise NotNumeric("an integral")
         low, high = self(low), self(high)
-        if not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high)) or high - low >= MAX_TERMS:
+        if (
+            not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high))
+            or high - low >= MAX_TERMS
+        ):
             raise NotNumeric("a sum that is too long to add up")
         terms = Evaluator(self.digits, self.budget, dict(self.binding))
         total = Fraction(int(name == "prod"))
         for value in range(low.numerator, high.numerator + 1):
             terms.binding[variable] = Fraction(value)
-            total = self._pair(total, terms(body), (lambda a, b: a * b) if name == "prod" else (lambda a, b: a + b))
+            total = self._pair(
+                total, terms(body), (lambda a, b: a * b) if name == "prod" else (lambda a, b: a + b)
+            )
         return total
 
 

@@ -35,7 +35,9 @@ def read_atom(parser: Cursor) -> Node:
             return read_subscript(parser, ("sym", base))
         return ("text", base)
     if kind == "op":
-        if value in ("_", "^") or (value == "{" and parser.peek() == ("op", "}") and parser.peek(1)[1] in ("_", "^")):
+        if value in ("_", "^") or (
+            value == "{" and parser.peek() == ("op", "}") and parser.peek(1)[1] in ("_", "^")
+        ):
             return read_selection(parser)
         if value in ("(", "["):
             return _read_bracket(parser, value)
@@ -163,8 +165,12 @@ def read_subscript(parser: Cursor, node: Node) -> Node:
             raise ParseError("a subscript that is missing")
     text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
     if node[0] in ("num", "dec"):
-        bracketed = parser.tokens[start - 2][1] == ")" and parser.tokens[max(0, start - 4)][1] == "("  # (1101)_2
-        kind, value, _ = parser.tokens[start - 3 if bracketed else start - 2]  # the digits as they were written
+        bracketed = (
+            parser.tokens[start - 2][1] == ")" and parser.tokens[max(0, start - 4)][1] == "("
+        )  # (1101)_2
+        kind, value, _ = parser.tokens[
+            start - 3 if bracketed else start - 2
+        ]  # the digits as they were written
         return in_base(value if kind == "num" and node[0] == "num" else None, text)
     if node[0] == "sym":
         if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):

@@ -32,7 +32,11 @@ def read_command(parser: Cursor, name: str) -> Node:
     if name in ("emptyset", "varnothing"):
         return ("set",)
     if name == "reals":
-        sign = parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1] if parser.peek() == ("op", "^") else None
+        sign = (
+            parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]
+            if parser.peek() == ("op", "^")
+            else None
+        )
         if sign not in ("+", "-"):
             return ("reals",)
         while parser.take()[1] != sign:
@@ -78,7 +82,11 @@ def read_indexed_selection(parser: Cursor) -> Node | None:
         if sign is None or sign in indices or (parser.peek()[0] != "num" and parser.peek()[1] != "{"):
             break
         indices[sign] = parser.argument()
-    if len(indices) == 2 and all(node[0] == "num" for node in indices.values()) and indices["_"][1] >= indices["^"][1] > 0:
+    if (
+        len(indices) == 2
+        and all(node[0] == "num" for node in indices.values())
+        and indices["_"][1] >= indices["^"][1] > 0
+    ):
         return selection(indices["_"], "C", indices["^"])
     parser.index = mark
     return None

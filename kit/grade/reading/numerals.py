@@ -7,17 +7,32 @@ from fractions import Fraction
 
 from kit.grade.limits import MAX_DIGITS, ParseError, TooLarge
 
-BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12}
+BASE_WORDS = {
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "twelve": 12,
+}
 BASE_WORDS |= {"sixteen": 16, "hex": 16, "oct": 8, "bin": 2}
 
 _NOT_DIGITS = re.compile("[^0-9]")
-_PERIOD = re.compile(r"([0-9]*\.[0-9]{0,40}?)(?:([0-9])\2{2,40}|([0-9]{2,6})\3{1,10})")  # 0.333 and 0.142857142857
+_PERIOD = re.compile(
+    r"([0-9]*\.[0-9]{0,40}?)(?:([0-9])\2{2,40}|([0-9]{2,6})\3{1,10})"
+)  # 0.333 and 0.142857142857
 
 
 def number_node(digits: str, exponent: int = 0) -> tuple:
     """The node of a plain unsigned number such as "033", "1.50" or ".5", times a power of ten."""
     if len(digits) > MAX_DIGITS or abs(exponent) > MAX_DIGITS:
-        raise TooLarge(f"a number of {len(digits)} digits and exponent {exponent} is beyond {MAX_DIGITS} digits")
+        raise TooLarge(
+            f"a number of {len(digits)} digits and exponent {exponent} is beyond {MAX_DIGITS} digits"
+        )
     whole, point, decimals = digits.partition(".")
     value = Fraction(int(whole + decimals or "0"))
     shift = exponent - len(decimals)
@@ -35,7 +50,9 @@ def repeating(text: str) -> Fraction:
     if len(digits) > MAX_DIGITS:
         raise TooLarge(f"a number of {len(digits)} digits is beyond {MAX_DIGITS} digits")
     head = int(whole + decimals or "0")
-    return Fraction(head * 10 ** len(repeated) + int(repeated) - head, 10 ** len(decimals) * (10 ** len(repeated) - 1))
+    return Fraction(
+        head * 10 ** len(repeated) + int(repeated) - head, 10 ** len(decimals) * (10 ** len(repeated) - 1)
+    )
 
 
 def continued(node: tuple, digits: str) -> tuple:

@@ -184,7 +184,9 @@ class Parser(Cursor):
             return False
         if kind == "op":
             return value in ("(", "{", "[", "\\{") and self.peek(1) != ("cmd", "mod")
-        return kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
+        return (
+            kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
+        )
 
     def power(self) -> Node:
         depth = self.depth
@@ -254,7 +256,10 @@ class Parser(Cursor):
         if kind == "num" and value[0].isdigit() and not value[1]:
             digit, rest = value[0][0], value[0][1:]
             if rest:  # "exact": what follows it is a factor of its own, as behind a command
-                self.tokens[self.index : self.index + 1] = [("exact", Fraction(int(digit)), False), ("num", (rest, 0), False)]
+                self.tokens[self.index : self.index + 1] = [
+                    ("exact", Fraction(int(digit)), False),
+                    ("num", (rest, 0), False),
+                ]
             self.index += 1
             return number_node(digit)
         if kind == "op" and value == "{":
@@ -273,7 +278,9 @@ class Parser(Cursor):
 
 def turn_brackets(text: str) -> str:
     """Open intervals as French schools write them, ]0, 1[ and [0, 1[, with round brackets."""
-    return _INTERVAL.sub(lambda match: ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")"), text)
+    return _INTERVAL.sub(
+        lambda match: ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")"), text
+    )
 
 
 def parse(text: str, deadline_at: float = math.inf) -> Node:

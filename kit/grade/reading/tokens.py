@@ -161,7 +161,9 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
                 position += 1
             elif value in ("hspace", "vspace", "phantom", "tag", "label", "color", "textcolor"):
                 position = ends.get(position, position - 1) + 1
-            elif value.startswith(("quad", "qquad")) and value not in SKIPPED:  # \quadx, a common slip in collected answers
+            elif (
+                value.startswith(("quad", "qquad")) and value not in SKIPPED
+            ):  # \quadx, a common slip in collected answers
                 _word(value[value.index("d") + 1 :], tokens, True)
             elif value in JOINTS:
                 tokens.append(("sep", JOINTS[value], spaced))
@@ -189,7 +191,9 @@ def _name_currency(tokens: list, index: int, currency: str) -> None:
         tokens.insert(index, ("text", currency, True))
         return
     end = index
-    while tokens[end][0] not in ("end", "sep") and not (tokens[end][0] in ("op", "cmd") and tokens[end][1] in RELATIONS):
+    while tokens[end][0] not in ("end", "sep") and not (
+        tokens[end][0] in ("op", "cmd") and tokens[end][1] in RELATIONS
+    ):
         if tokens[end][1] in _NO_AMOUNT and (end > index or tokens[end][1] not in ("+", "-")):
             return
         end += 1
@@ -197,7 +201,9 @@ def _name_currency(tokens: list, index: int, currency: str) -> None:
         tokens.insert(end, ("text", currency, True))
 
 
-def _text_command(text: str, position: int, ends: dict[int, int], command: str, tokens: list, spaced: bool) -> int:
+def _text_command(
+    text: str, position: int, ends: dict[int, int], command: str, tokens: list, spaced: bool
+) -> int:
     r"""\text{...} and its relatives: words become a text token, mathematics inside is read as if the command were not there."""
     start = position
     while start < len(text) and text[start] == " ":
@@ -213,14 +219,24 @@ def _text_command(text: str, position: int, ends: dict[int, int], command: str, 
         content = content[len(words[0]) :].strip(" ,.~")
         if not content:
             return end + 1
-    upright = content in SI_LETTERS if len(content) == 1 else not content.isalpha() and all(word in UNITS for word in words)
-    behind_unit = len(tokens) > 1 and tokens[-1][1] == "/" and tokens[-2][0] == "text"  # \mathrm{~m} / \mathrm{s}
+    upright = (
+        content in SI_LETTERS
+        if len(content) == 1
+        else not content.isalpha() and all(word in UNITS for word in words)
+    )
+    behind_unit = (
+        len(tokens) > 1 and tokens[-1][1] == "/" and tokens[-2][0] == "text"
+    )  # \mathrm{~m} / \mathrm{s}
     if (behind_number or behind_unit) and command == "mathrm" and words and upright:
         tokens.append(("text", content, spaced))  # 5\mathrm{m/s^2}
         return end + 1
-    if not re.search("[A-Za-z]", content) or (command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content)):
+    if not re.search("[A-Za-z]", content) or (
+        command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content)
+    ):
         return position  # the group that follows is parsed as usual
-    if content[0].isdigit() and all(word in UNITS or word in MULTIPLIERS or word in ("and", "or") for word in words):
+    if content[0].isdigit() and all(
+        word in UNITS or word in MULTIPLIERS or word in ("and", "or") for word in words
+    ):
         return position  # \text{60 cm}
     if _PREFIXED.fullmatch(content):
         return position  # \texttt{0x1F}
@@ -256,7 +272,9 @@ def _multiply(word: str, tokens: list, spaced: bool) -> None:
 def _word(word: str, tokens: list, spaced: bool) -> None:
     """A run of letters outside any command: a function, a constant, a connective, a unit or word, or a product of symbols."""
     lower = word.lower()
-    glued = re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word) if tokens and tokens[-1][0] == "num" else None  # "1orW(x)=-1"
+    glued = (
+        re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word) if tokens and tokens[-1][0] == "num" else None
+    )  # "1orW(x)=-1"
     if word in ("and", "or"):
         tokens.append(("sep", word, spaced))
     elif lower in MULTIPLIERS and tokens and (tokens[-1][0] in ("num", "exact") or tokens[-1][1] == "}"):

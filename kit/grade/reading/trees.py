@@ -90,7 +90,9 @@ def substitute_sign(node: Node, sign: int) -> Node:
 
 
 def contains(node, op: str) -> bool:
-    return isinstance(node, tuple) and bool(node) and (node[0] == op or any(contains(part, op) for part in node))
+    return (
+        isinstance(node, tuple) and bool(node) and (node[0] == op or any(contains(part, op) for part in node))
+    )
 
 
 def symbols(node: Node) -> frozenset[str]:

@@ -12,7 +12,12 @@ FUNCTIONS = names(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min floor ceil abs det Re Im arg"
 )
 OPAQUE = frozenset("fghFGH")  # f(2) is never a product
-CONSTANTS = {"pi": ("const", "pi"), "infty": ("const", "inf"), "infinity": ("const", "inf"), "inf": ("const", "inf")}
+CONSTANTS = {
+    "pi": ("const", "pi"),
+    "infty": ("const", "inf"),
+    "infinity": ("const", "inf"),
+    "inf": ("const", "inf"),
+}
 GREEK = names(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
     "varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
@@ -34,7 +39,9 @@ INFIX_COMMANDS = names(
     "cup cap setminus backslash colon choose over cdot times ast div pm mp pmod bmod mod mid circ degree prime to hline end and"
 )
 CLOSERS = names("rfloor rceil rvert rVert rangle")
-STRUCTURAL = INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf atop substack overset underset")
+STRUCTURAL = (
+    INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf atop substack overset underset")
+)
 MATRICES = names("matrix pmatrix bmatrix Bmatrix smallmatrix array vmatrix")
 MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MULTIPLIERS |= {f"{word}s": value for word, value in MULTIPLIERS.items()}
@@ -53,5 +60,14 @@ for _group in UNIT_GROUPS:
         UNITS[_name] = _group.split()[0]
         if len(_name) > 1:
             UNITS[_name + "s"] = UNITS[_name + "es"] = _group.split()[0]
-SI_LETTERS = names("m g s h L l J N V W K A T")  # upright behind a number; e, i and d have other meanings there
-CURRENCIES = {"$": "dollars", "textdollar": "dollars", "euro": "euros", "pounds": "pounds", "yen": "yen", "cent": "cents"}
+SI_LETTERS = names(
+    "m g s h L l J N V W K A T"
+)  # upright behind a number; e, i and d have other meanings there
+CURRENCIES = {
+    "$": "dollars",
+    "textdollar": "dollars",
+    "euro": "euros",
+    "pounds": "pounds",
+    "yen": "yen",
+    "cent": "cents",
+}

@@ -1,9 +1,11 @@
-"""Packs: documents of many lengths laid end to end in rows of at most `capacity` tokens, without a padding token.
+"""Packs: documents of many lengths laid end to end in rows of at most `capacity` tokens, without padding.
 
-`plan_packs` decides which documents share a row: best-fit decreasing (longest document first, each into the fullest row
-that still has room) over the whole set at once. The rows with room are kept in a bitset over the free space, so "the
-fullest row with room for n tokens" is the lowest set bit at or above n: O(log capacity) a document, O(n log n) in all
-for the sort. `PackedBatch` is one row as the model reads it; attention must stop at the boundaries in `cu_seqlens`.
+`plan_packs` decides which documents share a row: best-fit decreasing (longest document first, each into the
+fullest row that still has room) over the whole set at once. The rows with room are kept in a bitset over the
+free space, so "the fullest row with room for n tokens" is the lowest set bit at or above n: O(log capacity)
+per document, O(n log n) in all for the sort. `PackedBatch` is one row as the model reads it; attention must
+stop at the boundaries in `cu_seqlens`. `pack_rows` builds the rows of a step on the device that trains on
+them.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from itertools import accumulate
 import torch
 
 from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
+from kit.kernels.packing import pack as pack_row
 
-BITS = 128  # free spaces a word of the bitset: two machine words keep Python's integers in their fast case
+BITS = 128  # free spaces per word of the bitset: two machine words keep Python's integers in their fast case
 
 
 class _FreeSpace:
@@ -55,11 +58,11 @@ class _FreeSpace:
 
 
 def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[int]]:
-    """Decide which documents share a row: best-fit decreasing over all of them, then the rows in a random order.
+    """Decide which documents share a row: best-fit decreasing over all, then the rows in a random order.
 
-    lengths: tokens per document, each in 1..capacity. capacity: tokens per row. seed: breaks ties between documents of one
-    length and orders the rows and the documents inside each; the same seed gives the same plan on every machine.
-    Returns the document indices of each row; every index occurs exactly once.
+    lengths: tokens per document, each in 1..capacity. capacity: tokens per row. seed: breaks ties between
+    documents of one length and orders the rows and the documents inside each; the same seed gives the same
+    plan on every machine. Returns the document indices of each row; every index occurs exactly once.
     Raises ValueError for a length outside 1..capacity (nothing is cut and nothing is dropped here).
     """
     if capacity < 1:
@@ -101,9 +104,9 @@ def fill(packs: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) 
 def plan_steps(packs: Sequence[Sequence[int]], batch_traces: int) -> list[list[int]]:
     """Group rows, in their order, into optimizer steps of `batch_traces` documents on average.
 
-    A row is never split, so a step takes rows until the documents so far reach the next multiple of batch_traces: steps
-    differ by a few documents and the number of steps stays the paper's. If one row alone holds more than batch_traces,
-    each step takes one row. Returns the row indices of each step.
+    A row is never split, so a step takes rows until the documents so far reach the next multiple of
+    batch_traces: steps differ by a few documents and the number of steps stays the paper's. If one row alone
+    holds more than batch_traces, each step takes one row. Returns the row indices of each step.
     """
     if batch_traces < 1:
         raise ValueError(
@@ -125,7 +128,7 @@ def plan_steps(packs: Sequence[Sequence[int]], batch_traces: int) -> list[list[i
 
 @dataclass(frozen=True)
 class Document:
-    """One tokenised trace: prompt and response as the model will see them; the first prompt_len ids carry no loss."""
+    """One tokenised trace, as the model reads it: the prompt, which carries no loss, then the response."""
 
     ids: torch.Tensor  # (n,) int32 or int64
     prompt_len: int  # tokens
@@ -133,13 +136,19 @@ class Document:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def num_targets(self) -> int:
+        """Tokens that carry loss: the response, less the first token of a document without a prompt."""
+        return max(len(self) - max(self.prompt_len, 1), 0)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
     """One row of documents laid end to end: T tokens, D documents.
 
-    targets are shifted once, here: targets[i] is the token after input_ids[i] in the same document, or -100 (inside the
-    prompt, and at the last token of a document). Never shift again, and never pass an attention_mask with a pack.
+    targets are shifted once, here: targets[i] is the token after input_ids[i] in the same document, or -100
+    (inside the prompt, and at the last token of a document). Never shift again, and never pass an
+    attention_mask with a pack: it would switch off the masking by documents.
     """
 
     input_ids: torch.Tensor  # (T,) int64
@@ -147,31 +156,27 @@ class PackedBatch:
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (D + 1,) int32, 0 first, T last
     max_seqlen: int  # tokens of the longest document
-    num_targets: int  # that are not IGNORE_INDEX; counted here, where looking does not make a card wait
+    num_targets: int  # targets that are not IGNORE_INDEX; known without reading them from a card
 
     @classmethod
     def build(cls, documents: Sequence[Document]) -> PackedBatch:
         """Lay documents end to end. Raises ValueError for no document or an empty one."""
-        if not documents or any(len(document) == 0 for document in documents):
-            raise ValueError(
-                f"a pack needs documents of at least one token; got lengths {[len(d) for d in documents]}"
-            )
-        lengths = [len(document) for document in documents]
+        lengths = _lengths(documents)
         cu_seqlens = list(accumulate(lengths, initial=0))
         input_ids = torch.cat([document.ids for document in documents]).to(torch.int64)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         for document, start, end in zip(documents, cu_seqlens, cu_seqlens[1:], strict=False):
-            first = start + max(
-                document.prompt_len - 1, 0
-            )  # the last prompt token predicts the first response token
+            # the last prompt token predicts the first response token
+            first = start + max(document.prompt_len - 1, 0)
             targets[first : end - 1] = input_ids[first + 1 : end]
+
         return cls(
             input_ids=input_ids,
             targets=targets,
             position_ids=torch.cat([torch.arange(length) for length in lengths]),
             cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
             max_seqlen=max(lengths),
-            num_targets=int((targets != IGNORE_INDEX).sum()),
+            num_targets=sum(document.num_targets for document in documents),
         )
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -187,3 +192,49 @@ class PackedBatch:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+def _lengths(documents: Sequence[Document]) -> list[int]:
+    """Return the tokens per document of a row. Raises ValueError for no document or an empty one."""
+    lengths = [len(document) for document in documents]
+    if not lengths or 0 in lengths:
+        raise ValueError(f"a pack needs documents of at least one token; got lengths {lengths}")
+    return lengths
+
+
+def pack_rows(rows: Sequence[Sequence[Document]], device: torch.device) -> list[PackedBatch]:
+    """Pack each row's documents, on the device that trains on them.
+
+    On a CPU this is PackedBatch.build. On a card, kit.kernels.packing builds each row from the step's token
+    ids, which are copied there as int32 with their offsets and prompt lengths. The host waits for neither.
+    Raises ValueError for a row without documents and for an empty document.
+    """
+    if device.type == "cpu" or not rows:
+        return [PackedBatch.build(row) for row in rows]
+    return _pack_on_device(rows, device)
+
+
+def _pack_on_device(rows: Sequence[Sequence[Document]], device: torch.device) -> list[PackedBatch]:
+    num_tokens, plan, sizes = 0, [], []
+    for row in rows:
+        offsets = list(accumulate(_lengths(row), initial=num_tokens))
+        plan += [*offsets, *(document.prompt_len for document in row)]
+        sizes += [len(row) + 1, len(row)]
+        num_tokens = offsets[-1]
+
+    pin = device.type == "cuda"  # the host waits for a copy from pageable memory, and not for one from pinned
+    ids = torch.empty(num_tokens, dtype=torch.int32, pin_memory=pin)
+    torch.cat([document.ids.int() for row in rows for document in row], out=ids)
+    plan = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=pin).copy_(torch.tensor(plan))
+    ids, plan = (
+        torch.empty(x.shape, dtype=x.dtype, device=device).copy_(x, non_blocking=True) for x in (ids, plan)
+    )
+
+    parts = plan.split(sizes)
+    batches = []
+    for row, offsets, prompt_lens in zip(rows, parts[::2], parts[1::2], strict=True):
+        lengths = _lengths(row)
+        packed = pack_row(ids, offsets, prompt_lens, sum(lengths))
+        num_targets = sum(document.num_targets for document in row)
+        batches.append(PackedBatch(*packed, max_seqlen=max(lengths), num_targets=num_targets))
+    return batches

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kit.machine import return_memory
 from kit.models import folder
 from kit.models.backbone import head_weight
-from kit.packing import Document, PackedBatch, fill, plan_packs, plan_steps
+from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
 from kit.run import RunFolder
 from kit.train import checkpoint
 from kit.train.loss import LossOfRow
@@ -143,8 +143,8 @@ def train(
         factor = cosine_with_warmup(step, len(plan.steps), warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
-        batches = [PackedBatch.build([documents[i] for i in pack]) for pack in plan.steps[step]]
         try:
+            batches = pack_rows([[documents[i] for i in row] for row in plan.steps[step]], device)
             loss, norm = (x.item() for x in training_step(batches, loss_of))
         except torch.OutOfMemoryError as error:
             raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error

@@ -71,15 +71,13 @@ def _adamw8bit(weight: str, gradient: str) -> Case:
     )  # fmt: skip
 
 
-def _packing(kernel: str) -> Case:
-    ids = dict.fromkeys(
-        ("input_ids_ptr", "targets_ptr", "position_ids_ptr", "offsets_ptr", "documents_ptr"), "*i64"
-    )
-    sizes = dict.fromkeys(("D", "T", "L", "C", "blocks", "ignore_index", "bad_token"), "i32")
+def _packing(buffer: str) -> Case:
+    outputs = dict.fromkeys(("input_ids_ptr", "targets_ptr", "position_ids_ptr"), "*i64")
+    plan = {"offsets_ptr": "*i64", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"}
+    sizes = dict.fromkeys(("D", "T", "ignore_index", "bad_token"), "i32")
     return Case(
-        packing, kernel, "fp32",
-        arguments=ids | sizes | {"buffer_ptr": "*i32", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"},
-        constants={"BLOCK": packing.BLOCK}, num_warps=packing.NUM_WARPS,
+        packing, "_pack_kernel", "fp32", arguments=outputs | plan | sizes | {"buffer_ptr": f"*{buffer}"},
+        constants={"BLOCK": packing.BLOCK}, num_warps=packing.NUM_WARPS, label=f"buffer {buffer}",
     )  # fmt: skip
 
 
@@ -90,7 +88,7 @@ def cases() -> list[Case]:
         *(_cross_entropy(*case) for case in product(["_forward_kernel", "_backward_kernel"], ELEMENTS)),
         *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
         *(_adamw8bit(*case) for case in product(["i16", "fp32"], ["i16", "fp32"])),
-        *(_packing(kernel) for kernel in ("_pack_kernel", "_unpack_kernel", "_repack_kernel")),
+        *(_packing(buffer) for buffer in ("i32", "i64")),
     ]
 
 

@@ -1,6 +1,8 @@
-"""The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
+"""The torch path, and in a child process the real Triton kernel in the interpreter.
 
-import math
+TRITON_INTERPRET is read when a kernel is defined, so this file runs once in each.
+"""
+
 import mmap
 
 import pytest
@@ -12,14 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.packing as kp
 from kit.kernels.backend import INTERPRET
-from kit.kernels.packing import pack, pack_reference, unpack, unpack_reference
-from kit.packing import Document, PackedBatch
-
-DTYPES = (
-    [torch.float32, torch.float16, torch.int64]
-    if INTERPRET
-    else [torch.float32, torch.float64, torch.bfloat16, torch.int64]
-)
+from kit.kernels.packing import pack, pack_reference
+from kit.packing import Document, PackedBatch, _pack_on_device, pack_rows
 
 
 @pytest.fixture(autouse=True)
@@ -27,200 +23,141 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kp, "BLOCK", 16)
 
 
-def corpus(lengths, prompt_lens, dtype=torch.int32):
-    """buffer, offsets, prompt_lens"""
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randint(3, 250_000, (int(offsets[-1]),), generator=generator, dtype=dtype),
-        offsets,
-        torch.tensor(prompt_lens),
-    )
-
-
-def row(offsets, documents):
-    """documents, cu_seqlens, num_tokens: what pack takes besides the corpus"""
-    lengths = offsets.diff()[torch.tensor(documents)]
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-    return torch.tensor(documents), cu_seqlens, int(cu_seqlens[-1])
-
-
-def check(lengths, prompt_lens, documents, dtype=torch.int32):
-    """Against PackedBatch.build, bit for bit; what the kernel does not write shows as poison."""
-    buffer, offsets, prompts = corpus(lengths, prompt_lens, dtype)
-    plan = row(offsets, documents)
-    built = PackedBatch.build(
-        [Document(buffer[offsets[d] : offsets[d + 1]], prompt_lens[d]) for d in documents]
-    )
-    packed = pack(buffer, offsets, prompts, *plan)
-    for ours, name, reference in zip(
-        (*packed, plan[1]),
-        PackedBatch.TENSORS,
-        pack_reference(buffer, offsets, prompts, plan[0]),
-        strict=True,
-    ):
-        expected = getattr(built, name)
-        assert ours.dtype == expected.dtype and ours.equal(expected), name
-        assert reference.equal(expected), name
-
-
 @pytest.fixture
 def poison(monkeypatch):
+    """Outputs that the kernel does not write keep -77."""
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(-77))
+
+
+def documents_of(lengths, prompt_lens, dtype=torch.int32):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Document(torch.randint(3, 250_000, (length,), generator=generator, dtype=dtype), prompt_len)
+        for length, prompt_len in zip(lengths, prompt_lens, strict=True)
+    ]
+
+
+def arguments_of(documents, *, before=0, after=0):
+    """Return the arguments of pack: the documents in one buffer, between so many tokens of other documents."""
+    other = [torch.full((n,), 7, dtype=documents[0].ids.dtype) for n in (before, after)]
+    buffer = torch.cat([other[0], *(document.ids for document in documents), other[1]])
+    offsets = torch.tensor([before, *map(len, documents)]).cumsum(0)
+    prompt_lens = torch.tensor([document.prompt_len for document in documents])
+    return buffer, offsets, prompt_lens, int(offsets[-1]) - before
+
+
+def check_same(ours: PackedBatch, expected: PackedBatch):
+    for name in PackedBatch.TENSORS:
+        found, wanted = getattr(ours, name), getattr(expected, name)
+        assert found.dtype == wanted.dtype and found.equal(wanted), name
+        assert found.is_contiguous()
+    for name in ("max_seqlen", "num_targets", "num_documents"):
+        assert getattr(ours, name) == getattr(expected, name), name
+    assert expected.num_targets == int((expected.targets != -100).sum())
+
+
+def check_pack(documents, **around):
+    """Compare pack and its reference with PackedBatch.build, bit for bit."""
+    expected = PackedBatch.build(documents)
+    *tensors, T = arguments_of(documents, **around)
+    counts = {"max_seqlen": expected.max_seqlen, "num_targets": expected.num_targets}
+    check_same(PackedBatch(*pack(*tensors, T), **counts), expected)
+    check_same(PackedBatch(*pack_reference(*tensors), **counts), expected)
 
 
 @settings(max_examples=25 if INTERPRET else 300, deadline=None, database=None)
 @given(st.data())
 def test_every_row_is_the_one_packed_batch_builds(data):
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=9))
-    prompt_lens = [
-        data.draw(st.integers(0, length + 2)) for length in lengths
-    ]  # beyond the document too: then all is silent
-    indices = st.integers(0, len(lengths) - 1)
-    documents = data.draw(st.lists(indices, min_size=1, max_size=9))  # any order, the same one twice
-    check(lengths, prompt_lens, documents, data.draw(st.sampled_from([torch.int32, torch.int64])))
+    # a prompt may be longer than its document: nothing is a target then
+    prompt_lens = [data.draw(st.integers(0, length + 2)) for length in lengths]
+    documents = documents_of(lengths, prompt_lens, data.draw(st.sampled_from([torch.int32, torch.int64])))
+    check_pack(documents, before=data.draw(st.integers(0, 20)), after=data.draw(st.integers(0, 3)))
+
+
+AWKWARD = [
+    ([1], [0]),
+    ([1], [1]),
+    ([1, 1, 1], [1, 0, 1]),
+    ([17], [17]),  # all prompt
+    ([16, 16], [0, 1]),
+    ([33, 5], [9, 2]),
+    ([3] * 70, [1] * 70),
+]
+
+
+@pytest.mark.parametrize("lengths, prompt_lens", AWKWARD, ids=str)
+def test_awkward_rows(lengths, prompt_lens, poison):
+    check_pack(documents_of(lengths, prompt_lens))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_rows_of_a_step_share_a_buffer_and_are_those_packed_batch_builds(dtype, poison):
+    """What pack_rows does for a card, on the CPU."""
+    rows = [documents_of(lengths, prompt_lens, dtype) for lengths, prompt_lens in AWKWARD]
+    for ours, row in zip(_pack_on_device(rows, torch.device("cpu")), rows, strict=True):
+        check_same(ours, PackedBatch.build(row))
 
 
 @pytest.mark.parametrize(
-    "lengths, prompt_lens, documents",
-    [
-        ([1], [0], [0]),
-        ([1, 1, 1], [1, 0, 1], [2, 0, 1]),
-        ([17], [17], [0]),
-        ([16, 16], [0, 1], [1, 0]),
-        ([5, 0, 33], [2, 0, 9], [2, 0]),  # the buffer holds an empty document that no row names
-        ([3] * 70, [1] * 70, list(range(69, -1, -1))),
-    ],
-    ids=str,
+    "rows", [[[]], [[], [Document(torch.tensor([5]), 0)]], [[Document(torch.tensor([]).int(), 0)]]]
 )
-def test_awkward_rows(lengths, prompt_lens, documents, poison):
-    check(lengths, prompt_lens, documents)
-
-
-def values(T, rest, dtype):
-    return (10 * torch.randn(T, *rest, generator=torch.Generator().manual_seed(1))).to(dtype)
+def test_a_row_of_nothing_is_refused_on_every_device(rows):
+    for pack_them in (pack_rows, _pack_on_device):
+        with pytest.raises(ValueError, match="documents of at least one token"):
+            pack_them(rows, torch.device("cpu"))
 
 
 LENGTHS = [1, 17, 5, 16, 2]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rest", [(), (3,), (2, 5), (0,)], ids=str)
-@pytest.mark.parametrize("max_seqlen", [17, 29])
-def test_unpacked_values_lie_one_document_a_line(max_seqlen, rest, dtype):
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    x = values(sum(LENGTHS), rest, dtype)
-    for fill in (0, -100):
-        padded = unpack(x, cu_seqlens, max_seqlen, fill)
-        assert padded.dtype == dtype and padded.equal(unpack_reference(x, cu_seqlens, max_seqlen, fill))
-    if rest:
-        strided = x.transpose(0, 1).contiguous().transpose(0, 1)
-        assert unpack(strided, cu_seqlens, max_seqlen).equal(unpack(x, cu_seqlens, max_seqlen))
-        assert unpack(x[:1].expand_as(x), cu_seqlens, max_seqlen).equal(
-            unpack(x[:1].expand_as(x).clone(), cu_seqlens, max_seqlen)
-        )
-
-
-@settings(max_examples=20 if INTERPRET else 200, deadline=None, database=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(0, 3))
-def test_what_is_packed_comes_back_unpacked_and_so_does_its_gradient(lengths, spare):
-    buffer, offsets, prompts = corpus(lengths, [0] * len(lengths))
-    documents, cu_seqlens, T = row(offsets, list(range(len(lengths)))[::-1])
-    input_ids, _, _ = pack(buffer, offsets, prompts, documents, cu_seqlens, T)
-    L = max(lengths) + spare
-    for line, d in zip(unpack(input_ids, cu_seqlens, L, fill=-1), documents.tolist(), strict=True):
-        assert (
-            line[: lengths[d]].equal(buffer[offsets[d] : offsets[d + 1]].long())
-            and (line[lengths[d] :] == -1).all()
-        )
-    x = values(T, (2,), torch.float32).requires_grad_()
-    upstream = values(len(lengths) * L, (2,), torch.float32).view(len(lengths), L, 2)
-    (ours,) = torch.autograd.grad(unpack(x, cu_seqlens, L), x, upstream)
-    (truth,) = torch.autograd.grad(unpack_reference(x, cu_seqlens, L), x, upstream)
-    assert ours.equal(truth)
-
-
-def test_the_gradient_of_a_sum_a_document_is_that_documents_weight(poison):
-    """What a policy update does: (T,) log-probs, a sum a document, a weight each. .sum hands down a stride-0 gradient."""
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    weights = torch.tensor([3.0, -1.0, 0.5, 2.0, 7.0])
-    x = values(sum(LENGTHS), (), torch.float32).requires_grad_()
-    sums = unpack(x, cu_seqlens, 20).sum(1)
-    torch.testing.assert_close(sums.detach(), torch.stack([part.sum() for part in x.detach().split(LENGTHS)]))
-    (sums * weights).sum().backward()
-    assert x.grad.equal(weights.repeat_interleave(torch.tensor(LENGTHS)))
-    if not INTERPRET:
-        torch.autograd.gradcheck(lambda x: unpack(x, cu_seqlens, 20), x.detach().double().requires_grad_())
-
-
-def test_fake_tensors_and_the_operators():
-    buffer, offsets, prompts = corpus(LENGTHS, [1] * 5)
-    plan = row(offsets, [4, 1])
+def test_fake_tensors_and_the_operator():
+    *tensors, T = arguments_of(documents_of(LENGTHS, [1] * 5))
     with FakeTensorMode() as mode:
-        fake = [mode.from_tensor(x) for x in (buffer, offsets, prompts, *plan[:2])]
-        assert [x.shape for x in pack(*fake, plan[2])] == [(19,)] * 3
-        x = torch.empty(19, 3, dtype=torch.bfloat16, requires_grad=True)
-        unpack(x, fake[4], 17).sum().backward()
-        assert x.grad.shape == (19, 3)
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kp._pack, (buffer, offsets, prompts, *plan), test_utils=tests)
-    torch.library.opcheck(kp._unpack, (values(19, (3,), torch.float32), plan[1], 20, -1.0), test_utils=tests)
-    torch.library.opcheck(
-        kp._repack, (values(40, (3,), torch.float32).view(2, 20, 3), plan[1], 19), test_utils=tests
-    )
+        packed = pack(*(mode.from_tensor(x) for x in tensors), T)
+        assert [x.shape for x in packed] == [(41,), (41,), (41,), (6,)]
+        assert [x.dtype for x in packed] == [torch.int64] * 3 + [torch.int32]
+    torch.library.opcheck(kp._pack, (*tensors, T), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_arguments_that_do_not_fit_are_refused_with_both_values():
-    buffer, offsets, prompts = corpus(LENGTHS, [1] * 5)
-    documents, cu_seqlens, T = row(offsets, [4, 1])
-    good = {
-        "buffer": buffer, "offsets": offsets, "prompt_lens": prompts,
-        "documents": documents, "cu_seqlens": cu_seqlens, "num_tokens": T,
-    }  # fmt: skip
+    names = ("buffer", "offsets", "prompt_lens", "num_tokens")
+    good = dict(zip(names, arguments_of(documents_of(LENGTHS, [1] * 5), before=2), strict=True))
+    buffer, offsets, prompt_lens, _ = good.values()
+    stopping = offsets.clone()
+    stopping[2] = stopping[1]  # an empty document
     for match, change in {
         "buffer is torch.float32": {"buffer": buffer.float()},
         "offsets is torch.int32": {"offsets": offsets.int()},
-        r"documents is .*strides \(2,\)": {"documents": torch.tensor([4, 0, 1, 0])[::2]},
-        "prompt_lens is .* on meta": {"prompt_lens": prompts.to("meta")},
-        "prompt_lens has 4 entries but offsets 6": {"prompt_lens": prompts[:-1]},
-        "cu_seqlens has 2 entries but documents 2": {"cu_seqlens": cu_seqlens[:-1]},
-        "cu_seqlens has 1 entries but documents 0": {
-            "documents": documents[:0],
-            "cu_seqlens": cu_seqlens[:1],
-            "num_tokens": 0,
-        },
-        "num_tokens is 1 but documents has 2": {"num_tokens": 1},
-        r"rise from 0 to 18.*\[0, 2, 19\]": {"num_tokens": 18},
-        "offsets must rise from 0 to 40": {"buffer": buffer[:-1]},
-        "documents names 1 to 5 but offsets has documents 0 to 4": {"documents": torch.tensor([5, 1])},
-        "documents names -1 to 1": {"documents": torch.tensor([-1, 1])},
-        "document 1 has 17 tokens in offsets but 2 in cu_seqlens": {"documents": torch.tensor([1, 4])},
+        r"offsets is .*strides \(2,\)": {"offsets": offsets.repeat_interleave(2)[::2]},
+        "prompt_lens is .* on meta": {"prompt_lens": prompt_lens.to("meta")},
+        "offsets has 6 entries but prompt_lens 4": {"prompt_lens": prompt_lens[:-1]},
+        "offsets has 1 entries but prompt_lens 0": {"offsets": offsets[:1], "prompt_lens": prompt_lens[:0]},
+        "num_tokens is 4 but the row has 5 documents": {"num_tokens": 4},
+        "num_tokens is 40 but the documents have 41": {"num_tokens": 40},
+        r"between 0 and 42.*\[2, 3, 20\] ... \[25, 41, 43\]": {"buffer": buffer[:-1]},
+        r"offsets must rise by at least 1.*\[2, 3, 3\]": {"offsets": stopping},
+        r"between 0 and 43.*\[-1, 0, 17\]": {"offsets": offsets - 3},
     }.items():
         with pytest.raises(ValueError, match=match):
             pack(**good | change)
-    x = values(T, (), torch.float32)
-    for match, call in {
-        "max_seqlen is 16 but the longest document has 17": lambda: unpack(x, cu_seqlens, 16),
-        "rise from 0 to 18": lambda: unpack(x[:-1], cu_seqlens, 17),
-        "cu_seqlens is torch.int64": lambda: unpack(x, cu_seqlens.long(), 17),
-        "cu_seqlens has 1 entries": lambda: unpack(x, cu_seqlens[:1], 17),
-        r"values has shape \(0,\)": lambda: unpack(x[:0], cu_seqlens, 17),
-    }.items():
-        with pytest.raises(ValueError, match=match):
-            call()
+
+
+def launch(buffer, offsets, prompt_lens, T, *, programs):
+    """Run the kernel as a GPU does, without looking at values first. Return what it wrote over -77."""
+    D = len(prompt_lens)
+    out = [torch.full((T,), -77) for _ in range(3)] + [torch.full((D + 1,), -77, dtype=torch.int32)]
+    kp._pack_kernel[(programs,)](buffer, offsets, prompt_lens, *out, D, T, -100, -1, 16)
+    return out
 
 
 @pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
-def test_a_plan_that_does_not_fit_gives_the_token_minus_1_where_nothing_can_raise():
-    """What a GPU does, where the values are not looked at: document 1 is said to be shorter than it is, document 2 right."""
-    buffer, offsets, prompts = corpus([7, 9], [0, 0])
-    out = torch.full((3, 14), -77)
-    cu_seqlens = torch.tensor([0, 5, 14], dtype=torch.int32)
-    kp._pack_kernel[(1,)](
-        buffer, offsets, prompts, torch.tensor([0, 1]), cu_seqlens, *out, 2, 14, -100, -1, 16
-    )
-    assert (out[0, :5] == -1).all() and (out[1, :5] == -100).all() and out[0, 5:].equal(buffer[7:].long())
+@pytest.mark.parametrize("T", [15, 17])
+def test_a_number_of_tokens_that_does_not_fit_gives_the_token_minus_1_where_nothing_can_raise(T):
+    buffer, offsets, prompt_lens, _ = arguments_of(documents_of([7, 9], [0, 0]), after=5)
+    input_ids, targets, *_ = launch(buffer, offsets, prompt_lens, T, programs=2)
+    assert (input_ids == -1).all() and (targets == -100).all()
 
 
 def far(dtype, count):
@@ -231,78 +168,42 @@ def far(dtype, count):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
-def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch):
+@pytest.mark.parametrize("start", [2**31 - 10, 2**32 + 5])
+def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch, start):
     import triton.runtime.interpreter as interpreter
 
-    monkeypatch.setattr(
-        interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
-    )
-    start = 2**32 + 5
+    options = interpreter.InterpreterOptions(debug=True)  # raises if an int32 overflows
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     buffer, tokens = far(torch.int32, start + 20), torch.arange(100, 120, dtype=torch.int32)
     buffer[start:] = tokens
-    offsets, documents, cu_seqlens = (
-        torch.tensor([0, start, start + 20]),
-        torch.tensor([1]),
-        torch.tensor([0, 20]).int(),
+    offsets = torch.tensor([start, start + 13, start + 20])
+    input_ids, targets, position_ids, cu_seqlens = launch(
+        buffer, offsets, torch.tensor([1, 2]), 20, programs=2
     )
-    out = torch.full((3, 20), -77)
-    kp._pack_kernel[(2,)](
-        buffer, offsets, torch.tensor([0, 1]), documents, cu_seqlens, *out, 1, 20, -100, -1, 16
-    )
-    assert out[0].equal(tokens.long()) and out[1, :-1].equal(tokens[1:].long()) and out[1, -1] == -100
-
-    get, C, L = (
-        interpreter.interpreter_builder.create_get_program_id,
-        262_144,
-        16_384,
-    )  # logits, say: 2^32 numbers per document
-
-    def last(axis):
-        handle = get(axis)
-        handle.data = handle.data + handle.data.dtype.type(L * C // 16)
-        return handle
-
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", last)
-    T, cu_seqlens = L + 1, torch.tensor([0, L, L + 1]).int()
-    flat, padded = far(torch.float16, T * C), far(torch.float16, 2 * L * C)
-    flat[L * C :][:16] = torch.arange(16).half()
-    kp._unpack_kernel[(1,)](
-        flat, cu_seqlens, padded, L, C, L * C // 16, 16
-    )  # the first program of document 1
-    assert padded[L * C :][:16].equal(torch.arange(16).half())
-
-    def last_token(axis):
-        handle = get(axis)
-        handle.data = handle.data + handle.data.dtype.type(L * C // 16)
-        return handle
-
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", last_token)
-    back = far(torch.float16, T * C)
-    kp._repack_kernel[(1,)](padded, cu_seqlens, back, 2, T, L, C, 16)
-    assert back[L * C :][:16].equal(torch.arange(16).half())
+    assert input_ids.equal(tokens.long())
+    assert targets.tolist() == [*range(101, 113), -100, -100, *range(115, 120), -100]
+    assert position_ids.tolist() == [*range(13), *range(7)]
+    assert cu_seqlens.tolist() == [0, 13, 20]
 
 
 @pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
-def test_grids_have_one_axis_since_a_card_ends_the_others_at_65_535(monkeypatch):
-    grids = []
+@pytest.mark.parametrize(("T", "programs"), [(15, 1), (16, 2), (17, 2)])
+def test_a_row_of_documents_of_one_token_has_a_program_for_the_last_boundary(
+    T, programs, monkeypatch, poison
+):
+    grids, kernel = [], kp._pack_kernel
 
     class Recorded:
         def __getitem__(self, grid):
             grids.append(grid)
-            return lambda *arguments, **options: None
+            return kernel[grid]
 
-    for kernel in ("_pack_kernel", "_unpack_kernel", "_repack_kernel"):
-        monkeypatch.setattr(kp, kernel, Recorded())
-    buffer, offsets, prompts = corpus([7, 9], [0, 0])
-    cu_seqlens = torch.tensor([0, 7, 16], dtype=torch.int32)
-    kp.pack(buffer, offsets, prompts, torch.tensor([0, 1]), cu_seqlens, 16)
-    values = torch.zeros(16, 70, requires_grad=True)
-    kp.unpack(values, cu_seqlens, 9).sum().backward()
-    assert [len(grid) for grid in grids] == [1, 1, 1]
-    assert grids[1][0] == 2 * math.ceil(9 * 70 / kp.BLOCK)
+    monkeypatch.setattr(kp, "_pack_kernel", Recorded())
+    check_pack(documents_of([1] * T, [0] * T))
+    assert grids == [(programs,)]  # one axis: a card ends the others at 65,535
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernels_pass_this_file_in_the_interpreter():
+def test_the_triton_kernel_passes_this_file_in_the_interpreter():
     pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")

@@ -61,7 +61,7 @@ def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
     with pytest.raises(ValueError, match=r"torch.bfloat16', 'torch.float32"):
         make_optimizer(model, lr=1.0)
     assert isinstance(make_optimizer(model.bfloat16(), lr=1.0), AdamW8bit)
-    with pytest.raises(ValueError, match="optimizer is adamw but the weights are bfloat16.*pass adamw8bit"):
+    with pytest.raises(ValueError, match=r"optimizer is adamw but the weights are bfloat16.*pass adamw8bit"):
         make_optimizer(model, lr=1.0, name="adamw")
     assert isinstance(make_optimizer(model.float(), lr=1.0, name="adamw8bit"), AdamW8bit)
     with pytest.raises(ValueError, match="optimizer is 'lion'; pass one of auto, adamw, adamw8bit"):

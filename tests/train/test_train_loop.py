@@ -1,10 +1,13 @@
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from children import call, train_unbroken_and_killed
 from conftest import make_model, random_documents
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from kit.data.toy import make_tokenizer
 from kit.machine import GIB
@@ -173,6 +176,69 @@ def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_o
     _, broken = run_training(tmp_path / "run", resume=True)
     _, whole = run_training(tmp_path / "whole")
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+class CardCalls(FakeTensorMode):
+    """Record every operator with a tensor on a card among its arguments, and the devices of all of these."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.calls = []
+
+    def record(self, name, args):
+        devices = [x.device.type for x in args if isinstance(x, torch.Tensor)]
+        if "cuda" in devices:
+            self.calls.append((name, *devices))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.record(func.overloadpacket._qualified_op_name, args)
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+class CopiesToCards(TorchFunctionMode):
+    """Record copies and leave them out: a CPU build of torch has no card to copy to, not even a fake one."""
+
+    def __init__(self, recorded: CardCalls):
+        self.recorded = recorded
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and args[0].device != args[1].device:
+            assert kwargs == {"non_blocking": True}
+            self.recorded.record("copy_", args)
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_card_the_rows_of_a_step_are_packed_there_and_nothing_comes_back(tmp_path, monkeypatch):
+    """Two copies to the card per step and one launch per row; then the head gets each row as it is."""
+    card, reached = torch.device("cuda", 0), []
+
+    def backward(batch, *_):
+        reached.append(batch)
+        if len(reached) == 3:
+            raise InterruptedError("all rows of the step are here")
+        return 0.0
+
+    for module in ("loop", "step"):
+        monkeypatch.setattr(f"kit.train.{module}.head_weight", lambda model: SimpleNamespace(device=card))
+    monkeypatch.setattr("kit.train.step.make_head", lambda *_: SimpleNamespace(backward=backward))
+    documents = random_documents(LENGTHS)
+    training_plan = TrainingPlan.make(LENGTHS, row_tokens=40, batch_traces=8, epochs=1)
+    run = RunFolder.open(Config(str(tmp_path / "run")))
+    with CardCalls() as recorded, CopiesToCards(recorded), pytest.raises(InterruptedError):
+        train(make_model("llama"), make_tokenizer(), documents, training_plan, run, lr=1.0, warmup_ratio=0.1)
+
+    to_the_card, launch = ("copy_", "cuda", "cpu"), ("kit::pack", "cuda", "cuda", "cuda")
+    # what copies nothing, and the sum of the loss
+    others = ("prim::device", "aten::split_with_sizes", "aten::new_empty", "aten::add_")
+    assert [call for call in recorded.calls if call[0] not in others] == [to_the_card] * 2 + [launch] * 3
+    (rows,) = training_plan.steps
+    for batch, row in zip(reached, rows, strict=True):
+        expected = PackedBatch.build([documents[i] for i in row])
+        for name in PackedBatch.TENSORS:
+            found, wanted = getattr(batch, name), getattr(expected, name)
+            assert (found.device, found.dtype, found.shape) == (card, wanted.dtype, wanted.shape), name
+        assert (batch.max_seqlen, batch.num_targets) == (expected.max_seqlen, expected.num_targets)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

@@ -638,16 +638,16 @@ def test_the_operators_and_their_fake_implementations_agree():
     )
     torch.library.opcheck(head._scale_, (hidden.clone(), torch.tensor(2.0)), test_utils=tests)
     torch.library.opcheck(lce.kept_rows, (targets, 77, IGNORE_INDEX), test_utils=tests)
+    loss, logprobs = torch.ops.kit.linear_cross_entropy, torch.ops.kit.linear_logprobs
+    gradients = torch.ops.kit.linear_logprobs_backward
     for dtype, wanted in product(DTYPES, ([True, True], [True, False], [False, False])):
-        x, w, score = hidden.to(dtype), weight.to(dtype), [0.5, 3.0]
-        torch.library.opcheck(
-            lce._loss_op, (x, w, targets, None, dtype, score, IGNORE_INDEX, True, 2, wanted), test_utils=tests
-        )
-        torch.library.opcheck(
-            lce._logprobs_op, (x, w, targets, dtype, score, IGNORE_INDEX, 2), test_utils=tests
-        )
-        arguments = x, w, targets, torch.ones(6), dtype, score, IGNORE_INDEX, 2, wanted
-        torch.library.opcheck(lce._logprobs_backward_op, arguments, test_utils=tests)
+        x, w, settings = hidden.to(dtype), weight.to(dtype), (dtype, [0.5, 3.0], IGNORE_INDEX)
+        for operator, arguments in (
+            (loss, (x, w, targets, None, *settings, True, 2, wanted)),
+            (logprobs, (x, w, targets, *settings, 2)),
+            (gradients, (x, w, targets, torch.ones(6), *settings, 2, wanted)),
+        ):
+            torch.library.opcheck(operator, arguments, test_utils=tests)
 
 
 def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):

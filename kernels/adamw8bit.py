@@ -4,24 +4,27 @@ AdamW with 8-bit states, in one pass over memory; bf16 weights are rounded stoch
     m = beta1 m + (1 - beta1) g                      v = beta2 v + (1 - beta2) g^2
     p = (1 - lr decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-    a state number x of a block of 256      x = scale * (code / L)^4      scale = the block's largest |x|, fp32
-    m: L = 127 and a sign (int8)            sqrt(v): L = 255 (uint8)
+    a number x of a state, in a block of 256  x = scale * (code / L)^4, scale = the block's largest |x|, fp32
+    m: L = 127 and a sign (int8)              sqrt(v): L = 255 (uint8)
 
-How it works. A program reads p, g and the codes of a few blocks, decodes, updates in fp32, encodes again with new scales, and
-writes. Every rounding to fewer bits, of m, of sqrt(v) and of a bf16 p, is stochastic: up with the probability equal to the
-fraction cut off, so the mean is exact. The random bits are a hash of (seed, step, parameter, element), so they need no state,
-and neither a resume, nor the launch, nor the device changes them. The torch path does the same operations in the same
-order, and the GPU is told not to fuse them: both give the same bits, but where torch's fp32 square root, which
-misses by a bit at times, decides between two codes.
+How it works. A program reads p, g and the codes of a few blocks, decodes, updates in fp32, encodes again
+with new scales, and writes. Every rounding to fewer bits, of m, of sqrt(v) and of a bf16 p, is stochastic:
+up with the probability equal to the fraction cut off, so that the mean is exact. The random bits are a hash
+of (seed, step, parameter, element). They need no state, and they depend neither on a resume, nor on the
+launch, nor on the device. The torch path does the same operations in the same order, and the GPU's compiler
+may not fuse them. Both give the same bits, except where torch's fp32 square root, which is off by one bit at
+times, decides between two codes.
 
-Why the states round stochastically too: with beta2 = 0.999 v falls by 0.1 % a step, and codes lie 0.8 % to 20 % apart, so
-to-nearest would never let it fall. Why a floor: a v that is not 0 never gets the code 0, or its next update would be m / eps.
+The states are rounded stochastically too: with beta2 = 0.999 v falls by 0.1 % per step, and codes are 0.8 %
+to 20 % apart, so that rounding to nearest would never let it fall. And there is a floor: a v that is not 0
+never gets the code 0, or its next update would be m / eps.
 
-NaN and infinity are never hidden: an element whose gradient is one becomes NaN at once, and its block of 256 at the next step. So
-does a block with a gradient above 1.8e19, whose square is no fp32 number. Watch the loss or the gradient norm to find it early.
+NaN and infinity are never hidden: an element with such a gradient becomes NaN at once, and its block of 256
+in the next step. So does a block with a gradient above 1.8e19, whose square is no fp32 number. Watch the loss
+or the gradient norm to find it early.
 
-Bytes a weight, besides p and g: 2 + 8 / 256 (fp32 states: 8). Gemma-3-1B, 1.0e9 weights: 1.9 GiB (7.5 GiB). A
-step moves 10 bytes per weight for bf16 p and g, once; on a CPU the temporaries are a few MiB whatever the
+Bytes per weight, besides p and g: 2 + 8 / 256 (fp32 states: 8). Gemma-3-1B, 1.0e9 weights: 1.9 GiB (7.5 GiB).
+A step moves 10 bytes per weight for bf16 p and g, once. On a CPU the temporaries are a few MiB, whatever the
 parameter's size. The number of tokens does not matter here.
 """
 
@@ -32,22 +35,21 @@ from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
 
-BLOCK = (
-    256  # numbers that share a scale: 1.6 % more bytes than the codes alone; one warp's 16-byte loads of bf16
-)
+BLOCK = 256  # numbers per scale: 1.6 % more bytes than the codes alone; one warp's 16-byte loads of bf16
 M_LEVELS, V_LEVELS = 127, 255  # the largest int8 and uint8
-# Why the power 4, and the root of v. Relative error of the update against float64 AdamW after 3,000 steps, the scales of a
-# block's gradients log-normal with sigma 0.7 / 2.0, all rounded stochastically: power 2 of sqrt(v) 0.09 / 0.85; power 4 of
-# sqrt(v) 0.10 / 0.22; power 4 of v 0.10 / 0.61; the bits of an fp8 number (E4M3, E5M3 for v) 0.15 / 0.18. To nearest it is
-# 0.08 / 0.17, and 0.10 / 0.40 with the tables of bitsandbytes. But where half of a block's gradients fall to 3 %, 2,000 steps
-# later to-nearest holds a v 25 times too large (those tables: 10), and weights have walked 61 % (51 %) astray; stochastic: 17 %.
-BLOCKS = 4  # blocks a program: 8 numbers a thread, one 16-byte load of bf16
+# Why the power 4, and the root of v. Relative error of the update against float64 AdamW after 3,000 steps, if
+# the scales of a block's gradients are log-normal with sigma 0.7 / 2.0 and all is rounded stochastically:
+# power 2 of sqrt(v) 0.09 / 0.85; power 4 of sqrt(v) 0.10 / 0.22; power 4 of v 0.10 / 0.61; the bits of an fp8
+# number (E4M3, E5M3 for v) 0.15 / 0.18. Rounded to nearest it is 0.08 / 0.17, and 0.10 / 0.40 with the tables
+# of bitsandbytes. But if half of a block's gradients fall to 3 %, rounding to nearest leaves v 25 times too
+# large 2,000 steps later (those tables: 10), and the weights are 61 % (51 %) off; stochastically: 17 %.
+BLOCKS = 4  # blocks per program: 8 numbers per thread, one 16-byte load of bf16
 NUM_WARPS = 4
-CPU_SLAB = 256 * BLOCK  # torch path: numbers at a time; some ten temporaries of 256 KiB stay in the L2 cache
+CPU_SLAB = 256 * BLOCK  # torch path, numbers at a time: some ten temporaries of 256 KiB stay in the L2 cache
 
 
 def adamw_reference(parameter, gradient, m, v, *, step, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """The update without 8-bit states or rounding, in the dtype of its arguments: (p, m, v). The meaning of this file."""
+    """Return (p, m, v) after an update without 8-bit states or rounding, in the dtype of its arguments."""
     beta1, beta2 = betas
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient.square()
@@ -57,7 +59,8 @@ def adamw_reference(parameter, gradient, m, v, *, step, lr, betas=(0.9, 0.999), 
 
 @triton.jit
 def _random_bits(key, element):
-    """64 bits: the finaliser of splitmix64 (Steele et al., 2014) over key + element * the golden ratio, on int64."""
+    """Return 64 bits: splitmix64's finaliser (Steele et al., 2014) of key + element * the golden ratio, on
+    int64."""
     x = element * -0x61C8864680B583EB + key
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47  # >> keeps the sign: mask it off
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
@@ -66,7 +69,7 @@ def _random_bits(key, element):
 
 @triton.jit
 def _load(ptr, offsets, mask):
-    """fp32 numbers. bf16 comes as int16, the upper half of an fp32 number: exact in the interpreter too, whose bf16 is not."""
+    """Load as fp32. bf16 comes as int16, the upper half of an fp32 number: exact in the interpreter too."""
     x = tl.load(ptr + offsets, mask=mask, other=0)
     if ptr.dtype.element_ty == tl.int16:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -75,7 +78,7 @@ def _load(ptr, offsets, mask):
 
 @triton.jit
 def _level(code, LEVELS: tl.constexpr):
-    """(code / L)^4"""
+    """Return (code / L)^4."""
     root = code * (1.0 / LEVELS)
     square = root * root
     return square * square
@@ -83,13 +86,13 @@ def _level(code, LEVELS: tl.constexpr):
 
 @triton.jit
 def _largest(x):
-    """The largest |x| of every row, compared as integers: an fp32 maximum would drop a NaN."""
+    """Return the largest |x| of every row, compared as integers: an fp32 maximum would drop a NaN."""
     return tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _encode(x, scale, random, LEVELS: tl.constexpr):
-    """Codes, as fp32, of x >= 0; random: 24 bits. 0 where the scale is 0, infinite or NaN."""
+    """Return the codes, as fp32, of x >= 0; 0 where the scale is 0, infinite or NaN. random: 24 bits."""
     usable = (scale > 0) & (scale < float("inf"))
     x = tl.where(usable, tl.div_rn(x, tl.where(usable, scale, 1.0)), 0.0)
     lower = tl.minimum(tl.floor(tl.sqrt_rn(tl.sqrt_rn(x)) * LEVELS), LEVELS - 1)
@@ -101,13 +104,13 @@ def _encode(x, scale, random, LEVELS: tl.constexpr):
 
 @triton.jit
 def _update_kernel(
-    p_ptr, g_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr, N, first_element, key,
+    p_ptr, g_ptr, m_ptr, m_scale_ptr, v_ptr, v_scale_ptr,
+    N, first_element, key,
     gradient_scale, keep1, take1, keep2, take2, correction, eps, rate, shrink,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, M_LEVELS: tl.constexpr, V_LEVELS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(
-        0, BLOCKS
-    )  # int64: 262,144 x 1,152 x ... passes 2**31
+    program = tl.program_id(0).to(tl.int64)  # int64: a head of 262,144 x 8,192 has 2**31 numbers
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
     offsets = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (BLOCKS, BLOCK)
     inside, block_inside = offsets < N, block * BLOCK < N
     p = _load(p_ptr, offsets, inside)
@@ -133,15 +136,14 @@ def _update_kernel(
     tl.store(m_scale_ptr + block, m_scale, mask=block_inside)
     tl.store(v_scale_ptr + block, v_scale, mask=block_inside)
     if p_ptr.dtype.element_ty == tl.int16:
-        bits = tl.where(
-            p != p, 0x7FC00000, p.to(tl.int32, bitcast=True)
-        )  # a NaN of all ones plus anything would turn into -0
+        # a NaN of all ones plus anything would turn into -0
+        bits = tl.where(p != p, 0x7FC00000, p.to(tl.int32, bitcast=True))
         p = ((bits + (random & 0xFFFF).to(tl.int32)) >> 16).to(tl.int16)
     tl.store(p_ptr + offsets, p, mask=inside)
 
 
 def _torch_random_bits(key: int, first: int, count: int, device) -> Tensor:
-    """_random_bits for elements first .. first + count - 1, (count / BLOCK, BLOCK) int64."""
+    """Return _random_bits of elements first .. first + count - 1, (count / BLOCK, BLOCK) int64."""
     x = torch.arange(first, first + count, device=device).mul_(-0x61C8864680B583EB).add_(key)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
@@ -153,7 +155,7 @@ def _torch_level(code: Tensor, levels: int) -> Tensor:
 
 
 def _torch_encode(x: Tensor, scale: Tensor, random: Tensor, levels: int) -> Tensor:
-    """_encode; x is overwritten."""
+    """_encode in torch; overwrites x."""
     usable = (scale > 0) & (scale < torch.inf)
     x = x.div_(scale.where(usable, 1.0)).masked_fill_(~usable, 0.0)
     lower = x.sqrt().sqrt_().mul_(levels).floor_().clamp_(max=levels - 1)
@@ -163,20 +165,19 @@ def _torch_encode(x: Tensor, scale: Tensor, random: Tensor, levels: int) -> Tens
 
 
 def _rows(x: Tensor, dtype=torch.float32) -> Tensor:
-    """(n,) -> (blocks, BLOCK), the last one filled up with zeros."""
-    missing = -len(x) % BLOCK
-    return (
-        torch.nn.functional.pad(x.to(dtype), (0, missing)).view(-1, BLOCK)
-        if missing
-        else x.to(dtype).view(-1, BLOCK)
-    )
+    """Reshape (n,) to (blocks, BLOCK); the last block is filled up with zeros."""
+    x, missing = x.to(dtype), -len(x) % BLOCK
+    return (torch.nn.functional.pad(x, (0, missing)) if missing else x).view(-1, BLOCK)
 
 
 def _torch_update(
     p, g, m_codes, m_scales, v_codes, v_scales, first_element, key,
     gradient_scale, keep1, take1, keep2, take2, correction, eps, rate, shrink,
 ):  # fmt: skip
-    """_update_kernel. No add(alpha=) and no addcmul: they fuse multiply and add where the CPU can, and the bits would differ."""
+    """_update_kernel in torch.
+
+    Without add(alpha=) and addcmul: they fuse multiply and add if the CPU can, and the bits would differ.
+    """
     for start in range(0, len(p), CPU_SLAB):
         part = slice(start, min(start + CPU_SLAB, len(p)))
         count, blocks = part.stop - start, slice(start // BLOCK, -(-part.stop // BLOCK))
@@ -184,12 +185,9 @@ def _torch_update(
         code = _rows(m_codes[part])
         m = _torch_level(code, M_LEVELS).mul_(m_scales[blocks, None]).copysign_(code)
         m.mul_(keep1).add_(gradient * take1)
-        root_v = (
-            _torch_level(_rows(v_codes[part]), V_LEVELS).mul_(v_scales[blocks, None]).square_().mul_(keep2)
-        )
-        root_v = (
-            root_v.add_(gradient.square_().mul_(take2)).double().sqrt_().float()
-        )  # torch's fp32 root misses by a bit at times
+        v = _torch_level(_rows(v_codes[part]), V_LEVELS).mul_(v_scales[blocks, None]).square_().mul_(keep2)
+        v.add_(gradient.square_().mul_(take2))
+        root_v = v.double().sqrt_().float()  # torch's fp32 root is off by one bit at times
         weight = _rows(p[part]) * shrink
         weight.sub_((m / (root_v * correction).add_(eps)).mul_(rate))
 
@@ -202,27 +200,27 @@ def _torch_update(
         v_codes[part] = code.maximum(floor.mul_(v_scales[blocks, None] < torch.inf)).view(-1)[:count]
         if p.dtype == torch.bfloat16:
             bits = weight.view(torch.int32).masked_fill_(weight.isnan(), 0x7FC00000)
-            bits.add_(random.bitwise_and_(0xFFFF)).bitwise_and_(
-                -(1 << 16)
-            )  # the upper half of an fp32 number is a bf16 number
+            bits.add_(random.bitwise_and_(0xFFFF))
+            bits.bitwise_and_(-(1 << 16))  # the upper half of an fp32 number is a bf16 number
         p[part] = weight.view(-1)[:count]
 
 
-@torch.library.custom_op(
-    "kit::adamw8bit_", mutates_args=("parameter", "m_codes", "m_scales", "v_codes", "v_scales"),
-)  # fmt: skip
+STATES = "m_codes", "m_scales", "v_codes", "v_scales"
+
+
+@torch.library.custom_op("kit::adamw8bit_", mutates_args=("parameter", *STATES))
 def _update_(
     parameter: Tensor, gradient: Tensor, m_codes: Tensor, m_scales: Tensor, v_codes: Tensor, v_scales: Tensor,
-    first_element: int, key: int, gradient_scale: float, keep1: float, take1: float, keep2: float, take2: float,
+    first_element: int, key: int,
+    gradient_scale: float, keep1: float, take1: float, keep2: float, take2: float,
     correction: float, eps: float, rate: float, shrink: float,
 ) -> None:  # fmt: skip
     N = parameter.numel()
     states = (m_codes, m_scales, v_codes, v_scales)
     numbers = (first_element, key, gradient_scale, keep1, take1, keep2, take2, correction, eps, rate, shrink)
     p, g = parameter.view(-1), gradient.view(-1)
-    if not uses_triton(
-        m_scales
-    ):  # fp32: the kernel does no arithmetic in bf16, so it runs for bf16 weights in the interpreter too
+    # m_scales are fp32: the kernel does no bf16 arithmetic, so the interpreter runs it for bf16 weights too
+    if not uses_triton(m_scales):
         _torch_update(p, g, *states, *numbers)
     elif N:
         p, g = (x.view(torch.int16) if x.dtype == torch.bfloat16 else x for x in (p, g))
@@ -239,49 +237,46 @@ def _(*arguments):
 
 
 def init_state(parameter: Tensor) -> dict[str, Tensor]:
-    """The state of a parameter that was never updated, on its device: zeros.
+    """Return the state of a parameter that was never updated, zeros on its device.
 
-    N numbers have m_codes (N,) int8, v_codes (N,) uint8, and m_scales and v_scales (ceil(N / 256),) fp32. The caller keeps them,
-    moves them, and saves them with safetensors; the step number and the seed are the caller's too.
+    N numbers have m_codes (N,) int8, v_codes (N,) uint8, and m_scales and v_scales (ceil(N / 256),) fp32. The
+    caller keeps, moves and saves them, as well as the step number and the seed.
     """
-    N = parameter.numel()
-    num_blocks = -(-N // BLOCK)
     return {
-        "m_codes": torch.zeros(N, dtype=torch.int8, device=parameter.device),
-        "m_scales": torch.zeros(num_blocks, dtype=torch.float32, device=parameter.device),
-        "v_codes": torch.zeros(N, dtype=torch.uint8, device=parameter.device),
-        "v_scales": torch.zeros(num_blocks, dtype=torch.float32, device=parameter.device),
+        name: torch.zeros(size, dtype=dtype, device=parameter.device)
+        for name, dtype, size in _state_layout(parameter.numel())
     }
 
 
-def state_slice(state: dict[str, Tensor], first_element: int, num_elements: int) -> dict[str, Tensor]:
-    """Views of the state of elements first_element .. first_element + num_elements - 1 of the flattened parameter.
+def _state_layout(N: int) -> list[tuple[str, torch.dtype, int]]:
+    """Return (name, dtype, size) of each tensor of the state of N numbers."""
+    sizes = {"codes": N, "scales": -(-N // BLOCK)}
+    dtypes = torch.int8, torch.float32, torch.uint8, torch.float32
+    return [(name, dtype, sizes[name[2:]]) for name, dtype in zip(STATES, dtypes, strict=True)]
 
-    Raises ValueError if the slice does not begin and end between two blocks of 256 (it may end where the parameter does).
+
+def state_slice(state: dict[str, Tensor], first_element: int, num_elements: int) -> dict[str, Tensor]:
+    """Return views of the state of elements first_element .. first_element + num_elements - 1.
+
+    Elements are those of the flattened parameter. Raises ValueError if the slice does not begin and end
+    between two blocks of 256 (it may end where the parameter does).
     """
     N, end = len(state["m_codes"]), first_element + num_elements
     if not 0 <= first_element <= end <= N or first_element % BLOCK or (end % BLOCK and end != N):
         raise ValueError(
-            f"the slice is elements {first_element} to {end} of {N}, but {BLOCK} neighbours share a scale; begin at a "
-            f"multiple of {BLOCK} and end at one, or at {N}"
+            f"the slice is elements {first_element} to {end} of {N}, but {BLOCK} neighbours share a scale; "
+            f"begin at a multiple of {BLOCK} and end at one, or at {N}"
         )
-    blocks = slice(first_element // BLOCK, -(-end // BLOCK))
-    return {
-        name: x[blocks] if name.endswith("_scales") else x[first_element:end] for name, x in state.items()
-    }
-
-
-def decode_state(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(m, v), (N,) fp32 each: for reports and tests; an update never holds them."""
-    N, rows = len(state["m_codes"]), [_rows(state[name]) for name in ("m_codes", "v_codes")]
-    m = _torch_level(rows[0], M_LEVELS).mul_(state["m_scales"][:, None]).copysign_(rows[0])
-    v = _torch_level(rows[1], V_LEVELS).mul_(state["v_scales"][:, None]).square_()
-    return m.view(-1)[:N], v.view(-1)[:N]
+    blocks, elements = slice(first_element // BLOCK, -(-end // BLOCK)), slice(first_element, end)
+    return {name: x[blocks if name.endswith("_scales") else elements] for name, x in state.items()}
 
 
 def _stream_key(seed: int, step: int, index: int) -> int:
-    """The stream of one update, a signed 64-bit integer: large odd multipliers keep neighbours apart. Odd, because Triton
-    would compile a second kernel for multiples of 16."""
+    """Return the key of one update's random bits, a signed 64-bit integer.
+
+    Large odd multipliers keep neighbours apart. The key is odd, because Triton would compile a second kernel
+    for multiples of 16.
+    """
     key = seed * 0x9E6D62D06F6A9A9B + step * 0xD1342543DE82EF95 + index * 0x94D049BB133111EB
     return (key + 2**63) % 2**64 - 2**63 | 1
 
@@ -292,72 +287,64 @@ def adamw8bit_(
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
     index: int = 0, first_element: int = 0, gradient_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """One AdamW step (Loshchilov & Hutter, 2019; decoupled decay, as torch.optim.AdamW), in place on parameter and state.
+    """Do one step of AdamW with decoupled decay (Loshchilov & Hutter, 2019), in place on parameter and state.
 
-    parameter: bf16 (rounded stochastically) or fp32 (not rounded), any shape, contiguous. gradient: the same shape, bf16, fp16
-    or fp32; copied where it is not contiguous; multiplied by gradient_scale (a clipping factor, 1 / number of tokens) inside.
-    state: from init_state, on the parameter's device. step: from 1. The random bits depend on (seed, step, index, element):
-    index says which parameter of the model this is.
+    parameter: bf16 (rounded stochastically) or fp32 (not rounded), any shape, contiguous. gradient: the same
+    shape, bf16, fp16 or fp32; copied if it is not contiguous; multiplied by gradient_scale (a clipping
+    factor, 1 / number of tokens) inside the kernel. state: from init_state, on the parameter's device. step:
+    from 1. The random bits depend on (seed, step, index, element); index is the number of the parameter in
+    the model.
 
-    A slice of a large parameter, rows of an embedding say, takes first_element = its place in the flattened parameter and
-    state_slice(state, ...); slices in any order give the bits of one whole update.
+    For a slice of a large parameter, such as rows of an embedding, pass first_element = its place in the
+    flattened parameter and state_slice(state, ...). Slices in any order give the bits of one whole update.
 
-    NaN and infinite gradients are not looked for (a GPU would have to wait): they make their element NaN at once and its
-    block of 256 in the next step. Raises ValueError for arguments that do not fit.
+    NaN and infinite gradients are not checked for (a GPU would have to wait): they make their element NaN at
+    once and its block of 256 in the next step. Raises ValueError for arguments that do not fit.
     """
     N, (beta1, beta2) = parameter.numel(), betas
     if parameter.dtype not in (torch.float32, torch.bfloat16) or not parameter.is_contiguous():
         raise ValueError(
-            f"parameter is {parameter.dtype} with strides {parameter.stride()} for shape {tuple(parameter.shape)}; it is updated "
-            "in place, so it must be contiguous fp32 or bf16: use parameter.contiguous(), or load the model in one of these"
+            f"parameter is {parameter.dtype} with strides {parameter.stride()} for shape "
+            f"{tuple(parameter.shape)}; it is updated in place, so it must be contiguous fp32 or bf16: use "
+            "parameter.contiguous(), or load the model in one of these"
         )
-    if gradient.shape != parameter.shape or gradient.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
+    floating = torch.float32, torch.bfloat16, torch.float16
+    if gradient.shape != parameter.shape or gradient.dtype not in floating:
         raise ValueError(
-            f"gradient is {gradient.dtype} {tuple(gradient.shape)} but parameter {tuple(parameter.shape)}; pass a bf16, fp16 or "
-            "fp32 gradient of the parameter's shape"
+            f"gradient is {gradient.dtype} {tuple(gradient.shape)} but parameter {tuple(parameter.shape)}; "
+            "pass a bf16, fp16 or fp32 gradient of the parameter's shape"
         )
-    num_blocks = -(-N // BLOCK)
-    for name, dtype, size in (
-        ("m_codes", torch.int8, N), ("m_scales", torch.float32, num_blocks),
-        ("v_codes", torch.uint8, N), ("v_scales", torch.float32, num_blocks),
-    ):  # fmt: skip
+    for name, dtype, size in _state_layout(N):
         x = state.get(name)
         if x is None or x.dtype != dtype or x.shape != (size,) or not x.is_contiguous():
             found = "missing" if x is None else f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}"
             raise ValueError(
-                f"state[{name!r}] is {found} but a parameter of {N} numbers needs {dtype} ({size},), contiguous; make it with "
-                "init_state(parameter), for a slice with state_slice"
+                f"state[{name!r}] is {found} but a parameter of {N} numbers needs {dtype} ({size},), "
+                "contiguous; use init_state(parameter), for a slice state_slice"
             )
         if x.device != parameter.device:
             raise ValueError(
-                f"state[{name!r}] is on {x.device} but parameter on {parameter.device}; move the state there first"
+                f"state[{name!r}] is on {x.device} but parameter on {parameter.device}; move the state first"
             )
     if gradient.device != parameter.device:
         raise ValueError(
-            f"gradient is on {gradient.device} but parameter on {parameter.device}; move the gradient there first"
+            f"gradient is on {gradient.device} but parameter on {parameter.device}; move the gradient first"
         )
     if first_element < 0 or first_element % BLOCK:
         raise ValueError(
-            f"first_element is {first_element} but {BLOCK} neighbours share a scale; cut at multiples of {BLOCK}"
+            f"first_element is {first_element} but {BLOCK} neighbours share a scale; cut at multiples of it"
         )
+    tiny = torch.finfo(torch.float32).tiny
     for name, value, fits, rule in (
         ("step", step, step >= 1, ">= 1: the first update is step 1"),
         ("betas", betas, 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-        (
-            "eps",
-            eps,
-            eps >= torch.finfo(torch.float32).tiny,
-            "an fp32 number > 0: a weight without gradient divides by it",
-        ),
+        ("eps", eps, eps >= tiny, "an fp32 number > 0: a weight without gradient divides by it"),
     ):
         if not fits:
             raise ValueError(f"{name} is {value} but must be {rule}")
+
     _update_(
-        parameter, gradient.contiguous(), *(state[name] for name in ("m_codes", "m_scales", "v_codes", "v_scales")),
+        parameter, gradient.contiguous(), *(state[name] for name in STATES),
         first_element, _stream_key(seed, step, index), gradient_scale, beta1, 1 - beta1, beta2, 1 - beta2,
         1 / math.sqrt(1 - beta2**step), eps, lr / (1 - beta1**step), 1 - lr * weight_decay,
     )  # fmt: skip

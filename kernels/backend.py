@@ -1,7 +1,7 @@
-"""Which code runs: the Triton kernels on a GPU, plain torch everywhere else. Every file of kernels/ asks here.
+"""Choose which code runs: the Triton kernels on a GPU, plain torch everywhere else.
 
-macOS has no Triton. The kernels must still be *defined* there for their files to import, so `triton.jit` becomes a decorator
-that returns its function, which nobody then calls.
+macOS has no Triton. The kernels must still be *defined* there for their files to import, so `triton.jit`
+becomes a decorator that returns its function, which nobody then calls.
 """
 
 import os
@@ -19,14 +19,16 @@ except ImportError:
     tl = SimpleNamespace(constexpr=None)
 
 HAS_TRITON = hasattr(triton, "__version__")
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET") == "1"
-)  # Triton reads it at import too: the kernels run on CPU tensors, slowly
+# Triton reads it too when it is imported: the kernels then run on CPU tensors, slowly.
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels run for this tensor. They compute in fp32, so float64 (gradient checks) takes the torch path;
-    so does bf16 in the interpreter, which does arithmetic on its bits (1.5 + 1.5 = inf)."""
+    """Return whether the Triton kernels run for this tensor.
+
+    They compute in fp32, so float64 (gradient checks) takes the torch path. So does bf16 in the interpreter,
+    which does arithmetic on its bits (1.5 + 1.5 = inf).
+    """
     if not HAS_TRITON or tensor.dtype == torch.float64:
         return False
     return tensor.is_cuda or (INTERPRET and tensor.dtype != torch.bfloat16)
@@ -34,13 +36,17 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
 @cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton's tl.dot reaches this CUDA card's tensor cores: from compute capability 8.0 on. Turing (7.5) has them, but
-    the compiler multiplies without; there torch is faster, and we say so once."""
+    """Return whether Triton's tl.dot uses this card's tensor cores: from compute capability 8.0 on.
+
+    Turing (7.5) has tensor cores, but Triton's compiler does not use them. torch is faster there; a warning
+    is printed once.
+    """
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         warnings.warn(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; Triton uses tensor cores from 8.0 on "
-            "(RTX 30 and later), so attention runs in plain torch here: slower, and with more memory",
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; Triton uses "
+            "tensor cores from 8.0 on (RTX 30 and later), so attention runs in plain torch here: slower, and "
+            "with more memory",
             stacklevel=2,
         )
     return major >= 8

@@ -1,20 +1,22 @@
 """
-Cross-entropy on given logits, with one copy of them in memory instead of three.
+Cross-entropy of logits that exist, with one copy of them in memory instead of three.
 
     loss[i]                 = logsumexp_v(z[i, v]) - z[i, t_i]                          0 where t_i is ignored
     d loss[i] / d z[i, v]   = softmax_v(z_i) - 1[v == t_i]
 
-How it works. The forward kernel reads each row once: it keeps m, the largest logit so far, and s, the sum of exp(z - m) so far,
-and multiplies s by exp(m_old - m_new) whenever m grows. It stores two numbers per row, the loss and logsumexp = m + log s. The
-backward kernel needs nothing else: softmax = exp(z - logsumexp), one element at a time. So it writes each gradient where its
-logit was.
+How it works. The forward kernel reads each row once. It keeps m, the largest logit so far, and s, the sum of
+exp(z - m) so far, and multiplies s by exp(m_old - m_new) whenever m grows. It stores two numbers per row, the
+loss and logsumexp = m + log s. The backward kernel needs nothing else, because softmax = exp(z - logsumexp)
+is computed one element at a time, so it writes each gradient where its logit was.
 
-    !!  BACKWARD OVERWRITES THE LOGITS WITH THEIR GRADIENT.  After loss.backward() the tensor you passed holds d loss / d logits;
-    !!  for a leaf, logits and logits.grad are the same memory. Read what you want from it before, or pass logits.clone().
-    !!  Autograd notices the overwriting: another backward that still needs the logits raises an error, never a wrong gradient.
+    !!  BACKWARD OVERWRITES THE LOGITS WITH THEIR GRADIENT.  After loss.backward() the tensor you passed holds
+    !!  d loss / d logits; for a leaf, logits and logits.grad are the same memory. Read what you need from it
+    !!  before, or pass logits.clone(). Autograd notices the overwriting: another backward that still needs
+    !!  the logits raises an error and never returns a wrong gradient.
 
-16,384 tokens, V = 262,144, bf16: the logits are 8 GiB. torch adds a log-softmax and a gradient of the same size: 24 GiB (40
-where the logits are first cast to fp32). Here it stays at 8 GiB. linear_cross_entropy.py gets rid of those too.
+16,384 tokens, V = 262,144, bf16: the logits are 8 GiB. torch adds a log-softmax and a gradient of the same
+size: 24 GiB (40 if the logits are first cast to fp32). Here it stays at 8 GiB. linear_cross_entropy.py
+removes these 8 GiB as well.
 """
 
 import torch
@@ -22,13 +24,9 @@ from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
 
-BLOCK_V = 4096  # columns a step: 16 a thread, two 16-byte loads of bf16
-NUM_WARPS = (
-    8  # 32 threads each; BLOCK_V must not be smaller than that, or two threads would write the same column
-)
-CPU_BLOCK_BYTES = (
-    2 * 2**20
-)  # torch path: several passes over rows that stay in the L2 cache cost one trip to memory
+BLOCK_V = 4096  # columns per step: 16 per thread, which are two 16-byte loads of bf16
+NUM_WARPS = 8  # of 32 threads; with fewer than 256 columns in BLOCK_V two threads would write the same one
+CPU_BLOCK_BYTES = 2 * 2**20  # torch path: several passes over rows in the L2 cache cost one trip to memory
 
 
 def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=-100):
@@ -39,11 +37,16 @@ def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=-
 
 @triton.jit
 def _forward_kernel(
-    logits_ptr, targets_ptr, loss_ptr, logsumexp_ptr, row_stride, V, ignore_index, BLOCK_V: tl.constexpr
-):
+    logits_ptr, targets_ptr, loss_ptr, logsumexp_ptr,
+    row_stride, V, ignore_index,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row: its loss and its logsumexp."""
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2**31 from 8,192 rows of 262,144 on
     logits_ptr += row * row_stride
-    m = -1e30  # not -inf, or a first step that reads nothing but masked logits (-inf) makes exp(inf - inf)
+
+    # one pass over the row: the largest logit m, and s = sum of exp(z - m), rescaled whenever m grows
+    m = -1e30  # not -inf: a first block of nothing but masked logits (-inf) would compute -inf - -inf = nan
     s = 0.0
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
@@ -52,23 +55,27 @@ def _forward_kernel(
         s = s * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), 0)
         m = m_new
     logsumexp = m + tl.log(s)
+
+    # a target outside the row reads nothing and gives nan: checking it on the host would make the GPU wait
     target = tl.load(targets_ptr + row)
-    # a target outside the row reads nothing and gives nan: looking at its value on the host would stop the GPU
-    z_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(
-        tl.float32
-    )
-    tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, logsumexp - z_target))
+    z_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < V), other=float("nan"))
+    loss = logsumexp - z_target.to(tl.float32)
+    tl.store(loss_ptr + row, tl.where(target == ignore_index, 0.0, loss))
     tl.store(logsumexp_ptr + row, logsumexp)
 
 
 @triton.jit
 def _backward_kernel(
-    logits_ptr, targets_ptr, logsumexp_ptr, dloss_ptr, row_stride, V, ignore_index, BLOCK_V: tl.constexpr
-):
+    logits_ptr, targets_ptr, logsumexp_ptr, dloss_ptr,
+    row_stride, V, ignore_index,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and BLOCK_V columns: the gradient, written over the logits."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     logits_ptr += row * row_stride
     target = tl.load(targets_ptr + row)
+
     z = tl.load(logits_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
     p = tl.exp(z - tl.load(logsumexp_ptr + row))
     dz = tl.where(cols == target, p - 1.0, p) * tl.load(dloss_ptr + row)
@@ -77,9 +84,19 @@ def _backward_kernel(
 
 
 def _blocks(logits):
-    """Yield a few rows at a time, for the torch path."""
+    """Return slices of a few rows each, for the torch path."""
     step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
     return [slice(i, i + step) for i in range(0, logits.shape[0], step)]
+
+
+def _check_targets(targets, V, ignore_index):
+    outside = targets[(targets < 0) | (targets >= V)]
+    if outside.numel():
+        raise ValueError(
+            f"targets contains {int(outside[0])} but logits has {V} columns, ids 0 to {V - 1}, and "
+            f"ignore_index is {ignore_index}; check that tokenizer and model belong together, or pass the "
+            "ignore_index that the targets use"
+        )
 
 
 @torch.library.custom_op("kit::cross_entropy", mutates_args=())
@@ -88,29 +105,15 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
     (N, V), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     loss, logsumexp = logits.new_empty(N, dtype=wide), logits.new_empty(N, dtype=wide)
     ignored = targets == ignore_index
-    if (
-        logits.device.type == "cpu"
-        and (outside := targets[~ignored & ((targets < 0) | (targets >= V))]).numel()
-    ):
-        raise ValueError(
-            f"targets contains {int(outside[0])} but logits has {V} columns, ids 0 to {V - 1}, and ignore_index is "
-            f"{ignore_index}; check that tokenizer and model belong together, or pass the targets' own ignore_index"
-        )
+    if logits.device.type == "cpu":  # where reading values does not wait for a device
+        _check_targets(targets[~ignored], V, ignore_index)
     if uses_triton(logits):
         if N:
+            sizes = logits.stride(0), V, ignore_index
             with torch.cuda.device_of(logits):
-                _forward_kernel[(N,)](
-                    logits,
-                    targets,
-                    loss,
-                    logsumexp,
-                    logits.stride(0),
-                    V,
-                    ignore_index,
-                    BLOCK_V,
-                    num_warps=NUM_WARPS,
-                )
+                _forward_kernel[(N,)](logits, targets, loss, logsumexp, *sizes, BLOCK_V, num_warps=NUM_WARPS)
         return loss, logsumexp
+
     inside = targets.masked_fill(ignored, 0)[:, None]
     for rows in _blocks(logits):
         z = logits[rows].to(wide)
@@ -125,19 +128,13 @@ def _backward_(logits: Tensor, targets: Tensor, logsumexp: Tensor, dloss: Tensor
     N, V = logits.shape
     if uses_triton(logits):
         if N:
+            sizes = logits.stride(0), V, ignore_index
             with torch.cuda.device_of(logits):
                 _backward_kernel[(N, triton.cdiv(V, BLOCK_V))](
-                    logits,
-                    targets,
-                    logsumexp,
-                    dloss,
-                    logits.stride(0),
-                    V,
-                    ignore_index,
-                    BLOCK_V,
-                    num_warps=NUM_WARPS,
+                    logits, targets, logsumexp, dloss, *sizes, BLOCK_V, num_warps=NUM_WARPS
                 )
         return
+
     ignored = (targets == ignore_index)[:, None]
     inside = targets[:, None].masked_fill(ignored, 0)
     for rows in _blocks(logits):
@@ -173,13 +170,13 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         if ctx.overwritten:
             raise RuntimeError(
-                "cross_entropy: backward ran a second time, but the first overwrote the logits; call cross_entropy again"
+                "cross_entropy: backward ran a second time, but the first overwrote the logits; "
+                "call cross_entropy again"
             )
         logits, targets, logsumexp = ctx.saved_tensors
         dlogits = logits.detach()
-        _backward_(
-            dlogits, targets, logsumexp, dloss.contiguous(), ctx.ignore_index
-        )  # .sum() hands down a stride-0 dloss
+        dloss = dloss.contiguous()  # .sum() passes down a dloss with stride 0
+        _backward_(dlogits, targets, logsumexp, dloss, ctx.ignore_index)
         ctx.overwritten = True
         return dlogits, None, None
 
@@ -187,19 +184,23 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
 ) -> Tensor:
-    """Cross-entropy of logits (..., V), any floating dtype, against targets (...), int64, already shifted.
+    """Compute the cross-entropy of logits (..., V) against targets (...), which are already shifted.
 
-    BACKWARD OVERWRITES THE LOGITS with their gradient (see the top of this file), and runs once. Logits whose rows do not lie at
-    one distance in memory, logits[:, :-1] say, are copied first; then the copy is overwritten.
+    BACKWARD OVERWRITES THE LOGITS with their gradient (see the top of this file), and runs once. If the rows
+    of logits are not at one distance in memory, as in logits[:, :-1], a copy is made and overwritten instead.
 
-    reduction: "mean" divides by the number of targets != ignore_index, and is 0 if there are none (torch: nan); "sum"; "none".
-    Returns fp32 (float64 for float64). Raises ValueError for arguments that do not fit. A target outside 0 .. V - 1 raises too on
-    a CPU; on a GPU it makes the loss nan, because looking at it would make the host wait for the device.
+    logits: any floating dtype. targets: int64.
+    reduction: "mean" divides by the number of targets != ignore_index, and gives 0 if there are none (torch:
+        nan); or "sum", or "none".
+
+    Returns fp32 (float64 for float64). Raises ValueError for arguments that do not fit. On a CPU a target
+    outside 0 .. V - 1 raises too; on a GPU it makes the loss nan, because checking would make the host wait
+    for the device.
     """
     if logits.dim() < 1 or logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"logits has shape {tuple(logits.shape)} but targets {tuple(targets.shape)}; needed are (..., V) and (...): "
-            "shift both before the call, logits[:, :-1] and targets[:, 1:]"
+            f"logits has shape {tuple(logits.shape)} but targets {tuple(targets.shape)}; needed are (..., V) "
+            "and (...): shift both before the call, logits[:, :-1] and targets[:, 1:]"
         )
     if targets.dtype != torch.int64 or not logits.is_floating_point():
         raise ValueError(
@@ -211,13 +212,16 @@ def cross_entropy(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is {reduction!r}; pass "mean", "sum" or "none"')
+
     V = logits.shape[-1]
     flat, target = logits.reshape(-1, V), targets.reshape(-1).contiguous()
     if (
         flat.stride(1) != 1 or flat.stride(0) < V
-    ):  # expanded rows share memory: a gradient in place would hit several
+    ):  # expanded rows share memory: one gradient would hit several
         flat = flat.contiguous()
     loss = _CrossEntropy.apply(flat, target, ignore_index)
     if reduction == "none":
         return loss.reshape(targets.shape)
-    return loss.sum() / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else loss.sum()
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (target != ignore_index).sum().clamp(min=1)

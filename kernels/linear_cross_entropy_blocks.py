@@ -1,17 +1,18 @@
 """
-The head's weight gradient a block of the vocabulary at a time: as a whole it never exists.
+The gradient of the head's weight, one block of the vocabulary at a time: the whole gradient never exists.
 
     forward    loss, dhidden[rows] = dlogits @ weight, and logsumexp of every row; no dweight
-    later      for each block b of the vocabulary, dweight[b] = dlogits[:, b].T @ hidden with dlogits = softmax - one-hot,
-               from logits that are made again and the logsumexp that was kept
+    later      for each block b of the vocabulary, dweight[b] = dlogits[:, b].T @ hidden, where
+               dlogits = softmax - one-hot comes from recomputed logits and the logsumexp of the forward pass
 
-How it works. With hidden (N, H), targets and logsumexp kept, which are small, any block of columns of the logits can be made
-again on its own, and with it the gradient of the block's rows of weight. Whoever gets a block updates these rows at once and
-lets it go: no later block reads them. A tied embedding adds the few rows that its lookup contributed, block by block.
+How it works. hidden (N, H), targets and logsumexp are small and stay in memory. From them any block of
+columns of the logits can be recomputed on its own, and with it the gradient of the block's rows of weight.
+The caller updates these rows at once and frees the block: no later block reads them. A tied embedding adds
+the few rows that its lookup contributed, block by block.
 
-16,384 tokens of Gemma-3-1B (V = 262,144, H = 1,152): what is gone is the fp32 sum of dweight, 1.1 GiB, its bf16 copy, which a
-tied embedding keeps through the whole backward pass, and the lookup's dense gradient, 0.6 GiB each. It costs one matmul more,
-2NVH flops.
+16,384 tokens of Gemma-3-1B (V = 262,144, H = 1,152): this saves the fp32 sum of dweight, 1.1 GiB; its bf16
+copy, which a tied embedding keeps through the whole backward pass, 0.6 GiB; and the dense gradient of the
+lookup, 0.6 GiB. It costs one more matmul, 2NVH flops.
 """
 
 from collections.abc import Iterator
@@ -31,26 +32,21 @@ from kit.kernels.linear_cross_entropy_chunks import (
 )
 from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_
 
-VOCABULARY_UNIT = 256  # rows: a block of the vocabulary then ends where a block of 8-bit optimizer state does, whatever H is
-BLOCK_BYTES = (
-    MAX_CHUNK_BYTES // 2
-)  # of a block's logits and dweight: 6,912 rows of Gemma-3-1B's at 16,384 tokens
+VOCABULARY_UNIT = 256  # rows: a block then ends where a block of 8-bit optimizer state does, whatever H is
+BLOCK_BYTES = MAX_CHUNK_BYTES // 2  # logits and dweight of a block: 6,912 rows of Gemma-3-1B at 16,384 tokens
 
 
 def loss_without_dweight(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: float,
-    *,
-    softcap: float | None = None,
-    max_rows: int = 0,
-):
-    """The sum of token losses * scale and d/dhidden, and what dweight_blocks needs to make dweight later.
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, *,
+    softcap: float | None = None, max_rows: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the sum of token losses * scale, its dhidden, and what dweight_blocks needs to compute dweight
+    later.
 
-    hidden (N, H), weight (V, H), targets (N,), max_rows, as linear_cross_entropy takes them; nothing is differentiated by
-    autograd.
-    Returns (loss, fp32 scalar; dhidden (N, H); kept (K,) int64, the rows that count; their logsumexp (K,) fp32).
+    hidden (N, H), weight (V, H), targets (N,), softcap and max_rows are those of linear_cross_entropy.
+    Autograd differentiates nothing here.
+    Returns (loss, fp32 scalar; dhidden (N, H); kept (K,) int64, the rows that count; their logsumexp (K,)
+    fp32).
     """
     hidden, targets, dtype, score = checked(hidden, weight, targets, softcap, 1.0)
     kept = kept_rows(targets, weight.shape[0], IGNORE_INDEX)
@@ -66,7 +62,8 @@ def loss_without_dweight(
         done += len(rows)
         loss -= logprobs.sum()
         gradients.add(rows, x, logits, weight, None, scale)
-    logits = None
+
+    logits = None  # frees the chunk
     return loss * scale, gradients.finish()[0].to(hidden.dtype), kept, logsumexp
 
 
@@ -74,9 +71,13 @@ def dweight_blocks(
     hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor, logsumexp: Tensor, scale: float, *,
     softcap: float | None = None, block_bytes: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
-    """Yields (first row, dweight of weight[first : first + B], (B, H) fp32), a block of the vocabulary at a time: dweight as a
-    whole never exists. Costs a matmul more, the logits of the block (2NVH flops in all). The caller may update a block's rows
-    as it gets them: no later block reads them. block_bytes: of the block's logits (K, B) and its dweight; None = BLOCK_BYTES."""
+    """Yield (first row, dweight of weight[first : first + B], (B, H) fp32), one block of the vocabulary at a
+    time.
+
+    Recomputing the logits of the blocks costs one more matmul (2NVH flops in all). The caller may update the
+    rows of a block when it gets them: no later block reads them. block_bytes: the size of a block's logits
+    (K, B) and its dweight; None = BLOCK_BYTES.
+    """
     x, target = hidden.index_select(0, kept), targets.index_select(0, kept)
     row_bytes = len(kept) * x.element_size() + weight.shape[1] * wide(weight.dtype).itemsize
     per_block = max((block_bytes or BLOCK_BYTES) // row_bytes // VOCABULARY_UNIT, 1) * VOCABULARY_UNIT

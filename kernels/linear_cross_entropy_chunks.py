@@ -1,12 +1,14 @@
 """
-A linear head in chunks of rows, forth and back; the (N, V) logits are never held.
+A linear head in chunks of rows, forward and backward, without ever holding the (N, V) logits.
 
     logits = hidden[rows] @ weight.T
-    dhidden[rows] = scale * slope * (dlogits @ weight)          dweight += scale * dlogits.T @ (slope * hidden[rows])
+    dhidden[rows] = scale * slope * (dlogits @ weight)
+    dweight      += scale * dlogits.T @ (slope * hidden[rows])
 
-A row's slope multiplies the thin (R, H) matrices, never the (R, V) one. dweight is summed in fp32: a bf16 sum of 16 chunks loses
-what the small ones add. It costs 4VH bytes (1.1 GiB at V = 262,144, H = 1,152), nothing for a frozen head. For a bf16 weight the
-sum lies in two halves, and is rounded to bf16 in the first half's own memory: no moment holds both dweights.
+A row's slope multiplies the thin (R, H) matrices, never the (R, V) one. dweight is summed in fp32, because a
+bf16 sum of 16 chunks loses what the small ones add. It costs 4VH bytes (1.1 GiB at V = 262,144, H = 1,152),
+and nothing for a frozen head. For a bf16 weight the sum is kept in two halves and rounded to bf16 inside the
+memory of the first, so that an fp32 and a bf16 dweight never exist side by side.
 """
 
 import functools
@@ -17,25 +19,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-MAX_CHUNK_BYTES = (
-    512 * 2**20
-)  # of logits: small beside a 3B model, and from here on larger chunks are no faster
-MIN_ROWS = 512  # each chunk reads W and rewrites dW: chunks of 128 rows move four times the bytes that chunks of 1,024 do
-COPIED_ELEMENTS = 2**16  # of dweight that are rounded through a copy: small, and the rest takes a dozen steps
-# where 16-bit factors cannot be added to an fp32 sum in one call, a product of this many bytes is added at a time: on a card few
-# enough to stay in its cache, else memory moves three times as much; on a CPU it bounds the copy
+IGNORE_INDEX = -100  # torch's default, and what every collator writes
+MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and larger chunks are no faster
+MIN_ROWS = 512  # a chunk reads weight and rewrites dweight: 128 rows move four times the bytes of 1,024
+COPIED_ELEMENTS = 2**16  # of dweight, rounded through a copy: small, and the rest takes a dozen steps
+# If 16-bit factors cannot be added to an fp32 sum in one call, products of this many bytes are added one by
+# one. On a card they stay in its cache, or three times as much memory would move; on a CPU this bounds the
+# copy.
 PRODUCT_BYTES = {"cuda": 2 * 2**20, "cpu": 32 * 2**20}
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are held in: fp32, and float64 for float64."""
+    """Return the dtype of sums: fp32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rows_per_chunk(N: int, V: int, H: int, element_size: int, max_rows: int = 0) -> int:
-    """Rows of logits made at once: as many as fit MAX_CHUNK_BYTES with the three thin (R, H) matrices beside them, but never
-    under MIN_ROWS, even if the chunk is larger then (fp32 and V = 262,144: 512 rows are 512 MiB). N rows that need k chunks go
-    in k equal ones: no remainder of one row pays for a whole trip through W and dW. max_rows: the most instead; 0 = none."""
+    """Return the rows of logits per chunk.
+
+    As many as fit MAX_CHUNK_BYTES with the three thin (R, H) matrices beside them, but never under MIN_ROWS,
+    even if the chunk is larger then (fp32 and V = 262,144: 512 rows are 512 MiB). N rows that need k chunks
+    are split into k equal ones: a remainder of one row would cost a whole trip through weight and dweight.
+    max_rows: the limit to use instead; 0 = none.
+    """
     most = max_rows or max(MIN_ROWS, MAX_CHUNK_BYTES // ((V + 3 * H) * element_size))
     return math.ceil(N / math.ceil(N / most)) if N else 0
 
@@ -43,8 +49,11 @@ def rows_per_chunk(N: int, V: int, H: int, element_size: int, max_rows: int = 0)
 def logit_chunks(
     hidden: Tensor, weight: Tensor, kept: Tensor, max_rows: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields (rows, x (R, H), logits (R, V)). The logits are one buffer: a fresh one a chunk would be paged in anew each time.
-    max_rows: most rows of a chunk; 0 = as rows_per_chunk."""
+    """Yield (rows, x (R, H), logits (R, V)) of each chunk of the rows that are kept.
+
+    The logits of all chunks share one buffer: the system would page in a fresh one for each chunk.
+    max_rows: most rows per chunk; 0 = rows_per_chunk decides.
+    """
     size = rows_per_chunk(len(kept), *weight.shape, weight.element_size(), max_rows)
     if size:
         buffer = weight.new_empty(size, weight.shape[0])
@@ -54,45 +63,46 @@ def logit_chunks(
 
 
 class HeadGradients:
-    """dhidden and dweight; None if autograd does not ask for one. overwrite: dhidden is hidden's own memory, and the caller
-    zeroes the rows that are never added."""
+    """Sum dhidden and dweight over the chunks; None if autograd does not ask for one.
+
+    overwrite: write dhidden over hidden. The caller then zeroes the rows that are never added.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool], *, overwrite: bool = False):
-        # a mean over 16k tokens leaves fp16's range until the loss scale comes: fp16's gradients stay fp32 until backward
+        # a mean over 16k tokens leaves fp16's range until backward applies the loss scale: fp32 until then
         self.dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in (hidden, weight)]
         self.dhidden = None
-        if needs[0]:
-            self.dhidden = (
-                hidden.detach() if overwrite else hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
-            )
-        rows = halves(len(weight)) if self.dtypes[1] == torch.bfloat16 else [len(weight)]
-        self.dweight = (
-            [weight.new_empty(n, weight.shape[1], dtype=wide(weight.dtype)) for n in rows]
-            if needs[1]
-            else None
-        )
+        if needs[0] and overwrite:
+            self.dhidden = hidden.detach()
+        elif needs[0]:
+            self.dhidden = hidden.new_zeros(hidden.shape, dtype=self.dtypes[0])
+
+        self.dweight = None
+        if needs[1]:
+            V, H = weight.shape
+            rows = halves(V) if self.dtypes[1] == torch.bfloat16 else [V]
+            self.dweight = [weight.new_empty(n, H, dtype=wide(weight.dtype)) for n in rows]
         self.beta = 0.0  # the first chunk overwrites: zeros would be one more trip through V * H numbers
 
     def add(
         self, rows: Tensor, x: Tensor, dlogits: Tensor, weight: Tensor, slope: Tensor | None, scale: float
     ) -> None:
-        """x = hidden[rows] (R, H), dlogits (R, V), weight (V, H), slope (R,) or None = 1 everywhere."""
+        """Add a chunk: x = hidden[rows] (R, H), dlogits (R, V), weight (V, H), slope (R,) or None = 1."""
         if self.dhidden is not None:
             dx = _product(dlogits, weight)
-            dx = dx.to(torch.promote_types(dx.dtype, self.dhidden.dtype)) * (
-                scale if slope is None else (slope * scale)[:, None]
-            )
+            dx = dx.to(torch.promote_types(dx.dtype, self.dhidden.dtype))
+            dx = dx * (scale if slope is None else (slope * scale)[:, None])
             self.dhidden.index_copy_(0, rows, dx.to(self.dhidden.dtype))
+
         if self.dweight is not None:
             x = x if slope is None else (x * slope[:, None]).to(x.dtype)
-            for part, columns in zip(
-                self.dweight, dlogits.split([len(part) for part in self.dweight], dim=1), strict=True
-            ):
-                add_matmul_(part, columns.T, x, scale, self.beta)
+            columns = dlogits.split([len(part) for part in self.dweight], dim=1)
+            for part, dlogits_of_part in zip(self.dweight, columns, strict=True):
+                add_matmul_(part, dlogits_of_part.T, x, scale, self.beta)
             self.beta = 1.0
 
     def finish(self) -> list[Tensor | None]:
-        """[dhidden, dweight]."""
+        """Return [dhidden, dweight]."""
         if self.dweight is None:
             return [self.dhidden, None]
         if not self.beta:
@@ -107,10 +117,10 @@ def halves(n: int) -> list[int]:
 
 
 def join_narrowed(first: Tensor, second: Tensor) -> Tensor:
-    """Both fp32 halves as one bf16 tensor, in the memory of the first, which is not the smaller.
+    """Return both fp32 halves as one bf16 tensor, in the memory of the first, which is at least as large.
 
-    Elements s to 2s are read from bytes 4s to 8s and written to bytes 2s to 4s, which were read before; only the very first go
-    through a copy.
+    Elements s to 2s are read from bytes 4s to 8s and written to bytes 2s to 4s, which were read before; only
+    the very first go through a copy.
     """
     source, target = first.view(-1), first.view(-1).view(torch.bfloat16)
     n = len(source)
@@ -127,7 +137,7 @@ def join_narrowed(first: Tensor, second: Tensor) -> Tensor:
 def scaled(
     gradients: list[Tensor | None], upstream: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> list[Tensor | None]:
-    """gradients *= upstream, in place, in their inputs' dtypes."""
+    """Multiply the gradients by upstream, in place, and return them in the dtypes of their inputs."""
     for gradient in gradients:
         if gradient is not None:
             _scale_(gradient, upstream)
@@ -135,7 +145,7 @@ def scaled(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; in fp32 on a card, where a sum over V is split into parts, and the parts of a bf16 product are added in bf16."""
+    """Return a @ b. On a card in fp32: it splits a sum over V into parts, and would add them in bf16."""
     return torch.mm(a, b, torch.float32) if a.is_cuda and a.itemsize == 2 else a @ b
 
 
@@ -167,14 +177,17 @@ def _adds_in_fp32(a: Tensor) -> bool:
 
 @functools.cache
 def _cuda_adds_in_fp32(dtype: torch.dtype) -> bool:
-    """Whether this torch multiplies 16-bit matrices into an fp32 sum in one call. Warns if not: the loss is slower then."""
+    """Return whether this torch adds the product of 16-bit matrices to an fp32 sum in one call.
+
+    Warns if not: the loss is slower then.
+    """
     total, a = torch.zeros(16, 16, device="cuda"), torch.zeros(16, 16, device="cuda", dtype=dtype)
     try:
         torch.addmm(total, a, a, torch.float32, out=total)
     except (RuntimeError, TypeError) as error:
         warnings.warn(
-            f"torch {torch.__version__} cannot add {dtype} products to an fp32 sum in one call ({error}), so the head's gradient "
-            "takes longer; another release of torch may",
+            f"torch {torch.__version__} cannot add {dtype} products to an fp32 sum in one call ({error}), so "
+            "the head's gradient takes longer; another release of torch may be able to",
             stacklevel=2,
         )
         return False
@@ -183,10 +196,13 @@ def _cuda_adds_in_fp32(dtype: torch.dtype) -> bool:
 
 @torch.library.custom_op("kit::scale_", mutates_args=("gradient",))
 def _scale_(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream (one number), in place and in fp32: a 0-dim GPU factor would be rounded to bf16 first."""
+    """Multiply gradient by upstream, one number, in place and in fp32.
+
+    A 0-dim factor on a GPU would be rounded to bf16 first.
+    """
     if gradient.is_cuda:
         gradient.mul_(upstream.expand_as(gradient))
-    elif upstream.item() != 1:  # nearly always 1, and on a CPU looking costs nothing
+    elif upstream.item() != 1:  # it is nearly always 1, and reading it on a CPU costs nothing
         gradient.mul_(upstream.item())
 
 
@@ -200,39 +216,41 @@ def _(gradient, upstream):
     return None
 
 
-IGNORE_INDEX = -100  # torch's default, and what every collator writes
-
-
 def checked(
     hidden, weight, targets, softcap, temperature, max_rows=0
 ) -> tuple[Tensor, Tensor, torch.dtype, list[float]]:
-    """(hidden (N, H), targets (N,), compute dtype, [1 / temperature, softcap or 0]). Raises ValueError."""
+    """Return (hidden (N, H), targets (N,), dtype of the matmuls, [1 / temperature, softcap or 0]).
+
+    Raises ValueError for arguments that do not fit together.
+    """
     if not isinstance(weight, Tensor):
         raise ValueError(
-            f"weight is a {type(weight).__name__}, not a tensor: a module may add something to its weight (a LoRA adapter does), "
-            "and this function would leave that out; keep adapters off the output head (peft: leave lm_head out of "
-            "target_modules) or merge them, then pass module.weight"
+            f"weight is a {type(weight).__name__}, not a tensor: a module may add something to its weight (a "
+            "LoRA adapter does), and this function would leave that out; keep adapters off the output head "
+            "(peft: leave lm_head out of target_modules) or merge them, then pass module.weight"
         )
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; needed are (..., H) and (V, H): "
-            "pass the head's weight as nn.Linear keeps it, not transposed"
+            f"hidden has shape {tuple(hidden.shape)} and weight {tuple(weight.shape)}; needed are (..., H) "
+            "and (V, H): pass the head's weight as nn.Linear keeps it, not transposed"
         )
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
-            f"hidden has positions {tuple(hidden.shape[:-1])} but targets has {tuple(targets.shape)}; "
-            "shift both before the call: hidden[:, :-1] and targets[:, 1:], or targets padded with ignore_index at the end"
+            f"hidden has positions {tuple(hidden.shape[:-1])} but targets has {tuple(targets.shape)}; shift "
+            "both before the call: hidden[:, :-1] and targets[:, 1:], or targets padded with ignore_index at "
+            "the end"
         )
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets is {targets.dtype} but class indices are needed; pass targets.long()")
     if not hidden.device == weight.device == targets.device:
         raise ValueError(
-            f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}; move them to one device"
+            f"hidden is on {hidden.device}, weight on {weight.device}, targets on {targets.device}; "
+            "move them to one device"
         )
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be floating point: a quantised head (4 or 8 bit) "
-            "must be dequantised first, or better left out of quantisation"
+            f"hidden is {hidden.dtype} and weight {weight.dtype}; both must be floating point: a quantised "
+            "head (4 or 8 bit) must be dequantised first, or better left out of quantisation"
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap} but must be positive; pass None for no cap")
@@ -244,38 +262,39 @@ def checked(
         raise ValueError(
             f"max_rows is {max_rows} but must be >= 0; pass 0 for as many rows of logits as half a GiB holds"
         )
+
     dtype, device = hidden.dtype, hidden.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif weight.dtype != dtype:
         raise ValueError(
-            f"hidden is {dtype} but weight is {weight.dtype}; cast one, or call under torch.autocast({device!r})"
+            f"hidden is {dtype} but weight is {weight.dtype}; cast one, or call under "
+            f"torch.autocast({device!r})"
         )
-    return (
-        hidden.reshape(-1, hidden.shape[-1]),
-        targets.reshape(-1).long(),
-        dtype,
-        [1 / temperature, softcap or 0.0],
-    )
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
+    return rows, flat, dtype, [1 / temperature, softcap or 0.0]
 
 
 @torch.library.custom_op("kit::kept_rows", mutates_args=())
 def kept_rows(targets: Tensor, V: int, ignore_index: int) -> Tensor:
-    """Indices of the targets that count. On a GPU this waits for the device: the number of matmul rows depends on it. Reading
-    the range right after that wait costs microseconds, and an index past the end would make the kernels read foreign memory."""
+    """Return the indices of the targets that count. Raises ValueError for a target outside 0 .. V - 1.
+
+    On a GPU this waits for the device: the number of matmul rows depends on it. Reading the range right after
+    that wait costs microseconds, and an index past the end would make the kernels read foreign memory.
+    """
     kept = (targets != ignore_index).nonzero()[:, 0]
     if len(kept):
         low, high = torch.stack(targets[kept].aminmax()).tolist()
         if low < 0 or high >= V:
             raise ValueError(
-                f"targets reach from {low} to {high} but weight has {V} rows, ids 0 to {V - 1}, and ignore_index is "
-                f"{ignore_index}; check that tokenizer and model belong together, or pass the targets' own ignore_index"
+                f"targets reach from {low} to {high} but weight has {V} rows, ids 0 to {V - 1}, and "
+                f"ignore_index is {ignore_index}; check that tokenizer and model belong together, or pass "
+                "the ignore_index that the targets use"
             )
     return kept
 
 
 @kept_rows.register_fake
 def _(targets, V, ignore_index):
-    return torch.empty_like(
-        targets
-    )  # fake targets have no values: all are kept, so a memory plan is an upper bound
+    # fake targets have no values: all are kept, so that a memory plan is an upper bound
+    return torch.empty_like(targets)

@@ -1,16 +1,19 @@
 """
-Rows of logits, read where they lie: log-prob of the target, entropy, and the gradient written over the logits.
+Rows of logits in place: log-prob of the target, entropy, and the gradient written over the logits.
 
-    z[v]               = softcap * tanh(logits[v] / softcap) / temperature        without softcap: logits[v] / temperature
-    logp               = z[t] - logsumexp_v z[v]                  entropy = -sum_v softmax_v(z) log softmax_v(z)
+    z[v]    = softcap * tanh(logits[v] / softcap) / temperature       without softcap: logits[v] / temperature
+    logp    = z[t] - logsumexp_v z[v]
+    entropy = -sum_v softmax_v(z) log softmax_v(z)
     d(-logp)/dlogits[v] = (softmax_v(z) - 1[v == t]) * dz[v]/dlogits[v]
 
-How it works. One program a row. It reads the row once for m, the largest z so far, and s, the sum of exp(z - m) so far, s being
-multiplied by exp(m_old - m_new) whenever m grows. For the gradient it reads the row a second time and writes each element where
-it was read. What a token's loss is multiplied by is one number a row, and is applied elsewhere: see linear_head.py. Where the
-row's logsumexp is known already, its gradient can be made a block of columns at a time.
+How it works. One program per row. It reads the row once for m, the largest z so far, and s, the sum of exp(z
+- m) so far, and multiplies s by exp(m_old - m_new) whenever m grows. For the gradient it reads the row a
+second time and writes each element where it was read. What a token's loss is multiplied by is one number per
+row and is applied elsewhere: see linear_cross_entropy.py. If the row's logsumexp is known already, its
+gradient can be computed one block of columns at a time.
 
-A chunk of 1,024 rows of 262,144 bf16 logits: 512 MiB read twice and written once; besides it, eight bytes per row.
+A chunk of 1,024 rows of 262,144 bf16 logits: 512 MiB are read twice and written once; besides it, eight bytes
+per row.
 """
 
 from collections.abc import Iterator
@@ -21,16 +24,15 @@ from torch import Tensor
 from kit.kernels.backend import tl, triton, uses_triton
 from kit.kernels.linear_cross_entropy_chunks import wide
 
-CPU_BLOCK_BYTES = (
-    2 * 2**20
-)  # of logits, torch path: four passes over a block that stays in the L2 cache cost one trip to memory
-BLOCK_V = 4096  # columns a step; at least 32 * NUM_WARPS, see _gradient_kernel
+CPU_BLOCK_BYTES = 2 * 2**20  # torch path: four passes over a block in the L2 cache cost one trip to memory
+BLOCK_V = 4096  # columns per step; at least 32 * NUM_WARPS, see _gradient_kernel
 NUM_WARPS = 8
 
 
 @triton.jit
 def _tanh(x):
-    # Triton's own tanh exists on GPUs only. (1 - e) / (1 + e) loses the digits of a small x: there, the series.
+    # Triton's own tanh exists on GPUs only. (1 - e) / (1 + e) loses the digits of a small x: the series does
+    # not.
     e = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
     x2 = x * x
@@ -40,7 +42,7 @@ def _tanh(x):
 
 @triton.jit
 def _load_scores(row_ptr, cols, V, inv_temperature, SOFTCAP: tl.constexpr):
-    """z at cols, -inf past the end, and dz / d(raw logit). SOFTCAP 0 = none."""
+    """Return z at cols, -inf past the end, and dz / d(raw logit). SOFTCAP 0 = none."""
     z = tl.load(row_ptr + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
     slope = inv_temperature
     if SOFTCAP > 0:
@@ -52,7 +54,7 @@ def _load_scores(row_ptr, cols, V, inv_temperature, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _online_logsumexp(row_ptr, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
-    """One reading of the row: m = the largest z, s = sum exp(z - m), u = sum exp(z - m) (z - m), rescaled whenever m grows."""
+    """Read the row once: m = the largest z, s = sum exp(z - m), u = sum exp(z - m) (z - m)."""
     m = -1e30  # not -inf: u would start as inf * 0
     s = 0.0
     u = 0.0
@@ -62,9 +64,8 @@ def _online_logsumexp(row_ptr, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_
         m_new = tl.maximum(m, tl.max(z, 0))
         shrink = tl.exp(m - m_new)
         e = tl.exp(z - m_new)
-        u = shrink * (u + (m - m_new) * s) + tl.sum(
-            e * tl.where(z > -1e30, z - m_new, 0.0), 0
-        )  # 0 * -inf is nan
+        distance = tl.where(z > -1e30, z - m_new, 0.0)  # 0 * -inf is nan
+        u = shrink * (u + (m - m_new) * s) + tl.sum(e * distance, 0)
         s = shrink * s + tl.sum(e, 0)
         m = m_new
     return m, s, u
@@ -72,10 +73,12 @@ def _online_logsumexp(row_ptr, V, inv_temperature, SOFTCAP: tl.constexpr, BLOCK_
 
 @triton.jit
 def _logprob_kernel(
-    logits_ptr, targets_ptr, logprobs_ptr, entropy_ptr, row_stride, V, inv_temperature,
+    logits_ptr, targets_ptr, logprobs_ptr, entropy_ptr,
+    row_stride, V, inv_temperature,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: log-prob of the target, and entropy of the row's distribution. Only reads the logits."""
+    """One program per row: log-prob of the target and entropy of the row's distribution. Only reads the
+    logits."""
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2**31 in a chunk of 8,193 rows of 262,144
     logits_ptr += row * row_stride
     z_target, _ = _load_scores(logits_ptr, tl.load(targets_ptr + row), V, inv_temperature, SOFTCAP)
@@ -86,20 +89,16 @@ def _logprob_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    logits_ptr,
-    targets_ptr,
-    logprobs_ptr,
-    row_stride,
-    V,
-    inv_temperature,
-    SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One program a row: log-prob of the target; then d(-logp) / d(raw logit) over the logits.
+    logits_ptr, targets_ptr, logprobs_ptr,
+    row_stride, V, inv_temperature,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row: log-prob of the target, then d(-logp) / d(raw logit) over the logits.
 
-    In place without a race: the target's logit is loaded before the sums of _online_logsumexp, at which all threads wait for one
-    another, and from then on each thread reads and writes only its own columns. With fewer columns than threads (BLOCK_V <
-    32 * NUM_WARPS) two threads would own one column, and one could read what the other had overwritten.
+    In place without a race: the target's logit is loaded before the sums of _online_logsumexp, at which all
+    threads wait for one another, and from then on each thread reads and writes only its own columns. With
+    fewer columns than threads (BLOCK_V < 32 * NUM_WARPS) two threads would own one column, and one could read
+    what the other had overwritten.
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * row_stride
@@ -107,6 +106,7 @@ def _gradient_kernel(
     z_target, _ = _load_scores(logits_ptr, target, V, inv_temperature, SOFTCAP)
     m, s, _ = _online_logsumexp(logits_ptr, V, inv_temperature, SOFTCAP, BLOCK_V)
     tl.store(logprobs_ptr + row, z_target - m - tl.log(s))
+
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         z, slope = _load_scores(logits_ptr, cols, V, inv_temperature, SOFTCAP)
@@ -117,17 +117,15 @@ def _gradient_kernel(
 
 @triton.jit
 def _block_gradient_kernel(
-    logits_ptr,
-    targets_ptr,
-    logsumexp_ptr,
-    row_stride,
-    V,
-    first,
-    inv_temperature,
-    SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One program a row and BLOCK_V columns of logits that begin at column `first` of the whole row, whose logsumexp is known."""
+    logits_ptr, targets_ptr, logsumexp_ptr,
+    row_stride, V, first, inv_temperature,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program per row and BLOCK_V of the V columns here, which are columns first .. first + V - 1 of the
+    head.
+
+    The logsumexp is that of the whole row.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     logits_ptr += row * row_stride
@@ -140,7 +138,10 @@ def _block_gradient_kernel(
 def _score_blocks(
     logits: Tensor, inv_temperature: float, softcap: float
 ) -> Iterator[tuple[slice, Tensor, Tensor | float]]:
-    """Torch path: (rows, z, dz / d(raw logit)) a few rows at a time. z is made over fp32 logits, or in a small copy."""
+    """Yield (rows, z, dz / d(raw logit)) of a few rows at a time, for the torch path.
+
+    z overwrites fp32 logits; for other dtypes it is a small copy.
+    """
     step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
@@ -158,7 +159,10 @@ def _score_blocks(
 def row_logprobs(
     logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each row's target and entropy of each row, (R,) fp32. The logits are scratch afterwards."""
+    """Return the log-prob of each row's target and the entropy of each row, (R,) fp32 each.
+
+    What the logits hold afterwards is undefined.
+    """
     logprobs = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
     entropy = torch.empty_like(logprobs)
     if uses_triton(logits):
@@ -179,7 +183,8 @@ def row_logprobs(
 
 @torch.library.custom_op("kit::token_gradients_", mutates_args=("logits",))
 def row_gradients_(logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float) -> Tensor:
-    """Log-prob of each row's target, (R,) fp32; logits become d(-logprob) / d(logits)."""
+    """Return the log-prob of each row's target, (R,) fp32, and overwrite the logits with d(-logprob) /
+    d(logits)."""
     logprobs = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
     if uses_triton(logits):
         with torch.cuda.device_of(logits):
@@ -206,7 +211,10 @@ def row_gradients_(logits: Tensor, targets: Tensor, inv_temperature: float, soft
 def block_gradients_(
     logits: Tensor, targets: Tensor, logsumexp: Tensor, first: int, inv_temperature: float, softcap: float
 ) -> None:
-    """Logits (R, B) of columns first .. first + B - 1 become d(-logprob) / d(logits). logsumexp (R,) fp32: the whole rows'."""
+    """Overwrite logits (R, B), columns first .. first + B - 1 of a row, with d(-logprob) / d(logits).
+
+    logsumexp: (R,) fp32, of whole rows.
+    """
     if uses_triton(logits):
         R, V = logits.shape
         with torch.cuda.device_of(logits):

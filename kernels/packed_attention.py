@@ -4,18 +4,22 @@ Causal attention inside the documents of a pack: no token sees another document,
     s[i, j] = scale * q_i . k_j              for document(j) == document(i) and 0 <= i - j < window, else -inf
     L[i]    = logsumexp_j s[i, j]            p[i, j] = exp(s[i, j] - L[i])           o[i] = sum_j p[i, j] v_j
     dv[j]   = sum_i p[i, j] do_i             ds[i, j] = p[i, j] (do_i . v_j - do_i . o_i)
-    dq[i]   = scale * sum_j ds[i, j] k_j     dk[j] = scale * sum_i ds[i, j] q_i      summed over the query heads of k's group
+    dq[i]   = scale * sum_j ds[i, j] k_j     dk[j] = scale * sum_i ds[i, j] q_i   over k's query heads
 
-How it works. A tile of queries walks the keys it can see and keeps, in fp32, the largest score so far, the sum of exponentials
-and the weighted sum of v, rescaling the two sums whenever the maximum grows; scores live for one tile. It leaves o and one number
-a query, L, from which backward makes p again: one kernel walks keys for dQ, one walks queries for dK and dV. Tiles are counted
-from each document's start, and those that are masked as a whole are never visited. K and V are read per group, not repeated.
+How it works. A program walks the keys that its tile of queries can see and keeps, in fp32, the largest score
+so far, the sum of exponentials and the weighted sum of v. It rescales the two sums whenever the maximum
+grows; scores exist for one tile only. It writes o and one number per query, L, from which backward
+recomputes p: one kernel walks keys for dQ, one walks queries for dK and dV. Tiles are counted from each
+document's start, and those that are masked as a whole are never visited. K and V are read per group, not
+repeated.
 
-16,384 tokens of Gemma-3-1B (4 query heads, 1 of K and V, D = 256, bf16), a layer: q and o take 32 MiB each, k and v 8, L 0.25;
-backward adds dq, dk, dv (48) and 0.25. The scores as one square would be 2 GiB in bf16 and 4 in fp32, a boolean mask 256 MiB.
+16,384 tokens of Gemma-3-1B (4 query heads, 1 head of K and V, D = 256, bf16), per layer: q and o take 32 MiB
+each, k and v 8, L 0.25; backward adds dq, dk, dv (48) and 0.25. The scores as one square would be 2 GiB in
+bf16 and 4 in fp32, a boolean mask 256 MiB.
 
-The kernels are in packed_attention_tiles.py. CPU tensors take torch's flash attention, a document at a time, behind the same two
-operators. Where there are neither tensor cores nor a CPU (Turing, Apple), it is one `scaled_dot_product_attention` a document.
+The kernels are in packed_attention_tiles.py. CPU tensors use torch's flash attention, one document at a time,
+behind the same two operators. On other devices without tensor cores that Triton can use (Turing, Apple), it
+is one `scaled_dot_product_attention` per document.
 """
 
 from collections.abc import Iterator
@@ -31,16 +35,13 @@ from kit.kernels import packed_attention_tiles as tiles
 from kit.kernels.backend import has_tensor_cores, uses_triton
 
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
-WHOLE_DOCUMENT = (
-    2**30
-)  # the window of attention without one: more than any document, and its sum with a position fits int32
-_accepted = (
-    WeakTensorKeyDictionary()
-)  # cu_seqlens -> what it was accepted for, so that a model of 26 layers checks it once
+WHOLE_DOCUMENT = 2**30  # window = None: more than any document, and its sum with a position fits int32
+# cu_seqlens -> what it was accepted for, so that a model of 26 layers checks it once
+_accepted = WeakTensorKeyDictionary()
 
 
 def packed_attention_reference(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None):
-    """The same function as one masked square: the meaning of this file, and its test."""
+    """Compute the same as one masked square: what this file means, and what its tests compare with."""
     T, Hq, D = q.shape
     k, v = (x.repeat_interleave(Hq // x.shape[1], dim=1) for x in (k, v))
     document = torch.searchsorted(cu_seqlens[1:].long(), torch.arange(T, device=q.device), right=True)
@@ -52,13 +53,13 @@ def packed_attention_reference(q, k, v, cu_seqlens, max_seqlen, *, window=None, 
 
 
 def _bounds(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[int]:
-    """The values of cu_seqlens, found right. On a GPU this waits for the device."""
+    """Return the values of cu_seqlens after checking them. On a GPU this waits for the device."""
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != T or min(lengths, default=1) < 1:
         raise ValueError(
-            f"cu_seqlens must rise from 0 to T = {T} by at least 1 a document, but is {bounds[:3]} ... {bounds[-3:]}; "
-            "pass the running sum of the documents' lengths, with a 0 in front"
+            f"cu_seqlens must rise from 0 to T = {T} by at least 1 per document, but is {bounds[:3]} ... "
+            f"{bounds[-3:]}; pass the running sum of the documents' lengths, with a 0 in front"
         )
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(
@@ -68,8 +69,8 @@ def _bounds(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[int]:
 
 
 def _accept(cu_seqlens: Tensor, T: int, max_seqlen: int) -> None:
-    """_bounds for its errors only, and only where this tensor, as it is now, was not accepted before."""
-    if cu_seqlens.is_inference():  # has no version: whether it was changed since cannot be known
+    """Raise the errors of _bounds, unless this tensor was accepted before and has not changed since."""
+    if cu_seqlens.is_inference():  # has no version, so whether it has changed cannot be known
         _bounds(cu_seqlens, T, max_seqlen)
     elif _accepted.get(cu_seqlens) != (claim := (T, max_seqlen, cu_seqlens._version)):
         _bounds(cu_seqlens, T, max_seqlen)
@@ -77,22 +78,22 @@ def _accept(cu_seqlens: Tensor, T: int, max_seqlen: int) -> None:
 
 
 def _pieces(bounds: list[int], window: int) -> Iterator[tuple[slice, slice, bool]]:
-    """(queries, keys they see, whether the window cuts them), for the torch paths. A document that is longer than the window goes
-    in blocks of one window of queries, each against the two windows of keys it can see."""
+    """Yield (queries, keys they see, whether the window cuts them), for the torch paths.
+
+    A document longer than the window is split into blocks of one window of queries, each with the two windows
+    of keys that it can see.
+    """
     for start, end in pairwise(bounds):
         if end - start <= window:
             yield slice(start, end), slice(start, end), False
             continue
         for first in range(start, end, window):
-            yield (
-                slice(first, min(first + window, end)),
-                slice(max(first - window + 1, start), min(first + window, end)),
-                True,
-            )
+            last = min(first + window, end)
+            yield slice(first, last), slice(max(first - window + 1, start), last), True
 
 
 def _window_mask(queries: slice, keys: slice, window: int, like: Tensor) -> Tensor:
-    """What is added to the scores of a piece: 0 or -inf."""
+    """Return what is added to the scores of a piece: 0 or -inf."""
     i, j = (torch.arange(x.start, x.stop, device=like.device) for x in (queries, keys))
     distance = i[:, None] - j[None, :]
     mask = like.new_zeros(distance.shape)
@@ -100,7 +101,7 @@ def _window_mask(queries: slice, keys: slice, window: int, like: Tensor) -> Tens
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """Views (1, heads, T, D), as torch's attention takes them."""
+    """Return views (1, heads, T, D), which torch's attention expects."""
     return [x.transpose(0, 1).unsqueeze(0) for x in tensors]
 
 
@@ -109,19 +110,14 @@ def _rows(x: Tensor, rows: slice) -> Tensor:
 
 
 def _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
-    """Any device, differentiated by torch."""
+    """Compute attention on any device; torch differentiates it."""
     outputs, heads_first = [], _heads_first(q, k, v)
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, q.shape[0], max_seqlen), window):
         piece = map(_rows, heads_first, (queries, keys, keys))
         mask = _window_mask(queries, keys, window, q) if is_cut else None
         outputs.append(
-            F.scaled_dot_product_attention(
-                *piece,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            F.scaled_dot_product_attention(*piece, attn_mask=mask, is_causal=mask is None, **options)
         )
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0
 
@@ -132,7 +128,7 @@ _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backw
 
 
 def _stride_1(*tensors: Tensor) -> list[Tensor]:
-    """Copies of those whose D numbers do not lie side by side; .sum() for one hands down a gradient whose strides are 0."""
+    """Copy those whose D numbers are not adjacent: the gradient of .sum(), for example, has strides of 0."""
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
@@ -140,16 +136,15 @@ def _stride_1(*tensors: Tensor) -> list[Tensor]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out (T, Hq, D), logsumexp (Hq, T))."""
+    """Return (out (T, Hq, D), logsumexp (Hq, T))."""
     T = q.shape[0]
     q, k, v = _stride_1(q, k, v)
     if uses_triton(q):
         _accept(cu_seqlens, T, max_seqlen)
         return tiles.forward(q, k, v, cu_seqlens, window, scale)
-    out, logsumexp = (
-        q.new_empty(q.shape),
-        q.new_empty(q.shape[1], T, dtype=torch.promote_types(q.dtype, torch.float32)),
-    )
+
+    out = q.new_empty(q.shape)
+    logsumexp = q.new_empty(q.shape[1], T, dtype=torch.promote_types(q.dtype, torch.float32))
     *inputs, outputs = _heads_first(q, k, v, out)
     for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, T, max_seqlen), window):
         mask = _window_mask(queries, keys, window, q) if is_cut else None
@@ -162,20 +157,14 @@ def _forward(
 
 @torch.library.custom_op("kit::packed_attention_backward", mutates_args=())
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
+    cu_seqlens: Tensor, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv)."""
     dout, q, k, v = _stride_1(dout, q, k, v)
     if uses_triton(q):
         return tiles.backward(dout, q, k, v, out, logsumexp, cu_seqlens, window, scale)
+
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     inputs, (into_dq, into_dk, into_dv) = _heads_first(dout, q, k, v, out), _heads_first(dq, dk, dv)
     for queries, keys, is_cut in _pieces(cu_seqlens.tolist(), window):
@@ -198,12 +187,12 @@ def _(q, k, v, cu_seqlens, max_seqlen, window, scale):
 
 @_backward.register_fake
 def _(dout, q, k, v, out, logsumexp, cu_seqlens, window, scale):
-    delta = torch.empty_like(logsumexp)  # noqa: F841  the kernels' only scratch: whoever counts allocations sees it
+    delta = torch.empty_like(logsumexp)  # noqa: F841  the kernels' scratch, for those who count allocations
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Backward makes all three gradients: q, k and v of a model all want theirs, and dK and dV need what dQ leaves."""
+    """Backward computes all three gradients: a model wants all of them, and dK and dV need what dQ stores."""
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, window, scale):
@@ -215,39 +204,35 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        gradients = _backward(dout, *ctx.saved_tensors, ctx.window, ctx.scale)
-        return *(
-            g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:3], strict=True)
-        ), *[None] * 4
+        found = zip(
+            _backward(dout, *ctx.saved_tensors, ctx.window, ctx.scale), ctx.needs_input_grad, strict=False
+        )
+        return *(gradient if wanted else None for gradient, wanted in found), *[None] * 4
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:
-    """All that shapes, dtypes and devices tell. What the values of cu_seqlens tell is seen where there are values: _bounds."""
-    if (
-        q.dim() != 3
-        or k.dim() != 3
-        or k.shape != v.shape
-        or k.shape[::2] != q.shape[::2]
-        or not k.shape[1]
-        or q.shape[1] % k.shape[1]
-    ):
+    """Check shapes, dtypes and devices. _bounds checks the values of cu_seqlens, which fake tensors lack."""
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and k.shape[::2] == q.shape[::2]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q is (T, Hq, D) = {tuple(q.shape)}, k and v must be (T, Hkv, D) with Hkv dividing Hq, "
             f"but k is {tuple(k.shape)} and v is {tuple(v.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise ValueError(
-            f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one of {', '.join(map(str, DTYPES))}, "
-            "or call under torch.autocast"
+            f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one of "
+            f"{', '.join(map(str, DTYPES))}, or call under torch.autocast"
         )
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but must be int32 or int64 of shape "
-            "(documents + 1,); pass the running sum of the documents' lengths, with a 0 in front"
+            f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}, but must be int32 or "
+            "int64 of shape (documents + 1,); pass the running sum of the documents' lengths, with a 0 in "
+            "front"
         )
     if not q.device == k.device == v.device == cu_seqlens.device:
         raise ValueError(
-            f"q is on {q.device}, k on {k.device}, v on {v.device} and cu_seqlens on {cu_seqlens.device}; move them to one device"
+            f"q is on {q.device}, k on {k.device}, v on {v.device} and cu_seqlens on {cu_seqlens.device}; "
+            "move them to one device"
         )
     if not isinstance(max_seqlen, int | torch.SymInt):
         raise ValueError(f"max_seqlen is {max_seqlen!r} but must be an int; pass max(lengths)")
@@ -258,8 +243,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
 
 
 def _runs_in_operators(q: Tensor) -> bool:
-    """Whether the two operators can compute this: the kernels where they are fast, torch's flash attention on a CPU, nothing at
-    all where tensors are fake."""
+    """Return whether the two operators can compute this.
+
+    They run the kernels if these are fast here, torch's flash attention on a CPU, and nothing at all on fake
+    tensors.
+    """
     if q.device.type in ("cpu", "meta") or isinstance(q, FakeTensor):
         return True
     return uses_triton(q) and has_tensor_cores(q.device)
@@ -269,18 +257,21 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
     window: int | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention output (T, Hq, D), differentiable in q, k and v.
+    """Return the attention output (T, Hq, D), differentiable in q, k and v.
 
-    q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv, of any strides; fp16, bf16, fp32 or float64, one dtype and device
-        (under torch.autocast they are cast to its dtype). The kernels take any D up to 256, the torch paths any D.
-    cu_seqlens: (documents + 1,) int32 or int64, 0 first, T last, rising. A pack of no tokens, T = 0, has cu_seqlens = [0].
+    q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv, of any strides; fp16, bf16, fp32 or float64,
+        one dtype and device (under torch.autocast they are cast to its dtype). The kernels take any D up to
+        256, the torch paths any D.
+    cu_seqlens: (documents + 1,) int32 or int64, 0 first, T last, rising. A pack of no tokens, T = 0, has
+        cu_seqlens = [0].
     max_seqlen: tokens of the longest document, or more.
-    window: a query sees keys at distance < window (as in Hugging Face); None = all before it. scale: None = 1 / sqrt(D).
+    window: a query sees keys at distance < window (as in Hugging Face); None = all keys before it.
+    scale: None = 1 / sqrt(D).
 
-    On a GPU the values of cu_seqlens are read once per tensor, not once per layer: the first call waits for the device; to
-    capture a CUDA graph, call once before. If they change under way, by a kernel that torch does not know, results are wrong,
-    but nothing outside the pack is read or written.
-    Raises ValueError naming the argument that does not fit. No gradient of a gradient.
+    On a GPU the values of cu_seqlens are read once per tensor, not once per layer: the first call waits for
+    the device. To capture a CUDA graph, call once before. If a kernel that torch does not know changes the
+    values later, results are wrong, but nothing outside the pack is read or written.
+    Raises ValueError naming the argument that does not fit. There is no gradient of a gradient.
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -292,25 +283,21 @@ def packed_attention(
         return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale)
     if uses_triton(q) and (D > tiles.MAX_HEAD_DIM or T > WHOLE_DOCUMENT):
         raise ValueError(
-            f"q is (T, Hq, D) = {tuple(q.shape)}; the kernels take D up to {tiles.MAX_HEAD_DIM} and T up to {WHOLE_DOCUMENT}; "
-            "for wider heads use the model's own attention"
+            f"q is (T, Hq, D) = {tuple(q.shape)}; the kernels take D up to {tiles.MAX_HEAD_DIM} and T up to "
+            f"{WHOLE_DOCUMENT}; for wider heads use the model's own attention"
         )
     return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, float(scale))
 
 
 def documents_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """packed_attention as one `scaled_dot_product_attention` a document: any device, any head_dim, no kernel of ours."""
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+    window: int | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Compute packed_attention as one `scaled_dot_product_attention` per document.
+
+    Runs on any device and with any head_dim, without a kernel of ours.
+    """
     _check(q, k, v, cu_seqlens, max_seqlen, window)
     window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
-    return _documents_attention(
-        q, k, v, cu_seqlens, max_seqlen, window, q.shape[2] ** -0.5 if scale is None else scale
-    )
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale)

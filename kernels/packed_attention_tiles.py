@@ -1,20 +1,24 @@
 """
-The Triton kernels of packed attention. What they compute, cost and save stands in packed_attention.py.
+The Triton kernels of packed attention. packed_attention.py says what they compute, cost and save.
 
-One program owns one tile of one document: BLOCK_M queries (forward, dQ) or BLOCK_N keys (dK/dV), counted from the document's
-first token, so a tile never spans two documents. It walks the keys (queries) that its tile can see, which are one range: from the
-tile's window to its diagonal, inside the document. Nothing else is ever loaded, so work is the sum of the documents' causal
-areas rounded up to tiles, whatever the pack looks like.
+One program owns one tile of one document: BLOCK_M queries (forward, dQ) or BLOCK_N keys (dK/dV), counted from
+the document's first token, so that a tile never spans two documents. It walks the keys (queries) that its
+tile can see,
+which are one range: from the tile's window to its diagonal, inside the document. Nothing else is ever loaded,
+so the work is the sum of the documents' causal areas rounded up to tiles, whatever the pack looks like.
 
-How a program finds its document. A grid of (documents x blocks of the longest) would be mostly empty where one document is long
-and many are short; a table of blocks would be one more tensor to build and pass. Instead document d gets the programs from
-cu_seqlens[d] // BLOCK + d on. A document of n tokens needs ceil(n / BLOCK) of them, and the next one's first program is at
-least that far away, because floor((s + n) / B) + 1 >= floor(s / B) + ceil(n / B). So T // BLOCK + documents programs are always
-enough, at most one a document finds nothing to do, the host needs to know nothing but shapes, and a program finds its document
-by bisecting cu_seqlens: log2(documents) loads that hit the cache.
+How a program finds its document. A grid of (documents x blocks of the longest) would be mostly empty if one
+document is long and many are short; a table of blocks would be one more tensor to build and pass. Instead
+document d gets the programs from cu_seqlens[d] // BLOCK + d on. A document of n tokens needs ceil(n / BLOCK)
+of them, and the first program of the next one is at least that far away, because floor((s + n) / B) + 1 >=
+floor(s / B) + ceil(n / B). So T // BLOCK + documents programs are always enough, at most one per document
+finds nothing to do, and the host needs to know nothing but shapes. A program finds its document by bisecting
+cu_seqlens: log2(documents) loads that hit
+    the cache.
 
-Every output element is written by exactly one program, which adds in a fixed order: no atomics, and equal inputs give equal
-bits. dK and dV of a group are summed by the program that owns the keys, over all the group's query heads.
+Every output element is written by exactly one program, which adds in a fixed order: no atomics, and equal
+inputs give equal bits. dK and dV of a group are summed by the program that owns the keys, over all query
+heads of the group.
 """
 
 import torch
@@ -23,26 +27,24 @@ from torch import Tensor
 from kit.kernels.backend import tl, triton
 
 MAX_HEAD_DIM = 256  # a wider tile leaves too few registers and too little shared memory
-SHAPES = [
-    "T",
-    "num_documents",
-    "window",
-]  # differ from pack to pack: one compiled kernel must serve all of their values
+# these differ from pack to pack: one compiled kernel must serve all of their values
+SHAPES = ["T", "num_documents", "window"]
 
 
 def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
-    """Launch configuration of each kernel, for a head_dim and bytes an element."""
+    """Return the launch configuration of each kernel, for a head_dim and bytes per element."""
     BLOCK_D = max(
         16, triton.next_power_of_2(head_dim)
-    )  # tl.dot multiplies no side below 16; the rest is masked
+    )  # tl.dot needs sides of at least 16; the rest is masked
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     rows = TILES[element_size, max(BLOCK_D, 64)]
     return {kernel: {"BLOCK_D": BLOCK_D} | dict(zip(names, row, strict=True)) for kernel, row in rows.items()}
 
 
-# (element size, BLOCK_D) -> kernel -> BLOCK_M, BLOCK_N, num_warps, num_stages. Chosen for what the compiler reports, not timed
-# on a GPU: up to 101,376 bytes shared memory (RTX 30, 40, 50), no spilled register on sm_80 to sm_120 with Triton 3.6 and 3.9.
-# fp32 multiplies without tensor cores (their tf32 keeps 10 bits of a factor): for checking, not for speed (seen on sm_89).
+# (element size, BLOCK_D) -> kernel -> BLOCK_M, BLOCK_N, num_warps, num_stages. Chosen by what the compiler
+# reports, not timed on a GPU: up to 101,376 bytes of shared memory (RTX 30, 40, 50), no spilled register on
+# sm_80 to sm_120 with Triton 3.6 and 3.9. fp32 multiplies without tensor cores, whose tf32 keeps 10 bits of a
+# factor: it is for checking, not for speed (its configuration was checked on sm_89 only).
 TILES = {
     (2, 64): {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
     (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 8, 1), "dq": (64, 32, 4, 2)},
@@ -55,8 +57,11 @@ TILES = {
 
 @triton.jit
 def _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK: tl.constexpr):
-    """(start of the program's document, its length, the tile's first token in it). Bounds that lie outside the pack, or fall, are
-    cut to it: the kernels then read and write nothing but the pack, whatever cu_seqlens holds."""
+    """Return (start of the program's document, its length, the tile's first token in it).
+
+    Bounds that lie outside the pack, or fall, are clipped to it: whatever cu_seqlens holds, the kernels read
+    and write nothing but the pack.
+    """
     low = 0
     high = num_documents
     while high - low > 1:  # the last document whose first program is not after this one
@@ -66,16 +71,13 @@ def _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK: tl.constexpr):
         low = tl.where(is_later, low, middle)
     start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low).to(tl.int32), 0), T)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + low + 1).to(tl.int32), start), T)
-    return (
-        start.to(tl.int64),
-        end - start,
-        (program - low - start // BLOCK) * BLOCK,
-    )  # int64: row * stride passes 2**31
+    first = (program - low - start // BLOCK) * BLOCK
+    return start.to(tl.int64), end - start, first  # int64: row * stride passes 2**31
 
 
 @triton.jit
 def _load_rows(ptr, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D), zeros past the document's end and past D."""
+    """Load (rows, BLOCK_D), zeros past the document's end and past D."""
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < n)[:, None] & (columns < D)[None, :]
     return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
@@ -85,64 +87,18 @@ def _load_rows(ptr, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _store_rows(ptr, tile, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     mask = (rows < n)[:, None] & (columns < D)[None, :]
-    tl.store(
-        ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], tile.to(ptr.dtype.element_ty), mask=mask
-    )
+    offsets = rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, logsumexp_ptr, cu_seqlens_ptr, T, num_documents, window, scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, logsumexp_ptr, cu_seqlens_ptr,
+    T, num_documents, window, scale,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program = (
-        tl.num_programs(0) - 1 - tl.program_id(0)
-    )  # the last tiles of a document see most keys: they start first
-    start, n, first_query = _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK_M)
-    if (first_query < 0) | (first_query >= n):
-        return
-    head = tl.program_id(1).to(tl.int64)
-    Hq = tl.num_programs(1)
-    k_ptr += start * k_stride_t + head // GROUP * k_stride_h
-    v_ptr += start * v_stride_t + head // GROUP * v_stride_h
-    queries = first_query + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
-    m = tl.full(
-        (BLOCK_M,), -1e30, tl.float32
-    )  # not -inf: a row that sees nothing of its first tile would make inf - inf
-    s = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_key in range(
-        tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N
-    ):
-        keys = first_key + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
-        v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
-        distance = queries[:, None] - keys[None, :]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (
-            scale * 1.4426950408889634
-        )  # in log2 units: exp2 is cheap
-        scores = tl.where((distance >= 0) & (distance < window), scores, -float("inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        shrink = tl.exp2(m - m_new)
-        p = tl.exp2(scores - m_new[:, None])
-        s = s * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = m_new
-    _store_rows(out_ptr + (start * Hq + head) * D, acc / s[:, None], queries, n, Hq * D, D, BLOCK_D)
-    tl.store(
-        logsumexp_ptr + head * T + start + queries, (m + tl.log2(s)) * 0.6931471805599453, mask=queries < n
-    )
-
-
-@triton.jit(do_not_specialize=SHAPES)
-def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, logsumexp_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, T, num_documents, window, scale,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dQ, and on the way delta = dout . out of each query, which the dK/dV kernel reads."""
+    # the last tiles of a document see the most keys: they start first
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     start, n, first_query = _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK_M)
     if (first_query < 0) | (first_query >= n):
@@ -152,19 +108,62 @@ def _dq_kernel(
     k_ptr += start * k_stride_t + head // GROUP * k_stride_h
     v_ptr += start * v_stride_t + head // GROUP * v_stride_h
     queries = first_query + tl.arange(0, BLOCK_M)
-    numbers = head * T + start + queries  # where the query's logsumexp and delta lie
+    q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
+
+    # m starts not at -inf: a row that sees nothing of its first tile would compute inf - inf
+    m = tl.full((BLOCK_M,), -1e30, tl.float32)
+    s = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    begin, end = tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n)
+    for first_key in range(begin, end, BLOCK_N):
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
+        v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
+        distance = queries[:, None] - keys[None, :]
+        # times log2(e), because exp2 is cheap
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        scores = tl.where((distance >= 0) & (distance < window), scores, -float("inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        shrink = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        s = s * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        m = m_new
+
+    _store_rows(out_ptr + (start * Hq + head) * D, acc / s[:, None], queries, n, Hq * D, D, BLOCK_D)
+    logsumexp = (m + tl.log2(s)) * 0.6931471805599453  # times ln(2): back to natural logarithms
+    tl.store(logsumexp_ptr + head * T + start + queries, logsumexp, mask=queries < n)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, logsumexp_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr,
+    T, num_documents, window, scale,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Compute dQ, and delta = dout . out of each query, which the dK/dV kernel reads."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    start, n, first_query = _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK_M)
+    if (first_query < 0) | (first_query >= n):
+        return
+    head = tl.program_id(1).to(tl.int64)
+    Hq = tl.num_programs(1)
+    k_ptr += start * k_stride_t + head // GROUP * k_stride_h
+    v_ptr += start * v_stride_t + head // GROUP * v_stride_h
+    queries = first_query + tl.arange(0, BLOCK_M)
+    numbers = head * T + start + queries  # where the query's logsumexp and delta are stored
     out = _load_rows(out_ptr + (start * Hq + head) * D, queries, n, Hq * D, D, BLOCK_D)
-    dout = _load_rows(
-        dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D
-    )
+    dout_ptr += start * dout_stride_t + head * dout_stride_h
+    dout = _load_rows(dout_ptr, queries, n, dout_stride_t, D, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + numbers, delta, mask=queries < n)
     logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
     q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
+
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first_key in range(
-        tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n), BLOCK_N
-    ):
+    begin, end = tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n)
+    for first_key in range(begin, end, BLOCK_N):
         keys = first_key + tl.arange(0, BLOCK_N)
         k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
         v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
@@ -179,11 +178,16 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, logsumexp_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, T, num_documents, window, scale,
+    q_ptr, k_ptr, v_ptr, dout_ptr, logsumexp_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr,
+    T, num_documents, window, scale,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Scores lie transposed, keys by queries: p and dscores then enter their second product as they came out of the first."""
+    """Compute dK and dV.
+
+    Scores are transposed, keys by queries: p and dscores then enter their second product as they left the
+        first.
+    """
     start, n, first_key = _find_tile(cu_seqlens_ptr, T, num_documents, tl.program_id(0), BLOCK_N)
     if (first_key < 0) | (first_key >= n):
         return
@@ -199,9 +203,8 @@ def _dkdv_kernel(
             queries = first_query + tl.arange(0, BLOCK_M)
             numbers = head * T + start + queries
             q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
-            dout = _load_rows(
-                dout_ptr + start * dout_stride_t + head * dout_stride_h, queries, n, dout_stride_t, D, BLOCK_D
-            )
+            dout_start = dout_ptr + start * dout_stride_t + head * dout_stride_h
+            dout = _load_rows(dout_start, queries, n, dout_stride_t, D, BLOCK_D)
             logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
             delta = tl.load(delta_ptr + numbers, mask=queries < n, other=0.0)
             distance = queries[None, :] - keys[:, None]
@@ -222,7 +225,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out (T, Hq, D), logsumexp (Hq, T) fp32) of tensors whose last dimension has stride 1."""
+    """Return (out (T, Hq, D), logsumexp (Hq, T) fp32) of tensors whose last dimension has stride 1."""
     (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
     out, logsumexp = q.new_empty(T, Hq, D), q.new_empty(Hq, T, dtype=torch.float32)
     tile = tiles(D, q.element_size())["forward"]
@@ -236,17 +239,10 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cu_seqlens: Tensor,
-    window: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv). dQ goes first: it makes the delta that dK/dV reads."""
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor,
+    cu_seqlens: Tensor, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return (dq, dk, dv). dQ is computed first: its kernel stores the delta that the one for dK/dV reads."""
     (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(logsumexp)
@@ -255,33 +251,11 @@ def backward(
     if q.numel():
         with torch.cuda.device_of(q):
             _dq_kernel[(T // tile["dq"]["BLOCK_M"] + num_documents, Hq)](
-                q,
-                k,
-                v,
-                out,
-                dout,
-                logsumexp,
-                delta,
-                dq,
-                cu_seqlens,
-                *sizes,
-                GROUP=Hq // Hkv,
-                D=D,
-                **tile["dq"],
-            )
+                q, k, v, out, dout, logsumexp, delta, dq, cu_seqlens, *sizes,
+                GROUP=Hq // Hkv, D=D, **tile["dq"],
+            )  # fmt: skip
             _dkdv_kernel[(T // tile["dkdv"]["BLOCK_N"] + num_documents, Hkv)](
-                q,
-                k,
-                v,
-                dout,
-                logsumexp,
-                delta,
-                dk,
-                dv,
-                cu_seqlens,
-                *sizes,
-                GROUP=Hq // Hkv,
-                D=D,
-                **tile["dkdv"],
-            )
+                q, k, v, dout, logsumexp, delta, dk, dv, cu_seqlens, *sizes,
+                GROUP=Hq // Hkv, D=D, **tile["dkdv"],
+            )  # fmt: skip
     return dq, dk, dv

@@ -149,7 +149,7 @@ def _(buffer, offsets, prompt_lens, T):
 def pack(
     buffer: Tensor, offsets: Tensor, prompt_lens: Tensor, num_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (input_ids, targets, position_ids, cu_seqlens) of one row, those of kit.packing.PackedBatch.build.
+    """Return (input_ids, targets, position_ids, cu_seqlens) of one row, as PackedBatch.build does.
 
     The first three are (num_tokens,) int64, cu_seqlens is (D + 1,) int32 for D documents.
 
@@ -171,7 +171,7 @@ def pack(
     ):
         if x.dim() != 1 or x.dtype not in dtypes or x.device != buffer.device or not x.is_contiguous():
             raise ValueError(
-                f"{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}, but needed is "
+                f"{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}, but must be "
                 f"one contiguous dimension of {' or '.join(map(str, dtypes))} on {buffer.device}; convert it"
             )
     D = len(prompt_lens)

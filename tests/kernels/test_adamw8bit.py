@@ -10,21 +10,14 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.adamw8bit as ka
-from kit.kernels.adamw8bit import adamw8bit_, adamw_reference, decode_state, init_state, state_slice
+from kit.kernels.adamw8bit import adamw8bit_, adamw_reference, init_state, state_slice
 from kit.kernels.backend import INTERPRET
 
-DTYPES = [
-    torch.float32,
-    torch.bfloat16,
-]  # the kernel does no bf16 arithmetic: the interpreter is right for bf16 too
+# bf16 too: the kernel does no bf16 arithmetic, which the interpreter gets wrong
+DTYPES = [torch.float32, torch.bfloat16]
 GRADIENTS = [torch.float32, torch.bfloat16, torch.float16]
-SIZES = [
-    1,
-    255,
-    256,
-    257,
-    2_001,
-]  # numbers: one; a block less one; a block; one more; several programs, the last one ragged
+# one number; a block less one; a block; a block and one; several programs, the last one ragged
+SIZES = [1, 255, 256, 257, 2_001]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +26,7 @@ def small_slabs(monkeypatch):
 
 
 def gradients(N, num_steps, *, seed=0, dtype=torch.float32):
-    """Heavy-tailed, with numbers and steps that get no gradient: (num_steps, N)"""
+    """Return heavy-tailed gradients (num_steps, N); some numbers and some steps get none."""
     generator = torch.Generator().manual_seed(seed)
     scales = torch.exp(torch.randn(N, generator=generator))
     g = 1e-3 * scales * torch.randn(num_steps, N, generator=generator)
@@ -47,11 +40,19 @@ def weights(N, dtype=torch.float32):
 
 
 def train(p, gs, *, state=None, first_step=1, lr=1e-3, seed=0, **options):
-    """p and state after the updates; both are new."""
+    """Return copies of p and state after the updates."""
     p, state = p.clone(), {name: x.clone() for name, x in (state or init_state(p)).items()}
     for step, g in enumerate(gs, first_step):
         adamw8bit_(p, g, state, step=step, lr=lr, seed=seed, **options)
     return p, state
+
+
+def decode_state(state):
+    """Return (m, v), (N,) fp32 each."""
+    N, (m_codes, v_codes) = len(state["m_codes"]), (ka._rows(state[name]) for name in ("m_codes", "v_codes"))
+    m = ka._torch_level(m_codes, ka.M_LEVELS).mul_(state["m_scales"][:, None]).copysign_(m_codes)
+    v = ka._torch_level(v_codes, ka.V_LEVELS).mul_(state["v_scales"][:, None]).square_()
+    return m.view(-1)[:N], v.view(-1)[:N]
 
 
 def assert_same_bits(a, b):

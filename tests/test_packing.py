@@ -8,19 +8,19 @@ from hypothesis import strategies as st
 
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, fill, plan_packs, plan_steps
 
-LENGTHS = st.lists(st.integers(1, 300) | st.integers(1, 4), max_size=60)  # short ones fill the last gaps
+LENGTHS = st.lists(st.integers(1, 300) | st.integers(1, 4), max_size=60)  # short documents fill the last gaps
 
 
 @settings(deadline=None)
 @given(LENGTHS, st.integers(300, 700), st.integers(0, 3))
-def test_every_document_stands_once_and_no_pack_is_over_capacity(lengths, capacity, seed):
+def test_every_document_is_packed_once_and_no_pack_is_over_capacity(lengths, capacity, seed):
     packs = plan_packs(lengths, capacity, seed=seed)
     assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in pack) <= capacity for pack in packs)
 
 
 def best_fit_decreasing(lengths, capacity):
-    """The textbook's loop over all open rows: number of rows it needs."""
+    """Return the number of rows that the textbook's loop over all open rows needs."""
     free = []
     for length in sorted(lengths, reverse=True):
         room = [space for space in free if space >= length]
@@ -45,14 +45,14 @@ def test_the_benchmark_lengths_fill_at_least_99_5_percent():
     assert fill(plan_packs(lengths, 16_384), lengths, 16_384) >= 0.995
 
 
-def test_a_plan_depends_on_the_seed_and_on_nothing_else():
+def test_a_plan_depends_on_lengths_and_seed_only():
     lengths = [random.Random(1).randint(1, 50) for _ in range(40)]
     assert plan_packs(lengths, 60, seed=3) == plan_packs(torch.tensor(lengths), 60, seed=3)
     assert plan_packs(lengths, 60, seed=3) != plan_packs(lengths, 60, seed=4)
 
 
 @pytest.mark.parametrize("length", [0, 61])
-def test_a_length_outside_the_row_is_refused_by_both_numbers(length):
+def test_a_length_outside_the_row_is_refused_with_both_numbers(length):
     with pytest.raises(ValueError, match=f"document 1 has {length} tokens but a row holds 1 to 60"):
         plan_packs([3, length], 60)
 

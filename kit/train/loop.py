@@ -1,8 +1,9 @@
 """Supervised fine-tuning: the plain loop from packed documents to weights.
 
-Each optimizer step takes a few rows (packs), one backward pass a row. The loss is the sum of token losses divided by the
-number of targets in the whole step, so how documents happen to share rows does not weight them. The step's plan depends on
-lengths and seed alone: a run that resumes at step n sees exactly what it would have seen.
+Each optimizer step trains on a few rows (packs) with one backward pass per row. The loss is the sum of token
+losses divided by the number of targets in the whole step, so that it does not matter which documents share a
+row. The plan of the steps depends on lengths and seed alone: a run that resumes at step n sees the same rows
+as one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kit.train.step import TrainingStep
 
 
 class Memory(Protocol):
-    """Watches a card's memory while a run trains. gib, reserved_gib: the most so far; None = not measured."""
+    """Watch a card's memory during training. gib, reserved_gib: the peaks so far; None = not measured."""
 
     gib: float | None
     reserved_gib: float | None
@@ -42,7 +43,7 @@ class Memory(Protocol):
 
 
 class Unwatched:
-    """Nobody watches the memory."""
+    """Measure nothing: the default."""
 
     gib = reserved_gib = None
 
@@ -50,15 +51,14 @@ class Unwatched:
         """No-op: nothing is measured."""
 
     def exhausted(self, step: int, newest: Path | None) -> ValueError:
-        """Return what to say of a step that ran out of memory. newest: the last checkpoint."""
-        return ValueError(
-            f"step {step} ran out of memory; the last checkpoint is {newest or 'none, so the run starts over'}"
-        )
+        """Return the error of a step that ran out of memory. newest: the last checkpoint."""
+        last = newest or "none, so the run starts over"
+        return ValueError(f"step {step} ran out of memory; the last checkpoint is {last}")
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Every step of a training run: steps[i] is a list of rows, a row a list of document indices."""
+    """Every step of a training run: steps[i] is a list of rows, and a row is a list of document indices."""
 
     steps: list[list[list[int]]]
     row_tokens: int
@@ -69,19 +69,13 @@ class TrainingPlan:
 
     @classmethod
     def make(
-        cls,
-        lengths: Sequence[int],
-        *,
-        row_tokens: int,
-        batch_traces: int,
-        epochs: int,
-        max_steps: int = 0,
-        seed: int = 0,
-    ):
-        """Plan all steps. lengths: tokens per document. Each epoch packs the whole set again. max_steps: stop
-        there; 0 = all epochs.
+        cls, lengths: Sequence[int], *,
+        row_tokens: int, batch_traces: int, epochs: int, max_steps: int = 0, seed: int = 0,
+    ) -> TrainingPlan:  # fmt: skip
+        """Plan all steps. Each epoch packs the whole set in a new order.
 
-        Raises ValueError for no epoch, and for what plan_packs and plan_steps refuse.
+        lengths: tokens per document. max_steps: the number of steps; 0 = all epochs.
+        Raises ValueError for no epoch, and whatever plan_packs and plan_steps raise.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs} but training needs at least one; pass --epochs 1")
@@ -89,6 +83,7 @@ class TrainingPlan:
         for epoch in range(epochs):
             packs = plan_packs(lengths, row_tokens, seed=seed + epoch)
             steps += [[packs[row] for row in rows] for rows in plan_steps(packs, batch_traces)]
+
         steps = steps[: max_steps or None]
         packs = [pack for step in steps for pack in step]
         return cls(
@@ -103,44 +98,49 @@ class TrainingPlan:
     def __str__(self) -> str:
         n = len(self.steps)
         return (
-            f"{n:,} optimizer steps of {self.traces / n:.1f} traces and {self.tokens / n:,.0f} tokens on average; "
-            f"{self.packs:,} packs of up to {self.row_tokens:,} tokens, {self.fill:.1%} full"
+            f"{n:,} optimizer steps of {self.traces / n:.1f} traces and {self.tokens / n:,.0f} tokens on "
+            f"average; {self.packs:,} packs of up to {self.row_tokens:,} tokens, {self.fill:.1%} full"
         )
 
 
 def train(
     model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
-    lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999, max_grad_norm: float = 1.0,
-    max_tensor_norm: float = 0.0, savings: Savings | None = None,
+    lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999,
+    max_grad_norm: float = 1.0, max_tensor_norm: float = 0.0, savings: Savings | None = None,
     loss_of: LossOfRow | None = None, memory: Memory | None = None, checkpoint_every: int = 0, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """Fine-tune `model` in place, append one row per step to run.metrics, and return the folder of the finished model.
+    """Fine-tune `model` in place, write one line per step to run.metrics, and return the finished model's
+    folder.
 
-    loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy. savings: None = Savings(). max_grad_norm,
-    max_tensor_norm: as TrainingStep's. memory: watches the card, such as kit.memory.PeakMemory; None = nobody does.
+    loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy. savings: None = Savings().
+    max_grad_norm, max_tensor_norm: as in TrainingStep. memory: watches the card, such as
+        kit.memory.PeakMemory; None =
+    nothing does. checkpoint_every: steps; 0 = no checkpoint before the end.
 
-    checkpoint_every: steps; 0 = none before the end. If run.path holds a checkpoint, training continues from it (bit for bit on a
-    CPU); if it holds the finished model, nothing is done and that folder is returned.
-    Raises ValueError if the loss is not finite; the last checkpoint is intact and named.
+    If run.path holds a checkpoint, training continues from it (bit for bit on a CPU). If it holds the
+    finished model, that folder is returned at once.
+    Raises ValueError if the loss or the gradient norm is not finite, or if memory runs out. It names the last
+    checkpoint, which is intact.
     """
     finished = run.path / "model"
     if finished.is_dir():
         return finished
+
     training_step = TrainingStep(
-        model, savings or Savings(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), max_grad_norm=max_grad_norm,
-        max_tensor_norm=max_tensor_norm, seed=seed,
+        model, savings or Savings(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2),
+        max_grad_norm=max_grad_norm, max_tensor_norm=max_tensor_norm, seed=seed,
     )  # fmt: skip
-    optimizer = training_step.optimizer
+    optimizer, device, num_steps = training_step.optimizer, head_weight(model).device, len(plan.steps)
+    memory = memory or Unwatched()
     checkpoints = run.path / "checkpoints"
     newest = checkpoint.latest(checkpoints)
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
-    device = head_weight(model).device
-    memory = memory or Unwatched()
-    bar = tqdm(total=len(plan.steps), initial=done, desc="training", unit=" steps", disable=None)
-    for step in range(done, len(plan.steps)):
+
+    bar = tqdm(total=num_steps, initial=done, desc="training", unit=" steps", disable=None)
+    for step in range(done, num_steps):
         start = time.perf_counter()
-        factor = cosine_with_warmup(step, len(plan.steps), warmup_ratio)
+        factor = cosine_with_warmup(step, num_steps, warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         try:
@@ -148,33 +148,36 @@ def train(
             loss, norm = (x.item() for x in training_step(batches, loss_of))
         except torch.OutOfMemoryError as error:
             raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
-        seconds, compiles = (
-            time.perf_counter() - start,
-            device.type == "cuda" and step == done,
-        )  # Triton's kernels, in step 1
+        seconds = time.perf_counter() - start
+        compiles = device.type == "cuda" and step == done  # the first step compiles Triton's kernels
         if not math.isfinite(loss) or not math.isfinite(norm):
             newest = checkpoint.latest(checkpoints)
             raise ValueError(
-                f"step {step + 1}: loss is {loss} and gradient norm {norm} at lr {lr * factor:.2e}; lower --lr. "
-                f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+                f"step {step + 1}: loss is {loss} and gradient norm {norm} at lr {lr * factor:.2e}; lower "
+                f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
             )
+
+        memory.look(step + 1, num_steps)
         tokens = sum(map(len, batches))
-        memory.look(step + 1, len(plan.steps))
+        targets = sum(batch.num_targets for batch in batches)
+        traces = sum(batch.num_documents for batch in batches)
         run.metrics.append(
-            {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm, "tokens": tokens,
-             "targets": sum(batch.num_targets for batch in batches), "traces": sum(batch.num_documents for batch in batches),
-             "seconds": seconds, "compiles": compiles, "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
+            {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm,
+             "tokens": tokens, "targets": targets, "traces": traces,
+             "seconds": seconds, "compiles": compiles,
+             "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
         )  # fmt: skip
-        held = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
+        peak = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
         speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f}"
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": speed, **held}, refresh=False)
+        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": speed, **peak}, refresh=False)
         bar.update()
-        if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < len(plan.steps):
+        if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps:
             checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
+
     bar.close()
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
     folder.save_model(finished, model, tokenizer)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
+    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and useless once it is saved
     return finished

@@ -1,8 +1,9 @@
 """AdamW (Loshchilov & Hutter, 2019) and the learning-rate schedule of the paper's Table 2.
 
-fp32 weights get torch's own AdamW. bf16 weights need one thing more. Near 0.02, neighbouring bf16 numbers lie 1e-4 apart, an
-update at lr 5e-5 is smaller than half of that, and rounding to nearest would drop it. Stochastic rounding goes up or down with
-the probability that makes the mean exact, so that updates arrive on average, without an fp32 copy of the weights.
+fp32 weights get torch's own AdamW. bf16 weights need one thing more. Near 0.02, neighbouring bf16 numbers lie
+1e-4 apart, an update at lr 5e-5 is smaller than half of that, and rounding to nearest would drop it.
+Stochastic rounding goes up or down with the probability that makes the mean exact, so that updates arrive on
+average, without an fp32 copy of the weights.
 
     name        weights        bytes per parameter besides weight and gradient
     adamw       fp32           8       torch.optim.AdamW
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state, state_slice
 from kit.train.offload import host_empty
@@ -25,7 +27,8 @@ OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 
 
 def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Factor on the learning rate for step 0..num_steps-1: a line up over the warm-up, then half a cosine towards 0."""
+    """Return the factor on the learning rate in step 0..num_steps-1: a linear warm-up, then half a cosine to
+    0."""
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -33,14 +36,16 @@ def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
 
 
 class Slabs:
-    """Two slabs of a card's memory that offloaded optimizer states visit in turn: while the states in one are updated, the next
-    are on their way in and the last on their way out.
+    """Two slabs of a card's memory for offloaded optimizer states, which are copied to the card piece by
+    piece.
 
-    NOT RUN ON A GPU. One side stream carries the copies. The order that makes this right:
+    While the states in one slab are updated, the previous ones are copied back and the next ones copied in.
+
+    NOT RUN ON A GPU. One side stream does the copies. The order that makes this right:
     - a slab is filled after it was emptied: both copies are on the side stream, in this order.
     - states are updated after they arrived: the compute stream waits for the event of their copy.
-    - states leave after they were updated: the side stream waits for the compute stream.
-    The slabs are allocated once: memory that two streams use and the allocator hands out again would need a wait of its own.
+    - states are copied back after they were updated: the side stream waits for the compute stream.
+    The slabs are allocated once: reusing memory of two streams through the allocator would need a wait too.
     """
 
     def __init__(self, num_elements: int, device: torch.device):
@@ -48,25 +53,25 @@ class Slabs:
         self.slabs, self.turn = [init_state(like) for _ in range(2)], 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def bring(self, home: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:
-        """Start copying states to the card. Returns their place there, and the event after which they are there."""
+    def fetch(self, on_host: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """Start copying states to the card. Return their copies, and the event that marks their arrival."""
         self.turn = 1 - self.turn
-        visiting = {name: self.slabs[self.turn][name][: len(x)] for name, x in home.items()}
-        with torch.cuda.stream(self.stream):  # None: on a CPU, where copies are done when they return
-            for name, x in home.items():
-                visiting[name].copy_(x, non_blocking=True)
-        return visiting, self.stream and self.stream.record_event()
+        on_card = {name: self.slabs[self.turn][name][: len(x)] for name, x in on_host.items()}
+        with torch.cuda.stream(self.stream):  # None on a CPU, where a copy is complete when it returns
+            for name, x in on_host.items():
+                on_card[name].copy_(x, non_blocking=True)
+        return on_card, self.stream and self.stream.record_event()
 
-    def send(self, home: dict[str, torch.Tensor], visiting: dict[str, torch.Tensor]) -> None:
+    def write_back(self, on_host: dict[str, Tensor], on_card: dict[str, Tensor]) -> None:
         """Start copying updated states back."""
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         with torch.cuda.stream(self.stream):
-            for name, x in home.items():
-                x.copy_(visiting[name], non_blocking=True)
+            for name, x in on_host.items():
+                x.copy_(on_card[name], non_blocking=True)
 
     def wait(self) -> None:
-        """Let the compute stream wait for every copy so far."""
+        """Make the compute stream wait for every copy so far."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
@@ -74,12 +79,15 @@ class Slabs:
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit states on bf16 (rounded stochastically) or fp32 parameters, in one pass over memory.
 
-    Random bits are keyed by (seed, step, parameter, element): resuming repeats them, and so does any order of updates.
-    offload: the states stay in CPU memory, pinned if the parameters are on a card, and visit it a slab at a time: 4 bytes per
-        parameter cross the bus in a step. Before you read them, call wait() and wait for the card (the loss's .item() does).
+    Random bits are keyed by (seed, step, parameter, element): they are the same after resuming and in any
+    order of updates.
+
+    offload: keep the states in CPU memory, pinned if the parameters are on a card, and copy them to the card
+        one slab at a time: 4 bytes per parameter cross the bus per step. Before you read them, call wait()
+        and wait for the card (the loss's .item() does).
     """
 
-    SLAB = 2**22  # numbers whose offloaded states visit the card together: 8 MiB, and two slabs of them
+    SLAB = 2**22  # numbers whose offloaded states are copied together: 8 MiB per slab, and there are two
 
     def __init__(
         self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False
@@ -95,20 +103,24 @@ class AdamW8bit(torch.optim.Optimizer):
         grouped = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         self.place = {parameter: (index, group) for index, (parameter, group) in enumerate(grouped)}
         for parameter in self.place:
-            state = {name: self._at_home(tensor) for name, tensor in init_state(parameter).items()}
+            state = {name: self._place(tensor) for name, tensor in init_state(parameter).items()}
             self.state[parameter] = {"step": torch.tensor(0.0), **state}
 
-    def _at_home(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _place(self, tensor: Tensor) -> Tensor:
         if self.slabs is None:
             return tensor
         return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
 
     @torch.no_grad()
     def update(
-        self, parameter: torch.nn.Parameter, gradient: torch.Tensor | None = None, *, first: int = 0
+        self, parameter: torch.nn.Parameter, gradient: Tensor | None = None, *, first: int = 0
     ) -> None:
-        """One step for this parameter alone. gradient: None = its own; of a slice of it, flattened elements from `first` on (a
-        multiple of 256), fp32 or the parameter's dtype. Slices of one step must follow one another and cover the parameter."""
+        """Do one step for this parameter alone, or for a slice of it.
+
+        gradient: None = the parameter's own. Of a slice: the gradient of the flattened elements from `first`
+        on (a multiple of 256), fp32 or the parameter's dtype. The slices of one step must follow one another
+        and cover the parameter.
+        """
         self._apply(self._pieces(parameter, parameter.grad if gradient is None else gradient, first))
 
     @torch.no_grad()
@@ -122,57 +134,61 @@ class AdamW8bit(torch.optim.Optimizer):
         self.wait()
 
     def wait(self) -> None:
-        """Let the card wait until offloaded states are back in CPU memory."""
+        """Make the card wait until offloaded states are back in CPU memory."""
         if self.slabs is not None:
             self.slabs.wait()
 
-    def _pieces(self, parameter: torch.nn.Parameter, gradient: torch.Tensor, first: int) -> Iterator[tuple]:
-        """Yield (numbers, their gradient, their states, settings) of what is updated in one call; count the step at the end."""
+    def _pieces(self, parameter: torch.nn.Parameter, gradient: Tensor, first: int) -> Iterator[tuple]:
+        """Yield (numbers, their gradient, their states, settings) of each kernel call; count the step at the
+        end."""
         index, group = self.place[parameter]
         state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
         step = int(self.state[parameter]["step"]) + 1
         flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")} | {
-            "step": step,
-            "index": index,
-        }
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")}
+        settings |= {"step": step, "index": index}
+
         slab = max(len(flat), 1) if self.slabs is None else self.SLAB
         for start in range(0, len(flat), slab):
             part = slice(start, min(start + slab, len(flat)))
             states = state_slice(state, first + start, part.stop - start)
             yield flat[part], gradient[part], states, settings | {"first_element": first + start}
+
         if first + len(flat) == parameter.numel():
-            # a new tensor: fake ones know the value of what was never changed in place
+            # a new tensor, because a fake one knows its value only if it was never changed in place
             self.state[parameter]["step"] = torch.tensor(float(step))
 
     def _apply(self, pieces: Iterator[tuple]) -> None:
-        """Update one piece after another; offloaded states of the next are on their way meanwhile."""
+        """Update one piece after another, while the offloaded states of the next one are copied."""
         if self.slabs is None:
             for numbers, gradient, state, settings in pieces:
                 adamw8bit_(numbers, gradient, state, **settings)
             return
         arrived = deque()
-        for numbers, gradient, home, settings in pieces:
-            arrived.append((numbers, gradient, home, settings, *self.slabs.bring(home)))
+        for numbers, gradient, on_host, settings in pieces:
+            arrived.append((numbers, gradient, on_host, settings, *self.slabs.fetch(on_host)))
             if len(arrived) == 2:
-                self._update_visiting(*arrived.popleft())
+                self._update_on_card(*arrived.popleft())
         if arrived:
-            self._update_visiting(*arrived.popleft())
+            self._update_on_card(*arrived.popleft())
 
-    def _update_visiting(self, numbers, gradient, home, settings, visiting, loaded) -> None:
+    def _update_on_card(self, numbers, gradient, on_host, settings, on_card, loaded) -> None:
         if loaded is not None:
             torch.cuda.current_stream(numbers.device).wait_event(loaded)
-        adamw8bit_(numbers, gradient, visiting, **settings)
-        self.slabs.send(home, visiting)
+        adamw8bit_(numbers, gradient, on_card, **settings)
+        self.slabs.write_back(on_host, on_card)
 
 
 def make_optimizer(
-    model: torch.nn.Module, *, lr: float, name: str = "auto", weight_decay: float = 0.0, betas=(0.9, 0.999), seed: int = 0,
+    model: torch.nn.Module, *,
+    lr: float, name: str = "auto", weight_decay: float = 0.0, betas=(0.9, 0.999), seed: int = 0,
     offload: bool = False,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """AdamW for the model's trainable parameters. name: one of OPTIMIZERS; offload: adamw8bit's states in CPU memory.
+    """Return AdamW for the model's trainable parameters.
 
-    Raises ValueError for an unknown name, for parameters of several dtypes or none, and for offload with another optimizer.
+    name: one of OPTIMIZERS. offload: keep adamw8bit's states in CPU memory.
+    Raises ValueError for an unknown name, for parameters of several dtypes or none, and for adamw with bf16
+    weights or with offload.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     dtypes = {parameter.dtype for parameter in parameters}
@@ -180,7 +196,8 @@ def make_optimizer(
         raise ValueError(f"optimizer is {name!r}; pass one of {', '.join(OPTIMIZERS)}")
     if dtypes not in ({torch.float32}, {torch.bfloat16}):
         raise ValueError(
-            f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or bfloat16"
+            f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or "
+            "bfloat16"
         )
     if name == "auto":
         name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
@@ -190,11 +207,12 @@ def make_optimizer(
 
     if offload:
         raise ValueError(
-            "offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass adamw8bit"
+            "offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass "
+            "adamw8bit"
         )
     if dtypes == {torch.bfloat16}:
         raise ValueError(
-            "optimizer is adamw but the weights are bfloat16, and rounding to nearest would drop small updates; "
-            "pass adamw8bit, which rounds stochastically, or load the model in float32"
+            "optimizer is adamw but the weights are bfloat16, and rounding to nearest would drop small "
+            "updates; pass adamw8bit, which rounds stochastically, or load the model in float32"
         )
     return torch.optim.AdamW(parameters, **settings, fused=True)

@@ -1,7 +1,8 @@
-"""One optimizer step: rows in, weights updated. Training, the memory plan and the benchmarks run this same code.
+"""One optimizer step: rows in, weights updated. Training, the memory plan and the benchmarks run this same
+code.
 
-for each row:  hidden states -> fused loss -> backward        loss = sum of token losses / targets in the whole step
-update the weights, or find them updated: kit.train.update_in_backward
+for each row:  hidden states -> fused loss -> backward  loss = sum of token losses / targets in the whole step
+then update the weights, unless backward has updated them (kit.train.update_in_backward)
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from kit.train.update_in_backward import UpdateAtEnd, UpdateInBackward
 
 
 class TrainingStep:
-    """A model prepared for training, and its optimizer. Call it with the rows of a step; close it when training is over.
+    """A model prepared for training, and its optimizer. Call it with the rows of a step; close it after
+    training.
 
-    max_grad_norm: the gradient's global norm is clipped to it; max_tensor_norm, only with update_in_backward: each parameter's
-    own; 0 = not. Raises ValueError for settings that exclude one another or do not fit the model.
+    max_grad_norm: clip the gradient's global norm to this. max_tensor_norm: clip the norm of each parameter's
+    gradient to this, only with update_in_backward. 0 = do not clip.
+    Raises ValueError for settings that exclude one another or do not fit the model.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class TrainingStep:
         savings.check_clipping(max_grad_norm, max_tensor_norm)
         self.model = model
         optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
-        self.optimizer = make_optimizer(model, lr=lr, name=optimizer, weight_decay=weight_decay, betas=betas, seed=seed,
-                                        offload=savings.offload_optimizer)  # fmt: skip
+        self.optimizer = make_optimizer(
+            model, name=optimizer, lr=lr, weight_decay=weight_decay, betas=betas, seed=seed,
+            offload=savings.offload_optimizer,
+        )  # fmt: skip
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
         if savings.update_in_backward:
@@ -48,7 +53,8 @@ class TrainingStep:
     def __call__(
         self, batches: Sequence[PackedBatch], loss_of: LossOfRow | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Train on the rows of one step. Returns (loss, gradient norm before clipping), fp32 scalars on the device.
+        """Train on the rows of one step. Return (loss, gradient norm before clipping), fp32 scalars on the
+        device.
 
         loss_of: a row's share of the step's loss (kit.train.loss); None = mean token cross-entropy.
         """

@@ -1,10 +1,11 @@
 """
-What the compiler makes of a kernel for a card, without the card: registers, spills, shared memory, instructions.
+Compile a kernel for a card that is not there, and read registers, spills, shared memory and instructions.
 
-How it works. Triton compiles a kernel ahead of time for any card it knows; no GPU and no driver are needed. The PTX it made goes
-through ptxas once more with -v, which tells registers and spills; loads and tensor-core instructions are counted in the PTX, so
-an instruction in a loop counts once. Occupancy follows from the card's limits per multiprocessor. It says how many warps a
-multiprocessor can hold, not how fast they are: nothing here is a time.
+How it works. Triton compiles a kernel ahead of time for any card it knows; no GPU and no driver are needed.
+ptxas then runs once more on the PTX with -v, which prints registers and spills. Loads and tensor-core
+instructions are counted in the PTX, so an instruction in a loop counts once. Occupancy follows from the
+card's limits per multiprocessor. It says how many warps a multiprocessor can hold, not how fast they are:
+nothing here is timed.
 """
 
 import os
@@ -20,19 +21,22 @@ from kit.kernels.backend import HAS_TRITON, INTERPRET, triton
 
 @dataclass(frozen=True)
 class Card:
-    """Limits of one multiprocessor. Source: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute
-    Capability". From 8.0 on, a program's shared memory costs 1 KiB more than it asks for, which the system keeps."""
+    """Limits of one multiprocessor.
+
+    Source: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". From 8.0
+    on, the system adds 1 KiB to the shared memory of each program.
+    """
 
     capability: int  # 89 = sm_89
     name: str
     threads: int  # resident at once, per multiprocessor
     programs: int  # resident at once, per multiprocessor
     shared_kib: int  # per multiprocessor
-    shared_kib_program: int  # the most one program may ask for
+    shared_kib_program: int  # the most that one program can use
 
     @property
     def reserved(self) -> int:
-        """Bytes of shared memory the system keeps for itself, per program."""
+        """Return the bytes of shared memory that the system adds per program."""
         return 1024 if self.capability >= 80 else 0
 
 
@@ -47,16 +51,16 @@ CARDS = [
 REGISTERS = 65_536  # per multiprocessor, on all of them
 REGISTER_UNIT = 256  # a warp gets registers in units of this many ...
 WARP_UNIT = 4  # ... from one of the four files of the multiprocessor
-SHARED_UNIT = 128  # bytes; shared memory is handed out in units of this size
+SHARED_UNIT = 128  # bytes; shared memory is allocated in units of this size
 
 
 @dataclass(frozen=True)
 class Case:
     """One kernel with one launch configuration, everything its compilation depends on.
 
-    arguments: Triton's type of each argument that is not a tl.constexpr: "*bf16", "i32", "fp32"; "i32:16" = a multiple of 16, as
-    nearly all strides are, which is what lets the compiler load 16 bytes at once. Left out: a name ending in `_ptr` is a pointer
-    to `element`, one with `stride` in it is "i32:16".
+    arguments: Triton's type of each argument that is not a tl.constexpr: "*bf16", "i32", "fp32"; "i32:16" = a
+    multiple of 16, as nearly all strides are, which lets the compiler load 16 bytes at once. If a name is
+    missing, one that ends in `_ptr` is a pointer to `element`, and one with `stride` in it is "i32:16".
     """
 
     module: ModuleType
@@ -66,16 +70,13 @@ class Case:
     constants: dict[str, object] = field(default_factory=dict)  # the tl.constexpr arguments
     num_warps: int = 4
     num_stages: int = 3  # Triton's own default
-    options: dict[str, object] = field(
-        default_factory=dict
-    )  # further launch options, enable_fp_fusion=False say
-    label: str = ""  # what tells it from the kernel's other cases
+    options: dict[str, object] = field(default_factory=dict)  # other launch options: enable_fp_fusion=False
+    label: str = ""  # what distinguishes it from the kernel's other cases
 
     @property
     def name(self) -> str:
-        return " ".join(
-            filter(None, (f"{self.module.__name__.split('.')[-1]}.{self.kernel}", self.element, self.label))
-        )
+        kernel = f"{self.module.__name__.split('.')[-1]}.{self.kernel}"
+        return " ".join(filter(None, (kernel, self.element, self.label)))
 
     def argument_type(self, name: str) -> str:
         if name in self.arguments:
@@ -94,7 +95,7 @@ class Compiled:
     case: Case
     card: Card
     ptxas: str  # its report
-    shared: int  # bytes a program asks for
+    shared: int  # bytes per program
     ptx: str
     has_dot: bool
 
@@ -110,10 +111,9 @@ class Compiled:
 
     @property
     def spilled(self) -> int:
-        """Bytes of spills and of everything else that lives in local memory, per thread."""
-        return sum(
-            self._reported(rf"(\d+) bytes {what}") for what in ("stack frame", "spill stores", "spill loads")
-        )
+        """Return the bytes per thread of spills and of everything else in local memory."""
+        kinds = "stack frame", "spill stores", "spill loads"
+        return sum(self._reported(rf"(\d+) bytes {kind}") for kind in kinds)
 
     @property
     def shared_limit(self) -> int:
@@ -121,35 +121,33 @@ class Compiled:
 
     @property
     def programs(self) -> int:
-        """How many of this program one multiprocessor holds at once; 0 = it cannot run on this card."""
+        """Return how many of this program one multiprocessor holds at once; 0 = it cannot run on this
+        card."""
+        if self.shared > self.shared_limit:
+            return 0
         warps = self.case.num_warps
-        warps_by_registers = (
-            REGISTERS // _round_up(self.registers * 32, REGISTER_UNIT) // WARP_UNIT * WARP_UNIT
-        )
+        by_threads = self.card.threads // (32 * warps)
+        registers = _round_up(self.registers * 32, REGISTER_UNIT)
+        by_registers = REGISTERS // registers // WARP_UNIT * WARP_UNIT // warps
         shared = _round_up(self.shared, SHARED_UNIT) + self.card.reserved
         by_shared = self.card.shared_kib * 1024 // shared if shared else self.card.programs
-        fits = self.shared <= self.shared_limit
-        return fits * min(
-            self.card.threads // (32 * warps), self.card.programs, warps_by_registers // warps, by_shared
-        )
+        return min(by_threads, by_registers, by_shared, self.card.programs)
 
     @property
     def occupancy(self) -> float:
-        """Resident warps / the most the multiprocessor holds."""
+        """Return resident warps / the most that the multiprocessor holds."""
         return self.programs * self.case.num_warps * 32 / self.card.threads
 
     @cached_property
     def tensor_core(self) -> dict[str, int]:
-        """Tensor-core instructions in the PTX."""
-        return dict(
-            Counter(
-                re.findall(r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx, re.MULTILINE)
-            )
-        )
+        """Count the tensor-core instructions in the PTX."""
+        pattern = r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+        return dict(Counter(re.findall(pattern, self.ptx, re.MULTILINE)))
 
     @cached_property
     def loads(self) -> dict[int, int]:
-        """Bytes a thread fetches from global memory in one instruction -> how many instructions do so, asynchronous ones too."""
+        """Count the loads from global memory, also asynchronous ones: bytes per thread -> number of
+        instructions."""
         widths = Counter()
         for line in self.ptx.splitlines():
             if found := re.search(r"ld\.global[\w.:]*\.[busf](\d+)\s", line):
@@ -160,10 +158,11 @@ class Compiled:
         return dict(sorted(widths.items(), reverse=True))
 
     def row(self) -> dict:
-        """For the table and the JSON file."""
+        """Return the figures for the JSON file."""
         return {
             "kernel": self.case.name, "card": self.card.name, "target": f"sm_{self.card.capability}",
-            "warps": self.case.num_warps, "stages": self.case.num_stages, "registers": self.registers, "spilled": self.spilled,
+            "warps": self.case.num_warps, "stages": self.case.num_stages,
+            "registers": self.registers, "spilled": self.spilled,
             "shared": self.shared, "shared_limit": self.shared_limit, "occupancy": round(self.occupancy, 3),
             "tensor_core": self.tensor_core, "has_dot": self.has_dot, "loads": self.loads,
         }  # fmt: skip
@@ -174,20 +173,21 @@ def _round_up(n: int, unit: int) -> int:
 
 
 def refuse_where_nothing_compiles() -> None:
-    """Raises ValueError that says what to do."""
+    """Raise ValueError if Triton compiles nothing here, with what to do about it."""
     if not HAS_TRITON:
         raise ValueError(
-            "Triton is not installed, and there is none for macOS: its compiler is what is asked here. Any Linux or Windows "
-            "machine will do, no GPU is needed: pip install triton (Windows: triton-windows)"
+            "Triton is not installed, and its compiler is needed here. There is none for macOS. On any Linux "
+            "or Windows machine, also without a GPU: pip install triton (Windows: triton-windows)"
         )
     if INTERPRET:
         raise ValueError(
-            "TRITON_INTERPRET is 1: Triton then runs kernels in Python and compiles nothing, so nothing is to report; unset it"
+            "TRITON_INTERPRET is 1: Triton then runs kernels in Python and compiles nothing; unset it"
         )
 
 
 def compile_case(case: Case, card: Card) -> Compiled:
-    """Raises ValueError if compiling is impossible (no Triton, interpreter, a type that is missing)."""
+    """Compile the case for the card. Raises ValueError if that fails (no Triton, the interpreter, a type
+    missing)."""
     refuse_where_nothing_compiles()
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
@@ -196,9 +196,8 @@ def compile_case(case: Case, card: Card) -> Compiled:
     fn = getattr(case.module, case.kernel)
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
-        kind, _, divisor = ("constexpr" if name in case.constants else case.argument_type(name)).partition(
-            ":"
-        )
+        declared = "constexpr" if name in case.constants else case.argument_type(name)
+        kind, _, divisor = declared.partition(":")
         signature[name] = kind
         if divisor or kind.startswith("*"):  # torch's allocations are aligned
             attrs[i,] = [["tt.divisibility", int(divisor or 16)]]
@@ -215,8 +214,7 @@ def compile_case(case: Case, card: Card) -> Compiled:
     report = subprocess.run(command, input=ptx, capture_output=True, text=True)
     if report.returncode:
         raise ValueError(
-            f"{case.name}: ptxas refused what Triton made for sm_{card.capability}: {report.stderr.strip()}"
+            f"{case.name}: ptxas refused Triton's code for sm_{card.capability}: {report.stderr.strip()}"
         )
-    return Compiled(
-        case, card, report.stderr, compiled.metadata.shared, ptx, "tt.dot" in compiled.asm["ttir"]
-    )
+    has_dot = "tt.dot" in compiled.asm["ttir"]
+    return Compiled(case, card, report.stderr, compiled.metadata.shared, ptx, has_dot)

@@ -1,20 +1,22 @@
 """
-Counts what a call moves and multiplies, on a CPU: bytes loaded and stored, flops of the matmuls, launches.
+Count what a call moves and multiplies, on a CPU: bytes loaded and stored, flops of the matmuls, launches.
 
     with Counter() as counter:
         linear_cross_entropy(hidden, weight, targets).backward()
     counter.total, counter.by_operator["aten::mm"]
 
-How it works. Every torch operator is one launch that reads each of its inputs once and writes each of its outputs once; views and
-allocations are free; flops are those of torch.utils.flop_counter. A Triton kernel (TRITON_INTERPRET=1) is one launch, and each of
-its loads, stores and atomics counts as often as it runs, at the elements its mask lets through. An operator of torch.library is
-opened: what its implementation calls is counted, not the operator. (On fake tensors nothing can be opened: there it counts like
-any other, each input read once, each result and each mutated argument written once.)
+How it works. Every torch operator is one launch that reads each of its inputs once and writes each of its
+outputs once; views and allocations are free; flops are those of torch.utils.flop_counter. A Triton kernel
+(TRITON_INTERPRET=1) is one launch, and each of its loads, stores and atomics counts whenever it runs, with
+the elements that its mask selects. For an operator of torch.library, what its implementation calls is
+counted and not the operator itself. (Fake tensors run no implementation: the operator then counts like any
+other, each input read once, each result and each mutated argument written once.)
 
-What the count is: the traffic if nothing stayed in a cache between two kernels. A torch operator is taken for perfect: cuBLAS
-reads a matrix several times, a log-softmax of a long row twice, and both count as once, whereas a Triton kernel that reads a row
-twice counts as twice. Tiles that a Triton matmul reads again count each time; on a GPU much of that comes from the L2 cache.
-What it is not: time.
+What the count means: the traffic if nothing stayed in a cache between two kernels. A torch operator is
+    assumed to be
+perfect: cuBLAS reads a matrix several times, a log-softmax reads a long row twice, and both count once,
+whereas a Triton kernel that reads a row twice counts twice. Tiles that a Triton matmul reads again count each
+time; on a GPU many of them come from the L2 cache. The count is not a time.
 """
 
 from __future__ import annotations
@@ -55,30 +57,26 @@ class Count:
     __rmul__ = __mul__
 
 
-# Operators that read only as much of an argument as another one, or the result ("out"), has elements.
+# Operators that read only as many elements of an argument as another one, or the result ("out"), has.
 PARTIAL_READS = {
-    "index_select": ("self", "out"), "gather": ("self", "out"), "index": ("self", "out"), "embedding": ("weight", "out"),
+    "index_select": ("self", "out"), "gather": ("self", "out"), "index": ("self", "out"),
+    "embedding": ("weight", "out"),
     "nll_loss_forward": ("self", "target"), "nll_loss_backward": ("self", None),
 }  # fmt: skip
-# In-place operators that write only what they are given, and whose own old values they do not read.
+# In-place operators that write only as many elements as this argument has, and do not read the old values.
 PARTIAL_WRITES = {"index_copy_": "source", "scatter_": "index"}
 OVERWRITES = {"copy_", "fill_", "zero_", *PARTIAL_WRITES}
-CREATES = ("new_", "zeros_like", "ones_like", "full_like")  # they take only the shape of what they are given
-FREE = {
-    "empty",
-    "new_empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty_strided",
-    "set_",
-    "_unsafe_view",
-    "_reshape_alias",
-}
-FREE |= {"item", "_local_scalar_dense", "promote_types", "lift_fresh"}  # answers on the host
+CREATES = ("new_", "zeros_like", "ones_like", "full_like")  # these use only the shape of their argument
+FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+FREE |= {"set_", "_unsafe_view", "_reshape_alias"}
+FREE |= {"item", "_local_scalar_dense", "promote_types", "lift_fresh"}  # these answer on the host
 
 
 class Counter(TorchDispatchMode):
-    """The with-block. `total` and `by_operator` may be read inside it and after. Triton kernels count in the interpreter only."""
+    """Count inside a with-block. Read `total` and `by_operator` inside or after it.
+
+    Triton kernels are counted in the interpreter only.
+    """
 
     def __init__(self):
         super().__init__()
@@ -107,7 +105,7 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         is_fake = any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs)))
-        if func.namespace == "prim":  # questions, such as which device
+        if func.namespace == "prim":  # queries, such as a tensor's device
             return func(*args, **kwargs)
         if func.namespace != "aten" and not is_fake:
             self._inside.append(func._schema.name)
@@ -123,37 +121,32 @@ class Counter(TorchDispatchMode):
         return out
 
 
-_IMPLEMENTATION = torch._C.DispatchKeySet(
-    torch._C.DispatchKey.CompositeExplicitAutograd
-)  # where custom_op registers it
+# where custom_op registers an implementation
+_IMPLEMENTATION = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
 
 
 def count_operator(func, args: tuple, kwargs: dict, out) -> Count:
-    """One aten operator; no launch where it only makes a view or an allocation."""
+    """Count one operator; without a launch if it only creates a view or allocates."""
     name = func._schema.name.removeprefix("aten::")
     plain_name = name.rstrip("_")  # addmm_ multiplies as addmm does
     if func.is_view or name in FREE:
         return Count()
-    inputs = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-    written = {
-        argument.name
-        for argument in func._schema.arguments
-        if argument.alias_info and argument.alias_info.is_write
-    }
+
+    arguments = func._schema.arguments
+    inputs = dict(zip((x.name for x in arguments), args, strict=False)) | kwargs
+    written = {x.name for x in arguments if x.alias_info and x.alias_info.is_write}
     if name == "copy_" and _start(inputs["self"]) == _start(inputs["src"]):
-        return Count()  # onto itself: the interpreter hands its arguments back so
+        return Count()  # onto itself: so the interpreter copies its arguments back
     results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
     if not written and any(_start(x) in {_start(y) for y in _tensors(inputs)} for x in results if x.numel()):
-        return Count()  # reshape and contiguous of what is so already
+        return Count()  # reshape and contiguous of a tensor that needs no copy
+
     loaded, read_name, read_like = {}, *PARTIAL_READS.get(name, (None, None))
     for argument, value in inputs.items():
         if name.startswith(CREATES):
             break
-        is_read = (
-            argument not in written
-            or func.namespace != "aten"
-            or (name.endswith("_") and name not in OVERWRITES)
-        )
+        updates = name.endswith("_") and name not in OVERWRITES  # reads the old values of what it writes
+        is_read = argument not in written or func.namespace != "aten" or updates
         if plain_name in ("addmm", "baddbmm", "addmv") and argument == "self" and inputs.get("beta", 1) == 0:
             is_read = False
         for x in _tensors({argument: value}):
@@ -162,6 +155,7 @@ def count_operator(func, args: tuple, kwargs: dict, out) -> Count:
                 loaded[_start(x)] = 0 if like is None else like.numel() * x.element_size()
             elif is_read:
                 loaded[_start(x)] = max(loaded.get(_start(x), 0), _bytes(x))
+
     if name in PARTIAL_WRITES:
         stored = inputs[PARTIAL_WRITES[name]].numel() * inputs["self"].element_size()
     else:
@@ -177,12 +171,12 @@ def _tensors(inputs: dict) -> list[Tensor]:
 
 
 def _start(x: Tensor) -> tuple[int, int]:
-    """The byte at which a tensor begins; its storage's identity, as fake tensors have no address."""
+    """Return the byte at which a tensor begins, by its storage's identity: fake tensors have no address."""
     return x.untyped_storage()._cdata, x.storage_offset() * x.element_size()
 
 
 def _bytes(x: Tensor) -> int:
-    """Of the elements that exist: an expanded dimension is one of them, however often it shows."""
+    """Return the bytes of the elements in memory: an expanded dimension counts as one element."""
     size = x.element_size()
     for length, stride in zip(x.shape, x.stride(), strict=True):
         size *= length if stride else min(length, 1)
@@ -190,7 +184,10 @@ def _bytes(x: Tensor) -> int:
 
 
 def _count_triton(add):
-    """Puts a builder that counts in the place of the interpreter's own; returns what undoes it. No class is touched."""
+    """Replace the interpreter's builder by one that counts, and return a function that undoes it.
+
+    No class is changed.
+    """
     import triton.runtime.interpreter as interpreter
 
     class CountingBuilder(interpreter.InterpreterBuilder):
@@ -232,7 +229,7 @@ def _count_triton(add):
 
 
 def _masked_bytes(ptrs, mask) -> int:
-    """Bytes behind the pointers that the mask, broadcast over them, lets through."""
+    """Return the bytes at the pointers that the mask, broadcast over them, selects."""
     return int(mask.data.sum()) * (ptrs.data.size // mask.data.size) * _element_bytes(ptrs)
 
 

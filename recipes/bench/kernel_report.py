@@ -1,14 +1,17 @@
-"""What the compiler makes of every kernel, for every card people have. Needs no GPU; nothing here is a time.
+"""Compile every kernel for common cards and report what the compiler says. Needs no GPU; nothing is timed.
 
-    python recipes/bench/kernel_report.py                              all kernels and cards: two minutes, then seconds (cached)
-    python recipes/bench/kernel_report.py --card 89 --kernel gradient  one card; kernels whose name contains the word
-    python recipes/bench/kernel_report.py --json kernels.json          the same figures for posting
+    python recipes/bench/kernel_report.py           all kernels and cards: two minutes, seconds once cached
+    python recipes/bench/kernel_report.py --card 89 --kernel gradient     one card; kernels with this name
+    python recipes/bench/kernel_report.py --json kernels.json             the same figures as JSON
 
-registers: per thread, 255 at most. spilled: bytes a thread keeps in memory because registers ran out; should be 0. shared: bytes
-a program asks for, of what the card allows. occupancy: warps that fit a multiprocessor, of the most it holds. tensor cores:
-instructions that use them. loads: how many load instructions fetch how many bytes a thread; 16 is the widest there is.
+registers: per thread, at most 255.
+spilled: bytes per thread in memory because registers ran out; should be 0.
+shared: bytes of shared memory per program, and what the card allows.
+occupancy: warps that fit a multiprocessor / the most it holds.
+tensor cores: instructions that use them.
+loads: number of load instructions x bytes that each loads per thread; 16 is the widest.
 
-RTX 20 (Turing): Triton compiles for it, but without its tensor cores. A kernel without a dot does not mind.
+Triton compiles for RTX 20 (Turing) without its tensor cores, which matters only to kernels with a dot.
 """
 
 import sys
@@ -59,7 +62,7 @@ def _attention(kernel: str, element: str, head_dim: int) -> Case:
 
 
 def _adamw8bit(weight: str, gradient: str) -> Case:
-    """bf16 travels as int16."""
+    """bf16 is passed as int16."""
     numbers = ("gradient_scale", "keep1", "take1", "keep2", "take2", "correction", "eps", "rate", "shrink")
     states = {"m_ptr": "*i8", "m_scale_ptr": "*fp32", "v_ptr": "*u8", "v_scale_ptr": "*fp32"}
     integers = {"N": "i32:16", "first_element": "i64:16", "key": "i64"}
@@ -82,7 +85,8 @@ def _packing(buffer: str) -> Case:
 
 
 def cases() -> list[Case]:
-    """Every kernel in every configuration that a launch uses. A new kernel adds its entries here, and the test finds them."""
+    """Return every kernel in every configuration that a launch uses. Add new kernels here; the test finds
+    them."""
     return [
         *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
         *(_cross_entropy(*case) for case in product(["_forward_kernel", "_backward_kernel"], ELEMENTS)),
@@ -100,7 +104,7 @@ class Config:
 
 
 def chosen(config: Config) -> tuple[list[Case], list[Card]]:
-    """What the flags ask for. Raises ValueError if that is nothing."""
+    """Return the kernels and cards that the flags select. Raises ValueError if there are none."""
     kernels = [case for case in cases() if config.kernel in case.name]
     cards = [card for card in CARDS if config.card in (0, card.capability)]
     if not kernels:
@@ -108,9 +112,7 @@ def chosen(config: Config) -> tuple[list[Case], list[Card]]:
         raise ValueError(f"kernel is {config.kernel!r} but the kernels are {names}; pass a part of a name")
     if not cards:
         known = ", ".join(f"{card.capability} ({card.name})" for card in CARDS)
-        raise ValueError(
-            f"card is {config.card} but the targets are {known}; pass one of the numbers, or 0 for all"
-        )
+        raise ValueError(f"card is {config.card} but the targets are {known}; pass a number, or 0 for all")
     return kernels, cards
 
 
@@ -118,11 +120,11 @@ def line(compiled: Compiled) -> str:
     used = f"{compiled.shared:,} of {compiled.shared_limit:,}"
     tensor_core = ", ".join(f"{n} {name}" for name, n in compiled.tensor_core.items())
     if compiled.has_dot and not tensor_core:
-        tensor_core = "NONE: slow here, the torch path is taken" if compiled.card.capability < 80 else "none"
+        tensor_core = "NONE: slow here, the torch path runs" if compiled.card.capability < 80 else "none"
     loads = " ".join(f"{n}x{width}" for width, n in compiled.loads.items())
     return (
-        f"    {compiled.case.name:<52}{compiled.registers:>9}{compiled.spilled:>8}  {used:>18}{compiled.occupancy:>10.0%}"
-        f"  {tensor_core if compiled.has_dot else 'no dot':<20}  {loads}"
+        f"    {compiled.case.name:<52}{compiled.registers:>9}{compiled.spilled:>8}  {used:>18}"
+        f"{compiled.occupancy:>10.0%}  {tensor_core if compiled.has_dot else 'no dot':<20}  {loads}"
     )
 
 
@@ -131,24 +133,17 @@ def main(config: Config) -> list[dict]:
     kernels, cards = chosen(config)
     rows = []
     for card in cards:
-        print(
-            f"\n{card.name} (sm_{card.capability}){' - no tensor cores from this compiler' if card.capability < 80 else ''}"
-        )
-        head = f"{'registers':>9}{'spilled':>8}  {'shared, bytes':>18}{'occupancy':>10}  {'tensor cores':<20}  loads, n x bytes"
-        print(f"    {'kernel':<52}{head}")
+        limit = " - no tensor cores from this compiler" if card.capability < 80 else ""
+        print(f"\n{card.name} (sm_{card.capability}){limit}")
+        head = f"    {'kernel':<52}{'registers':>9}{'spilled':>8}  {'shared, bytes':>18}{'occupancy':>10}"
+        print(f"{head}  {'tensor cores':<20}  loads, n x bytes")
         for case in kernels:
             try:
                 compiled = compile_case(case, card)
             except ValueError as error:
                 print(f"    {case.name:<52} does not compile: {error}")
-                rows.append(
-                    {
-                        "kernel": case.name,
-                        "card": card.name,
-                        "target": f"sm_{card.capability}",
-                        "error": str(error),
-                    }
-                )
+                target = {"card": card.name, "target": f"sm_{card.capability}"}
+                rows.append({"kernel": case.name, **target, "error": str(error)})
                 continue
             print(line(compiled))
             rows.append(compiled.row())

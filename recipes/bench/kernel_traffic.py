@@ -1,15 +1,16 @@
 """
-Bytes moved, flops and launches of one loss, forward and backward, ours and the peers': formulas, and the table they make.
+Bytes moved, flops and launches of a loss, forward and backward, ours and the peers': formulas and a table.
 
-    python recipes/bench/kernel_traffic.py                    three models, 16,384 tokens, bf16; packed attention
-    python recipes/bench/kernel_traffic.py --ignored 0.1      a tenth of the targets are ignored
+    python recipes/bench/kernel_traffic.py                 three models, 16,384 tokens, bf16; packed attention
+    python recipes/bench/kernel_traffic.py --ignored 0.1   a tenth of the targets are ignored
 
-Each formula is exact in its launches and in every term with V or H in it; left out are the bytes of vectors, one number a row.
-tests/test_traffic.py holds them against counts of real calls at small shapes (counting.py says what a count is: no cache between
-two kernels, and no time). K of N rows have a target that counts, e is the bytes an element.
+Each formula is exact in its launches and in every term with V or H in it; bytes of vectors, one number per
+row, are left out. tests/recipes/test_kernel_traffic.py compares them with counts of real calls at small
+shapes (counting.py says what a count is: no cache between two kernels, and no time). K of N rows have a
+target that counts; e = bytes per element.
 
-Where the peers' own code takes another way on a GPU than on the CPU where it is counted, or cannot run there, the formula is
-read from its source, and its docstring says so.
+If a peer's code works differently on a GPU than on the CPU where it is counted, or cannot run on a CPU, the
+formula comes from its source, and its docstring says so.
 """
 
 from __future__ import annotations
@@ -45,38 +46,43 @@ class Loss:
 
 
 def ours(loss: Loss, *, scaled: bool = True) -> dict[str, Count]:
-    """kit.kernels.linear_cross_entropy. scaled: whether backward multiplies the gradients, as it always does on a GPU; a CPU
-    looks first whether there is anything to do."""
+    """Count kit.kernels.linear_cross_entropy.
+
+    scaled: whether backward multiplies the gradients, as it always does on a GPU; a CPU skips a factor of 1.
+    """
     N, K, V, H, e = loss.N, loss.K, loss.V, loss.H, loss.e
     chunks = math.ceil(K / rows_per_chunk(K, V, H, e)) if K else 0
-    held = WIDE if loss.dtype == torch.float16 else e  # what gradients wait for backward in
-    parts = 2 if loss.dtype == torch.bfloat16 else 1  # that the sum of dW lies in
+    held = WIDE if loss.dtype == torch.float16 else e  # bytes per element of gradients until backward
+    parts = 2 if loss.dtype == torch.bfloat16 else 1  # of the sum of dW
     X, L, W = K * H * e, K * V * e, V * H * e
     rescaled = Count(2, N * H * held + V * H * held, N * H * held + V * H * held) if scaled else Count()
-    cast = Count()  # dW leaves its fp32 sum; fp16's gradients do so after backward has scaled them
+    cast = Count()  # from the fp32 sum of dW; fp16's gradients are cast after backward has scaled them
     if loss.dtype == torch.float16:
         cast = Count(2, (N + V) * H * WIDE, (N + V) * H * e)
-    elif e < WIDE:  # in the memory of the first half, doubling its way through
-        first, copied = halves(V)[0] * H, min(COPIED_ELEMENTS, halves(V)[0] * H)
-        cast = Count(
-            3 + math.ceil(math.log2(first / copied)), V * H * WIDE + copied * e, V * H * e + copied * e
-        )
+    elif e < WIDE:  # in the memory of the first half, in steps that double in size
+        first = halves(V)[0] * H
+        copied = min(COPIED_ELEMENTS, first)
+        steps = math.ceil(math.log2(first / copied))
+        cast = Count(3 + steps, V * H * WIDE + copied * e, V * H * e + copied * e)
     widened = Count(chunks, X, K * H * held) if held != e else Count()
+    scattered = Count(
+        2 * chunks + 1, 2 * K * H * held, 2 * K * H * held + N * H * held
+    )  # / D, copied, zeros elsewhere
+    sums = max(chunks - 1, 0) * V * H * WIDE  # read again by every chunk but the first
     return {
         "logits": Count(2 * chunks, 2 * X + chunks * W, X + L, 2 * K * V * H),  # the rows are gathered first
         "row kernel": Count(chunks, 2 * L, L),
-        "dX": Count(chunks, L + chunks * W, X, 2 * K * V * H) + widened
-        + Count(2 * chunks + 1, 2 * K * H * held, 2 * K * H * held + N * H * held),  # / D, put in their places, zeros elsewhere
-        "dW": Count(parts * (chunks or 1), L + parts * X + max(chunks - 1, 0) * V * H * WIDE, (chunks or 1) * V * H * WIDE,
-                    2 * K * V * H),
+        "dX": Count(chunks, L + chunks * W, X, 2 * K * V * H) + widened + scattered,
+        "dW": Count(parts * (chunks or 1), L + parts * X + sums, (chunks or 1) * V * H * WIDE, 2 * K * V * H),
         "hand over": cast + rescaled,
         "vectors": Count(4 * chunks + 7),
-    }  # fmt: skip
+    }
 
 
 def unfused(loss: Loss) -> dict[str, Count]:
-    """What transformers does: lm_head, then ForCausalLMLoss, which casts the logits to fp32 and calls F.cross_entropy. Ignored
-    rows go all the way."""
+    """Count what transformers does: lm_head, then ForCausalLMLoss, which casts the logits to fp32 and calls
+    F.cross_entropy. Ignored rows are computed too.
+    """
     N, V, H, e = loss.N, loss.V, loss.H, loss.e
     X, L, W, wide = N * H * e, N * V * e, V * H * e, N * V * WIDE
     cast = e < WIDE
@@ -84,7 +90,7 @@ def unfused(loss: Loss) -> dict[str, Count]:
         "logits": Count(1, X + W, L, 2 * N * V * H),
         "cast to fp32": Count(1, L, wide) if cast else Count(),
         "log-softmax": Count(1, wide, wide),
-        "loss, forth and back": Count(2, 0, wide),
+        "loss, forward and backward": Count(2, 0, wide),
         "log-softmax back": Count(1, 2 * wide, wide),
         "cast back": Count(1, wide, L) if cast else Count(),
         "dX": Count(1, L + W, X, 2 * N * V * H),
@@ -93,16 +99,19 @@ def unfused(loss: Loss) -> dict[str, Count]:
 
 
 def liger_chunk(loss: Loss) -> int:
-    """Rows a chunk: about as many logits as hidden states."""
+    """Return the rows per chunk: about as many logits as hidden states."""
     return min(1 << (math.ceil(loss.N / math.ceil(loss.V / loss.H)) - 1).bit_length(), loss.N)
 
 
 def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str, Count]:
-    """liger-kernel 0.8.5, fused_linear_cross_entropy with its defaults: dW summed in the weight's dtype.
+    """Count liger-kernel 0.8.5, fused_linear_cross_entropy with its defaults: dW is summed in the weight's
+    dtype.
 
-    on_gpu: its source takes mm(out=) and addmm(out=) on a GPU of compute capability 8 or later, a product of its own and an
-    addition elsewhere. Only the latter can be counted on a CPU; the former, which moves less, is from its source. scaled:
-    backward multiplies the gradients where the upstream gradient is not 1."""
+    on_gpu: on a GPU of compute capability 8 or later it calls mm(out=) and addmm(out=), elsewhere a product
+    and an addition. Only the latter can be counted on a CPU; the former, which moves less, is from its
+    source.
+    scaled: backward multiplies the gradients if the upstream gradient is not 1.
+    """
     N, K, V, H, e = loss.N, loss.K, loss.V, loss.H, loss.e
     chunks = math.ceil(N / liger_chunk(loss))
     X, L, W = N * H * e, N * V * e, V * H * e
@@ -117,7 +126,7 @@ def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str,
         "logits": Count(chunks, X + chunks * W, L, 2 * N * V * H),
         "row kernel": Count(
             chunks, 2 * K * V * e, L
-        ),  # ignored rows are not read, but zeros are written over them
+        ),  # ignored rows are not read, but overwritten with zeros
         "dX": Count(chunks, L + chunks * W, X, 2 * N * V * H) + dX,
         "dW": dW,
         "hand over": Count(2, X + W, X + W) if scaled else Count(),
@@ -126,31 +135,35 @@ def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str,
 
 
 def apple(loss: Loss, *, kept_tiles: float = 1.0) -> dict[str, Count]:
-    """cut-cross-entropy 25.1.1, linear_cross_entropy, without softcap.
+    """Count cut-cross-entropy 25.1.1, linear_cross_entropy, without softcap.
 
-    It holds no logits: tiles of them are made in one kernel from tiles of the rows and of W, which are read again for every tile.
-    That is what is counted; on a GPU most of it comes from the L2 cache. kept_tiles: backward makes all tiles, but drops those
-    whose probabilities are all below a threshold; 1 = none is dropped (filter_eps=None), 0 = a bound that no data reach. Its
-    forward kernel calls libdevice.log1p, which the interpreter does not have: that term is from its source, not counted."""
+    It holds no logits: one kernel computes tiles of them from tiles of the rows and of W, which it reads
+    again for every tile. This is counted; on a GPU most of it comes from the L2 cache. kept_tiles: backward
+    computes all tiles, but drops those whose probabilities are all below a threshold; 1 = none is dropped
+    (filter_eps=None), 0 = a bound that no data reach. Its forward kernel calls libdevice.log1p, which the
+    interpreter lacks: that term is from its source, not counted.
+    """
     K, V, H, e = loss.K, loss.V, loss.H, loss.e
     forward, backward = math.ceil(K / 256) * math.ceil(V / 128), math.ceil(K / 128) * math.ceil(V / 128)
-    per_row, per_column = (
-        math.ceil(V / 128),
-        math.ceil(K / 128),
-    )  # how many tiles a row of hidden, or of W, takes part in
+    per_row, per_column = math.ceil(V / 128), math.ceil(K / 128)  # tiles that need a row of hidden, or of W
     partial = loss.K < loss.N
     steps, back_steps = math.ceil(H / 32) * 32, math.ceil(H / 64) * 64
     kept = round(kept_tiles * backward)
     both = round(kept_tiles * (per_row * K + per_column * V) * H * e)  # rows and columns of the kept tiles
+    sums, blocks, back_blocks = per_row * K * 4, math.ceil(H / 256), math.ceil(H / 64)
+    tile = 256 * H * e  # 128 rows of hidden and 128 of W
+    forward_loads = forward * (384 * H * e + partial * 1024 + 8) + sums
+    targets_loaded = per_column * (tile + blocks * 128 * (8 + 4 * partial)) + blocks * K * 4
+    tiles_loaded = backward * (tile + 128 * (4 + 8 + 4 * partial))
     return {
-        "logsumexp": Count(1, forward * (384 * H * e + partial * 1024 + 8) + per_row * K * 4,
-                           forward * 8 + per_row * K * 4, forward * 2 * 256 * 128 * steps),
-        "target logits": Count(1, math.ceil(K / 128) * (256 * H * e + math.ceil(H / 256) * 128 * (8 + 4 * partial))
-                               + math.ceil(H / 256) * K * 4, math.ceil(H / 256) * K * 4),
+        "logsumexp": Count(1, forward_loads, forward * 8 + sums, forward * 2 * 256 * 128 * steps),
+        "target logits": Count(1, targets_loaded, blocks * K * 4),
         "zeros": Count(2, 0, (loss.N + V) * H * e),
-        "tiles again": Count(1, backward * (256 * H * e + 128 * (4 + 8 + 4 * partial)), 0, backward * 2 * 128 * 128 * steps),
-        "dX and dW": Count(0, 2 * both + kept * (4 + math.ceil(H / 64) * 16), both + kept * math.ceil(H / 64) * 16,
-                           kept * 2 * 2 * 128 * 128 * back_steps),
+        "tiles again": Count(1, tiles_loaded, 0, backward * 2 * 128 * 128 * steps),
+        "dX and dW": Count(
+            0, 2 * both + kept * (4 + back_blocks * 16), both + kept * back_blocks * 16,
+            kept * 2 * 2 * 128 * 128 * back_steps,
+        ),
     }  # fmt: skip
 
 
@@ -159,7 +172,8 @@ def total(terms: dict[str, Count]) -> Count:
 
 
 def causal_pairs(lengths: list[int], window: int | None = None) -> int:
-    """Pairs of a query and a key that packed attention needs: the causal areas of the documents, inside the window."""
+    """Count the query-key pairs that packed attention needs: the documents' causal areas, inside the
+    window."""
     pairs = 0
     for n in lengths:
         w = min(n, window or n)
@@ -170,9 +184,12 @@ def causal_pairs(lengths: list[int], window: int | None = None) -> int:
 def tiled_pairs(
     lengths: list[int], BLOCK_M: int, BLOCK_N: int, window: int | None = None, *, by_keys: bool = False
 ) -> int:
-    """The same in whole tiles of BLOCK_M queries by BLOCK_N keys, which is what the kernels multiply: tiles start at each
-    document's first token, and a program walks from its window's edge to its diagonal. by_keys: as dK/dV walks, one program a
-    block of keys; else as the forward and the dQ kernel, one program a block of queries."""
+    """Count the same in whole tiles of BLOCK_M queries by BLOCK_N keys, which is what the kernels multiply.
+
+    Tiles start at each document's first token, and a program walks from its window's edge to its diagonal.
+    by_keys: one program per block of keys, as in the dK/dV kernel; else one per block of queries, as in the
+        forward and the dQ kernel.
+    """
     num_tiles = 0
     for n in lengths:
         w = window or n
@@ -189,31 +206,33 @@ DOTS = {"forward": 2, "dq": 3, "dkdv": 4}  # products of each kernel, every one 
 
 
 def attention_flops(pairs: dict[str, int], head_dim: int, num_heads: int) -> int:
-    """Of one layer, forward and backward, from the pairs that each kernel multiplies."""
+    """Return the flops of one layer, forward and backward, from the pairs that each kernel multiplies."""
     return sum(2 * head_dim * num_heads * DOTS[kernel] * pairs[kernel] for kernel in DOTS)
 
 
 def attention_work(lengths: list[int], tiles: dict[str, dict[str, int]], window: int | None = None) -> float:
-    """Flops of the tiled kernels / flops of exactly the pairs needed. tiles: kernel -> {"BLOCK_M": .., "BLOCK_N": ..}."""
-    needed = dict.fromkeys(DOTS, causal_pairs(lengths, window))
-    done = {
-        kernel: tiled_pairs(
-            lengths, tiles[kernel]["BLOCK_M"], tiles[kernel]["BLOCK_N"], window, by_keys=kernel == "dkdv"
-        )
-        for kernel in DOTS
-    }
+    """Return flops of the tiled kernels / flops of exactly the pairs needed.
+
+    tiles: kernel -> {"BLOCK_M": .., "BLOCK_N": ..}.
+    """
+    needed, done = dict.fromkeys(DOTS, causal_pairs(lengths, window)), {}
+    for kernel in DOTS:
+        BLOCK_M, BLOCK_N = tiles[kernel]["BLOCK_M"], tiles[kernel]["BLOCK_N"]
+        done[kernel] = tiled_pairs(lengths, BLOCK_M, BLOCK_N, window, by_keys=kernel == "dkdv")
     return attention_flops(done, 1, 1) / attention_flops(needed, 1, 1)
 
 
 def realistic_pack(
     row_tokens: int = 16_384, median: int = 4_096, sigma: float = 0.8, seed: int = 0
 ) -> list[int]:
-    """Document lengths of one packed row: lognormal, as long chains of thought are, clipped to the row, packed by plan_packs;
-    of 1,000 documents' packs the one with the median number of them."""
+    """Return the document lengths of one packed row.
+
+    1,000 lengths are lognormal, like those of long chains of thought, and clipped to the row; plan_packs
+    packs them; the row with the median number of documents is returned.
+    """
     rng = random.Random(seed)
-    lengths = [
-        min(row_tokens, max(1, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(1000)
-    ]
+    drawn = [round(rng.lognormvariate(math.log(median), sigma)) for _ in range(1000)]
+    lengths = [min(row_tokens, max(1, length)) for length in drawn]
     packs = sorted(plan_packs(lengths, row_tokens), key=lambda pack: (len(pack), pack))
     return [lengths[i] for i in packs[len(packs) // 2]]
 
@@ -233,7 +252,7 @@ class Config:
 
 
 def table(num_tokens: int, ignored: float) -> list[dict]:
-    """One row per model and implementation, bf16; ratio = bytes / ours."""
+    """Return one row per model and implementation, in bf16; ratio = bytes / ours."""
     rows = []
     for model, (V, H) in MODELS.items():
         loss = Loss(num_tokens, num_tokens - round(ignored * num_tokens), V, H, torch.bfloat16)
@@ -256,25 +275,24 @@ def table(num_tokens: int, ignored: float) -> list[dict]:
 def main(config: Config) -> list[dict]:
     if not 0 <= config.ignored < 1 or config.num_tokens < 1:
         raise ValueError(
-            f"num_tokens is {config.num_tokens} and ignored {config.ignored}; pass at least 1, and 0 <= ignored < 1"
+            f"num_tokens is {config.num_tokens} and ignored {config.ignored}; pass at least 1, and "
+            "0 <= ignored < 1"
         )
-    print(
-        f"Linear cross-entropy, forward and backward, N = {config.num_tokens:,} ({config.ignored:.0%} ignored), bf16."
-    )
-    print(
-        "Counted, not timed: formulas that tests hold against counts at small shapes; ratio = bytes / ours."
-    )
+    rows_text = f"N = {config.num_tokens:,} ({config.ignored:.0%} ignored)"
+    print(f"Linear cross-entropy, forward and backward, {rows_text}, bf16.")
+    print("Counted, not timed: tests compare the formulas with counts at small shapes; ratio = bytes / ours.")
     rows, model = table(config.num_tokens, config.ignored), None
     for row in rows:
         if row["model"] != model:
             model = row["model"]
             print("\n{}: V = {:,}, H = {:,}".format(model, *MODELS[model]))
             print(f"    {'':<36}{'GB':>9}{'ratio':>8}{'Tflop':>9}{'launches':>10}")
-        print(
-            f"    {row['name']:<36}{row['gigabytes']:>9.1f}{row['ratio']:>8.2f}{row['teraflops']:>9.1f}{row['launches']:>10,}"
+        figures = (
+            f"{row['gigabytes']:>9.1f}{row['ratio']:>8.2f}{row['teraflops']:>9.1f}{row['launches']:>10,}"
         )
+        print(f"    {row['name']:<36}{figures}")
     print(
-        "\nApple's loads are those of tiles, again for every tile; on a GPU most come from its L2 cache, not from memory."
+        "\nApple's kernels load tiles again and again; on a GPU most of these loads come from its L2 cache."
     )
     for name, package in PEERS.items():
         if not importlib.util.find_spec(package):
@@ -285,9 +303,8 @@ def main(config: Config) -> list[dict]:
 
 def _show_attention(lengths: list[int]) -> None:
     T = sum(lengths)
-    print(
-        f"\nPacked attention, one row of {T:,} tokens in {len(lengths)} documents: {', '.join(map(str, sorted(lengths)))}"
-    )
+    documents = f"{len(lengths)} documents: {', '.join(map(str, sorted(lengths)))}"
+    print(f"\nPacked attention, one row of {T:,} tokens in {documents}")
     for window in (None, 512):
         needed = causal_pairs(lengths, window)
         print(f"    window {window}: {needed:,} pairs are needed, {needed / T**2:.1%} of the masked square")

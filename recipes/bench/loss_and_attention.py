@@ -1,14 +1,16 @@
-"""The kernels and their peers on the same tensors: seconds and memory, forward and backward.
+"""Compare the kernels with their peers on the same tensors: seconds and memory, forward and backward.
 
-    python recipes/bench/loss_and_attention.py                                           the loss and attention, on this machine
+    python recipes/bench/loss_and_attention.py            the loss and attention, on this machine
     python recipes/bench/loss_and_attention.py --what loss --hidden_size 1152 --num_tokens 2048
 
-loss: ours against `F.linear_cross_entropy` in chunks, `F.cross_entropy` on full logits and, on a card, Liger and Apple's CCE; and
-against three matmuls alone, which no exact loss can do without. attention: ours against one SDPA over the masked square and, on
-a card, flash-attn. fp32 on a CPU, bf16 on a card. Each contestant runs in a process of its own for its peak memory, counted
-besides the inputs. A peer that is not installed, or runs on a card only, is named. Left out on purpose: torch's own choice of
-chunk, a few rows at this vocabulary, which takes minutes a call on a CPU. On a card, recipes/check_card.py --only speed times the
-kernels at the sizes of real models.
+loss: ours against `F.linear_cross_entropy` in chunks, `F.cross_entropy` on full logits and, on a card, Liger
+and Apple's CCE; and against three matmuls alone, which every exact loss needs.
+attention: ours against one SDPA over the masked square and, on a card, flash-attn.
+
+fp32 on a CPU, bf16 on a card. Each contestant runs in a process of its own, so that its peak memory can be
+measured; the inputs are not counted. Peers that are not installed or need a card are named and skipped. Left
+out on purpose: torch's own choice of chunk, a few rows at this vocabulary, which takes minutes per call on a
+CPU. On a card, recipes/check_card.py --only speed times the kernels at the sizes of real models.
 """
 
 import gc
@@ -39,7 +41,7 @@ class Config:
     # what
     what: str = "loss,attention"  # parts, comma-separated
     json: str = ""  # file for the figures; "" = none
-    repeats: int = 3  # timed runs after one to warm up; the median counts
+    repeats: int = 3  # timed runs after a warm-up; the median is reported
     # loss
     num_tokens: int = 2_048  # N
     hidden_size: int = 640  # H
@@ -55,13 +57,9 @@ class Config:
 
 
 SMOKE = {
-    "num_tokens": 600,
-    "hidden_size": 32,
-    "vocab_size": 5_000,
+    "num_tokens": 600, "hidden_size": 32, "vocab_size": 5_000, "documents": "90,7,33", "head_dim": 16,
     "repeats": 1,
-    "documents": "90,7,33",
-    "head_dim": 16,
-}
+}  # fmt: skip
 
 
 def main(config: Config) -> dict:
@@ -69,9 +67,7 @@ def main(config: Config) -> dict:
     names = config.what.split(",")
     for name in names:
         if name not in parts:
-            raise ValueError(
-                f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out"
-            )
+            raise ValueError(f"what is {config.what!r} but the parts are {', '.join(parts)}; remove {name!r}")
     results = {name: parts[name](config) for name in names}
     if config.json:
         write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), **results})
@@ -101,13 +97,11 @@ def _apple(hidden, weight, targets):
 
 
 def _three_matmuls(hidden, weight, targets, chunk=512):
-    """What no exact way around exists for: logits, dX and dW, in chunks, into buffers that are used again."""
+    """Compute logits, dhidden and dweight, which every exact loss needs, in chunks and into reused
+    buffers."""
     hidden, weight = hidden.detach(), weight.detach()
-    logits, dhidden, dweight = (
-        weight.new_empty(chunk, len(weight)),
-        torch.empty_like(hidden),
-        torch.empty_like(weight),
-    )
+    logits = weight.new_empty(chunk, len(weight))
+    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
     for start in range(0, len(hidden), chunk):
         rows = hidden[start : start + chunk]
         part = torch.mm(rows, weight.T, out=logits[: len(rows)])
@@ -115,18 +109,18 @@ def _three_matmuls(hidden, weight, targets, chunk=512):
         torch.addmm(dweight, part.T, rows, beta=float(start > 0), out=dweight)
 
 
+def _cross_entropy(hidden, weight, targets):
+    return F.cross_entropy((hidden @ weight.T).float(), targets)
+
+
 def _losses() -> dict[str, tuple[str, bool, Callable]]:
-    """name -> (package, needs a card, function of hidden, weight, targets)."""
+    """Return name -> (package, needs a card, function of hidden, weight, targets)."""
     return {
         "the three matmuls alone": ("torch", False, _three_matmuls),
         "ours": ("torch", False, linear_cross_entropy),
         "F.linear_cross_entropy, chunks of 512": ("torch", False, _torch_in_chunks(512)),
         "F.linear_cross_entropy, chunks of 1,024": ("torch", False, _torch_in_chunks(1024)),
-        "F.cross_entropy on full logits": (
-            "torch",
-            False,
-            lambda h, w, t: F.cross_entropy((h @ w.T).float(), t),
-        ),
+        "F.cross_entropy on full logits": ("torch", False, _cross_entropy),
         "Liger fused_linear_cross_entropy": ("liger_kernel", True, _liger),
         "Apple cut_cross_entropy": ("cut_cross_entropy", True, _apple),
     }
@@ -134,9 +128,8 @@ def _losses() -> dict[str, tuple[str, bool, Callable]]:
 
 def bench_loss(config: Config) -> list[dict]:
     N, H, V = config.num_tokens, config.hidden_size, config.vocab_size
-    print(
-        f"\nloss, forward and backward, {_precision()}, N = {N:,}, H = {H:,}, V = {V:,}; memory besides the inputs"
-    )
+    sizes = f"N = {N:,}, H = {H:,}, V = {V:,}"
+    print(f"\nloss, forward and backward, {_precision()}, {sizes}; memory besides the inputs")
     return _contest("_losses", "_loss_inputs", config, reference="the three matmuls alone")
 
 
@@ -148,7 +141,7 @@ def _loss_inputs(config: Config, device, dtype):
 
 
 def _masked_square(q, k, v, cu_seqlens, max_seqlen, window):
-    """One SDPA over the whole row, every pair of tokens computed and most of them masked."""
+    """Compute one SDPA over the whole row: all pairs of tokens, most of them masked."""
     position = torch.arange(len(q), device=q.device)
     document = torch.bucketize(position, cu_seqlens[1:], right=True)
     distance = position[:, None] - position[None, :]
@@ -170,16 +163,14 @@ def _attentions() -> dict[str, tuple[str, bool, Callable]]:
 
 def bench_attention(config: Config) -> list[dict]:
     lengths = _lengths(config)
-    heads, window = (
-        f"{config.num_heads} heads on {config.num_kv_heads}, head_dim {config.head_dim}",
-        config.window or "none",
-    )
+    heads = f"{config.num_heads} heads on {config.num_kv_heads}, head_dim {config.head_dim}"
+    window = f"window {config.window or 'none'}"
     print(
-        f"\nattention, forward and backward, {_precision()}, {heads}, window {window}, documents of {config.documents} tokens"
+        f"\nattention, forward and backward, {_precision()}, {heads}, {window}, documents of "
+        f"{config.documents} tokens"
     )
-    print(
-        f"  {causal_pairs(lengths, config.window) / sum(lengths) ** 2:.1%} of the square's pairs of tokens see each other"
-    )
+    seen = causal_pairs(lengths, config.window) / sum(lengths) ** 2
+    print(f"  {seen:.1%} of all pairs of tokens see each other")
     return _contest("_attentions", "_attention_inputs", config, reference="ours")
 
 
@@ -187,9 +178,8 @@ def _lengths(config: Config) -> list[int]:
     try:
         lengths = [int(n) for n in config.documents.split(",")]
     except ValueError as error:
-        raise ValueError(
-            f"documents is {config.documents!r}; pass token counts, comma-separated: 1500,300,900"
-        ) from error
+        wanted = "pass token counts, comma-separated: 1500,300,900"
+        raise ValueError(f"documents is {config.documents!r}; {wanted}") from error
     if min(lengths) < 1:
         raise ValueError(f"documents is {config.documents!r} but every document has at least one token")
     return lengths
@@ -215,9 +205,8 @@ def _contest(contestants: str, inputs: str, config: Config, reference: str) -> l
             print(f"  {name}: runs on a GPU only, not timed")
         else:
             arguments = (contestants, inputs, name, config, torch.get_num_threads())
-            with ProcessPoolExecutor(
-                1, mp_context=multiprocessing.get_context("spawn")
-            ) as pool:  # a peak is the highest ever
+            # a new process for each: a peak is the highest since its process began
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 try:
                     rows.append({"name": name, **pool.submit(_measure, *arguments).result()})
                 except Exception as error:
@@ -264,7 +253,8 @@ def _measure(contestants: str, inputs: str, name: str, config: Config, threads: 
 
 def _precision() -> str:
     device = default_device()
-    return f"{str(default_dtype(device)).removeprefix('torch.')} on {'a CPU' if device.type == 'cpu' else describe_machine()['gpu']}"
+    dtype = str(default_dtype(device)).removeprefix("torch.")
+    return f"{dtype} on {'a CPU' if device.type == 'cpu' else describe_machine()['gpu']}"
 
 
 if __name__ == "__main__":

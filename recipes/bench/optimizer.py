@@ -1,16 +1,19 @@
-"""Does 8-bit AdamW on bf16 weights follow fp32 AdamW? Three trainings from the same weights on the same rows.
+"""Does 8-bit AdamW on bf16 weights follow fp32 AdamW? Three runs train the same weights on the same rows.
 
-    python recipes/bench/optimizer.py                                        the shipped tiny model
-    python recipes/bench/optimizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces traces.jsonl --row_tokens 512
+    python recipes/bench/optimizer.py                   the shipped tiny model
+    python recipes/bench/optimizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces traces.jsonl
 
-1. fp32      fp32 weights, torch's AdamW: the truth.
+1. fp32      fp32 weights, torch's AdamW: the reference.
 2. kit       bf16 weights, 8-bit states, both rounded stochastically: what the kit trains with on a card.
-3. nearest   bf16 weights, torch's AdamW, whose states are then bf16 too; all is rounded to nearest: what a plain bf16 run does.
+3. nearest   bf16 weights, torch's AdamW, whose states are then bf16 too, rounded to nearest: plain bf16.
 
-Prints how far the loss of each, over the last tenth of the steps, ends from fp32's, and how far its weights ended from where
-fp32's did, as a share of the way that those went. Writes loss.png and report.html.
-Matmuls run in fp32 on a CPU (there bf16 ones are several times slower) on weights whose values are bf16's, and gradients are
-rounded to bf16; with --compute bf16, and on a card, all runs in bf16. Never run on a GPU so far.
+Prints the loss of each run over the last tenth of the steps, its difference from fp32's, and the distance
+between its final weights and fp32's, as a share of the distance that fp32's weights moved. Writes loss.png
+and report.html.
+
+On a CPU matmuls run in fp32 (bf16 is several times slower there), on weights whose values are bf16, and
+gradients are rounded to bf16. With --compute bf16, and on a card, everything runs in bf16. Never run on a GPU
+so far.
 Left out on purpose: clipping and schedules, which are the same in all three.
 """
 
@@ -43,10 +46,10 @@ ARMS = {"fp32": "#333333", "kit": "#2a7f3f", "nearest": "#c0392b"}
 class Config:
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
     device: str = "cpu"  # cuda or cpu
-    compute: str = "auto"  # of the two bf16 arms' matmuls: fp32, bf16, or auto: bf16 on a card
+    compute: str = "auto"  # matmuls of the two bf16 runs: fp32, bf16, or auto: bf16 on a card
     traces: str = str(LONG_TRACES)  # hub id[:config][@split], or a .jsonl, .json or .parquet file
     num_traces: int = 0  # traces; 0 = all
-    row_tokens: int = 1_024  # tokens a pack; longer traces are dropped
+    row_tokens: int = 1_024  # tokens per pack; longer traces are dropped
     num_steps: int = 200  # steps of one pack each
     lr: float = 1e-4  # constant
     seed: int = 0  # of the packs and the rounding
@@ -58,7 +61,8 @@ SMOKE = {"num_steps": 20, "num_traces": 64, "row_tokens": 512}
 
 
 class Weights:
-    """The weights as an arm stores them, and the optimizer on them; the model computes on a copy where the dtypes differ."""
+    """The weights as a run stores them, and their optimizer. The model computes on a copy if the dtypes
+    differ."""
 
     def __init__(self, model, arm: str, config: Config):
         self.used = list(model.parameters())
@@ -87,22 +91,17 @@ class Weights:
 def train(
     config: Config, arm: str, batches: list[PackedBatch]
 ) -> tuple[list[float], list[torch.Tensor], list[torch.Tensor]]:
-    """(loss per step, weights before, weights after) of one arm."""
-    bf16 = arm != "fp32" and (
-        config.compute == "bf16" or (config.compute == "auto" and config.device == "cuda")
-    )
-    model, _ = models.load(
-        config.model, device=config.device, dtype=torch.bfloat16 if bf16 else torch.float32
-    )
+    """Return (loss per step, weights before, weights after) of one run."""
+    bf16 = config.compute == "bf16" or (config.compute == "auto" and config.device == "cuda")
+    dtype = torch.bfloat16 if bf16 and arm != "fp32" else torch.float32
+    model, _ = models.load(config.model, device=config.device, dtype=dtype)
     model.train()
     before = [p.detach().float().cpu().clone() for p in model.parameters()]
     weights, losses = Weights(model, arm, config), []
     for step in tqdm(range(config.num_steps), desc=arm, unit=" steps", disable=None):
         batch = batches[step % len(batches)].to(torch.device(config.device))
-        hidden = backbone.hidden_states(model, batch)
-        loss = linear_cross_entropy(
-            hidden, backbone.head_weight(model), batch.targets, softcap=backbone.softcap(model)
-        )
+        hidden, weight = backbone.hidden_states(model, batch), backbone.head_weight(model)
+        loss = linear_cross_entropy(hidden, weight, batch.targets, softcap=backbone.softcap(model))
         loss.backward()
         weights.step()
         losses.append(loss.item())
@@ -123,16 +122,15 @@ def main(config: Config) -> dict:
     _, tokenizer = models.load(config.model, device="cpu")
     chat = ChatFormat(tokenizer, instruction="")
     documents, drop_counts = load_documents(
-        config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed, max_bad_rows=20,
-        verify=True, cache_dir="",
+        config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed,
+        max_bad_rows=20, verify=True, cache_dir="",
     )  # fmt: skip
     plan = TrainingPlan.make(
         [len(d) for d in documents], row_tokens=config.row_tokens, batch_traces=1, epochs=1, seed=config.seed
     )
     batches = [PackedBatch.build([documents[i] for i in pack]) for step in plan.steps for pack in step]
-    print(
-        f"data        {drop_counts}\n{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps"
-    )
+    print(f"data        {drop_counts}")
+    print(f"{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps")
 
     results, ends, way = {}, {}, 1.0
     for arm in ARMS:
@@ -142,9 +140,11 @@ def main(config: Config) -> dict:
             way = _distance(before, after)
         last = fmean(losses[-max(config.num_steps // 10, 1) :])
         results[arm] = {"losses": losses, "last": last, "distance": _distance(ends["fp32"], after) / way}
-        results[arm]["off"] = last / results["fp32"]["last"] - 1
-        print(f"{arm:<9} loss {losses[0]:.4f} at first, {last:.4f} at last, {results[arm]['off']:+.2%} from fp32's; its weights "
-              f"ended {results[arm]['distance']:.1%} of fp32's way from where those did")  # fmt: skip
+        off = results[arm]["off"] = last / results["fp32"]["last"] - 1
+        print(
+            f"{arm:<9} loss {losses[0]:.4f} at first, {last:.4f} at the end, {off:+.2%} from fp32's; "
+            f"distance of the weights from fp32's {results[arm]['distance']:.1%} of how far those moved"
+        )
     write_json(out / "optimizer.json", {"machine": describe_machine(), **results})
     print(f"report {_report(out, config, results)}")
     return results
@@ -175,10 +175,11 @@ def _report(path: Path, config: Config, results: dict) -> Path:
     )
     page = (
         "<!doctype html><meta charset=utf-8><title>8-bit AdamW against fp32</title>"
-        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{padding:.3em 1em;text-align:right}"
-        "img{max-width:100%}</style>"
-        f"<h1>8-bit AdamW with stochastic rounding against fp32</h1>{image}<table><tr><th><th>loss at last<th>from fp32's"
-        f"<th>weights off, of fp32's way</tr>{rows}</table><pre>{html.escape(show(config))}</pre>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        "td,th{padding:.3em 1em;text-align:right}img{max-width:100%}</style>"
+        f"<h1>8-bit AdamW with stochastic rounding against fp32</h1>{image}"
+        "<table><tr><th><th>final loss<th>difference from fp32's<th>distance of the weights, of how far "
+        f"fp32's moved</tr>{rows}</table><pre>{html.escape(show(config))}</pre>"
         f"<pre>{html.escape(__doc__)}</pre><p>{html.escape(str(describe_machine()))}</p>"
     )
     report = path / "report.html"

@@ -1,4 +1,5 @@
-"""The torch path, and in a child process the real Triton kernel in the interpreter: both must give the same bits."""
+"""Test the torch path, and in a child process the Triton kernel in the interpreter: both give the same
+bits."""
 
 from itertools import pairwise
 
@@ -66,21 +67,23 @@ def assert_same_bits(a, b):
 @pytest.mark.parametrize("gradient_dtype", GRADIENTS, ids=str)
 @pytest.mark.parametrize("N", SIZES)
 def test_kernel_and_torch_path_give_the_same_bits(N, gradient_dtype, dtype):
-    """Only the code can differ, about once in 10^7, where a number lies within the last bit of a level; not in these."""
+    """Only a code can differ, about once in 10^7, if a number is within a bit of a level; none here does."""
     options = {"weight_decay": 0.1, "gradient_scale": 0.7, "index": 3}
     p, state = train(weights(N, dtype), gradients(N, 4, dtype=gradient_dtype), **options)
     q, other = weights(N, dtype), init_state(p)
     for step, g in enumerate(gradients(N, 4, dtype=gradient_dtype), 1):
         ka._torch_update(
-            q, g, *(other[x] for x in ("m_codes", "m_scales", "v_codes", "v_scales")), 0, ka._stream_key(0, step, 3),
-            0.7, 0.9, 1 - 0.9, 0.999, 1 - 0.999, (1 - 0.999**step) ** -0.5, 1e-8, 1e-3 / (1 - 0.9**step), 1 - 1e-3 * 0.1,
+            q, g, *(other[x] for x in ka.STATES), 0, ka._stream_key(0, step, 3),
+            0.7, 0.9, 1 - 0.9, 0.999, 1 - 0.999,
+            (1 - 0.999**step) ** -0.5, 1e-8, 1e-3 / (1 - 0.9**step), 1 - 1e-3 * 0.1,
         )  # fmt: skip
     assert_same_bits((p, state), (q, other))
 
 
 @pytest.mark.parametrize("gradient_dtype", GRADIENTS, ids=str)
 def test_the_first_step_is_adamw_and_its_states_are_the_nearest_codes_up_or_down(gradient_dtype):
-    """The first update reads no codes: p is as exact as torch's fp32 AdamW; a code is one of the two around the number."""
+    """The first update reads no codes: p is as exact as in torch's fp32 AdamW. A code is a neighbour of its
+    number."""
     N, options = 2_001, {"lr": 3e-4, "eps": 1e-8, "weight_decay": 0.1}
     g = gradients(N, 1, dtype=gradient_dtype)[0]
     p, state = train(weights(N), [g], **options)
@@ -99,14 +102,15 @@ def test_the_first_step_is_adamw_and_its_states_are_the_nearest_codes_up_or_down
         assert (
             state[f"{name}_codes"].float().abs() == levels
         ).float().sum() >= N // 256  # each block's largest is exact
-    assert ((state["v_codes"] == 0) == (g == 0)).all()  # no gradient that came is forgotten in v
+    assert ((state["v_codes"] == 0) == (g == 0)).all()  # v is not 0 for any gradient that is not 0
     sign = state["m_codes"].sign()
     assert ((sign == 0) | (sign == g.sign())).all()
 
 
 @pytest.mark.skipif(INTERPRET, reason="the kernel's bits are the torch path's")
 def test_the_random_codes_have_the_right_mean():
-    """m and sqrt(v) come back without bias: over 1,024 streams the mean lies within five standard errors of two-point noise."""
+    """m and sqrt(v) have no bias: the mean of 1,024 streams is within five standard errors of two-point
+    noise."""
     g, trials = gradients(256, 1)[0], 1_024
     g[0] = 1.0
     states = [decode_state(train(weights(256), [g], seed=seed)[1]) for seed in range(trials)]
@@ -126,7 +130,8 @@ def test_the_random_codes_have_the_right_mean():
 
 
 def updates_of_1e_5(round_):
-    """1,000 updates of 1e-5 on bf16 weights near 0.02, whose neighbours are 1.2e-4 apart; how far the mean moves."""
+    """Return how far 1,000 updates of 1e-5 move the mean of bf16 weights near 0.02, which are 1.2e-4
+    apart."""
     p = (0.02 + 0.002 * torch.rand(4_096, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     before = p.double().mean()
     return round_(p) - before
@@ -134,7 +139,7 @@ def updates_of_1e_5(round_):
 
 @pytest.mark.skipif(INTERPRET, reason="4 million updates; the kernel's bits are the torch path's")
 def test_a_thousand_updates_of_1e_5_move_bf16_weights_by_1e_2():
-    """A constant gradient makes Adam's update exactly lr. Down, so that the spacing shrinks as the weights do."""
+    """A constant gradient makes Adam's update exactly lr. Downwards, the spacing shrinks with the weights."""
 
     def stochastic(p):
         return train(p, [torch.ones(len(p))] * 1_000, lr=1e-5)[0].double().mean()
@@ -145,10 +150,10 @@ def test_a_thousand_updates_of_1e_5_move_bf16_weights_by_1e_2():
         return p.double().mean()
 
     assert abs(updates_of_1e_5(stochastic) + 1e-2) < 2e-4
-    assert not abs(updates_of_1e_5(to_nearest) + 1e-2) < 2e-4  # the test can tell
+    assert not abs(updates_of_1e_5(to_nearest) + 1e-2) < 2e-4  # the test can see the difference
 
 
-def test_the_bits_depend_on_seed_step_index_and_element_and_on_nothing_else():
+def test_the_bits_depend_on_seed_step_index_and_element_only():
     p, gs = weights(2_001, torch.bfloat16), gradients(2_001, 1)
     first = train(p, gs, seed=7)
     assert_same_bits(first, train(p, gs, seed=7))
@@ -165,7 +170,7 @@ def test_the_bits_depend_on_seed_step_index_and_element_and_on_nothing_else():
     error = 5 * 0.5 / (1 << 8)  # five standard errors of a mean of 2^16 coins
     assert (ones.mean(1) - 0.5).abs().max() < error
     apart = torch.corrcoef(ones) - torch.eye(64)
-    assert apart.abs().max() < 5 / (1 << 8)  # the bits of one number, of which p, m and v take different ones
+    assert apart.abs().max() < 5 / (1 << 8)  # the bits of one number: p, m and v use different ones
     assert (
         torch.stack(
             [((ones[:, lag:] == ones[:, :-lag]).double().mean(1) - 0.5).abs().max() for lag in (1, 2, 256)]
@@ -175,7 +180,7 @@ def test_the_bits_depend_on_seed_step_index_and_element_and_on_nothing_else():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(dtype, tmp_path):
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(dtype, tmp_path):
     from safetensors.torch import load_file, save_file
 
     p, gs = weights(700, dtype), gradients(700, 6)
@@ -214,7 +219,8 @@ def test_without_gradient_and_state_only_the_decay_moves_a_weight(dtype):
 
 
 def test_a_dead_neighbour_of_a_live_weight_stops_and_never_explodes():
-    """Half of a block gets one gradient and then none: m fades to the code 0, v does not, and no update exceeds Adam's first."""
+    """Half of a block gets one gradient only: m fades to the code 0, v does not, no update exceeds Adam's
+    first."""
     N, steps = 512, 20 if INTERPRET else 1_500
     gs = gradients(N, steps)
     dead = torch.arange(N) % 2 == 0
@@ -238,7 +244,8 @@ def test_a_v_far_below_the_first_code_keeps_it_and_only_a_v_of_zero_has_the_code
 
 
 def test_v_follows_gradients_that_shrink_beside_others_that_do_not():
-    """beta2 = 0.999 takes less off v in a step than a code is wide: rounded to nearest it would stand still, far too large."""
+    """beta2 = 0.999 shrinks v by less than a code per step: rounded to nearest it would stay far too
+    large."""
     N, steps = 512, 30 if INTERPRET else 2_000
     g = torch.randn(steps, N, generator=torch.Generator().manual_seed(0))
     g[steps // 5 :, ::2] *= 0.03
@@ -268,7 +275,7 @@ def test_tiny_and_huge_gradients_neither_underflow_nor_overflow(size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy remarks on inf / inf
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy in the interpreter warns about inf / inf
 def test_a_gradient_that_is_not_finite_turns_its_weight_nan_at_once_and_its_block_next(bad, dtype):
     g = gradients(700, 2)
     g[0, 300] = bad
@@ -286,7 +293,8 @@ def test_a_nan_of_all_ones_does_not_round_to_a_finite_number():
 
 
 def trained(update, *, steps=200, seed=0):
-    """A least-squares fit of 20 x 77 weights whose gradients' scales span four decades: the weights after `steps` batches."""
+    """Fit 20 x 77 weights by least squares, with gradients over four decades; return them after `steps`
+    batches."""
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** (-4 * torch.rand(77, generator=generator))
     goal = torch.randn(20, 77, generator=generator)
@@ -325,7 +333,7 @@ def test_after_200_steps_we_are_no_further_from_fp32_adamw_than_bitsandbytes():
         theirs = trained(
             torchs(lambda p: bitsandbytes.optim.AdamW8bit(p, min_8bit_size=1, **options)), seed=seed
         )
-        assert truth.abs().max() > 0.5  # it trains
+        assert truth.abs().max() > 0.5  # the loss falls
         errors["ours"] += (trained(ours(seed), seed=seed) - truth).norm().item()
         errors["bitsandbytes"] += (theirs - truth).norm().item()
     print(errors)
@@ -410,7 +418,8 @@ def test_elements_past_2_to_the_31_do_not_overflow(monkeypatch, first_element):
 
 @pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
 def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(monkeypatch):
-    """Program 2^31 / 256 / BLOCKS writes element 2^31 + ...: of an address space of which only that page is touched."""
+    """Program 2^31 / 256 / BLOCKS writes element 2^31 + ... of an address space of which it touches one
+    page."""
     import mmap
 
     import triton.runtime.interpreter as interpreter

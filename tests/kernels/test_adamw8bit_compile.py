@@ -1,4 +1,4 @@
-"""What the compiler made of the optimizer's kernel: 16-byte accesses and the torch path's bits. Needs no GPU."""
+"""Test the compiled kernel of the optimizer: 16-byte accesses and no fused operations. Needs no GPU."""
 
 import os
 import re
@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed 
 
 
 def bytes_of_accesses(ptx, pointer, kind):
-    """The widths, in bytes, of the loads ("ld") or stores ("st") at addresses computed from parameter number `pointer`."""
+    """Return the bytes per load ("ld") or store ("st") at addresses computed from parameter number
+    `pointer`."""
     parameter = rf"ld\.param\.b64\s+(%rd\d+), \[\w+_param_{pointer}\];"
     addresses = {re.search(parameter, ptx).group(1)}
     widths = []

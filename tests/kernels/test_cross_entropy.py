@@ -1,4 +1,7 @@
-"""The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
+"""Test the torch path, and in a child process the Triton kernels in the interpreter.
+
+TRITON_INTERPRET is read when Triton is imported.
+"""
 
 import mmap
 
@@ -16,14 +19,15 @@ from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = (
     ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
-)  # the kernels do not know "mean" from "sum"
+)  # the kernels are the same for "mean" and "sum"
 # (N, V): one of each; nothing divides anything; several column steps with a ragged end
 SHAPES = [(1, 1), (1, 7), (13, 77), (11, 301)]
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Blocks of two rows of 77 fp32 columns, steps of 64 columns: small inputs cross every seam."""
+    """Use blocks of two rows of 77 fp32 columns and steps of 64 columns, so that small inputs need
+    several."""
     monkeypatch.setattr(ce, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(ce, "BLOCK_V", 64)
 
@@ -39,7 +43,7 @@ def problem(N, V, dtype, *, ignore=True):
 
 
 def reference(logits, targets, *, reduction):
-    """0 instead of nan where every target is ignored."""
+    """Return 0 instead of nan if every target is ignored."""
     losses = cross_entropy_reference(logits, targets, reduction="none")
     return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / (targets != -100).sum().clamp(min=1)}[
         reduction
@@ -58,8 +62,11 @@ def rms(x):
 
 
 def check(logits, targets, dtype, **options):
-    """At most twice torch's own error. The floor, one unit in the last place, is for where torch is exact by luck: of the
-    gradient; of the logits, near 3, whose difference a loss is."""
+    """Check that the error is at most twice torch's own.
+
+    The floor is one unit in the last place, in case torch is exact by luck: of the gradient; of the logits,
+    near 3, whose difference a loss is.
+    """
     truth = run(reference, logits, targets, torch.float64, **options)
     torchs, ours = (run(f, logits, targets, dtype, **options) for f in (reference, cross_entropy))
     assert ours["loss"].dtype == torchs["loss"].dtype and ours["dlogits"].dtype == dtype
@@ -100,7 +107,7 @@ def test_every_shape_agrees_with_float64(data):
     )
     for name in (
         truth
-    ):  # single numbers have no error to compare with: some units in the last place of logits near 10
+    ):  # a single number has no typical error to compare with: allow some last places of logits near 10
         torch.testing.assert_close(
             ours[name].double(), truth[name], rtol=0, atol=8 * 10 * torch.finfo(torch.float32).eps
         )
@@ -127,7 +134,7 @@ def test_masked_logits_of_minus_infinity_are_fine_even_in_a_whole_first_step():
     check(logits, targets, torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's numpy remarks on it
+@pytest.mark.filterwarnings("ignore:All-NaN")  # numpy in the interpreter warns about it
 def test_ignored_rows_may_hold_anything():
     logits, targets = problem(13, 77, torch.float32)
     logits[targets == -100] = torch.nan
@@ -180,7 +187,7 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
-def test_nothing_is_overwritten_where_no_gradient_is_asked_for():
+def test_nothing_is_overwritten_if_no_gradient_is_needed():
     logits, targets = problem(13, 77, torch.float32)
     before = logits.clone()
     assert not cross_entropy(logits, targets).requires_grad
@@ -254,7 +261,7 @@ def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(monkeypatch)
         interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
     )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
-    # 8 GiB of addresses, of which one page is ever touched: nothing is committed
+    # 8 GiB of addresses, of which one page is touched: nothing is committed
     space = mmap.mmap(
         -1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
     )  # MAP_NORESERVE

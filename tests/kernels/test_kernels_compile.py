@@ -1,6 +1,6 @@
-"""Compiles every kernel to machine code for the cards people have, with the code of recipes/bench/kernel_report.py. Needs no GPU.
+"""Compile every kernel to machine code for common cards, with recipes/bench/kernel_report.py. Needs no GPU.
 
-TRITON_INTERPRET is read at import, so what compiles runs in a child process that does not have it.
+TRITON_INTERPRET is read when Triton is imported, so compiling runs in a child process without it.
 """
 
 import json
@@ -24,7 +24,7 @@ TARGETS = [card for card in CARDS if card.capability >= 80]
 
 @triton.jit
 def _matmul_kernel(a_ptr, b_ptr, c_ptr, num_steps, BLOCK: tl.constexpr):
-    """A kernel with a dot, so that the report is seen to tell tensor cores from none."""
+    """Multiply tiles: a kernel with a dot, to see that the report finds tensor-core instructions."""
     rows, acc = tl.arange(0, BLOCK), tl.zeros((BLOCK, BLOCK), tl.float32)
     tile = rows[:, None] * BLOCK + rows[None, :]
     for step in range(num_steps):
@@ -35,7 +35,7 @@ def _matmul_kernel(a_ptr, b_ptr, c_ptr, num_steps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _hoarding_kernel(x_ptr, BLOCK: tl.constexpr):
-    """Holds BLOCK numbers over a sum: with one warp and 16,384 of them, 512 a thread."""
+    """Keep BLOCK numbers in registers during a sum: 512 per thread with one warp and 16,384 numbers."""
     x = tl.load(x_ptr + tl.arange(0, BLOCK))
     tl.store(x_ptr + tl.arange(0, BLOCK), x / tl.sum(x, 0))
 
@@ -47,10 +47,10 @@ def matmul(**options):
 
 
 def complaints(compiled: Compiled) -> list[str]:
-    """What is wrong with a kernel."""
+    """Return what is wrong with a kernel."""
     found = []
     if compiled.spilled:
-        found.append(f"{compiled.spilled} bytes a thread spill to memory")
+        found.append(f"{compiled.spilled} bytes per thread spill to memory")
     if not compiled.programs:
         found.append(
             f"does not fit: {compiled.shared} bytes of shared memory, {compiled.shared_limit} are allowed"
@@ -63,8 +63,12 @@ def complaints(compiled: Compiled) -> list[str]:
 
 
 def worth_compiling(case: Case, card) -> bool:
-    """Everything for RTX 40, the report shows the rest. fp16 and fp32 compile as bf16 does: where that exists, once is enough.
-    RTX 30 is RTX 40 without fp8, with as much shared memory: only attention, which comes near both limits, is looked at."""
+    """Return whether the test compiles this case for this card; the report compiles all.
+
+    Everything is compiled for RTX 40. fp16 and fp32 compile like bf16, so on other cards bf16 is enough.
+    RTX 30 is RTX 40 without fp8 and has as much shared memory: only attention, which comes near both limits,
+    is compiled for it.
+    """
     if card.capability == 89:
         return True
     is_attention = "attention" in case.name
@@ -74,7 +78,7 @@ def worth_compiling(case: Case, card) -> bool:
 
 
 def judge(job: tuple[int, int]) -> tuple[str, list[str]]:
-    """(a line of the report, what is wrong) for the numbers of a case and a target."""
+    """Return (a line of the report, what is wrong) for the indices of a case and a target."""
     case, card = cases()[job[0]], TARGETS[job[1]]
     compiled = compile_case(case, card)
     return f"{card.name} {line(compiled)}", [
@@ -91,7 +95,7 @@ def check_every_case():
     ]
     with ProcessPoolExecutor(
         os.cpu_count(), mp_context=multiprocessing.get_context("fork")
-    ) as pool:  # nothing has run here yet
+    ) as pool:  # safe to fork: nothing has run here yet
         lines, found = zip(*pool.map(judge, everything, chunksize=4), strict=True)
     print("\n".join(lines))
     assert not any(found), "\n".join(wrong for each in found for wrong in each)
@@ -99,7 +103,7 @@ def check_every_case():
 
 def check_dots():
     for card in CARDS:
-        if card.capability in (80, 86):  # as 89
+        if card.capability in (80, 86):  # like 89
             continue
         compiled = compile_case(matmul(), card)
         kinds = (
@@ -115,7 +119,7 @@ def check_bad():
         sys.modules[__name__], "_hoarding_kernel", "fp32", constants={"BLOCK": 16_384}, num_warps=1
     )
     assert "spill" in complaints(compile_case(hoarding, card))[0]
-    deep = matmul(num_stages=9)  # 8 KiB a tile, two tiles a stage
+    deep = matmul(num_stages=9)  # 8 KiB per tile, two tiles per stage
     assert any("does not fit" in complaint for complaint in complaints(compile_case(deep, card)))
     with pytest.raises(ValueError, match="'num_steps' has neither"):
         compile_case(replace(matmul(), arguments={}), card)
@@ -134,7 +138,7 @@ def run_child(*args, **environment):
 
 @pytest.mark.slow
 @needs_triton
-def test_every_case_compiles_well_a_dot_shows_its_tensor_cores_and_bad_kernels_are_seen():
+def test_every_case_compiles_well_a_dot_shows_its_tensor_cores_and_bad_kernels_are_found():
     child = run_child(__file__)
     assert child.returncode == 0, f"\n{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)
@@ -147,7 +151,8 @@ def compiled_with(num_warps, registers, shared, capability):
 
 
 def test_occupancy_is_what_the_limits_leave():
-    """Worked by hand from the limits of a multiprocessor: 64 Ki registers in four files; RTX 40: 48 warps, 100 KiB."""
+    """Computed by hand from a multiprocessor's limits: 64 Ki registers in four files; RTX 40: 48 warps, 100
+    KiB."""
     assert (
         compiled_with(8, 48, 32, 89).programs == 5
     )  # 42 warps by registers, 40 in four files: 5 programs of 8
@@ -163,7 +168,7 @@ def test_occupancy_is_what_the_limits_leave():
     assert compiled_with(4, 32, 49 * 1024 + 1, 89).programs == 1
     assert compiled_with(4, 32, 99 * 1024 + 1, 89).programs == 0  # and it cannot run
     assert compiled_with(4, 32, 100 * 1024, 90).programs == 2
-    assert compiled_with(4, 32, 64 * 1024, 75).programs == 1  # Turing keeps nothing for itself
+    assert compiled_with(4, 32, 64 * 1024, 75).programs == 1  # on Turing the system adds nothing
 
 
 def test_ptx_is_read_right():

@@ -1,4 +1,7 @@
-"""The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read at import."""
+"""Test the torch path, and in a child process the Triton kernels in the interpreter.
+
+TRITON_INTERPRET is read when Triton is imported.
+"""
 
 import contextlib
 import mmap
@@ -31,7 +34,7 @@ from kit.memory.live_bytes import LiveBytes
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = (
     ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
-)  # the kernels do not know "mean" from "sum"
+)  # the kernels are the same for "mean" and "sum"
 NAMES = ("loss", "dhidden", "dweight")
 # (N, V, H): one row; nothing divides anything; several column steps with a ragged end
 SHAPES = [(1, 7, 3), (13, 77, 19), (11, 301, 24)]
@@ -39,7 +42,8 @@ SHAPES = [(1, 7, 3), (13, 77, 19), (11, 301, 24)]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Chunks of at most 5 rows, blocks of 2 rows of 77 fp32 columns, steps of 64 columns: small inputs cross every seam."""
+    """Use chunks of at most 5 rows, blocks of 2 rows of 77 fp32 columns, steps of 64: small inputs need
+    several."""
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
     monkeypatch.setattr(head, "PRODUCT_BYTES", {"cpu": 32 * 19 * 4})
@@ -71,7 +75,7 @@ def plain(
     temperature=1.0,
     max_rows=0,
 ):
-    """What linear_cross_entropy promises, in plain autograd."""
+    """Compute what linear_cross_entropy promises, in plain autograd."""
     logits = hidden @ weight.T if hidden.dtype == torch.float64 else (hidden @ weight.T).float()
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     kept = targets != IGNORE_INDEX
@@ -98,8 +102,11 @@ def rms(x):
 
 
 def assert_as_good_as_torch(ours, torchs, truth, dtype, unit=0.0):
-    """At most twice torch's own error. The floor, one unit in the last place, is for where torch is exact by luck: of the
-    result; for a log-prob, of the numbers near 1 that it is the difference of; of `unit`, where a result has few elements."""
+    """Check that the error is at most twice torch's own.
+
+    The floor is one unit in the last place, in case torch is exact by luck: of the result; for a log-prob, of
+    the numbers near 1 whose difference it is; of `unit`, if a result has few elements.
+    """
     for name in truth:
         error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
         size = max(rms(truth[name]), unit, 0.0 if name.startswith("d") else 1.0)
@@ -228,7 +235,7 @@ def test_every_shape_agrees_with_float64(data):
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
         "softcap": data.draw(st.sampled_from([None, 4.0])),
     }
-    # what a single number can lose: one unit in the last place of the largest logit, for every token that is summed
+    # a single number can lose one unit in the last place of the largest logit, for every token in the sum
     unit = max(1.0, (hidden @ weight.T).abs().max().item() * N) if N else 1.0
     check(hidden, weight, targets.long(), torch.float32, unit, **options)
 
@@ -316,7 +323,7 @@ def test_the_kernels_honour_a_row_stride_and_touch_nothing_beside_their_rows():
 
 
 def test_memory_that_is_not_written_is_not_read(monkeypatch):
-    """Everything that is allocated uninitialised starts as nan."""
+    """Memory that is allocated uninitialised starts as nan."""
 
     def poison(x):
         return x.fill_(torch.nan) if x.is_floating_point() else x
@@ -334,7 +341,7 @@ def test_memory_that_is_not_written_is_not_read(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("needs", list(product([False, True], repeat=2)), ids=str)
-def test_only_the_gradients_that_autograd_asks_for_are_made(needs, reduction, monkeypatch):
+def test_only_the_gradients_that_autograd_asks_for_are_computed(needs, reduction, monkeypatch):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     truth = run(plain, hidden, weight, targets, torch.float64)
     made = []
@@ -359,8 +366,8 @@ def test_only_the_gradients_that_autograd_asks_for_are_made(needs, reduction, mo
 
 @pytest.mark.parametrize("max_rows", [0, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hiddens_memory_may_take_its_gradient(dtype, max_rows):
-    """The same bits, in place, and rows without a target become zeros whatever they held."""
+def test_the_gradient_of_hidden_can_be_written_over_hidden(dtype, max_rows):
+    """The bits are the same, and rows without a target become zeros, whatever they were."""
     leaf, weight, targets = problem(13, 77, 19, dtype)
     leaf[targets == IGNORE_INDEX] = torch.nan
     grads, places = [], []
@@ -391,7 +398,7 @@ def test_hidden_that_a_graph_reads_again_or_whose_rows_share_memory_is_not_overw
     assert torch.equal(frozen, hidden)
 
 
-def test_no_gradient_is_made_under_no_grad(monkeypatch):
+def test_no_gradient_is_computed_under_no_grad(monkeypatch):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     monkeypatch.setattr(head.HeadGradients, "add", None)
     with torch.no_grad():
@@ -478,7 +485,7 @@ def test_float64_is_float64_throughout():
 
 
 def compiled_and_eager(call, *tensors):
-    """Value and gradients of both, through one graph without a break."""
+    """Return value and gradients of both, through one graph without a break."""
     torch.compiler.reset()
     results = []
     for function in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
@@ -503,7 +510,7 @@ about_graphs = pytest.mark.skipif(INTERPRET, reason="the graph holds operators, 
     ],
     ids=str,
 )
-def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options, needs, monkeypatch):
+def test_torch_compile_puts_the_loss_into_one_graph_and_changes_nothing(options, needs, monkeypatch):
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
     token_weight = torch.linspace(-1, 2, 13)
     hidden.requires_grad_(needs[0])
@@ -517,14 +524,14 @@ def test_torch_compile_takes_the_loss_into_one_graph_and_changes_nothing(options
     wanted = lambda self: made.append((self.dhidden is not None, self.dweight is not None)) or finish(self)  # noqa: E731
     monkeypatch.setattr(head.HeadGradients, "finish", wanted)
     compiled, eager = compiled_and_eager(call, hidden, weight)
-    assert set(made) == {needs} and len(made) == 2  # what nobody asks for costs a matmul
+    assert set(made) == {needs} and len(made) == 2  # a gradient that is not needed would cost a matmul
     assert [x is None for x in compiled] == [False, not needs[0], not needs[1]]
     for x, y in zip(compiled, eager, strict=True):
         assert x is y is None or torch.equal(x, y)
 
 
 @about_graphs
-def test_torch_compile_takes_scoring_too_and_an_objective_with_a_break():
+def test_torch_compile_accepts_scoring_too_and_an_objective_with_a_break():
     hidden, weight, targets = problem(13, 77, 19, torch.float32)
 
     def score(hidden, weight):
@@ -600,7 +607,7 @@ def test_on_a_card_the_sum_over_the_vocabulary_is_never_rounded_on_its_way(dtype
         assert gradients.finish()[0].dtype == (torch.float32 if dtype == torch.float16 else dtype)
 
 
-def test_where_a_card_cannot_add_to_an_fp32_sum_the_products_that_wait_to_be_added_fit_its_cache(monkeypatch):
+def test_if_a_card_cannot_add_to_an_fp32_sum_in_one_call_the_products_fit_its_cache(monkeypatch):
     monkeypatch.undo()  # the real sizes
     with FakeTensorMode():
         total = torch.empty(262_144, 1_152, device="cuda")
@@ -655,7 +662,7 @@ def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
     assert head.rows_per_chunk(16384, 262144, 0, 2) == 1024
     assert (
         head.rows_per_chunk(16384, 262144, 1152, 2) == 964
-    )  # 17 chunks: three matrices of 1,152 columns take their share
+    )  # 17 chunks: three matrices of 1,152 columns count too
     assert head.rows_per_chunk(16384, 262144, 1152, 4) == 512
     assert head.rows_per_chunk(16384, 2**20, 640, 4) == 512  # the chunk is 2 GiB then
     assert head.rows_per_chunk(513, 262144, 640, 4) == 257  # not 512 and 1
@@ -693,7 +700,7 @@ def test_a_caller_may_ask_for_fewer_rows_at_once(max_rows, monkeypatch):
         ):
             read, backward[:] = [], []
             losses().sum().backward()
-            assert read == backward == forward  # where logits are made twice, both times
+            assert read == backward == forward  # if logits are computed twice, both times
     kept = int((targets != IGNORE_INDEX).sum())
     assert max(forward) <= max_rows and sum(forward) == kept and len(forward) == -(-kept // max_rows)
 
@@ -746,7 +753,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
             call()
 
 
-def test_the_reference_says_the_same_as_this_files_own():
+def test_the_reference_agrees_with_the_definition_of_this_file():
     hidden, weight, targets = problem(13, 77, 19, torch.float64)
     for options in ({}, {"reduction": "none", "softcap": 3.0}, {"reduction": "sum", "temperature": 0.5}):
         reference, ours = (
@@ -770,7 +777,7 @@ def test_the_triton_kernels_pass_this_file_in_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRET, reason="says nothing about kernels")
-def test_without_triton_the_module_imports_and_takes_the_torch_path():
+def test_without_triton_the_module_imports_and_uses_the_torch_path():
     in_a_child(["-c", """
 import sys
 sys.modules["triton"] = None  # import triton now raises ImportError, as on macOS
@@ -789,7 +796,7 @@ FAR_ROW, FAR_STRIDE = 16_383, 262_144  # the last row of 16,384: its offset is 2
 
 @pytest.fixture
 def far_row(monkeypatch):
-    """Runs a kernel's only program as if it were number 16,383, and makes the interpreter raise on int32 overflow."""
+    """Run a kernel's only program as if it were number 16,383; the interpreter raises on int32 overflow."""
     import triton.runtime.interpreter as interpreter
 
     def create_get_program_id(axis, _get=interpreter.interpreter_builder.create_get_program_id):
@@ -801,7 +808,7 @@ def far_row(monkeypatch):
         interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
     )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
-    # 8 GiB of addresses, of which one page is ever touched: nothing is committed
+    # 8 GiB of addresses, of which one page is touched: nothing is committed
     space = mmap.mmap(
         -1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
     )  # MAP_NORESERVE

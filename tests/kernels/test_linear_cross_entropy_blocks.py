@@ -13,7 +13,7 @@ from kit.kernels.linear_cross_entropy_rows import block_gradients_
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Chunks of at most 5 rows, steps of 64 columns."""
+    """Use chunks of at most 5 rows and steps of 64 columns."""
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
     monkeypatch.setattr(logit_rows, "CPU_BLOCK_BYTES", 700)
@@ -69,7 +69,7 @@ def test_without_a_target_every_block_is_zero(N):
     assert loss == 0 and (dhidden == 0).all() and (dweight == 0).all() and len(dweight) == 300
 
 
-def test_a_block_may_be_updated_before_the_next_is_made():
+def test_a_block_may_be_updated_before_the_next_is_computed():
     hidden, weight, targets = problem(13, 3 * VOCABULARY_UNIT, 19, torch.float32)
     expected = blocked(hidden, weight, targets, 1.0, None)[2]
     _, _, kept, logsumexp = loss_without_dweight(hidden, weight, targets, 1.0)
@@ -78,7 +78,7 @@ def test_a_block_may_be_updated_before_the_next_is_made():
         weight[first : first + len(dweight)] = torch.nan
 
 
-def test_block_bytes_decides_how_many_columns_are_made_at_once():
+def test_block_bytes_decides_how_many_columns_are_computed_at_once():
     hidden, weight, targets = problem(16, 5 * VOCABULARY_UNIT, 19, torch.float32)
     num_targets = int((targets != IGNORE_INDEX).sum())
     two_units = 2 * VOCABULARY_UNIT * (num_targets + 19) * 4

@@ -52,7 +52,8 @@ def test_no_worse_than_the_masked_square_against_float64(window, heads, kv_heads
         )
         for name in truth:
             error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
-            # through a window of 1 dq and dk are differences of two equal dot products: D roundings are their floor
+            # through a window of 1 dq and dk are differences of two equal dot products: D roundings are their
+            # floor
             floor = D * torch.finfo(dtype).eps * rms(truth["out"]) if window == 1 else 0.0
             assert error <= 2 * allowed + floor, f"{name} {dtype}"
 
@@ -135,7 +136,7 @@ def test_mixed_dtypes_and_devices_are_refused(change, message):
 @pytest.mark.parametrize(
     "function", [packed_attention, lambda *a: pa._documents_attention(*a, pa.WHOLE_DOCUMENT, 0.25)]
 )
-def test_a_pack_of_no_tokens_gives_none_and_has_gradients(function):
+def test_a_pack_without_tokens_returns_none_and_has_gradients(function):
     tensors = [torch.zeros(0, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
     out = function(*tensors, torch.tensor([0]), 0)
     assert out.shape == (0, 4, 16)
@@ -161,7 +162,7 @@ def test_every_pack_agrees_with_the_masked_square(data):
         results.append([out, *torch.autograd.grad((out * out).sum(), leaves)])
     for ours, truth in zip(
         *results, strict=True
-    ):  # float64 is the truth: what is left are some roundings of sums of a few terms
+    ):  # in float64 only a few roundings of sums of a few terms remain
         torch.testing.assert_close(ours, truth, atol=1e-13, rtol=1e-12)
 
 
@@ -178,7 +179,7 @@ def test_the_path_without_operators_gives_the_same_to_the_last_bit(window):
         assert torch.equal(ours[name], other[name]), name
 
 
-def test_a_gradient_is_made_only_for_those_who_want_it():
+def test_a_gradient_is_returned_only_for_inputs_that_need_it():
     q, k, v = problem(4, 2, torch.float32)
     packed_attention(q, k.detach(), v, CU_SEQLENS, 20).sum().backward()
     assert q.grad is not None and v.grad is not None and k.grad is None
@@ -234,7 +235,7 @@ def test_a_compiled_function_is_one_graph_and_gives_the_same(window):
         compiled(*tensors, CU_SEQLENS - 1, 20, window=window)
 
 
-def test_a_card_without_tensor_cores_is_told_so_once(monkeypatch):
+def test_a_card_without_tensor_cores_gets_one_warning(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 0 else (8, 6)
     )
@@ -249,7 +250,7 @@ def test_a_card_without_tensor_cores_is_told_so_once(monkeypatch):
     backend.has_tensor_cores.cache_clear()
 
 
-def test_without_triton_the_module_imports_and_takes_the_torch_path():
+def test_without_triton_the_module_imports_and_uses_the_torch_path():
     code = """
 import sys
 sys.modules["triton"] = None  # import triton now raises ImportError, as on macOS

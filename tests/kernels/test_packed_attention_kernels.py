@@ -1,4 +1,7 @@
-"""The Triton kernels of packed attention in Triton's interpreter, which is chosen when Triton is imported: in a child process."""
+"""Test the Triton kernels of packed attention in the interpreter, in a child process.
+
+TRITON_INTERPRET is read when Triton is imported.
+"""
 
 import mmap
 from itertools import accumulate, pairwise
@@ -30,7 +33,7 @@ def small_tiles(monkeypatch):
 
 
 def problem(lengths, heads, kv_heads, D, dtype):
-    """q, k, v and the output's gradient, dtype."""
+    """Return q, k, v and the output's gradient in a dtype."""
     torch.manual_seed(0)
     shapes = (
         (sum(lengths), heads, D),
@@ -56,8 +59,11 @@ def rms(x):
 
 
 def check(tensors, lengths, *, is_degenerate=False, **options):
-    """At most twice torch's own error. Where every token sees but itself, p = 1, and torch's gradients of q and k are zero by
-    luck: there, and for single numbers, the floor is the D roundings of the dot products whose difference they are."""
+    """Check that the error is at most twice torch's own.
+
+    If every token sees only itself, p = 1 and torch's gradients of q and k are zero by luck. There, and for
+    single numbers, the floor is the D roundings of the dot products whose difference they are.
+    """
     truth = run(packed_attention_reference, [x.double() for x in tensors], lengths, **options)
     torchs, ours = (
         run(f, tensors, lengths, **options) for f in (packed_attention_reference, packed_attention)
@@ -132,7 +138,7 @@ def test_kernels_agree_with_float64_whatever_the_pack(data):
 
 @in_the_interpreter
 @pytest.mark.parametrize("window", [None, 20])
-def test_a_document_is_blind_to_its_neighbours_to_the_last_bit(small_tiles, window):
+def test_other_documents_change_no_bit_of_a_document(small_tiles, window):
     tensors = problem(LENGTHS, 1, 1, 16, torch.float32)
     before, again = (run(packed_attention, tensors, LENGTHS, window=window) for _ in range(2))
     rows = slice(14, 51)  # the third
@@ -148,14 +154,14 @@ def test_a_document_is_blind_to_its_neighbours_to_the_last_bit(small_tiles, wind
 
 
 @in_the_interpreter
-def test_views_and_broadcast_tensors_are_read_where_they_lie(small_tiles):
+def test_views_and_broadcast_tensors_are_read_in_place(small_tiles):
     lengths, T = [3, 9], 12
     q, k, v, dout = problem(lengths, 4, 2, 16, torch.float32)
     truth = run(packed_attention, (q, k, v, dout), lengths)
     between = torch.full((T, 4, 40), torch.nan)
-    between[..., 3:19] = q  # rows and heads lie apart
+    between[..., 3:19] = q  # rows and heads are not adjacent
     every_other = torch.full((T, 2, 32), torch.nan)
-    every_other[..., ::2] = v  # a head's numbers do too
+    every_other[..., ::2] = v  # nor are the numbers of a head
     heads_first = k.transpose(0, 1).contiguous().transpose(0, 1)
     views = (
         between[..., 3:19],
@@ -166,7 +172,7 @@ def test_views_and_broadcast_tensors_are_read_where_they_lie(small_tiles):
     for name, x in run(packed_attention, views, lengths).items():
         assert torch.equal(x, truth[name]), name
     kv = k[:, :1].expand(T, 2, 16)
-    for narrow in ((1, 4, 16), (1, 1, 1)):  # what .sum() hands down has stride 0
+    for narrow in ((1, 4, 16), (1, 1, 1)):  # the gradient of .sum() has stride 0
         broadcast = torch.randn(narrow).expand(T, 4, 16)
         ours = run(packed_attention, (q, kv, kv, broadcast), lengths)
         truth = run(packed_attention, (q, kv.contiguous(), kv.contiguous(), broadcast.contiguous()), lengths)
@@ -175,7 +181,7 @@ def test_views_and_broadcast_tensors_are_read_where_they_lie(small_tiles):
 
 
 def poison(monkeypatch, value):
-    """Every tensor the kernels allocate starts as value. Returns the list of them, each with a margin of 8 rows around it."""
+    """Fill every tensor the kernels allocate with value, and return them, each with a margin of 8 rows."""
     allocated = []
     new_empty = torch.Tensor.new_empty
 
@@ -207,7 +213,7 @@ def test_every_number_is_written_and_nothing_unwritten_is_read(small_tiles, monk
 @pytest.mark.parametrize(
     "bounds", [[0, 40, 20, 10**6, 70], [-90, -5, 30, 60], [2**31 - 1, 0, 2**31 - 1], [5, 5, 5], [-(2**31), 9]]
 )
-def test_bounds_that_lie_make_no_kernel_leave_the_pack(small_tiles, monkeypatch, bounds):
+def test_with_wrong_bounds_no_kernel_leaves_the_pack(small_tiles, monkeypatch, bounds):
     T = 70
     whole = [torch.full((T + 40, 2, 16), torch.nan) for _ in range(4)]
     q, k, v, dout = (x[20:-20].copy_(torch.randn(T, 2, 16)) for x in whole)
@@ -240,13 +246,13 @@ def test_no_tile_is_visited_that_is_masked_as_a_whole(small_tiles, monkeypatch, 
             for block in matrix.split(own):
                 columns = block.any(0).nonzero()[
                     :, 0
-                ]  # what the block sees is one range, walked from its beginning
+                ]  # the block sees one range of keys, walked from its beginning
                 expected += 2 * products * -(-len(columns) // walked)
     assert len(dots) == expected
 
 
 @in_the_interpreter
-def test_the_values_of_cu_seqlens_are_looked_at_once_and_again_when_they_change(small_tiles, monkeypatch):
+def test_the_values_of_cu_seqlens_are_checked_once_and_again_when_they_change(small_tiles, monkeypatch):
     looked, bounds = [], pa._bounds
     monkeypatch.setattr(pa, "_bounds", lambda *a: looked.append(a) or bounds(*a))
     q, k, v, _ = problem([10], 1, 1, 16, torch.float32)
@@ -284,11 +290,11 @@ FAR_T, FAR_H, FAR_D = 16_384, 1024, 256  # the last head of the last rows: offse
     ("start", "window", "filled"), [(FAR_T - 4, FAR_T, 4), (0, 4, 32)], ids=["far document", "far tile"]
 )
 def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, filled):
-    """Only the program of the last tile runs: of a document that starts late, and of one that is long."""
+    """Run only the program of the last tile: of a document that starts late, and of one that is long."""
     import triton.runtime.interpreter as interpreter
 
     builder = interpreter.interpreter_builder
-    place = {}  # what a program is told: its number, and how many there are, on both axes
+    place = {}  # a program's number, and how many there are, on both axes
 
     def handle(value):
         return interpreter.TensorHandle(
@@ -301,7 +307,7 @@ def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, fi
     monkeypatch.setattr(builder, "create_get_program_id", lambda axis: handle(place["id"][axis]))
     monkeypatch.setattr(builder, "create_get_num_programs", lambda axis: handle(place["num"][axis]))
 
-    def far_tensor():  # 8 GiB of addresses, of which a few pages are ever touched: nothing is committed
+    def far_tensor():  # 8 GiB of addresses, of which a few pages are touched: nothing is committed
         space = mmap.mmap(
             -1, 2 * FAR_T * FAR_H * FAR_D, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
         )  # MAP_NORESERVE
@@ -331,8 +337,8 @@ def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, fi
         assert rms(x[rows, -1:] - truth[name][rows]) <= 2 * rms((torchs[name] - truth[name])[rows]), name
 
 
-def test_programs_reach_every_tile_and_at_most_one_a_document_is_idle():
-    """The claim of packed_attention_tiles' docstring, in plain integers."""
+def test_programs_reach_every_tile_and_at_most_one_per_document_is_idle():
+    """Check the claim in packed_attention_tiles' docstring in plain integers."""
     generator = torch.Generator().manual_seed(0)
     for block in (1, 16, 64):
         for _ in range(50):

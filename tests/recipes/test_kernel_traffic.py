@@ -1,5 +1,8 @@
-"""The formulas against counts of real calls, and the bars they must hold. What launches Triton kernels runs in a child process:
-TRITON_INTERPRET is read at import. Peers that are not installed are skipped by name; our own part always runs."""
+"""Compare the formulas with counts of real calls, and our counts with their limits.
+
+Tests that launch Triton kernels run in a child process: TRITON_INTERPRET is read when Triton is imported.
+Peers that are not installed are skipped by name; our own part always runs.
+"""
 
 import importlib.util
 
@@ -64,7 +67,7 @@ def problem(loss: Loss):
 
 
 def count(function, loss: Loss, upstream: float = 1.0) -> Counter:
-    """Of a forward and a backward pass."""
+    """Count a forward and a backward pass."""
     arguments, upstream = problem(loss), torch.tensor(upstream)
     with Counter() as counter:
         function(*arguments).backward(upstream)
@@ -72,7 +75,7 @@ def count(function, loss: Loss, upstream: float = 1.0) -> Counter:
 
 
 def assert_only_vectors_are_left(differences: list[Count], N: int):
-    """What formulas leave out does not change with V or H, and is a few numbers per row."""
+    """Check that what a formula leaves out does not depend on V or H and is a few numbers per row."""
     assert len(set(differences)) == 1, differences
     left = differences[0]
     assert (
@@ -129,11 +132,11 @@ def test_the_unfused_path_is_exact(N, K, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9), (40, 39)])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_liger_is_exact_in_the_way_it_takes_on_a_cpu(N, K, scaled, dtype):
+def test_liger_is_exact_in_what_it_does_on_a_cpu(N, K, scaled, dtype):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     differences = []
-    for V, H in SIZES[:3]:  # it scales dW with a program a row, which the interpreter runs one by one
+    for V, H in SIZES[:3]:  # it scales dW with one program per row, which the interpreter runs one by one
         loss = Loss(N, K, V, H, dtype)
         counted = count(liger_fused_linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0).total
         upstream_loads = (
@@ -182,7 +185,7 @@ def fake_problem(model: str, N: int = 16_384, dtype: torch.dtype = torch.bfloat1
 @pytest.mark.skipif(INTERPRET, reason="runs no kernel")
 @pytest.mark.parametrize("model", MODELS)
 def test_at_full_size_in_bf16_the_torch_operators_are_as_the_formula_says(model):
-    """All but the operators of torch.library, which fake tensors cannot open; the interpreter counts those, at small sizes."""
+    """Without the operators of torch.library, which fake tensors do not run; the interpreter counts those."""
     with FakeTensorMode():
         loss, arguments = fake_problem(model)
         upstream = torch.ones(())
@@ -234,7 +237,7 @@ def test_extra_memory_is_at_most_both_gradients_and_512_mib(model):
 
 
 def seen_pairs(lengths, window):
-    """Queries by keys of a pack, True where attention is."""
+    """Return (queries, keys) of a pack, True where a query sees a key."""
     blocks = [torch.ones(n, n).tril().bool() & ~torch.ones(n, n).tril(-(window or n)).bool() for n in lengths]
     return torch.block_diag(*blocks).bool()
 
@@ -251,7 +254,7 @@ def test_the_causal_area_is_what_the_mask_shows(window):
 def test_tiles_cover_what_the_mask_shows_and_no_whole_tile_more_than_they_must(
     BLOCK_M, BLOCK_N, window, by_keys
 ):
-    """Walked as the kernels walk; every tile, as a set of pairs, must hold all that is seen, and none may be empty."""
+    """Walk as the kernels do: the tiles together cover every pair that is seen, and no tile is empty."""
     for n in (1, 37, 16, 40):
         w, missing, tiles = window or n, seen_pairs([n], window), 0
         for first in range(0, n, BLOCK_N if by_keys else BLOCK_M):
@@ -279,7 +282,7 @@ def attention_tiles(head_dim: int, element_size: int):
 
 
 def largest_work(head_dim: int, window: int | None) -> float:
-    """Of five packs of realistic lengths, see realistic_pack."""
+    """Return the work for five packs of realistic lengths (realistic_pack)."""
     return max(
         attention_work(realistic_pack(seed=seed), attention_tiles(head_dim, 2), window) for seed in range(5)
     )

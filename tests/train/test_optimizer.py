@@ -23,7 +23,7 @@ def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
 
 
 def adamw_float64(weight, gradients, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
-    """Algorithm 2 of Loshchilov & Hutter in float64."""
+    """Compute Algorithm 2 of Loshchilov & Hutter in float64."""
     w, m, v = weight.double(), 0.0, 0.0
     for t, g in enumerate(gradients, 1):
         g = g.double()
@@ -33,13 +33,13 @@ def adamw_float64(weight, gradients, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, we
 
 
 def test_bf16_steps_follow_adamw_in_float64_on_average():
-    """The updates are a tenth of the distance between two bf16 numbers: rounding to nearest would drop each."""
+    """An update is a tenth of the distance between two bf16 numbers: rounding to nearest would drop it."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter((torch.randn(50_000) * 0.02).bfloat16())
     start = weight.detach().clone()
     gradient = (
         torch.randn(50_000) * 0.2 + 1
-    ).bfloat16()  # the same each time: 8-bit states then follow to 1 %
+    ).bfloat16()  # the same in every step, which 8-bit states follow to 1 %
     optimizer = AdamW8bit([weight], lr=1e-5, weight_decay=0.1)
 
     for _ in range(20):
@@ -73,7 +73,7 @@ def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
 
 
 def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, together=False):
-    """Two parameters after a few 8-bit steps."""
+    """Return two parameters after a few 8-bit steps, and their optimizer."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter((torch.randn(n) * 0.02).to(dtype)) for n in (700, 256 * 5 + 3)]
     optimizer = AdamW8bit(parameters, lr=1e-3, weight_decay=0.1, seed=5, offload=offload)
@@ -102,7 +102,7 @@ def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, tog
     [{"offload": True}, {"order": (1, 0)}, {"by_slices": True}, {"offload": True, "by_slices": True},
      {"together": True}, {"offload": True, "together": True}],
 )  # fmt: skip
-def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype, options):
+def test_neither_the_place_of_the_states_nor_the_pieces_of_an_update_change_a_bit(dtype, options):
     (parameters, optimizer), (others, other_optimizer) = updated(dtype), updated(dtype, **options)
     for p, q in zip(parameters, others, strict=True):
         assert torch.equal(p, q)
@@ -111,23 +111,19 @@ def test_where_states_live_and_in_which_pieces_updates_come_changes_no_bit(dtype
     assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 3]
 
 
-def test_offloaded_states_of_the_next_piece_set_out_before_this_one_is_updated_and_no_slab_is_filled_before_it_was_emptied():
+def test_the_states_of_the_next_piece_are_copied_before_this_one_is_updated_and_only_to_an_empty_slab():
     calls = []
 
     class Recorded(Slabs):
-        def bring(self, home):
-            found = super().bring(home)
+        def fetch(self, on_host):
+            found = super().fetch(on_host)
             calls.append(("in", self.turn))
             return found
 
-        def send(self, home, visiting):
-            calls.append(
-                (
-                    "out",
-                    [slab["m_codes"].data_ptr() for slab in self.slabs].index(visiting["m_codes"].data_ptr()),
-                )
-            )
-            super().send(home, visiting)
+        def write_back(self, on_host, on_card):
+            places = [slab["m_codes"].data_ptr() for slab in self.slabs]
+            calls.append(("out", places.index(on_card["m_codes"].data_ptr())))
+            super().write_back(on_host, on_card)
 
     parameters = [torch.nn.Parameter(torch.randn(n)) for n in (1_000, 3, 700)]
     optimizer = AdamW8bit(parameters, lr=1e-3, offload=True)
@@ -143,7 +139,7 @@ def test_offloaded_states_of_the_next_piece_set_out_before_this_one_is_updated_a
     assert not full and len(calls) == 2 * (2 + 1 + 2)
 
 
-def test_8_bit_steps_draw_other_bits_for_another_seed_and_another_parameter():
+def test_8_bit_steps_use_other_random_bits_for_another_seed_and_another_parameter():
     def run(seed):
         parameters = [torch.nn.Parameter(torch.full((4096,), 0.02).bfloat16()) for _ in range(2)]
         optimizer = AdamW8bit(parameters, lr=1e-5, seed=seed)

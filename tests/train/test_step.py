@@ -9,7 +9,8 @@ from kit.train.step import TrainingStep
 
 LENGTHS = [9, 4, 23, 12]
 LEAN = {
-    "update_in_backward": True, "tile_tokens": 7, "offload_inputs": True, "logit_rows": 5, "offload_optimizer": True
+    "update_in_backward": True, "tile_tokens": 7, "offload_inputs": True, "logit_rows": 5,
+    "offload_optimizer": True,
 }  # fmt: skip
 
 
@@ -38,7 +39,8 @@ def assert_close_to(model, other, atol):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_updating_inside_the_backward_pass_gives_the_bits_of_updating_after_it(family):
-    """lr is the same for all, and each parameter's random stream is its own: the order of updates is invisible."""
+    """The order of updates changes nothing: lr is the same for all, and each parameter has its own random
+    bits."""
     for dtype in (torch.float32, torch.bfloat16):
         model, other = make_model(family, dtype), make_model(family, dtype)
         history = trained(model, Savings(optimizer="adamw8bit"))
@@ -60,7 +62,8 @@ def test_all_savings_together_train_the_same_model(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, monkeypatch):
-    """One step of the 8-bit optimizer on the same gradient up to rounding; codes differ where a random threshold is close."""
+    """Do one 8-bit step on the same gradient up to rounding; a code differs if a random threshold is
+    close."""
     monkeypatch.setattr(
         "kit.kernels.linear_cross_entropy_blocks.VOCABULARY_UNIT", 8
     )  # 97 rows of 32 numbers: blocks of 256 numbers, twelve and a bit
@@ -83,7 +86,7 @@ def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, m
         documents = random_documents(LENGTHS)
         documents[0].ids[:3] = (
             model.get_input_embeddings().padding_idx or 0
-        )  # whose row gets nothing from the lookup
+        )  # its row gets nothing from the lookup
         _, norm = training_step([PackedBatch.build(documents)])
         gradients.append((seen, norm))
     (whole, norm), (blocked, blocked_norm) = gradients
@@ -92,7 +95,7 @@ def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, m
     torch.testing.assert_close(blocked_norm, norm)
 
 
-def test_a_gradient_is_gone_when_its_layer_is_done():
+def test_a_gradient_is_freed_after_its_layer():
     model = make_model("llama")
     alive = []
     training_step = TrainingStep(model, Savings(update_in_backward=True), lr=1e-2)
@@ -108,7 +111,7 @@ def test_a_gradient_is_gone_when_its_layer_is_done():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_each_parameter_is_clipped_by_itself_where_no_global_norm_is_known():
+def test_each_parameter_is_clipped_by_itself_if_no_global_norm_is_known():
     model = make_model("llama")
     training_step = TrainingStep(model, Savings(update_in_backward=True), lr=1e-2, max_tensor_norm=1e-3)
     norms = []
@@ -117,12 +120,11 @@ def test_each_parameter_is_clipped_by_itself_where_no_global_norm_is_known():
     assert norm > 1e-2 and max(norms) == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_what_excludes_one_another_is_refused_with_the_way_out():
+def test_settings_that_exclude_one_another_are_refused_with_the_way_out():
     model = make_model("llama")
     rows = [PackedBatch.build(random_documents(LENGTHS))] * 2
-    with pytest.raises(
-        ValueError, match=r"2 rows but update_in_backward.*--batch_traces 1.*--no_update_in_backward"
-    ):
+    two_rows = r"2 rows but update_in_backward.*--batch_traces 1.*--no_update_in_backward"
+    with pytest.raises(ValueError, match=two_rows):
         TrainingStep(model, Savings(update_in_backward=True), lr=1e-2)(rows)
     with pytest.raises(ValueError, match="head_update is blocked but update_in_backward is off"):
         Savings(head_update="blocked")
@@ -137,23 +139,23 @@ def test_what_excludes_one_another_is_refused_with_the_way_out():
         TrainingStep(make_model("llama"), blocked, lr=1e-2)
     with pytest.raises(ValueError, match=r"max_tensor_norm is 1 but head_update is blocked"):
         TrainingStep(tied("llama"), blocked, lr=1e-2, max_tensor_norm=1.0)
-    clipped = r"max_grad_norm is 1 but update_in_backward .*--max_grad_norm 0, and --max_tensor_norm 1 to clip.*--no_update"
+    clipped = (
+        r"max_grad_norm is 1 but update_in_backward .*--max_grad_norm 0, and --max_tensor_norm 1 to clip.*"
+        "--no_update"
+    )
     with pytest.raises(ValueError, match=clipped):
         TrainingStep(make_model("llama"), Savings(update_in_backward=True), lr=1e-2, max_grad_norm=1.0)
-    with pytest.raises(
-        ValueError, match=r"max_tensor_norm is 2 but update_in_backward is off.*--max_grad_norm 2"
-    ):
+    not_in_backward = r"max_tensor_norm is 2 but update_in_backward is off.*--max_grad_norm 2"
+    with pytest.raises(ValueError, match=not_in_backward):
         TrainingStep(make_model("llama"), Savings(), lr=1e-2, max_tensor_norm=2.0)
-    with pytest.raises(
-        ValueError,
-        match=r"batch_traces is 8 but update_in_backward.*--batch_traces 1.*--no_update_in_backward",
-    ):
+    eight_traces = r"batch_traces is 8 but update_in_backward.*--batch_traces 1.*--no_update_in_backward"
+    with pytest.raises(ValueError, match=eight_traces):
         Savings(update_in_backward=True).check_rows(8)
     Savings(update_in_backward=True).check_rows(1)
     Savings().check_rows(8)
 
 
-def test_closing_takes_every_hook_off():
+def test_closing_removes_every_hook():
     model = make_model("gemma3")
     training_step = TrainingStep(model, Savings(**LEAN), lr=1e-2)
     training_step.close()

@@ -32,7 +32,8 @@ class Config:
 
 
 def mean_token_loss(model, documents):
-    """The definition: cross-entropy of every response token of every document, each on its own, averaged over all of them."""
+    """Compute the loss by definition: the mean cross-entropy of all response tokens, one document at a
+    time."""
     losses = []
     for document in documents:
         batch = PackedBatch.build([document])
@@ -44,7 +45,7 @@ def mean_token_loss(model, documents):
 
 
 @pytest.mark.parametrize("packs", [[list(range(8))], [[0, 2], [1, 3, 4], [5], [6, 7]]])
-def test_the_step_weights_every_target_alike_however_documents_share_rows(tiny_model, packs):
+def test_every_target_has_the_same_weight_however_documents_share_rows(tiny_model, packs):
     documents = random_documents(LENGTHS)
     truth = mean_token_loss(tiny_model, documents)
     truth.backward()
@@ -66,7 +67,7 @@ def test_clipping_scales_the_gradient_to_the_norm_it_is_given():
     torch.testing.assert_close(clipped, torch.tensor(0.1), atol=1e-6, rtol=1e-4)
 
 
-def test_the_plan_holds_every_trace_once_an_epoch_and_says_what_it_costs():
+def test_the_plan_has_every_trace_once_per_epoch_and_prints_its_size():
     plan = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=2, epochs=3)
     seen = [i for step in plan.steps for pack in step for i in pack]
     assert sorted(seen) == sorted(list(range(8)) * 3)
@@ -94,7 +95,7 @@ def run_training(
     return model, train(model, make_tokenizer(), documents, training_plan, run, **options)
 
 
-def test_the_loss_falls_and_a_line_is_written_a_step(tmp_path):
+def test_the_loss_falls_and_a_line_is_written_per_step(tmp_path):
     _, folder = run_training(tmp_path / "run", steps=30, checkpoint_every=0)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 31))
@@ -105,7 +106,7 @@ def test_the_loss_falls_and_a_line_is_written_a_step(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
-def test_a_checkpoint_gives_back_weights_and_optimizer_bit_for_bit(tmp_path, family, dtype):
+def test_a_checkpoint_restores_weights_and_optimizer_bit_for_bit(tmp_path, family, dtype):
     def make():
         model = make_model(family, dtype)
         training_step = TrainingStep(model, Savings(), lr=1e-2, max_grad_norm=1.0, seed=3)
@@ -129,7 +130,7 @@ def test_a_checkpoint_gives_back_weights_and_optimizer_bit_for_bit(tmp_path, fam
         assert {s["m_codes"].dtype for s in other_optimizer.state.values()} == {torch.int8}
 
 
-def test_only_the_newest_checkpoint_is_kept_and_a_half_written_one_is_not_taken(tmp_path):
+def test_only_the_newest_checkpoint_is_kept_and_a_half_written_one_is_not_loaded(tmp_path):
     model = make_model("llama")
     optimizer = make_optimizer(model, lr=1.0)
     for step in (1, 2):
@@ -153,25 +154,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
         run_training(tmp_path / "run", lr=1e38)
 
 
-def test_running_out_of_memory_is_told_beside_the_plan_and_the_checkpoint_goes_on_as_if_nothing_had_been(
+def test_running_out_of_memory_is_reported_with_the_plan_and_the_checkpoint_resumes_bit_for_bit(
     tmp_path,
 ):
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def run_out(*_):
-        if (
-            metrics.exists() and len(metrics.read_text().splitlines()) == 6
-        ):  # in the seventh step, after the checkpoint
+        # in the seventh step, after the checkpoint
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     planned = plan("tiny", row_tokens=32)
-    said = rf"step 7 ran out of memory: the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}\. Pass --gpu_gb"
+    total = f"{planned.total / GIB:.2f} GiB"
+    said = rf"step 7 ran out of memory: the plan said {total}, at most in {planned.when}\. Pass --gpu_gb"
+    memory = PeakMemory(torch.device("cpu"), planned, tmp_path / "memory.json")
     with pytest.raises(ValueError, match=said + r".*checkpoint is .*step_0000005$") as error:
-        run_training(
-            tmp_path / "run",
-            before_norm=run_out,
-            memory=PeakMemory(torch.device("cpu"), planned, tmp_path / "memory.json"),
-        )
+        run_training(tmp_path / "run", before_norm=run_out, memory=memory)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     _, broken = run_training(tmp_path / "run", resume=True)
     _, whole = run_training(tmp_path / "whole")
@@ -196,7 +194,7 @@ class CardCalls(FakeTensorMode):
 
 
 class CopiesToCards(TorchFunctionMode):
-    """Record copies and leave them out: a CPU build of torch has no card to copy to, not even a fake one."""
+    """Record copies and skip them: a CPU build of torch copies nothing to a card, not even to a fake one."""
 
     def __init__(self, recorded: CardCalls):
         self.recorded = recorded
@@ -210,7 +208,7 @@ class CopiesToCards(TorchFunctionMode):
 
 
 def test_on_a_card_the_rows_of_a_step_are_packed_there_and_nothing_comes_back(tmp_path, monkeypatch):
-    """Two copies to the card per step and one launch per row; then the head gets each row as it is."""
+    """A step makes two copies to the card and one launch per row; the head gets the rows as they are."""
     card, reached = torch.device("cuda", 0), []
 
     def backward(batch, *_):
@@ -229,7 +227,7 @@ def test_on_a_card_the_rows_of_a_step_are_packed_there_and_nothing_comes_back(tm
         train(make_model("llama"), make_tokenizer(), documents, training_plan, run, lr=1.0, warmup_ratio=0.1)
 
     to_the_card, launch = ("copy_", "cuda", "cpu"), ("kit::pack", "cuda", "cuda", "cuda")
-    # what copies nothing, and the sum of the loss
+    # operators that copy nothing, and the sum of the loss
     others = ("prim::device", "aten::split_with_sizes", "aten::new_empty", "aten::add_")
     assert [call for call in recorded.calls if call[0] not in others] == [to_the_card] * 2 + [launch] * 3
     (rows,) = training_plan.steps
@@ -247,14 +245,14 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     _, again = run_training(tmp_path / "run", steps=2, resume=True)
     assert again == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))  # what the finished model replaces is gone
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))  # the finished model replaces them
 
 
 def start(out, resume):
     return call(__file__, "run_training", out, steps=10, resume=resume)
 
 
-def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
+def test_a_run_killed_by_sigkill_and_resumed_ends_bit_equal_to_an_uninterrupted_one(tmp_path):
     train_unbroken_and_killed(start, tmp_path, lines=6, newest_checkpoint="step_0000005")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]

@@ -151,7 +151,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.custom_op("kit::add_matmul_", mutates_args=("total",))
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-    """total = beta * total + alpha * a @ b, where a and b may be 16-bit and total fp32."""
+    """Compute total = beta * total + alpha * a @ b; a and b may be 16-bit and total fp32."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, alpha=alpha, beta=beta, out=total)
     elif _adds_in_fp32(a):

@@ -155,7 +155,7 @@ def _torch_level(code: Tensor, levels: int) -> Tensor:
 
 
 def _torch_encode(x: Tensor, scale: Tensor, random: Tensor, levels: int) -> Tensor:
-    """_encode in torch; overwrites x."""
+    """Encode as _encode does, in torch; overwrites x."""
     usable = (scale > 0) & (scale < torch.inf)
     x = x.div_(scale.where(usable, 1.0)).masked_fill_(~usable, 0.0)
     lower = x.sqrt().sqrt_().mul_(levels).floor_().clamp_(max=levels - 1)
@@ -174,7 +174,7 @@ def _torch_update(
     p, g, m_codes, m_scales, v_codes, v_scales, first_element, key,
     gradient_scale, keep1, take1, keep2, take2, correction, eps, rate, shrink,
 ):  # fmt: skip
-    """_update_kernel in torch.
+    """Update as _update_kernel does, in torch.
 
     Without add(alpha=) and addcmul: they fuse multiply and add if the CPU can, and the bits would differ.
     """

@@ -41,7 +41,7 @@ def _forward_kernel(
     row_stride, V, ignore_index,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: its loss and its logsumexp."""
+    """Compute the loss and the logsumexp of a row, one program per row."""
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2**31 from 8,192 rows of 262,144 on
     logits_ptr += row * row_stride
 
@@ -56,7 +56,7 @@ def _forward_kernel(
         m = m_new
     logsumexp = m + tl.log(s)
 
-    # a target outside the row reads nothing and gives nan: checking it on the host would make the GPU wait
+    # a target outside the row reads nothing and gives nan: checking it would make the host wait for the GPU
     target = tl.load(targets_ptr + row)
     z_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < V), other=float("nan"))
     loss = logsumexp - z_target.to(tl.float32)
@@ -70,7 +70,7 @@ def _backward_kernel(
     row_stride, V, ignore_index,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and BLOCK_V columns: the gradient, written over the logits."""
+    """Write the gradient over the logits, one program per row and BLOCK_V columns."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     logits_ptr += row * row_stride

@@ -77,8 +77,10 @@ def _logprob_kernel(
     row_stride, V, inv_temperature,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: log-prob of the target and entropy of the row's distribution. Only reads the
-    logits."""
+    """Compute log-prob of the target and entropy of a row's distribution, one program per row.
+
+    The kernel only reads the logits.
+    """
     row = tl.program_id(0).to(tl.int64)  # row * row_stride passes 2**31 in a chunk of 8,193 rows of 262,144
     logits_ptr += row * row_stride
     z_target, _ = _load_scores(logits_ptr, tl.load(targets_ptr + row), V, inv_temperature, SOFTCAP)
@@ -93,7 +95,8 @@ def _gradient_kernel(
     row_stride, V, inv_temperature,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: log-prob of the target, then d(-logp) / d(raw logit) over the logits.
+    """Compute log-prob of the target, then write d(-logp) / d(raw logit) over the logits, one program per
+    row.
 
     In place without a race: the target's logit is loaded before the sums of _online_logsumexp, at which all
     threads wait for one another, and from then on each thread reads and writes only its own columns. With
@@ -121,10 +124,9 @@ def _block_gradient_kernel(
     row_stride, V, first, inv_temperature,
     SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and BLOCK_V of the V columns here, which are columns first .. first + V - 1 of the
-    head.
+    """Write the gradient over columns first .. first + V - 1 of rows whose logsumexp is known.
 
-    The logsumexp is that of the whole row.
+    One program per row and BLOCK_V columns. The logsumexp is that of the whole row.
     """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)

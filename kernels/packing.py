@@ -45,7 +45,7 @@ def pack_reference(buffer, offsets, prompt_lens):
 
 @triton.jit
 def _find_document(offsets_ptr, place, D):
-    """The last d of 0 .. D - 1 with offsets[d] <= place."""
+    """Return the last d of 0 .. D - 1 with offsets[d] <= place."""
     low = tl.zeros_like(place)
     high = low + D  # offsets[low] <= place < offsets[high]
     width = D
@@ -93,7 +93,7 @@ def _pack_kernel(
 
 
 def _torch_pack(buffer: Tensor, offsets: Tensor, prompt_lens: Tensor, T: int) -> list[Tensor]:
-    """_pack_kernel in torch."""
+    """Compute what _pack_kernel writes, in torch."""
     begin, bounds = offsets[0], offsets - offsets[0]
     t = torch.arange(T, device=buffer.device)
     d = torch.searchsorted(bounds[1:], t, right=True)

@@ -79,7 +79,7 @@ def main(config: Config) -> Results:
         }
 
     device = torch.device(config.device)
-    card = Card(device, device.type == "cpu", config.quick, config.cap_gb, config.as_)
+    card = Card(device, config.quick, config.cap_gb, config.as_)
     results = Results(card, folder / "results.jsonl", seconds=config.seconds or float("inf"))
     machine = describe_machine()
     write_json(folder / "config.json", asdict(config) | {"machine": machine})

@@ -8,10 +8,10 @@ import torch
 from children import ROOT, run_recipe
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results
+from card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from check_card import QUICK, SECTIONS, Config, main, sentence
 
-CPU = Card(torch.device("cpu"), small=True, quick=True)
+CPU = Card(torch.device("cpu"), quick=True)
 
 
 @pytest.mark.slow
@@ -110,10 +110,25 @@ def test_ctrl_c_ends_in_the_table_of_what_is_known(tmp_path, monkeypatch, capsys
     assert "not run speed the rest: stopped with Ctrl-C" in capsys.readouterr().out
 
 
-def test_a_check_that_does_not_fit_the_time_is_named_not_failed(tmp_path):
-    results = Results(CPU, seconds=5.0)
-    assert results.has_time("short", 1.0) and not results.has_time("long", 60.0)
-    assert results.count(NOT_RUN) == 1 and "pass --seconds 0" in results.rows[0]["text"]
+def test_a_case_that_does_not_fit_the_time_or_the_card_is_named_not_failed(monkeypatch):
+    monkeypatch.setattr(Card, "gib", 8.0)
+    monkeypatch.setattr(Card, "synchronize", lambda self: None)
+    results = Results(Card(torch.device("cuda"), quick=True), seconds=5.0)
+    for name, needs in (("short", {"seconds": 1}), ("long", {"seconds": 60}), ("large", {"gib": 8.25})):
+        with results.case(name):
+            results.need(**needs)
+            results.check(name, True)
+    assert [(row["name"], row["status"]) for row in results.rows] == [
+        ("short", PASS), ("long", NOT_RUN), ("large", NOT_RUN),
+    ]  # fmt: skip
+    assert results.rows[1]["text"] == "5 s left, about 60 s needed; pass --seconds 0 for no limit"
+    assert results.rows[2]["text"] == "about 8.25 GiB are needed and the card has 8.00"
+
+
+def test_a_rehearsal_runs_whatever_a_card_would_need_and_ends_with_its_time():
+    Results(CPU, seconds=5.0).need(seconds=60.0, gib=100.0)
+    with pytest.raises(Skip, match="0 s left"):
+        Results(CPU, seconds=-1.0).need()
 
 
 @pytest.mark.gpu

@@ -1,11 +1,12 @@
 """Does training fit where the memory plan says so? The allocator gets what a card of the planned size leaves.
 
-For each model, full fine-tuning and QLoRA: kit.memory.simulate plans the step. Then three rows of 16,384 tokens are
-trained, first one document, then several, with torch's allocator capped at the plan's total less what the plan
-leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. A case passes if nothing runs out of
-memory, if the tensors' peak is within 3 % of the plan's, and if the reserved memory stays below the cap.
-Left out: the memory that CUDA uses outside torch's allocator (an assumption of the plan), other programs on the
-card, several rows per step, and settings as --gpu_gb chooses them.
+For each model, full fine-tuning and QLoRA: kit.memory.simulate plans the step. Then three rows of 16,384
+tokens are trained, first one document, then several, with torch's allocator capped at the plan's total less
+what the plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. A case passes if
+nothing runs out of memory, if the tensors' peak is within 3 % of the plan's, and if the reserved memory stays
+below the cap.
+Left out: the memory that CUDA uses outside torch's allocator (an assumption of the plan), other programs on
+the card, several rows per step, and settings as --gpu_gb chooses them.
 """
 
 from __future__ import annotations

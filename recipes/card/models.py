@@ -1,7 +1,8 @@
 """What the sections on training and sampling share: models with random weights, rows and FLOPs.
 
-Models are built on the card from the configs that ship with the kit, so nothing is downloaded; for a rehearsal
-every size shrinks. Random weights cost the time and memory of real ones. What a model has learnt is left out.
+Models are built on the card from the configs that ship with the kit, so nothing is downloaded; for a
+rehearsal every size shrinks. Random weights cost the time and memory of real ones. What a model has learnt is
+left out.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
 
 
 def config_to_sample(card: Card) -> PreTrainedConfig:
-    """Read the config of Qwen2.5-0.5B. A rehearsal's is tiny, and untied: tied, it would only repeat itself."""
+    """Read the config of Qwen2.5-0.5B. A rehearsal's is tiny, and untied: a tied one only repeats itself."""
     return model_config(QWEN, small=True, tie_word_embeddings=False) if card.small else model_config(QWEN)
 
 
@@ -81,7 +82,7 @@ def build_to_sample(card: Card, spread: float, dtype: torch.dtype = torch.bfloat
     """Build Qwen2.5-0.5B for sampling. spread: as in sharpen. dtype: what its bf16 weights are cast to."""
     model = build(card, config_to_sample(card)).eval().requires_grad_(False)
     sharpen(model, spread)
-    return model if dtype == model.dtype else model.to(dtype)  # bf16 would round the rotation's frequencies
+    return model if dtype == model.dtype else model.to(dtype)  # to(bf16) rounds the rotation's frequencies
 
 
 @torch.no_grad()

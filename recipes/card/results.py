@@ -1,7 +1,8 @@
 """Results of the checks. Each is printed and written as soon as it is known, so that a stopped run keeps it.
 
 A check is a function of a Results and a Card. It calls `results.check` for a claim that holds or not,
-`results.figure` for a measurement, and raises Skip with the reason for anything that it leaves out. `results.case`
+`results.figure` for a measurement, and raises Skip with the reason for anything that it leaves out.
+`results.case`
 guards each piece of work: an error in one case is that case's result, and the next case runs.
 """
 
@@ -91,7 +92,7 @@ class Card:
 
 
 class Results:
-    """One row per result. path: the JSON lines file; None = print only. seconds: time budget of the whole run."""
+    """One row per result. path: the JSON lines file; None = print only. seconds: the whole run's budget."""
 
     def __init__(self, card: Card, path: Path | None = None, *, seconds: float = math.inf):
         self.card, self.seconds = card, seconds

@@ -12,9 +12,11 @@ recipes/bench/sampler.py has, and vLLM.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from bench.sampler import generate_batch, padded_generate
 from card import models
 from card.compare import attempt
 from card.memory import held_gib, measured, timed
@@ -22,7 +24,7 @@ from card.models import QWEN, build_to_sample, model_config
 from card.profile import profiled
 from card.results import Card, Results
 from card.rl import plan_step
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.sampler import PREFILL_TOKENS, _Engine
@@ -32,7 +34,6 @@ from kit.rl.memory_plan import SAMPLER
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's
-PAGE_TOKENS = 32  # of generate_batch's cache
 
 
 def run(results: Results, card: Card) -> None:
@@ -170,13 +171,14 @@ def compare_peers(results: Results, card: Card, model) -> None:
     """Time the same prompts in transformers' generate and in its continuous batching."""
     rows, length, new_tokens = (3, 16, 6) if card.small else (64, 200, 128)
     prompts = random_prompts([length] * rows, model, rows)
-    peers = {"generate": padded_generate} | ({} if card.quick else {"generate_batch": continuous_batching})
+    peers = {"generate": padded_generate} | ({} if card.quick else {"generate_batch": generate_batch})
     results.need(seconds=25)
     ours = sampled(card, model, prompts, new_tokens)
-    model.set_attn_implementation("sdpa")
     for name, peer in peers.items():
         title = f"{rows} rows of {new_tokens} tokens beside {name}"
-        theirs, why = attempt(card, peer, card, model, [list(prompt) for prompt in prompts], new_tokens)
+        theirs, why = attempt(
+            card, time_peer, card, peer, model, [list(prompt) for prompt in prompts], new_tokens
+        )
         if theirs is None:
             results.not_run(title, f"{name} failed: {why}")
             continue
@@ -187,33 +189,13 @@ def compare_peers(results: Results, card: Card, model) -> None:
             results.figure(title, text, ratio=ours / theirs)
 
 
-def generation(new_tokens: int) -> GenerationConfig:
-    drawing = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
-    return GenerationConfig(**drawing, max_new_tokens=new_tokens, eos_token_id=NEVER, pad_token_id=0)
-
-
-@torch.no_grad()
-def padded_generate(card: Card, model, prompts: list[list[int]], new_tokens: int) -> float:
-    """Return the tokens/s of model.generate on prompts of one length. Generates a little first."""
-    ids = torch.tensor(prompts, device=card.device)  # (rows, length)
-
-    def write(tokens: int) -> torch.Tensor:
-        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation(tokens))
-
-    write(2)
-    written, seconds = timed(card, lambda: write(new_tokens))
-    return written[:, ids.shape[1] :].numel() / seconds
-
-
-def continuous_batching(card: Card, model, prompts: list[list[int]], new_tokens: int) -> float:
-    """Return the tokens/s of model.generate_batch and its warm-up. Raises ValueError if some are missing."""
-    pages = len(prompts) * (-(-(len(prompts[0]) + new_tokens) // PAGE_TOKENS) + 1)
-    sizes = {"page_size": PAGE_TOKENS, "num_blocks": pages, "max_batch_tokens": 512}
-    batching = ContinuousBatchingConfig(max_requests_per_batch=len(prompts), **sizes)
-    settings = generation(new_tokens)
-    call = partial(model.generate_batch, prompts, settings, batching, progress_bar=False)
-    outputs, seconds = timed(card, call)
-    total, wanted = sum(len(x.generated_tokens) for x in outputs.values()), len(prompts) * new_tokens
+def time_peer(card: Card, peer: Callable, model, prompts: list[list[int]], new_tokens: int) -> float:
+    """Return a peer's tokens/s. Raises ValueError if some tokens are missing."""
+    answer = partial(peer, model, prompts, num_rows=len(prompts), eos=NEVER)
+    if peer is padded_generate:
+        answer(new_tokens=2)  # compiles; generate_batch is timed with its own warm-up
+    answers, seconds = timed(card, partial(answer, new_tokens=new_tokens))
+    total, wanted = sum(map(len, answers)), len(prompts) * new_tokens
     if total != wanted:
         raise ValueError(f"{total} tokens came back, {wanted} were asked for")
     return total / seconds

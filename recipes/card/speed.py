@@ -151,8 +151,8 @@ def time_loss(results, card, name, shape, ratios) -> None:
 
     def measure(make: Callable) -> tuple[float, float | None]:
         call = make(hidden, weight, targets)
-        time = milliseconds(card, call)
-        return time, measured(card, call, held=held_gib(card)).allocated if card.is_cuda else None
+        taken = milliseconds(card, call)
+        return taken, measured(card, call, held=held_gib(card)).allocated if card.is_cuda else None
 
     found, words = {}, []
     for label, make in LOSSES.items():

@@ -1,4 +1,4 @@
-"""The machine that a recipe runs on: its name for a table of figures, its memory, and whether it has a GPU."""
+"""The machine that a recipe runs on: its name for a table of figures, its memory, whether it has a GPU."""
 
 from __future__ import annotations
 

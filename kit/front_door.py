@@ -1,6 +1,6 @@
-"""A package's front door: it hands on names, and imports the file of each when somebody first asks for it.
+"""A package's front door: it offers the names of its files and imports a file when one of them is first used.
 
-So `import kit.models` takes no time, and a name that needs seconds of imports costs them where it is used.
+So `import kit.models` takes no time, and only a name that needs seconds of imports costs them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def hand_on(package: str, files: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], object], list[str]]:
-    """Return a package's __getattr__ and __all__. files: file of the package, without .py -> the names to hand on."""
+    """Return a package's __getattr__ and __all__. files: file of the package, without .py -> its names."""
     homes = {name: file for file, names in files.items() for name in names}
 
     def __getattr__(name: str) -> object:

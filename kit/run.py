@@ -1,4 +1,4 @@
-"""Run folder: config.json, metrics.jsonl, samples, checkpoints, model and report of one run, and the rule for resuming it."""
+"""The folder of a run: config.json, metrics.jsonl, samples, checkpoints, model, report; how it is resumed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# settings that do not change what a run computes, or only what is computed after all the rest
+# settings that do not change what a run computes, or only what it computes last
 UNSTORED = {"resume", "out", "baseline", "workers", "gpus", "rl_steps"}
-FREE_TO_CHANGE = UNSTORED | {"num_slots"}  # which moves the last bits at most
+FREE_TO_CHANGE = UNSTORED | {"num_slots"}  # it changes the last bits at most
 
 
 class RunFolder:
@@ -24,19 +24,17 @@ class RunFolder:
 
     @classmethod
     def open(cls, config, *, may_grow: Sequence[str] = ()) -> RunFolder:
-        """The run folder a config asks for, with its config.json written.
+        """Return the run folder of a config, with its config.json written.
 
-        config: a recipe's Config. Its `out` "" means the next free number under runs/RECIPE, or with `resume` the newest there.
-        may_grow: settings of which a resumed run may have more: a larger number, further numbers in a list, further names behind
-        those that it has.
-        Raises ValueError if the folder holds a run already, where there is nothing to resume, and if a resumed run's
-        settings differ, naming them.
+        config: a recipe's Config. If its `out` is "", the folder is the next free number under runs/RECIPE,
+        or with `resume` the newest one there. may_grow: settings that may grow in a resumed run: a number
+        gets larger, a list gets more numbers, or more names at its end. Raises ValueError if the folder
+        already holds a run, if there is nothing to resume, and if a resumed run's settings differ, naming
+        them.
         """
-        path = (
-            Path(config.out)
-            if config.out
-            else next_folder(Path("runs") / recipe_name(config), newest=config.resume)
-        )
+        path = Path(config.out)
+        if not config.out:
+            path = next_folder(Path("runs") / recipe_name(config), newest=config.resume)
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
         stored = path / "config.json"
         if config.resume:
@@ -47,14 +45,13 @@ class RunFolder:
             before = json.loads(stored.read_text(encoding="utf-8"))
             grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
-            changed = [
-                f"{k} was {before.get(k)!r}, is {settings.get(k)!r}"
-                for k in fixed
-                if before.get(k) != settings.get(k)
-            ]
+            pairs = {k: (before.get(k), settings.get(k)) for k in fixed}
+            changed = "; ".join(
+                f"{k} was {old!r}, is {new!r}" for k, (old, new) in pairs.items() if old != new
+            )
             if changed:
                 raise ValueError(
-                    f"{path} was started with other settings: {'; '.join(changed)}; pass the same, or another --out"
+                    f"{path} was started with other settings: {changed}; pass the same, or another --out"
                 )
             if grown:
                 write_json(stored, settings)
@@ -67,7 +64,10 @@ class RunFolder:
 
 
 def _has_grown(before: int | str, now: int | str) -> bool:
-    """Lists are written with commas."""
+    """Return whether a number is larger now, or a comma-separated list longer.
+
+    Numbers of a list may be added anywhere, names only at its end.
+    """
     if not isinstance(before, str):
         return before < now
     had, has = before.split(","), now.split(",")
@@ -75,29 +75,25 @@ def _has_grown(before: int | str, now: int | str) -> bool:
 
 
 def recipe_name(config) -> str:
-    """The file name, without .py, of the recipe whose Config this is."""
+    """Return the file name, without .py, of the recipe that this Config belongs to."""
     return Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
 
 
 def next_folder(parent: Path, *, newest: bool = False) -> Path:
-    """The next free number under parent, 001 first; or, with newest, the highest that is there."""
-    numbers = (
-        [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()]
-        if parent.is_dir()
-        else []
-    )
-    return parent / f"{max(numbers, default=0) + (0 if newest and numbers else 1):03d}"
+    """Return the next free numbered folder under parent, 001 first; with newest, the highest that exists."""
+    numbers = [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()]
+    if newest and numbers:
+        return parent / f"{max(numbers):03d}"
+    return parent / f"{max(numbers, default=0) + 1:03d}"
 
 
 def write_json(path: Path, value) -> None:
-    """Whole or not at all: a kill leaves the old file or the new one."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    """Write the file whole or not at all: a kill leaves the old file or the new one."""
+    _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def digest(*parts: str) -> str:
-    """A 128-bit name of the parts' content, as hex."""
+    """Return a 128-bit hash of the parts, as hex."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(json.dumps(part).encode())  # quoted, so that ("ab", "c") and ("a", "bc") differ
@@ -108,7 +104,7 @@ BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a
 
 
 class Journal:
-    """Append-only rows. Opening it cuts off a line that a kill left half-written, so that no row is ever glued to it."""
+    """Rows of a file, which are only appended. Opening it cuts off a line that a kill left half-written."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -120,15 +116,20 @@ class Journal:
                 _replace(self.path, whole)
 
     def append(self, row: dict) -> None:
-        """One row, handed to the operating system at once: killing the process does not lose it. NaN and inf become text."""
-        line = json.dumps(
-            {key: _finite(value) for key, value in row.items()}, ensure_ascii=False, allow_nan=False
-        )
+        """Write one row to the operating system at once, so that killing the process does not lose it.
+
+        NaN and inf become text.
+        """
+        finite = {key: _finite(value) for key, value in row.items()}
+        line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def read(self) -> list[dict]:
-        """All rows, oldest first; none where the file does not exist. Raises ValueError naming a line that is not JSON."""
+        """Return all rows, oldest first; none if the file does not exist.
+
+        Raises ValueError naming a line that is not JSON.
+        """
         if not self.path.exists():
             return []
         rows = []
@@ -136,20 +137,19 @@ class Journal:
             try:
                 rows += [json.loads(line)] if line else []
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{self.path}:{number} is not JSON ({error}); delete that line to go on without it"
-                ) from error
+                where = f"{self.path}:{number}"
+                raise ValueError(f"{where} is not JSON ({error}); delete that line to continue") from error
         return rows
 
     def keep(self, wanted: Callable[[dict], bool]) -> None:
-        """Drop the rows that are not wanted (steps after the checkpoint a run resumes from)."""
+        """Drop the rows that are not wanted, such as steps after the checkpoint that a run resumes from."""
         rows = self.read()
         if not all(wanted(row) for row in rows):
             replace_rows(self.path, [row for row in rows if wanted(row)])
 
 
 def replace_rows(path: Path, rows: list[dict]) -> None:
-    """The file with these rows, whole or not at all."""
+    """Write a file of these rows, whole or not at all."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     _replace(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
 

@@ -2,8 +2,9 @@
 
     python recipes/change_the_loss.py          about ten seconds on a CPU
 
-A loss is a function of hidden states, the head's weight, the row and the step's scale (kit/train/loss.py). This one weights the
-answer more than the thinking before it. Left out on purpose: measuring what it does; recipes/gemma3_1b_8k.py shows how.
+A loss is a function of hidden states, the head's weight, the row and the step's scale (kit/train/loss.py).
+This one gives the answer a larger weight than the thinking before it. Left out on purpose: measuring its
+effect; recipes/gemma3_1b_8k.py shows how.
 """
 
 from dataclasses import dataclass
@@ -20,28 +21,28 @@ from kit.run import RunFolder
 from kit.train import TrainingPlan, train
 from kit.train.loss import LossOfRow
 
+ROW_TOKENS = 1_024
+
 
 @dataclass(frozen=True)
 class Config:
     num_traces: int = 64  # shipped traces of the toy; 0 = all
     answer_weight: float = 2.0  # of a token after </think>; 1 = plain cross-entropy
     lr: float = 1e-3  # peak learning rate
-    seed: int = 0  # of the subset and the packs
-    resume: bool = False  # go on with the run in --out, or with the newest one
+    seed: int = 0  # of the subset and of how documents share rows
+    resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
 def weigh_answers(end_of_thinking: int, answer_weight: float) -> LossOfRow:
+    """Return cross-entropy in which a token after </think> (end_of_thinking) counts answer_weight times."""
+
     def loss_of(hidden, weight, batch, scale):
-        closed = (batch.input_ids == end_of_thinking).cumsum(0)  # </think> so far in the whole row, (T,)
-        start = (
-            torch.arange(len(batch), device=hidden.device) - batch.position_ids
-        )  # of each token's document
+        closed = (batch.input_ids == end_of_thinking).cumsum(0)  # (T,): </think>s so far in the whole row
+        start = torch.arange(len(batch), device=hidden.device) - batch.position_ids  # (T,): of its document
         token_weight = torch.where(closed > closed[start], answer_weight, 1.0)
-        return (
-            linear_cross_entropy(hidden, weight, batch.targets, reduction="sum", token_weight=token_weight)
-            * scale
-        )
+        loss = linear_cross_entropy(hidden, weight, batch.targets, reduction="sum", token_weight=token_weight)
+        return scale * loss
 
     return loss_of
 
@@ -52,16 +53,14 @@ def main(config: Config) -> Path:
     model, tokenizer = models.load_to_train("tiny", device="cpu")
     loss_of = weigh_answers(tokenizer.convert_tokens_to_ids("</think>"), config.answer_weight)
     chat = ChatFormat(tokenizer, instruction="")
-    documents, _ = load_documents(
-        str(LONG_TRACES), chat, row_tokens=1_024, num_traces=config.num_traces, seed=config.seed
-    )
-    plan = TrainingPlan.make(
-        [len(document) for document in documents], row_tokens=1_024, batch_traces=8, epochs=1
-    )
+    traces = {"row_tokens": ROW_TOKENS, "num_traces": config.num_traces, "seed": config.seed}
+    documents, _ = load_documents(str(LONG_TRACES), chat, **traces)
+    lengths = [len(document) for document in documents]
+    plan = TrainingPlan.make(lengths, row_tokens=ROW_TOKENS, batch_traces=8, epochs=1)
     print(f"training    {plan}")
-    model_folder = train(
-        model, tokenizer, documents, plan, run, lr=config.lr, warmup_ratio=0.05, loss_of=loss_of
-    )
+
+    settings = {"lr": config.lr, "warmup_ratio": 0.05}
+    model_folder = train(model, tokenizer, documents, plan, run, **settings, loss_of=loss_of)
     print(f"model {model_folder}")
     return model_folder
 

@@ -1,24 +1,24 @@
-"""Check the kit on your NVIDIA card: are the kernels right here, how fast are they, does the memory plan tell the truth?
+"""Check the kit on your NVIDIA card: are the kernels right, how fast are they, does the memory plan hold?
 
     python recipes/check_card.py                       everything, in under five minutes
     python recipes/check_card.py --quick               the most important part, in 90 seconds
-    python recipes/check_card.py --only fits --cap_gb 8    make a larger card stand in for one with 8 GB
+    python recipes/check_card.py --only fits --cap_gb 8    use a larger card as if it had 8 GB
     python recipes/check_card.py --only truth --as sm89    run the code that Triton generates for an RTX 40
     python recipes/check_card.py --device cpu          rehearse every check on a CPU, with tiny shapes
 
     truth    every kernel against float64: its error may be at most twice torch's own
     speed    kernels beside the peers that are installed, and beside the card's own limits
-    steps    training steps at 16,384 tokens: tokens/s, launches, share of the time the card is busy
+    steps    training steps at 16,384 tokens: tokens/s, launches, share of the time that the card is busy
     fits     training under a cap on memory: planned, allocated and reserved GiB
     sampler  tokens/s by the number of rows, beside transformers' generate
     rl       one rollout and one update of GRPO: the sampler's log-probs against the trainer's
     resume   the same bits after a checkpoint, with offloading and with updates in the backward pass
 
-Models are built from the shipped configs with random weights, so nothing is downloaded. Every result is printed and appended to
-results.jsonl as soon as it is known. The exit status is 1 if a check failed. Recipes read the tokens/s measured here to say how
-many hours they will take. Run this under `compute-sanitizer --tool memcheck` or `--tool racecheck`, with `--only truth --quick`,
-to have every memory access checked. Left out on purpose: several cards, and cards other than NVIDIA's.
-Never run on a GPU so far.
+Models are built from the shipped configs with random weights, so nothing is downloaded. Every result is
+printed and appended to results.jsonl as soon as it is known. The exit status is 1 if a check failed. Recipes
+read the tokens/s measured here to estimate their hours. To have every memory access checked, run this under
+`compute-sanitizer --tool memcheck` or `--tool racecheck`, with `--only truth --quick`.
+Left out on purpose: several cards, and cards other than NVIDIA's. Never run on a GPU so far.
 """
 
 import os
@@ -31,13 +31,18 @@ from card import fits, resume, rl, sampler, speed, steps, truth
 from card.results import FAIL, PASS, Card, CardLost, Results
 
 from kit.config import parse
-from kit.machine import describe_machine
+from kit.machine import describe_machine, require_gpu
 from kit.run import next_folder, write_json
 
 SECTIONS = {
-    "truth": truth.run, "speed": speed.run, "steps": steps.run, "fits": fits.run, "sampler": sampler.run, "rl": rl.run,
+    "truth": truth.run,
+    "speed": speed.run,
+    "steps": steps.run,
+    "fits": fits.run,
+    "sampler": sampler.run,
+    "rl": rl.run,
     "resume": resume.run,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,9 @@ class Config:
     only: str = ""  # sections, comma-separated: truth,speed,steps,fits,sampler,rl,resume; "" = all
     quick: bool = False  # fewer cases, in 90 seconds
     seconds: float = 290.0  # time budget; a check that does not fit is reported as not run; 0 = no limit
-    models: str = ""  # models of steps and fits, comma-separated names of shipped configs, or "all"; "" = the usual three
+    models: str = ""  # of steps and fits, comma-separated names of shipped configs; "all"; "" = three of them
     cap_gb: float = 0.0  # GiB of the card to use, so that it stands in for a smaller one; 0 = the whole card
-    as_: str = (
-        ""  # compile for another architecture that this card can run, for example sm89; "" = this card's own
-    )
+    as_: str = ""  # compile for another architecture that this card runs, such as sm89; "" = the card's own
     device: str = "cuda"  # cuda, or cpu for a rehearsal with tiny shapes
     out: str = ""  # folder for results.jsonl; "" = the next free one under runs/check_card
 
@@ -58,28 +61,25 @@ QUICK = {"seconds": 90.0}
 
 
 def main(config: Config) -> Results:
-    """Run the sections. Raises ValueError for an unknown section or model, and if no card is at hand."""
+    """Run the sections. Raises ValueError for an unknown section or model; exits if no card is here."""
     names = config.only.split(",") if config.only else list(SECTIONS)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
+        known = ", ".join(SECTIONS)
         raise ValueError(
-            f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {', '.join(SECTIONS)}"
+            f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {known}"
         )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("check_card needs an NVIDIA card and torch sees none; rehearse with --device cpu")
+    rehearsal = {"python recipes/check_card.py --device cpu": "a rehearsal of every check, with tiny shapes"}
+    require_gpu(config.device, "check_card", rehearsal)
     models = steps.chosen_models(config.models)
     folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))
     folder.mkdir(parents=True, exist_ok=True)
-    if (
-        config.as_
-    ):  # Triton reads both when it compiles; a cache of its own, or the card's own code would be found there
-        os.environ |= {
-            "TRITON_OVERRIDE_ARCH": config.as_,
-            "TRITON_CACHE_DIR": str((folder / f"triton_{config.as_}").resolve()),
-        }
+    if config.as_:  # Triton reads both when it compiles
+        os.environ["TRITON_OVERRIDE_ARCH"] = config.as_
+        cache = folder / f"triton_{config.as_}"  # in the usual one, Triton would find the card's own code
+        os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
 
-    device = torch.device(config.device)
-    card = Card(device, device.type == "cpu", config.quick, config.cap_gb, config.as_)
+    card = Card(torch.device(config.device), config.quick, config.cap_gb, config.as_)
     results = Results(card, folder / "results.jsonl", seconds=config.seconds or float("inf"))
     machine = describe_machine()
     write_json(folder / "config.json", asdict(config) | {"machine": machine})
@@ -89,11 +89,8 @@ def main(config: Config) -> Results:
             results.section = name
             run_section(name, results, models)
     except CardLost as error:
-        results.add(
-            FAIL,
-            "card",
-            f"a CUDA error in {error} ended this process's use of the card; the checks after it did not run",
-        )
+        text = f"a CUDA error in {error} made the card unusable; the checks after it did not run"
+        results.add(FAIL, "card", text)
     except KeyboardInterrupt:
         results.not_run("the rest", "stopped with Ctrl-C")
     print(f"\n{results.table()}\n\n{sentence(results, machine)}")
@@ -101,7 +98,7 @@ def main(config: Config) -> Results:
 
 
 def run_section(name: str, results: Results, models: list[str]) -> None:
-    """One section; what it does between its cases is guarded, too."""
+    """Run one section as a case of its own, so that errors between its cases are caught, too."""
     with results.case(name):
         if name in ("steps", "fits"):
             SECTIONS[name](results, results.card, models)
@@ -111,21 +108,17 @@ def run_section(name: str, results: Results, models: list[str]) -> None:
 
 
 def sentence(results: Results, machine: dict) -> str:
-    """The result as one sentence to post."""
-    truths = [
-        row["status"] for row in results.rows if row["section"] == "truth" and row["status"] in (PASS, FAIL)
-    ]
-    parts = [f"{truths.count(PASS)} of {len(truths)} kernel checks right"] if truths else []
+    """Return the results as one sentence to post."""
+    truths = [row["status"] for row in results.rows if row["section"] == "truth"]
+    right, wrong = truths.count(PASS), truths.count(FAIL)
+    parts = [f"{right} of {right + wrong} kernel checks right"] if right + wrong else []
     parts += [row["headline"] for row in results.rows if row.get("headline")]
-    card = (
-        f"{machine['gpu']}, {results.card.gib:.0f} GB"
-        if results.card.is_cuda
-        else "CPU rehearsal, tiny shapes"
-    )
-    failed = results.count(FAIL)
-    return f"{card}: {'; '.join(parts) or 'nothing measured'}" + (
-        f"; {failed} checks FAILED" if failed else ""
-    )
+    parts = parts or ["nothing measured"]
+    if failed := results.count(FAIL):
+        parts.append(f"{failed} checks FAILED")
+
+    gpu = f"{machine['gpu']}, {results.card.gib:.0f} GB"
+    return f"{gpu if results.card.is_cuda else 'CPU rehearsal, tiny shapes'}: {'; '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Checkpoints: the model in Hugging Face format beside the optimizer's state and the step, written whole or not at all.
+"""Save and load checkpoints: the model in Hugging Face format, the optimizer's state and the step.
 
-A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors and trainer.json. It is written
-under another name and renamed once complete, so a kill leaves the older one; the older ones go after the rename.
+A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors and
+trainer.json. It is written under another name and renamed once complete, so a kill leaves the older one.
+Older checkpoints are deleted after the rename.
 
-Of a model with adapters (kit.models.qlora) only these are written, as peft's own folder: adapter_config.json,
-which names the base, and adapter_model.safetensors. The base is read and quantised anew where they are
-loaded."""
+Of a model with adapters (kit.models.qlora), only the adapters are written, as peft's own folder:
+adapter_config.json, which names the base model, and adapter_model.safetensors. Loading them reads and
+quantises the base model again.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,10 @@ from kit.run import write_json
 
 
 def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int, **progress) -> Path:
-    """Write the checkpoint after `step` steps and delete the older ones. Returns its path.
+    """Write the checkpoint after `step` steps and delete the older ones. Return its path.
 
-    progress: what `read_progress` gives back besides the step: it belongs to these weights, and no other file can lag behind it.
+    progress: values that `read_progress` returns besides the step. They are written with the weights, so that
+    the two always agree.
     """
     path = folder / f"step_{step:07d}"
     scratch = _write_model(folder / "writing", model, tokenizer)
@@ -42,12 +45,12 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+    """Return the newest complete checkpoint, or None."""
     return max(folder.glob("step_*"), default=None)
 
 
 def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
-    """Put weights and optimizer state back in place, bit for bit. Returns the number of steps done.
+    """Load weights and optimizer state in place, bit for bit. Return the number of steps done.
 
     Raises ValueError if the checkpoint is of another model.
     """
@@ -57,9 +60,9 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         state = optimizer.state[parameter]
-        # not by optimizer.load_state_dict, which casts fp32 states to bf16 where the parameter is bf16
+        # not by optimizer.load_state_dict, which casts fp32 states of a bf16 parameter to bf16
         if name != "step" and name in state:
-            state[name].copy_(tensor)  # wherever the optimizer keeps it
+            state[name].copy_(tensor)  # to the device where the optimizer keeps it
         else:
             on_card = name != "step" or optimizer.defaults.get("fused")
             state[name] = tensor.to(parameter.device) if on_card else tensor
@@ -67,5 +70,5 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
 
 
 def read_progress(path: Path) -> dict:
-    """How far a checkpoint's run had come: "step", and what `save` was given besides."""
+    """Return the progress of a checkpoint's run: "step", and what else was passed to `save`."""
     return json.loads((path / "trainer.json").read_text(encoding="utf-8"))

@@ -1,8 +1,10 @@
-"""The head in a training step: the loss of a row (kit/train/loss.py), its backward pass, and where the head's gradient goes.
+"""Train the head: compute a row's loss (kit/train/loss.py) and put the head's gradient where it belongs.
 
-backward(batch, scale, loss_of) once per row, then finish() once per step. Three ways: head and embedding
-apart, or the head frozen (AutogradHead); one trained weight, whose gradient is made whole (TiedHead) or a
-block of the vocabulary at a time (BlockedHead)."""
+Call backward(batch, scale, loss_of) once per row, then finish() once per step. There are three ways:
+- AutogradHead, if head and embedding are two weights, or the head is frozen
+- TiedHead, if they are one trained weight: its gradient is computed as a whole
+- BlockedHead, for the same weight: a block of the vocabulary at a time
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,17 @@ from kit.train.update_in_backward import UpdateInBackward, Updates
 
 
 def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
-    """Choose how the head is trained. Raises ValueError if head_update is "blocked" and the model has no tied, trained head."""
+    """Choose how the head is trained.
+
+    Raises ValueError if head_update is "blocked" and the model has no tied, trained head.
+    """
     weight = head_weight(model)
     tied = weight is model.get_input_embeddings().weight
     if savings.head_update == "blocked":
         if not tied or not weight.requires_grad:
             raise ValueError(
-                f"head_update is blocked but the head is {'frozen' if tied else 'not tied'}: blocks need a trained embedding "
-                "that is its own head; pass --head_update whole"
+                f"head_update is blocked but the head is {'frozen' if tied else 'not tied'}: blocks need a "
+                "trained embedding that is its own head; pass --head_update whole"
             )
         return BlockedHead(model, optimizer, updates, savings.logit_rows)
     if tied and weight.requires_grad:
@@ -36,12 +41,13 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
 
 
 class AutogradHead:
-    """The fused loss under autograd: the head's gradient is computed together with the loss, like any other."""
+    """Leave the head to autograd, which computes its gradient together with the loss, like any other."""
 
     def __init__(self, model, logit_rows: int):
         self.model, self.logit_rows = model, logit_rows
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        """Return the row's loss after its backward pass. loss_of: None = mean token cross-entropy."""
         loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
         loss = loss_of(hidden_states(self.model, batch), head_weight(self.model), batch, scale)
         loss.backward()
@@ -52,7 +58,7 @@ class AutogradHead:
 
 
 class _Lookup:
-    """The embedding lookup outside of autograd, which would allocate a gradient of all V rows for the few looked up."""
+    """Look up embeddings outside of autograd, which would allocate a gradient of all V rows for a few."""
 
     def __init__(self, model, ids: torch.Tensor):
         self.embedding, self.ids = model.get_input_embeddings(), ids
@@ -60,7 +66,7 @@ class _Lookup:
         self.gradients: list[torch.Tensor] = []
 
     def rows(self) -> torch.Tensor:
-        """(1, T, H)"""
+        """Return the embedded tokens, (1, T, H)."""
         with torch.no_grad():
             embedded = self.embedding(self.ids[None])
         return catch_gradient(embedded, self.gradients)
@@ -70,17 +76,18 @@ class _Lookup:
         dlookup = self.gradients.pop()[0].float()
         if self.scale:  # a number, which the lookup rounds to the weight's dtype
             dlookup *= getattr(self.embedding, self.scale).to(self.embedding.weight.dtype).float()
-        if self.embedding.padding_idx is not None:  # whose row gets nothing from a lookup, as in nn.Embedding
+        if self.embedding.padding_idx is not None:  # its row gets nothing from a lookup, as in nn.Embedding
             dlookup *= (self.ids != self.embedding.padding_idx)[:, None]
         return dlookup
 
 
 class TiedHead:
-    """Head and embedding are one trained weight: the lookup's rows are added to the head's gradient.
+    """Add the lookup's rows to the head's gradient: head and embedding are one trained weight.
 
     Autograd would allocate the lookup's gradient at the size of the weight, and their sum as a third tensor:
-    1.1 GiB more at V = 262,144 and H = 1,152 in bf16. The parts of a row are summed in fp32 and rounded once.
-    On a GPU, index_add_ adds in no fixed order, so the last bits may differ from run to run.
+    1.1 GiB more at V = 262,144 and H = 1,152 in bf16. The gradients of a row of the weight are summed in fp32
+    and rounded once. On a GPU, index_add_ adds in no fixed order, so the last bits may differ from run to
+    run.
     """
 
     def __init__(self, model, updates: Updates, logit_rows: int):
@@ -88,17 +95,22 @@ class TiedHead:
         self.dweight: torch.Tensor | None = None
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        """Return the row's loss after its backward pass. loss_of: None = mean token cross-entropy."""
         loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
         lookup = _Lookup(self.model, batch.input_ids)
         leaf = head_weight(self.model).detach().requires_grad_()
-        leaf.grad = self.dweight  # of the rows before
+        leaf.grad = self.dweight  # of the step's earlier rows
+
+        # no name for the hidden states: the backward pass frees them
         loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch, scale)
         loss.backward()
+
         self.dweight = leaf.grad
         _add_rows_(self.dweight, batch.input_ids, lookup.gradient())
         return loss.detach()
 
     def finish(self) -> None:
+        """Apply the weight's gradient."""
         weight = head_weight(self.model)
         weight.grad, self.dweight = self.dweight, None
         self.updates.use(weight)
@@ -107,29 +119,33 @@ class TiedHead:
 @torch.no_grad()
 def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
     """Compute total[ids] += rows, (T, H) in fp32. An id may occur many times."""
-    positions = torch.arange(len(ids), device=ids.device)
-    first = torch.full((len(total),), len(ids), device=ids.device).scatter_reduce_(
-        0, ids.long(), positions, "amin"
-    )[ids]
-    sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at the first place of each id
+    T = len(ids)
+    positions = torch.arange(T, device=ids.device)
+    first_of_id = torch.full((len(total),), T, device=ids.device)
+    first_of_id.scatter_reduce_(0, ids.long(), positions, "amin")
+    first = first_of_id[ids]  # (T,): the first position with the same id
+
+    sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at each id's first position
     total.index_copy_(0, ids, (total[ids] + sums[first]).to(total.dtype))  # equal ids write equal rows
 
 
 class BlockedHead:
-    """The weight's gradient never exists as a whole. After the backward pass, the head's part and the lookup's are computed and
-    applied one block of the vocabulary at a time. The norm is known only then, too late to clip by (Savings.check_clipping).
+    """Never hold the weight's gradient as a whole.
 
-    On a GPU, index_add_ adds the lookup's part in no fixed order, so the last bits may differ from run to run.
+    After the backward pass, the head's part and the lookup's are computed and applied one block of the
+    vocabulary at a time. The norm is known only then, too late to clip by it (Savings.check_clipping). On a
+    GPU, index_add_ adds the lookup's part in no fixed order, so the last bits may differ from run to run.
     """
 
     def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward, logit_rows: int):
         self.model, self.optimizer, self.updates, self.logit_rows = model, optimizer, updates, logit_rows
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
+        """Return the row's loss after its backward pass. Raises ValueError for any loss but cross-entropy."""
         if loss_of is not None:
             raise ValueError(
-                "head_update is blocked but this step's loss is not cross-entropy, which is all that blocks know; "
-                "pass --head_update whole"
+                "head_update is blocked but this step's loss is not cross-entropy, the only one that blocks "
+                "compute; pass --head_update whole"
             )
         lookup = _Lookup(self.model, batch.input_ids)
         hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
@@ -144,14 +160,16 @@ class BlockedHead:
 
     @torch.no_grad()
     def finish(self) -> None:
+        """Compute and apply the weight's gradient, block by block."""
         arguments, cap, lookup = self.pending
         self.pending = None
         weight, dlookup = arguments[1], lookup.gradient()
         sorted_ids, order = lookup.ids.sort()
         places = (
             sorted_ids.cpu()
-        )  # where a block's ids begin and end: asked once, not of the card at every block
+        )  # copied once, instead of asking the card for each block's first and last id
         square = torch.zeros((), device=weight.device)
+
         for first, dweight in dweight_blocks(*arguments, softcap=cap):
             _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
             square += dweight.square().sum()
@@ -168,14 +186,14 @@ def _add_lookup_(
     places: torch.Tensor,
     rows: torch.Tensor,
 ) -> None:
-    """block[ids - first] += rows, for the ids in first .. first + len(block) - 1 and no others.
+    """Compute block[ids - first] += rows, for the ids in first .. first + len(block) - 1 and no others.
 
-    block (B, H) fp32; sorted_ids, order (T,): ids in order, and where each lies in rows (T, H) fp32; places: sorted_ids on the
-    CPU. An operator, since how many rows a block gets depends on values, which a simulated step does not have.
+    block: (B, H) fp32. sorted_ids, order: (T,), the ids in order, and where each is in rows, (T, H) fp32.
+    places: sorted_ids on the CPU. This is an operator because the number of rows that a block gets depends on
+    values, which a simulated step does not have.
     """
-    begin, end = torch.searchsorted(
-        places, torch.tensor([first, first + len(block)], dtype=places.dtype)
-    ).tolist()
+    bounds = torch.tensor([first, first + len(block)], dtype=places.dtype)
+    begin, end = torch.searchsorted(places, bounds).tolist()
     block.index_add_(0, sorted_ids[begin:end] - first, rows.index_select(0, order[begin:end]))
 
 

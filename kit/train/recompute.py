@@ -1,30 +1,33 @@
-"""Activations: every decoder layer is computed again in the backward pass from its input alone, its feed-forward in tiles.
+"""Recompute every decoder layer in the backward pass from its input alone, its feed-forward in tiles.
 
-A decoder layer of the three families is, per token except for the attention,
+A decoder layer of the three families computes, per token except for the attention,
 
-    h = x + after_attention(attention(norm(x)))          after_attention and after_mlp: a norm in Gemma 3, nothing elsewhere
+    h = x + after_attention(attention(norm(x)))
     out = h + after_mlp(mlp(before_mlp(h)))
 
-The forward pass runs it without a graph and keeps x. The backward pass computes norm(x), runs the attention with its graph (which
-lets go of norm(x) and has it made once more), forms h, and then takes the feed-forward a tile of tokens at a time: forward,
-backward, drop. dh is written over h tile by tile; then the attention's graph is spent, then the norm's tiles. A tile's forward is
-the recompute: no product runs a third time.
+where after_attention and after_mlp are norms in Gemma 3 and absent elsewhere.
+
+The forward pass runs the layer without a graph and keeps x. The backward pass computes norm(x), runs the
+attention with its graph (which frees norm(x) and recomputes it later) and forms h. Then it processes the
+feed-forward a tile of tokens at a time: forward, backward, free. dh is written over h tile by tile. The
+backward passes of the attention and of the norm follow. A tile's forward pass is the recomputation, so no
+product runs a third time.
 
 At 16,384 tokens of Gemma 3 1B in bf16 (H = 1152, 26 layers) the inputs are 36 MiB per layer, 936 MiB in all;
-with offload those of two layers are on the device. One layer's backward takes 1.8 GiB without tiles and 0.6
-GiB with tiles of 2,048. What tiles cost is the fp32 sum of the MLP's gradients, 91 MiB here. Measured against
-float64 on a tiny Llama of 2,048 tokens, fp32 sums err 1.02 times as much as no tiles, however many; bf16 sums
-1.1 times at 8 tiles, 1.2 at 16, 7 at 2,048. Smaller tiles buy the bytes back.
+with offloading, those of two layers are on the device. One layer's backward pass needs 1.8 GiB without tiles
+and 0.6 GiB with tiles of 2,048. kit.train.tiles has what tiles cost; smaller tiles make up for it.
 
-A layer's parameters are inputs of its autograd.Function, so each gradient reaches its parameter once, whole, when the layer is
-done: post-accumulate hooks may use it and let it go. kit.train.offload moves the inputs; its streams were not run on a GPU.
+A layer's parameters are inputs of its autograd.Function, so each gradient reaches its parameter once,
+complete, when the layer's backward pass ends: post-accumulate hooks may use and free it. kit.train.offload
+moves the inputs; its streams were not run on a GPU.
 
-The norm after the last layer is computed again too: its graph, 180 MiB here, would wait through the loss, the fullest moment.
+The norm after the last layer is recomputed too: otherwise its graph, 180 MiB here, would exist during the
+loss, when the most memory is in use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -37,56 +40,58 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kit.models.families import FAMILIES, Family
 from kit.train.offload import HostInputs
-from kit.train.saved_tensors import catch_gradient, made_again
+from kit.train.saved_tensors import catch_gradient, recomputed
+from kit.train.tiles import Gradients, Tiles, collect, leaves_of, trainable
 
 LAYERS = {family.layer: family for family in FAMILIES.values()}
 _norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = (
     WeakKeyDictionary()
-)  # last norm -> what recompute_layers set there
+)  # last norm -> our hook on it
 
 
 def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, tile_tokens: int = 0) -> None:
-    """From now on, in training mode, keep only the inputs of each decoder layer and of the last norm for the backward pass.
+    """Make the model keep only the inputs of each decoder layer and of the last norm, while in training mode.
 
-    model: of a family in kit.models.families.FAMILIES, with or without adapters, full or NF4 weights; it may
-    be on any device. Module and parameter names stay as they are. Calling it again replaces the settings;
-    keep_activations ends it.
-    offload: keep layer inputs in CPU memory (pinned on a GPU), the last layer's excepted. A backward pass is then possible once.
-        A HostInputs does it in that object's way: a check can delay its copies.
-    tile_tokens: most tokens of the feed-forward (and norms) whose activations are alive at a time; 0 = all.
-    The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient.
-    Raises ValueError for an unknown layer class, for a model without decoder layers, for tile_tokens < 0; in the forward pass for
-    autocast, which the recompute would not repeat, and for dropout, whose mask it would not draw again.
+    model: of a family in kit.models.families.FAMILIES, with or without adapters, full or NF4 weights, on any
+    device. Names of modules and parameters stay. A second call replaces the settings; keep_activations ends
+    it.
+
+    offload: keep the layers' inputs in CPU memory (pinned on a GPU), except for the last layer's. Only one
+    backward
+        pass is then possible. A HostInputs moves them in its own way: a check can delay its copies.
+    tile_tokens: the most tokens of the feed-forward and the norms whose activations exist at one time; 0 =
+    all.
+
+    The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient. Raises ValueError
+    for an unknown layer class, for a model without decoder layers and for tile_tokens < 0; in the forward
+    pass for autocast, which the recomputation would not repeat, and for dropout, whose mask would differ.
     """
     if tile_tokens < 0:
-        raise ValueError(
-            f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0 for no tiles"
-        )
+        raise ValueError(f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
         if type(layer) not in LAYERS:
             known = ", ".join(kind.__name__ for kind in LAYERS)
             raise ValueError(
-                f"a layer is a {type(layer).__name__} but the kit knows {known}; add a row to FAMILIES in kit/models/families.py"
+                f"a layer is a {type(layer).__name__} but the kit knows {known}; "
+                "add a row to FAMILIES in kit/models/families.py"
             )
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no decoder layer to recompute; pass the language model itself"
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} has no decoder layer to recompute; pass the language model itself")
+
     host = offload if isinstance(offload, HostInputs) else HostInputs() if offload else None
     for index, layer in enumerate(layers):
-        layer.gradient_checkpointing = (
-            True  # transformers' own protocol: the layer now calls the function in training mode
-        )
-        layer._gradient_checkpointing_func = _Recomputed(
-            layer, tile_tokens, host, index, is_last=index == len(layers) - 1
-        )
+        is_last = index == len(layers) - 1
+        # transformers' own protocol: in training mode the layer calls this function
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = _Recomputed(layer, tile_tokens, host, index, is_last=is_last)
+
     for module in model.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and isinstance(
-            getattr(module, "norm", None), nn.Module
-        ):
-            _stop_recomputing(module.norm)
-            _norm_hooks[module.norm] = module.norm.register_forward_hook(_RecomputedNorm(tile_tokens))
+        norm = getattr(module, "norm", None)
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and isinstance(norm, nn.Module):
+            _stop_recomputing(norm)
+            _norm_hooks[norm] = norm.register_forward_hook(_RecomputedNorm(tile_tokens))
 
 
 def keep_activations(model: nn.Module) -> None:
@@ -104,7 +109,7 @@ def _stop_recomputing(norm: nn.Module) -> None:
 
 
 class _FeedForward(nn.Module):
-    """h -> out. Refers to the layer's own modules, so that adapters and NF4 weights are what they are there."""
+    """Compute out from h with the layer's own modules, so that adapters and NF4 weights are included."""
 
     def __init__(self, layer: nn.Module, family: Family):
         super().__init__()
@@ -116,69 +121,26 @@ class _FeedForward(nn.Module):
         return h + self.after(self.mlp(self.before(h)))
 
 
-class _Tiles:
-    """Token-wise parts run over (B, T, H) a tile of tokens at a time."""
+class _Recomputed:
+    """What a layer calls instead of its own forward.
 
-    def __init__(self, tile_tokens: int):
-        self.tile_tokens = tile_tokens
-
-    def _tiles(self, T: int) -> Iterator[slice]:
-        step = self.tile_tokens or T
-        return (slice(start, start + step) for start in range(0, T, step))
-
-    def _run(self, part: nn.Module, source: torch.Tensor, out: torch.Tensor) -> None:
-        """out <- part(source) tile by tile; the two may be one tensor."""
-        for tile in self._tiles(source.shape[1]):
-            out[:, tile] = part(source[:, tile])
-
-    def _differentiate(self, part, source, dout, dsource, gradients) -> None:
-        """Forward and backward of a token-wise part, tile by tile: dsource <- its gradient, parameters' gradients are collected.
-
-        dsource may be source or dout (a tile is written when both were read), or None if it is not needed.
-        """
-        leaves = _leaves(part)
-        if dsource is None and not leaves:
-            return
-        several = 0 < self.tile_tokens < source.shape[1]
-        sums: dict[str, torch.Tensor] = {}
-
-        def add(
-            name: str, leaf: torch.Tensor
-        ) -> None:  # at once, so that one weight's gradient of one tile is alive
-            if name in sums:
-                sums[name].add_(leaf.grad)
-            else:
-                sums[name] = leaf.grad.to(
-                    torch.promote_types(leaf.dtype, torch.float32) if several else leaf.dtype
-                )
-            leaf.grad = None
-
-        for name, leaf in leaves.items():
-            leaf.register_post_accumulate_grad_hook(partial(add, name))
-        for tile in self._tiles(source.shape[1]):
-            dtile = _differentiate_once(
-                part, leaves, source[:, tile].detach(), dout[:, tile], dsource is not None
-            )
-            if dsource is not None:
-                dsource[:, tile] = dtile
-        _collect(part, sums, gradients)
-
-
-class _Recomputed(_Tiles):
-    """What one layer calls instead of its own forward. x, h, a and their gradients are (B, T, H), B = 1 for a pack."""
+    x, h, a and their gradients are (B, T, H); a pack has B = 1.
+    """
 
     def __init__(
         self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool
     ):
-        super().__init__(tile_tokens)
         self.layer = layer
-        self.family = LAYERS[type(layer)]
+        self.tiles = Tiles(tile_tokens)
         self.host = host
         self.index = index
         self.is_last = is_last
+        self.family = LAYERS[type(layer)]
+        norm = self.family.after_attention
+        self.after_attention = getattr(layer, norm) if norm else None
 
     def __call__(self, forward: partial, x: torch.Tensor) -> torch.Tensor:
-        """forward: the layer's own, bound to the keyword arguments of this call."""
+        """Compute the layer's output. forward: the layer's own, bound to this call's keyword arguments."""
         if torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 "the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off"
@@ -186,7 +148,7 @@ class _Recomputed(_Tiles):
         for name, module in self.layer.named_modules():
             if isinstance(module, nn.Dropout) and module.p:
                 raise ValueError(
-                    f"{name} drops out {module.p} but the recompute would draw another mask; set the dropout to 0"
+                    f"{name} drops out {module.p} but the recompute would draw another mask; set dropout to 0"
                 )
         parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
@@ -194,124 +156,69 @@ class _Recomputed(_Tiles):
         with torch.no_grad():
             return self.forward(x, forward.keywords)
 
-    def _part(self, name: str | None) -> nn.Module | None:
-        return getattr(self.layer, name) if name else None
-
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        """What the attention reads."""
+        """Return what the attention reads."""
         normed = torch.empty_like(x)
-        self._run(self.layer.input_layernorm, x, normed)
+        self.tiles.run(self.layer.input_layernorm, x, normed)
         return normed
 
     def forward(self, x: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """The layer without a graph: besides x, one (T, H) of ours and what the attention makes."""
-        after = self._part(self.family.after_attention)
+        """Compute the layer without a graph. Allocates one (T, H) besides x and what the attention needs."""
         h = self.layer.self_attn(hidden_states=self._normed(x), **arguments)[0]
-        if after is not None:
-            self._run(after, h, h)
+        if self.after_attention is not None:
+            self.tiles.run(self.after_attention, h, h)
         h.add_(x)
-        self._run(_FeedForward(self.layer, self.family), h, h)
+        self.tiles.run(_FeedForward(self.layer, self.family), h, h)
         return h
 
     def backward(
-        self,
-        x: torch.Tensor,
-        arguments: dict,
-        dout: torch.Tensor,
-        needs_dx: bool,
-        when_lean: Callable[[], None],
-    ):
-        """dx, or None if it is not needed, and the gradient of every trainable parameter that the layer used.
+        self, x, arguments: dict, dout, needs_dx: bool, when_lean: Callable[[], None]
+    ) -> tuple[torch.Tensor | None, Gradients]:
+        """Return dx, or None if it is not needed, and the gradients of the trainable parameters in use.
 
-        Alive while the tiles run, the fullest moment: x, dout, the attention's graph without its input, its output a, and h; a
-        and h are one tensor where no norm stands between. Each is overwritten by its own gradient. That is safe: a is the result
-        of a projection, which saves its input, not its output; and where some module does save it, the changed tensor is refused.
+        Memory peaks while the tiles run. It then holds x, dout, the attention's graph without its input, its
+        output a, and h; a and h are one tensor if no norm is between them. Each is overwritten by its own
+        gradient. This is
+        safe: a is the result of a projection, which saves its input and not its output. If a module does save
+        it, the backward pass refuses the changed tensor.
         when_lean: called when the tiles are done.
         """
-        before, after = self.layer.input_layernorm, self._part(self.family.after_attention)
-        gradients: dict[nn.Parameter, torch.Tensor] = {}
+        before, after, attention = self.layer.input_layernorm, self.after_attention, self.layer.self_attn
+        gradients: Gradients = {}
+
+        # the attention, with its graph
         normed, dnormeds = self._normed(x), []
-        leaves = _leaves(self.layer.self_attn)
-        with torch.enable_grad(), made_again(normed, partial(self._normed, x)):
-            entering = catch_gradient(normed, dnormeds) if needs_dx or _trainable(before) else normed
-            attended = functional_call(
-                self.layer.self_attn, leaves, kwargs={"hidden_states": entering, **arguments}
-            )[0]
+        leaves = leaves_of(attention)
+        with torch.enable_grad(), recomputed(normed, partial(self._normed, x)):
+            entering = catch_gradient(normed, dnormeds) if needs_dx or trainable(before) else normed
+            attended = functional_call(attention, leaves, kwargs={"hidden_states": entering} | arguments)[0]
         del normed, entering
+
+        # h
         needs_da = attended.requires_grad
         a = h = attended.detach()
         if after is not None:
             h = torch.empty_like(a)
-            self._run(after, a, h)
+            self.tiles.run(after, a, h)
         h.add_(x)
-        needs_dh = needs_dx or needs_da or (after is not None and bool(_trainable(after)))
-        self._differentiate(
-            _FeedForward(self.layer, self.family), h, dout, h if needs_dh else None, gradients
-        )
+
+        # the feed-forward and the norm after the attention: h becomes dh, a becomes da
+        needs_dh = needs_dx or needs_da or (after is not None and bool(trainable(after)))
+        feed_forward = _FeedForward(self.layer, self.family)
+        self.tiles.differentiate(feed_forward, h, dout, h if needs_dh else None, gradients)
         if after is not None:
-            self._differentiate(after, a, h, a if needs_da else None, gradients)
+            self.tiles.differentiate(after, a, h, a if needs_da else None, gradients)
         when_lean()
+
+        # the attention and the norm before it
         if needs_da:
             torch.autograd.backward(attended, a)
-            _collect(self.layer.self_attn, {name: leaf.grad for name, leaf in leaves.items()}, gradients)
+            collect(attention, {name: leaf.grad for name, leaf in leaves.items()}, gradients)
         dnormed = dnormeds.pop() if dnormeds else None
         del attended, a, leaves
         if dnormed is not None:
-            self._differentiate(before, x, dnormed, dnormed if needs_dx else None, gradients)
+            self.tiles.differentiate(before, x, dnormed, dnormed if needs_dx else None, gradients)
         return dnormed.add_(h) if needs_dx else None, gradients
-
-
-class _WithoutHooks(nn.Module):
-    """A module's own forward: a recompute from within its forward hook must not set that hook off again."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module.forward(x)
-
-
-class _RecomputedNorm(_Tiles):
-    """Forward hook of the norm after the last layer: what it made goes on, and how it made it is forgotten."""
-
-    def __call__(self, norm: nn.Module, arguments: tuple, out: torch.Tensor) -> torch.Tensor:
-        if not norm.training or not out.requires_grad:
-            return out
-        return _NormFunction.apply(self, norm, [out.detach()], arguments[0], *_trainable(norm).values())
-
-
-def _differentiate_once(part, leaves, source, dout, needs_dsource: bool) -> torch.Tensor | None:
-    source.requires_grad_(needs_dsource)
-    with torch.enable_grad():
-        out = functional_call(part, leaves, (source,))
-    if out.requires_grad:
-        torch.autograd.backward(out, dout)
-    return source.grad
-
-
-def _trainable(part: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in part.named_parameters() if parameter.requires_grad}
-
-
-def _leaves(part: nn.Module) -> dict[str, torch.Tensor]:
-    """Stand-ins that share the weights: where a backward inside the layer's backward ends, it sets off no parameter's hooks."""
-    return {name: parameter.detach().requires_grad_() for name, parameter in _trainable(part).items()}
-
-
-def _collect(
-    part: nn.Module, found: dict[str, torch.Tensor | None], gradients: dict[nn.Parameter, torch.Tensor]
-) -> None:
-    """Move gradients from names to parameters, in the parameter's dtype; `found` is emptied so that each fp32 sum dies here."""
-    for name, parameter in _trainable(part).items():
-        gradient = found.pop(name, None)
-        if gradient is not None:
-            gradient = gradient.to(parameter.dtype)
-            gradients[parameter] = gradients[parameter] + gradient if parameter in gradients else gradient
-
-
-def _nothing() -> None:
-    """No-op: nothing is prefetched."""
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -321,6 +228,7 @@ class _LayerFunction(torch.autograd.Function):
         if layer.host is None:
             ctx.save_for_backward(x)
             return layer.forward(x, arguments)
+
         ctx.kept = layer.host.keep(x.detach(), layer.index, on_device=layer.is_last)
         out = layer.forward(x, arguments)
         if layer.is_last:
@@ -339,19 +247,44 @@ class _LayerFunction(torch.autograd.Function):
         return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)
 
 
+def _nothing() -> None:
+    """No-op: nothing is prefetched."""
+
+
+class _WithoutHooks(nn.Module):
+    """Call a module's own forward: recomputing it must not trigger its forward hook, which asked for that."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module.forward(x)
+
+
+class _RecomputedNorm:
+    """Forward hook of the norm after the last layer: passes its output on and frees its graph."""
+
+    def __init__(self, tile_tokens: int):
+        self.tiles = Tiles(tile_tokens)
+
+    def __call__(self, norm: nn.Module, arguments: tuple, out: torch.Tensor) -> torch.Tensor:
+        if not norm.training or not out.requires_grad:
+            return out
+        return _NormFunction.apply(self.tiles, norm, [out.detach()], arguments[0], *trainable(norm).values())
+
+
 class _NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, tiles: _RecomputedNorm, norm: nn.Module, made: list[torch.Tensor], x: torch.Tensor, *parameters
-    ):
+    def forward(ctx, tiles: Tiles, norm: nn.Module, outs: list[torch.Tensor], x: torch.Tensor, *parameters):
         ctx.tiles, ctx.norm, ctx.parameters = tiles, norm, parameters
         ctx.save_for_backward(x)
-        return made.pop()
+        return outs.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: torch.Tensor):
         (x,) = ctx.saved_tensors
         dx, gradients = torch.empty_like(x) if ctx.needs_input_grad[3] else None, {}
-        ctx.tiles._differentiate(_WithoutHooks(ctx.norm), x, dout, dx, gradients)
+        ctx.tiles.differentiate(_WithoutHooks(ctx.norm), x, dout, dx, gradients)
         return None, None, None, dx, *(gradients.get(parameter) for parameter in ctx.parameters)

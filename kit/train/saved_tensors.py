@@ -1,4 +1,4 @@
-"""Two ways to let go of a tensor that an autograd graph would hold until its backward pass."""
+"""Two ways to free a tensor that an autograd graph would keep until its backward pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def catch_gradient(x: Tensor, gradients: list[Tensor]) -> Tensor:
-    """x, to enter a graph with: its gradient goes to the list. A leaf would keep x alive as long as its gradient is wanted."""
-    anchor = x.new_empty(0, requires_grad=True)  # what makes autograd pass by
+    """Return x as an input of a graph that appends x's gradient to the list.
+
+    A leaf would keep x in memory until its gradient is computed; this does not.
+    """
+    anchor = x.new_empty(0, requires_grad=True)  # without an input that requires it, autograd computes none
     return _Caught.apply(anchor, x, gradients)
 
 
@@ -28,34 +31,31 @@ class _Caught(torch.autograd.Function):
 
 
 @contextmanager
-def made_again(x: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
-    """In the with-block, graphs do not keep x or views of it: make() makes it once more when the backward pass asks for it first.
+def recomputed(x: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """Make graphs built in the with-block save neither x nor its views, but recompute them for backward.
 
-    make: returns what x holds, with x's strides. Raises RuntimeError in the backward pass where another tensor that the graph did
-    keep was changed on the way, as autograd itself would.
+    compute: called once, by the backward pass; returns what x holds, with x's strides. Like autograd itself,
+    the backward pass raises RuntimeError if another tensor that the graph saved was changed in place.
     """
     dropped = x.untyped_storage()._cdata
-    made: list[Tensor] = []
+    found: list[Tensor] = []
 
     def pack(saved: Tensor) -> tuple:
         if saved.untyped_storage()._cdata == dropped:
             return saved.size(), saved.stride(), saved.storage_offset()
-        return (
-            saved.detach(),
-            saved._version,
-        )  # detached: an output held by its own graph would be held for good
+        return saved.detach(), saved._version  # detached: a graph that holds its own output is never freed
 
     def unpack(packed: tuple) -> Tensor:
         if len(packed) == 3:
-            if not made:
+            if not found:
                 with torch.no_grad():
-                    made.append(make())
-            return made[0].as_strided(*packed)
+                    found.append(compute())
+            return found[0].as_strided(*packed)
+
         saved, version = packed
         if saved._version != version:
-            raise RuntimeError(
-                f"a tensor of shape {tuple(saved.shape)} that the backward pass needs was changed in place"
-            )
+            shape = tuple(saved.shape)
+            raise RuntimeError(f"a tensor of shape {shape} that the backward pass needs was changed in place")
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):

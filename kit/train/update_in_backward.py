@@ -1,9 +1,10 @@
-"""When weights are updated: after the whole backward pass, or inside it, each parameter as soon as its gradient is whole.
+"""Update weights after the backward pass, or inside it: each parameter as soon as its gradient is complete.
 
-Inside it, a gradient lives from its layer's backward pass to its update, and no two layers' gradients exist together: 2 bytes a
-parameter less in bf16. The price: nothing is known about the other gradients yet, so there is no global norm to clip by (each
-parameter's own norm is offered instead), and no gradient waits for a second row of the same step.
-A tied embedding is one parameter with two gradients, the head's and the lookup's: kit.train.head hands over their sum, once.
+Inside it, a gradient exists from its layer's backward pass to its update, and no two layers' gradients exist
+together. This saves 2 bytes per parameter in bf16. The price: the other gradients are not known yet, so there
+is no global norm to clip by (each parameter's own norm can be clipped instead), and no gradient can wait for
+a second row of the same step. A tied embedding is one parameter with two gradients, the head's and the
+lookup's: kit.train.head passes their sum on, once.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ import torch
 
 
 class Updates(Protocol):
-    """What a training step needs: begin before the first backward pass of a step, finish after the last."""
+    """Apply the gradients of a step. Call begin before its first backward pass and finish after the last."""
 
     def begin(self, num_rows: int) -> None: ...
 
     def use(self, parameter: torch.nn.Parameter) -> None:
-        """Apply parameter.grad, which is complete and was not computed by autograd, so that no hook has seen it."""
+        """Apply parameter.grad: complete, but not computed by autograd, which would have called the hooks."""
 
     def finish(self) -> torch.Tensor:
-        """Return the gradient's norm before clipping, an fp32 scalar on the device. By then all weights are updated."""
+        """Finish updating all weights. Return the gradient's norm before clipping, an fp32 scalar."""
 
     def close(self) -> None:
         """Remove all hooks and gradients from the model."""
 
 
 class UpdateAtEnd:
-    """Keep all gradients, clip them by their global norm (max_grad_norm; 0 = no clipping), and apply them together."""
+    """Keep all gradients, clip them by their global norm and apply them together.
+
+    max_grad_norm: the norm to clip to; 0 = no clipping.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float):
         self.optimizer = optimizer
@@ -53,10 +57,11 @@ class UpdateAtEnd:
 
 
 class UpdateInBackward:
-    """A hook on every parameter updates it and frees its gradient. optimizer: one with `update(parameter)` and `wait()`.
+    """Update every parameter in a hook on it, and free its gradient.
 
-    max_tensor_norm: each parameter's gradient is clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of
-    several rows. Call close() to remove the hooks.
+    optimizer: one with `update(parameter)` and `wait()`. max_tensor_norm: each parameter's gradient is
+    clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of several rows. Call close()
+    to remove the hooks.
     """
 
     def __init__(self, optimizer, *, max_tensor_norm: float = 0.0):
@@ -69,8 +74,9 @@ class UpdateInBackward:
     def begin(self, num_rows: int) -> None:
         if num_rows != 1:
             raise ValueError(
-                f"this step has {num_rows} rows but update_in_backward uses each gradient up before the next row; pass "
-                "--batch_traces 1 (a step is then one row of packed traces), or --no_update_in_backward to add gradients up"
+                f"this step has {num_rows} rows but update_in_backward uses each gradient up before the next "
+                "row; pass --batch_traces 1 (a step is then one row of packed traces), or "
+                "--no_update_in_backward to add gradients up"
             )
         self.squares = []
 

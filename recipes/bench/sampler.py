@@ -1,19 +1,23 @@
-"""The sampler against transformers' two ways of answering many prompts: useful tokens per second on the same model and prompts.
+"""The sampler and transformers' two ways of answering many prompts: useful tokens per second.
 
     python recipes/bench/sampler.py                         48 prompts, long-tailed lengths, 32 at a time
     python recipes/bench/sampler.py --num_slots 16
 
-The model is a tiny Llama whose head undoes its embedding one step further down: after token n comes n - 1, and 0 ends the text.
-So the last token of a prompt sets how long its answer is, every engine computes the whole model for every token, stops by itself,
-and must write the same tokens: that is checked. Lengths are lognormal (mean about 575, at most 1,500), temperature 0.6 and top-p
-0.95 as in the paper. `model.generate` gets the prompts in padded batches; `generate_batch` is transformers' continuous batching.
-Minutes on one CPU core. Left out on purpose: other samplers (vLLM needs a card), and log-probs, which only ours returns.
+All engines get the same model and the same prompts. The model is a tiny Llama whose head undoes its embedding
+one
+step further down: token n is followed by n - 1, and 0 ends the text. So the last token of a prompt sets the
+length of its answer, while every engine computes the whole model for every token and stops by itself. All
+must write the same tokens; this is checked. Lengths are lognormal (mean about 575, at most 1,500),
+temperature 0.6 and top-p 0.95 as in the paper. `model.generate` gets the prompts in padded batches;
+`generate_batch` is transformers' continuous batching. Takes minutes on one CPU core. Left out on purpose:
+other samplers (vLLM needs a card), and log-probs, which only ours returns.
 """
 
 import math
 import random
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +33,7 @@ from kit.run import write_json
 
 EOS, PAD = 0, 1  # an answer that starts above 1 counts down past PAD to EOS; prompts never hold either
 PAGE_TOKENS = 32  # of generate_batch's cache
+Answers = list[list[int]]  # the new token ids of each
 
 
 @dataclass(frozen=True)
@@ -55,123 +60,118 @@ SMOKE = {"num_prompts": 8, "median_tokens": 20, "longest": 60, "num_slots": 4}
 def main(config: Config) -> list[dict]:
     model = countdown_model(config)
     lengths, prompts = requests(config)
-    total = sum(lengths)
-    print(f"\nsampling {len(prompts)} answers, mean {total / len(lengths):.0f} tokens, longest {max(lengths):,}; "
-          f"{config.num_slots} at once; {model.device}")  # fmt: skip
-    engines = {"ours": _ours, "generate_batch": _generate_batch, "generate": _padded_generate}
+    total, longest = sum(lengths), max(lengths)
+    print(
+        f"\nsampling {len(prompts)} answers, mean {total / len(lengths):.0f} tokens, longest {longest:,}; "
+        f"{config.num_slots} at once; {model.device}"
+    )
+    settings = {"num_rows": config.num_slots, "new_tokens": config.longest, "eos": EOS}
+    engines = {
+        "ours": partial(ours, seed=config.seed, **settings),
+        "generate_batch": partial(generate_batch, **settings),
+        "generate": partial(padded_generate, **settings),
+    }
+    expected = [list(range(length - 1, -1, -1)) for length in lengths]
+
     rows = []
     for name in config.engines.split(","):
         if name not in engines:
-            raise ValueError(
-                f"engines is {config.engines!r} but they are {', '.join(engines)}; leave {name!r} out"
-            )
+            known = ", ".join(engines)
+            raise ValueError(f"engines is {config.engines!r} but they are {known}; leave {name!r} out")
         start, cpu = time.perf_counter(), time.process_time()
-        answers = engines[name](config, model, prompts)
+        answers = engines[name](model, prompts)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        right = sum(
-            answer == list(range(length - 1, -1, -1)) for answer, length in zip(answers, lengths, strict=True)
+
+        right, speed = sum(map(list.__eq__, answers, expected)), total / seconds
+        rows.append(
+            {"name": name, "seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": speed}
+            | {"answers_as_expected": right}
         )
-        rows.append({"name": name, "seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": total / seconds,
-                     "answers_as_expected": right})  # fmt: skip
-        print(f"  {name:<16}{seconds:8.1f} s ({cpu:.1f} s of CPU) {total / seconds:9,.0f} useful tokens/s   "
-              f"{right} of {len(prompts)} answers as expected")  # fmt: skip
+        print(
+            f"  {name:<16}{seconds:8.1f} s ({cpu:.1f} s of CPU) {speed:9,.0f} useful tokens/s   "
+            f"{right} of {len(prompts)} answers as expected"
+        )
+
     for row in rows[1:]:
-        times = " x, by CPU time ".join(
-            f"{row[key] / rows[0][key]:.2f}" for key in ("seconds", "cpu_seconds")
-        )
-        print(f"  {rows[0]['name']} against {row['name']}: {times} x")
+        by_clock, by_cpu = (row[key] / rows[0][key] for key in ("seconds", "cpu_seconds"))
+        print(f"  {rows[0]['name']} against {row['name']}: {by_clock:.2f} x, by CPU time {by_cpu:.2f} x")
     if config.json:
         write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
     return rows
 
 
 def requests(config: Config) -> tuple[list[int], list[list[int]]]:
-    """(tokens of each answer, prompts of 20 to 60 tokens whose last one is that number)."""
+    """Return the tokens of each answer, and prompts of 20 to 59 tokens whose last one is that number."""
     rng = random.Random(config.seed)
-    lengths = [
-        min(config.longest, max(8, round(rng.lognormvariate(math.log(config.median_tokens), config.sigma))))
-        for _ in range(config.num_prompts)
-    ]
-    return lengths, [
-        [rng.randrange(2, config.longest) for _ in range(rng.randrange(19, 59))] + [n] for n in lengths
-    ]
+    mean = math.log(config.median_tokens)
+    drawn = [round(rng.lognormvariate(mean, config.sigma)) for _ in range(config.num_prompts)]
+    lengths = [min(config.longest, max(8, length)) for length in drawn]
+
+    def beginning() -> list[int]:
+        return [rng.randrange(2, config.longest) for _ in range(rng.randrange(19, 59))]
+
+    return lengths, [[*beginning(), length] for length in lengths]
 
 
 def countdown_model(config: Config) -> LlamaForCausalLM:
     torch.manual_seed(config.seed)
-    device = default_device()
+    device, H = default_device(), config.hidden_size
     settings = LlamaConfig(
-        vocab_size=2_048, hidden_size=config.hidden_size, intermediate_size=3 * config.hidden_size,
-        num_hidden_layers=config.num_layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8_192,
+        vocab_size=2_048, hidden_size=H, intermediate_size=3 * H, num_hidden_layers=config.num_layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8_192,
         bos_token_id=2, eos_token_id=EOS, pad_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(settings).eval()
     with torch.no_grad():
-        embedding = torch.randn(
-            settings.vocab_size, config.hidden_size
-        )  # in this many dimensions no two are alike
+        embedding = torch.randn(settings.vocab_size, H)  # in this many dimensions no two are alike
         model.model.embed_tokens.weight.copy_(embedding)
         model.lm_head.weight.copy_(embedding.roll(-1, 0))  # row n - 1 answers to token n
     return model.to(device, default_dtype(device))
 
 
-def _ours(config: Config, model, prompts) -> list[list[int]]:
+def ours(model, prompts: list[list[int]], *, num_rows: int, new_tokens: int, eos: int, seed: int) -> Answers:
     model.set_attn_implementation(attention_name("kit", model.config, device=model.device, dtype=model.dtype))
-    params = SamplingParams(max_new_tokens=config.longest)
-    completions = generate(
-        model, prompts, params, num_slots=config.num_slots, seed=config.seed, eos_token_id=EOS
-    )
+    params = SamplingParams(max_new_tokens=new_tokens)
+    completions = generate(model, prompts, params, num_slots=num_rows, seed=seed, eos_token_id=eos)
     return [completion.ids for completion in completions]
 
 
-def _settings(config: Config) -> GenerationConfig:
-    return GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.95,
-        top_k=0,
-        max_new_tokens=config.longest,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
+def _settings(new_tokens: int, eos: int) -> GenerationConfig:
+    drawing = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
+    return GenerationConfig(**drawing, max_new_tokens=new_tokens, eos_token_id=eos, pad_token_id=PAD)
 
 
 @torch.no_grad()
-def _padded_generate(config: Config, model, prompts) -> list[list[int]]:
+def padded_generate(model, prompts: list[list[int]], *, num_rows: int, new_tokens: int, eos: int) -> Answers:
+    """Answer with model.generate, num_rows prompts at a time, padded on the left."""
     model.set_attn_implementation("sdpa")  # its default
     answers = []
-    for first in range(0, len(prompts), config.num_slots):
-        batch = prompts[first : first + config.num_slots]
+    for first in range(0, len(prompts), num_rows):
+        batch = prompts[first : first + num_rows]
         L = max(map(len, batch))
-        ids = torch.tensor([[PAD] * (L - len(prompt)) + prompt for prompt in batch], device=model.device)
-        mask = torch.tensor(
-            [[0] * (L - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
-        )
-        written = model.generate(ids, attention_mask=mask, generation_config=_settings(config))[
-            :, L:
-        ].tolist()
-        answers += [answer[: answer.index(EOS) + 1] if EOS in answer else answer for answer in written]
+        padded = [[PAD] * (L - len(prompt)) + prompt for prompt in batch]
+        seen = [[0] * (L - len(prompt)) + [1] * len(prompt) for prompt in batch]
+        ids, mask = (torch.tensor(rows, device=model.device) for rows in (padded, seen))  # (rows, L)
+        written = model.generate(ids, attention_mask=mask, generation_config=_settings(new_tokens, eos))
+        for answer in written[:, L:].tolist():
+            answers.append(answer[: answer.index(eos) + 1] if eos in answer else answer)
     return answers
 
 
-def _generate_batch(config: Config, model, prompts) -> list[list[int]]:
+def generate_batch(model, prompts: list[list[int]], *, num_rows: int, new_tokens: int, eos: int) -> Answers:
+    """Answer with transformers' continuous batching, num_rows prompts at a time."""
     model.set_attn_implementation("sdpa")
     transformers.logging.set_verbosity_error()
-    pages = -(-(config.longest + max(map(len, prompts))) // PAGE_TOKENS) + 1
+    pages = -(-(new_tokens + max(map(len, prompts))) // PAGE_TOKENS) + 1  # of a row
     batching = ContinuousBatchingConfig(
-        max_requests_per_batch=config.num_slots, page_size=PAGE_TOKENS, num_blocks=config.num_slots * pages, max_batch_tokens=512,
-    )  # fmt: skip
-    outputs = model.generate_batch(
-        prompts, generation_config=_settings(config), continuous_batching_config=batching, progress_bar=False
+        max_requests_per_batch=num_rows,
+        page_size=PAGE_TOKENS,
+        num_blocks=num_rows * pages,
+        max_batch_tokens=512,
     )
-    return [
-        output.generated_tokens
-        for output in sorted(outputs.values(), key=lambda output: _number(output.request_id))
-    ]
-
-
-def _number(request_id: str) -> int:
-    return int(request_id.rsplit("_", 1)[-1])
+    outputs = model.generate_batch(prompts, _settings(new_tokens, eos), batching, progress_bar=False)
+    by_number = sorted(outputs.values(), key=lambda output: int(output.request_id.rsplit("_", 1)[-1]))
+    return [output.generated_tokens for output in by_number]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Does training fit where the memory plan says so? The allocator gets what a card of the planned size leaves.
 
-For each model, full fine-tuning and QLoRA: kit.memory.simulate plans the step; then three rows of 16,384 tokens are
-trained, first one document, then several, with torch's allocator capped at the plan's total less what the
-plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. Passed: nothing runs out of
-memory, at most 3 % lie between the tensors' peak and the plan's, and what is reserved stays below the cap.
-Left out: what CUDA takes outside torch's allocator (an assumption of the plan), other programs on the card,
-several rows per step, and settings as --gpu_gb chooses them.
+For each model, full fine-tuning and QLoRA: kit.memory.simulate plans the step. Then three rows of 16,384
+tokens are trained, first one document, then several, with torch's allocator capped at the plan's total less
+what the plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. A case passes if
+nothing runs out of memory, if the tensors' peak is within 3 % of the plan's, and if the reserved memory stays
+below the cap.
+Left out: the memory that CUDA uses outside torch's allocator (an assumption of the plan), other programs on
+the card, several rows per step, and settings as --gpu_gb chooses them.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import contextlib
 import math
 import multiprocessing
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from card.models import Training, build, has_bf16, held_gib, memory_cap, peak_gib, warm_up
-from card.results import PASS, Card, Results
+from card.memory import beside_plan, held_gib, measured, memory_cap, timed, warm_up
+from card.models import NO_BF16, Training, build
+from card.results import PASS, Card, Results, Skip
 
 from kit.machine import CONTEXT, GIB
 from kit.memory import Plan, plan
@@ -36,8 +38,7 @@ CLOSE = 0.03  # share of the planned peak by which the measured one may differ
 
 
 def run(results: Results, card: Card, models: list[str]) -> None:
-    if not has_bf16(results, card):
-        return
+    card.need_rtx_30(NO_BF16)
     check_cap(results, card)
     with TemporaryDirectory() as folder, planned(chosen_cases(card, models), folder) as plans:
         for case, job in plans.items():
@@ -63,16 +64,16 @@ def title_of(case: Training) -> str:
 def check_cap(results: Results, card: Card) -> None:
     """Show that the allocator refuses what lies beyond the cap: every other claim here rests on it."""
     name = "the cap on memory holds"
-    if not card.is_cuda:
-        results.not_run(name, "no card")
-        return
-    with results.case(name), memory_cap(card, held_gib(card) + 1):
+    with results.case(name):
+        if not card.is_cuda:
+            raise Skip("no card")
         refused = False
-        try:
-            torch.empty(2 * GIB, dtype=torch.uint8, device=card.device)
-        except torch.OutOfMemoryError:
-            refused = True
-        torch.empty(GIB // 2, dtype=torch.uint8, device=card.device)  # there is room below the cap
+        with memory_cap(card, held_gib(card) + 1):
+            try:
+                torch.empty(2 * GIB, dtype=torch.uint8, device=card.device)
+            except torch.OutOfMemoryError:
+                refused = True
+            torch.empty(GIB // 2, dtype=torch.uint8, device=card.device)  # there is room below the cap
         setting = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
         results.check(name, refused, f"2 GiB under a cap of 1; PYTORCH_ALLOC_CONF is {setting or 'not set'}")
 
@@ -110,22 +111,20 @@ def make_plan(case: Training, folder: str) -> Plan:
 def run_case(results: Results, card: Card, case: Training, job: Future) -> None:
     """Train under the cap of the plan's total, and under that of the card that --cap_gb asks for."""
     title, seconds = title_of(case), case.guessed_seconds(card, case.row(ROWS[0], 0))
-    if not results.has_time(title, seconds):
-        return
+    results.need(seconds=seconds)
     try:
         found = job.result(max(min(results.left() - seconds, 600), 1))
     except TimeoutError:
-        results.not_run(title, "the memory plan was not ready in time")
-        return
+        raise Skip("the memory plan was not ready in time") from None
     needed = found.total / GIB
-    if card.is_cuda and needed > card.gib:
-        results.not_run(title, f"the plan needs {needed:.2f} GiB and the card has {card.gib:.2f}")
-        return
+    results.need(gib=needed)
 
     fit(results, card, case, found, title, needed)
-    larger = f"{title} in {card.cap_gb:g} GB"
-    if card.cap_gb and results.has_time(larger, seconds):
-        fit(results, card, case, found, larger, card.cap_gb)
+    if card.cap_gb:
+        larger = f"{title} in {card.cap_gb:g} GB"
+        with results.case(larger):
+            results.need(seconds=seconds)
+            fit(results, card, case, found, larger, card.cap_gb)
 
 
 def fit(results: Results, card: Card, case: Training, found: Plan, title: str, card_gib: float) -> None:
@@ -135,31 +134,31 @@ def fit(results: Results, card: Card, case: Training, found: Plan, title: str, c
     model = build(card, case.config, rank=case.rank)
     cap, peak = card_gib - CONTEXT / GIB, found.peak / GIB
     losses, seconds, problems = [], 0.0, []
-    with memory_cap(card, cap + held):
+
+    def train() -> None:
+        nonlocal seconds
         try:
             norm = 0.0 if case.savings.update_in_backward else 1.0
             step = TrainingStep(model, case.savings, lr=1e-5, max_grad_norm=norm)
             for row in rows:
-                start = time.perf_counter()
-                losses.append(step([row])[0].item())
-                card.synchronize()
-                seconds = time.perf_counter() - start  # of the last one: the others compile
+                (loss, _), seconds = timed(card, partial(step, [row]))  # of the last one: the others compile
+                losses.append(loss.item())
             step.close()
         except torch.OutOfMemoryError as error:
             problems.append(f"OUT OF MEMORY after {len(losses)} steps: {' '.join(str(error).split())[:90]}")
-        allocated, reserved = (gib - held for gib in peak_gib(card))
 
-    if card.is_cuda and not problems and abs(allocated / peak - 1) > CLOSE:
-        problems.append(f"allocated is off by {allocated / peak - 1:+.1%}, more than {CLOSE:.0%}")
-    if reserved > cap + 0.01:
+    usage = measured(card, train, held=held, cap=cap)
+    if card.is_cuda and not problems and abs(usage.allocated / peak - 1) > CLOSE:
+        problems.append(f"allocated is off by {usage.allocated / peak - 1:+.1%}, more than {CLOSE:.0%}")
+    if usage.reserved > cap + 0.01:
         problems.append("reserved exceeds the cap")
     if not all(map(math.isfinite, losses)):
         problems.append("a loss is not finite")
     numbers, speed = case.speed(card, rows[-1], seconds) if losses else ({}, "no step")
-    numbers |= {"planned_gib": peak, "allocated_gib": allocated, "reserved_gib": reserved, "cap_gib": cap}
-    numbers |= {"held_before_gib": held}
-    text = f"GiB planned {peak:.2f}, allocated {allocated:.2f}, reserved {reserved:.2f}, cap {cap:.2f}"
-    results.check(title, not problems, "; ".join([*problems, text, speed]), case=title_of(case), **numbers)
+    numbers |= {"planned_gib": peak, "allocated_gib": usage.allocated, "reserved_gib": usage.reserved}
+    numbers |= {"cap_gib": cap, "held_before_gib": held}
+    text = "; ".join([*problems, beside_plan(peak, usage, cap), speed])
+    results.check(title, not problems, text, case=title_of(case), **numbers)
 
 
 def add_headlines(results: Results) -> None:

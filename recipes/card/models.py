@@ -1,4 +1,4 @@
-"""What the sections on training and sampling share: models with random weights, rows, FLOPs, a cap on memory.
+"""What the sections on training and sampling share: models with random weights, rows and FLOPs.
 
 Models are built on the card from the configs that ship with the kit, so nothing is downloaded; for a
 rehearsal every size shrinks. Random weights cost the time and memory of real ones. What a model has learnt is
@@ -7,17 +7,15 @@ left out.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from card.results import Card, Results
+from card.results import Card
 from card.timing import matmul_flops
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kit.machine import GIB
 from kit.memory.seconds import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of
@@ -27,6 +25,7 @@ from kit.train import Savings
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 ROW_TOKENS = 16_384
+NO_BF16 = "bf16 runs at speed from 8.0 (RTX 30) on"
 SMALL = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "head_dim": 16,
     "num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 16, "sliding_window": 64,
@@ -74,14 +73,16 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
     return model.to(card.device)
 
 
+def config_to_sample(card: Card) -> PreTrainedConfig:
+    """Read the config of Qwen2.5-0.5B. A rehearsal's is tiny, and untied: a tied one only repeats itself."""
+    return model_config(QWEN, small=True, tie_word_embeddings=False) if card.small else model_config(QWEN)
+
+
 def build_to_sample(card: Card, spread: float, dtype: torch.dtype = torch.bfloat16):
     """Build Qwen2.5-0.5B for sampling. spread: as in sharpen. dtype: what its bf16 weights are cast to."""
-    changes = {"tie_word_embeddings": False} if card.small else {}  # a tiny tied model only repeats itself
-    model = build(card, model_config(QWEN, small=card.small, **changes)).eval().requires_grad_(False)
+    model = build(card, config_to_sample(card)).eval().requires_grad_(False)
     sharpen(model, spread)
-    return (
-        model if dtype == model.dtype else model.to(dtype)
-    )  # which would round the rotation's frequencies, too
+    return model if dtype == model.dtype else model.to(dtype)  # to(bf16) rounds the rotation's frequencies
 
 
 @torch.no_grad()
@@ -91,14 +92,6 @@ def sharpen(model, spread: float) -> None:
     scale = spread / (model.get_output_embeddings().weight.float().std().item() * len(weight) ** 0.5)
     offset = family_of(model.config).norm_offset or 0.0  # the norm multiplies by offset + weight
     weight.copy_(scale * (offset + weight) - offset)
-
-
-def has_bf16(results: Results, card: Card) -> bool:
-    """Return whether the card computes in bf16; if not, record the section as not run."""
-    if not card.is_cuda or torch.cuda.get_device_capability() >= (8, 0):
-        return True
-    results.not_run("all", "bf16 runs at speed from compute capability 8.0 (RTX 30) on")
-    return False
 
 
 def packed_row(lengths: Sequence[int], V: int, seed: int, *, unique: bool = False) -> PackedBatch:
@@ -152,41 +145,3 @@ class Training:
             numbers["mfu"] = self.flops(row) / seconds / matmul_flops(card)
             text += f", MFU {numbers['mfu']:.0%} of a matmul's {matmul_flops(card) / 1e12:.0f} TFLOP/s"
         return numbers, text
-
-
-def warm_up(card: Card) -> float:
-    """Create cuBLAS's workspaces, which the plan counts to CUDA's own, and return the GiB held by now."""
-    x = torch.ones(64, 64, device=card.device, dtype=torch.bfloat16, requires_grad=True)
-    (x @ x).sum().backward()  # in the backward pass's thread, too, which has a workspace of its own
-    del x
-    card.free()
-    return held_gib(card)
-
-
-def held_gib(card: Card) -> float:
-    """Return the GiB of tensors that exist now."""
-    return torch.cuda.memory_allocated() / GIB if card.is_cuda else 0.0
-
-
-@contextlib.contextmanager
-def memory_cap(card: Card, gib: float | None = None) -> Iterator[None]:
-    """Limit torch's allocator to so many GiB, and count peaks from here on. None = no limit."""
-    card.free()
-    if not card.is_cuda:
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
-    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else max(0.0, min(1.0, gib / total)))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def peak_gib(card: Card) -> tuple[float, float]:
-    """Return the most GiB allocated and reserved since memory_cap began."""
-    if not card.is_cuda:
-        return 0.0, 0.0
-    return torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB

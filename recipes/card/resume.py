@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from card.models import QWEN, build, has_bf16, model_config, packed_row
+from card.models import NO_BF16, QWEN, build, model_config, packed_row
 from card.results import Card, Results
 
 from kit.data.toy import make_tokenizer
@@ -45,8 +45,7 @@ Weights = dict[str, torch.Tensor]  # name -> values after training; "loss": of e
 
 
 def run(results: Results, card: Card) -> None:
-    if not has_bf16(results, card):
-        return
+    card.need_rtx_30(NO_BF16)
     lengths = [128] if card.small else [16_384] if card.quick else [2_048, 16_384]
     T = 128 if card.small else 4_096
     cases = [(check_offload, (random_rows(card, length, 3), f"{length:,} tokens")) for length in lengths]
@@ -56,9 +55,9 @@ def run(results: Results, card: Card) -> None:
     cases += [(check_missing_wait, (random_rows(card, lengths[-1], 1),))]  # last: stray copies may do harm
     for check, arguments in cases:
         name = " ".join([check.__name__, *(text for text in arguments if isinstance(text, str))])
-        if results.has_time(name, 6 if card.is_cuda else 0):
-            with results.case(name):
-                check(results, card, *arguments)
+        with results.case(name):
+            results.need(seconds=6)
+            check(results, card, *arguments)
 
 
 class LateCopies(HostInputs):
@@ -114,7 +113,10 @@ def check_updates(results: Results, card: Card, one_row: Rows, two_rows: Rows) -
 
 
 def check_blocks(results: Results, card: Card, rows: Rows) -> None:
-    """Compare the heads, which round the embedding's gradient, and on a card dhidden, at other places: few numbers may differ."""
+    """Compare two heads that round the embedding's gradient, and on a card dhidden, at different places.
+
+    Few numbers may differ.
+    """
     whole, blocked = train(card, rows, IN_BACKWARD), train(card, rows, BLOCKED)
     name = next(name for name in whole if "embed_tokens" in name)
     others = [other for other in differences(whole, blocked) if other not in (name, "loss")]

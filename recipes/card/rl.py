@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 import torch
-from card.models import QWEN, build_to_sample, has_bf16, memory_cap, model_config, peak_gib, warm_up
+from card.memory import beside_plan, measured, warm_up
+from card.models import NO_BF16, QWEN, build_to_sample, config_to_sample
 from card.results import Card, Results
 
 from kit.data import ChatFormat, Question
@@ -30,14 +30,12 @@ from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
 from kit.rl.grpo import score
 from kit.rl.memory_plan import RLPlan, plan_rl
 
-NAME = "one step of Qwen2.5-0.5B"
 SPREAD = 7.0  # standard deviation of the logits: an entropy of about one nat
 LEAST_LIMIT = 0.02  # of the mean difference of log-probs, however close to fp32 the trainer is
 
 
 def run(results: Results, card: Card) -> None:
-    if not has_bf16(results, card) or not results.has_time(NAME, 40 if card.is_cuda else 0):
-        return
+    card.need_rtx_30(NO_BF16)
     sizes = {"group_size": 8, "max_new_tokens": 128, "num_slots": 64, "row_tokens": 4_096}
     if card.small:
         sizes = {"group_size": 4, "max_new_tokens": 8, "num_slots": 16, "row_tokens": 64}
@@ -46,38 +44,38 @@ def run(results: Results, card: Card) -> None:
     questions = [Question(f"q{i}", row["problem"], row["answer"]) for i, row in enumerate(rows)]
     longest = max(map(len, chat.encode([chat.prompt(question.problem) for question in questions])))
 
-    with results.case(NAME), TemporaryDirectory() as folder:
-        if card.small:
-            model_config(QWEN, small=True, tie_word_embeddings=False).save_pretrained(folder)
-        plan = plan_rl(folder if card.small else QWEN, settings=settings, prompt_tokens=longest)
-        needed = plan.larger.total / GIB
-        if card.is_cuda and needed > card.gib:
-            results.not_run(NAME, f"the plan needs {needed:.2f} GiB and the card has {card.gib:.2f}")
-            return
+    with results.case("one step of Qwen2.5-0.5B"):
+        results.need(seconds=40)
+        plan = plan_step(card, settings, longest)
+        results.need(gib=plan.larger.total / GIB)
         train(results, card, plan, chat, questions)
+
+
+def plan_step(card: Card, settings: Settings, prompt_tokens: int) -> RLPlan:
+    """Plan a step on Qwen2.5-0.5B, or on a rehearsal's small one. prompt_tokens: of the longest prompt."""
+    with TemporaryDirectory() as folder:
+        if card.small:
+            config_to_sample(card).save_pretrained(folder)
+        return plan_rl(folder if card.small else QWEN, settings=settings, prompt_tokens=prompt_tokens)
 
 
 def train(results: Results, card: Card, plan: RLPlan, chat: ChatFormat, questions: list[Question]) -> None:
     """Make one rollout and one update under the plan's cap, and compare log-probs between the two."""
     held, cap, graded = warm_up(card), (plan.larger.total - CONTEXT) / GIB, itertools.count()
 
-    def under_cap(what: str, part: Plan, act: Callable[[], object]) -> tuple[object, float]:
-        """Return what act returns and its seconds; judge its memory."""
-        with memory_cap(card, cap + held):
-            start = time.perf_counter()
-            found = act()
-            card.synchronize()
-            seconds = time.perf_counter() - start
-            allocated, reserved = (gib - held for gib in peak_gib(card))
-        text = f"GiB planned {part.peak / GIB:.2f}, allocated {allocated:.2f}, reserved {reserved:.2f}, "
-        results.check(f"{what} fits its plan", reserved <= cap + 0.01, f"{text}cap {cap:.2f}")
-        return found, seconds
-
     def reward(question: Question, completion) -> float:
         return float(next(graded) % 2)
 
     model = build_to_sample(card, SPREAD).requires_grad_(True)
     policy = Policy(model, chat, plan.settings, lr=1e-6, reward=reward)
+
+    def under_cap(what: str, part: Plan, call: Callable[[], object]) -> tuple[object, float]:
+        """Judge the memory of a call. Return its result and its seconds."""
+        usage = measured(card, call, held=held, cap=cap)
+        text = beside_plan(part.peak / GIB, usage, cap)
+        results.check(f"{what} fits its plan", usage.reserved <= cap + 0.01, text)
+        return usage.result, usage.seconds
+
     episodes, seconds = under_cap("rollout", plan.sampling, lambda: rollout(policy, questions))
     speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
     results.figure("rollout", f"{len(episodes)} answers, {speed:,.0f} tokens/s", tokens_per_second=speed)
@@ -93,11 +91,9 @@ def train(results: Results, card: Card, plan: RLPlan, chat: ChatFormat, question
 
 def log_probs(card: Card, policy: Policy, episodes: list[Episode]) -> tuple[torch.Tensor, ...]:
     """Return log-probs of the sampled tokens, (N,) each: the sampler's, the trainer's, and those in fp32."""
-    weighted_episodes = [WeightedEpisode(episode, 1.0, 1.0) for episode in episodes if episode.completion.ids]
-    packs = plan_packs(
-        [weighted.num_tokens for weighted in weighted_episodes], policy.settings.row_tokens, seed=0
-    )
-    rows = [EpisodeBatch.of([weighted_episodes[i] for i in pack]) for pack in packs]
+    weighted = [WeightedEpisode(episode, 1.0, 1.0) for episode in episodes if episode.completion.ids]
+    packs = plan_packs([episode.num_tokens for episode in weighted], policy.settings.row_tokens, seed=0)
+    rows = [EpisodeBatch.of([weighted[i] for i in pack]) for pack in packs]
     kept = torch.cat([row.targets != IGNORE_INDEX for row in rows])
     sampler = torch.cat([row.sampler_logprobs for row in rows])
 

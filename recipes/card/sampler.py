@@ -12,34 +12,35 @@ recipes/bench/sampler.py has, and vLLM.
 from __future__ import annotations
 
 import copy
-import time
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from bench.sampler import generate_batch, padded_generate
 from card import models
 from card.compare import attempt
-from card.models import QWEN, build_to_sample, held_gib, memory_cap, model_config, peak_gib
+from card.memory import held_gib, measured, timed
+from card.models import QWEN, build_to_sample, model_config
 from card.profile import profiled
 from card.results import Card, Results
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from card.rl import plan_step
+from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.sampler import PREFILL_TOKENS, _Engine
 from kit.machine import GIB
 from kit.rl import Settings
-from kit.rl.memory_plan import SAMPLER, plan_rl
+from kit.rl.memory_plan import SAMPLER
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's
-PAGE_TOKENS = 32  # of generate_batch's cache
 
 
 def run(results: Results, card: Card) -> None:
     for name in (QWEN, "google/gemma-3-1b-it"):
         with results.case(f"tokens of a tiny {model_config(name).model_type}"):
             check_tokens(results, card, name)
-    if not models.has_bf16(results, card):
-        return
+    card.need_rtx_30(models.NO_BF16)
     model = build_to_sample(card, SPREAD)
     for check in (measure_speed, measure_decoding, check_reading, compare_peers):
         with results.case(check.__name__):
@@ -58,7 +59,7 @@ def random_prompts(lengths: list[int], model, seed: int = 0) -> list[tuple[int, 
 def check_tokens(results: Results, card: Card, name: str) -> None:
     """Compare greedy tokens of a tiny model with plain transformers', prompt by prompt on the CPU."""
     config = model_config(name, small=True, num_hidden_layers=4, tie_word_embeddings=False)
-    cpu = Card(torch.device("cpu"), small=True, quick=True)
+    cpu = Card(torch.device("cpu"), quick=True)
     on_cpu = models.build(cpu, config, seed=1, dtype=torch.float32).eval()
     models.sharpen(on_cpu, 4.0)
     on_card, new_tokens = copy.deepcopy(on_cpu).to(card.device), 24
@@ -80,106 +81,104 @@ def check_tokens(results: Results, card: Card, name: str) -> None:
 
 def sampled(card: Card, model, prompts: list[tuple[int, ...]], new_tokens: int) -> float:
     """Return the tokens/s of all prompts at once, reading included. Samples a little first, to compile."""
-    for tokens in (3, new_tokens):
-        start = time.perf_counter()
+
+    def sample(tokens: int) -> None:
         generate(model, prompts, params(tokens), num_slots=len(prompts), seed=0, eos_token_id=NEVER)
-        card.synchronize()
-    return len(prompts) * new_tokens / (time.perf_counter() - start)
+
+    sample(3)
+    return len(prompts) * new_tokens / timed(card, lambda: sample(new_tokens))[1]
 
 
 def measure_speed(results: Results, card: Card, model) -> None:
     length, new_tokens = (16, 8) if card.small else (200, 128 if card.quick else 512)
     for rows in (2, 4) if card.small else (64,) if card.quick else (64, 256, 16):
         title = f"{rows} rows of {new_tokens} tokens"
-        if can_run(results, card, title, cache_bytes(model, rows, length + new_tokens), 0.03 * new_tokens):
-            with memory_cap(card):
-                speed = sampled(card, model, random_prompts([length] * rows, model, rows), new_tokens)
-                allocated = peak_gib(card)[0]
-            text = f"{speed:,.0f} tokens/s, {1000 * rows / speed:.1f} ms per decode step, {allocated:.2f} GiB"
+        with results.case(title):
+            results.need(seconds=0.03 * new_tokens, gib=gib_to_sample(card, model, rows, length + new_tokens))
+            prompts = random_prompts([length] * rows, model, rows)
+            usage = measured(card, partial(sampled, card, model, prompts, new_tokens))
+            speed = usage.result
+            text = f"{speed:,.0f} tokens/s, {1000 * rows / speed:.1f} ms per decode step, "
             numbers = {"model": QWEN, "gpu": card.name, "num_slots": rows, "tokens_per_second": speed}
-            results.figure(title, text, new_tokens=new_tokens, **numbers)
+            results.figure(title, f"{text}{usage.allocated:.2f} GiB", new_tokens=new_tokens, **numbers)
 
 
-def can_run(results: Results, card: Card, title: str, cache: int, seconds: float) -> bool:
-    """Return whether memory and time allow the case; if not, record it as not run. cache: bytes."""
-    needed = 1.5 + held_gib(card) + cache / GIB  # 1.5: the tensors of a step, and CUDA's own
-    if card.is_cuda and needed > card.gib:
-        results.not_run(title, f"about {needed:.1f} GiB are needed and the card has {card.gib:.1f}")
-        return False
-    return results.has_time(title, seconds if card.is_cuda else 0)
+def gib_to_sample(card: Card, model, rows: int, tokens: int) -> float:
+    """Estimate the GiB that so many rows of so many tokens need."""
+    return 1.5 + held_gib(card) + cache_bytes(model, rows, tokens) / GIB  # 1.5: a step's tensors, CUDA's own
 
 
 @torch.inference_mode()
 def measure_decoding(results: Results, card: Card, model) -> None:
     """Profile a decode step of even and uneven rows. Rows of one length share a prompt, read once."""
-    long, brief, steps, seen = (600, 20, 4, 2) if card.small else (16_000, 200, 20, 10)
+    long, brief = (600, 20) if card.small else (16_000, 200)
     for lengths in ([brief] * 64, [brief] * 32, [long] + [brief] * 31):
         title = f"decode step, [{lengths[0]:,}] + [{brief}] x {len(lengths) - 1}"
-        if not can_run(results, card, title, cache_bytes(model, len(lengths), lengths[0] + 64), 5):
-            continue
-        card.free()
-        engine = _Engine(model, params(64), len(lengths), lengths[0] + 64)
-        for length in sorted(set(lengths)):
-            rows = [row for row, other in enumerate(lengths) if other == length]
-            engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
-        seconds = decode(card, engine, lengths, 3)  # compiles
-        seconds = decode(card, engine, lengths, steps) / steps
-
-        profile = profiled(card, lambda engine=engine, lengths=lengths: decode(card, engine, lengths, seen))
-        counts = {name: getattr(profile, name) / seen for name in ("launches", "kernels", "copies_to_host")}
-        text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
-        text = f"{1000 * seconds:.2f} ms, {text}, the card busy for {profile.busy / seen / seconds:.0%}"
-        results.figure(title, text, **counts, seconds=seconds, longest=profile.longest)
+        with results.case(title):
+            results.need(seconds=5, gib=gib_to_sample(card, model, len(lengths), lengths[0] + 64))
+            profile_decoding(results, card, title, model, lengths)
 
 
-def decode(card: Card, engine: _Engine, lengths: list[int], steps: int) -> float:
-    """Time some decode steps, in seconds. lengths: positions that each row holds; they grow by the steps."""
-    card.synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        engine.decode(lengths)
-        lengths[:] = [length + 1 for length in lengths]
-    card.synchronize()
-    return time.perf_counter() - start
+def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int]) -> None:
+    """Read prompts of these lengths, then time and profile decode steps. lengths grow by the steps."""
+    steps, seen = (4, 2) if card.small else (20, 10)
+    card.free()
+    engine = _Engine(model, params(64), len(lengths), lengths[0] + 64)
+    for length in sorted(set(lengths)):
+        rows = [row for row, other in enumerate(lengths) if other == length]
+        engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
+
+    def decode(times: int) -> None:
+        for _ in range(times):
+            engine.decode(lengths)
+            lengths[:] = [length + 1 for length in lengths]
+
+    decode(3)  # compiles
+    seconds = timed(card, lambda: decode(steps))[1] / steps
+    profile = profiled(card, lambda: decode(seen))
+
+    counts = {name: getattr(profile, name) / seen for name in ("launches", "kernels", "copies_to_host")}
+    text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
+    text = f"{1000 * seconds:.2f} ms, {text}, the card busy for {profile.busy / seen / seconds:.0%}"
+    results.figure(title, text, **counts, seconds=seconds, longest=profile.longest)
 
 
 def check_reading(results: Results, card: Card, model) -> None:
     """Compare the memory that reading prompts takes, besides model and cache, with its plan."""
     rows, length = (2, 64) if card.small else (PREFILL_TOKENS // 1_024, 1_024)
-    title = f"reading {rows} x {length:,} prompt tokens"
-    if not results.has_time(title, 15 if card.is_cuda else 0):
-        return
+    results.need(seconds=15)
     engine = _Engine(model, params(16), rows, length + 16)
-    for seed in range(2):  # the first time compiles and makes workspaces
-        prompts = random_prompts([length] * rows, model, seed)
-        with memory_cap(card), torch.inference_mode():
-            start, before = time.perf_counter(), held_gib(card)
-            engine.prefill(list(range(rows)), prompts, list(range(rows)))
-            card.synchronize()
-            speed, held = rows * length / (time.perf_counter() - start), peak_gib(card)[0] - before
 
-    with TemporaryDirectory() as folder:
-        if card.small:
-            model.config.save_pretrained(folder)
-        settings = Settings(max_new_tokens=16, num_slots=rows, row_tokens=4 * length)
-        plan = plan_rl(folder if card.small else QWEN, settings=settings, prompt_tokens=length)
-    planned = plan.sampling.owners[SAMPLER] / GIB
+    places, prompts = list(range(rows)), random_prompts([length] * rows, model)
+
+    def read() -> None:
+        engine.prefill(places, prompts, places)
+
+    with torch.inference_mode():
+        read()  # compiles and allocates workspaces
+        usage = measured(card, read, held=held_gib(card))
+
+    settings = Settings(max_new_tokens=16, num_slots=rows, row_tokens=4 * length)
+    planned = plan_step(card, settings, length).sampling.owners[SAMPLER] / GIB
+    held, speed = usage.allocated, rows * length / usage.seconds
     text = f"{held:.2f} GiB besides model and cache, planned {planned:.2f}; {speed:,.0f} tokens/s"
-    results.check(title, not card.is_cuda or held <= 1.1 * planned, text, held_gib=held, planned_gib=planned)
+    holds = not card.is_cuda or held <= 1.1 * planned
+    name = f"reading {rows} x {length:,} prompt tokens"
+    results.check(name, holds, text, held_gib=held, planned_gib=planned)
 
 
 def compare_peers(results: Results, card: Card, model) -> None:
     """Time the same prompts in transformers' generate and in its continuous batching."""
     rows, length, new_tokens = (3, 16, 6) if card.small else (64, 200, 128)
     prompts = random_prompts([length] * rows, model, rows)
-    peers = {"generate": padded_generate} | ({} if card.quick else {"generate_batch": continuous_batching})
-    if not results.has_time("beside transformers", 25 if card.is_cuda else 0):
-        return
+    peers = {"generate": padded_generate} | ({} if card.quick else {"generate_batch": generate_batch})
+    results.need(seconds=25)
     ours = sampled(card, model, prompts, new_tokens)
-    model.set_attn_implementation("sdpa")
     for name, peer in peers.items():
         title = f"{rows} rows of {new_tokens} tokens beside {name}"
-        theirs, why = attempt(card, peer, card, model, [list(prompt) for prompt in prompts], new_tokens)
+        theirs, why = attempt(
+            card, time_peer, card, peer, model, [list(prompt) for prompt in prompts], new_tokens
+        )
         if theirs is None:
             results.not_run(title, f"{name} failed: {why}")
             continue
@@ -190,32 +189,13 @@ def compare_peers(results: Results, card: Card, model) -> None:
             results.figure(title, text, ratio=ours / theirs)
 
 
-def generation(new_tokens: int) -> GenerationConfig:
-    drawing = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 0}
-    return GenerationConfig(**drawing, max_new_tokens=new_tokens, eos_token_id=NEVER, pad_token_id=0)
-
-
-@torch.no_grad()
-def padded_generate(card: Card, model, prompts: list[list[int]], new_tokens: int) -> float:
-    """Return the tokens/s of model.generate on prompts of one length. Generates a little first."""
-    ids = torch.tensor(prompts, device=card.device)  # (rows, length)
-    for tokens in (2, new_tokens):
-        start, mask = time.perf_counter(), torch.ones_like(ids)
-        written = model.generate(ids, attention_mask=mask, generation_config=generation(tokens))
-        card.synchronize()
-    return written[:, ids.shape[1] :].numel() / (time.perf_counter() - start)
-
-
-def continuous_batching(card: Card, model, prompts: list[list[int]], new_tokens: int) -> float:
-    """Return the tokens/s of model.generate_batch and its warm-up. Raises ValueError if some are missing."""
-    pages = len(prompts) * (-(-(len(prompts[0]) + new_tokens) // PAGE_TOKENS) + 1)
-    sizes = {"page_size": PAGE_TOKENS, "num_blocks": pages, "max_batch_tokens": 512}
-    batching = ContinuousBatchingConfig(max_requests_per_batch=len(prompts), **sizes)
-    start = time.perf_counter()
-    outputs = model.generate_batch(prompts, generation(new_tokens), batching, progress_bar=False)
-    card.synchronize()
-    seconds = time.perf_counter() - start
-    total, wanted = sum(len(x.generated_tokens) for x in outputs.values()), len(prompts) * new_tokens
+def time_peer(card: Card, peer: Callable, model, prompts: list[list[int]], new_tokens: int) -> float:
+    """Return a peer's tokens/s. Raises ValueError if some tokens are missing."""
+    answer = partial(peer, model, prompts, num_rows=len(prompts), eos=NEVER)
+    if peer is padded_generate:
+        answer(new_tokens=2)  # compiles; generate_batch is timed with its own warm-up
+    answers, seconds = timed(card, partial(answer, new_tokens=new_tokens))
+    total, wanted = sum(map(len, answers)), len(prompts) * new_tokens
     if total != wanted:
         raise ValueError(f"{total} tokens came back, {wanted} were asked for")
     return total / seconds

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from card import speed_attention
 from card.compare import attempt, normal
+from card.memory import held_gib, measured
 from card.results import Card, Results
-from card.timing import Limits, claim, extra_gib, measure_limits, milliseconds
+from card.timing import Limits, claim, measure_limits, milliseconds
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
@@ -30,10 +31,11 @@ def run(results: Results, card: Card) -> None:
     limits = measure_limits(results, card)
     for name, measure in (("row kernel", time_rows), ("AdamW8bit", time_adamw)):
         with results.case(name):
-            if results.has_time(name, 5):
-                measure(results, card, limits)
+            results.need(seconds=5)
+            measure(results, card, limits)
         card.free()
-    speed_attention.run(results, card, limits)
+    with results.case("attention"):
+        speed_attention.run(results, card, limits)
     time_losses(results, card, limits)
 
 
@@ -57,11 +59,7 @@ def time_rows(results: Results, card: Card, limits: Limits) -> None:
 def time_adamw(results: Results, card: Card, limits: Limits) -> None:
     """Time an update of Gemma-3-1B's embedding, which moves 10 bytes per weight and 16 per 256 weights."""
     N = 2**14 if card.small else 262_144 * 1152
-    need = 12 * N / GIB + 1  # weights, gradient and a peer's copy of the weights and states
-    if card.is_cuda and need > card.gib:
-        results.not_run("AdamW8bit", f"needs {need:.1f} GiB, the card has {card.gib:.1f}")
-        return
-
+    results.need(gib=12 * N / GIB + 1)  # weights, gradient and a peer's copy of the weights and states
     weights, gradient = normal(card, N, scale=0.02), normal(card, N, scale=1e-3)
     moved = 10 * N + 16 * N // 256
 
@@ -116,11 +114,12 @@ def time_losses(results: Results, card: Card, limits: Limits) -> None:
         V, H = (600, 32) if card.small else (V, H)
         if card.is_cuda:
             V = shrink(results, card, name, N, V, H)
-        runs = 6 * 4  # of six contestants
-        seconds = 10 + runs * 6 * N * V * H / limits.matmul_tflops / 1e12
+        if not V:
+            continue
         with results.case(name):
-            if V and results.has_time(name, seconds):
-                time_loss(results, card, name, (N, V, H), ratios)
+            runs = 6 * 4  # of six contestants
+            results.need(seconds=10 + runs * 6 * N * V * H / limits.matmul_tflops / 1e12)
+            time_loss(results, card, name, (N, V, H), ratios)
         card.free()
     if card.is_cuda and ratios:
         text = f"{min(ratios):.2f}x to {max(ratios):.2f}x the time of its three matmuls"
@@ -152,7 +151,8 @@ def time_loss(results, card, name, shape, ratios) -> None:
 
     def measure(make: Callable) -> tuple[float, float | None]:
         call = make(hidden, weight, targets)
-        return milliseconds(card, call), extra_gib(card, call)
+        taken = milliseconds(card, call)
+        return taken, measured(card, call, held=held_gib(card)).allocated if card.is_cuda else None
 
     found, words = {}, []
     for label, make in LOSSES.items():

@@ -14,7 +14,6 @@ from card.timing import Limits, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kit.kernels.backend import has_tensor_cores
 from kit.kernels.packed_attention import packed_attention
 
 SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
@@ -22,10 +21,7 @@ Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that 
 
 
 def run(results: Results, card: Card, limits: Limits) -> None:
-    if card.is_cuda and not has_tensor_cores(card.device):
-        results.not_run("attention", "compute capability below 8.0: attention runs in plain torch")
-        return
-
+    card.need_rtx_30("attention runs in plain torch")
     T, window = (64, 8) if card.small else (16_384, 512)
     ratios: list[float] = []
     for Hq, Hkv, D in SHAPES[: 3 if card.quick else None]:
@@ -48,10 +44,8 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
     n = min(window or length, length)
     pairs = len(lengths) * (n * (n + 1) // 2 + (length - n) * n)  # of a query and a key that it sees
     flops = 4 * D * Hq * pairs  # forward; backward has 2.5 times as many
-    seconds = 5 + 200 * flops / limits.matmul_tflops / 1e12  # 5 contestants, 40 forward passes' worth each
-    with results.case(name):
-        if not results.has_time(name, seconds):
-            return
+    with results.case(name):  # 5 contestants, 40 forward passes' worth each
+        results.need(seconds=5 + 200 * flops / limits.matmul_tflops / 1e12)
         torch.manual_seed(0)
         q, k, v = (normal(card, T, heads, D) for heads in (Hq, Hkv, Hkv))
         cu_seqlens = running_sum(card, lengths)

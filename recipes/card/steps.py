@@ -10,10 +10,10 @@ per step.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 
-from card.models import ROW_TOKENS, Training, build, has_bf16, model_config, shipped
+from card.memory import timed
+from card.models import NO_BF16, ROW_TOKENS, Training, build, model_config, shipped
 from card.profile import Profile, profiled
 from card.results import Card, Results
 
@@ -44,18 +44,19 @@ def chosen_models(names: str) -> list[str]:
 
 
 def run(results: Results, card: Card, models: list[str]) -> None:
-    if not has_bf16(results, card):
-        return
+    card.need_rtx_30(NO_BF16)
     for name in models[:1] if card.quick else models:
         reference = None  # losses of the first setting that runs
         for label, savings in settings(name, card).items():
             training = Training(name, savings, small=card.small)
             title = f"{training.short}, {label}"
             with results.case(title):
-                if can_run(results, card, title, training):
-                    losses = train(results, card, title, training)
-                    reference = reference or losses
-                    compare(results, title, losses, reference)
+                needed = 1.1 * formula_total(training.config, ROW_TOKENS, savings) / GIB  # good to a tenth
+                seconds = training.guessed_seconds(card, training.row(DOCUMENTS, 0))
+                results.need(seconds=seconds, gib=needed)
+                losses = train(results, card, title, training)
+                reference = reference or losses
+                compare(results, title, losses, reference)
 
 
 def settings(name: str, card: Card) -> dict[str, Savings]:
@@ -69,25 +70,13 @@ def settings(name: str, card: Card) -> dict[str, Savings]:
     }
 
 
-def can_run(results: Results, card: Card, title: str, training: Training) -> bool:
-    """Return whether memory and time allow the case; if not, record it as not run."""
-    needed = 1.1 * formula_total(training.config, ROW_TOKENS, training.savings) / GIB  # it is good to a tenth
-    if card.is_cuda and needed > card.gib:
-        results.not_run(title, f"it may need {needed:.1f} GiB and the card has {card.gib:.1f}")
-        return False
-    return results.has_time(title, training.guessed_seconds(card, training.row(DOCUMENTS, 0)))
-
-
 def train(results: Results, card: Card, title: str, training: Training) -> list[float]:
     """Train three steps and record speed and profile. Returns the losses."""
     rows = [training.row(DOCUMENTS, seed) for seed in range(3)]
     step = TrainingStep(build(card, training.config), training.savings, lr=1e-5)
-    losses, seconds = [], 0.0
-    for row in rows[:2]:
-        start = time.perf_counter()
-        losses.append(step([row])[0])
-        card.synchronize()
-        seconds = time.perf_counter() - start  # of the second one: the first compiles
+    first = step([rows[0]])[0]  # compiles
+    second, seconds = timed(card, lambda: step([rows[1]])[0])
+    losses = [first, second]
     profile = profiled(card, lambda: losses.append(step([rows[2]])[0]))
     step.close()
 

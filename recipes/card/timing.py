@@ -1,18 +1,16 @@
-"""Times by the card's own events, peaks of memory, and the two limits to compare them with."""
+"""Times of kernels by the card's own events, and two limits to compare them with: copying and multiplying."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from card.compare import normal
+from card.memory import timed
 from card.results import Card, Results
-
-from kit.machine import GIB
 
 LONG, VERY_LONG = 30.0, 300.0  # ms; longer calls run three times, and once
 
@@ -52,9 +50,7 @@ def milliseconds(card: Card, call: Callable[[], object]) -> float:
     """Return the median time of a call after a first one, which compiles. On a CPU: the time of one call."""
     call()
     if not card.is_cuda:
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * timed(card, call)[1]
 
     once = event_time(call)
     if once < LONG:
@@ -73,18 +69,6 @@ def event_time(call: Callable[[], object]) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
-
-
-def extra_gib(card: Card, call: Callable[[], object]) -> float | None:
-    """Return the memory that a call takes beyond what was allocated before. None on a CPU."""
-    if not card.is_cuda:
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
 def claim(results: Results, card: Card, name: str, holds: bool, text: str, **numbers) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from card.compare import Part, attempt, judge, judge_equal, name_of, normal, poisoned, rms, running_sum
-from card.results import Card, Results
+from card.results import Card, Results, Skip
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kit.kernels.backend import has_tensor_cores
 from kit.kernels.packed_attention import packed_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -32,39 +31,34 @@ SCORES = 2**24  # held at once by the float64 truth: 128 MiB, a few times
 
 
 def run(results: Results, card: Card) -> None:
-    if card.is_cuda and not has_tensor_cores(card.device):
-        capability = "{}.{}".format(*torch.cuda.get_device_capability(card.device))
-        why = "Triton reaches tensor cores from 8.0 on, so attention runs in plain torch"
-        results.not_run("attention", f"compute capability {capability}: {why}")
-        return
-
+    card.need_rtx_30("Triton reaches tensor cores from 8.0 on, so attention runs in plain torch")
     lengths = [1, 5, 16, 17, 40, 1] if card.small else [1, 127, 128, 129, 4000, 1]
     window = 7 if card.small else 512
     repeats: dict[str, bool] = {}  # case -> whether a second run gave the same bits
+
     for dtype, D, Hq, Hkv in CASES[: 5 if card.quick else 8 if card.arch else None]:
         for cut in (None, window, 1):
             name = f"attention {name_of(dtype)} D{D} group {Hq // Hkv} window {cut or 'none'}"
             with results.case(name):
-                if results.has_time(name, 3):
-                    check_case(results, card, name, (dtype, D, Hq, Hkv), lengths, cut, repeats)
+                results.need(seconds=3)
+                check_case(results, card, name, (dtype, D, Hq, Hkv), lengths, cut, repeats)
         card.free()
 
     name = f"attention, many short documents, window {window}"
     with results.case(name):
-        if results.has_time(name, 3):
-            torch.manual_seed(3)
-            short = torch.randint(1, 9 if card.small else 90, (20 if card.small else 200,)).tolist()
-            check_case(results, card, name, (BF16, 128, 8, 2), short, window, repeats)
+        results.need(seconds=3)
+        torch.manual_seed(3)
+        short = torch.randint(1, 9 if card.small else 90, (20 if card.small else 200,)).tolist()
+        check_case(results, card, name, (BF16, 128, 8, 2), short, window, repeats)
     if repeats:
         changed = [name for name, same in repeats.items() if not same]
         text = f"{len(repeats) - len(changed)} of {len(repeats)} cases give the same bits"
-        numbers = {"cases": {"error": len(changed), "torch_error": None, "size": len(repeats)}}
-        results.check("attention, run twice", not changed, ", ".join([text, *changed]), numbers=numbers)
+        results.check("attention, run twice", not changed, ", ".join([text, *changed]))
 
     for D, Hq, Hkv in ((64, 14, 2), (256, 4, 1))[: 1 if card.quick else None]:
         with results.case(f"attention layouts D{D}"):
-            if results.has_time(f"attention layouts D{D}", 2):
-                check_layouts(results, card, D, Hq, Hkv, lengths)
+            results.need(seconds=2)
+            check_layouts(results, card, D, Hq, Hkv, lengths)
 
 
 def make_inputs(card: Card, dtype: torch.dtype, D: int, Hq: int, Hkv: int, T: int) -> list[Tensor]:
@@ -172,9 +166,7 @@ def check_layouts(results, card, D, Hq, Hkv, lengths) -> None:
 def check_ptx(results: Results, card: Card) -> None:
     """Check in Triton's cache that kernels with a 16-bit product multiply as the other architecture does."""
     if card.arch.startswith(("sm90", "sm10")):
-        results.not_run("PTX", f"the check knows mma.sync; {card.arch} has instructions of its own")
-        return
-
+        raise Skip(f"the check knows mma.sync; {card.arch} has instructions of its own")
     if not card.is_cuda:
         compile_one()
     kernels, wrong = 0, []
@@ -186,8 +178,7 @@ def check_ptx(results: Results, card: Card) -> None:
         if "wgmma" in ptx or (has_product and "mma.sync" not in ptx):
             wrong.append(path.stem)
     text = f"kernels with a 16-bit product: {kernels}" + (f"; wrong: {', '.join(wrong[:3])}" if wrong else "")
-    numbers = {"kernels": {"error": len(wrong), "torch_error": None, "size": kernels}}
-    results.check(f"PTX of {card.arch}: mma.sync, no wgmma", kernels > 0 and not wrong, text, numbers=numbers)
+    results.check(f"PTX of {card.arch}: mma.sync, no wgmma", kernels > 0 and not wrong, text)
 
 
 def compile_one() -> None:

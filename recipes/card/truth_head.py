@@ -105,10 +105,8 @@ def check_vocabularies(results: Results, card: Card) -> None:
         name = f"linear_cross_entropy mean {name_of(dtype)} V = {V:,}"
         with results.case(name):
             N, V, H = (40, 530, 24) if card.small else largest_head(card, V)
-            if N < 40:
-                results.not_run(name, f"float64 needs 6 GiB, the card has {card.gib:.1f}")
-            elif results.has_time(name, 12):
-                check_head(results, card, name, N, V, H, dtype)
+            results.need(seconds=12, gib=0 if N >= 40 else 6)  # for float64
+            check_head(results, card, name, N, V, H, dtype)
         card.free()
 
 
@@ -167,8 +165,8 @@ def check_options(results: Results, card: Card) -> None:
     for label, dtype, options in cases[: 4 if card.quick else None]:
         name = f"linear_cross_entropy {label} {name_of(dtype)}"
         with results.case(name):
-            if results.has_time(name, 3):
-                check_head(results, card, name, N, V, H, dtype, **{"ours_only": chunks, **options})
+            results.need(seconds=3)
+            check_head(results, card, name, N, V, H, dtype, **{"ours_only": chunks, **options})
 
     name = "linear_cross_entropy, all ignored"
     with results.case(name):
@@ -187,8 +185,7 @@ def check_blocked_head(results: Results, card: Card) -> None:
     for dtype, softcap in ((BF16, 30.0), (BF16, None), (FP32, None))[: 1 if card.quick else None]:
         name = f"blocked head {name_of(dtype)} softcap {softcap or 'none'}"
         with results.case(name):
-            if not results.has_time(name, 3):
-                continue
+            results.need(seconds=3)
             hidden, weight, targets = make_inputs(card, N, V, H, dtype)
             upstream = torch.full((N,), scale, device=card.device)
             options = {"reduction": "sum", "softcap": softcap, "upstream": upstream}

@@ -1,35 +1,37 @@
-"""check_card rehearsed on a CPU as a user would run it; on a machine with a card, `pytest -m gpu` runs the same checks there."""
+"""Rehearse check_card on a CPU as a user would run it. On a card, `pytest -m gpu` runs the same checks."""
 
 import json
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from children import ROOT, run_recipe
 
+from kit.machine import GIB
+
 sys.path.insert(0, str(ROOT / "recipes"))
-from card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results
+from card.memory import measured
+from card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from check_card import QUICK, SECTIONS, Config, main, sentence
 
-CPU = Card(torch.device("cpu"), small=True, quick=True)
+CPU = Card(torch.device("cpu"), quick=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sections", ["truth,speed", "steps,fits", "sampler,rl,resume"])
 def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sections):
-    done = run_recipe(
-        "check_card", "--device", "cpu", "--quick", "--seconds", "0", "--only", sections, cwd=tmp_path
-    )
+    flags = ["--device", "cpu", "--quick", "--seconds", "0", "--only", sections]
+    done = run_recipe("check_card", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = [
-        json.loads(line) for line in (tmp_path / "runs/check_card/001/results.jsonl").read_text().splitlines()
-    ]
+    folder = tmp_path / "runs/check_card/001"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert {row["section"] for row in rows} == set(sections.split(","))
     assert not [row for row in rows if row["status"] == FAIL]
     assert {row["section"] for row in rows if row["status"] == PASS} >= set(sections.split(",")) - {"speed"}
     assert done.stdout.rstrip().splitlines()[-1].startswith("CPU rehearsal, tiny shapes: ")
-    machine = json.loads((tmp_path / "runs/check_card/001/config.json").read_text())["machine"]
-    assert machine["torch"] == torch.__version__
+    assert json.loads((folder / "config.json").read_text())["machine"]["torch"] == torch.__version__
 
 
 @pytest.mark.slow
@@ -47,24 +49,28 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
     ]
     done = run_recipe("check_card", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "PTX of sm89: mma.sync, no wgmma" in done.stdout and (tmp_path / "check" / "triton_sm89").is_dir()
+    assert "PTX of sm89: mma.sync, no wgmma" in done.stdout
+    assert (tmp_path / "check" / "triton_sm89").is_dir()
 
 
-def test_what_cannot_be_checked_is_refused_in_one_line_that_says_what_to_do(tmp_path):
-    for flags, words in (
-        ([], "error: check_card needs an NVIDIA card and torch sees none; rehearse with --device cpu"),
-        (
-            ["--only", "truth,sped"],
-            "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume",
-        ),
-        (["--models", "gemma", "--device", "cpu"], "google/gemma-3-1b-it"),
-    ):
-        done = run_recipe("check_card", *flags, cwd=tmp_path)
-        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert not (tmp_path / "runs").exists()
+NO_GPU = """check_card needs an NVIDIA GPU and none is here. What works here:
+  python recipes/check_card.py --device cpu    a rehearsal of every check"""
+NO_SECTION = "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume"
+REFUSED = {
+    "no GPU": ([], NO_GPU),
+    "an unknown section": (["--only", "truth,sped"], NO_SECTION),
+    "an unknown model": (["--models", "gemma", "--device", "cpu"], "google/gemma-3-1b-it"),
+}
 
 
-def test_a_case_that_fails_costs_itself_and_its_reason_is_kept(tmp_path, capsys):
+@pytest.mark.parametrize(("flags", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_checked_is_refused_with_what_to_do(flags, words, tmp_path):
+    done = run_recipe("check_card", *flags, cwd=tmp_path)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_case_that_fails_ends_alone_and_its_reason_is_kept(tmp_path, capsys):
     results = Results(CPU, tmp_path / "results.jsonl")
     results.section = "truth"
     with results.case("first"):
@@ -107,10 +113,43 @@ def test_ctrl_c_ends_in_the_table_of_what_is_known(tmp_path, monkeypatch, capsys
     assert "not run speed the rest: stopped with Ctrl-C" in capsys.readouterr().out
 
 
-def test_a_check_that_does_not_fit_the_time_is_named_not_failed(tmp_path):
-    results = Results(CPU, seconds=5.0)
-    assert results.has_time("short", 1.0) and not results.has_time("long", 60.0)
-    assert results.count(NOT_RUN) == 1 and "pass --seconds 0" in results.rows[0]["text"]
+def test_a_case_that_does_not_fit_the_time_or_the_card_is_named_not_failed(monkeypatch):
+    monkeypatch.setattr(Card, "gib", 8.0)
+    monkeypatch.setattr(Card, "synchronize", lambda self: None)
+    results = Results(Card(torch.device("cuda"), quick=True), seconds=5.0)
+    for name, needs in (("short", {"seconds": 1}), ("long", {"seconds": 60}), ("large", {"gib": 8.25})):
+        with results.case(name):
+            results.need(**needs)
+            results.check(name, True)
+    assert [(row["name"], row["status"]) for row in results.rows] == [
+        ("short", PASS), ("long", NOT_RUN), ("large", NOT_RUN),
+    ]  # fmt: skip
+    assert results.rows[1]["text"] == "5 s left, about 60 s needed; pass --seconds 0 for no limit"
+    assert results.rows[2]["text"] == "about 8.25 GiB are needed and the card has 8.00"
+
+
+def test_a_call_gets_its_cap_above_what_is_held_and_its_peaks_are_less_that(monkeypatch):
+    """No card is here. A stand-in has 16 GiB, of which 5 are allocated and 6 reserved at most."""
+    shares, returned = [], {"max_memory_allocated": 5 * GIB, "max_memory_reserved": 6 * GIB}
+    for name in ("synchronize", "reset_peak_memory_stats", "current_device", "empty_cache", *returned):
+        monkeypatch.setattr(torch.cuda, name, Mock(return_value=returned.get(name)))
+    whole = SimpleNamespace(total_memory=16 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    card = Card(torch.device("cuda"), quick=True)
+
+    usage = measured(card, lambda: len(shares), held=1.0, cap=7.0)
+    assert (usage.result, usage.allocated, usage.reserved) == (1, 4.0, 5.0) and shares == [0.5, 1.0]
+    with pytest.raises(torch.OutOfMemoryError):
+        measured(card, Mock(side_effect=torch.OutOfMemoryError), cap=0.5)
+    assert shares[2:] == [0.5 / 16, 1.0]
+    assert card.gib == 16 and Card(card.device, quick=True, cap_gb=8).gib == 8
+
+
+def test_a_rehearsal_runs_whatever_a_card_would_need_and_ends_with_its_time():
+    Results(CPU, seconds=5.0).need(seconds=60.0, gib=100.0)
+    with pytest.raises(Skip, match="0 s left"):
+        Results(CPU, seconds=-1.0).need()
 
 
 @pytest.mark.gpu

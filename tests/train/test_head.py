@@ -24,14 +24,14 @@ def tied(family, dtype=torch.float32):
 
 
 def batches(model):
-    """Two rows; ids come many times, the padding id among them."""
+    """Return two rows in which ids occur many times, the padding id among them."""
     rows = [random_documents([9, 4, 23]), random_documents([5, 1], seed=1)]
     rows[0][0].ids[:3] = model.get_input_embeddings().padding_idx or 0
     return [PackedBatch.build(row) for row in rows]
 
 
 def by_autograd(model):
-    """Loss and gradients of the plain model, lookup included."""
+    """Return loss and gradients of the plain model, lookup included."""
     total = 0.0
     for batch in batches(model):
         hidden = hidden_states(model, batch)
@@ -56,25 +56,23 @@ def test_the_tied_heads_gradient_is_autograds_over_several_rows(family):
     loss, plain = by_autograd(tied(family))
     ours, gradients = by_tied_head(tied(family))
     assert ours == pytest.approx(loss)
-    for name in plain:
-        torch.testing.assert_close(
-            gradients[name], plain[name], atol=1e-6 * plain[name].abs().max().item(), rtol=1e-5, msg=name
-        )
+    for name, expected in plain.items():
+        atol = 1e-6 * expected.abs().max().item()
+        torch.testing.assert_close(gradients[name], expected, atol=atol, rtol=1e-5, msg=name)
 
 
-def test_a_bf16_gradient_of_an_id_that_comes_often_errs_no_more_than_autograds():
+def test_a_bf16_gradient_of_an_id_that_occurs_often_is_as_exact_as_autograds():
     """Parts are summed in fp32 and rounded once. Truth: the same bf16 model in fp32."""
     name = "model.embed_tokens.weight"
     model = tied("llama", torch.bfloat16)
     truth = by_autograd(copy.deepcopy(model).float())[1][name]
-    errors = [
-        (run(copy.deepcopy(model))[1][name].float() - truth).norm() for run in (by_tied_head, by_autograd)
-    ]
-    assert 0 < errors[0] <= 1.1 * errors[1]
+    runs = by_tied_head, by_autograd
+    ours, plain = ((run(copy.deepcopy(model))[1][name].float() - truth).norm() for run in runs)
+    assert 0 < ours <= 1.1 * plain
 
 
-def test_the_gradient_is_held_once(monkeypatch):
-    """No other tensor of V rows is made after the loss: that is what the lookup outside of autograd is for."""
+def test_the_gradient_exists_once(monkeypatch):
+    """The loss allocates the only tensor of V rows: the lookup outside of autograd saves a second one."""
     from kit.memory.live_bytes import LiveBytes
 
     class Whole(LiveBytes):
@@ -92,7 +90,7 @@ def test_the_gradient_is_held_once(monkeypatch):
     assert len(made) == 1
 
 
-def test_the_loss_gives_hidden_its_gradient_in_its_own_memory():
+def test_the_loss_writes_the_gradient_of_hidden_over_it():
     model = make_model("llama")
     batch, places = batches(model)[0], []
     hidden = torch.randn(len(batch), model.config.hidden_size).requires_grad_() * 1
@@ -101,7 +99,7 @@ def test_the_loss_gives_hidden_its_gradient_in_its_own_memory():
     assert places == [hidden.data_ptr()]
 
 
-def test_the_way_is_chosen_by_who_owns_the_weight():
+def test_the_head_is_chosen_by_tied_and_trained_weights():
     savings = Savings()
     assert isinstance(make_head(tied("llama"), savings, None, None), TiedHead)
     assert isinstance(make_head(make_model("llama"), savings, None, None), AutogradHead)
@@ -111,7 +109,7 @@ def test_the_way_is_chosen_by_who_owns_the_weight():
 
 
 def test_a_block_gets_the_looked_up_rows_of_its_own_ids_and_no_others():
-    """Every row is added once over all blocks, however many there are; ids come many times, and some blocks have none."""
+    """Every row is added once over all blocks. Ids occur many times, and some blocks have none."""
     torch.manual_seed(0)
     V, H, T, block = 50, 5, 37, 8
     ids, rows = torch.randint(20, V, (T,)), torch.randn(T, H, dtype=torch.float64)

@@ -3,13 +3,13 @@ import weakref
 import pytest
 import torch
 
-from kit.train.saved_tensors import catch_gradient, made_again
+from kit.train.saved_tensors import catch_gradient, recomputed
 
 
 def graph(x, weight, calls, gradients):
     """Three uses of x, two of them views; x is made again by a copy of what it held."""
     content = x.clone()
-    with made_again(x, lambda: calls.append(1) or content.clone()):
+    with recomputed(x, lambda: calls.append(1) or content.clone()):
         entering = catch_gradient(x, gradients)
         return (
             entering @ weight
@@ -39,7 +39,7 @@ def test_a_tensor_that_is_let_go_gives_the_gradients_it_would_have_given():
 
 def test_what_was_kept_and_then_changed_is_refused_as_autograd_would():
     x, other = torch.randn(4, 4), torch.randn(4, 4, requires_grad=True)
-    with made_again(x, x.clone):
+    with recomputed(x, x.clone):
         kept = other * 2
         out = (kept * kept).sum() + (x * other).sum()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_what_was_kept_and_then_changed_is_refused_as_autograd_would():
 
 def test_an_output_that_its_own_node_saves_is_freed_with_the_graph():
     x, leaf = torch.randn(3), torch.randn(1000, requires_grad=True)
-    with made_again(x, x.clone):
+    with recomputed(x, x.clone):
         out = leaf.exp()  # saves its own result
     storage = weakref.ref(out.untyped_storage())
     del out

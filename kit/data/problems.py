@@ -11,11 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kit.data.rows import BadRows, read_rows
+from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.run import digest
 
-PROBLEM = ("problem", "question", "extra_info.question")
-ANSWER = ("answer", "gt_answer", "reward_model.ground_truth")
 LEVEL = ("level", "difficulty", "extra_info.level")
 
 
@@ -31,17 +29,14 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
     found, num_rows = [], 0
     for where, row in read_rows(source, bad):
         num_rows += 1
-        problem, answer = _text(row, PROBLEM), _text(row, ANSWER)
-        level = re.search("[0-9]+", _text(row, LEVEL)) if levels else None
-        missing = [
-            name
-            for name, value in (("problem", problem), ("gold answer", answer), ("level", level or not levels))
-            if not value
-        ]
-        if missing:
-            bad.add(where, f"no {' and no '.join(missing)} among its fields {sorted(row)}")
-        elif not levels or int(match[1]) <= int(level.group()) <= int(match[2]):
-            found.append(Question(digest(problem)[:12], problem, answer))
+        try:
+            question = Question.of(row)
+            level = _level(row) if levels else 0
+        except ValueError as error:
+            bad.add(where, str(error))
+            continue
+        if not levels or int(match[1]) <= level <= int(match[2]):
+            found.append(question)
     if not found:
         raise ValueError(
             f"{source} has {num_rows} rows but no prompt of levels {levels or 'any'}; pass another file or --levels"
@@ -49,15 +44,13 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
     return found
 
 
-def _text(row: dict, names: Sequence[str]) -> str:
-    """The first of these fields that holds text or a number; "a.b" is field b of a. "" if there is none."""
-    for name in names:
-        value = row
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
-    return ""
+def _level(row: dict) -> int:
+    """Return the first number in a row's level: 4 of "Level 4"."""
+    text = text_of(row, LEVEL)
+    match = re.search("[0-9]+", text)
+    if not match:
+        raise ValueError(f"no number in the level {text[:80]!r}")
+    return int(match[0])
 
 
 def draw(questions: Sequence[Question], start: int, count: int, *, seed: int) -> list[Question]:
@@ -78,3 +71,9 @@ class Question:
     id: str
     problem: str
     answer: str
+
+    @classmethod
+    def of(cls, row: dict) -> Question:
+        """Read a row's problem and answer (kit.data.rows.PROBLEM, ANSWER). Raises ValueError if it lacks either."""
+        problem, answer = text_of(row, PROBLEM).strip(), text_of(row, ANSWER).strip()
+        return cls(digest(" ".join(problem.split()))[:12], problem, answer)

@@ -6,11 +6,14 @@ A row that cannot be read is named by file and line and counted; more than `max_
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# the fields in which data sets keep a problem and its gold answer, in the order in which they are looked for
+PROBLEM = ("problem", "question", "extra_info.question")  # the last is verl's, as is ANSWER's
+ANSWER = ("answer", "gt_answer", "reward_model.ground_truth")
 SHOWN = 5  # bad rows printed in an error; the rest are in the report's counts
 
 
@@ -28,6 +31,36 @@ class BadRows:
             raise ValueError(
                 f"{len(self.found)} bad rows but max_bad_rows is {self.limit}; mend the rows or raise --max_bad_rows:\n  {shown}"
             )
+
+
+def text_of(row: dict, names: Sequence[str]) -> str:
+    """Return the first of these fields that a row has, as text; "a.b" is field b of field a.
+
+    A number becomes text. Raises ValueError naming the field if there is none, or if it holds no usable text.
+    """
+    name, value = next(
+        ((name, value) for name in names if (value := _field(row, name)) is not None), ("", None)
+    )
+    if value is None:
+        raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name} is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise ValueError(f"field {name} is empty")
+    if "\0" in value:
+        raise ValueError(f"field {name} contains a NUL byte")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"field {name} contains half a surrogate pair")
+    return value
+
+
+def _field(row: dict, name: str) -> object:
+    value = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from kit.data.rows import BadRows, read_rows
+from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.grade.verdict import grade
 from kit.run import digest
 
+RESPONSE = ("trace", "solution")  # the fields in which a row with a single response keeps it
 NO_CORRECT, NO_COMPLETE, UNVERIFIED = (
     "have no correct trace",
     "have no complete trace",
@@ -47,25 +48,6 @@ class DropCounts:
         )
 
 
-def _text(row: dict, *names: str) -> str:
-    """Return the first of the fields that exists, as text. Raises ValueError naming the field and what is wrong with it."""
-    name = next((name for name in names if row.get(name) is not None), None)
-    if name is None:
-        raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
-    value = row[name]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"field {name} is a {type(value).__name__}, not text")
-    if not value.strip():
-        raise ValueError(f"field {name} is empty")
-    if "\0" in value:
-        raise ValueError(f"field {name} contains a NUL byte")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"field {name} contains half a surrogate pair")
-    return value
-
-
 def _flags(row: dict, name: str, count: int) -> list:
     """Return a list parallel to `generations`; all None if the data set has no such field."""
     value = row.get(name)
@@ -85,7 +67,7 @@ def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
     grader against `answer`. verify=False takes the first complete one. Raises ValueError for a malformed row.
     """
     if row.get("generations") is None:
-        response = _text(row, "trace", "solution")
+        response = text_of(row, RESPONSE)
         why = _verify(row, response) if verify else ""
         return (None, why) if why else (response, "")
     generations = row["generations"]
@@ -98,7 +80,7 @@ def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
     finish = _flags(row, "finish_reasons", len(generations))
     reasons = set()
     for i in range(len(generations)):
-        response = _text({f"generations[{i}]": generations[i]}, f"generations[{i}]")
+        response = text_of({f"generations[{i}]": generations[i]}, [f"generations[{i}]"])
         if complete[i] is False or finish[i] == "length":
             why = NO_COMPLETE
         elif not verify or correct[i]:
@@ -114,7 +96,7 @@ def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
 def _verify(row: dict, response: str) -> str:
     """Return why our grader does not find the response correct; "" if it does."""
     return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[
-        grade(_text(row, "answer"), response).verdict
+        grade(text_of(row, ANSWER), response).verdict
     ]
 
 
@@ -131,7 +113,7 @@ def read_traces(
     seen: set[str] = set()
     for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
         try:
-            problem = _text(row, "problem", "question")
+            problem = text_of(row, PROBLEM)
             response, why = pick_response(row, verify=verify)
         except ValueError as error:
             bad.add(where, str(error))

@@ -30,8 +30,6 @@ class Benchmark:
     name: str
     source: str  # hub id[:config][@split], or a local file; "" = made by `make_rows`
     file: str  # what a local copy is called, in the folder of `name=FOLDER`
-    problem_field: str
-    answer_field: str
     num_samples: int  # k, samples per question in the paper
     num_questions: int  # rows it must have
     ids_hash: str  # of the ids of all its questions, whatever their order
@@ -79,32 +77,18 @@ class Benchmark:
         return replace(self, source=where, questions=tuple(questions[: limit or None]))
 
     def _question(self, row: dict, place: str) -> Question:
-        problem = row.get(self.problem_field, row.get("problem", row.get("question")))
-        answer = row.get(self.answer_field)
-        if (
-            not isinstance(problem, str)
-            or not isinstance(answer, str | int | float)
-            or not problem.strip()
-            or not str(answer).strip()
-        ):
-            raise ValueError(
-                f"{place}: {self.name} needs text in {self.problem_field} and an answer in {self.answer_field}, "
-                f"but they are {problem!r} and {answer!r}"
-            )
-        answer = str(answer)
-        if self.answer_pattern:
-            match = re.search(self.answer_pattern, answer)
-            if not match:
-                raise ValueError(f"{place}: no {self.answer_pattern!r} in the answer {answer[-80:]!r}")
-            answer = match.group(1)
-        if self.name == "arithmetic":
-            try:
-                check_steps(problem, "")
-            except ValueError as error:
-                raise ValueError(
-                    f"{place}: {error}: answers to {self.name} are checked step by step"
-                ) from error
-        return Question(digest(" ".join(problem.split()))[:12], problem, answer.strip())
+        try:
+            question = Question.of(row)
+            if self.name == "arithmetic":  # its answers are checked step by step
+                check_steps(question.problem, "")
+        except ValueError as error:
+            raise ValueError(f"{place}: not a question for {self.name}: {error}") from error
+        if not self.answer_pattern:
+            return question
+        match = re.search(self.answer_pattern, question.answer)
+        if not match:
+            raise ValueError(f"{place}: no {self.answer_pattern!r} in the answer {question.answer[-80:]!r}")
+        return replace(question, answer=match.group(1).strip())
 
 
 def ids_hash(questions: Iterable[Question]) -> str:
@@ -115,21 +99,21 @@ def ids_hash(questions: Iterable[Question]) -> str:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark("math500", "HuggingFaceH4/MATH-500@test", "math500.jsonl", "problem", "answer", 4, 500, "a6bc71e57736a9a4"),
+        Benchmark("math500", "HuggingFaceH4/MATH-500@test", "math500.jsonl", 4, 500, "a6bc71e57736a9a4"),
         Benchmark(
-            "aime24", "AI-MO/aimo-validation-aime", "aime24.jsonl", "problem", "answer", 8, 30, "1b34c3255ebf558d",
+            "aime24", "AI-MO/aimo-validation-aime", "aime24.jsonl", 8, 30, "1b34c3255ebf558d",
             row_filter="2024_AIME",
         ),
         Benchmark(
-            "amc23", "AI-MO/aimo-validation-amc", "amc23.jsonl", "problem", "answer", 8, 40, "cd3c50af4b0fe948",
+            "amc23", "AI-MO/aimo-validation-amc", "amc23.jsonl", 8, 40, "cd3c50af4b0fe948",
             row_filter="2023_AMC",
         ),
         Benchmark(
-            "gsm8k", "openai/gsm8k:main@test", "gsm8k_test.jsonl", "question", "answer", 4, 1319, "6700fc151a84d1df",
+            "gsm8k", "openai/gsm8k:main@test", "gsm8k_test.jsonl", 4, 1319, "6700fc151a84d1df",
             answer_pattern=r"####\s*(.+)",
         ),
-        Benchmark("arithmetic", "", "arithmetic.jsonl", "problem", "answer", 4, 400, "4ad7da933761c1ce"),
-        Benchmark("toy", str(PROBLEMS), "problems.jsonl", "problem", "answer", 4, 100, "7c22d50c014f0914"),
+        Benchmark("arithmetic", "", "arithmetic.jsonl", 4, 400, "4ad7da933761c1ce"),
+        Benchmark("toy", str(PROBLEMS), "problems.jsonl", 4, 100, "7c22d50c014f0914"),
     )
 }  # fmt: skip
 PAPER = ("math500", "aime24", "amc23")

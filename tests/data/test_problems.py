@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import real_data
 
-from kit.data.problems import read_prompts
+from kit.data.problems import Question, read_prompts
 from kit.data.rows import BadRows
 
 
@@ -33,7 +33,11 @@ def test_rows_without_problem_or_gold_answer_are_named_and_counted_and_stop_the_
     source = write(tmp_path / "prompts.jsonl", rows)
     bad = BadRows(3)
     assert len(read_prompts(source, bad)) == 1
-    assert "prompts.jsonl:2: no gold answer among its fields ['answer', 'problem']" in bad.found[0]
+    assert "prompts.jsonl:2: field answer is empty" in bad.found[0]
+    assert (
+        "prompts.jsonl:3: no field answer or gt_answer or " in bad.found[1]
+        and "(fields: problem)" in bad.found[1]
+    )
     assert len(bad.found) == 3
     with pytest.raises(ValueError, match=r"2 bad rows but max_bad_rows is 1"):
         read_prompts(source, BadRows(1))
@@ -41,7 +45,7 @@ def test_rows_without_problem_or_gold_answer_are_named_and_counted_and_stop_the_
 
 def test_a_file_of_another_shape_says_what_it_has(tmp_path):
     source = write(tmp_path / "prompts.jsonl", [{"text": "abc"}])
-    with pytest.raises(ValueError, match=r"no problem and no gold answer among its fields \['text'\]"):
+    with pytest.raises(ValueError, match=r"no field problem or question or .*\(fields: text\)"):
         read_prompts(source, BadRows(0))
 
 
@@ -63,7 +67,7 @@ def test_levels_are_kept_from_text_and_numbers_and_a_row_without_one_is_bad(tmp_
         "0",
         "1",
     ]
-    assert "no level" in bad.found[0]
+    assert "no field level or difficulty" in bad.found[0]
     with pytest.raises(ValueError, match="has 5 rows but no prompt of levels 2-3"):
         read_prompts(write(tmp_path / "p.jsonl", rows), BadRows(1), levels="2-3")
 
@@ -73,3 +77,28 @@ def test_real_math_prompts_by_level():
     bad = BadRows(4)  # four rows have no answer
     assert len(read_prompts(source, bad)) == 7_474 - len(bad.found) == 7_470
     assert len(read_prompts(source, BadRows(4), levels="1-4")) == 564 + 1_345 + 1_584 + 1_681 - 2
+
+
+def test_a_question_is_named_by_its_words_whatever_the_space_around_and_between_them():
+    one, other = (
+        Question.of({"problem": " 1 + 1?\n", "answer": 2}),
+        Question.of({"question": "1 +\n1?", "gt_answer": " 2 "}),
+    )
+    assert one.id == other.id and one.answer == other.answer == "2"
+    assert one.problem == "1 + 1?" and other.problem == "1 +\n1?"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": None, "question": 3 * [1]}, "field question is a list, not text"),
+        ({"problem": "a\0b"}, "field problem contains a NUL byte"),
+        ({"extra_info": {"question": " "}}, "field extra_info.question is empty"),
+        ({"extra_info": "x"}, r"no field problem or question or extra_info.question \(fields: extra_info, answer\)"),
+        ({"problem": True}, "field problem is a bool, not text"),
+        ({}, r"\(fields: none\)"),
+    ],
+)
+def test_a_row_without_a_usable_problem_says_which_field_and_what_is_wrong(row, message):
+    with pytest.raises(ValueError, match=message):
+        Question.of(row | {"answer": "1"} if row else row)

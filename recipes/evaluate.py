@@ -23,9 +23,10 @@ from kit.config import parse, show
 from kit.data import ChatFormat
 from kit.data.chat import INSTRUCTION
 from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
-from kit.evaluate.results import mean_accuracy, paired_bootstrap, read_result
+from kit.evaluate.results import mean_accuracy, read_result
 from kit.generate import SamplingParams, cache_bytes
 from kit.generate.vllm_backend import VllmModel
+from kit.machine import GIB
 from kit.memory.measured_speed import sampling_time
 from kit.report import arithmetic, write_report
 from kit.report.figures import Stages
@@ -111,7 +112,7 @@ def main(config: Config) -> list[Result]:
 
 def load_kit(config: Config):
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
-    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
+    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
     print(f"KV cache    {cache:.2f} GiB and the prompts'")
     return model, tokenizer
 
@@ -165,12 +166,10 @@ def compare(config: Config) -> list[Result]:
         )
     for name in shared:
         before, after = read_result(first[name]), read_result(second[name])
-        sampled = paired_bootstrap(before, after, force=config.force)
         difference, spread = paired_difference(before, after, force=config.force)
         print(
-            f"{before}\n{after}\n{name}: difference {100 * difference:+.1f} points, 95 % interval {100 * sampled.low:+.1f} to "
-            f"{100 * sampled.high:+.1f} (paired bootstrap over {before.num_questions} questions); "
-            f"± {100 * spread:.1f} (normal, with two questions added: the one to trust below 20 questions)"
+            f"{before}\n{after}\n{name}: difference {100 * difference:+.1f} points ± {100 * spread:.1f} "
+            f"(95 %, paired over {before.num_questions} questions)"
         )
         print_steps({BEFORE: {name: before}, AFTER: {name: after}})
     return [read_result(second[name]) for name in shared]

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
-from kit.evaluate.uncertainty import Difference, Lengths, bootstrap, half_width, pass_at_k
+from kit.evaluate.uncertainty import Lengths, half_width, pass_at_k
 from kit.grade.verdict import grade
 from kit.run import Journal
 
@@ -219,30 +219,22 @@ def check_comparable(before: Result, after: Result) -> None:
         )
 
 
-def _differences(before: Result, after: Result) -> list[float]:
-    old, new = before.by_question(), after.by_question()
-    if old.keys() != new.keys():
-        raise ValueError(f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "
-                         f"{len(old.keys() & new.keys())} are the same; evaluate both on the same questions")  # fmt: skip
-    return [new[question] - old[question] for question in old]
-
-
 def paired_difference(before: Result, after: Result, *, force: bool = False) -> tuple[float, float]:
-    """(accuracy after - before, half the width of its 95 % interval), paired by question: narrower than two intervals apart.
+    """Return (accuracy after - before, half the width of its 95 % interval).
 
-    Raises ValueError if the two did not answer the same questions, and, unless forced, if their headers differ.
+    Paired by question, so that how hard the questions are cancels: narrower than the intervals of the two accuracies.
+    Raises ValueError if the two did not answer the same questions and, unless forced, if their headers differ.
     """
     if not force:
         check_comparable(before, after)
-    differences = _differences(before, after)
-    return fmean(differences), half_width(differences, added=(-1.0, 1.0))  # after Agresti & Min (2005)
-
-
-def paired_bootstrap(before: Result, after: Result, *, force: bool = False, seed: int = 0) -> Difference:
-    """Accuracy after - before, with its interval by resampling questions. Raises ValueError as paired_difference does."""
-    if not force:
-        check_comparable(before, after)
-    return bootstrap(_differences(before, after), seed=seed)
+    old, new = before.by_question(), after.by_question()
+    if old.keys() != new.keys():
+        raise ValueError(
+            f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "
+            f"{len(old.keys() & new.keys())} are the same; evaluate both on the same questions"
+        )
+    differences = [new[question] - old[question] for question in old]
+    return fmean(differences), half_width(differences, added=(-1.0, 1.0))
 
 
 def mean_accuracy(results: Sequence[Result]) -> float:

@@ -94,7 +94,10 @@ def test_a_question_is_named_by_its_words_whatever_the_space_around_and_between_
         ({"problem": None, "question": 3 * [1]}, "field question is a list, not text"),
         ({"problem": "a\0b"}, "field problem contains a NUL byte"),
         ({"extra_info": {"question": " "}}, "field extra_info.question is empty"),
-        ({"extra_info": "x"}, r"no field problem or question or extra_info.question \(fields: extra_info, answer\)"),
+        (
+            {"extra_info": "x"},
+            r"no field problem or question or extra_info.question \(fields: extra_info, answer\)",
+        ),
         ({"problem": True}, "field problem is a bool, not text"),
         ({}, r"\(fields: none\)"),
     ],

@@ -7,7 +7,6 @@ from kit.evaluate.results import (
     Result,
     check_comparable,
     mean_accuracy,
-    paired_bootstrap,
     paired_difference,
     read_result,
 )
@@ -165,26 +164,25 @@ def test_the_papers_column_is_told_beside_ours_where_every_row_has_it():
 HEADER = {"prompt": "p", "temperature": 0.6, "torch": "2.13.0"}
 
 
-@pytest.mark.parametrize("compare", [paired_difference, paired_bootstrap])
-def test_results_made_differently_are_not_compared_unless_forced(compare):
+def test_results_made_differently_are_not_compared_unless_forced():
     before = result(row("a", "correct"), row("b", "wrong"), model="x", **HEADER)
     same = result(row("a", "correct"), row("b", "correct"), model="y", **HEADER)
-    compare(before, same)
+    paired_difference(before, same)
     other = result(*same.rows, **HEADER | {"temperature": 1.0, "dtype": "torch.float32"})
     with pytest.raises(ValueError, match=r"temperature 0.6 and 1.0; dtype None and 'torch.float32'.*--force"):
-        compare(before, other)
-    assert compare(before, other, force=True) == compare(before, same)
+        paired_difference(before, other)
+    assert paired_difference(before, other, force=True) == paired_difference(before, same)
     check_comparable(before, same)
 
 
-def test_the_bootstrap_pairs_questions_whatever_their_order():
+def test_the_difference_pairs_questions_whatever_their_order():
     before = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in range(20)))
     after = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in reversed(range(20))))
-    assert (paired_bootstrap(before, after).low, paired_bootstrap(before, after).high) == (0, 0)
+    # every difference is 0: what is left of the interval is the two added questions, one better and one worse
+    assert paired_difference(before, after) == (0, pytest.approx(1.96 * math.sqrt(2 / 22 / 22)))
     after = result(*(row(str(i), "wrong" if i < 15 else "correct") for i in reversed(range(20))))
-    found = paired_bootstrap(before, after)
-    assert found.mean == -0.25
-    assert -0.5 <= found.low < -0.25 < found.high <= -0.05
+    difference, spread = paired_difference(before, after)
+    assert difference == -0.25 and 0.2 < spread < 0.25
 
 
 def test_the_summary_is_plain_json_and_holds_every_figure():

@@ -52,7 +52,6 @@ setup(
             *PEERS,
         ],
         "flash-attn": ["flash-attn>=2.7"],
-        "vllm": ["vllm"],
         "peers": PEERS,
     },
 )

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from kit import models
 from kit.config import parse, show
@@ -25,7 +24,6 @@ from kit.data.chat import INSTRUCTION
 from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
 from kit.evaluate.results import mean_accuracy, read_result
 from kit.generate import SamplingParams, cache_bytes
-from kit.generate.vllm_backend import VllmModel
 from kit.machine import GIB
 from kit.memory.measured_speed import sampling_time
 from kit.report import arithmetic, write_report
@@ -44,7 +42,6 @@ class Config:
     attention: str = (
         "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
     )
-    engine: str = "kit"  # kit, or vllm: the extra `vllm`, for those who outgrow one card
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
@@ -88,9 +85,9 @@ def main(config: Config) -> list[Result]:
     params = SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
-    if config.engine not in ENGINES:
-        raise ValueError(f"engine is {config.engine!r}; pass one of {', '.join(ENGINES)}")
-    model, tokenizer = ENGINES[config.engine](config)
+    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
+    print(f"KV cache    {cache:.2f} GiB and the prompts'")
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     samples = ", ".join(
         f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks
@@ -108,20 +105,6 @@ def main(config: Config) -> list[Result]:
     write_json(run.path / "results.json", [result.summary() for result in results])
     print(f"report {write_report(run.path)}")
     return results
-
-
-def load_kit(config: Config):
-    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
-    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
-    print(f"KV cache    {cache:.2f} GiB and the prompts'")
-    return model, tokenizer
-
-
-def load_vllm(config: Config):
-    return VllmModel(config.model, config.num_slots), AutoTokenizer.from_pretrained(config.model)
-
-
-ENGINES = {"kit": load_kit, "vllm": load_vllm}
 
 
 def table(results: list[Result]) -> str:

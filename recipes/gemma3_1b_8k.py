@@ -70,7 +70,7 @@ class Config:
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
     recompute: bool = True  # one layer's activations at a time, for a third more computation
     tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
-    optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
+    optimizer: str = "auto"  # adamw (fp32 weights only), adamw8bit, or auto: adamw8bit for bf16 weights
     update_in_backward: bool = (
         False  # a gradient dies with its layer; needs --batch_traces 1 and --max_grad_norm 0
     )

@@ -91,7 +91,7 @@ class Config:
     row_tokens: int = 16_384  # tokens a pack of the update; a prompt and its answer must fit
     recompute: bool = True  # one layer's activations at a time, for a third more computation
     tile_tokens: int = 0  # feed-forward of recomputed layers in tiles of this many tokens; 0 = whole
-    optimizer: str = "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw8bit for bf16 weights
+    optimizer: str = "auto"  # adamw (fp32 weights only), adamw8bit, or auto: adamw8bit for bf16 weights
     offload_inputs: bool = False  # layer inputs in CPU memory
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory

@@ -24,7 +24,6 @@ from kit.evaluate.results import Result, read_result
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import Completion, generate
 from kit.generate.sampling import SamplingParams
-from kit.generate.vllm_backend import VllmModel
 from kit.grade.deciding import sympy_workers
 from kit.grade.verdict import verdict_fields
 from kit.machine import GIB
@@ -35,8 +34,6 @@ FIRST_CUT = 16  # tokens; a row says where its text stands after 16, 32, 64, ...
 
 def fingerprint(model) -> str:
     """Name a model's weights by their content: a hash of every tensor's name, shape and sums. Two checkpoints of a run differ."""
-    if isinstance(model, VllmModel):
-        return model.fingerprint
     state = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         wide = tensor.detach().double()
@@ -82,8 +79,6 @@ def evaluate(
             keys=[[q.id, i] for q, i in wanted], decode=chat.decode, on_finish=log, description=benchmark.name,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
-        if isinstance(model, VllmModel):
-            raise
         at_once, longest = (
             min(num_slots, len(wanted)),
             max(map(len, prompts.values())) + params.max_new_tokens,
@@ -115,7 +110,7 @@ def header_of(
         "seed": seed,
         **asdict(params),
         "dtype": str(model.dtype),
-        "engine": f"vllm {model.version}" if isinstance(model, VllmModel) else "kit",
+        "engine": "kit",
         **{name: version(name) for name in ("torch", "transformers")},
     }
 

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from kit.generate.decode import Decoder
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams, sample, stream_key
-from kit.generate.vllm_backend import VllmModel
 from kit.machine import return_memory
 from kit.models.backbone import context_length, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
@@ -142,10 +141,9 @@ def generate(
 ) -> list[Completion]:  # fmt: skip
     """Sample one completion per prompt and return them in the prompts' order.
 
-    model: a transformers model of kit.models.families.FAMILIES, or a kit.generate.vllm_backend.VllmModel.
-    prompts: token ids. num_slots: rows decoded at once (vLLM's are set when it is loaded). keys: what
-    names each prompt's random stream beside `seed`, e.g. (question id, sample index); None = the prompt's
-    index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
+    model: a transformers model of kit.models.families.FAMILIES. prompts: token ids. num_slots: rows decoded
+    at once. keys: what names each prompt's random stream beside `seed`, e.g. (question id, sample index);
+    None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
     Raises ValueError for an unknown family, for an empty prompt, and if prompt and max_new_tokens exceed the model's context.
     """
     prompts = [tuple(prompt) for prompt in prompts]
@@ -155,10 +153,7 @@ def generate(
     streams = [stream_key(seed, key) for key in keys]
     done: list[Completion | None] = [None] * len(prompts)
     with _Progress(len(prompts), description) as progress:
-        if isinstance(model, VllmModel):
-            responses = model.run(prompts, params, streams, stop)
-        else:
-            responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
+        responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
         with closing(responses):  # also where on_finish raises
             for request, ids, logprobs, seconds in responses:
                 text = decode(ids) if decode else ""
@@ -286,9 +281,8 @@ class _Progress:
         self.bar.update()
 
     def text(self, seconds: float) -> str:
-        tokens = max(self.tokens, self.finished_tokens)  # vLLM tells of whole responses only
         mean = f"{self.finished_tokens / self.finished:,.0f}" if self.finished else "?"
-        return f"{tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
+        return f"{self.tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
 
     def __enter__(self):
         return self

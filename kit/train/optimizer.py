@@ -1,14 +1,13 @@
 """AdamW (Loshchilov & Hutter, 2019) and the learning-rate schedule of the paper's Table 2.
 
-fp32 weights take torch's own AdamW. bf16 weights need one more thing: near 0.02 a bf16 step is 1e-4 wide, an update at lr 5e-5
-is narrower, and rounding to nearest would drop it. Stochastic rounding goes up or down with the probability that makes the
-mean exact, so the update arrives on average, without an fp32 copy of the weights.
+fp32 weights get torch's own AdamW. bf16 weights need one thing more. Near 0.02, neighbouring bf16 numbers lie 1e-4 apart, an
+update at lr 5e-5 is smaller than half of that, and rounding to nearest would drop it. Stochastic rounding goes up or down with
+the probability that makes the mean exact, so that updates arrive on average, without an fp32 copy of the weights.
 
-    name        weights    bytes per parameter besides weight and gradient
-    adamw       fp32       8    torch.optim.AdamW
-    adamw       bf16       8    fp32 states, stochastic rounding
-    adamw8bit   both       2.03 kit.kernels.adamw8bit: 8-bit states; on the CPU instead, with offload
-    auto                        adamw for fp32, adamw8bit for bf16
+    name        weights        bytes per parameter besides weight and gradient
+    adamw       fp32           8       torch.optim.AdamW
+    adamw8bit   bf16 or fp32   2.03    kit.kernels.adamw8bit: 8-bit states, in CPU memory with offload
+    auto                               adamw for fp32 weights, adamw8bit for bf16 weights and with offload
 """
 
 from __future__ import annotations
@@ -31,60 +30,6 @@ def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
-
-
-@torch.no_grad()
-def stochastic_round_(target: torch.Tensor, source: torch.Tensor, generator: torch.Generator) -> None:
-    """target (bf16) <- source (fp32, overwritten), rounded up with probability equal to the fraction that is cut off."""
-    bits = source.view(torch.int32)
-    bits += torch.randint(1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
-    bits &= -(1 << 16)  # the upper half of an fp32 number is a bf16 number
-    target.copy_(source)
-
-
-def _mix(seed: int, step: int, index: int) -> int:
-    """A stream of its own for every (seed, step, parameter): large odd multipliers keep neighbours apart."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % 2**63
-
-
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW on bf16 parameters: fp32 states, no fp32 master copy, stochastic rounding keyed by (seed, step, parameter).
-
-    10 bytes per parameter with its bf16 weight, besides the gradient; while it steps, four fp32 copies of one
-    parameter at a time. Resuming repeats the same random numbers.
-    """
-
-    def __init__(self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0):
-        super().__init__(
-            parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-        )
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        if closure is not None:
-            raise ValueError("StochasticAdamW takes no closure; run the backward pass, then call step()")
-        for group in self.param_groups:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            for index, parameter in enumerate(group["params"]):
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(
-                        0.0
-                    )  # not torch.zeros, whose fake tensors have no value to read
-                    state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
-                state["step"] += 1
-                step = int(state["step"])
-                gradient = parameter.grad.float()
-                state["exp_avg"].lerp_(gradient, 1 - beta1)
-                state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-                weight = parameter.float() * (1 - lr * group["weight_decay"])
-                weight.addcdiv_(state["exp_avg"], denominator, value=-lr / (1 - beta1**step))
-                generator = torch.Generator(parameter.device).manual_seed(_mix(group["seed"], step, index))
-                stochastic_round_(parameter, weight, generator)
 
 
 class Slabs:
@@ -242,10 +187,14 @@ def make_optimizer(
     settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     if name == "adamw8bit":
         return AdamW8bit(parameters, **settings, seed=seed, offload=offload)
+
     if offload:
         raise ValueError(
             "offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass adamw8bit"
         )
     if dtypes == {torch.bfloat16}:
-        return StochasticAdamW(parameters, **settings, seed=seed)
+        raise ValueError(
+            "optimizer is adamw but the weights are bfloat16, and rounding to nearest would drop small updates; "
+            "pass adamw8bit, which rounds stochastically, or load the model in float32"
+        )
     return torch.optim.AdamW(parameters, **settings, fused=True)

@@ -13,9 +13,7 @@ class Savings:
 
     recompute: bool = True  # keep each layer's input only; costs a forward pass more
     tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of this many tokens; 0 = whole
-    optimizer: str = (
-        "auto"  # adamw (fp32 states), adamw8bit, or auto: adamw for fp32 weights, adamw8bit for bf16
-    )
+    optimizer: str = "auto"  # adamw (fp32 weights only), adamw8bit, or auto: adamw8bit for bf16 weights
     update_in_backward: bool = (
         False  # a gradient dies with its layer: one row per step, no clipping by the global norm
     )

@@ -125,8 +125,6 @@ def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_
     ("flags", "message"),
     [
         ([], "python recipes/evaluate.py --smoke"),
-        (["--smoke", "--engine", "magic"], "engine is 'magic'; pass one of kit, vllm"),
-        (["--smoke", "--engine", "vllm"], "pip install -e '.[vllm]'"),
         (["--smoke", "--max_new_tokens", "5000"], "made for 1024 in all"),
     ],
 )

@@ -6,10 +6,8 @@ import torch
 from kit.train.optimizer import (
     AdamW8bit,
     Slabs,
-    StochasticAdamW,
     cosine_with_warmup,
     make_optimizer,
-    stochastic_round_,
 )
 
 
@@ -24,32 +22,6 @@ def test_the_schedule_warms_up_in_a_line_and_falls_along_half_a_cosine():
     assert cosine_with_warmup(0, 1, 0.05) == 1.0
 
 
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def test_stochastic_rounding_is_exact_on_average_and_only_ever_takes_a_neighbour():
-    value = torch.full((200_000,), 0.02 + 3e-5)
-    rounded = torch.empty_like(value, dtype=torch.bfloat16)
-    stochastic_round_(rounded, value.clone(), generator())
-    down, up = sorted(set(rounded.tolist()))
-    assert down < value[0] < up
-    assert (
-        torch.nextafter(torch.tensor(down, dtype=torch.bfloat16), torch.tensor(1.0, dtype=torch.bfloat16))
-        == up
-    )
-    p = (value[0].item() - down) / (up - down)
-    standard_error = (up - down) * math.sqrt(p * (1 - p) / len(value))
-    assert abs(rounded.double().mean() - value[0].double()) < 5 * standard_error
-
-
-def test_what_bf16_holds_exactly_is_left_alone():
-    value = torch.tensor([0.0, -0.0, 1.0, -3.5, 2.0**-120, -(2.0**127)]).repeat(1000)
-    rounded = torch.empty_like(value, dtype=torch.bfloat16)
-    stochastic_round_(rounded, value.clone(), generator())
-    assert torch.equal(rounded.float(), value)
-
-
 def adamw_float64(weight, gradients, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
     """Algorithm 2 of Loshchilov & Hutter in float64."""
     w, m, v = weight.double(), 0.0, 0.0
@@ -60,51 +32,26 @@ def adamw_float64(weight, gradients, *, lr, beta1=0.9, beta2=0.999, eps=1e-8, we
     return w
 
 
-def test_a_bf16_step_follows_adamw_in_float64_on_average():
+def test_bf16_steps_follow_adamw_in_float64_on_average():
+    """The updates are a tenth of the distance between two bf16 numbers: rounding to nearest would drop each."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter((torch.randn(50_000) * 0.02).bfloat16())
     start = weight.detach().clone()
-    gradients = [torch.randn(50_000).bfloat16() + 0.5 for _ in range(20)]
-    optimizer = StochasticAdamW([weight], lr=5e-5, weight_decay=0.1)
-    for gradient in gradients:
+    gradient = (
+        torch.randn(50_000) * 0.2 + 1
+    ).bfloat16()  # the same each time: 8-bit states then follow to 1 %
+    optimizer = AdamW8bit([weight], lr=1e-5, weight_decay=0.1)
+
+    for _ in range(20):
         weight.grad = gradient
         optimizer.step()
-    truth = adamw_float64(start, gradients, lr=5e-5, weight_decay=0.1)
+
+    truth = adamw_float64(start, [gradient] * 20, lr=1e-5, weight_decay=0.1)
     moved = (truth - start.double()).mean()
     error = weight.detach().double() - truth
     standard_error = error.std() / math.sqrt(len(weight))
-    assert abs(error.mean()) < 5 * standard_error
+    assert abs(error.mean()) < 5 * standard_error + abs(moved) / 100
     assert abs(moved) > 20 * standard_error  # the test can see the move it checks
-
-
-def test_rounding_to_nearest_would_lose_what_stochastic_rounding_keeps():
-    weight = torch.full((10_000,), 0.02).bfloat16()
-    start = weight.double().mean()
-    nearest, kept = weight.clone(), weight.clone()
-    g = generator()
-    for _ in range(100):
-        nearest = (nearest.float() - 1e-5).bfloat16()
-        stochastic_round_(kept, kept.float() - 1e-5, g)
-    assert nearest.double().mean() == start  # not one of a hundred updates arrived
-    assert kept.double().mean() - start == pytest.approx(-1e-3, rel=0.02)
-
-
-def test_the_random_numbers_depend_on_seed_step_and_parameter_alone():
-    def run(seed, steps=2):
-        parameters = [torch.nn.Parameter(torch.full((4096,), 0.02).bfloat16()) for _ in range(2)]
-        optimizer = StochasticAdamW(parameters, lr=1e-5, seed=seed)
-        for _ in range(steps):
-            for p in parameters:
-                p.grad = torch.ones_like(p)
-            optimizer.step()
-        return [p.detach().clone() for p in parameters]
-
-    torch.manual_seed(1)
-    first = run(0)
-    torch.manual_seed(2)
-    assert all(torch.equal(a, b) for a, b in zip(first, run(0), strict=True))
-    assert not torch.equal(first[0], run(1)[0])
-    assert not torch.equal(first[0], first[1])
 
 
 def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
@@ -114,7 +61,8 @@ def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
     with pytest.raises(ValueError, match=r"torch.bfloat16', 'torch.float32"):
         make_optimizer(model, lr=1.0)
     assert isinstance(make_optimizer(model.bfloat16(), lr=1.0), AdamW8bit)
-    assert isinstance(make_optimizer(model, lr=1.0, name="adamw"), StochasticAdamW)
+    with pytest.raises(ValueError, match="optimizer is adamw but the weights are bfloat16.*pass adamw8bit"):
+        make_optimizer(model, lr=1.0, name="adamw")
     assert isinstance(make_optimizer(model.float(), lr=1.0, name="adamw8bit"), AdamW8bit)
     with pytest.raises(ValueError, match="optimizer is 'lion'; pass one of auto, adamw, adamw8bit"):
         make_optimizer(model, lr=1.0, name="lion")

@@ -1,46 +1,62 @@
-"""The machine a figure was measured on: its name, and how much memory a process has held."""
+"""The machine that a recipe runs on: its name for a table of figures, its memory, and whether it has a GPU."""
 
 from __future__ import annotations
 
 import gc
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-GIB = 2**30
-CONTEXT = round(0.55 * GIB)  # bytes a card gives to CUDA itself, its libraries and the display; an assumption
+GIB = 2**30  # bytes
+CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA, its libraries and the display use; an assumption
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Processor, cores, threads, card and versions, for the head of a table or a results file."""
+    """Return processor, cores, threads, GPU and versions, for the head of a table or a results file."""
+    has_gpu = torch.cuda.is_available()
     return {
         "processor": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else "none: nothing here was timed on a GPU",
+        "gpu": torch.cuda.get_device_name() if has_gpu else "none: nothing here was timed on a GPU",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
+def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
+    """Exit with a message, and status 1, if the device is "cuda" and torch sees no GPU.
+
+    what: the thing that needs a GPU. instead: commands that work without one -> what each does.
+    """
+    if device != "cuda" or torch.cuda.is_available():
+        return
+
+    width = max(map(len, instead))
+    ways = [f"  {command:<{width}}    {effect}" for command, effect in instead.items()]
+    raise SystemExit("\n".join([f"{what} needs an NVIDIA GPU and none is here. What works here:", *ways]))
+
+
 def return_memory(device: torch.device) -> None:
-    """Give the card back what no tensor uses. Call it between sampling and training: each finds no room in the other's blocks."""
+    """Return to the driver the blocks of GPU memory that no tensor uses.
+
+    Call it between sampling and training: the tensors of one do not fit the blocks that the other leaves.
+    """
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def resident_bytes() -> int | None:
-    """Memory this process holds now; None if the system does not say (anything but Linux)."""
+    """Return the memory that this process uses now; None if the system does not tell (only Linux does)."""
     return _kib("VmRSS")
 
 
 def peak_resident_bytes() -> int | None:
-    """The most memory this process has ever held; None if the system does not say."""
+    """Return the most memory that this process has ever used; None if the system does not tell."""
     return _kib("VmHWM")
 
 
@@ -50,7 +66,7 @@ def _kib(key: str) -> int | None:
 
 
 def _proc(path: str, key: str) -> str | None:
-    """The value of the first line `key: value`; None if the file or the key is absent."""
+    """Return the value of the first line `key: value`; None if the file or the key is absent."""
     if not Path(path).is_file():
         return None
     lines = (line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)

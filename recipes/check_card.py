@@ -31,7 +31,7 @@ from card import fits, resume, rl, sampler, speed, steps, truth
 from card.results import FAIL, PASS, Card, CardLost, Results
 
 from kit.config import parse
-from kit.machine import describe_machine
+from kit.machine import describe_machine, require_gpu
 from kit.run import next_folder, write_json
 
 SECTIONS = {
@@ -58,15 +58,15 @@ QUICK = {"seconds": 90.0}
 
 
 def main(config: Config) -> Results:
-    """Run the sections. Raises ValueError for an unknown section or model, and if no card is at hand."""
+    """Run the sections. Raises ValueError for an unknown section or model; exits if no card is here."""
     names = config.only.split(",") if config.only else list(SECTIONS)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         raise ValueError(
             f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {', '.join(SECTIONS)}"
         )
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("check_card needs an NVIDIA card and torch sees none; rehearse with --device cpu")
+    rehearsal = {"python recipes/check_card.py --device cpu": "a rehearsal of every check, with tiny shapes"}
+    require_gpu(config.device, "check_card", rehearsal)
     models = steps.chosen_models(config.models)
     folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))
     folder.mkdir(parents=True, exist_ok=True)

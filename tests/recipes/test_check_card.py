@@ -52,7 +52,10 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
 
 def test_what_cannot_be_checked_is_refused_in_one_line_that_says_what_to_do(tmp_path):
     for flags, words in (
-        ([], "error: check_card needs an NVIDIA card and torch sees none; rehearse with --device cpu"),
+        (
+            [],
+            "check_card needs an NVIDIA GPU and none is here. What works here:\n  python recipes/check_card.py --device cpu",
+        ),
         (
             ["--only", "truth,sped"],
             "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume",

@@ -11,6 +11,7 @@ import torch
 from children import call, run_recipe, wait
 
 from kit.config import parse
+from kit.machine import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
 RL = [
@@ -205,7 +206,7 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
 def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it(tmp_path):
     done = run_recipe("bench/memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    figures = {row["row"]: row["total"] / 2**30 for row in json.loads((tmp_path / "table.json").read_text())}
+    figures = {row["row"]: row["total"] / GIB for row in json.loads((tmp_path / "table.json").read_text())}
     assert len(figures) == 5 and figures["full, optimizer on CPU"] < figures["full"]
     assert figures["full, both"] < figures["full, head blocked"]
     lines = done.stdout.splitlines()[-7:]

@@ -1,7 +1,7 @@
 """Statistics of few questions with several samples each: one interval, pass@k, lengths.
 
-The questions are the random draw; the samples of one question are not independent of each other. So every interval
-here is over questions, and each question counts as one number, its share of correct samples.
+The questions are the random draw; the samples of one question are not independent of each other. So every
+interval here is over questions, and each question counts as one number, its share of correct samples.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ from statistics import fmean, median, pstdev
 def half_width(values: Sequence[float], added: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> float:
     """Return half the width of the 95 % interval of a mean over questions: 1.96 standard errors.
 
-    values: one number per question, for example its share of correct samples or the difference of two such shares.
-    That makes the interval right for k samples per question: Wilson's would count the k samples as k questions. A
-    bootstrap over questions agrees where there are many (within 5 % on 1,319), but sees no spread if all questions
-    are alike and is too narrow below about 20.
-    added: values that widen the interval without moving the mean. The two right and two wrong questions of Agresti
-    and Coull (1998) keep 0 of 8 from being 0 for certain; differences take -1 and 1 (Agresti and Min, 2005).
+    values: one number per question, for example its share of correct samples or the difference of two such
+    shares. That makes the interval right for k samples per question: Wilson's would count the k samples as k
+    questions. A bootstrap over questions agrees where there are many (within 5 % on 1,319), but sees no
+    spread if all questions are alike and is too narrow below about 20.
+    added: values that widen the interval without moving the mean. The two right and two wrong questions of
+    Agresti and Coull (1998) keep 0 of 8 from being 0 for certain; differences take -1 and 1 (Agresti and Min,
+    2005).
     """
     values = [*values, *added]
     return 1.96 * pstdev(values) / math.sqrt(len(values))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The probability that k of the samples, drawn without replacement, hold a correct one: unbiased for k fresh samples
-    (Chen et al., 2021). Raises ValueError for more than there are."""
+    """Return the probability that k of the samples, drawn without replacement, include a correct one.
+
+    It is an unbiased estimate for k fresh samples (Chen et al., 2021). Raises ValueError for more than there
+    are.
+    """
     if not 1 <= k <= num_samples:
         raise ValueError(
             f"k is {k} but there are {num_samples} samples per question; pass 1 <= k <= {num_samples}"
@@ -38,10 +42,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens a response."""
+    """Tokens per response. Without responses, all but the count are None."""
 
     count: int  # responses
-    mean: float | None  # None if there are none, as all that follow
+    mean: float | None
     median: float | None
     p90: float | None  # the smallest length that at least nine tenths of the responses do not exceed
 

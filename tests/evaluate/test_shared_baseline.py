@@ -54,7 +54,7 @@ def test_a_baseline_that_was_made_alike_is_copied_and_read(tmp_path):
 @pytest.mark.parametrize("key", HEADER)
 def test_a_baseline_that_was_made_otherwise_is_refused_by_what_differs(key, tmp_path):
     path = make_baseline(tmp_path / "baseline", header={key: 7}.items())
-    with pytest.raises(ValueError, match=f"was made otherwise: {key} was 7, is {HEADER[key]!r}"):
+    with pytest.raises(ValueError, match=f"was evaluated with other settings: {key} was 7, is {HEADER[key]!r}"):
         take(path)
     assert not (tmp_path / "run").exists()
 

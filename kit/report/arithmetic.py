@@ -44,7 +44,9 @@ class Answers:
 
     @property
     def first_wrong(self) -> float | None:
-        """Which operation of an answer is the first wrong one: the median over answers with one, None without any."""
+        """Which operation of an answer is the first wrong one: the median over answers with one, None without
+        any.
+        """
         places = [steps.num_before_wrong + 1 for steps in self.steps if steps.first_wrong]
         return median(places) if places else None
 
@@ -69,7 +71,7 @@ def _answers(result: Result) -> Answers:
 
 
 def _anatomy(steps: Steps, text: str) -> Anatomy:
-    """Return what kit.valley counts; checks and corrections cannot be told from steps in free text and are 0."""
+    """Return what kit.valley counts; checks and corrections look like steps in free text, so they are 0."""
     wrong = [equation for equation in steps.equations if not equation.is_right]
     return Anatomy(
         cause=WRONG if wrong else "",
@@ -89,12 +91,13 @@ def _anatomy(steps: Steps, text: str) -> Anatomy:
 
 def sentences(answers: Mapping[str, Answers]) -> list[str]:
     """Return a sentence per stage and, if there are two, what longer answers by themselves would have cost."""
-    lines = [_sentence(f"{NAME} {stage}" if len(answers) > 1 else NAME, of) for stage, of in answers.items()]
+    several = len(answers) > 1
+    lines = [_sentence(f"{NAME} {stage}" if several else NAME, of) for stage, of in answers.items()]
     if len(answers) == 2 and all(of.has_steps for of in answers.values()):
         before, after = (of.decomposition for of in answers.values())
         lines.append(
-            f"{NAME}: if every operation were as reliable as before ({percent(before.equation_accuracy)} of the "
-            f"equations are true), answers with as many operations as those after would be right in "
+            f"{NAME}: if every operation were as reliable as before ({percent(before.equation_accuracy)} of "
+            "the equations are true), answers with as many operations as those after would be right in "
             f"{100 * length_alone(before, after):.1f} % of the cases; {percent(after.accuracy)} are."
         )
     return lines
@@ -111,15 +114,17 @@ def _sentence(label: str, answers: Answers) -> str:
             f"{share} of the answers have a wrong one, first at operation {answers.first_wrong:g} (median)"
         )
     return (
-        f"{label}: {found.operations.mean:.1f} operations per answer (± {found.operations.half:.1f}) for problems of "
-        f"{answers.num_needed:.1f}; an operation is right with p = {found.step_accuracy}, {first}; p^n is "
-        f"{percent(found.predicted)}, measured {percent(found.accuracy)}: a residual of "
+        f"{label}: {found.operations.mean:.1f} operations per answer (± {found.operations.half:.1f}) for "
+        f"problems of {answers.num_needed:.1f}; an operation is right with p = {found.step_accuracy}, "
+        f"{first}; p^n is {percent(found.predicted)}, measured {percent(found.accuracy)}: a residual of "
         f"{100 * found.residual.mean:+.1f} points ± {100 * found.residual.half:.1f}."
     )
 
 
 def section(answers: Mapping[str, Answers]) -> str:
-    """Return the section of a report as HTML: a row of figures per stage, and where its answers first go wrong."""
+    """Return the section of a report as HTML: a row of figures per stage, and where its answers first go
+    wrong.
+    """
     if not answers:
         return ""
     parts = [f"<h2>{NAME.capitalize()}, step by step</h2>", _table(answers), NOTE]
@@ -146,7 +151,8 @@ def _table(answers: Mapping[str, Answers]) -> str:
         rows += "<tr>" + "".join(f"<td>{cell}" for cell in cells)
     heads = (
         "", "accuracy, %", "p, %", "p^n, %", "residual: accuracy - p^n", "operations per answer",
-        "of the problem (n)", "answers with a wrong one, %", "first wrong one (median)", "right all the same, %",
+        "of the problem (n)", "answers with a wrong one, %", "first wrong one (median)",
+        "right all the same, %",
     )  # fmt: skip
     return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
 
@@ -176,9 +182,9 @@ def _first_wrong_steps(stage: str, answers: Answers) -> str:
     )
 
 
-NOTE = """<p><small>p: the share of right operations among those before and including an answer's first wrong one; n: the
-operations of the problem. Operations are read from the equations between numbers that an answer states, each checked by
-itself; a wrong equation counts as one wrong operation. A residual above 0: answers are right although an equation in them
-is wrong, which the answer may take back later. Below 0: something else fails, for example a number is miscopied, or the
-answer is cut off. Intervals are 95 %, over questions. The paper counts about 10 operations per answer before and 40 after
-8k traces.</small></p>"""
+NOTE = """<p><small>p: the share of right operations among those up to and including the first wrong one of an
+answer; n: the operations of the problem. Operations are read from the equations between numbers that an answer
+states, each checked by itself; a wrong equation counts as one wrong operation. A residual above 0: answers are right
+although an equation in them is wrong, which they may take back later. Below 0: something else fails, for example a
+number is miscopied, or the answer is cut off. Intervals are 95 %, over questions. The paper counts about 10
+operations per answer before and 40 after 8k traces.</small></p>"""

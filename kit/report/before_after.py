@@ -1,8 +1,10 @@
-"""Report: a run folder's metrics and samples -> PNG plots and one self-contained report.html.
+"""The report of a run: from the metrics and samples in its folder to PNG plots and one self-contained
+report.html.
 
     python -m kit.report runs/gemma3_1b_8k/001
 
-Everything is computed from the files in the folder, so a report can be made again at any time, also of an unfinished run.
+Everything is computed from the files in the folder, so a report can be written again at any time, even of an
+unfinished run.
 """
 
 from __future__ import annotations
@@ -18,15 +20,18 @@ from kit.report import page as pages
 from kit.report.page import percent
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
-# what the paper's text states as numbers; its curves carry no values
+# the numbers in the paper's text, means of the three benchmarks; its curves show no values
 PAPER = {
-    "gemma-3-1b-it": "24 % before (mean of the three benchmarks), about a quarter of that after 8k traces, 15 % after 220k",
-    "qwen2.5-0.5b-instruct": "14 % before (mean of the three benchmarks), 11 % after 220k traces; no number for 8k",
+    "gemma-3-1b-it": "24 % before, about a quarter of that after 8k traces, 15 % after 220k",
+    "qwen2.5-0.5b-instruct": "14 % before, 11 % after 220k traces; no number for 8k",
 }
 
 
 def write_report(path: Path) -> Path:
-    """Write the plots and report.html of the run in `path`; returns the report. Raises ValueError if there is no run."""
+    """Write the plots and report.html of the run in `path`, and return the report's path.
+
+    Raises ValueError if there is no run.
+    """
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -63,7 +68,9 @@ def write_report(path: Path) -> Path:
 
 
 def findings(results: dict[str, dict[str, Result]]) -> list[str]:
-    """What the measurements say, a sentence per benchmark; a difference inside its interval is not called one."""
+    """Return a sentence per benchmark on what was measured; a difference inside its interval is not called
+    one.
+    """
     sentences = []
     for name, after in results[AFTER].items():
         before = results[BEFORE].get(name)
@@ -88,7 +95,9 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
 
 def _paper(model: str) -> str:
     known = next((text for name, text in PAPER.items() if name in model.lower()), None)
-    return f"<p>The paper, full fine-tuning on 8 H100: {known}.</p>" if known else ""
+    return (
+        f"<p>The paper (mean of three benchmarks, full fine-tuning on 8 H100): {known}.</p>" if known else ""
+    )
 
 
 def _training(metrics: list[dict], path: Path) -> str:

@@ -93,19 +93,20 @@ def _cached(path: Path, make: Callable[[], tuple[list[Document], int]]) -> tuple
 
 def load_documents(
     source: str, chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, seed: int = 0,
-    max_bad_rows: int = 0, verify: bool = True, cache_dir: str = "",
+    max_bad_rows: int = 0, verify: bool = True, shuffle: bool = True, long_share: float = 1.0, cache_dir: str = "",
 ) -> tuple[list[Document], DropCounts]:  # fmt: skip
     """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`, and count what was dropped.
 
-    Raises ValueError if fewer than num_traces survive: a smaller set would be another experiment.
+    shuffle, long_share: as read_traces. Raises ValueError if fewer than num_traces survive: a smaller set would be another experiment.
     """
     limit = (
         num_traces + num_traces // 8 + 64 if num_traces else 0
     )  # the paper's row length drops less than 1 %
     while True:
         traces, drop_counts = read_traces(
-            source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify
-        )
+            source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify,
+            shuffle=shuffle, long_share=long_share,
+        )  # fmt: skip
         documents, num_long = tokenize(
             traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir
         )
@@ -115,7 +116,7 @@ def load_documents(
     if num_long:
         drop_counts.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
     if unused := len(traces) - len(documents) - num_long:
-        drop_counts.dropped["come later in the random order"] += unused
+        drop_counts.dropped["come later in the order"] += unused
     drop_counts.kept = len(documents)
     if not documents:
         raise ValueError(

@@ -24,7 +24,6 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kit.data.traces import Trace
 from kit.models.loading import TINY
 
 LONG_TRACES = TINY / "long_traces.jsonl"
@@ -161,26 +160,23 @@ def steps_of(chain: Chain) -> list[str]:
     ]
 
 
-def make_traces(long_share: float, num_traces: int, seed: int, exclude: set[str]) -> list[Trace]:
-    """Return num_traces toy problems with a trace each, none of them in `exclude`, no problem twice.
+def make_pairs(num_rows: int, *, seed: int, exclude: Iterable[str] = ()) -> list[dict]:
+    """Return rows {problem, trace, solution, answer}: toy problems, each with a long trace and a short solution.
 
-    long_share: of the traces that are long, 0 to 1; the others are short.
-
-    The problems depend on the seed alone, and a smaller number is a prefix of a larger one: the arms differ in the traces, the
-    sizes are nested. Long and short traces are spread evenly.
+    The problems depend on the seed alone, none is in `exclude` and none occurs twice. A smaller number is a prefix of a larger
+    one, so that subsets are nested.
     """
-    problems, seen, traces = random.Random(f"problems {seed}"), set(exclude), []
-    while len(traces) < num_traces:
-        chain = make_chain(problems, problems.randint(2, 8))
-        if chain.problem in seen:
-            continue
-        seen.add(chain.problem)
-        i = len(traces)
-        is_long = int((i + 1) * long_share) > int(i * long_share)
-        text = (
-            long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))
-            if is_long
-            else short_trace(chain)
-        )
-        traces.append(Trace(chain.problem, text, f"toy[{i}]"))
-    return traces
+    rng, seen, rows = random.Random(f"problems {seed}"), set(exclude), []
+    while len(rows) < num_rows:
+        chain = make_chain(rng, rng.randint(2, 8))
+        if chain.problem not in seen:
+            seen.add(chain.problem)
+            trace = long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))
+            solution = short_trace(chain)
+            rows.append({"problem": chain.problem, "trace": trace, "solution": solution, "answer": chain.answer})
+    return rows
+
+
+def num_tokens(problem: str, trace: str) -> int:
+    """Return the length of a toy document in tokens: the chat format's four, one per word and one per other character."""
+    return 4 + len(problem) + len(trace) - sum(trace.count(word) * (len(word) - 1) for word in WORD_TOKENS)

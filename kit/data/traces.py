@@ -1,14 +1,17 @@
 """Traces: one correct, complete chain of thought per problem.
 
 The paper's rule (section Data): OpenR1-Math-220k holds two to four traces per problem; one correct trace is kept, traces over
-16,384 tokens are dropped. Subsets are nested: problems are put in one random order, keyed by seed and text, and a subset is
-the first n that survive. So the 8k set is always contained in the 16k set.
+16,384 tokens are dropped. Subsets are nested: problems are put in one random order, keyed by seed and text, and a
+subset is the first n that survive. So the 8k set is always contained in the 16k set.
+
+Mixtures of long and short traces: a share of the problems keeps its long trace, the others get the data set's own short
+`solution` instead. The problems are the same whatever the share.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
@@ -118,24 +121,39 @@ def _verify(row: dict, response: str) -> str:
     ]
 
 
+def is_long(place: int, long_share: float) -> bool:
+    """Return whether the problem at this place of the order keeps its long trace: the long ones are spread evenly."""
+    return int((place + 1) * long_share) > int(place * long_share)
+
+
 def read_traces(
-    source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True
-) -> tuple[list[Trace], DropCounts]:
-    """Read one trace per problem from `source` (see kit.data.rows), in the random order whose prefixes are the nested subsets.
+    source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True,
+    shuffle: bool = True, long_share: float = 1.0,
+) -> tuple[list[Trace], DropCounts]:  # fmt: skip
+    """Read one trace per problem from `source` (see kit.data.rows), in the order whose prefixes are the nested subsets.
 
     limit: keep only the first `limit` traces of that order in memory (OpenR1-Math-220k is some gigabytes of text); 0 = all.
-    A problem that occurs twice is kept once. Raises ValueError for more than max_bad_rows malformed rows, each named.
+    shuffle: the random order; False = the order of the file, which is then read only as far as `limit` needs.
+    long_share: share of the problems that keep their long trace. The others get the row's `solution`, which is not verified;
+    below 1, a row without one is malformed. A problem that occurs twice is kept once.
+    Raises ValueError for a share outside 0..1 and for more than max_bad_rows malformed rows, each named.
     """
+    if not 0 <= long_share <= 1:
+        raise ValueError(f"long_share is {long_share} but must be in 0..1; pass 1 for long traces alone")
+
     bad, drop_counts = BadRows(max_bad_rows), Counter()
     kept: dict[str, Trace] = {}
+    solutions: dict[str, str] = {}
     seen: set[str] = set()
     for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
         try:
             problem = _text(row, "problem", "question")
             response, why = pick_response(row, verify=verify)
+            solution = _text(row, "solution") if long_share < 1 else ""
         except ValueError as error:
             bad.add(where, str(error))
             continue
+
         key = digest(str(seed), problem)
         if response is None:
             drop_counts[why] += 1
@@ -143,12 +161,21 @@ def read_traces(
             drop_counts["repeat a problem"] += 1
         else:
             seen.add(key)
-            kept[key] = Trace(problem, response, where)
+            kept[key], solutions[key] = Trace(problem, response, where), solution
+
+        if limit and not shuffle and len(kept) == limit:
+            break
         if limit and len(kept) > 2 * limit:
             kept = {key: kept[key] for key in sorted(kept)[:limit]}
+            solutions = {key: solutions[key] for key in kept}
+
     if bad.found:
         drop_counts["are malformed"] = len(bad.found)
-    order = sorted(kept)[: limit or None]
+    order = (sorted(kept) if shuffle else list(kept))[: limit or None]
     if len(order) < len(seen):
-        drop_counts["come later in the random order"] = len(seen) - len(order)
-    return [kept[key] for key in order], DropCounts(kept=len(order), dropped=drop_counts, bad_rows=bad.found)
+        drop_counts["come later in the order"] = len(seen) - len(order)
+    traces = [
+        kept[key] if is_long(place, long_share) else replace(kept[key], response=solutions[key])
+        for place, key in enumerate(order)
+    ]
+    return traces, DropCounts(kept=len(order), dropped=drop_counts, bad_rows=bad.found)

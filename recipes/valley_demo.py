@@ -41,9 +41,13 @@ from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
 @dataclass(frozen=True)
 class Config:
     # model
-    models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
+    models: str = (
+        "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
+    )
     # cells
-    arms: str = "long,short,mixed,growing"  # of kit/valley/study.py, which has three more; the first has all sizes
+    arms: str = (
+        "long,short,mixed,growing"  # of kit/valley/study.py, which has three more; the first has all sizes
+    )
     sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm
     control_sizes: str = "64,1024,4096"  # traces, of the other arms
     seeds: int = 3  # of traces, packs and samples
@@ -83,7 +87,10 @@ REINFORCE = {  # from 64 long traces, one seed, 60 steps: 4.8 -> 89.5 % right at
     "lr": 1e-4, "kl_coef": 1e-3, "batch_prompts": 16, "minibatch_prompts": 8, "num_slots": 256, "row_tokens": 4_096,
     "recompute": False, "checkpoint_every": 10,
 }  # fmt: skip
-RL_PROMPTS, RL_TOKENS = 2_000, 384  # problems to draw from; tokens per answer, of which the longest trace has about 340
+RL_PROMPTS, RL_TOKENS = (
+    2_000,
+    384,
+)  # problems to draw from; tokens per answer, of which the longest trace has about 340
 
 
 def study_of(config: Config) -> Study:

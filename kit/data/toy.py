@@ -107,8 +107,10 @@ def make_rows(
     max_operands: int = 8,
     exclude: Iterable[str] = (),
 ):
-    """Rows {problem, trace, answer} as kit.data.traces reads them, no problem twice and none of `exclude`.
-    kind: "short" or "long"."""
+    """Return rows {problem, trace, solution, answer} as kit.data.traces reads them, no problem twice and none of `exclude`.
+
+    kind: of the traces, "short" or "long"; the solution is always short.
+    """
     if kind not in ("short", "long"):
         raise ValueError(f"kind is {kind!r} but a toy trace is 'short' or 'long'")
     rng, seen, rows = random.Random(f"{kind} {seed}"), set(exclude), []
@@ -116,8 +118,11 @@ def make_rows(
         chain = make_chain(rng, rng.randint(min_operands, max_operands))
         if chain.problem not in seen:
             seen.add(chain.problem)
-            trace = short_trace(chain) if kind == "short" else long_trace(chain, rng)
-            rows.append({"problem": chain.problem, "trace": trace, "answer": chain.answer})
+            solution = short_trace(chain)
+            trace = solution if kind == "short" else long_trace(chain, rng)
+            rows.append(
+                {"problem": chain.problem, "trace": trace, "solution": solution, "answer": chain.answer}
+            )
     return rows
 
 
@@ -173,7 +178,9 @@ def make_pairs(num_rows: int, *, seed: int, exclude: Iterable[str] = ()) -> list
             seen.add(chain.problem)
             trace = long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))
             solution = short_trace(chain)
-            rows.append({"problem": chain.problem, "trace": trace, "solution": solution, "answer": chain.answer})
+            rows.append(
+                {"problem": chain.problem, "trace": trace, "solution": solution, "answer": chain.answer}
+            )
     return rows
 
 

@@ -34,10 +34,15 @@ def valley_figure(curves: Sequence[Curve], length_of: str, paper: Mapping[int, f
     figure = Figure(figsize=(9, 9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     sizes = sorted({point.num_traces for curve in curves for point in curve.points})
-    for axes, of, scale in ((top, lambda point: point.accuracy, 100), (bottom, lambda point: point.length, 1)):
+    for axes, of, scale in (
+        (top, lambda point: point.accuracy, 100),
+        (bottom, lambda point: point.length, 1),
+    ):
         for i, curve in enumerate(curves):
             label = curve.name.partition(", ")[2]  # without the model's name
-            draw_line(axes, label, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale)
+            draw_line(
+                axes, label, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale
+            )
         start = of(curves[0].base)
         high = min(100, scale * start.high) if scale == 100 else start.high
         axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="base model")
@@ -64,7 +69,15 @@ def draw_line(
 ) -> None:
     """A line with its band; scale 100 for shares, which are drawn in percent and stay within 0..100."""
     means = [scale * e.mean for e in estimates]
-    axes.plot(sizes, means, marker=MARKERS[i % len(MARKERS)], color=COLOURS[i % len(COLOURS)], linewidth=2.5, markersize=8, label=label)
+    axes.plot(
+        sizes,
+        means,
+        marker=MARKERS[i % len(MARKERS)],
+        color=COLOURS[i % len(COLOURS)],
+        linewidth=2.5,
+        markersize=8,
+        label=label,
+    )
     low, high = [scale * max(0, e.low) for e in estimates], [scale * e.high for e in estimates]
     if scale == 100:
         high = [min(100, x) for x in high]
@@ -83,10 +96,20 @@ def rl_figure(starts: Mapping[str, Sequence[RLRun]]) -> Figure:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, (name, runs) in enumerate(starts.items()):
-        rewards = [[100 * reward for reward in column] for column in zip(*(run.rewards for run in runs), strict=False)]
+        rewards = [
+            [100 * reward for reward in column]
+            for column in zip(*(run.rewards for run in runs), strict=False)
+        ]
         steps = range(1, len(rewards) + 1)
         axes.plot(steps, list(map(fmean, rewards)), color=COLOURS[i], linewidth=2.5, label=name)
-        axes.fill_between(steps, list(map(min, rewards)), list(map(max, rewards)), color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
+        axes.fill_between(
+            steps,
+            list(map(min, rewards)),
+            list(map(max, rewards)),
+            color=COLOURS[i % len(COLOURS)],
+            alpha=0.18,
+            linewidth=0,
+        )
     axes.set_ylim(0, 102)
     axes.set_xlabel("step", fontsize=14)
     axes.set_ylabel("right answers, %", fontsize=14)

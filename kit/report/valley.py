@@ -34,7 +34,11 @@ STEPWISE = "toy"  # the benchmark whose answers are checked step by step
 def write_report(path: Path) -> Path:
     """Write the figures and report.html of the study in `path`; return the report. Raises ValueError if there is no study."""
     results = StudyResults.read(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8")) if (path / "config.json").is_file() else {}
+    config = (
+        json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if (path / "config.json").is_file()
+        else {}
+    )
     sections = [f"<p>{html.escape(progress(results))}</p>"]
     for model in results.models:
         sections += [of_model(path, results, model), why(path, results, model)]
@@ -58,7 +62,9 @@ def write_report(path: Path) -> Path:
 def progress(results: StudyResults) -> str:
     """Say how many cells are done, and what the intervals cover."""
     ended = [results.outcomes.get(cell.name) for cell in results.cells]
-    done, failed = (sum(outcome is not None and outcome.status == s for outcome in ended) for s in (DONE, FAILED))
+    done, failed = (
+        sum(outcome is not None and outcome.status == s for outcome in ended) for s in (DONE, FAILED)
+    )
     waiting = len(ended) - done - failed
     seeds = len({found.cell.seed for found in results.finished})
     return (
@@ -66,7 +72,11 @@ def progress(results: StudyResults) -> str:
         + (f", {failed} failed" if failed else "")
         + (f", {waiting} have not ended yet" if waiting else "")
         + ". Bands and ± are 95 % intervals over questions"
-        + (" and seeds." if seeds > 1 else "; with one seed they do not cover how one training differs from the next.")
+        + (
+            " and seeds."
+            if seeds > 1
+            else "; with one seed they do not cover how one training differs from the next."
+        )
     )
 
 
@@ -97,17 +107,20 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     if len(points) < 2 or any(STEPWISE not in found.results for seeds in points for found in seeds):
         return ""
     base, *rest = (
-        decompose(seeds[0].cell.num_traces, {found.cell.seed: found.results[STEPWISE] for found in seeds}) for seeds in points
+        decompose(seeds[0].cell.num_traces, {found.cell.seed: found.results[STEPWISE] for found in seeds})
+        for seeds in points
     )
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
-    return "".join([
-        f"<h3>Why: {html.escape(name)}, the answers step by step</h3>",
-        _findings(explain(base, rest)),
-        embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
-        embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
-        WHY_NOTE.format(causes=causes),
-        why_table(base, rest),
-    ])
+    return "".join(
+        [
+            f"<h3>Why: {html.escape(name)}, the answers step by step</h3>",
+            _findings(explain(base, rest)),
+            embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
+            embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
+            WHY_NOTE.format(causes=causes),
+            why_table(base, rest),
+        ]
+    )
 
 
 def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
@@ -136,9 +149,19 @@ def rl_section(path: Path, results: StudyResults) -> str:
         return ""
     parts = ["<h2>Reinforcement learning</h2>", _findings(rl_findings(results.rl, results.length_benchmark))]
     for i, (name, starts) in enumerate(by_start(results.rl).items()):
-        parts.append(embed(path / f"rl-{i + 1}.png", rl_figure(starts), alt=f"{name}: reward of the rollouts against the step"))
+        parts.append(
+            embed(
+                path / f"rl-{i + 1}.png",
+                rl_figure(starts),
+                alt=f"{name}: reward of the rollouts against the step",
+            )
+        )
     rows = [
-        [run.start.name, *(f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)), f"{RL}/{run.start.name}/report.html"]
+        [
+            run.start.name,
+            *(f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)),
+            f"{RL}/{run.start.name}/report.html",
+        ]
         for run in results.rl
     ]
     return "".join([*parts, _table(("start", "before, %", "after, %", "its report"), rows), RL_NOTE])
@@ -153,14 +176,20 @@ def table(results: StudyResults) -> str:
         bases, curves = list(results.bases(model).values()), results.curves(model)
         if bases:
             base = Curve("", point_of(bases, results.length_benchmark), [])
-            rows.append([*_columns(bases[0].cell), *_numbers(bases, base, results.length_benchmark, benchmarks)])
+            rows.append(
+                [*_columns(bases[0].cell), *_numbers(bases, base, results.length_benchmark, benchmarks)]
+            )
         for curve, sizes in zip(curves, results.points(model)[0].values(), strict=True):
             for seeds in sizes.values():
-                rows.append([*_columns(seeds[0].cell), *_numbers(seeds, curve, results.length_benchmark, benchmarks)])
+                rows.append(
+                    [*_columns(seeds[0].cell), *_numbers(seeds, curve, results.length_benchmark, benchmarks)]
+                )
     for cell in results.cells:
         outcome = results.outcomes.get(cell.name)
         if outcome is None or outcome.status == FAILED:
-            rows.append([*_columns(cell), f"seed {cell.seed}: {'not ended yet' if outcome is None else 'FAILED'}"])
+            rows.append(
+                [*_columns(cell), f"seed {cell.seed}: {'not ended yet' if outcome is None else 'FAILED'}"]
+            )
     heads = ("model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base", "the paper ¹", "tokens ²",
              "cut off, %", "in a loop, %", "reflection, %", "training, h ³", *benchmarks)  # fmt: skip
     return _table(heads, rows) + NOTES.format(length=html.escape(results.length_benchmark))
@@ -182,7 +211,10 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
         _percent(difference(point.shares, curve.base.shares), "+") if cell.num_traces else "-",
         PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
-        *(f"{100 * fmean(getattr(result, name) for result in every):.0f}" for name in ("truncated", "looping", "reflection")),
+        *(
+            f"{100 * fmean(getattr(result, name) for result in every):.0f}"
+            for name in ("truncated", "looping", "reflection")
+        ),
         f"{fmean(found.training_seconds for found in seeds) / 3600:.2f}" if cell.num_traces else "-",
     ]
     for name in benchmarks:
@@ -201,7 +233,11 @@ def failures(results: StudyResults) -> str:
         if outcome.tail:
             tail = html.escape("\n".join(outcome.tail))
             items += f"<details><summary>the last lines of {html.escape(outcome.log)}</summary><pre>{tail}</pre></details>"
-    return f"<h2>Failed</h2><p>Nothing here counts these; --resume tries them again.</p>{items}" if failed else ""
+    return (
+        f"<h2>Failed</h2><p>Nothing here counts these; --resume tries them again.</p>{items}"
+        if failed
+        else ""
+    )
 
 
 def same_problem(results: StudyResults) -> str:
@@ -210,18 +246,31 @@ def same_problem(results: StudyResults) -> str:
     found = [done for done in results.finished if done.cell.model == model]
     seed = min((done.cell.seed for done in found), default=0)
     columns = [done for done in found if done.cell.seed == seed]
-    columns.sort(key=lambda done: (done.cell.num_traces > 0, done.cell.curve in arms and arms.index(done.cell.curve)))
+    columns.sort(
+        key=lambda done: (done.cell.num_traces > 0, done.cell.curve in arms and arms.index(done.cell.curve))
+    )
     samples = [
-        {(name, row["question"]): row for name, result in done.results.items() for row in result.rows if row["sample"] == 0}
+        {
+            (name, row["question"]): row
+            for name, result in done.results.items()
+            for row in result.rows
+            if row["sample"] == 0
+        }
         for done in columns
     ]
     parts = []
-    for question in [key for key in (samples[0] if samples else ()) if all(key in of_cell for of_cell in samples)][:SHOWN]:
-        answers = "".join(_answer(done.cell, question[0], of[question]) for done, of in zip(columns, samples, strict=True))
+    for question in [
+        key for key in (samples[0] if samples else ()) if all(key in of_cell for of_cell in samples)
+    ][:SHOWN]:
+        answers = "".join(
+            _answer(done.cell, question[0], of[question]) for done, of in zip(columns, samples, strict=True)
+        )
         row = samples[0][question]
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
         opened = " open" if not parts else ""
-        parts.append(f"<details{opened}><summary>{summary}</summary><div class=pair>{answers}</div></details>")
+        parts.append(
+            f"<details{opened}><summary>{summary}</summary><div class=pair>{answers}</div></details>"
+        )
     return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""
 
 
@@ -232,7 +281,9 @@ def _answer(cell: Cell, benchmark: str, row: dict) -> str:
     if benchmark == STEPWISE:
         found = dissect(row["problem"], row["text"], finished=row["finished"])
         cause = f": {found.cause}" if found.cause else ""
-        spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(found.taken_back, "mark class=taken-back")
+        spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(
+            found.taken_back, "mark class=taken-back"
+        )
     return (
         f"<div><h4>{html.escape(title)}: <span class={row['verdict']}>{row['verdict']}</span>{cause}</h4>"
         f"<pre>{pages.marked(row['text'], spans)}</pre></div>"
@@ -290,6 +341,8 @@ PAGE = """<!doctype html>
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the folder of a study")
     print(write_report(parser.parse_args().run))

@@ -17,7 +17,10 @@ from kit.valley.study import Cell, short_name
 Results = dict[str, Result]  # benchmark -> its samples
 LENGTH_BENCHMARK = "math500"  # the paper measures the length of responses on this one
 STUDY = "study.json"
-CELLS, RL = "cells", "rl"  # folders of a study: its runs by name, and reinforcement learning by the start's name
+CELLS, RL = (
+    "cells",
+    "rl",
+)  # folders of a study: its runs by name, and reinforcement learning by the start's name
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,13 @@ class StudyResults:
         measured = [*dict.fromkeys(Cell.of_base(cell.model, cell.seed) for cell in cells), *cells]
         finished = [read_cell(path, cell) for cell in measured if cell.name in done]
         rl_runs = [read_rl(path, start) for start in [*bases, *cells] if rl_name(start) in done]
-        return cls(cells, stored["deviations"], outcomes, finished, [run for run in rl_runs if all(run.stages.values())])
+        return cls(
+            cells,
+            stored["deviations"],
+            outcomes,
+            finished,
+            [run for run in rl_runs if all(run.stages.values())],
+        )
 
     @property
     def models(self) -> list[str]:
@@ -84,7 +93,11 @@ class StudyResults:
 
     def bases(self, model: str) -> dict[int, Finished]:
         """Return seed -> the base model's samples."""
-        return {found.cell.seed: found for found in self.finished if found.cell.model == model and not found.cell.num_traces}
+        return {
+            found.cell.seed: found
+            for found in self.finished
+            if found.cell.model == model and not found.cell.num_traces
+        }
 
     def points(self, model: str) -> tuple[dict[str, dict[int, list[Finished]]], list[str]]:
         """Return (curve -> size -> its seeds, why cells are left out); no curve if no baseline is done."""
@@ -96,8 +109,12 @@ class StudyResults:
                 except ValueError as error:
                     refused.append(f"{found.cell.name} is left out: {error}")
                 else:
-                    groups.setdefault(found.cell.curve, {}).setdefault(found.cell.num_traces, []).append(found)
-        return {name: {size: sizes[size] for size in sorted(sizes)} for name, sizes in groups.items()}, refused
+                    groups.setdefault(found.cell.curve, {}).setdefault(found.cell.num_traces, []).append(
+                        found
+                    )
+        return {
+            name: {size: sizes[size] for size in sorted(sizes)} for name, sizes in groups.items()
+        }, refused
 
     def curves(self, model: str) -> list[Curve]:
         """Return one curve per method and arm of a model."""
@@ -107,7 +124,9 @@ class StudyResults:
         length_of = self.length_benchmark
         base = point_of(list(bases.values()), length_of)
         return [
-            Curve(f"{short_name(model)}, {name}", base, [point_of(seeds, length_of) for seeds in sizes.values()])
+            Curve(
+                f"{short_name(model)}, {name}", base, [point_of(seeds, length_of) for seeds in sizes.values()]
+            )
             for name, sizes in self.points(model)[0].items()
         ]
 
@@ -145,7 +164,9 @@ def read_rl(path: Path, start: Cell) -> RLRun:
 def check_alike(before: Results, after: Results) -> None:
     """Raise ValueError if a cell was measured differently from its baseline."""
     if before.keys() != after.keys():
-        raise ValueError(f"it has samples of {', '.join(after) or 'nothing'}, its baseline of {', '.join(before)}")
+        raise ValueError(
+            f"it has samples of {', '.join(after) or 'nothing'}, its baseline of {', '.join(before)}"
+        )
     for name in before:
         check_comparable(before[name], after[name])
 
@@ -162,7 +183,9 @@ def point_of(seeds: Sequence[Finished], length_of: str) -> Point:
 def shares(results: Results) -> ByQuestion:
     """Return (benchmark, question) -> share of right samples."""
     return {
-        (name, question): share for name, result in results.items() for question, share in result.by_question().items()
+        (name, question): share
+        for name, result in results.items()
+        for question, share in result.by_question().items()
     }
 
 

@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from kit.config import parse
@@ -37,11 +36,20 @@ DONE, FAILED = "done", "failed"
 TAIL = 12  # lines of the log that are kept with a failure
 LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the progress bar
 ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
-MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")  # what a traceback ends with
+MESSAGE = re.compile(
+    r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)"
+)  # what a traceback ends with
 # glibc returns freed blocks of a megabyte to the system at once; mapping them again is 6 % of a small model's training step.
 # Read when a process starts, by no other allocator.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**28)}
-PRELOADED = ("kit.models.load_any", "transformers.models.llama.modeling_llama")  # recipes import them only when they run
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+PRELOADED = (
+    "kit.models.load_any",
+    "transformers.models.llama.modeling_llama",
+)  # recipes import them only when they run
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,16 @@ def workers_of(device: str, gpus: str, workers: int) -> list[Worker]:
     """
     if device == "cuda":
         if workers:
-            raise ValueError(f"workers is {workers} but device is cuda, where cards are counted instead; pass --gpus 0,1")
+            raise ValueError(
+                f"workers is {workers} but device is cuda, where cards are counted instead; pass --gpus 0,1"
+            )
         return [Worker(True, card.strip()) for card in gpus.split(",")]
     if gpus:
         raise ValueError(f"gpus is {gpus!r} but device is {device}; pass --device cuda, or --workers instead")
     if workers < 0:
-        raise ValueError(f"workers is {workers} but at least one run must be going; pass --workers 1, or 0 for one per core")
+        raise ValueError(
+            f"workers is {workers} but at least one run must be going; pass --workers 1, or 0 for one per core"
+        )
     return [Worker()] * (workers or os.cpu_count() or 1)
 
 
@@ -129,13 +141,23 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
     state |= {name: FAILED for name in elsewhere if name not in state}  # nothing here will run them
     idle, running = list(workers), []
     context = _context(waiting, workers)
-    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", unit=" runs", disable=None) as bar:
+    with tqdm(
+        total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", unit=" runs", disable=None
+    ) as bar:
         try:
             while waiting or running:
-                ended = [Outcome(job.name, FAILED, error=f"not started: {why}") for job in waiting if (why := job.obstacle(state))]
+                ended = [
+                    Outcome(job.name, FAILED, error=f"not started: {why}")
+                    for job in waiting
+                    if (why := job.obstacle(state))
+                ]
                 waiting = [job for job in waiting if not job.obstacle(state)]
 
-                while idle and (job := next((job for job in waiting if all(state.get(n) == DONE for n in job.needs)), None)):
+                while idle and (
+                    job := next(
+                        (job for job in waiting if all(state.get(n) == DONE for n in job.needs)), None
+                    )
+                ):
                     waiting.remove(job)
                     running.append(_Running(job, idle.pop(0), context))
 
@@ -194,7 +216,14 @@ class _Running:
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {})}
         self.process = context.Process(
             target=_run,
-            args=(job.recipe.resolve(), job.command(), self.log.resolve(), environment, os.getcwd(), worker.on_card),
+            args=(
+                job.recipe.resolve(),
+                job.command(),
+                self.log.resolve(),
+                environment,
+                os.getcwd(),
+                worker.on_card,
+            ),
         )
         self.process.start()
 
@@ -210,10 +239,14 @@ class _Running:
         with self.log.open("rb") as log:
             log.seek(self.log_start)
             lines = log.read().decode("utf-8", errors="replace").splitlines()
-        return Outcome(self.job.name, FAILED, seconds, reason(status, lines), tuple(lines[-TAIL:]), str(self.log))
+        return Outcome(
+            self.job.name, FAILED, seconds, reason(status, lines), tuple(lines[-TAIL:]), str(self.log)
+        )
 
 
-def _run(recipe: Path, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool) -> None:
+def _run(
+    recipe: Path, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool
+) -> None:
     """Run a recipe in this process, which has just been started.
 
     recipe: a file with Config, main, SMOKE and, if it has any, PRESETS. flags: as on its command line.
@@ -227,6 +260,8 @@ def _run(recipe: Path, flags: list[str], log: Path, environment: dict[str, str],
     os.environ.update(environment)  # before CUDA looks at it
     os.chdir(folder)
     if not on_card:
+        import torch  # here, so that a process on a card sets its environment before anything else
+
         torch.set_num_threads(1)
 
     print(f"python {shlex.join([str(recipe), *flags])}")
@@ -248,4 +283,7 @@ def reason(status: int, lines: Sequence[str]) -> str:
         return f"ended by {signal.Signals(-status).name}{out_of_memory}"
     start = next((i for i in reversed(range(len(lines))) if MESSAGE.match(lines[i])), None)
     said = lines[start:] if start is not None else lines[-3:]
-    return " ".join(line.strip() for line in said if line.strip()) or f"it ended with status {status} and said nothing"
+    return (
+        " ".join(line.strip() for line in said if line.strip())
+        or f"it ended with status {status} and said nothing"
+    )

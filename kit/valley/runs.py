@@ -19,7 +19,9 @@ from kit.valley.sentences import sentences
 from kit.valley.study import ARMS, BASE, QLORA, Cell, Study
 
 LOWEST, MOST = "lowest", "most"  # starts of reinforcement learning that the results name
-RL_SEED = 1_000  # + the cell's: the lowest of several points is in part bad luck, so its questions are sampled anew
+RL_SEED = (
+    1_000  # + the cell's: the lowest of several points is in part bad luck, so its questions are sampled anew
+)
 REPORT_EVERY = 60.0  # seconds, at least, between two reports of an unfinished study
 
 
@@ -92,8 +94,14 @@ def rl_starts(results: StudyResults, words: Sequence[str], models: Sequence[str]
     lowest mean accuracy, and the largest; if nothing is finished they name no start.
     """
     first_arm, found = results.cells[0].arm, []
-    for model, method in dict.fromkeys((cell.model, cell.method) for cell in results.cells if cell.model in models):
-        cells = [cell for cell in results.cells if (cell.model, cell.method, cell.arm) == (model, method, first_arm)]
+    for model, method in dict.fromkeys(
+        (cell.model, cell.method) for cell in results.cells if cell.model in models
+    ):
+        cells = [
+            cell
+            for cell in results.cells
+            if (cell.model, cell.method, cell.arm) == (model, method, first_arm)
+        ]
         accuracies: dict[int, list[float]] = {}
         for done in results.finished:
             if done.cell in cells:
@@ -104,7 +112,9 @@ def rl_starts(results: StudyResults, words: Sequence[str], models: Sequence[str]
         sizes = {named.get(word) if word in (LOWEST, MOST) else int(word) for word in words}
         if 0 in sizes:
             found += [Cell.of_base(model, seed, method) for seed in sorted({cell.seed for cell in cells})]
-        found += sorted((cell for cell in cells if cell.num_traces in sizes), key=lambda cell: cell.num_traces)
+        found += sorted(
+            (cell for cell in cells if cell.num_traces in sizes), key=lambda cell: cell.num_traces
+        )
     return found
 
 
@@ -121,7 +131,9 @@ def run_study(
     jobs = jobs_of(cells, recipes, path)
     if len(workers) > 1:
         jobs.sort(key=lambda job: (bool(job.needs), job.settings["seed"], -job.settings.get("num_traces", 0)))
-    print(f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with a {LOG} in its folder")
+    print(
+        f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with a {LOG} in its folder"
+    )
     print("the paper   " + ("\n            ".join(deviations) or "its setting"))
 
     failed = _run(jobs, path, workers, write_report)
@@ -135,7 +147,9 @@ def run_study(
     print("\n".join(sentences(StudyResults.read(path))))
     print(f"report {report}")
     if failed:
-        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; --resume tries them again")
+        raise SystemExit(
+            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; --resume tries them again"
+        )
     return report
 
 
@@ -155,7 +169,9 @@ def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_repor
 def line(outcome: Outcome) -> str:
     """Say how a run ended, and what it measured last."""
     if outcome.status == FAILED:
-        return f"FAILED {outcome.job}: {outcome.error}" + (f"\n  its log: {outcome.log}" if outcome.log else "")
+        return f"FAILED {outcome.job}: {outcome.error}" + (
+            f"\n  its log: {outcome.log}" if outcome.log else ""
+        )
     folder = Path(outcome.log).parent
     results = read_results(folder / AFTER) or read_results(folder / SAMPLES)
     return f"{outcome.job}, {outcome.seconds:,.0f} s: " + "; ".join(map(str, results.values()))

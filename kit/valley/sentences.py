@@ -11,7 +11,7 @@ from statistics import fmean
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import ByQuestion, Curve, difference, estimate, percent, points
 from kit.valley.finished import RLRun, StudyResults, shares, tokens
-from kit.valley.study import short_name
+from kit.valley.study import QLORA, short_name
 
 
 def sentences(results: StudyResults) -> list[str]:
@@ -135,8 +135,8 @@ def by_start(rl_runs: Sequence[RLRun]) -> dict[str, dict[str, list[RLRun]]]:
     groups: dict[str, dict[str, list[RLRun]]] = {}
     for run in rl_runs:
         start = f"{run.start.num_traces:,} traces" if run.start.num_traces else "the base model"
-        of_model = groups.setdefault(f"{short_name(run.start.model)}, {run.start.method}", {})
-        of_model.setdefault(start, []).append(run)
+        name = short_name(run.start.model) + (", QLoRA" if run.start.method == QLORA else "")
+        groups.setdefault(name, {}).setdefault(start, []).append(run)
     return groups
 
 
@@ -151,10 +151,19 @@ def rl_findings(rl_runs: Sequence[RLRun], length_of: str) -> list[str]:
         for start, runs in starts.items():
             before, after = _shares(runs, BEFORE), _shares(runs, AFTER)
             gain = difference(after, before)
-            change = "rises" if gain.above_zero() else "falls" if gain.below_zero() else "does not change beyond chance"
-            lengths = [fmean(fmean(tokens(run.stages[stage], length_of).values()) for run in runs) for stage in (BEFORE, AFTER)]
+            change = (
+                "rises"
+                if gain.above_zero()
+                else "falls"
+                if gain.below_zero()
+                else "does not change beyond chance"
+            )
+            lengths = [
+                fmean(fmean(tokens(run.stages[stage], length_of).values()) for run in runs)
+                for stage in (BEFORE, AFTER)
+            ]
             line = (
-                f"{_capital(name)}: reinforcement learning from {start}: accuracy {change}, {_mean(before)} to {_mean(after)}, and "
+                f"{_capital(name)}, reinforcement learning from {start}: accuracy {change}, {_mean(before)} to {_mean(after)}, and "
                 f"the mean length of answers goes from {lengths[0]:,.0f} to {lengths[1]:,.0f} tokens"
             )
             if runs[0].start.num_traces and set(after) & set(reference):

@@ -22,14 +22,13 @@ NUM_PROBLEMS = 400
 MIN_OPERATIONS, MAX_OPERATIONS = 5, 15
 MAX_OPERAND = 100
 PARENTHESES = 0.2  # share of the sums and differences of two neighbours that are put in parentheses
-MAX_DRAWS = (
-    5_000  # of one term's operands; then another structure is drawn: five divisions in a row rarely come out
-)
+MAX_DRAWS = 5_000  # of one term's operands; then a new structure: five divisions in a row rarely work out
 
 
 def make_rows(num_problems: int = NUM_PROBLEMS, *, seed: int = 0) -> list[dict]:
-    """Draw rows {"problem", "answer"}, no problem twice. A seed gives the same rows on every machine and
-    Python.
+    """Draw rows {"problem", "answer"}, no problem twice.
+
+    A seed gives the same rows on every machine and in every Python version.
     """
     rng, answers = random.Random(f"arithmetic {seed}"), {}
     while len(answers) < num_problems:
@@ -61,9 +60,7 @@ def _draw_structure(rng: random.Random) -> str:
 
 
 def _draw_operands(rng: random.Random, term: str) -> str | None:
-    """Draw a term's operands until every intermediate is an integer; return the term, or None after
-    MAX_DRAWS.
-    """
+    """Draw a term's operands until every intermediate is an integer; None if MAX_DRAWS do not suffice."""
     # (operator before the factor, sign within its parentheses)
     factors = re.findall(r"([*/]?)(?:\(#([+-])#\)|#)", term)
     for _ in range(MAX_DRAWS):

@@ -1,6 +1,4 @@
-"""The chat template: how a problem and its response become token ids, split where the response begins and
-ends.
-"""
+"""The chat template: a problem and its response as token ids, split where the response begins and ends."""
 
 from __future__ import annotations
 

@@ -15,9 +15,7 @@ from kit.data.traces import DropCounts, Trace, read_traces
 from kit.packing import Document
 from kit.run import digest
 
-CHUNK = (
-    256  # traces tokenised at once: enough for all cores, few enough to stop soon after the last one needed
-)
+CHUNK = 256  # traces tokenised at once: enough for all cores, few enough to stop soon after the last needed
 
 
 def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
@@ -33,8 +31,9 @@ def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
 def tokenize(
     traces: list[Trace], chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, cache_dir: str = ""
 ) -> tuple[list[Document], int]:
-    """Return the first num_traces (0 = all) of `traces` that fit row_tokens, as documents, and the number of
-    longer ones before the last of them.
+    """Return the first num_traces (0 = all) of `traces` that fit row_tokens, as documents.
+
+    Return also the number of longer ones before the last of them.
 
     Reads and writes a cache in cache_dir ("" = none), keyed by the content of everything that it depends on.
     """
@@ -104,18 +103,27 @@ def load_documents(
     seed: int = 0,
     max_bad_rows: int = 0,
     verify: bool = True,
+    shuffle: bool = True,
+    long_share: float = 1.0,
     cache_dir: str = "",
 ) -> tuple[list[Document], DropCounts]:
-    """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`, and count what was
-    dropped.
+    """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`; count what was dropped.
 
-    source, seed, max_bad_rows, verify: see read_traces. cache_dir: see tokenize.
+    source, seed, max_bad_rows, verify, shuffle, long_share: see read_traces. cache_dir: see tokenize.
     Raises ValueError if fewer than num_traces survive: a smaller set would be another experiment.
     """
     # read some more than needed: with the paper's row length less than 1 % of the traces are too long
     limit = num_traces + num_traces // 8 + 64 if num_traces else 0
     while True:
-        traces, counts = read_traces(source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify)
+        traces, counts = read_traces(
+            source,
+            seed=seed,
+            limit=limit,
+            max_bad_rows=max_bad_rows,
+            verify=verify,
+            shuffle=shuffle,
+            long_share=long_share,
+        )
         documents, num_long = tokenize(
             traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir
         )
@@ -126,7 +134,7 @@ def load_documents(
     if num_long:
         counts.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
     if unused := len(traces) - len(documents) - num_long:
-        counts.dropped["come later in the random order"] += unused
+        counts.dropped["come later in the order"] += unused
     counts.kept = len(documents)
 
     if not documents:

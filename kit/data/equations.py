@@ -37,9 +37,7 @@ def stated_equations(text: str) -> list[Equation]:
     equals = [i for i, token in enumerate(tokens) if token.kind == "="]
     bounds = [-1, *equals, len(tokens)]
     found: list[Equation] = []
-    carried = (
-        None  # right side of the last equals sign, if the next sign follows it directly: its left side then
-    )
+    carried = None  # the right side of the last equals sign, if the next sign follows it directly
     for before, here, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
         chained, left = carried is not None, carried or _last_expression(tokens, before + 1, here)
         whole = after < len(tokens) and _compute(tokens[here + 1 : after]) is not None
@@ -103,9 +101,8 @@ _ENDS = ("gap", "word")
 _OPERATING_WORDS = frozenset(
     ("of", "times", "by", "plus", "minus", "choose", "mod", "percent", "over", "per", "squared", "cubed")
 )
-_REMAINDER = re.compile(
-    r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b"
-)  # or 9-4 = 9-2-2 is 5
+# what follows "7/2 = 3" (remainder 1) or "9-4 = 9-2-2" (is 5) and shows that it states nothing
+_REMAINDER = re.compile(r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b")
 
 
 def _tokens(text: str) -> list[_Token]:
@@ -149,9 +146,7 @@ class _Computed(NamedTuple):
 
 
 class _Reader:
-    """Recursive-descent parser for the tokens of one side. `read` raises ValueError if they are not
-    arithmetic.
-    """
+    """Recursive-descent parser for the tokens of one side. `read` raises ValueError if it cannot parse."""
 
     def __init__(self, tokens: Sequence[_Token]):
         self.tokens = tokens
@@ -269,8 +264,9 @@ def _is_stated(
 
 
 def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
-    """Return the (start, end) of the expression that ends at `end`; None if the text before makes it part of
-    another.
+    """Return the (start, end) of the expression that ends at `end`.
+
+    None if the text before it makes it part of another expression.
     """
     first = end
     while first > start and end - first < MAX_TOKENS and tokens[first - 1].kind not in _ENDS:
@@ -287,8 +283,9 @@ def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, i
 
 
 def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
-    r"""Return whether an expression behind this token is only the end of another: x - 3, \sqrt 4, half of 6,
-    + 3.
+    r"""Return whether an expression behind this token is only the end of another.
+
+    For example x - 3, 2x + 3, \sqrt 4, half of 6, + 3.
     """
     if first.kind == "op" and (first.value != "-" or second.start > first.end):
         return True
@@ -301,8 +298,9 @@ def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
 
 
 def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
-    """Return the (start, end) of the expression that begins at `start`; None if what follows makes it part of
-    another.
+    """Return the (start, end) of the expression that begins at `start`.
+
+    None if the text behind it makes it part of another expression.
     """
     last = start
     while last < end and last - start < MAX_TOKENS and tokens[last].kind not in _ENDS:

@@ -33,8 +33,7 @@ class Question:
 
 
 def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Question]:
-    """Read all usable questions of `source`, a local .jsonl, .json or .parquet file or a hub id
-    (kit.data.read_rows).
+    """Read all usable questions of `source`, a local file or a hub id as for kit.data.read_rows.
 
     levels: keep MATH levels such as "1-4"; "" = all. bad: collects the rows without problem, answer or, if
     levels are given, level. Raises ValueError for malformed levels, for a source without a usable row, and

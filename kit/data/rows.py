@@ -20,9 +20,7 @@ SHOWN = 5  # bad rows printed in an error; the report counts the others
 
 @dataclass
 class BadRows:
-    """Rows that could not be used, by place and reason. `add` raises ValueError once there are more than
-    `limit`.
-    """
+    """Rows that could not be used, by place and reason. More than `limit` of them raise ValueError."""
 
     limit: int  # rows; 0 = the first bad row stops the run
     found: list[str] = field(default_factory=list)

@@ -1,5 +1,4 @@
-"""The toy task: chains of additions and subtractions, with short and long traces, that a tiny model learns in
-minutes.
+"""The toy task: chains of additions and subtractions that a tiny model learns in minutes.
 
 A problem is `7+5-3?`: operands are 1 to 9, and the running value stays in 0..99. A short trace does one step
 after another,
@@ -27,7 +26,6 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kit.data.traces import Trace
 from kit.models.loading import TINY
 
 LONG_TRACES = TINY / "long_traces.jsonl"
@@ -102,10 +100,11 @@ def make_rows(
     max_operands: int = 8,
     exclude: Iterable[str] = (),
 ) -> list[dict]:
-    """Draw rows {problem, trace, answer}, as kit.data.traces reads them: no problem twice, and none of
-    `exclude`.
+    """Draw rows {problem, trace, solution, answer}, as kit.data.traces reads them.
 
-    kind: "short" or "long".
+    No problem occurs twice, and none is in `exclude`.
+
+    kind: of the traces, "short" or "long"; the solution is always short.
     """
     if kind not in ("short", "long"):
         raise ValueError(f"kind is {kind!r} but a toy trace is 'short' or 'long'")
@@ -114,9 +113,27 @@ def make_rows(
         chain = make_chain(rng, rng.randint(min_operands, max_operands))
         if chain.problem not in seen:
             seen.add(chain.problem)
-            trace = short_trace(chain) if kind == "short" else long_trace(chain, rng)
-            rows.append({"problem": chain.problem, "trace": trace, "answer": chain.answer})
+            rows.append(_row(chain, short_trace(chain) if kind == "short" else long_trace(chain, rng)))
     return rows
+
+
+def make_pairs(num_rows: int, *, seed: int, exclude: Iterable[str] = ()) -> list[dict]:
+    """Draw rows {problem, trace, solution, answer}, each with a long trace and a short solution.
+
+    The problems depend on the seed alone; none is in `exclude`, and none occurs twice. Those of a smaller
+    number are a prefix of those of a larger one, so that subsets are nested.
+    """
+    rng, seen, rows = random.Random(f"problems {seed}"), set(exclude), []
+    while len(rows) < num_rows:
+        chain = make_chain(rng, rng.randint(2, 8))
+        if chain.problem not in seen:
+            seen.add(chain.problem)
+            rows.append(_row(chain, long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))))
+    return rows
+
+
+def _row(chain: Chain, trace: str) -> dict:
+    return {"problem": chain.problem, "trace": trace, "solution": short_trace(chain), "answer": chain.answer}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -160,22 +177,9 @@ def _operations(chain: Chain) -> Iterator[tuple[int, str, int, int]]:
     return zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)
 
 
-def make_traces(long_share: float, num_traces: int, seed: int, exclude: set[str]) -> list[Trace]:
-    """Draw num_traces toy problems, each with a trace: no problem twice, and none of `exclude`.
+def num_tokens(problem: str, trace: str) -> int:
+    """Return the length of a toy document in tokens.
 
-    The problems depend on the seed alone, and those of a smaller number are a prefix of those of a larger
-    one. So the arms of a study differ in the traces only, and its sizes are nested.
-    long_share: share of long traces, 0 to 1; the others are short. Both kinds are spread evenly.
+    It has four of the chat format, one per word, and one per other character.
     """
-    problems, seen, traces = random.Random(f"problems {seed}"), set(exclude), []
-    while len(traces) < num_traces:
-        chain = make_chain(problems, problems.randint(2, 8))
-        if chain.problem in seen:
-            continue
-        seen.add(chain.problem)
-        i = len(traces)
-        is_long = int((i + 1) * long_share) > int(i * long_share)
-        rng = random.Random(f"trace {seed} {chain.problem}")
-        text = long_trace(chain, rng) if is_long else short_trace(chain)
-        traces.append(Trace(chain.problem, text, f"toy[{i}]"))
-    return traces
+    return 4 + len(problem) + len(trace) - sum(trace.count(word) * (len(word) - 1) for word in WORD_TOKENS)

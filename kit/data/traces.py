@@ -4,12 +4,15 @@ The paper's rule (section Data): OpenR1-Math-220k holds two to four traces per p
 kept, and traces over 16,384 tokens are dropped. Subsets are nested: the problems are put in one random order,
 which depends on the seed and their text alone, and a subset is the first n that survive. So the 16k set
 always contains the 8k set.
+
+Mixtures of long and short traces: a share of the problems keeps its long trace, the others get the data set's
+own short `solution` instead. The problems are the same whatever the share.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
@@ -35,9 +38,7 @@ class Trace:
 
 @dataclass
 class DropCounts:
-    """How many rows were kept and how many were dropped, by reason. Printed before training, stored with the
-    run.
-    """
+    """How many rows were kept and dropped, by reason. Printed before training and stored with the run."""
 
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
@@ -105,24 +106,43 @@ def _verify(row: dict, response: str) -> str:
     return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[verdict]
 
 
+def is_long(place: int, long_share: float) -> bool:
+    """Return whether the problem at this place of the order keeps its long trace; they are spread evenly."""
+    return int((place + 1) * long_share) > int(place * long_share)
+
+
 def read_traces(
-    source: str, *, seed: int = 0, limit: int = 0, max_bad_rows: int = 0, verify: bool = True
+    source: str,
+    *,
+    seed: int = 0,
+    limit: int = 0,
+    max_bad_rows: int = 0,
+    verify: bool = True,
+    shuffle: bool = True,
+    long_share: float = 1.0,
 ) -> tuple[list[Trace], DropCounts]:
-    """Read one trace per problem from `source` (see kit.data.rows), in the random order that nests the
-    subsets.
+    """Read one trace per problem from `source` (see kit.data.rows), in the order that nests the subsets.
 
     limit: return, and keep in memory, only the first so many traces of that order (OpenR1-Math-220k is some
-    gigabytes of text); 0 = all. verify: see pick_response. A problem that occurs twice is kept once.
-    Raises ValueError for more than max_bad_rows malformed rows, and names each.
+    gigabytes of text); 0 = all. verify: see pick_response.
+    shuffle: the random order; False = the order of the file, which is then read only as far as `limit` needs.
+    long_share: share of the problems that keep their long trace. The others get the row's `solution`, which
+    is not verified; below 1, a row without one is malformed. A problem that occurs twice is kept once. Raises
+    ValueError for a share outside 0..1 and for more than max_bad_rows malformed rows, and names each.
     """
+    if not 0 <= long_share <= 1:
+        raise ValueError(f"long_share is {long_share} but must be in 0..1; pass 1 for long traces alone")
+
     bad = BadRows(max_bad_rows)
     dropped = Counter()
-    kept: dict[str, Trace] = {}  # key -> trace; the order is that of the keys
+    kept: dict[str, Trace] = {}  # key -> trace; the random order is that of the keys
+    solutions: dict[str, str] = {}
     seen: set[str] = set()
     for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
         try:
             problem = text_of(row, PROBLEM)
             response, why = pick_response(row, verify=verify)
+            solution = text_of(row, ["solution"]) if long_share < 1 else ""
         except ValueError as error:
             bad.add(where, str(error))
             continue
@@ -134,13 +154,21 @@ def read_traces(
             dropped["repeat a problem"] += 1
         else:
             seen.add(key)
-            kept[key] = Trace(problem, response, where)
+            kept[key], solutions[key] = Trace(problem, response, where), solution
+
+        if limit and not shuffle and len(kept) == limit:
+            break
         if limit and len(kept) > 2 * limit:
             kept = {key: kept[key] for key in sorted(kept)[:limit]}
+            solutions = {key: solutions[key] for key in kept}
 
     if bad.found:
         dropped["are malformed"] = len(bad.found)
-    order = sorted(kept)[: limit or None]
+    order = (sorted(kept) if shuffle else list(kept))[: limit or None]
     if len(order) < len(seen):
-        dropped["come later in the random order"] = len(seen) - len(order)
-    return [kept[key] for key in order], DropCounts(kept=len(order), dropped=dropped, bad_rows=bad.found)
+        dropped["come later in the order"] = len(seen) - len(order)
+    traces = [
+        kept[key] if is_long(place, long_share) else replace(kept[key], response=solutions[key])
+        for place, key in enumerate(order)
+    ]
+    return traces, DropCounts(kept=len(order), dropped=dropped, bad_rows=bad.found)

@@ -33,15 +33,12 @@ class Benchmark:
     num_samples: int  # k, samples per question in the paper
     num_questions: int  # rows it must have
     ids_hash: str  # of the ids of all its questions, whatever their order
-    answer_pattern: str = (
-        ""  # the gold is this pattern's first group in the answer field; "" = the whole field
-    )
+    answer_pattern: str = ""  # the gold is its first group in the answer field; "" = the whole field
     row_filter: str = ""  # keep rows whose `url` field contains this; "" = all
     questions: tuple[Question, ...] = ()
 
     def read(self, source: str = "", *, limit: int = 0) -> Benchmark:
-        """Return the benchmark with its questions, from a local file, a folder that holds `file`, or a hub
-        id.
+        """Return the benchmark with its questions, from a file, a folder that holds `file`, or a hub id.
 
         source: "" = the table's. limit: read only the first so many questions; 0 = all.
         Raises ValueError for a malformed row and if the questions are not those of the table. A hub copy must
@@ -95,9 +92,7 @@ class Benchmark:
 
 
 def ids_hash(questions: Iterable[Question]) -> str:
-    """Name a set of questions by their texts alone: whether a gold is written 025, 25 or 25.0 makes no
-    difference.
-    """
+    """Name a set of questions by their texts alone: golds written 025, 25 or 25.0 give the same name."""
     return digest(*sorted(question.id for question in questions))[:16]
 
 

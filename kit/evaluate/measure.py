@@ -29,9 +29,7 @@ from kit.grade.verdict import verdict_fields
 from kit.machine import GIB
 from kit.run import Journal, digest
 
-FIRST_CUT = (
-    16  # a row stores where its text stands after 16, 32, 64, ... tokens, to grade it at smaller limits
-)
+FIRST_CUT = 16  # a row stores where its text stands after 16, 32, 64, ... tokens, for smaller limits
 
 
 def fingerprint(model) -> str:
@@ -58,8 +56,9 @@ def evaluate(
     num_slots: int = 16,
     seed: int = 0,
 ) -> Result:
-    """Sample and grade `benchmark` (with its questions read), and write folder/<name>.jsonl. Samples in it
-    are kept.
+    """Sample and grade `benchmark`, whose questions have been read, and write folder/<name>.jsonl.
+
+    Samples that the file already holds are kept.
 
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
@@ -134,8 +133,9 @@ def header_of(
 
 
 def _stored_rows(journal: Journal, header: dict) -> list[dict]:
-    """Return the samples in a journal; write the header if it is empty. Raises ValueError if it has another
-    header.
+    """Return the samples in a journal; write the header if it is empty.
+
+    Raises ValueError if it has another header.
     """
     rows = journal.read()
     if not rows:
@@ -165,9 +165,7 @@ def _row(question: Question, completion: Completion) -> dict:
 
 
 def _cuts(completion: Completion, chat: ChatFormat) -> dict[str, int]:
-    """Return how many characters of the text the first 16, 32, 64, ... tokens make, below the response's
-    length.
-    """
+    """Return the characters in the first 16, 32, 64, ... tokens of a text, below the response's length."""
     cuts, cap = {}, FIRST_CUT
     while cap < len(completion.ids):
         # counted as far as both agree: a cut may fall inside a character

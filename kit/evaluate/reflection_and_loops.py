@@ -1,5 +1,4 @@
-"""What a response's text shows: reflection by the paper's keywords, a loop at its end, where its boxed
-answers are.
+"""What a response's text shows: reflection by the paper's keywords, a loop at its end, its boxed answers.
 
 Everything is read from the text alone, so it can be counted again from a log of samples.
 """

@@ -1,5 +1,4 @@
-"""Results: the samples of one benchmark, read from their log, every figure computed from them, and
-comparisons.
+"""Results: one benchmark's samples, read from their log, all figures computed from them, and comparisons.
 
 Nothing here needs a model: a log holds the texts, the verdicts, and where in each text the smaller limits
 fall.
@@ -18,10 +17,7 @@ from kit.evaluate.uncertainty import Lengths, half_width, pass_at_k
 from kit.grade.verdict import grade
 from kit.run import Journal
 
-STRICT, AS_THE_PAPER = (
-    "verdict",
-    "paper_verdict",
-)  # columns of a row; logs that were graded once lack the second
+STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; some logs lack the second
 NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k for a limit of 16k tokens
 MAY_DIFFER = ("model",)  # keys of two headers that may differ: what the comparison is about
 
@@ -69,8 +65,8 @@ class Result:
         return _share_by_question(self.rows, lambda row: row[column] == "correct")
 
     def pass_at(self, k: int) -> float:
-        """Estimate pass@k without bias: the chance that one of k samples is correct, as a mean over
-        questions.
+        """Estimate pass@k without bias, as a mean over questions: the chance that one of k samples is
+        correct.
 
         Raises ValueError if a question has fewer than k samples.
         """

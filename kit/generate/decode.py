@@ -24,9 +24,7 @@ from kit.models.families import Family, family_of, head_dim
 
 
 class Decoder:
-    """A model as the sampler runs it after the prompts. Its weights must not change: those of norms are read
-    once.
-    """
+    """A model as the sampler runs it after the prompts. Its weights must not change: norms are read once."""
 
     def __init__(self, model):
         """Raises ValueError for an unknown family, whose layers may compute more than this does."""
@@ -59,7 +57,7 @@ class Decoder:
         return cos, sin * self.signs
 
     def _attend(self, i: int, layer: _Layer, x: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache) -> Tensor:
-        """Compute the attention of layer i, (B, Hq * D), from its normed input (B, H); write its keys and
+        """Compute the attention of layer i, (B, Hq * D), from its input (B, H), and store its keys and
         values.
         """
         attention, Hq, D = layer.attention, self.num_heads, self.head_dim

@@ -1,5 +1,4 @@
-"""The sampler's KV cache: one preallocated row per slot; in sliding layers it is a ring that holds only the
-window.
+"""The sampler's KV cache: one preallocated row per slot; in sliding layers a ring that holds the window.
 
 Position p of a row is stored in place p mod W, with W = min(window, capacity) in sliding layers and W =
 capacity in all others. Seen from position q, place s holds position q - ((q - s) mod W); it is empty if that
@@ -25,16 +24,12 @@ BUCKET = 16  # positions; attended length is rounded up to a multiple of it, so 
 # runs the rows of a call in parallel but several calls one after another, so there all rows are read
 # together.
 CALL_BYTES = 2**18
-SORTED_BY = (
-    256  # positions; grouped rows that differ by less are not sorted: moving one costs more than it saves
-)
+SORTED_BY = 256  # positions; grouped rows that differ by less stay unsorted: a move costs more than it saves
 MOVED_AT_ONCE = 1_024  # positions; bounds the copy that a move makes
 
 
 class SlotCache(Cache):
-    """Keys and values, (S, Hkv, W, D) per layer. at_prefill and at_decode prepare it for the next forward
-    pass.
-    """
+    """Keys and values, (S, Hkv, W, D) per layer. at_prefill and at_decode prepare it for a forward pass."""
 
     def __init__(self, model, num_slots: int, capacity: int):
         super().__init__(layers=[])
@@ -56,10 +51,9 @@ class SlotCache(Cache):
 
         grouping = weight.device.type == "cpu"
         position_bytes = 2 * num_heads * width * weight.element_size()  # of one layer
-        self.min_saved = (
-            CALL_BYTES // position_bytes if grouping else math.inf
-        )  # places that a group must save
-        self.sorted_by = SORTED_BY if grouping else math.inf  # places by which unsorted rows may differ
+        # places that another group must save, and by which unsorted rows may differ
+        self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf
+        self.sorted_by = SORTED_BY if grouping else math.inf
 
         # of a layer, by its size W. For every position that the prompts leave: its row, its place, its token
         # in the pack
@@ -85,17 +79,14 @@ class SlotCache(Cache):
             self.prompt_places[W] = row.to(device), (position % W).to(device), token.to(device)
 
     def at_decode(self, positions: torch.Tensor, lengths: list[int]) -> None:
-        """Prepare for one token in each of rows 0..B-1, at positions (B,). lengths: the same numbers on the
-        host.
+        """Prepare for one token in each of rows 0..B-1, at positions (B,). lengths: the same, on the host.
 
         Neighbouring rows of similar length are read together, as far as the longest of them.
         """
         for W in self.cleared:
             widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
             q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
-            mask = self._added(s > q)[
-                :, None, None
-            ]  # (B, 1, 1, places); from q = W on, every place is in the window
+            mask = self._added(s > q)[:, None, None]  # (B, 1, 1, places); all are seen from q = W on
             self._clear(W, max(widths))
             self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
             self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
@@ -109,9 +100,7 @@ class SlotCache(Cache):
             self.cleared[W] = end
 
     def _added(self, unseen: torch.Tensor) -> torch.Tensor:
-        """Return what is added to the scores, 0 or -inf. A boolean mask would be converted to this in every
-        layer.
-        """
+        """Return what is added to the scores, 0 or -inf. A boolean mask would be converted in every layer."""
         return torch.where(unseen, -torch.inf, self.zero)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -148,8 +137,7 @@ class SlotCache(Cache):
 
 
 def grouped(widths: list[int], min_saved: float) -> list[tuple[slice, int]]:
-    """Group neighbouring rows, and return (rows, places to read) of each group, as many as its widest row
-    needs.
+    """Group neighbouring rows. Return (rows, places to read) of each group, for its widest row.
 
     All rows start as one group. A group is cut in two as long as the cut saves reading more than min_saved
     places.
@@ -171,9 +159,7 @@ def grouped(widths: list[int], min_saved: float) -> list[tuple[slice, int]]:
 
 
 def cache_bytes(model, num_slots: int, capacity: int) -> int:
-    """Return the bytes of the KV cache for num_slots rows of `capacity` positions (prompt and response
-    together).
-    """
+    """Return the bytes of a KV cache of num_slots rows. capacity: positions, prompt and response alike."""
     config = model.config
     positions = sum(min(window or capacity, capacity) for window in layer_windows(config))
     element_bytes = model.get_input_embeddings().weight.element_size()

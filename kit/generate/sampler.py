@@ -42,9 +42,8 @@ class Completion:
     logprobs: list[float]  # of each id, under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
     text: str = ""  # set if generate was given `decode`
-    seconds: float = field(
-        default=0.0, compare=False
-    )  # from prefill to end, shared with the rest of the batch
+    # from its prefill to its end, while the rest of the batch runs too
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -108,9 +107,7 @@ class _Engine:
         return self._draw(index, hidden[torch.tensor(ends, device=self.device)])
 
     def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
-        """Draw one more token for each of the first len(lengths) rows. lengths: positions that each row
-        holds.
-        """
+        """Draw one more token for each of rows 0..B-1. lengths: positions that each holds, B of them."""
         positions = self.positions[: len(lengths)]
         self.cache.at_decode(positions, lengths)
         with _attention_of_one_token(self.device):
@@ -127,9 +124,7 @@ class _Engine:
 
 
 def _attention_of_one_token(device: torch.device) -> AbstractContextManager:
-    """On a card, keep torch from cuDNN, which it prefers on some: that compiles a plan per length and batch
-    size.
-    """
+    """On a card, keep torch from cuDNN's attention: it compiles a plan per length and number of rows."""
     if device.type == "cuda":
         return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return nullcontext()

@@ -20,9 +20,7 @@ import torch
 # candidates at first, and by what factor they grow if they do not hold the nucleus: a trained model's mostly
 # fits in the first, and sorting 262,144 logits per row would dominate
 FIRST_LOOK, WIDER = 64, 16
-RACED_AT_ONCE = (
-    2**21
-)  # logits; a draw from a whole vocabulary takes 60 bytes for each, 16 MB per row of 262,144
+RACED_AT_ONCE = 2**21  # logits; a draw from a whole vocabulary takes 60 bytes each, 16 MB per row of 262,144
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,15 @@ class SamplingParams:
 
 
 def stream_key(seed: int, key: object) -> int:
-    """Return the 64-bit key of one sample's random stream, as a signed integer. key: anything that JSON can
-    write.
-    """
+    """Return the 64-bit key of one sample's random stream, as a signed integer. key: any JSON value."""
     name = hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=8).digest()
     return int.from_bytes(name, "little", signed=True)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Hash int64 with the finaliser of splitmix64 (Steele et al., 2014): every input bit flips half the
-    output bits.
+    """Hash int64 with the finaliser of splitmix64 (Steele et al., 2014).
+
+    Every input bit flips half the output bits.
     """
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = _fold(x, shift).mul_(factor)
@@ -71,8 +68,9 @@ def _fold(x: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Draw Gumbel noise (B, K) in float64, for keys (B,), positions (B,) and token_ids (B, K) or (K,), all
-    int64.
+    """Draw Gumbel noise (B, K) in float64.
+
+    keys (B,), positions (B,) and token_ids (B, K) or (K,) are int64.
     """
     bits = _mix(_mix(keys + positions * -0x61C8864680B583EB)[:, None] + token_ids * -0x2917014799A6026D)
     u = (bits >> 12).bitwise_and_((1 << 52) - 1).double().add_(0.5).div_(1 << 52)  # exact, so never 0 or 1
@@ -80,9 +78,7 @@ def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor)
 
 
 def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids, (B, K) or (K,), and logits, (B, K), of the candidates; those cut off have the logit
-    -inf.
-    """
+    """Return the candidates' ids, (B, K) or (K,), and logits, (B, K); those cut off have the logit -inf."""
     V = logits.shape[-1]
     logits = logits / params.temperature
     if not params.top_k and params.top_p == 1:
@@ -105,8 +101,9 @@ def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
 def sample(
     logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row. Return (token ids (B,) int64, log-probs (B,) fp32 under the sampled
-    distribution).
+    """Draw one token per row. Return (token ids (B,) int64, log-probs (B,) fp32).
+
+    The log-probs are those of the distribution that was sampled.
 
     logits: (B, V) fp32. keys, positions: (B,) int64, each sample's random stream and the number of tokens
     that it has. Greedy decoding (temperature 0) returns the log-probs of the model's own distribution.

@@ -18,9 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 @dataclass(frozen=True)
 class Family:
-    """What differs. Strings are names of attributes of transformers' modules; None = the family has no such
-    module.
-    """
+    """What differs. Strings name attributes of transformers' modules; None = the family has no such one."""
 
     layer: type[nn.Module]  # the exact class: a subclass may compute something else
     norm_eps: str = "variance_epsilon"  # of a norm
@@ -30,9 +28,7 @@ class Family:
     before_mlp: str = "post_attention_layernorm"
     after_mlp: str | None = None  # norm of what the feed-forward adds
     head_norms: tuple[str, str] | None = None  # of q and k, before the rotation
-    has_windows: bool = (
-        False  # some layers attend to config.sliding_window positions, with their own rotation
-    )
+    has_windows: bool = False  # some layers attend to config.sliding_window positions, with another rotation
     embedding_scale: str | None = None  # factor of the embedding's output
 
 

@@ -16,8 +16,9 @@ def load(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from "tiny" or "tinier", a hub id, a folder, or a GGUF file (which is
-    dequantised).
+    """Load a model and its tokenizer.
+
+    name: "tiny" or "tinier", a hub id, a folder, or a GGUF file (which is dequantised).
 
     A folder of adapters is loaded with its base: in NF4 if the kit trained them on NF4 (kit.models.qlora),
     plain otherwise (kit.models.lora).
@@ -40,8 +41,9 @@ def load(
 def load_to_train(
     name: str, *, qlora_rank: int = 0, seed: int = 0, **where
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model to train: as `load`, or with qlora_rank > 0 an NF4 copy with fresh adapters, drawn from
-    `seed`.
+    """Load a model to train: as `load`, or an NF4 copy with fresh adapters.
+
+    qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`.
 
     where: device, dtype and attention, as for `load`. Raises ValueError as `load` does, and for adapters that
     the kit did not train: a checkpoint cannot store that their base is not NF4.

@@ -1,6 +1,4 @@
-"""Loading a whole model with its tokenizer, from a hub id, a folder or a GGUF file, and loading only its
-config.
-"""
+"""Loading: a whole model with its tokenizer from a hub id, a folder or a GGUF file, or its config alone."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ from kit.models.folder import ADAPTER_CONFIG
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
 
 CONFIGS = Path(__file__).parent / "shipped" / "configs"
-TINY = (
-    Path(__file__).parent / "shipped" / "tiny"
-)  # in Hugging Face format, with the toy's traces and problems
+TINY = Path(__file__).parent / "shipped" / "tiny"  # a model, and the toy's traces and problems
 SHIPPED = {"tiny": TINY, "tinier": TINY.with_name("tinier")}  # models by name; the second is the smaller one
 
 

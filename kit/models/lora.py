@@ -1,5 +1,4 @@
-"""LoRA adapters that were trained elsewhere: a folder as peft writes it, loaded onto its base to be
-evaluated.
+"""LoRA adapters that were trained elsewhere: a folder as peft writes it, loaded onto its base.
 
     y = x W^T + (alpha / rank) x A^T B^T          W the base's weight, in the dtype the base is loaded in
 

@@ -27,14 +27,12 @@ from torch import Tensor, nn
 QUANT_TYPE = "nf4"
 BLOCK = 64  # weights per scale, as in the paper
 SCALE_BLOCK = 256  # scales per scale of scales; bitsandbytes' gemm_4bit supports no other value
-FUSED_ROWS = (
-    1536  # above it gemm_4bit dequantises as we do; up to it, it may multiply without writing the weight out
-)
+# up to this many rows, gemm_4bit may multiply without writing the weight out; above, it dequantises as we do
+FUSED_ROWS = 1536
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear layer in NF4: x (..., in_features) -> (..., out_features), in the dtype it was
-    quantised from.
+    """A frozen linear layer in NF4: x (..., in_features) -> (..., out_features), in its original dtype.
 
     Like bitsandbytes' own layer it is an nn.Linear, so that peft wraps it like any other. Do not cast it with
     `.to(dtype)`: its scales are fp32. The backward pass dequantises again to compute the gradient of x, so no
@@ -63,9 +61,7 @@ class NF4Linear(nn.Linear):
 
     @classmethod
     def like(cls, linear: nn.Linear, device: torch.device | str | None = None) -> NF4Linear:
-        """Allocate a layer of the shape and dtype of `linear` without filling it. device: None = that of
-        `linear`.
-        """
+        """Allocate a layer like `linear`, in shape and dtype, without filling it. device: None = its own."""
         return cls(
             linear.in_features,
             linear.out_features,
@@ -134,8 +130,9 @@ class _DequantisedMatmul(torch.autograd.Function):
 
 
 def quantise_decoder(model: nn.Module, device: torch.device | str) -> None:
-    """Move a model to `device`, with all linear layers of its decoder in NF4; norms, embedding and head keep
-    their dtype.
+    """Move a model to `device`, with all linear layers of its decoder in NF4.
+
+    Norms, embedding and head keep their dtype.
 
     This happens layer by layer: the device never holds more than one full weight, which is freed when it is
     replaced.
@@ -146,8 +143,9 @@ def quantise_decoder(model: nn.Module, device: torch.device | str) -> None:
 
 
 def simulate_quantised_decoder(model: nn.Module) -> None:
-    """Do what quantise_decoder does to a model on fake tensors, whose weights cannot be read: the layers stay
-    empty.
+    """Do what quantise_decoder does, to a model on fake tensors, whose weights cannot be read.
+
+    The layers stay empty.
     """
     for parent, name in _decoder_linears(model):
         setattr(parent, name, NF4Linear.like(getattr(parent, name)))

@@ -1,5 +1,4 @@
-"""QLoRA (Dettmers et al., 2023): the decoder's linear layers are frozen in NF4; an adapter of low rank trains
-beside each.
+"""QLoRA (Dettmers et al., 2023): linear layers frozen in NF4, with an adapter of low rank beside each.
 
     y = x W_nf4^T + (alpha / rank) x A^T B^T
 
@@ -72,8 +71,7 @@ def load(
 def add_adapters(
     model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: int = ALPHA, seed: int = 0
 ) -> None:
-    """Add an adapter to every NF4 layer of `model`, in place and in the layer's dtype; freeze everything
-    else.
+    """Add an adapter to every NF4 layer of `model`, in place and in the layer's dtype; freeze all else.
 
     base: the name under which kit.models.load finds the model; it is written beside the adapters.
     Raises ValueError for a rank below 1 and for a model without NF4 layers.
@@ -110,15 +108,15 @@ def _adapted_layers(model: PreTrainedModel) -> list[LoraLayer]:
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """Switch the adapters off within a `with` block. So the reference of a policy costs no second copy of the
-    model.
+    """Switch the adapters off within a `with` block.
+
+    So the reference of a policy costs no second copy of the model.
 
     Run a forward pass and its backward pass both inside or both outside: a checkpointed layer is recomputed
     with what is switched on at that moment.
     """
-    layers = [
-        layer for layer in _adapted_layers(model) if not layer.disable_adapters
-    ]  # an outer block's stay off
+    # not those that an outer block has switched off, and will switch on again
+    layers = [layer for layer in _adapted_layers(model) if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -135,8 +133,7 @@ def load_adapter(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base and the adapters that kit.train.checkpoint wrote to a folder, for sampling or further
-    training.
+    """Load a base and the adapters that kit.train.checkpoint wrote to a folder, to sample or train further.
 
     Raises ValueError for adapters that the kit did not train on NF4, and for a base that is missing or does
     not fit.
@@ -187,8 +184,9 @@ def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
 def export(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Merge the model in place and write it as a plain Hugging Face folder, whole or not at all. dtype: see
-    merge.
+    """Merge the model in place, and write it as a plain Hugging Face folder, whole or not at all.
+
+    dtype: see merge.
     """
     merge(model, dtype)
     save_model(folder, model, tokenizer)

@@ -44,9 +44,7 @@ class Answers:
 
     @property
     def first_wrong(self) -> float | None:
-        """Which operation of an answer is the first wrong one: the median over answers with one, None without
-        any.
-        """
+        """Which operation of an answer is the first wrong one, as a median over answers; None without any."""
         places = [steps.num_before_wrong + 1 for steps in self.steps if steps.first_wrong]
         return median(places) if places else None
 
@@ -90,7 +88,7 @@ def _anatomy(steps: Steps, text: str) -> Anatomy:
 
 
 def sentences(answers: Mapping[str, Answers]) -> list[str]:
-    """Return a sentence per stage and, if there are two, what longer answers by themselves would have cost."""
+    """Return a sentence per stage; for two stages also what longer answers by themselves would have cost."""
     several = len(answers) > 1
     lines = [_sentence(f"{NAME} {stage}" if several else NAME, of) for stage, of in answers.items()]
     if len(answers) == 2 and all(of.has_steps for of in answers.values()):
@@ -122,9 +120,7 @@ def _sentence(label: str, answers: Answers) -> str:
 
 
 def section(answers: Mapping[str, Answers]) -> str:
-    """Return the section of a report as HTML: a row of figures per stage, and where its answers first go
-    wrong.
-    """
+    """Return the report's section as HTML: a row of figures per stage, and where answers first go wrong."""
     if not answers:
         return ""
     parts = [f"<h2>{NAME.capitalize()}, step by step</h2>", _table(answers), NOTE]
@@ -182,9 +178,9 @@ def _first_wrong_steps(stage: str, answers: Answers) -> str:
     )
 
 
-NOTE = """<p><small>p: the share of right operations among those up to and including the first wrong one of an
-answer; n: the operations of the problem. Operations are read from the equations between numbers that an answer
-states, each checked by itself; a wrong equation counts as one wrong operation. A residual above 0: answers are right
-although an equation in them is wrong, which they may take back later. Below 0: something else fails, for example a
-number is miscopied, or the answer is cut off. Intervals are 95 %, over questions. The paper counts about 10
-operations per answer before and 40 after 8k traces.</small></p>"""
+NOTE = """<p><small>p: the share of right operations among those up to and including the first wrong one of
+an answer; n: the operations of the problem. Operations are read from the equations between numbers that an
+answer states, each checked by itself; a wrong equation counts as one wrong operation. A residual above 0:
+answers are right although an equation in them is wrong, which they may take back later. Below 0: something
+else fails, for example a number is miscopied, or the answer is cut off. Intervals are 95 %, over questions.
+The paper counts about 10 operations per answer before and 40 after 8k traces.</small></p>"""

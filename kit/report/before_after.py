@@ -1,5 +1,4 @@
-"""The report of a run: from the metrics and samples in its folder to PNG plots and one self-contained
-report.html.
+"""The report of a run: its metrics and samples become PNG plots and one self-contained report.html.
 
     python -m kit.report runs/gemma3_1b_8k/001
 
@@ -68,9 +67,7 @@ def write_report(path: Path) -> Path:
 
 
 def findings(results: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a sentence per benchmark on what was measured; a difference inside its interval is not called
-    one.
-    """
+    """Return a sentence per benchmark on what was measured. A difference within its interval is not one."""
     sentences = []
     for name, after in results[AFTER].items():
         before = results[BEFORE].get(name)

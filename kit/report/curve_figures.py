@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from kit.valley.curves import Curve, Estimate
 from kit.valley.error_accumulation import Decomposition, length_alone
+from kit.valley.finished import RLRun
 from kit.valley.first_error import CAUSES
-from kit.valley.toy_rl import RLRun, by_start
 
 COLOURS = (
     "#c0392b",
@@ -25,40 +26,41 @@ FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), (
          ("#d4ac0d", ""), ("#5dade2", "--"))  # fmt: skip
 
 
-def valley_figure(drawn: Sequence[Curve]) -> Figure:
-    """Accuracy and length against the number of traces, with bands; the base model is the dashed line."""
+def valley_figure(curves: Sequence[Curve], length_of: str, paper: Mapping[int, float]) -> Figure:
+    """Draw one model's accuracy and length against the number of traces, with bands; the base model is the dashed line.
+
+    length_of: the benchmark whose responses' length is drawn. paper: traces (0 = the base model) -> its accuracy in percent.
+    """
     figure = Figure(figsize=(9, 9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
+    sizes = sorted({point.num_traces for curve in curves for point in curve.points})
     for axes, of, scale in (
         (top, lambda point: point.accuracy, 100),
         (bottom, lambda point: point.length, 1),
     ):
-        for i, curve in enumerate(drawn):
+        for i, curve in enumerate(curves):
+            label = curve.name.partition(", ")[2]  # without the model's name
             draw_line(
-                axes,
-                curve.name,
-                [p.num_traces for p in curve.points],
-                [of(p) for p in curve.points],
-                i,
-                scale,
+                axes, label, [p.num_traces for p in curve.points], [of(p) for p in curve.points], i, scale
             )
-        for i, base in enumerate({id(curve.base): curve.base for curve in drawn}.values()):
-            start = of(base)
-            label = "base model" if i == 0 else "the other base model"
-            axes.axhline(
-                scale * start.mean, color="#333333", linestyle=("--", ":")[i % 2], linewidth=1.2, label=label
-            )
-            axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
-    top.set_ylabel("accuracy, %", fontsize=14)
-    top.set_ylim(0, 102)
-    bottom.set_ylabel("tokens an answer", fontsize=14)
-    bottom.set_ylim(0, None)
-    trace_axis(bottom, sorted({point.num_traces for curve in drawn for point in curve.points}))
-    for axes in (top, bottom):
+        start = of(curves[0].base)
+        high = min(100, scale * start.high) if scale == 100 else start.high
+        axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="base model")
+        axes.axhspan(max(0, scale * start.low), high, color="#333333", alpha=0.12, linewidth=0)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
-    if drawn:
-        figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
+
+    if stars := {size: value for size, value in paper.items() if size in sizes}:
+        label = "the paper, after fine-tuning"
+        top.plot(list(stars), list(stars.values()), "k*", markersize=14, linestyle="", label=label)
+    if 0 in paper:
+        top.axhline(paper[0], color="#333333", linestyle=":", linewidth=1.2, label="the paper's base model")
+    top.set_ylim(0, 102 if curves[0].base.accuracy.mean > 0.5 else None)
+    bottom.set_ylim(0, None)
+    top.set_ylabel("accuracy, %", fontsize=14)
+    bottom.set_ylabel(f"tokens per response, {length_of}", fontsize=14)
+    trace_axis(bottom, sizes)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
     return figure
 
 
@@ -67,11 +69,19 @@ def draw_line(
 ) -> None:
     """A line with its band; scale 100 for shares, which are drawn in percent and stay within 0..100."""
     means = [scale * e.mean for e in estimates]
-    axes.plot(sizes, means, marker=MARKERS[i], color=COLOURS[i], linewidth=2.5, markersize=8, label=label)
+    axes.plot(
+        sizes,
+        means,
+        marker=MARKERS[i % len(MARKERS)],
+        color=COLOURS[i % len(COLOURS)],
+        linewidth=2.5,
+        markersize=8,
+        label=label,
+    )
     low, high = [scale * max(0, e.low) for e in estimates], [scale * e.high for e in estimates]
     if scale == 100:
         high = [min(100, x) for x in high]
-    axes.fill_between(sizes, low, high, color=COLOURS[i], alpha=0.18, linewidth=0)
+    axes.fill_between(sizes, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.18, linewidth=0)
 
 
 def trace_axis(axes, sizes: Sequence[int]) -> None:
@@ -81,26 +91,22 @@ def trace_axis(axes, sizes: Sequence[int]) -> None:
     axes.set_xlabel("traces to learn from", fontsize=14)
 
 
-def rl_figure(rl_runs: Sequence[RLRun]) -> Figure:
-    """Mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
+def rl_figure(starts: Mapping[str, Sequence[RLRun]]) -> Figure:
+    """Draw the mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, (name, of_start) in enumerate(by_start(rl_runs).items()):
-        curves_of_seeds = [rl_run.rewards for rl_run in of_start]
-        steps = range(1, min(map(len, curves_of_seeds)) + 1)
-        columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
-        axes.plot(
-            steps,
-            [sum(column) / len(column) for column in columns],
-            color=COLOURS[i],
-            linewidth=2.5,
-            label=name,
-        )
+    for i, (name, runs) in enumerate(starts.items()):
+        rewards = [
+            [100 * reward for reward in column]
+            for column in zip(*(run.rewards for run in runs), strict=False)
+        ]
+        steps = range(1, len(rewards) + 1)
+        axes.plot(steps, list(map(fmean, rewards)), color=COLOURS[i], linewidth=2.5, label=name)
         axes.fill_between(
             steps,
-            [min(c) for c in columns],
-            [max(c) for c in columns],
-            color=COLOURS[i],
+            list(map(min, rewards)),
+            list(map(max, rewards)),
+            color=COLOURS[i % len(COLOURS)],
             alpha=0.18,
             linewidth=0,
         )

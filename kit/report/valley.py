@@ -1,8 +1,9 @@
-"""Report of a valley: the cells of a run -> figures, sentences and one self-contained report.html.
+"""Report of a study: its run folders -> figures, sentences and one self-contained report.html.
 
     python -m kit.report.valley runs/valley_demo/001
 
-Everything is computed from cells.jsonl and the samples, so a report can be made again at any time, also of an unfinished run.
+Everything is computed from the files in the folder, so a report can be written at any time, even of an unfinished study. Accuracy
+is the paper's headline, the unweighted mean over the benchmarks; differences are paired by question and seed.
 """
 
 from __future__ import annotations
@@ -12,53 +13,44 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from kit.report import page as pages
 from kit.report.curve_figures import causes_figure, rl_figure, steps_figure, valley_figure
 from kit.report.figures import embed
-from kit.valley.curves import findings
+from kit.run import AFTER, BEFORE
+from kit.valley.curves import Curve, Estimate, difference
 from kit.valley.error_accumulation import Decomposition, decompose, explain
+from kit.valley.finished import RL, Finished, StudyResults, point_of
 from kit.valley.first_error import CAUSES, dissect
-from kit.valley.study import ARMS, BASE
-from kit.valley.toy_cells import (
-    Finished,
-    by_point,
-    curves,
-    describe,
-    first_arm,
-    first_model,
-    point_of,
-    read_cells,
-    title_of,
-)
-from kit.valley.toy_rl import read_rl_runs, rl_findings
+from kit.valley.jobs import DONE, FAILED
+from kit.valley.sentences import by_start, findings, rl_findings
+from kit.valley.study import PAPER, Cell, short_name
 
 SHOWN = 12  # problems in the browser
+STEPWISE = "toy"  # the benchmark whose answers are checked step by step
 
 
 def write_report(path: Path) -> Path:
-    """Write the plots and report.html of the valley in `path`; returns the report. ValueError where nothing is finished."""
-    found = read_cells(path)
-    drawn = curves(found)
+    """Write the figures and report.html of the study in `path`; return the report. Raises ValueError if there is no study."""
+    results = StudyResults.read(path)
     config = (
         json.loads((path / "config.json").read_text(encoding="utf-8"))
         if (path / "config.json").is_file()
         else {}
     )
-    lines = findings(drawn)
-    sections = [
-        embed(path / "valley.png", valley_figure(drawn)),
-        _note(found),
-        _sentences(lines[:2]),  # of the first arm: its accuracy and its length
-        *_others(lines[2:]),
-        *_why(path, first_model(found)),
-        *_rl(path),
-        "<h2>Every point</h2>" + table(found),
-        "<h2>The same problem at every size</h2>" + BROWSER_NOTE + browser(first_model(found)),
+    sections = [f"<p>{html.escape(progress(results))}</p>"]
+    for model in results.models:
+        sections += [of_model(path, results, model), why(path, results, model)]
+    sections += [
+        rl_section(path, results),
+        "<h2>Every cell</h2>" + table(results),
+        failures(results),
+        _list("What differs from the paper", results.deviations),
+        same_problem(results),
     ]
     page = PAGE.format(
         style=pages.STYLE + STYLE,
-        title="Through the valley, at toy scale",
         sections="\n".join(sections),
         settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
     )
@@ -67,187 +59,282 @@ def write_report(path: Path) -> Path:
     return report
 
 
-def _why(path: Path, found: Sequence[Finished]) -> list[str]:
-    """The section on why accuracy moves, of the first arm there is; nothing where it has no point yet."""
-    points = {key: decompose(key[2], {cell.cell.seed: cell.result for cell in cells}) for key, cells in by_point(found).items()
-              if key[1] in (BASE, first_arm(found))}  # fmt: skip
-    base = [point for (_, arm, _), point in points.items() if arm == BASE]
-    points = [point for (_, arm, _), point in points.items() if arm != BASE]
-    if not base or not points:
-        return []
-    base, name = base[0], first_arm(found)
-    return [
-        f"<h2>Why: {html.escape(ARMS[name].title)}, answers taken apart step by step</h2>",
-        _sentences(explain(base, points)),
-        embed(path / "causes.png", causes_figure(base, points)),
-        embed(path / "steps.png", steps_figure(base, points)),
-        WHY_NOTE.format(
-            causes="; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
-        ),
-        why_table(base, points),
-    ]
+def progress(results: StudyResults) -> str:
+    """Say how many cells are done, and what the intervals cover."""
+    ended = [results.outcomes.get(cell.name) for cell in results.cells]
+    done, failed = (
+        sum(outcome is not None and outcome.status == s for outcome in ended) for s in (DONE, FAILED)
+    )
+    waiting = len(ended) - done - failed
+    seeds = len({found.cell.seed for found in results.finished})
+    return (
+        f"{done} of {len(ended)} cells are done"
+        + (f", {failed} failed" if failed else "")
+        + (f", {waiting} have not ended yet" if waiting else "")
+        + ". Bands and ± are 95 % intervals over questions"
+        + (
+            " and seeds."
+            if seeds > 1
+            else "; with one seed they do not cover how one training differs from the next."
+        )
+    )
 
 
-def _rl(path: Path) -> list[str]:
-    """The section on reinforcement learning; nothing where there was none."""
-    rl_runs = read_rl_runs(path)
-    if not rl_runs:
-        return []
-    return [
-        "<h2>Reinforcement learning from three starts</h2>",
-        _sentences(rl_findings(rl_runs)),
-        embed(path / "rl.png", rl_figure(rl_runs)),
-        RL_NOTE,
-    ]
+def of_model(path: Path, results: StudyResults, model: str) -> str:
+    """Return the section of one model: the first arm's sentences, the figure, the other arms, and what cannot be compared."""
+    curves, refused = results.curves(model), results.points(model)[1]
+    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", _findings(refused)
+    if not any(curve.points for curve in curves):
+        return f"{heading}{notes}<p>Nothing to compare yet.</p>"
+    lines = findings(curves)
+    figure = valley_figure(curves, results.length_benchmark, paper_numbers(model))
+    alt = f"{model}: accuracy and length against the number of traces"
+    drawn = embed(path / f"{short_name(model)}.png", figure, alt=alt)
+    return heading + _findings(lines[:2]) + notes + drawn + _list("The other arms", lines[2:], level=3)
+
+
+def paper_numbers(model: str) -> dict[int, float]:
+    """Return the accuracies that the paper states as numbers: traces (0 = the base model) -> percent."""
+    name = short_name(model).lower()
+    return {size: float(stated) for (of, size), stated in PAPER.items() if of == name and stated.isdigit()}
+
+
+def why(path: Path, results: StudyResults, model: str) -> str:
+    """Return the section on why a model's accuracy moves with the first arm; nothing if no steps can be checked."""
+    groups = results.points(model)[0]
+    name = next(iter(groups), "")
+    points = [list(results.bases(model).values()), *groups.get(name, {}).values()]
+    if len(points) < 2 or any(STEPWISE not in found.results for seeds in points for found in seeds):
+        return ""
+    base, *rest = (
+        decompose(seeds[0].cell.num_traces, {found.cell.seed: found.results[STEPWISE] for found in seeds})
+        for seeds in points
+    )
+    causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
+    return "".join(
+        [
+            f"<h3>Why: {html.escape(name)}, the answers step by step</h3>",
+            _findings(explain(base, rest)),
+            embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
+            embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
+            WHY_NOTE.format(causes=causes),
+            why_table(base, rest),
+        ]
+    )
 
 
 def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
-    """A row a point of the decomposition."""
-    rows = ""
+    """Return one row per size of what the answers' steps show."""
+    rows = []
     for point in (base, *points):
-        longer, reflection = point.reflection_tokens, point.reflection
-        cells = [f"{point.num_traces:,}" if point.num_traces else "base model"]
-        for e in (point.accuracy, point.step_accuracy, point.predicted, point.residual):
-            cells.append(f"{100 * e.mean:.1f} ± {100 * e.half:.1f}")
-        cells += [f"{100 * point.saved:.1f}", f"{point.operations.mean:.1f} ± {point.operations.half:.1f}"]
-        cells += [f"{point.checks:.1f}", f"{point.corrections:.1f}"]
-        cells.append(f"{100 * reflection.mean:.0f} ± {100 * reflection.half:.0f}")
-        cells.append("-" if longer is None else f"{longer.mean:+.0f} ± {longer.half:.0f}")
-        cells += [f"{100 * point.truncated:.0f}", f"{100 * point.looping:.0f}"]
-        rows += "<tr>" + "".join(f"<td>{cell}" for cell in cells)
-    heads = (
-        "traces", "accuracy, %", "p, %", "p^n, %", "accuracy - p^n", "right by luck, %", "operations", "checks", "corrections",
-        "rechecks, %", "tokens longer", "cut off, %", "in a loop, %",
-    )  # fmt: skip
-    return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
+        longer = point.reflection_tokens
+        rows.append([
+            f"{point.num_traces:,}" if point.num_traces else "base model",
+            *map(_percent, (point.accuracy, point.step_accuracy, point.predicted, point.residual)),
+            f"{100 * point.saved:.1f}",
+            f"{point.operations.mean:.1f} ± {point.operations.half:.1f}",
+            f"{point.checks:.1f}", f"{point.corrections:.1f}",
+            f"{100 * point.reflection.mean:.0f} ± {100 * point.reflection.half:.0f}",
+            "-" if longer is None else f"{longer.mean:+.0f} ± {longer.half:.0f}",
+            f"{100 * point.truncated:.0f}", f"{100 * point.looping:.0f}",
+        ])  # fmt: skip
+    heads = ("traces", "accuracy, %", "p, %", "p^n, %", "accuracy - p^n", "right by luck, %", "operations", "checks",
+             "corrections", "rechecks, %", "tokens longer", "cut off, %", "in a loop, %")  # fmt: skip
+    return _table(heads, rows)
 
 
-def browser(found: Sequence[Finished]) -> str:
-    """The first sample of one seed to the same problems at every size, arm after arm, wrong steps marked."""
-    seed = min(cell.cell.seed for cell in found)
-    columns = [cell for cell in found if cell.cell.seed == seed]
-    columns.sort(
-        key=lambda cell: (
-            cell.cell.arm != BASE,
-            list(ARMS).index(cell.cell.arm) if cell.cell.arm in ARMS else 0,
+def rl_section(path: Path, results: StudyResults) -> str:
+    """Return the section on reinforcement learning; nothing if there was none."""
+    if not results.rl:
+        return ""
+    parts = ["<h2>Reinforcement learning</h2>", _findings(rl_findings(results.rl, results.length_benchmark))]
+    for i, (name, starts) in enumerate(by_start(results.rl).items()):
+        parts.append(
+            embed(
+                path / f"rl-{i + 1}.png",
+                rl_figure(starts),
+                alt=f"{name}: reward of the rollouts against the step",
+            )
         )
+    rows = [
+        [
+            run.start.name,
+            *(f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)),
+            f"{RL}/{run.start.name}/report.html",
+        ]
+        for run in results.rl
+    ]
+    return "".join([*parts, _table(("start", "before, %", "after, %", "its report"), rows), RL_NOTE])
+
+
+def table(results: StudyResults) -> str:
+    """Return one row per point, over the seeds that are finished, the base model first; then what is not done."""
+    benchmarks = list(dict.fromkeys(name for found in results.finished for name in found.results))
+    benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
+    rows = []
+    for model in results.models:
+        bases, curves = list(results.bases(model).values()), results.curves(model)
+        if bases:
+            base = Curve("", point_of(bases, results.length_benchmark), [])
+            rows.append(
+                [*_columns(bases[0].cell), *_numbers(bases, base, results.length_benchmark, benchmarks)]
+            )
+        for curve, sizes in zip(curves, results.points(model)[0].values(), strict=True):
+            for seeds in sizes.values():
+                rows.append(
+                    [*_columns(seeds[0].cell), *_numbers(seeds, curve, results.length_benchmark, benchmarks)]
+                )
+    for cell in results.cells:
+        outcome = results.outcomes.get(cell.name)
+        if outcome is None or outcome.status == FAILED:
+            rows.append(
+                [*_columns(cell), f"seed {cell.seed}: {'not ended yet' if outcome is None else 'FAILED'}"]
+            )
+    heads = ("model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base", "the paper ¹", "tokens ²",
+             "cut off, %", "in a loop, %", "reflection, %", "training, h ³", *benchmarks)  # fmt: skip
+    return _table(heads, rows) + NOTES.format(length=html.escape(results.length_benchmark))
+
+
+def _columns(cell: Cell) -> list[str]:
+    """Return the columns up to "batch"."""
+    return [short_name(cell.model), cell.curve, f"{cell.num_traces:,}", str(cell.batch_traces or "-")]
+
+
+def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks: Sequence[str]) -> list[str]:
+    """Return the columns from "seeds" on. curve: whose base model the point is compared with."""
+    cell, point = seeds[0].cell, point_of(seeds, length_of)
+    every = [result for found in seeds for result in found.results.values()]
+    columns = [
+        str(len(seeds)),
+        str(len(seeds[0].metrics) or "-"),
+        _percent(point.accuracy),
+        _percent(difference(point.shares, curve.base.shares), "+") if cell.num_traces else "-",
+        PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
+        f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
+        *(
+            f"{100 * fmean(getattr(result, name) for result in every):.0f}"
+            for name in ("truncated", "looping", "reflection")
+        ),
+        f"{fmean(found.training_seconds for found in seeds) / 3600:.2f}" if cell.num_traces else "-",
+    ]
+    for name in benchmarks:
+        found = [of_seed.results[name] for of_seed in seeds if name in of_seed.results]
+        spread = f" ± {100 * found[0].interval:.1f}" if len(found) == 1 else ""
+        columns.append(f"{100 * fmean(result.accuracy for result in found):.1f}{spread}" if found else "-")
+    return columns
+
+
+def failures(results: StudyResults) -> str:
+    """Return every run that failed, with its reason and the last lines of its log."""
+    failed = [outcome for outcome in results.outcomes.values() if outcome.status == FAILED]
+    items = ""
+    for outcome in failed:
+        items += f"<h3>{html.escape(outcome.job)}</h3><p class=wrong>{html.escape(outcome.error)}</p>"
+        if outcome.tail:
+            tail = html.escape("\n".join(outcome.tail))
+            items += f"<details><summary>the last lines of {html.escape(outcome.log)}</summary><pre>{tail}</pre></details>"
+    return (
+        f"<h2>Failed</h2><p>Nothing here counts these; --resume tries them again.</p>{items}"
+        if failed
+        else ""
     )
-    samples = [{row["question"]: row for row in cell.result.rows if row["sample"] == 0} for cell in columns]
-    common = [question for question in samples[0] if all(question in of_cell for of_cell in samples)]
+
+
+def same_problem(results: StudyResults) -> str:
+    """Return one seed's first sample of the same problems, at every size of the first model, arm after arm."""
+    model, arms = results.models[0], list(dict.fromkeys(cell.curve for cell in results.cells))
+    found = [done for done in results.finished if done.cell.model == model]
+    seed = min((done.cell.seed for done in found), default=0)
+    columns = [done for done in found if done.cell.seed == seed]
+    columns.sort(
+        key=lambda done: (done.cell.num_traces > 0, done.cell.curve in arms and arms.index(done.cell.curve))
+    )
+    samples = [
+        {
+            (name, row["question"]): row
+            for name, result in done.results.items()
+            for row in result.rows
+            if row["sample"] == 0
+        }
+        for done in columns
+    ]
     parts = []
-    for question in common[:SHOWN]:
-        cells = "".join(
-            _answer(cell, of_cell[question]) for cell, of_cell in zip(columns, samples, strict=True)
+    for question in [
+        key for key in (samples[0] if samples else ()) if all(key in of_cell for of_cell in samples)
+    ][:SHOWN]:
+        answers = "".join(
+            _answer(done.cell, question[0], of[question]) for done, of in zip(columns, samples, strict=True)
         )
         row = samples[0][question]
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
+        opened = " open" if not parts else ""
         parts.append(
-            f"<details{' open' if not parts else ''}><summary>{summary}</summary><div class=pair>{cells}</div></details>"
+            f"<details{opened}><summary>{summary}</summary><div class=pair>{answers}</div></details>"
         )
-    return "".join(parts)
+    return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""
 
 
-def _answer(cell: Finished, row: dict) -> str:
-    found = dissect(row["problem"], row["text"], finished=row["finished"])
-    title = (
-        "base model" if cell.cell.arm == BASE else f"{ARMS[cell.cell.arm].title}, {cell.cell.num_traces:,}"
-    )
-    cause = f": {found.cause}" if found.cause else ""
-    spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(
-        found.taken_back, "mark class=taken-back"
-    )
+def _answer(cell: Cell, benchmark: str, row: dict) -> str:
+    """Return one answer, with its wrong steps marked if they can be checked."""
+    title = f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve
+    cause, spans = "", {}
+    if benchmark == STEPWISE:
+        found = dissect(row["problem"], row["text"], finished=row["finished"])
+        cause = f": {found.cause}" if found.cause else ""
+        spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(
+            found.taken_back, "mark class=taken-back"
+        )
     return (
         f"<div><h4>{html.escape(title)}: <span class={row['verdict']}>{row['verdict']}</span>{cause}</h4>"
         f"<pre>{pages.marked(row['text'], spans)}</pre></div>"
     )
 
 
-def table(found: Sequence[Finished]) -> str:
-    """A row a point of any curve, the base models first."""
-    rows = ""
-    for (_, arm, size), cells in by_point(found).items():
-        title = title_of(cells[0], found) if arm != BASE else f"base model, {describe(cells[0])}"
-        point = point_of(cells)
-        mean = {
-            name: sum(cell.row[name] for cell in cells) / len(cells)
-            for name in ("truncated", "looping", "reflection")
-        }
-        batch, steps = (f"{cells[0].row.get(name) or '-'}" for name in ("batch_traces", "steps"))
-        rows += (
-            f"<tr><td>{html.escape(title)}<td>{size or '-'}<td>{batch}<td>{steps}<td>{len(cells)}"
-            f"<td><b>{100 * point.accuracy.mean:.1f}</b> ± {100 * point.accuracy.half:.1f}"
-            f"<td>{point.length.mean:.0f} ± {point.length.half:.0f}"
-            + "".join(f"<td>{100 * mean[name]:.0f}" for name in ("truncated", "looping", "reflection"))
-        )
-    heads = (
-        "arm",
-        "traces",
-        "batch",
-        "steps",
-        "seeds",
-        "accuracy, %",
-        "tokens",
-        "cut off, %",
-        "in a loop, %",
-        "rechecks, %",
-    )
-    return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
+def _percent(value: Estimate, sign: str = "") -> str:
+    return f"{100 * value.mean:{sign}.1f} ± {100 * value.half:.1f}"
 
 
-def _sentences(lines: Sequence[str]) -> str:
+def _findings(lines: Sequence[str]) -> str:
     return "".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines)
 
 
-def _others(lines: Sequence[str]) -> list[str]:
-    """What the other arms' curves say, below that of the first."""
-    return (
-        ["<h2>The other arms</h2><ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"]
-        if lines
-        else []
-    )
+def _list(title: str, lines: Sequence[str], level: int = 2) -> str:
+    items = "".join(f"<li>{html.escape(line)}" for line in lines)
+    return f"<h{level}>{title}</h{level}><ul>{items}</ul>" if lines else ""
 
 
-def _note(found: Sequence[Finished]) -> str:
-    result = found[0].result
-    return NOTE.format(
-        model=describe(found[0]),
-        seeds=_seeds(found),
-        questions=result.num_questions,
-        samples=result.num_samples,
-    )
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(head)}" for head in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<div class=wide><table><tr>{head}{body}</table></div>"
 
 
-def _seeds(found: Sequence[Finished]) -> str:
-    number = len({cell.cell.seed for cell in found})
-    if number > 1:
-        return f"{number} seeds of traces, training and samples"
-    return "one seed, so the intervals do not cover how one training differs from the next"
-
-
-NOTE = """<p><small>{questions} held-out questions x {samples} samples; {seeds}. Bands are 95 % intervals over questions and,
-where there are several, seeds. This is about the toy, chains of additions and subtractions for a {model}; it is not about
-language models.</small></p>"""
 WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the problem's steps. "Longer
 answers alone": the share that would be right if every operation of these answers, checks and all, were as reliable as the
 base model's. What goes wrong first, in this order: {causes}. Right by luck: something in the answer is wrong, its box is
-not. The paper, on its synthetic arithmetic: about 10 operations an answer before, 40 after 8k traces; on benchmarks, reflection
-below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only where
+not. The paper, on its synthetic arithmetic: about 10 operations per answer before, 40 after 8k traces; on benchmarks, reflection
+below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only if
 a language model agrees; here a keyword is enough.</small></p>"""
-RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise, temperature 1, on other
-problems of the kind above, nearly all of which the base model solves: no start can end much above it here. The curve is the
-reward of the rollouts, the sentences are of the questions above, answered anew. Bands span the seeds. In the paper the start
-after 8k traces stays below the base model throughout, and the one after 128k ends above it.</small></p>"""
-BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark>,
-<mark class=taken-back>what the answer itself takes back</mark>, <mark>reflection</mark>, <b class=box>boxed answers</b>.</small>
-</p>"""
+RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise. The curve is the reward of the rollouts;
+bands span the seeds. Before and after, the questions are answered with new samples, because the lowest of several points is in
+part bad luck. In the paper the start after 8k traces stays below the base model throughout, and the one after 128k ends above
+it.</small></p>"""
+NOTES = """<p><small>Accuracy is the mean of the benchmarks, each counting the same; differences are paired by question and seed. A
+column of a benchmark has an interval if there is one seed. Reflection: a keyword alone, an upper bound. ¹ Full fine-tuning, in
+percent; what its text states as a number, its curves carry none. ² Mean tokens of the responses to {length}. ³ Measured: the sum
+of the steps, without sampling; the mean over the seeds. A QLoRA model is compared with the base model in its own precision, so
+what rounding to NF4 does is part of the difference.</small></p>"""
+BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark> and
+<mark class=taken-back>what the answer itself takes back</mark>, if its steps can be checked; <mark>reflection</mark>,
+<b class=box>boxed answers</b>.</small></p>"""
 STYLE = """
-.finding { margin: .5rem 0 }
+.finding { margin: .5rem 0 } @media (min-width: 90rem) { body { max-width: 84rem } img { max-width: 62rem } }
 mark.wrong { background: #f6b8ae; color: #6d130a; text-decoration: underline } mark.taken-back { background: #e4e4e4 }
 """
 PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Through the valley</title>
 <style>{style}</style>
-<h1>{title}</h1>
+<h1>Through the valley: accuracy and length against the number of traces</h1>
 {sections}
 <details><summary>Settings</summary><div class=wide><table>{settings}</table></div></details>
 </html>
@@ -257,5 +344,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("run", type=Path, help="the folder of a study")
     print(write_report(parser.parse_args().run))

@@ -13,12 +13,13 @@ def write(path, rows):
 
 
 def test_the_shapes_that_prompts_come_in_are_all_read(tmp_path):
-    source = write(tmp_path / "prompts.jsonl", [
-        {"problem": "1+1?", "answer": "2"},
-        {"question": "2+2?", "gt_answer": 4},
-        {"prompt": [{"role": "user", "content": "x"}], "reward_model": {"ground_truth": "6"}, "extra_info": {"question": "3+3?"}},
-    ])  # fmt: skip
-    found = read_prompts(source, BadRows(0))
+    verl = {
+        "prompt": [{"role": "user", "content": "x"}],
+        "reward_model": {"ground_truth": "6"},
+        "extra_info": {"question": "3+3?"},
+    }
+    rows = [{"problem": "1+1?", "answer": "2"}, {"question": "2+2?", "gt_answer": 4}, verl]
+    found = read_prompts(write(tmp_path / "prompts.jsonl", rows), BadRows(0))
     assert [(q.problem, q.answer) for q in found] == [("1+1?", "2"), ("2+2?", "4"), ("3+3?", "6")]
     assert len({q.id for q in found}) == 3
 
@@ -50,23 +51,18 @@ def test_a_file_of_another_shape_says_what_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("levels", ["4", "4-1", "easy"])
-def test_levels_that_are_none_are_refused(levels, tmp_path):
+def test_malformed_levels_are_refused(levels, tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"problem": "1", "answer": "1"}])
     with pytest.raises(ValueError, match=r"levels is '.*' but must be two numbers such as 1-4"):
-        read_prompts(
-            write(tmp_path / "p.jsonl", [{"problem": "1", "answer": "1"}]), BadRows(0), levels=levels
-        )
+        read_prompts(source, BadRows(0), levels=levels)
 
 
 def test_levels_are_kept_from_text_and_numbers_and_a_row_without_one_is_bad(tmp_path):
-    rows = [
-        {"problem": f"{i}", "answer": "1", "level": level}
-        for i, level in enumerate(["Level 1", 4, 5.0, "Level 5", None])
-    ]
+    levels = ["Level 1", 4, 5.0, "Level 5", None]
+    rows = [{"problem": f"{i}", "answer": "1", "level": level} for i, level in enumerate(levels)]
     bad = BadRows(1)
-    assert [q.problem for q in read_prompts(write(tmp_path / "p.jsonl", rows), bad, levels="1-4")] == [
-        "0",
-        "1",
-    ]
+    found = read_prompts(write(tmp_path / "p.jsonl", rows), bad, levels="1-4")
+    assert [question.problem for question in found] == ["0", "1"]
     assert "no field level or difficulty" in bad.found[0]
     with pytest.raises(ValueError, match="has 5 rows but no prompt of levels 2-3"):
         read_prompts(write(tmp_path / "p.jsonl", rows), BadRows(1), levels="2-3")

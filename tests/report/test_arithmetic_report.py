@@ -1,4 +1,4 @@
-"""The steps of answers to `arithmetic`: p, p^n and the residual of a written-out example, computed by hand."""
+"""The steps of answers to `arithmetic`: p, p^n and the residual of a written-out example, by hand."""
 
 import json
 
@@ -37,9 +37,7 @@ def test_p_and_p_to_the_n_and_the_residual_are_those_computed_by_hand():
     found = take_apart({SAMPLES: result(*ROWS)})[SAMPLES]
     points = found.decomposition
     assert points.step_accuracy.mean == pytest.approx(P)
-    assert points.predicted.mean == pytest.approx(
-        (P**3 + P**2) / 2
-    )  # n is 3 for one question, 2 for the other
+    assert points.predicted.mean == pytest.approx((P**3 + P**2) / 2)  # n is 3 and 2
     assert points.accuracy.mean == 0.75
     assert points.residual.mean == pytest.approx(0.75 - (P**3 + P**2) / 2)
     assert points.operations.mean == (3 + 3 + 3 + 4) / 4

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from kit.valley.curves import Curve, Estimate, Point, comparison_sentence, difference, estimate, findings
+from kit.valley.curves import Curve, Estimate, Point, difference, estimate
+from kit.valley.sentences import comparison_sentence, findings
 
 SIZES = (16, 64, 256, 1_024)
 

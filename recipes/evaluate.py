@@ -142,7 +142,7 @@ def table(results: list[Result]) -> str:
 
 def print_steps(stages: Stages) -> None:
     """Print what the operations of the answers to `arithmetic` show, if it was measured."""
-    for line in arithmetic.sentences(arithmetic.take_apart(stages)):
+    for line in arithmetic.sentences(arithmetic.check_answers(stages)):
         print(line)
 
 

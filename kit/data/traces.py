@@ -123,12 +123,14 @@ def read_traces(
 ) -> tuple[list[Trace], DropCounts]:
     """Read one trace per problem from `source` (see kit.data.rows), in the order that nests the subsets.
 
+    A problem that occurs twice is kept once.
+
     limit: return, and keep in memory, only the first so many traces of that order (OpenR1-Math-220k is some
     gigabytes of text); 0 = all. verify: see pick_response.
     shuffle: the random order; False = the order of the file, which is then read only as far as `limit` needs.
     long_share: share of the problems that keep their long trace. The others get the row's `solution`, which
-    is not verified; below 1, a row without one is malformed. A problem that occurs twice is kept once. Raises
-    ValueError for a share outside 0..1 and for more than max_bad_rows malformed rows, and names each.
+    is not verified; below 1, a row without one is malformed.
+    Raises ValueError for a share outside 0..1 and for more than max_bad_rows malformed rows, and names each.
     """
     if not 0 <= long_share <= 1:
         raise ValueError(f"long_share is {long_share} but must be in 0..1; pass 1 for long traces alone")

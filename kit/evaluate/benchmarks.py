@@ -40,7 +40,7 @@ class Benchmark:
     def read(self, source: str = "", *, limit: int = 0) -> Benchmark:
         """Return the benchmark with its questions, from a file, a folder that holds `file`, or a hub id.
 
-        source: "" = the table's. limit: read only the first so many questions; 0 = all.
+        source: "" = the table's. limit: return only the first so many questions; 0 = all.
         Raises ValueError for a malformed row and if the questions are not those of the table. A hub copy must
         hold all of them, and so must a local file of the same number of rows if it is read without a limit.
         Any other local file is accepted.

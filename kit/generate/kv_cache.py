@@ -21,8 +21,7 @@ from kit.models.families import head_dim, layer_windows
 
 BUCKET = 16  # positions; attended length is rounded up to a multiple of it, so that shapes repeat
 # On a CPU, one more call of attention takes as long as reading this many bytes of keys and values. A card
-# runs the rows of a call in parallel but several calls one after another, so there all rows are read
-# together.
+# runs the rows of a call in parallel but several calls in sequence, so there all rows are read together.
 CALL_BYTES = 2**18
 SORTED_BY = 256  # positions; grouped rows that differ by less stay unsorted: a move costs more than it saves
 MOVED_AT_ONCE = 1_024  # positions; bounds the copy that a move makes
@@ -38,8 +37,7 @@ class SlotCache(Cache):
         self.sizes = [min(window or capacity, capacity) for window in self.windows]
         num_heads, width = config.num_key_value_heads, head_dim(config)
         like = {"dtype": weight.dtype, "device": weight.device}
-        # not zeros: a CPU allocates memory when it is first written, and most answers end long before the
-        # capacity
+        # not zeros: a CPU allocates memory on first write, and most answers end long before the capacity
         self.keys = [torch.empty(num_slots, num_heads, W, width, **like) for W in self.sizes]
         self.values = [torch.empty_like(keys) for keys in self.keys]
 
@@ -55,10 +53,10 @@ class SlotCache(Cache):
         self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf
         self.sorted_by = SORTED_BY if grouping else math.inf
 
-        # of a layer, by its size W. For every position that the prompts leave: its row, its place, its token
-        # in the pack
+        # by the size W of a layer. Of every position that the prompts leave: its row, place, token in the
+        # pack
         self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        # where the next position of each row and head is written
+        # where each row and head writes its next position
         self.places: dict[int, torch.Tensor] = {}
         # groups of rows that are read together: rows, places, mask
         self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}

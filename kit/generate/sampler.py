@@ -89,7 +89,7 @@ class _Engine:
     ) -> tuple[list[int], list[float]]:
         """Read prompts into rows, equal ones once, and draw the first token of each row."""
         distinct = list(dict.fromkeys(prompts))
-        # every layer would check the bounds of a tensor that was created in inference mode again
+        # created outside of inference mode, where every layer would check the pack's bounds again
         with torch.inference_mode(False):
             documents = [Document(torch.tensor(prompt), 1) for prompt in distinct]
             pack = PackedBatch.build(documents).to(self.device)
@@ -145,11 +145,10 @@ def generate(
 ) -> list[Completion]:
     """Sample one completion per prompt, and return them in the order of the prompts.
 
-    model: a transformers model of kit.models.families.FAMILIES. prompts: token ids. num_slots: rows decoded
-    at once.
-    keys: together with `seed` the name of each prompt's random stream, for example (question id, sample
-    index); None = the prompt's index. decode: ids -> text. on_finish(index, completion): called when a
-    completion ends.
+    model: a transformers model of kit.models.families.FAMILIES. prompts: token ids.
+    num_slots: rows decoded at once. keys: with `seed` the name of each prompt's random stream, for example
+    (question id, sample index); None = the prompt's index.
+    decode: ids -> text. on_finish(index, completion): called when a completion ends.
     Raises ValueError for an unknown family, for an empty prompt, and if a prompt and max_new_tokens exceed
     the model's context.
     """

@@ -53,7 +53,7 @@ class Answers:
         return any(steps.equations for steps in self.steps)
 
 
-def take_apart(stages: Stages) -> dict[str, Answers]:
+def check_answers(stages: Stages) -> dict[str, Answers]:
     """Find the operations of every answer to `arithmetic`, for each stage in which it was measured."""
     return {stage: _answers(results[NAME]) for stage, results in stages.items() if NAME in results}
 
@@ -107,13 +107,11 @@ def _sentence(label: str, answers: Answers) -> str:
         return f"{label}: no answer states an equation, so there are no steps to check."
     first = "none is wrong"
     if answers.first_wrong is not None:
-        share = f"{100 * answers.with_wrong:.1f} %"
-        first = (
-            f"{share} of the answers have a wrong one, first at operation {answers.first_wrong:g} (median)"
-        )
+        share, place = f"{100 * answers.with_wrong:.1f} %", f"operation {answers.first_wrong:g} (median)"
+        first = f"{share} of the answers have a wrong one, first at {place}"
     return (
-        f"{label}: {found.operations.mean:.1f} operations per answer (± {found.operations.half:.1f}) for "
-        f"problems of {answers.num_needed:.1f}; an operation is right with p = {found.step_accuracy}, "
+        f"{label}: answers perform {found.operations.mean:.1f} operations (± {found.operations.half:.1f}), "
+        f"the problems need {answers.num_needed:.1f}; an operation is right with p = {found.step_accuracy}, "
         f"{first}; p^n is {percent(found.predicted)}, measured {percent(found.accuracy)}: a residual of "
         f"{100 * found.residual.mean:+.1f} points ± {100 * found.residual.half:.1f}."
     )
@@ -158,9 +156,8 @@ def _points(share: Estimate) -> str:
 
 
 def _first_wrong_steps(stage: str, answers: Answers) -> str:
-    wrong = [
-        (row, steps) for row, steps in zip(answers.rows, answers.steps, strict=True) if steps.first_wrong
-    ]
+    pairs = zip(answers.rows, answers.steps, strict=True)
+    wrong = [(row, steps) for row, steps in pairs if steps.first_wrong]
     rows = ""
     for row, steps in wrong[:SHOWN]:
         step = steps.first_wrong

@@ -47,7 +47,7 @@ def write_report(path: Path) -> Path:
         plots["caps.png"] = figures.caps_figure(measured)
         note = pages.CAPS_NOTE
     drawn = "".join(figures.embed(path / name, figure) for name, figure in plots.items()) + note
-    steps = arithmetic.take_apart(measured)
+    steps = arithmetic.check_answers(measured)
     lines = [*findings(results), *arithmetic.sentences(steps)]
     what = "an evaluation" if results[SAMPLES] else "before and after long chains of thought"
     page = pages.PAGE.format(

@@ -47,7 +47,10 @@ class Decomposition:
 def decompose(
     num_traces: int, results: Mapping[int, Result], dissect: Callable[..., Anatomy] = dissect
 ) -> Decomposition:
-    """Take apart all answers of one point. results: seed -> its samples. dissect: for other problems than the toy's."""
+    """Take apart all answers of one point. results: seed -> its samples.
+
+    dissect: what finds the steps of an answer; another one for other problems than the toy's.
+    """
     rows = [(seed, row, dissect(row["problem"], row["text"], finished=row["finished"]))
             for seed, result in results.items() for row in result.rows]  # fmt: skip
 

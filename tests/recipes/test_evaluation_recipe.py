@@ -65,7 +65,7 @@ def test_the_steps_of_arithmetic_answers_are_printed_reported_and_compared(tmp_p
     done = run_recipe("evaluate", *flags, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("arithmetic: "))
-    assert "operations per answer" in line and "p^n is" in line and "a residual of" in line
+    assert "answers perform " in line and "p^n is" in line and "a residual of" in line
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Arithmetic, step by step" in page and line in html.unescape(page)
     compared = run_recipe("evaluate", "--compare", "run,run", cwd=tmp_path).stdout

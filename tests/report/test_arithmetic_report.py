@@ -6,7 +6,7 @@ import pytest
 
 from kit.data.arithmetic import PROMPT
 from kit.evaluate.results import Result
-from kit.report.arithmetic import section, sentences, take_apart
+from kit.report.arithmetic import check_answers, section, sentences
 from kit.report.before_after import write_report
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
@@ -34,7 +34,7 @@ def result(*rows):
 
 
 def test_p_and_p_to_the_n_and_the_residual_are_those_computed_by_hand():
-    found = take_apart({SAMPLES: result(*ROWS)})[SAMPLES]
+    found = check_answers({SAMPLES: result(*ROWS)})[SAMPLES]
     points = found.decomposition
     assert points.step_accuracy.mean == pytest.approx(P)
     assert points.predicted.mean == pytest.approx((P**3 + P**2) / 2)  # n is 3 and 2
@@ -46,8 +46,10 @@ def test_p_and_p_to_the_n_and_the_residual_are_those_computed_by_hand():
 
 
 def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
-    (line,) = sentences(take_apart({SAMPLES: result(*ROWS)}))
-    assert line.startswith("arithmetic: 3.2 operations per answer (± ") and "for problems of 2.5;" in line
+    (line,) = sentences(check_answers({SAMPLES: result(*ROWS)}))
+    assert (
+        line.startswith("arithmetic: answers perform 3.2 operations (± ") and "the problems need 2.5;" in line
+    )
     assert (
         "p = 0.778 ± " in line
         and "50.0 % of the answers have a wrong one, first at operation 1.5 (median)" in line
@@ -57,7 +59,7 @@ def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
         and "measured 75.0 % ± " in line
         and "a residual of +21.2 points ± " in line
     )
-    before, after, both = sentences(take_apart({BEFORE: result(ROWS[0], *ROWS[2:]), AFTER: result(*ROWS)}))
+    before, after, both = sentences(check_answers({BEFORE: result(ROWS[0], *ROWS[2:]), AFTER: result(*ROWS)}))
     assert before.startswith("arithmetic before: ") and after == line.replace(
         "arithmetic:", "arithmetic after:"
     )
@@ -66,15 +68,15 @@ def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
 
 
 def test_answers_without_an_equation_have_no_p():
-    silent = take_apart({SAMPLES: result(row(A, "\\boxed{100}", "correct"))})
+    silent = check_answers({SAMPLES: result(row(A, "\\boxed{100}", "correct"))})
     assert sentences(silent) == ["arithmetic: no answer states an equation, so there are no steps to check."]
     assert "<td>-<td>-<td>-<td>0.0 ± 0.0" in section(silent)
-    right = sentences(take_apart({SAMPLES: result(ROWS[0])}))[0]
+    right = sentences(check_answers({SAMPLES: result(ROWS[0])}))[0]
     assert "p = 1.000" in right and "none is wrong" in right
 
 
 def test_other_benchmarks_have_no_section():
-    assert take_apart({SAMPLES: {"toy": Result("toy", ROWS)}}) == {}
+    assert check_answers({SAMPLES: {"toy": Result("toy", ROWS)}}) == {}
     assert sentences({}) == [] and section({}) == ""
 
 

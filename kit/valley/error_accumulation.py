@@ -1,7 +1,8 @@
 """Why accuracy moves: the answers of one arm taken apart, the fit acc ~ p^n and what it leaves over, and sentences about both.
 
-The paper's account is that longer answers give errors more places to accumulate. Here a step's chance p of being right is counted
-from the steps themselves, so that what accumulates can be told from what else goes wrong: format, truncation, loops.
+The paper's account is that longer answers give errors more places to accumulate. Here a step's chance p of
+being right is counted from the steps themselves, so that what accumulates can be told from what else goes
+wrong: format, truncation, loops.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What goes wrong in a toy answer: its steps held against the problem's, and the first thing that is not as it should be.
 
-An answer's steps stand between semicolons. The equation in force of a step is the one it ends up with: the first, or where the
-step takes it back (", no: ") the one that follows. Checks, and what was taken back, are counted but are no steps of the chain.
+An answer's steps stand between semicolons. The equation in force of a step is the one it ends up with: the
+first, or where the step takes it back (", no: ") the one that follows. Checks, and what was taken back, are
+counted but are no steps of the chain.
 """
 
 from __future__ import annotations

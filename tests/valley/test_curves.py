@@ -30,7 +30,7 @@ def curve(accuracies, tokens=(), *, base=0.9, name="long traces", **options):
 
 PHRASES = (
     "does not change beyond chance", "rises from", "falls from", "climbs to", "no recovery", "does not climb back",
-    "still below the base", "cannot be told from the base", "above the base", "valley is crossed",
+    "still below the base", "indistinguishable from the base", "above the base", "valley is crossed",
     "is not known",
 )  # fmt: skip
 
@@ -140,7 +140,9 @@ def test_lengths_are_told_as_they_are():
         [60, 80, 120, 200]
     )
     assert "and not shorter again beyond chance: 3.0 times at 1,024" in said([60, 80, 120, 119.99])
-    assert "get longer at no size beyond chance (40 tokens before, at most 40 ± " in said([40, 40, 39, 30])
+    assert "do not get longer beyond chance at any size (40 tokens before, at most 40 ± " in said(
+        [40, 40, 39, 30]
+    )
 
 
 def test_arms_are_compared_at_the_sizes_they_share():
@@ -151,8 +153,8 @@ def test_arms_are_compared_at_the_sizes_they_share():
     assert (
         " and below that of long traces at 1,024 (" in said
         and "256" not in said
-        and "not to be told apart at the others" in said
+        and "indistinguishable at the others" in said
     )
     same = Curve("half", long.base, list(long.points))
-    assert "cannot be told from that of long traces at any size" in comparison_sentence(long, same)
+    assert "indistinguishable from that of long traces at every size" in comparison_sentence(long, same)
     assert findings([long, same])[-1] == comparison_sentence(long, same)

@@ -204,5 +204,5 @@ def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_pa
     assert "from 8,000 traces: accuracy falls" in below and "it ends below the base model (-" in below
     assert "from 220,000 traces: accuracy rises" in above and "it ends above the base model (+" in above
     _, alike = said({0: 0.5, 8_000: 0.5})
-    assert "whether it ends above or below the base model is not known" in alike
+    assert "it is not known whether it ends above or below the base model" in alike
     assert "ends" not in said({8_000: 0.5})[0]  # nothing to compare with

@@ -27,9 +27,10 @@ from kit.evaluate.results import mean_accuracy, paired_bootstrap, read_result
 from kit.generate import SamplingParams, cache_bytes
 from kit.generate.vllm_backend import VllmModel
 from kit.memory.measured_speed import sampling_time
-from kit.report import write_report
+from kit.report import arithmetic, write_report
+from kit.report.figures import Stages
 from kit.report.page import percent
-from kit.run import SAMPLES, RunFolder, write_json
+from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def main(config: Config) -> list[Result]:
         for benchmark in benchmarks
     ]  # fmt: skip
     print(table(results))
+    print_steps({SAMPLES: {result.benchmark: result for result in results}})
     write_json(run.path / "results.json", [result.summary() for result in results])
     print(f"report {write_report(run.path)}")
     return results
@@ -144,6 +146,12 @@ def table(results: list[Result]) -> str:
     return text + "\n* keywords alone: an upper bound"
 
 
+def print_steps(stages: Stages) -> None:
+    """Print what the operations of the answers to `arithmetic` show, if it was measured."""
+    for line in arithmetic.sentences(arithmetic.take_apart(stages)):
+        print(line)
+
+
 def compare(config: Config) -> list[Result]:
     """Print the second run minus the first for every benchmark both hold."""
     folders = [Path(name) / SAMPLES for name in config.compare.split(",")]
@@ -164,6 +172,7 @@ def compare(config: Config) -> list[Result]:
             f"{100 * sampled.high:+.1f} (paired bootstrap over {before.num_questions} questions); "
             f"± {100 * spread:.1f} (normal, with two questions added: the one to trust below 20 questions)"
         )
+        print_steps({BEFORE: {name: before}, AFTER: {name: after}})
     return [read_result(second[name]) for name in shared]
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import takewhile
 from typing import NamedTuple
 
 MAX_TOKENS = 240  # of one side of an equation; the longest problem of kit/data/arithmetic.py has 47
@@ -54,14 +55,21 @@ def stated_equations(text: str) -> list[Equation]:
 
 
 def evaluate(expression: str) -> Fraction | int:
-    """The value of an arithmetic expression, or of a problem that ends with one. ValueError where it has none."""
-    tokens = [token for token in _tokens(expression.rpartition(":")[2]) if token.kind != "gap"]
+    """Compute an arithmetic expression, or the one that a problem ends with.
+
+    Raises ValueError if the text does not end with one, or if it divides by zero.
+    """
+    return _solve(expression).value
+
+
+def _solve(problem: str) -> _Computed:
+    tokens = [token for token in _tokens(problem.rpartition(":")[2]) if token.kind != "gap"]
     found = _compute(tokens)
     if found is None:
         raise ValueError(
-            f"{expression[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem"
+            f"{problem[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem"
         )
-    return found.value
+    return found
 
 
 class _Token(NamedTuple):
@@ -313,6 +321,7 @@ class Steps:
 
     equations: tuple[Equation, ...]
     answer: Fraction | int  # of the problem
+    num_needed: int  # operations of the problem
 
     @property
     def first_wrong(self) -> Equation | None:
@@ -324,13 +333,19 @@ class Steps:
         return sum(equation.num_operations for equation in self.equations)
 
     @property
+    def num_before_wrong(self) -> int:
+        """Operations performed before the first wrong equation; all of them if none is wrong."""
+        right = takewhile(lambda equation: equation.is_right, self.equations)
+        return sum(equation.num_operations for equation in right)
+
+    @property
     def num_wrong(self) -> int:
-        """Wrong equations; each is taken for one wrong operation."""
+        """Wrong equations; each counts as one wrong operation."""
         return sum(not equation.is_right for equation in self.equations)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the operations that were performed right; None if none was performed."""
+        """Share of the performed operations that are right; None if none was performed."""
         return 1 - min(1.0, self.num_wrong / self.num_operations) if self.num_operations else None
 
     @property
@@ -340,9 +355,11 @@ class Steps:
 
 
 def check_steps(problem: str, response: str) -> Steps:
-    """What a response to an arithmetic problem computes, and where it first goes wrong. ValueError for another kind of problem.
+    """Find the operations that a response to an arithmetic problem performs, and the first one that is wrong.
 
-    An equation is checked by itself: a right computation with a number miscopied from the problem is a right operation, and shows
-    in `reaches_answer`.
+    Each equation is checked by itself. A right computation with a number miscopied from the problem is a right
+    operation; that the answer is then missed shows in `reaches_answer`.
+    Raises ValueError for any other kind of problem.
     """
-    return Steps(tuple(stated_equations(response)), evaluate(problem.rstrip(" ?=.\n")))
+    solved = _solve(problem.rstrip(" ?=.\n"))
+    return Steps(tuple(stated_equations(response)), solved.value, solved.num_operations)

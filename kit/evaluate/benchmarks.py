@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit.data.arithmetic import make_rows
+from kit.data.equations import check_steps
 from kit.data.problems import Question
 from kit.data.rows import SUFFIXES, BadRows, read_rows
 from kit.data.toy import PROBLEMS
@@ -96,6 +97,13 @@ class Benchmark:
             if not match:
                 raise ValueError(f"{place}: no {self.answer_pattern!r} in the answer {answer[-80:]!r}")
             answer = match.group(1)
+        if self.name == "arithmetic":
+            try:
+                check_steps(problem, "")
+            except ValueError as error:
+                raise ValueError(
+                    f"{place}: {error}: answers to {self.name} are checked step by step"
+                ) from error
         return Question(digest(" ".join(problem.split()))[:12], problem, answer.strip())
 
 

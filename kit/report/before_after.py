@@ -12,8 +12,8 @@ import html
 import json
 from pathlib import Path
 
-from kit.evaluate.results import Result, check_comparable, paired_difference, read_results
-from kit.report import figures
+from kit.evaluate.results import Result, paired_difference, read_results
+from kit.report import arithmetic, figures
 from kit.report import page as pages
 from kit.report.page import percent
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
@@ -43,14 +43,16 @@ def write_report(path: Path) -> Path:
         plots["caps.png"] = figures.caps_figure(measured)
         note = pages.CAPS_NOTE
     drawn = "".join(figures.embed(path / name, figure) for name, figure in plots.items()) + note
+    steps = arithmetic.take_apart(measured)
+    lines = [*findings(results), *arithmetic.sentences(steps)]
     what = "an evaluation" if results[SAMPLES] else "before and after long chains of thought"
     page = pages.PAGE.format(
         style=pages.STYLE,
         title=html.escape(f"{config.get('model', path.name)}, {what}"),
-        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in findings(results)),
+        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines),
         paper=_paper(str(config.get("model", ""))),
         table=pages.figures_table(measured),
-        images=drawn or "<p>Nothing has been measured yet.</p>",
+        images=(drawn or "<p>Nothing has been measured yet.</p>") + arithmetic.section(steps),
         training=_training(metrics, path),
         samples=pages.browser(measured),
         settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
@@ -68,11 +70,10 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
         if before is None:
             continue
         try:
-            check_comparable(before, after)
-        except ValueError as error:  # a report is still made of what there is
+            difference, spread = paired_difference(before, after)
+        except ValueError as error:  # a report is still written of what there is
             sentences.append(str(error))
             continue
-        difference, spread = paired_difference(before, after)
         certain = abs(difference) > spread
         change = ("rose" if difference > 0 else "fell") if certain else "did not change beyond chance"
         longer = after.mean_tokens / before.mean_tokens

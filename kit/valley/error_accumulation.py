@@ -8,7 +8,7 @@ wrong: format, truncation, loops.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -45,8 +45,10 @@ class Decomposition:
     checks: float  # an answer
 
 
-def decompose(num_traces: int, results: Mapping[int, Result]) -> Decomposition:
-    """Take apart all answers of one point. results: seed -> its samples."""
+def decompose(
+    num_traces: int, results: Mapping[int, Result], dissect: Callable[..., Anatomy] = dissect
+) -> Decomposition:
+    """Take apart all answers of one point. results: seed -> its samples. dissect: for other problems than the toy's."""
     rows = [(seed, row, dissect(row["problem"], row["text"], finished=row["finished"]))
             for seed, result in results.items() for row in result.rows]  # fmt: skip
 

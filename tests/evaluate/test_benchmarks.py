@@ -124,6 +124,17 @@ def test_a_file_without_the_questions_is_refused(tmp_path, rows, message):
         parse_benchmarks(f"aime24={write(tmp_path / 'f.jsonl', rows)}")
 
 
+def test_an_arithmetic_problem_whose_steps_cannot_be_checked_is_refused_by_its_place(tmp_path):
+    rows = [{"problem": "Compute: 3*(4+5) = ?", "answer": 27}, {"problem": "How many eggs?", "answer": 3}]
+    assert (
+        parse_benchmarks(f"arithmetic={write(tmp_path / 'a.jsonl', rows[:1])}")[0].questions[0].answer == "27"
+    )
+    with pytest.raises(
+        ValueError, match=r"b\.jsonl:2: 'How many eggs' does not end with an arithmetic expression"
+    ):
+        parse_benchmarks(f"arithmetic={write(tmp_path / 'b.jsonl', rows)}")
+
+
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"no benchmark 'aime25'; the kit knows math500, aime24"):
         parse_benchmarks("aime25")

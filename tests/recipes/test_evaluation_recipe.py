@@ -1,5 +1,6 @@
 """recipes/evaluate.py and recipes/bench/sampler.py as a person starts them: real processes, the shipped model, no network."""
 
+import html
 import json
 
 import pytest
@@ -72,6 +73,19 @@ def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
     assert run_recipe("evaluate", "--compare", "a,b", "--force", cwd=tmp_path).returncode == 0
     assert "takes two run folders" in run_recipe("evaluate", "--compare", "a", cwd=tmp_path).stderr
     assert "no benchmark in common" in run_recipe("evaluate", "--compare", "a,c", cwd=tmp_path).stderr
+
+
+def test_the_steps_of_arithmetic_answers_are_printed_reported_and_compared(tmp_path):
+    flags = ["--smoke", "--benchmarks", "arithmetic", "--num_questions", "4", "--max_new_tokens", "64"]
+    done = run_recipe("evaluate", *flags, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("arithmetic: "))
+    assert "operations per answer" in line and "p^n is" in line and "a residual of" in line
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Arithmetic, step by step" in page and line in html.unescape(page)
+    compared = run_recipe("evaluate", "--compare", "run,run", cwd=tmp_path).stdout
+    assert line.replace("arithmetic:", "arithmetic before:") in compared
+    assert line.replace("arithmetic:", "arithmetic after:") in compared
 
 
 def test_a_folder_of_adapters_is_evaluated_with_its_base_and_differs_from_it(tmp_path):

@@ -163,6 +163,11 @@ def test_stages_made_differently_are_not_called_a_difference():
     assert before.accuracy > after.accuracy
 
 
+def test_an_after_that_is_only_half_measured_is_not_called_a_difference(tmp_path):
+    page = write_report(make_run(tmp_path / "half", before=rows([0.5, 0.9]), after=rows([0.5]))).read_text()
+    assert "2 questions before and 1 after" in page and "did not change" not in page and "fell" not in page
+
+
 def test_marks_at_the_start_side_by_side_and_inside_a_box_lose_and_repeat_nothing():
     assert marked("Recheck\\boxed{1<2}rethink & go") == (
         "<mark>Recheck</mark><b class=box>\\boxed{1&lt;2}</b><mark>rethink</mark> &amp; go"

@@ -39,7 +39,7 @@ class Estimate:
         return f"{self.mean:.3f} ± {self.half:.3f}"
 
     def above_zero(self, num_looks: int = 1) -> bool:
-        """Return whether the mean is certainly above zero. num_looks: differences that this one was picked from."""
+        """Return whether it is certainly above zero. num_looks: differences that it was picked from."""
         return self.mean > widened(num_looks) * self.half
 
     def below_zero(self, num_looks: int = 1) -> bool:
@@ -93,9 +93,12 @@ class Curve:
 
     @property
     def shape(self) -> str:
-        """One of: flat; rising; falling (ends at its lowest, within chance); crossing (climbs, still below the start);
-        valley (falls and climbs back to the start or above); unclear (climbs, but its end is known too
-        roughly to say whether it is back)."""
+        """flat, rising, falling, crossing, valley or unclear.
+
+        falling: ends at its lowest, within chance. crossing: climbs, but is still below the start. valley:
+        climbs back to the start or above. unclear: climbs, but its end is known too roughly to say whether
+        it is back.
+        """
         changes = self.changes()
         looks = len(changes)
         if not changes[self.lowest].below_zero(looks):

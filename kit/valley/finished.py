@@ -68,7 +68,7 @@ class StudyResults:
         """Read the study in `path`. Raises ValueError if there is none."""
         if not (path / STUDY).is_file():
             raise ValueError(
-                f"{path} holds no study ({STUDY}); pass a run folder of recipes/valley_demo.py or valley_sweep.py"
+                f"{path} holds no study ({STUDY}); pass a run folder of valley_demo.py or valley_sweep.py"
             )
         stored = json.loads((path / STUDY).read_text(encoding="utf-8"))
         cells = [Cell(**row) for row in stored["cells"]]

@@ -133,7 +133,7 @@ def run_study(
     rl: Sequence[str],
     write_report: Callable[[Path], Path],
 ) -> Path:
-    """Run the cells, then reinforcement learning from the starts that `rl` names; write the report and return it.
+    """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
     cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
     longest runs, so that they end together. Raises SystemExit naming the runs that failed, once all others

@@ -127,7 +127,7 @@ def by_start(rl_runs: Sequence[RLRun]) -> dict[str, dict[str, list[RLRun]]]:
 
 
 def rl_findings(rl_runs: Sequence[RLRun], length_of: str) -> list[str]:
-    """Describe how accuracy and length change from each start, and how its end compares with the base model's.
+    """Describe how accuracy and length change from each start, and where it ends beside the base model.
 
     Seeds are paired. length_of: the benchmark whose responses' length counts.
     """

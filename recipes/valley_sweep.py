@@ -1,4 +1,4 @@
-"""The paper's valley on a card: models x numbers of traces x (full fine-tuning | QLoRA) x seeds, in one report.
+"""The paper's valley on a card: models x numbers of traces x (full | QLoRA) x seeds, in one report.
 
     python recipes/valley_sweep.py --plan                    what fits, how many hours, how much disk:
     estimates python recipes/valley_sweep.py --plan --preset rtx24     the same for a setting that one card of
@@ -237,7 +237,7 @@ def main(config: Config) -> Path | None:
         raise SystemExit(
             "a sweep needs an NVIDIA GPU and none is here. Three ways out:\n"
             "  python recipes/valley_sweep.py --plan     what it would take: no GPU, no download\n"
-            "  python recipes/valley_sweep.py --smoke    the whole path in about a minute, with a tiny model\n"
+            "  python recipes/valley_sweep.py --smoke    the whole path with a tiny model, in a minute\n"
             "  python recipes/valley_demo.py --quick     the valley of a toy, in minutes"
         )
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()

@@ -1,4 +1,4 @@
-"""Mixtures of long traces and short solutions: the same problems in every arm, nested sizes, and the share that was asked for."""
+"""Mixtures of long traces and short solutions: the same problems in every arm, nested sizes, exact shares."""
 
 import json
 
@@ -50,10 +50,16 @@ def test_without_shuffling_the_order_is_the_files_which_is_read_no_further_than_
 
 def test_the_solution_comes_from_openr1s_own_column_and_a_row_without_one_is_malformed(tmp_path):
     rows = [
-        {"problem": f"{n}+1?", "solution": f"short {n}", "answer": str(n + 1), "generations": [f"<think>x</think>\\boxed{{{n + 1}}}"],
-         "correctness_math_verify": [True], "is_reasoning_complete": [True]}
+        {
+            "problem": f"{n}+1?",
+            "solution": f"short {n}",
+            "answer": str(n + 1),
+            "generations": [f"<think>x</think>\\boxed{{{n + 1}}}"],
+            "correctness_math_verify": [True],
+            "is_reasoning_complete": [True],
+        }
         for n in range(4)
-    ]  # fmt: skip
+    ]
     rows[3]["correctness_math_verify"] = [False]  # its problem is in no arm
     path = tmp_path / "openr1.jsonl"
     write_rows(path, rows)

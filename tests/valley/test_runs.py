@@ -86,5 +86,5 @@ def test_reinforcement_learning_for_another_number_of_steps_is_refused(tmp_path)
         (jobs[0].folder / "config.json").write_text(json.dumps({"steps": steps}))
         if steps == 3:
             check_steps(jobs)
-    with pytest.raises(ValueError, match="rl_steps is 3 but .* was trained for 4; pass that"):
+    with pytest.raises(ValueError, match=r"rl_steps is 3 but .* was trained for 4; pass that"):
         check_steps(jobs)

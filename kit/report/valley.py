@@ -22,7 +22,7 @@ from kit.report.figures import embed
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import Curve, Estimate, difference
 from kit.valley.error_accumulation import Decomposition, decompose, explain
-from kit.valley.finished import RL, Finished, StudyResults, point_of
+from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
 from kit.valley.first_error import CAUSES, STEPWISE
 from kit.valley.jobs import DONE, FAILED
 from kit.valley.sentences import by_start, findings, rl_findings
@@ -145,9 +145,12 @@ def rl_section(path: Path, results: StudyResults) -> str:
         parts.append(embed(path / f"rl-{i}.png", rl_figure(starts), alt=alt))
     rows = []
     for run in results.rl:
+        before, after = ({run.start.seed: shares(run.stages[stage])} for stage in (BEFORE, AFTER))
         accuracies = [f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)]
-        rows.append([run.start.name, *accuracies, f"{RL}/{run.start.name}/report.html"])
-    return "".join([*parts, _table(("start", "before, %", "after, %", "its report"), rows), RL_NOTE])
+        change = _percent(difference(after, before), "+")
+        rows.append([run.start.name, *accuracies, change, f"{RL}/{run.start.name}/report.html"])
+    heads = ("start", "before, %", "after, %", "change, points", "its report")
+    return "".join([*parts, _table(heads, rows), RL_NOTE])
 
 
 def table(results: StudyResults) -> str:

@@ -168,12 +168,12 @@ def _fit_sentence(base: Decomposition, low: Decomposition) -> str:
 
 def _length_sentence(base: Decomposition, low: Decomposition) -> str:
     lost = base.accuracy.mean - low.accuracy.mean
+    rest = "Single operations have become worse, or something else has"
     performed = f"{low.operations.mean:.1f} operations (± {low.operations.half:.1f})"
-    rest = "each operation has become worse, or something else"
     if low.operations.mean <= base.operations.mean:
         return (
             f"Length explains nothing of the fall: answers perform {performed}, no more than the "
-            f"{base.operations.mean:.1f} before. Either {rest}."
+            f"{base.operations.mean:.1f} before. {rest}."
         )
     by_length = base.accuracy.mean - min(base.accuracy.mean, length_alone(base, low))
     share = (
@@ -183,7 +183,7 @@ def _length_sentence(base: Decomposition, low: Decomposition) -> str:
         f"Longer answers by themselves explain {share} of the fall. Answers perform {performed}, against "
         f"{base.operations.mean:.1f} before. If these were as reliable as the base model's "
         f"({percent(base.equation_accuracy)} of its equations are true), this would cost "
-        f"{100 * by_length:.1f} of the {100 * lost:.1f} points that were lost. The rest: {rest}."
+        f"{100 * by_length:.1f} of the {100 * lost:.1f} points that were lost. {rest}, too."
     )
 
 

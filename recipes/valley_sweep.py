@@ -1,18 +1,20 @@
-"""The paper's valley on a card: models x numbers of traces x (full fine-tuning | QLoRA) x seeds, one command, one report.
+"""The paper's valley on a card: models x numbers of traces x (full | QLoRA) x seeds, in one report.
 
-    python recipes/valley_sweep.py --plan                    what fits, how many hours, how much disk: estimates; no GPU
-    python recipes/valley_sweep.py --plan --preset rtx24     the same for a setting that one card of 24 GB can finish
-    python recipes/valley_sweep.py --preset rtx24            run it; what differs from the paper is printed
-    python recipes/valley_sweep.py --gpus 0,1,2,3            the paper's setting, one run per GPU
-    python recipes/valley_sweep.py --resume                  go on after a kill, and try again what failed
-    python recipes/valley_sweep.py --smoke                   the same path in about a minute on any CPU: a tiny model
+    python recipes/valley_sweep.py --plan                    what fits, how many hours, how much disk:
+    estimates python recipes/valley_sweep.py --plan --preset rtx24     the same for a setting that one card of
+    24 GB can finish python recipes/valley_sweep.py --preset rtx24            run it; what differs from the
+    paper is printed python recipes/valley_sweep.py --gpus 0,1,2,3            the paper's setting, one run per
+    GPU python recipes/valley_sweep.py --resume                  go on after a kill, and try again what failed
+    python recipes/valley_sweep.py --smoke                   the same path in about a minute on any CPU
 
-Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2 (kit/valley/study.py).
-The base model is measured once per model and seed. A run that fails is reported with its reason and the others go
-on. `--arms long,short,mixed` adds training sets that the paper lacks: the data set's short solutions to the same
-problems, and half and half. `--fixed_batch 128` adds long traces with one batch at every size; `--rl_sizes
-0,lowest,most` adds reinforcement learning from the base model, the lowest point and the largest size. A finished
-sweep takes more models, arms, sizes or seeds with --resume.
+Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2
+(kit/valley/study.py). The base model is measured once per model and seed. A run that fails is reported with
+its reason, and the others go on. --plan needs neither a GPU nor a download; --smoke uses a tiny model.
+
+`--arms long,short,mixed` adds training sets that the paper lacks: the data set's short solutions to the same
+problems, and half of each. `--fixed_batch 128` adds long traces with one batch at every size. `--rl_sizes
+0,lowest,most` adds reinforcement learning from the base model, the lowest point and the largest size. A
+finished sweep takes more arms, sizes or seeds with --resume.
 
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs, several machines.
 """
@@ -101,22 +103,53 @@ class Config:
     out: str = ""  # sweep folder; "" = the next free one under runs/
 
 
+RTX24_MODELS = (
+    "google/gemma-3-1b-it",
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen2.5-3B-Instruct=qlora",
+)
 PRESETS = {
     "paper": {},
     "rtx24": {
-        "models": "google/gemma-3-1b-it,Qwen/Qwen2.5-0.5B-Instruct,Qwen/Qwen2.5-1.5B-Instruct,Qwen/Qwen2.5-3B-Instruct=qlora",
-        "sizes": "500,2000,8000", "gpu_gb": 24.0, "num_questions": 100, "num_samples": 2, "max_new_tokens": 8_192,
+        "models": ",".join(RTX24_MODELS),
+        "sizes": "500,2000,8000",
+        "gpu_gb": 24.0,
+        "num_questions": 100,
+        "num_samples": 2,
+        "max_new_tokens": 8_192,
     },
-}  # fmt: skip
+}
 SMOKE = {
-    "models": "tiny", "sizes": "24,96", "device": "cpu", "instruction": "", "traces": str(LONG_TRACES), "row_tokens": 1_024,
-    "lr": 3e-3, "cache_dir": "", "benchmarks": "toy", "num_questions": 25, "num_samples": 2, "max_new_tokens": 300,
-    "num_slots": 50, "trace_tokens": 119, "response_tokens": 100,
-}  # fmt: skip
+    "models": "tiny",
+    "sizes": "24,96",
+    "device": "cpu",
+    "instruction": "",
+    "traces": str(LONG_TRACES),
+    "row_tokens": 1_024,
+    "lr": 3e-3,
+    "cache_dir": "",
+    "benchmarks": "toy",
+    "num_questions": 25,
+    "num_samples": 2,
+    "max_new_tokens": 300,
+    "num_slots": 50,
+    "trace_tokens": 119,
+    "response_tokens": 100,
+}
 STATED = {  # settings that the paper states -> its value in words, "" = the default above
-    "row_tokens": "", "lr": "", "warmup_ratio": "", "max_steps": "all", "benchmarks": "", "num_questions": "all",
-    "num_samples": "8 for AIME24 and AMC23, 4 for MATH-500", "temperature": "", "top_p": "", "max_new_tokens": "",
-}  # fmt: skip
+    "row_tokens": "",
+    "lr": "",
+    "warmup_ratio": "",
+    "max_steps": "all",
+    "benchmarks": "",
+    "num_questions": "all",
+    "num_samples": "8 for AIME24 and AMC23, 4 for MATH-500",
+    "temperature": "",
+    "top_p": "",
+    "max_new_tokens": "",
+}
+OF_A_RUN = {"plan", "json", "smoke", "resume", "out", "gpu_gb", "preset", "models", "qlora_rank"}
 RL_SHARED = (
     "device",
     "chat_template",
@@ -126,18 +159,7 @@ RL_SHARED = (
     "num_questions",
     "num_samples",
 )
-OWN = {
-    "plan",
-    "json",
-    "smoke",
-    "resume",
-    "out",
-    "gpu_gb",
-    "preset",
-    "models",
-    "qlora_rank",
-}  # of a run itself
-GROWS = ("models", "arms", "sizes", "control_sizes", "seeds")  # a resumed sweep may have more of these
+GROWS = ("arms", "sizes", "control_sizes", "seeds")  # a resumed sweep may have more of these
 
 
 def study_of(config: Config) -> Study:
@@ -167,7 +189,9 @@ def deviations(config: Config, study: Study) -> list[str]:
 
 def shared(config: Config, other: type) -> dict:
     """Return the settings that the sweep and one of its recipes both have, except those of a run itself."""
-    names = [field.name for field in fields(other) if hasattr(config, field.name) and field.name not in OWN]
+    names = [
+        field.name for field in fields(other) if hasattr(config, field.name) and field.name not in OF_A_RUN
+    ]
     return {name: getattr(config, name) for name in names}
 
 
@@ -182,19 +206,23 @@ def recipes_of(config: Config, chosen: Chosen) -> Recipes:
         return shared(config, gemma3_1b_8k.Config) | settings
 
     return Recipes(
-        Path(__file__).parent, shared(config, evaluate.Config), finetune, lambda start: learning,
-        qlora_rank=config.qlora_rank, rl_flags=tuple(shlex.split(config.rl_flags)),
-    )  # fmt: skip
+        Path(__file__).parent,
+        shared(config, evaluate.Config),
+        finetune,
+        lambda start: learning,
+        qlora_rank=config.qlora_rank,
+        rl_flags=tuple(shlex.split(config.rl_flags)),
+    )
 
 
 def starts_of(config: Config, study: Study) -> list[str]:
-    """Return where reinforcement learning starts. Raises ValueError for a start that is no cell of the study."""
+    """Return where reinforcement learning starts. Raises ValueError for a size that the study lacks."""
     words = [word.strip() for word in config.rl_sizes.split(",") if word.strip()]
     sizes = parse_numbers("rl_sizes", ",".join(word for word in words if word not in (LOWEST, MOST)))
     if unknown := sorted({*sizes} - {0, *study.sizes}):
         raise ValueError(
-            f"rl_sizes is {config.rl_sizes} but no model is trained on {unknown[0]} traces; pass some of --sizes, 0, "
-            f"{LOWEST} or {MOST}"
+            f"rl_sizes is {config.rl_sizes} but no model is trained on {unknown[0]} traces; "
+            f"pass some of --sizes, 0, {LOWEST} or {MOST}"
         )
     return words
 
@@ -208,8 +236,8 @@ def main(config: Config) -> Path | None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             "a sweep needs an NVIDIA GPU and none is here. Three ways out:\n"
-            "  python recipes/valley_sweep.py --plan     what it would take, on this machine, without a download\n"
-            "  python recipes/valley_sweep.py --smoke    the whole path on this CPU in about a minute, with a tiny model\n"
+            "  python recipes/valley_sweep.py --plan     what it would take: no GPU, no download\n"
+            "  python recipes/valley_sweep.py --smoke    the whole path with a tiny model, in a minute\n"
             "  python recipes/valley_demo.py --quick     the valley of a toy, in minutes"
         )
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
@@ -217,17 +245,20 @@ def main(config: Config) -> Path | None:
     chosen = choose_settings(study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)
     cells, forced = with_settings(study.cells(), chosen)
     return run_study(
-        study, cells, path, recipes_of(config, chosen), workers,
-        deviations=deviations(config, study) + forced, rl=starts, write_report=write_report,
-    )  # fmt: skip
+        study,
+        cells,
+        path,
+        recipes_of(config, chosen),
+        workers,
+        deviations=deviations(config, study) + forced,
+        rl=starts,
+        write_report=write_report,
+    )
 
 
 def make_plan(config: Config, study: Study, card: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
-    print(
-        "memory      each model and method simulated once, up to a minute each, several if settings are chosen",
-        flush=True,
-    )
+    print("memory      each model and method is simulated, up to a minute for each setting tried", flush=True)
     memory = plan_memory(study.cells(), **card, report=lambda text: print(text, flush=True))
     chosen = {pair: settings_of(found, gemma3_1b_8k.Config.max_grad_norm) for pair, found in memory.items()}
     cells, forced = with_settings(study.cells(), chosen)

@@ -11,16 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from kit.data.equations import Steps, check_steps
-from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
+from kit.data.equations import check_steps
 from kit.evaluate.results import Result
 from kit.report.figures import Stages
 from kit.valley.curves import Estimate, percent
 from kit.valley.error_accumulation import Decomposition, decompose, length_alone
-from kit.valley.first_error import Anatomy
+from kit.valley.first_error import Anatomy, dissect_arithmetic
 
 NAME = "arithmetic"  # of the benchmark
-WRONG = "a sum is wrong"  # of kit.valley.first_error.CAUSES: the one that p counts
 SHOWN = 12  # first wrong steps listed per evaluation
 
 
@@ -30,27 +28,33 @@ class Answers:
 
     decomposition: Decomposition
     rows: tuple[dict, ...]  # of the log
-    steps: tuple[Steps, ...]  # of each row's answer
+    found: tuple[Anatomy, ...]  # what the answer of each row shows
 
     @property
     def num_needed(self) -> float:
         """Mean operations of a problem."""
-        return fmean(steps.num_needed for steps in self.steps)
+        return fmean(found.num_steps for found in self.found)
 
     @property
     def with_wrong(self) -> float:
         """Share of the answers with a wrong operation."""
-        return fmean(steps.first_wrong is not None for steps in self.steps)
+        return fmean(bool(found.wrong) for found in self.found)
+
+    @property
+    def right_all_the_same(self) -> float:
+        """Share of the answers that are right although an operation in them is wrong."""
+        pairs = zip(self.rows, self.found, strict=True)
+        return fmean(row["verdict"] == "correct" and bool(found.wrong) for row, found in pairs)
 
     @property
     def first_wrong(self) -> float | None:
         """Which operation of an answer is the first wrong one, as a median over answers; None without any."""
-        places = [steps.num_before_wrong + 1 for steps in self.steps if steps.first_wrong]
+        places = [found.right_steps + 1 for found in self.found if found.wrong]
         return median(places) if places else None
 
     @property
     def has_steps(self) -> bool:
-        return any(steps.equations for steps in self.steps)
+        return any(found.num_equations for found in self.found)
 
 
 def check_answers(stages: Stages) -> dict[str, Answers]:
@@ -59,32 +63,13 @@ def check_answers(stages: Stages) -> dict[str, Answers]:
 
 
 def _answers(result: Result) -> Answers:
-    steps = {(row["problem"], row["text"]): check_steps(row["problem"], row["text"]) for row in result.rows}
+    keys = [(row["problem"], row["text"], row["finished"]) for row in result.rows]
+    found = {key: dissect_arithmetic(*key[:2], finished=key[2]) for key in keys}  # once: it takes a while
 
-    def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
-        return _anatomy(steps[problem, text], text)
+    def look_up(problem: str, text: str, *, finished: bool) -> Anatomy:
+        return found[problem, text, finished]
 
-    found = tuple(steps[row["problem"], row["text"]] for row in result.rows)
-    return Answers(decompose(0, {0: result}, dissect), result.rows, found)
-
-
-def _anatomy(steps: Steps, text: str) -> Anatomy:
-    """Return what kit.valley counts; checks and corrections look like steps in free text, so they are 0."""
-    wrong = [equation for equation in steps.equations if not equation.is_right]
-    return Anatomy(
-        cause=WRONG if wrong else "",
-        right_steps=steps.num_before_wrong,
-        num_steps=steps.num_needed,
-        wrong=tuple((equation.position, equation.position + len(equation.text)) for equation in wrong),
-        taken_back=(),
-        num_operations=steps.num_operations,
-        num_false=steps.num_wrong,
-        num_equations=len(steps.equations),
-        num_checks=0,
-        num_corrections=0,
-        looping=ends_in_loop(text),
-        reflects=reflects(text),
-    )
+    return Answers(decompose(0, {0: result}, look_up), result.rows, tuple(found[key] for key in keys))
 
 
 def sentences(answers: Mapping[str, Answers]) -> list[str]:
@@ -140,7 +125,7 @@ def _table(answers: Mapping[str, Answers]) -> str:
             f"{of.num_needed:.1f}",
             f"{100 * of.with_wrong:.1f}",
             "-" if of.first_wrong is None else f"{of.first_wrong:g}",
-            f"{100 * found.saved:.1f}",
+            f"{100 * of.right_all_the_same:.1f}",
         )
         rows += "<tr>" + "".join(f"<td>{cell}" for cell in cells)
     heads = (
@@ -156,14 +141,14 @@ def _points(share: Estimate) -> str:
 
 
 def _first_wrong_steps(stage: str, answers: Answers) -> str:
-    pairs = zip(answers.rows, answers.steps, strict=True)
-    wrong = [(row, steps) for row, steps in pairs if steps.first_wrong]
+    pairs = zip(answers.rows, answers.found, strict=True)
+    wrong = [(row, found) for row, found in pairs if found.wrong]
     rows = ""
-    for row, steps in wrong[:SHOWN]:
-        step = steps.first_wrong
+    for row, found in wrong[:SHOWN]:
+        step = check_steps(row["problem"], row["text"]).first_wrong
         rows += (
             f"<tr><td>{html.escape(row['problem'].rpartition(':')[2])}<td>{html.escape(step.text)}"
-            f"<td>{step.true}<td>{steps.num_before_wrong + 1}<td class={row['verdict']}>{row['verdict']}"
+            f"<td>{step.true}<td>{found.right_steps + 1}<td class={row['verdict']}>{row['verdict']}"
         )
     if not rows:
         return ""

@@ -2,8 +2,9 @@
 
     python -m kit.report.valley runs/valley_demo/001
 
-Everything is computed from the files in the folder, so a report can be written at any time, even of an unfinished study. Accuracy
-is the paper's headline, the unweighted mean over the benchmarks; differences are paired by question and seed.
+Everything is computed from the files in the folder, so a report can be written at any time, even of an
+unfinished study. Accuracy is the paper's headline, the unweighted mean over the benchmarks. Differences are
+paired by question and seed.
 """
 
 from __future__ import annotations
@@ -21,24 +22,23 @@ from kit.report.figures import embed
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import Curve, Estimate, difference
 from kit.valley.error_accumulation import Decomposition, decompose, explain
-from kit.valley.finished import RL, Finished, StudyResults, point_of
-from kit.valley.first_error import CAUSES, dissect
+from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
+from kit.valley.first_error import CAUSES, STEPWISE
 from kit.valley.jobs import DONE, FAILED
 from kit.valley.sentences import by_start, findings, rl_findings
 from kit.valley.study import PAPER, Cell, short_name
 
 SHOWN = 12  # problems in the browser
-STEPWISE = "toy"  # the benchmark whose answers are checked step by step
 
 
 def write_report(path: Path) -> Path:
-    """Write the figures and report.html of the study in `path`; return the report. Raises ValueError if there is no study."""
+    """Write the figures and report.html of the study in `path`, and return the report.
+
+    Raises ValueError if there is no study.
+    """
     results = StudyResults.read(path)
-    config = (
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if (path / "config.json").is_file()
-        else {}
-    )
+    stored = path / "config.json"
+    config = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
     sections = [f"<p>{html.escape(progress(results))}</p>"]
     for model in results.models:
         sections += [of_model(path, results, model), why(path, results, model)]
@@ -49,150 +49,135 @@ def write_report(path: Path) -> Path:
         _list("What differs from the paper", results.deviations),
         same_problem(results),
     ]
-    page = PAGE.format(
-        style=pages.STYLE + STYLE,
-        sections="\n".join(sections),
-        settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
-    )
+    settings = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items())
+    page = PAGE.format(style=pages.STYLE + STYLE, sections="\n".join(sections), settings=settings)
     report = path / "report.html"
     report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return report
 
 
 def progress(results: StudyResults) -> str:
-    """Say how many cells are done, and what the intervals cover."""
-    ended = [results.outcomes.get(cell.name) for cell in results.cells]
-    done, failed = (
-        sum(outcome is not None and outcome.status == s for outcome in ended) for s in (DONE, FAILED)
-    )
-    waiting = len(ended) - done - failed
-    seeds = len({found.cell.seed for found in results.finished})
-    return (
-        f"{done} of {len(ended)} cells are done"
-        + (f", {failed} failed" if failed else "")
-        + (f", {waiting} have not ended yet" if waiting else "")
-        + ". Bands and ± are 95 % intervals over questions"
-        + (
-            " and seeds."
-            if seeds > 1
-            else "; with one seed they do not cover how one training differs from the next."
-        )
-    )
+    """Describe how many cells are done, and what the intervals cover."""
+    ended = [results.outcomes[cell.name].status for cell in results.cells if cell.name in results.outcomes]
+    done, failed, waiting = ended.count(DONE), ended.count(FAILED), len(results.cells) - len(ended)
+    cells = f"{done} of {len(results.cells)} cells are done"
+    cells += f", {failed} failed" if failed else ""
+    cells += f", {waiting} have not ended yet" if waiting else ""
+    several = len({found.cell.seed for found in results.finished}) > 1
+    one = "; with one seed they do not cover how one training differs from the next"
+    return f"{cells}. Bands and ± are 95 % intervals over questions{' and seeds' if several else one}."
 
 
 def of_model(path: Path, results: StudyResults, model: str) -> str:
-    """Return the section of one model: the first arm's sentences, the figure, the other arms, and what cannot be compared."""
+    """Return the section of one model: what the first arm shows, the figure, the other arms."""
     curves, refused = results.curves(model), results.points(model)[1]
     heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", _findings(refused)
     if not any(curve.points for curve in curves):
         return f"{heading}{notes}<p>Nothing to compare yet.</p>"
-    lines = findings(curves)
-    figure = valley_figure(curves, results.length_benchmark, paper_numbers(model))
+    lines, name = findings(curves), short_name(model).lower()
+    paper = {size: float(told) for (of, size), told in PAPER.items() if of == name and told.isdigit()}
+    figure = valley_figure(curves, results.length_benchmark, paper)
     alt = f"{model}: accuracy and length against the number of traces"
     drawn = embed(path / f"{short_name(model)}.png", figure, alt=alt)
     return heading + _findings(lines[:2]) + notes + drawn + _list("The other arms", lines[2:], level=3)
 
 
-def paper_numbers(model: str) -> dict[int, float]:
-    """Return the accuracies that the paper states as numbers: traces (0 = the base model) -> percent."""
-    name = short_name(model).lower()
-    return {size: float(stated) for (of, size), stated in PAPER.items() if of == name and stated.isdigit()}
-
-
 def why(path: Path, results: StudyResults, model: str) -> str:
-    """Return the section on why a model's accuracy moves with the first arm; nothing if no steps can be checked."""
-    groups = results.points(model)[0]
-    name = next(iter(groups), "")
-    points = [list(results.bases(model).values()), *groups.get(name, {}).values()]
-    if len(points) < 2 or any(STEPWISE not in found.results for seeds in points for found in seeds):
+    """Return why a model's accuracy moves in its first arm; nothing if no steps can be checked."""
+    name, sizes = next(iter(results.points(model)[0].items()), ("", {}))
+    points = [list(results.bases(model).values()), *sizes.values()]
+    common = set(STEPWISE).intersection(*(found.results for seeds in points for found in seeds))
+    if not sizes or not common:
         return ""
+    benchmark = next(name for name in STEPWISE if name in common)
     base, *rest = (
-        decompose(seeds[0].cell.num_traces, {found.cell.seed: found.results[STEPWISE] for found in seeds})
+        decompose(
+            seeds[0].cell.num_traces,
+            {found.cell.seed: found.results[benchmark] for found in seeds},
+            STEPWISE[benchmark],
+        )
         for seeds in points
     )
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
-    return "".join(
-        [
-            f"<h3>Why: {html.escape(name)}, the answers step by step</h3>",
-            _findings(explain(base, rest)),
-            embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
-            embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
-            WHY_NOTE.format(causes=causes),
-            why_table(base, rest),
-        ]
-    )
+    parts = [
+        f"<h3>Why: {html.escape(name)}, the answers to {benchmark} step by step</h3>",
+        _findings(explain(base, rest)),
+        embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
+        embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
+        WHY_NOTE.format(causes=causes),
+        why_table([base, *rest]),
+    ]
+    return "".join(parts)
 
 
-def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
+def why_table(points: Sequence[Decomposition]) -> str:
     """Return one row per size of what the answers' steps show."""
-    rows = []
-    for point in (base, *points):
-        longer = point.reflection_tokens
-        rows.append([
-            f"{point.num_traces:,}" if point.num_traces else "base model",
-            *map(_percent, (point.accuracy, point.step_accuracy, point.predicted, point.residual)),
-            f"{100 * point.saved:.1f}",
-            f"{point.operations.mean:.1f} ± {point.operations.half:.1f}",
-            f"{point.checks:.1f}", f"{point.corrections:.1f}",
-            f"{100 * point.reflection.mean:.0f} ± {100 * point.reflection.half:.0f}",
-            "-" if longer is None else f"{longer.mean:+.0f} ± {longer.half:.0f}",
-            f"{100 * point.truncated:.0f}", f"{100 * point.looping:.0f}",
-        ])  # fmt: skip
-    heads = ("traces", "accuracy, %", "p, %", "p^n, %", "accuracy - p^n", "right by luck, %", "operations", "checks",
-             "corrections", "rechecks, %", "tokens longer", "cut off, %", "in a loop, %")  # fmt: skip
-    return _table(heads, rows)
+    columns = {
+        "traces": lambda p: f"{p.num_traces:,}" if p.num_traces else "base model",
+        "accuracy, %": lambda p: _percent(p.accuracy),
+        "p, %": lambda p: _percent(p.step_accuracy),
+        "p^n, %": lambda p: _percent(p.predicted),
+        "accuracy - p^n": lambda p: _percent(p.residual),
+        "right by luck, %": lambda p: f"{100 * p.saved:.1f}",
+        "operations": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
+        "checks": lambda p: f"{p.checks:.1f}",
+        "corrections": lambda p: f"{p.corrections:.1f}",
+        "rechecks, %": lambda p: f"{100 * p.reflection.mean:.0f} ± {100 * p.reflection.half:.0f}",
+        "tokens longer": lambda p: _tokens_longer(p.reflection_tokens),
+        "cut off, %": lambda p: f"{100 * p.truncated:.0f}",
+        "in a loop, %": lambda p: f"{100 * p.looping:.0f}",
+    }
+    return _table([*columns], [[cell(point) for cell in columns.values()] for point in points])
+
+
+def _tokens_longer(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.mean:+.0f} ± {value.half:.0f}"
 
 
 def rl_section(path: Path, results: StudyResults) -> str:
     """Return the section on reinforcement learning; nothing if there was none."""
     if not results.rl:
         return ""
-    parts = ["<h2>Reinforcement learning</h2>", _findings(rl_findings(results.rl, results.length_benchmark))]
-    for i, (name, starts) in enumerate(by_start(results.rl).items()):
-        parts.append(
-            embed(
-                path / f"rl-{i + 1}.png",
-                rl_figure(starts),
-                alt=f"{name}: reward of the rollouts against the step",
-            )
-        )
-    rows = [
-        [
-            run.start.name,
-            *(f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)),
-            f"{RL}/{run.start.name}/report.html",
-        ]
-        for run in results.rl
-    ]
-    return "".join([*parts, _table(("start", "before, %", "after, %", "its report"), rows), RL_NOTE])
+    parts = ["<h2>Reinforcement learning</h2>"]
+    parts.append(_findings(rl_findings(results.rl, results.length_benchmark)))
+    for i, (name, starts) in enumerate(by_start(results.rl).items(), 1):
+        alt = f"{name}: reward of the rollouts against the step"
+        parts.append(embed(path / f"rl-{i}.png", rl_figure(starts), alt=alt))
+    rows = []
+    for run in results.rl:
+        before, after = ({run.start.seed: shares(run.stages[stage])} for stage in (BEFORE, AFTER))
+        accuracies = [f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)]
+        change = _percent(difference(after, before), "+")
+        rows.append([run.start.name, *accuracies, change, f"{RL}/{run.start.name}/report.html"])
+    heads = ("start", "before, %", "after, %", "change, points", "its report")
+    return "".join([*parts, _table(heads, rows), RL_NOTE])
 
 
 def table(results: StudyResults) -> str:
-    """Return one row per point, over the seeds that are finished, the base model first; then what is not done."""
+    """Return one row per point, over its finished seeds, the base model first; then what is not done."""
     benchmarks = list(dict.fromkeys(name for found in results.finished for name in found.results))
     benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
-    rows = []
+    length_of, rows = results.length_benchmark, []
     for model in results.models:
         bases, curves = list(results.bases(model).values()), results.curves(model)
         if bases:
-            base = Curve("", point_of(bases, results.length_benchmark), [])
-            rows.append(
-                [*_columns(bases[0].cell), *_numbers(bases, base, results.length_benchmark, benchmarks)]
-            )
+            base = Curve("", point_of(bases, length_of), [])
+            rows.append([*_columns(bases[0].cell), *_numbers(bases, base, length_of, benchmarks)])
         for curve, sizes in zip(curves, results.points(model)[0].values(), strict=True):
             for seeds in sizes.values():
-                rows.append(
-                    [*_columns(seeds[0].cell), *_numbers(seeds, curve, results.length_benchmark, benchmarks)]
-                )
+                rows.append([*_columns(seeds[0].cell), *_numbers(seeds, curve, length_of, benchmarks)])
     for cell in results.cells:
         outcome = results.outcomes.get(cell.name)
         if outcome is None or outcome.status == FAILED:
-            rows.append(
-                [*_columns(cell), f"seed {cell.seed}: {'not ended yet' if outcome is None else 'FAILED'}"]
-            )
-    heads = ("model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base", "the paper ¹", "tokens ²",
-             "cut off, %", "in a loop, %", "reflection, %", "training, h ³", *benchmarks)  # fmt: skip
-    return _table(heads, rows) + NOTES.format(length=html.escape(results.length_benchmark))
+            state = "not ended yet" if outcome is None else "FAILED"
+            rows.append([*_columns(cell), f"seed {cell.seed}: {state}"])
+    return _table((*HEADS, *benchmarks), rows) + NOTES.format(length=html.escape(length_of))
+
+
+HEADS = (
+    "model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base", "the paper ¹",
+    "tokens ²", "cut off, %", "in a loop, %", "reflection, %", "training, h ³",
+)  # fmt: skip
 
 
 def _columns(cell: Cell) -> list[str]:
@@ -203,20 +188,20 @@ def _columns(cell: Cell) -> list[str]:
 def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks: Sequence[str]) -> list[str]:
     """Return the columns from "seeds" on. curve: whose base model the point is compared with."""
     cell, point = seeds[0].cell, point_of(seeds, length_of)
+    trained = cell.num_traces > 0
     every = [result for found in seeds for result in found.results.values()]
+    hours = fmean(found.training_seconds for found in seeds) / 3600
     columns = [
         str(len(seeds)),
-        str(len(seeds[0].metrics) or "-"),
+        f"{len(seeds[0].metrics):,}" if trained else "-",
         _percent(point.accuracy),
-        _percent(difference(point.shares, curve.base.shares), "+") if cell.num_traces else "-",
+        _percent(difference(point.shares, curve.base.shares), "+") if trained else "-",
         PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
-        *(
-            f"{100 * fmean(getattr(result, name) for result in every):.0f}"
-            for name in ("truncated", "looping", "reflection")
-        ),
-        f"{fmean(found.training_seconds for found in seeds) / 3600:.2f}" if cell.num_traces else "-",
     ]
+    for name in ("truncated", "looping", "reflection"):
+        columns.append(f"{100 * fmean(getattr(result, name) for result in every):.0f}")
+    columns.append(f"{hours:.2f}" if trained else "-")
     for name in benchmarks:
         found = [of_seed.results[name] for of_seed in seeds if name in of_seed.results]
         spread = f" ± {100 * found[0].interval:.1f}" if len(found) == 1 else ""
@@ -226,29 +211,22 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
 
 def failures(results: StudyResults) -> str:
     """Return every run that failed, with its reason and the last lines of its log."""
-    failed = [outcome for outcome in results.outcomes.values() if outcome.status == FAILED]
     items = ""
-    for outcome in failed:
-        items += f"<h3>{html.escape(outcome.job)}</h3><p class=wrong>{html.escape(outcome.error)}</p>"
-        if outcome.tail:
-            tail = html.escape("\n".join(outcome.tail))
-            items += f"<details><summary>the last lines of {html.escape(outcome.log)}</summary><pre>{tail}</pre></details>"
-    return (
-        f"<h2>Failed</h2><p>Nothing here counts these; --resume tries them again.</p>{items}"
-        if failed
-        else ""
-    )
+    for outcome in results.outcomes.values():
+        if outcome.status == FAILED:
+            error, tail = html.escape(outcome.error), html.escape("\n".join(outcome.tail))
+            items += f"<h3>{html.escape(outcome.job)}</h3><p class=wrong>{error}</p>"
+            summary = f"<summary>the last lines of {html.escape(outcome.log)}</summary>"
+            items += f"<details>{summary}<pre>{tail}</pre></details>" if tail else ""
+    note = "<p>Nothing here counts these; --resume tries them again.</p>"
+    return f"<h2>Failed</h2>{note}{items}" if items else ""
 
 
 def same_problem(results: StudyResults) -> str:
-    """Return one seed's first sample of the same problems, at every size of the first model, arm after arm."""
-    model, arms = results.models[0], list(dict.fromkeys(cell.curve for cell in results.cells))
-    found = [done for done in results.finished if done.cell.model == model]
+    """Return one seed's first sample of the same problems at every size, for the first model."""
+    found = [done for done in results.finished if done.cell.model == results.models[0]]
     seed = min((done.cell.seed for done in found), default=0)
     columns = [done for done in found if done.cell.seed == seed]
-    columns.sort(
-        key=lambda done: (done.cell.num_traces > 0, done.cell.curve in arms and arms.index(done.cell.curve))
-    )
     samples = [
         {
             (name, row["question"]): row
@@ -258,36 +236,30 @@ def same_problem(results: StudyResults) -> str:
         }
         for done in columns
     ]
+    common = [key for key in samples[0] if all(key in rows for rows in samples)] if samples else []
     parts = []
-    for question in [
-        key for key in (samples[0] if samples else ()) if all(key in of_cell for of_cell in samples)
-    ][:SHOWN]:
-        answers = "".join(
-            _answer(done.cell, question[0], of[question]) for done, of in zip(columns, samples, strict=True)
-        )
-        row = samples[0][question]
+    for key in common[:SHOWN]:
+        row = samples[0][key]
+        answers = [_answer(done.cell, key[0], rows[key]) for done, rows in zip(columns, samples, strict=True)]
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
-        opened = " open" if not parts else ""
         parts.append(
-            f"<details{opened}><summary>{summary}</summary><div class=pair>{answers}</div></details>"
+            f"<details{'' if parts else ' open'}><summary>{summary}</summary>"
+            f"<div class=pair>{''.join(answers)}</div></details>"
         )
     return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""
 
 
 def _answer(cell: Cell, benchmark: str, row: dict) -> str:
     """Return one answer, with its wrong steps marked if they can be checked."""
-    title = f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve
+    title = html.escape(f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve)
     cause, spans = "", {}
-    if benchmark == STEPWISE:
-        found = dissect(row["problem"], row["text"], finished=row["finished"])
+    if benchmark in STEPWISE:
+        found = STEPWISE[benchmark](row["problem"], row["text"], finished=row["finished"])
         cause = f": {found.cause}" if found.cause else ""
-        spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(
-            found.taken_back, "mark class=taken-back"
-        )
-    return (
-        f"<div><h4>{html.escape(title)}: <span class={row['verdict']}>{row['verdict']}</span>{cause}</h4>"
-        f"<pre>{pages.marked(row['text'], spans)}</pre></div>"
-    )
+        spans = dict.fromkeys(found.wrong, "mark class=wrong")
+        spans |= dict.fromkeys(found.taken_back, "mark class=taken-back")
+    verdict = f"<span class={row['verdict']}>{row['verdict']}</span>"
+    return f"<div><h4>{title}: {verdict}{cause}</h4><pre>{pages.marked(row['text'], spans)}</pre></div>"
 
 
 def _percent(value: Estimate, sign: str = "") -> str:
@@ -309,30 +281,34 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table><tr>{head}{body}</table></div>"
 
 
-WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the problem's steps. "Longer
-answers alone": the share that would be right if every operation of these answers, checks and all, were as reliable as the
-base model's. What goes wrong first, in this order: {causes}. Right by luck: something in the answer is wrong, its box is
-not. The paper, on its synthetic arithmetic: about 10 operations per answer before, 40 after 8k traces; on benchmarks, reflection
-below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only if
-a language model agrees; here a keyword is enough.</small></p>"""
-RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise. The curve is the reward of the rollouts;
-bands span the seeds. Before and after, the questions are answered with new samples, because the lowest of several points is in
-part bad luck. In the paper the start after 8k traces stays below the base model throughout, and the one after 128k ends above
-it.</small></p>"""
-NOTES = """<p><small>Accuracy is the mean of the benchmarks, each counting the same; differences are paired by question and seed. A
-column of a benchmark has an interval if there is one seed. Reflection: a keyword alone, an upper bound. ¹ Full fine-tuning, in
-percent; what its text states as a number, its curves carry none. ² Mean tokens of the responses to {length}. ³ Measured: the sum
-of the steps, without sampling; the mean over the seeds. A QLoRA model is compared with the base model in its own precision, so
-what rounding to NF4 does is part of the difference.</small></p>"""
-BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark> and
-<mark class=taken-back>what the answer itself takes back</mark>, if its steps can be checked; <mark>reflection</mark>,
-<b class=box>boxed answers</b>.</small></p>"""
+WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the
+problem's steps. "Longer answers alone": the share that would be right if every operation of these answers,
+checks and all, were as reliable as the base model's. What goes wrong first, in this order: {causes}. Right by
+luck: something in the answer is wrong, its box is not. The paper, on its synthetic arithmetic: about 10
+operations per answer before, 40 after 8k traces; on benchmarks, reflection below 5 % before, about 75 % after
+(Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only if a language model
+agrees; here a keyword is enough.</small></p>"""
+RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise. The curve is the
+reward of the rollouts; bands span the seeds. Before and after, the questions are answered with new samples,
+because the lowest of several points is in part bad luck. In the paper the start after 8k traces stays below
+the base model throughout, and the one after 128k ends above it.</small></p>"""
+NOTES = """<p><small>Accuracy is the mean of the benchmarks, each counting the same; differences are paired by
+question and seed. A column of a benchmark has an interval if there is one seed. Reflection: a keyword alone,
+an upper bound. ¹ Full fine-tuning, in percent; what its text states as a number, its curves carry none. ²
+Mean tokens of the responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over
+the seeds. A QLoRA model is compared with the base model in its own precision, so what rounding to NF4 does is
+part of the difference.</small></p>"""
+BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not
+the problem's</mark> and <mark class=taken-back>what the answer itself takes back</mark>, if its steps can be
+checked; <mark>reflection</mark>, <b class=box>boxed answers</b>.</small></p>"""
 STYLE = """
 .finding { margin: .5rem 0 } @media (min-width: 90rem) { body { max-width: 84rem } img { max-width: 62rem } }
-mark.wrong { background: #f6b8ae; color: #6d130a; text-decoration: underline } mark.taken-back { background: #e4e4e4 }
+mark.wrong { background: #f6b8ae; color: #6d130a; text-decoration: underline }
+mark.taken-back { background: #e4e4e4 }
 """
 PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>Through the valley</title>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>Through the valley</title>
 <style>{style}</style>
 <h1>Through the valley: accuracy and length against the number of traces</h1>
 {sections}
@@ -341,8 +317,7 @@ PAGE = """<!doctype html>
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("run", type=Path, help="the folder of a study")
     print(write_report(parser.parse_args().run))

@@ -1,7 +1,7 @@
-"""Curves over the number of traces, with intervals, and the sentences that follow from them.
+"""Curves over the number of traces, with intervals, and their shapes.
 
-A curve is said to fall, rise or recover only where an interval says so. Intervals are 95 %, over questions and seeds; where the
-one of several sizes is looked at that differs most, what is called a change is held to a wider one (Bonferroni).
+A curve falls, rises or recovers only if an interval says so. Intervals are 95 %, over questions and seeds. If
+the size that differs most is picked from several, a change must clear a wider interval (Bonferroni).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from statistics import NormalDist, fmean, stdev
 
 from kit.evaluate.uncertainty import half_width
 
-# question, or (benchmark, question) -> the mean over its samples: a share of right ones, or tokens
+# question, or (benchmark, question) -> the mean over its samples: the share of right ones, or tokens
 ByQuestion = Mapping[str | tuple[str, str], float]
-# Student's t, 97.5th percentile, by degrees of freedom: the spread of two or three seeds is itself hardly known
+# Student's t, 97.5th percentile, by degrees of freedom: the spread of two or three seeds is itself poorly
+# known
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
@@ -38,7 +39,7 @@ class Estimate:
         return f"{self.mean:.3f} ± {self.half:.3f}"
 
     def above_zero(self, num_looks: int = 1) -> bool:
-        """Whether it is above zero for certain; num_looks: how many such differences were looked at to pick this one."""
+        """Return whether it is certainly above zero. num_looks: differences that it was picked from."""
         return self.mean > widened(num_looks) * self.half
 
     def below_zero(self, num_looks: int = 1) -> bool:
@@ -46,13 +47,13 @@ class Estimate:
 
 
 def widened(num_looks: int) -> float:
-    """By how much a 95 % interval grows when it is one of num_looks that must all hold at once."""
+    """Return the factor by which a 95 % interval grows if num_looks of them must hold at once."""
     return NormalDist().inv_cdf(1 - 0.025 / num_looks) / 1.96
 
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured at one number of traces: a value a question for every seed, and the tokens of the answers likewise."""
+    """What was measured at one number of traces: accuracy and length, per question and seed."""
 
     num_traces: int
     shares: Mapping[int, ByQuestion]  # seed -> question -> share of right samples
@@ -69,28 +70,35 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm: the base model and a point per size, smallest first."""
+    """One arm of one model: the base model and a point per size, smallest first."""
 
-    name: str  # as a sentence's subject: "long traces"
+    name: str  # as a sentence's subject: "tiny, long traces"
     base: Point
     points: Sequence[Point]
 
     def changes(self) -> list[Estimate]:
-        """Accuracy minus the base model's, a size each."""
+        """Return accuracy minus the base model's, per size."""
         return [difference(point.shares, self.base.shares) for point in self.points]
 
     @property
     def lowest(self) -> int:
-        """Index of the size with the lowest accuracy, of those where it is known to be below the base model's if there are
-        such: a size where the seeds disagree may have a lower mean. Of equals the smallest."""
+        """Index of the size with the lowest accuracy; of equals, the smallest size.
+
+        Sizes that are certainly below the base model come first: one at which the seeds disagree may have a
+        lower mean.
+        """
         changes = self.changes()
         known = [i for i, change in enumerate(changes) if change.below_zero(len(changes))]
         return min(known or range(len(changes)), key=lambda i: self.points[i].accuracy.mean)
 
     @property
     def shape(self) -> str:
-        """flat, rising, falling (ends where it is lowest, within chance), crossing (climbs, still below the start), valley (falls
-        and climbs back to the start or above) or unclear (climbs, and its end is known too roughly to say whether it is back)."""
+        """flat, rising, falling, crossing, valley or unclear.
+
+        falling: ends at its lowest, within chance. crossing: climbs, but is still below the start. valley:
+        climbs back to the start or above. unclear: climbs, but its end is known too roughly to say whether
+        it is back.
+        """
         changes = self.changes()
         looks = len(changes)
         if not changes[self.lowest].below_zero(looks):
@@ -99,9 +107,10 @@ class Curve:
             return "falling"
         if changes[-1].below_zero():
             return "crossing"
-        return (
-            "valley" if changes[-1].low > changes[self.lowest].mean / 2 else "unclear"
-        )  # more than half is back for certain
+        mostly_back = (
+            changes[-1].low > changes[self.lowest].mean / 2
+        )  # more than half of the loss, for certain
+        return "valley" if mostly_back else "unclear"
 
     @property
     def climb(self) -> Estimate:
@@ -110,12 +119,14 @@ class Curve:
 
 
 def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Estimate:
-    """The mean over seeds and questions. added: what is added to the questions for the width alone (kit.evaluate.uncertainty).
+    """Return the mean over seeds and questions, with its interval.
 
-    A question named by a pair (benchmark, question) counts within its benchmark, and every benchmark counts the same.
+    A question named by a pair (benchmark, question) counts within its benchmark, and every benchmark counts
+    the same. added: values added to the questions for the width alone (kit.evaluate.uncertainty).
 
-    Its variance is the sum of two: over questions (of their means over the seeds) and, where there are several seeds, over seeds
-    (of their means over the questions). What chance adds to both is counted twice: the interval errs on the wide side.
+    The variance is the sum of two: over questions (of their means over the seeds) and, if there are several
+    seeds, over seeds (of their means over the questions). Chance is counted in both, so the interval errs on
+    the wide side.
     """
     strata: dict[str, list] = {}
     for question in next(iter(seeds.values())):
@@ -136,7 +147,7 @@ def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Es
 def difference(
     after: Mapping[int, ByQuestion], before: Mapping[int, ByQuestion], added: Sequence[float] = (-1.0, 1.0)
 ) -> Estimate:
-    """after - before, paired by question and seed. added: as in `estimate`; the default is for shares.
+    """Return after - before, paired by question and seed. added: as in `estimate`; the default is for shares.
 
     Raises ValueError if they share no seed, or answered other questions.
     """
@@ -147,15 +158,14 @@ def difference(
         )
     for seed in common:
         if after[seed].keys() != before[seed].keys():
-            raise ValueError(
-                f"seed {seed} answered {len(after[seed])} questions after and {len(before[seed])} before, not the same"
-            )
+            counts = f"{len(after[seed])} questions after and {len(before[seed])} before"
+            raise ValueError(f"seed {seed} answered {counts}, not the same")
     paired = {seed: {q: value - before[seed][q] for q, value in after[seed].items()} for seed in common}
     return estimate(paired, added)
 
 
 def percent(value: Estimate) -> str:
-    """A share with its interval."""
+    """Return a share with its interval, in percent."""
     return f"{100 * value.mean:.1f} % ± {100 * value.half:.1f}"
 
 

@@ -1,4 +1,4 @@
-"""What a study has measured so far: its finished cells beside their baselines, as curves over the number of traces."""
+"""Read what a study has measured so far, as curves over the number of traces."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class StudyResults:
         """Read the study in `path`. Raises ValueError if there is none."""
         if not (path / STUDY).is_file():
             raise ValueError(
-                f"{path} holds no study ({STUDY}); pass a run folder of recipes/valley_demo.py or recipes/valley_sweep.py"
+                f"{path} holds no study ({STUDY}); pass a run folder of valley_demo.py or valley_sweep.py"
             )
         stored = json.loads((path / STUDY).read_text(encoding="utf-8"))
         cells = [Cell(**row) for row in stored["cells"]]
@@ -172,7 +172,7 @@ def check_alike(before: Results, after: Results) -> None:
 
 
 def point_of(seeds: Sequence[Finished], length_of: str) -> Point:
-    """Return the point of one curve that these seeds are. length_of: the benchmark whose responses' length counts."""
+    """Return these seeds as a point of a curve. length_of: the benchmark whose responses' length counts."""
     return Point(
         seeds[0].cell.num_traces,
         {found.cell.seed: shares(found.results) for found in seeds},

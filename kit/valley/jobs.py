@@ -1,12 +1,13 @@
-"""The runs of a study, each in a process of its own: several at once, one per core or one per card.
+"""Run a study's jobs, each in a process of its own: several at once, one per core or one per card.
 
-A run that fails costs nothing but itself: its error and the last lines of its log go to the journal and the others go on; what
-needs it is not started. Resuming keeps the runs that are done and starts the others again with --resume, so that they go on
-inside their folders.
+A run that fails costs nothing but itself. Its error and the last lines of its log go to the journal, the
+others go on, and what needs it is not started. Resuming keeps the runs that are done and starts the others
+again with --resume, so that they go on inside their folders.
 
-Importing torch and transformers takes seconds, as long as a whole run of the toy. Where the runs share a CPU, one clean process
-imports the recipes and is forked for every run. It never computes, so a fork loses no threads. On a card every run starts from
-scratch: seconds do not matter there, and CUDA does not survive a fork.
+Importing torch and transformers takes seconds, longer than a small run of the toy. If the runs share a CPU,
+one clean process imports the recipes once and is forked for every run; it never computes, so a fork loses no
+threads. On a card every run starts from scratch: seconds do not matter there, and CUDA does not survive a
+fork.
 """
 
 from __future__ import annotations
@@ -36,11 +37,10 @@ DONE, FAILED = "done", "failed"
 TAIL = 12  # lines of the log that are kept with a failure
 LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the progress bar
 ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
-MESSAGE = re.compile(
-    r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)"
-)  # what a traceback ends with
-# glibc returns freed blocks of a megabyte to the system at once; mapping them again is 6 % of a small model's training step.
-# Read when a process starts, by no other allocator.
+# what a traceback ends with
+MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")
+# glibc returns freed blocks of a megabyte to the system at once; mapping them again is 6 % of a small model's
+# training step. Read when a process starts, by no other allocator.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -49,7 +49,7 @@ KEEP_FREED_MEMORY = {
 PRELOADED = (
     "kit.models.load_any",
     "transformers.models.llama.modeling_llama",
-)  # recipes import them only when they run
+)  # which recipes import only later
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class Job:
     problem: str = ""  # why it cannot be run at all; "" = it can
 
     def command(self) -> list[str]:
-        """Return the flags of the recipe, in full: pasted behind its name, they repeat the run."""
+        """Return the recipe's flags."""
         resume = ["--resume"] if (self.folder / "config.json").is_file() else []
         flags = [as_flag(name, value) for name, value in self.settings.items()]
         return [*flags, *self.flags, f"--out={self.folder}", *resume]
 
     def obstacle(self, state: Mapping[str, str]) -> str:
-        """Return why it must not be started; "" = nothing prevents it but what is still running."""
+        """Return why it must not be started; "" = it may, at the latest when its needs are done."""
         broken = [name for name in self.needs if state.get(name) == FAILED]
         return self.problem or (f"it needs {', '.join(broken)}, which failed" if broken else "")
 
@@ -108,10 +108,11 @@ class Worker:
 
 
 def workers_of(device: str, gpus: str, workers: int) -> list[Worker]:
-    """Return one worker per card in `gpus` (numbers with commas between them; "" = one worker), or per core of the CPU.
+    """Return one worker per card in `gpus`, or, on a CPU, `workers` of them.
 
-    A small model gains more from a second run beside it than from a second thread, and its numbers then do not depend on the
-    number of cores. workers: runs at once on a CPU; 0 = one per core. Raises ValueError for what belongs to the other device.
+    gpus: numbers with commas between them; "" = one worker. workers: 0 = one per core. A small model gains
+    more from a second run beside it than from a second thread, and its numbers do not depend on how many
+    cores there are. Raises ValueError for a setting of the other device.
     """
     if device == "cuda":
         if workers:
@@ -122,42 +123,33 @@ def workers_of(device: str, gpus: str, workers: int) -> list[Worker]:
     if gpus:
         raise ValueError(f"gpus is {gpus!r} but device is {device}; pass --device cuda, or --workers instead")
     if workers < 0:
-        raise ValueError(
-            f"workers is {workers} but at least one run must be going; pass --workers 1, or 0 for one per core"
-        )
+        raise ValueError(f"workers is {workers} but must be at least 1; pass --workers 0 for one per core")
     return [Worker()] * (workers or os.cpu_count() or 1)
 
 
 def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iterator[Outcome]:
     """Run every job that is not done yet, and yield each outcome as it comes.
 
-    path: folder of the journal. Jobs start in their order; one whose needs are still running waits. Whatever ends this generator
-    ends the processes, and so does the end of this process, however it comes.
+    path: folder of the journal. Jobs start in their order; one whose needs are still running waits. The
+    processes end when this generator or this process does, however that comes.
     """
     journal = Journal(path / JOURNAL)
     state = {name: outcome.status for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
     waiting = [job for job in jobs if job.name not in state]
     elsewhere = {name for job in jobs for name in job.needs} - {job.name for job in jobs}
     state |= {name: FAILED for name in elsewhere if name not in state}  # nothing here will run them
-    idle, running = list(workers), []
+
+    idle, running, done = list(workers), [], len(jobs) - len(waiting)
     context = _context(waiting, workers)
-    with tqdm(
-        total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", unit=" runs", disable=None
-    ) as bar:
+    with tqdm(total=len(jobs), initial=done, desc="runs", unit=" runs", disable=None) as bar:
         try:
             while waiting or running:
-                ended = [
-                    Outcome(job.name, FAILED, error=f"not started: {why}")
-                    for job in waiting
-                    if (why := job.obstacle(state))
-                ]
-                waiting = [job for job in waiting if not job.obstacle(state)]
+                blocked = {job.name: why for job in waiting if (why := job.obstacle(state))}
+                waiting = [job for job in waiting if job.name not in blocked]
+                ended = [Outcome(name, FAILED, error=f"not started: {why}") for name, why in blocked.items()]
 
-                while idle and (
-                    job := next(
-                        (job for job in waiting if all(state.get(n) == DONE for n in job.needs)), None
-                    )
-                ):
+                ready = [job for job in waiting if all(state.get(name) == DONE for name in job.needs)]
+                for job in ready[: len(idle)]:
                     waiting.remove(job)
                     running.append(_Running(job, idle.pop(0), context))
 
@@ -181,7 +173,7 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
 
 
 def _context(jobs: Sequence[Job], workers: Sequence[Worker]):
-    """Return how processes are started: forked from one that has imported the jobs' recipes, or from scratch."""
+    """Return how processes start: forked from one that has imported the jobs' recipes, or from scratch."""
     if sys.platform != "linux" or any(worker.on_card for worker in workers):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -213,19 +205,12 @@ class _Running:
         job.folder.mkdir(parents=True, exist_ok=True)
         self.log = job.folder / LOG
         self.log_start = self.log.stat().st_size if self.log.exists() else 0  # of this attempt
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {})}
-        self.process = context.Process(
-            target=_run,
-            args=(
-                job.recipe.resolve(),
-                job.command(),
-                self.log.resolve(),
-                environment,
-                os.getcwd(),
-                worker.on_card,
-            ),
-        )
-        self.process.start()
+        card = {"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {}
+        with _environment(card):  # of a process that starts from scratch; a forked one is told it
+            here = (dict(os.environ), os.getcwd(), worker.on_card)
+            arguments = (job.recipe.resolve(), job.command(), self.log.resolve(), *here)
+            self.process = context.Process(target=_run, args=arguments)
+            self.process.start()
 
     def __str__(self) -> str:
         metrics = self.job.folder / "metrics.jsonl"
@@ -239,9 +224,8 @@ class _Running:
         with self.log.open("rb") as log:
             log.seek(self.log_start)
             lines = log.read().decode("utf-8", errors="replace").splitlines()
-        return Outcome(
-            self.job.name, FAILED, seconds, reason(status, lines), tuple(lines[-TAIL:]), str(self.log)
-        )
+        error, tail = reason(status, lines), tuple(lines[-TAIL:])
+        return Outcome(self.job.name, FAILED, seconds, error, tail, str(self.log))
 
 
 def _run(
@@ -260,7 +244,7 @@ def _run(
     os.environ.update(environment)  # before CUDA looks at it
     os.chdir(folder)
     if not on_card:
-        import torch  # here, so that a process on a card sets its environment before anything else
+        import torch  # not above: the parent and a process on a card need it only in the recipe
 
         torch.set_num_threads(1)
 
@@ -282,8 +266,5 @@ def reason(status: int, lines: Sequence[str]) -> str:
         out_of_memory = ", as Linux does when memory runs out" if status == -9 else ""
         return f"ended by {signal.Signals(-status).name}{out_of_memory}"
     start = next((i for i in reversed(range(len(lines))) if MESSAGE.match(lines[i])), None)
-    said = lines[start:] if start is not None else lines[-3:]
-    return (
-        " ".join(line.strip() for line in said if line.strip())
-        or f"it ended with status {status} and said nothing"
-    )
+    said = " ".join(line.strip() for line in (lines[-3:] if start is None else lines[start:]) if line.strip())
+    return said or f"it ended with status {status} and said nothing"

@@ -1,4 +1,4 @@
-"""How a study runs: every base model, cell and start of reinforcement learning is a run of another recipe."""
+"""Run a study: each base model, each cell and each start of reinforcement learning is a run of a recipe."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ REPORT_EVERY = 60.0  # seconds, at least, between two reports of an unfinished s
 
 @dataclass(frozen=True)
 class Recipes:
-    """The recipes that a study runs, and their settings besides those that follow from a cell."""
+    """The recipes that a study runs, and their settings other than those that follow from a cell."""
 
-    folder: Path
+    folder: Path  # recipes/
     evaluate: dict  # of evaluate.py
     finetune: Callable[[Cell], dict]  # of gemma3_1b_8k.py; raises ValueError for a cell that cannot be run
     reinforce: Callable[[Cell], dict]  # of grpo_qwen2_5_0_5b.py, for this start
@@ -41,22 +41,30 @@ class Recipes:
 
 
 def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
-    """Return the runs of the cells, each behind the run that measures its base model. path: the study's folder."""
+    """Return the runs of the cells, each preceded by that of its base model. path: the study's folder."""
     found: dict[str, Job] = {}
     for cell in cells:
         baseline, common = path / CELLS / cell.baseline, {"model": cell.model, "seed": cell.seed}
-        evaluation = Job(cell.baseline, recipes.folder / "evaluate.py", recipes.evaluate | common, baseline)
-        found.setdefault(cell.baseline, evaluation)
+        recipe = recipes.folder / "evaluate.py"
+        found.setdefault(cell.baseline, Job(cell.baseline, recipe, recipes.evaluate | common, baseline))
 
         settings, problem = {}, ""
         try:
             settings = recipes.finetune(cell)
         except ValueError as error:
             problem = str(error)
-        settings = settings | common | {
-            "num_traces": cell.num_traces, "epochs": cell.epochs, "batch_traces": cell.batch_traces,
-            "long_share": ARMS[cell.arm].long_share, "qlora_rank": recipes.rank(cell), "baseline": str(baseline),
-        }  # fmt: skip
+        settings = (
+            settings
+            | common
+            | {
+                "num_traces": cell.num_traces,
+                "epochs": cell.epochs,
+                "batch_traces": cell.batch_traces,
+                "long_share": ARMS[cell.arm].long_share,
+                "qlora_rank": recipes.rank(cell),
+                "baseline": str(baseline),
+            }
+        )
         recipe, folder = recipes.folder / "gemma3_1b_8k.py", path / CELLS / cell.name
         found[cell.name] = Job(cell.name, recipe, settings, folder, (cell.baseline,), problem=problem)
     return list(found.values())
@@ -77,7 +85,7 @@ def rl_jobs(starts: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
 
 
 def check_steps(jobs: Sequence[Job]) -> None:
-    """Raise ValueError if a start has been trained for another number of steps: one report must not mix them."""
+    """Raise ValueError if a start was trained for another number of steps: one report must not mix them."""
     for job in jobs:
         stored, steps = job.folder / "config.json", job.settings.get("steps")
         before = json.loads(stored.read_text(encoding="utf-8"))["steps"] if stored.is_file() else steps
@@ -88,20 +96,17 @@ def check_steps(jobs: Sequence[Job]) -> None:
 
 
 def rl_starts(results: StudyResults, words: Sequence[str], models: Sequence[str]) -> list[Cell]:
-    """Return where reinforcement learning starts: every seed of the sizes that the words name, of the study's first arm.
+    """Return the starts of reinforcement learning for these models: all seeds of the sizes that words name.
 
-    words: numbers of traces (0 = the base model), LOWEST and MOST. These two are sizes of those that are finished: with the
-    lowest mean accuracy, and the largest; if nothing is finished they name no start.
+    words: numbers of traces of the study's first arm (0 = the base model), LOWEST and MOST. These two are the
+    finished size with the lowest mean accuracy and the largest finished size; if nothing is finished they
+    name no start.
     """
     first_arm, found = results.cells[0].arm, []
-    for model, method in dict.fromkeys(
-        (cell.model, cell.method) for cell in results.cells if cell.model in models
-    ):
-        cells = [
-            cell
-            for cell in results.cells
-            if (cell.model, cell.method, cell.arm) == (model, method, first_arm)
-        ]
+    pairs = dict.fromkeys((cell.model, cell.method) for cell in results.cells if cell.model in models)
+    for model, method in pairs:
+        wanted = (model, method, first_arm)
+        cells = [cell for cell in results.cells if (cell.model, cell.method, cell.arm) == wanted]
         accuracies: dict[int, list[float]] = {}
         for done in results.finished:
             if done.cell in cells:
@@ -112,28 +117,33 @@ def rl_starts(results: StudyResults, words: Sequence[str], models: Sequence[str]
         sizes = {named.get(word) if word in (LOWEST, MOST) else int(word) for word in words}
         if 0 in sizes:
             found += [Cell.of_base(model, seed, method) for seed in sorted({cell.seed for cell in cells})]
-        found += sorted(
-            (cell for cell in cells if cell.num_traces in sizes), key=lambda cell: cell.num_traces
-        )
+        starts = [cell for cell in cells if cell.num_traces in sizes]
+        found += sorted(starts, key=lambda cell: cell.num_traces)
     return found
 
 
 def run_study(
-    study: Study, cells: Sequence[Cell], path: Path, recipes: Recipes, workers: Sequence[Worker], *,
-    deviations: Sequence[str], rl: Sequence[str], write_report: Callable[[Path], Path],
-) -> Path:  # fmt: skip
-    """Run the cells, then reinforcement learning from the starts that `rl` names; write the report and return it.
+    study: Study,
+    cells: Sequence[Cell],
+    path: Path,
+    recipes: Recipes,
+    workers: Sequence[Worker],
+    *,
+    deviations: Sequence[str],
+    rl: Sequence[str],
+    write_report: Callable[[Path], Path],
+) -> Path:
+    """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
-    cells: the study's, as they can be run here. What is done stays done. Several workers begin with the longest runs, so that
-    they end together. Raises SystemExit naming the runs that failed once all others are done.
+    cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
+    longest runs, so that they end together. Raises SystemExit naming the runs that failed, once all others
+    are done.
     """
     write_study(path, cells, deviations)
     jobs = jobs_of(cells, recipes, path)
     if len(workers) > 1:
         jobs.sort(key=lambda job: (bool(job.needs), job.settings["seed"], -job.settings.get("num_traces", 0)))
-    print(
-        f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with a {LOG} in its folder"
-    )
+    print(f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with its {LOG}")
     print("the paper   " + ("\n            ".join(deviations) or "its setting"))
 
     failed = _run(jobs, path, workers, write_report)
@@ -147,14 +157,13 @@ def run_study(
     print("\n".join(sentences(StudyResults.read(path))))
     print(f"report {report}")
     if failed:
-        raise SystemExit(
-            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; --resume tries them again"
-        )
+        names = ", ".join(failed)
+        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")
     return report
 
 
 def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_report) -> list[str]:
-    """Run the jobs, print how each ends, write a report now and then, and return the names of those that failed."""
+    """Run the jobs, print how each ends, and write a report now and then. Return the names of the failed."""
     failed, reported = [], time.monotonic()
     for outcome in run_jobs(jobs, path, workers):
         tqdm.write(line(outcome))
@@ -167,11 +176,10 @@ def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_repor
 
 
 def line(outcome: Outcome) -> str:
-    """Say how a run ended, and what it measured last."""
+    """Describe how a run ended, and what it measured last."""
     if outcome.status == FAILED:
-        return f"FAILED {outcome.job}: {outcome.error}" + (
-            f"\n  its log: {outcome.log}" if outcome.log else ""
-        )
+        log = f"\n  its log: {outcome.log}" if outcome.log else ""
+        return f"FAILED {outcome.job}: {outcome.error}{log}"
     folder = Path(outcome.log).parent
     results = read_results(folder / AFTER) or read_results(folder / SAMPLES)
     return f"{outcome.job}, {outcome.seconds:,.0f} s: " + "; ".join(map(str, results.values()))

@@ -1,13 +1,14 @@
 """A study: which models are fine-tuned on how many traces of which kind, and the name of every run.
 
-A cell is one model to fine-tune and measure: a run of recipes/gemma3_1b_8k.py with the cell's settings. Cells of one model and
-seed share a baseline, the base model's samples, which a run of recipes/evaluate.py makes once.
+A cell is one model to fine-tune and measure: a run of recipes/gemma3_1b_8k.py with the cell's settings. Cells
+of one model and seed share a baseline: the base model's samples, from one run of recipes/evaluate.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 FULL, QLORA = "full", "qlora"  # methods
@@ -16,7 +17,7 @@ BASE, LONG, FIXED_BATCH = "base", "long", "fixed"  # arms that the code names; B
 
 @dataclass(frozen=True)
 class Arm:
-    """What the models of one curve are trained on, and with which batch. The problems are the same in every arm."""
+    """What the models of one curve are trained on, and with which batch. All arms have the same problems."""
 
     title: str
     long_share: float = (
@@ -51,16 +52,25 @@ class Row:
 
 
 TABLE = (
-    Row(8_000, 4, 8), Row(16_000, 4, 16), Row(32_000, 4, 32), Row(64_000, 3, 64), Row(128_000, 3, 128), Row(220_000, 2, 128),
-)  # fmt: skip
+    Row(8_000, 4, 8),
+    Row(16_000, 4, 16),
+    Row(32_000, 4, 32),
+    Row(64_000, 3, 64),
+    Row(128_000, 3, 128),
+    Row(220_000, 2, 128),
+)
 
-# The paper's models that the kit covers.
+# the paper's models that the kit covers
 MODELS = (
-    "google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-3B-Instruct",
-    "meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct",
-)  # fmt: skip
-# The paper's accuracies in percent, the mean of its three benchmarks: (model, traces) -> what its text says. Its curves carry no
-# values, so what is not here is not known.
+    "google/gemma-3-1b-it",
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen2.5-3B-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+    "meta-llama/Llama-3.2-3B-Instruct",
+)
+# The paper's accuracies in percent, the mean of its three benchmarks:
+# (model, traces) -> what its text says. Its curves carry no values, so what is not here is not known.
 PAPER = {
     ("gemma-3-1b-it", 0): "24",
     ("gemma-3-1b-it", 8_000): "about a quarter of its 24",
@@ -72,7 +82,7 @@ PAPER = {
 
 
 def paper_epochs(num_traces: int) -> int:
-    """Return Table 2's epochs: those of the largest number of traces that is no larger, or else of the smallest."""
+    """Return the epochs of Table 2's largest row that is no larger, or of its first row if there is none."""
     return next((row for row in reversed(TABLE) if row.traces <= num_traces), TABLE[0]).epochs
 
 
@@ -100,7 +110,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of its run, whatever else is in the study. The paper's own arm, long traces, is not spelled out."""
+        """The name of its run, whatever else is in the study. LONG, the paper's own arm, is left out."""
         arm = "" if self.arm in (BASE, LONG) else f"-{self.arm}"
         return f"{short_name(self.model)}-{self.method}-{self.num_traces}{arm}-seed{self.seed}"
 
@@ -128,11 +138,9 @@ class Study:
     control_models: int = 0  # the first so many models have all arms, the others only the first arm; 0 = all
     epochs: int = 0  # passes over the traces; 0 = as in Table 2
     grows: bool = True  # the batch grows with the data, as in Table 2; False = batch_traces at every size
-    batch_traces: int = TABLE[-1].batch_traces  # traces per step where the batch does not grow
-    min_batch: int = 1  # traces per step where the batch grows
-    steps_per_epoch: int = (
-        1_000  # where the batch grows: traces / steps_per_epoch, from min_batch to Table 2's largest batch
-    )
+    batch_traces: int = TABLE[-1].batch_traces  # traces per step if the batch does not grow
+    min_batch: int = 1  # traces per step, at least, if the batch grows; at most Table 2's largest
+    steps_per_epoch: int = 1_000  # of a growing batch that has reached neither end
 
     def __post_init__(self):
         for arm in self.arms:
@@ -141,26 +149,19 @@ class Study:
         for model, methods in self.models:
             if not methods or len(set(methods)) < len(methods) or set(methods) - {FULL, QLORA}:
                 raise ValueError(
-                    f"methods of {model} are {'+'.join(methods) or 'none'}; pass {FULL}, {QLORA} or {FULL}+{QLORA}, each once"
+                    f"methods of {model} are {'+'.join(methods) or 'none'}; "
+                    f"pass {FULL}, {QLORA} or {FULL}+{QLORA}, each once"
                 )
+
         names = [short_name(model) for model, _ in self.models]
+        larger = "numbers of traces, each larger than the one before"
+        counts = ("seeds", "batch_traces", "min_batch", "steps_per_epoch")
         for name, fits, rule in (
             ("models", len(names) == len(set(names)) > 0, "one or more, each with a name of its own"),
             ("arms", len(self.arms) == len(set(self.arms)) > 0, "one or more, each once"),
-            (
-                "sizes",
-                self.sizes and _grows(self.sizes),
-                "numbers of traces, each larger than the one before",
-            ),
-            (
-                "control_sizes",
-                _grows(self.control_sizes),
-                "numbers of traces, each larger than the one before",
-            ),
-            *(
-                (name, getattr(self, name) >= 1, ">= 1")
-                for name in ("seeds", "batch_traces", "min_batch", "steps_per_epoch")
-            ),
+            ("sizes", self.sizes and _grows(self.sizes), larger),
+            ("control_sizes", _grows(self.control_sizes), larger),
+            *((name, getattr(self, name) >= 1, ">= 1") for name in counts),
         ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
@@ -176,25 +177,20 @@ class Study:
         growing = min(max(self.min_batch, num_traces // self.steps_per_epoch), TABLE[-1].batch_traces)
         return growing if grows else self.batch_traces
 
-    def base_cells(self) -> list[Cell]:
-        """Return the base models, one cell per model and seed."""
-        return [Cell.of_base(model, seed) for seed in range(self.seeds) for model, _ in self.models]
-
     def cells(self) -> list[Cell]:
-        """Return the cells to fine-tune, seed by seed, so that one seed's picture is whole before the next begins.
+        """Return the cells to fine-tune. One seed's picture is whole before the next begins.
 
         An arm leaves out the sizes at which it would repeat an earlier arm's training.
         """
         found: dict[tuple, Cell] = {}  # what a training depends on -> its first cell
-        for seed in range(self.seeds):
-            for model, methods in self.models:
-                arms = self.arms if model in self.compared else self.arms[:1]
-                for method in methods:
-                    for arm in arms:
-                        for size in self.sizes if arm == self.arms[0] else self.control_sizes or self.sizes:
-                            epochs, batch = self.epochs or paper_epochs(size), self.batch_of(arm, size)
-                            training = (model, method, ARMS[arm].long_share, size, seed, epochs, batch)
-                            found.setdefault(training, Cell(model, method, size, seed, epochs, batch, arm))
+        methods = [(model, method) for model, methods in self.models for method in methods]
+        for seed, (model, method), arm in product(range(self.seeds), methods, self.arms):
+            first = arm == self.arms[0]
+            if first or model in self.compared:
+                for size in self.sizes if first else self.control_sizes or self.sizes:
+                    epochs, batch = self.epochs or paper_epochs(size), self.batch_of(arm, size)
+                    training = (model, method, ARMS[arm].long_share, size, seed, epochs, batch)
+                    found.setdefault(training, Cell(model, method, size, seed, epochs, batch, arm))
         return list(found.values())
 
     def deviations(self, qlora_rank: int) -> list[str]:
@@ -209,11 +205,9 @@ class Study:
         if adapted := [short_name(model) for model, methods in self.models if QLORA in methods]:
             found.append(f"QLoRA of rank {qlora_rank} for {', '.join(adapted)} (paper: all parameters)")
         if FIXED_BATCH in self.arms:
-            found.append(
-                f"a control arm with {self.batch_traces} traces per step at every size, which the paper lacks"
-            )
+            found.append(f"a control arm with {self.batch_traces} traces per step at every size")
         if others := [ARMS[arm].title for arm in self.arms if ARMS[arm].long_share < 1]:
-            found.append(f"training sets that the paper lacks: {'; '.join(others)}")
+            found.append(f"training sets of its own: {'; '.join(others)}")
         return found
 
 
@@ -222,7 +216,7 @@ def _grows(sizes: Sequence[int]) -> bool:
 
 
 def parse_models(models: str, methods: str = FULL) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Read (model, its methods) from `model,model=qlora,model=full+qlora`. methods: of the models that name none."""
+    """Read (model, its methods) from `model,model=qlora,model=full+qlora`. methods: the default."""
     found = []
     for word in filter(None, (word.strip() for word in models.split(","))):
         model, _, own = word.partition("=")

@@ -1,4 +1,4 @@
-"""The toy study as a person starts it: real processes, kills in training and in sampling, and what its settings mean."""
+"""The toy study as a person starts it: real processes, kills in training and in sampling, its settings."""
 
 import json
 import time
@@ -91,19 +91,33 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
     results = StudyResults.read(broken)
     base, smaller = "tiny-full-0-seed0", "tinier-full-0-seed0"
     assert [found.cell.name for found in results.finished] == [
-        base, smaller, "tiny-full-8-seed0", "tiny-full-24-seed0", "tiny-full-24-short-seed0", "tinier-full-8-seed0",
+        base,
+        smaller,
+        "tiny-full-8-seed0",
+        "tiny-full-24-seed0",
+        "tiny-full-24-short-seed0",
+        "tinier-full-8-seed0",
         "tinier-full-24-seed0",
-    ]  # fmt: skip
+    ]
     samples = {name: of_cell[1] for name, of_cell in numbers(broken).items()}
-    assert len({json.dumps(samples[name]) for name in samples}) == len(samples)
-    assert [(curve.name, [point.num_traces for point in curve.points]) for curve in results.curves("tiny")] == [
-        ("tiny, long traces", [8, 24]), ("tiny, short traces", [24]),
-    ]  # fmt: skip
+    long, short = samples["tiny-full-24-seed0"], samples["tiny-full-24-short-seed0"]
+    assert long not in (short, samples[base], samples["tinier-full-24-seed0"])
+    assert [
+        (curve.name, [point.num_traces for point in curve.points]) for curve in results.curves("tiny")
+    ] == [
+        ("tiny, long traces", [8, 24]),
+        ("tiny, short traces", [24]),
+    ]
     assert [curve.name for curve in results.curves("tinier")] == ["tinier, long traces"]
     page = (broken / "report.html").read_text()
     assert page.count("<img ") == 6 and "http" not in page  # three per model
-    for text in ("Tiny, long traces: accuracy ", "Tiny, short traces: accuracy ", "Tinier, long traces: accuracy ",
-                 "with one seed they do not cover", "long traces, 24:"):  # fmt: skip
+    for text in (
+        "Tiny, long traces: accuracy ",
+        "Tiny, short traces: accuracy ",
+        "Tinier, long traces: accuracy ",
+        "with one seed they do not cover",
+        "long traces, 24:",
+    ):
         assert text in page
 
 
@@ -120,8 +134,14 @@ def test_a_finished_study_takes_more_sizes_and_then_reinforcement_learning(tmp_p
     first = ended()
     assert [*first] == ["tiny-full-0-seed0", "tiny-full-8-seed0"]
     assert {path.name for path in run.iterdir()} >= {
-        "config.json", "study.json", "data", "tiny.png", "tiny-causes.png", "tiny-steps.png", "report.html",
-    }  # fmt: skip
+        "config.json",
+        "study.json",
+        "data",
+        "tiny.png",
+        "tiny-causes.png",
+        "tiny-steps.png",
+        "report.html",
+    }
     for line in ("tiny-full-0-seed0, ", "tiny-full-8-seed0, ", "Tiny, long traces: accuracy ", "report "):
         assert line in done.stdout
 
@@ -160,9 +180,13 @@ def test_the_rows_of_a_cell_hold_a_steps_traces_in_the_models_own_tokens(recipe,
     settings = recipe.recipes_of(config, tmp_path / "data").finetune(cell)
     _, tokenizer = models.load("tiny", device="cpu")
     documents, _ = load_documents(
-        settings["traces"], ChatFormat(tokenizer, instruction=""), row_tokens=10_000, num_traces=40, shuffle=False,
+        settings["traces"],
+        ChatFormat(tokenizer, instruction=""),
+        row_tokens=10_000,
+        num_traces=40,
+        shuffle=False,
         long_share=ARMS[arm].long_share,
-    )  # fmt: skip
+    )
     lengths = list(map(len, documents))
     assert settings["row_tokens"] == max(*lengths, cell.batch_traces * sum(lengths) // 40)
 

@@ -1,4 +1,4 @@
-"""The sweep as a person starts it: real processes, the shipped model, a model whose context is too short, and a kill."""
+"""The sweep as a person starts it: real processes, a model whose context is too short, and a kill."""
 
 import importlib
 import json
@@ -41,8 +41,25 @@ def short_context(tmp_path):
 def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_fails(
     short_context, tmp_path
 ):
-    flags = ["--smoke", "--models", f"tiny,{short_context}", "--sizes", "96", "--max_steps", "12", "--checkpoint_every", "4",
-             "--num_questions", "4", "--num_samples", "1", "--max_new_tokens", "40", "--workers", "1"]  # fmt: skip
+    flags = [
+        "--smoke",
+        "--models",
+        f"tiny,{short_context}",
+        "--sizes",
+        "96",
+        "--max_steps",
+        "12",
+        "--checkpoint_every",
+        "4",
+        "--num_questions",
+        "4",
+        "--num_samples",
+        "1",
+        "--max_new_tokens",
+        "40",
+        "--workers",
+        "1",
+    ]
     run = tmp_path / "runs" / "valley_sweep" / "001"
     cell, baseline = run / "cells" / "tiny-full-96-seed0", run / "cells" / "tiny-full-0-seed0"
     journal = run / "jobs.jsonl"
@@ -65,8 +82,10 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     )  # what was done is not done again
     rows = [json.loads(line) for line in journal.read_text().splitlines()][1:]
     assert [(row["job"], row["status"]) for row in rows] == [
-        ("tiny-full-96-seed0", "done"), ("short-full-0-seed0", "failed"), ("short-full-96-seed0", "failed"),
-    ]  # fmt: skip
+        ("tiny-full-96-seed0", "done"),
+        ("short-full-0-seed0", "failed"),
+        ("short-full-96-seed0", "failed"),
+    ]
     assert "max_new_tokens is 40, but the model was made for 32" in rows[1]["error"]
     assert rows[2]["error"] == "not started: it needs short-full-0-seed0, which failed"
     assert any("run folder" in line for line in Path(tmp_path / rows[1]["log"]).read_text().splitlines())
@@ -74,9 +93,14 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
         range(1, 13)
     )  # none twice or missing
 
-    for line in ("lr 0.003 (paper: 5e-05)", "num_questions 4 (paper: all)", "tiny-full-96-seed0, ",
-                 "FAILED short-full-0-seed0: ValueError: prompt 0 has", "Tiny, long traces: accuracy ",
-                 "report "):  # fmt: skip
+    for line in (
+        "lr 0.003 (paper: 5e-05)",
+        "num_questions 4 (paper: all)",
+        "tiny-full-96-seed0, ",
+        "FAILED short-full-0-seed0: ValueError: prompt 0 has",
+        "Tiny, long traces: accuracy ",
+        "report ",
+    ):
         assert line in output
     assert (cell / "before" / "toy.jsonl").read_bytes() == (baseline / "samples" / "toy.jsonl").read_bytes()
     stored = json.loads((cell / "config.json").read_text())
@@ -114,8 +138,14 @@ def test_the_default_is_the_papers_table_and_its_settings(recipe):
 def test_a_preset_lists_every_one_of_its_deviations(recipe):
     config = parse(recipe.Config, ["--preset", "rtx24"], smoke=recipe.SMOKE, presets=recipe.PRESETS)
     listed = "\n".join(recipe.deviations(config, recipe.study_of(config)))
-    for text in ("500, 2,000 traces", "without 16,000", "num_questions 100 (paper: all)", "max_new_tokens 8192 (paper: 16384)",
-                 "num_samples 2 (paper: 8 for AIME24", "QLoRA of rank 16 for Qwen2.5-3B-Instruct"):  # fmt: skip
+    for text in (
+        "500, 2,000 traces",
+        "without 16,000",
+        "num_questions 100 (paper: all)",
+        "max_new_tokens 8192 (paper: 16384)",
+        "num_samples 2 (paper: 8 for AIME24",
+        "QLoRA of rank 16 for Qwen2.5-3B-Instruct",
+    ):
         assert text in listed
 
 
@@ -125,13 +155,26 @@ def test_a_fixed_batch_adds_its_arm_and_every_arm_exists_here(recipe):
     )
     cells = recipe.study_of(replace(config, models="x")).cells()
     assert [(cell.arm, cell.num_traces, cell.batch_traces) for cell in cells if cell.arm != "long"] == [
-        ("quarter", 8_000, 8), ("fixed", 8_000, 16),
-    ]  # fmt: skip
+        ("quarter", 8_000, 8),
+        ("fixed", 8_000, 16),
+    ]
 
 
 def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(recipe, tmp_path):
-    config = parse(recipe.Config, ["--smoke", "--methods", "full+qlora", "--arms", "long,mixed", "--control_sizes", "24",
-                                   "--rl_flags=--steps 2 --smoke"], smoke=recipe.SMOKE)  # fmt: skip
+    config = parse(
+        recipe.Config,
+        [
+            "--smoke",
+            "--methods",
+            "full+qlora",
+            "--arms",
+            "long,mixed",
+            "--control_sizes",
+            "24",
+            "--rl_flags=--steps 2 --smoke",
+        ],
+        smoke=recipe.SMOKE,
+    )
     cells = recipe.study_of(config).cells()
     chosen = {("tiny", "full"): ({"tile_tokens": 64}, ""), ("tiny", "qlora"): ({}, "it needs 99 GiB")}
     recipes = recipe.recipes_of(config, chosen)
@@ -140,10 +183,18 @@ def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(re
         job.name: job for job in [*jobs_of(cells, recipes, tmp_path), *rl_jobs(starts, recipes, tmp_path)]
     }
     assert list(jobs) == [
-        "tiny-full-0-seed0", "tiny-full-24-seed0", "tiny-full-96-seed0", "tiny-full-24-mixed-seed0", "tiny-qlora-24-seed0",
-        "tiny-qlora-96-seed0", "tiny-qlora-24-mixed-seed0", "rl tiny-full-0-seed0", "rl tiny-qlora-0-seed0",
-        "rl tiny-full-96-seed0", "rl tiny-qlora-96-seed0",
-    ]  # fmt: skip
+        "tiny-full-0-seed0",
+        "tiny-full-24-seed0",
+        "tiny-full-96-seed0",
+        "tiny-full-24-mixed-seed0",
+        "tiny-qlora-24-seed0",
+        "tiny-qlora-96-seed0",
+        "tiny-qlora-24-mixed-seed0",
+        "rl tiny-full-0-seed0",
+        "rl tiny-qlora-0-seed0",
+        "rl tiny-full-96-seed0",
+        "rl tiny-qlora-96-seed0",
+    ]
     parsed = {}
     for name, job in jobs.items():
         module = importlib.import_module(job.recipe.stem)
@@ -194,8 +245,15 @@ def test_the_plan_is_printed_and_written_without_a_gpu_or_a_run_folder(recipe, m
     ]
     recipe.main(parse(recipe.Config, flags, smoke=recipe.SMOKE, presets=recipe.PRESETS))
     printed = capsys.readouterr().out
-    for text in ("tiny, full: ", "(simulated); fits 6 GB", "tiny-full-220000", "3,438", "h on one card", "Estimates, not timings",
-                 "row_tokens 256 (paper: 16384)"):  # fmt: skip
+    for text in (
+        "tiny, full: ",
+        "(simulated); fits 6 GB",
+        "tiny-full-220000",
+        "3,438",
+        "h on one card",
+        "Estimates, not timings",
+        "row_tokens 256 (paper: 16384)",
+    ):
         assert text in printed
     assert [row["num_traces"] for row in json.loads((tmp_path / "plan.json").read_text())] == [8_000, 220_000]
     assert not (tmp_path / "runs").exists()

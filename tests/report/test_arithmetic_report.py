@@ -41,7 +41,7 @@ def test_p_and_p_to_the_n_and_the_residual_are_those_computed_by_hand():
     assert points.accuracy.mean == 0.75
     assert points.residual.mean == pytest.approx(0.75 - (P**3 + P**2) / 2)
     assert points.operations.mean == (3 + 3 + 3 + 4) / 4
-    assert points.saved == 1 / 4  # right although its first operation is wrong
+    assert found.right_all_the_same == 1 / 4
     assert (found.num_needed, found.with_wrong, found.first_wrong) == (2.5, 0.5, 1.5)
 
 

@@ -1,4 +1,4 @@
-"""Made-up studies: curves, sentences and the report's table follow from the samples, and change if these change."""
+"""Made-up studies: curves, sentences and the report follow from the samples, and change if these change."""
 
 import json
 import random
@@ -17,8 +17,11 @@ QUESTIONS = {"math500": 60, "aime24": 12}
 
 
 def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=True, luck=None):
-    """Two samples a question of both benchmarks, right with the same chance, or a chance a benchmark. luck: of its own unless
-    given, the same wherever the sweep lies."""
+    """Write two samples per question of both benchmarks.
+
+    accuracy: the chance that one is right, or benchmark -> chance. luck: seeds the draw; by default the
+    folder's name does.
+    """
     for name, count in QUESTIONS.items():
         level = accuracy[name] if isinstance(accuracy, dict) else accuracy
         rng = random.Random(f"{luck or '/'.join(folder.parts[-3:])} {name}")
@@ -28,12 +31,19 @@ def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=T
             for sample in range(2):
                 verdict = "correct" if rng.random() < level else "wrong"
                 length = tokens if name == "math500" else 9_999
-                journal.append({"question": f"q{i}", "problem": f"{i}+1?", "sample": sample, "verdict": verdict, "tokens": length, "finished": finished,
-                                "text": "x", "prediction": "1", "answer": "1"})  # fmt: skip
+                row = {
+                    "question": f"q{i}",
+                    "problem": f"{i}+1?",
+                    "answer": "1",
+                    "sample": sample,
+                    "text": "x",
+                }
+                row |= {"verdict": verdict, "prediction": "1", "tokens": length, "finished": finished}
+                journal.append(row)
 
 
 def make_study(path, study, accuracies, *, base=0.5, skip=(), failed=(), tokens=600, rl=None, **samples):
-    """accuracies: of a method and arm, a level a size."""
+    """Write the runs of a study. accuracies: (method, arm) -> a level per size."""
     outcomes, cells = Journal(path / "jobs.jsonl"), study.cells()
 
     def ended(name, status=DONE, **fields):
@@ -155,11 +165,10 @@ def test_a_cell_that_was_measured_otherwise_is_left_out_and_said_so(tmp_path):
 
 
 def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and_what_is_missing(tmp_path):
-    cells = [cell.name for cell in study(arms=("long", "fixed"), batch_traces=8).cells()]
-    path = make_study(
-        tmp_path, study(arms=("long", "fixed"), batch_traces=8), {TABLE: [0.05, 0.2, 0.4], ("full", FIXED_BATCH): [0, 0.1, 0.1]}, base=0.24,
-        failed=[cells[1]], skip=[cells[3]],
-    )  # fmt: skip
+    two_arms = study(arms=("long", FIXED_BATCH), batch_traces=8)
+    cells = [cell.name for cell in two_arms.cells()]
+    levels = {TABLE: [0.05, 0.2, 0.4], ("full", FIXED_BATCH): [0, 0.1, 0.1]}
+    path = make_study(tmp_path, two_arms, levels, base=0.24, failed=[cells[1]], skip=[cells[3]])
     (path / "config.json").write_text(json.dumps({"lr": 5e-5}))
     page = write_report(path).read_text()
     assert "3 of 5 cells are done, 1 failed, 1 have not ended yet." in page
@@ -204,5 +213,5 @@ def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_pa
     assert "from 8,000 traces: accuracy falls" in below and "it ends below the base model (-" in below
     assert "from 220,000 traces: accuracy rises" in above and "it ends above the base model (+" in above
     _, alike = said({0: 0.5, 8_000: 0.5})
-    assert "whether it ends above or below the base model is not known" in alike
+    assert "it is not known whether it ends above or below the base model" in alike
     assert "ends" not in said({8_000: 0.5})[0]  # nothing to compare with

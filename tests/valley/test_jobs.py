@@ -1,4 +1,4 @@
-"""Real processes of small recipes: failures are reported and the rest goes on, killed runs resume, no process outlives a study."""
+"""Real processes of small recipes: failures are reported, killed runs resume, no process outlives a study."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from kit.valley.jobs import (
     reason,
     run_jobs,
     workers_of,
-)  # fmt: skip
+)
 
 RECIPE = """
 import os, signal, sys, time
@@ -48,7 +48,8 @@ def main(config):
     out = Path(config.out)
     (out / "config.json").write_text("{}")
     with (out.parent / "starts").open("a") as file:
-        file.write(f"{out.name} {config.resume} {config.switch} {config.text!r} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+        card = os.environ.get("CUDA_VISIBLE_DEVICES")
+        file.write(f"{out.name} {config.resume} {config.switch} {config.text!r} {card}\\n")
     (out / "process").write_text(f"{os.getpid()} {threads()}")
     for i in range(30):
         print(f"line {i}", flush=True)
@@ -66,7 +67,7 @@ def main(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """Start the process that children are forked from with what tests/children.py preloads, not with a small recipe."""
+    """Start the process that children are forked from before a small recipe does, for tests/children.py."""
     forkserver.ensure_running()
 
 
@@ -81,7 +82,10 @@ def job(recipe, name, *, needs=(), problem="", **settings):
     return Job(name, recipe, settings, recipe.parent / "runs" / name, tuple(needs), problem=problem)
 
 
-def run(jobs, path, workers=(Worker(),)):
+ONE = (Worker(),)
+
+
+def run(jobs, path, workers=ONE):
     return {outcome.job: outcome for outcome in run_jobs(jobs, path, workers)}
 
 
@@ -91,14 +95,22 @@ def starts(recipe):
 
 def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_others_go_on(recipe, tmp_path):
     jobs = [
-        job(recipe, "bad", fail="rows are\nlonger than 7"), job(recipe, "killed", fail="signal"),
-        job(recipe, "left", fail="exit"), job(recipe, "needs-bad", needs=["bad"]),
-        job(recipe, "too-large", problem="it needs 99 GiB"), job(recipe, "good", switch=False, text="--odd= name"),
-    ]  # fmt: skip
+        job(recipe, "bad", fail="rows are\nlonger than 7"),
+        job(recipe, "killed", fail="signal"),
+        job(recipe, "left", fail="exit"),
+        job(recipe, "needs-bad", needs=["bad"]),
+        job(recipe, "too-large", problem="it needs 99 GiB"),
+        job(recipe, "good", switch=False, text="--odd= name"),
+    ]
     found = run(jobs, tmp_path)
     assert {name: outcome.status for name, outcome in found.items()} == {
-        "bad": FAILED, "killed": FAILED, "left": FAILED, "needs-bad": FAILED, "too-large": FAILED, "good": DONE,
-    }  # fmt: skip
+        "bad": FAILED,
+        "killed": FAILED,
+        "left": FAILED,
+        "needs-bad": FAILED,
+        "too-large": FAILED,
+        "good": DONE,
+    }
     assert found["bad"].error == "ValueError: rows are longer than 7"
     assert len(found["bad"].tail) == TAIL and found["bad"].tail[-1] == "longer than 7"
     assert found["killed"].error.startswith("ended by SIGKILL")
@@ -117,8 +129,11 @@ def test_a_resumed_study_starts_only_what_is_not_done_and_what_needs_it(recipe, 
     again = run(jobs, tmp_path)
     assert {name: outcome.status for name, outcome in again.items()} == {"bad": DONE, "after": DONE}
     assert [line.split()[:2] for line in starts(recipe)] == [
-        ["good", "False"], ["bad", "False"], ["bad", "True"], ["after", "False"],
-    ]  # fmt: skip
+        ["good", "False"],
+        ["bad", "False"],
+        ["bad", "True"],
+        ["after", "False"],
+    ]
     assert {outcome.status for outcome in read_outcomes(tmp_path).values()} == {DONE}
     assert run(jobs, tmp_path) == {}
 
@@ -254,15 +269,31 @@ def test_leaving_a_study_early_ends_its_processes(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("status", "lines", "expected"),
     [
-        (1, ["Traceback (most recent call last):", "  x = 1", "torch.OutOfMemoryError: CUDA out of", " memory"],
-         "torch.OutOfMemoryError: CUDA out of memory"),
+        (
+            1,
+            [
+                "Traceback (most recent call last):",
+                "  x = 1",
+                "torch.OutOfMemoryError: CUDA out of",
+                " memory",
+            ],
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
         (2, ["settings", "error: there is no --modle"], "error: there is no --modle"),
-        (1, ["KeyError: 'a'", "During handling of the above exception, another exception occurred:", "ValueError: b", "ok"],
-         "ValueError: b ok"),
+        (
+            1,
+            [
+                "KeyError: 'a'",
+                "During handling of the above exception, another exception occurred:",
+                "ValueError: b",
+                "ok",
+            ],
+            "ValueError: b ok",
+        ),
         (1, ["one", "two", "three", "four"], "two three four"),
         (7, [], "it ended with status 7 and said nothing"),
         (-signal.SIGTERM, ["ValueError: x"], "ended by SIGTERM"),
     ],
-)  # fmt: skip
+)
 def test_the_reason_is_the_message_a_log_ends_with(status, lines, expected):
     assert reason(status, lines) == expected

@@ -1,45 +1,44 @@
-"""Measure any model on any benchmark: accuracy with its uncertainty, lengths, truncation, reflection; a table and a report.
+"""Evaluate any model on any benchmark: accuracy and its uncertainty, lengths, truncation and reflection.
 
-    python recipes/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct                        the paper's protocol, on a GPU
-    python recipes/evaluate.py --model runs/qwen2_5_0_5b_8k/001/model --benchmarks math500 --num_questions 100
-    python recipes/evaluate.py --model model.gguf --chat_template plain --benchmarks gsm8k=gsm8k.jsonl --device cpu
-    python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002             two finished runs, question by question
-    python recipes/evaluate.py --smoke                                                   a tiny model, seconds on any CPU
+    python recipes/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct             the paper's protocol, on a GPU
+    python recipes/evaluate.py --model runs/gemma3_1b_8k/001/model --benchmarks math500
+    python recipes/evaluate.py --model m.gguf --chat_template plain --benchmarks gsm8k=FILE --device cpu
+    python recipes/evaluate.py --benchmarks arithmetic                        checks each step of an answer
+    python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002  two finished runs, paired
+    python recipes/evaluate.py --smoke                                        a tiny model, seconds on any CPU
 
-A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base it names. Every sample is logged as it
-ends, --resume goes on after a kill, and the result is that of an unbroken run. Time: not timed on a GPU; SmolLM2-135M, 50 GSM8K
-questions x 2 samples of up to 200 tokens, takes minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot
-prompts.
+A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Every
+sample is logged as soon as it ends. After a kill, --resume continues, and the result is that of an
+uninterrupted run.
+
+Time: not timed on a GPU; SmolLM2-135M on 50 GSM8K questions, 2 samples each of up to 200 tokens, takes
+minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from kit import models
 from kit.config import parse, show
 from kit.data import ChatFormat
 from kit.data.chat import INSTRUCTION
 from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
-from kit.evaluate.results import mean_accuracy, paired_bootstrap, read_result
+from kit.evaluate.results import mean_accuracy, read_result
 from kit.generate import SamplingParams, cache_bytes
+from kit.machine import GIB, require_gpu
 from kit.memory.measured_speed import sampling_time
-from kit.report import write_report
+from kit.report import arithmetic, write_report
+from kit.report.figures import Stages
 from kit.report.page import percent
-from kit.run import SAMPLES, RunFolder, write_json
+from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
 @dataclass(frozen=True)
 class Config:
     # model
-    model: str = (
-        "google/gemma-3-1b-it"  # hub id, local folder (a checkpoint, or adapters), .gguf file, or "tiny"
-    )
+    model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
-    attention: str = (
-        "auto"  # kit, flash-attn, torch, or auto: flash-attn where it is installed and able, else kit
-    )
+    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it can run the model, else kit
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
@@ -53,82 +52,102 @@ class Config:
     num_slots: int = 16  # responses sampled at once; changes the speed only
     seed: int = 0  # of the samples
     # comparison
-    compare: str = (
-        ""  # two run folders, comma-separated: print the second minus the first and stop; "" = evaluate
-    )
-    force: bool = False  # compare also what was prompted, decoded or computed differently
+    compare: str = ""  # two run folders, comma-separated: print second minus first, then stop; "" = evaluate
+    force: bool = False  # compare runs even if prompt, decoding or versions differ
     # run
     smoke: bool = False  # tiny model, toy benchmark, CPU, seconds
-    resume: bool = False  # go on with the run in --out, or with the newest one
+    resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
 SMOKE = {
-    "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy", "num_questions": 50, "num_samples": 2,
-    "max_new_tokens": 256, "num_slots": 50,
+    "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy",
+    "num_questions": 50, "num_samples": 2, "max_new_tokens": 256, "num_slots": 50,
 }  # fmt: skip
+WITHOUT_GPU = {
+    "python recipes/evaluate.py --smoke": "the whole path on this CPU in seconds, with a tiny model",
+    "python recipes/evaluate.py --device cpu": "this model on this CPU, slowly: ask for little, for example\n"
+    "      --benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512",
+}
 
 
 def main(config: Config) -> list[Result]:
     if config.compare:
         return compare(config)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(
-            f"evaluating {config.model} on --device cuda needs an NVIDIA GPU and none is here. Two ways out:\n"
-            "  python recipes/evaluate.py --smoke         the whole path on this CPU in seconds, with a tiny model\n"
-            "  python recipes/evaluate.py --device cpu    this model on this CPU: slow, so make it small, for example with\n"
-            "      --benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
-        )
+    require_gpu(config.device, f"evaluating {config.model} on --device cuda", WITHOUT_GPU)
+
     benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
     params = SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
+
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
-    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / 2**30
-    print(f"KV cache    {cache:.2f} GiB and the prompts'")
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
-    samples = ", ".join(
-        f"{b.name} {len(b.questions)} x {config.num_samples or b.num_samples}" for b in benchmarks
-    )
+
+    counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}
+    samples = ", ".join(f"{name} {questions} x {k}" for name, (questions, k) in counts.items())
+    num_responses = sum(questions * k for questions, k in counts.values())
+    time = sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
+    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
-    responses = sum(len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks)
-    print(f"time        {sampling_time(config.model, responses, config.max_new_tokens, config.num_slots)}")
-    results = [
-        evaluate(model, chat, benchmark, params, run.path / SAMPLES,
-                 num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed)
-        for benchmark in benchmarks
-    ]  # fmt: skip
+    print(f"KV cache    {cache:.2f} GiB, besides the prompts")
+    print(f"time        {time}")
+
+    results = []
+    for benchmark in benchmarks:
+        found = evaluate(
+            model, chat, benchmark, params, run.path / SAMPLES,
+            num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed,
+        )  # fmt: skip
+        results.append(found)
+
     print(table(results))
+    print_steps({SAMPLES: {result.benchmark: result for result in results}})
     write_json(run.path / "results.json", [result.summary() for result in results])
     print(f"report {write_report(run.path)}")
     return results
 
 
 def table(results: list[Result]) -> str:
-    """The figures a person asks for first, a line per benchmark."""
-    head = ("benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong", "cut off", "no answer",
-            "loops", "reflection*", "undecided")  # fmt: skip
+    """Return the figures that are asked for first, one line per benchmark."""
+    head = (
+        "benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong",
+        "cut off", "no answer", "loops", "reflection*", "undecided",
+    )  # fmt: skip
     lines = [head]
     for result in results:
         k, tokens = result.num_samples, result.lengths()
-        means = [result.lengths(verdict).mean for verdict in ("correct", "wrong")]
+        right, wrong = (result.lengths(verdict).mean for verdict in ("correct", "wrong"))
         shares = (result.truncated, result.without_answer, result.looping, result.reflection)
-        lines.append((
-            result.benchmark, f"{percent(result.accuracy)} ± {100 * result.interval:.1f}",
-            f"{percent(result.pass_at(k))}, k = {k}", f"{tokens.mean:,.0f}", f"{tokens.median:,.0f}", f"{tokens.p90:,}",
-            *("-" if mean is None else f"{mean:,.0f}" for mean in means), *map(percent, shares), str(result.unknown),
-        ))  # fmt: skip
+        cells = (
+            result.benchmark,
+            f"{percent(result.accuracy)} ± {100 * result.interval:.1f}",
+            f"{percent(result.pass_at(k))}, k = {k}",
+            f"{tokens.mean:,.0f}",
+            f"{tokens.median:,.0f}",
+            f"{tokens.p90:,}",
+            *("-" if mean is None else f"{mean:,.0f}" for mean in (right, wrong)),
+            *map(percent, shares),
+            str(result.unknown),
+        )
+        lines.append(cells)
+
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = "\n".join(
-        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines
-    )
+    rows = [zip(line, widths, strict=True) for line in lines]
+    text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in row) for row in rows)
     if len(results) > 1:
-        text += f"\nmean accuracy {100 * mean_accuracy(results):.1f} %, every benchmark counting the same"
+        text += f"\nmean accuracy {percent(mean_accuracy(results))}, each benchmark with the same weight"
     return text + "\n* keywords alone: an upper bound"
 
 
+def print_steps(stages: Stages) -> None:
+    """Print what the operations of the answers to `arithmetic` show, if it was measured."""
+    for line in arithmetic.sentences(arithmetic.check_answers(stages)):
+        print(line)
+
+
 def compare(config: Config) -> list[Result]:
-    """Print the second run minus the first for every benchmark both hold."""
+    """Print the second run minus the first, for every benchmark that both measured."""
     folders = [Path(name) / SAMPLES for name in config.compare.split(",")]
     if len(folders) != 2:
         raise ValueError(f"compare is {config.compare!r} but it takes two run folders, comma-separated")
@@ -136,18 +155,21 @@ def compare(config: Config) -> list[Result]:
     shared = [name for name in first if name in second]
     if not shared:
         raise ValueError(
-            f"{folders[0]} holds {sorted(first)} and {folders[1]} holds {sorted(second)}: no benchmark in common"
+            f"{folders[0]} holds {sorted(first)} and {folders[1]} holds {sorted(second)}: no benchmark in "
+            "common; pass two runs that measured the same one"
         )
+
+    results = []
     for name in shared:
         before, after = read_result(first[name]), read_result(second[name])
-        sampled = paired_bootstrap(before, after, force=config.force)
-        difference, spread = paired_difference(before, after, force=config.force)
+        difference, half = paired_difference(before, after, force=config.force)
         print(
-            f"{before}\n{after}\n{name}: difference {100 * difference:+.1f} points, 95 % interval {100 * sampled.low:+.1f} to "
-            f"{100 * sampled.high:+.1f} (paired bootstrap over {before.num_questions} questions); "
-            f"± {100 * spread:.1f} (normal, with two questions added: the one to trust below 20 questions)"
+            f"{before}\n{after}\n{name}: difference {100 * difference:+.1f} points ± {100 * half:.1f} "
+            f"(95 %, paired over {before.num_questions} questions)"
         )
-    return [read_result(second[name]) for name in shared]
+        print_steps({BEFORE: {name: before}, AFTER: {name: after}})
+        results.append(after)
+    return results
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class Config:
     num_traces: int = 8_000  # problems, one trace each; 0 = all
     row_tokens: int = 16_384  # tokens a pack; longer traces are dropped
     verify: bool = True  # keep correct traces only
+    long_share: float = 1.0  # of the problems; the others get the data set's short `solution` in place of a trace
+    shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
     max_bad_rows: int = 20  # malformed rows that are named and left out; one more stops the run
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces; "" = no cache
     # optimisation: the paper's Table 2 (AdamW, cosine)
@@ -59,6 +61,7 @@ class Config:
     batch_traces: int = 8  # traces an optimizer step, on average
     lr: float = 5e-5  # peak learning rate
     warmup_ratio: float = 0.05  # share of the steps; 0 = none
+    beta2: float = 0.999  # of AdamW, torch's default; the paper does not state it
     weight_decay: float = 0.0  # 0 = none; the paper does not state it
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
     max_tensor_norm: float = (
@@ -165,11 +168,6 @@ def main(config: Config) -> None:
         device=config.device,
         attention=config.attention,
     )
-    context = backbone.context_length(model)
-    if config.row_tokens > context:
-        raise ValueError(
-            f"row_tokens is {config.row_tokens} but {config.model} was made for {context}; pass --row_tokens {context}"
-        )
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     params = SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
     benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
@@ -177,8 +175,15 @@ def main(config: Config) -> None:
     # the consequences of the settings, before anything slow happens
     documents, drop_counts = load_documents(
         config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed,
-        max_bad_rows=config.max_bad_rows, verify=config.verify, cache_dir=config.cache_dir,
+        max_bad_rows=config.max_bad_rows, verify=config.verify, shuffle=config.shuffle, long_share=config.long_share,
+        cache_dir=config.cache_dir,
     )  # fmt: skip
+    longest, context = max(map(len, documents)), backbone.context_length(model)  # a row of several traces may be longer
+    if longest > context:
+        raise ValueError(
+            f"row_tokens is {config.row_tokens} and the longest trace has {longest} tokens, but {config.model} was made for "
+            f"{context}; pass --row_tokens {context}"
+        )
     plan = TrainingPlan.make(
         [len(document) for document in documents], row_tokens=config.row_tokens, batch_traces=config.batch_traces,
         epochs=config.epochs, max_steps=config.max_steps, seed=config.seed,
@@ -225,8 +230,8 @@ def main(config: Config) -> None:
         before = measure(model, BEFORE)
     trained = train(
         model, tokenizer, documents, plan, run,
-        lr=config.lr, warmup_ratio=config.warmup_ratio, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        max_tensor_norm=config.max_tensor_norm, savings=savings_of(config),
+        lr=config.lr, warmup_ratio=config.warmup_ratio, beta2=config.beta2, weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm, max_tensor_norm=config.max_tensor_norm, savings=savings_of(config),
         memory=PeakMemory(model.device, planned, run.path / "memory.json"),
         checkpoint_every=config.checkpoint_every, seed=config.seed,
     )  # fmt: skip

@@ -1,42 +1,41 @@
-"""The valley on a CPU: a small model learns from more and more long traces. Does it fall, and does it climb out again?
+"""The valley on a CPU: a small model learns from more and more long traces. Does it fall? Does it recover?
 
-    python recipes/valley_demo.py --quick          one seed, fewer sizes
-    python recipes/valley_demo.py                  three seeds, all arms
-    python recipes/valley_demo.py --resume         go on after an interruption: finished models are kept
-    python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384     and then more sizes, arms or seeds
-    python recipes/valley_demo.py --resume --rl_steps 80    and then reinforcement learning from three of the models
+    python recipes/valley_demo.py --quick          one seed, fewer sizes python recipes/valley_demo.py
+    three seeds, four arms python recipes/valley_demo.py --resume         go on after an interruption:
+    finished models are kept python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384
+    more sizes, arms or seeds python recipes/valley_demo.py --resume --rl_steps 80    then reinforcement
+    learning from three of the models
 
 The model that ships with the kit has learned chains of additions and subtractions (kit/data/toy.py) from
 40,000 short traces. It is fine-tuned on more and more long ones, which recheck and correct themselves, and
 measured each time as the paper measures: samples at temperature 0.6 and top-p 0.95 on held-out problems.
-Beside that stand a smaller model, the same problems with short traces, half and half, and long traces with a
-batch that grows with the data, as in the paper's Table 2. Everything goes through the pipeline of the real
-recipes; what came out, and what it says, is in report.html of the run folder.
+Compared with that are a smaller model, short traces of the same problems, half of each, and long traces with
+a batch that grows with the data, as in the paper's Table 2. Every model is a run of recipes/gemma3_1b_8k.py
+in a folder of its own. What came out, and what it says, is in report.html of the run folder.
 
-Learning rate and batch size were chosen once, by a rule; recipes/bench/LOG.md has the rule and everything that was tried.
+Learning rate and batch size were chosen once, by a rule: recipes/bench/LOG.md has the rule and all that was
+tried.
 
-Time: the full setting trains on 51 million tokens and took 31 min on two idle Xeon cores (2026-11-22; the two models learn 13,000
-and 21,000 tokens per second), a tenth of it for samples; --quick 3 min 19 s. 16,384 traces, added later: 73 minutes of one core.
+Time: the full setting trains on 51 million tokens and took 31 min on two idle Xeon cores (2026-11-22; the two
+models learn 13,000 and 21,000 tokens per second), a tenth of it for samples; --quick 3 min 19 s. 16,384
+traces, added later: 73 minutes on one core.
 
-It is about the toy, not about language models. Left out on purpose: what learning rate each size would like best.
+It is about the toy, not about language models. Left out on purpose: the best learning rate for each size.
 """
 
-import os
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from kit.config import parse, show
-from kit.evaluate import BENCHMARKS
-from kit.generate import SamplingParams
+from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
+from kit.data.traces import is_long
+from kit.evaluate.benchmarks import BENCHMARKS
 from kit.report.valley import write_report
 from kit.run import RunFolder
-from kit.valley import Study
-from kit.valley.curves import findings
-from kit.valley.sweep import parse_numbers
-from kit.valley.toy_cells import Finished, Valley, curves, read_cells
-from kit.valley.toy_rl import read_rl_runs, rl_findings, run_rl
+from kit.valley.jobs import workers_of
+from kit.valley.runs import LOWEST, MOST, Recipes, run_study
+from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Config:
         "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
     )
     # cells
-    arms: str = "long,short,mixed,growing"  # of kit/valley/study.py, which has two more mixtures; the first has all sizes
+    arms: str = "long,short,mixed,growing"  # of kit/valley/study.py; the first has all sizes
     sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm
     control_sizes: str = "64,1024,4096"  # traces, of the other arms
     seeds: int = 3  # of traces, packs and samples
@@ -54,7 +53,7 @@ class Config:
     epochs: int = 4  # passes over the traces
     lr: float = 1e-3  # peak, cosine; why this one: above
     warmup_ratio: float = 0.05  # share of all steps; 0 = none
-    batch_traces: int = 16  # traces per step; what the growing batch of that arm does: kit/valley/study.py
+    batch_traces: int = 16  # traces per step; the growing batch: study_of below
     # evaluation
     num_questions: int = 0  # of the 100 held-out problems; 0 = all
     num_samples: int = 4  # samples per question
@@ -65,71 +64,128 @@ class Config:
     # reinforcement learning, from the base model, the lowest point and the largest size of the first arm
     rl_steps: int = 0  # steps of 16 prompts x 8 answers; 0 = off
     # run
-    workers: int = 0  # cells made at once, each in a process with one thread; 0 = one a core
+    workers: int = 0  # runs at once, each in a process with one thread; 0 = one per core
     quick: bool = False  # one seed, fewer sizes and samples: minutes
     smoke: bool = False  # four models to train, about a minute
     resume: bool = False  # go on with the run in --out, or with the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
-QUICK = {"models": "tiny", "arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,1024", "seeds": 1,
-         "num_samples": 2}  # fmt: skip
-GROWS = (
-    "models",
-    "arms",
-    "sizes",
-    "control_sizes",
-    "seeds",
-)  # of which a resumed run may have more: models once made are kept
-SMOKE = {"models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "seeds": 1, "num_questions": 50,
-         "num_samples": 2}  # fmt: skip
+QUICK = {
+    "models": "tiny", "arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,1024",
+    "seeds": 1, "num_samples": 2,
+}  # fmt: skip
+SMOKE = {
+    "models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "seeds": 1,
+    "num_questions": 50, "num_samples": 2,
+}  # fmt: skip
+GROWS = ("models", "arms", "sizes", "control_sizes", "seeds")  # a resumed run may have more of these
+MAX_ROW_TOKENS = 2_048  # per pack: larger ones are no faster on a CPU
+# The learning rate of reinforcement learning is the better of two that were tried, one seed, 60 steps, %
+# right before and after on 100 other problems: from 64 long traces 4.8 -> 89.5 at 1e-4 and 4.8 -> 24.5 at
+# 3e-4; from 16,384 long traces 77.8 -> 83.5 and 77.8 -> 83.0. Longer problems leave nothing to learn from:
+# the base model solves those with eight numbers, the most it has seen, and hardly one with nine (3 %, before
+# and after 60 steps at either rate).
+REINFORCE = {
+    "lr": 1e-4,
+    "kl_coef": 1e-3,
+    "batch_prompts": 16,
+    "minibatch_prompts": 8,
+    "num_slots": 256,
+    "row_tokens": 4_096,
+    "recompute": False,
+    "checkpoint_every": 10,
+}
+RL_PROMPTS = 2_000  # problems to draw from
+RL_TOKENS = 384  # per answer; the longest trace has about 340
 
 
 def study_of(config: Config) -> Study:
+    """Return the study. The growing batch reaches that of the others, 16, at 4,096 traces."""
     return Study(
-        models=tuple(config.models.split(",")), arms=tuple(config.arms.split(",")), sizes=parse_numbers("sizes", config.sizes),
-        control_sizes=parse_numbers("control_sizes", config.control_sizes), seeds=config.seeds, epochs=config.epochs,
-        lr=config.lr, warmup_ratio=config.warmup_ratio, batch_traces=config.batch_traces,
-        params=SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens),
-        num_samples=config.num_samples, num_slots=config.num_slots,
-    )  # fmt: skip
+        models=parse_models(config.models),
+        arms=tuple(config.arms.split(",")),
+        sizes=parse_numbers("sizes", config.sizes),
+        control_sizes=parse_numbers("control_sizes", config.control_sizes),
+        control_models=1,
+        seeds=config.seeds,
+        epochs=config.epochs,
+        grows=False,
+        batch_traces=config.batch_traces,
+        min_batch=4,
+        steps_per_epoch=256,
+    )
 
 
-def line(finished: Finished) -> str:
-    row = finished.row
-    trained = (
-        f"{row['steps']:>5,} steps, {row['training_seconds']:>4.0f} s" if "steps" in row else "base model"
-    )
-    return (
-        f"{finished.cell.name:<26} {100 * row['accuracy']:5.1f} % right, {row['mean_tokens']:4.0f} tokens, "
-        f"{100 * row['truncated']:3.0f} % cut off; {trained}, {row['sampling_seconds']:.0f} s of sampling"
-    )
+def write_data(study: Study, held_out: set[str], folder: Path, *, rl: bool) -> None:
+    """Write each seed's traces, and prompts for reinforcement learning, without the held-out problems."""
+    folder.mkdir(exist_ok=True)
+    largest = max(study.sizes + study.control_sizes)
+    for seed in range(study.seeds):
+        write_rows(folder / f"traces-seed{seed}.jsonl", make_pairs(largest, seed=seed, exclude=held_out))
+        if rl:
+            prompts = make_rows("short", RL_PROMPTS, seed=1_000 + seed, exclude=held_out)
+            write_rows(folder / f"prompts-seed{seed}.jsonl", prompts)
+
+
+def row_tokens(cell: Cell, rows: list[dict]) -> int:
+    """Return the length of a pack: that of a step's traces, so that a step takes no more than it should."""
+    lengths = []
+    for place, row in enumerate(rows[: cell.num_traces]):
+        kind = "trace" if is_long(place, ARMS[cell.arm].long_share) else "solution"
+        lengths.append(num_tokens(row["problem"], row[kind]))
+    return max(*lengths, min(MAX_ROW_TOKENS, cell.batch_traces * sum(lengths) // len(lengths)))
+
+
+def recipes_of(config: Config, data: Path) -> Recipes:
+    """Return the recipes with the settings of the toy. data: folder of the traces and prompts."""
+    common = {"device": "cpu", "instruction": "", "benchmarks": "toy"}
+    common |= {name: getattr(config, name) for name in ("num_questions", "num_samples")}
+    sampling = ("temperature", "top_p", "max_new_tokens", "num_slots")
+    evaluation = common | {name: getattr(config, name) for name in sampling}
+
+    def finetune(cell: Cell) -> dict:
+        traces = data / f"traces-seed{cell.seed}.jsonl"
+        rows = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines()]
+        return evaluation | {
+            "traces": str(traces),
+            "shuffle": False,
+            "cache_dir": "",
+            "row_tokens": row_tokens(cell, rows),
+            "lr": config.lr,
+            "warmup_ratio": config.warmup_ratio,
+            "beta2": 0.95,
+            "recompute": False,
+        }
+
+    def reinforce(start: Cell) -> dict:
+        prompts = data / f"prompts-seed{start.seed}.jsonl"
+        tokens = {
+            "max_new_tokens": min(RL_TOKENS, config.max_new_tokens),
+            "eval_tokens": config.max_new_tokens,
+        }
+        return common | REINFORCE | tokens | {"prompts": str(prompts), "steps": config.rl_steps}
+
+    return Recipes(Path(__file__).parent, evaluation, finetune, reinforce)
 
 
 def main(config: Config) -> Path:
-    study = study_of(config)
-    valley_run = RunFolder.open(config, may_grow=GROWS)
-    print(f"settings\n{show(config)}\nrun folder {valley_run.path}")
+    study, workers = study_of(config), workers_of("cpu", "", config.workers)
+    path = RunFolder.open(config, may_grow=GROWS).path.resolve()
+    print(f"settings\n{show(config)}\nrun folder {path}")
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
-    valley = Valley(study, benchmark, valley_run.path)
-    cells = study.cells()
-    print(
-        f"cells       {len(cells)} models to measure on {len(benchmark.questions)} questions x {study.num_samples} samples, "
-        f"{valley.trained_tokens():,.0f} tokens to train on in all"
+    held_out = {question.problem for question in benchmark.questions}
+    write_data(study, held_out, path / "data", rl=bool(config.rl_steps))
+    return run_study(
+        study,
+        study.cells(),
+        path,
+        recipes_of(config, path / "data"),
+        workers,
+        deviations=["a toy: tiny models, chains of additions and subtractions; not about language models"],
+        rl=("0", LOWEST, MOST) if config.rl_steps else (),
+        write_report=write_report,
     )
-    workers = config.workers or os.cpu_count() or 1
-    for finished in valley.run(num_workers=workers):
-        tqdm.write(line(finished))
-    found = read_cells(valley_run.path)
-    if config.rl_steps:
-        for rl_run in run_rl(valley, found, steps=config.rl_steps, num_workers=workers):
-            tqdm.write(
-                f"rl {rl_run.cell.name:<23} {rl_run.before.accuracy:6.1%} -> {rl_run.after.accuracy:.1%} right"
-            )
-    report = write_report(valley_run.path)
-    print("\n".join(findings(curves(found)) + rl_findings(read_rl_runs(valley_run.path))))
-    print(f"report {report}")
-    return report
 
 
 if __name__ == "__main__":

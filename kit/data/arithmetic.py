@@ -1,12 +1,13 @@
-"""The synthetic arithmetic task: its problems, and where a response to one goes wrong.
+"""The paper's synthetic arithmetic task, on which it isolates error accumulation (section "Why it happens").
 
-The paper (section "Why it happens") isolates error accumulation with expressions of 5 to 15 operations, operands uniform in
-[1, 100], + - * / and some parentheses, every intermediate an integer: 93/3+77+(12-32)-11+61*78+44*39+55. Where it says no more,
-this file decides: the four operators are equally likely; a sum or difference of two neighbours is put in parentheses with
-probability 0.2; the operands of a product or quotient are drawn again, all of them, until its intermediates are integers.
+Its problems are expressions of 5 to 15 operations, operands uniform in [1, 100], with + - * / and some
+parentheses, and every intermediate is an integer: 93/3+77+(12-32)-11+61*78+44*39+55. What the paper leaves
+open is decided here: the four operators are equally likely; a sum or difference of two neighbours is put in
+parentheses with probability 0.2; the operands of a product or quotient are all drawn again until its
+intermediates are integers.
 
     rows = make_rows(400, seed=0)                        # {"problem", "answer"}
-    steps = check_steps(rows[0]["problem"], response)    # steps.first_wrong, steps.num_operations, steps.accuracy
+    steps = check_steps(rows[0]["problem"], response)    # kit/data/equations.py: where a response goes wrong
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ NUM_PROBLEMS = 400
 MIN_OPERATIONS, MAX_OPERATIONS = 5, 15
 MAX_OPERAND = 100
 PARENTHESES = 0.2  # share of the sums and differences of two neighbours that are put in parentheses
-MAX_DRAWS = 5_000  # of one term's operands, before another structure is drawn: five divisions in a row hardly ever come out
+MAX_DRAWS = 5_000  # of one term's operands; then a new structure: five divisions in a row rarely work out
 
 
 def make_rows(num_problems: int = NUM_PROBLEMS, *, seed: int = 0) -> list[dict]:
-    """Rows {"problem", "answer"}, no problem twice; a seed gives the same ones on every machine and Python version."""
+    """Draw rows {"problem", "answer"}, no problem twice.
+
+    A seed gives the same rows on every machine and in every Python version.
+    """
     rng, answers = random.Random(f"arithmetic {seed}"), {}
     while len(answers) < num_problems:
         expression = make_expression(rng)
@@ -34,18 +38,17 @@ def make_rows(num_problems: int = NUM_PROBLEMS, *, seed: int = 0) -> list[dict]:
 
 
 def make_expression(rng: random.Random) -> str:
-    """One expression by the paper's rules."""
+    """Draw one expression by the paper's rules."""
     while True:
-        parts = re.findall(
-            r"(?:\([^()]*\)|[#*/])+|[+-]", _draw_structure(rng)
-        )  # terms, and the signs between them
+        # terms, and the signs between them
+        parts = re.findall(r"(?:\([^()]*\)|[#*/])+|[+-]", _draw_structure(rng))
         drawn = [part if part in "+-" else _draw_operands(rng, part) for part in parts]
         if None not in drawn:
             return "".join(drawn)
 
 
 def _draw_structure(rng: random.Random) -> str:
-    """An expression with # for its operands: #/#+(#-#)*#."""
+    """Draw an expression with # in the place of operands, such as #/#+(#-#)*#."""
     num_operations = MIN_OPERATIONS + _below(rng, MAX_OPERATIONS - MIN_OPERATIONS + 1)
     operators = ["+-*/"[_below(rng, 4)] for _ in range(num_operations)]
     structure, inside = "#", False
@@ -57,10 +60,9 @@ def _draw_structure(rng: random.Random) -> str:
 
 
 def _draw_operands(rng: random.Random, term: str) -> str | None:
-    """The term with its operands drawn until every intermediate is an integer; None if none was met."""
-    factors = re.findall(
-        r"([*/]?)(?:\(#([+-])#\)|#)", term
-    )  # (operator before it, sign of a sum in parentheses)
+    """Draw a term's operands until every intermediate is an integer; None if MAX_DRAWS do not suffice."""
+    # (operator before the factor, sign within its parentheses)
+    factors = re.findall(r"([*/]?)(?:\(#([+-])#\)|#)", term)
     for _ in range(MAX_DRAWS):
         value, drawn = 1, ""
         for operator, sign in factors:
@@ -79,4 +81,4 @@ def _draw_operands(rng: random.Random, term: str) -> str | None:
 
 
 def _below(rng: random.Random, bound: int) -> int:
-    return int(rng.random() * bound)  # random() alone is promised to be the same in every Python version
+    return int(rng.random() * bound)  # only random() is promised to be the same in every Python version

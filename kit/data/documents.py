@@ -1,9 +1,8 @@
-"""Documents: traces as token ids, rendered with the model's chat template, tokenised once and cached on disk."""
+"""Documents: traces as token ids, rendered with the model's chat template, tokenised once and cached."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,34 +15,38 @@ from kit.data.traces import DropCounts, Trace, read_traces
 from kit.packing import Document
 from kit.run import digest
 
-CHUNK = 256  # traces tokenised at once: enough to keep every core busy, little enough to stop soon after n are found
+CHUNK = 256  # traces tokenised at once: enough for all cores, few enough to stop soon after the last needed
 
 
 def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
-    """Tokenise traces: prompt ids, which carry no loss, then the response and its end of turn."""
+    """Tokenise traces: the prompt's ids, which carry no loss, then the response's and its end of turn."""
     prompts = chat.encode([chat.prompt(trace.problem) for trace in traces])
     responses = chat.encode([trace.response.strip() + chat.end_of_turn for trace in traces])
     return [
-        Document(torch.tensor(p + r, dtype=torch.int32), len(p))
-        for p, r in zip(prompts, responses, strict=True)
+        Document(torch.tensor(prompt + response, dtype=torch.int32), len(prompt))
+        for prompt, response in zip(prompts, responses, strict=True)
     ]
 
 
 def tokenize(
     traces: list[Trace], chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, cache_dir: str = ""
 ) -> tuple[list[Document], int]:
-    """Return the first num_traces (0 = all) of `traces` that fit row_tokens, as documents, and how many
-    before them were too long.
+    """Return the first num_traces (0 = all) of `traces` that fit row_tokens, as documents.
 
-    Reads and writes a cache under cache_dir ("" = none), keyed by the content of everything it depends on.
+    Return also the number of longer ones before the last of them.
+
+    Reads and writes a cache in cache_dir ("" = none), keyed by the content of everything that it depends on.
     """
     if not cache_dir:
         return _tokenize(traces, chat, row_tokens, num_traces)
+
     key = digest(chat.key, str(row_tokens), str(num_traces), *(f"{t.problem}\0{t.response}" for t in traces))
-    return _cached(
-        Path(cache_dir).expanduser() / f"{key}.safetensors",
-        lambda: _tokenize(traces, chat, row_tokens, num_traces),
-    )
+    path = Path(cache_dir).expanduser() / f"{key}.safetensors"
+    found = _read_cache(path) if path.is_file() else None
+    if found is None:
+        found = _tokenize(traces, chat, row_tokens, num_traces)
+        _write_cache(path, *found)
+    return found
 
 
 def _tokenize(
@@ -65,19 +68,20 @@ def _tokenize(
     return documents, num_long
 
 
-def _cached(path: Path, make: Callable[[], tuple[list[Document], int]]) -> tuple[list[Document], int]:
-    """Return what is cached in this file, or call make() and cache its result. An unreadable file is named and replaced."""
-    if path.is_file():
-        try:
-            flat = load_file(path)
-        except SafetensorError as error:
-            print(f"the token cache {path} cannot be read ({error}); making it anew")
-        else:
-            ids = flat["ids"].split(flat["lengths"].tolist())
-            return [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)], int(
-                flat["num_long"]
-            )
-    documents, num_long = make()
+def _read_cache(path: Path) -> tuple[list[Document], int] | None:
+    """Return the documents in a cache file; None, with a message, if the file cannot be read."""
+    try:
+        flat = load_file(path)
+    except SafetensorError as error:
+        print(f"the token cache {path} cannot be read ({error}) and is replaced")
+        return None
+
+    ids = flat["ids"].split(flat["lengths"].tolist())
+    documents = [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)]
+    return documents, int(flat["num_long"])
+
+
+def _write_cache(path: Path, documents: list[Document], num_long: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     flat = {
@@ -87,24 +91,38 @@ def _cached(path: Path, make: Callable[[], tuple[list[Document], int]]) -> tuple
         "num_long": torch.tensor(num_long),
     }
     save_file(flat, scratch)
-    scratch.replace(path)  # whole or not at all
-    return documents, num_long
+    scratch.replace(path)  # so that a kill leaves a whole file or none
 
 
 def load_documents(
-    source: str, chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, seed: int = 0,
-    max_bad_rows: int = 0, verify: bool = True, cache_dir: str = "",
-) -> tuple[list[Document], DropCounts]:  # fmt: skip
-    """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`, and count what was dropped.
+    source: str,
+    chat: ChatFormat,
+    *,
+    row_tokens: int,
+    num_traces: int = 0,
+    seed: int = 0,
+    max_bad_rows: int = 0,
+    verify: bool = True,
+    shuffle: bool = True,
+    long_share: float = 1.0,
+    cache_dir: str = "",
+) -> tuple[list[Document], DropCounts]:
+    """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`; count what was dropped.
 
+    source, seed, max_bad_rows, verify, shuffle, long_share: see read_traces. cache_dir: see tokenize.
     Raises ValueError if fewer than num_traces survive: a smaller set would be another experiment.
     """
-    limit = (
-        num_traces + num_traces // 8 + 64 if num_traces else 0
-    )  # the paper's row length drops less than 1 %
+    # read some more than needed: with the paper's row length less than 1 % of the traces are too long
+    limit = num_traces + num_traces // 8 + 64 if num_traces else 0
     while True:
-        traces, drop_counts = read_traces(
-            source, seed=seed, limit=limit, max_bad_rows=max_bad_rows, verify=verify
+        traces, counts = read_traces(
+            source,
+            seed=seed,
+            limit=limit,
+            max_bad_rows=max_bad_rows,
+            verify=verify,
+            shuffle=shuffle,
+            long_share=long_share,
         )
         documents, num_long = tokenize(
             traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir
@@ -112,18 +130,21 @@ def load_documents(
         if len(documents) >= num_traces or len(traces) < limit:
             break
         limit *= 4  # many were too long: look further down the order
+
     if num_long:
-        drop_counts.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
+        counts.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
     if unused := len(traces) - len(documents) - num_long:
-        drop_counts.dropped["come later in the random order"] += unused
-    drop_counts.kept = len(documents)
+        counts.dropped["come later in the order"] += unused
+    counts.kept = len(documents)
+
     if not documents:
         raise ValueError(
-            f"row_tokens is {row_tokens} and no trace of {source} survives ({drop_counts}); raise --row_tokens or mend the data"
+            f"row_tokens is {row_tokens} and no trace of {source} survives ({counts}); "
+            "raise --row_tokens or mend the data"
         )
     if len(documents) < num_traces:
         raise ValueError(
-            f"num_traces is {num_traces} but {len(documents)} traces of {source} survive ({drop_counts}); "
-            f"pass --num_traces {len(documents)}, or 0 for all, or a larger --row_tokens than {row_tokens}"
+            f"num_traces is {num_traces} but {len(documents)} traces of {source} survive ({counts}); pass "
+            f"--num_traces {len(documents)}, or 0 for all, or a larger --row_tokens than {row_tokens}"
         )
-    return documents, drop_counts
+    return documents, counts

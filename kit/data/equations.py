@@ -1,8 +1,9 @@
-r"""The equations between numbers that a text states, each with what it is really worth: 7+5=12, recheck: 12-5=8 ok.
+r"""Find the equations between numbers that a text states, and check each: 7+5=12, recheck: 12-5=8 ok.
 
-They are read from plain text, Unicode signs and LaTeX: 3 \times 4 = 12, 3·4=12, \frac{93}{3} &= 31, 1,234 + 1 = 1,235, and the
-run-on 3*4=12+5=17, which states 3*4=12 and 12+5=17. One with a variable, a power or a function in it is left out, for it is not
-arithmetic. "is" is not read as "=": too much else is. Nothing is executed and every length is capped.
+They are read from plain text, Unicode signs and LaTeX: 3 \times 4 = 12, 3·4=12, \frac{93}{3} &= 31, 1,234 + 1
+= 1,235. The run-on 3*4=12+5=17 states 3*4=12 and 12+5=17. An equation with a variable, a power or a function
+is not arithmetic and is ignored. "is" does not count as "=": it means too many other things. Nothing is
+executed, and every length is capped.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import takewhile
 from typing import NamedTuple
 
 MAX_TOKENS = 240  # of one side of an equation; the longest problem of kit/data/arithmetic.py has 47
@@ -22,22 +24,20 @@ class Equation(NamedTuple):
     """One stated equation: left = stated."""
 
     position: int  # where it begins in the text
-    text: str  # as it stands there
-    stated: Fraction | int  # the right side's value
-    true: Fraction | int  # the left side's value
-    num_operations: int  # that it performs: those on the left that are no longer there on the right
-    is_right: bool  # equal, or the true value rounded where a decimal is stated
+    text: str  # as it is written there
+    stated: Fraction | int  # value of the right side
+    true: Fraction | int  # value of the left side
+    num_operations: int  # performed by it: those on the left minus those that remain on the right
+    is_right: bool  # both sides are equal, or the right side is a decimal to which the true value rounds
 
 
 def stated_equations(text: str) -> list[Equation]:
-    """The equations between numbers that a text states, in their order, each with what its left side is really worth."""
+    """Return the equations between numbers that a text states, in their order."""
     tokens = _tokens(text)
     equals = [i for i, token in enumerate(tokens) if token.kind == "="]
     bounds = [-1, *equals, len(tokens)]
     found: list[Equation] = []
-    carried = (
-        None  # the expression that the last equals sign's right side is, if another sign follows it at once
-    )
+    carried = None  # the right side of the last equals sign, if the next sign follows it directly
     for before, here, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
         chained, left = carried is not None, carried or _last_expression(tokens, before + 1, here)
         whole = after < len(tokens) and _compute(tokens[here + 1 : after]) is not None
@@ -54,20 +54,25 @@ def stated_equations(text: str) -> list[Equation]:
 
 
 def evaluate(expression: str) -> Fraction | int:
-    """The value of an arithmetic expression, or of a problem that ends with one. ValueError where it has none."""
-    tokens = [token for token in _tokens(expression.rpartition(":")[2]) if token.kind != "gap"]
+    """Compute an arithmetic expression, or the one that a problem ends with.
+
+    Raises ValueError if the text does not end with one, or if it divides by zero.
+    """
+    return _solve(expression).value
+
+
+def _solve(problem: str) -> _Computed:
+    tokens = [token for token in _tokens(problem.rpartition(":")[2]) if token.kind != "gap"]
     found = _compute(tokens)
     if found is None:
         raise ValueError(
-            f"{expression[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem"
+            f"{problem[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem"
         )
-    return found.value
+    return found
 
 
 class _Token(NamedTuple):
-    kind: (
-        str  # "number", "op", "(", ")", "=", "word" (of text: it may end an equation) or "gap" (punctuation)
-    )
+    kind: str  # "number", "op", "(", ")", "=", "word" (of text: it may end an equation), "gap" (punctuation)
     value: object
     start: int
     end: int
@@ -75,8 +80,10 @@ class _Token(NamedTuple):
 
 _TOKEN = re.compile(
     r"""(?P<bullet>(?<![^\n])[^\S\n]*[-–*+•](?=[^\S\n]))
-      | (?P<skip>(?:[^\S\n]|\*\*|[$&~]|\\(?:[,;:!>\ ()\[\]$]|(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|quad)(?![A-Za-z])))+)
-      | (?P<number>[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,|[\u202f\u2009])[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?)
+      | (?P<skip>(?:[^\S\n]|\*\*|[$&~]
+            |\\(?:[,;:!>\ ()\[\]$]|(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|quad)(?![A-Za-z])))+)
+      | (?P<number>[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,|[\u202f\u2009])[0-9]{3})+(?![0-9])(?:\.[0-9]+)?
+            |[0-9]+(?:\.[0-9]+)?)
       | (?P<fraction>\\[dtc]?frac(?=\s*\{))
       | (?P<times>\\(?:times|cdot|ast)(?![A-Za-z])|[*×·⋅∗]|(?<=[0-9)\s])[xX](?=[^\S\n]?[0-9(]))
       | (?P<over>\\div(?![A-Za-z])|[/÷∕])
@@ -94,13 +101,12 @@ _ENDS = ("gap", "word")
 _OPERATING_WORDS = frozenset(
     ("of", "times", "by", "plus", "minus", "choose", "mod", "percent", "over", "per", "squared", "cubed")
 )
-_REMAINDER = re.compile(
-    r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b"
-)  # or 9-4 = 9-2-2 is 5
+# what follows "7/2 = 3" (remainder 1) or "9-4 = 9-2-2" (is 5) and shows that it states nothing
+_REMAINDER = re.compile(r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b")
 
 
 def _tokens(text: str) -> list[_Token]:
-    """The tokens of a text; a line break is none where the equation goes on behind it."""
+    """Split a text into tokens. A line break is no token if an equation continues behind it."""
     found: list[_Token] = []
     for match in _TOKEN.finditer(text):
         kind, value, start, end = match.lastgroup, match[0], match.start(), match.end()
@@ -140,7 +146,7 @@ class _Computed(NamedTuple):
 
 
 class _Reader:
-    """Recursive descent over the tokens of one side; `read` is the way in. Raises ValueError for what is no arithmetic."""
+    """Recursive-descent parser for the tokens of one side. `read` raises ValueError if it cannot parse."""
 
     def __init__(self, tokens: Sequence[_Token]):
         self.tokens = tokens
@@ -215,7 +221,7 @@ def _quotient(a, b):
 
 
 def _compute(tokens: Sequence[_Token]) -> _Computed | None:
-    """The value of the tokens as one expression, or None if they are none."""
+    """Evaluate the tokens as one expression; None if they are none."""
     if not 0 < len(tokens) <= MAX_TOKENS:
         return None
     try:
@@ -245,7 +251,7 @@ def _is_sum(tokens: list[_Token]) -> bool:
 def _is_stated(
     text: str, tokens: list[_Token], equation: Equation, left: tuple, right: tuple, chained: bool
 ) -> bool:
-    """Whether an equation says something: 5 = 5 does not, nor does 7/2 = 3 before "remainder 1"."""
+    """Return whether an equation states something: 5 = 5 does not, nor does 7/2 = 3 before "remainder 1"."""
     computes = [_compute(tokens[slice(*side)]).num_operations > 0 for side in (left, right)]
     if equation.is_right:
         return any(computes)
@@ -258,7 +264,10 @@ def _is_stated(
 
 
 def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
-    """The (start, end) of the expression that ends at `end`, or None if what stands before makes it part of another."""
+    """Return the (start, end) of the expression that ends at `end`.
+
+    None if the text before it makes it part of another expression.
+    """
     first = end
     while first > start and end - first < MAX_TOKENS and tokens[first - 1].kind not in _ENDS:
         first -= 1
@@ -266,7 +275,7 @@ def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, i
     if first < end and _clings(before, *tokens[first : first + 2]):
         return None
     for begin in range(first, end):
-        # what is cut off in front must be whole: 2) 5+3 and 1 5+3
+        # what is cut off in front must be complete: 2) 5+3 and 1 5+3
         cut = tokens[begin - 1].kind in ("number", ")") and tokens[begin].kind in ("number", "(", "fraction")
         if (begin == first or cut) and _compute(tokens[begin:end]):
             return begin, end
@@ -274,36 +283,40 @@ def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, i
 
 
 def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
-    r"""Whether an expression behind this token is only the end of one: x - 3, 2x + 3, \sqrt 4, half of 6, + 3."""
+    r"""Return whether an expression behind this token is only the end of another.
+
+    For example x - 3, 2x + 3, \sqrt 4, half of 6, + 3.
+    """
     if first.kind == "op" and (first.value != "-" or second.start > first.end):
         return True
     if before is None or before.kind == "gap":
         return False
     word = str(before.value)
-    return (
-        len(word) == 1 or not word.isalpha() or word.lower() in _OPERATING_WORDS or before.end == first.start
-    )
+    if len(word) == 1 or not word.isalpha() or word.lower() in _OPERATING_WORDS:
+        return True
+    return before.end == first.start
 
 
 def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
-    """The (start, end) of the expression that begins at `start`, or None if what follows makes it part of another."""
+    """Return the (start, end) of the expression that begins at `start`.
+
+    None if the text behind it makes it part of another expression.
+    """
     last = start
     while last < end and last - start < MAX_TOKENS and tokens[last].kind not in _ENDS:
         last += 1
     for stop in range(last, start, -1):
-        if (stop == last or tokens[stop].kind in ("number", "(", ")", "fraction")) and _compute(
-            tokens[start:stop]
-        ):
-            following = tokens[stop] if stop < len(tokens) else None
-            if (
-                following is None
-                or following.kind == "gap"
-                or (following.kind in ("number", ")", "(") and stop < last)
-            ):
-                return start, stop
-            glued = following.kind == "word" and following.start == tokens[stop - 1].end
-            symbol = following.kind == "word" and not str(following.value).isalpha()
-            return None if following.kind in ("op", "fraction") or glued or symbol else (start, stop)
+        ends_here = stop == last or tokens[stop].kind in ("number", "(", ")", "fraction")
+        if not ends_here or not _compute(tokens[start:stop]):
+            continue
+        following = tokens[stop] if stop < len(tokens) else None
+        if following is None or following.kind == "gap":
+            return start, stop
+        if following.kind in ("number", ")", "(") and stop < last:
+            return start, stop
+        glued = following.kind == "word" and following.start == tokens[stop - 1].end
+        symbol = following.kind == "word" and not str(following.value).isalpha()
+        return None if following.kind in ("op", "fraction") or glued or symbol else (start, stop)
     return None
 
 
@@ -313,6 +326,7 @@ class Steps:
 
     equations: tuple[Equation, ...]
     answer: Fraction | int  # of the problem
+    num_needed: int  # operations of the problem
 
     @property
     def first_wrong(self) -> Equation | None:
@@ -324,13 +338,19 @@ class Steps:
         return sum(equation.num_operations for equation in self.equations)
 
     @property
+    def num_before_wrong(self) -> int:
+        """Operations performed before the first wrong equation; all of them if none is wrong."""
+        right = takewhile(lambda equation: equation.is_right, self.equations)
+        return sum(equation.num_operations for equation in right)
+
+    @property
     def num_wrong(self) -> int:
-        """Wrong equations; each is taken for one wrong operation."""
+        """Wrong equations; each counts as one wrong operation."""
         return sum(not equation.is_right for equation in self.equations)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of the operations that were performed right; None if none was performed."""
+        """Share of the performed operations that are right; None if none was performed."""
         return 1 - min(1.0, self.num_wrong / self.num_operations) if self.num_operations else None
 
     @property
@@ -340,9 +360,11 @@ class Steps:
 
 
 def check_steps(problem: str, response: str) -> Steps:
-    """What a response to an arithmetic problem computes, and where it first goes wrong. ValueError for another kind of problem.
+    """Find the operations that a response to an arithmetic problem performs, and the first one that is wrong.
 
-    An equation is checked by itself: a right computation with a number miscopied from the problem is a right operation, and shows
-    in `reaches_answer`.
+    Each equation is checked by itself. A right computation with a number miscopied from the problem is a
+    right operation; that the answer is then missed shows in `reaches_answer`.
+    Raises ValueError for any other kind of problem.
     """
-    return Steps(tuple(stated_equations(response)), evaluate(problem.rstrip(" ?=.\n")))
+    solved = _solve(problem.rstrip(" ?=.\n"))
+    return Steps(tuple(stated_equations(response)), solved.value, solved.num_operations)

@@ -1,7 +1,7 @@
-"""Prompts for reinforcement learning: problems with gold answers from a file or the hub, in an order that a resume repeats.
+"""Problems with gold answers, from a file or the hub: the questions of benchmarks and the prompts of RL.
 
-A row has its problem in `problem`, `question` or verl's `extra_info.question`, and its answer in `answer`, `gt_answer` or verl's
-`reward_model.ground_truth`. A row without one of them is named and counted, never guessed at.
+A row's problem and answer are looked for in the fields that kit.data.rows lists. A row without one of them is
+named and counted, never guessed.
 """
 
 from __future__ import annotations
@@ -11,57 +11,72 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kit.data.rows import BadRows, read_rows
+from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.run import digest
 
-PROBLEM = ("problem", "question", "extra_info.question")
-ANSWER = ("answer", "gt_answer", "reward_model.ground_truth")
 LEVEL = ("level", "difficulty", "extra_info.level")
 
 
-def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Question]:
-    """All usable prompts of `source` (a local .jsonl, .json or .parquet file, or a hub id, as kit.data.read_rows takes it).
+@dataclass(frozen=True)
+class Question:
+    """A problem with its gold answer. `id` names it by its words, so that files and hub copies agree."""
 
-    levels: keep MATH levels such as "1-4"; "" = all. bad: takes the rows without problem, answer or, where levels are asked for,
-    level. Raises ValueError for levels that are none, for a source without a usable row, and for too many bad rows.
+    id: str
+    problem: str
+    answer: str
+
+    @classmethod
+    def of(cls, row: dict) -> Question:
+        """Read a row's problem and answer. Raises ValueError if it lacks either."""
+        problem, answer = text_of(row, PROBLEM).strip(), text_of(row, ANSWER).strip()
+        return cls(digest(" ".join(problem.split()))[:12], problem, answer)
+
+
+def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Question]:
+    """Read all usable questions of `source`, a local file or a hub id as for kit.data.read_rows.
+
+    levels: keep MATH levels such as "1-4"; "" = all. bad: collects the rows without problem, answer or, if
+    levels are given, level. Raises ValueError for malformed levels, for a source without a usable row, and
+    for too many bad rows.
     """
     match = re.fullmatch(r"([0-9]+)-([0-9]+)", levels)
     if levels and (not match or int(match[1]) > int(match[2])):
         raise ValueError(f"levels is {levels!r} but must be two numbers such as 1-4, or empty for all")
+
     found, num_rows = [], 0
     for where, row in read_rows(source, bad):
         num_rows += 1
-        problem, answer = _text(row, PROBLEM), _text(row, ANSWER)
-        level = re.search("[0-9]+", _text(row, LEVEL)) if levels else None
-        missing = [
-            name
-            for name, value in (("problem", problem), ("gold answer", answer), ("level", level or not levels))
-            if not value
-        ]
-        if missing:
-            bad.add(where, f"no {' and no '.join(missing)} among its fields {sorted(row)}")
-        elif not levels or int(match[1]) <= int(level.group()) <= int(match[2]):
-            found.append(Question(digest(problem)[:12], problem, answer))
+        try:
+            question = Question.of(row)
+            level = _level(row) if levels else 0
+        except ValueError as error:
+            bad.add(where, str(error))
+            continue
+        if not levels or int(match[1]) <= level <= int(match[2]):
+            found.append(question)
+
     if not found:
+        wanted = levels or "any"
         raise ValueError(
-            f"{source} has {num_rows} rows but no prompt of levels {levels or 'any'}; pass another file or --levels"
+            f"{source} has {num_rows} rows but no prompt of levels {wanted}; pass another file or --levels"
         )
     return found
 
 
-def _text(row: dict, names: Sequence[str]) -> str:
-    """The first of these fields that holds text or a number; "a.b" is field b of a. "" if there is none."""
-    for name in names:
-        value = row
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
-    return ""
+def _level(row: dict) -> int:
+    """Return the first number in a row's level: 4 for "Level 4"."""
+    text = text_of(row, LEVEL)
+    match = re.search("[0-9]+", text)
+    if not match:
+        raise ValueError(f"no number in the level {text[:80]!r}")
+    return int(match[0])
 
 
 def draw(questions: Sequence[Question], start: int, count: int, *, seed: int) -> list[Question]:
-    """Prompts start to start + count of an endless stream: all of them in a random order, then all in another, and so on."""
+    """Return items start to start + count of an endless stream of questions, which a resumed run repeats.
+
+    The stream is all questions in a random order, then all in another order, and so on.
+    """
     drawn, epoch, order = [], -1, []
     for position in range(start, start + count):
         if position // len(questions) != epoch:
@@ -69,12 +84,3 @@ def draw(questions: Sequence[Question], start: int, count: int, *, seed: int) ->
             random.Random(f"{seed} {epoch}").shuffle(order)
         drawn.append(questions[order[position % len(questions)]])
     return drawn
-
-
-@dataclass(frozen=True)
-class Question:
-    """One problem with its gold answer; `id` names it by its words, so that files and hub copies agree."""
-
-    id: str
-    problem: str
-    answer: str

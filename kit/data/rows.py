@@ -1,22 +1,26 @@
 """Rows of a data set, each with the place it came from: a local .jsonl, .json or .parquet file, or a hub id.
 
-A row that cannot be read is named by file and line and counted; more than `max_bad_rows` of them stop the run.
+A row that cannot be read is named by file and line and counted; more than `max_bad_rows` of them stop the
+run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-SHOWN = 5  # bad rows printed in an error; the rest are in the report's counts
+# the fields in which data sets keep a problem and its gold answer, in the order in which they are looked for
+PROBLEM = ("problem", "question", "extra_info.question")  # the last one is verl's, and so is that of ANSWER
+ANSWER = ("answer", "gt_answer", "reward_model.ground_truth")
+SHOWN = 5  # bad rows printed in an error; the report counts the others
 
 
 @dataclass
 class BadRows:
-    """Rows that could not be used, by place and reason. `add` raises ValueError once there are more than `limit`."""
+    """Rows that could not be used, by place and reason. More than `limit` of them raise ValueError."""
 
     limit: int  # rows; 0 = the first bad row stops the run
     found: list[str] = field(default_factory=list)
@@ -26,21 +30,55 @@ class BadRows:
         if len(self.found) > self.limit:
             shown = "\n  ".join(self.found[-SHOWN:])
             raise ValueError(
-                f"{len(self.found)} bad rows but max_bad_rows is {self.limit}; mend the rows or raise --max_bad_rows:\n  {shown}"
+                f"{len(self.found)} bad rows but max_bad_rows is {self.limit}; mend the rows or raise "
+                "--max_bad_rows:\n"
+                f"  {shown}"
             )
 
 
-def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) for every readable row of `source`.
+def text_of(row: dict, names: Sequence[str]) -> str:
+    """Return the first of these fields that a row has, as text; "a.b" is field b of field a.
 
-    source: a local file by its suffix, else a hub id, `owner/name[:config][@split]`, with the split "train" where none is named.
-    `where` is file:line (jsonl), file[index] (json, parquet, hub). Raises ValueError for a missing file or too many bad rows.
+    A number becomes text. Raises ValueError that names the field if there is none, or if it holds no usable
+    text.
+    """
+    fields = ((name, _field(row, name)) for name in names)
+    name, value = next(((name, value) for name, value in fields if value is not None), ("", None))
+    if value is None:
+        raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"field {name} is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise ValueError(f"field {name} is empty")
+    if "\0" in value:
+        raise ValueError(f"field {name} contains a NUL byte")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"field {name} contains half a surrogate pair")
+    return value
+
+
+def _field(row: dict, name: str) -> object:
+    value = row
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) for every readable row of `source`, and add the others to `bad`.
+
+    source: a local file, known by its suffix, or a hub id, `owner/name[:config][@split]`; the split is
+    "train" if none is named. where: file:line (jsonl) or file[index] (json, parquet, hub).
+    Raises ValueError for a missing file or too many bad rows.
     """
     path = Path(source)
     if path.suffix in SUFFIXES:
         if not path.is_file():
+            here = Path.cwd()
             raise ValueError(
-                f"no file {source} here (working directory {Path.cwd()}); pass an existing file or a hub id"
+                f"no file {source} here (working directory {here}); pass an existing file or a hub id"
             )
         reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
         rows = reader(path, bad)
@@ -48,6 +86,7 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
         raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
     else:
         rows = _read_hub(source)
+
     for where, row in rows:
         if isinstance(row, dict):
             yield where, row
@@ -74,11 +113,12 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
         rows = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not JSON: {error}; one object a line belongs in a .jsonl file"
+            f"{path} is not JSON: {error}; a file with one object per line is a .jsonl file"
         ) from error
     if not isinstance(rows, list):
         raise ValueError(
-            f"{path} holds a {type(rows).__name__} but a list of rows is needed; one object a line is .jsonl"
+            f"{path} holds a {type(rows).__name__} but a list of rows is needed; "
+            "a file with one object per line is a .jsonl file"
         )
     for index, row in enumerate(rows):
         yield f"{path}[{index}]", row
@@ -99,11 +139,10 @@ def _read_hub(source: str) -> Iterator[tuple[str, object]]:
 
     path, _, split = source.partition("@")
     name, _, config = path.partition(":")
+    # no narrower error: the hub client has no base class for "not found", "no network" and "no such config"
     try:
         rows = load_dataset(name, config or None, split=split or "train")
-    except (
-        Exception
-    ) as error:  # the hub client has no common base class for "not found", "no network" and "no such config"
+    except Exception as error:
         raise ValueError(
             f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "
             f"({type(error).__name__}: {error}); check the name and the network, or pass a local file"

@@ -1,15 +1,17 @@
-"""The toy task: chains of additions and subtractions, with short and long traces, that a tiny model learns in minutes.
+"""The toy task: chains of additions and subtractions that a tiny model learns in minutes.
 
-A problem is `7+5-3?`: operands 1 to 9, the running value stays in 0..99. A short trace does one step after another,
+A problem is `7+5-3?`: operands are 1 to 9, and the running value stays in 0..99. A short trace does one step
+after another,
 
     7+5=12;12-3=9.\\boxed{9}
 
-a long one thinks first: half of its steps are rechecked by the inverse operation, and three in ten are first stated wrong,
+a long one thinks first: half of its steps are rechecked by the inverse operation, and three in ten are first
+stated wrong,
 
     <think>7+5=12, recheck: 12-5=7 ok;12-3=8, recheck: 8+3=11, no: 12-3=9, 9+3=12 ok</think>\\boxed{9}
 
-It stands in for the paper's setting where nothing can be downloaded and nothing has a GPU: every figure made with it is about
-the toy, not about a language model.
+It takes the place of the paper's setting on machines without downloads and without a GPU. Every figure
+measured with it is about the toy, not about a language model.
 """
 
 from __future__ import annotations
@@ -17,39 +19,31 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kit.data.traces import Trace
 from kit.models.loading import TINY
 
 LONG_TRACES = TINY / "long_traces.jsonl"
 PROBLEMS = TINY / "problems.jsonl"
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>"]
-WORD_TOKENS = [
-    "<think>",
-    "</think>",
-    "\\boxed{",
-    "recheck",
-    "no",
-    "ok",
-]  # one token each; all else is one token a character
-CHARACTERS = "0123456789+-*/=;?.(),:{}<> \nabcdefghijklmnopqrstuvwxyz"
+WORD_TOKENS = ["<think>", "</think>", "\\boxed{", "recheck", "no", "ok"]  # one token each
+CHARACTERS = "0123456789+-*/=;?.(),:{}<> \nabcdefghijklmnopqrstuvwxyz"  # one token per character for all else
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}<user>{{ m['content'] }}<assistant>"
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-CHECKED, CORRECTED = 0.5, 0.3  # shares of a long trace's steps; the rest are plain
+CHECKED, CORRECTED = 0.5, 0.3  # shares of the steps of a long trace; the others are plain
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One problem: values[0] op[0] operands[0] = values[1], and so on."""
+    """One problem: values[0] operators[0] operands[0] = values[1], and so on."""
 
     values: tuple[int, ...]  # n: the first operand, then every intermediate result
     operators: tuple[str, ...]  # n - 1 of + and -
@@ -57,11 +51,8 @@ class Chain:
 
     @property
     def problem(self) -> str:
-        return (
-            f"{self.values[0]}"
-            + "".join(f"{o}{x}" for o, x in zip(self.operators, self.operands, strict=True))
-            + "?"
-        )
+        rest = "".join(f"{o}{x}" for o, x in zip(self.operators, self.operands, strict=True))
+        return f"{self.values[0]}{rest}?"
 
     @property
     def answer(self) -> str:
@@ -69,7 +60,7 @@ class Chain:
 
 
 def make_chain(rng: random.Random, num_operands: int) -> Chain:
-    """A random chain of num_operands operands whose running value stays in 0..99."""
+    """Draw a random chain of num_operands operands whose running value stays in 0..99."""
     values, operators, operands = [rng.randint(1, 9)], [], []
     for _ in range(num_operands - 1):
         operand, value = rng.randint(1, 9), values[-1]
@@ -81,20 +72,21 @@ def make_chain(rng: random.Random, num_operands: int) -> Chain:
 
 
 def short_trace(chain: Chain) -> str:
-    steps = zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)
-    return ";".join(f"{a}{o}{x}={b}" for a, o, x, b in steps) + f".\\boxed{{{chain.answer}}}"
+    return ";".join(steps_of(chain)) + f".\\boxed{{{chain.answer}}}"
 
 
 def long_trace(chain: Chain, rng: random.Random) -> str:
     steps = []
-    for a, o, x, b in zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False):
+    for a, o, x, b in _operations(chain):
         inverse, sign = ("-", -1) if o == "+" else ("+", 1)
-        step, luck = f"{a}{o}{x}={b}", rng.random()
+        step, check = f"{a}{o}{x}={b}", f"{b}{inverse}{x}={a} ok"
+        luck = rng.random()
         if luck < CORRECTED:
             wrong = rng.choice([value for value in (b - 10, b - 1, b + 1, b + 10) if value >= max(0, x)])
-            step = f"{a}{o}{x}={wrong}, recheck: {wrong}{inverse}{x}={wrong + sign * x}, no: {step}, {b}{inverse}{x}={a} ok"
+            found = f"{wrong}{inverse}{x}={wrong + sign * x}"
+            step = f"{a}{o}{x}={wrong}, recheck: {found}, no: {step}, {check}"
         elif luck < CORRECTED + CHECKED:
-            step += f", recheck: {b}{inverse}{x}={a} ok"
+            step += f", recheck: {check}"
         steps.append(step)
     return f"<think>{';'.join(steps)}</think>\\boxed{{{chain.answer}}}"
 
@@ -107,9 +99,13 @@ def make_rows(
     min_operands: int = 2,
     max_operands: int = 8,
     exclude: Iterable[str] = (),
-):
-    """Rows {problem, trace, answer} as kit.data.traces reads them, no problem twice and none of `exclude`.
-    kind: "short" or "long"."""
+) -> list[dict]:
+    """Draw rows {problem, trace, solution, answer}, as kit.data.traces reads them.
+
+    No problem occurs twice, and none is in `exclude`.
+
+    kind: of the traces, "short" or "long"; the solution is always short.
+    """
     if kind not in ("short", "long"):
         raise ValueError(f"kind is {kind!r} but a toy trace is 'short' or 'long'")
     rng, seen, rows = random.Random(f"{kind} {seed}"), set(exclude), []
@@ -117,9 +113,27 @@ def make_rows(
         chain = make_chain(rng, rng.randint(min_operands, max_operands))
         if chain.problem not in seen:
             seen.add(chain.problem)
-            trace = short_trace(chain) if kind == "short" else long_trace(chain, rng)
-            rows.append({"problem": chain.problem, "trace": trace, "answer": chain.answer})
+            rows.append(_row(chain, short_trace(chain) if kind == "short" else long_trace(chain, rng)))
     return rows
+
+
+def make_pairs(num_rows: int, *, seed: int, exclude: Iterable[str] = ()) -> list[dict]:
+    """Draw rows {problem, trace, solution, answer}, each with a long trace and a short solution.
+
+    The problems depend on the seed alone; none is in `exclude`, and none occurs twice. Those of a smaller
+    number are a prefix of those of a larger one, so that subsets are nested.
+    """
+    rng, seen, rows = random.Random(f"problems {seed}"), set(exclude), []
+    while len(rows) < num_rows:
+        chain = make_chain(rng, rng.randint(2, 8))
+        if chain.problem not in seen:
+            seen.add(chain.problem)
+            rows.append(_row(chain, long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))))
+    return rows
+
+
+def _row(chain: Chain, trace: str) -> dict:
+    return {"problem": chain.problem, "trace": trace, "solution": short_trace(chain), "answer": chain.answer}
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -127,7 +141,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """The toy's tokenizer: a token a character, and a few whole words."""
+    """Build the toy's tokenizer: one token per character, and a few whole words."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *WORD_TOKENS, *CHARACTERS, "\\"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -144,9 +158,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def read_chain(problem: str) -> Chain:
-    """The chain of a toy problem such as 7+5-3?. Raises ValueError for any other text."""
+    """Read the chain of a toy problem such as 7+5-3?. Raises ValueError for any other text."""
     if not re.fullmatch(r"[1-9](?:[+-][1-9])+\?", problem):
-        raise ValueError(f"{problem!r} is no problem of the toy; one looks like 7+5-3?")
+        raise ValueError(f"{problem!r} is not a problem of the toy; pass one such as 7+5-3?")
     operators, operands = re.findall(r"[+-]", problem), [int(x) for x in re.findall(r"\d", problem)]
     values = operands[:1]
     for operator, operand in zip(operators, operands[1:], strict=True):
@@ -155,32 +169,17 @@ def read_chain(problem: str) -> Chain:
 
 
 def steps_of(chain: Chain) -> list[str]:
-    return [
-        f"{a}{o}{x}={b}"
-        for a, o, x, b in zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)
-    ]
+    return [f"{a}{o}{x}={b}" for a, o, x, b in _operations(chain)]
 
 
-def make_traces(long_share: float, num_traces: int, seed: int, exclude: set[str]) -> list[Trace]:
-    """Return num_traces toy problems with a trace each, none of them in `exclude`, no problem twice.
+def _operations(chain: Chain) -> Iterator[tuple[int, str, int, int]]:
+    """(value before, operator, operand, value after) of each step."""
+    return zip(chain.values, chain.operators, chain.operands, chain.values[1:], strict=False)
 
-    long_share: of the traces that are long, 0 to 1; the others are short.
 
-    The problems depend on the seed alone, and a smaller number is a prefix of a larger one: the arms differ in the traces, the
-    sizes are nested. Long and short traces are spread evenly.
+def num_tokens(problem: str, trace: str) -> int:
+    """Return the length of a toy document in tokens.
+
+    It has four of the chat format, one per word, and one per other character.
     """
-    problems, seen, traces = random.Random(f"problems {seed}"), set(exclude), []
-    while len(traces) < num_traces:
-        chain = make_chain(problems, problems.randint(2, 8))
-        if chain.problem in seen:
-            continue
-        seen.add(chain.problem)
-        i = len(traces)
-        is_long = int((i + 1) * long_share) > int(i * long_share)
-        text = (
-            long_trace(chain, random.Random(f"trace {seed} {chain.problem}"))
-            if is_long
-            else short_trace(chain)
-        )
-        traces.append(Trace(chain.problem, text, f"toy[{i}]"))
-    return traces
+    return 4 + len(problem) + len(trace) - sum(trace.count(word) * (len(word) - 1) for word in WORD_TOKENS)

@@ -1,8 +1,8 @@
-"""Evaluate: a benchmark's questions, k samples each, graded and logged one by one. What the logs add up to:
-kit/evaluate/results.py.
+"""Evaluation: k samples for each question of a benchmark, graded and logged one by one.
 
-Every sample goes to a journal as it ends, under a header that names model, prompt, decoding and versions. An evaluation that is
-killed goes on where it was, and since every sample has a random stream of its own, the result is that of an unbroken run.
+kit/evaluate/results.py turns the log into figures. Every sample is appended to a journal as soon as it ends,
+below a header that names model, prompt, decoding and versions. An evaluation that is killed continues where
+it was. Each sample has its own random stream, so the result is that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -29,64 +29,79 @@ from kit.grade.verdict import verdict_fields
 from kit.machine import GIB
 from kit.run import Journal, digest
 
-FIRST_CUT = 16  # tokens; a row says where its text stands after 16, 32, 64, ... of them, for accuracy at smaller limits
+FIRST_CUT = 16  # a row stores where its text stands after 16, 32, 64, ... tokens, for smaller limits
 
 
 def fingerprint(model) -> str:
-    """Name a model's weights by their content: a hash of every tensor's name, shape and sums. Two checkpoints of a run differ."""
+    """Name a model's weights by their content: a hash of every tensor's name, shape and sums.
+
+    So two checkpoints of one run have different names.
+    """
     state = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         wide = tensor.detach().double()
-        state.update(
-            f"{name} {tuple(tensor.shape)} {wide.sum().item()!r} {wide.square().sum().item()!r}".encode()
-        )
+        sums = f"{wide.sum().item()!r} {wide.square().sum().item()!r}"
+        state.update(f"{name} {tuple(tensor.shape)} {sums}".encode())
     return state.hexdigest()
 
 
 def evaluate(
-    model, chat: ChatFormat, benchmark: Benchmark, params: SamplingParams, folder: Path, *,
-    num_samples: int = 0, num_slots: int = 16, seed: int = 0,
-) -> Result:  # fmt: skip
-    """Sample and grade `benchmark` (which has been read), writing folder/<name>.jsonl; samples found there are kept.
+    model,
+    chat: ChatFormat,
+    benchmark: Benchmark,
+    params: SamplingParams,
+    folder: Path,
+    *,
+    num_samples: int = 0,
+    num_slots: int = 16,
+    seed: int = 0,
+) -> Result:
+    """Sample and grade `benchmark`, whose questions have been read, and write folder/<name>.jsonl.
 
-    num_samples: k, samples per question; 0 = the benchmark's own. Raises ValueError if the file there
-    belongs to another model, prompt, decoding or version: results under two headers are not one result; and
-    where memory runs out."""
+    Samples that the file already holds are kept.
+
+    num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once.
+    Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
+    two headers are not one result; and if memory runs out.
+    """
     num_samples = num_samples or benchmark.num_samples
-    # importing sympy takes seconds: not out of the first hard answer's deadline
+    # importing sympy takes seconds, which would count against the time limit of the first hard answer
     threading.Thread(target=sympy_workers.start, daemon=True, name="start-grader").start()
+
     journal = Journal(folder / f"{benchmark.name}.jsonl")
     header = header_of(model, chat, benchmark, params, num_samples=num_samples, seed=seed)
-    rows = _stored_rows(journal, header)
-    done = {(row["question"], row["sample"]) for row in rows}
+    done = {(row["question"], row["sample"]) for row in _stored_rows(journal, header)}
     wanted = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
+
     rendered = {question.id: chat.prompt(question.problem) for question in benchmark.questions}
     prompts = dict(zip(rendered, chat.encode(list(rendered.values())), strict=True))
 
     def log(index: int, completion: Completion) -> None:
         question, i = wanted[index]
-        row = {
-            "question": question.id,
-            "sample": i,
-            "prompt": digest(rendered[question.id]),
-            **_row(question, completion),
-        }
-        journal.append(row | {"cuts": _cuts(completion, chat)})
+        key = {"question": question.id, "sample": i, "prompt": digest(rendered[question.id])}
+        journal.append({**key, **_row(question, completion), "cuts": _cuts(completion, chat)})
 
     try:
         generate(
-            model, [prompts[q.id] for q, _ in wanted], params, num_slots=num_slots, seed=seed, eos_token_id=chat.eos_token_ids,
-            keys=[[q.id, i] for q, i in wanted], decode=chat.decode, on_finish=log, description=benchmark.name,
-        )  # fmt: skip
-    except torch.OutOfMemoryError as error:
-        at_once, longest = (
-            min(num_slots, len(wanted)),
-            max(map(len, prompts.values())) + params.max_new_tokens,
+            model,
+            [prompts[question.id] for question, _ in wanted],
+            params,
+            num_slots=num_slots,
+            seed=seed,
+            eos_token_id=chat.eos_token_ids,
+            keys=[[question.id, i] for question, i in wanted],
+            decode=chat.decode,
+            on_finish=log,
+            description=benchmark.name,
         )
+    except torch.OutOfMemoryError as error:
+        at_once = min(num_slots, len(wanted))
+        longest = max(map(len, prompts.values())) + params.max_new_tokens
+        cache = cache_bytes(model, at_once, longest) / GIB
         raise ValueError(
             f"{benchmark.name}: memory ran out with {at_once} answers at once, whose cache alone takes "
-            f"{cache_bytes(model, at_once, longest) / GIB:.2f} GiB; pass a smaller --num_slots (or --gpu_gb, where that chose "
-            f"it), for a single answer fewer tokens, and --resume: the answers that are finished are in {journal.path}"
+            f"{cache:.2f} GiB; pass a smaller --num_slots (or --gpu_gb, if that chose it; for one answer "
+            f"fewer --max_new_tokens) and --resume: the answers that are finished are in {journal.path}"
         ) from error
     return read_result(journal.path)
 
@@ -101,7 +116,9 @@ def header_of(
     seed: int = 0,
 ) -> dict:
     """Return what the samples of an evaluation depend on: model, prompt, questions, decoding, versions.
-    num_samples: as `evaluate`'s."""
+
+    num_samples: as for `evaluate`.
+    """
     return {
         "model": fingerprint(model),
         "prompt": chat.key,
@@ -116,6 +133,10 @@ def header_of(
 
 
 def _stored_rows(journal: Journal, header: dict) -> list[dict]:
+    """Return the samples in a journal; write the header if it is empty.
+
+    Raises ValueError if it has another header.
+    """
     rows = journal.read()
     if not rows:
         journal.append({"header": header})
@@ -124,7 +145,8 @@ def _stored_rows(journal: Journal, header: dict) -> list[dict]:
     changed = [f"{k} was {stored.get(k)!r}, is {header[k]!r}" for k in header if stored.get(k) != header[k]]
     if changed:
         raise ValueError(
-            f"{journal.path} holds samples made otherwise: {'; '.join(changed)}; use another folder or delete the file"
+            f"{journal.path} holds samples with other settings: {'; '.join(changed)}; "
+            "use another folder or delete the file"
         )
     return rows[1:]
 
@@ -143,12 +165,11 @@ def _row(question: Question, completion: Completion) -> dict:
 
 
 def _cuts(completion: Completion, chat: ChatFormat) -> dict[str, int]:
-    """Count the characters in the first 16, 32, 64, ... tokens of the text, for every such number below the response's length."""
+    """Return the characters in the first 16, 32, 64, ... tokens of a text, below the response's length."""
     cuts, cap = {}, FIRST_CUT
     while cap < len(completion.ids):
+        # counted as far as both agree: a cut may fall inside a character
         pairs = zip(chat.decode(completion.ids[:cap]), completion.text, strict=False)
-        cuts[str(cap)] = sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)
-        )  # a cut may fall inside a character
+        cuts[str(cap)] = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         cap *= 2
     return cuts

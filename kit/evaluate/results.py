@@ -1,6 +1,7 @@
-"""Results: one benchmark's samples, read from their log, and every figure that is computed from them; comparing two of them.
+"""Results: one benchmark's samples, read from their log, all figures computed from them, and comparisons.
 
-Nothing here needs a model: a log holds the texts, the verdicts, and where in each text the length caps fall.
+Nothing here needs a model: a log holds the texts, the verdicts, and where in each text the smaller limits
+fall.
 """
 
 from __future__ import annotations
@@ -12,21 +13,18 @@ from pathlib import Path
 from statistics import fmean
 
 from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
-from kit.evaluate.uncertainty import Difference, Lengths, bootstrap, half_width, pass_at_k
+from kit.evaluate.uncertainty import Lengths, half_width, pass_at_k
 from kit.grade.verdict import grade
 from kit.run import Journal
 
-STRICT, AS_THE_PAPER = (
-    "verdict",
-    "paper_verdict",
-)  # columns of a row; the second is absent in logs that were graded once
-NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k where up to 16k tokens were allowed
-MAY_DIFFER = ("model",)  # of two headers: what a comparison is about
+STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; some logs lack the second
+NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k for a limit of 16k tokens
+MAY_DIFFER = ("model",)  # keys of two headers that may differ: what the comparison is about
 
 
 @dataclass(frozen=True)
 class Result:
-    """One benchmark's samples and what they add up to; every figure is computed from `rows`. Shares are in 0..1."""
+    """The samples of one benchmark. Every figure is computed from `rows`; shares are in 0..1."""
 
     benchmark: str
     rows: tuple[dict, ...]
@@ -34,7 +32,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """The samples in a journal so far; no rows where there are none."""
+        """Read the samples that a journal holds so far; no rows if there are none."""
         rows = Journal(path).read()
         header = rows[0].get("header", {}) if rows else {}
         return cls(path.stem, tuple(row for row in rows if "header" not in row), header)
@@ -45,31 +43,37 @@ class Result:
 
     @property
     def accuracy(self) -> float:
-        """avg@k: the mean over questions of the share of correct samples; `unknown` counts as not correct and is shown apart."""
+        """avg@k: the mean over questions of the share of correct samples.
+
+        `unknown` counts as not correct; how many there are is shown beside it.
+        """
         return fmean(self.by_question().values())
 
     @property
     def interval(self) -> float:
-        """Half the width of the 95 % interval of accuracy, questions being the sampled unit (samples of one question are not)."""
+        """Half the width of the 95 % interval of accuracy, over questions (samples are not independent)."""
         return half_width(list(self.by_question().values()))
 
     @property
     def paper_accuracy(self) -> float | None:
-        """avg@k as the paper graded; None if the log was not graded so."""
+        """avg@k with the paper's grading; None if the log was not graded that way."""
         graded = all(AS_THE_PAPER in row for row in self.rows)
         return fmean(self.by_question(AS_THE_PAPER).values()) if graded else None
 
     def by_question(self, column: str = STRICT) -> dict[str, float]:
-        """Share of correct samples per question, by one of the two columns of verdicts."""
+        """Return each question's share of correct samples, by one of the two columns of verdicts."""
         return _share_by_question(self.rows, lambda row: row[column] == "correct")
 
     def pass_at(self, k: int) -> float:
-        """pass@k: the chance that one of k samples is correct, unbiased, from the samples there are; the mean over questions.
-        Raises ValueError if a question has fewer than k samples."""
+        """Estimate pass@k without bias, as a mean over questions: the chance that one of k samples is
+        correct.
+
+        Raises ValueError if a question has fewer than k samples.
+        """
         return fmean(self._pass_by_question(k))
 
     def pass_interval(self, k: int) -> float:
-        """Half the width of pass@k's 95 % interval."""
+        """Return half the width of the 95 % interval of pass@k."""
         return half_width(self._pass_by_question(k))
 
     def _pass_by_question(self, k: int) -> list[float]:
@@ -80,14 +84,14 @@ class Result:
 
     @property
     def num_samples(self) -> int:
-        """Samples that every question has; a run in progress may have more of some."""
+        """Samples that every question has; while a run is in progress, some questions have more."""
         counts: dict[str, int] = {}
         for row in self.rows:
             counts[row["question"]] = counts.get(row["question"], 0) + 1
         return min(counts.values())
 
     def lengths(self, verdict: str = "") -> Lengths:
-        """Tokens of the responses with this verdict; "" = all."""
+        """Return the lengths of the responses with this verdict, in tokens; "" = all."""
         return Lengths.of([row["tokens"] for row in self.rows if verdict in ("", row[STRICT])])
 
     @property
@@ -96,7 +100,7 @@ class Result:
 
     @property
     def token_efficiency(self) -> float:
-        """Accuracy per 1,000 tokens of mean length: the paper's accuracy / length."""
+        """Accuracy per 1,000 tokens of mean length, the paper's accuracy / length."""
         return 1_000 * self.accuracy / self.mean_tokens
 
     @property
@@ -106,8 +110,11 @@ class Result:
 
     @property
     def accuracy_of_finished(self) -> float | None:
-        """Accuracy without the samples that were cut off; None if all were. A question with none left is left out, and those
-        are often the hard ones: read it beside `truncated`."""
+        """Accuracy without the samples that were cut off; None if all were.
+
+        A question whose samples were all cut off does not count. Those are often the hard ones, so read this
+        figure together with `truncated`.
+        """
         shares = _share_by_question(
             [row for row in self.rows if row["finished"]], lambda row: row[STRICT] == "correct"
         )
@@ -115,7 +122,7 @@ class Result:
 
     @property
     def unknown(self) -> int:
-        """Samples the grader could not decide in time."""
+        """Number of samples that the grader could not decide in time."""
         return sum(row[STRICT] == "unknown" for row in self.rows)
 
     @property
@@ -125,7 +132,7 @@ class Result:
 
     @property
     def looping(self) -> float:
-        """Share of responses that end in a repetition loop (kit.evaluate.reflection_and_loops.ends_in_loop)."""
+        """Share of responses that end in a loop (kit.evaluate.reflection_and_loops.ends_in_loop)."""
         return fmean(ends_in_loop(row["text"]) for row in self.rows)
 
     @property
@@ -135,50 +142,57 @@ class Result:
 
     @property
     def caps(self) -> list[int]:
-        """Where accuracy against length is taken: max_new_tokens and the powers of two below it; [] where the header has none."""
+        """Limits for accuracy against length: max_new_tokens, powers of two below it; [] without a header."""
         longest = self.header.get("max_new_tokens", 0)
         powers = [2**n for n in range(4, longest.bit_length()) if 2**n < longest]
         return [*powers[1 - NUM_CAPS :], longest] if longest else []
 
     def accuracy_at(self, cap: int) -> float:
-        """Accuracy if max_new_tokens had been `cap`, one of `caps`.
+        """Compute the accuracy that max_new_tokens = cap, one of `caps`, would have given.
 
-        A longer response is cut after its first `cap` tokens and what is left is graded anew. Every sample has a random stream of
-        its own, so these are the tokens that a run with that limit writes, and its accuracy: a box that stands before the cut
-        counts, one behind it does not, and if none is left the grader's fall-backs apply as in any response.
+        A longer response is cut after its first `cap` tokens, and what is left is graded again. Each sample
+        has its own random stream, so these are the tokens and the accuracy of a run with that limit. A box
+        before the cut counts, a box behind it does not, and if none is left the grader's fall-backs apply, as
+        in any response.
+        Raises ValueError if the log does not say where this limit falls.
         """
         return fmean(self._by_question_at(cap).values())
 
     def interval_at(self, cap: int) -> float:
-        """Half the width of the 95 % interval of accuracy_at."""
+        """Return half the width of the 95 % interval of accuracy_at."""
         return half_width(list(self._by_question_at(cap).values()))
 
     def _by_question_at(self, cap: int) -> dict[str, float]:
         return _share_by_question(self.rows, lambda row: _verdict_at(row, cap) == "correct")
 
     def summary(self) -> dict:
-        """Every figure, as JSON writes it."""
-        names = ("accuracy", "interval", "paper_accuracy", "mean_tokens", "truncated", "accuracy_of_finished", "unknown",
-                 "without_answer", "looping", "reflection", "token_efficiency", "num_questions")  # fmt: skip
+        """Return every figure, ready for JSON."""
+        names = (
+            "accuracy", "interval", "paper_accuracy", "mean_tokens", "truncated", "accuracy_of_finished",
+            "unknown", "without_answer", "looping", "reflection", "token_efficiency", "num_questions",
+        )  # fmt: skip
         ks = [2**n for n in range(self.num_samples.bit_length())]
         return {
-            "benchmark": self.benchmark, "num_samples": len(self.rows), **{name: getattr(self, name) for name in names},
+            "benchmark": self.benchmark,
+            "num_samples": len(self.rows),
+            **{name: getattr(self, name) for name in names},
             "pass_at": {k: [self.pass_at(k), self.pass_interval(k)] for k in ks},
             "tokens": {name or "all": asdict(self.lengths(name)) for name in ("", "correct", "wrong")},
             "accuracy_at": {cap: self.accuracy_at(cap) for cap in self.caps},
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         return (
-            f"{self.benchmark}: {100 * self.accuracy:.1f} % ± {100 * self.interval:.1f} of {self.num_questions} questions "
-            f"x {len(self.rows) / self.num_questions:g} samples; {self.mean_tokens:,.0f} tokens per response, "
-            f"{100 * self.truncated:.1f} % truncated, {100 * self.reflection:.1f} % with a reflection keyword"
+            f"{self.benchmark}: {100 * self.accuracy:.1f} % ± {100 * self.interval:.1f} of "
+            f"{self.num_questions} questions x {len(self.rows) / self.num_questions:g} samples; "
+            f"{self.mean_tokens:,.0f} tokens per response, {100 * self.truncated:.1f} % truncated, "
+            f"{100 * self.reflection:.1f} % with a reflection keyword"
             + (f", {self.unknown} undecided" if self.unknown else "")
         )
 
 
 def read_result(path: Path) -> Result:
-    """The result that a journal of samples holds. Raises ValueError if it holds none."""
+    """Read the result in a journal of samples. Raises ValueError if it holds none."""
     result = Result.read(path)
     if not result.rows:
         raise ValueError(f"{path} holds no samples; run the evaluation that writes it")
@@ -208,49 +222,44 @@ def _graded(answer: str, text: str) -> str:
 
 
 def check_comparable(before: Result, after: Result) -> None:
-    """Raises ValueError if anything but the model differs: prompt, questions, decoding, versions."""
+    """Raise ValueError if anything but the model differs: prompt, questions, decoding, versions."""
     keys = [key for key in {**before.header, **after.header} if key not in MAY_DIFFER]
-    changed = [f"{key} {before.header.get(key)!r} and {after.header.get(key)!r}" for key in keys
-               if before.header.get(key) != after.header.get(key)]  # fmt: skip
+    pairs = {key: (before.header.get(key), after.header.get(key)) for key in keys}
+    changed = [f"{key} {old!r} and {new!r}" for key, (old, new) in pairs.items() if old != new]
     if changed:
         raise ValueError(
-            f"{before.benchmark}: the two results were made differently ({'; '.join(changed)}), so their difference is not the "
-            "models' alone; make them alike, or pass --force to compare all the same"
+            f"{before.benchmark}: the two results differ in more than the model ({'; '.join(changed)}), so "
+            "their difference has other causes too; evaluate both alike, or pass --force to compare them "
+            "anyway"
         )
 
 
-def _differences(before: Result, after: Result) -> list[float]:
-    old, new = before.by_question(), after.by_question()
-    if old.keys() != new.keys():
-        raise ValueError(f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "
-                         f"{len(old.keys() & new.keys())} are the same; evaluate both on the same questions")  # fmt: skip
-    return [new[question] - old[question] for question in old]
-
-
 def paired_difference(before: Result, after: Result, *, force: bool = False) -> tuple[float, float]:
-    """(accuracy after - before, half the width of its 95 % interval), paired by question: narrower than two intervals apart.
+    """Return (accuracy after - before, half the width of its 95 % interval).
 
-    Raises ValueError if the two did not answer the same questions, and, unless forced, if their headers differ.
+    Paired by question, so that how hard the questions are cancels: narrower than the intervals of the two
+    accuracies.
+    Raises ValueError if the two did not answer the same questions and, unless forced, if their headers
+    differ.
     """
     if not force:
         check_comparable(before, after)
-    differences = _differences(before, after)
-    return fmean(differences), half_width(differences, added=(-1.0, 1.0))  # after Agresti & Min (2005)
-
-
-def paired_bootstrap(before: Result, after: Result, *, force: bool = False, seed: int = 0) -> Difference:
-    """Accuracy after - before, with its interval by resampling questions. Raises ValueError as paired_difference does."""
-    if not force:
-        check_comparable(before, after)
-    return bootstrap(_differences(before, after), seed=seed)
+    old, new = before.by_question(), after.by_question()
+    if old.keys() != new.keys():
+        raise ValueError(
+            f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "
+            f"{len(old.keys() & new.keys())} are the same; evaluate both on the same questions"
+        )
+    differences = [new[question] - old[question] for question in old]
+    return fmean(differences), half_width(differences, added=(-1.0, 1.0))
 
 
 def mean_accuracy(results: Sequence[Result]) -> float:
-    """The headline of the paper: the unweighted mean over benchmarks."""
+    """Return the paper's headline figure: the unweighted mean over benchmarks."""
     return fmean(result.accuracy for result in results)
 
 
 def read_results(folder: Path) -> dict[str, Result]:
-    """Benchmark -> what was measured of it, of a folder of samples."""
+    """Read a folder of samples: benchmark -> its result, for those that have any."""
     results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
     return {result.benchmark: result for result in results if result.rows}

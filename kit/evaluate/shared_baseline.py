@@ -1,4 +1,4 @@
-"""A baseline that several runs share: the base model's samples, made once by recipes/evaluate.py and copied to each run."""
+"""A baseline that several runs share: samples of the base model, drawn once and copied to each run."""
 
 from __future__ import annotations
 
@@ -13,25 +13,33 @@ from kit.run import SAMPLES
 
 
 def take_baseline(
-    baseline: Path, wanted: Sequence[tuple[Benchmark, dict]], *, model: str, quantised: bool, folder: Path
+    baseline: Path,
+    wanted: Sequence[tuple[Benchmark, dict]],
+    *,
+    model: str,
+    quantised: bool,
+    folder: Path,
 ) -> dict[str, Result]:
-    """Copy a finished evaluation's samples into `folder` and return them, a benchmark each.
+    """Copy the samples of a finished run of recipes/evaluate.py into `folder`. Return benchmark -> result.
 
     wanted: the benchmarks, each with the header (kit.evaluate.measure.header_of) that this run's own
-    evaluation would have. quantised: the run's model is an NF4 copy, whose weights are not the baseline's; it
-    is then known by its name `model`, else by its weights.
-    Raises ValueError if the baseline is of another model, prompt, decoding or version, lacks a benchmark, or is unfinished.
+    evaluation would have. quantised: the run's model is an NF4 copy, so its weights differ from the
+    baseline's, and the model is compared by its name `model` instead of by its weights.
+    Raises ValueError if the baseline is of another model, prompt, decoding or version, lacks a benchmark, or
+    is unfinished.
     """
     stored = baseline / "config.json"
     if not stored.is_file():
         raise ValueError(
-            f"baseline is {baseline} but no run is there (no config.json); pass a run folder of recipes/evaluate.py"
+            f"baseline is {baseline} but no run is there (no config.json); "
+            "pass a run folder of recipes/evaluate.py"
         )
     measured = json.loads(stored.read_text(encoding="utf-8")).get("model")
     if quantised and measured != model:
         raise ValueError(
             f"baseline {baseline} measured {measured} but this run is of {model}; pass a baseline of {model}"
         )
+
     found = {}
     for benchmark, header in wanted:
         source = baseline / SAMPLES / f"{benchmark.name}.jsonl"
@@ -40,21 +48,23 @@ def take_baseline(
             raise ValueError(
                 f"baseline {baseline} holds no samples of {benchmark.name}; pass one that measured it"
             )
+
         there = result.header | ({"model": header["model"]} if quantised else {})
         other = [key for key in {**header, **there} if there.get(key) != header.get(key)]
         changed = [f"{key} was {there.get(key)!r}, is {header.get(key)!r}" for key in other]
         if changed:
             raise ValueError(
-                f"baseline {source} was made otherwise: {'; '.join(changed)}; pass one that was made alike"
+                f"baseline {source} was evaluated with other settings: {'; '.join(changed)}; "
+                "pass one that was evaluated as this run is"
             )
+
         done = {(row["question"], row["sample"]) for row in result.rows}
-        num_missing = len(
-            {(q.id, i) for q in benchmark.questions for i in range(header["num_samples"])} - done
-        )
-        if num_missing:
+        needed = {(q.id, i) for q in benchmark.questions for i in range(header["num_samples"])}
+        if num_missing := len(needed - done):
             raise ValueError(
                 f"baseline {source} is unfinished, {num_missing} samples are missing; finish it with --resume"
             )
+
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / source.name)
         found[benchmark.name] = result

@@ -1,12 +1,14 @@
 """The batched sampler: S slots, each a row of one preallocated KV cache with its own write position.
 
-A finished row is refilled at once with the next prompt, so long answers do not hold up short ones; when no
-prompt is left, the active rows move together and the batch shrinks. On a CPU they lie in the order of their
-lengths and attention reads rows of about one length together, only as far as the longest of them; on a card
-it reads all rows as far as the longest. Sliding layers read no further than the window
-(kit/generate/kv_cache.py). Prompts are read as a pack, without padding or masks, through the model's own
-forward; equal prompts that are read together are read once. Single tokens go through kit/generate/decode.py.
-LoRA and quantised layers work."""
+A finished row is refilled with the next prompt at once, so long answers do not hold up short ones. When no
+prompt is left, the active rows are moved together and the batch shrinks. Prompts are read as a pack, without
+padding or masks, through the model's own forward; equal prompts that are read together are read once. Single
+tokens go through kit/generate/decode.py. LoRA and quantised layers work.
+
+On a CPU the rows are sorted by length, and attention reads rows of similar length together, only as far as
+the longest of them; on a card it reads all rows as far as the longest. Sliding layers never read further than
+their window (kit/generate/kv_cache.py).
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,20 @@ from kit.machine import return_memory
 from kit.models.backbone import context_length, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
 
-SHOW_EVERY = 1.0  # seconds between two looks of the progress bar
-PREFILL_TOKENS = (
-    8192  # prompts are packed and read together up to this many tokens: bounds the prefill's activations
-)
+SHOW_EVERY = 1.0  # seconds between two updates of the progress bar
+PREFILL_TOKENS = 8192  # of prompts that are packed and read together: bounds the activations of a prefill
 
 
 @dataclass(frozen=True)
 class Completion:
     """The response to one prompt."""
 
-    ids: list[int]  # the end-of-text id included, where there is one
+    ids: list[int]  # the end-of-text id included, if there is one
     logprobs: list[float]  # of each id, under the distribution it was drawn from
     finished: bool  # False: cut off at max_new_tokens
-    text: str = ""  # set where generate was given decode
-    seconds: float = field(
-        default=0.0, compare=False
-    )  # from the start of its prefill to its end, beside others in the batch
+    text: str = ""  # set if generate was given `decode`
+    # from its prefill to its end, while the rest of the batch runs too
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -59,7 +58,7 @@ class _Slot:
 
     @property
     def length(self) -> int:
-        """Positions in the cache: the last token drawn is not there yet."""
+        """Positions in the cache, which does not hold the last drawn token yet."""
         return self.prompt_length + len(self.ids) - 1
 
 
@@ -70,12 +69,13 @@ class _Engine:
         self.model, self.params, self.decoder = model, params, Decoder(model)
         self.device = model.get_input_embeddings().weight.device
         self.cache = SlotCache(model, num_slots, capacity)
-        self.positions = torch.zeros(
-            num_slots, dtype=torch.int64, device=self.device
-        )  # where the next token is written
-        self.tokens = torch.zeros_like(self.positions)  # the last drawn token, not yet in the cache
-        self.keys = torch.zeros_like(self.positions)
-        self.drawn = torch.zeros_like(self.positions)  # tokens drawn so far
+
+        def state() -> torch.Tensor:
+            return torch.zeros(num_slots, dtype=torch.int64, device=self.device)
+
+        # of each row: where its next token is written, its last drawn token (not yet in the cache), the key
+        # of its random stream, and the number of tokens drawn so far
+        self.positions, self.tokens, self.keys, self.drawn = state(), state(), state(), state()
 
     def _draw(self, rows: torch.Tensor | slice, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
         logits = next_token_logits(self.model, hidden)
@@ -89,29 +89,25 @@ class _Engine:
     ) -> tuple[list[int], list[float]]:
         """Read prompts into rows, equal ones once, and draw the first token of each row."""
         distinct = list(dict.fromkeys(prompts))
-        with torch.inference_mode(
-            False
-        ):  # of a tensor made in inference mode every layer would look at the bounds anew
-            pack = PackedBatch.build([Document(torch.tensor(prompt), 1) for prompt in distinct]).to(
-                self.device
-            )
-        first = dict(
-            zip(distinct, accumulate(map(len, distinct), initial=0), strict=False)
-        )  # where each prompt begins
+        # created outside of inference mode, where every layer would check the pack's bounds again
+        with torch.inference_mode(False):
+            documents = [Document(torch.tensor(prompt), 1) for prompt in distinct]
+            pack = PackedBatch.build(documents).to(self.device)
+        # where each prompt begins in the pack
+        first = dict(zip(distinct, accumulate(map(len, distinct), initial=0), strict=False))
         starts, lengths = [first[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
+
         index = torch.tensor(rows, device=self.device)
         self.keys[index] = torch.tensor(keys, device=self.device)
         self.positions[index] = torch.tensor(lengths, device=self.device)
         self.drawn[index] = 0
         self.cache.at_prefill(rows, starts, lengths)
         hidden = hidden_states(self.model, pack, cache=self.cache)
-        ends = torch.tensor(
-            [start + length - 1 for start, length in zip(starts, lengths, strict=True)], device=self.device
-        )
-        return self._draw(index, hidden[ends])
+        ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
+        return self._draw(index, hidden[torch.tensor(ends, device=self.device)])
 
     def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
-        """Draw one more token for each of the first len(lengths) rows. lengths: positions that each row holds."""
+        """Draw one more token for each of rows 0..B-1. lengths: positions that each holds, B of them."""
         positions = self.positions[: len(lengths)]
         self.cache.at_decode(positions, lengths)
         with _attention_of_one_token(self.device):
@@ -128,33 +124,44 @@ class _Engine:
 
 
 def _attention_of_one_token(device: torch.device) -> AbstractContextManager:
-    """On a card, keep torch from cuDNN, which some cards prefer: it compiles a plan for every length and number of rows."""
+    """On a card, keep torch from cuDNN's attention: it compiles a plan per length and number of rows."""
     if device.type == "cuda":
         return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     return nullcontext()
 
 
 def generate(
-    model, prompts: Sequence[Sequence[int]], params: SamplingParams, *, num_slots: int, seed: int,
-    eos_token_id: int | Sequence[int], keys: Sequence[object] | None = None, decode: Callable[[list[int]], str] | None = None,
-    on_finish: Callable[[int, Completion], None] | None = None, description: str = "generating",
-) -> list[Completion]:  # fmt: skip
-    """Sample one completion per prompt and return them in the prompts' order.
+    model,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    num_slots: int,
+    seed: int,
+    eos_token_id: int | Sequence[int],
+    keys: Sequence[object] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+    on_finish: Callable[[int, Completion], None] | None = None,
+    description: str = "generating",
+) -> list[Completion]:
+    """Sample one completion per prompt, and return them in the order of the prompts.
 
-    model: a transformers model of kit.models.families.FAMILIES. prompts: token ids. num_slots: rows decoded
-    at once. keys: what names each prompt's random stream beside `seed`, e.g. (question id, sample index);
-    None = the prompt's index. decode: ids -> text. on_finish(index, completion) is called as each one ends.
-    Raises ValueError for an unknown family, for an empty prompt, and if prompt and max_new_tokens exceed the model's context.
+    model: a transformers model of kit.models.families.FAMILIES. prompts: token ids.
+    num_slots: rows decoded at once. keys: with `seed` the name of each prompt's random stream, for example
+    (question id, sample index); None = the prompt's index.
+    decode: ids -> text. on_finish(index, completion): called when a completion ends.
+    Raises ValueError for an unknown family, for an empty prompt, and if a prompt and max_new_tokens exceed
+    the model's context.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)
     _check(model, prompts, params, num_slots, keys)
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     streams = [stream_key(seed, key) for key in keys]
+
     done: list[Completion | None] = [None] * len(prompts)
     with _Progress(len(prompts), description) as progress:
         responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
-        with closing(responses):  # also where on_finish raises
+        with closing(responses):  # also if on_finish raises
             for request, ids, logprobs, seconds in responses:
                 text = decode(ids) if decode else ""
                 done[request] = Completion(ids, logprobs, ids[-1] in stop, text, seconds)
@@ -164,10 +171,17 @@ def generate(
     return done
 
 
-@torch.inference_mode()  # a step of a small model is many tiny operations, and 10 % of their time is autograd's bookkeeping
+# without inference mode, 10 % of the time of a small model's many tiny operations is autograd's bookkeeping
+@torch.inference_mode()
 def _run_slots(
-    model, prompts: list[tuple[int, ...]], params: SamplingParams, streams: list[int], stop: set[int], num_slots: int, progress,
-) -> Iterator[tuple[int, list[int], list[float], float]]:  # fmt: skip
+    model,
+    prompts: list[tuple[int, ...]],
+    params: SamplingParams,
+    streams: list[int],
+    stop: set[int],
+    num_slots: int,
+    progress: _Progress,
+) -> Iterator[tuple[int, list[int], list[float], float]]:
     """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
     if not prompts:
         return
@@ -176,6 +190,7 @@ def _run_slots(
     waiting, arranged = deque(range(len(prompts))), []
 
     def receive(rows, tokens, logprobs):
+        """Append the drawn tokens to their slots; free the slots that end, and yield their responses."""
         progress.step(len(rows))
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             slot = slots[row]
@@ -195,20 +210,20 @@ def _run_slots(
                 rows = free[: len(requests)]
                 for row, request in zip(rows, requests, strict=True):
                     slots[row] = _Slot(request, len(prompts[request]))
-                yield from receive(
-                    rows,
-                    *engine.prefill(rows, [prompts[i] for i in requests], [streams[i] for i in requests]),
-                )
+                keys = [streams[i] for i in requests]
+                yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], keys))
+
             if [slot.request for slot in slots] != arranged:
                 arrange(slots, engine, engine.cache.sorted_by)
                 arranged = [slot.request for slot in slots]
+
             lengths = [slot.length for slot in slots if slot.request >= 0]
             if lengths:
                 yield from receive(range(len(lengths)), *engine.decode(lengths))
     finally:
         model.train(training)
         device, engine = engine.device, None
-        return_memory(device)  # the cache, which training needs
+        return_memory(device)  # of the cache: training needs it
 
 
 def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
@@ -217,19 +232,20 @@ def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_sl
             f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1"
         )
     if len(keys) != len(prompts):
-        raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key a prompt")
+        raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key per prompt")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {i} is empty; a prompt has at least one token")
-        if len(prompt) + params.max_new_tokens > context_length(model):
+        context = context_length(model)
+        if len(prompt) + params.max_new_tokens > context:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}, but the model was made for "
-                f"{context_length(model)} in all; pass max_new_tokens <= {context_length(model) - len(prompt)}"
+                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}, but the "
+                f"model was made for {context} in all; pass max_new_tokens <= {context - len(prompt)}"
             )
 
 
 def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free: int) -> list[int]:
-    """Take prompts from the front, as many as there are free rows and the prefill's budget of tokens allows."""
+    """Take prompts from the front, as many as the free rows and PREFILL_TOKENS allow; at least one."""
     requests = [waiting.popleft()]
     distinct = {prompts[requests[0]]}
     while waiting and len(requests) < num_free:
@@ -242,7 +258,11 @@ def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free:
 
 
 def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
-    """Move active rows so that the batch is rows 0..B-1, the longest first. A row that lies among those of its length stays."""
+    """Move the active rows so that the batch is rows 0..B-1, the longest first.
+
+    sorted_by: positions by which rows may differ and still count as equally long. A row that is already among
+    those of its length stays where it is.
+    """
     lengths = {row: slot.length // sorted_by for row, slot in enumerate(slots) if slot.request >= 0}
     wanted = sorted(lengths.values(), reverse=True)  # of places 0..B-1
     stay = {place for place, length in enumerate(wanted) if lengths.get(place) == length}
@@ -250,6 +270,7 @@ def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
     sources = sorted((row for row in lengths if row not in stay), key=lengths.get, reverse=True)
     if not targets:
         return
+
     engine.move(sources, targets, max(slots[row].length for row in sources))
     moved = [slots[row] for row in sources]
     for row in sources:
@@ -259,7 +280,7 @@ def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
 
 
 class _Progress:
-    """A progress bar: finished of total, tokens per second, mean length, truncated so far, and time left."""
+    """A progress bar: finished samples, tokens per second, mean length, truncated samples, and time left."""
 
     def __init__(self, total: int, description: str):
         self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)
@@ -267,7 +288,7 @@ class _Progress:
         self.tokens = self.finished = self.finished_tokens = self.truncated = 0
 
     def step(self, tokens: int) -> None:
-        """Count one token for each of so many rows."""
+        """Count `tokens` more tokens, one per active row, and update the bar if it is time."""
         self.tokens += tokens
         now = time.perf_counter()
         if now - self.shown >= SHOW_EVERY:

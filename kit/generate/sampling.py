@@ -1,10 +1,12 @@
-"""Sampling: from logits to a token, with a random stream of its own for every sample.
+"""Sampling: from logits to a token, with a separate random stream for each sample.
 
-The token is the winner of the Gumbel race, argmax_v(log p_v + g_v) with g_v = -log(-log u_v), which draws v with probability p_v;
-a constant added to every log p_v changes nothing.
-Each u_v is a hash of (the sample's key, position, v): a counter-based stream needs no state, so a result depends neither on
-which slot a sample sits in nor on what ran before it, and a resumed run repeats it. A change in the last bit of a logit can turn
-the draw only where two racers are that close; inverting the cumulative sum over a sorted vocabulary is far more fragile.
+The token is argmax_v(log p_v + g_v) with Gumbel noise g_v = -log(-log u_v), which draws v with probability
+p_v. A constant added to every log p_v changes nothing.
+
+Each u_v is a hash of (the sample's key, position, v). Such a counter-based stream needs no state: a result
+depends neither on the slot of a sample nor on what ran before it, and a resumed run repeats it. A change in
+the last bit of a logit can change the draw only if the two highest sums are that close; inverting the
+cumulative sum over a sorted vocabulary is far more fragile.
 """
 
 from __future__ import annotations
@@ -15,17 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-# candidates looked at first, and the factor for the next look: a trained model's nucleus mostly fits in the first, and sorting
-# 262,144 logits a row would dominate
+# candidates at first, and by what factor they grow if they do not hold the nucleus: a trained model's mostly
+# fits in the first, and sorting 262,144 logits per row would dominate
 FIRST_LOOK, WIDER = 64, 16
-RACED_AT_ONCE = (
-    2**21
-)  # numbers: drawing from a whole vocabulary holds 60 bytes per number, 16 MB a row of 262,144
+RACED_AT_ONCE = 2**21  # logits; a draw from a whole vocabulary takes 60 bytes each, 16 MB per row of 262,144
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Defaults: the paper's evaluation (temperature 0.6, top-p 0.95, up to 16,384 new tokens)."""
+    """How tokens are drawn. The defaults are those of the paper's evaluation."""
 
     temperature: float = 0.6  # 0 = greedy
     top_p: float = 0.95  # keep the smallest set of tokens with this much probability; 1 = off
@@ -44,32 +44,41 @@ class SamplingParams:
 
 
 def stream_key(seed: int, key: object) -> int:
-    """The 64-bit key (as a signed integer) of one sample's random stream; `key` is anything JSON can write."""
+    """Return the 64-bit key of one sample's random stream, as a signed integer. key: any JSON value."""
     name = hashlib.blake2b(json.dumps([seed, key]).encode(), digest_size=8).digest()
     return int.from_bytes(name, "little", signed=True)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of splitmix64 (Steele et al., 2014) on int64: every input bit turns half the output bits."""
+    """Hash int64 with the finaliser of splitmix64 (Steele et al., 2014).
+
+    Every input bit flips half the output bits.
+    """
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = _fold(x, shift).mul_(factor)
     return _fold(x, 31)
 
 
 def _fold(x: torch.Tensor, shift: int) -> torch.Tensor:
-    """x ^ (x >> shift), unsigned: >> keeps the sign, which is masked off. In one copy: more take half as long again."""
+    """Compute x ^ (x >> shift), unsigned: >> extends the sign, so the new bits are masked off.
+
+    In place, on one copy; several copies take half as long again.
+    """
     return (x >> shift).bitwise_and_((1 << (64 - shift)) - 1).bitwise_xor_(x)
 
 
 def gumbel(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise (B, K) in float64 for keys (B,), positions (B,) and token_ids (B, K) or (K,), all int64."""
+    """Draw Gumbel noise (B, K) in float64.
+
+    keys (B,), positions (B,) and token_ids (B, K) or (K,) are int64.
+    """
     bits = _mix(_mix(keys + positions * -0x61C8864680B583EB)[:, None] + token_ids * -0x2917014799A6026D)
     u = (bits >> 12).bitwise_and_((1 << 52) - 1).double().add_(0.5).div_(1 << 52)  # exact, so never 0 or 1
     return u.log_().neg_().log_().neg_()
 
 
 def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, K) or (K,) and logits (B, K), -inf for those cut off, of the distribution that is sampled."""
+    """Return the candidates' ids, (B, K) or (K,), and logits, (B, K); those cut off have the logit -inf."""
     V = logits.shape[-1]
     logits = logits / params.temperature
     if not params.top_k and params.top_p == 1:
@@ -77,10 +86,10 @@ def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
     K = min(params.top_k or FIRST_LOOK, V)
     while True:
         values, token_ids = logits.topk(K, dim=-1)
-        shifted = (values if params.top_k else logits) - values[
-            :, :1
-        ]  # by the largest: half the passes of logsumexp
-        # e^-80 is as good as 0 in a sum that holds a 1, and a result below 1e-38 takes a CPU sixty times as long
+        # minus the largest: half the passes of logsumexp
+        shifted = (values if params.top_k else logits) - values[:, :1]
+        # e^-80 is as good as 0 in a sum that contains a 1, and a CPU takes sixty times as long for results
+        # below 1e-38
         probabilities = (values - values[:, :1]).exp() / shifted.clamp_(min=-80).exp_().sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
         if K == V or params.top_k or bool((before[:, -1] >= params.top_p).all()):
@@ -92,23 +101,27 @@ def _candidates(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Ten
 def sample(
     logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row. Returns (token ids (B,) int64, log-probs (B,) fp32 under the distribution that was sampled).
+    """Draw one token per row. Return (token ids (B,) int64, log-probs (B,) fp32).
 
-    logits: (B, V) fp32. keys, positions: (B,) int64, the sample's stream and how many tokens it has. Greedy (temperature 0)
-    returns the log-probs of the model's own distribution.
+    The log-probs are those of the distribution that was sampled.
+
+    logits: (B, V) fp32. keys, positions: (B,) int64, each sample's random stream and the number of tokens
+    that it has. Greedy decoding (temperature 0) returns the log-probs of the model's own distribution.
     """
     if params.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
     at_once = max(RACED_AT_ONCE // logits.shape[-1], 1)
-    if (
-        params.top_p == 1 and not params.top_k and len(logits) > at_once
-    ):  # every row races all of the vocabulary
+    whole_vocabulary = params.top_p == 1 and not params.top_k
+    if whole_vocabulary and len(logits) > at_once:
         parts = zip(*(x.split(at_once) for x in (logits, keys, positions)), strict=True)
         tokens, logprobs = zip(*(sample(some, params, *streams) for some, *streams in parts), strict=True)
         return torch.cat(tokens), torch.cat(logprobs)
+
     token_ids, kept = _candidates(logits, params)
-    # raced before they are normalised: how far the batch's other rows made us look cannot turn a draw
+    # drawn before they are normalised: how many candidates the other rows of the batch need cannot change a
+    # draw
     winner = (kept + gumbel(keys, positions, token_ids)).argmax(-1, keepdim=True)
     tokens = token_ids.expand_as(kept).gather(-1, winner).squeeze(-1)
     return tokens, kept.log_softmax(-1).gather(-1, winner).squeeze(-1)

@@ -1,13 +1,12 @@
-"""Which attention a model runs, entered through transformers' own registry.
+"""The attention that a model runs, registered with transformers under names of its own.
 
-It serves packs, known by the keyword arguments cu_seqlens and max_seqlen. Anything else is refused: a pack read as one sequence
-would let its documents see each other without a word.
+It serves packed rows, which it knows by the keyword arguments cu_seqlens and max_seqlen. Without them it
+raises: read as one sequence, a pack would silently let its documents attend to each other.
 
-    kit         kit.kernels.packed_attention: our Triton kernels on a card, torch on a CPU; the same bits every run
-    flash-attn  flash_attn_varlen_func where that package is installed: 16-bit on a card; its gradients differ in the last
-                bits from run to run
-    torch       one scaled_dot_product_attention a document, on any device
-    auto        flash-attn where it is installed and able, kit everywhere else
+    kit         kit.kernels.packed_attention: our kernels on a card, torch on a CPU; the same bits every run
+    flash-attn  flash_attn_varlen_func: 16-bit, on a card; the last bits of gradients differ from run to run
+    torch       one scaled_dot_product_attention per document, on any device
+    auto        flash-attn if it is installed and can run the model, else kit
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from kit.kernels.packed_attention import documents_attention, packed_attention
 from kit.models.families import head_dim
 
 CHOICES = ("auto", "kit", "flash-attn", "torch")
-# Code that gives transformers such a name takes it from here, and so cannot forget the import that registers it. transformers
-# reads a meaning of its own into names with "flash" in them.
+# Take such a name from here and not as a string, so that the import that registers it cannot be forgotten.
+# transformers treats names with "flash" in them specially.
 REGISTERED = {"kit": "kit", "flash-attn": "kit_varlen", "torch": "kit_torch"}
 MAX_FLASH_HEAD_DIM = 256  # of flash-attn 2
 
 
 def _flash_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None) -> torch.Tensor:
-    """packed_attention by flash-attn, whose window counts the keys to the left of the query's own."""
+    """Compute packed_attention with flash-attn, whose window counts the keys left of the query's own."""
     from flash_attn import flash_attn_varlen_func
 
     edges = (-1, -1) if window is None else (window - 1, 0)
@@ -41,29 +40,45 @@ PACK_ATTENTION = {"kit": packed_attention, "flash-attn": _flash_attention, "torc
 
 
 def _interface(pack_attention: Callable) -> Callable:
-    def attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, cu_seqlens=None,
-                  max_seqlen=None, dropout=0.0, **_):  # fmt: skip
-        """transformers' attention interface: query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) -> (B, Tq, Hq, D), None."""
+    def attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        *,
+        scaling=None,
+        sliding_window=None,
+        cu_seqlens=None,
+        max_seqlen=None,
+        dropout=0.0,
+        **_,
+    ):
+        """Implement transformers' interface.
+
+        query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) -> output (B, Tq, Hq, D), None. B is 1.
+        """
         if dropout:
             raise ValueError(
-                f"attention dropout is {dropout} but a pack's attention has none; set attention_dropout to 0 in the config"
+                f"attention dropout is {dropout} but packed attention has none; set attention_dropout to 0 "
+                "in the config"
             )
         if cu_seqlens is None:
             raise ValueError(
-                "this model was loaded for packs; run it with kit.models.hidden_states or kit.generate.sampler, or call "
-                'model.set_attn_implementation("sdpa") before using it on its own'
+                "this model was loaded for packed rows; run it with kit.models.hidden_states or "
+                "kit.generate.sampler, "
+                'or call model.set_attn_implementation("sdpa") before using it on its own'
             )
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         window = sliding_window if getattr(module, "is_sliding", True) else None
-        return pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling).unsqueeze(
-            0
-        ), None
+        out = pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling)
+        return out.unsqueeze(0), None
 
     return attention
 
 
 def _no_mask(*args, **kwargs) -> None:
-    """A pack needs no mask: its boundaries travel as keyword arguments."""
+    """Build no mask: the boundaries of a pack arrive as keyword arguments."""
 
 
 for _choice, _name in REGISTERED.items():
@@ -74,9 +89,10 @@ for _choice, _name in REGISTERED.items():
 def attention_name(
     choice: str, config: PreTrainedConfig | None = None, *, device: torch.device | str, dtype: torch.dtype
 ) -> str:
-    """The registered name of a choice for a model on this device.
+    """Return the registered name of a choice for a model on this device.
 
-    Raises ValueError for an unknown choice, and for flash-attn where it is not installed or cannot do it, with the reason.
+    Raises ValueError for an unknown choice, and for flash-attn, with the reason, if it is not installed or
+    cannot run.
     """
     if choice not in CHOICES:
         raise ValueError(f"attention is {choice!r}; pass one of {', '.join(CHOICES)}")
@@ -89,7 +105,7 @@ def attention_name(
 
 
 def _flash_obstacle(config, device: torch.device, dtype: torch.dtype) -> str:
-    """Why flash-attn cannot run this model here; "" = it can."""
+    """Return why flash-attn cannot run this model here; "" if it can."""
     width = head_dim(config) if config else 0
     if importlib.util.find_spec("flash_attn") is None:
         return "it is not installed (pip install flash-attn)"

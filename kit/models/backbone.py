@@ -1,4 +1,4 @@
-"""A model's backbone over a pack, and its head: hidden states, the head's weight, logits."""
+"""A model in two parts: the backbone, which turns a packed row into hidden states, and the head after it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ def hidden_states(
 ) -> torch.Tensor:
     """Compute the backbone's last hidden states of a packed row, (T, H), without the head.
 
-    inputs_embeds (1, T, H): the embeddings of batch.input_ids; None = look them up. cache: takes every layer's keys and
-    values; None = they are dropped.
+    Attention learns from cu_seqlens and max_seqlen where the documents begin and end
+    (kit/models/attention.py), so no mask is passed.
+
+    inputs_embeds: the embeddings of batch.input_ids, (1, T, H); None = look them up. cache: stores the keys
+    and values of every layer; None = they are not kept.
     """
     output = model.model(
         input_ids=batch.input_ids[None] if inputs_embeds is None else None,
@@ -39,17 +42,17 @@ def hidden_states(
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:
-    """Return the head's weight, (V, H); it is the embedding's parameter if the two are tied."""
+    """Return the head's weight, (V, H). If it is tied to the embedding, this is the embedding's parameter."""
     return model.get_output_embeddings().weight
 
 
 def softcap(model: PreTrainedModel) -> float | None:
-    """Return c if the model caps its logits at c, as c * tanh(logits / c); None if it does not."""
+    """Return c if the model caps its logits as c * tanh(logits / c), None if it does not."""
     return getattr(model.config, "final_logit_softcapping", None)
 
 
 def next_token_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Compute the logits (..., V) in fp32 of hidden states (..., H): the sampler's view of the head."""
+    """Compute the logits of hidden states (..., H), as (..., V) in fp32, for sampling."""
     logits = F.linear(hidden, head_weight(model)).float()
     cap = softcap(model)
     return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -1,7 +1,8 @@
 """What differs between model families: one row per family.
 
-A row names what a decoder layer computes besides projections, attention and feed-forward. To add a family whose layers differ in
-these points alone, add its row to FAMILIES and its sizes to tests/conftest.py: the tests compare every family with transformers.
+A row names what a decoder layer computes besides projections, attention and feed-forward. To add a family
+whose layers differ only in these points, add its row to FAMILIES and its sizes to tests/conftest.py. The
+tests compare every family with transformers.
 """
 
 from __future__ import annotations
@@ -17,21 +18,18 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 @dataclass(frozen=True)
 class Family:
-    """Names are attributes of transformers' modules; None: the family has no such thing."""
+    """What differs. Strings name attributes of transformers' modules; None = the family has no such one."""
 
     layer: type[nn.Module]  # the exact class: a subclass may compute something else
     norm_eps: str = "variance_epsilon"  # of a norm
-    norm_offset: float | None = (
-        None  # a norm scales by offset + weight, in fp32 and rounded once; None: by weight, rounded twice
-    )
+    # a norm scales by offset + weight, in fp32 and rounded once; None = by weight alone, rounded twice
+    norm_offset: float | None = None
     after_attention: str | None = None  # norm of what attention adds
     before_mlp: str = "post_attention_layernorm"
     after_mlp: str | None = None  # norm of what the feed-forward adds
     head_norms: tuple[str, str] | None = None  # of q and k, before the rotation
-    has_windows: bool = (
-        False  # some layers attend to config.sliding_window positions, with a rotation of their own
-    )
-    embedding_scale: str | None = None  # what is looked up is multiplied by this
+    has_windows: bool = False  # some layers attend to config.sliding_window positions, with another rotation
+    embedding_scale: str | None = None  # factor of the embedding's output
 
 
 FAMILIES = {  # config.model_type -> its row
@@ -55,8 +53,8 @@ def family_of(config: PreTrainedConfig, name: str = "the model") -> Family:
     """Return a config's family. Raises ValueError for an unknown one."""
     if config.model_type not in FAMILIES:
         raise ValueError(
-            f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (of Gemma 3, the text-only sizes). "
-            "Pass one of these, or add a row to FAMILIES in kit/models/families.py"
+            f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (of Gemma 3, the "
+            "text-only sizes). Pass one of these, or add a row to FAMILIES in kit/models/families.py"
         )
     return FAMILIES[config.model_type]
 
@@ -66,6 +64,6 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
-    """Return the number of positions that each layer attends to, its own included; None = all."""
+    """Return the number of positions that each layer attends to, the query's own included; None = all."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]

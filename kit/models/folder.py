@@ -10,29 +10,29 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+ADAPTER = "default"  # peft's name for a model's only adapter
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names, too
+# peft's config cannot store that the base was quantised, so the weights' metadata does
+ADAPTER_METADATA = {"format": "pt", "base": "nf4"}
+
 
 def adapter_rank(model: str) -> int:
-    """The rank of a folder of adapters, 0 for any other model."""
+    """Return the rank of a folder of adapters, 0 for any other model."""
     file = Path(model).expanduser() / ADAPTER_CONFIG
     return json.loads(file.read_text(encoding="utf-8"))["r"] if file.is_file() else 0
 
 
-ADAPTER = "default"  # peft's name for a model's only adapter
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's, too
-ADAPTER_METADATA = {
-    "format": "pt",
-    "base": "nf4",
-}  # peft's config has no place for what the base was quantised to
-
-
 def trained_on_nf4(folder: Path) -> bool:
-    """Whether the adapters in a folder say so, as those written here do."""
+    """Return whether the adapters in a folder record an NF4 base, as those written here do."""
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         return (file.metadata() or {}).get("base") == ADAPTER_METADATA["base"]
 
 
 def save_model(path: Path, model, tokenizer) -> None:
-    """A plain Hugging Face folder, whole or not at all; replaces what is there."""
+    """Write a model, or its adapters alone if it has any, as a Hugging Face folder, replacing what is there.
+
+    It is written whole or not at all.
+    """
     _publish(_write_model(path.with_name(path.name + ".tmp"), model, tokenizer), path)
 
 
@@ -49,12 +49,12 @@ def _write_model(scratch: Path, model, tokenizer) -> Path:
 
 
 def _adapter_config(model):
-    """peft's config of the model's adapters, or None."""
+    """Return peft's config of the model's adapters, None if it has none."""
     return getattr(model, "peft_config", {}).get(ADAPTER)
 
 
 def _adapter_weights(model) -> dict[str, torch.Tensor]:
-    """The adapters under the names peft gives them in a file, where they go without the adapter's own name."""
+    """Return the adapters under the names that peft uses in files, which leave out the adapter's own name."""
     named = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
     return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in named.items()}
 
@@ -66,7 +66,7 @@ def _publish(scratch: Path, path: Path) -> None:
 
 
 def load_weights(path: Path, model) -> None:
-    """Put a folder's weights in place, bit for bit: the whole model's, or its adapters'.
+    """Load a folder's weights into a model, bit for bit; into its adapters alone if it has any.
 
     Raises ValueError if they are of another model.
     """
@@ -78,14 +78,13 @@ def load_weights(path: Path, model) -> None:
         weights |= load_file(file)
     result = model.load_state_dict(weights, strict=False)
     tensors = model.state_dict()
+    # a tied weight is stored once: one that shares its memory with a loaded one is not missing
     loaded = {tensors[name].data_ptr() for name in weights if name in tensors}
-    missing = [
-        name for name in result.missing_keys if tensors[name].data_ptr() not in loaded
-    ]  # a tied weight is stored once
+    missing = [name for name in result.missing_keys if tensors[name].data_ptr() not in loaded]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has {result.unexpected_keys[:3]} besides; "
-            "pass the --model it was made from"
+            f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has "
+            f"{result.unexpected_keys[:3]} besides; pass the --model that it was trained from"
         )
 
 
@@ -96,8 +95,8 @@ def _load_adapters(path: Path, model) -> None:
     for key in ("base_model_name_or_path", "r", "lora_alpha"):
         if theirs.get(key) != getattr(ours, key):
             raise ValueError(
-                f"{path} is a checkpoint of another model: {key} is {theirs.get(key)!r} there and {getattr(ours, key)!r} here; "
-                "pass the model, rank and alpha it was made with"
+                f"{path} is a checkpoint of another model: {key} is {theirs.get(key)!r} there and "
+                f"{getattr(ours, key)!r} here; pass the model, rank and alpha that it was trained with"
             )
     tensors, stored = _adapter_weights(model), load_file(path / ADAPTER_WEIGHTS)
     if tensors.keys() != stored.keys():

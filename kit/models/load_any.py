@@ -16,19 +16,23 @@ def load(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer from "tiny" or "tinier", a hub id, a local folder, or a GGUF file (which is dequantised).
+    """Load a model and its tokenizer.
 
-    A folder of adapters is loaded with its base: in NF4 if the kit trained them so (kit.models.qlora), plain otherwise
-    (kit.models.lora).
+    name: "tiny" or "tinier", a hub id, a folder, or a GGUF file (which is dequantised).
 
-    attention: one of kit.models.attention.CHOICES. Raises ValueError for a path that is not there, for an unknown family, and for
-    an attention that cannot run here.
+    A folder of adapters is loaded with its base: in NF4 if the kit trained them on NF4 (kit.models.qlora),
+    plain otherwise (kit.models.lora).
+
+    device: None = the card if there is one. dtype: None = bf16 on a card, fp32 on a CPU. attention: one of
+    kit.models.attention.CHOICES.
+    Raises ValueError for a path that does not exist, for an unknown family, and for an attention that cannot
+    run here.
     """
     device = torch.device(device or default_device())
     where = {"device": device, "dtype": dtype or default_dtype(device), "attention": attention}
     path = path_of(name)
     if not (path / ADAPTER_CONFIG).is_file():
-        return load_plain(name, **where)
+        return load_plain(path, **where)
     from kit.models import lora  # peft takes seconds to import
 
     return lora.load(path, **where)
@@ -37,16 +41,19 @@ def load(
 def load_to_train(
     name: str, *, qlora_rank: int = 0, seed: int = 0, **where
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As load; with qlora_rank > 0 an NF4 copy with fresh adapters of that rank, drawn by `seed`. where: as load's.
+    """Load a model to train: as `load`, or an NF4 copy with fresh adapters.
 
-    Raises ValueError for adapters that the kit did not train, too: a checkpoint has no place for another base than NF4.
+    qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`.
+
+    where: device, dtype and attention, as for `load`. Raises ValueError as `load` does, and for adapters that
+    the kit did not train: a checkpoint cannot store that their base is not NF4.
     """
     if not qlora_rank:
         model, tokenizer = load(name, **where)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
-                f"{name} holds adapters that the kit did not train: they can be evaluated but not trained further; merge them "
-                "with peft's merge_and_unload and train the result"
+                f"{name} holds adapters that the kit did not train: they can be evaluated but not trained "
+                "further; merge them with peft's merge_and_unload and train the result"
             )
         return model, tokenizer
     from kit.models import qlora  # bitsandbytes and peft take seconds to import

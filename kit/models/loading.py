@@ -1,4 +1,4 @@
-"""Models: load one with its tokenizer, run its backbone over a pack, reach its head."""
+"""Loading: a whole model with its tokenizer from a hub id, a folder or a GGUF file, or its config alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from kit.models.attention import attention_name
 from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
 
-transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client keeps its own bar for downloads
+transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
+
+CONFIGS = Path(__file__).parent / "shipped" / "configs"
+TINY = Path(__file__).parent / "shipped" / "tiny"  # a model, and the toy's traces and problems
+SHIPPED = {"tiny": TINY, "tinier": TINY.with_name("tinier")}  # models by name; the second is the smaller one
 
 
 def default_device() -> torch.device:
@@ -34,9 +38,9 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def path_of(name: str) -> Path:
-    """Return where a shipped model, a folder or a file lies; a hub id as it is.
+    """Return the path of a shipped model, a folder or a file; a hub id unchanged.
 
-    Raises ValueError for what looks like a path and is not there.
+    Raises ValueError for a name that looks like a path but does not exist.
     """
     path = SHIPPED.get(name, Path(name))
     if name.endswith(".gguf") or name.startswith((".", "/", "~")):
@@ -49,21 +53,20 @@ def path_of(name: str) -> Path:
 
 
 def load_plain(
-    name: str, *, device: torch.device, dtype: torch.dtype, attention: str
+    path: Path, *, device: torch.device, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model that is whole in itself: as kit.models.load, but for folders of adapters."""
-    path = path_of(name)
+    """Load a model without adapters. path: as path_of returns it. The rest is as for kit.models.load."""
+    name = str(path) if path.is_dir() else path.as_posix()  # of a hub id, on Windows too
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)
     else:
-        where = str(path) if path.is_dir() else name
-        config = _config(where)
+        config = _config(name)
         family_of(config, name)
         kind = attention_name(attention, config, device=device, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=dtype, attn_implementation=kind
+            name, config=config, dtype=dtype, attn_implementation=kind
         )
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     check_end_of_text(tokenizer, name)
     return model.to(device).eval(), tokenizer
 
@@ -73,9 +76,11 @@ def _config(where: str):
         return AutoConfig.from_pretrained(where)
     except OSError as error:
         raise ValueError(
-            f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name and the network; "
-            "for gated models (Gemma, Llama) accept the licence on its page and log in with `hf auth login`; for adapters on the "
-            f"hub pass their folder (hf download {where} --local-dir DIR)\n{error}"
+            f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name "
+            "and the network; for a gated model (Gemma, Llama) accept the licence on its page and log in "
+            f"with `hf auth login`; for adapters on the hub pass their folder (hf download {where} "
+            "--local-dir DIR)\n"
+            f"{error}"
         ) from error
 
 
@@ -89,7 +94,7 @@ def check_end_of_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: str):
     loader = logging.getLogger("transformers.quantizers.quantizer_gguf")
     level = loader.level
-    loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which is what we ask for
+    loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which we ask for
     try:
         packed = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -98,28 +103,23 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     config = packed.config
     family_of(config, path.name)
     if hasattr(config, "quantization_config"):
-        del (
-            config.quantization_config
-        )  # the weights are plain by now, and a model marked quantised can be neither trained nor saved
+        # the weights are plain by now, and a model marked as quantised can be neither trained nor saved
+        del config.quantization_config
     kind = attention_name(attention, config, device=device, dtype=dtype)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
-    model.load_state_dict(
-        {name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}, assign=True
-    )
+    weights = {name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model, tokenizer
 
 
-CONFIGS = Path(__file__).parent / "shipped" / "configs"
-
-
 def load_config(model: str) -> PreTrainedConfig:
-    """A model's config without its weights: shipped with the kit, from a folder or GGUF file, or from the hub; of a folder of
-    adapters, their base's.
+    """Load a model's config without its weights; for a folder of adapters, the config of their base.
 
-    Raises ValueError if there is none, with the way to give one.
+    It comes from those that ship with the kit, a folder, a GGUF file, or the hub.
+    Raises ValueError if there is none, and says how to provide one.
     """
     shipped = CONFIGS / f"{model.replace('/', '--')}.json"
     if shipped.is_file():
@@ -127,9 +127,8 @@ def load_config(model: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**settings)
     folder = SHIPPED.get(model, Path(model).expanduser())
     if (folder / ADAPTER_CONFIG).is_file():
-        return load_config(
-            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        )
+        adapters = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return load_config(adapters["base_model_name_or_path"])
     try:
         if folder.suffix == ".gguf":
             return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
@@ -137,12 +136,7 @@ def load_config(model: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")))
         raise ValueError(
-            f"model is {model} and no config of it is at hand; pass a folder that holds its config.json, go online for the "
-            f"hub's, or take one of those that ship with the kit: {known}\n{error}"
+            f"model is {model} and no config of it is at hand; pass a folder that holds its config.json, go "
+            f"online for the hub's, or pass one of those that ship with the kit: {known}\n"
+            f"{error}"
         ) from error
-
-
-TINY = (
-    Path(__file__).parent / "shipped" / "tiny"
-)  # what ships: a model in Hugging Face format and the two files below
-SHIPPED = {"tiny": TINY, "tinier": TINY.with_name("tinier")}  # models by name; the second is the smaller one

@@ -1,14 +1,16 @@
-"""LoRA adapters that were trained elsewhere: a folder as peft writes it, put on its base to be sampled from and measured.
+"""LoRA adapters that were trained elsewhere: a folder as peft writes it, loaded onto its base.
 
     y = x W^T + (alpha / rank) x A^T B^T          W the base's weight, in the dtype the base is loaded in
 
-adapter_config.json names the base, adapter_model.safetensors holds A and B. The base is loaded as it would be alone, and stays
-the class it was: sampler and evaluator see nothing new. The layers are peft's own, so DoRA, rank-stabilised scaling and modules
-saved whole mean here what they mean there. The adapters are not merged: in bf16 that would round away the smaller part of B A.
+adapter_config.json names the base, adapter_model.safetensors holds A and B. The base is loaded as it would be
+without adapters and keeps its class, so sampler and evaluation need no change. The layers are peft's own, so
+DoRA, rank-stabilised scaling and modules saved whole mean the same here as there. The adapters are not
+merged: in bf16 that would round away the smaller part of B A.
 
-Adapters that the kit trained say that their base was NF4 and are kit.models.qlora's. peft's files have no
-place for such a word: from elsewhere, adapters trained on a quantised base look like any others and go, as
-everywhere, on the plain one."""
+Adapters that the kit trained record that their base was NF4; kit.models.qlora loads them. peft's files cannot
+record this, so adapters trained elsewhere on a quantised base look like any others and are put on the plain
+base, as everywhere.
+"""
 
 from __future__ import annotations
 
@@ -24,23 +26,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kit.models import loading
 from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_on_nf4
 
-PLAIN_STARTS = (
-    True,
-    False,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # init_lora_weights that leave the base as it was published
+# values of init_lora_weights that leave the base as it was published
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 MERGE = "merge them with peft's merge_and_unload where they were trained, and pass the folder of the result"
 
 
 def load(
     folder: Path, *, device: torch.device, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base with the folder's adapters, frozen, and tokenizer (the folder's, where it holds one). The rest as kit.models.load.
+    """Load a base with a folder's adapters, frozen, and the tokenizer (the folder's, if it has one).
 
-    Raises ValueError for pickled weights, for adapters that are not LoRA or change what peft alone would apply, for a base that
-    is not at hand, and for weights that do not fit it.
+    The other arguments are as for kit.models.load.
+    Raises ValueError for pickled weights, for adapters that are not LoRA or that change more than LoRA does,
+    for a base that is not at hand, and for weights that do not fit it.
     """
     _check_weights(folder)
     if trained_on_nf4(folder):
@@ -49,11 +47,13 @@ def load(
         return qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
     base = _base(folder)
     try:
-        model, tokenizer = loading.load_plain(base, device=device, dtype=dtype, attention=attention)
+        path = loading.path_of(base)
+        model, tokenizer = loading.load_plain(path, device=device, dtype=dtype, attention=attention)
     except ValueError as error:
         raise ValueError(
-            f"{folder} holds adapters of {base}, which cannot be loaded; write where the base is as base_model_name_or_path in "
-            f"{folder / ADAPTER_CONFIG}\n{error}"
+            f"{folder} holds adapters of {base}, which cannot be loaded; write where the base is as "
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG}\n"
+            f"{error}"
         ) from error
     model = _adapt(model, folder, base, device)
     if (folder / "tokenizer_config.json").is_file():
@@ -67,49 +67,55 @@ def _check_weights(folder: Path) -> None:
         pickled = (folder / "adapter_model.bin").is_file()
         found = "adapter_model.bin, a pickle, which can run any code" if pickled else "no weights"
         raise ValueError(
-            f"{folder} holds {found}, and the kit reads {ADAPTER_WEIGHTS} alone; where you trust the adapters, load "
-            "them with peft and write them again with its save_pretrained"
+            f"{folder} holds {found}, and the kit reads {ADAPTER_WEIGHTS} only; if you trust the adapters, "
+            "load them with peft and write them again with its save_pretrained"
         )
 
 
 def _base(folder: Path) -> str:
-    """Where the base is, from a config that means no more than a base and LoRA layers on it."""
+    """Return where the base is. Raises ValueError if the config asks for more than LoRA layers on it."""
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"{folder} holds {config.peft_type.value} adapters but the kit knows LoRA; {MERGE} if they can be"
         )
-    fields = {
-        "layer_replication": (None,),
-        "alora_invocation_tokens": (None,),
+
+    none = (None,)
+    allowed = {
+        "layer_replication": none,
+        "alora_invocation_tokens": none,
         "init_lora_weights": PLAIN_STARTS,
     }
-    for name, plain in fields.items():
+    for name, plain in allowed.items():
         value = getattr(config, name)
         if value not in plain:
             raise ValueError(
                 f"{folder} holds adapters with {name} {value!r}, which is more than LoRA on the base; {MERGE}"
             )
+
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"{folder} holds adapters that name no base; write the hub id or the folder of the model they were trained on as "
-            f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            f"{folder} holds adapters that name no base; write the hub id or the folder of the model they "
+            f"were trained on as base_model_name_or_path in {folder / ADAPTER_CONFIG}"
         )
     if config.revision not in (None, "main") and not Path(base).is_dir():
         raise ValueError(
-            f"{folder} holds adapters of revision {config.revision} of {base} and the kit loads the newest; download it "
-            f"(hf download {base} --revision {config.revision} --local-dir DIR) and write DIR as base_model_name_or_path"
+            f"{folder} holds adapters of revision {config.revision} of {base} and the kit loads the newest; "
+            f"download it (hf download {base} --revision {config.revision} --local-dir DIR) and write DIR as "
+            "base_model_name_or_path"
         )
     if (Path(base) / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{folder} holds adapters of {base}, which is adapters itself; merge those first, with merge_and_unload"
+            f"{folder} holds adapters of {base}, which is adapters itself; merge those first, with "
+            "merge_and_unload"
         )
     return base
 
 
 def _adapt(model: PreTrainedModel, folder: Path, base: str, device: torch.device) -> PreTrainedModel:
-    try:  # made empty: peft would draw what is overwritten at once from the global generator
+    # low_cpu_mem_usage: without it peft draws weights from the global generator, only to overwrite them
+    try:
         adapted = PeftModel.from_pretrained(
             model, str(folder), torch_device=str(device), low_cpu_mem_usage=True
         )
@@ -117,18 +123,21 @@ def _adapt(model: PreTrainedModel, folder: Path, base: str, device: torch.device
         raise ValueError(
             f"the adapters in {folder} do not fit {base}; pass the base they were trained on\n{error}"
         ) from error
+
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         stored = set(file.keys())
     expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     lacks, besides = sorted(expected - stored), sorted(stored - expected - adapted.state_dict().keys())
     if lacks or besides:
         raise ValueError(
-            f"the adapters in {folder} do not fit {base}: the file lacks {lacks[:3]} and has {besides[:3]} besides"
+            f"the adapters in {folder} do not fit {base}: the file lacks {lacks[:3]} and has {besides[:3]} "
+            "besides"
         )
+
     model = adapted.get_base_model()
     head = model.get_output_embeddings()
     if not isinstance(head, (nn.Linear, ModulesToSaveWrapper)):
         raise ValueError(
-            f"{folder} holds adapters of the head, whose weight the kit's sampler reads as it stands; {MERGE}"
+            f"{folder} holds adapters of the head, whose weight the kit's sampler reads without them; {MERGE}"
         )
     return model

@@ -1,14 +1,18 @@
-"""QLoRA (Dettmers et al., 2023): the decoder's linear layers frozen in NF4, a low-rank adapter trained beside each of them.
+"""QLoRA (Dettmers et al., 2023): linear layers frozen in NF4, with an adapter of low rank beside each.
 
-    y = x W_nf4^T + (alpha / rank) x A^T B^T              A (rank, in) random, B (out, rank) zero: training starts at the base
+    y = x W_nf4^T + (alpha / rank) x A^T B^T
 
-A model is loaded as ever, quantised layer by layer, and given its adapters in place: it stays the class it was, so the trainer,
-the sampler and the head see nothing new. Loading first and quantising then serves a hub id, a folder and a GGUF file alike; it
-holds the whole model in main memory on the way (2 bytes per parameter in bf16) and one layer of it on the card.
+A (rank, in) starts random and B (out, rank) at zero, so training starts at the base.
 
-peft's prepare_model_for_kbit_training is not used. It would cast whatever is not quantised to fp32: 0.6 to 0.7 GiB more for the
-embedding and the head of a 1B to 3B model, and a gradient path through them that nothing needs. What is left of it is to freeze
-the base, which peft does as it adds adapters. Layers can be checkpointed as they are: the kit checkpoints without reentrance.
+A model is loaded as usual, quantised layer by layer, and gets its adapters in place. It keeps its class, so
+trainer, sampler and head need no change. Quantising after loading works for a hub id, a folder and a GGUF
+file alike. Meanwhile the whole model is in main memory (2 bytes per parameter in bf16) and one layer of it on
+the card.
+
+peft's prepare_model_for_kbit_training is not used. It would cast whatever is not quantised to fp32: 0.6 to
+0.7 GiB more for the embedding and the head of a 1B to 3B model, and a gradient path through them that nothing
+needs. All else that it does is to freeze the base, which peft also does when it adds adapters. Layers need no
+preparation to be checkpointed, because the kit's checkpointing is not reentrant.
 """
 
 from __future__ import annotations
@@ -34,25 +38,32 @@ ALPHA = 32  # twice the rank (Biderman et al., LoRA Learns Less and Forgets Less
 
 
 def load(
-    name: str, *, rank: int = RANK, alpha: int = ALPHA, seed: int = 0,
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None, attention: str = "auto",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
-    """Model with fresh adapters, and tokenizer. name, device, dtype and attention are those of kit.models.load; seed is the
-    adapters'.
+    name: str,
+    *,
+    rank: int = RANK,
+    alpha: int = ALPHA,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in NF4 with fresh adapters, drawn from `seed`, and its tokenizer.
 
-    Raises ValueError for what kit.models.load refuses, for an adapter folder, and for what add_adapters refuses.
+    name, device, dtype and attention are as for kit.models.load.
+    Raises ValueError as kit.models.load does, for a folder of adapters, and as add_adapters does.
     """
-    if (Path(name) / ADAPTER_CONFIG).is_file():
+    path = loading.path_of(name)
+    if (path / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{name} has adapters already; load it with kit.models.load, or export it and start from the export"
+            f"{name} has adapters already; load it with kit.models.load, or export it and start from the "
+            "export"
         )
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)
-    model, tokenizer = loading.load_plain(name, device=torch.device("cpu"), dtype=dtype, attention="kit")
+    model, tokenizer = loading.load_plain(path, device=torch.device("cpu"), dtype=dtype, attention="kit")
     quantise_decoder(model, device)
     model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
-    local = name not in SHIPPED and Path(name).expanduser()
-    base = str(local.resolve()) if local and local.exists() else name
+    base = name if name in SHIPPED or not path.exists() else str(path.resolve())
     add_adapters(model, base=base, rank=rank, alpha=alpha, seed=seed)
     return model, tokenizer
 
@@ -60,16 +71,15 @@ def load(
 def add_adapters(
     model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: int = ALPHA, seed: int = 0
 ) -> None:
-    """Give every NF4 layer of `model` an adapter, in place and in the layer's dtype; everything else is frozen.
+    """Add an adapter to every NF4 layer of `model`, in place and in the layer's dtype; freeze all else.
 
-    base: what kit.models.load gives the model for; it is written beside the adapters.
+    base: the name under which kit.models.load finds the model; it is written beside the adapters.
     Raises ValueError for a rank below 1 and for a model without NF4 layers.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank} but an adapter has at least one row; pass rank >= 1")
-    names = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    )
+    layers = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    names = sorted({name.rsplit(".", 1)[-1] for name in layers})
     if not names:
         raise ValueError(
             f"{base} has no NF4 layer to adapt; call kit.models.nf4.quantise_decoder on the model first"
@@ -77,17 +87,17 @@ def add_adapters(
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", base_model_name_or_path=base
     )
-    with torch.device(
-        "meta"
-    ):  # peft would draw from the global generator in fp32, and move modules, which fake ones refuse
+    # on "meta", since peft would draw from the global generator in fp32 and move modules, which fake tensors
+    # refuse
+    with torch.device("meta"):
         inject_adapter_in_model(config, model)
+
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted_layers(model):
         base, pair = layer.get_base_layer(), (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
         bound = base.in_features**-0.5  # peft's choice
-        a = torch.empty(rank, base.in_features).uniform_(
-            -bound, bound, generator=generator
-        )  # on the CPU whatever the device
+        a = torch.empty(rank, base.in_features)  # on the CPU: the same values whatever the device
+        a.uniform_(-bound, bound, generator=generator)
         for linear, values in zip(pair, (a, torch.zeros(base.out_features, rank)), strict=True):
             linear.weight = nn.Parameter(values.to(base.weight.device, base.compute_dtype))
 
@@ -98,11 +108,15 @@ def _adapted_layers(model: PreTrainedModel) -> list[LoraLayer]:
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """The base model, for a `with` block: a policy's reference costs no second copy. Run backward passes outside of it or whole
-    inside of it: a checkpointed layer computes again with what is switched on at that moment."""
-    layers = [
-        layer for layer in _adapted_layers(model) if not layer.disable_adapters
-    ]  # those an outer block left on
+    """Switch the adapters off within a `with` block.
+
+    So the reference of a policy costs no second copy of the model.
+
+    Run a forward pass and its backward pass both inside or both outside: a checkpointed layer is recomputed
+    with what is switched on at that moment.
+    """
+    # not those that an outer block has switched off, and will switch on again
+    layers = [layer for layer in _adapted_layers(model) if not layer.disable_adapters]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -119,36 +133,44 @@ def load_adapter(
     dtype: torch.dtype | None = None,
     attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Base and adapters from a folder that kit.train.checkpoint wrote, ready to sample from or to train on.
+    """Load a base and the adapters that kit.train.checkpoint wrote to a folder, to sample or train further.
 
-    Raises ValueError for adapters that were not trained on NF4 here, and for a base that is not there or does not fit.
+    Raises ValueError for adapters that the kit did not train on NF4, and for a base that is missing or does
+    not fit.
     """
     if not trained_on_nf4(folder):
         raise ValueError(
-            f"{folder} holds adapters that do not say they were trained on an NF4 base, and on another base they are another "
-            "model; load them with kit.models.load"
+            f"{folder} holds adapters that do not say they were trained on an NF4 base, and on another base "
+            "they are another model; load them with kit.models.load"
         )
     config = LoraConfig.from_pretrained(str(folder))
-    model, tokenizer = load(config.base_model_name_or_path, rank=config.r, alpha=config.lora_alpha, device=device, dtype=dtype,
-                            attention=attention)  # fmt: skip
+    model, tokenizer = load(
+        config.base_model_name_or_path,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+    )
     load_weights(folder, model)
     return model, tokenizer
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Make a QLoRA model plain again, in place and on the CPU: dequantised NF4 weight + (alpha / rank) B A, rounded once.
+    """Merge the adapters into a plain model, in place and on the CPU: dequantised NF4 weight + (alpha / rank)
+    B A.
 
-    dtype: None = the model's. In bf16 the part of B A below 1/256 of the weight beside it is rounded away; float32 keeps it.
-    The base that goes in is the one the adapters were trained on. They have learnt to make up for its rounding as well: added
-    to the original weights they would correct errors that are not there.
+    The sum is rounded once. dtype: None = the model's. In bf16 the part of B A below 1/256 of its weight is
+    rounded away; float32 keeps it. The base is the NF4 one on which the adapters were trained. They have also
+    learnt to make up for its rounding, so on the original weights they would correct errors that are not
+    there.
     """
     dtype = dtype or model.dtype
     for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer)]:
         base = layer.get_base_layer()
-        delta = layer.scaling[ADAPTER] * (
-            layer.lora_B[ADAPTER].weight.float() @ layer.lora_A[ADAPTER].weight.float()
-        )
+        a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
+        delta = layer.scaling[ADAPTER] * (b @ a)
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         plain.weight = nn.Parameter((base.dequantise().float() + delta).to("cpu", dtype))
         if base.bias is not None:
@@ -162,6 +184,9 @@ def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
 def export(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Merge the model in place and write it as a plain Hugging Face folder, whole or not at all. dtype: see `merge`."""
+    """Merge the model in place, and write it as a plain Hugging Face folder, whole or not at all.
+
+    dtype: see merge.
+    """
     merge(model, dtype)
     save_model(folder, model, tokenizer)

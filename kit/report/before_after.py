@@ -1,8 +1,9 @@
-"""Report: a run folder's metrics and samples -> PNG plots and one self-contained report.html.
+"""The report of a run: its metrics and samples become PNG plots and one self-contained report.html.
 
     python -m kit.report runs/gemma3_1b_8k/001
 
-Everything is computed from the files in the folder, so a report can be made again at any time, also of an unfinished run.
+Everything is computed from the files in the folder, so a report can be written again at any time, even of an
+unfinished run.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import html
 import json
 from pathlib import Path
 
-from kit.evaluate.results import Result, check_comparable, paired_difference, read_results
-from kit.report import figures
+from kit.evaluate.results import Result, paired_difference, read_results
+from kit.report import arithmetic, figures
 from kit.report import page as pages
 from kit.report.page import percent
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
-# what the paper's text states as numbers; its curves carry no values
+# the numbers in the paper's text, means of the three benchmarks; its curves show no values
 PAPER = {
-    "gemma-3-1b-it": "24 % before (mean of the three benchmarks), about a quarter of that after 8k traces, 15 % after 220k",
-    "qwen2.5-0.5b-instruct": "14 % before (mean of the three benchmarks), 11 % after 220k traces; no number for 8k",
+    "gemma-3-1b-it": "24 % before, about a quarter of that after 8k traces, 15 % after 220k",
+    "qwen2.5-0.5b-instruct": "14 % before, 11 % after 220k traces; no number for 8k",
 }
 
 
 def write_report(path: Path) -> Path:
-    """Write the plots and report.html of the run in `path`; returns the report. Raises ValueError if there is no run."""
+    """Write the plots and report.html of the run in `path`, and return the report's path.
+
+    Raises ValueError if there is no run.
+    """
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -43,14 +47,16 @@ def write_report(path: Path) -> Path:
         plots["caps.png"] = figures.caps_figure(measured)
         note = pages.CAPS_NOTE
     drawn = "".join(figures.embed(path / name, figure) for name, figure in plots.items()) + note
+    steps = arithmetic.check_answers(measured)
+    lines = [*findings(results), *arithmetic.sentences(steps)]
     what = "an evaluation" if results[SAMPLES] else "before and after long chains of thought"
     page = pages.PAGE.format(
         style=pages.STYLE,
         title=html.escape(f"{config.get('model', path.name)}, {what}"),
-        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in findings(results)),
+        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines),
         paper=_paper(str(config.get("model", ""))),
         table=pages.figures_table(measured),
-        images=drawn or "<p>Nothing has been measured yet.</p>",
+        images=(drawn or "<p>Nothing has been measured yet.</p>") + arithmetic.section(steps),
         training=_training(metrics, path),
         samples=pages.browser(measured),
         settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
@@ -61,18 +67,17 @@ def write_report(path: Path) -> Path:
 
 
 def findings(results: dict[str, dict[str, Result]]) -> list[str]:
-    """What the measurements say, a sentence per benchmark; a difference inside its interval is not called one."""
+    """Return a sentence per benchmark on what was measured. A difference within its interval is not one."""
     sentences = []
     for name, after in results[AFTER].items():
         before = results[BEFORE].get(name)
         if before is None:
             continue
         try:
-            check_comparable(before, after)
-        except ValueError as error:  # a report is still made of what there is
+            difference, spread = paired_difference(before, after)
+        except ValueError as error:  # a report is still written of what there is
             sentences.append(str(error))
             continue
-        difference, spread = paired_difference(before, after)
         certain = abs(difference) > spread
         change = ("rose" if difference > 0 else "fell") if certain else "did not change beyond chance"
         longer = after.mean_tokens / before.mean_tokens
@@ -87,7 +92,9 @@ def findings(results: dict[str, dict[str, Result]]) -> list[str]:
 
 def _paper(model: str) -> str:
     known = next((text for name, text in PAPER.items() if name in model.lower()), None)
-    return f"<p>The paper, full fine-tuning on 8 H100: {known}.</p>" if known else ""
+    return (
+        f"<p>The paper (mean of three benchmarks, full fine-tuning on 8 H100): {known}.</p>" if known else ""
+    )
 
 
 def _training(metrics: list[dict], path: Path) -> str:

@@ -1,77 +1,76 @@
-"""Figures of a valley: accuracy and length against the number of traces, why accuracy moves, reinforcement learning."""
+"""Figures of a study: accuracy and length by number of traces, why accuracy moves, reinforcement learning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from kit.valley.curves import Curve, Estimate
 from kit.valley.error_accumulation import Decomposition, length_alone
+from kit.valley.finished import RLRun
 from kit.valley.first_error import CAUSES
-from kit.valley.toy_rl import RLRun, by_start
 
-COLOURS = (
-    "#c0392b",
-    "#2471a3",
-    "#b7791f",
-    "#6c3483",
-    "#1e8449",
-    "#784212",
-    "#34495e",
-)  # dark enough for a projector
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and told apart in grey print
-FILLS = (("#2e7d4f", ""), ("#c0392b", ""), ("#e67e22", "//"), ("#7f8c8d", ""), ("#34495e", ".."), ("#8e6fb5", "xx"),
-         ("#d4ac0d", ""), ("#5dade2", "--"))  # fmt: skip
+# dark enough for a projector; the markers are distinct in grey print
+COLOURS = ("#c0392b", "#2471a3", "#b7791f", "#6c3483", "#1e8449", "#784212", "#34495e")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+FILLS = {  # colour -> hatch, of the right answers and then of CAUSES
+    "#2e7d4f": "",
+    "#c0392b": "",
+    "#e67e22": "//",
+    "#7f8c8d": "",
+    "#34495e": "..",
+    "#8e6fb5": "xx",
+    "#d4ac0d": "",
+    "#5dade2": "--",
+}
 
 
-def valley_figure(drawn: Sequence[Curve]) -> Figure:
-    """Accuracy and length against the number of traces, with bands; the base model is the dashed line."""
+def valley_figure(curves: Sequence[Curve], length_of: str, paper: Mapping[int, float]) -> Figure:
+    """Draw one model's accuracy and length against the number of traces, with bands. Dashed: the base model.
+
+    length_of: the benchmark whose responses' length is drawn. paper: traces (0 = the base model) -> its
+    accuracy in percent.
+    """
     figure = Figure(figsize=(9, 9), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for axes, of, scale in (
-        (top, lambda point: point.accuracy, 100),
-        (bottom, lambda point: point.length, 1),
-    ):
-        for i, curve in enumerate(drawn):
-            draw_line(
-                axes,
-                curve.name,
-                [p.num_traces for p in curve.points],
-                [of(p) for p in curve.points],
-                i,
-                scale,
-            )
-        for i, base in enumerate({id(curve.base): curve.base for curve in drawn}.values()):
-            start = of(base)
-            label = "base model" if i == 0 else "the other base model"
-            axes.axhline(
-                scale * start.mean, color="#333333", linestyle=("--", ":")[i % 2], linewidth=1.2, label=label
-            )
-            axes.axhspan(scale * start.low, scale * start.high, color="#333333", alpha=0.12, linewidth=0)
-    top.set_ylabel("accuracy, %", fontsize=14)
-    top.set_ylim(0, 102)
-    bottom.set_ylabel("tokens an answer", fontsize=14)
-    bottom.set_ylim(0, None)
-    trace_axis(bottom, sorted({point.num_traces for curve in drawn for point in curve.points}))
-    for axes in (top, bottom):
+    sizes = sorted({point.num_traces for curve in curves for point in curve.points})
+    for axes, of, scale in ((top, attrgetter("accuracy"), 100), (bottom, attrgetter("length"), 1)):
+        for i, curve in enumerate(curves):
+            label, places = curve.name.partition(", ")[2], [point.num_traces for point in curve.points]
+            draw_line(axes, label, places, list(map(of, curve.points)), i, scale)
+        start = of(curves[0].base)
+        high = min(100, scale * start.high) if scale == 100 else start.high
+        axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="base model")
+        axes.axhspan(max(0, scale * start.low), high, color="#333333", alpha=0.12, linewidth=0)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.3)
-    if drawn:
-        figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
+
+    if stars := {size: value for size, value in paper.items() if size in sizes}:
+        label = "the paper, after fine-tuning"
+        top.plot(list(stars), list(stars.values()), "k*", markersize=14, linestyle="", label=label)
+    if 0 in paper:
+        top.axhline(paper[0], color="#333333", linestyle=":", linewidth=1.2, label="the paper's base model")
+    top.set_ylim(0, 102 if curves[0].base.accuracy.mean > 0.5 else None)
+    bottom.set_ylim(0, None)
+    top.set_ylabel("accuracy, %", fontsize=14)
+    bottom.set_ylabel(f"tokens per response, {length_of}", fontsize=14)
+    trace_axis(bottom, sizes)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
     return figure
 
 
 def draw_line(
     axes, label: str, sizes: Sequence[int], estimates: Sequence[Estimate], i: int, scale: float
 ) -> None:
-    """A line with its band; scale 100 for shares, which are drawn in percent and stay within 0..100."""
-    means = [scale * e.mean for e in estimates]
-    axes.plot(sizes, means, marker=MARKERS[i], color=COLOURS[i], linewidth=2.5, markersize=8, label=label)
-    low, high = [scale * max(0, e.low) for e in estimates], [scale * e.high for e in estimates]
-    if scale == 100:
-        high = [min(100, x) for x in high]
-    axes.fill_between(sizes, low, high, color=COLOURS[i], alpha=0.18, linewidth=0)
+    """Draw line i with its band. scale: 100 for shares, which are drawn in percent and stay within 0..100."""
+    colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+    means, low = [scale * e.mean for e in estimates], [scale * max(0, e.low) for e in estimates]
+    high = [min(100, scale * e.high) if scale == 100 else scale * e.high for e in estimates]
+    axes.plot(sizes, means, marker=marker, color=colour, linewidth=2.5, markersize=8, label=label)
+    axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def trace_axis(axes, sizes: Sequence[int]) -> None:
@@ -81,29 +80,16 @@ def trace_axis(axes, sizes: Sequence[int]) -> None:
     axes.set_xlabel("traces to learn from", fontsize=14)
 
 
-def rl_figure(rl_runs: Sequence[RLRun]) -> Figure:
-    """Mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
+def rl_figure(starts: Mapping[str, Sequence[RLRun]]) -> Figure:
+    """Draw the mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
-    for i, (name, of_start) in enumerate(by_start(rl_runs).items()):
-        curves_of_seeds = [rl_run.rewards for rl_run in of_start]
-        steps = range(1, min(map(len, curves_of_seeds)) + 1)
-        columns = [[100 * rewards[step - 1] for rewards in curves_of_seeds] for step in steps]
-        axes.plot(
-            steps,
-            [sum(column) / len(column) for column in columns],
-            color=COLOURS[i],
-            linewidth=2.5,
-            label=name,
-        )
-        axes.fill_between(
-            steps,
-            [min(c) for c in columns],
-            [max(c) for c in columns],
-            color=COLOURS[i],
-            alpha=0.18,
-            linewidth=0,
-        )
+    for (name, runs), colour in zip(starts.items(), COLOURS, strict=False):
+        columns = zip(*(run.rewards for run in runs), strict=False)
+        rewards = [[100 * reward for reward in column] for column in columns]
+        steps, low, high = range(1, len(rewards) + 1), list(map(min, rewards)), list(map(max, rewards))
+        axes.plot(steps, list(map(fmean, rewards)), color=colour, linewidth=2.5, label=name)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_ylim(0, 102)
     axes.set_xlabel("step", fontsize=14)
     axes.set_ylabel("right answers, %", fontsize=14)
@@ -114,26 +100,20 @@ def rl_figure(rl_runs: Sequence[RLRun]) -> Figure:
 
 
 def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
-    """Of all answers at each size: the right ones, and the others by the first thing wrong in them."""
+    """Draw the share of right answers at each size, and of the others by the first thing wrong in them."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
     every = [base, *points]
     bottom = [0.0] * len(every)
     bars = {"right": [point.accuracy.mean for point in every]}
     bars |= {cause: [point.causes[cause] for point in every] for cause in CAUSES}
-    for (label, shares), (colour, hatch) in zip(bars.items(), FILLS, strict=True):
+    for (label, shares), (colour, hatch) in zip(bars.items(), FILLS.items(), strict=True):
         if any(shares):
+            style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": label}
             heights = [100 * share for share in shares]
-            axes.bar(
-                range(len(every)),
-                heights,
-                bottom=bottom,
-                color=colour,
-                hatch=hatch,
-                edgecolor="white",
-                label=label,
-            )
+            axes.bar(range(len(every)), heights, bottom=bottom, **style)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+
     axes.set_xticks(range(len(every)), ["base model", *(f"{point.num_traces:,}" for point in points)])
     axes.set(ylim=(0, 100), title="What goes wrong first")
     axes.set_xlabel("traces to learn from", fontsize=14)
@@ -144,17 +124,20 @@ def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figur
 
 
 def steps_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
-    """Left: the chance of a step. Right: accuracy, p^n, and what longer answers alone would cost."""
+    """Draw the chance of a step, and beside it accuracy, p^n and what longer answers alone would cost."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes = [point.num_traces for point in points]
-    for axes, lines in (
-        (left, {"a step of the chain (p)": [point.step_accuracy for point in points],
-                "any equation, checks too": [point.equation_accuracy for point in points]}),
-        (right, {"measured": [point.accuracy for point in points],
-                 "p to the power of the steps": [point.predicted for point in points],
-                 "longer answers alone": [Estimate(length_alone(base, point), 0.0) for point in points]}),
-    ):  # fmt: skip
+    steps = {
+        "a step of the chain (p)": [point.step_accuracy for point in points],
+        "any equation, checks too": [point.equation_accuracy for point in points],
+    }
+    accuracies = {
+        "measured": [point.accuracy for point in points],
+        "p to the power of the steps": [point.predicted for point in points],
+        "longer answers alone": [Estimate(length_alone(base, point), 0.0) for point in points],
+    }
+    for axes, lines in ((left, steps), (right, accuracies)):
         for i, (label, estimates) in enumerate(lines.items()):
             draw_line(axes, label, sizes, estimates, i, 100)
         trace_axis(axes, sizes)
@@ -162,6 +145,7 @@ def steps_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure
         axes.grid(alpha=0.3)
         axes.legend(fontsize=11)
         axes.tick_params(labelsize=10)
+
     left.set(title="How often a step is right", ylabel="%")
     right.set(title="Do errors that add up explain it?", ylabel="accuracy, %")
     return figure

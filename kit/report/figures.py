@@ -1,4 +1,4 @@
-"""Figures of a report: loss, accuracy, length of the answers, accuracy against the limit on length. All matplotlib is here."""
+"""Figures of a run's report: loss, accuracy, length of the answers, accuracy against the limit on length."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLOURS = ("#4c72b0", "#dd8452")  # of the first stage and the second
 
 
 def embed(path: Path, figure: Figure, alt: str = "") -> str:
-    """Write the figure to `path`, a PNG; returns it as an <img> that needs no file. alt: "" = the file's name."""
+    """Write the figure to `path`, a PNG, and return it as an <img> that needs no file. alt: "" = its name."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png")
     path.write_bytes(buffer.getvalue())
@@ -42,12 +42,11 @@ def accuracy_figure(stages: Stages) -> Figure:
     for i, (stage, found) in enumerate(stages.items()):
         shown = [name for name in names if name in found]
         shares, intervals = [found[name].accuracy for name in shown], [found[name].interval for name in shown]
-        axes.bar(
-            [names.index(name) + (i - (len(stages) - 1) / 2) * 1.1 * width for name in shown], [100 * x for x in shares], width,
-            yerr=[[100 * min(h, x) for x, h in zip(shares, intervals, strict=True)],
-                  [100 * min(h, 1 - x) for x, h in zip(shares, intervals, strict=True)]],
-            color=COLOURS[i], label=stage, capsize=3,
-        )  # fmt: skip
+        places = [names.index(name) + (i - (len(stages) - 1) / 2) * 1.1 * width for name in shown]
+        below = [100 * min(half, share) for share, half in zip(shares, intervals, strict=True)]
+        above = [100 * min(half, 1 - share) for share, half in zip(shares, intervals, strict=True)]
+        style = {"color": COLOURS[i], "label": stage, "capsize": 3}
+        axes.bar(places, [100 * share for share in shares], width, yerr=[below, above], **style)
     axes.set_xticks(range(len(names)), names)
     axes.set(
         ylabel="accuracy, % (95 % interval)", title="Accuracy", ylim=(0, None), xlim=(-0.8, len(names) - 0.2)
@@ -57,7 +56,7 @@ def accuracy_figure(stages: Stages) -> Figure:
 
 
 def length_figure(stages: Stages) -> Figure:
-    """A histogram a benchmark; right and wrong answers apart where there is one stage only."""
+    """Draw one histogram per benchmark; if there is one stage only, right and wrong answers apart."""
     names = _benchmarks(stages)
     figure = Figure(figsize=(7, 2.8 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
@@ -75,21 +74,15 @@ def length_figure(stages: Stages) -> Figure:
             }
         longest = max(max(lengths, default=0) for lengths in groups.values())
         for (kind, lengths), colour in zip(groups.items(), COLOURS, strict=False):
-            axes.hist(
-                lengths,
-                bins=30,
-                range=(0, longest),
-                alpha=0.6,
-                color=colour,
-                label=f"{kind} ({len(lengths):,})",
-            )
+            label = f"{kind} ({len(lengths):,})"
+            axes.hist(lengths, bins=30, range=(0, longest), alpha=0.6, color=colour, label=label)
         axes.set(xlabel="tokens per response", ylabel="responses", title=f"Length of the answers: {name}")
         axes.legend()
     return figure
 
 
 def caps_figure(stages: Stages) -> Figure:
-    """Accuracy had the limit on length been smaller, a panel a benchmark."""
+    """Draw the accuracy that smaller limits on length would have given, one panel per benchmark."""
     names = _benchmarks(stages)
     figure = Figure(figsize=(7, 2.8 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
@@ -101,10 +94,9 @@ def caps_figure(stages: Stages) -> Figure:
             shares = [found[name].accuracy_at(cap) for cap in caps]
             widths = [found[name].interval_at(cap) for cap in caps]
             axes.plot(caps, [100 * x for x in shares], "o-", color=colour, label=stage)
-            axes.fill_between(
-                caps, [100 * max(0, x - h) for x, h in zip(shares, widths, strict=True)],
-                [100 * min(1, x + h) for x, h in zip(shares, widths, strict=True)], color=colour, alpha=0.15, linewidth=0,
-            )  # fmt: skip
+            low = [100 * max(0, share - half) for share, half in zip(shares, widths, strict=True)]
+            high = [100 * min(1, share + half) for share, half in zip(shares, widths, strict=True)]
+            axes.fill_between(caps, low, high, color=colour, alpha=0.15, linewidth=0)
             ticks |= set(caps)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(ticks), [f"{cap:,}" for cap in sorted(ticks)])

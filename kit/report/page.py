@@ -1,4 +1,7 @@
-"""Pieces of a report's page: the frame, the table of figures, the browser of samples. Text that models write is escaped here."""
+"""Pieces of a report's page: the frame, the table of numbers, the browser of samples.
+
+Text that models write is escaped here.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from kit.evaluate.reflection_and_loops import (
 from kit.evaluate.results import Result, mean_accuracy
 from kit.report.figures import Stages
 
-SHOWN = 24  # questions per benchmark in the browser of samples, half of them with a right answer: a page one can still scroll
+SHOWN = 24  # questions per benchmark in the browser of samples, half of them with a right answer
 
 
 def percent(share: float | None) -> str:
@@ -27,12 +30,14 @@ def _tokens(count: float | None) -> str:
     return "-" if count is None else f"{count:,.0f}"
 
 
-FIGURES = {
+def _pass_at(result: Result, k: int) -> str:
+    return f"{percent(result.pass_at(k))} ± {100 * result.pass_interval(k):.1f} (k = {k})"
+
+
+NUMBERS = {
     "accuracy": lambda r: f"<b>{percent(r.accuracy)}</b> ± {100 * r.interval:.1f}",
     "accuracy as the paper graded": lambda r: percent(r.paper_accuracy),
-    "pass@k ¹": lambda r: (
-        f"{percent(r.pass_at(r.num_samples))} ± {100 * r.pass_interval(r.num_samples):.1f} (k = {r.num_samples})"
-    ),
+    "pass@k ¹": lambda r: _pass_at(r, r.num_samples),
     "questions x samples": lambda r: f"{r.num_questions} x {len(r.rows) / r.num_questions:g}",
     "tokens per response: mean": lambda r: _tokens(r.lengths().mean),
     "median": lambda r: _tokens(r.lengths().median),
@@ -50,51 +55,51 @@ FIGURES = {
 
 
 def figures_table(stages: Stages) -> str:
-    """A row a figure, a column a benchmark and stage: it reads on a narrow screen."""
+    """Return one row per number and one column per benchmark and stage, which fits a narrow screen."""
     columns = [(name, stage, found[name]) for stage, found in stages.items() for name in found]
     if not columns:
         return ""
-    head = "<tr><th>" + "".join(
-        f"<th>{html.escape(name)}" + (f"<br>{stage}" if len(stages) > 1 else "") for name, stage, _ in columns
-    )
-    shown = {label: cell for label, cell in FIGURES.items() if label != "accuracy as the paper graded" or
-             any(result.paper_accuracy is not None for _, _, result in columns)}  # fmt: skip
-    rows = "".join(
-        f"<tr><td>{label}" + "".join(f"<td>{cell(r)}" for _, _, r in columns) for label, cell in shown.items()
-    )
-    means = "".join(
-        f"<p>Mean accuracy{f' {stage}' if len(stages) > 1 else ''}, every benchmark counting the same: "
-        f"<b>{percent(mean_accuracy(list(found.values())))}</b></p>"
-        for stage, found in stages.items() if len(found) > 1
-    )  # fmt: skip
-    return f"<div class=wide><table>{head}{rows}</table></div>{means}{NOTES}"
+    several = len(stages) > 1
+    heads = [html.escape(name) + (f"<br>{stage}" if several else "") for name, stage, _ in columns]
+    paper = any(result.paper_accuracy is not None for _, _, result in columns)
+    rows = ""
+    for label, cell in NUMBERS.items():
+        if paper or label != "accuracy as the paper graded":
+            rows += f"<tr><td>{label}" + "".join(f"<td>{cell(result)}" for _, _, result in columns)
+    means = ""
+    for stage, found in stages.items():
+        if len(found) > 1:
+            mean = percent(mean_accuracy(list(found.values())))
+            of_stage = f" {stage}" if several else ""
+            means += f"<p>Mean accuracy{of_stage}, every benchmark counting the same: <b>{mean}</b></p>"
+    head = "".join(f"<th>{head}" for head in ("", *heads))
+    return f"<div class=wide><table><tr>{head}{rows}</table></div>{means}{NOTES}"
 
 
-NOTES = f"""<p><small>Intervals are 95 %, over questions: the samples of one question are not independent.
-¹ the chance that one of k samples is right. ² the questions that are left are often the easier ones. ³ the text's last
-characters are one unit of at most {LOOP_UNIT} characters, over and over, at least {LOOP_TIMES} times and {LOOP_CHARACTERS}
-characters in all. ⁴ share of responses with one of the paper's keywords; the paper also has a language model confirm each, so
-this is an upper bound.</small></p>"""
-CAPS_NOTE = """<p><small>Accuracy against length comes from the same samples: a longer response is cut after so many tokens and
-what is left is graded again, by the same rules: it is what a run with that limit writes. A box that stands before the cut counts;
-if there is none the grader takes the last number, as in any response, so a short limit can be right by luck.</small></p>
+NOTES = f"""<p><small>Intervals are 95 %, over questions: the samples of one question are not independent. ¹
+the chance that one of k samples is right. ² the questions that are left are often the easier ones. ³ the
+text's last characters are one unit of at most {LOOP_UNIT} characters, over and over, at least {LOOP_TIMES}
+times and {LOOP_CHARACTERS} characters in all. ⁴ share of responses with one of the paper's keywords; the
+paper also has a language model confirm each, so this is an upper bound.</small></p>"""
+CAPS_NOTE = """<p><small>Accuracy against length comes from the same samples: a longer response is cut after
+so many tokens and what is left is graded again, by the same rules: it is what a run with that limit writes. A
+box that stands before the cut counts; if there is none the grader takes the last number, as in any response,
+so a short limit can be right by luck.</small></p>
 """
 
 
 def browser(stages: Stages) -> str:
-    """Questions with one right and one wrong response of each stage, where there are such."""
+    """Return questions with one right and one wrong response of each stage, if there are such."""
     parts = []
     for name in dict.fromkeys(name for found in stages.values() for name in found):
         parts.append(f"<h3>{html.escape(name)}</h3>")
-        for question in _chosen([found[name] for found in stages.values() if name in found]):
-            parts.append(
-                _question(question, {stage: found[name] for stage, found in stages.items() if name in found})
-            )
+        results = {stage: found[name] for stage, found in stages.items() if name in found}
+        parts += [_question(question, results) for question in _chosen(list(results.values()))]
     return "".join(parts)
 
 
 def _chosen(results: list[Result]) -> list[str]:
-    """At most SHOWN questions: those with a right answer first, which are half of them where so many have one."""
+    """Return at most SHOWN questions, first those with a right answer: half of them, if so many have one."""
     right = {row["question"]: False for result in results for row in result.rows}
     for result in results:
         for row in result.rows:
@@ -119,40 +124,43 @@ def _question(question: str, results: dict[str, Result]) -> str:
 
 
 def _response(row: dict, label: str) -> str:
-    ends = ("" if row["finished"] else ", cut off") + (
-        ", ends in a loop" if ends_in_loop(row["text"]) else ""
-    )
+    ends = "" if row["finished"] else ", cut off"
+    ends += ", ends in a loop" if ends_in_loop(row["text"]) else ""
+    verdict = f"<span class={row['verdict']}>{row['verdict']}</span>"
+    prediction, gold, rule = (html.escape(str(row[name])) for name in ("prediction", "gold", "rule"))
     return (
-        f"<div><h4>{label}<span class={row['verdict']}>{row['verdict']}</span>, {row['tokens']:,} tokens{ends}</h4>"
-        f"<p>answer {html.escape(str(row['prediction']))}, gold {html.escape(str(row['gold']))} "
-        f"({html.escape(str(row['rule']))})</p><pre>{marked(row['text'])}</pre></div>"
+        f"<div><h4>{label}{verdict}, {row['tokens']:,} tokens{ends}</h4>"
+        f"<p>answer {prediction}, gold {gold} ({rule})</p><pre>{marked(row['text'])}</pre></div>"
     )
 
 
 def marked(text: str, others: Mapping[tuple[int, int], str] | None = None) -> str:
-    """The text as HTML, with reflection phrases and boxed answers marked. others: (start, end) -> the tag that marks it."""
-    spans = sorted([(start, end, "b class=box") for start, end in boxes(text)]
-                   + [(*match.span(), "mark") for match in REFLECTION.finditer(text)]
-                   + [(*span, tag) for span, tag in (others or {}).items()])  # fmt: skip
+    """Return the text as HTML, with reflection phrases and boxed answers marked.
+
+    others: (start, end) -> the tag that marks it.
+    """
+    spans = [(start, end, "b class=box") for start, end in boxes(text)]
+    spans += [(*match.span(), "mark") for match in REFLECTION.finditer(text)]
+    spans += [(*span, tag) for span, tag in (others or {}).items()]
     parts, position = [], 0
-    for start, end, tag in spans:
-        if start >= position:  # what lies inside a box is the box's
-            parts += [
-                html.escape(text[position:start]),
-                f"<{tag}>{html.escape(text[start:end])}</{tag.split()[0]}>",
-            ]
+    for start, end, tag in sorted(spans):
+        if start >= position:  # what lies inside a box belongs to the box
+            inside = f"<{tag}>{html.escape(text[start:end])}</{tag.split()[0]}>"
+            parts += [html.escape(text[position:start]), inside]
             position = end
     return "".join(parts) + html.escape(text[position:])
 
 
 STYLE = """\
-body { font: 17px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+body { font: 17px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { overflow-wrap: anywhere; font-size: 1.5rem }
 img { max-width: 100%; display: block; margin: 1rem 0 }
 table { border-collapse: collapse }
 td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
 summary { overflow-wrap: anywhere; padding: .15rem 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; max-height: 24rem; overflow-y: auto }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem }
+pre { max-height: 24rem; overflow-y: auto }
 .wide { overflow-x: auto }
 .finding { border-left: 4px solid #dd8452; padding-left: .8rem; font-size: 1.1rem }
 .correct { color: #1a7f37 } .wrong { color: #b42318 } .unknown { color: #7a5b00 }
@@ -169,8 +177,8 @@ PAGE = """<!doctype html>
 {table}
 {images}{training}
 <h2>Answers</h2>
-<p><small>Of each question one right and one wrong response, where there are such. Marked: <mark>reflection phrases</mark> and
-<b class=box>boxed answers</b>.</small></p>
+<p><small>One right and one wrong response to each question, if there are such. Marked: <mark>reflection
+phrases</mark> and <b class=box>boxed answers</b>.</small></p>
 {samples}
 <details><summary>Settings</summary><div class=wide><table>{settings}</table></div></details>
 </html>

@@ -1,8 +1,10 @@
-"""Report of a valley: the cells of a run -> figures, sentences and one self-contained report.html.
+"""Report of a study: its run folders -> figures, sentences and one self-contained report.html.
 
     python -m kit.report.valley runs/valley_demo/001
 
-Everything is computed from cells.jsonl and the samples, so a report can be made again at any time, also of an unfinished run.
+Everything is computed from the files in the folder, so a report can be written at any time, even of an
+unfinished study. Accuracy is the paper's headline, the unweighted mean over the benchmarks. Differences are
+paired by question and seed.
 """
 
 from __future__ import annotations
@@ -12,250 +14,310 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from kit.report import page as pages
 from kit.report.curve_figures import causes_figure, rl_figure, steps_figure, valley_figure
 from kit.report.figures import embed
-from kit.valley.curves import findings
+from kit.run import AFTER, BEFORE
+from kit.valley.curves import Curve, Estimate, difference
 from kit.valley.error_accumulation import Decomposition, decompose, explain
-from kit.valley.first_error import CAUSES, dissect
-from kit.valley.study import ARMS, BASE
-from kit.valley.toy_cells import (
-    Finished,
-    by_point,
-    curves,
-    describe,
-    first_arm,
-    first_model,
-    point_of,
-    read_cells,
-    title_of,
-)
-from kit.valley.toy_rl import read_rl_runs, rl_findings
+from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
+from kit.valley.first_error import CAUSES, STEPWISE
+from kit.valley.jobs import DONE, FAILED
+from kit.valley.sentences import by_start, findings, rl_findings
+from kit.valley.study import PAPER, Cell, short_name
 
 SHOWN = 12  # problems in the browser
 
 
 def write_report(path: Path) -> Path:
-    """Write the plots and report.html of the valley in `path`; returns the report. ValueError where nothing is finished."""
-    found = read_cells(path)
-    drawn = curves(found)
-    config = (
-        json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if (path / "config.json").is_file()
-        else {}
-    )
-    lines = findings(drawn)
-    sections = [
-        embed(path / "valley.png", valley_figure(drawn)),
-        _note(found),
-        _sentences(lines[:2]),  # of the first arm: its accuracy and its length
-        *_others(lines[2:]),
-        *_why(path, first_model(found)),
-        *_rl(path),
-        "<h2>Every point</h2>" + table(found),
-        "<h2>The same problem at every size</h2>" + BROWSER_NOTE + browser(first_model(found)),
+    """Write the figures and report.html of the study in `path`, and return the report.
+
+    Raises ValueError if there is no study.
+    """
+    results = StudyResults.read(path)
+    stored = path / "config.json"
+    config = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+    sections = [f"<p>{html.escape(progress(results))}</p>"]
+    for model in results.models:
+        sections += [of_model(path, results, model), why(path, results, model)]
+    sections += [
+        rl_section(path, results),
+        "<h2>Every cell</h2>" + table(results),
+        failures(results),
+        _list("What differs from the paper", results.deviations),
+        same_problem(results),
     ]
-    page = PAGE.format(
-        style=pages.STYLE + STYLE,
-        title="Through the valley, at toy scale",
-        sections="\n".join(sections),
-        settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
-    )
+    settings = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items())
+    page = PAGE.format(style=pages.STYLE + STYLE, sections="\n".join(sections), settings=settings)
     report = path / "report.html"
     report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return report
 
 
-def _why(path: Path, found: Sequence[Finished]) -> list[str]:
-    """The section on why accuracy moves, of the first arm there is; nothing where it has no point yet."""
-    points = {key: decompose(key[2], {cell.cell.seed: cell.result for cell in cells}) for key, cells in by_point(found).items()
-              if key[1] in (BASE, first_arm(found))}  # fmt: skip
-    base = [point for (_, arm, _), point in points.items() if arm == BASE]
-    points = [point for (_, arm, _), point in points.items() if arm != BASE]
-    if not base or not points:
-        return []
-    base, name = base[0], first_arm(found)
-    return [
-        f"<h2>Why: {html.escape(ARMS[name].title)}, answers taken apart step by step</h2>",
-        _sentences(explain(base, points)),
-        embed(path / "causes.png", causes_figure(base, points)),
-        embed(path / "steps.png", steps_figure(base, points)),
-        WHY_NOTE.format(
-            causes="; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
-        ),
-        why_table(base, points),
-    ]
+def progress(results: StudyResults) -> str:
+    """Describe how many cells are done, and what the intervals cover."""
+    ended = [results.outcomes[cell.name].status for cell in results.cells if cell.name in results.outcomes]
+    done, failed, waiting = ended.count(DONE), ended.count(FAILED), len(results.cells) - len(ended)
+    cells = f"{done} of {len(results.cells)} cells are done"
+    cells += f", {failed} failed" if failed else ""
+    cells += f", {waiting} have not ended yet" if waiting else ""
+    several = len({found.cell.seed for found in results.finished}) > 1
+    one = "; with one seed they do not cover how one training differs from the next"
+    return f"{cells}. Bands and ± are 95 % intervals over questions{' and seeds' if several else one}."
 
 
-def _rl(path: Path) -> list[str]:
-    """The section on reinforcement learning; nothing where there was none."""
-    rl_runs = read_rl_runs(path)
-    if not rl_runs:
-        return []
-    return [
-        "<h2>Reinforcement learning from three starts</h2>",
-        _sentences(rl_findings(rl_runs)),
-        embed(path / "rl.png", rl_figure(rl_runs)),
-        RL_NOTE,
-    ]
+def of_model(path: Path, results: StudyResults, model: str) -> str:
+    """Return the section of one model: what the first arm shows, the figure, the other arms."""
+    curves, refused = results.curves(model), results.points(model)[1]
+    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", _findings(refused)
+    if not any(curve.points for curve in curves):
+        return f"{heading}{notes}<p>Nothing to compare yet.</p>"
+    lines, name = findings(curves), short_name(model).lower()
+    paper = {size: float(told) for (of, size), told in PAPER.items() if of == name and told.isdigit()}
+    figure = valley_figure(curves, results.length_benchmark, paper)
+    alt = f"{model}: accuracy and length against the number of traces"
+    drawn = embed(path / f"{short_name(model)}.png", figure, alt=alt)
+    return heading + _findings(lines[:2]) + notes + drawn + _list("The other arms", lines[2:], level=3)
 
 
-def why_table(base: Decomposition, points: Sequence[Decomposition]) -> str:
-    """A row a point of the decomposition."""
-    rows = ""
-    for point in (base, *points):
-        longer, reflection = point.reflection_tokens, point.reflection
-        cells = [f"{point.num_traces:,}" if point.num_traces else "base model"]
-        for e in (point.accuracy, point.step_accuracy, point.predicted, point.residual):
-            cells.append(f"{100 * e.mean:.1f} ± {100 * e.half:.1f}")
-        cells += [f"{100 * point.saved:.1f}", f"{point.operations.mean:.1f} ± {point.operations.half:.1f}"]
-        cells += [f"{point.checks:.1f}", f"{point.corrections:.1f}"]
-        cells.append(f"{100 * reflection.mean:.0f} ± {100 * reflection.half:.0f}")
-        cells.append("-" if longer is None else f"{longer.mean:+.0f} ± {longer.half:.0f}")
-        cells += [f"{100 * point.truncated:.0f}", f"{100 * point.looping:.0f}"]
-        rows += "<tr>" + "".join(f"<td>{cell}" for cell in cells)
-    heads = (
-        "traces", "accuracy, %", "p, %", "p^n, %", "accuracy - p^n", "right by luck, %", "operations", "checks", "corrections",
-        "rechecks, %", "tokens longer", "cut off, %", "in a loop, %",
-    )  # fmt: skip
-    return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
-
-
-def browser(found: Sequence[Finished]) -> str:
-    """The first sample of one seed to the same problems at every size, arm after arm, wrong steps marked."""
-    seed = min(cell.cell.seed for cell in found)
-    columns = [cell for cell in found if cell.cell.seed == seed]
-    columns.sort(
-        key=lambda cell: (
-            cell.cell.arm != BASE,
-            list(ARMS).index(cell.cell.arm) if cell.cell.arm in ARMS else 0,
+def why(path: Path, results: StudyResults, model: str) -> str:
+    """Return why a model's accuracy moves in its first arm; nothing if no steps can be checked."""
+    name, sizes = next(iter(results.points(model)[0].items()), ("", {}))
+    points = [list(results.bases(model).values()), *sizes.values()]
+    common = set(STEPWISE).intersection(*(found.results for seeds in points for found in seeds))
+    if not sizes or not common:
+        return ""
+    benchmark = next(name for name in STEPWISE if name in common)
+    base, *rest = (
+        decompose(
+            seeds[0].cell.num_traces,
+            {found.cell.seed: found.results[benchmark] for found in seeds},
+            STEPWISE[benchmark],
         )
+        for seeds in points
     )
-    samples = [{row["question"]: row for row in cell.result.rows if row["sample"] == 0} for cell in columns]
-    common = [question for question in samples[0] if all(question in of_cell for of_cell in samples)]
-    parts = []
-    for question in common[:SHOWN]:
-        cells = "".join(
-            _answer(cell, of_cell[question]) for cell, of_cell in zip(columns, samples, strict=True)
-        )
-        row = samples[0][question]
-        summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
-        parts.append(
-            f"<details{' open' if not parts else ''}><summary>{summary}</summary><div class=pair>{cells}</div></details>"
-        )
+    causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
+    parts = [
+        f"<h3>Why: {html.escape(name)}, the answers to {benchmark} step by step</h3>",
+        _findings(explain(base, rest)),
+        embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
+        embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
+        WHY_NOTE.format(causes=causes),
+        why_table([base, *rest]),
+    ]
     return "".join(parts)
 
 
-def _answer(cell: Finished, row: dict) -> str:
-    found = dissect(row["problem"], row["text"], finished=row["finished"])
-    title = (
-        "base model" if cell.cell.arm == BASE else f"{ARMS[cell.cell.arm].title}, {cell.cell.num_traces:,}"
-    )
-    cause = f": {found.cause}" if found.cause else ""
-    spans = dict.fromkeys(found.wrong, "mark class=wrong") | dict.fromkeys(
-        found.taken_back, "mark class=taken-back"
-    )
-    return (
-        f"<div><h4>{html.escape(title)}: <span class={row['verdict']}>{row['verdict']}</span>{cause}</h4>"
-        f"<pre>{pages.marked(row['text'], spans)}</pre></div>"
-    )
+def why_table(points: Sequence[Decomposition]) -> str:
+    """Return one row per size of what the answers' steps show."""
+    columns = {
+        "traces": lambda p: f"{p.num_traces:,}" if p.num_traces else "base model",
+        "accuracy, %": lambda p: _percent(p.accuracy),
+        "p, %": lambda p: _percent(p.step_accuracy),
+        "p^n, %": lambda p: _percent(p.predicted),
+        "accuracy - p^n": lambda p: _percent(p.residual),
+        "right by luck, %": lambda p: f"{100 * p.saved:.1f}",
+        "operations": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
+        "checks": lambda p: f"{p.checks:.1f}",
+        "corrections": lambda p: f"{p.corrections:.1f}",
+        "rechecks, %": lambda p: f"{100 * p.reflection.mean:.0f} ± {100 * p.reflection.half:.0f}",
+        "tokens longer": lambda p: _tokens_longer(p.reflection_tokens),
+        "cut off, %": lambda p: f"{100 * p.truncated:.0f}",
+        "in a loop, %": lambda p: f"{100 * p.looping:.0f}",
+    }
+    return _table([*columns], [[cell(point) for cell in columns.values()] for point in points])
 
 
-def table(found: Sequence[Finished]) -> str:
-    """A row a point of any curve, the base models first."""
-    rows = ""
-    for (_, arm, size), cells in by_point(found).items():
-        title = title_of(cells[0], found) if arm != BASE else f"base model, {describe(cells[0])}"
-        point = point_of(cells)
-        mean = {
-            name: sum(cell.row[name] for cell in cells) / len(cells)
-            for name in ("truncated", "looping", "reflection")
+def _tokens_longer(value: Estimate | None) -> str:
+    return "-" if value is None else f"{value.mean:+.0f} ± {value.half:.0f}"
+
+
+def rl_section(path: Path, results: StudyResults) -> str:
+    """Return the section on reinforcement learning; nothing if there was none."""
+    if not results.rl:
+        return ""
+    parts = ["<h2>Reinforcement learning</h2>"]
+    parts.append(_findings(rl_findings(results.rl, results.length_benchmark)))
+    for i, (name, starts) in enumerate(by_start(results.rl).items(), 1):
+        alt = f"{name}: reward of the rollouts against the step"
+        parts.append(embed(path / f"rl-{i}.png", rl_figure(starts), alt=alt))
+    rows = []
+    for run in results.rl:
+        before, after = ({run.start.seed: shares(run.stages[stage])} for stage in (BEFORE, AFTER))
+        accuracies = [f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)]
+        change = _percent(difference(after, before), "+")
+        rows.append([run.start.name, *accuracies, change, f"{RL}/{run.start.name}/report.html"])
+    heads = ("start", "before, %", "after, %", "change, points", "its report")
+    return "".join([*parts, _table(heads, rows), RL_NOTE])
+
+
+def table(results: StudyResults) -> str:
+    """Return one row per point, over its finished seeds, the base model first; then what is not done."""
+    benchmarks = list(dict.fromkeys(name for found in results.finished for name in found.results))
+    benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
+    length_of, rows = results.length_benchmark, []
+    for model in results.models:
+        bases, curves = list(results.bases(model).values()), results.curves(model)
+        if bases:
+            base = Curve("", point_of(bases, length_of), [])
+            rows.append([*_columns(bases[0].cell), *_numbers(bases, base, length_of, benchmarks)])
+        for curve, sizes in zip(curves, results.points(model)[0].values(), strict=True):
+            for seeds in sizes.values():
+                rows.append([*_columns(seeds[0].cell), *_numbers(seeds, curve, length_of, benchmarks)])
+    for cell in results.cells:
+        outcome = results.outcomes.get(cell.name)
+        if outcome is None or outcome.status == FAILED:
+            state = "not ended yet" if outcome is None else "FAILED"
+            rows.append([*_columns(cell), f"seed {cell.seed}: {state}"])
+    return _table((*HEADS, *benchmarks), rows) + NOTES.format(length=html.escape(length_of))
+
+
+HEADS = (
+    "model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base", "the paper ¹",
+    "tokens ²", "cut off, %", "in a loop, %", "reflection, %", "training, h ³",
+)  # fmt: skip
+
+
+def _columns(cell: Cell) -> list[str]:
+    """Return the columns up to "batch"."""
+    return [short_name(cell.model), cell.curve, f"{cell.num_traces:,}", str(cell.batch_traces or "-")]
+
+
+def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks: Sequence[str]) -> list[str]:
+    """Return the columns from "seeds" on. curve: whose base model the point is compared with."""
+    cell, point = seeds[0].cell, point_of(seeds, length_of)
+    trained = cell.num_traces > 0
+    every = [result for found in seeds for result in found.results.values()]
+    hours = fmean(found.training_seconds for found in seeds) / 3600
+    columns = [
+        str(len(seeds)),
+        f"{len(seeds[0].metrics):,}" if trained else "-",
+        _percent(point.accuracy),
+        _percent(difference(point.shares, curve.base.shares), "+") if trained else "-",
+        PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
+        f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
+    ]
+    for name in ("truncated", "looping", "reflection"):
+        columns.append(f"{100 * fmean(getattr(result, name) for result in every):.0f}")
+    columns.append(f"{hours:.2f}" if trained else "-")
+    for name in benchmarks:
+        found = [of_seed.results[name] for of_seed in seeds if name in of_seed.results]
+        spread = f" ± {100 * found[0].interval:.1f}" if len(found) == 1 else ""
+        columns.append(f"{100 * fmean(result.accuracy for result in found):.1f}{spread}" if found else "-")
+    return columns
+
+
+def failures(results: StudyResults) -> str:
+    """Return every run that failed, with its reason and the last lines of its log."""
+    items = ""
+    for outcome in results.outcomes.values():
+        if outcome.status == FAILED:
+            error, tail = html.escape(outcome.error), html.escape("\n".join(outcome.tail))
+            items += f"<h3>{html.escape(outcome.job)}</h3><p class=wrong>{error}</p>"
+            summary = f"<summary>the last lines of {html.escape(outcome.log)}</summary>"
+            items += f"<details>{summary}<pre>{tail}</pre></details>" if tail else ""
+    note = "<p>Nothing here counts these; --resume tries them again.</p>"
+    return f"<h2>Failed</h2>{note}{items}" if items else ""
+
+
+def same_problem(results: StudyResults) -> str:
+    """Return one seed's first sample of the same problems at every size, for the first model."""
+    found = [done for done in results.finished if done.cell.model == results.models[0]]
+    seed = min((done.cell.seed for done in found), default=0)
+    columns = [done for done in found if done.cell.seed == seed]
+    samples = [
+        {
+            (name, row["question"]): row
+            for name, result in done.results.items()
+            for row in result.rows
+            if row["sample"] == 0
         }
-        batch, steps = (f"{cells[0].row.get(name) or '-'}" for name in ("batch_traces", "steps"))
-        rows += (
-            f"<tr><td>{html.escape(title)}<td>{size or '-'}<td>{batch}<td>{steps}<td>{len(cells)}"
-            f"<td><b>{100 * point.accuracy.mean:.1f}</b> ± {100 * point.accuracy.half:.1f}"
-            f"<td>{point.length.mean:.0f} ± {point.length.half:.0f}"
-            + "".join(f"<td>{100 * mean[name]:.0f}" for name in ("truncated", "looping", "reflection"))
+        for done in columns
+    ]
+    common = [key for key in samples[0] if all(key in rows for rows in samples)] if samples else []
+    parts = []
+    for key in common[:SHOWN]:
+        row = samples[0][key]
+        answers = [_answer(done.cell, key[0], rows[key]) for done, rows in zip(columns, samples, strict=True)]
+        summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
+        parts.append(
+            f"<details{'' if parts else ' open'}><summary>{summary}</summary>"
+            f"<div class=pair>{''.join(answers)}</div></details>"
         )
-    heads = (
-        "arm",
-        "traces",
-        "batch",
-        "steps",
-        "seeds",
-        "accuracy, %",
-        "tokens",
-        "cut off, %",
-        "in a loop, %",
-        "rechecks, %",
-    )
-    return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
+    return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""
 
 
-def _sentences(lines: Sequence[str]) -> str:
+def _answer(cell: Cell, benchmark: str, row: dict) -> str:
+    """Return one answer, with its wrong steps marked if they can be checked."""
+    title = html.escape(f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve)
+    cause, spans = "", {}
+    if benchmark in STEPWISE:
+        found = STEPWISE[benchmark](row["problem"], row["text"], finished=row["finished"])
+        cause = f": {found.cause}" if found.cause else ""
+        spans = dict.fromkeys(found.wrong, "mark class=wrong")
+        spans |= dict.fromkeys(found.taken_back, "mark class=taken-back")
+    verdict = f"<span class={row['verdict']}>{row['verdict']}</span>"
+    return f"<div><h4>{title}: {verdict}{cause}</h4><pre>{pages.marked(row['text'], spans)}</pre></div>"
+
+
+def _percent(value: Estimate, sign: str = "") -> str:
+    return f"{100 * value.mean:{sign}.1f} ± {100 * value.half:.1f}"
+
+
+def _findings(lines: Sequence[str]) -> str:
     return "".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines)
 
 
-def _others(lines: Sequence[str]) -> list[str]:
-    """What the other arms' curves say, below that of the first."""
-    return (
-        ["<h2>The other arms</h2><ul>" + "".join(f"<li>{html.escape(line)}" for line in lines) + "</ul>"]
-        if lines
-        else []
-    )
+def _list(title: str, lines: Sequence[str], level: int = 2) -> str:
+    items = "".join(f"<li>{html.escape(line)}" for line in lines)
+    return f"<h{level}>{title}</h{level}><ul>{items}</ul>" if lines else ""
 
 
-def _note(found: Sequence[Finished]) -> str:
-    result = found[0].result
-    return NOTE.format(
-        model=describe(found[0]),
-        seeds=_seeds(found),
-        questions=result.num_questions,
-        samples=result.num_samples,
-    )
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(head)}" for head in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<div class=wide><table><tr>{head}{body}</table></div>"
 
 
-def _seeds(found: Sequence[Finished]) -> str:
-    number = len({cell.cell.seed for cell in found})
-    if number > 1:
-        return f"{number} seeds of traces, training and samples"
-    return "one seed, so the intervals do not cover how one training differs from the next"
-
-
-NOTE = """<p><small>{questions} held-out questions x {samples} samples; {seeds}. Bands are 95 % intervals over questions and,
-where there are several, seeds. This is about the toy, chains of additions and subtractions for a {model}; it is not about
-language models.</small></p>"""
-WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the problem's steps. "Longer
-answers alone": the share that would be right if every operation of these answers, checks and all, were as reliable as the
-base model's. What goes wrong first, in this order: {causes}. Right by luck: something in the answer is wrong, its box is
-not. The paper, on its synthetic arithmetic: about 10 operations an answer before, 40 after 8k traces; on benchmarks, reflection
-below 5 % before, about 75 % after (Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only where
-a language model agrees; here a keyword is enough.</small></p>"""
-RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise, temperature 1, on other
-problems of the kind above, nearly all of which the base model solves: no start can end much above it here. The curve is the
-reward of the rollouts, the sentences are of the questions above, answered anew. Bands span the seeds. In the paper the start
-after 8k traces stays below the base model throughout, and the one after 128k ends above it.</small></p>"""
-BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not the problem's</mark>,
-<mark class=taken-back>what the answer itself takes back</mark>, <mark>reflection</mark>, <b class=box>boxed answers</b>.</small>
-</p>"""
+WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the
+problem's steps. "Longer answers alone": the share that would be right if every operation of these answers,
+checks and all, were as reliable as the base model's. What goes wrong first, in this order: {causes}. Right by
+luck: something in the answer is wrong, its box is not. The paper, on its synthetic arithmetic: about 10
+operations per answer before, 40 after 8k traces; on benchmarks, reflection below 5 % before, about 75 % after
+(Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only if a language model
+agrees; here a keyword is enough.</small></p>"""
+RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise. The curve is the
+reward of the rollouts; bands span the seeds. Before and after, the questions are answered with new samples,
+because the lowest of several points is in part bad luck. In the paper the start after 8k traces stays below
+the base model throughout, and the one after 128k ends above it.</small></p>"""
+NOTES = """<p><small>Accuracy is the mean of the benchmarks, each counting the same; differences are paired by
+question and seed. A column of a benchmark has an interval if there is one seed. Reflection: a keyword alone,
+an upper bound. ¹ Full fine-tuning, in percent; what its text states as a number, its curves carry none. ²
+Mean tokens of the responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over
+the seeds. A QLoRA model is compared with the base model in its own precision, so what rounding to NF4 does is
+part of the difference.</small></p>"""
+BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not
+the problem's</mark> and <mark class=taken-back>what the answer itself takes back</mark>, if its steps can be
+checked; <mark>reflection</mark>, <b class=box>boxed answers</b>.</small></p>"""
 STYLE = """
-.finding { margin: .5rem 0 }
-mark.wrong { background: #f6b8ae; color: #6d130a; text-decoration: underline } mark.taken-back { background: #e4e4e4 }
+.finding { margin: .5rem 0 } @media (min-width: 90rem) { body { max-width: 84rem } img { max-width: 62rem } }
+mark.wrong { background: #f6b8ae; color: #6d130a; text-decoration: underline }
+mark.taken-back { background: #e4e4e4 }
 """
 PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>Through the valley</title>
 <style>{style}</style>
-<h1>{title}</h1>
+<h1>Through the valley: accuracy and length against the number of traces</h1>
 {sections}
 <details><summary>Settings</summary><div class=wide><table>{settings}</table></div></details>
 </html>
 """
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("run", type=Path, help="the folder of a study")
     print(write_report(parser.parse_args().run))

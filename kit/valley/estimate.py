@@ -25,7 +25,7 @@ from kit.memory.simulate import CARDS, Plan, plan
 from kit.models.loading import load_config
 from kit.run import write_json
 from kit.train.savings import Savings
-from kit.valley.sweep import FIXED_BATCH, QLORA, Cell, short_name
+from kit.valley.study import FIXED_BATCH, QLORA, Cell, short_name
 
 TEXT_BYTES = 5  # of a log, a sampled token: about four characters, and what is written beside them
 NF4_BYTES = 4.6  # a weight: half a byte read, two written and two read again, as in kit/memory/seconds.py

@@ -1,193 +1,187 @@
-"""What a sweep has measured: its finished cells beside their baselines, as curves over the number of traces."""
+"""Read what a study has measured so far, as curves over the number of traces."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from kit.evaluate.results import Result, check_comparable, mean_accuracy
-from kit.run import AFTER, BEFORE, SAMPLES, Journal
-from kit.valley.curves import ByQuestion, Curve, Estimate, Point, difference, findings
-from kit.valley.jobs import DONE, read_outcomes
-from kit.valley.sweep import (
-    BASELINES,
-    CELLS,
-    FIXED_BATCH,
-    FULL,
-    QLORA,
-    RL,
-    Cell,
-    baseline_name,
-    read_sweep,
-    rl_name,
-    short_name,
-)
+from kit.evaluate.results import Result, check_comparable, mean_accuracy, read_results
+from kit.run import AFTER, BEFORE, SAMPLES, Journal, write_json
+from kit.valley.curves import ByQuestion, Curve, Point
+from kit.valley.jobs import DONE, Outcome, read_outcomes
+from kit.valley.study import Cell, short_name
 
 Results = dict[str, Result]  # benchmark -> its samples
-LENGTH_BENCHMARK = "math500"  # the paper takes the length of responses there
-TITLES = {FULL: "full fine-tuning", QLORA: "QLoRA"}
-
-
-def curve_name(cell: Cell) -> str:
-    """Name of the curve a cell belongs to."""
-    return f"{short_name(cell.model)}, {method_name(cell)}"
-
-
-def method_name(cell: Cell) -> str:
-    return TITLES[cell.method] + (
-        f", batch {cell.batch_traces} throughout" if cell.arm == FIXED_BATCH else ""
-    )
+LENGTH_BENCHMARK = "math500"  # the paper measures the length of responses on this one
+STUDY = "study.json"
+CELLS, RL = (
+    "cells",
+    "rl",
+)  # folders of a study: its runs by name, and reinforcement learning by the start's name
 
 
 @dataclass(frozen=True)
-class Measured:
+class Finished:
     """A cell that is done."""
 
     cell: Cell
-    after: Results
-    training_seconds: float
+    results: Results  # of the fine-tuned model, or of the base model
+    metrics: Sequence[dict]  # one row per step; none for a base model
 
-    def of(self, model: str, curve: str, num_traces: int) -> bool:
-        """Whether it belongs to that point of that curve."""
-        return (self.cell.model, curve_name(self.cell), self.cell.num_traces) == (model, curve, num_traces)
+    @property
+    def accuracy(self) -> float:
+        """The paper's headline: the unweighted mean over the benchmarks."""
+        return mean_accuracy(list(self.results.values()))
+
+    @property
+    def training_seconds(self) -> float:
+        return sum(row["seconds"] for row in self.metrics)
 
 
 @dataclass(frozen=True)
 class RLRun:
     """Reinforcement learning from one start, that is done."""
 
-    model: str
-    method: str
-    num_traces: int  # of the start; 0 = the base model
-    seed: int
+    start: Cell
     stages: dict[str, Results]  # BEFORE and AFTER
-
-    @property
-    def name(self) -> str:
-        return rl_name(self.model, self.method, self.num_traces, self.seed)
+    rewards: Sequence[float]  # mean reward of each step
 
     def accuracy(self, stage: str) -> float:
         return mean_accuracy(list(self.stages[stage].values()))
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Everything a sweep's folder holds that is done."""
+class StudyResults:
+    """Everything that is done in a study's folder."""
 
-    cells: list[Cell]  # all of them, done or not
-    deviations: list[str]
-    measured: list[Measured]
-    baselines: dict[tuple[str, int], Results]  # (model, seed)
+    cells: list[Cell]  # to fine-tune, done or not, in the study's order
+    deviations: list[str]  # from the paper
+    outcomes: dict[str, Outcome]  # of every run that has ended, by name
+    finished: list[Finished]  # base models first
     rl: list[RLRun]
 
     @classmethod
-    def read(cls, path: Path) -> Sweep:
-        """Raises ValueError if there is no sweep."""
-        cells, deviations, rl_sizes = read_sweep(path)
-        done = {name for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
-        starts = dict.fromkeys((cell.model, cell.seed) for cell in cells)
-        baselines = {
-            (model, seed): results_in(path / BASELINES / baseline_name(model, seed) / SAMPLES)
-            for model, seed in starts if f"baseline {baseline_name(model, seed)}" in done
-        }  # fmt: skip
-        measured = [
-            Measured(cell, results_in(path / CELLS / cell.name / AFTER), _training_seconds(path / CELLS / cell.name))
-            for cell in cells if f"cell {cell.name}" in done
-        ]  # fmt: skip
-        rl_runs = []
-        for model, method, seed in dict.fromkeys((cell.model, cell.method, cell.seed) for cell in cells):
-            for size in rl_sizes:
-                name = rl_name(model, method, size, seed)
-                if f"rl {name}" in done:
-                    stages = {stage: results_in(path / RL / name / stage) for stage in (BEFORE, AFTER)}
-                    rl_runs += [RLRun(model, method, size, seed, stages)] if all(stages.values()) else []
-        return cls(cells, deviations, measured, baselines, rl_runs)
+    def read(cls, path: Path) -> StudyResults:
+        """Read the study in `path`. Raises ValueError if there is none."""
+        if not (path / STUDY).is_file():
+            raise ValueError(
+                f"{path} holds no study ({STUDY}); pass a run folder of valley_demo.py or valley_sweep.py"
+            )
+        stored = json.loads((path / STUDY).read_text(encoding="utf-8"))
+        cells = [Cell(**row) for row in stored["cells"]]
+        outcomes = read_outcomes(path)
+        done = {name for name, outcome in outcomes.items() if outcome.status == DONE}
+
+        bases = dict.fromkeys(Cell.of_base(cell.model, cell.seed, cell.method) for cell in cells)
+        measured = [*dict.fromkeys(Cell.of_base(cell.model, cell.seed) for cell in cells), *cells]
+        finished = [read_cell(path, cell) for cell in measured if cell.name in done]
+        rl_runs = [read_rl(path, start) for start in [*bases, *cells] if rl_name(start) in done]
+        return cls(
+            cells,
+            stored["deviations"],
+            outcomes,
+            finished,
+            [run for run in rl_runs if all(run.stages.values())],
+        )
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(cell.model for cell in self.cells))
+
+    def bases(self, model: str) -> dict[int, Finished]:
+        """Return seed -> the base model's samples."""
+        return {
+            found.cell.seed: found
+            for found in self.finished
+            if found.cell.model == model and not found.cell.num_traces
+        }
+
+    def points(self, model: str) -> tuple[dict[str, dict[int, list[Finished]]], list[str]]:
+        """Return (curve -> size -> its seeds, why cells are left out); no curve if no baseline is done."""
+        bases, groups, refused = self.bases(model), {}, []
+        for found in self.finished:
+            if found.cell.model == model and found.cell.num_traces and bases:
+                try:
+                    check_alike(bases[found.cell.seed].results, found.results)
+                except ValueError as error:
+                    refused.append(f"{found.cell.name} is left out: {error}")
+                else:
+                    groups.setdefault(found.cell.curve, {}).setdefault(found.cell.num_traces, []).append(
+                        found
+                    )
+        return {
+            name: {size: sizes[size] for size in sorted(sizes)} for name, sizes in groups.items()
+        }, refused
+
+    def curves(self, model: str) -> list[Curve]:
+        """Return one curve per method and arm of a model."""
+        bases = self.bases(model)
+        if not bases:
+            return []
+        length_of = self.length_benchmark
+        base = point_of(list(bases.values()), length_of)
+        return [
+            Curve(
+                f"{short_name(model)}, {name}", base, [point_of(seeds, length_of) for seeds in sizes.values()]
+            )
+            for name, sizes in self.points(model)[0].items()
+        ]
+
+    @property
+    def length_benchmark(self) -> str:
+        """The benchmark whose responses' length is reported: the paper's, or the first there is."""
+        names = [name for found in self.finished for name in found.results]
+        return LENGTH_BENCHMARK if LENGTH_BENCHMARK in names else next(iter(names), LENGTH_BENCHMARK)
 
 
-def results_in(folder: Path) -> Results:
-    """The samples in a folder, a benchmark each."""
-    results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
-    return {result.benchmark: result for result in results if result.rows}
+def write_study(path: Path, cells: Sequence[Cell], deviations: Sequence[str]) -> None:
+    """Write what the report needs to know beside the run folders."""
+    write_json(path / STUDY, {"cells": [asdict(cell) for cell in cells], "deviations": list(deviations)})
 
 
-def measured_by(path: Path, kind: str, name: str) -> Results:
-    """What a run of the sweep in `path` measured last. kind: baseline, cell or rl."""
-    folder = {
-        "baseline": path / BASELINES / name / SAMPLES,
-        "cell": path / CELLS / name / AFTER,
-        "rl": path / RL / name / AFTER,
-    }
-    return results_in(folder[kind])
+def rl_name(start: Cell) -> str:
+    """Return the name of the job that trains this start with reinforcement learning."""
+    return f"rl {start.name}"
 
 
-def _training_seconds(run: Path) -> float:
-    return sum(row["seconds"] for row in Journal(run / "metrics.jsonl").read())
+def read_cell(path: Path, cell: Cell) -> Finished:
+    """Read what the run of a cell, or of a base model, has measured last."""
+    run = path / CELLS / cell.name
+    results = read_results(run / (AFTER if cell.num_traces else SAMPLES))
+    return Finished(cell, results, Journal(run / "metrics.jsonl").read())
 
 
-def length_benchmark(sweep: Sweep) -> str:
-    """The benchmark whose responses' length is reported: the paper's, or the first there is."""
-    names = [
-        name
-        for results in [*sweep.baselines.values(), *(found.after for found in sweep.measured)]
-        for name in results
-    ]
-    return LENGTH_BENCHMARK if LENGTH_BENCHMARK in names else next(iter(names), LENGTH_BENCHMARK)
+def read_rl(path: Path, start: Cell) -> RLRun:
+    """Read reinforcement learning from this start."""
+    run = path / RL / start.name
+    stages = {stage: read_results(run / stage) for stage in (BEFORE, AFTER)}
+    return RLRun(start, stages, [row["reward_mean"] for row in Journal(run / "metrics.jsonl").read()])
 
 
-def curves_of(sweep: Sweep, model: str) -> tuple[list[Curve], list[str]]:
-    """(a curve a method and arm of one model, why cells are left out of them); no curve where no baseline is done."""
-    baselines = {seed: results for (name, seed), results in sweep.baselines.items() if name == model}
-    if not baselines:
-        return [], []
-    length_of = length_benchmark(sweep)
-    base = _point(0, baselines, length_of)
-    groups: dict[str, dict[int, dict[int, Results]]] = {}  # curve -> size -> seed -> results
-    refused = []
-    for found in sweep.measured:
-        if found.cell.model != model:
-            continue
-        try:
-            check_alike(baselines[found.cell.seed], found)
-        except ValueError as error:
-            refused.append(f"{found.cell.name} is left out: {error}")
-        else:
-            groups.setdefault(curve_name(found.cell), {}).setdefault(found.cell.num_traces, {})[
-                found.cell.seed
-            ] = found.after
-    curves = [
-        Curve(name, base, [_point(size, sizes[size], length_of) for size in sorted(sizes)])
-        for name, sizes in groups.items()
-    ]
-    return curves or [Curve(short_name(model), base, [])], refused
+def check_alike(before: Results, after: Results) -> None:
+    """Raise ValueError if a cell was measured differently from its baseline."""
+    if before.keys() != after.keys():
+        raise ValueError(
+            f"it has samples of {', '.join(after) or 'nothing'}, its baseline of {', '.join(before)}"
+        )
+    for name in before:
+        check_comparable(before[name], after[name])
 
 
-def sentences(sweep: Sweep) -> list[str]:
-    """What the cells say, model by model."""
-    models = dict.fromkeys(cell.model for cell in sweep.cells)
-    return [line for model in models for line in findings(curves_of(sweep, model)[0])] + rl_sentences(
-        sweep.rl
+def point_of(seeds: Sequence[Finished], length_of: str) -> Point:
+    """Return these seeds as a point of a curve. length_of: the benchmark whose responses' length counts."""
+    return Point(
+        seeds[0].cell.num_traces,
+        {found.cell.seed: shares(found.results) for found in seeds},
+        {found.cell.seed: tokens(found.results, length_of) for found in seeds},
     )
 
 
-def check_alike(before: Results, found: Measured) -> None:
-    """Raises ValueError if a cell was measured otherwise than its baseline."""
-    if before.keys() != found.after.keys():
-        raise ValueError(
-            f"it has samples of {', '.join(found.after) or 'nothing'}, its baseline of {', '.join(before)}"
-        )
-    for name in before:
-        check_comparable(before[name], found.after[name])
-
-
-def _point(num_traces: int, seeds: dict[int, Results], length_of: str) -> Point:
-    return Point(num_traces, {s: shares(results) for s, results in seeds.items()},
-                 {s: tokens(results, length_of) for s, results in seeds.items()})  # fmt: skip
-
-
 def shares(results: Results) -> ByQuestion:
-    """(benchmark, question) -> share of right samples."""
+    """Return (benchmark, question) -> share of right samples."""
     return {
         (name, question): share
         for name, result in results.items()
@@ -196,39 +190,8 @@ def shares(results: Results) -> ByQuestion:
 
 
 def tokens(results: Results, benchmark: str) -> ByQuestion:
-    """(benchmark, question) -> mean tokens of the responses."""
+    """Return (benchmark, question) -> mean tokens of the responses."""
     found: dict[tuple[str, str], list[int]] = {}
     for row in results[benchmark].rows:
         found.setdefault((benchmark, row["question"]), []).append(row["tokens"])
     return {question: fmean(counts) for question, counts in found.items()}
-
-
-def rl_change(rl_run: RLRun) -> str:
-    """What reinforcement learning did to accuracy, with its interval."""
-    seed = rl_run.seed
-    return _points(difference({seed: shares(rl_run.stages[AFTER])}, {seed: shares(rl_run.stages[BEFORE])}))
-
-
-def _points(change: Estimate) -> str:
-    return f"{100 * change.mean:+.1f} points ± {100 * change.half:.1f}"
-
-
-def rl_sentences(rl_runs: Sequence[RLRun]) -> list[str]:
-    """Of every fine-tuned start, whether RL ends above or below where it ends from the base model; paired by seed."""
-    ends: dict[
-        tuple[str, str], dict[int, dict[int, ByQuestion]]
-    ] = {}  # (model, method) -> size -> seed -> shares
-    for rl_run in rl_runs:
-        sizes = ends.setdefault((rl_run.model, rl_run.method), {})
-        sizes.setdefault(rl_run.num_traces, {})[rl_run.seed] = shares(rl_run.stages[AFTER])
-    lines = []
-    for (model, method), sizes in ends.items():
-        for size in (size for size in sorted(sizes) if size and 0 in sizes):
-            change = difference(sizes[size], sizes[0])
-            side = "above" if change.above_zero() else "below" if change.below_zero() else ""
-            ending = f"ends {side}" if side else "cannot be told from"
-            lines.append(
-                f"{short_name(model)}, {TITLES[method]}: reinforcement learning from the model after {size:,} traces {ending} "
-                f"that from the base model ({_points(change)})."
-            )
-    return lines

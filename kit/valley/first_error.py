@@ -1,7 +1,9 @@
-"""What goes wrong in a toy answer: its steps held against the problem's, and the first thing that is not as it should be.
+"""What goes wrong in an answer: its steps compared with the problem's, and the first thing that is wrong.
 
-An answer's steps stand between semicolons. The equation in force of a step is the one it ends up with: the first, or where the
-step takes it back (", no: ") the one that follows. Checks, and what was taken back, are counted but are no steps of the chain.
+The steps of a toy answer stand between semicolons. The equation in force of a step is the one it ends up
+with: the first, or, if the step takes it back (", no: "), the one that follows. Checks, and what was taken
+back, are counted but are no steps of the chain. An arithmetic answer is free text: every equation in it
+counts as a step.
 """
 
 from __future__ import annotations
@@ -9,14 +11,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kit.data.equations import Equation, stated_equations
+from kit.data.equations import Equation, check_steps, stated_equations
 from kit.data.toy import read_chain, steps_of
 from kit.evaluate.reflection_and_loops import boxes, ends_in_loop, reflects
 
 # the first thing wrong in an answer, in the order in which it is looked for; "" = nothing
 CAUSES = {
     "a sum is wrong": "an equation in force is false",
-    "another step": "an equation in force is true, but not the problem's next: a number miscopied, a step left out or done twice",
+    "another step": "an equation in force is true, but not the problem's next: a number is miscopied, "
+    "a step is left out or repeated",
     "no steps": "no equation at all",
     "cut off": "all steps right so far, but the limit on tokens came first",
     "stops early": "all steps right, but some are missing",
@@ -28,16 +31,16 @@ STEPS_END = re.compile(r"</think>|\\boxed")
 
 @dataclass(frozen=True)
 class Anatomy:
-    """One answer, taken apart."""
+    """What one answer shows, step by step."""
 
-    cause: str  # of CAUSES, or "" where nothing is wrong
+    cause: str  # of CAUSES, or "" if nothing is wrong
     right_steps: int  # before the first wrong one
     num_steps: int  # of the problem
     wrong: tuple[
         tuple[int, int], ...
-    ]  # (start, end) in the text of the equations in force that are not the problem's next step
-    taken_back: tuple[tuple[int, int], ...]  # of false equations that the answer itself takes back
-    num_operations: int  # that the answer performs, checks and all
+    ]  # (start, end) in the text: equations in force that are not the next step
+    taken_back: tuple[tuple[int, int], ...]  # false equations that the answer itself takes back
+    num_operations: int  # that the answer performs, including checks
     num_false: int  # of its equations, taken back or not
     num_equations: int
     num_checks: int
@@ -47,7 +50,7 @@ class Anatomy:
 
 
 def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
-    """Take an answer apart. finished: whether it ended by itself."""
+    """Check the steps of a toy answer. finished: whether it ended by itself."""
     chain = read_chain(problem)
     wanted = steps_of(chain)
     end = match.start() if (match := STEPS_END.search(text)) else len(text)
@@ -65,9 +68,11 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
         checks += max(0, len(inside) - len(chosen) - bool(after))
         taken_back += [e for e in inside if after and e.position < start + no and not e.is_right]
         start = stop + 1
+
     right = 0
     while right < min(len(in_force), len(wanted)) and _plain(in_force[right]) == wanted[right]:
         right += 1
+
     first_wrong = in_force[right] if right < len(in_force) else None
     box = boxes(text)
     boxed = text[box[-1][0] : box[-1][1]].partition("{")[2].rstrip("}") if box else None
@@ -81,6 +86,7 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
         cause = "stops early"
     else:
         cause = "no box" if boxed is None else "" if boxed == chain.answer else "box differs"
+
     return Anatomy(
         cause=cause,
         right_steps=right,
@@ -95,6 +101,33 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
         looping=ends_in_loop(text),
         reflects=reflects(text),
     )
+
+
+def dissect_arithmetic(problem: str, text: str, *, finished: bool) -> Anatomy:
+    """Check the equations of an answer to a problem of kit.data.arithmetic, as `dissect` does for the toy.
+
+    In free text checks and corrections look like steps, so none are counted.
+    """
+    steps = check_steps(problem, text)
+    false = [equation for equation in steps.equations if not equation.is_right]
+    cause = "a sum is wrong" if false else "no steps" if not steps.equations else ""
+    return Anatomy(
+        cause=cause if finished or false else "cut off",
+        right_steps=steps.num_before_wrong,
+        num_steps=steps.num_needed,
+        wrong=tuple(map(_span, false)),
+        taken_back=(),
+        num_operations=steps.num_operations,
+        num_false=len(false),
+        num_equations=len(steps.equations),
+        num_checks=0,
+        num_corrections=0,
+        looping=ends_in_loop(text),
+        reflects=reflects(text),
+    )
+
+
+STEPWISE = {"toy": dissect, "arithmetic": dissect_arithmetic}  # benchmarks whose answers have steps to check
 
 
 def _plain(equation: Equation) -> str:

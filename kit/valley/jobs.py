@@ -1,33 +1,55 @@
-"""The runs of a sweep, as processes: one after another, or several at once, one a GPU.
+"""Run a study's jobs, each in a process of its own: several at once, one per core or one per card.
 
-A run that fails is written down with its error and the last lines of its log, and the others go on; what needs it is passed over.
-Which runs are done stands in a journal, so that a sweep that is killed goes on: done runs are kept, a run that was broken off or
-failed is started again with --resume and goes on inside its folder.
+A run that fails costs nothing but itself. Its error and the last lines of its log go to the journal, the
+others go on, and what needs it is not started. Resuming keeps the runs that are done and starts the others
+again with --resume, so that they go on inside their folders.
+
+Importing torch and transformers takes seconds, longer than a small run of the toy. If the runs share a CPU,
+one clean process imports the recipes once and is forked for every run; it never computes, so a fork loses no
+threads. On a card every run starts from scratch: seconds do not matter there, and CUDA does not survive a
+fork.
 """
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import re
+import shlex
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from tqdm import tqdm
 
+from kit.config import parse
 from kit.run import Journal
 
 JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
-TAIL = 12  # lines of the log that go with a failure
-LOOK_EVERY = 0.2  # seconds between two looks at the processes
-MESSAGE = re.compile(
-    r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)"
-)  # what a traceback ends with
+TAIL = 12  # lines of the log that are kept with a failure
+LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the progress bar
+ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
+# what a traceback ends with
+MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")
+# glibc returns freed blocks of a megabyte to the system at once; mapping them again is 6 % of a small model's
+# training step. Read when a process starts, by no other allocator.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+PRELOADED = (
+    "kit.models.load_any",
+    "transformers.models.llama.modeling_llama",
+)  # which recipes import only later
 
 
 @dataclass(frozen=True)
@@ -36,33 +58,26 @@ class Job:
 
     name: str
     recipe: Path
-    settings: Mapping[str, object]  # of the recipe, as flags
+    settings: Mapping[str, object]  # of the recipe
     folder: Path  # its run folder
-    needs: tuple[str, ...] = ()  # names of jobs that must be done first
+    needs: tuple[str, ...] = ()  # names of the jobs that must be done first
     flags: tuple[str, ...] = ()  # further flags, as typed; they come after the settings
     problem: str = ""  # why it cannot be run at all; "" = it can
 
     def command(self) -> list[str]:
+        """Return the recipe's flags."""
         resume = ["--resume"] if (self.folder / "config.json").is_file() else []
-        flags = [*(as_flag(name, value) for name, value in self.settings.items()), *self.flags]
-        return [
-            sys.executable,
-            "-m",
-            "kit.valley.sweep_child",
-            str(self.recipe),
-            *flags,
-            f"--out={self.folder}",
-            *resume,
-        ]
+        flags = [as_flag(name, value) for name, value in self.settings.items()]
+        return [*flags, *self.flags, f"--out={self.folder}", *resume]
 
     def obstacle(self, state: Mapping[str, str]) -> str:
-        """Why it is not to be started; "" = nothing is in its way but what is still running."""
+        """Return why it must not be started; "" = it may, at the latest when its needs are done."""
         broken = [name for name in self.needs if state.get(name) == FAILED]
         return self.problem or (f"it needs {', '.join(broken)}, which failed" if broken else "")
 
 
 def as_flag(name: str, value: object) -> str:
-    """One word of a command line, whatever the value holds."""
+    """Return one word of a command line, whatever the value holds."""
     return f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
@@ -79,124 +94,177 @@ class Outcome:
 
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:
-    """The last outcome of every job that has ended, by name."""
+    """Read the last outcome of every job that has ended, by name."""
     rows = Journal(path / JOURNAL).read()
     return {row["job"]: Outcome(**row | {"tail": tuple(row["tail"])}) for row in rows}
 
 
-def places(device: str, gpus: str, workers: int) -> list[dict[str, str]]:
-    """Environment variables of the processes that run at once: one a GPU, or `workers` that share the CPU's cores.
+@dataclass(frozen=True)
+class Worker:
+    """What one of the runs at a time computes on: one core, or one card with all cores."""
 
-    gpus: numbers with commas between them, as CUDA_VISIBLE_DEVICES takes them; "" = one process on what CUDA shows.
-    Raises ValueError for what belongs to the other device.
+    on_card: bool = False
+    card: str = ""  # as CUDA_VISIBLE_DEVICES takes it; "" = the first that CUDA shows
+
+
+def workers_of(device: str, gpus: str, workers: int) -> list[Worker]:
+    """Return one worker per card in `gpus`, or, on a CPU, `workers` of them.
+
+    gpus: numbers with commas between them; "" = one worker. workers: 0 = one per core. A small model gains
+    more from a second run beside it than from a second thread, and its numbers do not depend on how many
+    cores there are. Raises ValueError for a setting of the other device.
     """
     if device == "cuda":
-        if workers != 1:
+        if workers:
             raise ValueError(
-                f"workers is {workers} but device is cuda, where processes are counted by cards; pass --gpus 0,1"
+                f"workers is {workers} but device is cuda, where cards are counted instead; pass --gpus 0,1"
             )
-        return [{"CUDA_VISIBLE_DEVICES": name.strip()} for name in gpus.split(",")] if gpus else [{}]
+        return [Worker(True, card.strip()) for card in gpus.split(",")]
     if gpus:
         raise ValueError(f"gpus is {gpus!r} but device is {device}; pass --device cuda, or --workers instead")
-    if workers < 1:
-        raise ValueError(f"workers is {workers} but at least one process must run; pass --workers 1")
-    threads = {} if workers == 1 or "OMP_NUM_THREADS" in os.environ else {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}  # fmt: skip
-    return [threads] * workers
+    if workers < 0:
+        raise ValueError(f"workers is {workers} but must be at least 1; pass --workers 0 for one per core")
+    return [Worker()] * (workers or os.cpu_count() or 1)
 
 
-def run_jobs(jobs: Sequence[Job], path: Path, slots: Sequence[Mapping[str, str]]) -> Iterator[Outcome]:
-    """Run every job that is not done yet; gives each outcome as it comes.
+def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iterator[Outcome]:
+    """Run every job that is not done yet, and yield each outcome as it comes.
 
-    path: folder of the journal. slots: environment variables of the processes that run at once, from `places`. Jobs start in
-    their order, those whose needs are not done waiting. Whatever ends this generator ends the processes.
+    path: folder of the journal. Jobs start in their order; one whose needs are still running waits. The
+    processes end when this generator or this process does, however that comes.
     """
     journal = Journal(path / JOURNAL)
     state = {name: outcome.status for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
     waiting = [job for job in jobs if job.name not in state]
-    free, running = list(range(len(slots))), []
-    with tqdm(
-        total=len(jobs), initial=len(jobs) - len(waiting), desc="runs", unit=" runs", disable=None
-    ) as bar:
+    elsewhere = {name for job in jobs for name in job.needs} - {job.name for job in jobs}
+    state |= {name: FAILED for name in elsewhere if name not in state}  # nothing here will run them
+
+    idle, running, done = list(workers), [], len(jobs) - len(waiting)
+    context = _context(waiting, workers)
+    with tqdm(total=len(jobs), initial=done, desc="runs", unit=" runs", disable=None) as bar:
         try:
             while waiting or running:
-                ended = [
-                    Outcome(job.name, FAILED, error=f"not started: {why}")
-                    for job in waiting
-                    if (why := job.obstacle(state))
-                ]
-                waiting = [job for job in waiting if not job.obstacle(state)]
-                while free and (
-                    job := next((j for j in waiting if all(state.get(n) == DONE for n in j.needs)), None)
-                ):
+                blocked = {job.name: why for job in waiting if (why := job.obstacle(state))}
+                waiting = [job for job in waiting if job.name not in blocked]
+                ended = [Outcome(name, FAILED, error=f"not started: {why}") for name, why in blocked.items()]
+
+                ready = [job for job in waiting if all(state.get(name) == DONE for name in job.needs)]
+                for job in ready[: len(idle)]:
                     waiting.remove(job)
-                    running.append(_Running(job, free.pop(0), slots))
-                    bar.set_postfix_str(", ".join(process.job.name for process in running))
-                for process in [process for process in running if process.child.poll() is not None]:
-                    running.remove(process)
-                    free.append(process.slot)
-                    ended.append(process.outcome())
+                    running.append(_Running(job, idle.pop(0), context))
+
+                bar.set_postfix_str(", ".join(map(str, running)))
+                if running and not ended:
+                    connection.wait([run.process.sentinel for run in running], LOOK_EVERY)
+                for run in [run for run in running if not run.process.is_alive()]:
+                    running.remove(run)
+                    idle.append(run.worker)
+                    ended.append(run.outcome())
+
                 for outcome in ended:
                     state[outcome.job] = outcome.status
                     journal.append(asdict(outcome))
                     bar.update()
                     yield outcome
-                if not ended:
-                    time.sleep(LOOK_EVERY)
         finally:
-            for process in running:
-                process.stop()
+            for run in running:
+                run.process.kill()
+                run.process.join()
+
+
+def _context(jobs: Sequence[Job], workers: Sequence[Worker]):
+    """Return how processes start: forked from one that has imported the jobs' recipes, or from scratch."""
+    if sys.platform != "linux" or any(worker.on_card for worker in workers):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    if jobs:
+        context.set_forkserver_preload([*PRELOADED, *sorted({job.recipe.stem for job in jobs})])
+        folders = [*dict.fromkeys(str(job.recipe.parent.resolve()) for job in jobs), *filter(None, sys.path)]
+        with _environment({**KEEP_FREED_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(folders)}):
+            forkserver.ensure_running()
+    return context
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Replace the environment variables for as long as the context lasts."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class _Running:
     """A process that has been started."""
 
-    def __init__(self, job: Job, slot: int, slots: Sequence[Mapping[str, str]]):
-        self.job, self.slot, self.start = job, slot, time.perf_counter()
+    def __init__(self, job: Job, worker: Worker, context):
+        self.job, self.worker, self.start = job, worker, time.perf_counter()
         job.folder.mkdir(parents=True, exist_ok=True)
         self.log = job.folder / LOG
         self.log_start = self.log.stat().st_size if self.log.exists() else 0  # of this attempt
-        with self.log.open("ab") as log:
-            self.child = subprocess.Popen(
-                job.command(),
-                env={**os.environ, **slots[slot]},
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        card = {"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {}
+        with _environment(card):  # of a process that starts from scratch; a forked one is told it
+            here = (dict(os.environ), os.getcwd(), worker.on_card)
+            arguments = (job.recipe.resolve(), job.command(), self.log.resolve(), *here)
+            self.process = context.Process(target=_run, args=arguments)
+            self.process.start()
+
+    def __str__(self) -> str:
+        metrics = self.job.folder / "metrics.jsonl"
+        steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        return f"{self.job.name} step {steps}" if steps else self.job.name
 
     def outcome(self) -> Outcome:
-        self.child.stdin.close()
-        seconds = round(time.perf_counter() - self.start, 1)
+        seconds, status = round(time.perf_counter() - self.start, 1), self.process.exitcode
+        if status == 0:
+            return Outcome(self.job.name, DONE, seconds, log=str(self.log))
         with self.log.open("rb") as log:
             log.seek(self.log_start)
             lines = log.read().decode("utf-8", errors="replace").splitlines()
-        if self.child.returncode == 0:
-            return Outcome(self.job.name, DONE, seconds, log=str(self.log))
-        return Outcome(
-            self.job.name,
-            FAILED,
-            seconds,
-            reason(self.child.returncode, lines),
-            tuple(lines[-TAIL:]),
-            str(self.log),
-        )
+        error, tail = reason(status, lines), tuple(lines[-TAIL:])
+        return Outcome(self.job.name, FAILED, seconds, error, tail, str(self.log))
 
-    def stop(self) -> None:
-        self.child.stdin.close()  # the run sees its end and goes
-        self.child.terminate()
-        self.child.wait()
+
+def _run(
+    recipe: Path, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool
+) -> None:
+    """Run a recipe in this process, which has just been started.
+
+    recipe: a file with Config, main, SMOKE and, if it has any, PRESETS. flags: as on its command line.
+    """
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # a run that is killed must leave what it printed
+    os.environ.clear()
+    os.environ.update(environment)  # before CUDA looks at it
+    os.chdir(folder)
+    if not on_card:
+        import torch  # not above: the parent and a process on a card need it only in the recipe
+
+        torch.set_num_threads(1)
+
+    print(f"python {shlex.join([str(recipe), *flags])}")
+    sys.path.insert(0, str(recipe.parent))
+    module = importlib.import_module(recipe.stem)
+    module.main(parse(module.Config, flags, smoke=module.SMOKE, presets=getattr(module, "PRESETS", None)))
+
+
+def _end_with_the_parent() -> None:
+    """Wait for the end of the process that started this one, then leave at once, as a kill would."""
+    multiprocessing.parent_process().join()
+    os._exit(ORPHANED)
 
 
 def reason(status: int, lines: Sequence[str]) -> str:
-    """The reason a process failed: the message its log ends with, or the signal that ended it."""
+    """Return why a process failed: the message its log ends with, or the signal that ended it."""
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}" + (
-            ", as Linux does when memory runs out" if status == -9 else ""
-        )
+        out_of_memory = ", as Linux does when memory runs out" if status == -9 else ""
+        return f"ended by {signal.Signals(-status).name}{out_of_memory}"
     start = next((i for i in reversed(range(len(lines))) if MESSAGE.match(lines[i])), None)
-    said = lines[start:] if start is not None else lines[-3:]
-    return (
-        " ".join(line.strip() for line in said if line.strip())
-        or f"it ended with status {status} and said nothing"
-    )
+    said = " ".join(line.strip() for line in (lines[-3:] if start is None else lines[start:]) if line.strip())
+    return said or f"it ended with status {status} and said nothing"

@@ -1,124 +1,234 @@
-"""What a study of the toy valley is made of: arms, sizes, seeds, models, and the cells that come of them.
+"""A study: which models are fine-tuned on how many traces of which kind, and the name of every run.
 
-A cell is one model to make and measure: the model it starts from, an arm (what the traces are), a number of traces, a seed.
+A cell is one model to fine-tune and measure: a run of recipes/gemma3_1b_8k.py with the cell's settings. Cells
+of one model and seed share a baseline: the base model's samples, from one run of recipes/evaluate.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from kit.generate.sampling import SamplingParams
-
-BASE = "base"  # the arm of the base model
+FULL, QLORA = "full", "qlora"  # methods
+BASE, LONG, FIXED_BATCH = "base", "long", "fixed"  # arms that the code names; BASE is the base model's own
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What the models of one curve are trained on."""
+    """What the models of one curve are trained on, and with which batch. All arms have the same problems."""
 
     title: str
-    long_share: float  # of the traces, the others being short; the problems are the same in every arm
-    growing_batch: bool = False  # as in the paper's Table 2, not one batch at every size
+    long_share: float = (
+        1.0  # share of the problems that keep their long trace; the others get a short solution
+    )
+    grows: bool | None = None  # the batch grows with the data; None: as the study says
 
 
 ARMS = {
-    "long": Arm("long traces", 1.0),
+    LONG: Arm("long traces"),
     "short": Arm("short traces", 0.0),
     "quarter": Arm("a quarter long, the others short", 0.25),
     "mixed": Arm("half short, half long", 0.5),
     "most": Arm("three quarters long, the others short", 0.75),
-    "growing": Arm("long traces, growing batch", 1.0, growing_batch=True),
+    "growing": Arm("long traces, growing batch", grows=True),
+    FIXED_BATCH: Arm("long traces, one batch size", grows=False),
 }
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model to make and measure."""
+class Row:
+    """A column of the paper's Table 2."""
 
-    model: str  # that it starts from: of Study.models
-    arm: str  # of ARMS, or BASE
-    num_traces: int  # 0 for BASE
-    seed: int  # of traces, packs and samples
-    batch_traces: int = 0  # traces per step; 0 for BASE
+    traces: int
+    epochs: int
+    batch_traces: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, by arithmetic."""
+        return self.traces * self.epochs // self.batch_traces
+
+
+TABLE = (
+    Row(8_000, 4, 8),
+    Row(16_000, 4, 16),
+    Row(32_000, 4, 32),
+    Row(64_000, 3, 64),
+    Row(128_000, 3, 128),
+    Row(220_000, 2, 128),
+)
+
+# the paper's models that the kit covers
+MODELS = (
+    "google/gemma-3-1b-it",
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen2.5-3B-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+    "meta-llama/Llama-3.2-3B-Instruct",
+)
+# The paper's accuracies in percent, the mean of its three benchmarks:
+# (model, traces) -> what its text says. Its curves carry no values, so what is not here is not known.
+PAPER = {
+    ("gemma-3-1b-it", 0): "24",
+    ("gemma-3-1b-it", 8_000): "about a quarter of its 24",
+    ("gemma-3-1b-it", 220_000): "15",
+    ("qwen2.5-0.5b-instruct", 0): "14",
+    ("qwen2.5-0.5b-instruct", 220_000): "11",
+    ("qwen2.5-1.5b-instruct", 32_000): "slightly above its baseline",
+}
+
+
+def paper_epochs(num_traces: int) -> int:
+    """Return the epochs of Table 2's largest row that is no larger, or of its first row if there is none."""
+    return next((row for row in reversed(TABLE) if row.traces <= num_traces), TABLE[0]).epochs
+
+
+def short_name(model: str) -> str:
+    """Return what a model is called in folders and tables: the last part of its id or path."""
+    return Path(model).name
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to measure: fine-tuned on num_traces traces of its arm, or the base model itself."""
+
+    model: str  # hub id, folder, .gguf file, or "tiny"
+    method: str  # FULL or QLORA
+    num_traces: int  # 0 = the base model
+    seed: int  # of the subset, the packs and the samples
+    epochs: int = 0
+    batch_traces: int = 0  # traces per step
+    arm: str = LONG  # of ARMS, or BASE
+
+    @classmethod
+    def of_base(cls, model: str, seed: int, method: str = FULL) -> Cell:
+        """Return the base model's cell. method: how reinforcement learning that starts from it trains."""
+        return cls(model, method, 0, seed, arm=BASE)
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.arm}-{self.num_traces}-seed{self.seed}"
+        """The name of its run, whatever else is in the study. LONG, the paper's own arm, is left out."""
+        arm = "" if self.arm in (BASE, LONG) else f"-{self.arm}"
+        return f"{short_name(self.model)}-{self.method}-{self.num_traces}{arm}-seed{self.seed}"
+
+    @property
+    def baseline(self) -> str:
+        """The name of the run that measures its base model."""
+        return Cell.of_base(self.model, self.seed).name
+
+    @property
+    def curve(self) -> str:
+        """The name of its curve within its model."""
+        arm = "base model" if self.arm == BASE else ARMS[self.arm].title
+        return arm + (", QLoRA" if self.method == QLORA else "")
 
 
 @dataclass(frozen=True)
 class Study:
-    """What all cells share. One batch at every size, so that the sizes differ in the data alone. In the arm with a growing one it
-    follows the paper's Table 2 in small: it grows with the data, so that from min_batch * steps_an_epoch traces on the number of
-    steps stays the same."""
+    """Which cells there are. Raises ValueError for a study that cannot be run."""
 
-    models: tuple[str, ...] = (
-        "tiny",
-        "tinier",
-    )  # shipped ones, or folders; all arms for the first, the first arm for the others
-    arms: tuple[str, ...] = ("long", "short", "mixed", "growing")
-    sizes: tuple[int, ...] = (16, 64, 256, 1_024, 4_096, 8_192)  # traces, of the first arm
-    control_sizes: tuple[int, ...] = (64, 1_024, 4_096)  # of the other arms
-    seeds: int = 3
-    epochs: int = 4
-    lr: float = 1e-3
-    warmup_ratio: float = 0.05
-    batch_traces: int = 16  # traces per step
-    min_batch: int = 4  # of the growing batch
-    steps_an_epoch: int = 256  # of the growing batch, from min_batch * steps_an_epoch traces on
-    params: SamplingParams = field(default_factory=lambda: SamplingParams(max_new_tokens=512))
-    num_samples: int = 4  # a question
-    num_slots: int = 100
-    checkpoint_every: int = 200  # steps: about ten seconds of work can be lost
+    models: tuple[tuple[str, tuple[str, ...]], ...]  # (model, its methods)
+    sizes: tuple[int, ...]  # traces, of the first arm
+    seeds: int = 1
+    arms: tuple[str, ...] = (LONG,)
+    control_sizes: tuple[int, ...] = ()  # traces, of the other arms; () = sizes
+    control_models: int = 0  # the first so many models have all arms, the others only the first arm; 0 = all
+    epochs: int = 0  # passes over the traces; 0 = as in Table 2
+    grows: bool = True  # the batch grows with the data, as in Table 2; False = batch_traces at every size
+    batch_traces: int = TABLE[-1].batch_traces  # traces per step if the batch does not grow
+    min_batch: int = 1  # traces per step, at least, if the batch grows; at most Table 2's largest
+    steps_per_epoch: int = 1_000  # of a growing batch that has reached neither end
 
     def __post_init__(self):
         for arm in self.arms:
             if arm not in ARMS:
                 raise ValueError(f"there is no arm {arm!r}; the arms are {', '.join(ARMS)}")
-        names = [Path(model).name for model in self.models]
+        for model, methods in self.models:
+            if not methods or len(set(methods)) < len(methods) or set(methods) - {FULL, QLORA}:
+                raise ValueError(
+                    f"methods of {model} are {'+'.join(methods) or 'none'}; "
+                    f"pass {FULL}, {QLORA} or {FULL}+{QLORA}, each once"
+                )
+
+        names = [short_name(model) for model, _ in self.models]
+        larger = "numbers of traces, each larger than the one before"
+        counts = ("seeds", "batch_traces", "min_batch", "steps_per_epoch")
         for name, fits, rule in (
             ("models", len(names) == len(set(names)) > 0, "one or more, each with a name of its own"),
             ("arms", len(self.arms) == len(set(self.arms)) > 0, "one or more, each once"),
-            ("sizes", self.sizes and _grows(self.sizes), "numbers of traces, each larger than the one before"),
-            ("control_sizes", _grows(self.control_sizes), "numbers of traces, each larger than the one before"),
-            ("seeds", self.seeds >= 1, ">= 1"),
-            ("batch_traces", self.batch_traces >= 1, ">= 1"),
-            ("min_batch", self.min_batch >= 1, ">= 1"),
-            ("steps_an_epoch", self.steps_an_epoch >= 1, ">= 1"),
-        ):  # fmt: skip
+            ("sizes", self.sizes and _grows(self.sizes), larger),
+            ("control_sizes", _grows(self.control_sizes), larger),
+            *((name, getattr(self, name) >= 1, ">= 1") for name in counts),
+        ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
 
-    def batch_of(self, arm: str, num_traces: int) -> int:
-        """Traces a step."""
-        return (
-            max(self.min_batch, num_traces // self.steps_an_epoch)
-            if ARMS[arm].growing_batch
-            else self.batch_traces
-        )
+    @property
+    def compared(self) -> list[str]:
+        """The models that have all arms."""
+        return [model for model, _ in self.models][: self.control_models or None]
 
-    def place_of(self, cell: Cell) -> list[int]:
-        """What the cells are sorted by. More seeds and sizes, or more models and arms behind the others, move no cell."""
-        arm = 0 if cell.arm == BASE else self.arms.index(cell.arm)
-        return [int(cell.arm != BASE), cell.seed, self.models.index(cell.model), arm, cell.num_traces]
+    def batch_of(self, arm: str, num_traces: int) -> int:
+        """Return the traces per step."""
+        grows = self.grows if ARMS[arm].grows is None else ARMS[arm].grows
+        growing = min(max(self.min_batch, num_traces // self.steps_per_epoch), TABLE[-1].batch_traces)
+        return growing if grows else self.batch_traces
 
     def cells(self) -> list[Cell]:
-        """Every cell, the base models first, then seed by seed, so that one seed's picture is whole before the next begins.
+        """Return the cells to fine-tune. One seed's picture is whole before the next begins.
 
-        The arm with a growing batch leaves out where that is the batch of the others.
+        An arm leaves out the sizes at which it would repeat an earlier arm's training.
         """
-        cells = [Cell(model, BASE, 0, seed) for seed in range(self.seeds) for model in self.models]
-        for seed in range(self.seeds):
-            for model in self.models:
-                for arm in self.arms if model == self.models[0] else self.arms[:1]:
-                    for size in self.sizes if arm == self.arms[0] else self.control_sizes:
-                        batch = self.batch_of(arm, size)
-                        if not ARMS[arm].growing_batch or batch != self.batch_traces:
-                            cells.append(Cell(model, arm, size, seed, batch))
-        return cells
+        found: dict[tuple, Cell] = {}  # what a training depends on -> its first cell
+        methods = [(model, method) for model, methods in self.models for method in methods]
+        for seed, (model, method), arm in product(range(self.seeds), methods, self.arms):
+            first = arm == self.arms[0]
+            if first or model in self.compared:
+                for size in self.sizes if first else self.control_sizes or self.sizes:
+                    epochs, batch = self.epochs or paper_epochs(size), self.batch_of(arm, size)
+                    training = (model, method, ARMS[arm].long_share, size, seed, epochs, batch)
+                    found.setdefault(training, Cell(model, method, size, seed, epochs, batch, arm))
+        return list(found.values())
+
+    def deviations(self, qlora_rank: int) -> list[str]:
+        """Return how the choice of cells differs from the paper."""
+        table, found = {row.traces for row in TABLE}, []
+        if own := [f"{size:,}" for size in self.sizes if size not in table]:
+            found.append(
+                f"{', '.join(own)} traces, which the paper lacks; batch and epochs continue its Table 2"
+            )
+        if missing := [f"{size:,}" for size in sorted(table - {*self.sizes})]:
+            found.append(f"without {', '.join(missing)} traces")
+        if adapted := [short_name(model) for model, methods in self.models if QLORA in methods]:
+            found.append(f"QLoRA of rank {qlora_rank} for {', '.join(adapted)} (paper: all parameters)")
+        if FIXED_BATCH in self.arms:
+            found.append(f"a control arm with {self.batch_traces} traces per step at every size")
+        if others := [ARMS[arm].title for arm in self.arms if ARMS[arm].long_share < 1]:
+            found.append(f"training sets of its own: {'; '.join(others)}")
+        return found
 
 
 def _grows(sizes: Sequence[int]) -> bool:
     return all(before < after for before, after in zip((0, *sizes), sizes, strict=False))
+
+
+def parse_models(models: str, methods: str = FULL) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Read (model, its methods) from `model,model=qlora,model=full+qlora`. methods: the default."""
+    found = []
+    for word in filter(None, (word.strip() for word in models.split(","))):
+        model, _, own = word.partition("=")
+        found.append((model, tuple((own or methods).split("+"))))
+    return tuple(found)
+
+
+def parse_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers with commas between them. Raises ValueError naming the setting."""
+    try:
+        return tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is {text!r} but must be whole numbers with commas between them, such as 8000,16000"
+        ) from error

@@ -1,4 +1,4 @@
-"""The problems keep the paper's rules, the same for a seed everywhere; a response's arithmetic is counted and checked."""
+"""Problems by the paper's rules, the same for a seed everywhere; the steps of a response, checked."""
 
 import ast
 import operator
@@ -17,7 +17,7 @@ ROWS = make_rows()
 
 
 def operands_and_intermediates(expression):
-    """By Python's own parser: (operands, every intermediate's value)."""
+    """Return (operands, the value of every intermediate), by Python's own parser."""
     operands, intermediates = [], []
 
     def value(node):
@@ -50,13 +50,10 @@ def test_every_problem_keeps_the_papers_rules():
 
 
 def test_operands_reach_from_1_to_100():
-    operands = [
-        operand
-        for row in ROWS
-        for operand in operands_and_intermediates(row["problem"].removeprefix(PROMPT))[0]
-    ]
+    expressions = [row["problem"].removeprefix(PROMPT) for row in ROWS]
+    operands = [operand for text in expressions for operand in operands_and_intermediates(text)[0]]
     assert (min(operands), max(operands)) == (1, 100)
-    sums = [term for row in ROWS for term in row["problem"].removeprefix(PROMPT).split("+") if term.isdigit()]
+    sums = [term for text in expressions for term in text.split("+") if term.isdigit()]
     assert 40 < sum(map(int, sums)) / len(sums) < 61  # a term that is one operand was never drawn again
 
 
@@ -88,12 +85,9 @@ def test_the_first_wrong_intermediate_is_found():
     response = "93/3 = 31, so 31+77 = 118. 118-20 = 98 and 98 - 11 = 86."
     steps = check_steps(PROBLEM, response)
     wrong = steps.first_wrong
-    assert (wrong.position, wrong.text, wrong.stated, wrong.true) == (
-        response.index("31+77"),
-        "31+77 = 118",
-        118,
-        108,
-    )
+    assert (wrong.position, wrong.text) == (response.index("31+77"), "31+77 = 118")
+    assert (wrong.stated, wrong.true) == (118, 108)
+    assert (steps.num_before_wrong, steps.num_needed) == (1, 10)
     assert (steps.num_operations, steps.num_wrong, steps.accuracy) == (4, 2, 0.5)
     assert not steps.reaches_answer
 
@@ -110,21 +104,14 @@ def test_toy_traces_are_read_step_by_step_with_their_planted_mistakes():
         for _ in range(50):
             chain = toy.make_chain(rng, num_operands)
             short = check_steps(chain.problem, toy.short_trace(chain))
-            assert (short.num_operations, short.num_wrong, str(short.answer)) == (
-                num_operands - 1,
-                0,
-                chain.answer,
-            )
+            assert short.num_operations == short.num_before_wrong == short.num_needed == num_operands - 1
+            assert (short.num_wrong, str(short.answer)) == (0, chain.answer)
             trace = toy.long_trace(chain, rng)
             long = check_steps(chain.problem, trace)
             assert len(long.equations) == trace.count("=")
-            assert long.num_wrong == trace.count(
-                "no"
-            )  # a long trace states a wrong value, rechecks it and says no
-            assert all(
-                equation.text == trace[equation.position :][: len(equation.text)]
-                for equation in long.equations
-            )
+            # a long trace states a wrong value, rechecks it and says no
+            assert long.num_wrong == trace.count("no")
+            assert all(trace.startswith(equation.text, equation.position) for equation in long.equations)
 
 
 def test_traces_of_real_models_rarely_look_wrong_where_they_are_right():

@@ -23,9 +23,13 @@ def chat():
 def openr1(*generations, correct=None, complete=None, finish=None, answer="2"):
     """A row in OpenR1-Math-220k's schema."""
     return {
-        "problem": "1+1?", "answer": answer, "generations": list(generations), "correctness_math_verify": correct,
-        "is_reasoning_complete": complete, "finish_reasons": finish,
-    }  # fmt: skip
+        "problem": "1+1?",
+        "answer": answer,
+        "generations": list(generations),
+        "correctness_math_verify": correct,
+        "is_reasoning_complete": complete,
+        "finish_reasons": finish,
+    }
 
 
 @pytest.mark.parametrize(
@@ -76,27 +80,15 @@ def test_a_malformed_row_says_which_field_and_what_is_wrong(row, message):
 def test_bad_rows_are_named_with_file_and_line_and_too_many_stop_the_run(tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"problem": f"{i}?", "solution": GOOD, "answer": "2"}) for i in range(3)]
-    path.write_text(
-        "\n".join(
-            [
-                lines[0],
-                '{"problem"',
-                '{"problem": "x"}',
-                lines[1],
-                '{"problem": "", "solution": "s"}',
-                lines[2],
-            ]
-        )
-    )
+    broken = ['{"problem"', '{"problem": "x"}', '{"problem": "", "solution": "s"}']
+    path.write_text("\n".join([lines[0], *broken[:2], lines[1], broken[2], lines[2]]))
     traces, drop_counts = read_traces(str(path), max_bad_rows=3)
     assert len(traces) == 3
-    assert [entry.split(": ")[0] for entry in drop_counts.bad_rows] == [
-        f"{path}:{number}" for number in (2, 3, 5)
-    ]
+    places = [entry.split(": ")[0] for entry in drop_counts.bad_rows]
+    assert places == [f"{path}:{number}" for number in (2, 3, 5)]
     assert drop_counts.dropped["are malformed"] == 3
-    with pytest.raises(
-        ValueError, match=r"3 bad rows but max_bad_rows is 2[\s\S]*rows.jsonl:5: field problem is empty"
-    ):
+    message = r"3 bad rows but max_bad_rows is 2[\s\S]*rows.jsonl:5: field problem is empty"
+    with pytest.raises(ValueError, match=message):
         read_traces(str(path), max_bad_rows=2)
 
 
@@ -117,19 +109,15 @@ def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):
         return [tuple(document.ids.tolist()) for document in documents]
 
     everything = problems("a.jsonl", 0)
-    for n in (
-        1,
-        8,
-        16,
-        128,
-    ):  # 8 and 16 are read under a limit, 0 is not; many traces are too long and are skipped alike
+    # 8 and 16 are read under a limit, 0 is not; many traces are too long, and all skip the same ones
+    for n in (1, 8, 16, 128):
         assert problems("a.jsonl", n) == everything[:n]
     assert problems("b.jsonl", 16) == everything[:16]
     assert problems("a.jsonl", 16, seed=1) != everything[:16]
     assert len(everything) < 300
 
 
-def test_where_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_path, chat):
+def test_if_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 900, seed=0))
     options = {"row_tokens": 40}
     everything, _ = load_documents(str(tmp_path / "a.jsonl"), chat, **options)
@@ -142,9 +130,7 @@ def test_where_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_pat
 
 def test_a_trace_of_exactly_row_tokens_is_kept(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 9, seed=0))
-    longest = max(
-        len(document) for document in load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)[0]
-    )
+    longest = max(map(len, load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)[0]))
     assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest)[1].kept == 9
     assert load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=longest - 1)[1].kept < 9
 
@@ -155,9 +141,8 @@ def test_what_is_too_long_is_counted_and_never_cut(tmp_path, chat):
     kept, dropped = len(documents), drop_counts.dropped["are longer than 100 tokens"]
     assert 0 < dropped < 60
     assert kept + dropped == 60 == drop_counts.kept + drop_counts.dropped.total()
-    assert all(
-        document.ids[-1] == chat.tokenizer.eos_token_id and len(document) <= 100 for document in documents
-    )
+    assert all(len(document) <= 100 for document in documents)
+    assert all(document.ids[-1] == chat.tokenizer.eos_token_id for document in documents)
     assert f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens" == str(drop_counts)
 
 
@@ -204,7 +189,7 @@ def test_the_cache_gives_back_the_same_documents_and_is_keyed_by_content(tmp_pat
     assert len(calls) == 4
 
 
-def test_an_unreadable_cache_file_is_named_and_made_anew(tmp_path, chat, capsys):
+def test_an_unreadable_cache_file_is_named_and_replaced(tmp_path, chat, capsys):
     traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 4, seed=0)]
     first, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(tmp_path))
     (file,) = tmp_path.glob("*.safetensors")
@@ -218,12 +203,10 @@ def test_real_openr1_rows_are_read_and_only_flagged_correct_ones_kept():
     path = real_data("openr1_gsm8k.jsonl")
     traces, drop_counts = read_traces(str(path))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    right = {
-        row["problem"]: [
-            g for g, ok in zip(row["generations"], row["correctness_math_verify"], strict=True) if ok
-        ]
-        for row in rows
-    }
+    right = {}
+    for row in rows:
+        flagged = zip(row["generations"], row["correctness_math_verify"], strict=True)
+        right[row["problem"]] = [generation for generation, ok in flagged if ok]
     assert len(traces) + drop_counts.dropped.total() == len(rows)
     assert all(trace.response in right[trace.problem] for trace in traces)
     assert len(traces) > 400

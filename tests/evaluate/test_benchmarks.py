@@ -13,9 +13,8 @@ def write(path, rows):
 
 
 def test_the_papers_three_have_its_sample_counts():
-    assert {name: (BENCHMARKS[name].num_samples, BENCHMARKS[name].num_questions) for name in PAPER} == {
-        "math500": (4, 500), "aime24": (8, 30), "amc23": (8, 40),
-    }  # fmt: skip
+    counts = {name: (BENCHMARKS[name].num_samples, BENCHMARKS[name].num_questions) for name in PAPER}
+    assert counts == {"math500": (4, 500), "aime24": (8, 30), "amc23": (8, 40)}
 
 
 @pytest.mark.parametrize(
@@ -32,9 +31,8 @@ def test_real_files_are_read_whole_and_every_gold_is_graded_correct_against_itse
     assert len(benchmark.questions) == count
     assert len({question.id for question in benchmark.questions}) == count
     for question in benchmark.questions:
-        assert grade(question.answer, f"so \\boxed{{{question.answer}}}").verdict == "correct", (
-            question.answer
-        )
+        verdict = grade(question.answer, f"so \\boxed{{{question.answer}}}").verdict
+        assert verdict == "correct", question.answer
 
 
 def test_a_folder_of_local_copies_is_enough_and_golds_do_not_change_the_ids(tmp_path):
@@ -48,7 +46,7 @@ def test_a_folder_of_local_copies_is_enough_and_golds_do_not_change_the_ids(tmp_
     assert ids_hash(copy.questions) == ids_hash(aime.questions) == BENCHMARKS["aime24"].ids_hash
 
 
-def test_the_arithmetic_problems_are_made_here_and_are_the_ones_the_table_names():
+def test_the_arithmetic_problems_are_generated_and_are_the_ones_the_table_names():
     (arithmetic,) = parse_benchmarks("arithmetic")
     assert len(arithmetic.questions) == arithmetic.num_questions == 400
     assert arithmetic.num_samples == 4
@@ -66,18 +64,16 @@ def test_other_questions_under_a_benchmarks_name_are_refused_with_both_hashes(tm
     assert parse_benchmarks(f"toy={path}")[0].questions == toy.questions
     rows[7]["problem"] = "1+1?"
     path = write(tmp_path / "toy.jsonl", rows)
-    with pytest.raises(
-        ValueError, match=rf"holds 100 questions as toy does.*should be {toy.ids_hash}; pass toy=FILE"
-    ):
+    message = rf"holds 100 questions as toy does.*should be {toy.ids_hash}; pass toy=FILE"
+    with pytest.raises(ValueError, match=message):
         parse_benchmarks(f"toy={path}")
-    assert (
-        parse_benchmarks(f"toy={path}", limit=100)[0].questions[7].problem == "1+1?"
-    )  # asked for by its own file and a limit
+    # requested with a file and a limit
+    assert parse_benchmarks(f"toy={path}", limit=100)[0].questions[7].problem == "1+1?"
     assert len(parse_benchmarks(f"toy={write(tmp_path / 'part.jsonl', rows[:9])}")[0].questions) == 9
 
 
 def test_a_hub_copy_must_be_whole_and_the_same_even_with_a_limit(tmp_path, monkeypatch):
-    """No network here: what the hub would give is put in the place of its reader."""
+    """There is no network in tests: the reader of the hub is replaced by what it would give."""
     (toy,) = parse_benchmarks("toy")
     rows = [{"problem": question.problem, "answer": question.answer} for question in toy.questions]
     monkeypatch.setattr(
@@ -114,14 +110,26 @@ def test_a_questions_id_names_its_text():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"problem": "x"}], r"f.jsonl:1: aime24 needs text in problem and an answer in answer"),
-        ([{"problem": "", "answer": "1"}], r"f.jsonl:1: aime24 needs"),
+        ([{"problem": "x"}], r"f.jsonl:1: not a question for aime24: no field answer or gt_answer"),
+        ([{"problem": "", "answer": "1"}], r"f.jsonl:1: not a question for aime24: field problem is empty"),
         ([{"problem": "x", "answer": "1", "url": "2022_AIME_I"}], "holds no question for aime24"),
     ],
 )
 def test_a_file_without_the_questions_is_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
         parse_benchmarks(f"aime24={write(tmp_path / 'f.jsonl', rows)}")
+
+
+def test_an_arithmetic_problem_whose_steps_cannot_be_checked_is_refused_by_its_place(tmp_path):
+    rows = [{"problem": "Compute: 3*(4+5) = ?", "answer": 27}, {"problem": "How many eggs?", "answer": 3}]
+    assert (
+        parse_benchmarks(f"arithmetic={write(tmp_path / 'a.jsonl', rows[:1])}")[0].questions[0].answer == "27"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"b\.jsonl:2: .* arithmetic: 'How many eggs' does not end with an arithmetic expression",
+    ):
+        parse_benchmarks(f"arithmetic={write(tmp_path / 'b.jsonl', rows)}")
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():

@@ -16,9 +16,7 @@ from kit.grade.verdict import grade
 from kit.run import digest
 
 PARAMS = SamplingParams(max_new_tokens=60)
-HOT = SamplingParams(
-    temperature=1.5, top_p=1.0, max_new_tokens=60
-)  # else the model is too sure of itself to tell samples apart
+HOT = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=60)  # so that samples of one question differ
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +32,11 @@ def toy(limit=6):
 def test_every_sample_is_logged_with_what_decided_and_the_file_gives_the_same_result(tiny, tmp_path):
     found = evaluate(*tiny, toy(), PARAMS, tmp_path, num_samples=2, num_slots=4)
     assert len(found.rows) == 12
-    assert {(r["question"], r["sample"]) for r in found.rows} == {
-        (q.id, i) for q in toy().questions for i in (0, 1)
-    }
+    keys = {(row["question"], row["sample"]) for row in found.rows}
+    assert keys == {(question.id, i) for question in toy().questions for i in (0, 1)}
+    fields = {"verdict", "rule", "tier", "gold", "extracted", "extraction", "seconds", "finished"}
     for logged in found.rows:
-        assert {
-            "verdict",
-            "rule",
-            "tier",
-            "gold",
-            "extracted",
-            "extraction",
-            "seconds",
-            "finished",
-        } <= logged.keys()
+        assert fields <= logged.keys()
         question = next(q for q in toy().questions if q.id == logged["question"])
         assert (logged["problem"], logged["answer"]) == (question.problem, question.answer)
         assert logged["prompt"] == digest(tiny[1].prompt(question.problem))
@@ -66,7 +55,7 @@ def test_samples_of_another_model_or_decoding_are_not_mixed_in(tiny, tmp_path):
         evaluate(*tiny, toy(2), SamplingParams(temperature=1.0, max_new_tokens=60), tmp_path, num_samples=1)
 
 
-def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_kept(tiny, tmp_path):
+def test_if_memory_runs_out_the_error_says_what_to_pass_and_finished_samples_are_kept(tiny, tmp_path):
     calls = []
 
     def allocate(*_):
@@ -75,9 +64,8 @@ def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_k
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     handle = tiny[0].get_input_embeddings().register_forward_hook(allocate)
-    with pytest.raises(
-        ValueError, match=r"with 4 answers at once, .* takes 0\.00 GiB; pass a smaller --num_slots"
-    ) as error:
+    message = r"with 4 answers at once, .* takes 0\.00 GiB; pass a smaller --num_slots"
+    with pytest.raises(ValueError, match=message) as error:
         evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=4)
     handle.remove()
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
@@ -93,11 +81,11 @@ def test_where_memory_runs_out_it_is_said_what_to_pass_and_what_is_finished_is_k
 
 @pytest.mark.parametrize("cap", [16, 32])
 def test_accuracy_at_a_cap_is_that_of_a_run_with_that_limit(tiny, tmp_path, cap):
-    """The logs of a long run, cut, against short runs: text by text, and the model's answers do fall on both sides of the cut."""
-    long = evaluate(*tiny, toy(20), PARAMS, tmp_path / "long", num_samples=2, num_slots=20)
-    short = evaluate(
-        *tiny, toy(20), SamplingParams(max_new_tokens=cap), tmp_path / "short", num_samples=2, num_slots=20
-    )
+    """The log of a long run, cut, against a short run, text by text; answers end on both sides of the cut."""
+    options = {"num_samples": 2, "num_slots": 20}
+    long = evaluate(*tiny, toy(20), PARAMS, tmp_path / "long", **options)
+    limited = SamplingParams(max_new_tokens=cap)
+    short = evaluate(*tiny, toy(20), limited, tmp_path / "short", **options)
     texts = {(r["question"], r["sample"]): r["text"][: r["cuts"].get(str(cap))] for r in long.rows}
     assert texts == {(r["question"], r["sample"]): r["text"] for r in short.rows}
     assert long.accuracy_at(cap) == short.accuracy
@@ -112,8 +100,7 @@ def test_a_cut_inside_a_character_of_several_bytes_leaves_it_out(tiny):
         def decode(self, ids):
             return bytes(ids).decode("utf-8", errors="replace")
 
-    ids = list("x" * 15 + "é and then some more")  # the 16th token is the first byte of é
-    ids = list("".join(ids).encode())
+    ids = list(("x" * 15 + "é and then some more").encode())  # the 16th token is the first byte of é
     completion = Completion(ids, [0.0] * len(ids), True, Bytes().decode(ids))
     assert _cuts(completion, Bytes()) == {"16": 15, "32": 31}
 
@@ -136,13 +123,9 @@ def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path)
 
     def rows(name):
         found = read_result(tmp_path / name / "toy.jsonl").rows
-        return sorted(
-            ({k: v for k, v in r.items() if k not in ("mean_logprob", "seconds")} for r in found),
-            key=lambda r: (r["question"], r["sample"]),
-        )
+        kept = [{k: v for k, v in row.items() if k not in ("mean_logprob", "seconds")} for row in found]
+        return sorted(kept, key=lambda row: (row["question"], row["sample"]))
 
     assert rows("whole") == rows("broken")
     assert len(rows("whole")) == 60
-    assert (
-        len({row["text"] for row in rows("whole")}) > 30
-    )  # some of the 30 questions have two different answers
+    assert len({row["text"] for row in rows("whole")}) > 30  # some of the 30 questions have two answers

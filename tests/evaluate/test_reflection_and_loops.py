@@ -59,11 +59,8 @@ def test_loops_are_found_exactly_where_trying_every_period_finds_them():
     found = []
     for _ in range(150):
         unit = "".join(rng.choices("ab", k=rng.randrange(1, 60)))
-        text = (
-            "".join(rng.choices("ab", k=rng.randrange(40)))
-            + unit * rng.randrange(1, 9)
-            + unit[: rng.randrange(len(unit))]
-        )
+        start, times = "".join(rng.choices("ab", k=rng.randrange(40))), rng.randrange(1, 9)
+        text = start + unit * times + unit[: rng.randrange(len(unit))]
         found.append(ends_in_loop(text))
         assert found[-1] == brute_force(text), text
     assert 10 < sum(found) < 140
@@ -71,8 +68,5 @@ def test_loops_are_found_exactly_where_trying_every_period_finds_them():
 
 def test_boxes_are_the_outermost_complete_ones():
     text = r"first \boxed{1}, then \boxed{\frac{1}{2}} and \fbox {x \boxed{3}} but \boxed{never"
-    assert [text[start:end] for start, end in boxes(text)] == [
-        r"\boxed{1}",
-        r"\boxed{\frac{1}{2}}",
-        r"\fbox {x \boxed{3}}",
-    ]
+    found = [text[start:end] for start, end in boxes(text)]
+    assert found == [r"\boxed{1}", r"\boxed{\frac{1}{2}}", r"\fbox {x \boxed{3}}"]

@@ -7,7 +7,6 @@ from kit.evaluate.results import (
     Result,
     check_comparable,
     mean_accuracy,
-    paired_bootstrap,
     paired_difference,
     read_result,
 )
@@ -30,15 +29,15 @@ def result(*rows, name="toy", **header):
 
 
 def test_accuracy_is_the_mean_over_questions_and_its_interval_counts_questions_not_samples():
-    four = result(*(row(q, v) for q, v in [("a", "correct"), ("a", "wrong"), ("b", "correct"), ("b", "correct"), ("c", "wrong"),
-                                           ("c", "unknown")]))  # fmt: skip
-    assert four.accuracy == pytest.approx(0.5)
-    variance = (
-        0.5**2 + 1 + 2
-    ) / 7 - 0.5**2  # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
-    assert four.interval == pytest.approx(1.96 * math.sqrt(variance / 7))
-    assert four.unknown == 1
-    assert four.num_questions == 3
+    of_a = [row("a", "correct"), row("a", "wrong")]
+    of_b = [row("b", "correct"), row("b", "correct")]
+    some = result(*of_a, *of_b, row("c", "wrong"), row("c", "unknown"))
+    assert some.accuracy == pytest.approx(0.5)
+    # the shares are 0.5, 1 and 0; with two 0 and two 1 their mean is still 0.5
+    variance = (0.5**2 + 1 + 2) / 7 - 0.5**2
+    assert some.interval == pytest.approx(1.96 * math.sqrt(variance / 7))
+    assert some.unknown == 1
+    assert some.num_questions == 3
 
 
 def test_a_few_questions_all_alike_are_not_certain():
@@ -69,12 +68,8 @@ def test_the_difference_is_paired_by_question():
 
 
 def test_the_headline_is_the_unweighted_mean_over_benchmarks():
-    assert (
-        mean_accuracy(
-            [result(row("a", "correct")), result(row("a", "wrong"), row("b", "wrong"), row("c", "wrong"))]
-        )
-        == 0.5
-    )
+    small, large = result(row("a", "correct")), result(*(row(question, "wrong") for question in "abc"))
+    assert mean_accuracy([small, large]) == 0.5
 
 
 def test_a_result_without_samples_is_refused(tmp_path):
@@ -93,8 +88,12 @@ def test_a_killed_logs_half_line_is_left_out_and_the_header_is_read(tmp_path):
 
 
 def test_pass_at_k_is_the_mean_over_questions_of_the_samples_there_are():
-    some = result(*(row("a", v) for v in ("correct", "wrong", "wrong")), *(row("b", "wrong") for _ in range(3)),
-                  *(row("c", v) for v in ("correct", "correct", "unknown")))  # fmt: skip
+    verdicts = {
+        "a": ("correct", "wrong", "wrong"),
+        "b": ("wrong", "wrong", "wrong"),
+        "c": ("correct", "correct", "unknown"),
+    }
+    some = result(*(row(question, verdict) for question, three in verdicts.items() for verdict in three))
     assert some.num_samples == 3
     assert some.pass_at(1) == pytest.approx(some.accuracy)
     assert some.pass_at(2) == pytest.approx((2 / 3 + 0 + 1) / 3)
@@ -105,18 +104,17 @@ def test_pass_at_k_is_the_mean_over_questions_of_the_samples_there_are():
         some.pass_at(4)
 
 
-def test_lengths_are_told_apart_by_verdict_and_undecided_ones_are_in_neither():
-    some = result(
-        row("a", "correct", 10), row("a", "wrong", 30), row("b", "wrong", 50), row("b", "unknown", 1_000)
-    )
+def test_lengths_are_split_by_verdict_and_undecided_ones_are_in_neither():
+    of_a, of_b = [row("a", "correct", 10), row("a", "wrong", 30)], [row("b", "wrong", 50)]
+    some = result(*of_a, *of_b, row("b", "unknown", 1_000))
     assert [some.lengths(v).count for v in ("", "correct", "wrong")] == [4, 1, 2]
     assert (some.lengths("correct").mean, some.lengths("wrong").mean) == (10, 40)
     assert some.token_efficiency == pytest.approx(1_000 * 0.25 / 272.5)
 
 
 def test_accuracy_of_finished_samples_leaves_the_cut_off_ones_out():
-    some = result(row("a", "correct"), row("a", "wrong", finished=False), row("b", "wrong"), row("b", "wrong"),
-                  row("c", "wrong", finished=False))  # fmt: skip
+    of_a, of_b = [row("a", "correct"), row("a", "wrong", finished=False)], [row("b", "wrong")] * 2
+    some = result(*of_a, *of_b, row("c", "wrong", finished=False))
     assert some.accuracy == pytest.approx(1 / 6)
     assert some.accuracy_of_finished == pytest.approx(1 / 2)
     assert result(row("a", "wrong", finished=False)).accuracy_of_finished is None
@@ -140,23 +138,22 @@ def test_a_cut_response_is_graded_again_by_what_stands_before_the_cut():
     rows.append(row("3", "correct", 16, text="\\boxed{7}", answer="7", cuts={}))
     found = result(*rows, max_new_tokens=64)
     assert found.caps == [16, 32, 64]
-    assert found.accuracy_at(16) == pytest.approx(
-        3 / 4
-    )  # early, the one that had not changed its mind yet, and the short one
+    # early, the one that had not changed its mind yet, and the short one
+    assert found.accuracy_at(16) == pytest.approx(3 / 4)
     assert found.accuracy_at(64) == found.accuracy == pytest.approx(3 / 4)  # early, late, short
     alone = [result(row, max_new_tokens=64) for row in rows]
     assert [one.accuracy_at(16) for one in alone] == [one.accuracy_at(32) for one in alone] == [1, 0, 1, 1]
     assert [one.accuracy_at(64) for one in alone] == [1, 1, 0, 1]
 
 
-def test_caps_of_the_papers_limit_are_the_issues_five():
+def test_caps_are_five_powers_of_two_up_to_the_limit():
     assert result(max_new_tokens=16_384).caps == [1_024, 2_048, 4_096, 8_192, 16_384]
     assert result(max_new_tokens=200).caps == [16, 32, 64, 128, 200]
     assert result(max_new_tokens=16).caps == [16]
     assert result().caps == []
 
 
-def test_the_papers_column_is_told_beside_ours_where_every_row_has_it():
+def test_the_papers_accuracy_is_shown_if_every_row_has_its_verdict():
     both = [row("a", "wrong", paper_verdict="correct"), row("b", "correct", paper_verdict="correct")]
     assert (result(*both).accuracy, result(*both).paper_accuracy) == (0.5, 1.0)
     assert result(*both, row("c", "wrong")).paper_accuracy is None
@@ -165,26 +162,25 @@ def test_the_papers_column_is_told_beside_ours_where_every_row_has_it():
 HEADER = {"prompt": "p", "temperature": 0.6, "torch": "2.13.0"}
 
 
-@pytest.mark.parametrize("compare", [paired_difference, paired_bootstrap])
-def test_results_made_differently_are_not_compared_unless_forced(compare):
+def test_results_with_other_settings_are_not_compared_unless_forced():
     before = result(row("a", "correct"), row("b", "wrong"), model="x", **HEADER)
     same = result(row("a", "correct"), row("b", "correct"), model="y", **HEADER)
-    compare(before, same)
+    paired_difference(before, same)
     other = result(*same.rows, **HEADER | {"temperature": 1.0, "dtype": "torch.float32"})
     with pytest.raises(ValueError, match=r"temperature 0.6 and 1.0; dtype None and 'torch.float32'.*--force"):
-        compare(before, other)
-    assert compare(before, other, force=True) == compare(before, same)
+        paired_difference(before, other)
+    assert paired_difference(before, other, force=True) == paired_difference(before, same)
     check_comparable(before, same)
 
 
-def test_the_bootstrap_pairs_questions_whatever_their_order():
+def test_the_difference_pairs_questions_whatever_their_order():
     before = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in range(20)))
     after = result(*(row(str(i), "wrong" if i < 10 else "correct") for i in reversed(range(20))))
-    assert (paired_bootstrap(before, after).low, paired_bootstrap(before, after).high) == (0, 0)
+    # every difference is 0: what is left of the interval is the two added questions, one better and one worse
+    assert paired_difference(before, after) == (0, pytest.approx(1.96 * math.sqrt(2 / 22 / 22)))
     after = result(*(row(str(i), "wrong" if i < 15 else "correct") for i in reversed(range(20))))
-    found = paired_bootstrap(before, after)
-    assert found.mean == -0.25
-    assert -0.5 <= found.low < -0.25 < found.high <= -0.05
+    difference, spread = paired_difference(before, after)
+    assert difference == -0.25 and 0.2 < spread < 0.25
 
 
 def test_the_summary_is_plain_json_and_holds_every_figure():

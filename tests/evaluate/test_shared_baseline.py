@@ -1,4 +1,4 @@
-"""A shared baseline is taken only where it is what the run would have measured itself."""
+"""A shared baseline is used only if it is what the run would have measured itself."""
 
 import json
 from dataclasses import replace
@@ -10,15 +10,8 @@ from kit.evaluate.shared_baseline import take_baseline
 from kit.run import Journal
 
 TOY = BENCHMARKS["toy"].read(limit=3)
-HEADER = {
-    "model": "abc",
-    "prompt": "p",
-    "questions": "q",
-    "num_samples": 2,
-    "seed": 0,
-    "temperature": 0.6,
-    "torch": "2.13",
-}
+SETTINGS = {"num_samples": 2, "seed": 0, "temperature": 0.6, "torch": "2.13"}
+HEADER = {"model": "abc", "prompt": "p", "questions": "q", **SETTINGS}
 
 
 def make_baseline(path, *, header=(), model="org/model", missing=0):
@@ -37,12 +30,11 @@ def make_baseline(path, *, header=(), model="org/model", missing=0):
 
 
 def take(path, *, header=HEADER, model="org/model", quantised=False, benchmark=TOY):
-    return take_baseline(
-        path, [(benchmark, header)], model=model, quantised=quantised, folder=path.parent / "run" / "before"
-    )
+    folder = path.parent / "run" / "before"
+    return take_baseline(path, [(benchmark, header)], model=model, quantised=quantised, folder=folder)
 
 
-def test_a_baseline_that_was_made_alike_is_copied_and_read(tmp_path):
+def test_a_baseline_with_the_same_settings_is_copied_and_read(tmp_path):
     path = make_baseline(tmp_path / "baseline")
     found = take(path)
     assert found["toy"].accuracy == 1.0 and found["toy"].num_questions == 3
@@ -52,20 +44,22 @@ def test_a_baseline_that_was_made_alike_is_copied_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("key", HEADER)
-def test_a_baseline_that_was_made_otherwise_is_refused_by_what_differs(key, tmp_path):
+def test_a_baseline_with_other_settings_is_refused_by_what_differs(key, tmp_path):
     path = make_baseline(tmp_path / "baseline", header={key: 7}.items())
-    with pytest.raises(ValueError, match=f"was made otherwise: {key} was 7, is {HEADER[key]!r}"):
+    with pytest.raises(
+        ValueError, match=f"was evaluated with other settings: {key} was 7, is {HEADER[key]!r}"
+    ):
         take(path)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_only_one_of_the_headers_has_is_a_difference(tmp_path):
+def test_a_key_that_only_one_of_the_headers_has_is_a_difference(tmp_path):
     path = make_baseline(tmp_path / "baseline", header={"top_k": 20}.items())
     with pytest.raises(ValueError, match="top_k was 20, is None"):
         take(path)
 
 
-def test_a_quantised_model_is_known_by_its_name_and_by_nothing_else_less(tmp_path):
+def test_a_quantised_model_is_compared_by_its_name_and_everything_else_as_ever(tmp_path):
     path = make_baseline(tmp_path / "baseline")
     quantised = HEADER | {"model": "of NF4"}
     assert take(path, header=quantised, quantised=True)["toy"].accuracy == 1.0
@@ -80,9 +74,8 @@ def test_a_quantised_model_is_known_by_its_name_and_by_nothing_else_less(tmp_pat
 @pytest.mark.parametrize("missing", [1, 2, 5])
 def test_an_unfinished_baseline_is_refused(missing, tmp_path):
     path = make_baseline(tmp_path / "baseline", missing=missing)
-    with pytest.raises(
-        ValueError, match=f"is unfinished, {missing} samples are missing; finish it with --resume"
-    ):
+    message = f"is unfinished, {missing} samples are missing; finish it with --resume"
+    with pytest.raises(ValueError, match=message):
         take(path)
 
 

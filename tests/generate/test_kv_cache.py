@@ -30,7 +30,7 @@ def seen_by_row(cache, layer):
             yield sorted(keys[row, 0, seen, 0].tolist()), values[row, 0, seen, 0].neg().sort().values.tolist()
 
 
-@pytest.mark.parametrize("min_saved", [0, 1_000_000])  # every row for itself; all in one group
+@pytest.mark.parametrize("min_saved", [0, 1_000_000])  # one group per row; all rows in one group
 @pytest.mark.parametrize("longest", [WINDOW, WINDOW + 1, 19])
 def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest, min_saved):
     """Against a plain list: write positions 0, 1, 2, ... and remember the last WINDOW of them."""
@@ -38,9 +38,8 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
     cache = SlotCache(model, 2, 40)
     cache.min_saved = min_saved
     starts = torch.tensor([3, longest])
-    states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])[None, None, :, None].expand(
-        1, 1, -1, 16
-    )
+    states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])
+    states = states[None, None, :, None].expand(1, 1, -1, 16)
     cache.at_prefill([0, 1], [0, 3], starts.tolist())
     for layer in range(4):
         cache.update(states, -states, layer)
@@ -50,16 +49,12 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
         for layer, kind in enumerate(model.config.layer_types):
             new = positions.float()[:, None, None].expand(2, 1, 16)
             cache.write(layer, new, -new)
-            firsts = [
-                max(0, now - WINDOW + 1) if kind == "sliding_attention" else 0 for now in positions.tolist()
-            ]
-            expected = [
-                list(range(first, now + 1)) for first, now in zip(firsts, positions.tolist(), strict=True)
-            ]
-            assert list(seen_by_row(cache, layer)) == [(held, held) for held in expected]
+            window = WINDOW if kind == "sliding_attention" else 100
+            held = [list(range(max(0, now - window + 1), now + 1)) for now in positions.tolist()]
+            assert list(seen_by_row(cache, layer)) == [(row, row) for row in held]
 
 
-def test_attention_reads_no_further_than_the_longest_of_a_group_and_in_sliding_layers_no_further_than_the_window():
+def test_attention_reads_no_further_than_the_longest_row_of_a_group_and_than_the_window_of_sliding_layers():
     model = make_model("gemma3")
     full, sliding = (model.config.layer_types.index(kind) for kind in ("full_attention", "sliding_attention"))
     cache = SlotCache(model, 3, 200)
@@ -79,7 +74,7 @@ def test_elsewhere_than_on_a_cpu_all_rows_are_one_group_and_are_not_sorted():
 
 
 def cheapest(widths, min_saved):
-    """Least area over all ways to cut, each cut costing min_saved: by trying all."""
+    """Return the least area over all ways to cut, each cut costing min_saved, by trying all."""
     best = len(widths) * max(widths)
     for i in range(1, len(widths)):
         best = min(best, cheapest(widths[:i], min_saved) + cheapest(widths[i:], min_saved) + min_saved)
@@ -114,16 +109,14 @@ def garbage():
 def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garbage):
     """Short prompts beside long ones, refilled rows, rings that are not full yet."""
     model = make_model(family)
-    prompts = [
-        [5] * n for n in (2, 30, 1, WINDOW, 17, 90, 3)
-    ]  # 90: longer than any before, beside a row in progress
+    # 90: longer than any before, beside a row in progress
+    prompts = [[5] * n for n in (2, 30, 1, WINDOW, 17, 90, 3)]
     params = SamplingParams(max_new_tokens=20)
     found = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
     torch.use_deterministic_algorithms(False)
     expected = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 12))
-    assert found == expected and all(
-        math.isfinite(logprob) for completion in found for logprob in completion.logprobs
-    )
+    assert found == expected
+    assert all(math.isfinite(logprob) for completion in found for logprob in completion.logprobs)
 
 
 def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_on_a_cpu(garbage):
@@ -147,12 +140,10 @@ def test_what_a_row_held_before_is_never_seen(family):
     model = make_model(family)
     params = SamplingParams(temperature=0, max_new_tokens=25)
     torch.manual_seed(1)
-    prompts = [
-        torch.randint(3, 97, (n,)).tolist() for n in (30, 2, 17, 3, 1, 90, 9)
-    ]  # 90: beside a shorter row in progress
-    alone = [
-        generate(model, [p], params, num_slots=1, seed=0, eos_token_id=range(2, 20))[0].ids for p in prompts
-    ]
+    # 90: beside a shorter row in progress
+    prompts = [torch.randint(3, 97, (n,)).tolist() for n in (30, 2, 17, 3, 1, 90, 9)]
+    options = {"seed": 0, "eos_token_id": range(2, 20)}
+    alone = [generate(model, [prompt], params, num_slots=1, **options)[0].ids for prompt in prompts]
     assert len({len(ids) for ids in alone}) > 2  # rows end at different times
-    together = generate(model, prompts, params, num_slots=2, seed=0, eos_token_id=range(2, 20))
+    together = generate(model, prompts, params, num_slots=2, **options)
     assert [completion.ids for completion in together] == alone

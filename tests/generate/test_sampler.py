@@ -24,15 +24,7 @@ from kit.models import backbone
 from kit.models.backbone import hidden_states
 from kit.packing import Document, PackedBatch
 
-LENGTHS = (
-    5,
-    1,
-    9,
-    13,
-    3,
-    7,
-    2,
-)  # prompts; with 40 new tokens each passes the window of conftest, 7, many times
+LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # of prompts; with 40 new tokens each passes the window, 7, many times
 SLOTS = (1, 3, 16)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
 RANDOM = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=40)
@@ -57,18 +49,15 @@ def run(model, params, num_slots=3, seed=0, eos_token_id=2, **options):
 
 def transformers_greedy(model, eos_token_id=2):
     model.set_attn_implementation("eager")
-    return [
-        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40, eos_token_id=eos_token_id)[
-            0, len(prompt) :
-        ].tolist()
-        for prompt in prompts()
-    ]
+    options = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": eos_token_id}
+    whole = [(prompt, model.generate(torch.tensor([prompt]), **options)[0]) for prompt in prompts()]
+    return [ids[len(prompt) :].tolist() for prompt, ids in whole]
 
 
 @pytest.mark.parametrize("num_slots", SLOTS)
 def test_greedy_equals_transformers_token_for_token(tiny_model, num_slots):
     ours = [completion.ids for completion in run(tiny_model, GREEDY, num_slots)]
-    # an id that greedy decoding meets on its way, so that some rows end early and are refilled
+    # the id that most responses contain, so that some rows end early and are refilled
     eos = max({i for ids in ours for i in ids}, key=lambda i: sum(i in ids for ids in ours))
     stopped = run(tiny_model, GREEDY, num_slots, eos_token_id=[eos, 2])
     assert ours == transformers_greedy(tiny_model)
@@ -89,20 +78,22 @@ def test_samples_depend_neither_on_slots_nor_on_order_nor_on_what_else_runs(tiny
 
 
 def test_rows_that_swap_places_and_are_read_in_groups_answer_as_they_do_alone(tiny_model, monkeypatch):
-    """The lengths at which rows move and groups are cut are made small; requests end at different times, so that long rows lie
-    among short ones and change places with them."""
+    """Rows move and groups are cut at small lengths here.
+
+    Requests end at different times, so that long rows lie among short ones and change places with them.
+    """
     monkeypatch.setattr(kv_cache, "SORTED_BY", 4)
     monkeypatch.setattr(kv_cache, "CALL_BYTES", 0)
     monkeypatch.setattr(kv_cache, "BUCKET", 1)
     monkeypatch.setattr(kv_cache, "MOVED_AT_ONCE", 3)
     swaps, groups = [], []
     move, grouped = kv_cache.SlotCache.move, kv_cache.grouped
-    monkeypatch.setattr(
-        kv_cache.SlotCache, "move",
-        lambda self, sources, targets, length: (
-            swaps.append(len(set(sources.tolist()) & set(targets.tolist()))), move(self, sources, targets, length)
-        ),
-    )  # fmt: skip
+
+    def counted_move(self, sources, targets, length):
+        swaps.append(len(set(sources.tolist()) & set(targets.tolist())))
+        move(self, sources, targets, length)
+
+    monkeypatch.setattr(kv_cache.SlotCache, "move", counted_move)
     monkeypatch.setattr(kv_cache, "grouped", lambda *args: groups.append(grouped(*args)) or groups[-1])
     torch.manual_seed(7)
     many = [torch.randint(3, 97, (length,)).tolist() for length in (5, 31, 9, 13, 3, 27, 2, 18, 1, 22, 4, 16)]
@@ -114,7 +105,7 @@ def test_rows_that_swap_places_and_are_read_in_groups_answer_as_they_do_alone(ti
 
 
 class Rows:
-    """Stands for the engine: what each row of the cache holds."""
+    """A stand-in for the engine that records what each row of the cache holds."""
 
     def __init__(self, slots):
         self.held = [slot.request for slot in slots]
@@ -129,25 +120,20 @@ class Rows:
         self.length = length
 
 
-@pytest.mark.parametrize(
-    "sorted_by", [kv_cache.SORTED_BY, math.inf]
-)  # on a card rows are compacted, not sorted
+@pytest.mark.parametrize("sorted_by", [kv_cache.SORTED_BY, math.inf])  # inf: a card's rows are not sorted
 def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no_row_without_need(sorted_by):
     rng = random.Random(0)
     for _ in range(300):
-        slots = [
-            generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), [1])
-            if rng.random() < 0.7
-            else generating._Slot(-1)
-            for i in range(rng.randint(1, 9))
-        ]
+        slots = [generating._Slot(-1) for _ in range(rng.randint(1, 9))]
+        for i in range(len(slots)):
+            if rng.random() < 0.7:
+                slots[i] = generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), [1])
         before, active = list(slots), sorted(slot.request for slot in slots if slot.request >= 0)
         rows = Rows(slots)
         arrange(slots, rows, sorted_by)
         B = len(active)
-        assert sorted(slot.request for slot in slots[:B]) == active and all(
-            slot.request < 0 for slot in slots[B:]
-        )
+        assert sorted(slot.request for slot in slots[:B]) == active
+        assert all(slot.request < 0 for slot in slots[B:])
         assert rows.held[:B] == [slot.request for slot in slots[:B]]  # the cache went with them
         ranks = [slot.length // sorted_by for slot in slots[:B]]
         assert ranks == sorted(ranks, reverse=True)
@@ -188,13 +174,10 @@ def test_samples_of_one_question_are_the_same_whether_they_share_a_prefill_or_no
     embed = tiny_model.get_input_embeddings()
     handle = embed.register_forward_hook(lambda module, inputs, output: read.append(tuple(inputs[0].shape)))
     together = run(tiny_model, RANDOM, 6, prompts=same)
-    assert [shape for shape in read if len(shape) == 2] == [
-        (1, LENGTHS[3] + LENGTHS[0])
-    ]  # two prompts for six rows
+    packs = [shape for shape in read if len(shape) == 2]
+    assert packs == [(1, LENGTHS[3] + LENGTHS[0])]  # two prompts for six rows
     read.clear()
-    monkeypatch.setattr(
-        generating, "PREFILL_TOKENS", 1
-    )  # a prompt beyond the budget is read alone, and still once
+    monkeypatch.setattr(generating, "PREFILL_TOKENS", 1)  # a longer prompt is read alone, and still once
     run(tiny_model, RANDOM, 6, prompts=same)
     handle.remove()
     assert read[:3] == [(1, LENGTHS[3]), (1, LENGTHS[0]), (1, LENGTHS[3])]
@@ -234,7 +217,7 @@ def test_reading_a_long_prompt_makes_neither_a_mask_nor_scores_of_its_length_squ
     assert largest.numel < 450 * 450 // 2
 
 
-def test_the_bounds_of_a_pack_of_prompts_are_no_tensor_of_inference_mode_at_which_every_layer_would_look(
+def test_the_bounds_of_a_pack_of_prompts_are_not_created_in_inference_mode_where_every_layer_would_check_them(
     tiny_model, monkeypatch
 ):
     packs = []
@@ -260,8 +243,13 @@ def test_a_card_gets_its_memory_back_after_sampling_when_the_cache_is_gone(tiny_
 
 def test_each_completion_is_handed_over_once_as_it_ends(tiny_model):
     seen = {}
-    completions = run(tiny_model, RANDOM, eos_token_id=range(2, 30), on_finish=lambda i, c: seen.setdefault(i, []).append(c),
-                      decode=lambda ids: " ".join(map(str, ids)))  # fmt: skip
+    completions = run(
+        tiny_model,
+        RANDOM,
+        eos_token_id=range(2, 30),
+        on_finish=lambda i, completion: seen.setdefault(i, []).append(completion),
+        decode=lambda ids: " ".join(map(str, ids)),
+    )
     assert {i: [c] for i, c in enumerate(completions)} == seen
     for completion in completions:
         assert completion.text == " ".join(map(str, completion.ids))
@@ -309,20 +297,18 @@ def test_training_mode_is_put_back_and_no_gradient_is_kept(tiny_model):
 
 
 def test_a_model_learns_after_it_was_sampled_and_within_on_finish(tiny_model):
-    """Sampling is inference, which leaves tensors that autograd refuses: none may stay in the model or reach the caller."""
+    """Autograd refuses tensors of inference mode: none may stay in the model or reach the caller."""
+    batch = PackedBatch.build([Document(torch.tensor([5, 6, 7]), 1)])
 
     def learn(*_):
-        backbone.hidden_states(
-            tiny_model, PackedBatch.build([Document(torch.tensor([5, 6, 7]), 1)])
-        ).sum().backward()
+        backbone.hidden_states(tiny_model, batch).sum().backward()
         losses.append(tiny_model.get_input_embeddings().weight.grad.abs().sum().item())
 
     losses = []
     run(tiny_model, RANDOM, on_finish=learn)
     learn()
-    assert len(losses) == len(LENGTHS) + 1 and all(
-        before < after for before, after in itertools.pairwise([0, *losses])
-    )
+    assert len(losses) == len(LENGTHS) + 1
+    assert all(before < after for before, after in itertools.pairwise([0, *losses]))
 
 
 class Terminal(io.StringIO):
@@ -346,9 +332,8 @@ def test_progress_shows_finished_of_total_pace_length_truncated_and_time_left(ti
     assert 0 < truncated < 7 or len(set(lengths)) > 1
     pace = float(re.search(r"([\d,]+) tokens/s", last)[1].replace(",", ""))
     assert pace > 0
-    assert any(
-        re.search(r"[1-6]/7 \[\d\d:\d\d<\d\d:\d\d", frame) for frame in frames
-    )  # elapsed<left, once one has finished
+    # elapsed<left, once one has finished
+    assert any(re.search(r"[1-6]/7 \[\d\d:\d\d<\d\d:\d\d", frame) for frame in frames)
     assert any("0/7" in frame and "mean length ?" in frame for frame in frames)
 
 
@@ -362,9 +347,8 @@ def test_what_on_finish_raises_comes_out_and_leaves_the_model_as_it_was(tiny_mod
         raise KeyError("disk full")
 
     tiny_model.train()
-    with pytest.raises(
-        KeyError, match="disk full"
-    ) as caught:  # which keeps the frames, and what they hold, alive
+    # `caught` keeps the frames alive, and what they hold
+    with pytest.raises(KeyError, match="disk full") as caught:
         run(tiny_model, GREEDY, on_finish=fail)
     assert caught.value
     assert tiny_model.training
@@ -375,7 +359,8 @@ def test_real_weights_decode_greedily_as_transformers_does():
     path = os.environ.get("KIT_MODEL")
     if not path:
         pytest.skip(
-            "real weights do not ship with the kit: set KIT_MODEL to a folder or .gguf file of a model with a chat template"
+            "real weights do not ship with the kit: set KIT_MODEL to a folder or .gguf file of a model with "
+            "a chat template"
         )
     model, tokenizer = models.load(path, device="cpu")
     chat = ChatFormat(tokenizer)
@@ -391,7 +376,11 @@ def test_real_weights_decode_greedily_as_transformers_does():
     for prompt, completion in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=120, eos_token_id=chat.eos_token_ids,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=120,
+            eos_token_id=chat.eos_token_ids,
             pad_token_id=chat.eos_token_ids[0],
-        )[0, len(prompt) :].tolist()  # fmt: skip
-        assert completion.ids == theirs
+        )
+        assert completion.ids == theirs[0, len(prompt) :].tolist()

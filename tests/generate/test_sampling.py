@@ -11,14 +11,14 @@ N = 20_000
 
 
 def draw(logits, n=N, seed=0, **options):
-    """n draws from one row of logits, each with its own stream."""
+    """Draw n times from one row of logits, each time with another stream."""
     params = SamplingParams(**{"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 1} | options)
     keys = torch.tensor([stream_key(seed, i) for i in range(n)])
     return sample(logits.expand(n, -1), params, keys, torch.zeros(n, dtype=torch.int64))
 
 
 def within_chance(tokens, probabilities):
-    """Every token's share lies within five standard errors of its probability, and a token of probability 0 never comes."""
+    """Return whether each token's share is within five standard errors of its probability (0: never)."""
     shares = torch.bincount(tokens, minlength=len(probabilities)).double() / len(tokens)
     error = (probabilities * (1 - probabilities) / len(tokens)).sqrt()
     return bool(((shares - probabilities).abs() <= 5 * error).all())
@@ -31,9 +31,8 @@ def test_tokens_come_with_the_probability_of_the_softmax():
     tokens, logprobs = draw(LOGITS)
     assert within_chance(tokens, LOGITS.double().softmax(-1))
     torch.testing.assert_close(logprobs, LOGITS.log_softmax(-1)[tokens])
-    assert not within_chance(
-        tokens, (LOGITS.double() / 1.1).softmax(-1)
-    )  # the test can tell a close neighbour apart
+    # and the test can tell a close neighbour apart
+    assert not within_chance(tokens, (LOGITS.double() / 1.1).softmax(-1))
 
 
 def test_temperature_top_k_and_top_p_cut_and_renormalise_in_that_order():
@@ -76,10 +75,8 @@ def test_a_stream_depends_on_seed_key_and_position_and_on_nothing_else():
     order = torch.tensor([3, 1, 7])
     again, _ = sample(logits[:3], params, keys[order], positions[order])
     assert torch.equal(again, tokens[order])
-    assert (
-        len({stream_key(seed, key) for seed in (0, 1) for key in (0, "0", ["q", 0], ["q", 1], [0, "q"])})
-        == 10
-    )
+    names = (0, "0", ["q", 0], ["q", 1], [0, "q"])
+    assert len({stream_key(seed, name) for seed in (0, 1) for name in names}) == 10
 
 
 def test_noise_of_neighbouring_keys_positions_and_tokens_is_uncorrelated_and_gumbel():
@@ -91,9 +88,8 @@ def test_noise_of_neighbouring_keys_positions_and_tokens_is_uncorrelated_and_gum
         gumbel(torch.zeros_like(many), many, one)[:, 0],
     ):
         assert noise.isfinite().all()
-        assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / math.sqrt(
-            len(many)
-        )  # Euler's constant; the deviation is pi / sqrt(6)
+        # the mean is Euler's constant, the standard deviation pi / sqrt(6)
+        assert abs(noise.mean() - 0.5772) < 5 * 1.2825 / math.sqrt(len(many))
         assert abs(torch.corrcoef(torch.stack([noise[1:], noise[:-1]]))[0, 1]) < 5 / math.sqrt(len(many))
 
 
@@ -112,7 +108,7 @@ def test_parameters_out_of_range_are_refused(options, message):
         SamplingParams(**options)
 
 
-def test_how_far_the_rows_beside_it_make_us_look_does_not_turn_a_draw():
+def test_how_many_candidates_other_rows_need_does_not_change_a_draw():
     torch.manual_seed(0)
     sharp = torch.randn(1, 5000) * 6
     keys, positions = torch.tensor([stream_key(0, i) for i in range(400)]), torch.arange(400)

@@ -1,3 +1,4 @@
+import sys
 import types
 
 import pytest
@@ -34,15 +35,14 @@ def test_every_attention_that_runs_here_gives_a_pack_the_same_hidden_states(fami
 
 
 def test_load_switches_the_model_to_the_attention_it_was_asked_for():
-    assert {load("tiny", device="cpu", attention=choice)[0].config._attn_implementation for choice in ("kit", "torch")} == {
-        "kit", "kit_torch",
-    }  # fmt: skip
+    loaded = [load("tiny", device="cpu", attention=choice)[0] for choice in ("kit", "torch")]
+    assert [model.config._attn_implementation for model in loaded] == ["kit", "kit_torch"]
     with pytest.raises(ValueError, match="flash-attn"):
         load("tiny", device="cpu", attention="flash-attn")
 
 
 def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
-    """What flash-attn documents, as one masked square: key j of query i where i - left <= j <= i + right, -1 = no limit."""
+    """Compute what flash-attn documents: query i sees key j if i - left <= j <= i + right, -1 = no limit."""
     left, right = window_size
     assert causal and right in (-1, 0) and torch.equal(cu_q, cu_k) and max_q == max_k == max(LENGTHS)
     return packed_attention_reference(
@@ -52,12 +52,9 @@ def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_flash_attn_is_called_with_means_the_same_as_ours(family, monkeypatch):
-    """The package needs a card: here its documented meaning stands in for it."""
-    monkeypatch.setitem(
-        __import__("sys").modules,
-        "flash_attn",
-        types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func),
-    )
+    """The package needs a card, so a function with its documented meaning stands in for it."""
+    package = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
     batch = PackedBatch.build(random_documents(LENGTHS))
     model = make_model(family, torch.float64)
     ours = hidden_states(model, batch)
@@ -74,7 +71,7 @@ def test_what_flash_attn_is_called_with_means_the_same_as_ours(family, monkeypat
         ((7, 5), torch.float16, 64, "compute capability 8.0"),
     ],
 )
-def test_flash_attn_is_taken_only_where_it_is_able(capability, dtype, head_dim, reason, monkeypatch):
+def test_flash_attn_is_chosen_only_if_it_can_run_the_model(capability, dtype, head_dim, reason, monkeypatch):
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = types.SimpleNamespace(head_dim=head_dim)

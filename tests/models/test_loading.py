@@ -21,10 +21,9 @@ def logits_of(model, documents):
 
 
 def with_transformers(model, documents, dtype):
-    """Each document on its own through transformers' eager attention, with the same weights in `dtype`."""
-    config = copy.deepcopy(
-        model.config
-    )  # models share the config they are made from, and with it the kind of attention
+    """Compute each document's logits alone, with transformers' eager attention and the weights in `dtype`."""
+    # models share the config that they are built from, and with it the kind of attention
+    config = copy.deepcopy(model.config)
     plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
     plain.load_state_dict(model.state_dict())
     return torch.cat([plain(document.ids.long()[None]).logits[0] for document in documents])
@@ -42,9 +41,8 @@ def test_logits_of_a_pack_are_the_logits_of_its_documents(family, checkpointing)
         model.train()
     ours = (logits_of(model, documents) - truth).square().mean().sqrt()
     assert ours <= 2 * torchs
-    assert (
-        0 < torchs < 1e-4 * truth.square().mean().sqrt()
-    )  # the bar is a rounding error: the two have the same weights
+    # the bar is a rounding error: the two have the same weights
+    assert 0 < torchs < 1e-4 * truth.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -91,13 +89,12 @@ def test_a_gguf_file_becomes_a_plain_model_that_can_be_trained_and_saved(tmp_pat
     path = os.environ.get("KIT_GGUF")
     if not path:
         pytest.skip(
-            "real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 model"
+            "real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 "
+            "model"
         )
     model, tokenizer = models.load(path, device="cpu")
-    document = Document(
-        torch.tensor(tokenizer("one two three four", add_special_tokens=False).input_ids, dtype=torch.int32),
-        1,
-    )
+    ids = tokenizer("one two three four", add_special_tokens=False).input_ids
+    document = Document(torch.tensor(ids, dtype=torch.int32), 1)
     hidden_states(model, PackedBatch.build([document])).sum().backward()
     assert all(parameter.grad is not None for parameter in model.model.parameters())
     folder.save_model(tmp_path / "saved", model, tokenizer)

@@ -1,4 +1,4 @@
-"""Adapters that peft alone made and saved: through the kit they are peft's model, or they are refused with the next step."""
+"""Adapters that peft alone trained and saved: the kit computes what peft does, or refuses them."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def documents():
 
 
 def train_with_peft(folder, *, base=str(TINY), config=None, steps=2, **settings):
-    """A folder that peft wrote after a few large steps: A and B are far from zero."""
+    """Write a folder with peft after a few large steps, so that A and B are far from zero."""
     model = plain_base()
     torch.manual_seed(0)
     settings = {
@@ -55,7 +55,7 @@ def train_with_peft(folder, *, base=str(TINY), config=None, steps=2, **settings)
 
 @torch.no_grad()
 def with_peft(folder, dtype):
-    """Each document on its own through peft's model, computed in `dtype`."""
+    """Compute each document's logits on its own with peft's model in `dtype`."""
     adapted = PeftModel.from_pretrained(plain_base(), str(folder)).to(dtype).eval()
     return torch.cat([adapted(document.ids.long()[None]).logits[0] for document in documents()])
 
@@ -71,15 +71,19 @@ def rms(x):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear", "rank_pattern": {"up_proj": 5}},
-     {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"target_modules": "all-linear", "rank_pattern": {"up_proj": 5}},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_logits_are_pefts_own(tmp_path, settings):
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # peft says that the tied head and embedding part ways, which is what is tested
+        warnings.simplefilter("ignore")  # peft warns that the tied head and embedding separate: intended here
         folder = train_with_peft(tmp_path / "theirs", **settings)
         truth, torchs = with_peft(folder, torch.float64), with_peft(folder, torch.float32)
         model, _ = models.load(str(folder), device="cpu")

@@ -21,12 +21,15 @@ from kit.models.nf4 import (
     simulate_quantised_decoder,
 )
 
-# rows shorter and longer than a block, no multiple of it, odd, and more than one scale of scales (130 * 192 = 390 blocks)
+# rows shorter and longer than a block, no multiple of it, odd, and more than one scale of scales (390 blocks)
 SHAPES = [(64, 64), (16, 32), (96, 96), (48, 48), (5, 33), (7, 3), (1, 1), (3, 66), (130, 192)]  # out, in
-TABLE = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], dtype=torch.float64)  # fmt: skip  # QLoRA, appendix E
+QLORA_APPENDIX_E = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+TABLE = torch.tensor(QLORA_APPENDIX_E, dtype=torch.float64)
 
 
 def make_linear(shape, dtype=torch.float32, bias=True) -> nn.Linear:
@@ -35,7 +38,7 @@ def make_linear(shape, dtype=torch.float32, bias=True) -> nn.Linear:
 
 
 def codes_and_scales(layer: NF4Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's 4-bit codes and its scale for each of them, by the definition, in float64."""
+    """Return a layer's 4-bit codes and the scale of each, by the definition, in float64."""
     num_weights = layer.in_features * layer.out_features
     packed = layer.weight.view(-1)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:num_weights].long()
@@ -58,11 +61,10 @@ def test_every_weight_is_the_nearest_entry_of_the_table_and_comes_back_as_entry_
     blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1).repeat_interleave(BLOCK)[: len(flat)]
     distance = (flat / largest)[:, None].sub(TABLE).abs()
-    assert (distance.gather(1, codes[:, None])[:, 0] - distance.amin(1)).max() < torch.finfo(
-        torch.float32
-    ).eps
+    eps = torch.finfo(torch.float32).eps
+    assert (distance.gather(1, codes[:, None])[:, 0] - distance.amin(1)).max() < eps
     gaps = layer.scale_table.double().diff() * layer.scale_scales.double().max()
-    assert (scales - largest).abs().max() <= gaps.max() / 2 + torch.finfo(torch.float32).eps * largest.max()
+    assert (scales - largest).abs().max() <= gaps.max() / 2 + eps * largest.max()
     truth = (TABLE[codes] * scales).view(shape)
     torchs = (TABLE[codes].float() * scales.float()).to(dtype).view(shape)
     assert layer.dequantise().dtype == dtype
@@ -127,7 +129,10 @@ def test_where_bitsandbytes_own_layer_is_right_the_two_are_bit_equal(dtype):
 
 
 def allocated(run) -> tuple[int, int]:
-    """(peak, what is left) in bytes of the CPU allocator over run(), operators' insides included. Its result is kept alive."""
+    """Return (peak, what is left) in bytes of the CPU allocator over run(), with the insides of operators.
+
+    The result of run() is kept alive.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = run()  # noqa: F841
         torch.empty(0)
@@ -153,37 +158,31 @@ def forward_backward(layer, x, d_out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_layer_on_fake_tensors_holds_and_allocates_what_the_real_one_does_and_that_is_what_bitsandbytes_own_does(
+def test_a_layer_on_fake_tensors_holds_and_allocates_what_the_real_one_and_bitsandbytes_own_do(
     dtype, monkeypatch
 ):
-    # oneDNN multiplies bf16 with operands packed in memory of its own, whose size depends on the CPU and on their strides;
-    # torch's own matmul takes none, so every byte seen is the layer's
+    # oneDNN packs bf16 operands into extra memory, whose size depends on the CPU and on their strides;
+    # torch's own matmul needs none, so every byte seen is the layer's
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     shape, T = (160, 320), 33
     linear = make_linear(shape, dtype)
     real, theirs = NF4Linear.quantise(linear, "cpu"), make_bitsandbytes_linear(linear)
     with FakeTensorMode():
         fake = NF4Linear.like(nn.Linear(shape[1], shape[0], dtype=dtype))
-        x, d_out = (
-            torch.empty(1, T, shape[1], dtype=dtype, requires_grad=True),
-            torch.empty(1, T, shape[0], dtype=dtype),
-        )
+        x = torch.empty(1, T, shape[1], dtype=dtype, requires_grad=True)
+        d_out = torch.empty(1, T, shape[0], dtype=dtype)
         with LiveBytes() as counted:
             kept = forward_backward(fake, x, d_out)()
         assert counted.now == sum(t.untyped_storage().nbytes() for t in tree_iter(kept))
-    x, d_out = (
-        torch.randn(1, T, shape[1], dtype=dtype, requires_grad=True),
-        torch.randn(1, T, shape[0], dtype=dtype),
-    )
-    for layer in (real, theirs):  # the first run makes what a process makes once
+    x = torch.randn(1, T, shape[1], dtype=dtype, requires_grad=True)
+    d_out = torch.randn(1, T, shape[0], dtype=dtype)
+    for layer in (real, theirs):  # the first run allocates what a process allocates once
         forward_backward(layer, x, d_out)()
     peak, left = allocated(forward_backward(real, x, d_out))
     assert (counted.peak, counted.now) == (peak, left)
     assert (peak, left) == allocated(forward_backward(theirs, x, d_out))
-    dense = real.dequantise()
-    assert counted.peak == sum(
-        tensor.untyped_storage().nbytes() for tensor in (dense, d_out, x)
-    )  # weight, result, gradient
+    peak_tensors = (real.dequantise(), d_out, x)  # weight; of the size of the result and of the gradient
+    assert counted.peak == sum(tensor.untyped_storage().nbytes() for tensor in peak_tensors)
     assert held_tensors(fake) == held_tensors(real)
     state = theirs.weight.quant_state
     held = [theirs.weight, theirs.bias, state.absmax, state.offset, state.state2.absmax, state.state2.code]

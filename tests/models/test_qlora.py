@@ -49,7 +49,7 @@ def make_qlora(family="llama", dtype=torch.float32, *, rank=3, alpha=5, base="",
 
 
 def take_steps(model, steps, *, lr=3e-2, recompute=False, training_step=None):
-    """Optimizer steps over two packs; returns the losses."""
+    """Take optimizer steps over two packs, and return the losses."""
     training_step = training_step or TrainingStep(
         model, Savings(recompute=recompute), lr=lr, max_grad_norm=1.0
     )
@@ -60,10 +60,9 @@ def take_steps(model, steps, *, lr=3e-2, recompute=False, training_step=None):
 
 
 def logits_of(model):
+    batch = PackedBatch.build(random_documents(LENGTHS))
     with torch.no_grad():
-        return next_token_logits(
-            model.eval(), hidden_states(model, PackedBatch.build(random_documents(LENGTHS)))
-        )
+        return next_token_logits(model.eval(), hidden_states(model, batch))
 
 
 def adapter_tensors(model):
@@ -96,15 +95,8 @@ def test_every_linear_layer_of_the_decoder_has_an_adapter_of_the_rank_asked_for(
     hidden, inner = c.hidden_size, c.intermediate_size
     D = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
     q, kv = c.num_attention_heads * D, c.num_key_value_heads * D
-    shapes = [
-        (hidden, q),
-        (hidden, kv),
-        (hidden, kv),
-        (q, hidden),
-        (hidden, inner),
-        (hidden, inner),
-        (inner, hidden),
-    ]
+    attention = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden)]
+    shapes = [*attention, (hidden, inner), (hidden, inner), (inner, hidden)]
     formula = c.num_hidden_layers * sum(rank * (into + out) for into, out in shapes)
     model = make_qlora(family, rank=rank)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == formula
@@ -119,10 +111,10 @@ def test_gradients_of_the_adapters_are_those_of_a_dense_model_with_the_same_weig
     take_steps(model, 3)  # B is no longer zero
     plain, tensors = dense_twin(model, torch.float64)
     batch = PackedBatch.build(random_documents(LENGTHS))
-    # Not the sum of squares, which the last norm keeps nearly constant: its gradient would be mostly rounding error.
-    d_hidden = torch.randn(
-        len(batch.input_ids), model.config.hidden_size, generator=torch.Generator().manual_seed(0)
-    )
+    # not the sum of squares, which the last norm keeps nearly constant: its gradient would be mostly rounding
+    # error
+    shape = (len(batch.input_ids), model.config.hidden_size)
+    d_hidden = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def gradients(model, tensors):
         hidden = hidden_states(model, batch)
@@ -131,14 +123,13 @@ def test_gradients_of_the_adapters_are_those_of_a_dense_model_with_the_same_weig
     truth = gradients(plain, tensors)
     torchs = gradients(*dense_twin(model, torch.float32))
     ours = gradients(model, [p for p in model.parameters() if p.requires_grad])
-    error, bar = (
-        rms(torch.cat([(a - b).flatten() for a, b in zip(x, truth, strict=True)])) for x in (ours, torchs)
-    )
+    errors = [[(a - b).flatten() for a, b in zip(x, truth, strict=True)] for x in (ours, torchs)]
+    error, bar = (rms(torch.cat(each)) for each in errors)
     assert error <= 2 * bar
 
 
 def dense_twin(model, dtype):
-    """The same model with weights written out in `dtype`, and its adapters' tensors in the order of the parameters."""
+    """Return the same model with weights written out in `dtype`, and its adapters' tensors in order."""
     twin = AutoModelForCausalLM.from_config(
         copy.deepcopy(model.config), attn_implementation="kit", dtype=dtype
     ).eval()
@@ -149,9 +140,8 @@ def dense_twin(model, dtype):
     for path, layer in model.named_modules():
         if isinstance(getattr(layer, "base_layer", None), NF4Linear):
             base = layer.base_layer
-            a, b = (
-                x["default"].weight.detach().to(dtype).requires_grad_() for x in (layer.lora_A, layer.lora_B)
-            )
+            pair = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+            a, b = (weight.detach().to(dtype).requires_grad_() for weight in pair)
             tensors += [a, b]
             bias = None if base.bias is None else base.bias.to(dtype)
             scaling = layer.lora_alpha["default"] / layer.r["default"]
@@ -176,13 +166,10 @@ def test_adapters_start_at_the_base_and_their_seed_is_theirs_alone():
     state = torch.get_rng_state()
     first, again, other = make_qlora("qwen2"), make_qlora("qwen2"), make_qlora("qwen2", seed=1)
     assert torch.equal(logits_of(first), logits_of(base))
-    same = [
-        torch.equal(a, b) for a, b in zip(*(adapter_tensors(m).values() for m in (first, again)), strict=True)
-    ]
-    assert all(same)
-    assert not torch.equal(first.model.layers[0].mlp.up_proj.lora_A["default"].weight,
-                           other.model.layers[0].mlp.up_proj.lora_A["default"].weight)  # fmt: skip
-    first_a = first.model.layers[0].mlp.up_proj.lora_A["default"].weight
+    pairs = zip(adapter_tensors(first).values(), adapter_tensors(again).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    first_a, other_a = (m.model.layers[0].mlp.up_proj.lora_A["default"].weight for m in (first, other))
+    assert not torch.equal(first_a, other_a)
     assert 0.9 * 32**-0.5 < first_a.max() <= 32**-0.5
     torch.manual_seed(7)
     qlora.add_adapters(base, base="")
@@ -211,15 +198,13 @@ def test_the_sampler_draws_from_the_adapted_model_and_training_goes_on_after_it(
     take_steps(model, 3)
     take_steps(alone, 3)
     prompts = [d.ids.tolist() for d in random_documents([5, 9, 3])]
-    completions = generate(
-        model, prompts, SamplingParams(0.0, max_new_tokens=6), eos_token_id=2, num_slots=2, seed=0
-    )
+    params = SamplingParams(0.0, max_new_tokens=6)
+    completions = generate(model, prompts, params, eos_token_id=2, num_slots=2, seed=0)
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([*prompt, *completion.ids], dtype=torch.int32)
+        batch = PackedBatch.build([Document(ids, len(prompt))])
         with torch.no_grad():
-            logits = next_token_logits(
-                model.eval(), hidden_states(model, PackedBatch.build([Document(ids, len(prompt))]))
-            )
+            logits = next_token_logits(model.eval(), hidden_states(model, batch))
         assert logits[len(prompt) - 1 : -1].argmax(1).tolist() == completion.ids
     assert take_steps(model, 2) == take_steps(alone, 2)
 
@@ -259,9 +244,8 @@ def test_merging_rounds_once_and_to_the_dtype_it_is_given():
         assert all(p.requires_grad for p in twin.parameters())
         merged[dtype] = twin.model.layers[1].mlp.down_proj.weight.detach()
     assert torch.equal(merged[torch.bfloat16], merged[torch.float32].bfloat16())
-    assert (merged[torch.float32] - exact).abs().max() < 4 * torch.finfo(
-        torch.float32
-    ).eps * exact.abs().max()
+    eps = torch.finfo(torch.float32).eps
+    assert (merged[torch.float32] - exact).abs().max() < 4 * eps * exact.abs().max()
 
 
 def save(path, model) -> Path:
@@ -313,7 +297,8 @@ def test_a_gguf_file_is_dequantised_and_then_quantised():
     path = os.environ.get("KIT_GGUF")
     if not path:
         pytest.skip(
-            "real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 model"
+            "real weights do not ship with the kit: set KIT_GGUF to a GGUF file of a Qwen2, Llama or Gemma 3 "
+            "model"
         )
     model, _ = qlora.load(path, device="cpu")
     assert model.peft_config["default"].base_model_name_or_path == str(Path(path).resolve())
@@ -323,18 +308,20 @@ def test_a_gguf_file_is_dequantised_and_then_quantised():
 
 
 def test_adapters_that_were_trained_on_another_kind_of_base_are_refused(tmp_path):
-    get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(
-        tmp_path / "theirs"
-    )
+    theirs = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "theirs")
     with pytest.raises(ValueError, match="do not say they were trained on an NF4 base"):
         qlora.load_adapter(tmp_path / "theirs", device="cpu")
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"rank": 4}, "r is 3 there and 4 here"), ({"alpha": 6}, "lora_alpha is 5 there and 6 here"),
-     ({"base": "other"}, "base_model_name_or_path is '' there and 'other' here")],
-)  # fmt: skip
+    [
+        ({"rank": 4}, "r is 3 there and 4 here"),
+        ({"alpha": 6}, "lora_alpha is 5 there and 6 here"),
+        ({"base": "other"}, "base_model_name_or_path is '' there and 'other' here"),
+    ],
+)
 def test_a_checkpoint_of_other_adapters_is_refused_by_name(tmp_path, changed, message):
     path = save(tmp_path / "adapters", make_qlora())
     with pytest.raises(ValueError, match=message):
@@ -387,14 +374,11 @@ def start(out, resume):
 @pytest.mark.slow
 def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_path):
     train_unbroken_and_killed(start, tmp_path, lines=6, newest_checkpoint="step_0000005")
-    whole, again = (
-        load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "broken")
-    )
+    file = Path("model") / "adapter_model.safetensors"
+    whole, again = (load_file(tmp_path / name / file) for name in ("whole", "broken"))
     assert whole.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
-    assert [p.name for p in (tmp_path / "whole" / "model").glob("*.safetensors")] == [
-        "adapter_model.safetensors"
-    ]
+    assert [p.name for p in (tmp_path / "whole" / "model").glob("*.safetensors")] == [file.name]
 
 
 def test_the_head_and_the_embedding_are_not_quantised_cast_or_copied(tiny_model):

@@ -103,9 +103,17 @@ def test_the_default_is_the_papers_setting(monkeypatch):
     assert config.benchmarks == "math500,aime24,amc23"
 
 
-def test_rows_longer_than_the_models_context_are_refused(tmp_path):
-    done = run_recipe("llama3_2_1b_8k", "--smoke", "--row_tokens", "2048", cwd=tmp_path)
-    assert "row_tokens is 2048 but tiny was made for 1024; pass --row_tokens 1024" in done.stderr
+def test_a_trace_longer_than_the_models_context_is_refused_and_a_row_of_several_is_not(tmp_path):
+    rows = [{"problem": "7+5?", "trace": "7+5=12." * n + "\\boxed{12}", "answer": "12"} for n in (1, 160)]
+    rows[0]["problem"] = "5+7?"
+    for name, kept in (("short", rows[:1]), ("long", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    flags = ["--smoke", "--row_tokens", "2048", "--num_questions", "2", "--max_new_tokens", "8", "--traces"]
+    done = run_recipe("llama3_2_1b_8k", *flags, "long.jsonl", cwd=tmp_path)
+    assert "row_tokens is 2048 and the longest trace has 1132 tokens, but tiny was made for 1024" in done.stderr
+    assert "pass --row_tokens 1024" in done.stderr
+    done = run_recipe("llama3_2_1b_8k", *flags, "short.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tmp_path):
@@ -303,58 +311,6 @@ def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
     assert (
         done.returncode != 0 and "repeats is 0 but each runs at least once; pass --repeats 1" in done.stderr
     )
-
-
-@pytest.mark.slow
-def test_the_valley_demo_measures_every_cell_resumes_and_says_what_its_own_data_say(tmp_path):
-    flags = ["--smoke", "--arms", "long", "--num_questions", "4", "--max_new_tokens", "48"]
-    done = run_recipe("valley_demo", *flags, "--sizes", "8", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "valley_demo" / "001"
-
-    def rows(name):  # they end in any order
-        return sorted(map(json.loads, (run / name).read_text().splitlines()), key=lambda row: row["place"])
-
-    cells = rows("cells.jsonl")
-    assert [cell["cell"] for cell in cells] == ["tiny-base-0-seed0", "tiny-long-8-seed0"]
-    assert {path.name for path in run.iterdir()} >= {
-        "config.json",
-        "valley.png",
-        "causes.png",
-        "steps.png",
-        "report.html",
-    }
-    for line in ("tiny-base-0-seed0 ", "tiny-long-8-seed0 ", "Long traces: accuracy ", "report runs"):
-        assert line in done.stdout
-    flags += ["--sizes", "4,8", "--resume"]  # afterwards, beside the same cells
-    again = run_recipe("valley_demo", *flags, "--rl_steps", "1", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    base, smaller, same = rows("cells.jsonl")
-    assert [base, same] == cells and smaller["cell"] == "tiny-long-4-seed0"
-    climbed = [rl_run["cell"] for rl_run in rows("rl.jsonl")]
-    assert climbed[0] == "tiny-base-0-seed0" and climbed[-1] == "tiny-long-8-seed0"
-    assert "learning from long" in again.stdout
-    other = run_recipe("valley_demo", *flags, "--rl_steps", "2", cwd=tmp_path)
-    assert (
-        other.returncode != 0
-        and "rl_steps is 2 but " in other.stderr
-        and "trained for 1; pass that" in other.stderr
-    )
-
-
-def test_quick_sets_what_the_flags_may_change(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import valley_demo
-
-    config = parse(
-        valley_demo.Config, ["--quick", "--sizes", "8"], smoke=valley_demo.SMOKE, quick=valley_demo.QUICK
-    )
-    assert (config.quick, config.smoke, config.seeds, config.sizes) == (True, False, 1, "8")
-    full = valley_demo.study_of(valley_demo.Config())
-    assert full == valley_demo.Study()  # the defaults stand in one place as far as they can
-    assert (full.seeds, len(full.sizes), full.params.temperature, full.params.top_p) == (3, 6, 0.6, 0.95)
-    with pytest.raises(ValueError, match="sizes is '8,x' but must be whole numbers"):
-        valley_demo.study_of(valley_demo.Config(sizes="8,x"))
 
 
 def test_a_torch_without_a_loss_of_its_own_is_named_and_the_kernel_bench_goes_on(monkeypatch):

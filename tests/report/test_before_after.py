@@ -12,12 +12,14 @@ from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
 def rows(shares, tokens=10, text="so \\boxed{1}"):
     """Ten samples per question, of which a share is correct."""
-    return [
-        {"question": f"q{i}", "problem": f"{i} < 1?", "sample": s, "tokens": tokens,
-         "verdict": "correct" if s < 10 * share else "wrong",
-         "finished": True, "text": text, "prediction": "1", "gold": "1", "rule": "text"}
-        for i, share in enumerate(shares) for s in range(10)
-    ]  # fmt: skip
+    fixed = {"finished": True, "prediction": "1", "gold": "1", "rule": "text", "tokens": tokens, "text": text}
+    made = []
+    for i, share in enumerate(shares):
+        for sample in range(10):
+            verdict = "correct" if sample < 10 * share else "wrong"
+            key = {"question": f"q{i}", "problem": f"{i} < 1?", "sample": sample}
+            made.append(fixed | key | {"verdict": verdict})
+    return made
 
 
 def results(before, after, **options):
@@ -81,13 +83,10 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
 
 def test_tokens_per_second_leave_out_the_steps_that_compiled_kernels(tmp_path):
     path = make_run(tmp_path / "run", metrics=[2.0, 1.0])
-    Journal(path / "metrics.jsonl").append(
-        {"step": 3, "loss": 1.0, "tokens": 10, "seconds": 90.0, "compiles": True}
-    )
-    assert (
-        "30 tokens in 92 s (10 tokens/s, without steps that compiled kernels)"
-        in write_report(path).read_text()
-    )
+    compiling = {"step": 3, "loss": 1.0, "tokens": 10, "seconds": 90.0, "compiles": True}
+    Journal(path / "metrics.jsonl").append(compiling)
+    page = write_report(path).read_text()
+    assert "30 tokens in 92 s (10 tokens/s, without steps that compiled kernels)" in page
 
 
 def test_plots_are_pngs_of_a_readable_size(tmp_path):
@@ -123,19 +122,16 @@ def test_a_report_of_one_evaluation_shows_right_and_wrong_answers_with_their_mar
         journal.append(row)
     page = write_report(path).read_text()
     assert "google/gemma-3-1b-it, an evaluation" in page
-    assert (
-        "so &lt;b&gt; let me <mark>Double-check</mark>: <b class=box>\\boxed{\\frac{1}{2}}</b> again" in page
-    )
+    marks = "so &lt;b&gt; let me <mark>Double-check</mark>: <b class=box>\\boxed{\\frac{1}{2}}</b> again"
+    assert marks in page
     summaries = re.findall(r"<summary>(.*?) <small>\((.*?)\)</small></summary>", page)
     assert summaries == [
         ("0 &lt; 1?", "3 of 10 right"),
         ("1 &lt; 1?", "10 of 10 right"),
         ("2 &lt; 1?", "0 of 10 right"),
     ]
-    assert [len(re.findall(f"<span class={v}>", page)) for v in ("correct", "wrong")] == [
-        2,
-        2,
-    ]  # one of each, where there is one
+    shown = [len(re.findall(f"<span class={verdict}>", page)) for verdict in ("correct", "wrong")]
+    assert shown == [2, 2]  # one of each per question, if there is one
     assert "40 tokens, ends in a loop" in page
     assert page.count("data:image/png;base64,") == 3  # accuracy, length, accuracy against length
     assert "<b>43.3 %</b>" in page
@@ -154,13 +150,18 @@ def test_a_cell_for_every_figure_is_what_the_result_says():
     assert "accuracy as the paper graded<td>100.0 %" in figures_table({SAMPLES: {"toy": graded}})
 
 
-def test_stages_made_differently_are_not_called_a_difference():
+def test_stages_with_other_settings_are_not_called_a_difference():
     stages = results([0.9] * 8, [0.2] * 8)
     before, after = stages[BEFORE]["toy"], stages[AFTER]["toy"]
     stages[AFTER]["toy"] = Result("toy", after.rows, {"temperature": 1.0})
     (finding,) = findings(stages)
     assert "temperature None and 1.0" in finding and "fell" not in finding
     assert before.accuracy > after.accuracy
+
+
+def test_an_after_that_is_only_half_measured_is_not_called_a_difference(tmp_path):
+    page = write_report(make_run(tmp_path / "half", before=rows([0.5, 0.9]), after=rows([0.5]))).read_text()
+    assert "2 questions before and 1 after" in page and "did not change" not in page and "fell" not in page
 
 
 def test_marks_at_the_start_side_by_side_and_inside_a_box_lose_and_repeat_nothing():

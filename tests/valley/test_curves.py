@@ -4,13 +4,14 @@ import random
 
 import pytest
 
-from kit.valley.curves import Curve, Estimate, Point, comparison_sentence, difference, estimate, findings
+from kit.valley.curves import Curve, Estimate, Point, difference, estimate
+from kit.valley.sentences import comparison_sentence, findings
 
 SIZES = (16, 64, 256, 1_024)
 
 
 def point(size, accuracy, tokens=40.0, *, seeds=3, questions=80, spread=0.0, seed=0):
-    """Every question has four samples, right with the same chance; spread: how far one training lies from the next."""
+    """Draw four samples per question, all right with the same chance. spread: between the seeds' chances."""
     rng = random.Random(f"{size} {accuracy} {seed}")
     names = [f"q{i}" for i in range(questions)]
     shares, lengths = {}, {}
@@ -28,10 +29,18 @@ def curve(accuracies, tokens=(), *, base=0.9, name="long traces", **options):
 
 
 PHRASES = (
-    "does not change beyond chance", "rises from", "falls from", "climbs to", "no recovery", "does not climb back",
-    "still below the base", "cannot be told from the base", "above the base", "valley is crossed",
+    "does not change beyond chance",
+    "rises from",
+    "falls from",
+    "climbs to",
+    "no recovery",
+    "does not climb back",
+    "still below the base",
+    "indistinguishable from the base",
+    "above the base",
+    "valley is crossed",
     "is not known",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -69,7 +78,7 @@ def test_the_sentence_follows_from_the_curve(accuracies, base, shape, phrases, p
 
 
 def test_chance_alone_is_rarely_called_a_change():
-    """The largest of four differences is looked at: an interval for a single one would call every tenth curve a valley."""
+    """With an interval for a single difference, the largest of four would make every tenth curve a valley."""
     called = sum(curve([0.8] * 4, base=0.8, seed=seed, seeds=1).shape != "flat" for seed in range(100))
     assert called <= 9  # 5 % of 100, and two standard deviations
 
@@ -139,7 +148,9 @@ def test_lengths_are_told_as_they_are():
         [60, 80, 120, 200]
     )
     assert "and not shorter again beyond chance: 3.0 times at 1,024" in said([60, 80, 120, 119.99])
-    assert "get longer at no size beyond chance (40 tokens before, at most 40 ± " in said([40, 40, 39, 30])
+    assert "do not get longer beyond chance at any size (40 tokens before, at most 40 ± " in said(
+        [40, 40, 39, 30]
+    )
 
 
 def test_arms_are_compared_at_the_sizes_they_share():
@@ -150,8 +161,8 @@ def test_arms_are_compared_at_the_sizes_they_share():
     assert (
         " and below that of long traces at 1,024 (" in said
         and "256" not in said
-        and "not to be told apart at the others" in said
+        and "indistinguishable at the others" in said
     )
     same = Curve("half", long.base, list(long.points))
-    assert "cannot be told from that of long traces at any size" in comparison_sentence(long, same)
+    assert "indistinguishable from that of long traces at every size" in comparison_sentence(long, same)
     assert findings([long, same])[-1] == comparison_sentence(long, same)

@@ -10,7 +10,7 @@ from kit.valley.error_accumulation import decompose, explain, length_alone
 
 
 def answer(chain: Chain, rng: random.Random, p: float, *, copies: int = 1, box: float = 1.0) -> str:
-    """A chain worked through with a chance p a step, every step said `copies` times (as checks), and the box right so often."""
+    """Work through a chain. p, box: chances of a right step and box. copies: of each step, as checks."""
     steps, value = [], chain.values[0]
     for operator, operand in zip(chain.operators, chain.operands, strict=True):
         true = value + operand if operator == "+" else value - operand
@@ -22,7 +22,7 @@ def answer(chain: Chain, rng: random.Random, p: float, *, copies: int = 1, box: 
 
 
 def results(make, *, seeds=2, questions=60, operands=None):
-    """seed -> a result whose texts are make(chain, rng)."""
+    """Return seed -> a result whose texts are make(chain, rng)."""
     found = {}
     for seed in range(seeds):
         rows = []
@@ -31,8 +31,18 @@ def results(make, *, seeds=2, questions=60, operands=None):
             for sample in range(4):
                 text = make(chain, rng)
                 correct = text.endswith(f"{{{chain.answer}}}")
-                rows.append({"question": str(q), "sample": sample, "problem": chain.problem, "answer": chain.answer, "text": text,
-                             "finished": True, "verdict": "correct" if correct else "wrong", "tokens": len(text)})  # fmt: skip
+                rows.append(
+                    {
+                        "question": str(q),
+                        "sample": sample,
+                        "problem": chain.problem,
+                        "answer": chain.answer,
+                        "text": text,
+                        "finished": True,
+                        "verdict": "correct" if correct else "wrong",
+                        "tokens": len(text),
+                    }
+                )
         found[seed] = Result("toy", tuple(rows))
     return found
 
@@ -63,7 +73,7 @@ def test_what_goes_wrong_with_the_format_is_left_over():
 
 
 def test_longer_answers_by_themselves_are_told_from_worse_steps():
-    """The base model errs in one equation of a hundred; thirty times as many, no worse each, cost what was lost."""
+    """The base model errs in one equation in a hundred. Thirty times as many, no worse each, cost it."""
     base = decompose(0, results(lambda chain, rng: answer(chain, rng, 0.99)))
     longer = decompose(64, results(lambda chain, rng: answer(chain, rng, 0.99**30, copies=30)))
     assert longer.operations.mean == pytest.approx(30 * base.operations.mean)

@@ -22,7 +22,7 @@ from kit.valley.estimate import (
     with_settings,
     write_plan,
 )
-from kit.valley.sweep import FIXED_BATCH, TABLE, Cell, Grid
+from kit.valley.study import FIXED_BATCH, TABLE, Cell, Study
 
 GEMMA, QWEN = "google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct"
 PAPERS = Evaluation.of("math500,aime24,amc23", num_questions=0, num_samples=0, num_slots=16)
@@ -95,7 +95,7 @@ def test_disk_is_weights_and_samples_and_adapters_are_small():
 
 
 def test_the_sum_counts_a_baseline_once_a_model_and_seed_and_says_what_is_assumed(tmp_path):
-    cells = Grid(((GEMMA, ("full", "qlora")),), (8_000, 16_000), seeds=2).cells()
+    cells = Study(((GEMMA, ("full", "qlora")),), (8_000, 16_000), seeds=2).cells()
     memory = {(GEMMA, "full"): planned(), (GEMMA, "qlora"): "gpu_gb is 1 but it needs 9 GiB"}
     plans = plan_cells(cells, memory, evaluation=PAPERS, assumed=ASSUMED)
     text = describe(plans, num_cards=2)
@@ -115,7 +115,7 @@ def test_the_sum_counts_a_baseline_once_a_model_and_seed_and_says_what_is_assume
 def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(
     monkeypatch, tmp_path
 ):
-    cells, told = Grid((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
+    cells, told = Study((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
     found = plan_memory(cells, row_tokens=64, gpu_gb=0, qlora_rank=16, report=told.append)
     assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
     assert "tiny, full: " in told[0] and "(simulated); fits 6 GB" in told[0]
@@ -139,15 +139,17 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
 
 
 def test_one_row_a_step_is_what_the_cell_says_and_leaves_no_control_arm():
-    cells = Grid(((GEMMA, ("full",)), (QWEN, ("full",))), (8_000, 16_000), fixed_batch=8).cells()
+    cells = Study(
+        ((GEMMA, ("full",)), (QWEN, ("full",))), (8_000, 16_000), arms=("long", FIXED_BATCH), batch_traces=8
+    ).cells()
     chosen = {
         (GEMMA, "full"): settings_of(planned(update_in_backward=True, optimizer="adamw8bit"), 1.0),
         (QWEN, "full"): ({}, ""),
     }
     found, told = with_settings(cells, chosen)
     assert [(cell.batch_traces, cell.arm) for cell in found if cell.model == GEMMA] == [
-        (1, "table"),
-        (1, "table"),
+        (1, "long"),
+        (1, "long"),
     ]
     assert [cell for cell in found if cell.model == QWEN] == [cell for cell in cells if cell.model == QWEN]
     assert any(cell.arm == FIXED_BATCH for cell in found)

@@ -1,23 +1,27 @@
-"""Made-up sweeps: curves, sentences and the report's table follow from the samples, and change if these change."""
+"""Made-up studies: curves, sentences and the report follow from the samples, and change if these change."""
 
 import json
 import random
 
 import pytest
 
-from kit.report.sweep import write_report
+from kit.report.valley import write_report
 from kit.run import Journal
-from kit.valley.finished import Sweep, curves_of, length_benchmark, sentences
+from kit.valley.finished import StudyResults, write_study
 from kit.valley.jobs import DONE, FAILED
-from kit.valley.sweep import FIXED_BATCH, Grid, rl_name, write_sweep
+from kit.valley.sentences import sentences
+from kit.valley.study import FIXED_BATCH, Cell, Study
 
 GEMMA = "google/gemma-3-1b-it"
 QUESTIONS = {"math500": 60, "aime24": 12}
 
 
 def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=True, luck=None):
-    """Two samples a question of both benchmarks, right with the same chance, or a chance a benchmark. luck: of its own unless
-    given, the same wherever the sweep lies."""
+    """Write two samples per question of both benchmarks.
+
+    accuracy: the chance that one is right, or benchmark -> chance. luck: seeds the draw; by default the
+    folder's name does.
+    """
     for name, count in QUESTIONS.items():
         level = accuracy[name] if isinstance(accuracy, dict) else accuracy
         rng = random.Random(f"{luck or '/'.join(folder.parts[-3:])} {name}")
@@ -27,13 +31,20 @@ def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=T
             for sample in range(2):
                 verdict = "correct" if rng.random() < level else "wrong"
                 length = tokens if name == "math500" else 9_999
-                journal.append({"question": f"q{i}", "sample": sample, "verdict": verdict, "tokens": length, "finished": finished,
-                                "text": "x", "prediction": "1", "answer": "1"})  # fmt: skip
+                row = {
+                    "question": f"q{i}",
+                    "problem": f"{i}+1?",
+                    "answer": "1",
+                    "sample": sample,
+                    "text": "x",
+                }
+                row |= {"verdict": verdict, "prediction": "1", "tokens": length, "finished": finished}
+                journal.append(row)
 
 
-def make_sweep(path, grid, accuracies, *, base=0.5, skip=(), failed=(), tokens=600, rl=None, **samples):
-    """accuracies: of a method and arm, a level a size."""
-    outcomes, cells = Journal(path / "jobs.jsonl"), grid.cells()
+def make_study(path, study, accuracies, *, base=0.5, skip=(), failed=(), tokens=600, rl=None, **samples):
+    """Write the runs of a study. accuracies: (method, arm) -> a level per size."""
+    outcomes, cells = Journal(path / "jobs.jsonl"), study.cells()
 
     def ended(name, status=DONE, **fields):
         outcomes.append(
@@ -41,14 +52,14 @@ def make_sweep(path, grid, accuracies, *, base=0.5, skip=(), failed=(), tokens=6
         )
 
     for cell in cells:
-        write = path / "baselines" / cell.baseline / "samples"
+        write = path / "cells" / cell.baseline / "samples"
         if not write.exists():
             write_samples(write, base, seed=cell.seed)
-            ended(f"baseline {cell.baseline}")
+            ended(cell.baseline)
         if cell.name in failed:
-            ended(f"cell {cell.name}", FAILED, error="ValueError: <too long>", tail=["a < b"], log="log.txt")
+            ended(cell.name, FAILED, error="ValueError: <too long>", tail=["a < b"], log="log.txt")
         elif cell.name not in skip:
-            level = accuracies[cell.method, cell.arm][grid.sizes.index(cell.num_traces)]
+            level = accuracies[cell.method, cell.arm][study.sizes.index(cell.num_traces)]
             write_samples(
                 path / "cells" / cell.name / "after", level, seed=cell.seed, tokens=tokens, **samples
             )
@@ -56,21 +67,23 @@ def make_sweep(path, grid, accuracies, *, base=0.5, skip=(), failed=(), tokens=6
                 Journal(path / "cells" / cell.name / "metrics.jsonl").append(
                     {"step": step, "seconds": 1_800.0}
                 )
-            ended(f"cell {cell.name}")
+            ended(cell.name)
     for size, level in (rl or {}).items():
-        name = rl_name(cells[0].model, cells[0].method, size, 0)
+        starts = [cell for cell in cells if cell.num_traces == size] or [Cell.of_base(cells[0].model, 0)]
+        run = path / "rl" / starts[0].name
         for stage, share in (("before", 0.3), ("after", level)):
-            write_samples(path / "rl" / name / stage, share, luck="the same")
-        ended(f"rl {name}")
-    write_sweep(path, cells, ["lr 1 (paper: 2)"], list(rl or {}))
+            write_samples(run / stage, share, luck="the same")
+        Journal(run / "metrics.jsonl").append({"step": 1, "reward_mean": 0.5})
+        ended(f"rl {starts[0].name}")
+    write_study(path, cells, ["lr 1 (paper: 2)"])
     return path
 
 
-def grid(*methods, sizes=(8_000, 32_000, 220_000), **options):
-    return Grid(((GEMMA, methods or ("full",)),), sizes, **options)
+def study(*methods, sizes=(8_000, 32_000, 220_000), **options):
+    return Study(((GEMMA, methods or ("full",)),), sizes, **options)
 
 
-TABLE = ("full", "table")
+TABLE = ("full", "long")
 
 
 @pytest.mark.parametrize(
@@ -89,17 +102,18 @@ TABLE = ("full", "table")
     ],
 )
 def test_the_sentence_follows_from_made_up_results(levels, base, phrases, absent, tmp_path):
-    path = make_sweep(tmp_path, grid(), {TABLE: levels}, base=base)
-    said = sentences(Sweep.read(path))
-    assert said[0].startswith("Gemma-3-1b-it, full fine-tuning: accuracy ")
+    path = make_study(tmp_path, study(), {TABLE: levels}, base=base)
+    said = sentences(StudyResults.read(path))
+    assert said[0].startswith("Gemma-3-1b-it, long traces: accuracy ")
     assert all(phrase in said[0] for phrase in phrases) and not any(phrase in said[0] for phrase in absent)
 
 
 def test_accuracy_is_the_unweighted_mean_of_the_benchmarks_and_length_is_math500s(tmp_path):
-    path = make_sweep(
-        tmp_path, grid(sizes=(8_000,)), {TABLE: [{"math500": 1.0, "aime24": 0.0}]}, base=0.0, tokens=1_200
+    path = make_study(
+        tmp_path, study(sizes=(8_000,)), {TABLE: [{"math500": 1.0, "aime24": 0.0}]}, base=0.0, tokens=1_200
     )
-    (curve,), refused = curves_of(Sweep.read(path), GEMMA)
+    results = StudyResults.read(path)
+    (curve,), (_, refused) = results.curves(GEMMA), results.points(GEMMA)
     assert refused == []
     assert curve.points[0].accuracy.mean == 0.5  # not 60 / 72, the share of the questions
     assert curve.changes()[0].mean == 0.5
@@ -110,84 +124,94 @@ def test_accuracy_is_the_unweighted_mean_of_the_benchmarks_and_length_is_math500
 def test_arms_and_methods_are_curves_of_their_own_compared_with_the_first(tmp_path):
     levels = {
         TABLE: [0.1, 0.5],
-        ("qlora", "table"): [0.9, 0.5],
+        ("qlora", "long"): [0.9, 0.5],
         ("full", "fixed"): [0.1, 0.1],
         ("qlora", "fixed"): [0.1, 0.1],
     }
-    path = make_sweep(tmp_path, grid("full", "qlora", sizes=(8_000, 32_000), fixed_batch=8), levels, base=0.9)
-    curves, _ = curves_of(Sweep.read(path), GEMMA)
+    path = make_study(
+        tmp_path,
+        study("full", "qlora", sizes=(8_000, 32_000), arms=("long", "fixed"), batch_traces=8),
+        levels,
+        base=0.9,
+    )
+    curves = StudyResults.read(path).curves(GEMMA)
     assert [(curve.name, [point.num_traces for point in curve.points]) for curve in curves] == [
-        ("gemma-3-1b-it, full fine-tuning", [8_000, 32_000]),
-        ("gemma-3-1b-it, full fine-tuning, batch 8 throughout", [32_000]),
-        ("gemma-3-1b-it, QLoRA", [8_000, 32_000]),
-        ("gemma-3-1b-it, QLoRA, batch 8 throughout", [32_000]),
+        ("gemma-3-1b-it, long traces", [8_000, 32_000]),
+        ("gemma-3-1b-it, long traces, one batch size", [32_000]),
+        ("gemma-3-1b-it, long traces, QLoRA", [8_000, 32_000]),
+        ("gemma-3-1b-it, long traces, one batch size, QLoRA", [32_000]),
     ]
-    said = "\n".join(sentences(Sweep.read(path)))
-    assert "QLoRA: accuracy is above that of gemma-3-1b-it, full fine-tuning at 8,000" in said
-    assert "batch 8 throughout: accuracy is below that of gemma-3-1b-it, full fine-tuning at 32,000" in said
+    said = "\n".join(sentences(StudyResults.read(path)))
+    assert "QLoRA: accuracy is above that of gemma-3-1b-it, long traces at 8,000" in said
+    assert "one batch size: accuracy is below that of gemma-3-1b-it, long traces at 32,000" in said
 
 
 def test_seeds_are_paired_with_their_own_baseline_and_widen_the_interval(tmp_path):
-    one = make_sweep(tmp_path / "one", grid(sizes=(8_000,)), {TABLE: [0.2]}, base=0.6)
-    three = make_sweep(tmp_path / "three", grid(sizes=(8_000,), seeds=3), {TABLE: [0.2]}, base=0.6)
-    (single,), _ = curves_of(Sweep.read(one), GEMMA)
-    (several,), _ = curves_of(Sweep.read(three), GEMMA)
+    one = make_study(tmp_path / "one", study(sizes=(8_000,)), {TABLE: [0.2]}, base=0.6)
+    three = make_study(tmp_path / "three", study(sizes=(8_000,), seeds=3), {TABLE: [0.2]}, base=0.6)
+    (single,) = StudyResults.read(one).curves(GEMMA)
+    (several,) = StudyResults.read(three).curves(GEMMA)
     assert set(several.points[0].shares) == set(several.base.shares) == {0, 1, 2}
     assert several.changes()[0].below_zero() and single.changes()[0].below_zero()
 
 
 def test_a_cell_that_was_measured_otherwise_is_left_out_and_said_so(tmp_path):
-    path = make_sweep(tmp_path, grid(sizes=(8_000,)), {TABLE: [0.2]}, header={"prompt": "another"}.items())
-    curves, refused = curves_of(Sweep.read(path), GEMMA)
-    assert curves[0].points == [] and "x" not in sentences(Sweep.read(path))
+    path = make_study(tmp_path, study(sizes=(8_000,)), {TABLE: [0.2]}, header={"prompt": "another"}.items())
+    results = StudyResults.read(path)
+    refused = results.points(GEMMA)[1]
+    assert results.curves(GEMMA) == [] and "x" not in sentences(StudyResults.read(path))
     assert "gemma-3-1b-it-full-8000-seed0 is left out" in refused[0] and "prompt" in refused[0]
     assert "is left out" in write_report(path).read_text()
 
 
 def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and_what_is_missing(tmp_path):
-    cells = [cell.name for cell in grid(fixed_batch=8).cells()]
-    path = make_sweep(
-        tmp_path, grid(fixed_batch=8), {TABLE: [0.05, 0.2, 0.4], ("full", FIXED_BATCH): [0, 0.1, 0.1]}, base=0.24,
-        failed=[cells[1]], skip=[cells[3]],
-    )  # fmt: skip
+    two_arms = study(arms=("long", FIXED_BATCH), batch_traces=8)
+    cells = [cell.name for cell in two_arms.cells()]
+    levels = {TABLE: [0.05, 0.2, 0.4], ("full", FIXED_BATCH): [0, 0.1, 0.1]}
+    path = make_study(tmp_path, two_arms, levels, base=0.24, failed=[cells[1]], skip=[cells[3]])
     (path / "config.json").write_text(json.dumps({"lr": 5e-5}))
     page = write_report(path).read_text()
     assert "3 of 5 cells are done, 1 failed, 1 have not ended yet." in page
     rows = {tuple(row.split("<td>")[2:4]): row for row in page.split("<tr>") if row.startswith("<td>gemma")}
     assert "<td>24<td>" in rows["base model", "0"]
-    assert "<td>about a quarter of its 24<td>" in rows["full fine-tuning", "8,000"]
-    assert "<td>15<td>" in rows["full fine-tuning", "220,000"]
-    assert "<td>1.00<td>" in rows["full fine-tuning", "220,000"]  # two steps of half an hour
-    assert "<td>8<td>" in rows["full fine-tuning, batch 8 throughout", "220,000"]
-    assert "seed 0: FAILED" in rows["full fine-tuning", "32,000"] and page.count("FAILED") == 1
+    assert "<td>about a quarter of its 24<td>" in rows["long traces", "8,000"]
+    assert "<td>15<td>" in rows["long traces", "220,000"]
+    assert "<td>1.00<td>" in rows["long traces", "220,000"]  # two steps of half an hour
+    assert "<td>8<td>" in rows["long traces, one batch size", "220,000"]
+    assert "seed 0: FAILED" in rows["long traces", "32,000"] and page.count("FAILED") == 1
     assert (
-        "not ended yet" in rows["full fine-tuning, batch 8 throughout", "32,000"]
+        "not ended yet" in rows["long traces, one batch size", "32,000"]
         and page.count("seed 0: not ended yet") == 1
     )
     assert (
-        f"<h3>cell {cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page
-        and "a &lt; b" in page
+        f"<h3>{cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page and "a &lt; b" in page
     )
     assert "<li>lr 1 (paper: 2)" in page
     assert page.count("data:image/png;base64,") == 1 and "http" not in page
     assert (path / "gemma-3-1b-it.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_report_of_a_sweep_that_has_only_begun_can_be_written(tmp_path):
-    write_sweep(tmp_path, grid().cells(), [], [])
+def test_a_report_of_a_study_that_has_only_begun_can_be_written_and_a_folder_without_one_is_refused(tmp_path):
+    write_study(tmp_path, study().cells(), [])
     assert "0 of 3 cells are done" in write_report(tmp_path).read_text()
-    assert sentences(Sweep.read(tmp_path)) == [] and length_benchmark(Sweep.read(tmp_path)) == "math500"
+    results = StudyResults.read(tmp_path)
+    assert sentences(results) == [] and results.length_benchmark == "math500"
+    assert results.cells == study().cells()
+    with pytest.raises(ValueError, match="holds no study"):
+        write_report(tmp_path / "other")
 
 
-def test_reinforcement_learning_is_compared_with_that_from_the_untouched_model(tmp_path):
+def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_path):
     def said(levels):
-        path = make_sweep(tmp_path / str(levels), grid(), {TABLE: [0.1, 0.5, 0.5]}, rl=levels)
-        assert "<h2>Reinforcement learning</h2>" in write_report(path).read_text()
-        return [line for line in sentences(Sweep.read(path)) if "reinforcement" in line]
+        path = make_study(tmp_path / str(levels), study(), {TABLE: [0.1, 0.5, 0.5]}, rl=levels)
+        page = write_report(path).read_text()
+        assert "<h2>Reinforcement learning</h2>" in page and page.count("data:image/png;base64,") == 2
+        return [line for line in sentences(StudyResults.read(path)) if "reinforcement" in line]
 
-    below, above = said({0: 0.5, 8_000: 0.1, 220_000: 0.95})
-    assert "after 8,000 traces ends below that from the base model" in below
-    assert "after 220,000 traces ends above that" in above
-    (alike,) = said({0: 0.5, 8_000: 0.5})
-    assert "after 8,000 traces cannot be told from that" in alike
-    assert said({8_000: 0.5}) == []  # nothing to compare with
+    base, below, above = said({0: 0.5, 8_000: 0.1, 220_000: 0.95})
+    assert "from the base model: accuracy rises" in base and "ends" not in base
+    assert "from 8,000 traces: accuracy falls" in below and "it ends below the base model (-" in below
+    assert "from 220,000 traces: accuracy rises" in above and "it ends above the base model (+" in above
+    _, alike = said({0: 0.5, 8_000: 0.5})
+    assert "it is not known whether it ends above or below the base model" in alike
+    assert "ends" not in said({8_000: 0.5})[0]  # nothing to compare with

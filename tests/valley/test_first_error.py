@@ -3,7 +3,7 @@ import random
 import pytest
 
 from kit.data.toy import long_trace, make_chain, read_chain, short_trace
-from kit.valley.first_error import CAUSES, dissect
+from kit.valley.first_error import CAUSES, STEPWISE, dissect, dissect_arithmetic
 
 PROBLEM = "7+5-3?"  # 7+5=12;12-3=9
 CHAINS = [make_chain(random.Random(seed), 2 + seed % 7) for seed in range(100)]
@@ -12,7 +12,7 @@ CHAINS = [make_chain(random.Random(seed), 2 + seed % 7) for seed in range(100)]
 def test_a_problem_is_read_back_as_the_chain_it_was_made_from():
     assert [read_chain(chain.problem) for chain in CHAINS] == CHAINS
     for text in ("7+5-3", "7+", "12+5?", "7*5?", ""):
-        with pytest.raises(ValueError, match="no problem of the toy"):
+        with pytest.raises(ValueError, match="is not a problem of the toy"):
             read_chain(text)
 
 
@@ -53,7 +53,8 @@ def test_nothing_is_wrong_in_a_trace_to_learn_from_and_its_checks_and_correction
     [
         ("7+5=12;12-3=9.\\boxed{9}", "", 2, []),
         (
-            "<think>7+5=12, recheck: 12-5=7 ok;12-3=8, recheck: 8+3=11, no: 12-3=9, 9+3=12 ok</think>\\boxed{9}",
+            "<think>7+5=12, recheck: 12-5=7 ok;12-3=8, recheck: 8+3=11, no: 12-3=9, 9+3=12 ok</think>"
+            "\\boxed{9}",
             "",
             2,
             [],
@@ -87,3 +88,16 @@ def test_an_answer_that_is_cut_off_is_called_so_only_where_nothing_was_wrong_bef
     assert dissect(PROBLEM, "", finished=False).cause == "cut off"
     assert dissect(PROBLEM, "7+5=13;13-", finished=False).cause == "a sum is wrong"
     assert dissect(PROBLEM, "7+5=12;" + "ok" * 200, finished=False).looping
+
+
+def test_an_arithmetic_answer_is_checked_equation_by_equation():
+    problem = "Compute the answer to this arithmetic expression: 6*7+8-5"
+    right = dissect_arithmetic(problem, "6*7 = 42, then 42+8=50 and 50-5=45: \\boxed{45}", finished=True)
+    assert (right.cause, right.right_steps, right.num_steps, right.num_operations) == ("", 3, 3, 3)
+    text = "6*7=42. 42+8=51. 51-5=46"
+    wrong = dissect_arithmetic(problem, text, finished=False)
+    assert (wrong.cause, wrong.right_steps, wrong.num_false) == ("a sum is wrong", 1, 1)
+    assert [text[start:end] for start, end in wrong.wrong] == ["42+8=51"]
+    assert dissect_arithmetic(problem, "45", finished=True).cause == "no steps"
+    assert dissect_arithmetic(problem, "6*7=42", finished=False).cause == "cut off"
+    assert STEPWISE == {"toy": dissect, "arithmetic": dissect_arithmetic}

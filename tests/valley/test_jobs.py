@@ -1,18 +1,29 @@
-"""Real processes of small recipes: what fails is told, the rest goes on, what is killed resumes, no process outlives a sweep."""
+"""Real processes of small recipes: failures are reported, killed runs resume, no process outlives a study."""
 
 import json
 import os
+import platform
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from children import call, wait
 
-from kit.valley.jobs import DONE, FAILED, TAIL, Job, places, read_outcomes, reason, run_jobs
+from kit.valley.jobs import (
+    DONE,
+    FAILED,
+    KEEP_FREED_MEMORY,
+    TAIL,
+    Job,
+    Worker,
+    read_outcomes,
+    reason,
+    run_jobs,
+    workers_of,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
 import os, signal, sys, time
 from dataclasses import dataclass
@@ -30,11 +41,16 @@ class Config:
 
 SMOKE = {}
 
+def threads():
+    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else "any"
+
 def main(config):
     out = Path(config.out)
     (out / "config.json").write_text("{}")
     with (out.parent / "starts").open("a") as file:
-        file.write(f"{out.name} {config.resume} {config.switch} {config.text!r} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+        card = os.environ.get("CUDA_VISIBLE_DEVICES")
+        file.write(f"{out.name} {config.resume} {config.switch} {config.text!r} {card}\\n")
+    (out / "process").write_text(f"{os.getpid()} {threads()}")
     for i in range(30):
         print(f"line {i}", flush=True)
     while config.wait_for and not Path(config.wait_for).exists():
@@ -49,6 +65,12 @@ def main(config):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """Start the process that children are forked from before a small recipe does, for tests/children.py."""
+    forkserver.ensure_running()
+
+
 @pytest.fixture
 def recipe(tmp_path):
     file = tmp_path / "small_recipe.py"
@@ -60,24 +82,35 @@ def job(recipe, name, *, needs=(), problem="", **settings):
     return Job(name, recipe, settings, recipe.parent / "runs" / name, tuple(needs), problem=problem)
 
 
-def run(jobs, path, slots=({},)):
-    return {outcome.job: outcome for outcome in run_jobs(jobs, path, slots)}
+ONE = (Worker(),)
+
+
+def run(jobs, path, workers=ONE):
+    return {outcome.job: outcome for outcome in run_jobs(jobs, path, workers)}
 
 
 def starts(recipe):
     return (recipe.parent / "runs" / "starts").read_text().splitlines()
 
 
-def test_a_failure_is_told_with_its_reason_and_the_end_of_its_log_and_the_others_go_on(recipe, tmp_path):
+def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_others_go_on(recipe, tmp_path):
     jobs = [
-        job(recipe, "bad", fail="rows are\nlonger than 7"), job(recipe, "killed", fail="signal"),
-        job(recipe, "left", fail="exit"), job(recipe, "needs-bad", needs=["bad"]),
-        job(recipe, "too-large", problem="it needs 99 GiB"), job(recipe, "good", switch=False, text="--odd= name"),
-    ]  # fmt: skip
+        job(recipe, "bad", fail="rows are\nlonger than 7"),
+        job(recipe, "killed", fail="signal"),
+        job(recipe, "left", fail="exit"),
+        job(recipe, "needs-bad", needs=["bad"]),
+        job(recipe, "too-large", problem="it needs 99 GiB"),
+        job(recipe, "good", switch=False, text="--odd= name"),
+    ]
     found = run(jobs, tmp_path)
     assert {name: outcome.status for name, outcome in found.items()} == {
-        "bad": FAILED, "killed": FAILED, "left": FAILED, "needs-bad": FAILED, "too-large": FAILED, "good": DONE,
-    }  # fmt: skip
+        "bad": FAILED,
+        "killed": FAILED,
+        "left": FAILED,
+        "needs-bad": FAILED,
+        "too-large": FAILED,
+        "good": DONE,
+    }
     assert found["bad"].error == "ValueError: rows are longer than 7"
     assert len(found["bad"].tail) == TAIL and found["bad"].tail[-1] == "longer than 7"
     assert found["killed"].error.startswith("ended by SIGKILL")
@@ -90,75 +123,125 @@ def test_a_failure_is_told_with_its_reason_and_the_end_of_its_log_and_the_others
     assert read_outcomes(tmp_path) == found
 
 
-def test_a_resumed_sweep_starts_only_what_is_not_done_and_what_needs_it(recipe, tmp_path):
+def test_a_resumed_study_starts_only_what_is_not_done_and_what_needs_it(recipe, tmp_path):
     jobs = [job(recipe, "good"), job(recipe, "bad", fail="once"), job(recipe, "after", needs=["bad"])]
     assert run(jobs, tmp_path)["after"].status == FAILED
     again = run(jobs, tmp_path)
     assert {name: outcome.status for name, outcome in again.items()} == {"bad": DONE, "after": DONE}
     assert [line.split()[:2] for line in starts(recipe)] == [
-        ["good", "False"], ["bad", "False"], ["bad", "True"], ["after", "False"],
-    ]  # fmt: skip
+        ["good", "False"],
+        ["bad", "False"],
+        ["bad", "True"],
+        ["after", "False"],
+    ]
     assert {outcome.status for outcome in read_outcomes(tmp_path).values()} == {DONE}
     assert run(jobs, tmp_path) == {}
 
 
-def test_as_many_run_at_once_as_there_are_places_each_on_its_own_card(recipe, tmp_path):
+def test_what_needs_a_run_that_is_neither_here_nor_done_is_not_waited_for(recipe, tmp_path):
+    found = run([job(recipe, "after", needs=["bad"])], tmp_path)
+    assert found["after"].error == "not started: it needs bad, which failed"
+
+
+def test_as_many_run_at_once_as_there_are_cards_each_on_its_own(recipe, tmp_path):
     runs = tmp_path / "runs"
     jobs = [
-        job(recipe, "a", wait_for=str(runs / "b" / "config.json")), job(recipe, "b", wait_for=str(runs / "a" / "config.json")),
+        job(recipe, "a", wait_for=str(runs / "b" / "config.json")),
+        job(recipe, "b", wait_for=str(runs / "a" / "config.json")),
         job(recipe, "c", needs=["a", "b"]),
-    ]  # fmt: skip
-    assert {outcome.status for outcome in run(jobs, tmp_path, places("cuda", "0, 3", 1)).values()} == {DONE}
+    ]
+    outcomes = run(jobs, tmp_path, workers_of("cuda", "0, 3", 0))
+    assert {outcome.status for outcome in outcomes.values()} == {DONE}
     assert {line.split()[-1] for line in starts(recipe)[:2]} == {"0", "3"}
     assert starts(recipe)[2].startswith("c ")
 
 
-def test_places_are_cards_or_processes_and_never_both(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert places("cuda", "", 1) == [{}] and len(places("cuda", "0,1,2", 1)) == 3
-    assert places("cpu", "", 1) == [{}] and len(places("cpu", "", 2)) == 2
-    assert int(places("cpu", "", 2)[0]["OMP_NUM_THREADS"]) == max(1, os.cpu_count() // 2)
+def test_every_run_on_a_cpu_has_a_process_and_one_thread_of_its_own(recipe, tmp_path):
+    jobs = [job(recipe, name) for name in "abc"]
+    assert {outcome.status for outcome in run(jobs, tmp_path, [Worker()] * 2).values()} == {DONE}
+    found = [(tmp_path / "runs" / name / "process").read_text().split() for name in "abc"]
+    assert {threads for _, threads in found} == {"1"}
+    assert len({process for process, _ in found} - {str(os.getpid())}) == 3
+
+
+def test_workers_are_cards_or_cores_and_never_both():
+    assert workers_of("cuda", "", 0) == [Worker(True)] and len(workers_of("cuda", "0,1,2", 0)) == 3
+    assert len(workers_of("cpu", "", 0)) == os.cpu_count() and len(workers_of("cpu", "", 2)) == 2
     for arguments, message in (
         (("cuda", "", 2), "workers is 2"),
         (("cpu", "0", 1), "gpus is '0'"),
-        (("cpu", "", 0), "workers is 0"),
+        (("cpu", "", -1), "workers is -1"),
     ):
         with pytest.raises(ValueError, match=message):
-            places(*arguments)
+            workers_of(*arguments)
 
 
-SWEEP = """
-import sys
+MEMORY = """
+import json, os, resource
+from dataclasses import dataclass
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_jobs import job, run
-recipe = Path({recipe!r})
-run([job(recipe, "first"), job(recipe, "second", wait_for={wait!r})], recipe.parent)
+import torch
+
+@dataclass(frozen=True)
+class Config:
+    out: str = ""  # folder
+
+SMOKE = {}
+
+def main(config):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        torch.ones(2**22)  # a block of 16 MiB, used and freed
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    found = {"pages": faults * resource.getpagesize() / 2**24, "environment": dict(os.environ)}
+    (Path(config.out) / "found.json").write_text(json.dumps(found))
 """
 
 
-def test_a_sweep_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(recipe, tmp_path):
-    code = SWEEP.format(tests=str(Path(__file__).parent), recipe=str(recipe), wait=str(tmp_path / "go"))
-    sweep = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    )
-    alive = tmp_path / "runs" / "second" / "alive"
+def run_one(recipe, folder):
+    os.environ["MALLOC_TOP_PAD_"] = str(2**27)
+    before = dict(os.environ)
+    run([Job("memory", Path(recipe), {}, Path(folder))], Path(folder))
+    assert dict(os.environ) == before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these settings are glibc's")
+def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path):
+    recipe = tmp_path / "memory_recipe.py"
+    recipe.write_text(MEMORY)
+    wait(
+        call(__file__, "run_one", str(recipe), str(tmp_path))
+    )  # in a process whose server has not been started
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["pages"] < 4  # of 40 blocks
+    assert found["environment"]["MALLOC_TOP_PAD_"] == str(2**27)
+    assert not {*found["environment"]} & {*KEEP_FREED_MEMORY} - {"MALLOC_TOP_PAD_"}
+
+
+def run_two(recipe, go):
+    recipe = Path(recipe)
+    run([job(recipe, "first"), job(recipe, "second", wait_for=go)], recipe.parent)
+
+
+def test_a_study_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(recipe, tmp_path):
+    go, alive = tmp_path / "go", tmp_path / "runs" / "second" / "alive"
+    study = call(__file__, "run_two", str(recipe), str(go))
     while not alive.exists():
-        assert sweep.poll() is None
+        assert study.poll() is None, study.stderr
         time.sleep(0.01)
-    sweep.send_signal(signal.SIGKILL)
-    assert sweep.wait() == -signal.SIGKILL
+    study.kill()
+    assert study.returncode == -signal.SIGKILL
     before = None
-    for _ in range(200):  # the orphan sees the end of its input; until then it goes on writing
+    for _ in range(200):  # the orphan sees that its parent is gone; until then it goes on writing
         before, seen = alive.read_text(), before
         if before == seen:
             break
         time.sleep(0.1)
     time.sleep(0.3)
-    assert alive.read_text() == before, "the run outlived its sweep"
+    assert alive.read_text() == before, "the run outlived its study"
     assert list(read_outcomes(tmp_path)) == ["first"]
-    (tmp_path / "go").touch()
-    again = run([job(recipe, "first"), job(recipe, "second", wait_for=str(tmp_path / "go"))], tmp_path)
+    go.touch()
+    again = run([job(recipe, "first"), job(recipe, "second", wait_for=str(go))], tmp_path)
     assert {name: outcome.status for name, outcome in again.items()} == {"second": DONE}
     assert [line.split()[:2] for line in starts(recipe)] == [
         ["first", "False"],
@@ -167,9 +250,9 @@ def test_a_sweep_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(reci
     ]
 
 
-def test_leaving_a_sweep_early_ends_its_processes(recipe, tmp_path):
+def test_leaving_a_study_early_ends_its_processes(recipe, tmp_path):
     jobs = [job(recipe, "first"), job(recipe, "second", wait_for=str(tmp_path / "never"))]
-    outcomes = run_jobs(jobs, tmp_path, [{}, {}])
+    outcomes = run_jobs(jobs, tmp_path, [Worker()] * 2)
     assert next(outcomes).job == "first"
     alive = tmp_path / "runs" / "second" / "alive"
     while not alive.exists():
@@ -186,15 +269,31 @@ def test_leaving_a_sweep_early_ends_its_processes(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("status", "lines", "expected"),
     [
-        (1, ["Traceback (most recent call last):", "  x = 1", "torch.OutOfMemoryError: CUDA out of", " memory"],
-         "torch.OutOfMemoryError: CUDA out of memory"),
+        (
+            1,
+            [
+                "Traceback (most recent call last):",
+                "  x = 1",
+                "torch.OutOfMemoryError: CUDA out of",
+                " memory",
+            ],
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
         (2, ["settings", "error: there is no --modle"], "error: there is no --modle"),
-        (1, ["KeyError: 'a'", "During handling of the above exception, another exception occurred:", "ValueError: b", "ok"],
-         "ValueError: b ok"),
+        (
+            1,
+            [
+                "KeyError: 'a'",
+                "During handling of the above exception, another exception occurred:",
+                "ValueError: b",
+                "ok",
+            ],
+            "ValueError: b ok",
+        ),
         (1, ["one", "two", "three", "four"], "two three four"),
         (7, [], "it ended with status 7 and said nothing"),
         (-signal.SIGTERM, ["ValueError: x"], "ended by SIGTERM"),
     ],
-)  # fmt: skip
+)
 def test_the_reason_is_the_message_a_log_ends_with(status, lines, expected):
     assert reason(status, lines) == expected

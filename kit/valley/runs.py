@@ -1,0 +1,185 @@
+"""Run a study: each base model, each cell and each start of reinforcement learning is a run of a recipe."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from tqdm import tqdm
+
+from kit.evaluate.results import read_results
+from kit.run import AFTER, SAMPLES
+from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
+from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
+from kit.valley.sentences import sentences
+from kit.valley.study import ARMS, BASE, QLORA, Cell, Study
+
+LOWEST, MOST = "lowest", "most"  # starts of reinforcement learning that the results name
+RL_SEED = (
+    1_000  # + the cell's: the lowest of several points is in part bad luck, so its questions are sampled anew
+)
+REPORT_EVERY = 60.0  # seconds, at least, between two reports of an unfinished study
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """The recipes that a study runs, and their settings other than those that follow from a cell."""
+
+    folder: Path  # recipes/
+    evaluate: dict  # of evaluate.py
+    finetune: Callable[[Cell], dict]  # of gemma3_1b_8k.py; raises ValueError for a cell that cannot be run
+    reinforce: Callable[[Cell], dict]  # of grpo_qwen2_5_0_5b.py, for this start
+    qlora_rank: int = 0
+    rl_flags: tuple[str, ...] = ()  # further flags of grpo_qwen2_5_0_5b.py, as typed
+
+    def rank(self, cell: Cell) -> int:
+        return self.qlora_rank if cell.method == QLORA else 0
+
+
+def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
+    """Return the runs of the cells, each preceded by that of its base model. path: the study's folder."""
+    found: dict[str, Job] = {}
+    for cell in cells:
+        baseline, common = path / CELLS / cell.baseline, {"model": cell.model, "seed": cell.seed}
+        recipe = recipes.folder / "evaluate.py"
+        found.setdefault(cell.baseline, Job(cell.baseline, recipe, recipes.evaluate | common, baseline))
+
+        settings, problem = {}, ""
+        try:
+            settings = recipes.finetune(cell)
+        except ValueError as error:
+            problem = str(error)
+        settings = (
+            settings
+            | common
+            | {
+                "num_traces": cell.num_traces,
+                "epochs": cell.epochs,
+                "batch_traces": cell.batch_traces,
+                "long_share": ARMS[cell.arm].long_share,
+                "qlora_rank": recipes.rank(cell),
+                "baseline": str(baseline),
+            }
+        )
+        recipe, folder = recipes.folder / "gemma3_1b_8k.py", path / CELLS / cell.name
+        found[cell.name] = Job(cell.name, recipe, settings, folder, (cell.baseline,), problem=problem)
+    return list(found.values())
+
+
+def rl_jobs(starts: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
+    """Return the runs of reinforcement learning from these starts."""
+    found = []
+    for start in starts:
+        if start.arm == BASE:
+            settings, needs = {"model": start.model, "qlora_rank": recipes.rank(start)}, ()
+        else:  # adapters are trained on as they are
+            settings, needs = {"model": str(path / CELLS / start.name / "model")}, (start.name,)
+        settings = recipes.reinforce(start) | settings | {"seed": RL_SEED + start.seed}
+        recipe, folder = recipes.folder / "grpo_qwen2_5_0_5b.py", path / RL / start.name
+        found.append(Job(rl_name(start), recipe, settings, folder, needs, recipes.rl_flags))
+    return found
+
+
+def check_steps(jobs: Sequence[Job]) -> None:
+    """Raise ValueError if a start was trained for another number of steps: one report must not mix them."""
+    for job in jobs:
+        stored, steps = job.folder / "config.json", job.settings.get("steps")
+        before = json.loads(stored.read_text(encoding="utf-8"))["steps"] if stored.is_file() else steps
+        if steps not in (None, before):
+            raise ValueError(
+                f"rl_steps is {steps} but {job.folder} was trained for {before}; pass that, or another --out"
+            )
+
+
+def rl_starts(results: StudyResults, words: Sequence[str], models: Sequence[str]) -> list[Cell]:
+    """Return the starts of reinforcement learning for these models: all seeds of the sizes that words name.
+
+    words: numbers of traces of the study's first arm (0 = the base model), LOWEST and MOST. These two are the
+    finished size with the lowest mean accuracy and the largest finished size; if nothing is finished they
+    name no start.
+    """
+    first_arm, found = results.cells[0].arm, []
+    pairs = dict.fromkeys((cell.model, cell.method) for cell in results.cells if cell.model in models)
+    for model, method in pairs:
+        wanted = (model, method, first_arm)
+        cells = [cell for cell in results.cells if (cell.model, cell.method, cell.arm) == wanted]
+        accuracies: dict[int, list[float]] = {}
+        for done in results.finished:
+            if done.cell in cells:
+                accuracies.setdefault(done.cell.num_traces, []).append(done.accuracy)
+
+        means = {size: fmean(values) for size, values in accuracies.items()}
+        named = {LOWEST: min(means, key=means.get), MOST: max(means)} if means else {}
+        sizes = {named.get(word) if word in (LOWEST, MOST) else int(word) for word in words}
+        if 0 in sizes:
+            found += [Cell.of_base(model, seed, method) for seed in sorted({cell.seed for cell in cells})]
+        starts = [cell for cell in cells if cell.num_traces in sizes]
+        found += sorted(starts, key=lambda cell: cell.num_traces)
+    return found
+
+
+def run_study(
+    study: Study,
+    cells: Sequence[Cell],
+    path: Path,
+    recipes: Recipes,
+    workers: Sequence[Worker],
+    *,
+    deviations: Sequence[str],
+    rl: Sequence[str],
+    write_report: Callable[[Path], Path],
+) -> Path:
+    """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
+
+    cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
+    longest runs, so that they end together. Raises SystemExit naming the runs that failed, once all others
+    are done.
+    """
+    write_study(path, cells, deviations)
+    jobs = jobs_of(cells, recipes, path)
+    if len(workers) > 1:
+        jobs.sort(key=lambda job: (bool(job.needs), job.settings["seed"], -job.settings.get("num_traces", 0)))
+    print(f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with its {LOG}")
+    print("the paper   " + ("\n            ".join(deviations) or "its setting"))
+
+    failed = _run(jobs, path, workers, write_report)
+    if rl:
+        starts = rl_jobs(rl_starts(StudyResults.read(path), rl, study.compared), recipes, path)
+        check_steps(starts)
+        failed += _run(starts, path, workers, write_report)
+        jobs += starts
+
+    report = write_report(path)
+    print("\n".join(sentences(StudyResults.read(path))))
+    print(f"report {report}")
+    if failed:
+        names = ", ".join(failed)
+        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")
+    return report
+
+
+def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_report) -> list[str]:
+    """Run the jobs, print how each ends, and write a report now and then. Return the names of the failed."""
+    failed, reported = [], time.monotonic()
+    for outcome in run_jobs(jobs, path, workers):
+        tqdm.write(line(outcome))
+        if outcome.status == FAILED:
+            failed.append(outcome.job)
+        if time.monotonic() - reported > REPORT_EVERY:
+            write_report(path)
+            reported = time.monotonic()
+    return failed
+
+
+def line(outcome: Outcome) -> str:
+    """Describe how a run ended, and what it measured last."""
+    if outcome.status == FAILED:
+        log = f"\n  its log: {outcome.log}" if outcome.log else ""
+        return f"FAILED {outcome.job}: {outcome.error}{log}"
+    folder = Path(outcome.log).parent
+    results = read_results(folder / AFTER) or read_results(folder / SAMPLES)
+    return f"{outcome.job}, {outcome.seconds:,.0f} s: " + "; ".join(map(str, results.values()))

@@ -263,7 +263,7 @@ def main(config: Config) -> Path | None:
 def make_plan(config: Config, grid: Grid, card: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
     print(
-        "memory      each model and method simulated once, up to a minute each, several where settings are chosen",
+        "memory      each model and method simulated once, in seconds, or in up to a minute if settings are chosen",
         flush=True,
     )
     memory = plan_memory(grid.cells(), **card, report=lambda text: print(text, flush=True))

@@ -1,20 +1,16 @@
-import contextlib
 import json
 import re
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import FAMILIES
 from test_simulate import SMALL, load_small
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory import live_bytes
-from kit.memory.simulate import fake_batch, measure, plan
+from kit.memory.simulate import plan
 from kit.models.folder import ADAPTER_CONFIG, adapter_rank
 from kit.models.loading import load_config
 from kit.rl.memory_plan import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, ladder_steps_rl, plan_rl
@@ -60,7 +56,7 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
 def test_without_a_kl_no_reference_is_held_and_the_update_costs_a_training_step_and_the_gradients_that_wait(
     small_model,
 ):
-    without = plan_rl(small_model, settings=replace(SETTINGS, kl="none"), savings=LEAN)
+    without = plan_rl(small_model, settings=replace(SETTINGS, kl_coef=0.0), savings=LEAN)
     with_reference = plan_rl(small_model, settings=SETTINGS, savings=LEAN)
     assert REFERENCE not in without.update.owners
     assert with_reference.update.peak - without.update.peak == pytest.approx(
@@ -76,13 +72,9 @@ def test_adapters_need_no_reference(small_model):
     assert REFERENCE not in found.update.owners and REFERENCE not in found.sampling.owners
 
 
-def test_more_answers_at_once_need_more_and_the_table_says_how_many_fit(small_model):
+def test_more_answers_at_once_need_more_when_sampling_and_the_same_when_updating(small_model):
     few, many = (plan_rl(small_model, settings=replace(SETTINGS, num_slots=n), savings=LEAN) for n in (1, 64))
     assert few.sampling.peak < many.sampling.peak and few.update.peak == many.update.peak
-    assert few.slots == many.slots and list(few.slots) == [8, 12, 16, 24]
-    assert list(few.slots.values()) == sorted(few.slots.values())
-    long = plan_rl(small_model, settings=replace(SETTINGS, max_new_tokens=10**9), savings=LEAN)
-    assert set(long.slots.values()) == {0} and "not even one answer at once" in str(long)
 
 
 def test_the_sampler_needs_what_drawing_or_reading_prompts_takes_whichever_is_more(small_model):
@@ -105,34 +97,10 @@ def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
     """8,192 tokens of a vocabulary of 100,000 are 1.5 GiB in bf16: the whole update stays below."""
     config = {"model_type": "llama", **SMALL, "vocab_size": 100_000, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl="none")
+    settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl_coef=0.0)
     found = plan_rl(str(tmp_path), settings=settings, savings=LEAN)
     assert found.update.peak < 8_704 * 100_000 * 2
     assert found.update.owners.get(live_bytes.LOGITS, 0) <= 0.51 * GIB
-
-
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_after_another_holds_what_the_second_of_two_real_rows_does(family, recompute):
-    """The plan's one fake row with the gradients of a row before it, against two real rows on this CPU."""
-    savings, peaks, gradients = Savings(recompute=recompute, optimizer="adamw8bit"), [], []
-    for fake in (True, False):
-        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_config(
-                load_small(family), attn_implementation="kit", dtype=torch.bfloat16
-            )
-            batch = fake_batch(300)
-            if not fake:
-                batch = replace(
-                    batch,
-                    position_ids=torch.arange(300),
-                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
-                )
-            book = measure(model, savings, batch, **({"later_row": True} if fake else {"rows": 2}))
-        peaks.append(book.peak)
-        gradients.append(book.owners[live_bytes.GRADIENTS])
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
-    assert gradients[0] == pytest.approx(gradients[1], rel=0.1) and gradients[0] > 0
 
 
 SHORT = replace(SETTINGS, row_tokens=512)
@@ -189,10 +157,16 @@ def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_mo
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, "--row_tokens 150"), ({"row_tokens": 150}, "--kl none --row_tokens 150"),
-     ({"row_tokens": 150, "kl": "none"}, "--qlora_rank 16"),
-     ({"row_tokens": 1_074, "max_new_tokens": 1_024, "kl": "none"}, "--max_new_tokens 512 --row_tokens 562")],
-)  # fmt: skip
+    [
+        ({}, "--row_tokens 150"),
+        ({"row_tokens": 150}, "--kl_coef 0.0 --row_tokens 150"),
+        ({"row_tokens": 150, "kl_coef": 0.0}, "--qlora_rank 16"),
+        (
+            {"row_tokens": 1_074, "max_new_tokens": 1_024, "kl_coef": 0.0},
+            "--max_new_tokens 512 --row_tokens 562",
+        ),
+    ],
+)
 def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(
     changes, expected, small_model
 ):
@@ -206,24 +180,24 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
     card = gib(leanest) - 1e-7
     with pytest.raises(ValueError) as refused:
         choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
-    pattern = r"needs ([\d.]+) GiB with every saving on and one answer at a time; its largest owners are (.*); pass (.*), or a larger"
-    said = re.search(pattern, str(refused.value))
-    assert (
-        said[1] == f"{gib(leanest):.2f}"
-        and said[2] == leanest.largest_owners()
-        and said[2].count(" GiB") == 3
+    pattern = (
+        r"needs ([\d.]+) GiB with every saving on .*; its largest owners are (.*); pass (.*), or a larger"
     )
-    assert said[3] == expected
+    needed, owners, flags = re.search(pattern, str(refused.value)).groups()
+    assert needed == f"{gib(leanest):.2f}"
+    assert owners == leanest.largest_owners() and owners.count(" GiB") == 3
+    assert flags == expected
     flags = dict(zip(*[iter(expected.split())] * 2, strict=True))
     rank = int(flags.pop("--qlora_rank", 0))
     changed = replace(
-        settings, **{name[2:]: value if name == "--kl" else int(value) for name, value in flags.items()}
+        settings,
+        **{name[2:]: float(value) if name == "--kl_coef" else int(value) for name, value in flags.items()},
     )
     assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
 
 
 def test_what_does_not_fit_either_is_not_proposed(small_model):
-    closest = replace(SHORT, row_tokens=150, kl="none", num_slots=1)
+    closest = replace(SHORT, row_tokens=150, kl_coef=0.0, num_slots=1)
     card = (
         gib(
             plan_rl(

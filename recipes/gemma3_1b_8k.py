@@ -50,13 +50,9 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
-    attention: str = (
-        "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is installed and able, else kit
-    )
+    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data
-    traces: str = (
-        "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], or a .jsonl, .json or .parquet file
-    )
+    traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], .jsonl, .json or .parquet file
     num_traces: int = 8_000  # problems, one trace each; 0 = all
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped
     verify: bool = True  # keep correct traces only
@@ -80,9 +76,7 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
     num_slots: int = 16  # responses sampled at once
-    baseline: str = (
-        ""  # a run of recipes/evaluate.py on this model, used instead of measuring it first; "" = none
-    )
+    baseline: str = ""  # run of recipes/evaluate.py that replaces the first measurement; "" = none
     # run
     seed: int = 0  # of the subset, the packing and the samples
     plan: bool = False  # print what a step needs and which cards it fits, and stop; no GPU, no download
@@ -191,8 +185,7 @@ def savings_of(config: Config) -> Savings:
 
 
 def plan_memory(config: Config) -> tuple[Config, Plan]:
-    """Print the memory plan. Return (the settings, chosen for the card if --gpu_gb gives its size; their
-    plan)."""
+    """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
     rows = 1 if config.batch_traces == 1 else 2  # per step, at least: how many depends on the traces
     print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)

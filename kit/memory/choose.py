@@ -132,8 +132,7 @@ def _simulate_again(planned: Plan, **changes) -> Plan:
 
 
 def suggest_savings(planned: Plan) -> Iterator[str]:
-    """Yield what would make a plan smaller, in LADDER's order, as lines to print. Each takes seconds to
-    simulate."""
+    """Yield lines to print: what would lower a plan, in LADDER's order. Each is simulated, in seconds."""
     entries = entries_for(load_config(planned.model), planned.qlora_rank)
     for name, value in [("recompute", True), *entries]:  # others need recomputation
         if name == "head_update" and not planned.savings.update_in_backward:

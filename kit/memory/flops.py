@@ -68,8 +68,7 @@ class Sizes:
         return self.L * rank * per_layer
 
     def forward_flops(self, T: int) -> int:
-        """FLOPs of the layers for one document of T tokens: 2 per weight and token, 4q per visible query-key
-        pair."""
+        """FLOPs of the layers for a document of T tokens: 2 per weight and token, 4q per visible pair."""
         spans = [min(T, window) for window in self.windows] + [T] * (self.L - len(self.windows))
         pairs = sum(span * (2 * T - span + 1) // 2 for span in spans)
         return 2 * T * self.linears + 4 * pairs * self.q

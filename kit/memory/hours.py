@@ -1,8 +1,8 @@
-"""How many hours a run takes: work / rate.
+"""How many hours a run takes: tokens / (tokens per second).
 
-The rate is the tokens per second that recipes/check_card.py measured on this card. Without a measurement it
-is a share of the rates in the card's datasheet, and the answer says "estimate". A card that is in neither
-gets no answer but the command that measures it.
+The speed is the one that recipes/check_card.py measured on this card. Without a measurement it is an
+estimate, from a share of the rates in the card's datasheet. A card with neither gets no answer but the
+command that measures it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Card:
     bandwidth: float  # GB/s of the card's own memory
 
 
-# Sources: NVIDIA's whitepapers of GA102 (3090), Ada (4090), RTX Blackwell (5090), A100 and H100. Of the others, its
-# product pages give sparse "Tensor TFLOPS" with fp16 accumulation (3060: 4 times the figure here), or sparse fp8
-# "AI TOPS" (4060 Ti and 4070: 8 times).
+# Sources: NVIDIA's whitepapers of GA102 (3090), Ada (4090), RTX Blackwell (5090), A100 and H100; for the
+# others its product pages, which give sparse "Tensor TFLOPS" with fp16 accumulation (3060: 4 times the figure
+# here) or sparse fp8 "AI TOPS" (4060 Ti and 4070: 8 times).
 CARDS = {card.name: card for card in (
     Card("NVIDIA GeForce RTX 3060", 25.5, 360),
     Card("NVIDIA GeForce RTX 3090", 71, 936),
@@ -48,27 +48,32 @@ CARDS = {card.name: card for card in (
 
 
 @dataclass(frozen=True)
-class Hours:
-    """How long something takes: work / rate."""
+class Speed:
+    """How fast this card trains or samples."""
 
-    hours: float
-    how: str  # the rate, and whether it was measured
-
-    def __str__(self) -> str:
-        return f"{self.hours:,.1f} hours" if self.hours >= 0.1 else f"{60 * self.hours:,.1f} minutes"
+    tokens_per_second: float
+    source: str
 
     @classmethod
-    def measured(cls, tokens: float, tokens_per_second: float, folder: Path, differs: dict) -> Hours:
-        """Divide tokens by check_card's rate. differs: settings in which it differs from those asked for."""
+    def measured(cls, row: dict, folder: Path, differs: dict) -> Speed:
+        """Return check_card's figure. differs: settings in which it differs from those asked for."""
         settings = f" with {as_flags(differs)}" if differs else ""
-        how = f"at {tokens_per_second:,.0f} tokens/s (measured here{settings}, {folder})"
-        return cls(tokens / tokens_per_second / 3600, how)
+        return cls(row["tokens_per_second"], f"measured here{settings}, {folder}")
 
     @classmethod
-    def estimated(cls, card: Card, flops: float, num_bytes: float = 0.0) -> Hours:
-        """Divide flops, and bytes moved meanwhile, by the datasheet's rates; the slower of the two counts."""
+    def estimated(cls, card: Card, tokens: float, flops: float, num_bytes: float = 0.0) -> Speed:
+        """Divide the work for `tokens` by the datasheet's rates. Arithmetic and memory traffic overlap."""
         seconds = max(flops / (card.teraflops * 1e12), num_bytes / (card.bandwidth * 1e9)) / EFFICIENCY
-        return cls(seconds / 3600, f"(estimate: {EFFICIENCY:.0%} of the datasheet's rates of an {card.name})")
+        return cls(tokens / seconds, f"estimate: {EFFICIENCY:.0%} of the datasheet's rates of an {card.name}")
+
+    def hours(self, tokens: float) -> float:
+        return tokens / self.tokens_per_second / 3600
+
+    def time(self, tokens: float) -> str:
+        """Describe how long so many tokens take, for a recipe to print."""
+        hours = self.hours(tokens)
+        words = f"{hours:,.1f} hours" if hours >= 0.1 else f"{60 * hours:,.1f} minutes"
+        return f"{words} at {self.tokens_per_second:,.0f} tokens/s ({self.source})"
 
 
 def card_name() -> str:
@@ -76,84 +81,67 @@ def card_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def training_hours(
-    model: str,
-    savings: Savings,
-    qlora_rank: int,
-    *,
-    tokens: float,
-    row_tokens: int,
-    card: Card | None = None,
-    checks: Path = CHECKS,
-) -> Hours | None:
-    """Return the hours of training on `tokens` in rows of row_tokens; None if nothing is known of the card.
+def training_speed(
+    model: str, savings: Savings, qlora_rank: int, row_tokens: int, *, card: Card | None = None
+) -> Speed | None:
+    """Return the speed of training in rows of row_tokens; None if nothing is known of the card.
 
-    A measurement on this card of the same model counts first: the newest with the settings nearest to
-    `savings`. The estimate assumes that each row is one document, the most that attention can cost. card:
-    None = the one that is here.
+    A measurement of this model on this card counts first: the newest with the settings nearest to `savings`.
+    The estimate is for `card` (None = the one that is here), with rows of one document, the most that
+    attention can cost.
     """
     found = []
-    for folder, row in _measured(checks, model, "savings"):
+    for folder, row in _measured(model, "savings"):
         if bool(row["qlora_rank"]) == bool(qlora_rank):
             wanted = asdict(savings)
             differs = {name: value for name, value in row["savings"].items() if value != wanted.get(name)}
-            found.append((row["tokens_per_second"], folder, differs))
+            found.append((row, folder, differs))
     if found:
-        return Hours.measured(tokens, *min(found, key=lambda row: len(row[-1])))  # of equals the newest
+        return Speed.measured(*min(found, key=lambda measured: len(measured[-1])))  # of equals the newest
 
     card = card or CARDS.get(card_name())
     if card is None:
         return None
-    row_flops = Sizes.of(load_config(model)).row_flops(row_tokens, savings, qlora_rank)
-    return Hours.estimated(card, tokens / row_tokens * row_flops)
+    flops = Sizes.of(load_config(model)).row_flops(row_tokens, savings, qlora_rank)
+    return Speed.estimated(card, row_tokens, flops)
 
 
-def sampling_hours(
-    model: str,
-    num_samples: int,
-    response_tokens: int,
-    num_slots: int,
-    *,
-    nf4: bool = False,
-    card: Card | None = None,
-    checks: Path = CHECKS,
-) -> Hours | None:
-    """Return the hours of sampling responses of response_tokens each; None if nothing is known of the card.
+def sampling_speed(
+    model: str, num_slots: int, response_tokens: int, *, nf4: bool = False, card: Card | None = None
+) -> Speed | None:
+    """Return the speed of sampling responses of response_tokens; None if nothing is known of the card.
 
-    A measurement on this card of the same model in bf16 counts first: the newest with the number of slots
-    nearest to num_slots. The estimate assumes that every slot is busy to the end, and that every step reads
-    whole responses from the cache. Launch overhead, which the efficiency must cover, weighs more here than in
-    training. card: None = the one that is here.
+    A measurement of this model in bf16 on this card counts first: the newest with the number of slots nearest
+    to num_slots. The estimate is for `card` (None = the one that is here), with every slot busy and whole
+    responses in the cache. Launch overhead, which the efficiency has to cover, weighs more here than in
+    training.
     """
-    tokens = num_samples * response_tokens
-    found = [] if nf4 else list(_measured(checks, model, "num_slots"))
+    found = [] if nf4 else list(_measured(model, "num_slots"))
     if found:
-        folder, row = min(found, key=lambda pair: abs(pair[1]["num_slots"] - num_slots))
+        folder, row = min(found, key=lambda measured: abs(measured[1]["num_slots"] - num_slots))
         differs = {"num_slots": row["num_slots"]} if row["num_slots"] != num_slots else {}
-        return Hours.measured(tokens, row["tokens_per_second"], folder, differs)
+        return Speed.measured(row, folder, differs)
 
     card = card or CARDS.get(card_name())
     if card is None:
         return None
     flops, num_bytes = Sizes.of(load_config(model)).token_step(num_slots, response_tokens, nf4=nf4)
-    steps = tokens / num_slots
-    return Hours.estimated(card, steps * flops, steps * num_bytes)
+    return Speed.estimated(card, num_slots, flops, num_bytes)
 
 
-def training_time(
-    model: str, savings: Savings, qlora_rank: int, tokens: int, row_tokens: int, **options
-) -> str:
-    """Describe how long training takes, for a recipe to print. options: as training_hours takes them."""
-    found = training_hours(model, savings, qlora_rank, tokens=tokens, row_tokens=row_tokens, **options)
-    return f"{found} {found.how}" if found else _not_known(model, "steps")
+def training_time(model: str, savings: Savings, qlora_rank: int, tokens: int, row_tokens: int) -> str:
+    """Describe how long training takes, for a recipe to print."""
+    speed = training_speed(model, savings, qlora_rank, row_tokens)
+    return speed.time(tokens) if speed else _not_known(model, "steps")
 
 
-def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int, **options) -> str:
+def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int) -> str:
     """Describe how long sampling takes at most, if no response ends early, for a recipe to print."""
-    found = sampling_hours(model, num_samples, max_new_tokens, num_slots, **options)
-    if found is None:
+    speed = sampling_speed(model, num_slots, max_new_tokens)
+    if speed is None:
         return _not_known(model, "sampler")
-    return f"at most {found}, if every response takes all of {max_new_tokens:,} tokens, {found.how}"
+    longest = f"if every response takes all of {max_new_tokens:,} tokens"
+    return f"at most {speed.time(num_samples * max_new_tokens)}, {longest}"
 
 
 def _not_known(model: str, section: str) -> str:
@@ -162,13 +150,12 @@ def _not_known(model: str, section: str) -> str:
     return f"not known: measure this card with python recipes/check_card.py --only {section} --models {model}"
 
 
-def _measured(checks: Path, model: str, key: str) -> Iterator[tuple[Path, dict]]:
+def _measured(model: str, key: str) -> Iterator[tuple[Path, dict]]:
     """Yield (folder, row) of this card's and model's measurements that have `key`, the newest run first."""
     here = card_name()
-    folders = (
-        sorted(checks.glob("[0-9]*"), reverse=True) if here else []
-    )  # without a card, check_card rehearses
-    for folder in folders:
+    if not here:  # without a card, check_card rehearses with tiny models
+        return
+    for folder in sorted(CHECKS.glob("[0-9]*"), reverse=True):
         for row in Journal(folder / "results.jsonl").read():
             matches = row.get("model") == model and row.get("gpu") == here and key in row
             if matches and row.get("tokens_per_second"):

@@ -57,8 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(arguments: Iterable) -> Iterator[int]:
-    """Yield the storages of an operator's tensors, alone or in lists. pytree would do, but is slower than the
-    operator."""
+    """Yield the storages of an operator's tensors, alone or in lists; pytree is slower than they are."""
     for x in arguments:
         if isinstance(x, Tensor):
             yield x.untyped_storage()._cdata

@@ -62,13 +62,16 @@ class Plan:
         """Sizes of the usual cards that this fits."""
         return [gb for gb in CARDS if self.fits(gb)]
 
+    @property
+    def fits_text(self) -> str:
+        return "fits " + ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS)
+
     def fits(self, gpu_gb: float) -> bool:
         return self.total <= gpu_gb * GIB
 
     def __str__(self) -> str:
         what = f"QLoRA of rank {self.qlora_rank}" if self.qlora_rank else "full fine-tuning"
         rows = "one row per step" if self.rows == 1 else "several rows per step"
-        fits = (f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS)
         step = f"{self.model}, {what}, {self.row_tokens:,} tokens per row, {rows}"
         lines = [
             f"{step}: {self.total / GIB:.2f} GiB (simulated)",
@@ -76,7 +79,7 @@ class Plan:
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed on top: {SLACK:.0%} "
             f"slack, {CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",
             *(f"    {owner:<18}{num_bytes / GIB:7.2f} GiB" for owner, num_bytes in self.largest()),
-            f"  fits {', '.join(fits)}",
+            f"  {self.fits_text}",
         ]
         return "\n".join(lines)
 
@@ -181,8 +184,8 @@ def plan(
     """Simulate one training step of bf16 weights with rows of row_tokens; takes seconds.
 
     model: as load_config takes it. rows: rows of the step. The second row's loss and backward pass find the
-    first one's gradients; a third row changes nothing more. Raises ValueError for a model without a config at
-    hand and for savings that exclude one another.
+    first one's gradients; a third row changes nothing more.
+    Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
     savings = savings or Savings()
     fake, mode = fake_model(load_config(model), qlora_rank)
@@ -203,8 +206,7 @@ def plan(
 
 
 def check_free_memory(planned: Plan) -> None:
-    """Raise ValueError if the card has less memory free than the plan needs, with the way to settings that
-    fit."""
+    """Raise ValueError if the card has less memory free than the plan needs."""
     free, total = torch.cuda.mem_get_info()
     if planned.total - CONTEXT > free:  # CUDA runs by now and has taken its own part
         raise ValueError(

@@ -27,7 +27,7 @@ from kit.machine import GIB
 from kit.memory import live_bytes
 from kit.memory.choose import QLORA_RANK, ladder_steps
 from kit.memory.live_bytes import Ledger
-from kit.memory.simulate import CARDS, Plan, fake_batch, fake_model, measure
+from kit.memory.simulate import Plan, fake_batch, fake_model, measure
 from kit.models.backbone import hidden_states, next_token_logits, softcap
 from kit.models.loading import load_config
 from kit.rl.episodes import EpisodeBatch
@@ -37,12 +37,8 @@ from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
 REFERENCE, CACHE, SAMPLER = "reference", "sampler's cache", "sampler's step"
-PROMPT_TOKENS = (
-    1_024  # the longest prompt, which sets the length of all rows of a cache; MATH's reach 800 (mean: 75)
-)
-MOST_SLOTS = (
-    2_048  # answers at once; beyond that, reading the weights is a small part of a step and more gain nothing
-)
+PROMPT_TOKENS = 1_024  # the longest prompt, which sets all rows of a cache; MATH's reach 800 (mean: 75)
+MOST_SLOTS = 2_048  # answers at once: so many share the reading of the weights that more gain nothing
 SHORTEST_ANSWER = 512  # tokens; no plan suggests shorter answers
 
 
@@ -62,13 +58,11 @@ class RLPlan:
         return self.larger.fits(gpu_gb)
 
     def __str__(self) -> str:
-        answers = (
-            f"{self.settings.num_slots} answers of up to {self.settings.max_new_tokens:,} tokens at once"
-        )
-        fits = ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS)
+        slots, tokens = self.settings.num_slots, self.settings.max_new_tokens
         return (
-            f"sampling, {answers}\n{_indent(self.sampling)}\nupdate\n{_indent(self.update)}\n"
-            f"a card needs the larger, {self.larger.total / GIB:.2f} GiB (simulated); fits {fits}"
+            f"sampling, {slots} answers of up to {tokens:,} tokens at once\n{_indent(self.sampling)}\n"
+            f"update\n{_indent(self.update)}\n"
+            f"a card needs the larger, {self.larger.total / GIB:.2f} GiB (simulated)\n{self.larger.fits_text}"
         )
 
     def as_json(self) -> dict:
@@ -92,9 +86,9 @@ def plan_rl(
     qlora_rank: int = 0,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> RLPlan:
-    """Simulate a step of reinforcement learning with bf16 weights. model: as load_config takes it. Takes
-    seconds.
+    """Simulate a step of reinforcement learning with bf16 weights; takes seconds.
 
+    model: as load_config takes it.
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
     update, sampling = _simulate(model, settings, savings or Savings(), qlora_rank, prompt_tokens)
@@ -110,12 +104,12 @@ def choose_rl(
     most_slots: int = MOST_SLOTS,
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> RLPlan:
-    """Return the plan of the first savings of kit.memory.choose's ladder with which a card of gpu_gb GiB
-    holds a step.
+    """Return the plan of the first savings of the ladder that fit a card of gpu_gb GiB; takes up to a minute.
 
-    The plan's settings.num_slots is then the most answers at once that fit, up to most_slots;
-    settings.num_slots on entry is ignored. Takes seconds to a minute. Raises ValueError if not even one
-    answer at a time fits, naming the three largest owners and the nearest setting that does.
+    The plan's settings.num_slots is the most answers at once that fit, up to most_slots; what it was before
+    is ignored.
+    Raises ValueError if not even one answer at a time fits, naming the three largest owners and the nearest
+    setting that does.
     """
     for savings in ladder_steps_rl(model, qlora_rank):
         update, sampling = _simulate(model, settings, savings, qlora_rank, prompt_tokens)
@@ -134,23 +128,21 @@ def choose_rl(
 
 
 def ladder_steps_rl(model: str, qlora_rank: int) -> list[Savings]:
-    """Return kit.memory.choose's ladder without what several rows per step, or a loss of one's own,
-    exclude."""
+    """Return the ladder without what several rows per step, or another loss than cross-entropy, exclude."""
     without = ("update_in_backward", "head_update")
     return ladder_steps(load_config(model), qlora_rank, without)
 
 
 def eval_slots(settings: Settings, eval_tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> int:
-    """Return how many answers of eval_tokens are evaluated at once: what the rollout's cache holds, and at
-    least one."""
+    """Return how many answers of eval_tokens the rollout's cache holds for an evaluation; at least one."""
     positions = settings.num_slots * capacity(settings, prompt_tokens)
     return min(settings.num_slots, max(positions // (prompt_tokens + eval_tokens), 1))
 
 
 def capacity(settings: Settings, prompt_tokens: int) -> int:
-    """Return the positions of a row of the cache. Rollouts refuse prompts that exceed row_tokens with their
-    answer."""
-    return settings.max_new_tokens + min(prompt_tokens, max(settings.row_tokens - settings.max_new_tokens, 1))
+    """Return the positions of a cache's row. Rollouts refuse prompts too long for a row with their answer."""
+    longest_prompt = max(settings.row_tokens - settings.max_new_tokens, 1)
+    return settings.max_new_tokens + min(prompt_tokens, longest_prompt)
 
 
 def _most_slots(sampling: Sampling, gpu_gb: float, bound: int) -> int:
@@ -171,8 +163,10 @@ def _nearest(model: str, settings: Settings, gpu_gb: float, qlora_rank: int, pro
 
 
 def _smaller(settings: Settings, qlora_rank: int, prompt_tokens: int) -> Iterator[dict]:
-    """Yield changes that need less memory, in the order of how much they change what is learned: shorter rows
-    nothing, no KL little, shorter answers and adapters much."""
+    """Yield changes that need less memory, in the order of how much they change what is learned.
+
+    Shorter rows change nothing, no KL little, shorter answers and adapters much.
+    """
     shortest_row = prompt_tokens + settings.max_new_tokens
     if settings.row_tokens > shortest_row:
         yield {"row_tokens": shortest_row}
@@ -192,10 +186,9 @@ def _smaller(settings: Settings, qlora_rank: int, prompt_tokens: int) -> Iterato
 def _simulate(
     model: str, settings: Settings, savings: Savings, qlora_rank: int, prompt_tokens: int
 ) -> tuple[Plan, Sampling]:
-    """Return the update's plan, and sampling's as a function of the answers at once. settings.num_slots is
-    ignored."""
+    """Return (the update's plan, sampling's as a function of the answers at once)."""
     fake, mode = fake_model(load_config(model), qlora_rank)
-    has_copy = settings.uses_reference and not qlora_rank  # without adapters the model is its own reference
+    has_copy = settings.uses_reference and not qlora_rank  # the base of adapters is the reference itself
     with mode:
         reference = [torch.empty_like(p) for p in fake.parameters()] if has_copy else []
         loss_of = partial(

@@ -73,8 +73,7 @@ class Savings:
             )
 
     def check_rows(self, batch_traces: int) -> None:
-        """Raise ValueError if a step of this many traces may have several rows, whose gradients cannot be
-        added up."""
+        """Raise ValueError if a step of so many traces may need gradients to be added over its rows."""
         if self.update_in_backward and batch_traces > 1:
             raise ValueError(
                 f"batch_traces is {batch_traces} but update_in_backward frees each gradient before the next "

@@ -18,21 +18,17 @@ from kit.evaluate.benchmarks import BENCHMARKS
 from kit.machine import GIB
 from kit.memory.choose import choose, switches
 from kit.memory.flops import Sizes
-from kit.memory.hours import CARDS, Hours, card_name, sampling_hours, training_hours
+from kit.memory.hours import CARDS, card_name, sampling_speed, training_speed
 from kit.memory.simulate import Plan, plan
 from kit.models.loading import load_config
 from kit.run import write_json
 from kit.valley.sweep import FIXED_BATCH, QLORA, Cell, short_name
 
-REFERENCE = CARDS[
-    "NVIDIA GeForce RTX 3090"
-]  # whose datasheet counts if the card here is unknown, or none is here
+REFERENCE = CARDS["NVIDIA GeForce RTX 3090"]  # whose datasheet counts if no known card is here
 TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
 OPTIMIZER_BYTES = 2 + 8 / 256  # per trained weight: two 8-bit states and their scales
 ROWS = 2  # per step, at least: Table 2 has 8 traces or more
-FILE = (
-    "memory.json"  # in a sweep's folder: the chosen settings, so that a resumed sweep need not simulate again
-)
+FILE = "memory.json"  # the chosen settings in a sweep's folder, so that --resume need not simulate again
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, benchmarks: str, *, num_questions: int, num_samples: int, num_slots: int) -> Evaluation:
-        """Count the samples of benchmarks, written as kit.evaluate.parse_benchmarks takes them. No file is
-        read."""
+        """Count the samples; no file is read. benchmarks: as kit.evaluate.parse_benchmarks takes them."""
         table = [BENCHMARKS[word.split("=")[0].strip()] for word in benchmarks.split(",")]
         questions = (min(num_questions or b.num_questions, b.num_questions) for b in table)
         samples = (num_samples or b.num_samples for b in table)
@@ -70,9 +65,10 @@ class CellPlan:
     assumed: Assumed
     why_not: str = ""  # why memory is None
     num_steps: float = 0.0  # optimizer steps
-    training: Hours | None = None
-    sampling: Hours | None = None  # of the fine-tuned model
-    baseline: Hours | None = None  # sampling of the base model
+    training_hours: float = 0.0
+    sampling_hours: float = 0.0  # of the fine-tuned model
+    baseline_hours: float = 0.0  # sampling of the base model
+    sources: tuple[str, ...] = ()  # of the hours: measured or estimated
     disk_kept: int = 0  # bytes: weights in bf16, and the samples before and after
     disk_while_training: int = 0  # bytes of two checkpoints, the older kept until the newer is whole
 
@@ -85,8 +81,7 @@ def plan_cells(
     assumed: Assumed,
     max_steps: int = 0,
 ) -> list[CellPlan]:
-    """Estimate every cell. memory: as plan_memory returns it. max_steps: stop training there; 0 = all
-    epochs."""
+    """Estimate every cell. memory: from plan_memory. max_steps: stop training there; 0 = all epochs."""
     found = []
     for cell in cells:
         planned = memory[cell.model, cell.method]
@@ -108,26 +103,25 @@ def _plan_cell(
     steps = rows if planned.savings.update_in_backward else min(rows, traces / cell.batch_traces)
     share = min(1.0, max_steps / steps) if max_steps else 1.0
 
-    training = training_hours(
-        cell.model, planned.savings, rank, tokens=share * tokens, row_tokens=planned.row_tokens, card=card
-    )
-
-    def sampling(nf4: bool) -> Hours:
-        samples = evaluation.num_samples, assumed.response_tokens, evaluation.num_slots
-        return sampling_hours(cell.model, *samples, nf4=nf4, card=card)
+    answers = evaluation.num_slots, assumed.response_tokens
+    training = training_speed(cell.model, planned.savings, rank, planned.row_tokens, card=card)
+    sampling = sampling_speed(cell.model, *answers, nf4=bool(rank), card=card)
+    baseline = sampling_speed(cell.model, *answers, card=card)
 
     sizes = Sizes.of(load_config(cell.model))
     trained = sizes.adapters(rank) if rank else sizes.weights
+    sampled = evaluation.num_samples * assumed.response_tokens
     return CellPlan(
         cell,
         planned,
         evaluation,
         assumed,
         num_steps=share * steps,
-        training=training,
-        sampling=sampling(nf4=bool(rank)),
-        baseline=sampling(nf4=False),
-        disk_kept=2 * trained + 2 * evaluation.num_samples * assumed.response_tokens * TEXT_BYTES,
+        training_hours=training.hours(share * tokens),
+        sampling_hours=sampling.hours(sampled),
+        baseline_hours=baseline.hours(sampled),
+        sources=(training.source, sampling.source, baseline.source),
+        disk_kept=2 * trained + 2 * sampled * TEXT_BYTES,
         disk_while_training=round(2 * trained * (2 + OPTIMIZER_BYTES)),
     )
 
@@ -148,27 +142,27 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     if not fitting:
         return "\n".join([*lines, "no cell can be planned"])
 
-    baselines = {found.cell.baseline: found.baseline for found in fitting}
-    training = sum(found.training.hours for found in fitting)
-    sampling = sum(found.sampling.hours for found in fitting)
-    before = sum(found.hours for found in baselines.values())
+    baselines = {found.cell.baseline: found.baseline_hours for found in fitting}
+    training = sum(found.training_hours for found in fitting)
+    sampling = sum(found.sampling_hours for found in fitting)
+    before = sum(baselines.values())
     hours = training + sampling + before
     on_several = f", {hours / num_cards:,.1f} h on {num_cards} if they share evenly" if num_cards > 1 else ""
     kept = sum(found.disk_kept for found in fitting) / GIB
     checkpoints = num_cards * max(found.disk_while_training for found in fitting) / GIB
 
     evaluation, assumed = fitting[0].evaluation, fitting[0].assumed
-    rates = dict.fromkeys(time.how for f in fitting for time in (f.training, f.sampling, f.baseline))
+    sources = dict.fromkeys(source for found in fitting for source in found.sources)
     lines += [
         f"{len(fitting)} of {len(plans)} cells can be planned; {len(baselines)} baselines",
         f"in all  {training:,.1f} h of training, {sampling:,.1f} h of sampling after it, {before:,.1f} h for "
         f"the baselines: {hours:,.1f} h on one card{on_several}",
-        f"disk    {kept:,.0f} GiB of models and samples, which stay, and at most {checkpoints:,.0f} GiB of "
-        "checkpoints, which go; RL, the hub client's files and the cache of tokens are not counted",
-        f"Estimates, not timings: hours {'; '.join(rates)}. Assumed: traces of {assumed.trace_tokens:,} "
+        f"disk    {kept:,.0f} GiB of models and samples, which stay, and at most {checkpoints:,.0f} GiB "
+        "of checkpoints, which go; RL, the hub client's files and the cache of tokens are not counted",
+        f"Estimates, not timings. Speeds: {'; '.join(sources)}. Assumed: traces of {assumed.trace_tokens:,} "
         f"tokens, {evaluation.num_samples:,} responses of {assumed.response_tokens:,} tokens per evaluation, "
-        f"full rows, {evaluation.num_slots} slots always busy. Launch overhead and reinforcement learning are "
-        "not counted.",
+        f"full rows, {evaluation.num_slots} slots always busy. Launch overhead and reinforcement learning "
+        "are not counted.",
     ]
     return "\n".join(lines)
 
@@ -181,20 +175,19 @@ def _line(cell: Cell, group: Sequence[CellPlan]) -> str:
         return f"{name:<52}  no plan: see above"
     batch = "1 row" if first.memory.savings.update_in_backward else str(cell.batch_traces)
     disk = f"{first.disk_kept / GIB:>8,.1f} GiB{first.disk_while_training / GIB:>10,.1f} GiB"
-    times = f"{first.training.hours:>10,.1f} h{first.sampling.hours:>10,.1f} h"
+    times = f"{first.training_hours:>10,.1f} h{first.sampling_hours:>10,.1f} h"
     return f"{name:<52}{batch:>6}{first.num_steps:>8,.0f}{times}{disk}"
 
 
 def write_plan(path: Path, plans: Sequence[CellPlan]) -> None:
     """Write the estimates as a JSON list with one object per cell."""
+    hours = ("training_hours", "sampling_hours", "baseline_hours")
+    names = ("num_steps", *hours, "disk_kept", "disk_while_training")
     rows = []
     for found in plans:
         row = asdict(found.cell) | {"why_not": found.why_not, "memory": None}
         if found.memory is not None:
-            row["memory"] = found.memory.as_json()
-            row |= {name: getattr(found, name) for name in ("num_steps", "disk_kept", "disk_while_training")}
-            times = {"training": found.training, "sampling": found.sampling, "baseline": found.baseline}
-            row |= {f"{name}_hours": time.hours for name, time in times.items()}
+            row |= {"memory": found.memory.as_json()} | {name: getattr(found, name) for name in names}
         rows.append(row)
     write_json(path, rows)
 
@@ -248,8 +241,7 @@ def choose_settings(
     gpu_gb: float,
     qlora_rank: int,
 ) -> dict[tuple[str, str], tuple[dict, str]]:
-    """Return the memory settings for a card of gpu_gb, kept in path/memory.json; with gpu_gb 0 the recipe's
-    own."""
+    """Return memory settings for a card of gpu_gb, kept in path/memory.json; 0 = the recipe's own."""
     if not gpu_gb:
         return {(cell.model, cell.method): ({}, "") for cell in cells}
     stored = path / FILE

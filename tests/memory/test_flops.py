@@ -53,8 +53,7 @@ def attention_flops(config) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rows_flops_are_those_of_a_real_step(family):
-    """Only attention, which the counter does not see, and the last token, which has no target, are set
-    apart."""
+    """The counter does not see attention, and the last token, which has no target, costs no head."""
     config = tied_model(family).config
     sizes, attention, tokens = Sizes.of(config), attention_flops(config), T + 1
     for savings, passes, uses_of_head in (

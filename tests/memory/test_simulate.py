@@ -89,8 +89,7 @@ def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
 
 
 def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_a_step_of_one():
-    """The second row's loss finds the gradients of the first: half the peak of a model that is mostly
-    head."""
+    """The second row's loss finds the gradients of the first: half the peak if a model is mostly head."""
     peaks = {}
     for rows, fake in [(1, True), (2, True), (2, False), (3, True)]:
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():

@@ -32,11 +32,8 @@ LADDER: tuple[Entry, ...] = (
     ("head_update", "blocked"),
     ("offload_optimizer", True),
 )
-FULL_ONLY = {
-    "update_in_backward",
-    "head_update",
-    "offload_optimizer",
-}  # adapters have few gradients and states
+# Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
+FULL_ONLY = {"update_in_backward", "head_update", "offload_optimizer"}
 SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
 QLORA_RANK = 16
 
@@ -57,7 +54,12 @@ def ladder_steps(
     without: settings that stay off.
     """
     entries = entries_for(config, qlora_rank, without)
-    return [Savings(**dict(entries[:count])) for count in range(1, len(entries) + 1)]
+    return [combined(entries[:count]) for count in range(1, len(entries) + 1)]
+
+
+def combined(entries: list[Entry]) -> Savings:
+    """Return the settings with these entries switched on; the last one counts for each field."""
+    return Savings(**dict(entries))
 
 
 def rows_of(savings: Savings, rows: int) -> int:
@@ -66,8 +68,7 @@ def rows_of(savings: Savings, rows: int) -> int:
 
 
 def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, rows: int = 1) -> Plan:
-    """Return the plan of the first settings of LADDER that fit a card of gpu_gb GiB. Takes seconds to a
-    minute.
+    """Return the plan of the first settings of LADDER that fit a card of gpu_gb GiB; takes up to a minute.
 
     rows: rows of a step, unless it updates in the backward pass.
     Raises ValueError if none fits, naming the three largest owners and what would fit.
@@ -80,14 +81,14 @@ def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, r
         return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=qlora_rank, rows=rows_per_step)
 
     def fits(entries: list[Entry]) -> bool:
-        return simulated(Savings(**dict(entries))).fits(gpu_gb)
+        return simulated(combined(entries)).fits(gpu_gb)
 
     entries = entries_for(config, qlora_rank)
     for count in range(1, len(entries) + 1):
         if fits(entries[:count]):
-            return simulated(Savings(**dict(_needed(entries[:count], fits))))
+            return simulated(combined(_needed(entries[:count], fits)))
 
-    leanest = simulated(Savings(**dict(entries)))
+    leanest = simulated(combined(entries))
     raise ValueError(
         f"gpu_gb is {gpu_gb:g} but {model} at {row_tokens:,} tokens needs {leanest.total / GIB:.2f} GiB with "
         f"every saving on; its largest owners are {leanest.largest_owners()}; "

@@ -79,10 +79,10 @@ def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
             batch = fake_batch(300) if fake else real_batch(300)
             gc.collect()
-            book = measure(model, Savings(**savings), batch, steps=2)
-        peaks.append(book.peak)
-        hosts.append(book.host_peak)
-        owners.append(book.owners)
+            ledger = measure(model, Savings(**savings), batch, steps=2)
+        peaks.append(ledger.peak)
+        hosts.append(ledger.host_peak)
+        owners.append(ledger.owners)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01) and hosts[0] == hosts[1]
     assert owners[0].keys() == owners[1].keys()
     assert (hosts[0] > 0) == bool(savings)
@@ -149,8 +149,8 @@ def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
             simulate_quantised_decoder(model) if fake else quantise_decoder(model, "cpu")
             add_adapters(model, base="", rank=4)
             batch = fake_batch(300) if fake else real_batch(300)
-            book = measure(model, Savings(tile_tokens=100), batch, steps=2)
-        peaks.append(book.peak)
+            ledger = measure(model, Savings(tile_tokens=100), batch, steps=2)
+        peaks.append(ledger.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
@@ -166,7 +166,7 @@ def test_the_plan_of_a_supported_model_names_its_owners():
     assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
 
 
-def test_wide_activations_are_not_taken_for_the_gradient_of_a_frozen_head(tmp_path):
+def test_wide_activations_are_not_mistaken_for_the_gradient_of_a_frozen_head(tmp_path):
     """1,024 tokens of 768 numbers are more than half the head's 3,000 rows of 256."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 3_000}))
     found = plan(str(tmp_path), row_tokens=1_024, qlora_rank=4)
@@ -175,28 +175,27 @@ def test_wide_activations_are_not_taken_for_the_gradient_of_a_frozen_head(tmp_pa
 
 def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
     model = make_model("llama")
-    book = Ledger(model)
-    weights = book.now
+    ledger = Ledger(model)
+    weights = ledger.now
     assert weights >= sum(p.nbytes for p in model.parameters())
-    with book:
+    with ledger:
         x = torch.zeros(1000)
         view = x[10:].view(2, -1)
-        assert book.now == weights + 4096  # 4,000 bytes in units of 512
+        assert ledger.now == weights + 4096  # 4,000 bytes in units of 512
         del x
-        assert book.now == weights + 4096
+        assert ledger.now == weights + 4096
         del view
         held = host_empty(5000, for_card=False)
-        assert book.now == weights and book.host_peak == 5120  # beside what the card holds
+        assert ledger.now == weights and ledger.host_peak == 5120  # beside what the card holds
         del held
-        assert book.now == weights
-    assert book.now == weights and book.peak == weights + 4096
-    book.close()
+        assert ledger.now == weights
+    assert ledger.now == weights and ledger.peak == weights + 4096
+    ledger.close()
 
 
-def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"
-    ):
+def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one():
+    ways = r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"
+    with pytest.raises(ValueError, match=ways):
         load_config("nobody/nothing")
 
 
@@ -208,8 +207,6 @@ def test_a_card_with_too_little_free_memory_is_refused_before_training(monkeypat
     with pytest.raises(ValueError, match="the plan needs"):
         check_free_memory(found)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.67 * GIB), 8 * GIB))
-    with pytest.raises(
-        ValueError,
-        match=r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 ",
-    ):
+    way_out = r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 "
+    with pytest.raises(ValueError, match=way_out):
         check_free_memory(replace(found, peak=7 * GIB))

@@ -18,8 +18,8 @@ from card.profile import Profile, profiled
 from card.results import Card, Results
 
 from kit.machine import GIB
+from kit.memory import plan
 from kit.memory.choose import ladder_steps
-from kit.memory.closed_form import formula_total
 from kit.train import Savings, TrainingStep
 
 USUAL = ("google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct")
@@ -71,10 +71,13 @@ def settings(name: str, card: Card) -> dict[str, Savings]:
 
 def can_run(results: Results, card: Card, title: str, training: Training) -> bool:
     """Return whether memory and time allow the case; if not, record it as not run."""
-    needed = 1.1 * formula_total(training.config, ROW_TOKENS, training.savings) / GIB  # it is good to a tenth
-    if card.is_cuda and needed > card.gib:
-        results.not_run(title, f"it may need {needed:.1f} GiB and the card has {card.gib:.1f}")
-        return False
+    if card.is_cuda:
+        needed = (
+            plan(training.model, row_tokens=ROW_TOKENS, savings=training.savings).total / GIB
+        )  # simulated in seconds
+        if needed > card.gib:
+            results.not_run(title, f"the plan needs {needed:.1f} GiB and the card has {card.gib:.1f}")
+            return False
     return results.has_time(title, training.guessed_seconds(card, training.row(DOCUMENTS, 0)))
 
 

@@ -26,7 +26,7 @@ from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
 from kit.evaluate.results import mean_accuracy, read_result
 from kit.generate import SamplingParams, cache_bytes
 from kit.machine import GIB, require_gpu
-from kit.memory.measured_speed import sampling_time
+from kit.memory.hours import sampling_time
 from kit.report import arithmetic, write_report
 from kit.report.figures import Stages
 from kit.report.page import percent

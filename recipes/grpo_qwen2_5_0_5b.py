@@ -3,8 +3,8 @@
     python recipes/grpo_qwen2_5_0_5b.py                    the paper's setting: 1,024 prompts x 8 answers of up to 8,192 tokens
     python recipes/grpo_qwen2_5_0_5b.py --preset rtx8      a step that fits a card of 8 GB
     python recipes/grpo_qwen2_5_0_5b.py --model FOLDER     from a model that was fine-tuned first, as the paper also does
-    python recipes/grpo_qwen2_5_0_5b.py --plan             will it fit, and how many answers at once? no GPU, no download
-    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12        with the memory settings and the answers at once for a card of 12 GB
+    python recipes/grpo_qwen2_5_0_5b.py --plan             will it fit on my card? no GPU, no download
+    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12        with memory settings and answers at once for a card of 12 GB
     python recipes/grpo_qwen2_5_0_5b.py --smoke            the same path in about a minute on any CPU: a tiny model, no network
 
 1. Measure the model. 2. Sample 8 answers per prompt from the model itself, grade them, compare each with the
@@ -31,7 +31,7 @@ from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
 from kit.evaluate import evaluate, parse_benchmarks
 from kit.generate import SamplingParams
-from kit.memory.measured_speed import sampling_time
+from kit.memory.hours import sampling_time
 from kit.memory.simulate import check_free_memory
 from kit.models import backbone
 from kit.models.folder import adapter_rank
@@ -159,18 +159,16 @@ def weaken(model, amount: float, seed: int) -> None:
 
 
 def plan_memory(config: Config) -> tuple[Config, RLPlan]:
-    """The settings, chosen for the card where --gpu_gb says how large it is, and their plan, printed."""
+    """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
     rank = config.qlora_rank or adapter_rank(config.model)
     what = {"settings": settings_of(config, Settings), "qlora_rank": rank}
-    print(
-        f"memory plan: simulating {config.model}, up to a minute for each setting that is tried", flush=True
-    )
+    print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)
+
     if config.gpu_gb:
         answers = config.batch_prompts * config.group_size  # more slots than that stay empty
         planned = choose_rl(config.model, gpu_gb=config.gpu_gb, most_slots=answers, **what)
-        chosen = {
-            name: value for name, value in asdict(planned.update.savings).items() if hasattr(config, name)
-        }
+        savings = asdict(planned.update.savings)
+        chosen = {name: value for name, value in savings.items() if hasattr(config, name)}
         chosen["num_slots"] = planned.settings.num_slots
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")

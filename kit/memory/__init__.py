@@ -1,4 +1,4 @@
-"""The memory plan: what a training step needs on a card, simulated, and what a card really held."""
+"""Simulate what a training step needs on a card, choose settings that fit, and measure what a card held."""
 
 from kit.front_door import hand_on
 

@@ -1,195 +1,159 @@
-"""Settings that fit a card: which savings to switch on, what they bring along, and what to do where nothing fits.
+"""Choose memory settings that fit a card.
 
-The formula (kit.memory.closed_form) says which settings are worth a simulation; the simulation (kit.memory.simulate) decides.
+LADDER is one ordered list. choose() switches its entries on one after another until a simulated step fits,
+then switches off those that turn out not to be needed, the last one first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
+from functools import cache
 
 from transformers import PreTrainedConfig
 
 from kit.config import as_flags
 from kit.machine import GIB
-from kit.memory.closed_form import formula, formula_total
-from kit.memory.seconds import extra_seconds
-from kit.memory.simulate import CARDS, Plan, card_bytes, plan
+from kit.memory.simulate import CARDS, Plan, plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
 
-# In this order they are switched on, each besides the ones before it.
-LADDER = (
-    {"optimizer": "adamw8bit"},
-    {"tile_tokens": 2048},
-    {"update_in_backward": True},
-    {"logit_rows": 512},
-    {"offload_inputs": True},
-    {"head_update": "blocked"},
-    {"offload_optimizer": True},
+Entry = tuple[str, object]  # a field of Savings, and its value
+
+# What costs least comes first. The order stands here and nowhere else.
+LADDER: tuple[Entry, ...] = (
+    ("optimizer", "adamw8bit"),
+    ("tile_tokens", 8192),  # of a row of 16,384: narrow tiles launch many small kernels. Gemma-3-1B launches
+    ("tile_tokens", 4096),  # 10,612 kernels without tiles and 50,901 with tiles of 2,048 (counted)
+    ("tile_tokens", 2048),
+    ("update_in_backward", True),
+    ("logit_rows", 512),
+    ("offload_inputs", True),
+    ("head_update", "blocked"),
+    ("offload_optimizer", True),
 )
-NOT_FOR_ADAPTERS = {
-    "head_update",
-    "offload_optimizer",
-    "update_in_backward",
-}  # no head gradient, few states, few gradients
-WORTH_A_TRY = 1.1  # of the card, by the formula, which is good to a tenth
-WIDER_TILES = (
-    8192,
-    4096,
-)  # tokens: a row of 16,384 in tiles of 2,048 launches 50,901 kernels in Gemma-3-1B, whole 10,612 (counted)
-SHORTER = 1024  # tokens: shorter rows are looked for in steps of this many
+# Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
+FULL_ONLY = {"update_in_backward", "head_update", "offload_optimizer"}
+SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
 QLORA_RANK = 16
 
 
-def ladder_steps(config: PreTrainedConfig, qlora_rank: int = 0) -> list[Savings]:
-    """The ladder for this model. An untied head has no blocks."""
-    found, settings = [], {}
-    for step in LADDER:
-        if (qlora_rank and step.keys() & NOT_FOR_ADAPTERS) or (
-            "head_update" in step and not config.tie_word_embeddings
-        ):
-            continue
-        settings |= step
-        found.append(Savings(**settings))
-    return found
+def entries_for(config: PreTrainedConfig, qlora_rank: int = 0, without: Collection[str] = ()) -> list[Entry]:
+    """Return the entries of LADDER that this model can have. Only a tied head has blocks."""
+    excluded = {*without, *(FULL_ONLY if qlora_rank else ())}
+    if not config.tie_word_embeddings:
+        excluded.add("head_update")
+    return [entry for entry in LADDER if entry[0] not in excluded]
+
+
+def ladder_steps(
+    config: PreTrainedConfig, qlora_rank: int = 0, without: Collection[str] = ()
+) -> list[Savings]:
+    """Return the settings after each entry: the first has one switched on, the last all of them.
+
+    without: settings that stay off.
+    """
+    entries = entries_for(config, qlora_rank, without)
+    return [combined(entries[:count]) for count in range(1, len(entries) + 1)]
+
+
+def combined(entries: list[Entry]) -> Savings:
+    """Return the settings with these entries switched on; the last one counts for each field."""
+    return Savings(**dict(entries))
 
 
 def rows_of(savings: Savings, rows: int) -> int:
-    """Rows of a step: updating in the backward pass takes one."""
+    """Return the rows of a step: updating in the backward pass takes one."""
     return 1 if savings.update_in_backward else rows
 
 
 def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, rows: int = 1) -> Plan:
-    """The plan of settings that fit a card of gpu_gb GiB: the ladder's first step that fits, without what it
-    turns out not to need, the most expensive in seconds (kit.memory.seconds) left out first. rows: of a step, where
-    gradients can wait. Takes minutes where much must be tried.
+    """Return the plan of the first settings of LADDER that fit a card of gpu_gb GiB; takes up to a minute.
 
-    Raises ValueError if none fits, naming the three largest owners of the leanest and what would fit.
+    rows: rows of a step, unless it updates in the backward pass.
+    Raises ValueError if none fits, naming the three largest owners and what would fit.
     """
     config = load_config(model)
-    settings = ladder_steps(config, qlora_rank)
-    for savings in settings:
-        num_rows = rows_of(savings, rows)
-        expected = formula_total(config, row_tokens, savings, qlora_rank, rows=num_rows)
-        if expected <= WORTH_A_TRY * gpu_gb * GIB or savings is settings[-1]:
-            found = plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=qlora_rank, rows=num_rows)
-            if found.fits(gpu_gb):
-                return _with_wider_tiles(_without_the_needless(config, found, gpu_gb, rows), gpu_gb)
+
+    @cache
+    def simulated(savings: Savings) -> Plan:
+        rows_per_step = rows_of(savings, rows)
+        return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=qlora_rank, rows=rows_per_step)
+
+    def fits(entries: list[Entry]) -> bool:
+        return simulated(combined(entries)).fits(gpu_gb)
+
+    entries = entries_for(config, qlora_rank)
+    for count in range(1, len(entries) + 1):
+        if fits(entries[:count]):
+            return simulated(combined(_needed(entries[:count], fits)))
+
+    leanest = simulated(combined(entries))
     raise ValueError(
-        f"gpu_gb is {gpu_gb:g} but {model} at {row_tokens:,} tokens needs {found.total / GIB:.2f} GiB with every saving on; its "
-        f"largest owners are {found.largest_owners()}; pass {', or '.join(_ways(config, found, gpu_gb, rows))}"
+        f"gpu_gb is {gpu_gb:g} but {model} at {row_tokens:,} tokens needs {leanest.total / GIB:.2f} GiB with "
+        f"every saving on; its largest owners are {leanest.largest_owners()}; "
+        f"pass {', or '.join(_ways_out(config, leanest, gpu_gb, rows))}"
     )
 
 
-def _without_the_needless(config: PreTrainedConfig, found: Plan, gpu_gb: float, rows: int) -> Plan:
-    """A step keeps what the steps before it switched on; the most expensive one that is not needed is dropped, and so on."""
-    tried = set()
-    while True:
-        seconds = extra_seconds(config, found.row_tokens, found.savings, found.qlora_rank)
-        names = [name for name, _ in _switched_on(found.savings) if name not in tried | {"optimizer"}]
-        if not names:
-            return found
-        name = max(names, key=lambda name: seconds.get(name, 0.0))
-        tried.add(name)
-        if name == "update_in_backward" and found.savings.head_update == "blocked":
-            continue  # blocks are updated as they are made
-        savings = replace(found.savings, **{name: getattr(Savings(), name)})
-        num_rows = rows_of(savings, rows)
-        now, without = (
-            sum(formula(config, found.row_tokens, s, found.qlora_rank, rows=n).values())
-            for s, n in ((found.savings, found.rows), (savings, num_rows))
-        )
-        if card_bytes(round(found.peak * without / now)) <= WORTH_A_TRY * gpu_gb * GIB:
-            lighter = plan(
-                found.model,
-                row_tokens=found.row_tokens,
-                savings=savings,
-                qlora_rank=found.qlora_rank,
-                rows=num_rows,
-            )
-            found = lighter if lighter.fits(gpu_gb) else found
+def _needed(entries: list[Entry], fits: Callable[[list[Entry]], bool]) -> list[Entry]:
+    """Remove every entry without which the others still fit, the last one first. The optimizer stays."""
+    for entry in reversed(entries[1:]):
+        others = [other for other in entries if other != entry]
+        if entry[0] == "update_in_backward" and "head_update" in dict(others):
+            continue  # blocks of the head are updated in the backward pass
+        if fits(others):
+            entries = others
+    return entries
 
 
-def _with_wider_tiles(found: Plan, gpu_gb: float) -> Plan:
-    """The widest tiles that fit: a tile's kernels are small, and launching them takes longer than they do on a fast card."""
-    for tile_tokens in WIDER_TILES if found.savings.tile_tokens else ():
-        if found.savings.tile_tokens < tile_tokens < found.row_tokens:
-            savings = replace(found.savings, tile_tokens=tile_tokens)
-            wider = plan(
-                found.model,
-                row_tokens=found.row_tokens,
-                savings=savings,
-                qlora_rank=found.qlora_rank,
-                rows=found.rows,
-            )
-            if wider.fits(gpu_gb):
-                return wider
-    return found
-
-
-def _switched_on(savings: Savings) -> list[tuple[str, object]]:
-    return [(name, value) for name, value in asdict(savings).items() if value != getattr(Savings(), name)]
-
-
-def _ways(config: PreTrainedConfig, found: Plan, gpu_gb: float, rows: int) -> Iterator[str]:
-    """What fits where the leanest settings at this length do not, each simulated before it is promised."""
-    what = {
-        "model": found.model,
-        "savings": found.savings,
-        "qlora_rank": found.qlora_rank,
-        "rows": found.rows,
-    }
-    fits, too_many = 0, -(-found.row_tokens // SHORTER)
+def _ways_out(config: PreTrainedConfig, leanest: Plan, gpu_gb: float, rows: int) -> Iterator[str]:
+    """Yield what fits if the leanest settings at this length do not. Each is simulated."""
+    fits, too_many = 0, -(-leanest.row_tokens // SHORTER)  # multiples of SHORTER
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        expected = formula_total(config, middle * SHORTER, found.savings, found.qlora_rank, rows=found.rows)
-        if expected <= WORTH_A_TRY * gpu_gb * GIB and plan(**what, row_tokens=middle * SHORTER).fits(gpu_gb):
+        if _simulate_again(leanest, row_tokens=middle * SHORTER).fits(gpu_gb):
             fits = middle
         else:
             too_many = middle
     if fits:
         yield f"--row_tokens {fits * SHORTER}"
-    if not found.qlora_rank:
-        leanest = ladder_steps(config, QLORA_RANK)[-1]
-        adapters = plan(
-            found.model, row_tokens=found.row_tokens, savings=leanest, qlora_rank=QLORA_RANK, rows=rows
-        )
+
+    if not leanest.qlora_rank:
+        savings = ladder_steps(config, QLORA_RANK)[-1]
+        adapters = _simulate_again(leanest, savings=savings, qlora_rank=QLORA_RANK, rows=rows)
         if adapters.fits(gpu_gb):
             yield f"--qlora_rank {QLORA_RANK}"
-    yield next((f"a card of {gb} GB" for gb in CARDS if found.fits(gb)), "a smaller --model")
+    yield next((f"a card of {gb} GB" for gb in CARDS if leanest.fits(gb)), "a smaller --model")
 
 
-def suggest_savings(planned: Plan) -> str:
-    """What to switch on where a plan does not fit, cheapest first, in lines to print; "" = it is all on."""
-    config, savings = load_config(planned.model), planned.savings
-    leanest = ladder_steps(config, planned.qlora_rank)[-1]
-    seconds = extra_seconds(config, planned.row_tokens, leanest, planned.qlora_rank)
-    is_off = {name: getattr(savings, name) == getattr(Savings(), name) for name, _ in _switched_on(leanest)}
-    is_off["optimizer"] = savings.optimizer == "adamw"  # auto is adamw8bit for the bf16 weights of a card
-    off = [(name, value) for name, value in _switched_on(leanest) if is_off[name]]
-    off.sort(key=lambda switch: seconds.get(switch[0], 0.0))
-    if not savings.recompute:  # what others need
-        off.insert(0, ("recompute", True))
-    lines = (
-        ["  for less, cheapest first, each with those above it (by the formula; seconds estimated):"]
-        if off
-        else []
-    )
-    for name, value in off:
-        savings = replace(savings, **{name: value})
-        num_rows = rows_of(savings, planned.rows)
-        total = formula_total(config, planned.row_tokens, savings, planned.qlora_rank, rows=num_rows)
-        longer = (
-            f"{seconds.get(name, 0.0):.2f} s per step" if name != "update_in_backward" else "one row per step"
-        )
-        lines.append(f"    {as_flags({name: value}):<24}{total / GIB:7.2f} GiB, {longer}")
-    return "\n".join(lines)
+def _simulate_again(planned: Plan, **changes) -> Plan:
+    names = ("row_tokens", "savings", "qlora_rank", "rows")
+    return plan(planned.model, **{name: getattr(planned, name) for name in names} | changes)
+
+
+def suggest_savings(planned: Plan) -> Iterator[str]:
+    """Yield lines to print: what would lower a plan, in LADDER's order. Each is simulated, in seconds."""
+    entries = entries_for(load_config(planned.model), planned.qlora_rank)
+    for name, value in [("recompute", True), *entries]:  # others need recomputation
+        if name == "head_update" and not planned.savings.update_in_backward:
+            continue  # as in _needed
+        savings = replace(planned.savings, **{name: value})
+        if savings == planned.savings:
+            continue
+        smaller = _simulate_again(planned, savings=savings, rows=rows_of(savings, planned.rows))
+        if smaller.peak < planned.peak:
+            note = ", one row per step" if smaller.rows < planned.rows else ""
+            yield f"    {as_flags({name: value}):<24}{smaller.total / GIB:7.2f} GiB{note}"
+            planned = smaller
 
 
 def switches(chosen: Plan, max_grad_norm: float) -> dict:
-    """The chosen savings as a recipe's settings, with what they bring along: updating in the backward pass takes one row per step
-    and clips each parameter by itself instead of all by their common norm; blocks of the head's gradient cannot be clipped."""
+    """Return the chosen savings as a recipe's settings, with the settings that follow from them.
+
+    Updating in the backward pass takes one row per step, and clips each parameter by its own norm instead of
+    all by their common norm. Blocks of the head's gradient cannot be clipped.
+    """
     found = asdict(chosen.savings)
     if chosen.savings.update_in_backward:
         found |= {"batch_traces": 1, "max_grad_norm": 0.0, "max_tensor_norm": max_grad_norm}

@@ -1,8 +1,10 @@
-"""Every live byte of a training step and its owner: the same count for a real step and for one on fake tensors.
+"""Count every live byte of a training step and its owner, in the same way for a real step and for one on fake
+tensors.
 
-Bytes are those of storages, each rounded up as torch's CUDA allocator rounds it, from the operator that made
-it until the last tensor on it is gone. Memory made by kit.train.offload is the CPU's and counts apart. What
-an operator needs inside itself (a library's workspace) is not seen; our kernels need none that matters.
+Bytes are those of storages, rounded up as torch's CUDA allocator rounds them. A storage counts from the
+operator that creates it until the last tensor on it is gone. Memory created by kit.train.offload is the CPU's
+and counts apart. What an operator needs inside itself (a library's workspace) is not seen; our kernels need
+none that matters.
 """
 
 from __future__ import annotations
@@ -11,14 +13,15 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """The with-block: how many bytes of storage live that operators made inside it, now and at most. Run the real function on
-    fake tensors (torch's FakeTensorMode) and it tells the memory of shapes that fit no machine."""
+    """A with-block that counts the bytes of storages created inside it: now alive, and at most.
+
+    Run a function on fake tensors (torch's FakeTensorMode) in it to measure shapes that fit no machine.
+    """
 
     def __init__(self):
         super().__init__()
@@ -26,21 +29,23 @@ class LiveBytes(TorchDispatchMode):
         self.live: dict[int, int] = {}  # storage -> bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if (
             func.namespace == "prim"
-        ):  # questions, such as which device: more than half of all calls on fake tensors
-            return func(*args, **(kwargs or {}))
-        given = set(_storages((*args, *(kwargs or {}).values())))
-        out = func(*args, **(kwargs or {}))
+        ):  # questions such as the device: more than half of all calls on fake tensors
+            return func(*args, **kwargs)
+
+        given = set(_storages((*args, *kwargs.values())))
+        out = func(*args, **kwargs)
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, Tensor):
                 key = x.untyped_storage()._cdata
                 if key not in self.live and key not in given:
-                    self.made(func, x)
+                    self.created(func, x)
         return out
 
-    def made(self, func, x: Tensor) -> None:
-        """An operator returned a storage that is neither its argument's nor known."""
+    def created(self, func, x: Tensor) -> None:
+        """Count a storage that an operator returned and that is neither its argument's nor known."""
         storage = x.untyped_storage()
         self.live[storage._cdata] = storage.nbytes()
         self.now += storage.nbytes()
@@ -52,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(arguments: Iterable) -> Iterator[int]:
-    """Of an operator's tensors, which stand alone or in lists; pytree, which knows more, takes longer than the operator."""
+    """Yield the storages of an operator's tensors, alone or in lists; pytree is slower than they are."""
     for x in arguments:
         if isinstance(x, Tensor):
             yield x.untyped_storage()._cdata
@@ -63,39 +68,36 @@ def _storages(arguments: Iterable) -> Iterator[int]:
 ROUNDING = 512  # bytes: the CUDA allocator's smallest unit
 HOST = "CPU memory"
 WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
-INPUTS, LAYER, HEAD, LOGITS, REST = (
-    "layer inputs",
-    "one layer",
-    "head gradient",
-    "logits chunk",
-    "rows of the loss",
-)
+INPUTS, LAYER, HEAD = "layer inputs", "one layer", "head gradient"
+LOGITS, REST = "logits chunk", "rows of the loss"
 
 
 class Ledger(LiveBytes):
-    """The with-block. `peak`, `owners` and `when` tell the worst moment; `host_peak` is the CPU's."""
+    """A with-block that also knows who owns the bytes.
+
+    peak, owners and when describe the worst moment on the card; host_peak is the most in CPU memory.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.V, self.H = model.get_output_embeddings().weight.shape
         self.owner_of: dict[int, str] = {}  # storage -> owner
-        self.totals: Counter[str] = Counter()
-        self.host_peak = 0
-        self.owners: dict[str, int] = {}
+        self.totals: Counter[str] = Counter()  # owner -> bytes now
+        self.owners: dict[str, int] = {}  # owner -> bytes at the peak
         self.when = ""
+        self.host_peak = 0
         self.phase, self.owner = "before", REST
-        for parameter in model.parameters():
-            self.enter(parameter, WEIGHTS)
-        for buffer in model.buffers():
-            self.enter(buffer, WEIGHTS)
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.enter(tensor, WEIGHTS)
         self.hooks = list(self._watch(model))
 
     def close(self) -> None:
+        """Remove the hooks from the model."""
         for hook in self.hooks:
             hook.remove()
 
-    def enter(self, tensor: torch.Tensor, owner: str) -> None:
-        """Count a tensor made before the block, or give one that was counted another owner."""
+    def enter(self, tensor: Tensor, owner: str) -> None:
+        """Count a tensor that was created before the block, or give a counted one another owner."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
@@ -103,6 +105,7 @@ class Ledger(LiveBytes):
             self.totals[owner] += self.live[key]
             self.owner_of[key] = owner
             return
+
         num_bytes = -(-storage.nbytes() // ROUNDING) * ROUNDING
         self.live[key], self.owner_of[key] = num_bytes, owner
         self.totals[owner] += num_bytes
@@ -119,9 +122,12 @@ class Ledger(LiveBytes):
         self.totals[owner] -= num_bytes
         self.now -= num_bytes * (owner != HOST)
 
-    def made(self, func, x: torch.Tensor) -> None:
-        """The owner shows in what only the head has: a matrix of V columns is a chunk of logits, one of at least V / 2 rows of H
-        its gradient."""
+    def created(self, func, x: Tensor) -> None:
+        """Count a new storage under its owner.
+
+        Two shapes tell the owner, as only the head has them: a matrix of V columns is a chunk of logits, and
+        one of H columns and at least V / 2 rows is the head's gradient. Otherwise the moment decides.
+        """
         owner = self.owner
         if func._schema.name == "kit::host_empty":
             owner = HOST
@@ -132,29 +138,33 @@ class Ledger(LiveBytes):
         self.enter(x, owner)
 
     def _watch(self, model: nn.Module):
-        """Hooks that tell where the step is."""
+        """Yield hooks that follow where the step is."""
         layers, norm = model.model.layers, model.model.norm
+        yield model.model.register_forward_pre_hook(lambda *_: self._at("forward", INPUTS))
+        yield norm.register_forward_hook(lambda *_: self._at("loss", REST))
 
-        def at(phase: str, owner: str) -> None:
-            self.phase, self.owner = phase, owner
-
-        yield model.model.register_forward_pre_hook(lambda *_: at("forward", INPUTS))
-        yield norm.register_forward_hook(lambda *_: at("loss", REST))
-        for i, layer in enumerate(layers):
-            # the feed-forward's norms and tiles belong to the layer whose attention ran last
-            yield layer.self_attn.register_forward_pre_hook(
-                lambda *_, i=i: at(
-                    f"{'forward' if self.phase.startswith('forward') else 'backward'}, layer {i + 1}", LAYER
-                )
-            )
+        for i, layer in enumerate(
+            layers, start=1
+        ):  # norms and feed-forward belong to the attention before them
+            yield layer.self_attn.register_forward_pre_hook(lambda *_, i=i: self._in_layer(i))
             yield layer.register_forward_hook(lambda module, args, out: self._layer_done(out))
+
         for parameter in model.parameters():
             if parameter.requires_grad:
                 yield parameter.register_post_accumulate_grad_hook(self._gradient_arrived)
 
-    def _layer_done(self, out: torch.Tensor) -> None:
+    def _at(self, phase: str, owner: str) -> None:
+        self.phase, self.owner = phase, owner
+
+    def _in_layer(self, i: int) -> None:
+        direction = (
+            "forward" if self.phase.startswith("forward") else "backward"
+        )  # backward recomputes the layer
+        self._at(f"{direction}, layer {i}", LAYER)
+
+    def _layer_done(self, out: Tensor) -> None:
         self.enter(out, INPUTS)
-        self.phase, self.owner = "forward", INPUTS
+        self._at("forward", INPUTS)
 
     def _gradient_arrived(self, parameter: nn.Parameter) -> None:
         if parameter.grad is not None and parameter.grad.untyped_storage()._cdata in self.live:

@@ -1,4 +1,5 @@
-"""What training held on a card beside what was planned, and what is said where the card was too small."""
+"""Measure what training held on a card, print it beside the plan, and explain a step that ran out of
+memory."""
 
 from __future__ import annotations
 
@@ -14,29 +15,27 @@ from kit.run import write_json
 if TYPE_CHECKING:
     from kit.memory.simulate import Plan
 
-
-COMPARED_AFTER = 10  # steps: by then every kind of row has been there
+COMPARED_AFTER = 10  # steps: every kind of row has occurred by then
 
 
 class PeakMemory:
-    """The most memory that training has held so far, in GiB; None on a CPU, where nobody counts.
+    """The most memory that training has held so far, in GiB; None on a CPU, where nothing is measured.
 
-    gib: allocated, in tensors, which is what the plan simulates. reserved_gib: what the allocator has taken for them, gaps
-    included, which is what must fit on the card.
-
-    planned: None = no plan was made. path: file that takes what was measured and planned, after ten steps.
+    gib: allocated in tensors, which is what the plan simulates. reserved_gib: what the allocator has reserved
+    for them, gaps included, which is what must fit on the card. planned: None = no plan was made. path: file
+    for what was measured and planned, written after ten steps.
     """
 
     def __init__(self, device: torch.device, planned: Plan | None, path: Path):
         self.device, self.planned, self.path = device, planned, path
         self.gib = self.reserved_gib = None
         self.on_card = device.type == "cuda"
-        if self.on_card:  # evaluation was there before, with a cache that is no part of a step
+        if self.on_card:  # the evaluation before has left a cache that is no part of a step
             return_memory(device)
             torch.cuda.reset_peak_memory_stats(device)
 
     def look(self, step: int, num_steps: int) -> None:
-        """After step 1, 2, ... of num_steps."""
+        """Measure after step 1, 2, ... of num_steps."""
         if self.on_card:
             self.gib = torch.cuda.max_memory_allocated(self.device) / GIB
             self.reserved_gib = torch.cuda.max_memory_reserved(self.device) / GIB
@@ -44,28 +43,24 @@ class PeakMemory:
                 self.compare()
 
     def compare(self) -> None:
+        """Print what was measured beside the plan, and write both to the file."""
         room = (self.planned.total - CONTEXT) / GIB
         tqdm.write(
-            f"memory      measured peak {self.gib:.2f} GiB of tensors, planned {self.planned.peak / GIB:.2f} GiB (simulated); "
-            f"{self.reserved_gib:.2f} GiB reserved for them, planned at most {room:.2f} GiB"
+            f"memory      measured peak {self.gib:.2f} GiB of tensors, planned {self.planned.peak / GIB:.2f} "
+            f"GiB (simulated); {self.reserved_gib:.2f} GiB reserved for them, planned at most {room:.2f} GiB"
         )
         measured = {"measured_peak_gib": self.gib, "measured_reserved_gib": self.reserved_gib}
         write_json(self.path, measured | {"planned": self.planned.as_json()})
 
     def exhausted(self, step: int, newest: Path | None) -> ValueError:
-        """What to say of a step that ran out of memory. newest: the last checkpoint."""
-        planned = self.planned
-        view = (
-            "no plan was made"
-            if planned is None
-            else f"the plan said {planned.total / GIB:.2f} GiB, at most in {planned.when}"
-        )
-        last = (
-            ""
-            if self.gib is None
-            else f"; the steps before peaked at {self.gib:.2f} GiB, {self.reserved_gib:.2f} GiB reserved"
-        )
+        """Return the error for a step that ran out of memory. newest: the last checkpoint."""
+        plan = "no plan was made"
+        if self.planned is not None:
+            plan = f"the plan said {self.planned.total / GIB:.2f} GiB, at most in {self.planned.when}"
+        if self.gib is not None:
+            plan += f"; the steps before peaked at {self.gib:.2f} GiB, {self.reserved_gib:.2f} GiB reserved"
+        checkpoint = newest or "none, so the run starts over"
         return ValueError(
-            f"step {step} ran out of memory: {view}{last}. Pass --gpu_gb with the card's size in GiB to have leaner settings "
-            f"chosen, and --resume: the last checkpoint is {newest or 'none, so the run starts over'}"
+            f"step {step} ran out of memory: {plan}. Pass --gpu_gb with the card's size in GiB to choose "
+            f"settings that need less, and --resume: the last checkpoint is {checkpoint}"
         )

@@ -46,10 +46,8 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-PRELOADED = (
-    "kit.models.load_any",
-    "transformers.models.llama.modeling_llama",
-)  # which recipes import only later
+# what recipes import only when they load a model
+PRELOADED = ("kit.models.load_any", "transformers.models.llama.modeling_llama")
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,13 @@ class Job:
     problem: str = ""  # why it cannot be run at all; "" = it can
 
     def command(self) -> list[str]:
-        """Return the recipe's flags."""
+        """Return the flags of the recipe."""
         resume = ["--resume"] if (self.folder / "config.json").is_file() else []
         flags = [as_flag(name, value) for name, value in self.settings.items()]
         return [*flags, *self.flags, f"--out={self.folder}", *resume]
 
     def obstacle(self, state: Mapping[str, str]) -> str:
-        """Return why it must not be started; "" = it may, at the latest when its needs are done."""
+        """Return why it can never start; "" = it can, at the latest when its needs are done."""
         broken = [name for name in self.needs if state.get(name) == FAILED]
         return self.problem or (f"it needs {', '.join(broken)}, which failed" if broken else "")
 
@@ -101,7 +99,7 @@ def read_outcomes(path: Path) -> dict[str, Outcome]:
 
 @dataclass(frozen=True)
 class Worker:
-    """What one of the runs at a time computes on: one core, or one card with all cores."""
+    """What one run at a time computes on: one core of a CPU, or one card and all cores."""
 
     on_card: bool = False
     card: str = ""  # as CUDA_VISIBLE_DEVICES takes it; "" = the first that CUDA shows
@@ -204,9 +202,10 @@ class _Running:
         self.job, self.worker, self.start = job, worker, time.perf_counter()
         job.folder.mkdir(parents=True, exist_ok=True)
         self.log = job.folder / LOG
-        self.log_start = self.log.stat().st_size if self.log.exists() else 0  # of this attempt
+        self.log.touch()  # a process may end before it opens its log
+        self.log_start = self.log.stat().st_size  # of this attempt
         card = {"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {}
-        with _environment(card):  # of a process that starts from scratch; a forked one is told it
+        with _environment(card):  # inherited by a process that starts from scratch, passed on to a forked one
             here = (dict(os.environ), os.getcwd(), worker.on_card)
             arguments = (job.recipe.resolve(), job.command(), self.log.resolve(), *here)
             self.process = context.Process(target=_run, args=arguments)

@@ -1,13 +1,16 @@
-"""What fits: the six models at 16,384 tokens, full fine-tuning and QLoRA, simulated. No GPU, no weights, no download.
+"""Simulate what six models need at 16,384 tokens, in full and with QLoRA. No GPU, no weights, no download.
 
-    python recipes/bench/memory_table.py                                   all six: about half an hour on one core
-    python recipes/bench/memory_table.py --models google/gemma-3-1b-it     one
-    python recipes/bench/memory_table.py --json memory.json                for posting
+    python recipes/bench/memory_table.py                                   all six, in minutes
+    python recipes/bench/memory_table.py --models google/gemma-3-1b-it     one of them
+    python recipes/bench/memory_table.py --json memory.json                keep the figures, for posting
 
-Each figure is one real training step on fake tensors, every live byte counted, plus what
-kit/memory/simulate.py assumes for slack and for CUDA itself. The rows switch savings on one after another;
-the full rows update in the backward pass, one row of packed traces per step. Left out on purpose: speed.
-Offloaded bytes cross the bus, a blocked head costs a matmul more: not timed on a GPU."""
+Each figure is one real training step on fake tensors with every live byte counted, and what
+kit/memory/simulate.py assumes for slack and for CUDA itself. Full fine-tuning updates in the backward pass,
+one row of packed traces per step.
+
+Time: minutes on two cores. Left out on purpose: speed. Offloaded bytes cross the bus, and a blocked head
+costs one more matmul.
+"""
 
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +21,7 @@ import torch
 from kit.config import parse
 from kit.machine import GIB
 from kit.memory import Plan, plan
-from kit.memory.closed_form import formula_total
-from kit.models.loading import CONFIGS, load_config
+from kit.models.loading import CONFIGS
 from kit.run import write_json
 from kit.train import Savings
 
@@ -30,7 +32,7 @@ FULL = {
     "offload_inputs": True,
     "logit_rows": 256,
 }
-ROWS = {  # name -> savings, rank of the adapters
+ROWS = {  # name -> (savings, rank of the adapters)
     "full": (Savings(**FULL), 0),
     "full, head blocked": (Savings(**FULL, head_update="blocked"), 0),
     "full, optimizer on CPU": (Savings(**FULL, offload_optimizer=True), 0),
@@ -45,9 +47,9 @@ ROWS = {  # name -> savings, rank of the adapters
 @dataclass(frozen=True)
 class Config:
     models: str = ""  # hub ids, comma-separated; "" = the six whose configs ship with the kit
-    row_tokens: int = 16_384  # tokens of the one row in a step
+    row_tokens: int = 16_384  # tokens of the step's one row
     json: str = ""  # file for the figures; "" = none
-    smoke: bool = False  # the shipped tiny model, in seconds
+    smoke: bool = False  # the tiny model that ships, in seconds
 
 
 SMOKE = {"models": "tiny", "row_tokens": 1_024}
@@ -60,7 +62,7 @@ def simulate(model: str, name: str, row_tokens: int) -> Plan:
 
 
 def table(rows: list[dict]) -> str:
-    """The figures as README has them: a column a model."""
+    """Return the figures as the README has them, with one column per model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [f"| | {' | '.join(model.split('/')[-1] for model in models)} |", f"|---|{'---:|' * len(models)}"]
     for name in ROWS:
@@ -70,14 +72,11 @@ def table(rows: list[dict]) -> str:
 
 
 def main(config: Config) -> list[dict]:
-    shipped = sorted(
-        (path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=lambda name: name.lower()
-    )
+    shipped = sorted((path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=str.lower)
     models = config.models.split(",") if config.models else shipped
+    print(f"GiB that a card needs for one row of {config.row_tokens:,} tokens per step, simulated")
+
     rows = []
-    print(
-        f"GiB a card needs, simulated, {config.row_tokens:,} tokens in one row; in brackets the second opinion, a formula"
-    )
     with ProcessPoolExecutor() as pool:
         jobs = {
             (model, name): pool.submit(simulate, model, name, config.row_tokens)
@@ -85,16 +84,13 @@ def main(config: Config) -> list[dict]:
             for name in ROWS
         }
         for model in models:
-            print(f"{model}")
-            for name, (savings, rank) in ROWS.items():
+            print(model)
+            for name in ROWS:
                 found = jobs[model, name].result()
-                opinion = formula_total(load_config(model), config.row_tokens, savings, rank)
                 owners = ", ".join(f"{owner} {n / GIB:.2f}" for owner, n in found.largest()[:4])
-                print(
-                    f"    {name:<24}{found.total / GIB:7.2f} ({opinion / GIB:.2f})  in {found.when}: {owners}",
-                    flush=True,
-                )
-                rows.append({"row": name, "formula": opinion, **found.as_json()})
+                print(f"    {name:<24}{found.total / GIB:7.2f}  in {found.when}: {owners}", flush=True)
+                rows.append({"row": name, **found.as_json()})
+
     print(table(rows))
     if config.json:
         write_json(Path(config.json), rows)

@@ -16,7 +16,8 @@ from card.results import Card
 from card.timing import matmul_flops
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kit.memory.seconds import Sizes
+from kit.machine import GIB
+from kit.memory.flops import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of
 from kit.models.loading import CONFIGS
@@ -52,7 +53,7 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
     """Build a model with random weights on the card. rank > 0: in NF4, with adapters of that rank."""
     card.free()
     sizes, device = Sizes.of(config), card.device
-    weight_bytes = dtype.itemsize * (sizes.linears + sizes.V * sizes.H * (1 if sizes.tied else 2))
+    weight_bytes = dtype.itemsize * sizes.weights
     if card.is_cuda and weight_bytes > torch.cuda.mem_get_info()[0]:
         device = torch.device("cpu")  # slow; in NF4 the model may still fit the card
 

@@ -18,8 +18,8 @@ from card.profile import Profile, profiled
 from card.results import Card, Results
 
 from kit.machine import GIB
+from kit.memory import plan
 from kit.memory.choose import ladder_steps
-from kit.memory.closed_form import formula_total
 from kit.train import Savings, TrainingStep
 
 USUAL = ("google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct")

@@ -8,7 +8,7 @@ from test_simulate import SMALL
 from kit.machine import GIB
 from kit.memory import choose as fitting
 from kit.memory.choose import choose, ladder_steps, rows_of, suggest_savings, switches
-from kit.memory.simulate import plan
+from kit.memory.simulate import Plan, card_bytes, plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
 
@@ -16,7 +16,7 @@ T = 1024
 
 
 def make_model(folder, **settings) -> str:
-    """A folder that holds a config and nothing else."""
+    """Return a folder that holds a config and nothing else."""
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, **settings}))
     return str(folder)
 
@@ -40,9 +40,9 @@ def test_a_card_with_room_for_the_first_settings_gets_them(small_model, rows):
 
 @pytest.mark.slow
 def test_no_switch_that_was_chosen_can_be_left_out(small_model):
-    """For a card that the third rung fits, and for one that only the leanest does."""
+    """Tried with a card that the middle of the ladder fits, and with one that only its end fits."""
     ladder = ladder_steps(load_config(small_model))
-    for place in (2, len(ladder) - 1):
+    for place in (5, len(ladder) - 1):
         gpu_gb = total(small_model, ladder[place], 2) + 1e-6
         found = choose(small_model, row_tokens=T, gpu_gb=gpu_gb, rows=2)
         assert found.fits(gpu_gb)
@@ -55,18 +55,40 @@ def test_no_switch_that_was_chosen_can_be_left_out(small_model):
             assert total(small_model, Savings(**without), 2) > gpu_gb, (gpu_gb, found.savings, name)
 
 
+@pytest.mark.parametrize(
+    ("gib_to_save", "chosen"),
+    [
+        (0, {}),
+        (3, {"tile_tokens": 8192, "logit_rows": 512}),
+        (5, {"tile_tokens": 8192, "logit_rows": 512, "offload_inputs": True}),
+        (9, {"tile_tokens": 8192, "offload_optimizer": True}),
+    ],
+)
+def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_to_save, chosen, monkeypatch):
+    saved_gib = {"tile_tokens": 2, "logit_rows": 2, "offload_inputs": 2, "offload_optimizer": 8}
+
+    def fake_plan(model, *, savings, **sizes):
+        peak = 20 - sum(saved_gib.get(name, 0) for name in savings.switched_on)
+        return Plan(model, savings=savings, peak=peak * GIB, when="", owners={}, host=0, **sizes)
+
+    monkeypatch.setattr(fitting, "plan", fake_plan)
+    gpu_gb = card_bytes((20 - gib_to_save) * GIB) / GIB
+    found = choose("google/gemma-3-1b-it", row_tokens=16_384, gpu_gb=gpu_gb, rows=2)
+    assert found.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
+
+
 def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
     """A narrow tile launches many small kernels."""
     small_model = make_model(tmp_path, num_hidden_layers=1, intermediate_size=4_096, vocab_size=300)
-    monkeypatch.setattr(fitting, "LADDER", ({"optimizer": "adamw8bit"}, {"tile_tokens": 64}))
-    monkeypatch.setattr(fitting, "WIDER_TILES", (512, 256))
+    tiles = (("tile_tokens", 512), ("tile_tokens", 256), ("tile_tokens", 64))
+    monkeypatch.setattr(fitting, "LADDER", (("optimizer", "adamw8bit"), *tiles))
     for tile_tokens in (64, 256, 512):
         gpu_gb = total(small_model, Savings(optimizer="adamw8bit", tile_tokens=tile_tokens)) + 1e-6
         assert choose(small_model, row_tokens=T, gpu_gb=gpu_gb).savings.tile_tokens == tile_tokens
 
 
 @pytest.mark.usefixtures("small_heads")
-def test_the_blocked_head_is_chosen_where_it_decides_whether_a_model_fits(tmp_path):
+def test_the_blocked_head_is_chosen_if_it_decides_whether_a_model_fits(tmp_path):
     model = make_model(tmp_path, vocab_size=60_000, num_hidden_layers=2)  # mostly head
     ladder = ladder_steps(load_config(model))
     place = next(i for i, savings in enumerate(ladder) if savings.head_update == "blocked")
@@ -90,25 +112,40 @@ def test_a_head_of_its_own_has_no_blocks_to_choose(tmp_path):
 
 def test_adapters_choose_among_what_saves_them_something(small_model):
     ladder = ladder_steps(load_config(small_model), 16)
-    assert len(ladder) > 2 and not any(
-        s.update_in_backward or s.offload_optimizer or s.head_update == "blocked" for s in ladder
+    assert len(ladder) > 2
+    assert not any(savings.switched_on.keys() & fitting.FULL_ONLY for savings in ladder)
+
+
+@pytest.mark.usefixtures("small_heads")
+def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_left(tmp_path):
+    model = make_model(tmp_path, vocab_size=30_000, num_hidden_layers=4)  # a good part of it head
+    found = plan(model, row_tokens=T, savings=Savings(recompute=False), rows=2)
+    lines = list(suggest_savings(found))
+    flags = [line.split("  ")[2] for line in lines]
+    assert flags[0] == "--recompute" and flags[-1] == "--offload_optimizer"
+    assert "--head_update blocked" in flags
+    ladder = [f"--{name}" for name, _ in fitting.LADDER]
+    places = [ladder.index(flag.split()[0]) for flag in flags[1:]]
+    assert places == sorted(places)
+    sizes = [float(line.split(" GiB")[0].split()[-1]) for line in lines]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [line.endswith("one row per step") for line in lines].index(True) == flags.index(
+        "--update_in_backward"
     )
 
+    changes = {}
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition(" ")
+        changes[name] = value if name == "head_update" else int(value) if value else True
+    last = Savings(**changes)
+    assert f"{total(model, last, 2):.2f}" == f"{sizes[-1]:.2f}"  # each line is with those above it
+    leanest = ladder_steps(load_config(model))[-1]
+    assert list(suggest_savings(plan(model, row_tokens=T, savings=leanest))) == []
 
-def test_what_would_save_more_is_listed_cheapest_first_until_nothing_is_left():
-    model = "google/gemma-3-1b-it"
-    found = replace(plan("tiny", row_tokens=64), model=model, row_tokens=16_384, rows=2)
-    lines = suggest_savings(found).splitlines()
-    assert lines[0].startswith("  for less, cheapest first")
-    flags = [line.split("  ")[2] for line in lines[1:]]
-    assert flags == ["--update_in_backward", "--logit_rows 512", "--tile_tokens 2048", "--offload_inputs",
-                     "--head_update blocked", "--offload_optimizer"]  # fmt: skip
-    sizes = [float(line.split(" GiB, ")[0].split()[-1]) for line in lines[1:]]
-    assert sizes == sorted(sizes, reverse=True)
-    seconds = [float(line.split(" GiB, ")[1].split()[0]) for line in lines[2:]]
-    assert seconds == sorted(seconds) and seconds[0] > 0 and "one row per step" in lines[1]
-    dear = replace(found, savings=Savings(recompute=False, optimizer="adamw"))
-    assert suggest_savings(dear).splitlines()[1].startswith(
-        "    --recompute "
-    ) and "--optimizer adamw8bit" in suggest_savings(dear)
-    assert suggest_savings(replace(found, savings=ladder_steps(load_config(model))[-1])) == ""
+
+def test_the_first_settings_that_fit_are_found_even_if_later_ones_need_more(small_model, monkeypatch):
+    """Tiles of so short a row need more memory than the whole: their weight gradients are summed in fp32."""
+    monkeypatch.setattr(fitting, "LADDER", (("optimizer", "adamw8bit"), ("tile_tokens", 1_000)))
+    whole, tiled = (total(small_model, savings) for savings in ladder_steps(load_config(small_model)))
+    assert whole < tiled
+    assert choose(small_model, row_tokens=T, gpu_gb=(whole + tiled) / 2).savings.tile_tokens == 0

@@ -2,9 +2,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from closed_form import formula
+from memory_table import ROWS
 from test_simulate import LEAN, SMALL
 
-from kit.memory.closed_form import formula
 from kit.memory.simulate import plan
 from kit.models.loading import CONFIGS, load_config
 from kit.train.savings import Savings
@@ -14,16 +15,14 @@ MODELS = sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json
 
 @pytest.fixture
 def small_heads(monkeypatch):
-    for place in (
-        "kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES",
-        "kit.memory.closed_form.BLOCK_BYTES",
-    ):
-        monkeypatch.setattr(place, 2**22)  # whose usual size holds the whole of so small a head
+    """Blocks of the head, and slabs of the optimizer, as small as the models of these tests."""
+    for place in ("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", "closed_form.BLOCK_BYTES"):
+        monkeypatch.setattr(place, 2**22)
     monkeypatch.setattr("kit.train.optimizer.AdamW8bit.SLAB", 2**16)
 
 
 def moved(tmp_path, V, T, layers, *both, rows=1):
-    """(what the plan's peak moves by between two settings, what the formula says, the first peak)."""
+    """Return (the change of the plan's peak between two settings, the formula's, the first peak)."""
     settings = SMALL | {"model_type": "llama", "vocab_size": V, "num_hidden_layers": layers}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     model = str(tmp_path)
@@ -33,9 +32,13 @@ def moved(tmp_path, V, T, layers, *both, rows=1):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "V", "T", "layers"),  # where the owner that the saving is for is a good part of the peak
-    [("tile_tokens", 0, 500, 2048, 2), ("offload_optimizer", False, 30_000, 256, 2), ("head_update", "whole", 30_000, 256, 2)],
-)  # fmt: skip
+    ("name", "value", "V", "T", "layers"),  # sizes with which the saving's owner is a good part of the peak
+    [
+        ("tile_tokens", 0, 500, 2048, 2),
+        ("offload_optimizer", False, 30_000, 256, 2),
+        ("head_update", "whole", 30_000, 256, 2),
+    ],
+)
 def test_dropping_a_saving_moves_the_plan_by_what_the_formula_says(
     name, value, V, T, layers, tmp_path, small_heads
 ):
@@ -61,8 +64,8 @@ LAYERS = 6  # a simulation takes as long as there are layers; the sixth is the f
 
 @pytest.mark.parametrize(("model", "qlora_rank"), [(model, 0) for model in MODELS] + [(MODELS[0], 16)])
 def test_the_plan_of_a_supported_model_agrees_with_the_formula(model, qlora_rank, tmp_path):
-    """4,096 tokens in two tiles; one model as it is, the others with their first layers and as large a share of their vocabulary.
-    recipes/bench/memory_table.py prints both at 16,384 tokens for whole models, which takes half an hour."""
+    """4,096 tokens in two tiles. One model is whole, the others have their first layers and the same share of
+    their vocabulary."""
     if model != WHOLE:
         config = load_config(model).to_dict()
         vocab_size = config["vocab_size"] * LAYERS // config["num_hidden_layers"]
@@ -74,6 +77,14 @@ def test_the_plan_of_a_supported_model_agrees_with_the_formula(model, qlora_rank
         optimizer="adamw8bit", tile_tokens=2048, update_in_backward=not qlora_rank, offload_inputs=True
     )
     found = plan(model, row_tokens=4096, savings=savings, qlora_rank=qlora_rank)
-    assert sum(formula(load_config(model), 4096, savings, qlora_rank).values()) == pytest.approx(
-        found.peak, rel=0.1
-    )
+    expected = sum(formula(load_config(model), 4096, savings, qlora_rank).values())
+    assert expected == pytest.approx(found.peak, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_figure_of_the_memory_table_agrees_with_the_formula(model):
+    for savings, qlora_rank in ROWS.values():
+        found = plan(model, row_tokens=16_384, savings=savings, qlora_rank=qlora_rank)
+        expected = sum(formula(load_config(model), 16_384, savings, qlora_rank).values())
+        assert expected == pytest.approx(found.peak, rel=0.1)

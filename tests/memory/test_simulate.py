@@ -17,21 +17,38 @@ from kit.memory.simulate import check_free_memory, fake_batch, measure, plan
 from kit.models.loading import CONFIGS, load_config
 from kit.models.nf4 import quantise_decoder, simulate_quantised_decoder
 from kit.models.qlora import add_adapters
+from kit.packing import PackedBatch
 from kit.train.offload import host_empty
 from kit.train.savings import Savings
 
 LEAN = {
-    "optimizer": "adamw8bit", "tile_tokens": 100, "update_in_backward": True, "logit_rows": 70, "offload_inputs": True,
-}  # fmt: skip
+    "optimizer": "adamw8bit",
+    "tile_tokens": 100,
+    "update_in_backward": True,
+    "logit_rows": 70,
+    "offload_inputs": True,
+}
 PARAMETERS = {  # as published with the models
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
 }  # fmt: skip
 SMALL = {  # large enough that one owner does not drown in the others, small enough for seconds
-    "vocab_size": 4_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "tie_word_embeddings": True,
-}  # fmt: skip
+    "vocab_size": 4_000,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+def real_batch(row_tokens: int) -> PackedBatch:
+    """Return a row with the same shapes as fake_batch's that a real step can compute."""
+    cu_seqlens = torch.tensor([0, row_tokens], dtype=torch.int32)
+    return replace(fake_batch(row_tokens), position_ids=torch.arange(row_tokens), cu_seqlens=cu_seqlens)
 
 
 @pytest.fixture
@@ -60,37 +77,25 @@ def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
             config = load_small(family)
             model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
-            batch = fake_batch(300)
-            if not fake:
-                batch = replace(
-                    batch,
-                    position_ids=torch.arange(300),
-                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
-                )
+            batch = fake_batch(300) if fake else real_batch(300)
             gc.collect()
-            book = measure(model, Savings(**savings), batch, steps=2)
-        peaks.append(book.peak)
-        hosts.append(book.host_peak)
-        owners.append(book.owners)
+            ledger = measure(model, Savings(**savings), batch, steps=2)
+        peaks.append(ledger.peak)
+        hosts.append(ledger.host_peak)
+        owners.append(ledger.owners)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01) and hosts[0] == hosts[1]
     assert owners[0].keys() == owners[1].keys()
     assert (hosts[0] > 0) == bool(savings)
 
 
 def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_a_step_of_one():
-    """The second row's loss finds the gradients of the first: half the peak of a model that is mostly head."""
+    """The second row's loss finds the gradients of the first: half the peak if a model is mostly head."""
     peaks = {}
     for rows, fake in [(1, True), (2, True), (2, False), (3, True)]:
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
             config = AutoConfig.for_model("llama", **SMALL | {"vocab_size": 20_000})
             model = AutoModelForCausalLM.from_config(config, attn_implementation="kit", dtype=torch.float32)
-            batch = fake_batch(200)
-            if not fake:
-                batch = replace(
-                    batch,
-                    position_ids=torch.arange(200),
-                    cu_seqlens=torch.tensor([0, 200], dtype=torch.int32),
-                )
+            batch = fake_batch(200) if fake else real_batch(200)
             peaks[rows, fake] = measure(model, Savings(optimizer="adamw8bit"), batch, rows=rows).peak
     assert peaks[2, True] == pytest.approx(peaks[2, False], rel=0.01)
     assert peaks[2, True] > 1.1 * peaks[1, True] and peaks[3, True] == peaks[2, True]
@@ -100,9 +105,15 @@ def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_
 def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
     """SmolLM2-135M's shape, random weights, all savings on."""
     config = AutoConfig.for_model(
-        "llama", vocab_size=49_152, hidden_size=576, intermediate_size=1_536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
+        "llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1_536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
     savings, peaks = Savings(**LEAN | {"tile_tokens": 24, "logit_rows": 16}), []
     for fake in (True, False):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
@@ -110,16 +121,13 @@ def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
                 model = AutoModelForCausalLM.from_config(
                     config, attn_implementation="kit", dtype=torch.bfloat16
                 )
-            batch = fake_batch(64)
+            batch = fake_batch(64) if fake else real_batch(64)
             if not fake:  # zeros do: no byte depends on a value
                 model = model.to_empty(device="cpu")
                 model.model.rotary_emb = type(model.model.rotary_emb)(config)
                 for parameter in model.parameters():
                     parameter.detach().zero_()
                 model.tie_weights()
-                batch = replace(
-                    batch, position_ids=torch.arange(64), cu_seqlens=torch.tensor([0, 64], dtype=torch.int32)
-                )
             assert sum(p.numel() for p in model.parameters()) == 134_515_008
             peaks.append(measure(model, savings, batch).peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
@@ -140,15 +148,9 @@ def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
             )
             simulate_quantised_decoder(model) if fake else quantise_decoder(model, "cpu")
             add_adapters(model, base="", rank=4)
-            batch = fake_batch(300)
-            if not fake:
-                batch = replace(
-                    batch,
-                    position_ids=torch.arange(300),
-                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
-                )
-            book = measure(model, Savings(tile_tokens=100), batch, steps=2)
-        peaks.append(book.peak)
+            batch = fake_batch(300) if fake else real_batch(300)
+            ledger = measure(model, Savings(tile_tokens=100), batch, steps=2)
+        peaks.append(ledger.peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
@@ -164,7 +166,7 @@ def test_the_plan_of_a_supported_model_names_its_owners():
     assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
 
 
-def test_wide_activations_are_not_taken_for_the_gradient_of_a_frozen_head(tmp_path):
+def test_wide_activations_are_not_mistaken_for_the_gradient_of_a_frozen_head(tmp_path):
     """1,024 tokens of 768 numbers are more than half the head's 3,000 rows of 256."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 3_000}))
     found = plan(str(tmp_path), row_tokens=1_024, qlora_rank=4)
@@ -173,28 +175,27 @@ def test_wide_activations_are_not_taken_for_the_gradient_of_a_frozen_head(tmp_pa
 
 def test_the_ledger_counts_storages_once_until_the_last_view_is_gone():
     model = make_model("llama")
-    book = Ledger(model)
-    weights = book.now
+    ledger = Ledger(model)
+    weights = ledger.now
     assert weights >= sum(p.nbytes for p in model.parameters())
-    with book:
+    with ledger:
         x = torch.zeros(1000)
         view = x[10:].view(2, -1)
-        assert book.now == weights + 4096  # 4,000 bytes in units of 512
+        assert ledger.now == weights + 4096  # 4,000 bytes in units of 512
         del x
-        assert book.now == weights + 4096
+        assert ledger.now == weights + 4096
         del view
         held = host_empty(5000, for_card=False)
-        assert book.now == weights and book.host_peak == 5120  # beside what the card holds
+        assert ledger.now == weights and ledger.host_peak == 5120  # beside what the card holds
         del held
-        assert book.now == weights
-    assert book.now == weights and book.peak == weights + 4096
-    book.close()
+        assert ledger.now == weights
+    assert ledger.now == weights and ledger.peak == weights + 4096
+    ledger.close()
 
 
-def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one(monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"
-    ):
+def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one():
+    ways = r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"
+    with pytest.raises(ValueError, match=ways):
         load_config("nobody/nothing")
 
 
@@ -206,8 +207,6 @@ def test_a_card_with_too_little_free_memory_is_refused_before_training(monkeypat
     with pytest.raises(ValueError, match="the plan needs"):
         check_free_memory(found)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.67 * GIB), 8 * GIB))
-    with pytest.raises(
-        ValueError,
-        match=r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 ",
-    ):
+    way_out = r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 "
+    with pytest.raises(ValueError, match=way_out):
         check_free_memory(replace(found, peak=7 * GIB))

@@ -289,7 +289,7 @@ def test_the_plan_of_rl_needs_no_gpu_and_no_download(tmp_path):
     done = run_recipe("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers at once" in done.stdout
+    assert found["fits_gb"] == [6, 8, 12, 16, 24] and "answers of up to 64 tokens at once" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,20 +1,16 @@
-import contextlib
 import json
 import re
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import FAMILIES
 from test_simulate import SMALL, load_small
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory import live_bytes
-from kit.memory.simulate import fake_batch, measure, plan
+from kit.memory.simulate import plan
 from kit.models.folder import ADAPTER_CONFIG, adapter_rank
 from kit.models.loading import load_config
 from kit.rl.memory_plan import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, ladder_steps_rl, plan_rl
@@ -27,9 +23,9 @@ LEAN = Savings(optimizer="adamw8bit")
 
 @pytest.fixture
 def small_model(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", **SMALL, "num_hidden_layers": 2})
-    )
+    """A folder that holds a config and nothing else."""
+    config = {"model_type": "llama", **SMALL, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     return str(tmp_path)
 
 
@@ -38,9 +34,8 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
     weights = found.update.owners[live_bytes.WEIGHTS]
     for phase in (found.sampling, found.update):
         assert phase.owners[live_bytes.WEIGHTS] == weights
-        assert phase.owners[REFERENCE] == pytest.approx(
-            weights, rel=0.001
-        )  # the rotary frequencies are not copied
+        # the rotary frequencies are not copied
+        assert phase.owners[REFERENCE] == pytest.approx(weights, rel=0.001)
         assert phase.owners[live_bytes.OPTIMIZER] == pytest.approx(weights / 2 * (2 + 8 / 256), rel=0.01)
         assert sum(phase.owners.values()) == phase.peak
     # 2 layers, keys and values, 2 heads of 64 numbers of 2 bytes; 16 rows of 150 positions
@@ -48,19 +43,15 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
     assert found.sampling.owners[SAMPLER] >= 16 * 4_000 * 8  # the noise of a draw, in float64
     assert CACHE not in found.update.owners  # freed before the update
     assert found.larger.peak == max(found.sampling.peak, found.update.peak)
-    text = str(found)
-    assert (
-        "sampling, 16 answers of up to 100 tokens at once" in text
-        and "(simulated)" in text
-        and "8 GB: yes" in text
-    )
+    for said in ("sampling, 16 answers of up to 100 tokens at once", "(simulated)", "8 GB: yes"):
+        assert said in str(found)
     assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
 
 
-def test_without_a_kl_no_reference_is_held_and_the_update_costs_a_training_step_and_the_gradients_that_wait(
+def test_without_a_kl_there_is_no_reference_and_an_update_is_a_training_step_with_an_earlier_rows_gradients(
     small_model,
 ):
-    without = plan_rl(small_model, settings=replace(SETTINGS, kl="none"), savings=LEAN)
+    without = plan_rl(small_model, settings=replace(SETTINGS, kl_coef=0.0), savings=LEAN)
     with_reference = plan_rl(small_model, settings=SETTINGS, savings=LEAN)
     assert REFERENCE not in without.update.owners
     assert with_reference.update.peak - without.update.peak == pytest.approx(
@@ -76,13 +67,9 @@ def test_adapters_need_no_reference(small_model):
     assert REFERENCE not in found.update.owners and REFERENCE not in found.sampling.owners
 
 
-def test_more_answers_at_once_need_more_and_the_table_says_how_many_fit(small_model):
+def test_more_answers_at_once_need_more_when_sampling_and_the_same_when_updating(small_model):
     few, many = (plan_rl(small_model, settings=replace(SETTINGS, num_slots=n), savings=LEAN) for n in (1, 64))
     assert few.sampling.peak < many.sampling.peak and few.update.peak == many.update.peak
-    assert few.slots == many.slots and list(few.slots) == [8, 12, 16, 24]
-    assert list(few.slots.values()) == sorted(few.slots.values())
-    long = plan_rl(small_model, settings=replace(SETTINGS, max_new_tokens=10**9), savings=LEAN)
-    assert set(long.slots.values()) == {0} and "not even one answer at once" in str(long)
 
 
 def test_the_sampler_needs_what_drawing_or_reading_prompts_takes_whichever_is_more(small_model):
@@ -101,38 +88,14 @@ def test_no_row_of_the_cache_is_longer_than_what_a_rollout_takes(small_model):
 
 
 @pytest.mark.slow
-def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
+def test_completions_of_8k_tokens_never_need_a_row_of_logits_per_token(tmp_path):
     """8,192 tokens of a vocabulary of 100,000 are 1.5 GiB in bf16: the whole update stays below."""
     config = {"model_type": "llama", **SMALL, "vocab_size": 100_000, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl="none")
+    settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl_coef=0.0)
     found = plan_rl(str(tmp_path), settings=settings, savings=LEAN)
     assert found.update.peak < 8_704 * 100_000 * 2
     assert found.update.owners.get(live_bytes.LOGITS, 0) <= 0.51 * GIB
-
-
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_after_another_holds_what_the_second_of_two_real_rows_does(family, recompute):
-    """The plan's one fake row with the gradients of a row before it, against two real rows on this CPU."""
-    savings, peaks, gradients = Savings(recompute=recompute, optimizer="adamw8bit"), [], []
-    for fake in (True, False):
-        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_config(
-                load_small(family), attn_implementation="kit", dtype=torch.bfloat16
-            )
-            batch = fake_batch(300)
-            if not fake:
-                batch = replace(
-                    batch,
-                    position_ids=torch.arange(300),
-                    cu_seqlens=torch.tensor([0, 300], dtype=torch.int32),
-                )
-            book = measure(model, savings, batch, **({"later_row": True} if fake else {"rows": 2}))
-        peaks.append(book.peak)
-        gradients.append(book.owners[live_bytes.GRADIENTS])
-    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
-    assert gradients[0] == pytest.approx(gradients[1], rel=0.1) and gradients[0] > 0
 
 
 SHORT = replace(SETTINGS, row_tokens=512)
@@ -157,25 +120,16 @@ def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("qlora_rank", [0])
-def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(
-    small_model, qlora_rank
-):
-    settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update is what does not fit
-    ladder = ladder_steps_rl(small_model, qlora_rank)
-    updates = [
-        plan_rl(small_model, settings=settings, savings=s, qlora_rank=qlora_rank, **PROMPT).update
-        for s in ladder
-    ]
+def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(small_model):
+    settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update decides what fits
+    ladder = ladder_steps_rl(small_model, 0)
+    updates = [plan_rl(small_model, settings=settings, savings=s, **PROMPT).update for s in ladder]
     card = max(gib(update) for update in updates if update.peak < updates[0].peak) + 1e-7
-    found = choose_rl(small_model, settings=settings, gpu_gb=card, qlora_rank=qlora_rank, **PROMPT)
-    assert found.update.savings == next(
-        s for s, update in zip(ladder, updates, strict=True) if update.fits(card)
-    )
-    assert found.update.savings != ladder[0] and found.update.qlora_rank == qlora_rank
-    again = plan_rl(
-        small_model, settings=found.settings, savings=found.update.savings, qlora_rank=qlora_rank, **PROMPT
-    )
+
+    found = choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
+    first = next(s for s, update in zip(ladder, updates, strict=True) if update.fits(card))
+    assert found.update.savings == first != ladder[0]
+    again = plan_rl(small_model, settings=found.settings, savings=found.update.savings, **PROMPT)
     assert again.fits(card) and again.as_json() == found.as_json()
 
 
@@ -189,10 +143,16 @@ def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_mo
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, "--row_tokens 150"), ({"row_tokens": 150}, "--kl none --row_tokens 150"),
-     ({"row_tokens": 150, "kl": "none"}, "--qlora_rank 16"),
-     ({"row_tokens": 1_074, "max_new_tokens": 1_024, "kl": "none"}, "--max_new_tokens 512 --row_tokens 562")],
-)  # fmt: skip
+    [
+        ({}, "--row_tokens 150"),
+        ({"row_tokens": 150}, "--kl_coef 0.0 --row_tokens 150"),
+        ({"row_tokens": 150, "kl_coef": 0.0}, "--qlora_rank 16"),
+        (
+            {"row_tokens": 1_074, "max_new_tokens": 1_024, "kl_coef": 0.0},
+            "--max_new_tokens 512 --row_tokens 562",
+        ),
+    ],
+)
 def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(
     changes, expected, small_model
 ):
@@ -206,24 +166,24 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
     card = gib(leanest) - 1e-7
     with pytest.raises(ValueError) as refused:
         choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
-    pattern = r"needs ([\d.]+) GiB with every saving on and one answer at a time; its largest owners are (.*); pass (.*), or a larger"
-    said = re.search(pattern, str(refused.value))
-    assert (
-        said[1] == f"{gib(leanest):.2f}"
-        and said[2] == leanest.largest_owners()
-        and said[2].count(" GiB") == 3
+    pattern = (
+        r"needs ([\d.]+) GiB with every saving on .*; its largest owners are (.*); pass (.*), or a larger"
     )
-    assert said[3] == expected
+    needed, owners, flags = re.search(pattern, str(refused.value)).groups()
+    assert needed == f"{gib(leanest):.2f}"
+    assert owners == leanest.largest_owners() and owners.count(" GiB") == 3
+    assert flags == expected
     flags = dict(zip(*[iter(expected.split())] * 2, strict=True))
     rank = int(flags.pop("--qlora_rank", 0))
     changed = replace(
-        settings, **{name[2:]: value if name == "--kl" else int(value) for name, value in flags.items()}
+        settings,
+        **{name[2:]: float(value) if name == "--kl_coef" else int(value) for name, value in flags.items()},
     )
     assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
 
 
 def test_what_does_not_fit_either_is_not_proposed(small_model):
-    closest = replace(SHORT, row_tokens=150, kl="none", num_slots=1)
+    closest = replace(SHORT, row_tokens=150, kl_coef=0.0, num_slots=1)
     card = (
         gib(
             plan_rl(

@@ -100,4 +100,4 @@ def test_an_arithmetic_answer_is_checked_equation_by_equation():
     assert [text[start:end] for start, end in wrong.wrong] == ["42+8=51"]
     assert dissect_arithmetic(problem, "45", finished=True).cause == "no steps"
     assert dissect_arithmetic(problem, "6*7=42", finished=False).cause == "cut off"
-    assert STEPWISE == {"toy": dissect, "arithmetic": dissect_arithmetic}
+    assert {"toy": dissect, "arithmetic": dissect_arithmetic} == STEPWISE

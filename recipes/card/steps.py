@@ -72,10 +72,9 @@ def settings(name: str, card: Card) -> dict[str, Savings]:
 def can_run(results: Results, card: Card, title: str, training: Training) -> bool:
     """Return whether memory and time allow the case; if not, record it as not run."""
     if card.is_cuda:
-        needed = (
-            plan(training.model, row_tokens=ROW_TOKENS, savings=training.savings).total / GIB
-        )  # simulated in seconds
-        if needed > card.gib:
+        planned = plan(training.model, row_tokens=ROW_TOKENS, savings=training.savings)  # takes seconds
+        if not planned.fits(card.gib):
+            needed = planned.total / GIB
             results.not_run(title, f"the plan needs {needed:.1f} GiB and the card has {card.gib:.1f}")
             return False
     return results.has_time(title, training.guessed_seconds(card, training.row(DOCUMENTS, 0)))

@@ -63,18 +63,21 @@ class Sizes:
         return self.linears + self.V * self.H * (1 if self.tied else 2)
 
     def adapters(self, rank: int) -> int:
-        """Weights of LoRA adapters on all linear layers."""
+        """Return the number of weights of LoRA adapters on all linear layers."""
         per_layer = 2 * (self.H + self.q) + 2 * (self.H + self.kv) + 3 * (self.H + self.intermediate)
         return self.L * rank * per_layer
 
     def forward_flops(self, T: int) -> int:
-        """FLOPs of the layers for a document of T tokens: 2 per weight and token, 4q per visible pair."""
+        """Return the layers' FLOPs for one document of T tokens.
+
+        They are 2 per weight and token, and 4q per query-key pair that is visible.
+        """
         spans = [min(T, window) for window in self.windows] + [T] * (self.L - len(self.windows))
         pairs = sum(span * (2 * T - span + 1) // 2 for span in spans)
         return 2 * T * self.linears + 4 * pairs * self.q
 
     def row_flops(self, T: int, savings: Savings, qlora_rank: int = 0) -> int:
-        """FLOPs of one training row that is one document of T tokens, recomputation included.
+        """Return the FLOPs of a training row that is one document of T tokens, recomputation included.
 
         Full fine-tuning: the backward pass costs two forward passes. QLoRA: one, as frozen weights need no
         gradient.
@@ -84,8 +87,7 @@ class Sizes:
         return passes * self.forward_flops(T) + head * T * self.V * self.H
 
     def token_step(self, num_slots: int, length: int, *, nf4: bool = False) -> tuple[int, float]:
-        """(FLOPs, bytes moved) of sampling one token in each slot, with the cache filled to `length`
-        positions.
+        """Return (FLOPs, bytes moved) of sampling one token per slot, with `length` positions in the cache.
 
         A step reads the weights once (bf16, or the layers in NF4) and every slot's keys and values.
         """

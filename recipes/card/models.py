@@ -16,7 +16,6 @@ from card.results import Card
 from card.timing import matmul_flops
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from kit.machine import GIB
 from kit.memory.flops import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of

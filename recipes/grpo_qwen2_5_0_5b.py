@@ -67,7 +67,7 @@ class Config:
     # objective: the paper states groups, scale, KL coefficient and mini-batch; clip range, estimator and normaliser it does not
     minibatch_prompts: int = 256  # prompts an optimizer step
     advantage_scale: str = "group-std"  # none: Dr. GRPO
-    normaliser: str = "sequences"  # GRPO's own; tokens: DAPO; constant: Dr. GRPO
+    normaliser: str = "sequences"  # GRPO's own; tokens: DAPO
     clip_low: float = 0.2  # PPO's
     clip_high: float = 0.2  # PPO's; DAPO: 0.28
     kl: str = "k3"  # GRPO's own estimator; k1, or none

@@ -234,9 +234,7 @@ def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -
             if reward is not None and not masked:
                 found.append((episode, advantage))
     lengths = [len(episode.completion.ids) for episode, _ in found]
-    weights = token_weights(
-        lengths, settings.normaliser, num_sequences=num_sequences, max_new_tokens=settings.max_new_tokens
-    )
+    weights = token_weights(lengths, settings.normaliser, num_sequences=num_sequences)
     taught = [
         WeightedEpisode(episode, advantage, weight)
         for (episode, advantage), weight in zip(found, weights, strict=True)

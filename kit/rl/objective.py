@@ -98,7 +98,7 @@ def sampler_correction(old: Tensor, sampler: Tensor, cap: float) -> Tensor:
 
 
 SCALES = ("group-std", "none")
-NORMALISERS = ("tokens", "sequences", "constant")
+NORMALISERS = ("sequences", "tokens")
 STD_FLOOR = (
     1e-4  # TRL's, so that the two can be compared; verl has 1e-6. A group of equal rewards is 0 either way
 )
@@ -124,16 +124,12 @@ def has_signal(rewards: Sequence[float | None]) -> bool:
     return len({reward for reward in rewards if reward is not None}) > 1
 
 
-def token_weights(
-    lengths: Sequence[int], normaliser: str, *, num_sequences: int, max_new_tokens: int
-) -> list[float]:
-    """What each token of each completion is multiplied by, so that the step's loss is a sum.
+def token_weights(lengths: Sequence[int], normaliser: str, *, num_sequences: int) -> list[float]:
+    """Return what each token of each completion is multiplied by, so that the step's loss is a sum.
 
     lengths: tokens of each completion that is learned from. num_sequences: all of the step, also those that are masked: what is
     left does not count for more because others were cut off.
     """
     if normaliser == "tokens":
         return [1 / sum(lengths) for _ in lengths]
-    if normaliser == "sequences":
-        return [1 / (num_sequences * length) for length in lengths]
-    return [1 / (num_sequences * max_new_tokens)] * len(lengths)
+    return [1 / (num_sequences * length) for length in lengths]

@@ -22,7 +22,7 @@ class Settings:
     minibatch_prompts: int = 256  # prompts an optimizer step
     row_tokens: int = 16_384  # tokens a pack; a prompt with max_new_tokens must fit
     advantage_scale: str = "group-std"  # none: Dr. GRPO
-    normaliser: str = "sequences"  # GRPO's; tokens: DAPO; constant: Dr. GRPO
+    normaliser: str = "sequences"  # GRPO's; tokens: DAPO
     clip_low: float = 0.2  # ratio clipped at 1 - clip_low
     clip_high: float = 0.2  # ratio clipped at 1 + clip_high; DAPO: 0.28
     kl: str = "k3"  # estimator of the KL loss against the model that training started from; k1, or none

@@ -101,9 +101,7 @@ def formula(model, reference, episodes, s: Settings):
             lengths.append(len(loss))
     if s.normaliser == "tokens":
         return sum(t.sum() for t in terms) / sum(lengths)
-    if s.normaliser == "sequences":
-        return sum(t.mean() for t in terms) / num_sequences
-    return sum(t.sum() for t in terms) / (num_sequences * s.max_new_tokens)
+    return sum(t.mean() for t in terms) / num_sequences
 
 
 def formula_gradients(model, reference, episodes, s, dtype):
@@ -123,8 +121,7 @@ OPTIONS = {
     "GRPO": {},
     "no std": {"advantage_scale": "none"},
     "tokens": {"normaliser": "tokens"},
-    "constant": {"normaliser": "constant"},
-    "Dr. GRPO": {"normaliser": "constant", "advantage_scale": "none"},
+
     "clip low": {"clip_low": 0.05},
     "clip high": {"clip_high": 0.6},
     "k1": {"kl": "k1", "kl_coef": 0.3},
@@ -132,7 +129,7 @@ OPTIONS = {
     "k3, skip": {"kl": "k3", "kl_coef": 0.3, "no_signal": "skip"},
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
-    "masked, constant": {"mask_truncated": True, "normaliser": "constant"},
+
     "skip": {"no_signal": "skip"},
     "skip, tokens": {"no_signal": "skip", "normaliser": "tokens"},
     "temperature": {"temperature": 0.7},

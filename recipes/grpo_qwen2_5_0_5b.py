@@ -70,8 +70,7 @@ class Config:
     normaliser: str = "sequences"  # GRPO's own; tokens: DAPO
     clip_low: float = 0.2  # PPO's
     clip_high: float = 0.2  # PPO's; DAPO: 0.28
-    kl: str = "k3"  # GRPO's own estimator; k1, or none
-    kl_coef: float = 1e-4  # of the KL loss
+    kl_coef: float = 1e-4  # of the KL loss (k3, GRPO's own estimator); 0 = none
     mask_truncated: bool = False  # learn nothing from answers that were cut off
     no_signal: str = "keep"  # groups of equal rewards: keep, skip, or resample until the batch is full
     max_resamples: int = 4  # further rollouts a step, for resample

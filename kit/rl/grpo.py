@@ -93,8 +93,8 @@ class Policy:
             and any(p.any() for name, p in model.named_parameters() if ".lora_B." in name)
         ):
             raise ValueError(
-                f"kl is {settings.kl} but the adapters have been trained already: the reference would be their base, not the "
-                "model that this training starts from; pass --kl none, or start from what kit.models.qlora.export writes"
+                f"kl_coef is {settings.kl_coef:g} but the adapters have been trained already: the reference would be their base, not the "
+                "model that this training starts from; pass --kl_coef 0, or start from what kit.models.qlora.export writes"
             )
         # a copy of the model as training starts; with adapters the base is still there, and they start as nothing
         self.frozen = (
@@ -306,8 +306,8 @@ def row_loss(
             sampler.range("sampler_ratio", (logprobs.detach() - batch.sampler_logprobs[rows]).exp())
         return token_losses(
             logprobs, old, batch.advantages[rows], clip_low=settings.clip_low, clip_high=settings.clip_high,
-            kl=settings.kl if settings.uses_reference else "none", kl_coef=settings.kl_coef,
-            reference=batch.reference_logprobs[rows], correction=correction, stats=stats,
+            kl_coef=settings.kl_coef, reference=batch.reference_logprobs[rows] if settings.uses_reference else None,
+            correction=correction, stats=stats,
         )  # fmt: skip
 
     return linear_cross_entropy(

@@ -162,7 +162,7 @@ def _nearest(model: str, settings: Settings, gpu_gb: float, qlora_rank: int, pro
         tried.append({"row_tokens": prompt_tokens + settings.max_new_tokens})
     if settings.uses_reference and not qlora_rank:
         tried.append(
-            {"kl": "none", "row_tokens": min(settings.row_tokens, prompt_tokens + settings.max_new_tokens)}
+            {"kl_coef": 0.0, "row_tokens": min(settings.row_tokens, prompt_tokens + settings.max_new_tokens)}
         )
     tokens = settings.max_new_tokens // 2
     while tokens >= SHORTEST_ANSWER:

@@ -1,15 +1,13 @@
 """The clipped objective of one token, and what is measured on the way.
 
     ratio = exp(logp - old)                          policy now / policy that sampled
-    loss  = -c * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * KL
+    loss  = -c * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
     c    = min(exp(old - sampler), cap)              where the trainer scored `old` anew: its distance to the sampler, truncated
     k3   = exp(ref - logp) - (ref - logp) - 1        never negative, low variance (Schulman, 2020); as a loss, in GRPO
-    k1   = ratio * (logp - ref), (logp - ref) a constant
 
-k1's plain difference has a gradient of mean zero: as a loss it would hold nothing back. As a cost that the ratio carries, its
-gradient is that of KL(policy || reference), token by token; k3's, on-policy, is that of KL(reference || policy) (Tang & Munos,
-2025). Near the reference the two agree.
+k3 estimates KL(policy || reference); as a loss its gradient, on-policy, is that of KL(reference || policy) (Tang & Munos, 2025).
+Near the reference the two agree.
 
 Elementwise in the log-prob: kit.kernels.linear_cross_entropy makes its gradient in the forward pass.
 """
@@ -23,8 +21,6 @@ from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
-
-KLS = ("none", "k1", "k3")
 
 
 @dataclass
@@ -63,32 +59,28 @@ class RunningStats:
 
 
 def token_losses(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, kl: str = "none",
-    kl_coef: float = 0.0, reference: Tensor | None = None, correction: Tensor | None = None, stats: RunningStats | None = None,
+    logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, kl_coef: float = 0.0,
+    reference: Tensor | None = None, correction: Tensor | None = None, stats: RunningStats | None = None,
 ) -> Tensor:  # fmt: skip
     """Losses (R,), unreduced, differentiable by logprobs (R,). All others (R,): old log-probs, advantages, the reference's
-    log-probs (for k1 and k3), the correction c (None = 1). stats: takes what is measured."""
+    log-probs (None = no KL), the correction c (None = 1). stats: takes what is measured."""
     log_ratio = logprobs - old
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
     losses = -surrogate if correction is None else -surrogate * correction
-    divergence = None
-    if kl == "k3":
+    if reference is not None:
         difference = reference - logprobs
-        divergence = difference.exp() - difference - 1
-    elif kl == "k1":
-        divergence = ratio * (logprobs - reference).detach()
-    if divergence is not None:
-        losses = losses + kl_coef * divergence
+        k3 = difference.exp() - difference - 1
+        losses = losses + kl_coef * k3
     if stats is not None:
         with torch.no_grad():
             stats.count(len(logprobs))
             stats.range("ratio", ratio)
             stats.add("clipped_low", (ratio < 1 - clip_low) & (advantages < 0))
             stats.add("clipped_high", (ratio > 1 + clip_high) & (advantages > 0))
-            if divergence is not None:
-                stats.add("kl", divergence)
+            if reference is not None:
+                stats.add("kl", k3)
     return losses
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kit.rl.objective import KLS, NORMALISERS, SCALES
+from kit.rl.objective import NORMALISERS, SCALES
 
 NO_SIGNAL = ("keep", "skip", "resample")
 OLD_LOGPROBS = ("sampler", "trainer")
@@ -12,8 +12,8 @@ OLD_LOGPROBS = ("sampler", "trainer")
 
 @dataclass(frozen=True)
 class Settings:
-    """The algorithm. What the paper states is the default: groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, k3 or
-    another KL at 1e-4, advantages scaled by the group's deviation."""
+    """The algorithm. What the paper states is the default: groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, a KL loss
+    at 1e-4, advantages scaled by the group's deviation."""
 
     group_size: int = 8  # completions a prompt
     max_new_tokens: int = 8_192  # tokens per completion
@@ -25,8 +25,7 @@ class Settings:
     normaliser: str = "sequences"  # GRPO's; tokens: DAPO
     clip_low: float = 0.2  # ratio clipped at 1 - clip_low
     clip_high: float = 0.2  # ratio clipped at 1 + clip_high; DAPO: 0.28
-    kl: str = "k3"  # estimator of the KL loss against the model that training started from; k1, or none
-    kl_coef: float = 1e-4
+    kl_coef: float = 1e-4  # of the KL loss (k3) against the model that training starts from; 0 = none
     mask_truncated: bool = False  # learn nothing from completions that were cut off
     no_signal: str = (
         "keep"  # groups of equal rewards: keep (their KL counts), skip, or resample until the batch is full
@@ -55,8 +54,7 @@ class Settings:
             ("normaliser", self.normaliser in NORMALISERS, f"one of {', '.join(NORMALISERS)}"),
             ("clip_low", 0 <= self.clip_low <= 1, "in 0..1"),
             ("clip_high", self.clip_high >= 0, ">= 0"),
-            ("kl", self.kl in KLS, f"one of {', '.join(KLS)}"),
-            ("kl_coef", self.kl_coef >= 0, ">= 0"),
+            ("kl_coef", self.kl_coef >= 0, ">= 0 (0 = no KL)"),
             ("no_signal", self.no_signal in NO_SIGNAL, f"one of {', '.join(NO_SIGNAL)}"),
             ("max_resamples", self.max_resamples >= 0, ">= 0"),
             ("old_logprobs", self.old_logprobs in OLD_LOGPROBS, f"one of {', '.join(OLD_LOGPROBS)}"),
@@ -69,4 +67,4 @@ class Settings:
 
     @property
     def uses_reference(self) -> bool:
-        return self.kl != "none" and self.kl_coef > 0
+        return self.kl_coef > 0

@@ -206,7 +206,7 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
     model, tokenizer = models.load(str(Path(folder) / "start"), device="cpu")
     settings = Settings(
         group_size=config.group_size, max_new_tokens=config.max_new_tokens, num_slots=config.batch_prompts * config.group_size,
-        row_tokens=config.row_tokens, minibatch_prompts=config.batch_prompts, kl="none", normaliser="tokens", seed=config.seed,
+        row_tokens=config.row_tokens, minibatch_prompts=config.batch_prompts, kl_coef=0.0, normaliser="tokens", seed=config.seed,
     )  # fmt: skip
     policy, questions, rewards = (
         Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=config.lr),

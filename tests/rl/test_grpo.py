@@ -23,7 +23,7 @@ from kit.rl.objective import sampler_correction, token_losses
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
-BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl="none")
+BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl_coef=0.0)
 REWARDS = [
     [0.0, 1.0, 0.25, 1.0],
     [0.0, 0.0, 1.0, 0.0],
@@ -90,13 +90,10 @@ def formula(model, reference, episodes, s: Settings):
             ratio = (logp - old).exp()
             first, second = ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a
             loss = -c * torch.where(first < second, first, second)
-            if s.kl != "none":
+            if s.kl_coef:
                 with torch.no_grad():
                     ref = plain_logprobs(reference, episode, s.temperature)
-                if s.kl == "k3":
-                    loss = loss + s.kl_coef * ((ref - logp).exp() - (ref - logp) - 1)
-                else:
-                    loss = loss + s.kl_coef * ratio * (logp - ref).detach()
+                loss = loss + s.kl_coef * ((ref - logp).exp() - (ref - logp) - 1)
             terms.append(loss)
             lengths.append(len(loss))
     if s.normaliser == "tokens":
@@ -124,9 +121,8 @@ OPTIONS = {
 
     "clip low": {"clip_low": 0.05},
     "clip high": {"clip_high": 0.6},
-    "k1": {"kl": "k1", "kl_coef": 0.3},
-    "k3": {"kl": "k3", "kl_coef": 0.3},
-    "k3, skip": {"kl": "k3", "kl_coef": 0.3, "no_signal": "skip"},
+    "KL": {"kl_coef": 0.3},
+    "KL, skip": {"kl_coef": 0.3, "no_signal": "skip"},
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
 
@@ -136,7 +132,7 @@ OPTIONS = {
     "trainer": {"old_logprobs": "trainer", "sampler_cap": 1.1},
     "trainer, not corrected": {"old_logprobs": "trainer", "sampler_cap": 0.0},
     "length": {"length_penalty": 0.4},
-    "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl": "k3", "kl_coef": 0.1,
+    "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl_coef": 0.1,
                     "mask_truncated": True, "no_signal": "skip", "temperature": 1.3, "length_penalty": 0.1},
 }  # fmt: skip
 
@@ -164,7 +160,7 @@ def test_loss_and_gradients_are_the_formulas(name, recompute):
 
 
 def test_what_is_measured_is_what_the_formulas_give():
-    settings = replace(BASE, kl="k3", kl_coef=0.1, clip_low=0.1, clip_high=0.15)
+    settings = replace(BASE, kl_coef=0.1, clip_low=0.1, clip_high=0.15)
     model = make_model("llama")
     policy = make_policy(model, settings)
     episodes = make_episodes(model)
@@ -259,7 +255,7 @@ def test_a_group_of_one_is_refused_with_the_reason():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("kl", "k2"), ("normaliser", "rows"), ("advantage_scale", "batch"), ("no_signal", "drop"),
+    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"), ("no_signal", "drop"),
      ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm"), ("reward_high", -1.0), ("length_penalty", -1.0)],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_named(name, value):
@@ -319,9 +315,9 @@ def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
         update(policy, [])
 
 
-@pytest.mark.parametrize("kl", ["none", "k3"])
-def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl):
-    policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl=kl), lr=1e-2)
+@pytest.mark.parametrize("kl_coef", [0.0, 1e-4])
+def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl_coef):
+    policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl_coef=kl_coef), lr=1e-2)
     before = [p.clone() for p in policy.model.parameters()]
     episodes = [
         replace(e, completion=replace(e.completion, finished=False)) for e in make_episodes(policy.model)
@@ -352,7 +348,7 @@ def questions(n=3):
 def tiny_policy(tiny, **options):
     model, tokenizer = tiny
     settings = Settings(
-        **{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl": "none", "temperature": 1.4}
+        **{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl_coef": 0.0, "temperature": 1.4}
         | options
     )
     return Policy(copy.deepcopy(model), ChatFormat(tokenizer, instruction=""), settings, lr=1e-3)
@@ -451,29 +447,19 @@ def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_
     )
 
 
-def test_both_kls_are_zero_at_the_reference_and_pull_towards_it():
-    for kl in ("k1", "k3"):
-        zeros = torch.zeros(1, dtype=torch.float64)
-        for distance in (-0.3, 0.0, 0.3):
-            logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
-            loss = token_losses(
-                logprobs,
-                logprobs.detach(),
-                zeros,
-                clip_low=0.2,
-                clip_high=0.2,
-                kl=kl,
-                kl_coef=1.0,
-                reference=zeros,
-            )
-            loss.sum().backward()
-            expected = distance if kl == "k1" else 1 - math.exp(-distance)
-            assert logprobs.grad.item() == pytest.approx(expected, abs=1e-12)
+def test_the_kl_is_zero_at_the_reference_and_pulls_towards_it():
+    zero = torch.zeros(1, dtype=torch.float64)
+    for distance in (-0.3, 0.0, 0.3):
+        logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
+        old = logprobs.detach()
+        loss = token_losses(logprobs, old, zero, clip_low=0.2, clip_high=0.2, kl_coef=1.0, reference=zero)
+        loss.sum().backward()
+        assert logprobs.grad.item() == pytest.approx(1 - math.exp(-distance), abs=1e-12)
 
 
 def test_hidden_states_of_the_reference_are_those_of_the_start():
     model = make_model("llama")
-    policy = make_policy(model, replace(BASE, kl="k3"), lr=1e-2)
+    policy = make_policy(model, replace(BASE, kl_coef=1e-4), lr=1e-2)
     start = copy.deepcopy(model)
     update(policy, make_episodes(model))
     with policy.reference() as reference:
@@ -490,7 +476,7 @@ def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
     monkeypatch.setattr(
         lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest)
     )
-    policy = make_policy(model, replace(BASE, kl="none"), savings=Savings(recompute=False, logit_rows=3))
+    policy = make_policy(model, BASE, savings=Savings(recompute=False, logit_rows=3))
     update(policy, make_episodes(model))
     assert max(sizes) <= 3 < sum(sizes)
 
@@ -504,7 +490,7 @@ def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_ro
         return logit_chunks(hidden, weight, kept, max_rows)
 
     monkeypatch.setattr(lce, "logit_chunks", chunks)
-    settings = replace(BASE, row_tokens=4_096, kl="k3", kl_coef=0.1, old_logprobs="trainer")
+    settings = replace(BASE, row_tokens=4_096, kl_coef=0.1, old_logprobs="trainer")
     found = []
     for logit_rows in (0, 7):
         policy = make_policy(copy.deepcopy(model), settings, savings=Savings(logit_rows=logit_rows))

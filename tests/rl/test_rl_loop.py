@@ -26,7 +26,7 @@ QUESTIONS = [
     for i, row in enumerate(make_rows("short", 7, seed=3, max_operands=4))
 ]
 SETTINGS = Settings(
-    group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3", kl_coef=0.05,
+    group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl_coef=0.05,
     no_signal="resample", max_resamples=1, old_logprobs="trainer",
 )  # fmt: skip
 STEPS = 8
@@ -199,7 +199,7 @@ def test_resampling_gives_up_at_its_bound_where_nothing_teaches():
 
 
 def test_a_step_in_which_nothing_can_be_learned_is_logged_and_leaves_the_weights(tmp_path, capsys):
-    policy = make_policy(replace(SETTINGS, no_signal="keep", kl="none"))
+    policy = make_policy(replace(SETTINGS, no_signal="keep", kl_coef=0.0))
     policy.reward = lambda question, completion: 0.0
     before = [p.clone() for p in policy.model.parameters()]
     train(policy, QUESTIONS, RunFolder.open(Config(str(tmp_path / "run"))), steps=1, batch_prompts=3)
@@ -228,7 +228,7 @@ def test_the_reward_of_a_weakened_model_rises():
     from grpo_qwen2_5_0_5b import weaken
 
     settings = Settings(
-        group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl="none"
+        group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl_coef=0.0
     )
     model, tokenizer = load("tiny", device="cpu")
     weaken(model, 0.2, seed=0)

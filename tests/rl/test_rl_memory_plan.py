@@ -60,7 +60,7 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
 def test_without_a_kl_no_reference_is_held_and_the_update_costs_a_training_step_and_the_gradients_that_wait(
     small_model,
 ):
-    without = plan_rl(small_model, settings=replace(SETTINGS, kl="none"), savings=LEAN)
+    without = plan_rl(small_model, settings=replace(SETTINGS, kl_coef=0.0), savings=LEAN)
     with_reference = plan_rl(small_model, settings=SETTINGS, savings=LEAN)
     assert REFERENCE not in without.update.owners
     assert with_reference.update.peak - without.update.peak == pytest.approx(
@@ -105,7 +105,7 @@ def test_completions_of_8k_tokens_never_hold_a_row_of_logits_a_token(tmp_path):
     """8,192 tokens of a vocabulary of 100,000 are 1.5 GiB in bf16: the whole update stays below."""
     config = {"model_type": "llama", **SMALL, "vocab_size": 100_000, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl="none")
+    settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl_coef=0.0)
     found = plan_rl(str(tmp_path), settings=settings, savings=LEAN)
     assert found.update.peak < 8_704 * 100_000 * 2
     assert found.update.owners.get(live_bytes.LOGITS, 0) <= 0.51 * GIB
@@ -189,9 +189,9 @@ def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_mo
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({}, "--row_tokens 150"), ({"row_tokens": 150}, "--kl none --row_tokens 150"),
-     ({"row_tokens": 150, "kl": "none"}, "--qlora_rank 16"),
-     ({"row_tokens": 1_074, "max_new_tokens": 1_024, "kl": "none"}, "--max_new_tokens 512 --row_tokens 562")],
+    [({}, "--row_tokens 150"), ({"row_tokens": 150}, "--kl_coef 0.0 --row_tokens 150"),
+     ({"row_tokens": 150, "kl_coef": 0.0}, "--qlora_rank 16"),
+     ({"row_tokens": 1_074, "max_new_tokens": 1_024, "kl_coef": 0.0}, "--max_new_tokens 512 --row_tokens 562")],
 )  # fmt: skip
 def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_setting_that_fits(
     changes, expected, small_model
@@ -217,13 +217,14 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
     flags = dict(zip(*[iter(expected.split())] * 2, strict=True))
     rank = int(flags.pop("--qlora_rank", 0))
     changed = replace(
-        settings, **{name[2:]: value if name == "--kl" else int(value) for name, value in flags.items()}
+        settings,
+        **{name[2:]: float(value) if name == "--kl_coef" else int(value) for name, value in flags.items()},
     )
     assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
 
 
 def test_what_does_not_fit_either_is_not_proposed(small_model):
-    closest = replace(SHORT, row_tokens=150, kl="none", num_slots=1)
+    closest = replace(SHORT, row_tokens=150, kl_coef=0.0, num_slots=1)
     card = (
         gib(
             plan_rl(

@@ -78,7 +78,6 @@ class Config:
     sampler_cap: float = (
         2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
     )
-    length_penalty: float = 0.0  # taken off the reward for max_new_tokens, in proportion for less; 0 = off
     # optimisation
     steps: int = 100  # rollouts; the paper does not state how many
     lr: float = 5e-7  # constant
@@ -126,7 +125,7 @@ PRESETS = {
                          "row_tokens": 16_384, "eval_tokens": 4_096},
 }  # fmt: skip
 STATED = ("batch_prompts", "group_size", "max_new_tokens", "temperature", "minibatch_prompts", "advantage_scale", "kl_coef", "lr",
-          "qlora_rank", "length_penalty", "mask_truncated", "no_signal")  # fmt: skip
+          "qlora_rank", "mask_truncated", "no_signal")  # fmt: skip
 SMOKE = {
     "model": "tiny", "device": "cpu", "instruction": "", "weaken": 0.2, "prompts": "toy", "batch_prompts": 32,
     "minibatch_prompts": 8, "max_new_tokens": 96, "num_slots": 256, "row_tokens": 4_096, "steps": 12, "lr": 1e-4,

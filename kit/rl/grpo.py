@@ -42,7 +42,6 @@ from kit.rl.objective import (
     group_advantages,
     has_signal,
     sampler_correction,
-    shaped_reward,
     token_losses,
     token_weights,
 )
@@ -245,15 +244,8 @@ def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -
 
 
 def reward_of(episode: Episode, settings: Settings) -> float | None:
-    """Return the reward after the penalty on length; None for a rejected episode."""
-    if episode.rejection(settings.reward_low, settings.reward_high):
-        return None
-    return shaped_reward(
-        episode.reward,
-        len(episode.completion.ids),
-        max_new_tokens=settings.max_new_tokens,
-        length_penalty=settings.length_penalty,
-    )
+    """Return the reward; None for a rejected episode."""
+    return None if episode.rejection(settings.reward_low, settings.reward_high) else episode.reward
 
 
 def group_has_signal(group: Sequence[Episode], settings: Settings) -> bool:

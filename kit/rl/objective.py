@@ -96,11 +96,6 @@ STD_FLOOR = (
 )
 
 
-def shaped_reward(reward: float, tokens: int, *, max_new_tokens: int, length_penalty: float) -> float:
-    """reward - length_penalty * share of max_new_tokens that was used. length_penalty: 0 = off."""
-    return reward - length_penalty * tokens / max_new_tokens if length_penalty else reward
-
-
 def group_advantages(rewards: Sequence[float | None], scale: str) -> list[float]:
     """One advantage a reward. None: rejected, no part of the mean, advantage 0. Fewer than two rewards: nothing to compare, 0."""
     kept = [reward for reward in rewards if reward is not None]

@@ -71,7 +71,7 @@ def formula(model, reference, episodes, s: Settings):
     terms, lengths, num_sequences = [], [], 0
     for group in groups.values():
         r = torch.tensor([e.reward for e in group], dtype=torch.float64)
-        r = r - s.length_penalty * torch.tensor([len(e.completion.ids) for e in group]) / s.max_new_tokens
+
         if s.no_signal != "keep" and r.max() == r.min():
             continue
         A = r - r.mean()
@@ -131,9 +131,9 @@ OPTIONS = {
     "temperature": {"temperature": 0.7},
     "trainer": {"old_logprobs": "trainer", "sampler_cap": 1.1},
     "trainer, not corrected": {"old_logprobs": "trainer", "sampler_cap": 0.0},
-    "length": {"length_penalty": 0.4},
+
     "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl_coef": 0.1,
-                    "mask_truncated": True, "no_signal": "skip", "temperature": 1.3, "length_penalty": 0.1},
+                    "mask_truncated": True, "no_signal": "skip", "temperature": 1.3},
 }  # fmt: skip
 
 
@@ -256,7 +256,7 @@ def test_a_group_of_one_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"), ("no_signal", "drop"),
-     ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm"), ("reward_high", -1.0), ("length_penalty", -1.0)],
+     ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm"), ("reward_high", -1.0)],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value!r} but must be"):

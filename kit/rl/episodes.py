@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,8 +23,9 @@ class Episode:
     completion: Completion  # with the log-probs it was sampled at
     reward: float | None  # None: the grader could not decide
 
-    def rejection(self, low: float, high: float) -> str:
-        """Why nothing may be learned from it, "" = nothing speaks against it. low, high: the rewards' declared range."""
+    @cached_property
+    def rejection(self) -> str:
+        """The reason why nothing is learned from this episode; "" if there is none. Reads every log-prob, once."""
         if not self.completion.ids:
             return "empty completion"
         if len(self.completion.logprobs) != len(self.completion.ids):
@@ -32,8 +34,8 @@ class Episode:
             return "log-prob not finite"
         if self.reward is None:
             return "undecided"
-        if not low <= self.reward <= high:  # NaN is outside, too
-            return f"reward outside {low:g} to {high:g}"
+        if not math.isfinite(self.reward):
+            return "reward not finite"
         return ""
 
 

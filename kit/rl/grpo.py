@@ -60,7 +60,7 @@ def correctness(question: Question, completion: Completion) -> float | None:
 class Policy:
     """A model in training, its prompts' format, and how far it has come. Close it when training is over.
 
-    reward: of a completion; within settings.reward_low and reward_high. max_grad_norm: as TrainingStep's.
+    reward: of a completion. max_grad_norm: as TrainingStep's.
     Raises ValueError for savings that update inside the backward pass: a mini-batch has several rows; and for a KL where adapters
     were trained before: the model that training starts from is then nowhere.
     """
@@ -164,9 +164,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     Raises ValueError if no episode can be trusted, with the reasons.
     """
     settings, start = policy.settings, time.perf_counter()
-    reasons = Counter(
-        filter(None, (e.rejection(settings.reward_low, settings.reward_high) for e in episodes))
-    )
+    reasons = Counter(episode.rejection for episode in episodes if episode.rejection)
     if not episodes or sum(reasons.values()) == len(episodes):
         raise ValueError(
             f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; where log-probs are not finite the policy "
@@ -245,7 +243,7 @@ def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -
 
 def reward_of(episode: Episode, settings: Settings) -> float | None:
     """Return the reward; None for a rejected episode."""
-    return None if episode.rejection(settings.reward_low, settings.reward_high) else episode.reward
+    return None if episode.rejection else episode.reward
 
 
 def group_has_signal(group: Sequence[Episode], settings: Settings) -> bool:
@@ -311,7 +309,7 @@ def row_loss(
 def summary(groups: Sequence[Sequence[Episode]], settings: Settings) -> dict[str, float]:
     """Summarise a rollout's episodes. Rejected ones are left out of the mean rewards."""
     episodes = [episode for group in groups for episode in group]
-    trusted = [e for e in episodes if not e.rejection(settings.reward_low, settings.reward_high)]
+    trusted = [episode for episode in episodes if not episode.rejection]
     rewards = [episode.reward for episode in trusted]
     lengths = [len(episode.completion.ids) for episode in episodes]
     silent = sum(not group_has_signal(group, settings) for group in groups)

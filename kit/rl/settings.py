@@ -35,8 +35,6 @@ class Settings:
     sampler_cap: float = (
         2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
     )
-    reward_low: float = 0.0  # a reward outside the range is an error of the grader: counted, left out
-    reward_high: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -58,7 +56,6 @@ class Settings:
             ("max_resamples", self.max_resamples >= 0, ">= 0"),
             ("old_logprobs", self.old_logprobs in OLD_LOGPROBS, f"one of {', '.join(OLD_LOGPROBS)}"),
             ("sampler_cap", self.sampler_cap >= 0, ">= 0 (0 = not corrected)"),
-            ("reward_high", self.reward_high > self.reward_low, f"above reward_low, {self.reward_low}"),
         ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be {rule}")

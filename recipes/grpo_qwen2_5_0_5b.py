@@ -72,8 +72,6 @@ class Config:
     clip_high: float = 0.2  # PPO's; DAPO: 0.28
     kl_coef: float = 1e-4  # of the KL loss (k3, GRPO's own estimator); 0 = none
     mask_truncated: bool = False  # learn nothing from answers that were cut off
-    no_signal: str = "keep"  # groups of equal rewards: keep, skip, or resample until the batch is full
-    max_resamples: int = 4  # further rollouts a step, for resample
     old_logprobs: str = "sampler"  # trainer: scored again before the first update, for a forward pass more
     sampler_cap: float = (
         2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
@@ -125,7 +123,7 @@ PRESETS = {
                          "row_tokens": 16_384, "eval_tokens": 4_096},
 }  # fmt: skip
 STATED = ("batch_prompts", "group_size", "max_new_tokens", "temperature", "minibatch_prompts", "advantage_scale", "kl_coef", "lr",
-          "qlora_rank", "mask_truncated", "no_signal")  # fmt: skip
+          "qlora_rank", "mask_truncated")  # fmt: skip
 SMOKE = {
     "model": "tiny", "device": "cpu", "instruction": "", "weaken": 0.2, "prompts": "toy", "batch_prompts": 32,
     "minibatch_prompts": 8, "max_new_tokens": 96, "num_slots": 256, "row_tokens": 4_096, "steps": 12, "lr": 1e-4,

@@ -171,14 +171,9 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
             "has diverged: go back to the last checkpoint and lower --lr"
         )
     groups = by_group(episodes)
-    taught = (
-        groups
-        if settings.no_signal == "keep"
-        else [group for group in groups if group_has_signal(group, settings)]
-    )
     minibatches = [
-        taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)
-    ] or [[]]
+        groups[i : i + settings.minibatch_prompts] for i in range(0, len(groups), settings.minibatch_prompts)
+    ]
     steps = [_rows(policy, weighted_episodes(minibatch, settings)) for minibatch in minibatches]
     score_row = partial(score, temperature=settings.temperature, logit_rows=policy.savings.logit_rows)
     if settings.old_logprobs == "trainer":

@@ -1,8 +1,7 @@
 """The loop around kit.rl.grpo: prompts in, rollout, update, a line of figures and a checkpoint now and then.
 
-A step depends on weights, seed and one position alone: prompts come from a stream at a position that the checkpoint keeps beside
-the weights, and every sample's random numbers are keyed by it. A run that is killed and resumed ends bit for bit where an
-unbroken one does on a CPU.
+A step depends only on the weights, the seed and the step's number: it gives the position in the stream of prompts, and that position
+keys every sample's random numbers. On a CPU, a run that is killed and resumed ends bit for bit where an unbroken one does.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from kit.data.problems import Question, draw
 from kit.memory.measured import PeakMemory
 from kit.models import folder
 from kit.models.backbone import head_weight
-from kit.rl.episodes import Episode, by_group
-from kit.rl.grpo import Policy, group_has_signal, rollout, update
+from kit.rl.episodes import by_group
+from kit.rl.grpo import Policy, rollout, update
 from kit.run import Journal, RunFolder
 from kit.train import checkpoint
 
@@ -58,13 +57,15 @@ def train(
     done = checkpoint.load(newest, policy.model, policy.optimizer) if newest else 0
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
-    policy.drawn = checkpoint.read_progress(newest)["drawn"] if newest else 0
+    policy.drawn = done * batch_prompts
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
     bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         try:
-            episodes, resamples = gather(policy, questions, batch_prompts)
+            episodes = rollout(
+                policy, draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
+            )
             seconds = time.perf_counter() - start
             found = update(policy, episodes)
         except torch.OutOfMemoryError as error:
@@ -78,7 +79,7 @@ def train(
         memory.look(step, steps)
         sampled = sum(len(episode.completion.ids) for episode in episodes)
         run.metrics.append(
-            {"step": step, **found, "resamples": resamples, "drawn": policy.drawn, "rollout_seconds": seconds,
+            {"step": step, **found, "rollout_seconds": seconds,
              "rollout_tokens_per_second": sampled / seconds, "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
         )  # fmt: skip
         for episode in by_group(episodes)[0]:
@@ -87,14 +88,11 @@ def train(
                  "finished": episode.completion.finished, "text": episode.completion.text}
             )  # fmt: skip
         tqdm.write(
-            line(step, found, resamples, sampled / seconds)
-            + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else "")
+            line(step, found, sampled / seconds) + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else "")
         )
         bar.update()
         if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-            checkpoint.save(
-                checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, drawn=policy.drawn
-            )
+            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
     bar.close()
     policy.close()
     folder.save_model(finished, policy.model, policy.chat.tokenizer)
@@ -102,24 +100,7 @@ def train(
     return finished
 
 
-def gather(policy: Policy, questions: Sequence[Question], batch_prompts: int) -> tuple[list[Episode], int]:
-    """(the episodes of batch_prompts prompts, further rollouts).
-
-    With no_signal "resample", prompts follow in place of those whose completions were all worth the same, until the batch is
-    full or settings.max_resamples is reached. All are returned: the mean reward is that of all prompts, and update leaves out
-    what teaches nothing.
-    """
-    settings, episodes, rollouts = policy.settings, [], 0
-    missing = batch_prompts
-    while missing and rollouts <= (settings.max_resamples if settings.no_signal == "resample" else 0):
-        more = rollout(policy, draw(questions, policy.drawn, missing, seed=settings.seed))
-        episodes += more
-        rollouts += 1
-        missing -= sum(group_has_signal(group, settings) for group in by_group(more))
-    return episodes, rollouts - 1
-
-
-def line(step: int, found: dict[str, float], resamples: int, rollout_speed: float) -> str:
+def line(step: int, found: dict[str, float], rollout_speed: float) -> str:
     """A step's figures for the log."""
     parts = [
         f"step {step}: reward {found['reward_mean']:.3f} ± {found['reward_std']:.3f}",
@@ -139,8 +120,7 @@ def line(step: int, found: dict[str, float], resamples: int, rollout_speed: floa
         parts.append(
             f"no update in {found['empty_minibatches']} mini-batches: every completion cut off, rejected or without signal"
         )
-    if resamples:
-        parts.append(f"{resamples} further rollouts, {found['groups']} prompts in all")
+
     parts += [f"{value} {name}" for name, value in found.items() if name.startswith("rejected")]
     parts.append(f"tokens/s {rollout_speed:,.0f} sampled, {found['update_tokens_per_second']:,.0f} trained")
     return "; ".join(parts)

@@ -72,8 +72,6 @@ def formula(model, reference, episodes, s: Settings):
     for group in groups.values():
         r = torch.tensor([e.reward for e in group], dtype=torch.float64)
 
-        if s.no_signal != "keep" and r.max() == r.min():
-            continue
         A = r - r.mean()
         if s.advantage_scale == "group-std" and r.max() > r.min():
             A = A / (((r - r.mean()) ** 2).sum().div(len(r) - 1).sqrt() + 1e-4)
@@ -122,18 +120,17 @@ OPTIONS = {
     "clip low": {"clip_low": 0.05},
     "clip high": {"clip_high": 0.6},
     "KL": {"kl_coef": 0.3},
-    "KL, skip": {"kl_coef": 0.3, "no_signal": "skip"},
+
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
 
-    "skip": {"no_signal": "skip"},
-    "skip, tokens": {"no_signal": "skip", "normaliser": "tokens"},
+
     "temperature": {"temperature": 0.7},
     "trainer": {"old_logprobs": "trainer", "sampler_cap": 1.1},
     "trainer, not corrected": {"old_logprobs": "trainer", "sampler_cap": 0.0},
 
     "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl_coef": 0.1,
-                    "mask_truncated": True, "no_signal": "skip", "temperature": 1.3},
+                    "mask_truncated": True, "temperature": 1.3},
 }  # fmt: skip
 
 
@@ -255,7 +252,7 @@ def test_a_group_of_one_is_refused_with_the_reason():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"), ("no_signal", "drop"),
+    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"),
      ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm")],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_named(name, value):

@@ -72,10 +72,6 @@ class Config:
     clip_high: float = 0.2  # PPO's; DAPO: 0.28
     kl_coef: float = 1e-4  # of the KL loss (k3, GRPO's own estimator); 0 = none
     mask_truncated: bool = False  # learn nothing from answers that were cut off
-    old_logprobs: str = "sampler"  # trainer: scored again before the first update, for a forward pass more
-    sampler_cap: float = (
-        2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
-    )
     # optimisation
     steps: int = 100  # rollouts; the paper does not state how many
     lr: float = 5e-7  # constant

@@ -67,15 +67,13 @@ class EpisodeBatch(PackedBatch):
 
     advantages: torch.Tensor  # (T,) fp32
     token_weight: torch.Tensor  # (T,) fp32, 0 where there is no target
-    sampler_logprobs: torch.Tensor  # (T,) fp32, 0 where there is no target
-    old_logprobs: torch.Tensor  # (T,) fp32: the sampler's, or what the trainer made of the same tokens
+    old_logprobs: torch.Tensor  # (T,) fp32: the sampler's
     reference_logprobs: torch.Tensor  # (T,) fp32: the reference's; the sampler's where none is used
 
     TENSORS = (
         *PackedBatch.TENSORS,
         "advantages",
         "token_weight",
-        "sampler_logprobs",
         "old_logprobs",
         "reference_logprobs",
     )
@@ -112,7 +110,6 @@ class EpisodeBatch(PackedBatch):
                     [x.token_weight for x in weighted_episodes], dtype=torch.float64
                 ).repeat_interleave(lengths)
             ),
-            sampler_logprobs=logprobs,
             old_logprobs=logprobs,
             reference_logprobs=logprobs,
         )

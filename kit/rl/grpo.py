@@ -4,8 +4,7 @@ One step of training:
 1. Take the next prompts. Sample `group_size` completions of each from the policy itself, keeping every token's log-prob.
 2. Grade each completion: 1 if its answer is right, 0 if not. What cannot be graded or trusted is counted and left out.
 3. Advantage of a completion = its reward against the others of its prompt (kit.rl.objective).
-4. Where asked for: the trainer's own log-probs of what was sampled, and the reference's.
-5. For each mini-batch of prompts: pack its episodes, run the backbone, and let the fused head make the log-probs, the clipped
+4. For each mini-batch of prompts: pack its episodes, run the backbone, and let the fused head make the log-probs, the clipped
    objective (kit.rl.objective) and its gradients a chunk of rows at a time; then one optimizer step.
 
 The sampler runs on the training weights, so there is no second copy to hold or to keep in step; its cache is gone before the
@@ -41,7 +40,6 @@ from kit.rl.objective import (
     RunningStats,
     group_advantages,
     has_signal,
-    sampler_correction,
     token_losses,
     token_weights,
 )
@@ -176,8 +174,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     ]
     steps = [_rows(policy, weighted_episodes(minibatch, settings)) for minibatch in minibatches]
     score_row = partial(score, temperature=settings.temperature, logit_rows=policy.savings.logit_rows)
-    if settings.old_logprobs == "trainer":
-        steps = [[replace(row, old_logprobs=score_row(policy.model, row)) for row in rows] for rows in steps]
+
     if settings.uses_reference:
         with policy.reference() as reference:
             steps = [
@@ -283,16 +280,13 @@ def row_loss(
 
     def objective(logprobs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         old = batch.old_logprobs[rows]
-        correction = None
-        if settings.old_logprobs == "trainer" and settings.sampler_cap:
-            correction = sampler_correction(old, batch.sampler_logprobs[rows], settings.sampler_cap)
         if sampler is not None:
             sampler.count(len(rows))
-            sampler.range("sampler_ratio", (logprobs.detach() - batch.sampler_logprobs[rows]).exp())
+            sampler.range("sampler_ratio", (logprobs.detach() - old).exp())
         return token_losses(
             logprobs, old, batch.advantages[rows], clip_low=settings.clip_low, clip_high=settings.clip_high,
             kl_coef=settings.kl_coef, reference=batch.reference_logprobs[rows] if settings.uses_reference else None,
-            correction=correction, stats=stats,
+            stats=stats,
         )  # fmt: skip
 
     return linear_cross_entropy(

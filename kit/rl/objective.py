@@ -1,9 +1,9 @@
 """The clipped objective of one token, and what is measured on the way.
 
     ratio = exp(logp - old)                          policy now / policy that sampled
-    loss  = -c * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
+    loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
 
-    c    = min(exp(old - sampler), cap)              where the trainer scored `old` anew: its distance to the sampler, truncated
+
     k3   = exp(ref - logp) - (ref - logp) - 1        never negative, low variance (Schulman, 2020); as a loss, in GRPO
 
 k3 estimates KL(policy || reference); as a loss its gradient, on-policy, is that of KL(reference || policy) (Tang & Munos, 2025).
@@ -60,15 +60,15 @@ class RunningStats:
 
 def token_losses(
     logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, kl_coef: float = 0.0,
-    reference: Tensor | None = None, correction: Tensor | None = None, stats: RunningStats | None = None,
+    reference: Tensor | None = None, stats: RunningStats | None = None,
 ) -> Tensor:  # fmt: skip
     """Losses (R,), unreduced, differentiable by logprobs (R,). All others (R,): old log-probs, advantages, the reference's
-    log-probs (None = no KL), the correction c (None = 1). stats: takes what is measured."""
+    log-probs (None = no KL). stats: takes what is measured."""
     log_ratio = logprobs - old
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    losses = -surrogate if correction is None else -surrogate * correction
+    losses = -surrogate
     if reference is not None:
         difference = reference - logprobs
         k3 = difference.exp() - difference - 1
@@ -82,11 +82,6 @@ def token_losses(
             if reference is not None:
                 stats.add("kl", k3)
     return losses
-
-
-def sampler_correction(old: Tensor, sampler: Tensor, cap: float) -> Tensor:
-    """c: trainer over sampler, at most cap (truncated importance sampling, Yao et al., 2025)."""
-    return (old - sampler).exp().clamp(max=cap)
 
 
 SCALES = ("group-std", "none")

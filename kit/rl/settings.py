@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from kit.rl.objective import NORMALISERS, SCALES
 
-OLD_LOGPROBS = ("sampler", "trainer")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,10 +24,6 @@ class Settings:
     clip_high: float = 0.2  # ratio clipped at 1 + clip_high; DAPO: 0.28
     kl_coef: float = 1e-4  # of the KL loss (k3) against the model that training starts from; 0 = none
     mask_truncated: bool = False  # learn nothing from completions that were cut off
-    old_logprobs: str = "sampler"  # trainer: scored again before the first update, for one forward pass more
-    sampler_cap: float = (
-        2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
-    )
     seed: int = 0
 
     def __post_init__(self):
@@ -47,8 +41,6 @@ class Settings:
             ("clip_low", 0 <= self.clip_low <= 1, "in 0..1"),
             ("clip_high", self.clip_high >= 0, ">= 0"),
             ("kl_coef", self.kl_coef >= 0, ">= 0 (0 = no KL)"),
-            ("old_logprobs", self.old_logprobs in OLD_LOGPROBS, f"one of {', '.join(OLD_LOGPROBS)}"),
-            ("sampler_cap", self.sampler_cap >= 0, ">= 0 (0 = not corrected)"),
         ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be {rule}")

@@ -99,7 +99,7 @@ def log_probs(card: Card, policy: Policy, episodes: list[Episode]) -> tuple[torc
     )
     rows = [EpisodeBatch.of([weighted_episodes[i] for i in pack]) for pack in packs]
     kept = torch.cat([row.targets != IGNORE_INDEX for row in rows])
-    sampler = torch.cat([row.sampler_logprobs for row in rows])
+    sampler = torch.cat([row.old_logprobs for row in rows])
 
     precise = build_to_sample(card, SPREAD, torch.float32)  # the same weights: nothing was updated yet
     temperature = policy.settings.temperature

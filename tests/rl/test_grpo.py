@@ -19,7 +19,7 @@ from kit.models.backbone import head_weight, hidden_states
 from kit.packing import Document, PackedBatch
 from kit.rl.episodes import Episode
 from kit.rl.grpo import Policy, correctness, rollout, update
-from kit.rl.objective import sampler_correction, token_losses
+from kit.rl.objective import token_losses
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -81,13 +81,9 @@ def formula(model, reference, episodes, s: Settings):
                 continue
             logp = plain_logprobs(model, episode, s.temperature)
             sampler = torch.tensor(episode.completion.logprobs, dtype=dtype)
-            old, c = sampler, 1.0
-            if s.old_logprobs == "trainer":
-                old = logp.detach()
-                c = (old - sampler).exp().clamp(max=s.sampler_cap) if s.sampler_cap else 1.0
-            ratio = (logp - old).exp()
+            ratio = (logp - sampler).exp()
             first, second = ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a
-            loss = -c * torch.where(first < second, first, second)
+            loss = -torch.where(first < second, first, second)
             if s.kl_coef:
                 with torch.no_grad():
                     ref = plain_logprobs(reference, episode, s.temperature)
@@ -126,8 +122,7 @@ OPTIONS = {
 
 
     "temperature": {"temperature": 0.7},
-    "trainer": {"old_logprobs": "trainer", "sampler_cap": 1.1},
-    "trainer, not corrected": {"old_logprobs": "trainer", "sampler_cap": 0.0},
+
 
     "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl_coef": 0.1,
                     "mask_truncated": True, "temperature": 1.3},
@@ -193,10 +188,9 @@ def test_what_is_measured_is_what_the_formulas_give():
     assert found["reward_std"] == pytest.approx(torch.tensor(REWARDS).std(correction=0).item())
 
 
-@pytest.mark.parametrize("old", ["sampler", "trainer"])
-def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_sampled(old):
+def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_sampled():
     """Two mini-batches are two optimizer steps: the second one's ratio is against the weights before the first."""
-    settings = replace(BASE, minibatch_prompts=1, old_logprobs=old, sampler_cap=0.0)
+    settings = replace(BASE, minibatch_prompts=1)
     model = make_model("llama")
     before = copy.deepcopy(model)
     policy = make_policy(model, settings, lr=1e-2)
@@ -253,7 +247,7 @@ def test_a_group_of_one_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"),
-     ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm")],
+     ("clip_low", 1.5), ("clip_high", -0.1)],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value!r} but must be"):
@@ -423,11 +417,6 @@ def test_a_reward_of_ones_own_is_used(tiny):
     assert [e.reward for e in episodes] == [len(e.completion.ids) / 30 for e in episodes]
 
 
-def test_the_correction_is_never_above_its_cap():
-    old, sampler = torch.tensor([0.0, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0])
-    torch.testing.assert_close(sampler_correction(old, sampler, 2.0), torch.tensor([2.0, 1.0, math.exp(-2)]))
-
-
 def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_rewarded_way():
     logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
@@ -475,7 +464,7 @@ def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
 
 
 def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_rows(monkeypatch):
-    """The trainer's own log-probs, the reference's and the update."""
+    """The reference's log-probs and the update."""
     model, passes = make_model("llama"), []
 
     def chunks(hidden, weight, kept, max_rows=0):
@@ -483,13 +472,13 @@ def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_ro
         return logit_chunks(hidden, weight, kept, max_rows)
 
     monkeypatch.setattr(lce, "logit_chunks", chunks)
-    settings = replace(BASE, row_tokens=4_096, kl_coef=0.1, old_logprobs="trainer")
+    settings = replace(BASE, row_tokens=4_096, kl_coef=0.1)
     found = []
     for logit_rows in (0, 7):
         policy = make_policy(copy.deepcopy(model), settings, savings=Savings(logit_rows=logit_rows))
         found.append(update(policy, make_episodes(model)))
-    whole, parts = passes[:3], passes[3:]
-    assert len(parts) == 3 and all(len(sizes) == 1 for sizes in whole)
+    whole, parts = passes[:2], passes[2:]
+    assert len(parts) == 2 and all(len(sizes) == 1 for sizes in whole)
     assert all(max(sizes) == 7 and sum(sizes) == sum(whole[0]) for sizes in parts)
     assert found[0]["kl"] == pytest.approx(found[1]["kl"], abs=1e-6)
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)

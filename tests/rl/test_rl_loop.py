@@ -27,7 +27,6 @@ QUESTIONS = [
 ]
 SETTINGS = Settings(
     group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl_coef=0.05,
-    old_logprobs="trainer",
 )  # fmt: skip
 STEPS = 8
 

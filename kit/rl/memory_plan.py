@@ -13,7 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,10 +30,10 @@ from kit.memory.closed_form import formula
 from kit.memory.live_bytes import Ledger
 from kit.memory.simulate import CARDS, Plan, fake_batch, measure, steps_to_count
 from kit.models.attention import REGISTERED
-from kit.models.backbone import hidden_states, next_token_logits, softcap
+from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.loading import load_config
 from kit.rl.episodes import EpisodeBatch
-from kit.rl.grpo import row_loss
+from kit.rl.grpo import grpo_loss
 from kit.rl.objective import RunningStats
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
@@ -225,8 +225,7 @@ def _simulate(
         batch = EpisodeBatch(
             **vars(row), **{name: torch.zeros(len(row)) for name in EpisodeBatch.TENSORS[len(row.TENSORS) :]}
         )
-        loss_of = partial(row_loss, settings=settings, cap=softcap(fake), stats=RunningStats(), sampler=RunningStats(),
-                          logit_rows=savings.logit_rows)  # fmt: skip
+        loss_of = grpo_loss(fake, settings, RunningStats(), savings.logit_rows)
         book = measure(fake, savings, batch, steps=steps_to_count(savings, dtype), later_row=True, loss_of=loss_of,
                        resident={REFERENCE: copied})  # fmt: skip
     what = Plan(model, settings.row_tokens, qlora_rank, savings, 0, "", {}, book.host_peak, rows=2)

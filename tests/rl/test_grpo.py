@@ -71,7 +71,6 @@ def formula(model, reference, episodes, s: Settings):
     terms, lengths, num_sequences = [], [], 0
     for group in groups.values():
         r = torch.tensor([e.reward for e in group], dtype=torch.float64)
-
         A = r - r.mean()
         if s.advantage_scale == "group-std" and r.max() > r.min():
             A = A / (((r - r.mean()) ** 2).sum().div(len(r) - 1).sqrt() + 1e-4)
@@ -82,6 +81,8 @@ def formula(model, reference, episodes, s: Settings):
             logp = plain_logprobs(model, episode, s.temperature)
             sampler = torch.tensor(episode.completion.logprobs, dtype=dtype)
             ratio = (logp - sampler).exp()
+            if s.ratio == "sequence":  # (product of the ratios) ** (1 / length)
+                ratio = (ratio.prod() ** (1 / len(ratio))).expand_as(ratio)
             first, second = ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a
             loss = -torch.where(first < second, first, second)
             if s.kl_coef:
@@ -117,6 +118,9 @@ OPTIONS = {
     "clip high": {"clip_high": 0.6},
     "KL": {"kl_coef": 0.3},
 
+    "GSPO": {"ratio": "sequence"},
+    "GSPO, KL": {"ratio": "sequence", "kl_coef": 0.3, "clip_low": 0.01, "clip_high": 0.02},
+    "GSPO, masked": {"ratio": "sequence", "mask_truncated": True, "normaliser": "tokens", "temperature": 0.7},
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
 
@@ -220,6 +224,28 @@ def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_samp
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_a_sequences_ratio_does_not_depend_on_what_shares_its_row_or_its_chunk_of_logits():
+    """GSPO: one ratio per completion, the geometric mean of its own tokens' and of no others."""
+    settings = replace(BASE, ratio="sequence", clip_low=0.05, clip_high=0.05)
+    found, gradients = [], []
+    for row_tokens, logit_rows in ((40, 0), (400, 0), (400, 3)):
+        model = make_model("llama")
+        changed = replace(settings, row_tokens=row_tokens)
+        policy = make_policy(model, changed, savings=Savings(logit_rows=logit_rows))
+        episodes = make_episodes(model)
+        found.append(update(policy, episodes))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    ratios = []
+    for episode in episodes[:8]:  # the others have no advantage, and are not learned from
+        with torch.no_grad():
+            logprobs = plain_logprobs(model, episode, 1.0).double()
+        log_ratio = logprobs - torch.tensor(episode.completion.logprobs, dtype=torch.float64)
+        ratios.append(log_ratio.mean().exp().item())
+    for metrics, gradient in zip(found, gradients, strict=True):
+        assert (metrics["ratio_min"], metrics["ratio_max"]) == pytest.approx((min(ratios), max(ratios)))
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
+
+
 def test_an_update_raises_what_was_rewarded_and_lowers_what_was_not():
     model = make_model("llama")
     episodes = make_episodes(model, noise=0.0)
@@ -240,13 +266,15 @@ def test_groups_that_teach_nothing_cost_no_forward_pass_without_a_kl():
 
 
 def test_a_group_of_one_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="group_size is 1 but an advantage is the difference to the others"):
+    with pytest.raises(
+        ValueError, match="group_size is 1 but an advantage compares a completion with others"
+    ):
         Settings(group_size=1)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"),
+    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"), ("ratio", "group"),
      ("clip_low", 1.5), ("clip_high", -0.1)],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_named(name, value):
@@ -260,7 +288,7 @@ def broken(episode, kind):
         return replace(episode, completion=replace(completion, ids=[], logprobs=[]))
     if kind == "log-prob not finite":
         return replace(episode, completion=replace(completion, logprobs=[math.nan, *completion.logprobs[1:]]))
-    if kind == "not one log-prob a token":
+    if kind == "not one log-prob per token":
         return replace(episode, completion=replace(completion, logprobs=completion.logprobs[1:]))
     return replace(episode, reward={"undecided": None, "reward not finite": math.nan}[kind])
 
@@ -268,7 +296,7 @@ def broken(episode, kind):
 KINDS = [
     "empty completion",
     "log-prob not finite",
-    "not one log-prob a token",
+    "not one log-prob per token",
     "undecided",
     "reward not finite",
 ]
@@ -420,9 +448,7 @@ def test_a_reward_of_ones_own_is_used(tiny):
 def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_rewarded_way():
     logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    token_losses(
-        logprobs, torch.zeros_like(advantages), advantages, clip_low=0.2, clip_high=0.2
-    ).sum().backward()
+    token_losses(logprobs, torch.zeros_like(advantages), advantages, Settings()).sum().backward()
     ratio = logprobs.detach().exp()
     torch.testing.assert_close(
         logprobs.grad, torch.tensor([0.0, ratio[1], -ratio[2], 0.0], dtype=torch.float64)
@@ -434,8 +460,7 @@ def test_the_kl_is_zero_at_the_reference_and_pulls_towards_it():
     for distance in (-0.3, 0.0, 0.3):
         logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
         old = logprobs.detach()
-        loss = token_losses(logprobs, old, zero, clip_low=0.2, clip_high=0.2, kl_coef=1.0, reference=zero)
-        loss.sum().backward()
+        token_losses(logprobs, old, zero, Settings(kl_coef=1.0), reference=zero).sum().backward()
         assert logprobs.grad.item() == pytest.approx(1 - math.exp(-distance), abs=1e-12)
 
 

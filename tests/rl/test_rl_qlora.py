@@ -15,7 +15,7 @@ from test_rl_loop import Config, untimed
 from kit.data.chat import ChatFormat
 from kit.models import qlora
 from kit.models.nf4 import NF4Linear
-from kit.rl.grpo import Policy, _rows, rollout, score, update, weighted_episodes
+from kit.rl.grpo import Policy, rollout, rows_of, score, update
 from kit.rl.loop import train
 from kit.rl.settings import Settings
 from kit.run import RunFolder
@@ -73,7 +73,7 @@ def test_the_kl_is_zero_before_a_step_and_above_after_it_and_only_adapters_chang
     assert policy.frozen is None  # no second copy
     episodes = make_episodes(model, noise=0.0)
     base, before = frozen_part(model), [p.detach().clone() for p in adapters_of(model)]
-    (row, *_) = _rows(policy, weighted_episodes([episodes[:4]], WITH_KL))
+    row, *_ = rows_of(policy, [episodes[:4]])
     with policy.reference() as reference:
         at_the_start = score(reference, row, 1.0)
     first, second = update(policy, episodes), update(policy, episodes)

@@ -50,7 +50,7 @@ def trainer_of(model, settings, folder, episodes):
         max_completion_length=settings.max_new_tokens, temperature=settings.temperature, shuffle_dataset=False, max_steps=1,
         learning_rate=0.0, max_grad_norm=0.0, loss_type=TRL_NAMES[settings.normaliser],
         scale_rewards="group" if settings.advantage_scale == "group-std" else "none", epsilon=settings.clip_low,
-        epsilon_high=settings.clip_high, mask_truncated_completions=settings.mask_truncated,
+        epsilon_high=settings.clip_high, importance_sampling_level=settings.ratio, mask_truncated_completions=settings.mask_truncated,
         beta=settings.kl_coef, use_bias_correction_kl=False,
     )  # fmt: skip
     dataset = datasets.Dataset.from_dict({"prompt": [f"{i}" for i in range(len(groups))]})
@@ -73,6 +73,8 @@ OPTIONS = {
     "GRPO": {},
     "no std": {"advantage_scale": "none"},
     "DAPO": {"normaliser": "tokens", "clip_high": 0.28},
+    "GSPO": {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04},
+    "GSPO, no std": {"ratio": "sequence", "advantage_scale": "none"},
     "KL": {"kl_coef": 0.3},
     "masked": {"mask_truncated": True, "normaliser": "tokens"},
     "masked, sequences": {"mask_truncated": True},
@@ -117,11 +119,11 @@ def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-@pytest.mark.parametrize("name", ["GRPO", "no std", "DAPO", "masked", "temperature"])
+@pytest.mark.parametrize("name", ["GRPO", "no std", "DAPO", "GSPO", "masked", "temperature"])
 def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl_coef, tmp_path, monkeypatch):
     """TRL's compute_loss on given old log-probs: ratios on both sides of the clip range."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    settings = replace(BASE, **OPTIONS[name], kl_coef=kl_coef)
+    settings = replace(BASE, **OPTIONS[name] | {"kl_coef": kl_coef})
     model = make_model("llama")
     policy = make_policy(model, settings)
     generator = torch.Generator().manual_seed(7)

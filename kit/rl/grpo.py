@@ -1,23 +1,23 @@
-"""Reinforcement learning with verifiable rewards: GRPO (Shao et al., 2024) in two verbs, `rollout` and `update`.
+"""Reinforcement learning with verifiable rewards: GRPO (Shao et al., 2024) in two verbs, rollout and update.
 
 One training step:
 
-1. `rollout` samples `group_size` completions of each prompt from the policy itself, keeps the log-prob of every
-   token, and grades: reward 1 for a right answer, 0 for a wrong one.
-2. `update` compares the reward of each completion with those of its group, the completions of the same prompt:
-   the result is its advantage. For each mini-batch of prompts it packs the completions into rows, runs the
-   backbone, and lets the fused head compute log-probs, clipped objective (kit/rl/objective.py) and gradients,
-   a chunk of tokens at a time. Then it takes one optimizer step.
+1. `rollout` samples `group_size` completions of each prompt from the policy itself, keeps the log-prob of
+   every token, and grades: reward 1 for a right answer, 0 for a wrong one.
+2. `update` compares the reward of each completion with those of its group, the completions of the same
+   prompt: the result is its advantage. For each mini-batch of prompts it packs the completions into rows,
+   runs the backbone, and lets the fused head compute log-probs, clipped objective (kit/rl/objective.py) and
+   gradients, a chunk of tokens at a time. Then it takes one optimizer step.
 
-What cannot be graded or trusted is counted and left out. The sampler runs on the training weights: there is no
-second copy to store or to synchronise, and its cache is freed before the update. No tensor of (tokens,
+What cannot be graded or trusted is counted and left out. The sampler runs on the training weights: there is
+no second copy to store or to synchronise, and its cache is freed before the update. No tensor of (tokens,
 vocabulary) is ever allocated.
 
 The old log-probs are the sampler's, so the ratio is against the distribution that each token was drawn from.
 Sampler and trainer share the weights, the temperature and the whole vocabulary (no top-p, no top-k), and both
 compute the softmax in fp32. Before the first optimizer step of an update, the ratio is therefore 1 up to
-rounding: within 1e-4 in fp32 on a CPU, and further off in bf16, where the kernels of the two round in different
-places (recipes/check_card.py measures how far). The metrics sampler_ratio_* record it in every update.
+rounding: within 1e-4 in fp32 on a CPU, and further off in bf16, where the kernels of the two round in
+different places (recipes/check_card.py measures how far). The metrics sampler_ratio_* record it.
 
 What this GRPO leaves out is listed at the top of recipes/grpo_qwen2_5_0_5b.py.
 """
@@ -62,8 +62,8 @@ def correctness(question: Question, completion: Completion) -> float | None:
 class Policy:
     """A model in training, its chat format, and how many prompts it has rolled out. Close it after training.
 
-    max_grad_norm: as in TrainingStep. Raises ValueError for savings that update inside the backward pass, and for a KL if
-    the adapters have been trained before: the model that training starts from is then not available as the reference.
+    max_grad_norm: as in TrainingStep. Raises ValueError for savings that update inside the backward pass, and
+    for a KL on adapters that have been trained before, since the model that they start from is not at hand.
     """
 
     def __init__(
@@ -80,23 +80,19 @@ class Policy:
     ):
         self.model, self.chat, self.settings, self.reward = model, chat, settings, reward
         self.savings = savings or Savings()
-        self.drawn = (
-            0  # prompts rolled out so far: the position in the data, and part of every sample's random stream
-        )
+        self.drawn = 0  # the position in the data, and a part of every sample's random stream
         check_savings(self.savings)
 
-        self.frozen = None  # a copy of the model as training starts
-        if settings.uses_reference and hasattr(
-            model, "peft_config"
-        ):  # untrained adapters: the base is the reference
-            if any(p.any() for name, p in model.named_parameters() if ".lora_B." in name):
-                raise ValueError(
-                    f"kl_coef is {settings.kl_coef:g} but the adapters have been trained already: the reference would be "
-                    "their base, not the model that this training starts from; pass --kl_coef 0, or start from what "
-                    "kit.models.qlora.export writes"
-                )
-        elif settings.uses_reference:
+        self.frozen = None  # a copy of the model as training starts; new adapters have their base instead
+        has_adapters = hasattr(model, "peft_config")
+        if settings.uses_reference and not has_adapters:
             self.frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        elif settings.uses_reference and any(p.any() for n, p in model.named_parameters() if ".lora_B." in n):
+            raise ValueError(
+                f"kl_coef is {settings.kl_coef:g} but the adapters have been trained already: the reference "
+                "would be their base, not the model that this training starts from; pass --kl_coef 0, or "
+                "start from what kit.models.qlora.export writes"
+            )
 
         optimization = {"lr": lr, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
         self.training_step = TrainingStep(model, self.savings, **optimization, seed=settings.seed)
@@ -121,22 +117,24 @@ class Policy:
 
 
 def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
-    """Sample and grade settings.group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
+    """Sample and grade group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
 
-    Raises ValueError for prompts without a gold answer, and for a prompt that exceeds row_tokens with max_new_tokens.
+    Raises ValueError for prompts without a gold answer, and for one that with max_new_tokens exceeds
+    row_tokens.
     """
     settings, chat = policy.settings, policy.chat
     without_gold = [question.id for question in prompts if not question.answer.strip()]
     if without_gold:
         raise ValueError(
-            f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: {without_gold[:5]}"
+            f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: "
+            f"{without_gold[:5]}; give them one, or leave them out"
         )
     encoded = chat.encode([chat.prompt(question.problem) for question in prompts])
     longest = max(map(len, encoded), default=0) + settings.max_new_tokens
     if longest > settings.row_tokens:
         raise ValueError(
-            f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} tokens; "
-            f"pass --row_tokens {longest}"
+            f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} "
+            f"tokens; pass --row_tokens {longest}"
         )
 
     policy.optimizer.zero_grad(set_to_none=True)  # frees the last update's gradients while sampling
@@ -162,7 +160,7 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
 
 
 def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Learn from the episodes of one rollout, one optimizer step per mini-batch of prompts. Returns the metrics.
+    """Learn from the episodes of one rollout, one optimizer step per mini-batch. Return the metrics.
 
     A mini-batch without anything to learn takes no step and is counted (empty_minibatches).
     Raises ValueError if no episode can be trusted, with the reasons.
@@ -171,8 +169,8 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     reasons = Counter(episode.rejection for episode in episodes if episode.rejection)
     if sum(reasons.values()) == len(episodes):
         raise ValueError(
-            f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; if log-probs are not finite the "
-            "policy has diverged: go back to the last checkpoint and lower --lr"
+            f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; if log-probs are not "
+            "finite the policy has diverged: go back to the last checkpoint and lower --lr"
         )
     groups = [[episode for episode in group if not episode.rejection] for group in by_group(episodes)]
     size = settings.minibatch_prompts
@@ -188,9 +186,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
         losses.append(loss.item())
         norms.append(norm.item())
         tokens += sum(map(len, rows))
-        if (
-            len(losses) == 1
-        ):  # its log-probs were computed with the weights that sampled: what differs is rounding
+        if len(losses) == 1:  # the log-probs are of the weights that sampled: what differs is rounding
             at_first = {f"sampler_{name}": x for name, x in stats.read().items() if name.startswith("ratio")}
 
     seconds = time.perf_counter() - start
@@ -210,7 +206,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def rows_of(policy: Policy, groups: Sequence[Sequence[Episode]]) -> list[EpisodeBatch]:
-    """Pack what one optimizer step learns from these groups into rows, with the reference's log-probs if there is a KL."""
+    """Pack what an optimizer step learns from these groups into rows; for a KL, score them."""
     settings = policy.settings
     weighted = weighted_episodes(groups, settings)
     packs = plan_packs([x.num_tokens for x in weighted], settings.row_tokens, seed=settings.seed)
@@ -223,7 +219,7 @@ def rows_of(policy: Policy, groups: Sequence[Sequence[Episode]]) -> list[Episode
 
 
 def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[WeightedEpisode]:
-    """Return the episodes that one optimizer step learns from, each with its advantage and the weight of its tokens."""
+    """Return the episodes that an optimizer step learns from, with their advantages and token weights."""
     found = []
     for group in groups:
         advantages = group_advantages([episode.reward for episode in group], settings.advantage_scale)
@@ -243,7 +239,7 @@ def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -
 
 @torch.no_grad()
 def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> Tensor:
-    """Compute the model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 for a token without a target.
+    """Compute the model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 where there is no target.
 
     logit_rows: as in kit.train.savings.
     """
@@ -259,24 +255,25 @@ def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> 
 
 
 def grpo_loss(model, settings: Settings, stats: RunningStats, logit_rows: int = 0) -> LossOfRow:
-    """Return the loss of a row (kit/train/loss.py): the objective of every completion token, times its weight.
+    """Return the loss of a row (kit/train/loss.py): the objective of every completion token, times its
+    weight.
 
-    The row's scale is not used, since the weights contain the normaliser. logit_rows: as in kit.train.savings.
+    The row's scale is not used, since the weights contain the normaliser. logit_rows: as in
+    kit.train.savings.
     """
     head = {"temperature": settings.temperature, "softcap": softcap(model), "max_rows": logit_rows}
     by_sequence = settings.ratio == "sequence"
 
     def loss_of(hidden: Tensor, weight: Tensor, batch: EpisodeBatch, scale: float) -> Tensor:
         def objective(logprobs: Tensor, rows: Tensor) -> Tensor:
+            old, advantages = batch.old_logprobs[rows], batch.advantages[rows]
             sequence = batch.sequence[rows] if by_sequence else None
             reference = batch.reference_logprobs[rows] if settings.uses_reference else None
-            old, advantages = batch.old_logprobs[rows], batch.advantages[rows]
-            further = {"sequence": sequence, "reference": reference, "stats": stats}
-            return token_losses(logprobs, old, advantages, settings, **further)
+            return token_losses(
+                logprobs, old, advantages, settings, sequence=sequence, reference=reference, stats=stats
+            )
 
-        if (
-            by_sequence
-        ):  # needs whole completions, not chunks of tokens: the backward pass recomputes the logits
+        if by_sequence:  # needs whole completions, not chunks of tokens; backward recomputes the logits
             logprobs, _ = token_logprobs(hidden, weight, batch.targets, **head)
             rows = kept_rows(batch.targets, len(weight), IGNORE_INDEX)
             return (objective(logprobs[rows], rows) * batch.token_weight[rows]).sum()
@@ -287,7 +284,7 @@ def grpo_loss(model, settings: Settings, stats: RunningStats, logit_rows: int = 
 
 
 def summary(episodes: Sequence[Episode], groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
-    """Summarise a rollout. groups: without the rejected episodes, which count for length and truncated only."""
+    """Summarise a rollout. groups: without the rejected episodes, which count in length and truncated."""
     trusted = [episode for group in groups for episode in group]
     rewards = [episode.reward for episode in trusted]
     silent = [not has_signal([episode.reward for episode in group]) for group in groups]
@@ -295,7 +292,7 @@ def summary(episodes: Sequence[Episode], groups: Sequence[Sequence[Episode]]) ->
         "reward_mean": fmean(rewards),
         "reward_std": pstdev(rewards),
         "no_signal": fmean(silent),
-        # the mean of -log p of the tokens sampled: an unbiased estimate of the sampled distributions' entropy, for free
+        # the mean of -log p over what was sampled: an unbiased estimate of the distributions' entropy
         "entropy": -fmean(logprob for episode in trusted for logprob in episode.completion.logprobs),
         "length": fmean(len(episode.completion.ids) for episode in episodes),
         "truncated": fmean(not episode.completion.finished for episode in episodes),

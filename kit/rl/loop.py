@@ -1,8 +1,8 @@
-"""The loop around kit.rl.grpo: draw prompts, roll out, update, log the metrics, and write a checkpoint now and then.
+"""The loop around kit.rl.grpo: draw prompts, roll out, update, log metrics, write checkpoints.
 
-A step depends only on the weights, the seed and its own number: the number gives the position in the stream of prompts,
-and that position keys every sample's random numbers. On a CPU, a run that is killed and resumed ends bit for bit where an
-unbroken one does.
+A step depends only on the weights, the seed and its own number: the number gives the position in the stream
+of prompts, and that position keys every sample's random numbers. On a CPU, a run that is killed and resumed
+ends bit for bit where an unbroken one does.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 SAMPLES = "rollouts.jsonl"
 LOSS_NEAR_ZERO = (
-    "a loss near zero is normal: the advantages of a group sum to zero, so on-policy the loss does, too, but its gradient "
-    "does not. Watch reward, length and ratio instead"
+    "a loss near zero is normal: the advantages of a group sum to zero, so on-policy the loss does, too, but "
+    "its gradient does not. Watch reward, length and ratio instead"
 )
 
 
@@ -49,12 +49,12 @@ def train(
 ) -> Path:
     """Train for `steps` steps of batch_prompts prompts. Returns the folder of the finished model.
 
-    checkpoint_every: steps; 0 = none before the end. planned: the larger of the plans of sampling and update; on a card,
-    it is printed after ten steps beside what was measured, and both are stored in memory.json.
+    checkpoint_every: steps; 0 = none before the end. planned: the larger of the plans of sampling and update;
+    on a card, it is printed after ten steps beside what was measured, and both are stored in memory.json.
 
-    Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a checkpoint,
-    training continues from it; if it holds the finished model, nothing is done.
-    Raises ValueError if loss or gradient is not finite or memory runs out; the message names the last checkpoint.
+    Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a
+    checkpoint, training continues from it; if it holds the finished model, nothing is done.
+    Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out.
     """
     finished = run.path / "model"
     if finished.is_dir():

@@ -5,8 +5,8 @@
     k3    = exp(ref - logp) - (ref - logp) - 1
 
 k3 is an unbiased estimate of KL(policy || reference), never negative and of low variance (Schulman, 2020).
-GRPO adds it to the loss, where its on-policy gradient is that of KL(reference || policy) (Tang & Munos, 2025).
-Near the reference the two agree.
+GRPO adds it to the loss, where its on-policy gradient is that of KL(reference || policy) (Tang & Munos,
+2025). Near the reference the two agree.
 
 Relatives of GRPO differ in one line each, found below by name: Dr. GRPO (Liu et al., 2025) in the advantage,
 DAPO (Yu et al., 2025) in the mean over tokens and the upper clip, GSPO (Zheng et al., 2025) in the ratio.

@@ -13,8 +13,8 @@ RATIOS = ("token", "sequence")
 
 @dataclass(frozen=True)
 class Settings:
-    """The algorithm. The paper states groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, a KL loss at 1e-4 and
-    advantages normalised within the group; clip range, normaliser and ratio are GRPO's."""
+    """The algorithm. The paper states groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, a KL
+    loss at 1e-4 and advantages normalised within the group; clip range, normaliser and ratio are GRPO's."""
 
     group_size: int = 8  # completions per prompt
     max_new_tokens: int = 8_192  # tokens per completion
@@ -34,8 +34,8 @@ class Settings:
     def __post_init__(self):
         if self.group_size < 2:
             raise ValueError(
-                f"group_size is {self.group_size} but an advantage compares a completion with others of its group, so every "
-                "update would be zero; pass group_size >= 2 (the paper: 8)"
+                f"group_size is {self.group_size} but an advantage compares a completion with others of its "
+                "group, so every update would be zero; pass group_size >= 2 (the paper: 8)"
             )
         for name, fits, rule in (
             ("temperature", self.temperature > 0, "> 0: greedy text has no probability to raise or lower"),
@@ -57,9 +57,9 @@ class Settings:
 
 
 def check_savings(savings: Savings) -> None:
-    """Raise ValueError for savings that update inside the backward pass, since a mini-batch has several rows."""
+    """Raise ValueError for savings that update inside the backward pass: a mini-batch has several rows."""
     if savings.update_in_backward:
         raise ValueError(
-            "update_in_backward is on but a mini-batch has several rows, whose gradients must be added up first; pass "
-            "--no_update_in_backward (and --qlora_rank 16 if memory is short)"
+            "update_in_backward is on but a mini-batch has several rows, whose gradients must be added up "
+            "first; pass --no_update_in_backward (and --qlora_rank 16 if memory is short)"
         )

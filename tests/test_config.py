@@ -1,8 +1,14 @@
+import importlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 
-from kit.config import as_flags, field_comments, parse, show
+from kit.config import as_flags, field_comments, ordered_fields, parse, part_of, show
+from kit.rl.settings import Settings
+from kit.train.savings import Savings
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,19 @@ class Config:
 @dataclass(frozen=True)
 class Child(Config):
     model: str = "other/y"  # another model
+
+
+@dataclass(frozen=True)
+class Inheriting(Settings, Savings):
+    """Extends classes of other files."""
+
+    lr: float = (
+        1e-3  # a comment that ruff has put in parentheses
+    )  # fmt: skip
+    name: str = "-".join(
+        ["a", "b"],
+    )  # a comment behind a value of several lines
+    seed: int = 3  # of everything
 
 
 SMOKE = {"row_tokens": 64, "model": "tiny"}
@@ -67,7 +86,45 @@ def test_comments_of_a_base_class_are_kept_and_overridden():
     assert field_comments(Child)["row_tokens"] == "tokens a pack"
 
 
-def test_show_has_a_line_a_setting():
+def test_settings_of_base_classes_are_flags_with_the_help_that_stands_in_their_own_files(capsys):
+    config = parse(Inheriting, ["--group_size", "4", "--no_recompute", "--ratio", "sequence"])
+    assert (config.group_size, config.recompute, config.ratio, config.seed) == (4, False, "sequence", 3)
+    comments = field_comments(Inheriting)
+    assert comments["group_size"] == "completions per prompt"
+    assert comments["offload_optimizer"] == "optimizer states in CPU memory"
+    assert comments["lr"] == "a comment that ruff has put in parentheses"
+    assert comments["name"] == "a comment behind a value of several lines"
+    assert comments["seed"] == "of everything"
+    with pytest.raises(SystemExit):
+        parse(Inheriting, ["--help"])
+    assert "completions per prompt (default 8)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_part_of_the_settings_is_an_object_of_the_class_that_is_passed_on():
+    config = Inheriting(group_size=4, recompute=False, seed=5)
+    assert part_of(config, Savings) == Savings(recompute=False)
+    assert part_of(config, Settings) == Settings(group_size=4, seed=5)
+
+
+def test_a_class_lists_its_own_settings_first_then_those_it_inherits_class_by_class():
+    names = [field.name for field in ordered_fields(Inheriting)]
+    assert set(names[:3]) == {"lr", "name", "seed"}
+    assert names.index("group_size") < names.index("kl_coef") < names.index("recompute")
+    assert len(names) == len(set(names))
+    assert show(Inheriting()).split()[0] == names[0]
+
+
+def test_every_flag_of_the_recipes_has_a_help_text(monkeypatch):
+    """The comment behind its field, in whatever file that stands and however ruff has wrapped the line."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        config = getattr(importlib.import_module(path.stem), "Config", None)
+        if config is not None:
+            fields = {field.name for field in ordered_fields(config)}
+            assert fields - field_comments(config).keys() == set(), path.name
+
+
+def test_show_has_a_line_per_setting():
     assert len(show(Config()).splitlines()) == 5
 
 

@@ -1,10 +1,11 @@
-"""Episodes: what the policy wrote and what it was worth; and a pack of them, with what the objective needs of each token."""
+"""Episodes: what the policy wrote and its reward; and packed rows of them, with what the objective needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -16,29 +17,30 @@ from kit.packing import IGNORE_INDEX, Document, PackedBatch
 class Episode:
     """One completion of one prompt, with its reward."""
 
-    group: int  # the completions of one prompt share it
+    group: int  # number of the prompt in the run, shared by its completions
     question: str  # the question's id
     prompt: list[int]  # token ids
-    completion: Completion  # with the log-probs it was sampled at
+    completion: Completion  # with the log-probs it was sampled with
     reward: float | None  # None: the grader could not decide
 
-    def rejection(self, low: float, high: float) -> str:
-        """Why nothing may be learned from it, "" = nothing speaks against it. low, high: the rewards' declared range."""
+    @cached_property
+    def rejection(self) -> str:
+        """The reason why nothing is learned from it; "" if there is none. Reads every log-prob, once."""
         if not self.completion.ids:
             return "empty completion"
         if len(self.completion.logprobs) != len(self.completion.ids):
-            return "not one log-prob a token"
+            return "not one log-prob per token"
         if not all(math.isfinite(logprob) for logprob in self.completion.logprobs):
             return "log-prob not finite"
         if self.reward is None:
             return "undecided"
-        if not low <= self.reward <= high:  # NaN is outside, too
-            return f"reward outside {low:g} to {high:g}"
+        if not math.isfinite(self.reward):
+            return "reward not finite"
         return ""
 
 
 def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
-    """The episodes of each prompt, in the order in which the prompts first appear."""
+    """Return the episodes of each prompt, in the order in which the prompts first appear."""
     groups: dict[int, list[Episode]] = {}
     for episode in episodes:
         groups.setdefault(episode.group, []).append(episode)
@@ -47,7 +49,7 @@ def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
 
 @dataclass(frozen=True)
 class WeightedEpisode:
-    """An episode with what its tokens are worth."""
+    """An episode with its advantage and the weight of each of its tokens in the step's loss."""
 
     episode: Episode
     advantage: float
@@ -55,62 +57,46 @@ class WeightedEpisode:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and completion."""
+        """Tokens of prompt and completion."""
         return len(self.episode.prompt) + len(self.episode.completion.ids)
 
 
 @dataclass(frozen=True)
 class EpisodeBatch(PackedBatch):
-    """A pack of T tokens whose targets are completion tokens; what belongs to a target stands where the target stands."""
+    """A packed row of T tokens whose targets are completion tokens.
+
+    A target's values are stored at its position; they are 0 where there is no target.
+    """
 
     advantages: torch.Tensor  # (T,) fp32
-    token_weight: torch.Tensor  # (T,) fp32, 0 where there is no target
-    sampler_logprobs: torch.Tensor  # (T,) fp32, 0 where there is no target
-    old_logprobs: torch.Tensor  # (T,) fp32: the sampler's, or what the trainer made of the same tokens
-    reference_logprobs: torch.Tensor  # (T,) fp32: the reference's; the sampler's where none is used
+    token_weight: torch.Tensor  # (T,) fp32
+    old_logprobs: torch.Tensor  # (T,) fp32: the sampler's
+    reference_logprobs: torch.Tensor  # (T,) fp32: the reference model's; all 0 if there is none
 
-    TENSORS = (
-        *PackedBatch.TENSORS,
-        "advantages",
-        "token_weight",
-        "sampler_logprobs",
-        "old_logprobs",
-        "reference_logprobs",
-    )
+    TENSORS = (*PackedBatch.TENSORS, "advantages", "token_weight", "old_logprobs", "reference_logprobs")
 
     @classmethod
     def of(cls, weighted_episodes: Sequence[WeightedEpisode]) -> EpisodeBatch:
         """Lay episodes end to end."""
-        pack = PackedBatch.build(
-            [
-                Document(torch.tensor(x.episode.prompt + x.episode.completion.ids), len(x.episode.prompt))
-                for x in weighted_episodes
-            ]
-        )
-        kept = pack.targets != IGNORE_INDEX  # completion tokens, one document after another
-        lengths = torch.tensor([len(weighted.episode.completion.ids) for weighted in weighted_episodes])
+        episodes = [weighted.episode for weighted in weighted_episodes]
+        documents = [Document(torch.tensor(e.prompt + e.completion.ids), len(e.prompt)) for e in episodes]
+        pack = PackedBatch.build(documents)
+        lengths = torch.tensor([len(episode.completion.ids) for episode in episodes])
+        is_target = pack.targets != IGNORE_INDEX  # completion tokens, one document after another
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            found = torch.zeros(len(pack))
-            found[kept] = values.float()
-            return found
-
-        logprobs = spread(
-            torch.tensor([x for weighted in weighted_episodes for x in weighted.episode.completion.logprobs])
-        )
+        advantages = torch.tensor([weighted.advantage for weighted in weighted_episodes])
+        weights = torch.tensor([weighted.token_weight for weighted in weighted_episodes])
+        logprobs = torch.tensor([x for episode in episodes for x in episode.completion.logprobs])
+        zeros = torch.zeros(len(pack))
         return cls(
             **vars(pack),
-            advantages=spread(
-                torch.tensor([x.advantage for x in weighted_episodes], dtype=torch.float64).repeat_interleave(
-                    lengths
-                )
-            ),
-            token_weight=spread(
-                torch.tensor(
-                    [x.token_weight for x in weighted_episodes], dtype=torch.float64
-                ).repeat_interleave(lengths)
-            ),
-            sampler_logprobs=logprobs,
-            old_logprobs=logprobs,
-            reference_logprobs=logprobs,
+            advantages=zeros.masked_scatter(is_target, advantages.repeat_interleave(lengths)),
+            token_weight=zeros.masked_scatter(is_target, weights.repeat_interleave(lengths)),
+            old_logprobs=zeros.masked_scatter(is_target, logprobs),
+            reference_logprobs=zeros,
         )
+
+    @property
+    def sequence(self) -> torch.Tensor:
+        """Number of the episode that each token belongs to, (T,) int64, counted from 0."""
+        return (self.position_ids == 0).cumsum(0) - 1

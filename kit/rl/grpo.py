@@ -1,18 +1,25 @@
-"""Reinforcement learning with verifiable rewards: GRPO (Shao et al., 2024) in two verbs, `rollout` and `update`.
+"""Reinforcement learning with verifiable rewards: GRPO (Shao et al., 2024) in two verbs, rollout and update.
 
-One step of training:
-1. Take the next prompts. Sample `group_size` completions of each from the policy itself, keeping every token's log-prob.
-2. Grade each completion: 1 if its answer is right, 0 if not. What cannot be graded or trusted is counted and left out.
-3. Advantage of a completion = its reward against the others of its prompt (kit.rl.objective).
-4. Where asked for: the trainer's own log-probs of what was sampled, and the reference's.
-5. For each mini-batch of prompts: pack its episodes, run the backbone, and let the fused head make the log-probs, the clipped
-   objective (kit.rl.objective) and its gradients a chunk of rows at a time; then one optimizer step.
+One training step:
 
-The sampler runs on the training weights, so there is no second copy to hold or to keep in step; its cache is gone before the
-update begins. No tensor of (tokens, vocabulary) ever exists.
+1. `rollout` samples `group_size` completions of each prompt from the policy itself, keeps the log-prob of
+   every token, and grades: reward 1 for a right answer, 0 for a wrong one.
+2. `update` compares the reward of each completion with those of its group, the completions of the same
+   prompt: the result is its advantage. For each mini-batch of prompts it packs the completions into rows,
+   runs the backbone, and lets the fused head compute log-probs, clipped objective (kit/rl/objective.py) and
+   gradients, a chunk of tokens at a time. Then it takes one optimizer step.
 
-Left out on purpose: a value network, a reward model, entropy bonuses, several GPUs, sampling while training, tools and turns.
-What the paper does not state (clip range, KL estimator, normaliser) has the defaults of GRPO's own paper and PPO's clip of 0.2.
+What cannot be graded or trusted is counted and left out. The sampler runs on the training weights: there is
+no second copy to store or to synchronise, and its cache is freed before the update. No tensor of (tokens,
+vocabulary) is ever allocated.
+
+The old log-probs are the sampler's, so the ratio is against the distribution that each token was drawn from.
+Sampler and trainer share the weights, the temperature and the whole vocabulary (no top-p, no top-k), and both
+compute the softmax in fp32. Before the first optimizer step of an update, the ratio is therefore 1 up to
+rounding: within 1e-4 in fp32 on a CPU, and further off in bf16, where the kernels of the two round in
+different places (recipes/check_card.py measures how far). The metrics sampler_ratio_* record it.
+
+What this GRPO leaves out is listed at the top of recipes/grpo_qwen2_5_0_5b.py.
 """
 
 from __future__ import annotations
@@ -23,10 +30,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from statistics import fmean, pstdev
 
 import torch
+from torch import Tensor
 
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
@@ -34,19 +41,13 @@ from kit.generate.sampler import Completion, generate
 from kit.generate.sampling import SamplingParams
 from kit.grade.verdict import grade
 from kit.kernels.linear_cross_entropy import linear_cross_entropy, token_logprobs
+from kit.kernels.linear_cross_entropy_chunks import kept_rows
 from kit.models.backbone import head_weight, hidden_states, softcap
-from kit.packing import plan_packs
+from kit.packing import IGNORE_INDEX, plan_packs
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group
-from kit.rl.objective import (
-    RunningStats,
-    group_advantages,
-    has_signal,
-    sampler_correction,
-    shaped_reward,
-    token_losses,
-    token_weights,
-)
-from kit.rl.settings import Settings
+from kit.rl.objective import RunningStats, group_advantages, has_signal, token_losses, token_weight
+from kit.rl.settings import Settings, check_savings
+from kit.train.loss import LossOfRow
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
 
@@ -54,57 +55,47 @@ Reward = Callable[[Question, Completion], "float | None"]  # None: undecided
 
 
 def correctness(question: Question, completion: Completion) -> float | None:
-    """Return 1 for a right answer, 0 for a wrong one or none, None if the grader could not decide."""
+    """Return 1 for a right answer, 0 for a wrong one or none at all, None if the grader could not decide."""
     return {"correct": 1.0, "wrong": 0.0, "unknown": None}[grade(question.answer, completion.text).verdict]
 
 
 class Policy:
-    """A model in training, its prompts' format, and how far it has come. Close it when training is over.
+    """A model in training, its chat format, and how many prompts it has rolled out. Close it after training.
 
-    reward: of a completion; within settings.reward_low and reward_high. max_grad_norm: as TrainingStep's.
-    Raises ValueError for savings that update inside the backward pass: a mini-batch has several rows; and for a KL where adapters
-    were trained before: the model that training starts from is then nowhere.
+    max_grad_norm: as in TrainingStep. Raises ValueError for savings that update inside the backward pass, and
+    for a KL on adapters that have been trained before, since the model that they start from is not at hand.
     """
 
     def __init__(
-        self, model, chat: ChatFormat, settings: Settings, *, lr: float, weight_decay: float = 0.0, max_grad_norm: float = 1.0,
-        savings: Savings | None = None, reward: Reward = correctness,
-    ):  # fmt: skip
-        savings = savings or Savings()
-        if savings.update_in_backward:
-            raise ValueError(
-                "update_in_backward is on but a mini-batch has several rows, whose gradients must wait for one another; "
-                "pass --no_update_in_backward (and --qlora_rank 16 where memory is short)"
-            )
-        self.model, self.chat, self.settings, self.reward, self.savings = (
-            model,
-            chat,
-            settings,
-            reward,
-            savings,
-        )
-        self.drawn = (
-            0  # prompts rolled out so far: the data's cursor, and a part of every sample's random stream
-        )
+        self,
+        model,
+        chat: ChatFormat,
+        settings: Settings,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        savings: Savings | None = None,
+        reward: Reward = correctness,
+    ):
+        self.model, self.chat, self.settings, self.reward = model, chat, settings, reward
+        self.savings = savings or Savings()
+        self.drawn = 0  # the position in the data, and a part of every sample's random stream
+        check_savings(self.savings)
+
+        self.frozen = None  # a copy of the model as training starts; new adapters have their base instead
         has_adapters = hasattr(model, "peft_config")
-        if (
-            has_adapters
-            and settings.uses_reference
-            and any(p.any() for name, p in model.named_parameters() if ".lora_B." in name)
-        ):
+        if settings.uses_reference and not has_adapters:
+            self.frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        elif settings.uses_reference and any(p.any() for n, p in model.named_parameters() if ".lora_B." in n):
             raise ValueError(
-                f"kl is {settings.kl} but the adapters have been trained already: the reference would be their base, not the "
-                "model that this training starts from; pass --kl none, or start from what kit.models.qlora.export writes"
+                f"kl_coef is {settings.kl_coef:g} but the adapters have been trained already: the reference "
+                "would be their base, not the model that this training starts from; pass --kl_coef 0, or "
+                "start from what kit.models.qlora.export writes"
             )
-        # a copy of the model as training starts; with adapters the base is still there, and they start as nothing
-        self.frozen = (
-            copy.deepcopy(model).requires_grad_(False).eval()
-            if settings.uses_reference and not has_adapters
-            else None
-        )
-        self.training_step = TrainingStep(
-            model, savings, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=settings.seed
-        )
+
+        optimization = {"lr": lr, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+        self.training_step = TrainingStep(model, self.savings, **optimization, seed=settings.seed)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -112,7 +103,7 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The model that training started from."""
+        """Yield the model that training started from."""
         if self.frozen is not None:
             yield self.frozen
             return
@@ -126,32 +117,42 @@ class Policy:
 
 
 def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
-    """Sample and grade settings.group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
+    """Sample and grade group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
 
-    Raises ValueError for prompts without a gold answer and for a prompt that with max_new_tokens exceeds row_tokens.
+    Raises ValueError for prompts without a gold answer, and for one that with max_new_tokens exceeds
+    row_tokens.
     """
     settings, chat = policy.settings, policy.chat
     without_gold = [question.id for question in prompts if not question.answer.strip()]
     if without_gold:
         raise ValueError(
-            f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: {without_gold[:5]}"
+            f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: "
+            f"{without_gold[:5]}; give them one, or leave them out"
         )
     encoded = chat.encode([chat.prompt(question.problem) for question in prompts])
     longest = max(map(len, encoded), default=0) + settings.max_new_tokens
     if longest > settings.row_tokens:
-        raise ValueError(f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} tokens; "
-                         f"pass --row_tokens {longest}")  # fmt: skip
-    policy.optimizer.zero_grad(
-        set_to_none=True
-    )  # the last update's gradients need not be held while sampling
+        raise ValueError(
+            f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} "
+            f"tokens; pass --row_tokens {longest}"
+        )
+
+    policy.optimizer.zero_grad(set_to_none=True)  # frees the last update's gradients while sampling
     groups = range(policy.drawn, policy.drawn + len(prompts))
     wanted = [(i, sample) for i in range(len(prompts)) for sample in range(settings.group_size)]
     completions = generate(
-        policy.model, [encoded[i] for i, _ in wanted], SamplingParams(settings.temperature, 1.0, 0, settings.max_new_tokens),
-        num_slots=settings.num_slots, seed=settings.seed, eos_token_id=chat.eos_token_ids,
-        keys=[[prompts[i].id, groups[i], sample] for i, sample in wanted], decode=chat.decode, description="rollout",
-    )  # fmt: skip
+        policy.model,
+        [encoded[i] for i, _ in wanted],
+        SamplingParams(settings.temperature, top_p=1.0, top_k=0, max_new_tokens=settings.max_new_tokens),
+        num_slots=settings.num_slots,
+        seed=settings.seed,
+        eos_token_id=chat.eos_token_ids,
+        keys=[[prompts[i].id, groups[i], sample] for i, sample in wanted],
+        decode=chat.decode,
+        description="rollout",
+    )
     policy.drawn += len(prompts)
+
     return [
         Episode(groups[i], prompts[i].id, encoded[i], completion, policy.reward(prompts[i], completion))
         for (i, _), completion in zip(wanted, completions, strict=True)
@@ -159,60 +160,44 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
 
 
 def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
-    """Learn from the episodes of one rollout, one optimizer step per mini-batch. Returns what was measured.
+    """Learn from the episodes of one rollout, one optimizer step per mini-batch. Return the metrics.
 
     A mini-batch without anything to learn takes no step and is counted (empty_minibatches).
     Raises ValueError if no episode can be trusted, with the reasons.
     """
     settings, start = policy.settings, time.perf_counter()
-    reasons = Counter(
-        filter(None, (e.rejection(settings.reward_low, settings.reward_high) for e in episodes))
-    )
-    if not episodes or sum(reasons.values()) == len(episodes):
+    reasons = Counter(episode.rejection for episode in episodes if episode.rejection)
+    if sum(reasons.values()) == len(episodes):
         raise ValueError(
-            f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; where log-probs are not finite the policy "
-            "has diverged: go back to the last checkpoint and lower --lr"
+            f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; if log-probs are not "
+            "finite the policy has diverged: go back to the last checkpoint and lower --lr"
         )
-    groups = by_group(episodes)
-    taught = (
-        groups
-        if settings.no_signal == "keep"
-        else [group for group in groups if group_has_signal(group, settings)]
-    )
-    minibatches = [
-        taught[i : i + settings.minibatch_prompts] for i in range(0, len(taught), settings.minibatch_prompts)
-    ] or [[]]
-    steps = [_rows(policy, weighted_episodes(minibatch, settings)) for minibatch in minibatches]
-    score_row = partial(score, temperature=settings.temperature, logit_rows=policy.savings.logit_rows)
-    if settings.old_logprobs == "trainer":
-        steps = [[replace(row, old_logprobs=score_row(policy.model, row)) for row in rows] for rows in steps]
-    if settings.uses_reference:
-        with policy.reference() as reference:
-            steps = [
-                [replace(row, reference_logprobs=score_row(reference, row)) for row in rows] for rows in steps
-            ]
-    stats, sampler, results = RunningStats(), RunningStats(), []
-    for rows in filter(None, steps):
-        # before the first step the trainer's weights are still the sampler's: what then differs is the arithmetic
-        loss_of = partial(
-            row_loss,
-            settings=settings,
-            cap=softcap(policy.model),
-            stats=stats,
-            sampler=None if results else sampler,
-            logit_rows=policy.savings.logit_rows,
-        )
-        results.append([x.item() for x in policy.training_step(rows, loss_of)])
+    groups = [[episode for episode in group if not episode.rejection] for group in by_group(episodes)]
+    size = settings.minibatch_prompts
+    minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
+
+    stats, at_first, losses, norms, tokens = RunningStats(), {}, [], [], 0
+    loss_of = grpo_loss(policy.model, settings, stats, policy.savings.logit_rows)
+    for minibatch in minibatches:
+        rows = rows_of(policy, minibatch)
+        if not rows:
+            continue
+        loss, norm = policy.training_step(rows, loss_of)
+        losses.append(loss.item())
+        norms.append(norm.item())
+        tokens += sum(map(len, rows))
+        if len(losses) == 1:  # the log-probs are of the weights that sampled: what differs is rounding
+            at_first = {f"sampler_{name}": x for name, x in stats.read().items() if name.startswith("ratio")}
+
     seconds = time.perf_counter() - start
-    tokens = sum(len(row) for rows in steps for row in rows)
     return {
-        "loss": fmean(loss for loss, _ in results) if results else 0.0,
-        "grad_norm": fmean(norm for _, norm in results) if results else 0.0,
-        "updates": len(results),
-        "empty_minibatches": len(steps) - len(results),
-        **summary(groups, settings),
+        "loss": fmean(losses or [0.0]),
+        "grad_norm": fmean(norms or [0.0]),
+        "updates": len(losses),
+        "empty_minibatches": len(minibatches) - len(losses),
+        **summary(episodes, groups),
         **stats.read(),
-        **sampler.read(),
+        **at_first,
         **{f"rejected: {reason}": count for reason, count in reasons.items()},
         "tokens": tokens,
         "update_seconds": seconds,
@@ -220,118 +205,96 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
+def rows_of(policy: Policy, groups: Sequence[Sequence[Episode]]) -> list[EpisodeBatch]:
+    """Pack what an optimizer step learns from these groups into rows; for a KL, score them."""
+    settings = policy.settings
+    weighted = weighted_episodes(groups, settings)
+    packs = plan_packs([x.num_tokens for x in weighted], settings.row_tokens, seed=settings.seed)
+    rows = [EpisodeBatch.of([weighted[i] for i in pack]) for pack in packs]
+    if not settings.uses_reference:
+        return rows
+    with policy.reference() as model:
+        logprobs = [score(model, row, settings.temperature, policy.savings.logit_rows) for row in rows]
+    return [replace(row, reference_logprobs=found) for row, found in zip(rows, logprobs, strict=True)]
+
+
 def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[WeightedEpisode]:
-    """Return the episodes to learn from in one optimizer step, with the weight of their tokens."""
-    found: list[tuple[Episode, float]] = []
-    num_sequences = 0
+    """Return the episodes that an optimizer step learns from, with their advantages and token weights."""
+    found = []
     for group in groups:
-        rewards = [reward_of(episode, settings) for episode in group]
-        num_sequences += sum(reward is not None for reward in rewards)
-        for episode, reward, advantage in zip(
-            group, rewards, group_advantages(rewards, settings.advantage_scale), strict=True
-        ):
-            masked = settings.mask_truncated and not episode.completion.finished
-            if reward is not None and not masked:
-                found.append((episode, advantage))
+        advantages = group_advantages([episode.reward for episode in group], settings.advantage_scale)
+        found += zip(group, advantages, strict=True)
+    all_sequences = len(found)
+    if settings.mask_truncated:
+        found = [(episode, advantage) for episode, advantage in found if episode.completion.finished]
+
     lengths = [len(episode.completion.ids) for episode, _ in found]
-    weights = token_weights(
-        lengths, settings.normaliser, num_sequences=num_sequences, max_new_tokens=settings.max_new_tokens
-    )
-    taught = [
-        WeightedEpisode(episode, advantage, weight)
-        for (episode, advantage), weight in zip(found, weights, strict=True)
-    ]
+    totals = {"all_tokens": sum(lengths), "all_sequences": all_sequences}
     return [
-        weighted for weighted in taught if weighted.advantage or settings.uses_reference
-    ]  # the others' gradient is zero
-
-
-def reward_of(episode: Episode, settings: Settings) -> float | None:
-    """Return the reward after the penalty on length; None for a rejected episode."""
-    if episode.rejection(settings.reward_low, settings.reward_high):
-        return None
-    return shaped_reward(
-        episode.reward,
-        len(episode.completion.ids),
-        max_new_tokens=settings.max_new_tokens,
-        length_penalty=settings.length_penalty,
-    )
-
-
-def group_has_signal(group: Sequence[Episode], settings: Settings) -> bool:
-    return has_signal([reward_of(episode, settings) for episode in group])
-
-
-def _rows(policy: Policy, taught: list[WeightedEpisode]) -> list[EpisodeBatch]:
-    lengths = [weighted.num_tokens for weighted in taught]
-    packs = plan_packs(lengths, policy.settings.row_tokens, seed=policy.settings.seed)
-    return [EpisodeBatch.of([taught[i] for i in pack]) for pack in packs]
+        WeightedEpisode(episode, advantage, token_weight(length, settings.normaliser, **totals))
+        for (episode, advantage), length in zip(found, lengths, strict=True)
+        if advantage or settings.uses_reference  # otherwise its gradient is zero
+    ]
 
 
 @torch.no_grad()
-def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> torch.Tensor:
-    """Compute the model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 if a token has no target. logit_rows: as
-    in kit.train.savings."""
+def score(model, row: EpisodeBatch, temperature: float, logit_rows: int = 0) -> Tensor:
+    """Compute the model's log-probs of a row's targets, (T,) fp32 on the CPU, 0 where there is no target.
+
+    logit_rows: as in kit.train.savings.
+    """
     training = model.training
     model.eval()
     weight = head_weight(model)
     batch = row.to(weight.device)
-    logprobs, _ = token_logprobs(
-        hidden_states(model, batch),
-        weight,
-        batch.targets,
-        temperature=temperature,
-        softcap=softcap(model),
-        max_rows=logit_rows,
-    )
+    hidden = hidden_states(model, batch)
+    head = {"temperature": temperature, "softcap": softcap(model), "max_rows": logit_rows}
+    logprobs, _ = token_logprobs(hidden, weight, batch.targets, **head)
     model.train(training)
     return logprobs.cpu()
 
 
-def row_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, batch: EpisodeBatch, scale: float, *, settings: Settings,
-    cap: float | None = None, stats: RunningStats | None = None, sampler: RunningStats | None = None, logit_rows: int = 0,
-) -> torch.Tensor:  # fmt: skip
-    """Compute a row's share of the step's loss: the clipped objective of every completion token, times its weight.
+def grpo_loss(model, settings: Settings, stats: RunningStats, logit_rows: int = 0) -> LossOfRow:
+    """Return the loss of a row (kit/train/loss.py): the objective of every completion token, times its
+    weight.
 
-    hidden (T, H), weight (V, H). scale: not used, since a token's weight holds its normaliser. cap: the softcap. logit_rows: as
-    in kit.train.savings. sampler: takes the ratio of the trainer's probabilities to the sampler's.
+    The row's scale is not used, since the weights contain the normaliser. logit_rows: as in
+    kit.train.savings.
     """
+    head = {"temperature": settings.temperature, "softcap": softcap(model), "max_rows": logit_rows}
+    by_sequence = settings.ratio == "sequence"
 
-    def objective(logprobs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        old = batch.old_logprobs[rows]
-        correction = None
-        if settings.old_logprobs == "trainer" and settings.sampler_cap:
-            correction = sampler_correction(old, batch.sampler_logprobs[rows], settings.sampler_cap)
-        if sampler is not None:
-            sampler.count(len(rows))
-            sampler.range("sampler_ratio", (logprobs.detach() - batch.sampler_logprobs[rows]).exp())
-        return token_losses(
-            logprobs, old, batch.advantages[rows], clip_low=settings.clip_low, clip_high=settings.clip_high,
-            kl=settings.kl if settings.uses_reference else "none", kl_coef=settings.kl_coef,
-            reference=batch.reference_logprobs[rows], correction=correction, stats=stats,
-        )  # fmt: skip
+    def loss_of(hidden: Tensor, weight: Tensor, batch: EpisodeBatch, scale: float) -> Tensor:
+        def objective(logprobs: Tensor, rows: Tensor) -> Tensor:
+            old, advantages = batch.old_logprobs[rows], batch.advantages[rows]
+            sequence = batch.sequence[rows] if by_sequence else None
+            reference = batch.reference_logprobs[rows] if settings.uses_reference else None
+            return token_losses(
+                logprobs, old, advantages, settings, sequence=sequence, reference=reference, stats=stats
+            )
 
-    return linear_cross_entropy(
-        hidden, weight, batch.targets, reduction="sum", token_weight=batch.token_weight, objective=objective, softcap=cap,
-        temperature=settings.temperature, max_rows=logit_rows,
-    )  # fmt: skip
+        if by_sequence:  # needs whole completions, not chunks of tokens; backward recomputes the logits
+            logprobs, _ = token_logprobs(hidden, weight, batch.targets, **head)
+            rows = kept_rows(batch.targets, len(weight), IGNORE_INDEX)
+            return (objective(logprobs[rows], rows) * batch.token_weight[rows]).sum()
+        weighted = {"reduction": "sum", "token_weight": batch.token_weight, "objective": objective}
+        return linear_cross_entropy(hidden, weight, batch.targets, **weighted, **head)
+
+    return loss_of
 
 
-def summary(groups: Sequence[Sequence[Episode]], settings: Settings) -> dict[str, float]:
-    """Summarise a rollout's episodes. Rejected ones are left out of the mean rewards."""
-    episodes = [episode for group in groups for episode in group]
-    trusted = [e for e in episodes if not e.rejection(settings.reward_low, settings.reward_high)]
+def summary(episodes: Sequence[Episode], groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
+    """Summarise a rollout. groups: without the rejected episodes, which count in length and truncated."""
+    trusted = [episode for group in groups for episode in group]
     rewards = [episode.reward for episode in trusted]
-    lengths = [len(episode.completion.ids) for episode in episodes]
-    silent = sum(not group_has_signal(group, settings) for group in groups)
+    silent = [not has_signal([episode.reward for episode in group]) for group in groups]
     return {
         "reward_mean": fmean(rewards),
         "reward_std": pstdev(rewards),
-        "no_signal": silent / len(groups),
-        # the mean of -log p of what was sampled: an unbiased estimate of the sampled distributions' entropy, at no cost
+        "no_signal": fmean(silent),
+        # the mean of -log p over what was sampled: an unbiased estimate of the distributions' entropy
         "entropy": -fmean(logprob for episode in trusted for logprob in episode.completion.logprobs),
-        "length": fmean(lengths),
+        "length": fmean(len(episode.completion.ids) for episode in episodes),
         "truncated": fmean(not episode.completion.finished for episode in episodes),
         "episodes": len(episodes),
         "groups": len(groups),

@@ -1,8 +1,8 @@
-"""The loop around kit.rl.grpo: prompts in, rollout, update, a line of figures and a checkpoint now and then.
+"""The loop around kit.rl.grpo: draw prompts, roll out, update, log metrics, write checkpoints.
 
-A step depends on weights, seed and one position alone: prompts come from a stream at a position that the checkpoint keeps beside
-the weights, and every sample's random numbers are keyed by it. A run that is killed and resumed ends bit for bit where an
-unbroken one does on a CPU.
+A step depends only on the weights, the seed and its own number: the number gives the position in the stream
+of prompts, and that position keys every sample's random numbers. On a CPU, a run that is killed and resumed
+ends bit for bit where an unbroken one does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kit.data.problems import Question, draw
 from kit.memory.measured import PeakMemory
 from kit.models import folder
 from kit.models.backbone import head_weight
-from kit.rl.episodes import Episode, by_group
-from kit.rl.grpo import Policy, group_has_signal, rollout, update
+from kit.rl.episodes import by_group
+from kit.rl.grpo import Policy, rollout, update
 from kit.run import Journal, RunFolder
 from kit.train import checkpoint
 
@@ -32,23 +32,29 @@ if TYPE_CHECKING:
 
 SAMPLES = "rollouts.jsonl"
 LOSS_NEAR_ZERO = (
-    "a loss near zero is normal: a group's advantages sum to zero, so on-policy the loss does, too, while its gradient does not. "
-    "Watch reward, length and ratio instead"
+    "a loss near zero is normal: the advantages of a group sum to zero, so on-policy the loss does, too, but "
+    "its gradient does not. Watch reward, length and ratio instead"
 )
 
 
 def train(
-    policy: Policy, questions: Sequence[Question], run: RunFolder, *, steps: int, batch_prompts: int, checkpoint_every: int = 0,
+    policy: Policy,
+    questions: Sequence[Question],
+    run: RunFolder,
+    *,
+    steps: int,
+    batch_prompts: int,
+    checkpoint_every: int = 0,
     planned: Plan | None = None,
-) -> Path:  # fmt: skip
-    """Train for `steps` steps of batch_prompts prompts; returns the folder of the finished model.
+) -> Path:
+    """Train for `steps` steps of batch_prompts prompts. Returns the folder of the finished model.
 
-    planned: the larger of sampling's and update's; on a card, what was measured after ten steps is printed beside it and stored
-    in memory.json.
+    checkpoint_every: steps; 0 = none before the end. planned: the larger of the plans of sampling and update;
+    on a card, it is printed after ten steps beside what was measured, and both are stored in memory.json.
 
-    Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints every so many steps (0 = none before the
-    end). Where run.path holds a checkpoint, training goes on from it; where it holds the finished model, nothing is done.
-    Raises ValueError if loss or gradient is not finite and where memory runs out: the last checkpoint is intact and named.
+    Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a
+    checkpoint, training continues from it; if it holds the finished model, nothing is done.
+    Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out.
     """
     finished = run.path / "model"
     if finished.is_dir():
@@ -58,13 +64,15 @@ def train(
     done = checkpoint.load(newest, policy.model, policy.optimizer) if newest else 0
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
-    policy.drawn = checkpoint.read_progress(newest)["drawn"] if newest else 0
+    policy.drawn = done * batch_prompts
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
     bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
+
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         try:
-            episodes, resamples = gather(policy, questions, batch_prompts)
+            prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
+            episodes = rollout(policy, prompts)
             seconds = time.perf_counter() - start
             found = update(policy, episodes)
         except torch.OutOfMemoryError as error:
@@ -75,52 +83,36 @@ def train(
                 f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower --lr. "
                 f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
             )
+
         memory.look(step, steps)
-        sampled = sum(len(episode.completion.ids) for episode in episodes)
-        run.metrics.append(
-            {"step": step, **found, "resamples": resamples, "drawn": policy.drawn, "rollout_seconds": seconds,
-             "rollout_tokens_per_second": sampled / seconds, "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
-        )  # fmt: skip
+        speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
+        time_and_memory = {
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": speed,
+            "peak_gib": memory.gib,
+            "reserved_gib": memory.reserved_gib,
+        }
+        run.metrics.append({"step": step, **found, **time_and_memory})
         for episode in by_group(episodes)[0]:
-            samples.append(
-                {"step": step, "question": episode.question, "reward": episode.reward, "tokens": len(episode.completion.ids),
-                 "finished": episode.completion.finished, "text": episode.completion.text}
-            )  # fmt: skip
-        tqdm.write(
-            line(step, found, resamples, sampled / seconds)
-            + (f"\n  {LOSS_NEAR_ZERO}" if step == done + 1 else "")
-        )
+            completion = episode.completion
+            sample = {"tokens": len(completion.ids), "finished": completion.finished, "text": completion.text}
+            samples.append({"step": step, "question": episode.question, "reward": episode.reward, **sample})
+        tqdm.write(line(step, found, speed))
+        if step == done + 1:
+            tqdm.write(f"  {LOSS_NEAR_ZERO}")
         bar.update()
         if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-            checkpoint.save(
-                checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, drawn=policy.drawn
-            )
+            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+
     bar.close()
     policy.close()
     folder.save_model(finished, policy.model, policy.chat.tokenizer)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and of no use beside it
+    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and no longer needed
     return finished
 
 
-def gather(policy: Policy, questions: Sequence[Question], batch_prompts: int) -> tuple[list[Episode], int]:
-    """(the episodes of batch_prompts prompts, further rollouts).
-
-    With no_signal "resample", prompts follow in place of those whose completions were all worth the same, until the batch is
-    full or settings.max_resamples is reached. All are returned: the mean reward is that of all prompts, and update leaves out
-    what teaches nothing.
-    """
-    settings, episodes, rollouts = policy.settings, [], 0
-    missing = batch_prompts
-    while missing and rollouts <= (settings.max_resamples if settings.no_signal == "resample" else 0):
-        more = rollout(policy, draw(questions, policy.drawn, missing, seed=settings.seed))
-        episodes += more
-        rollouts += 1
-        missing -= sum(group_has_signal(group, settings) for group in by_group(more))
-    return episodes, rollouts - 1
-
-
-def line(step: int, found: dict[str, float], resamples: int, rollout_speed: float) -> str:
-    """A step's figures for the log."""
+def line(step: int, found: dict[str, float], rollout_speed: float) -> str:
+    """Return a step's metrics as one line for the log."""
     parts = [
         f"step {step}: reward {found['reward_mean']:.3f} ± {found['reward_std']:.3f}",
         f"no signal {found['no_signal']:.0%}",
@@ -135,12 +127,10 @@ def line(step: int, found: dict[str, float], resamples: int, rollout_speed: floa
         ]
     if "kl" in found:
         parts.append(f"KL {found['kl']:.2e}")
-    if found["empty_minibatches"]:
+    if empty := found["empty_minibatches"]:
         parts.append(
-            f"no update in {found['empty_minibatches']} mini-batches: every completion cut off, rejected or without signal"
+            f"no update in {empty} mini-batches: every completion cut off, rejected or without signal"
         )
-    if resamples:
-        parts.append(f"{resamples} further rollouts, {found['groups']} prompts in all")
     parts += [f"{value} {name}" for name, value in found.items() if name.startswith("rejected")]
     parts.append(f"tokens/s {rollout_speed:,.0f} sampled, {found['update_tokens_per_second']:,.0f} trained")
     return "; ".join(parts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import nn
@@ -28,10 +28,10 @@ from kit.memory import live_bytes
 from kit.memory.choose import QLORA_RANK, ladder_steps
 from kit.memory.live_bytes import Ledger
 from kit.memory.simulate import Plan, fake_batch, fake_model, measure
-from kit.models.backbone import hidden_states, next_token_logits, softcap
+from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.loading import load_config
 from kit.rl.episodes import EpisodeBatch
-from kit.rl.grpo import row_loss
+from kit.rl.grpo import grpo_loss
 from kit.rl.objective import RunningStats
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
@@ -191,14 +191,7 @@ def _simulate(
     has_copy = settings.uses_reference and not qlora_rank  # the base of adapters is the reference itself
     with mode:
         reference = [torch.empty_like(p) for p in fake.parameters()] if has_copy else []
-        loss_of = partial(
-            row_loss,
-            settings=settings,
-            cap=softcap(fake),
-            stats=RunningStats(),
-            sampler=RunningStats(),
-            logit_rows=savings.logit_rows,
-        )
+        loss_of = grpo_loss(fake, settings, RunningStats(), savings.logit_rows)
         ledger = measure(
             fake,
             savings,

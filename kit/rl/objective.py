@@ -1,139 +1,117 @@
-"""The clipped objective of one token, and what is measured on the way.
+"""The objective of GRPO, token by token, and the statistics collected on the way.
 
-    ratio = exp(logp - old)                          policy now / policy that sampled
-    loss  = -c * min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * KL
+    ratio = exp(logp - old)                  probability of a token now / when it was sampled
+    loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
+    k3    = exp(ref - logp) - (ref - logp) - 1
 
-    c    = min(exp(old - sampler), cap)              where the trainer scored `old` anew: its distance to the sampler, truncated
-    k3   = exp(ref - logp) - (ref - logp) - 1        never negative, low variance (Schulman, 2020); as a loss, in GRPO
-    k1   = ratio * (logp - ref), (logp - ref) a constant
-
-k1's plain difference has a gradient of mean zero: as a loss it would hold nothing back. As a cost that the ratio carries, its
-gradient is that of KL(policy || reference), token by token; k3's, on-policy, is that of KL(reference || policy) (Tang & Munos,
+k3 is an unbiased estimate of KL(policy || reference), never negative and of low variance (Schulman, 2020).
+GRPO adds it to the loss, where its on-policy gradient is that of KL(reference || policy) (Tang & Munos,
 2025). Near the reference the two agree.
 
-Elementwise in the log-prob: kit.kernels.linear_cross_entropy makes its gradient in the forward pass.
+Relatives of GRPO differ in one line each, found below by name: Dr. GRPO (Liu et al., 2025) in the advantage,
+DAPO (Yu et al., 2025) in the mean over tokens and the upper clip, GSPO (Zheng et al., 2025) in the ratio.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import fmean, stdev
 
 import torch
 from torch import Tensor
 
-KLS = ("none", "k1", "k3")
+from kit.rl.settings import Settings
+
+STD_FLOOR = 1e-4  # TRL's, so that the two can be compared; verl has 1e-6
 
 
-@dataclass
-class RunningStats:
-    """Sums over tokens, kept on the device: reading one would make a card wait."""
+def has_signal(rewards: Sequence[float]) -> bool:
+    """Return whether the rewards of a group differ. If they are all equal, every advantage is 0."""
+    return len(set(rewards)) > 1
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    lows: dict[str, Tensor] = field(default_factory=dict)
-    highs: dict[str, Tensor] = field(default_factory=dict)
-    num_tokens: int = 0
 
-    def count(self, num_tokens: int) -> None:
-        """Tokens that every figure added from here to the next count is about."""
-        self.num_tokens += num_tokens
+def group_advantages(rewards: Sequence[float], scale: str) -> list[float]:
+    """Return each completion's advantage: its reward compared with the mean of its group."""
+    if not has_signal(rewards):
+        return [0.0] * len(rewards)
+    mean = fmean(rewards)
+    divisor = 1.0 if scale == "none" else stdev(rewards) + STD_FLOOR  # none: Dr. GRPO
+    return [(reward - mean) / divisor for reward in rewards]
 
-    def range(self, name: str, values: Tensor) -> None:
-        """Smallest, mean and largest."""
-        self.add(name, values)
-        low, high = values.aminmax()
-        self.lows[name] = torch.minimum(self.lows[name], low) if name in self.lows else low
-        self.highs[name] = torch.maximum(self.highs[name], high) if name in self.highs else high
 
-    def add(self, name: str, values: Tensor) -> None:
-        total = values.sum(dtype=torch.float64 if values.device.type == "cpu" else torch.float32)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+def token_weight(num_tokens: int, normaliser: str, *, all_tokens: int, all_sequences: int) -> float:
+    """Return the weight of each token of a completion of num_tokens; weighted so, the step's loss is a sum.
 
-    def read(self) -> dict[str, float]:
-        """Means over the tokens counted; NaN where none was."""
-        found = {
-            name: total.item() / self.num_tokens if self.num_tokens else math.nan
-            for name, total in self.sums.items()
-        }
-        for end, extremes in (("min", self.lows), ("max", self.highs)):
-            found |= {f"{name}_{end}": value.item() for name, value in extremes.items()}
-        return {f"{name}_mean" if name in self.lows else name: value for name, value in found.items()}
+    all_tokens: of the completions that the step learns from. all_sequences: also counts those masked because
+    they were cut off, so that the others do not weigh more for it.
+    """
+    if normaliser == "tokens":  # DAPO: the mean over all tokens, in which longer completions weigh more
+        return 1 / all_tokens
+    return 1 / (all_sequences * num_tokens)  # GRPO: the mean over completions of the mean over their tokens
 
 
 def token_losses(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, kl: str = "none",
-    kl_coef: float = 0.0, reference: Tensor | None = None, correction: Tensor | None = None, stats: RunningStats | None = None,
-) -> Tensor:  # fmt: skip
-    """Losses (R,), unreduced, differentiable by logprobs (R,). All others (R,): old log-probs, advantages, the reference's
-    log-probs (for k1 and k3), the correction c (None = 1). stats: takes what is measured."""
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    settings: Settings,
+    *,
+    sequence: Tensor | None = None,
+    reference: Tensor | None = None,
+    stats: RunningStats | None = None,
+) -> Tensor:
+    """Return the losses (R,) of R tokens, unreduced and differentiable by logprobs (R,).
+
+    old, advantages (R,): the log-prob a token was sampled with, and the advantage of its completion.
+    sequence (R,) int64: which completion a token belongs to, counted from 0 without gaps; for GSPO's ratio,
+        which needs all tokens of a completion among the R. None = a ratio per token.
+    reference (R,): log-probs of the reference model; None = no KL.
+    """
     log_ratio = logprobs - old
+    if sequence is not None:  # GSPO: the geometric mean of the ratios of a completion's tokens
+        zeros = torch.zeros_like(log_ratio)
+        log_ratio = zeros.scatter_reduce(0, sequence, log_ratio, "mean", include_self=False)[sequence]
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    losses = -surrogate if correction is None else -surrogate * correction
-    divergence = None
-    if kl == "k3":
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high  # DAPO: clip_high above clip_low
+    losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    measured = {
+        "clipped_low": (ratio < low) & (advantages < 0),
+        "clipped_high": (ratio > high) & (advantages > 0),
+    }
+
+    if reference is not None:
         difference = reference - logprobs
-        divergence = difference.exp() - difference - 1
-    elif kl == "k1":
-        divergence = ratio * (logprobs - reference).detach()
-    if divergence is not None:
-        losses = losses + kl_coef * divergence
+        measured["kl"] = difference.exp() - difference - 1  # k3
+        losses = losses + settings.kl_coef * measured["kl"]
+
     if stats is not None:
-        with torch.no_grad():
-            stats.count(len(logprobs))
-            stats.range("ratio", ratio)
-            stats.add("clipped_low", (ratio < 1 - clip_low) & (advantages < 0))
-            stats.add("clipped_high", (ratio > 1 + clip_high) & (advantages > 0))
-            if divergence is not None:
-                stats.add("kl", divergence)
+        stats.add(ratio, **measured)
     return losses
 
 
-def sampler_correction(old: Tensor, sampler: Tensor, cap: float) -> Tensor:
-    """c: trainer over sampler, at most cap (truncated importance sampling, Yao et al., 2025)."""
-    return (old - sampler).exp().clamp(max=cap)
+class RunningStats:
+    """Means and extremes over tokens, kept on the device: reading one there would make the CPU wait."""
 
+    def __init__(self):
+        self.num_tokens = 0
+        self.sums: dict[str, Tensor] = {}
+        self.extremes: Tensor | None = None  # (2,): of -ratio and ratio, the largest
 
-SCALES = ("group-std", "none")
-NORMALISERS = ("tokens", "sequences", "constant")
-STD_FLOOR = (
-    1e-4  # TRL's, so that the two can be compared; verl has 1e-6. A group of equal rewards is 0 either way
-)
+    @torch.no_grad()
+    def add(self, ratio: Tensor, **values: Tensor) -> None:
+        """Add the ratios (R,) of R tokens, and other values (R,) of which only the mean is of interest."""
+        self.num_tokens += len(ratio)
+        for name, added in {"ratio_mean": ratio, **values}.items():
+            total = added.sum(dtype=torch.float64 if added.device.type == "cpu" else torch.float32)
+            self.sums[name] = self.sums.get(name, 0) + total
+        low, high = ratio.aminmax()
+        extremes = torch.stack([-low, high])
+        self.extremes = extremes if self.extremes is None else torch.maximum(self.extremes, extremes)
 
-
-def shaped_reward(reward: float, tokens: int, *, max_new_tokens: int, length_penalty: float) -> float:
-    """reward - length_penalty * share of max_new_tokens that was used. length_penalty: 0 = off."""
-    return reward - length_penalty * tokens / max_new_tokens if length_penalty else reward
-
-
-def group_advantages(rewards: Sequence[float | None], scale: str) -> list[float]:
-    """One advantage a reward. None: rejected, no part of the mean, advantage 0. Fewer than two rewards: nothing to compare, 0."""
-    kept = [reward for reward in rewards if reward is not None]
-    if not has_signal(rewards):
-        return [0.0] * len(rewards)
-    mean = fmean(kept)
-    divisor = stdev(kept) + STD_FLOOR if scale == "group-std" else 1.0
-    return [0.0 if reward is None else (reward - mean) / divisor for reward in rewards]
-
-
-def has_signal(rewards: Sequence[float | None]) -> bool:
-    """Whether at least two rewards of a group differ: else its completions teach nothing against one another."""
-    return len({reward for reward in rewards if reward is not None}) > 1
-
-
-def token_weights(
-    lengths: Sequence[int], normaliser: str, *, num_sequences: int, max_new_tokens: int
-) -> list[float]:
-    """What each token of each completion is multiplied by, so that the step's loss is a sum.
-
-    lengths: tokens of each completion that is learned from. num_sequences: all of the step, also those that are masked: what is
-    left does not count for more because others were cut off.
-    """
-    if normaliser == "tokens":
-        return [1 / sum(lengths) for _ in lengths]
-    if normaliser == "sequences":
-        return [1 / (num_sequences * length) for length in lengths]
-    return [1 / (num_sequences * max_new_tokens)] * len(lengths)
+    def read(self) -> dict[str, float]:
+        """Return the means, and the smallest and largest ratio; nothing if there were no tokens."""
+        if self.extremes is None:
+            return {}
+        means = {name: total.item() / self.num_tokens for name, total in self.sums.items()}
+        negative_low, high = self.extremes.tolist()
+        return means | {"ratio_min": -negative_low, "ratio_max": high}

@@ -1,51 +1,41 @@
-"""What GRPO may be told: the paper's values where it states them, GRPO's and PPO's own where it does not."""
+"""Settings of GRPO: the paper's values where it states them, GRPO's and PPO's own where it does not."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kit.rl.objective import KLS, NORMALISERS, SCALES
+from kit.train.savings import Savings
 
-NO_SIGNAL = ("keep", "skip", "resample")
-OLD_LOGPROBS = ("sampler", "trainer")
+SCALES = ("group-std", "none")
+NORMALISERS = ("sequences", "tokens")
+RATIOS = ("token", "sequence")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The algorithm. What the paper states is the default: groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, k3 or
-    another KL at 1e-4, advantages scaled by the group's deviation."""
+    """The algorithm. The paper states groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, a KL
+    loss at 1e-4 and advantages normalised within the group; clip range, normaliser and ratio are GRPO's."""
 
-    group_size: int = 8  # completions a prompt
+    group_size: int = 8  # completions per prompt
     max_new_tokens: int = 8_192  # tokens per completion
-    temperature: float = 1.0  # of sampling and, the same, of the log-probs in the objective
+    temperature: float = 1.0  # of sampling, and of the log-probs in the objective
     num_slots: int = 64  # completions sampled at once
-    minibatch_prompts: int = 256  # prompts an optimizer step
-    row_tokens: int = 16_384  # tokens a pack; a prompt with max_new_tokens must fit
-    advantage_scale: str = "group-std"  # none: Dr. GRPO
-    normaliser: str = "sequences"  # GRPO's; tokens: DAPO; constant: Dr. GRPO
-    clip_low: float = 0.2  # ratio clipped at 1 - clip_low
-    clip_high: float = 0.2  # ratio clipped at 1 + clip_high; DAPO: 0.28
-    kl: str = "k3"  # estimator of the KL loss against the model that training started from; k1, or none
-    kl_coef: float = 1e-4
+    minibatch_prompts: int = 256  # prompts per optimizer step
+    row_tokens: int = 16_384  # tokens per packed row; a prompt and its completion must fit
+    advantage_scale: str = "group-std"  # divisor of the advantages; none: Dr. GRPO
+    normaliser: str = "sequences"  # of the loss; tokens: the token mean of DAPO, and of verl
+    ratio: str = "token"  # probability ratio per token, or per sequence: GSPO, with clip ranges near 4e-4
+    clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low
+    clip_high: float = 0.2  # and at 1 + clip_high; DAPO's clip-higher: 0.28
+    kl_coef: float = 1e-4  # of the KL loss (k3) against the model that training starts from; 0 = no KL
     mask_truncated: bool = False  # learn nothing from completions that were cut off
-    no_signal: str = (
-        "keep"  # groups of equal rewards: keep (their KL counts), skip, or resample until the batch is full
-    )
-    max_resamples: int = 4  # further rollouts a step for resample
-    old_logprobs: str = "sampler"  # trainer: scored again before the first update, for one forward pass more
-    sampler_cap: float = (
-        2.0  # with trainer: most that trainer over sampler may weigh a token; 0 = not corrected
-    )
-    length_penalty: float = 0.0  # taken off the reward for max_new_tokens, in proportion for less; 0 = off
-    reward_low: float = 0.0  # a reward outside the range is an error of the grader: counted, left out
-    reward_high: float = 1.0
-    seed: int = 0
+    seed: int = 0  # of the prompts' order and the samples
 
     def __post_init__(self):
         if self.group_size < 2:
             raise ValueError(
-                f"group_size is {self.group_size} but an advantage is the difference to the others of the group, and one alone "
-                "has none: every update would be zero; pass group_size >= 2 (the paper: 8)"
+                f"group_size is {self.group_size} but an advantage compares a completion with others of its "
+                "group, so every update would be zero; pass group_size >= 2 (the paper: 8)"
             )
         for name, fits, rule in (
             ("temperature", self.temperature > 0, "> 0: greedy text has no probability to raise or lower"),
@@ -53,20 +43,23 @@ class Settings:
             ("minibatch_prompts", self.minibatch_prompts >= 1, ">= 1"),
             ("advantage_scale", self.advantage_scale in SCALES, f"one of {', '.join(SCALES)}"),
             ("normaliser", self.normaliser in NORMALISERS, f"one of {', '.join(NORMALISERS)}"),
+            ("ratio", self.ratio in RATIOS, f"one of {', '.join(RATIOS)}"),
             ("clip_low", 0 <= self.clip_low <= 1, "in 0..1"),
             ("clip_high", self.clip_high >= 0, ">= 0"),
-            ("kl", self.kl in KLS, f"one of {', '.join(KLS)}"),
-            ("kl_coef", self.kl_coef >= 0, ">= 0"),
-            ("no_signal", self.no_signal in NO_SIGNAL, f"one of {', '.join(NO_SIGNAL)}"),
-            ("max_resamples", self.max_resamples >= 0, ">= 0"),
-            ("old_logprobs", self.old_logprobs in OLD_LOGPROBS, f"one of {', '.join(OLD_LOGPROBS)}"),
-            ("sampler_cap", self.sampler_cap >= 0, ">= 0 (0 = not corrected)"),
-            ("length_penalty", self.length_penalty >= 0, ">= 0 (0 = off)"),
-            ("reward_high", self.reward_high > self.reward_low, f"above reward_low, {self.reward_low}"),
+            ("kl_coef", self.kl_coef >= 0, ">= 0 (0 = no KL)"),
         ):
             if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)!r} but must be {rule}")
 
     @property
     def uses_reference(self) -> bool:
-        return self.kl != "none" and self.kl_coef > 0
+        return self.kl_coef > 0
+
+
+def check_savings(savings: Savings) -> None:
+    """Raise ValueError for savings that update inside the backward pass: a mini-batch has several rows."""
+    if savings.update_in_backward:
+        raise ValueError(
+            "update_in_backward is on but a mini-batch has several rows, whose gradients must be added up "
+            "first; pass --no_update_in_backward (and --qlora_rank 16 if memory is short)"
+        )

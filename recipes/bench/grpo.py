@@ -38,8 +38,7 @@ from kit.grade import grade
 from kit.machine import GIB, describe_machine, peak_resident_bytes
 from kit.models.attention import REGISTERED
 from kit.models.folder import save_model
-from kit.rl import Policy, Settings, update
-from kit.rl.loop import gather
+from kit.rl import Policy, Settings, rollout, update
 from kit.run import digest, write_json
 
 
@@ -206,7 +205,7 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
     model, tokenizer = models.load(str(Path(folder) / "start"), device="cpu")
     settings = Settings(
         group_size=config.group_size, max_new_tokens=config.max_new_tokens, num_slots=config.batch_prompts * config.group_size,
-        row_tokens=config.row_tokens, minibatch_prompts=config.batch_prompts, kl="none", normaliser="tokens", seed=config.seed,
+        row_tokens=config.row_tokens, minibatch_prompts=config.batch_prompts, kl_coef=0.0, normaliser="tokens", seed=config.seed,
     )  # fmt: skip
     policy, questions, rewards = (
         Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=config.lr),
@@ -215,7 +214,8 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
     )
     before, start = peak_resident_bytes(), time.perf_counter()
     for _ in range(config.steps):
-        rewards.append(update(policy, gather(policy, questions, config.batch_prompts)[0])["reward_mean"])
+        prompts = draw(questions, policy.drawn, config.batch_prompts, seed=config.seed)
+        rewards.append(update(policy, rollout(policy, prompts))["reward_mean"])
     return _result(time.perf_counter() - start, rewards, before)
 
 

@@ -95,7 +95,7 @@ def log_probs(card: Card, policy: Policy, episodes: list[Episode]) -> tuple[torc
     packs = plan_packs([episode.num_tokens for episode in weighted], policy.settings.row_tokens, seed=0)
     rows = [EpisodeBatch.of([weighted[i] for i in pack]) for pack in packs]
     kept = torch.cat([row.targets != IGNORE_INDEX for row in rows])
-    sampler = torch.cat([row.sampler_logprobs for row in rows])
+    sampler = torch.cat([row.old_logprobs for row in rows])
 
     precise = build_to_sample(card, SPREAD, torch.float32)  # the same weights: nothing was updated yet
     temperature = policy.settings.temperature

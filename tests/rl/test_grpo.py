@@ -19,11 +19,11 @@ from kit.models.backbone import head_weight, hidden_states
 from kit.packing import Document, PackedBatch
 from kit.rl.episodes import Episode
 from kit.rl.grpo import Policy, correctness, rollout, update
-from kit.rl.objective import sampler_correction, token_losses
+from kit.rl.objective import token_losses
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
-BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl="none")
+BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl_coef=0.0)
 REWARDS = [
     [0.0, 1.0, 0.25, 1.0],
     [0.0, 0.0, 1.0, 0.0],
@@ -71,9 +71,6 @@ def formula(model, reference, episodes, s: Settings):
     terms, lengths, num_sequences = [], [], 0
     for group in groups.values():
         r = torch.tensor([e.reward for e in group], dtype=torch.float64)
-        r = r - s.length_penalty * torch.tensor([len(e.completion.ids) for e in group]) / s.max_new_tokens
-        if s.no_signal != "keep" and r.max() == r.min():
-            continue
         A = r - r.mean()
         if s.advantage_scale == "group-std" and r.max() > r.min():
             A = A / (((r - r.mean()) ** 2).sum().div(len(r) - 1).sqrt() + 1e-4)
@@ -83,27 +80,20 @@ def formula(model, reference, episodes, s: Settings):
                 continue
             logp = plain_logprobs(model, episode, s.temperature)
             sampler = torch.tensor(episode.completion.logprobs, dtype=dtype)
-            old, c = sampler, 1.0
-            if s.old_logprobs == "trainer":
-                old = logp.detach()
-                c = (old - sampler).exp().clamp(max=s.sampler_cap) if s.sampler_cap else 1.0
-            ratio = (logp - old).exp()
+            ratio = (logp - sampler).exp()
+            if s.ratio == "sequence":  # (product of the ratios) ** (1 / length)
+                ratio = (ratio.prod() ** (1 / len(ratio))).expand_as(ratio)
             first, second = ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a
-            loss = -c * torch.where(first < second, first, second)
-            if s.kl != "none":
+            loss = -torch.where(first < second, first, second)
+            if s.kl_coef:
                 with torch.no_grad():
                     ref = plain_logprobs(reference, episode, s.temperature)
-                if s.kl == "k3":
-                    loss = loss + s.kl_coef * ((ref - logp).exp() - (ref - logp) - 1)
-                else:
-                    loss = loss + s.kl_coef * ratio * (logp - ref).detach()
+                loss = loss + s.kl_coef * ((ref - logp).exp() - (ref - logp) - 1)
             terms.append(loss)
             lengths.append(len(loss))
     if s.normaliser == "tokens":
         return sum(t.sum() for t in terms) / sum(lengths)
-    if s.normaliser == "sequences":
-        return sum(t.mean() for t in terms) / num_sequences
-    return sum(t.sum() for t in terms) / (num_sequences * s.max_new_tokens)
+    return sum(t.mean() for t in terms) / num_sequences
 
 
 def formula_gradients(model, reference, episodes, s, dtype):
@@ -123,24 +113,23 @@ OPTIONS = {
     "GRPO": {},
     "no std": {"advantage_scale": "none"},
     "tokens": {"normaliser": "tokens"},
-    "constant": {"normaliser": "constant"},
-    "Dr. GRPO": {"normaliser": "constant", "advantage_scale": "none"},
+
     "clip low": {"clip_low": 0.05},
     "clip high": {"clip_high": 0.6},
-    "k1": {"kl": "k1", "kl_coef": 0.3},
-    "k3": {"kl": "k3", "kl_coef": 0.3},
-    "k3, skip": {"kl": "k3", "kl_coef": 0.3, "no_signal": "skip"},
+    "KL": {"kl_coef": 0.3},
+
+    "GSPO": {"ratio": "sequence"},
+    "GSPO, KL": {"ratio": "sequence", "kl_coef": 0.3, "clip_low": 0.01, "clip_high": 0.02},
+    "GSPO, masked": {"ratio": "sequence", "mask_truncated": True, "normaliser": "tokens", "temperature": 0.7},
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
-    "masked, constant": {"mask_truncated": True, "normaliser": "constant"},
-    "skip": {"no_signal": "skip"},
-    "skip, tokens": {"no_signal": "skip", "normaliser": "tokens"},
+
+
     "temperature": {"temperature": 0.7},
-    "trainer": {"old_logprobs": "trainer", "sampler_cap": 1.1},
-    "trainer, not corrected": {"old_logprobs": "trainer", "sampler_cap": 0.0},
-    "length": {"length_penalty": 0.4},
-    "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl": "k3", "kl_coef": 0.1,
-                    "mask_truncated": True, "no_signal": "skip", "temperature": 1.3, "length_penalty": 0.1},
+
+
+    "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl_coef": 0.1,
+                    "mask_truncated": True, "temperature": 1.3},
 }  # fmt: skip
 
 
@@ -167,7 +156,7 @@ def test_loss_and_gradients_are_the_formulas(name, recompute):
 
 
 def test_what_is_measured_is_what_the_formulas_give():
-    settings = replace(BASE, kl="k3", kl_coef=0.1, clip_low=0.1, clip_high=0.15)
+    settings = replace(BASE, kl_coef=0.1, clip_low=0.1, clip_high=0.15)
     model = make_model("llama")
     policy = make_policy(model, settings)
     episodes = make_episodes(model)
@@ -203,10 +192,9 @@ def test_what_is_measured_is_what_the_formulas_give():
     assert found["reward_std"] == pytest.approx(torch.tensor(REWARDS).std(correction=0).item())
 
 
-@pytest.mark.parametrize("old", ["sampler", "trainer"])
-def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_sampled(old):
+def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_sampled():
     """Two mini-batches are two optimizer steps: the second one's ratio is against the weights before the first."""
-    settings = replace(BASE, minibatch_prompts=1, old_logprobs=old, sampler_cap=0.0)
+    settings = replace(BASE, minibatch_prompts=1)
     model = make_model("llama")
     before = copy.deepcopy(model)
     policy = make_policy(model, settings, lr=1e-2)
@@ -236,6 +224,28 @@ def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_samp
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_a_sequences_ratio_does_not_depend_on_what_shares_its_row_or_its_chunk_of_logits():
+    """GSPO: one ratio per completion, the geometric mean of its own tokens' and of no others."""
+    settings = replace(BASE, ratio="sequence", clip_low=0.05, clip_high=0.05)
+    found, gradients = [], []
+    for row_tokens, logit_rows in ((40, 0), (400, 0), (400, 3)):
+        model = make_model("llama")
+        changed = replace(settings, row_tokens=row_tokens)
+        policy = make_policy(model, changed, savings=Savings(logit_rows=logit_rows))
+        episodes = make_episodes(model)
+        found.append(update(policy, episodes))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    ratios = []
+    for episode in episodes[:8]:  # the others have no advantage, and are not learned from
+        with torch.no_grad():
+            logprobs = plain_logprobs(model, episode, 1.0).double()
+        log_ratio = logprobs - torch.tensor(episode.completion.logprobs, dtype=torch.float64)
+        ratios.append(log_ratio.mean().exp().item())
+    for metrics, gradient in zip(found, gradients, strict=True):
+        assert (metrics["ratio_min"], metrics["ratio_max"]) == pytest.approx((min(ratios), max(ratios)))
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-4, atol=1e-6)
+
+
 def test_an_update_raises_what_was_rewarded_and_lowers_what_was_not():
     model = make_model("llama")
     episodes = make_episodes(model, noise=0.0)
@@ -256,14 +266,16 @@ def test_groups_that_teach_nothing_cost_no_forward_pass_without_a_kl():
 
 
 def test_a_group_of_one_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="group_size is 1 but an advantage is the difference to the others"):
+    with pytest.raises(
+        ValueError, match="group_size is 1 but an advantage compares a completion with others"
+    ):
         Settings(group_size=1)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("kl", "k2"), ("normaliser", "rows"), ("advantage_scale", "batch"), ("no_signal", "drop"),
-     ("clip_low", 1.5), ("clip_high", -0.1), ("old_logprobs", "vllm"), ("reward_high", -1.0), ("length_penalty", -1.0)],
+    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"), ("ratio", "group"),
+     ("clip_low", 1.5), ("clip_high", -0.1)],
 )  # fmt: skip
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value!r} but must be"):
@@ -276,17 +288,17 @@ def broken(episode, kind):
         return replace(episode, completion=replace(completion, ids=[], logprobs=[]))
     if kind == "log-prob not finite":
         return replace(episode, completion=replace(completion, logprobs=[math.nan, *completion.logprobs[1:]]))
-    if kind == "not one log-prob a token":
+    if kind == "not one log-prob per token":
         return replace(episode, completion=replace(completion, logprobs=completion.logprobs[1:]))
-    return replace(episode, reward={"undecided": None, "reward outside 0 to 1": 1.5}.get(kind, math.nan))
+    return replace(episode, reward={"undecided": None, "reward not finite": math.nan}[kind])
 
 
 KINDS = [
     "empty completion",
     "log-prob not finite",
-    "not one log-prob a token",
+    "not one log-prob per token",
     "undecided",
-    "reward outside 0 to 1",
+    "reward not finite",
 ]
 
 
@@ -307,10 +319,6 @@ def test_an_episode_that_cannot_be_trusted_is_counted_and_has_no_part_in_any_mea
     assert all(torch.equal(a, p.grad) for a, p in zip(gradient, model.parameters(), strict=True))
 
 
-def test_a_reward_that_is_not_a_number_is_outside_of_every_range():
-    assert broken(make_episodes(make_model("llama"))[0], "nan").rejection(0.0, 1.0) == "reward outside 0 to 1"
-
-
 def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
     policy = make_policy(make_model("llama"), BASE)
     episodes = [broken(e, "log-prob not finite") for e in make_episodes(policy.model)]
@@ -322,9 +330,9 @@ def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
         update(policy, [])
 
 
-@pytest.mark.parametrize("kl", ["none", "k3"])
-def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl):
-    policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl=kl), lr=1e-2)
+@pytest.mark.parametrize("kl_coef", [0.0, 1e-4])
+def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl_coef):
+    policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl_coef=kl_coef), lr=1e-2)
     before = [p.clone() for p in policy.model.parameters()]
     episodes = [
         replace(e, completion=replace(e.completion, finished=False)) for e in make_episodes(policy.model)
@@ -355,7 +363,7 @@ def questions(n=3):
 def tiny_policy(tiny, **options):
     model, tokenizer = tiny
     settings = Settings(
-        **{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl": "none", "temperature": 1.4}
+        **{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl_coef": 0.0, "temperature": 1.4}
         | options
     )
     return Policy(copy.deepcopy(model), ChatFormat(tokenizer, instruction=""), settings, lr=1e-3)
@@ -430,53 +438,35 @@ def test_a_row_too_short_for_prompt_and_completion_is_refused_before_anything_is
         rollout(tiny_policy(tiny, row_tokens=64), questions())
 
 
-def test_a_reward_of_ones_own_is_used_and_its_range_kept(tiny):
-    policy = tiny_policy(tiny, reward_low=-1.0, reward_high=2.0)
+def test_a_reward_of_ones_own_is_used(tiny):
+    policy = tiny_policy(tiny)
     policy.reward = lambda question, completion: len(completion.ids) / 30
     episodes = rollout(policy, questions(1))
     assert [e.reward for e in episodes] == [len(e.completion.ids) / 30 for e in episodes]
 
 
-def test_the_correction_is_never_above_its_cap():
-    old, sampler = torch.tensor([0.0, -1.0, -3.0]), torch.tensor([-1.0, -1.0, -1.0])
-    torch.testing.assert_close(sampler_correction(old, sampler, 2.0), torch.tensor([2.0, 1.0, math.exp(-2)]))
-
-
 def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_rewarded_way():
     logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    token_losses(
-        logprobs, torch.zeros_like(advantages), advantages, clip_low=0.2, clip_high=0.2
-    ).sum().backward()
+    token_losses(logprobs, torch.zeros_like(advantages), advantages, Settings()).sum().backward()
     ratio = logprobs.detach().exp()
     torch.testing.assert_close(
         logprobs.grad, torch.tensor([0.0, ratio[1], -ratio[2], 0.0], dtype=torch.float64)
     )
 
 
-def test_both_kls_are_zero_at_the_reference_and_pull_towards_it():
-    for kl in ("k1", "k3"):
-        zeros = torch.zeros(1, dtype=torch.float64)
-        for distance in (-0.3, 0.0, 0.3):
-            logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
-            loss = token_losses(
-                logprobs,
-                logprobs.detach(),
-                zeros,
-                clip_low=0.2,
-                clip_high=0.2,
-                kl=kl,
-                kl_coef=1.0,
-                reference=zeros,
-            )
-            loss.sum().backward()
-            expected = distance if kl == "k1" else 1 - math.exp(-distance)
-            assert logprobs.grad.item() == pytest.approx(expected, abs=1e-12)
+def test_the_kl_is_zero_at_the_reference_and_pulls_towards_it():
+    zero = torch.zeros(1, dtype=torch.float64)
+    for distance in (-0.3, 0.0, 0.3):
+        logprobs = torch.tensor([distance], dtype=torch.float64, requires_grad=True)
+        old = logprobs.detach()
+        token_losses(logprobs, old, zero, Settings(kl_coef=1.0), reference=zero).sum().backward()
+        assert logprobs.grad.item() == pytest.approx(1 - math.exp(-distance), abs=1e-12)
 
 
 def test_hidden_states_of_the_reference_are_those_of_the_start():
     model = make_model("llama")
-    policy = make_policy(model, replace(BASE, kl="k3"), lr=1e-2)
+    policy = make_policy(model, replace(BASE, kl_coef=1e-4), lr=1e-2)
     start = copy.deepcopy(model)
     update(policy, make_episodes(model))
     with policy.reference() as reference:
@@ -493,13 +483,13 @@ def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
     monkeypatch.setattr(
         lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest)
     )
-    policy = make_policy(model, replace(BASE, kl="none"), savings=Savings(recompute=False, logit_rows=3))
+    policy = make_policy(model, BASE, savings=Savings(recompute=False, logit_rows=3))
     update(policy, make_episodes(model))
     assert max(sizes) <= 3 < sum(sizes)
 
 
 def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_rows(monkeypatch):
-    """The trainer's own log-probs, the reference's and the update."""
+    """The reference's log-probs and the update."""
     model, passes = make_model("llama"), []
 
     def chunks(hidden, weight, kept, max_rows=0):
@@ -507,13 +497,13 @@ def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_ro
         return logit_chunks(hidden, weight, kept, max_rows)
 
     monkeypatch.setattr(lce, "logit_chunks", chunks)
-    settings = replace(BASE, row_tokens=4_096, kl="k3", kl_coef=0.1, old_logprobs="trainer")
+    settings = replace(BASE, row_tokens=4_096, kl_coef=0.1)
     found = []
     for logit_rows in (0, 7):
         policy = make_policy(copy.deepcopy(model), settings, savings=Savings(logit_rows=logit_rows))
         found.append(update(policy, make_episodes(model)))
-    whole, parts = passes[:3], passes[3:]
-    assert len(parts) == 3 and all(len(sizes) == 1 for sizes in whole)
+    whole, parts = passes[:2], passes[2:]
+    assert len(parts) == 2 and all(len(sizes) == 1 for sizes in whole)
     assert all(max(sizes) == 7 and sum(sizes) == sum(whole[0]) for sizes in parts)
     assert found[0]["kl"] == pytest.approx(found[1]["kl"], abs=1e-6)
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)

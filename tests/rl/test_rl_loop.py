@@ -14,8 +14,8 @@ from kit.data.problems import Question, draw
 from kit.data.toy import make_rows
 from kit.models import load
 from kit.report.rl import write_report
-from kit.rl.grpo import Policy
-from kit.rl.loop import LOSS_NEAR_ZERO, gather, train
+from kit.rl.grpo import Policy, rollout, update
+from kit.rl.loop import LOSS_NEAR_ZERO, train
 from kit.rl.settings import Settings
 from kit.run import RunFolder
 from kit.train import checkpoint
@@ -26,8 +26,7 @@ QUESTIONS = [
     for i, row in enumerate(make_rows("short", 7, seed=3, max_operands=4))
 ]
 SETTINGS = Settings(
-    group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3", kl_coef=0.05,
-    no_signal="resample", max_resamples=1, old_logprobs="trainer",
+    group_size=3, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl_coef=0.05,
 )  # fmt: skip
 STEPS = 8
 
@@ -68,9 +67,6 @@ def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_
     assert rows[0] == rows[1]
     assert [row["step"] for row in rows[0]] == list(range(1, STEPS + 1))
     assert sum(row["updates"] for row in rows[0]) >= STEPS / 2
-    assert (
-        sum(row["resamples"] for row in rows[0]) > 0
-    )  # so that the data's position is no function of the step
 
 
 def test_running_out_of_memory_is_told_with_the_checkpoint_to_go_on_from(tmp_path):
@@ -168,7 +164,7 @@ def test_a_run_writes_its_figures_samples_model_and_report_and_is_not_made_twice
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for name in ("reward_mean", "reward_std", "no_signal", "entropy", "length", "truncated", "ratio_min", "ratio_mean",
                  "ratio_max", "clipped_low", "clipped_high", "kl", "sampler_ratio_mean", "rollout_tokens_per_second",
-                 "update_tokens_per_second", "drawn"):  # fmt: skip
+                 "update_tokens_per_second"):  # fmt: skip
         assert name in rows[0], name
     report = write_report(tmp_path / "run").read_text()
     assert "2 steps: mean reward" in report and "data:image/png;base64," in report and "not drawn" in report
@@ -177,29 +173,8 @@ def test_a_run_writes_its_figures_samples_model_and_report_and_is_not_made_twice
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_resampling_fills_the_batch_with_groups_that_teach_within_its_bound_and_counts():
-    policy = make_policy(replace(SETTINGS, max_resamples=3))
-    episodes, resamples = gather(policy, QUESTIONS, 4)
-    groups = {e.group: set() for e in episodes}
-    for e in episodes:
-        groups[e.group].add(e.reward)
-    with_signal = sum(len(rewards) > 1 for rewards in groups.values())
-    assert 1 <= resamples <= 3
-    assert with_signal == 4 or resamples == 3
-    assert policy.drawn == len(groups) > 4
-    keeping = make_policy(replace(SETTINGS, no_signal="keep"))
-    assert len({e.group for e in gather(keeping, QUESTIONS, 4)[0]}) == 4
-
-
-def test_resampling_gives_up_at_its_bound_where_nothing_teaches():
-    policy = make_policy(replace(SETTINGS, max_resamples=2))
-    policy.reward = lambda question, completion: 1.0
-    episodes, resamples = gather(policy, QUESTIONS, 3)
-    assert (resamples, len({e.group for e in episodes})) == (2, 9)
-
-
 def test_a_step_in_which_nothing_can_be_learned_is_logged_and_leaves_the_weights(tmp_path, capsys):
-    policy = make_policy(replace(SETTINGS, no_signal="keep", kl="none"))
+    policy = make_policy(replace(SETTINGS, kl_coef=0.0))
     policy.reward = lambda question, completion: 0.0
     before = [p.clone() for p in policy.model.parameters()]
     train(policy, QUESTIONS, RunFolder.open(Config(str(tmp_path / "run"))), steps=1, batch_prompts=3)
@@ -228,7 +203,7 @@ def test_the_reward_of_a_weakened_model_rises():
     from grpo_qwen2_5_0_5b import weaken
 
     settings = Settings(
-        group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl="none"
+        group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl_coef=0.0
     )
     model, tokenizer = load("tiny", device="cpu")
     weaken(model, 0.2, seed=0)
@@ -237,10 +212,8 @@ def test_the_reward_of_a_weakened_model_rises():
     )
     rows = make_rows("short", 500, seed=9, min_operands=3, max_operands=5)
     questions = [Question(row["problem"], row["problem"], row["answer"]) for row in rows]
-    from kit.rl.grpo import update
-
     rewards = []
     for _ in range(8):
-        episodes, _ = gather(policy, questions, 16)
+        episodes = rollout(policy, draw(questions, policy.drawn, 16, seed=0))
         rewards.append(update(policy, episodes)["reward_mean"])
     assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.1

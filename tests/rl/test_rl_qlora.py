@@ -15,14 +15,14 @@ from test_rl_loop import Config, untimed
 from kit.data.chat import ChatFormat
 from kit.models import qlora
 from kit.models.nf4 import NF4Linear
-from kit.rl.grpo import Policy, _rows, rollout, score, update, weighted_episodes
+from kit.rl.grpo import Policy, rollout, rows_of, score, update
 from kit.rl.loop import train
 from kit.rl.settings import Settings
 from kit.run import RunFolder
 from kit.train.savings import Savings
 
-WITH_KL = replace(BASE, kl="k3", kl_coef=0.3)
-SETTINGS = Settings(group_size=4, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0, kl="k3",
+WITH_KL = replace(BASE, kl_coef=0.3)
+SETTINGS = Settings(group_size=4, max_new_tokens=30, row_tokens=128, minibatch_prompts=2, num_slots=5, temperature=2.0,
                     kl_coef=0.05)  # fmt: skip
 STEPS = 4
 
@@ -35,13 +35,11 @@ def adapters_of(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-@pytest.mark.parametrize("kl", ["k1", "k3"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_loss_and_the_adapters_gradients_are_the_formulas_with_the_base_as_reference(kl, recompute):
+def test_loss_and_the_adapters_gradients_are_the_formulas_with_the_base_as_reference(recompute):
     """Truth: float64 on weights written out, W + (alpha / rank) B A for the policy and W for the reference."""
-    settings = replace(WITH_KL, kl=kl)
     model = make_qlora()
-    policy = make_policy(model, settings, savings=Savings(recompute=recompute))
+    policy = make_policy(model, WITH_KL, savings=Savings(recompute=recompute))
     references = {
         dtype: dense_twin(model, dtype)[0] for dtype in (torch.float64, torch.float32)
     }  # B is zero yet
@@ -54,7 +52,7 @@ def test_loss_and_the_adapters_gradients_are_the_formulas_with_the_base_as_refer
     expected = {}
     for dtype, reference in references.items():
         twin, tensors = dense_twin(model, dtype)
-        loss = formula(twin, reference, episodes, settings)
+        loss = formula(twin, reference, episodes, WITH_KL)
         gradients = torch.autograd.grad(loss, tensors)
         expected[dtype] = loss.item(), torch.cat([g.flatten().double() for g in gradients])
     (truth, true_gradient), (plain, plain_gradient) = expected[torch.float64], expected[torch.float32]
@@ -75,7 +73,7 @@ def test_the_kl_is_zero_before_a_step_and_above_after_it_and_only_adapters_chang
     assert policy.frozen is None  # no second copy
     episodes = make_episodes(model, noise=0.0)
     base, before = frozen_part(model), [p.detach().clone() for p in adapters_of(model)]
-    (row, *_) = _rows(policy, weighted_episodes([episodes[:4]], WITH_KL))
+    row, *_ = rows_of(policy, [episodes[:4]])
     with policy.reference() as reference:
         at_the_start = score(reference, row, 1.0)
     first, second = update(policy, episodes), update(policy, episodes)
@@ -94,7 +92,7 @@ def test_adapters_that_were_trained_before_are_refused_with_a_kl_and_taken_witho
     update(make_policy(model, BASE, lr=1e-2), make_episodes(model))
     with pytest.raises(
         ValueError,
-        match=r"kl is k3 but the adapters have been trained already.*--kl none.*kit.models.qlora.export",
+        match=r"kl_coef is 0.3 but the adapters have been trained already.*--kl_coef 0.*kit.models.qlora.export",
     ):
         make_policy(model, WITH_KL)
     assert make_policy(model, BASE).frozen is None

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None,
     reason="TRL is not installed (pip install -e '.[test]'): not compared with it",
 )
-TRL_NAMES = {"sequences": "grpo", "tokens": "dapo", "constant": "dr_grpo"}
+TRL_NAMES = {"sequences": "grpo", "tokens": "dapo"}
 
 
-def trainer_of(model, settings, folder, episodes, *, bias_correction=False):
+def trainer_of(model, settings, folder, episodes):
     """TRL's trainer; its rollouts and rewards are the episodes."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
@@ -50,8 +50,8 @@ def trainer_of(model, settings, folder, episodes, *, bias_correction=False):
         max_completion_length=settings.max_new_tokens, temperature=settings.temperature, shuffle_dataset=False, max_steps=1,
         learning_rate=0.0, max_grad_norm=0.0, loss_type=TRL_NAMES[settings.normaliser],
         scale_rewards="group" if settings.advantage_scale == "group-std" else "none", epsilon=settings.clip_low,
-        epsilon_high=settings.clip_high, mask_truncated_completions=settings.mask_truncated,
-        beta=settings.kl_coef if settings.uses_reference else 0.0, use_bias_correction_kl=bias_correction,
+        epsilon_high=settings.clip_high, importance_sampling_level=settings.ratio, mask_truncated_completions=settings.mask_truncated,
+        beta=settings.kl_coef, use_bias_correction_kl=False,
     )  # fmt: skip
     dataset = datasets.Dataset.from_dict({"prompt": [f"{i}" for i in range(len(groups))]})
     return GRPOTrainer(
@@ -73,8 +73,9 @@ OPTIONS = {
     "GRPO": {},
     "no std": {"advantage_scale": "none"},
     "DAPO": {"normaliser": "tokens", "clip_high": 0.28},
-    "Dr. GRPO": {"normaliser": "constant", "advantage_scale": "none"},
-    "k3": {"kl": "k3", "kl_coef": 0.3},
+    "GSPO": {"ratio": "sequence", "clip_low": 0.03, "clip_high": 0.04},
+    "GSPO, no std": {"ratio": "sequence", "advantage_scale": "none"},
+    "KL": {"kl_coef": 0.3},
     "masked": {"mask_truncated": True, "normaliser": "tokens"},
     "masked, sequences": {"mask_truncated": True},
     "temperature": {"temperature": 0.7},
@@ -117,13 +118,12 @@ def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatc
     assert abs(found["loss"] - row["loss"]) < 1e-5 * max(terms, 1.0)
 
 
-@pytest.mark.parametrize("kl", ["none", "k3", "k1"])
-@pytest.mark.parametrize("name", ["GRPO", "DAPO", "Dr. GRPO", "masked", "temperature"])
-def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl, tmp_path, monkeypatch):
-    """TRL's compute_loss on given old log-probs: ratios on both sides of the clip range. k1's gradient is that of TRL's k3 times
-    the ratio ("bias-corrected"), whose value is another."""
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["GRPO", "no std", "DAPO", "GSPO", "masked", "temperature"])
+def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl_coef, tmp_path, monkeypatch):
+    """TRL's compute_loss on given old log-probs: ratios on both sides of the clip range."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    settings = replace(BASE, **OPTIONS[name], kl=kl, kl_coef=0.3)
+    settings = replace(BASE, **OPTIONS[name] | {"kl_coef": kl_coef})
     model = make_model("llama")
     policy = make_policy(model, settings)
     generator = torch.Generator().manual_seed(7)
@@ -132,7 +132,7 @@ def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl, tmp_path
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     episodes = ended(make_episodes(model, temperature=settings.temperature))
     theirs = copy.deepcopy(model)
-    trainer = trainer_of(theirs, settings, tmp_path, episodes, bias_correction=kl == "k1")
+    trainer = trainer_of(theirs, settings, tmp_path, episodes)
     inputs = padded(episodes, settings, model, policy.frozen)
     trainer.current_gradient_accumulation_steps = 1
     theirs.train()
@@ -140,11 +140,10 @@ def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl, tmp_path
     loss.backward()
     found = update(policy, episodes)
     compare([p.grad for p in theirs.parameters()], [p.grad for p in model.parameters()])
-    if kl != "k1":
-        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert found["loss"] == pytest.approx(
-            formula(model, policy.frozen or model, episodes, settings).item(), rel=1e-5
-        )
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["loss"] == pytest.approx(
+        formula(model, policy.frozen or model, episodes, settings).item(), rel=1e-5
+    )
 
 
 def padded(episodes, settings, model, reference):

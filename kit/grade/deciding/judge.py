@@ -13,7 +13,6 @@ from kit.grade.deciding.identities import decimal_of, proportional
 from kit.grade.deciding.intervals import RealSets, condition_name, flip, is_conjunction
 from kit.grade.deciding.meaning import (
     as_rows,
-    as_selection,
     as_vector,
     has_names,
     is_name,
@@ -46,10 +45,7 @@ class Judge(ScalarJudge):
         self.budget.spend()
         if canonical(a) == canonical(b):
             return self.decide("same structure", True)
-        written = (a, b)
         a, b = resolve(a), resolve(b)
-        if {kind(a), kind(b)} == {"equation", "scalar"}:
-            a, b = (as_selection(side) or meant for side, meant in zip(written, (a, b), strict=True))
         kinds = {kind(a), kind(b)}
         if "equation" in kinds:
             return self.same_equation(a, b)

@@ -24,19 +24,6 @@ def is_point_name(node: Node) -> bool:
     return node[0] == "sym" and node[1][0].isupper() and len(node[1].rstrip("'").partition("_")[0]) == 1
 
 
-def as_selection(node: Node) -> Node | None:
-    """C(5, 2) as a number of choices, which it is where a number is asked for; None for any other node."""
-    if (
-        node[0] == "mul"
-        and len(node) == 3
-        and node[1] == ("sym", "C")
-        and node[2][0] == "seq"
-        and len(node[2]) == 5
-    ):
-        return ("binom", *node[2][3:])
-    return None
-
-
 def is_name(node: Node) -> bool:
     """Whether a left side only names what is equated: x, f(x), S_{ABC}, NO/BO, A:B, (p, q), cos x; not 7, x^2 or a + 3z."""
     if node[0] in ("sym", "text", "apply", "call"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from kit.grade.limits import ParseError
@@ -13,9 +12,6 @@ from kit.grade.reading.vocabulary import OPAQUE
 
 if TYPE_CHECKING:
     from kit.grade.reading.cursor import Cursor
-
-
-_DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")  # of a base beyond ten
 
 
 def read_atom(parser: Cursor) -> Node:
@@ -163,7 +159,5 @@ def read_subscript(parser: Cursor, node: Node) -> Node:
         ]  # the digits as they were written
         return in_base(value if kind == "num" and node[0] == "num" else None, text)
     if node[0] == "sym":
-        if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):
-            return in_base((node[1], 0), text)
         return ("sym", f"{node[1]}_{text}")
     raise ParseError("a subscript that follows neither a symbol nor a number")

@@ -32,18 +32,7 @@ def read_command(parser: Cursor, name: str) -> Node:
     if name in ("emptyset", "varnothing"):
         return ("set",)
     if name == "reals":
-        sign = (
-            parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]
-            if parser.peek() == ("op", "^")
-            else None
-        )
-        if sign not in ("+", "-"):
-            return ("reals",)
-        while parser.take()[1] != sign:
-            continue
-        parser.accept("}")
-        ends = (("num", Fraction(0)), CONSTANTS["infty"])
-        return ("seq", "(", ")", *(ends if sign == "+" else (negate(ends[1]), ends[0])))
+        return ("reals",)
     if name in ("lfloor", "lceil", "lvert", "lVert"):
         inside = parser.sum()
         parser.expect("r" + name[1:])

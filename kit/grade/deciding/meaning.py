@@ -45,20 +45,9 @@ def resolve(node: Node) -> Node:
     if node[0] in ("list", "set"):
         head = node[:2] if node[0] == "list" else node[:1]
         parts: list[Node] = []
-        name = None
         for part in map(resolve, node[len(head) :]):
-            for item in part[2:] if part[0] == "list" else [part]:
-                if item[0] == "equation" and is_name(item[1]):
-                    name = item[1]
-                elif (
-                    name is not None
-                    and item[0] != "equation"
-                    and node[0] == "list"
-                    and kind(item) in ("scalar", "sequence")
-                ):
-                    item = ("equation", name, item)  # a = 4, -8, -10: all three are a
-                parts.append(item)
-        return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
+            parts += part[2:] if part[0] == "list" else [part]
+        return (*head, *parts)
     if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
         return resolve(node[1])
     if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
@@ -152,11 +141,7 @@ def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
     """The bare expression, and what stood around it: a percent sign, a degree sign, a unit."""
     marks: dict[str, str] = {}
     while node[0] in ("percent", "deg", "unit"):
-        unit = UNITS.get(node[2].lower()) if node[0] == "unit" else None
-        if unit in ("degree", "percent"):
-            marks["deg" if unit == "degree" else unit] = ""
-        else:
-            marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
+        marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
         node = node[1]
     return node, marks
 

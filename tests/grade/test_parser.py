@@ -54,6 +54,7 @@ HALF = number("1/2")
         ("2516_8", number(1358)),
         (r"4210_{5}", number(555)),
         (r"204_{\text{five}}", number(54)),
+        ("2A_{16}", number(42)),
         ("--5", number(5)),
         ("x", X),
         ("x_1", ("sym", "x_1")),

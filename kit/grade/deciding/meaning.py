@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from kit.grade.reading.trees import Node, contains, product, rename, substitute_sign, symbols
+from kit.grade.reading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
 from kit.grade.reading.vocabulary import COMPOUND_UNITS, UNITS
 
 ALL_REALS = frozenset(
     ("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers")
+)
+ALL_INTEGERS = frozenset(
+    ("all integers", "the integers", "integers", "the set of all integers", "the set of integers")
 )
 NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
 _UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # 7 in all is no length
@@ -19,6 +22,19 @@ _HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
 def is_point_name(node: Node) -> bool:
     """Whether a symbol may name a point: the A of A(1, 2)."""
     return node[0] == "sym" and node[1][0].isupper() and len(node[1].rstrip("'").partition("_")[0]) == 1
+
+
+def as_selection(node: Node) -> Node | None:
+    """C(5, 2) as a number of choices, which it is where a number is asked for; None for any other node."""
+    if (
+        node[0] == "mul"
+        and len(node) == 3
+        and node[1] == ("sym", "C")
+        and node[2][0] == "seq"
+        and len(node[2]) == 5
+    ):
+        return ("binom", *node[2][3:])
+    return None
 
 
 def is_name(node: Node) -> bool:
@@ -45,13 +61,35 @@ def resolve(node: Node) -> Node:
     if node[0] in ("list", "set"):
         head = node[:2] if node[0] == "list" else node[:1]
         parts: list[Node] = []
+        name = None
+        excluded = None
         for part in map(resolve, node[len(head) :]):
-            parts += part[2:] if part[0] == "list" else [part]
-        return (*head, *parts)
+            for item in part[2:] if part[0] == "list" else [part]:
+                if item[0] == "equation" and is_name(item[1]):
+                    name = item[1]
+                elif (
+                    name is not None
+                    and item[0] != "equation"
+                    and node[0] == "list"
+                    and kind(item) in ("scalar", "sequence")
+                ):
+                    item = ("equation", name, item)  # a = 4, -8, -10: all three are a
+                if item[0] == "condition" and item[1] == ("!=",):
+                    excluded = item[2][0]
+                elif excluded is not None and node[0] == "list" and kind(item) == "scalar":
+                    item = ("condition", ("!=",), (excluded, item))  # x != 1, 2
+                else:
+                    excluded = None
+                parts.append(item)
+        return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
+    if node[0] == "unit" and node[1][0] == "text":
+        return ("text", f"{node[1][1]} {node[2]}")
     if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
         return resolve(node[1])
     if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
         return ("reals",)
+    if node[0] == "text" and plain_words(node[1]) in ALL_INTEGERS:
+        return ("sym", "Z")
     if node[0] == "text" and plain_words(node[1]) in NO_SOLUTION:
         return ("set",)
     if (node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1])) or (
@@ -63,6 +101,11 @@ def resolve(node: Node) -> Node:
         return ("equation", name, place)
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
+    if node[0] in ("minus", "meet") and node[1][0] == node[2][0] == "set":
+        others = {canonical(part) for part in node[2][1:]}
+        return ("set", *(part for part in node[1][1:] if (canonical(part) in others) == (node[0] == "meet")))
+    if node[0] == "union" and all(part[0] == "set" for part in node[1:]):
+        return ("set", *(item for part in node[1:] for item in part[1:]))
     return node
 
 
@@ -87,8 +130,12 @@ def resolve_relation(node: Node) -> Node:
     if any(operator != "=" for operator in operators):
         return ("condition", tuple(operators), tuple(operands))
     name, value = operands[0], operands[-1]
+    if not is_name(name) and len(operands) > 2:
+        name = operands[-2]
     if not is_name(name) and is_name(value) and not symbols(name):
         name, value = value, name
+    if contains(value, "pm"):
+        return ("list", ",", *(("equation", name, substitute_sign(value, sign)) for sign in (1, -1)))
     value = resolve(value)
     if value[0] == "list" and name[0] != "seq":
         return ("list", value[1], *(("equation", name, part) for part in value[2:]))
@@ -139,11 +186,32 @@ def rename_argument(a: Node, b: Node) -> Node:
 
 def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
     """The bare expression, and what stood around it: a percent sign, a degree sign, a unit."""
-    marks: dict[str, str] = {}
+    return unwrap_more(node, {})
+
+
+def unwrap_more(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
     while node[0] in ("percent", "deg", "unit"):
-        marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
+        unit = UNITS.get(node[2].lower()) if node[0] == "unit" else None
+        if unit in ("degree", "percent"):
+            marks["deg" if unit == "degree" else unit] = ""
+        else:
+            marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
         node = node[1]
+    if node[0] == "mul":
+        parts = product([node])[1:]
+        words = [part for part in parts if is_word(part)]
+        if 0 < len(words) < len(parts):  # USD 12, and 5 \frac{\text{m}}{\text{s}}
+            marks.setdefault("unit", " ".join(part[1] if part[0] == "text" else part[1][1] for part in words))
+            return unwrap_more(product([part for part in parts if part not in words]), marks)
+    if node[0] == "mul" and sum(part[0] == "deg" for part in node[1:]) == 1:  # 3 sqrt(2)^\circ
+        marks["deg"] = ""
+        node = ("mul", *(part[1] if part[0] == "deg" else part for part in node[1:]))
     return node, marks
+
+
+def is_word(node: Node) -> bool:
+    """Whether a factor is a word, or one over a word."""
+    return node[0] == "text" or (node[0] == "pow" and node[1][0] == "text")
 
 
 def known_units(text: str) -> frozenset[str]:

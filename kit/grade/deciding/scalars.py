@@ -9,7 +9,9 @@ from fractions import Fraction
 from kit.grade.deciding.identities import decimal_of, rounds_to, same_decimals, same_function, same_number
 from kit.grade.deciding.meaning import is_clock, known_units, matrix_value, plain_words, unwrap
 from kit.grade.limits import Budget, NotNumeric, Undefined
-from kit.grade.reading.trees import Node, canonical, contains, product, symbols
+from kit.grade.reading.trees import Node, canonical, contains, mentions, product, rename, symbols
+
+PI = ("const", "pi")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,14 @@ class ScalarJudge:
             return self.decide("sympy", self.prove(a, b))
         if not verdict and (contains(a, "dec") or contains(b, "dec")):
             verdict = self.similar(a, b)
+        if not verdict:
+            counters = [symbols(side) for side in (a, b)]
+            counted = all(len(names) == 1 and names <= {"k", "n", "m"} for names in counters)
+            if (
+                counted and counters[0] != counters[1] and mentions(a, PI) and mentions(b, PI)
+            ):  # 2k pi and 2n pi
+                renamed = rename(b, ("sym", *counters[1]), ("sym", *counters[0]))
+                return self.decide("the same family", bool(same_function(a, renamed, self.budget)))
         return self.decide("identity at random points", verdict)
 
     def same_ratio(self, a: Node, b: Node) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from kit.grade.limits import ParseError
-from kit.grade.reading.latex import read_command
+from kit.grade.reading.latex import read_command, read_indexed_selection, read_selection, selection
 from kit.grade.reading.numerals import continued, in_base, number_node
 from kit.grade.reading.trees import Node, negate
 from kit.grade.reading.vocabulary import OPAQUE
 
 if TYPE_CHECKING:
     from kit.grade.reading.cursor import Cursor
+
+
+_DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")  # of a base beyond ten
 
 
 def read_atom(parser: Cursor) -> Node:
@@ -31,6 +35,10 @@ def read_atom(parser: Cursor) -> Node:
             return read_subscript(parser, ("sym", base))
         return ("text", base)
     if kind == "op":
+        if value in ("_", "^") or (
+            value == "{" and parser.peek() == ("op", "}") and parser.peek(1)[1] in ("_", "^")
+        ):
+            return read_selection(parser)
         if value in ("(", "["):
             return _read_bracket(parser, value)
         if value == "{":
@@ -51,6 +59,10 @@ def _read_number(parser: Cursor, value: tuple[str, int]) -> Node:
     node = number_node(*value)
     if node[0] != "num":
         return continued(node, value[0]) if parser.accept("...", "ldots", "dots", "cdots") else node
+    if parser.peek() in (("sym", "C"), ("sym", "P")) and parser.peek(1)[0] == "num":
+        glued = not (parser.tokens[parser.index][2] or parser.tokens[parser.index + 1][2])
+        if glued:  # 5C2
+            return selection(node, str(parser.take()[1]), number_node(*parser.take()[1]))
     if parser.peek() == ("cmd", "frac"):
         mark = parser.index
         parser.index += 1
@@ -92,6 +104,8 @@ def read_symbol(parser: Cursor, name: str) -> Node:
             if found:
                 return ("apply", name, *found)
         parser.index, parser.depth = mark, depth
+    if name == "C" and value in ("_", "^") and kind == "op":
+        return read_indexed_selection(parser) or ("sym", name)
     if name == "e" or name == "i":
         return ("const", name)
     return ("sym", name)
@@ -159,5 +173,7 @@ def read_subscript(parser: Cursor, node: Node) -> Node:
         ]  # the digits as they were written
         return in_base(value if kind == "num" and node[0] == "num" else None, text)
     if node[0] == "sym":
+        if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):
+            return in_base((node[1], 0), text)
         return ("sym", f"{node[1]}_{text}")
     raise ParseError("a subscript that follows neither a symbol nor a number")

@@ -32,7 +32,18 @@ def read_command(parser: Cursor, name: str) -> Node:
     if name in ("emptyset", "varnothing"):
         return ("set",)
     if name == "reals":
-        return ("reals",)
+        sign = (
+            parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]
+            if parser.peek() == ("op", "^")
+            else None
+        )
+        if sign not in ("+", "-"):
+            return ("reals",)
+        while parser.take()[1] != sign:
+            continue
+        parser.accept("}")
+        ends = (("num", Fraction(0)), CONSTANTS["infty"])
+        return ("seq", "(", ")", *(ends if sign == "+" else (negate(ends[1]), ends[0])))
     if name in ("lfloor", "lceil", "lvert", "lVert"):
         inside = parser.sum()
         parser.expect("r" + name[1:])
@@ -50,6 +61,42 @@ def read_command(parser: Cursor, name: str) -> Node:
     if name in STRUCTURAL or "arrow" in name:
         raise ParseError(f"cannot read the command \\{name} here")
     return parser.symbol(name)  # an unknown command is a symbol like any other
+
+
+def read_selection(parser: Cursor) -> Node:
+    """The number of choices as schools write it, {}_5C_2 or ^5C_2, from behind its first sign on."""
+    while parser.tokens[parser.index - 1][1] not in ("_", "^"):
+        parser.index += 1
+    total = parser.argument()
+    kind, name = parser.take()
+    if kind not in ("sym", "text") or name not in ("C", "P") or not parser.accept("_"):
+        raise ParseError("an index that nothing carries")
+    return selection(total, name, parser.argument())
+
+
+def read_indexed_selection(parser: Cursor) -> Node | None:
+    """C_5^2 and C^2_5, where both are plain numbers and can be meant so; else None, and nothing is read."""
+    mark, indices = parser.index, {}
+    for _ in range(2):
+        sign = parser.accept("_", "^")
+        if sign is None or sign in indices or (parser.peek()[0] != "num" and parser.peek()[1] != "{"):
+            break
+        indices[sign] = parser.argument()
+    if (
+        len(indices) == 2
+        and all(node[0] == "num" for node in indices.values())
+        and indices["_"][1] >= indices["^"][1] > 0
+    ):
+        return selection(indices["_"], "C", indices["^"])
+    parser.index = mark
+    return None
+
+
+def selection(total: Node, name: str, chosen: Node) -> Node:
+    """Combinations (C) or permutations (P)."""
+    if name == "C":
+        return ("binom", total, chosen)
+    return product([("fact", total), invert(("fact", ("add", total, negate(chosen))))])
 
 
 def _root(parser: Cursor, name: str) -> Node:

@@ -17,7 +17,9 @@ BASE_WORDS = {
     "eight": 8,
     "nine": 9,
     "ten": 10,
+    "twelve": 12,
 }
+BASE_WORDS |= {"sixteen": 16, "hex": 16, "oct": 8, "bin": 2}
 
 _NOT_DIGITS = re.compile("[^0-9]")
 _PERIOD = re.compile(

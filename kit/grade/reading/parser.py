@@ -15,6 +15,7 @@ from kit.grade.reading.trees import Node, invert, negate, product
 from kit.grade.reading.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
 
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
+_INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
 _LENGTH = re.compile(  # 5 m, not 5m
     r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*[0-9.,]*(?:[ ~]|\\[ ,])+)"
     r"([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
@@ -73,9 +74,13 @@ class Parser(Cursor):
             operators.append(RELATIONS[value])
             self.accept("&")
             operands.append(self.set_expression())
+        bracketed = self.peek() == ("op", "(") and self.peek(1) == ("cmd", "mod")  # x = 2 (mod 5)
+        self.index += bracketed
         if self.accept("pmod", "bmod", "mod"):
             operands.append(self.argument() if self.peek()[1] == "{" else self.sum())
             operators.append("mod")
+            if bracketed:
+                self.expect(")")
         return ("rel", tuple(operators), tuple(operands)) if operators else operands[0]
 
     def set_expression(self) -> Node:
@@ -178,7 +183,7 @@ class Parser(Cursor):
         if self.sets and value in ("lvert", "vert"):  # the bar of {x | x > 2}
             return False
         if kind == "op":
-            return value in ("(", "{", "[", "\\{")
+            return value in ("(", "{", "[", "\\{") and self.peek(1) != ("cmd", "mod")
         return (
             kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
         )
@@ -271,12 +276,25 @@ class Parser(Cursor):
         return found[0] if len(found) == 1 else ("set", *found)
 
 
+def turn_brackets(text: str) -> str:
+    """Open intervals as French schools write them, ]0, 1[ and [0, 1[, with round brackets."""
+    return _INTERVAL.sub(
+        lambda match: ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")"), text
+    )
+
+
 def parse(text: str, deadline_at: float = math.inf) -> Node:
     """The tree of one answer. ParseError where the notation is not known, TooLarge beyond a cap, Undecided at the deadline."""
     try:
         text = clean(text)
         if len(text) < 60:
             text = _LENGTH.sub(r"\1\\text{\2}\3", text)
-        return Parser(text, deadline_at).whole()
+        try:
+            return Parser(text, deadline_at).whole()
+        except ParseError:
+            turned = turn_brackets(text) if "[" in text or "]" in text else text
+            if turned == text:
+                raise
+            return Parser(turned, deadline_at).whole()
     except RecursionError as error:  # a caller that is itself hundreds of frames deep
         raise TooLarge("an answer nested too deeply for the stack that is left") from error

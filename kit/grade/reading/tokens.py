@@ -73,6 +73,8 @@ _TOKEN = re.compile(
       | (?P<rep>[0-9]*\.[0-9]*(?:\\(?:overline|bar)\{[0-9]{1,40}\}|\([0-9]{1,40}\)
             |\\dot\{?[0-9]\}?(?:[0-9]{0,40}\\dot\{?[0-9]\}?)?))
       | (?P<prefixed>0(?:[xX][0-9A-Fa-f]{1,60}|[bB][01]{1,200}|[oO][0-7]{1,80})(?![0-9A-Za-z]))
+      | (?P<based>(?:(?=[0-9A-F]{2})[0-9]{0,60}[A-F][0-9A-F]{0,60}|\([0-9]{0,60}[A-F][0-9A-F]{0,60}\))
+            _(?:\{1[1-6]\}|1[1-6](?![0-9])))
       | (?P<european>[0-9]{1,3}(?:(?:\.[0-9]{3})+,[0-9]+(?![0-9]|[.,][0-9])|(?:\.[0-9]{3}){2,}(?![0-9]|[.,][0-9])))
       | (?P<num>(?:[0-9]{1,3}(?:(?:(?:\\!)?,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:[\ ~'][0-9]{3})+(?![0-9])
             |[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
@@ -86,6 +88,7 @@ _TOKEN = re.compile(
 )
 _COMMA_GROUPS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])(?:\.[0-9]+)?")
 _SCIENTIFIC = re.compile(r"[eE]([+-]?[0-9]{1,6})(?![0-9A-Za-z.])")
+_PREFIXED = re.compile("0(?:[xX][0-9A-Fa-f]+|[bB][01]+|[oO][0-7]+)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _LEADING_PROSE = re.compile(r"(?:\b(?:is|are|equals)|[:=])[\s~]*\Z")  # \text{The answer is } 5
 _WORDS = re.compile("[A-Za-z]+")
@@ -139,7 +142,12 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
         elif kind == "rep":
             tokens.append(("exact", repeating(value), spaced))
         elif kind == "prefixed":
-            raise ParseError(f"{value!r} has the prefix of a programming language")
+            tokens.append(("exact", Fraction(int(value, 0)), spaced))
+        elif kind == "based":
+            digits, _, base = re.sub("[(){}]", "", value).partition("_")
+            if any(int(digit, 16) >= int(base) for digit in digits):
+                raise ParseError(f"{digits!r} has a digit that base {base} has not")
+            tokens.append(("exact", Fraction(int(digits, int(base))), spaced))
         elif kind == "row":
             tokens.append(("row", "\\\\", spaced))
         elif kind == "esc":
@@ -230,6 +238,8 @@ def _text_command(
         word in UNITS or word in MULTIPLIERS or word in ("and", "or") for word in words
     ):
         return position  # \text{60 cm}
+    if _PREFIXED.fullmatch(content):
+        return position  # \texttt{0x1F}
     if not tokens and _LEADING_PROSE.search(text, start, end):
         return end + 1
     if command == "mathbb" and content == "R":

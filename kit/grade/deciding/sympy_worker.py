@@ -28,8 +28,8 @@ _SYMPY_NAMES = {
     "ln": "log",
     "lg": "log",
 }
-_SYMPY_NAMES |= {"max": "Max", "min": "Min", "Re": "re", "Im": "im"}
-_FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm arg") | _SYMPY_NAMES.keys()
+_SYMPY_NAMES |= {"max": "Max", "min": "Min"}
+_FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm") | _SYMPY_NAMES.keys()
 
 
 def build(node: Node, sympy, assumptions: dict[str, dict]):

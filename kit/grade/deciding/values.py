@@ -224,9 +224,7 @@ class Evaluator:
         if len(numbers) != 1:
             raise NotNumeric(f"{name} of {len(numbers)} values")
         self._check_size(first)
-        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "Re": "re", "Im": "im"}.get(name, name)
-        if name == "det":
-            raise NotNumeric("a determinant")
+        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
         try:
             return getattr(self.mp, name)(first)
         except ZeroDivisionError as error:

@@ -194,8 +194,7 @@ def _environment(parser: Cursor) -> Node:
         return ("list", ",", *(node for row in rows for node in row))
     if name not in MATRICES or len({len(row) for row in rows}) != 1:
         raise ParseError(f"an environment {name} that is not a matrix")
-    matrix = ("matrix", *(tuple(row) for row in rows))
-    return ("call", "det", matrix) if name == "vmatrix" else matrix
+    return ("matrix", *map(tuple, rows))
 
 
 def _environment_name(parser: Cursor) -> str:

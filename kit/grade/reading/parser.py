@@ -207,9 +207,6 @@ class Parser(Cursor):
                     self.index += 2
                     self.expect("}")
                     node = ("deg", node)
-                elif kind == "cmd" and value == "prime":
-                    self.index += 1
-                    node = self._prime(node)
                 else:
                     node = ("pow", node, self._exponent())
             elif self.accept("degree", "circ"):
@@ -231,9 +228,6 @@ class Parser(Cursor):
             return negate(self._exponent())
         self.accept("+")
         node = self.atom()
-        if self.peek() == ("op", "_"):
-            self.index += 1
-            node = read_subscript(self, node)
         if self.accept("^"):
             node = ("pow", node, self._exponent())
         self.depth -= 1

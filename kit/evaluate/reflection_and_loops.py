@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from kit.grade.reading.tokens import group_ends
+from kit.grade.reading import group_ends
 
 # the paper's keywords (section "Why it happens"). It also asks a language model whether each match is a real reflection: keywords
 # alone are an upper bound

@@ -27,7 +27,7 @@ from kit.grade.deciding.meaning import (
 )
 from kit.grade.deciding.scalars import Options, ScalarJudge
 from kit.grade.limits import Budget, NotNumeric, TooLarge, Undecided
-from kit.grade.reading.trees import Node, canonical, contains, negate, symbols
+from kit.grade.trees import Node, canonical, contains, negate, symbols
 
 MAX_PAIRS = (
     20_000  # comparisons between the elements of two sets, after equal rational elements are paired off

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from kit.grade.reading.trees import Node, contains, product, rename, substitute_sign, symbols
-from kit.grade.reading.vocabulary import COMPOUND_UNITS, UNITS
+from kit.grade.trees import Node, contains, product, rename, substitute_sign, symbols
+from kit.grade.vocabulary import COMPOUND_UNITS, UNITS
 
 ALL_REALS = frozenset(
     ("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers")

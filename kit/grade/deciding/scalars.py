@@ -9,7 +9,7 @@ from fractions import Fraction
 from kit.grade.deciding.identities import decimal_of, rounds_to, same_decimals, same_function, same_number
 from kit.grade.deciding.meaning import is_clock, known_units, matrix_value, plain_words, unwrap
 from kit.grade.limits import Budget, NotNumeric, Undefined
-from kit.grade.reading.trees import Node, canonical, contains, mentions, product, rename, symbols
+from kit.grade.trees import Node, canonical, contains, mentions, product, rename, symbols
 
 PI = ("const", "pi")
 

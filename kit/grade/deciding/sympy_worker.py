@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 
-from kit.grade.reading.trees import Node, from_json, symbols
-from kit.grade.reading.vocabulary import names
+from kit.grade.trees import Node, from_json, symbols
+from kit.grade.vocabulary import names
 
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 

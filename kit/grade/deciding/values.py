@@ -13,8 +13,8 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from kit.grade.limits import Budget, NotNumeric, TooLarge, Undefined
-from kit.grade.reading.trees import Node, to_json
-from kit.grade.reading.vocabulary import OPAQUE
+from kit.grade.trees import Node, to_json
+from kit.grade.vocabulary import OPAQUE
 
 MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the cap costs under a millisecond
 MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many bits more to reduce it

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kit.grade.limits import ParseError
 from kit.grade.reading.latex import read_command, read_indexed_selection, read_selection, selection
 from kit.grade.reading.numerals import continued, in_base, number_node
-from kit.grade.reading.trees import Node
-from kit.grade.reading.vocabulary import OPAQUE
+from kit.grade.trees import Node
+from kit.grade.vocabulary import OPAQUE
 
 if TYPE_CHECKING:
     from kit.grade.reading.cursor import Cursor

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from kit.grade.limits import ParseError
 from kit.grade.reading.numerals import number_node
-from kit.grade.reading.trees import Node, invert, negate, product, rename
-from kit.grade.reading.vocabulary import CONSTANTS, FUNCTIONS, GREEK, MATRICES, STRUCTURAL
+from kit.grade.trees import Node, invert, negate, product, rename
+from kit.grade.vocabulary import CONSTANTS, FUNCTIONS, GREEK, MATRICES, STRUCTURAL
 
 if TYPE_CHECKING:
     from kit.grade.reading.cursor import Cursor

@@ -11,8 +11,8 @@ from kit.grade.reading.atoms import read_atom, read_subscript, read_symbol
 from kit.grade.reading.cursor import Cursor
 from kit.grade.reading.numerals import in_base, join_decimal_comma, number_node
 from kit.grade.reading.tokens import clean
-from kit.grade.reading.trees import Node, invert, negate, product
-from kit.grade.reading.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
+from kit.grade.trees import Node, invert, negate, product
+from kit.grade.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
 
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")

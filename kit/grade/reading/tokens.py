@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from kit.grade.limits import MAX_CHARS, ParseError, TooLarge, Undecided
 from kit.grade.reading.numerals import repeating
-from kit.grade.reading.vocabulary import (
+from kit.grade.vocabulary import (
     CONSTANTS,
     CURRENCIES,
     FONT_COMMANDS,

@@ -24,7 +24,7 @@ from kit.evaluate.results import Result, read_result
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import Completion, generate
 from kit.generate.sampling import SamplingParams
-from kit.grade.deciding import sympy_workers
+from kit.grade.deciding import start_worker
 from kit.grade.verdict import verdict_fields
 from kit.machine import GIB
 from kit.run import Journal, digest
@@ -66,7 +66,7 @@ def evaluate(
     """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds, which would count against the time limit of the first hard answer
-    threading.Thread(target=sympy_workers.start, daemon=True, name="start-grader").start()
+    threading.Thread(target=start_worker, daemon=True, name="start-grader").start()
 
     journal = Journal(folder / f"{benchmark.name}.jsonl")
     header = header_of(model, chat, benchmark, params, num_samples=num_samples, seed=seed)

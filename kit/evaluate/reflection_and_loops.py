@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from kit.grade.reading.tokens import group_ends
+from kit.grade.reading import group_ends
 
 # the paper's keywords (section "Why it happens"). The paper also asks a language model whether each match is
 # a real reflection, so keywords alone give an upper bound.

@@ -18,7 +18,7 @@ import re
 
 from kit.grade.choices import choice_in_prose, leading_choice, stated_choice
 from kit.grade.prose import NUMBER, SENTENCE_END, is_bare, last_value
-from kit.grade.reading.tokens import DIGITS
+from kit.grade.reading import DIGITS
 
 MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
 

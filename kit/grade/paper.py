@@ -26,13 +26,11 @@ import time
 from fractions import Fraction
 from typing import NamedTuple
 
-from kit.grade.deciding.identities import same_function, same_number
-from kit.grade.deciding.sympy_workers import prove
-from kit.grade.deciding.values import Evaluator
+from kit.grade.deciding import Evaluator, prove, same_function, same_number
 from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
 from kit.grade.paper_text import CHOICES, LETTER, choice_in, extract, normalise
-from kit.grade.reading.parser import Parser
-from kit.grade.reading.trees import Node, canonical, contains, negate, symbols
+from kit.grade.reading import Parser
+from kit.grade.trees import Node, canonical, contains, negate, symbols
 
 TOLERANCE = Fraction(1, 10_000)  # relative
 MAX_CHARS = 8_000  # of an answer: what follows the last "the answer is" may be a whole ramble

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kit.grade.reading.vocabulary import names
+from kit.grade.vocabulary import names
 
 CHOICES = frozenset("ABCDE")
 LETTER = re.compile(r"\b[A-E]\b")

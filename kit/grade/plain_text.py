@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from kit.grade.reading.tokens import clean
-from kit.grade.reading.vocabulary import FONT_COMMANDS, TEXT_COMMANDS
+from kit.grade.reading import clean
+from kit.grade.vocabulary import FONT_COMMANDS, TEXT_COMMANDS
 
 
 def normal(text: str) -> str:

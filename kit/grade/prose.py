@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from kit.grade.reading.tokens import clean
-from kit.grade.reading.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
+from kit.grade.reading import clean
+from kit.grade.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
 
 MAX_SENTENCE = 200  # characters before the last value in which its sentence is looked for
 MAX_SPANS = (

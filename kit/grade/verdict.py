@@ -21,16 +21,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kit.grade.choices import bare_choice
-from kit.grade.deciding.judge import Judge
-from kit.grade.deciding.scalars import Options
-from kit.grade.deciding.sympy_workers import prove
+from kit.grade.deciding import Judge, Options, prove
 from kit.grade.extract import extract_answer
 from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
 from kit.grade.paper import grade_as_paper
 from kit.grade.plain_text import _INTEGER, _letters, _number, normal
 from kit.grade.prose import is_bare
-from kit.grade.reading.parser import parse
-from kit.grade.reading.tokens import group_ends
+from kit.grade.reading import group_ends, parse
 
 __all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
 

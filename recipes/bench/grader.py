@@ -27,7 +27,7 @@ from pathlib import Path
 from kit.config import parse
 from kit.evaluate import BENCHMARKS
 from kit.grade import grade
-from kit.grade.deciding import sympy_workers
+from kit.grade.deciding import start_worker
 from kit.machine import describe_machine
 from kit.run import write_json
 
@@ -87,7 +87,7 @@ def main(config: Config) -> dict:
     machine = describe_machine()
     print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
     pairs = make_pairs(read_answers(config), random.Random(config.seed))
-    sympy_workers.start()  # importing sympy takes seconds: not out of the first hard pair
+    start_worker()  # importing sympy takes seconds: not out of the first hard pair
     time_all(pairs, "our", _kit, config.repeats)
     peer = importlib.util.find_spec("math_verify") is not None
     if peer:

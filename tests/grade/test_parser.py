@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kit.grade.limits import MAX_DIGITS, ParseError, TooLarge
 from kit.grade.reading.parser import parse
 from kit.grade.reading.tokens import clean, tokenize
-from kit.grade.reading.trees import canonical, from_json, symbols, to_json
+from kit.grade.trees import canonical, from_json, symbols, to_json
 
 
 def number(value):

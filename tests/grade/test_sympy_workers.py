@@ -75,7 +75,7 @@ def test_a_started_worker_answers_at_once():
 import time
 from kit.grade.deciding import sympy_workers as workers
 from kit.grade.verdict import grade
-print(workers.start(), len(workers.pool().all), grade(r"\\int_0^1 x dx", "1/2").verdict, len(workers.pool().all))
+print(workers.start_worker(), len(workers.pool().all), grade(r"\\int_0^1 x dx", "1/2").verdict, len(workers.pool().all))
 """
     assert run(None, "-c", script).stdout.split() == ["True", "1", "correct", "1"]
 

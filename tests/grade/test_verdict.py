@@ -16,235 +16,6 @@ from kit.grade.verdict import Verdict, equal, grade
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
-# (reference answer, response or bare answer, whether it is right)
-CASES = [
-    ("1000.99", "1 000,99", True),
-    ("1000.99", "1 000.99", True),
-    ("1000.99", "1.000,99", True),
-    ("1000.99", "$1,000.99$", True),
-    ("1000.99", "1,000.99$", True),
-    ("1000.99", "1000.99€", True),
-    ("-2.5", "it is -2.5", True),
-    ("$1/3$", r"$\frac1{3} $", True),
-    ("$1/3$", r"$\frac{1}3 $", True),
-    ("$1/3$", r"$\dfrac{1}{3}$ meters", True),
-    (r"$28\%$", "28%", True),
-    (r"$28\%$", r"$\boxed{28}\%$", True),
-    (r"$28\%$", "0.28", True),
-    ("28", "28 percentage points", True),
-    ("$7 = 11a+c$", "$11a+c=7$", True),
-    ("$a > b$", "$b < a$", True),
-    ("$x+z=1$", "$1$", False),
-    ("$a=1$", "$b=1$", False),
-    (r"$\{1,2,3\}$", r"$\{3,2,1\}$", True),
-    ("$[0,2]$", r"$[0,1)\cup[1,2]$", True),
-    (r"$\{1,2,3\}$", r"$\{1,2\}\cup\{3\}$", True),
-    (r"$\{1\}$", r"$\{1,2\}\setminus\{2\}$", True),
-    ("$[1,2]$", r"$[0,2]\cap[1,3]$", True),
-    (r"$\emptyset$", r"$\{\}$", True),
-    (r"$\alpha$", r"$\alpha$", True),
-    ("$π$", r"$\pi$", True),
-    ("$-7$", "$1-2+3-4-5$", True),
-    ("A,B,D", r"$\boxed{A, B, D}$", True),
-    ("ABD", r"$\boxed{A, B, D}$", False),
-    ("[[1,2],[3,4]]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
-    ("0.5", r"\sin 30^\circ", True),
-    (r"\arcsin x", r"\sin^{-1} x", True),
-    ("10%", "0.1", True),
-    ("427", "4.27 × 10^2", True),
-    (r"2\pi", "6.2832", True),
-    (r"2\pi", "6.28", False),
-    ("-1.5", "-3/2", True),
-    (r"\infty", "oo", False),
-    ("1,000", "1000", True),
-    (r"\$5", "5", True),
-    (r"5 \text{ cm}", "5", True),
-    ("k = 2", "2", True),
-    ("(1,2,3)", "(3,2,1)", False),
-    ("[1,2]", "(1,2)", False),
-    ("E", "E*2", False),
-    ("5", "five", False),
-    ("C", "the answer is (C)", True),
-    ("C", "答案是C", True),
-    ("C", "The correct option is **C**.", True),
-    ("B", r"\boxed{B}", True),
-    ("B", r"\boxed{\text{B) } 42}", True),
-    ("42", r"\boxed{\text{(B) } 42}", True),
-    ("x^2+2x+1", "(x+1)^2", True),
-    (r"\sqrt{x^2}", "|x|", True),
-    (r"\sqrt{x^2}", "x", False),
-    ("|x|", "x", False),
-    (r"\sin^2 x+\cos^2 x", "1", True),
-    (r"e^{i\pi}", "-1", True),
-    (r"\tan x", r"\frac{\sin x}{\cos x}", True),
-    (r"2\cos^2 x-1", r"\cos 2x", True),
-    (r"\ln 8", r"3\ln 2", True),
-    (r"\log_2 8", "3", True),
-    (r"\frac{a^2-b^2}{a-b}", "a+b", True),
-    (r"\int_0^1 x^2 dx", r"\frac13", True),
-    (r"\int_0^1 x^2 dx", r"\frac14", False),
-    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", True),
-    (r"\sum_{k=1}^{n} k", r"\frac{n(n+2)}{2}", False),
-    (r"\sum_{k=1}^{\infty} \frac{1}{k^2}", r"\frac{\pi^2}{6}", True),
-    (r"\sum_{k=1}^{10} k", "55", True),
-    ("5050", r"\sum_{k=1}^{100} k", True),
-    ("x=2, y=3", "(2,3)", True),
-    ("x=2, y=3", "x=3, y=2", False),
-    ("x=2,y=3", "y=3, x=2", True),
-    ("(x,y)=(2,3)", "x=2, y=3", True),
-    ("(2,3)", "2,3", True),
-    ("(2,3)", "3,2", False),
-    ("p=2, n=0", "$(p,n)=(2,0)$", True),
-    ("p=2,n=0", "(0,2)", False),
-    (r"x \in (1,2)", "1<x<2", True),
-    (r"x>1 \text{ or } x<-1", r"(-\infty,-1)\cup(1,\infty)", True),
-    (r"\mathbb{R}\setminus\{0\}", r"(-\infty,0)\cup(0,\infty)", True),
-    (r"x\ne 0", r"(-\infty,0)\cup(0,\infty)", True),
-    (r"(-\infty,\infty)", r"\mathbb{R}", True),
-    ("2x+y<3", "y<3-2x", True),
-    ("2x+y<3", "y>3-2x", False),
-    ("y=2x+3", "y-2x=3", True),
-    ("y=2x+3", "2x-y+3=0", True),
-    ("x^2+y^2=1", "y^2=1-x^2", True),
-    ("5 cm", "5 m", False),
-    ("5 cm", "5 centimeters", True),
-    (r"864\mbox{ inches}^2", "864 square inches", True),
-    (r"5.4 \text{ cents}", "5.4", True),
-    (r"\$32,\!348", "32348 dollars", True),
-    (r"15\mbox{ cm}^2", r"15 \text{ square centimeters}", True),
-    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ", True),
-    (r"30^\circ", r"\frac{\pi}{6}", True),
-    ("10,080", "10{,}080", True),
-    ("2516_8", "1358", True),
-    ("2516_8", "2516", False),
-    ("52_8", "52_{8}", True),
-    ("4343_6", r"4343_{\text{six}}", True),
-    (r"0.\overline{3}", r"\frac13", True),
-    (r"\frac13", "0.333", False),
-    (r"\frac13", "0.3333", True),
-    ("0.3333", r"\frac13", True),
-    ("3", "2.9999", False),
-    ("3", "3.0000", True),
-    ("6-5i", "-5i+6", True),
-    (r"1\frac45", r"\frac{9}{5}", True),
-    (r"1\frac45", r"\frac{14}{5}", False),
-    ("1 4/5", "1.8", True),
-    ("11/2", "1 1/2", False),
-    (r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}", r"(-\frac13, \frac23, \frac53)", True),
-    (r"\begin{pmatrix} 1&2\end{pmatrix}", r"\begin{pmatrix} 1\\2\end{pmatrix}", True),
-    (r"3 \pm 2\sqrt 2", r"3+2\sqrt2, 3-2\sqrt2", True),
-    (r"3 \pm 2\sqrt 2", r"3+2\sqrt2", False),
-    (r"1 \pm \sqrt{19}", r"x=1\pm\sqrt{19}", True),
-    (r"\text{even}", "Even", True),
-    (r"\text{ellipse}", "an ellipse", False),
-    ("yes", r"\boxed{\text{Yes}}", True),
-    ("No", r"\boxed{\text{No.}}", True),
-    (r"\text{(C)}", "C", True),
-    (r"\text{(C)}", r"\boxed{c}", False),
-    (r"\text{C}", "(C) 12", True),
-    ("A", "A or B", False),
-    ("A", "A and B", False),
-    ("18", "Janet makes 9 * 2 = $<<9*2=18>>18 every day", True),
-    ("#### 18", "18", True),
-    ("Some text\n#### 1,800", "1800", True),
-    ("27.0", r"\boxed{27}", True),
-    ("-1.0", r"\boxed{-1}", True),
-    ("025", r"\boxed{25}", True),
-    ("073", "73", True),
-    (r"\cot x", r"\frac{1}{\tan x}", True),
-    ("f(x)=x^2", "f(t)=t^2", True),
-    ("f(x)=x^2", "x^2", True),
-    ("f(x)=x+1", "f(x)=1+x", True),
-    ("f(x)=x+1", "g(x)=x+1", False),
-    ("f(x) = 2", "2", True),
-    ("P(x)=x^3-x", "x^3-x", True),
-    ("7:32", r"\frac{7}{32}", True),
-    ("14:64", "7:32", True),
-    ("2:30", "1:15", False),
-    ("1:2:3", "2:4:6", True),
-    ("10^{10}", "10000000000", True),
-    ("2^{100}", "1267650600228229401496703205376", True),
-    ("100!", r"\frac{101!}{101}", True),
-    (r"\binom{10}{3}", "120", True),
-    (r"10 \choose 3", "120", True),
-    (r"\lfloor 3.7 \rfloor", "3", True),
-    ("|{-5}|", "5", True),
-    (r"\sqrt[3]{-8}", "-2", True),
-    ("(-8)^{1/3}", "-2", True),
-    (r"\gcd(12, 18)", "6", True),
-    (r"\max(3,5)", "5", True),
-    ("x^2 + 2x", "x^2 - 2x", False),
-    (r"4x^2 -2x + \frac{3}{2}", r"\frac{8x^2-4x+3}{2}", True),
-    ("-330,90", "90, -330", True),
-    (r"-12 \text{ or } -30", "-30 and -12", True),
-    (r"\left( 10 \sqrt{2}, \frac{19 \pi}{44} \right)", r"(10\sqrt2, 19\pi/44)", True),
-    ("1:4", "1/4", True),
-    ("6p", "6*p", True),
-    ("6p", "6q", False),
-    ("0.15", r"15\%", True),
-    ("15", "0.15", False),
-    (r"15\%", "1500", False),
-    ("9", "\\boxed{9}\n\nThe final answer is \\boxed{9}.", True),
-    ("9", r"\boxed{8} wait, \boxed{9}", True),
-    ("8", r"\boxed{8} wait, \boxed{9}", False),
-    ("5", r"<think> \boxed{5} </think> The answer is \boxed{6}", False),
-    ("5", r"<think> \boxed{5} </think>", True),
-    ("5", "<think> so x is 5", False),
-    ("5", r"\boxed{5} and then \boxed{6", True),
-    ("5", r"\boxed 5", True),
-    ("5", r"\boxed {5}", True),
-    ("5", r"\fbox{5}", True),
-    ("5", r"\boxed{}", False),
-    (r"\frac12", r"\boxed\frac12", False),
-    ("11", r"x \approx 11", True),
-    (r"\sqrt{2}", r"\sqrt{2} \approx 1.41", True),
-    ("12.5", r"12.5\ldots", True),
-    ("0", r"0^\circ", True),
-    ("1.23456789", "1.2345679", False),
-    (r"10\sqrt{2}", r"\sqrt{200}", True),
-    (r"10\sqrt{2}", "14.142", True),
-    (r"\frac{\sqrt{6}-\sqrt{2}}{4}", r"\sin 15^\circ", True),
-    (r"2+\sqrt{3}", r"\frac{1}{2-\sqrt{3}}", True),
-    (r"\frac{1+\sqrt5}{2}", r"2\cos 36^\circ", True),
-    ("W(n) = 1", "W(x)=1", True),
-    ("x_1 = 2, x_2 = 3", "2, 3", True),
-    ("x_1=2,x_2=3", "3,2", True),
-    ("(3,4),(5,6)", "(5,6), (3,4)", True),
-    ("(3,4),(5,6)", r"\{(5,6),(3,4)\}", True),
-    (r"\text{Monday}", "Tuesday", False),
-    (r"2 \text{ hours}", "2 hrs", True),
-    ("120", r"2 \text{ hours}", False),
-    ("3+4i", "(3,4)", False),
-    (r"\dfrac{\pi}{2}+k\pi", r"\frac{\pi}{2}+\pi k", True),
-    (r"k\pi, k \in \mathbb{Z}", r"\pi k", False),
-]
-
-# Labels of the public cases that this grader does not follow, each with the reason. Everything else there must agree.
-JOINED = "the label joins several boxes of a response; the last box is the answer, since self-corrections are what is studied"
-CONTESTED = {
-    (r"$1 - \frac{1}{\mathrm{e}}$", r"$1 + \frac{1}{\mathrm{e}}$"): "the label calls 0.632 and 1.368 equal",
-    (
-        r"[2^{\frac{1}{2^{1000}}}, \infty)",
-        r"[1,+\infty)",
-    ): "2^(2^-1000) exceeds 1 by 6.9e-302: equal only in double precision",
-    ("$f(x)$", "$f(y)$"): "labelled right and wrong, by the option `strict`; f(x) is not f(y)",
-    ("$${1,2,3}$$", r"\boxed{1},\boxed{2},\boxed{3}"): JOINED,
-    ("$${1,2,3}$$", r"\boxed{1} and \boxed{2} and \boxed{3}"): JOINED,
-    ("$$(3, 3), (1, 1)$$", r"$$\boxed{(3, 3)} \text{ for part (a) and } \boxed{(1, 1)}$$"): JOINED,
-    (
-        r"$x_{1}=10^{\frac{-5+\sqrt{13}}{6}},\quadx_{2}=10^{\frac{-5-\sqrt{13}}{6}}$",
-        r"$\boxed{10^{\frac{\sqrt{13} - 5}{6}}} \quad \text{and} \quad \boxed{10^{-\frac{5 + \sqrt{13}}{6}}}$",
-    ): JOINED,
-    (
-        r"$x_{1}=\frac{1}{2}+\frac{31\sqrt{5}}{216},\quadx_{2}=\frac{1}{2}-\frac{31\sqrt{5}}{216}$",
-        r"$\boxed{\dfrac{108 + 31\sqrt{5}}{216}} \quad \text{and} \quad \boxed{\dfrac{108 - 31\sqrt{5}}{216}}$",
-    ): JOINED,
-    (
-        "$y_{1}=-2 x^{2}+4 x+3, y_{2}=3 x^{2}+12 x+10$",
-        r"\($y_1 = \boxed{-2(x - 1)^2 + 5} \) and \( y_2 = \boxed{3(x + 2)^2 - 2} \) ",
-    ): JOINED,
-}
-
 # (reference answer, prediction): no verdict is asked for but the deadline is, and RIGHT lists those that may be correct
 HOSTILE = [
     ("5", "9^9^9^9"),
@@ -407,29 +178,6 @@ def read(name):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(("gold", "prediction", "right"), CASES)
-def test_case(gold, prediction, right):
-    verdict = grade(gold, prediction)
-    assert verdict.verdict == ("correct" if right else "wrong"), verdict
-
-
-def test_verdict_does_not_depend_on_the_side():
-    answers = sorted({gold for gold, _, _ in CASES if len(gold) < 60})
-    pairs = [
-        (gold, prediction)
-        for gold, prediction, _ in CASES
-        if "boxed" not in prediction and "think" not in prediction
-    ]
-    for a, b in [*pairs, *pairwise(answers), *zip(answers, answers[7:], strict=False)]:
-        assert equal(a, b) == equal(b, a), (a, b)
-
-
-def test_every_answer_equals_itself():
-    for gold, prediction, _ in CASES:
-        for answer in (gold, prediction):
-            assert equal(answer, answer)[0] == "correct"
-
-
 def test_verdict_is_complete_frozen_and_json():
     verdict = grade("033", r"so $\boxed{ 33 }$.")
     expected = Verdict(
@@ -439,43 +187,6 @@ def test_verdict_is_complete_frozen_and_json():
     assert json.loads(json.dumps(asdict(verdict)))["rule"] == "same text"
     with pytest.raises(AttributeError):
         verdict.verdict = "wrong"
-
-
-@pytest.mark.parametrize(
-    ("gold", "prediction", "tier"),
-    [
-        ("42", "42", 0),
-        ("27.0", "27", 0),
-        (r"\frac12", "0.5", 0),
-        (r"\text{(C)}", "C", 0),
-        (r"\sqrt{8}", r"2\sqrt{2}", 1),
-        ("x^2+2x+1", "(x+1)^2", 1),
-        (r"\int_0^1 x^2 dx", "1/3", 2),
-        (r"\sum_{k=1}^{n} k", "n(n+1)/2", 2),
-    ],
-)
-def test_tier(gold, prediction, tier):
-    verdict = grade(gold, prediction, deadline=60)
-    assert (verdict.verdict, verdict.tier) == ("correct", tier)
-
-
-@pytest.mark.parametrize(
-    ("gold", "prediction", "options", "right"),
-    [
-        ("10", r"10\%", {"percent": "value"}, False),
-        ("0.1", r"10\%", {"percent": "value"}, True),
-        ("5 cm", "5 km", {"units": "ignore"}, True),
-        ("5 cm", "5", {"units": "required"}, False),
-        ("5 cm", "5 centimeters", {"units": "required"}, True),
-        ("1, 2", "2, 1", {"order": "strict"}, False),
-        (r"\{1, 2\}", r"\{2, 1\}", {"order": "strict"}, True),
-        (r"\frac13", "0.3333", {"rounding": None}, False),
-        (r"\frac13", "0.33", {"rounding": 2}, True),
-        (r"\frac12", "0.5", {"rounding": None}, True),
-    ],
-)
-def test_options(gold, prediction, options, right):
-    assert grade(gold, prediction, **options).verdict == ("correct" if right else "wrong")
 
 
 def test_mistakes_of_the_caller_are_named():
@@ -628,7 +339,15 @@ def test_public_cases_agree_except_the_contested():
         assert verdict.verdict != "unknown", case
         if (verdict.verdict == "correct") != bool(case["expected"]):
             disagreed.add((case["gold"], case["pred"]))
-    assert disagreed == set(CONTESTED)
+    contested = [
+        json.loads(line)
+        for line in Path(__file__)
+        .with_name("cases")
+        .joinpath("contested.jsonl")
+        .read_text("utf-8")
+        .splitlines()
+    ]
+    assert disagreed == {(case["gold"], case["prediction"]) for case in contested}
 
 
 def test_reference_solutions_of_math500_are_right():

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from kit.grade.deciding.values import Evaluator, context
 from kit.grade.limits import Budget, Undecided, Undefined
-from kit.grade.reading.trees import Node, mentions, symbols
+from kit.grade.trees import Node, mentions, symbols
 
 IMAGINARY_UNIT = ("const", "i")
 PRECISIONS = (50, 120, 400, 900)  # decimal digits; most pairs are decided by the second

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kit.grade.deciding.meaning import is_name, kind, resolve
 from kit.grade.deciding.values import Evaluator
 from kit.grade.limits import Budget, NotNumeric
-from kit.grade.reading.trees import Node, canonical, negate, symbols
+from kit.grade.trees import Node, canonical, negate, symbols
 
 INFINITY = ("const", "inf")
 MINUS_INFINITY = negate(INFINITY)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from kit.grade.reading.trees import Node, canonical, contains, product, rename, substitute_sign, symbols
-from kit.grade.reading.vocabulary import COMPOUND_UNITS, UNITS
+from kit.grade.trees import Node, contains, product, rename, substitute_sign, symbols
+from kit.grade.vocabulary import COMPOUND_UNITS, UNITS
 
 ALL_REALS = frozenset(
     ("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers")
@@ -61,19 +61,9 @@ def resolve(node: Node) -> Node:
     if node[0] in ("list", "set"):
         head = node[:2] if node[0] == "list" else node[:1]
         parts: list[Node] = []
-        name = None
         excluded = None
         for part in map(resolve, node[len(head) :]):
             for item in part[2:] if part[0] == "list" else [part]:
-                if item[0] == "equation" and is_name(item[1]):
-                    name = item[1]
-                elif (
-                    name is not None
-                    and item[0] != "equation"
-                    and node[0] == "list"
-                    and kind(item) in ("scalar", "sequence")
-                ):
-                    item = ("equation", name, item)  # a = 4, -8, -10: all three are a
                 if item[0] == "condition" and item[1] == ("!=",):
                     excluded = item[2][0]
                 elif excluded is not None and node[0] == "list" and kind(item) == "scalar":
@@ -81,9 +71,7 @@ def resolve(node: Node) -> Node:
                 else:
                     excluded = None
                 parts.append(item)
-        return parts[0] if len(parts) == 1 and node[0] == "list" else (*head, *parts)
-    if node[0] == "unit" and node[1][0] == "text":
-        return ("text", f"{node[1][1]} {node[2]}")
+        return (*head, *parts)
     if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
         return resolve(node[1])
     if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
@@ -101,11 +89,6 @@ def resolve(node: Node) -> Node:
         return ("equation", name, place)
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
-    if node[0] in ("minus", "meet") and node[1][0] == node[2][0] == "set":
-        others = {canonical(part) for part in node[2][1:]}
-        return ("set", *(part for part in node[1][1:] if (canonical(part) in others) == (node[0] == "meet")))
-    if node[0] == "union" and all(part[0] == "set" for part in node[1:]):
-        return ("set", *(item for part in node[1:] for item in part[1:]))
     return node
 
 
@@ -134,8 +117,6 @@ def resolve_relation(node: Node) -> Node:
         name = operands[-2]
     if not is_name(name) and is_name(value) and not symbols(name):
         name, value = value, name
-    if contains(value, "pm"):
-        return ("list", ",", *(("equation", name, substitute_sign(value, sign)) for sign in (1, -1)))
     value = resolve(value)
     if value[0] == "list" and name[0] != "seq":
         return ("list", value[1], *(("equation", name, part) for part in value[2:]))
@@ -191,9 +172,8 @@ def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
 
 def unwrap_more(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
     while node[0] in ("percent", "deg", "unit"):
-        unit = UNITS.get(node[2].lower()) if node[0] == "unit" else None
-        if unit in ("degree", "percent"):
-            marks["deg" if unit == "degree" else unit] = ""
+        if node[0] == "unit" and UNITS.get(node[2].lower()) == "degree":
+            marks["deg"] = ""
         else:
             marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
         node = node[1]

@@ -9,7 +9,7 @@ from fractions import Fraction
 from kit.grade.deciding.identities import decimal_of, rounds_to, same_decimals, same_function, same_number
 from kit.grade.deciding.meaning import is_clock, known_units, matrix_value, plain_words, unwrap
 from kit.grade.limits import Budget, NotNumeric, Undefined
-from kit.grade.reading.trees import Node, canonical, contains, mentions, product, rename, symbols
+from kit.grade.trees import Node, canonical, contains, mentions, product, rename, symbols
 
 PI = ("const", "pi")
 
@@ -93,8 +93,6 @@ class ScalarJudge:
         return known_a <= known_b or known_b <= known_a  # dollars are dollars an hour, and 5 apples are 5
 
     def same_expression(self, a: Node, b: Node) -> bool:
-        if canonical(a) == canonical(b):
-            return self.decide("same structure", True)
         if "matrix" in (a[0], b[0]) or contains(a, "matrix") or contains(b, "matrix"):
             computed = [matrix_value(side) for side in (a, b)]
             if None in computed:
@@ -107,8 +105,6 @@ class ScalarJudge:
                 return self.same_symbolic(a, b)
             return self.same_closed(a, b)
         except NotNumeric:
-            if self.similar(a, b):
-                return self.decide("same structure", True)
             if not (contains(a, "big") or contains(b, "big")):
                 return self.decide("not a number", False)
         except Undefined:

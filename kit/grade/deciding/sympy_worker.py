@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 
-from kit.grade.reading.trees import Node, from_json, symbols
-from kit.grade.reading.vocabulary import names
+from kit.grade.trees import Node, from_json, symbols
+from kit.grade.vocabulary import names
 
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 
@@ -28,8 +28,8 @@ _SYMPY_NAMES = {
     "ln": "log",
     "lg": "log",
 }
-_SYMPY_NAMES |= {"max": "Max", "min": "Min", "Re": "re", "Im": "im"}
-_FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm arg") | _SYMPY_NAMES.keys()
+_SYMPY_NAMES |= {"max": "Max", "min": "Min"}
+_FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm") | _SYMPY_NAMES.keys()
 
 
 def build(node: Node, sympy, assumptions: dict[str, dict]):

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from kit.grade.limits import Undecided
-from kit.grade.reading.trees import Node, to_json
+from kit.grade.trees import Node, to_json
 
 MAX_WORKERS = 2  # each holds about 70 MiB; a third thread waits, within its deadline
 START_UP = 60.0  # seconds that importing sympy may take on a busy machine before the worker is given up
@@ -148,7 +148,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def start(seconds: float = START_UP) -> bool:
+def start_worker(seconds: float = START_UP) -> bool:
     """Start a worker and wait until it is ready, so that no question spends its deadline on importing sympy. Whether it is."""
     deadline_at = time.monotonic() + seconds
     worker = pool().borrow(deadline_at)

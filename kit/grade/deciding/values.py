@@ -13,8 +13,8 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from kit.grade.limits import Budget, NotNumeric, TooLarge, Undefined
-from kit.grade.reading.trees import Node, to_json
-from kit.grade.reading.vocabulary import OPAQUE
+from kit.grade.trees import Node, to_json
+from kit.grade.vocabulary import OPAQUE
 
 MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the cap costs under a millisecond
 MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many bits more to reduce it
@@ -224,9 +224,7 @@ class Evaluator:
         if len(numbers) != 1:
             raise NotNumeric(f"{name} of {len(numbers)} values")
         self._check_size(first)
-        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "Re": "re", "Im": "im"}.get(name, name)
-        if name == "det":
-            raise NotNumeric("a determinant")
+        name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
         try:
             return getattr(self.mp, name)(first)
         except ZeroDivisionError as error:

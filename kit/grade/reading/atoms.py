@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kit.grade.limits import ParseError
 from kit.grade.reading.latex import read_command, read_indexed_selection, read_selection, selection
 from kit.grade.reading.numerals import continued, in_base, number_node
-from kit.grade.reading.trees import Node, negate
-from kit.grade.reading.vocabulary import OPAQUE
+from kit.grade.trees import Node
+from kit.grade.vocabulary import OPAQUE
 
 if TYPE_CHECKING:
     from kit.grade.reading.cursor import Cursor
@@ -48,8 +48,6 @@ def read_atom(parser: Cursor) -> Node:
             return _read_set(parser)
         if value in ("|", "\\|"):
             return _read_absolute(parser, str(value))
-        if value == "-":
-            return negate(parser.power())
     if kind == "cmd":
         return read_command(parser, str(value))
     raise ParseError(f"cannot read {value!r}")
@@ -89,13 +87,9 @@ def _is_raised(parser: Cursor) -> bool:
 
 def read_symbol(parser: Cursor, name: str) -> Node:
     kind, value, spaced = parser.tokens[parser.index]
-    if kind == "op" and value == "'" and name in OPAQUE:
-        parser.index += 1
-        name += "'"
-        kind, value, spaced = parser.tokens[parser.index]
-    if kind == "op" and value == "(" and not spaced and len(name.rstrip("'")) == 1:
+    if kind == "op" and value == "(" and not spaced and len(name) == 1:
         mark, depth = parser.index, parser.depth
-        if name[0] in OPAQUE or (
+        if name in OPAQUE or (
             parser.tokens[min(mark + 1, len(parser.tokens) - 1)][0] == "sym" and parser.peek(2) == ("op", ")")
         ):
             parser.index += 1

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from kit.grade.limits import ParseError
 from kit.grade.reading.numerals import number_node
-from kit.grade.reading.trees import Node, invert, negate, product, rename
-from kit.grade.reading.vocabulary import CONSTANTS, FUNCTIONS, GREEK, MATRICES, STRUCTURAL
+from kit.grade.trees import Node, invert, negate, product, rename
+from kit.grade.vocabulary import CONSTANTS, FUNCTIONS, GREEK, MATRICES, STRUCTURAL
 
 if TYPE_CHECKING:
     from kit.grade.reading.cursor import Cursor
@@ -194,8 +194,7 @@ def _environment(parser: Cursor) -> Node:
         return ("list", ",", *(node for row in rows for node in row))
     if name not in MATRICES or len({len(row) for row in rows}) != 1:
         raise ParseError(f"an environment {name} that is not a matrix")
-    matrix = ("matrix", *(tuple(row) for row in rows))
-    return ("call", "det", matrix) if name == "vmatrix" else matrix
+    return ("matrix", *map(tuple, rows))
 
 
 def _environment_name(parser: Cursor) -> str:

@@ -11,8 +11,8 @@ from kit.grade.reading.atoms import read_atom, read_subscript, read_symbol
 from kit.grade.reading.cursor import Cursor
 from kit.grade.reading.numerals import in_base, join_decimal_comma, number_node
 from kit.grade.reading.tokens import clean
-from kit.grade.reading.trees import Node, invert, negate, product
-from kit.grade.reading.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
+from kit.grade.trees import Node, invert, negate, product
+from kit.grade.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
 
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
@@ -207,9 +207,6 @@ class Parser(Cursor):
                     self.index += 2
                     self.expect("}")
                     node = ("deg", node)
-                elif kind == "cmd" and value == "prime":
-                    self.index += 1
-                    node = self._prime(node)
                 else:
                     node = ("pow", node, self._exponent())
             elif self.accept("degree", "circ"):
@@ -231,9 +228,6 @@ class Parser(Cursor):
             return negate(self._exponent())
         self.accept("+")
         node = self.atom()
-        if self.peek() == ("op", "_"):
-            self.index += 1
-            node = read_subscript(self, node)
         if self.accept("^"):
             node = ("pow", node, self._exponent())
         self.depth -= 1

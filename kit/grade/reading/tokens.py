@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from kit.grade.limits import MAX_CHARS, ParseError, TooLarge, Undecided
 from kit.grade.reading.numerals import repeating
-from kit.grade.reading.vocabulary import (
+from kit.grade.vocabulary import (
     CONSTANTS,
     CURRENCIES,
     FONT_COMMANDS,
@@ -289,8 +289,6 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
         tokens.append(("cmd", word, spaced))
     elif lower in ("percent", "pct"):
         tokens.append(("op", "%", spaced))
-    elif lower in ("infinity", "infty"):
-        tokens.append(("cmd", "infty", spaced))
     elif word in GREEK:
         tokens.append(("sym", word, spaced))
     elif word == "in" and tokens and tokens[-1][0] == "sym":

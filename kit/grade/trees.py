@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from kit.grade.reading.vocabulary import OPAQUE
+from kit.grade.vocabulary import OPAQUE
 
 Node = tuple
 

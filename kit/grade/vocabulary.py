@@ -9,7 +9,7 @@ def names(text: str) -> frozenset[str]:
 
 
 FUNCTIONS = names(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min floor ceil abs det Re Im arg"
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min floor ceil abs"
 )
 OPAQUE = frozenset("fghFGH")  # f(2) is never a product
 CONSTANTS = {
@@ -42,7 +42,7 @@ CLOSERS = names("rfloor rceil rvert rVert rangle")
 STRUCTURAL = (
     INFIX_COMMANDS | CLOSERS | names("implies iff mapsto lim limsup liminf atop substack overset underset")
 )
-MATRICES = names("matrix pmatrix bmatrix Bmatrix smallmatrix array vmatrix")
+MATRICES = names("matrix pmatrix bmatrix Bmatrix smallmatrix array")
 MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MULTIPLIERS |= {f"{word}s": value for word, value in MULTIPLIERS.items()}
 # What follows a number in plain words. One-letter units only count inside \text{}: outside it, "5m" is a product.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
 
-NUM_WARPS = 4  # a token of 32 heads of 128 is 16 elements per thread and half
+WARP_ELEMENTS = 512  # of a half head: 16 per thread, two 16-byte loads of bf16
 
 
 def rope_reference(q, k, cos, sin):
@@ -98,13 +98,20 @@ def _turn_in_torch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor
     return y
 
 
+def tile(Hq: int, Hkv: int, D: int) -> dict[str, int]:
+    """Return what a program holds at once, the heads of one token, and the number of its warps."""
+    sizes = {"BLOCK_Q": Hq, "BLOCK_K": Hkv, "BLOCK_HALF": D // 2}
+    blocks = {name: triton.next_power_of_2(size) for name, size in sizes.items()}
+    warps = blocks["BLOCK_Q"] * blocks["BLOCK_HALF"] // WARP_ELEMENTS
+    return blocks | {"num_warps": min(max(1, warps), 8)}
+
+
 def _launch(kernel, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     (T, Hq, D), Hkv = q.shape, k.shape[1]
     if T:
-        blocks = [triton.next_power_of_2(size) for size in (Hq, Hkv, D // 2)]
         with torch.cuda.device_of(q):
-            kernel[(T,)](q, k, cos, sin, q_out, k_out, Hq, Hkv, D, *blocks, num_warps=NUM_WARPS)
+            kernel[(T,)](q, k, cos, sin, q_out, k_out, Hq, Hkv, D, **tile(Hq, Hkv, D))
     return q_out, k_out
 
 

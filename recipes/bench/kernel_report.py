@@ -22,12 +22,25 @@ from pathlib import Path
 from compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
 
 from kit.config import parse
-from kit.kernels import adamw8bit, cross_entropy, linear_cross_entropy_rows, packed_attention_tiles, packing
+from kit.kernels import (
+    adamw8bit,
+    cross_entropy,
+    glu,
+    linear_cross_entropy_rows,
+    packed_attention_tiles,
+    packing,
+    rms_norm,
+    rope,
+)
 from kit.run import write_json
 
 ELEMENTS = ["bf16", "fp16", "fp32"]
 LOGIT_ROWS = ["_logprob_kernel", "_gradient_kernel", "_block_gradient_kernel"]
 HEAD_DIMS = [64, 128, 256]  # Qwen2.5 and Llama-3.2-1B; Llama-3.2-3B and Qwen2.5-3B; Gemma 3
+
+HEADS = [(14, 2, 64), (24, 8, 128), (4, 1, 256)]  # q, k, D: Qwen2.5-0.5B, Llama-3.2-3B, Gemma-3-1B
+NORMALISED = [128, 256, 1_152, 3_072]  # heads; rows of Gemma-3-1B and Llama-3.2-3B
+BOTH_WAYS = ["_forward_kernel", "_backward_kernel"]
 
 
 def _logit_rows(kernel: str, element: str, softcap: float) -> Case:
@@ -84,15 +97,44 @@ def _packing(buffer: str) -> Case:
     )  # fmt: skip
 
 
+def _rms_norm(kernel: str, element: str, H: int) -> Case:
+    sizes = {"N": "i32", "H": "i32:16", "steps": "i32", "eps": "fp32", "offset": "fp32"}
+    held = rms_norm.tile(H)
+    return Case(
+        rms_norm, kernel, element, arguments=sizes | dict.fromkeys(("r_ptr", "parts_ptr"), "*fp32"),
+        constants={name: held[name] for name in held if name.isupper()},
+        num_warps=held["num_warps"], label=f"H {H}",
+    )  # fmt: skip
+
+
+def _rope(kernel: str, element: str, heads: tuple[int, int, int]) -> Case:
+    held = rope.tile(*heads)
+    return Case(
+        rope, kernel, element, arguments={"Hq": "i32", "Hkv": "i32", "D": "i32:16"},
+        constants={name: held[name] for name in held if name.isupper()},
+        num_warps=held["num_warps"], label=f"D {heads[-1]}",
+    )  # fmt: skip
+
+
+def _glu(kernel: str, element: str) -> Case:
+    return Case(
+        glu, kernel, element, arguments={"width": "i32:16", "slope": "fp32", "cube": "fp32"},
+        constants={"BLOCK": glu.BLOCK}, num_warps=glu.NUM_WARPS,
+    )  # fmt: skip
+
+
 def cases() -> list[Case]:
     """Return every kernel in every configuration that a launch uses. Add new kernels here; the test finds
     them."""
     return [
         *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
-        *(_cross_entropy(*case) for case in product(["_forward_kernel", "_backward_kernel"], ELEMENTS)),
+        *(_cross_entropy(*case) for case in product(BOTH_WAYS, ELEMENTS)),
         *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
         *(_adamw8bit(*case) for case in product(["i16", "fp32"], ["i16", "fp32"])),
         *(_packing(buffer) for buffer in ("i32", "i64")),
+        *(_rms_norm(*case) for case in product(BOTH_WAYS, ELEMENTS, NORMALISED)),
+        *(_rope(*case) for case in product(BOTH_WAYS, ELEMENTS, HEADS)),
+        *(_glu(*case) for case in product(BOTH_WAYS, ELEMENTS)),
     ]
 
 

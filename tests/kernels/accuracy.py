@@ -21,7 +21,7 @@ def run(function, inputs, upstream, dtype):
 
 
 def check(function, reference, inputs, upstream, dtype):
-    """Compare outputs and gradients; one unit in the last place more is allowed, as torch may be exact by luck."""
+    """Compare outputs and gradients. One unit in the last place is added: torch may be exact by luck."""
     inputs = [x.to(dtype) for x in inputs]  # the same rounded numbers for all three
     upstream = [dy.to(dtype) for dy in upstream]
     truth = run(reference, inputs, upstream, torch.float64)

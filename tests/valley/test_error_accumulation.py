@@ -94,5 +94,5 @@ def test_lengths_of_answers_with_and_without_a_recheck_are_compared_where_there_
     extra = len(", recheck: 12+0=12 ok") * 4
     assert mixed.reflection_tokens.mean == pytest.approx(extra, abs=6)
     assert mixed.reflection_tokens.low > 0
-    assert "where there are both: +" in explain(BASE, [mixed])[-1]
+    assert "at sizes that have both: +" in explain(BASE, [mixed])[-1]
     assert "cannot be compared" in explain(BASE, [BASE])[-1]

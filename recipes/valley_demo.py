@@ -41,9 +41,7 @@ from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
 @dataclass(frozen=True)
 class Config:
     # model
-    models: str = (
-        "tiny,tinier"  # shipped ones, or folders of others that know the toy; the first has all arms
-    )
+    models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; all arms: the first
     # cells
     arms: str = "long,short,mixed,growing"  # of kit/valley/study.py; the first has all sizes
     sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm

@@ -66,9 +66,7 @@ class Config:
     device: str = "cuda"  # cuda or cpu
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
-    attention: str = (
-        "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is installed and able, else kit
-    )
+    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data
     traces: str = OPENR1  # hub id[:config][@split], or a .jsonl, .json or .parquet file
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped

@@ -1,4 +1,4 @@
-"""`python -m kit.report RUN` writes the report of a run folder anew."""
+"""Write the report of a run folder again: `python -m kit.report RUN`."""
 
 from kit.report.before_after import main
 

@@ -75,7 +75,7 @@ def of_model(path: Path, results: StudyResults, model: str) -> str:
     if not any(curve.points for curve in curves):
         return f"{heading}{notes}<p>Nothing to compare yet.</p>"
     lines, name = findings(curves), short_name(model).lower()
-    paper = {size: float(told) for (of, size), told in PAPER.items() if of == name and told.isdigit()}
+    paper = {size: float(text) for (of, size), text in PAPER.items() if of == name and text.isdigit()}
     figure = valley_figure(curves, results.length_benchmark, paper)
     alt = f"{model}: accuracy and length against the number of traces"
     drawn = embed(path / f"{short_name(model)}.png", figure, alt=alt)

@@ -265,5 +265,6 @@ def reason(status: int, lines: Sequence[str]) -> str:
         out_of_memory = ", as Linux does when memory runs out" if status == -9 else ""
         return f"ended by {signal.Signals(-status).name}{out_of_memory}"
     start = next((i for i in reversed(range(len(lines))) if MESSAGE.match(lines[i])), None)
-    said = " ".join(line.strip() for line in (lines[-3:] if start is None else lines[start:]) if line.strip())
-    return said or f"it ended with status {status} and said nothing"
+    last = lines[-3:] if start is None else lines[start:]
+    message = " ".join(line.strip() for line in last if line.strip())
+    return message or f"it ended with status {status} and printed nothing"

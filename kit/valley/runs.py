@@ -22,7 +22,7 @@ LOWEST, MOST = "lowest", "most"  # starts of reinforcement learning that the res
 RL_SEED = (
     1_000  # + the cell's: the lowest of several points is in part bad luck, so its questions are sampled anew
 )
-REPORT_EVERY = 60.0  # seconds, at least, between two reports of an unfinished study
+REPORT_EVERY = 600.0  # seconds, at least, between two reports of an unfinished study: each takes seconds
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def recipe(monkeypatch):
 
 @pytest.fixture
 def short_context(tmp_path):
-    """The shipped model, said to be made for 32 tokens."""
+    """Return the shipped model with a context of 32 tokens."""
     folder = tmp_path / "short"
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text())

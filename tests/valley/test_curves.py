@@ -1,4 +1,4 @@
-"""The sentences follow from the curves: made-up ones of every shape, and what chance alone makes."""
+"""The sentences follow from the curves: invented ones of every shape, and pure chance."""
 
 import random
 
@@ -69,9 +69,9 @@ PHRASES = (
     ],
 )
 def test_the_sentence_follows_from_the_curve(accuracies, base, shape, phrases, place, seeds):
-    made = curve(accuracies, base=base, seeds=seeds)
-    assert made.shape == shape
-    sentence = findings([made])[0]
+    drawn = curve(accuracies, base=base, seeds=seeds)
+    assert drawn.shape == shape
+    sentence = findings([drawn])[0]
     assert sentence.startswith("Long traces: accuracy ")
     assert {phrase for phrase in PHRASES if phrase in sentence} == phrases
     assert place in sentence
@@ -89,8 +89,8 @@ def test_a_fall_within_the_spread_of_the_seeds_is_not_called_one():
 
 
 def test_a_lower_or_longer_size_that_the_seeds_do_not_agree_on_does_not_hide_what_is_known_of_another():
-    made = curve([0.9, 0.9, 0.7, 0.75], [40, 40, 80, 60])
-    seen = Curve(made.name, made.base, [point(16, 0.5, 400, spread=0.45), *made.points[1:]])
+    drawn = curve([0.9, 0.9, 0.7, 0.75], [40, 40, 80, 60])
+    seen = Curve(drawn.name, drawn.base, [point(16, 0.5, 400, spread=0.45), *drawn.points[1:]])
     seen.points[0].tokens.update(
         {s: dict.fromkeys(tokens, 40 + 500 * s) for s, tokens in seen.points[0].tokens.items()}
     )
@@ -102,8 +102,8 @@ def test_a_lower_or_longer_size_that_the_seeds_do_not_agree_on_does_not_hide_wha
 
 
 def test_an_end_that_the_seeds_do_not_agree_on_is_neither_back_nor_below():
-    made = curve([0.4, 0.05, 0.5, 0.75])
-    wide = Curve(made.name, made.base, [*made.points[:3], point(1_024, 0.7, spread=0.15)])
+    drawn = curve([0.4, 0.05, 0.5, 0.75])
+    wide = Curve(drawn.name, drawn.base, [*drawn.points[:3], point(1_024, 0.7, spread=0.15)])
     assert wide.shape == "unclear"
     assert {phrase for phrase in PHRASES if phrase in findings([wide])[0]} == {
         PHRASES[2],
@@ -136,19 +136,19 @@ def test_a_difference_is_paired_by_question_and_by_seed():
         difference({1: {"a": 1.0}}, {1: {"b": 1.0}})
 
 
-def test_lengths_are_told_as_they_are():
-    def said(tokens):
+def test_the_sentence_about_lengths_follows_from_them():
+    def line(tokens):
         return findings([curve([0.9] * 4, tokens)])[1]
 
     assert (
         "5.0 times as long, at 64 traces (40 to 200 tokens), and shorter again: 2.0 times at 1,024"
-        in said([80, 200, 120, 80])
+        in line([80, 200, 120, 80])
     )
-    assert "5.0 times as long, at 1,024 traces (40 to 200 tokens), the most that were tried." in said(
+    assert "5.0 times as long, at 1,024 traces (40 to 200 tokens), the most that were tried." in line(
         [60, 80, 120, 200]
     )
-    assert "and not shorter again beyond chance: 3.0 times at 1,024" in said([60, 80, 120, 119.99])
-    assert "do not get longer beyond chance at any size (40 tokens before, at most 40 ± " in said(
+    assert "and not shorter again beyond chance: 3.0 times at 1,024" in line([60, 80, 120, 119.99])
+    assert "do not get longer beyond chance at any size (40 tokens before, at most 40 ± " in line(
         [40, 40, 39, 30]
     )
 
@@ -156,12 +156,12 @@ def test_lengths_are_told_as_they_are():
 def test_arms_are_compared_at_the_sizes_they_share():
     long = curve([0.5, 0.1, 0.5, 0.9])
     short = Curve("short traces", long.base, [point(64, 0.9), point(256, 0.5), point(1_024, 0.3)])
-    said = comparison_sentence(long, short)
-    assert said.startswith("Short traces: accuracy is above that of long traces at 64 (")
+    line = comparison_sentence(long, short)
+    assert line.startswith("Short traces: accuracy is above that of long traces at 64 (")
     assert (
-        " and below that of long traces at 1,024 (" in said
-        and "256" not in said
-        and "indistinguishable at the others" in said
+        " and below that of long traces at 1,024 (" in line
+        and "256" not in line
+        and "indistinguishable at the others" in line
     )
     same = Curve("half", long.base, list(long.points))
     assert "indistinguishable from that of long traces at every size" in comparison_sentence(long, same)

@@ -56,23 +56,23 @@ def test_errors_that_only_accumulate_leave_nothing_over():
     assert 0.2 < found.predicted.mean < 0.4
     assert not found.residual.above_zero() and not found.residual.below_zero()
     assert found.causes["a sum is wrong"] == pytest.approx(1 - found.accuracy.mean)
-    said = explain(BASE, [found])
-    assert "the same within chance" in said[0]
+    lines = explain(BASE, [found])
+    assert "the same within chance" in lines[0]
     assert (
-        "Length explains nothing of the fall" in said[1]
+        "Length explains nothing of the fall" in lines[1]
     )  # answers are as long as before: it is p that fell
-    assert "a sum is wrong at 64 (100 %)" in said[2]
+    assert "a sum is wrong at 64 (100 %)" in lines[2]
 
 
 def test_what_goes_wrong_with_the_format_is_left_over():
     found = decompose(64, results(lambda chain, rng: answer(chain, rng, 0.98, box=0.3)))
     assert found.residual.below_zero()
-    said = explain(BASE, [found])
-    assert "a difference of -" in said[0]
-    assert "box differs at 64" in said[2]
+    lines = explain(BASE, [found])
+    assert "a difference of -" in lines[0]
+    assert "box differs at 64" in lines[2]
 
 
-def test_longer_answers_by_themselves_are_told_from_worse_steps():
+def test_longer_answers_by_themselves_are_distinguished_from_worse_steps():
     """The base model errs in one equation in a hundred. Thirty times as many, no worse each, cost it."""
     base = decompose(0, results(lambda chain, rng: answer(chain, rng, 0.99)))
     longer = decompose(64, results(lambda chain, rng: answer(chain, rng, 0.99**30, copies=30)))
@@ -83,16 +83,16 @@ def test_longer_answers_by_themselves_are_told_from_worse_steps():
 
 def test_a_rise_is_not_explained_as_a_fall():
     weak = decompose(0, results(lambda chain, rng: answer(chain, rng, 0.7)))
-    said = " ".join(explain(weak, [decompose(64, results(lambda chain, rng: short_trace(chain)))]))
-    assert "of the fall" not in said and "goes wrong first" not in said
+    lines = " ".join(explain(weak, [decompose(64, results(lambda chain, rng: short_trace(chain)))]))
+    assert "of the fall" not in lines and "goes wrong first" not in lines
 
 
-def test_lengths_of_answers_with_and_without_a_recheck_are_compared_where_there_are_both():
+def test_lengths_of_answers_with_and_without_a_recheck_are_compared_if_there_are_both():
     mixed = decompose(
         64, results(lambda chain, rng: answer(chain, rng, 1.0, copies=1 + (rng.random() < 0.5)), operands=5)
     )
     extra = len(", recheck: 12+0=12 ok") * 4
     assert mixed.reflection_tokens.mean == pytest.approx(extra, abs=6)
     assert mixed.reflection_tokens.low > 0
-    assert "where there are both: +" in explain(BASE, [mixed])[-1]
+    assert "at sizes that have both: +" in explain(BASE, [mixed])[-1]
     assert "cannot be compared" in explain(BASE, [BASE])[-1]

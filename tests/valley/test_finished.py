@@ -1,4 +1,4 @@
-"""Made-up studies: curves, sentences and the report follow from the samples, and change if these change."""
+"""Invented studies: curves, sentences and the report follow from the samples, and change if these change."""
 
 import json
 import random
@@ -101,11 +101,11 @@ TABLE = ("full", "long")
         ([0.5, 0.7, 0.95], 0.4, ["rises from"], ["falls from"]),
     ],
 )
-def test_the_sentence_follows_from_made_up_results(levels, base, phrases, absent, tmp_path):
+def test_the_sentence_follows_from_invented_results(levels, base, phrases, absent, tmp_path):
     path = make_study(tmp_path, study(), {TABLE: levels}, base=base)
-    said = sentences(StudyResults.read(path))
-    assert said[0].startswith("Gemma-3-1b-it, long traces: accuracy ")
-    assert all(phrase in said[0] for phrase in phrases) and not any(phrase in said[0] for phrase in absent)
+    lines = sentences(StudyResults.read(path))
+    assert lines[0].startswith("Gemma-3-1b-it, long traces: accuracy ")
+    assert all(phrase in lines[0] for phrase in phrases) and not any(phrase in lines[0] for phrase in absent)
 
 
 def test_accuracy_is_the_unweighted_mean_of_the_benchmarks_and_length_is_math500s(tmp_path):
@@ -141,9 +141,9 @@ def test_arms_and_methods_are_curves_of_their_own_compared_with_the_first(tmp_pa
         ("gemma-3-1b-it, long traces, QLoRA", [8_000, 32_000]),
         ("gemma-3-1b-it, long traces, one batch size, QLoRA", [32_000]),
     ]
-    said = "\n".join(sentences(StudyResults.read(path)))
-    assert "QLoRA: accuracy is above that of gemma-3-1b-it, long traces at 8,000" in said
-    assert "one batch size: accuracy is below that of gemma-3-1b-it, long traces at 32,000" in said
+    lines = "\n".join(sentences(StudyResults.read(path)))
+    assert "QLoRA: accuracy is above that of gemma-3-1b-it, long traces at 8,000" in lines
+    assert "one batch size: accuracy is below that of gemma-3-1b-it, long traces at 32,000" in lines
 
 
 def test_seeds_are_paired_with_their_own_baseline_and_widen_the_interval(tmp_path):
@@ -155,7 +155,7 @@ def test_seeds_are_paired_with_their_own_baseline_and_widen_the_interval(tmp_pat
     assert several.changes()[0].below_zero() and single.changes()[0].below_zero()
 
 
-def test_a_cell_that_was_measured_otherwise_is_left_out_and_said_so(tmp_path):
+def test_a_cell_that_was_measured_differently_is_left_out_and_named(tmp_path):
     path = make_study(tmp_path, study(sizes=(8_000,)), {TABLE: [0.2]}, header={"prompt": "another"}.items())
     results = StudyResults.read(path)
     refused = results.points(GEMMA)[1]
@@ -202,16 +202,16 @@ def test_a_report_of_a_study_that_has_only_begun_can_be_written_and_a_folder_wit
 
 
 def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_path):
-    def said(levels):
+    def lines(levels):
         path = make_study(tmp_path / str(levels), study(), {TABLE: [0.1, 0.5, 0.5]}, rl=levels)
         page = write_report(path).read_text()
         assert "<h2>Reinforcement learning</h2>" in page and page.count("data:image/png;base64,") == 2
         return [line for line in sentences(StudyResults.read(path)) if "reinforcement" in line]
 
-    base, below, above = said({0: 0.5, 8_000: 0.1, 220_000: 0.95})
+    base, below, above = lines({0: 0.5, 8_000: 0.1, 220_000: 0.95})
     assert "from the base model: accuracy rises" in base and "ends" not in base
     assert "from 8,000 traces: accuracy falls" in below and "it ends below the base model (-" in below
     assert "from 220,000 traces: accuracy rises" in above and "it ends above the base model (+" in above
-    _, alike = said({0: 0.5, 8_000: 0.5})
+    _, alike = lines({0: 0.5, 8_000: 0.5})
     assert "it is not known whether it ends above or below the base model" in alike
-    assert "ends" not in said({8_000: 0.5})[0]  # nothing to compare with
+    assert "ends" not in lines({8_000: 0.5})[0]  # nothing to compare with

@@ -83,7 +83,7 @@ def test_the_first_thing_wrong_is_found_and_wrong_steps_are_marked(text, cause, 
     assert cause in ("", *CAUSES)
 
 
-def test_an_answer_that_is_cut_off_is_called_so_only_where_nothing_was_wrong_before():
+def test_an_answer_that_is_cut_off_is_called_so_only_if_nothing_was_wrong_before():
     assert dissect(PROBLEM, "7+5=12;12-", finished=False).cause == "cut off"
     assert dissect(PROBLEM, "", finished=False).cause == "cut off"
     assert dissect(PROBLEM, "7+5=13;13-", finished=False).cause == "a sum is wrong"

@@ -291,7 +291,7 @@ def test_leaving_a_study_early_ends_its_processes(recipe, tmp_path):
             "ValueError: b ok",
         ),
         (1, ["one", "two", "three", "four"], "two three four"),
-        (7, [], "it ended with status 7 and said nothing"),
+        (7, [], "it ended with status 7 and printed nothing"),
         (-signal.SIGTERM, ["ValueError: x"], "ended by SIGTERM"),
     ],
 )

@@ -65,7 +65,7 @@ def test_every_number_of_the_paper_is_of_a_model_and_size_that_a_sweep_can_have(
     names = {short_name(model).lower() for model in MODELS}
     assert {name for name, _ in PAPER} <= names
     assert {size for _, size in PAPER} <= {0, *(row.traces for row in TABLE)}
-    assert {key: said for key, said in PAPER.items() if said.isdigit()} == {
+    assert {key: text for key, text in PAPER.items() if text.isdigit()} == {
         ("gemma-3-1b-it", 0): "24",
         ("gemma-3-1b-it", 220_000): "15",
         ("qwen2.5-0.5b-instruct", 0): "14",

@@ -200,10 +200,10 @@ def plan_memory(
     qlora_rank: int,
     report: Callable[[str], None] = print,
 ) -> dict[tuple[str, str], Plan | str]:
-    """Return (model, method) -> its plan, or why there is none. Takes seconds each, up to a minute with
-    gpu_gb.
+    """Return (model, method) -> its plan, or why there is none.
 
-    gpu_gb: choose settings that fit; 0 = the defaults. report: receives one line per plan.
+    gpu_gb: choose settings that fit, in up to a minute each; 0 = the defaults, in seconds. report: receives
+    one line per plan.
     """
     found: dict[tuple[str, str], Plan | str] = {}
     for model, method in dict.fromkeys((cell.model, cell.method) for cell in cells):

@@ -62,6 +62,14 @@ def test_without_a_kl_there_is_no_reference_and_an_update_is_a_training_step_wit
     assert one_row <= without.update.peak <= one_row + gradients
 
 
+def test_an_update_finds_the_gradients_of_an_earlier_row(tmp_path):
+    config = {"model_type": "llama", **SMALL, "num_hidden_layers": 2, "vocab_size": 20_000}  # mostly head
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, settings = str(tmp_path), replace(SETTINGS, row_tokens=200, kl_coef=0.0)
+    one_row, two_rows = (plan(model, row_tokens=200, savings=LEAN, rows=rows).peak for rows in (1, 2))
+    assert plan_rl(model, settings=settings, savings=LEAN).update.peak >= two_rows > 1.1 * one_row
+
+
 def test_adapters_need_no_reference(small_model):
     found = plan_rl(small_model, settings=SETTINGS, savings=LEAN, qlora_rank=4)
     assert REFERENCE not in found.update.owners and REFERENCE not in found.sampling.owners

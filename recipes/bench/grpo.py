@@ -1,17 +1,18 @@
-"""Reinforcement learning on the same toy task from the same weights, ours and TRL's GRPOTrainer: reward, wall time, peak memory.
+"""Reinforcement learning on the same toy task: ours and TRL's GRPOTrainer, by reward, time and peak memory.
 
-    python recipes/bench/grpo.py                                      the shipped tiny model with noise on it
-    python recipes/bench/grpo.py --hidden_size 264 --num_layers 5     a Llama of that shape, which begins as the same function
-    python recipes/bench/grpo.py --repeats 3                          each three times, alternately: for a machine that others use
-    python recipes/bench/grpo.py --smoke                              two steps
+    python recipes/bench/grpo.py                                   the shipped tiny model with noise on it
+    python recipes/bench/grpo.py --hidden_size 264 --num_layers 5  a larger Llama, the same function at first
+    python recipes/bench/grpo.py --repeats 3                       three runs of each, for a busy machine
+    python recipes/bench/grpo.py --smoke                           two steps
 
 Both get the same start, prompts, rewards (kit.grade.verdict), group size, learning rate, AdamW, DAPO's token
-normaliser, advantages scaled by the group's deviation, no KL, one update a rollout; and are otherwise what
-they are by default: TRL samples with model.generate. Each runs in a process of its own, whose highest memory
-counts, libraries included; what a process takes that has only imported the model's class, as both must, is
-measured beside them. Time is from the first rollout to the last update. The random numbers differ, so rewards
-are compared as means over the last quarter of the steps. Left out on purpose: evaluation, saving, vLLM (which
-TRL can use on a card).
+mean, advantages divided by the group's standard deviation, no KL, and one update per rollout. Everything else
+is each program's default: TRL samples with model.generate.
+
+Each runs in a process of its own, whose peak memory is reported, libraries included. A process that has only
+imported the model's class, as both must, is measured as well. Time is from the first rollout to the last
+update. The random numbers differ, so rewards are compared as means over the last quarter of the steps.
+Left out on purpose: evaluation, saving, and vLLM (which TRL can use on a card).
 """
 
 import importlib.util
@@ -45,25 +46,25 @@ from kit.run import digest, write_json
 @dataclass(frozen=True)
 class Config:
     # model
-    weaken: float = 0.2  # noise on the shipped tiny model's weights, in their standard deviations: so that there is much to learn
-    hidden_size: int = 0  # grown to this width, a multiple of 24 from its own 96 on; 0 = as it is
-    num_layers: int = 4  # where it is grown; at least its own 3
+    weaken: float = 0.2  # noise on the tiny model's weights, in standard deviations, to leave much to learn
+    hidden_size: int = 0  # grow the model to this width, a multiple of 24 from its own 96 on; 0 = as it is
+    num_layers: int = 4  # of the grown model, at least its own 3
     # task
     min_operands: int = 3  # of the toy's problems
     max_operands: int = 6
     # algorithm
     steps: int = 30  # rollouts, one update each
     batch_prompts: int = 2  # prompts per step
-    group_size: int = 8  # completions a prompt
+    group_size: int = 8  # completions per prompt
     max_new_tokens: int = 64  # tokens per completion
     row_tokens: int = (
-        512  # tokens of our rows, which bound what activations take; TRL's batch is all completions, padded
+        512  # tokens per row of ours, the unit of its activations; TRL's is all completions, padded
     )
     lr: float = 1e-4  # constant
     seed: int = 0  # of everything
     # run
-    repeats: int = 1  # runs of each, alternately; the fastest counts
-    json: str = ""  # file for the figures; "" = none
+    repeats: int = 1  # runs of each, in turns; the fastest counts
+    json: str = ""  # file for the results; "" = none
     smoke: bool = False  # two steps
 
 
@@ -77,32 +78,28 @@ def main(config: Config) -> list[dict]:
     if not importlib.util.find_spec("trl"):
         print("TRL is not installed (pip install trl): not compared")
         del contestants["TRL GRPOTrainer"]
+
     runs = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
         size = _apart(_write_start, config, folder)
-        what = f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions of up to {config.max_new_tokens}"
-        print(f"\nGRPO on the toy: {size:,} parameters, {what} tokens")
+        steps = f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions"
+        print(f"\nGRPO on the toy: {size:,} parameters, {steps} of up to {config.max_new_tokens} tokens")
         libraries = _libraries_gib()
         print(f"  torch and transformers' Llama, imported and nothing else: {libraries:.2f} GiB")
-        for turn in range(config.repeats):  # in turns: what else runs on the machine slows down both
+        for turn in range(config.repeats):  # in turns, so that other work on the machine slows down both
             for name, contestant in contestants.items():
                 runs[name].append(_apart(contestant, config, folder))
                 if config.repeats > 1:
                     print(f"  turn {turn + 1}: {name} {runs[name][-1]['seconds']:.1f} s", flush=True)
+
     rows = []
     for name, found in runs.items():
-        seconds = [run["seconds"] for run in found]
-        rows.append(
-            {
-                "name": name,
-                "parameters": size,
-                **min(found, key=lambda run: run["seconds"]),
-                "all_seconds": seconds,
-            }
-        )
+        fastest = min(found, key=lambda run: run["seconds"])
+        all_seconds = [run["seconds"] for run in found]
+        rows.append({"name": name, "parameters": size, **fastest, "all_seconds": all_seconds})
         print(
-            "  {name:<16}{seconds:8.1f} s  peak {peak_gib:5.2f} GiB ({rise_gib:5.2f} above the start of training)  "
-            "reward {first:.3f} in the first quarter, {last:.3f} in the last".format(**rows[-1])
+            "  {name:<16}{seconds:8.1f} s  peak {peak_gib:5.2f} GiB ({rise_gib:5.2f} above the start of "
+            "training)  reward {first:.3f} in the first quarter, {last:.3f} in the last".format(**rows[-1])
         )
     if len(rows) == 2:
         seconds, peak, rise = (rows[0][key] / rows[1][key] for key in ("seconds", "peak_gib", "rise_gib"))
@@ -111,33 +108,31 @@ def main(config: Config) -> list[dict]:
             f"{libraries / rows[1]['peak_gib']:.2f}x), {rise:.2f}x what training added to it"
         )
     if config.json:
-        write_json(
-            Path(config.json),
-            {
-                "machine": describe_machine(),
-                "config": asdict(config),
-                "libraries_gib": libraries,
-                "rows": rows,
-            },
-        )
+        what = {"machine": describe_machine(), "config": asdict(config)}
+        write_json(Path(config.json), {**what, "libraries_gib": libraries, "rows": rows})
     return rows
 
 
 def _libraries_gib() -> float:
-    """What a process holds that has imported what any contestant must; nan where the system does not say."""
-    lines = "from transformers import LlamaForCausalLM; from kit.machine import peak_resident_bytes; print(peak_resident_bytes())"
-    done = subprocess.run([sys.executable, "-c", lines], stdout=subprocess.PIPE, text=True, check=True)
+    """Measure a process that has only imported what both must; nan if the system does not report it."""
+    lines = (
+        "from transformers import LlamaForCausalLM",
+        "from kit.machine import peak_resident_bytes",
+        "print(peak_resident_bytes())",
+    )
+    command = [sys.executable, "-c", "; ".join(lines)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return math.nan if (peak := done.stdout.split()[-1]) == "None" else int(peak) / GIB
 
 
 def _apart(call, config: Config, folder: str):
-    """In a process of its own: a peak is the highest ever."""
+    """Call it in a process of its own, since a process's peak memory never falls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(call, config, folder, torch.get_num_threads()).result()
 
 
 def _write_start(config: Config, folder: str, threads: int) -> int:
-    """The weights both start from, as a folder."""
+    """Write the weights that both start from to a folder. Return the number of parameters."""
     from grpo_qwen2_5_0_5b import weaken
 
     torch.set_num_threads(threads)
@@ -152,66 +147,79 @@ def _write_start(config: Config, folder: str, threads: int) -> int:
 
 @torch.no_grad()
 def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
-    """A wider and deeper Llama that computes what `model` computes, up to rounding.
+    """Return a wider and deeper Llama that computes what `model` computes, up to rounding.
 
-    The old weights are the corners of the new ones. What adds to the residual stream begins as zeros outside of them, so nothing
-    reaches its new places; the rest is random, and everything learns. Raises ValueError for sizes that it cannot grow to.
+    The old weights are the corners of the new ones. Weights that write to the residual stream start as zeros
+    outside of them, so nothing reaches its new places; the rest is random, and everything learns.
+    Raises ValueError for sizes that the model cannot grow to.
     """
-    old, H, heads = model.config, hidden_size, hidden_size // model.config.head_dim
+    old, H = model.config, hidden_size
+    heads = H // old.head_dim
     if old.hidden_size > H or num_layers < old.num_hidden_layers or H % old.head_dim:
-        width, depth = (
-            max(-(-H // old.head_dim) * old.head_dim, old.hidden_size),
-            max(num_layers, old.num_hidden_layers),
-        )
+        width = max(-(-H // old.head_dim) * old.head_dim, old.hidden_size)
+        depth = max(num_layers, old.num_hidden_layers)
         raise ValueError(
-            f"hidden_size is {H} and num_layers {num_layers} but the model has {old.hidden_size} and {old.num_hidden_layers}, "
-            f"and grows by heads of {old.head_dim}; pass --hidden_size {width} --num_layers {depth}"
+            f"hidden_size is {H} and num_layers {num_layers} but the model has {old.hidden_size} and "
+            f"{old.num_hidden_layers}, and grows by heads of {old.head_dim}; pass --hidden_size {width} "
+            f"--num_layers {depth}"
         )
-    shape = {"hidden_size": H, "intermediate_size": 3 * H, "num_hidden_layers": num_layers, "num_attention_heads": heads,
-             "num_key_value_heads": heads, "rms_norm_eps": old.rms_norm_eps * old.hidden_size / H}  # fmt: skip
-    new = LlamaForCausalLM(LlamaConfig(**old.to_diff_dict() | shape, attn_implementation=REGISTERED["kit"]))
+
+    shape = {
+        "hidden_size": H,
+        "intermediate_size": 3 * H,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "rms_norm_eps": old.rms_norm_eps * old.hidden_size / H,
+    }
+    settings = LlamaConfig(**old.to_diff_dict() | shape, attn_implementation=REGISTERED["kit"])
+    new = LlamaForCausalLM(settings)
     corners = dict(model.named_parameters())
     for name, weight in new.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
             weight.zero_()
         if (corner := corners.get(name)) is None:
             continue
-        if weight.dim() == 1:  # a norm, whose mean is now taken over more places
+        if weight.dim() == 1:  # a norm, whose mean is now over more places
             corner = corner * (old.hidden_size / H) ** 0.5
         weight[tuple(map(slice, corner.shape))] = corner
     return new
 
 
 def _questions(config: Config) -> list[Question]:
-    rows = make_rows(
-        "short",
-        1_000,
-        seed=config.seed + 2,
-        min_operands=config.min_operands,
-        max_operands=config.max_operands,
-    )
+    operands = {"min_operands": config.min_operands, "max_operands": config.max_operands}
+    rows = make_rows("short", 1_000, seed=config.seed + 2, **operands)
     return [Question(digest(row["problem"])[:12], row["problem"], row["answer"]) for row in rows]
 
 
 def _result(seconds: float, rewards: list[float], before: int | None) -> dict:
     quarter, peak = max(len(rewards) // 4, 1), peak_resident_bytes()
     known = peak is not None and before is not None
-    return {"seconds": seconds, "first": fmean(rewards[:quarter]), "last": fmean(rewards[-quarter:]), "rewards": rewards,
-            "peak_gib": peak / GIB if known else math.nan, "rise_gib": (peak - before) / GIB if known else math.nan}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "first": fmean(rewards[:quarter]),
+        "last": fmean(rewards[-quarter:]),
+        "rewards": rewards,
+        "peak_gib": peak / GIB if known else math.nan,
+        "rise_gib": (peak - before) / GIB if known else math.nan,
+    }
 
 
 def _ours(config: Config, folder: str, threads: int) -> dict:
     torch.set_num_threads(threads)
     model, tokenizer = models.load(str(Path(folder) / "start"), device="cpu")
     settings = Settings(
-        group_size=config.group_size, max_new_tokens=config.max_new_tokens, num_slots=config.batch_prompts * config.group_size,
-        row_tokens=config.row_tokens, minibatch_prompts=config.batch_prompts, kl_coef=0.0, normaliser="tokens", seed=config.seed,
-    )  # fmt: skip
-    policy, questions, rewards = (
-        Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=config.lr),
-        _questions(config),
-        [],
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        num_slots=config.batch_prompts * config.group_size,
+        row_tokens=config.row_tokens,
+        minibatch_prompts=config.batch_prompts,
+        kl_coef=0.0,
+        normaliser="tokens",
+        seed=config.seed,
     )
+    policy = Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=config.lr)
+    questions, rewards = _questions(config), []
     before, start = peak_resident_bytes(), time.perf_counter()
     for _ in range(config.steps):
         prompts = draw(questions, policy.drawn, config.batch_prompts, seed=config.seed)
@@ -245,11 +253,24 @@ def _trl(config: Config, folder: str, threads: int) -> dict:
             rewards.extend([logs["reward"]] if "reward" in (logs or {}) else [])
 
     settings = GRPOConfig(
-        output_dir=folder, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-        per_device_train_batch_size=config.batch_prompts * config.group_size, num_generations=config.group_size,
-        max_completion_length=config.max_new_tokens, max_steps=config.steps, learning_rate=config.lr, beta=0.0, loss_type="dapo",
-        lr_scheduler_type="constant", shuffle_dataset=False, seed=config.seed,
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        per_device_train_batch_size=config.batch_prompts * config.group_size,
+        num_generations=config.group_size,
+        max_completion_length=config.max_new_tokens,
+        max_steps=config.steps,
+        learning_rate=config.lr,
+        beta=0.0,
+        loss_type="dapo",
+        lr_scheduler_type="constant",
+        shuffle_dataset=False,
+        seed=config.seed,
+    )
     trainer = GRPOTrainer(
         model, reward, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rewards()]
     )

@@ -51,6 +51,7 @@ def test_a_grown_model_computes_the_same_and_learns_everywhere(bench, hidden_siz
     ("hidden_size", "num_layers", "fitting"), [(72, 4, "96.*4"), (100, 3, "120.*3"), (96, 2, "96.*3")]
 )
 def test_a_model_does_not_grow_smaller_or_by_parts_of_a_head(bench, hidden_size, num_layers, fitting):
-    message = f"hidden_size is {hidden_size} and num_layers {num_layers} but the model has 96 and 3, and grows.*{fitting}$"
+    asked = f"hidden_size is {hidden_size} and num_layers {num_layers}"
+    message = f"{asked} but the model has 96 and 3, and grows.*{fitting}$"
     with pytest.raises(ValueError, match=message):
         bench.grown(load("tiny", device="cpu")[0], hidden_size, num_layers)

@@ -9,16 +9,17 @@ import pytest
 import torch
 from children import run_recipe
 
-from kit.config import parse
+from kit.config import parse, part_of
 from kit.machine import CONTEXT, GIB
 from kit.models.loading import TINY
+from kit.train.savings import Savings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with the shipped model's config, of one layer: a plan reads nothing else, and its time grows with the layers."""
+    """Write the shipped model's config with one layer to a folder. A plan reads nothing else."""
     folder = tmp_path_factory.mktemp("one_layer")
     config = json.loads((TINY / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
@@ -70,12 +71,19 @@ def test_no_more_answers_at_once_are_chosen_than_a_rollout_has(recipe, model):
     )  # the fastest settings: nothing else changes
 
 
+def test_savings_that_a_mini_batch_of_several_rows_cannot_have_are_refused_with_the_flags(recipe):
+    with pytest.raises(ValueError, match=r"update_in_backward is on .* pass --no_update_in_backward"):
+        parse(recipe.Config, ["--update_in_backward"])
+    with pytest.raises(ValueError, match="group_size is 1"):
+        parse(recipe.Config, ["--group_size", "1"])
+    with pytest.raises(ValueError, match="logit_rows is -1"):
+        parse(recipe.Config, ["--logit_rows", "-1"])
+
+
 def test_the_settings_chosen_for_a_card_are_those_that_are_trained_with(recipe, model):
     config = parse(recipe.Config, [*small(model), "--gpu_gb", "0.75"])
     chosen, planned = recipe.plan_memory(config)
-    saved = {name: value for name, value in vars(planned.update.savings).items() if hasattr(config, name)}
-    assert {name: getattr(chosen, name) for name in saved} == saved
-    assert {name: getattr(config, name) for name in saved} != saved
+    assert part_of(chosen, Savings) == planned.update.savings != part_of(config, Savings)
 
 
 @pytest.mark.parametrize("flags", [[], ["--gpu_gb", "24", "--batch_prompts", "2", "--group_size", "2"]])

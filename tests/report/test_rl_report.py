@@ -6,12 +6,14 @@ from kit.report.rl import write_report
 from kit.run import Journal
 
 HOSTILE = "<script>alert(1)</script> let me recheck \ud800 \\boxed{2}"
-STEP = {"reward_mean": 0.25, "no_signal": 0.5, "length": 9.0, "entropy": 1.0, "ratio_mean": 1.0, "ratio_min": 0.9,
-        "ratio_max": 1.1, "rollout_seconds": 2.0, "update_seconds": 1.0}  # fmt: skip
+STEP = {
+    "reward_mean": 0.25, "no_signal": 0.5, "length": 9.0, "entropy": 1.0,
+    "ratio_mean": 1.0, "ratio_min": 0.9, "ratio_max": 1.1, "rollout_seconds": 2.0, "update_seconds": 1.0,
+}  # fmt: skip
 
 
 def make_run(path, *, steps=0, shares=None):
-    """shares: stage -> share of right answers of four questions, ten samples each."""
+    """Write a run. shares: stage -> share of right answers, of four questions with ten samples each."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model": "some <model>", "lr": 5e-7}))
     for stage, share in (shares or {}).items():
@@ -20,47 +22,35 @@ def make_run(path, *, steps=0, shares=None):
         for question in range(4):
             for sample in range(10):
                 verdict = "correct" if sample < 10 * share else "wrong"
-                journal.append({"question": f"q{question}", "problem": "1?", "sample": sample, "tokens": 9, "verdict": verdict,
-                                "finished": True, "text": HOSTILE, "prediction": "1", "gold": "1", "rule": "text"})  # fmt: skip
+                graded = {"verdict": verdict, "prediction": "1", "gold": "1", "rule": "text"}
+                row = {"question": f"q{question}", "problem": "1?", "sample": sample, "tokens": 9}
+                journal.append({**row, **graded, "finished": True, "text": HOSTILE})
     for step in range(1, steps + 1):
         row = {"step": step, **STEP, "kl": 1e-3, "rejected: undecided": 2}
         Journal(path / "metrics.jsonl").append(row)
         for reward, finished in ((0.0, False), (1.0, True)):
-            Journal(path / "rollouts.jsonl").append(
-                {
-                    "step": step,
-                    "question": "q",
-                    "reward": reward,
-                    "tokens": 7,
-                    "finished": finished,
-                    "text": HOSTILE,
-                }
-            )
+            answer = {"tokens": 7, "finished": finished, "text": HOSTILE}
+            row = {"step": step, "question": "q", "reward": reward, **answer}
+            Journal(path / "rollouts.jsonl").append(row)
     return path
 
 
 def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_write(tmp_path):
-    page = write_report(
-        make_run(tmp_path / "run", steps=20, shares={"before": 0.1, "after": 0.9})
-    ).read_text()
+    run = make_run(tmp_path / "run", steps=20, shares={"before": 0.1, "after": 0.9})
+    page = write_report(run).read_text()
     assert "toy: accuracy rose, 10.0 % to 90.0 % (difference +80.0 points" in page
-    assert (
-        "20 steps: mean reward 0.250 in the first tenth, 0.250 in the last; 40 s of sampling and grading, 20 s of updates; 40 "
-        in page
-    )
+    assert "20 steps: mean reward 0.250 in the first tenth, 0.250 in the last; 40 s of sampling" in page
+    assert "and grading, 20 s of updates; 40 answers left out because" in page
     assert "<b>90.0 %</b>" in page and "some &lt;model&gt;, reinforcement learning" in page
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "<mark>recheck</mark>" in page and page.count("data:image/png;base64,") == 1
-    assert [f"step {step}</summary>" in page for step in (1, 2, 20)] == [
-        True,
-        False,
-        True,
-    ]  # six of them, evenly
+    shown = [step for step in range(1, 21) if f">step {step}</summary>" in page]
+    assert len(shown) == 6 and shown[0] == 1 and shown[-1] == 20  # evenly spaced
     assert page.count("reward 0.0, 7 tokens (cut off)") == page.count("reward 1.0, 7 tokens<") == 6
 
 
 def test_an_unfinished_run_has_a_report_and_a_folder_without_a_run_none(tmp_path):
-    assert "No step has been made yet." in write_report(make_run(tmp_path / "empty")).read_text()
+    assert "No step is finished yet." in write_report(make_run(tmp_path / "empty")).read_text()
     assert (
         "3 steps" in write_report(make_run(tmp_path / "begun", steps=3, shares={"before": 0.5})).read_text()
     )

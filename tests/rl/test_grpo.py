@@ -24,17 +24,13 @@ from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
 BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl_coef=0.0)
-REWARDS = [
-    [0.0, 1.0, 0.25, 1.0],
-    [0.0, 0.0, 1.0, 0.0],
-    [0.5, 0.5, 0.5, 0.5],
-]  # the last group teaches nothing
+REWARDS = [[0.0, 1.0, 0.25, 1.0], [0.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]]  # the last group: no signal
 LENGTHS = [[3, 9, 1, 5], [24, 2, 7, 11], [4, 6, 8, 2]]
 TRUNCATED = {(1, 0), (0, 1), (2, 3)}
 
 
 def plain_logprobs(model, episode, temperature):
-    """Log-probs of the completion's tokens, from full logits of this episode alone."""
+    """Compute the log-probs of the completion's tokens from full logits of this episode alone."""
     ids = torch.tensor(episode.prompt + episode.completion.ids)
     hidden = hidden_states(model, PackedBatch.build([Document(ids, len(episode.prompt))]))
     logprobs = (hidden @ head_weight(model).T / temperature).log_softmax(-1)
@@ -43,27 +39,25 @@ def plain_logprobs(model, episode, temperature):
 
 
 def make_episodes(model, *, temperature=1.0, noise=0.3, seed=0, rewards=REWARDS):
-    """Random tokens, and as sampler's log-probs the model's own with noise: ratios on both sides of the clip range."""
+    """Make episodes of random tokens. The sampler's log-probs are the model's own plus noise, which
+    gives ratios on both sides of the clip range."""
     generator = torch.Generator().manual_seed(seed)
     episodes = []
     for g, (group, lengths) in enumerate(zip(rewards, LENGTHS, strict=True)):
         prompt = torch.randint(3, 97, (5 + 3 * g,), generator=generator).tolist()
         for i, (reward, length) in enumerate(zip(group, lengths, strict=True)):
             ids = torch.randint(3, 97, (length,), generator=generator).tolist()
-            episode = Episode(
-                g, f"q{g}", prompt, Completion(ids, [0.0] * length, (g, i) not in TRUNCATED), reward
-            )
+            completion = Completion(ids, [0.0] * length, finished=(g, i) not in TRUNCATED)
+            episode = Episode(g, f"q{g}", prompt, completion, reward)
             with torch.no_grad():
                 logprobs = plain_logprobs(model, episode, temperature)
             logprobs = logprobs + noise * torch.randn(length, generator=generator)
-            episodes.append(
-                replace(episode, completion=replace(episode.completion, logprobs=logprobs.tolist()))
-            )
+            episodes.append(replace(episode, completion=replace(completion, logprobs=logprobs.tolist())))
     return episodes
 
 
 def formula(model, reference, episodes, s: Settings):
-    """GRPO's loss as the papers write it."""
+    """Compute GRPO's loss as the papers write it."""
     dtype = head_weight(model).dtype
     groups = {}
     for episode in episodes:
@@ -113,24 +107,24 @@ OPTIONS = {
     "GRPO": {},
     "no std": {"advantage_scale": "none"},
     "tokens": {"normaliser": "tokens"},
-
     "clip low": {"clip_low": 0.05},
     "clip high": {"clip_high": 0.6},
     "KL": {"kl_coef": 0.3},
-
     "GSPO": {"ratio": "sequence"},
     "GSPO, KL": {"ratio": "sequence", "kl_coef": 0.3, "clip_low": 0.01, "clip_high": 0.02},
     "GSPO, masked": {"ratio": "sequence", "mask_truncated": True, "normaliser": "tokens", "temperature": 0.7},
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
-
-
     "temperature": {"temperature": 0.7},
-
-
-    "all at once": {"advantage_scale": "none", "normaliser": "tokens", "clip_high": 0.28, "kl_coef": 0.1,
-                    "mask_truncated": True, "temperature": 1.3},
-}  # fmt: skip
+    "all at once": {
+        "advantage_scale": "none",
+        "normaliser": "tokens",
+        "clip_high": 0.28,
+        "kl_coef": 0.1,
+        "mask_truncated": True,
+        "temperature": 1.3,
+    },
+}
 
 
 @pytest.mark.parametrize(("name", "recompute"), [*((name, True) for name in OPTIONS), ("all at once", False)])
@@ -151,7 +145,7 @@ def test_loss_and_gradients_are_the_formulas(name, recompute):
     assert found["updates"] == 1
     assert true_gradient.norm() > 1e-3
     assert (ours - true_gradient).norm() <= 2 * (gradient - true_gradient).norm()
-    magnitude = true_gradient.norm().item()  # the loss is a difference: its size says nothing of its terms
+    magnitude = true_gradient.norm().item()  # the loss is a difference, often far smaller than its terms
     assert abs(found["loss"] - truth) <= 2 * max(abs(loss - truth), 2**-23 * max(1.0, magnitude))
 
 
@@ -166,34 +160,38 @@ def test_what_is_measured_is_what_the_formulas_give():
         rewards = torch.tensor(REWARDS[group])
         for episode, reward in zip([e for e in episodes if e.group == group], rewards, strict=True):
             with torch.no_grad():
-                ratio = (
-                    plain_logprobs(model, episode, 1.0) - torch.tensor(episode.completion.logprobs)
-                ).exp()
+                logprobs = plain_logprobs(model, episode, 1.0)
+            ratio = (logprobs - torch.tensor(episode.completion.logprobs)).exp()
             ratios.append(ratio)
             signs.append((reward - rewards.mean()).sign().expand_as(ratio))
     ratio, sign = torch.cat(ratios), torch.cat(signs)
     expected = {
-        "ratio_min": ratio.min().item(), "ratio_mean": ratio.mean().item(), "ratio_max": ratio.max().item(),
-        "sampler_ratio_min": ratio.min().item(), "sampler_ratio_max": ratio.max().item(),
+        "ratio_min": ratio.min().item(),
+        "ratio_mean": ratio.mean().item(),
+        "ratio_max": ratio.max().item(),
+        "sampler_ratio_min": ratio.min().item(),
+        "sampler_ratio_max": ratio.max().item(),
         "clipped_low": ((ratio < 0.9) & (sign < 0)).float().mean().item(),
         "clipped_high": ((ratio > 1.15) & (sign > 0)).float().mean().item(),
         "kl": 0.0,  # the policy has not moved
-        "reward_mean": 5.25 / 12, "no_signal": 1 / 3, "truncated": 3 / 12, "length": sum(map(sum, LENGTHS)) / 12,
+        "reward_mean": 5.25 / 12,
+        "no_signal": 1 / 3,
+        "truncated": 3 / 12,
+        "length": sum(map(sum, LENGTHS)) / 12,
         "entropy": -sum(x for e in episodes for x in e.completion.logprobs) / sum(map(sum, LENGTHS)),
-        "episodes": 12, "groups": 3, "updates": 1, "empty_minibatches": 0,
-    }  # fmt: skip
-    assert (
-        expected["clipped_low"] > 0
-        and expected["clipped_high"] > 0
-        and expected["clipped_low"] != expected["clipped_high"]
-    )
+        "episodes": 12,
+        "groups": 3,
+        "updates": 1,
+        "empty_minibatches": 0,
+    }
+    assert 0 < expected["clipped_low"] != expected["clipped_high"] > 0
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert found["reward_std"] == pytest.approx(torch.tensor(REWARDS).std(correction=0).item())
 
 
 def test_a_rollouts_mini_batches_share_the_old_log_probs_of_the_policy_that_sampled():
-    """Two mini-batches are two optimizer steps: the second one's ratio is against the weights before the first."""
+    """Two mini-batches are two optimizer steps. The second's ratio is against the weights of the rollout."""
     settings = replace(BASE, minibatch_prompts=1)
     model = make_model("llama")
     before = copy.deepcopy(model)
@@ -266,17 +264,22 @@ def test_groups_that_teach_nothing_cost_no_forward_pass_without_a_kl():
 
 
 def test_a_group_of_one_is_refused_with_the_reason():
-    with pytest.raises(
-        ValueError, match="group_size is 1 but an advantage compares a completion with others"
-    ):
+    with pytest.raises(ValueError, match="group_size is 1 but an advantage compares a completion with"):
         Settings(group_size=1)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0.0), ("kl_coef", -0.1), ("normaliser", "rows"), ("advantage_scale", "batch"), ("ratio", "group"),
-     ("clip_low", 1.5), ("clip_high", -0.1)],
-)  # fmt: skip
+    [
+        ("temperature", 0.0),
+        ("kl_coef", -0.1),
+        ("normaliser", "rows"),
+        ("advantage_scale", "batch"),
+        ("ratio", "group"),
+        ("clip_low", 1.5),
+        ("clip_high", -0.1),
+    ],
+)
 def test_a_setting_that_makes_no_sense_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value!r} but must be"):
         Settings(**{name: value})
@@ -293,17 +296,17 @@ def broken(episode, kind):
     return replace(episode, reward={"undecided": None, "reward not finite": math.nan}[kind])
 
 
-KINDS = [
-    "empty completion",
-    "log-prob not finite",
-    "not one log-prob per token",
-    "undecided",
-    "reward not finite",
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_episode_that_cannot_be_trusted_is_counted_and_has_no_part_in_any_mean(kind):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "empty completion",
+        "log-prob not finite",
+        "not one log-prob per token",
+        "undecided",
+        "reward not finite",
+    ],
+)
+def test_an_episode_that_cannot_be_trusted_is_counted_and_left_out_of_every_mean(kind):
     model = make_model("llama")
     episodes = make_episodes(model)
     with_broken = [broken(episodes[0], kind), *episodes[1:]]
@@ -322,21 +325,19 @@ def test_an_episode_that_cannot_be_trusted_is_counted_and_has_no_part_in_any_mea
 def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():
     policy = make_policy(make_model("llama"), BASE)
     episodes = [broken(e, "log-prob not finite") for e in make_episodes(policy.model)]
-    with pytest.raises(
-        ValueError, match=r"nothing can be learned from 12 episodes: {'log-prob not finite': 12}.*lower --lr"
-    ):
+    message = r"nothing can be learned from 12 episodes: {'log-prob not finite': 12}.*lower --lr"
+    with pytest.raises(ValueError, match=message):
         update(policy, episodes)
     with pytest.raises(ValueError, match="nothing can be learned from 0 episodes"):
         update(policy, [])
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 1e-4])
-def test_a_batch_of_truncated_completions_makes_no_step_and_says_so(kl_coef):
+def test_a_batch_of_truncated_completions_takes_no_step_and_is_counted(kl_coef):
     policy = make_policy(make_model("llama"), replace(BASE, mask_truncated=True, kl_coef=kl_coef), lr=1e-2)
     before = [p.clone() for p in policy.model.parameters()]
-    episodes = [
-        replace(e, completion=replace(e.completion, finished=False)) for e in make_episodes(policy.model)
-    ]
+    episodes = make_episodes(policy.model)
+    episodes = [replace(e, completion=replace(e.completion, finished=False)) for e in episodes]
     found = update(policy, episodes)
     assert (found["updates"], found["empty_minibatches"], found["truncated"]) == (0, 1, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
@@ -354,18 +355,14 @@ def tiny():
 
 
 def questions(n=3):
-    return [
-        Question(f"id{i}", row["problem"], row["answer"])
-        for i, row in enumerate(make_rows("short", n, seed=5))
-    ]
+    rows = make_rows("short", n, seed=5)
+    return [Question(f"id{i}", row["problem"], row["answer"]) for i, row in enumerate(rows)]
 
 
 def tiny_policy(tiny, **options):
     model, tokenizer = tiny
-    settings = Settings(
-        **{"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl_coef": 0.0, "temperature": 1.4}
-        | options
-    )
+    small = {"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl_coef": 0.0, "temperature": 1.4}
+    settings = Settings(**small | options)
     return Policy(copy.deepcopy(model), ChatFormat(tokenizer, instruction=""), settings, lr=1e-3)
 
 
@@ -385,7 +382,7 @@ def test_a_rollout_is_graded_groups_with_the_log_probs_that_the_trainer_finds_to
 
 
 def test_the_temperature_of_the_trainer_is_the_samplers(tiny):
-    """Without it, log-probs at temperature 1.4 would be compared with those at 1: no ratio of 1 anywhere."""
+    """If it were not, log-probs at temperature 1.4 would be compared with those at 1: no ratio would be 1."""
     policy = tiny_policy(tiny, temperature=1.0)
     cold = rollout(policy, questions())
     policy.settings = replace(policy.settings, temperature=1.4)
@@ -477,8 +474,8 @@ def test_hidden_states_of_the_reference_are_those_of_the_start():
         assert not any(p.requires_grad for p in reference.parameters())
 
 
-def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
-    """max_rows reaches the fused loss, whose chunks are then so many rows."""
+def test_the_savings_rows_of_logits_bound_the_chunks_of_the_fused_loss(monkeypatch):
+    """max_rows is passed on."""
     model, sizes, made = make_model("llama"), [], lce.row_gradients_
     monkeypatch.setattr(
         lce, "row_gradients_", lambda logits, *rest: sizes.append(len(logits)) or made(logits, *rest)
@@ -488,7 +485,7 @@ def test_the_savings_rows_of_logits_are_kept_to(monkeypatch):
     assert max(sizes) <= 3 < sum(sizes)
 
 
-def test_no_pass_over_the_tokens_makes_more_rows_of_logits_at_once_than_logit_rows(monkeypatch):
+def test_no_pass_over_the_tokens_computes_more_rows_of_logits_at_once_than_logit_rows(monkeypatch):
     """The reference's log-probs and the update."""
     model, passes = make_model("llama"), []
 

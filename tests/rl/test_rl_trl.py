@@ -1,10 +1,11 @@
-"""TRL's GRPOTrainer and ours on the same weights, the same rollouts and the same options: loss and gradients to 1e-5.
+"""TRL's GRPOTrainer and ours on the same weights, rollouts and options: loss and gradients agree to 1e-5.
 
-TRL comes with the extras `test` and `peers`; where it is absent these tests say so.
+TRL comes with the extras `test` and `peers`; if it is missing, these tests are skipped and say so.
 """
 
 import copy
 import importlib.util
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -24,12 +25,12 @@ TRL_NAMES = {"sequences": "grpo", "tokens": "dapo"}
 
 
 def trainer_of(model, settings, folder, episodes):
-    """TRL's trainer; its rollouts and rewards are the episodes."""
+    """Return TRL's trainer, with the episodes as its rollouts and rewards."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
 
     model.set_attn_implementation("sdpa")
-    if settings.uses_reference:  # TRL loads its reference from where the model came from
+    if settings.uses_reference:  # TRL loads its reference from the place that the model came from
         model.save_pretrained(folder / "start")
         model.config._name_or_path = str(folder / "start")
     tokenizer = make_tokenizer()
@@ -37,22 +38,42 @@ def trainer_of(model, settings, folder, episodes):
 
     def rollout_func(prompts, trainer):
         assert len(prompts) == len(episodes)
-        return {"prompt_ids": [e.prompt for e in episodes], "completion_ids": [e.completion.ids for e in episodes],
-                "logprobs": [e.completion.logprobs for e in episodes]}  # fmt: skip
+        completions = [e.completion for e in episodes]
+        return {
+            "prompt_ids": [e.prompt for e in episodes],
+            "completion_ids": [completion.ids for completion in completions],
+            "logprobs": [completion.logprobs for completion in completions],
+        }
 
     def reward(completions, **_):
         return [e.reward for e in episodes]
 
     arguments = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
         logging_steps=1,
-        per_device_train_batch_size=len(episodes), num_generations=settings.group_size, gradient_checkpointing=False,
-        max_completion_length=settings.max_new_tokens, temperature=settings.temperature, shuffle_dataset=False, max_steps=1,
-        learning_rate=0.0, max_grad_norm=0.0, loss_type=TRL_NAMES[settings.normaliser],
-        scale_rewards="group" if settings.advantage_scale == "group-std" else "none", epsilon=settings.clip_low,
-        epsilon_high=settings.clip_high, importance_sampling_level=settings.ratio, mask_truncated_completions=settings.mask_truncated,
-        beta=settings.kl_coef, use_bias_correction_kl=False,
-    )  # fmt: skip
+        per_device_train_batch_size=len(episodes),
+        num_generations=settings.group_size,
+        gradient_checkpointing=False,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        shuffle_dataset=False,
+        max_steps=1,
+        learning_rate=0.0,
+        max_grad_norm=0.0,
+        loss_type=TRL_NAMES[settings.normaliser],
+        scale_rewards="group" if settings.advantage_scale == "group-std" else "none",
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        importance_sampling_level=settings.ratio,
+        mask_truncated_completions=settings.mask_truncated,
+        beta=settings.kl_coef,
+        use_bias_correction_kl=False,
+    )
     dataset = datasets.Dataset.from_dict({"prompt": [f"{i}" for i in range(len(groups))]})
     return GRPOTrainer(
         model, reward, arguments, train_dataset=dataset, processing_class=tokenizer, rollout_func=rollout_func
@@ -60,7 +81,7 @@ def trainer_of(model, settings, folder, episodes):
 
 
 def ended(episodes):
-    """TRL tells a truncated completion by its last token: end-of-text where ours says finished."""
+    """End every finished completion in end-of-text, by which TRL recognises it, and no other one."""
     eos = make_tokenizer().eos_token_id
     changed = []
     for e in episodes:
@@ -90,7 +111,7 @@ def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatc
     model = make_model("llama")
     episodes = ended(make_episodes(model, temperature=settings.temperature, noise=0.0))
     fresh = []
-    for e in episodes:  # the last token was changed: its log-prob anew
+    for e in episodes:  # the last token was changed, so its log-prob is computed again
         with torch.no_grad():
             logprobs = plain_logprobs(model, e, settings.temperature).tolist()
         fresh.append(replace(e, completion=replace(e.completion, logprobs=logprobs)))
@@ -112,9 +133,8 @@ def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatc
     compare(gradients, [p.grad for p in model.parameters()])
     assert found["reward_mean"] == pytest.approx(row["reward"], rel=1e-5)
     assert found["no_signal"] == pytest.approx(row["frac_reward_zero_std"], rel=1e-5)
-    terms = sum(
-        g.norm() for g in gradients
-    ).item()  # on-policy the loss is a sum that cancels: measured against its terms
+    # on-policy the terms of the loss cancel, so its error is compared with their size
+    terms = sum(g.norm() for g in gradients).item()
     assert abs(found["loss"] - row["loss"]) < 1e-5 * max(terms, 1.0)
 
 
@@ -147,13 +167,12 @@ def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl_coef, tmp
 
 
 def padded(episodes, settings, model, reference):
-    """The episodes as TRL lays them out: prompts padded on the left, completions on the right."""
+    """Lay episodes out as TRL does: prompts padded on the left, completions on the right."""
     P, C = (
         max(len(x) for x in lengths)
         for lengths in zip(*((e.prompt, e.completion.ids) for e in episodes), strict=True)
     )
-    rows = {name: [] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "old_per_token_logps",
-                                  "ref_per_token_logps")}  # fmt: skip
+    rows = defaultdict(list)
     advantages = []
     for group in by_group(episodes):
         rewards = torch.tensor([e.reward for e in group])

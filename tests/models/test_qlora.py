@@ -282,6 +282,20 @@ def test_a_folder_of_adapters_is_loaded_with_its_base_and_can_be_trained_on(tmp_
         qlora.load(str(tmp_path / "adapters"), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["base", "./base", "~/base"])
+def test_a_base_in_a_folder_is_recorded_by_its_whole_path_and_adapters_there_are_refused(
+    tmp_path, monkeypatch, name
+):
+    save(tmp_path / "base", make_model("llama"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, tokenizer = qlora.load(name, rank=3, device="cpu")
+    assert model.peft_config["default"].base_model_name_or_path == str((tmp_path / "base").resolve())
+    save_model(tmp_path / "base", model, tokenizer)
+    with pytest.raises(ValueError, match="has adapters already"):
+        qlora.load(name, device="cpu")
+
+
 def test_the_shipped_model_is_quantised_and_adapted_by_name():
     model, _ = qlora.load("tiny", device="cpu")
     assert model.peft_config["default"].base_model_name_or_path == "tiny"

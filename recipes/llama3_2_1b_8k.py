@@ -1,9 +1,9 @@
-"""The same experiment on Llama-3.2-1B-Instruct.
+"""Run the same experiment on Llama-3.2-1B-Instruct.
 
-    python recipes/llama3_2_1b_8k.py                  the paper's setting, on a GPU
-    python recipes/llama3_2_1b_8k.py --smoke          the same path in about a minute on any CPU: a tiny model, no network
+    python recipes/llama3_2_1b_8k.py              the paper's setting, on a GPU
+    python recipes/llama3_2_1b_8k.py --smoke      the same path on a tiny model: any CPU, one minute, offline
 
-Everything but the model is recipes/gemma3_1b_8k.py: read that one. Time: not timed on a GPU.
+Everything but the model is in recipes/gemma3_1b_8k.py: read that one. Time: not timed on a GPU.
 """
 
 from dataclasses import dataclass

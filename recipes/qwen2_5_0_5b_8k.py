@@ -1,9 +1,9 @@
-"""The same experiment on Qwen2.5-0.5B-Instruct, the smallest model of the paper: 14 % before, 11 % after 220k traces.
+"""Run the same experiment on Qwen2.5-0.5B-Instruct: 14 % before, 11 % after 220k traces in the paper.
 
-    python recipes/qwen2_5_0_5b_8k.py                  the paper's setting, on a GPU
-    python recipes/qwen2_5_0_5b_8k.py --smoke          the same path in about a minute on any CPU: a tiny model, no network
+    python recipes/qwen2_5_0_5b_8k.py              the paper's setting, on a GPU
+    python recipes/qwen2_5_0_5b_8k.py --smoke      the same path on a tiny model: any CPU, one minute, offline
 
-Everything but the model is recipes/gemma3_1b_8k.py: read that one. Time: not timed on a GPU.
+Everything but the model is in recipes/gemma3_1b_8k.py: read that one. Time: not timed on a GPU.
 """
 
 from dataclasses import dataclass

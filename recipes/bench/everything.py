@@ -1,13 +1,14 @@
-"""Ours and the peers on the same input in one run: seconds, memory, ratios.
+"""Compare the kit with its peers on the same input in one run: seconds, memory, ratios.
 
     python recipes/bench/everything.py                          everything, on this machine
     python recipes/bench/everything.py --what packing           one part: packing, loss, attention or finetune
     python recipes/bench/everything.py --json bench.json        for posting
 
-packing: `plan_packs` against TRL's `pack_dataset(strategy="bfd")` on lognormal lengths. TRL moves the tokens while it packs; ours
-are moved when a step builds its rows, so that part is timed too. loss, attention: loss_and_attention.py. finetune: finetune.py,
-a whole run against TRL's SFTTrainer. A peer that is not installed is named. Takes about ten minutes on two CPU cores. Left out on
-purpose: sampling and grading, which have their own.
+packing: `plan_packs` against TRL's `pack_dataset(strategy="bfd")` on lognormal lengths. TRL builds the packed
+rows as it goes; ours are built when a step needs them, so building them is timed as well. loss, attention:
+loss_and_attention.py. finetune: finetune.py, a whole run against TRL's SFTTrainer. A peer that is not
+installed is named. Takes about ten minutes on two CPU cores. Left out on purpose: sampling and grading, which
+have scripts of their own.
 """
 
 import importlib.util
@@ -37,10 +38,10 @@ class Config:
     median_tokens: int = 4_096  # of the lognormal lengths
     sigma: float = 0.8  # of the lognormal lengths
     row_tokens: int = 16_384  # capacity of a pack; lengths are clipped to it
-    # finetune; the kernels' sizes are flags of loss_and_attention.py
+    # finetune; the sizes of loss and attention are flags of loss_and_attention.py
     model: str = "tiny"  # hub id, local folder or .gguf file
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
-    vocab_size: int = 262_144  # of the Llama with random weights that is trained besides; 0 = none
+    vocab_size: int = 262_144  # of a Llama with random weights, trained in a second run; 0 = no such run
     # run
     smoke: bool = False  # small sizes, in seconds
 
@@ -59,9 +60,9 @@ def main(config: Config) -> dict:
     names = config.what.split(",")
     for name in names:
         if name not in parts:
-            raise ValueError(
-                f"what is {config.what!r} but the parts are {', '.join(parts)}; leave {name!r} out"
-            )
+            known = ", ".join(parts)
+            raise ValueError(f"what is {config.what!r} but the parts are {known}; leave {name!r} out")
+
     machine = describe_machine()
     print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
     results = {name: parts[name]() for name in names}
@@ -79,23 +80,22 @@ def bench_run(config: Config) -> list[list[dict]]:
 
 
 def bench_packing(config: Config) -> list[dict]:
-    rng = random.Random(0)
-    lengths = [
-        min(
-            config.row_tokens, max(1, round(rng.lognormvariate(math.log(config.median_tokens), config.sigma)))
-        )
-        for _ in range(config.num_rows)
-    ]
+    rng, mean = random.Random(0), math.log(config.median_tokens)
+    drawn = [round(rng.lognormvariate(mean, config.sigma)) for _ in range(config.num_rows)]
+    lengths = [min(config.row_tokens, max(1, length)) for length in drawn]
     print(f"\npacking {len(lengths):,} documents, {sum(lengths):,} tokens, rows of {config.row_tokens:,}")
+
     start = time.perf_counter()
     packs = plan_packs(lengths, config.row_tokens)
     planned = time.perf_counter() - start
+
     tokens = torch.zeros(sum(lengths), dtype=torch.int32)
     documents = [Document(ids, 0) for ids in tokens.split(lengths)]
     start = time.perf_counter()
     for pack in packs:
         PackedBatch.build([documents[i] for i in pack])
     built = time.perf_counter() - start
+
     ours = fill(packs, lengths, config.row_tokens)
     rows = [
         {"name": "ours, the plan", "seconds": planned, "fill": ours},
@@ -124,11 +124,8 @@ def _trl_packing(tokens: torch.Tensor, lengths: list[int], row_tokens: int) -> d
     start = time.perf_counter()
     packed = pack_dataset(dataset, row_tokens, strategy="bfd")
     seconds = time.perf_counter() - start
-    return {
-        "name": 'TRL pack_dataset(strategy="bfd")',
-        "seconds": seconds,
-        "fill": sum(lengths) / (len(packed) * row_tokens),
-    }
+    fill_of_rows = sum(lengths) / (len(packed) * row_tokens)
+    return {"name": 'TRL pack_dataset(strategy="bfd")', "seconds": seconds, "fill": fill_of_rows}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""One whole fine-tuning run, ours and TRL's SFTTrainer: target tokens per second, peak memory, and do documents see each other?
+"""Compare a whole fine-tuning run with TRL's SFTTrainer: target tokens per second, peak memory, leaks.
 
-    python recipes/bench/finetune.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces open-r1/OpenR1-Math-220k:all
-    python recipes/bench/finetune.py --vocab_size 262144          a 20M Llama with Gemma's vocabulary and random tokens
+    python recipes/bench/finetune.py --vocab_size 262144     a 20M Llama, Gemma's vocabulary, random tokens
+    python recipes/bench/finetune.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --traces open-r1/OpenR1-Math-220k:all                a real model on real traces
 
-Both get the same weights, documents, row length, rows per step, learning rate and AdamW, and are otherwise what they are by
-default: TRL with packing=True lays a step's 8 rows end to end and recomputes activations; we take them one after another. Both
-compute in fp32 on a CPU (TRL's own default, bf16, is several times slower there) and in bf16 on a card. Each runs in a process of
-its own whose highest memory counts: resident, weights and libraries included, or on a card what torch allocated. Time is from
-documents in memory to trained weights, packing included. Minutes on two CPU cores. Left out on purpose: evaluation, saving.
+Both get the same weights, documents, row length, rows per step, learning rate and AdamW, and otherwise keep
+their defaults: TRL with packing=True lays a step's 8 rows end to end and recomputes activations; we process
+them one after another. Both compute in fp32 on a CPU (TRL's own default, bf16, is several times slower there)
+and in bf16 on a card. Each runs in a process of its own, whose peak memory is compared: resident, weights and
+libraries included, or on a card what torch allocated. Time is from documents in memory to trained weights,
+packing included. A leak means that the second document of a row sees the first. Takes minutes on two CPU
+cores. Left out on purpose: evaluation, saving.
 """
 
 import importlib.util
@@ -39,14 +42,12 @@ from kit.train.optimizer import cosine_with_warmup
 class Config:
     # model
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
-    vocab_size: int = (
-        0  # > 0: instead, a Llama of some 20M parameters, random weights, this vocabulary; 0 = off
-    )
+    vocab_size: int = 0  # instead of model: a Llama of about 20M random weights with this vocabulary; 0 = off
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     # data
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
     num_traces: int = 64  # documents
-    row_tokens: int = 1_024  # tokens a pack; longer traces are dropped
+    row_tokens: int = 1_024  # tokens per row; longer traces are dropped
     median_tokens: int = 400  # of the lognormal lengths of random documents
     # optimisation
     rows_per_step: int = 8  # TRL's default
@@ -57,6 +58,11 @@ class Config:
     smoke: bool = False  # the shipped tiny model, in seconds
 
 
+LINE = (
+    "  {name:<16}{targets:>9,} targets {seconds:8.1f} s {targets_per_second:9,.0f} targets/s  "
+    "peak {peak_gib:6.2f} GiB  {steps} steps, loss {first_loss:.3f} to {last_loss:.3f}  "
+    "documents see each other: {leak}"
+)
 SMOKE = {"num_traces": 24, "row_tokens": 256, "median_tokens": 60, "rows_per_step": 2}
 
 
@@ -71,17 +77,14 @@ def main(config: Config) -> list[dict]:
         print("TRL is not installed (pip install trl): not compared")
         del contestants["TRL SFTTrainer"]
     rows = []
+    spawn = multiprocessing.get_context("spawn")
     for name, contestant in contestants.items():
         with ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn")
-        ) as pool:  # a peak is the highest ever
-            rows.append({"name": name, **pool.submit(contestant, config, torch.get_num_threads()).result()})
-        print(
-            "  {name:<16}{targets:>9,} targets {seconds:8.1f} s {targets_per_second:9,.0f} targets/s  peak {peak_gib:6.2f} GiB  "
-            "{steps} steps, loss {first_loss:.3f} to {last_loss:.3f}  documents see each other: {leak}".format(
-                **rows[-1]
-            )
-        )
+            1, mp_context=spawn
+        ) as pool:  # of its own: a peak is a process's highest ever
+            found = pool.submit(contestant, config, torch.get_num_threads()).result()
+        rows.append({"name": name, **found})
+        print(LINE.format(**rows[-1]))
     if len(rows) == 2:
         speed, memory = (rows[0][key] / rows[1][key] for key in ("targets_per_second", "peak_gib"))
         print(f"  ours / TRL: {speed:.2f}x the target tokens per second, {memory:.2f}x the peak memory")
@@ -93,40 +96,52 @@ def main(config: Config) -> list[dict]:
 def _model_and_documents(config: Config, threads: int):
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
-    device = loading.default_device()
-    model, tokenizer = models.load(config.model, device=device)
+    model, tokenizer = models.load(config.model, device=loading.default_device())
     if config.vocab_size:
-        shape = {"hidden_size": 64, "intermediate_size": 1_024, "num_hidden_layers": 12, "num_attention_heads": 4,
-                 "num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": True}  # fmt: skip
-        settings = LlamaConfig(
-            vocab_size=config.vocab_size, max_position_embeddings=config.row_tokens, **shape
-        )
-        settings._attn_implementation = attention_name(
-            "auto", settings, device=device, dtype=loading.default_dtype(device)
-        )
-        model = LlamaForCausalLM(settings).to(device, loading.default_dtype(device))
+        model = _llama(config)
     if config.traces:
         chat = ChatFormat(tokenizer, template=config.chat_template, instruction=INSTRUCTION)
-        documents, _ = load_documents(
-            config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed, max_bad_rows=20,
-            cache_dir="",
-        )  # fmt: skip
+        rows = {"row_tokens": config.row_tokens, "num_traces": config.num_traces, "seed": config.seed}
+        documents, _ = load_documents(config.traces, chat, **rows, max_bad_rows=20, cache_dir="")
         return model, tokenizer, documents
-    lengths = (
-        torch.empty(config.num_traces)
-        .log_normal_(math.log(config.median_tokens), 0.6)
-        .long()
-        .clamp(4, config.row_tokens)
-    )
+
+    drawn = torch.empty(config.num_traces).log_normal_(math.log(config.median_tokens), 0.6)
+    lengths = drawn.long().clamp(4, config.row_tokens).tolist()
     V = model.config.vocab_size
-    return model, tokenizer, [Document(torch.randint(V, (n,)), n // 10) for n in lengths.tolist()]
+    return model, tokenizer, [Document(torch.randint(V, (n,)), n // 10) for n in lengths]
+
+
+def _llama(config: Config) -> LlamaForCausalLM:
+    """Build a Llama with random weights and config.vocab_size."""
+    device = loading.default_device()
+    dtype = loading.default_dtype(device)
+    settings = LlamaConfig(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.row_tokens,
+        hidden_size=64,
+        intermediate_size=1_024,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    settings._attn_implementation = attention_name("auto", settings, device=device, dtype=dtype)
+    return LlamaForCausalLM(settings).to(device, dtype)
 
 
 def _result(seconds: float, losses: list[float], documents: list[Document]) -> dict:
     targets = sum(len(document) - max(document.prompt_len, 1) for document in documents)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
-    return {"seconds": seconds, "steps": len(losses), "targets": targets, "targets_per_second": targets / seconds,
-            "peak_gib": math.nan if peak is None else peak / GIB, "first_loss": losses[0], "last_loss": losses[-1]}  # fmt: skip
+    return {
+        "seconds": seconds,
+        "steps": len(losses),
+        "targets": targets,
+        "targets_per_second": targets / seconds,
+        "peak_gib": math.nan if peak is None else peak / GIB,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
 
 
 def _ours(config: Config, threads: int) -> dict:
@@ -141,13 +156,12 @@ def _ours(config: Config, threads: int) -> dict:
             group["lr"] = config.lr * cosine_with_warmup(step, len(steps), 0.05)
         batches = [PackedBatch.build([documents[i] for i in row]) for row in rows]
         losses.append(training_step(batches)[0].item())
-    seconds = time.perf_counter() - start
-    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)]).to(
-        backbone.head_weight(model).device
-    )
-    result = _result(seconds, losses, documents)  # the peak is read before the check below
-
+    result = _result(
+        time.perf_counter() - start, losses, documents
+    )  # before the check below adds to the peak
     training_step.close()
+    batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)])
+    batch = batch.to(backbone.head_weight(model).device)
 
     def second_document(ids):
         with torch.no_grad():
@@ -163,11 +177,10 @@ def _trl(config: Config, threads: int) -> dict:
 
     model, tokenizer, documents = _model_and_documents(config, threads)
     model.set_attn_implementation("sdpa")  # what it would have if TRL had loaded it
-    labels = [
-        [IGNORE_INDEX] * document.prompt_len + document.ids[document.prompt_len :].tolist()
-        for document in documents
-    ]
-    dataset = datasets.Dataset.from_dict({"input_ids": [d.ids.tolist() for d in documents], "labels": labels})
+    ids = [document.ids.tolist() for document in documents]
+    prompts = [document.prompt_len for document in documents]
+    labels = [[IGNORE_INDEX] * n + tokens[n:] for n, tokens in zip(prompts, ids, strict=True)]
+    dataset = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
     datasets.disable_progress_bars()
     losses = []
 
@@ -175,28 +188,35 @@ def _trl(config: Config, threads: int) -> dict:
         def on_log(self, args, state, control, logs=None, **_):
             losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
 
+    on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         settings = SFTConfig(
-            output_dir=folder, packing=True, max_length=config.row_tokens, per_device_train_batch_size=config.rows_per_step,
-            num_train_epochs=1, learning_rate=config.lr, lr_scheduler_type="cosine", warmup_steps=0.05, max_grad_norm=1.0,
-            bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), save_strategy="no", logging_steps=1,
-            report_to="none", seed=config.seed, disable_tqdm=True,
-        )  # fmt: skip
-        trainer = SFTTrainer(
-            model, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Losses()]
+            output_dir=folder,
+            packing=True,
+            max_length=config.row_tokens,
+            num_train_epochs=1,
+            max_grad_norm=1.0,
+            per_device_train_batch_size=config.rows_per_step,
+            learning_rate=config.lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            save_strategy="no",
+            logging_steps=1,
+            report_to="none",
+            seed=config.seed,
+            disable_tqdm=True,
         )
+        parts = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [Losses()]}
+        trainer = SFTTrainer(model, settings, **parts)
         trainer.train()
-        seconds = time.perf_counter() - start
-        result = _result(seconds, losses, documents)
-        batch = trainer.data_collator(
-            [{"input_ids": list(range(12)), "labels": list(range(12)), "seq_lengths": [5, 7]}]
-        )
-    batch = {
-        name: x.to(model.device) if isinstance(x, torch.Tensor) else x
-        for name, x in batch.items()
-        if name != "labels"
-    }
+        result = _result(time.perf_counter() - start, losses, documents)
+        row = {"input_ids": list(range(12)), "labels": list(range(12)), "seq_lengths": [5, 7]}
+        batch = trainer.data_collator([row])
+    del batch["labels"]
+    batch = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
 
     def second_document(ids):
         with torch.no_grad():
@@ -206,7 +226,7 @@ def _trl(config: Config, threads: int) -> dict:
 
 
 def _leaks(second_document, ids: torch.Tensor, *, first: int) -> str:
-    """Whether the second document's hidden states notice that the first one has other tokens."""
+    """Return whether the second document's hidden states change with the first document's tokens."""
     other = ids.clone()
     other[..., :first] += 1
     return "no" if torch.equal(second_document(ids), second_document(other)) else "YES"

@@ -117,10 +117,17 @@ def countdown_model(config: Config) -> LlamaForCausalLM:
     torch.manual_seed(config.seed)
     device, H = default_device(), config.hidden_size
     settings = LlamaConfig(
-        vocab_size=2_048, hidden_size=H, intermediate_size=3 * H, num_hidden_layers=config.num_layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8_192,
-        bos_token_id=2, eos_token_id=EOS, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=2_048,
+        hidden_size=H,
+        intermediate_size=3 * H,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8_192,
+        bos_token_id=2,
+        eos_token_id=EOS,
+        pad_token_id=None,
+    )
     model = LlamaForCausalLM(settings).eval()
     with torch.no_grad():
         embedding = torch.randn(settings.vocab_size, H)  # in this many dimensions no two are alike

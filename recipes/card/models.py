@@ -27,10 +27,19 @@ QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
 ROW_TOKENS = 16_384
 NO_BF16 = "bf16 runs at speed from 8.0 (RTX 30) on"
 SMALL = {
-    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 512, "head_dim": 16,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 16, "sliding_window": 64,
-    "sliding_window_pattern": 2, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 64,
+    "sliding_window_pattern": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SMALLER = 64  # a rehearsal's rows are shorter by this factor
 
 

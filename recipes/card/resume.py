@@ -25,9 +25,13 @@ from kit.train.offload import HostInputs
 from kit.train.recompute import recompute_layers
 
 SIZES = {
-    "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "vocab_size": 40_960,
-}  # fmt: skip
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 40_960,
+}
 SMALL_SIZES = {"num_hidden_layers": 3, "vocab_size": 2_048}
 RANK = 16
 CYCLES = 20_000_000  # of the card's clock that a late copy waits: about 10 ms, longer than a layer takes
@@ -151,9 +155,17 @@ def random_rows(card: Card, T: int, steps: int, *, rows: int = 1) -> Rows:
 
 
 def train(
-    card: Card, rows: Rows, savings: Savings, *, rank=0, norm=0.0, seed=3, host: HostInputs | None = None,
-    save_in: Path | None = None, resume_from: Path | None = None,
-) -> Weights:  # fmt: skip
+    card: Card,
+    rows: Rows,
+    savings: Savings,
+    *,
+    rank=0,
+    norm=0.0,
+    seed=3,
+    host: HostInputs | None = None,
+    save_in: Path | None = None,
+    resume_from: Path | None = None,
+) -> Weights:
     """Train a new small model. host: offloads its inputs. save_in, resume_from: of checkpoints."""
     config = model_config(QWEN, small=card.small, **(SMALL_SIZES if card.small else SIZES))
     model = build(card, config, rank=rank, seed=seed)

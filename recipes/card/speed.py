@@ -19,8 +19,10 @@ from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
 
 HEADS = {  # model -> V, H. quick takes the first
-    "Gemma-3-1B": (262_144, 1152), "Qwen2.5-1.5B": (151_936, 1536), "Llama-3.2-3B": (128_256, 3072),
-}  # fmt: skip
+    "Gemma-3-1B": (262_144, 1152),
+    "Qwen2.5-1.5B": (151_936, 1536),
+    "Llama-3.2-3B": (128_256, 3072),
+}
 CHUNK = 1024  # rows of logits at once, in the matmuls alone and in torch's loss
 NEED_A_CARD = "bitsandbytes", "Liger", "CCE", "CCE exact"
 MATMULS = "its three matmuls"
@@ -230,6 +232,10 @@ def cce_exact(hidden, weight, targets) -> Tensor:
 
 
 LOSSES = {
-    MATMULS: three_matmuls, "ours": with_gradients(linear_cross_entropy), "Liger": with_gradients(liger),
-    "CCE": with_gradients(cce), "CCE exact": with_gradients(cce_exact), "torch in chunks": torch_in_chunks,
-}  # fmt: skip
+    MATMULS: three_matmuls,
+    "ours": with_gradients(linear_cross_entropy),
+    "Liger": with_gradients(liger),
+    "CCE": with_gradients(cce),
+    "CCE exact": with_gradients(cce_exact),
+    "torch in chunks": torch_in_chunks,
+}

@@ -149,6 +149,8 @@ def flash_attn(q, k, v, cu_seqlens, length, window) -> Prepared:
 
 
 PEERS = {
-    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "torch varlen": varlen, "flash-attn": flash_attn,
-}  # fmt: skip
+    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "torch varlen": varlen,
+    "flash-attn": flash_attn,
+}

@@ -47,10 +47,20 @@ class Plain(NamedTuple):
 
 
 def plain_head(
-    hidden, weight, targets, dtype, rows, *,
-    reduction="mean", token_weight=None, objective=None, softcap=None, temperature=1.0,
-    upstream=None, trains_head=True,
-) -> Plain:  # fmt: skip
+    hidden,
+    weight,
+    targets,
+    dtype,
+    rows,
+    *,
+    reduction="mean",
+    token_weight=None,
+    objective=None,
+    softcap=None,
+    temperature=1.0,
+    upstream=None,
+    trains_head=True,
+) -> Plain:
     """Compute loss and gradients by torch's autograd in dtype, so many rows of logits at once."""
     h, w = hidden.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_(trains_head)
     kept, pieces = targets != IGNORE_INDEX, []

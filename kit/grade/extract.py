@@ -19,6 +19,7 @@ import re
 from kit.grade.choices import choice_in_prose, leading_choice, stated_choice
 from kit.grade.prose import NUMBER, SENTENCE_END, is_bare, last_value
 from kit.grade.reading import DIGITS
+from kit.grade.rules import Rule
 
 MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
 
@@ -92,12 +93,12 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
     if stated is not None:
         return stated, "answer statement"
     if explicit:
-        return None, "no answer: the thought does not end"
+        return None, Rule.NO_END.value
     stripped = text.strip()
     if stripped.startswith("**") and stripped.endswith("**") and "**" not in stripped[2:-2]:
         stripped = stripped[2:-2].strip()
     if not stripped:
-        return None, "no answer: nothing is there"
+        return None, Rule.NOTHING.value
     if choice:
         letter = leading_choice(stripped)
         if letter:
@@ -116,7 +117,7 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
     if len(stripped) <= 80 and len(stripped.split()) <= 6:
         word = _PREDICATE.search(stripped)
         return (word[1], "predicate") if word else (stripped, "short text")
-    return None, "no answer: no value is named"
+    return None, Rule.NO_VALUE.value
 
 
 def last_box(text: str) -> tuple[str, int] | None:

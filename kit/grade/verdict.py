@@ -28,6 +28,7 @@ from kit.grade.paper import grade_as_paper
 from kit.grade.plain_text import _INTEGER, _letters, _number, normal
 from kit.grade.prose import is_bare
 from kit.grade.reading import group_ends, parse
+from kit.grade.rules import Rule
 
 __all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
 
@@ -153,21 +154,24 @@ def _decide(
 ) -> tuple[str, int, str]:
     (text_a, number_a, choice_a), (text_b, number_b, choice_b) = prepared_a, prepared_b
     if text_a == text_b:
-        return "correct", 0, "same text"
+        return "correct", 0, Rule.SAME_TEXT.value
+
     if number_a and number_b:
         if number_a[0] * number_b[1] == number_b[0] * number_a[1]:
-            return "correct", 0, "number"
-        if (
-            number_a[2] == number_b[2] and max(len(text_a), len(text_b)) < 15
-        ):  # else one may be the other, rounded
-            return "wrong", 0, "number"
+            return "correct", 0, Rule.NUMBER.value
+        alike = number_a[2] == number_b[2]  # both decimals or neither: else one may be the other, rounded
+        if alike and max(len(text_a), len(text_b)) < 15:
+            return "wrong", 0, Rule.NUMBER.value
+
     if text_a.casefold() == text_b.casefold() and _WORD.fullmatch(text_a) and _WORD.fullmatch(text_b):
-        return "correct", 0, "same text"
+        return "correct", 0, Rule.SAME_TEXT.value
+
     if choice_a[0] and choice_b[0]:
-        return ("correct" if choice_a[0] == choice_b[0] else "wrong"), 0, "choice"
+        return ("correct" if choice_a[0] == choice_b[0] else "wrong"), 0, Rule.CHOICE.value
     for (letter, content), other in ((choice_a, text_b), (choice_b, text_a)):
         if letter and content and normal(content) == other:
-            return "correct", 0, "text of the choice"
+            return "correct", 0, Rule.TEXT_OF_CHOICE.value
+
     return _decide_by_value(a, b, text_a, text_b, options, time.monotonic() + deadline)
 
 
@@ -181,31 +185,30 @@ def _decide_by_value(
         tier = 2
         return prove(left, right, deadline_at)
 
-    trees = []
-    for text in (a, b):
-        try:
-            trees.append(_tree(text) if len(text) < 400 else parse(text, deadline_at))
-        except ParseError:
-            trees.append(None)
-        except TooLarge as error:
-            return "unknown", 1, f"too large: {error}"
-        except Undecided as error:
-            return "unknown", 1, str(error)
-    if trees[0] is None or trees[1] is None:
-        same = _letters(text_a) == _letters(text_b)
-        return ("correct" if same else "wrong"), 0, "same text" if same else "text differs"
     judge = Judge(options, Budget(deadline_at), prove_in_worker)
     try:
+        trees = [_tree_or_none(text, deadline_at) for text in (a, b)]
+        if None in trees:
+            same = _letters(text_a) == _letters(text_b)
+            return ("correct", 0, Rule.SAME_TEXT.value) if same else ("wrong", 0, Rule.TEXT_DIFFERS.value)
         verdict = "correct" if judge.same(*trees) else "wrong"
     except (NotNumeric, Undefined) as error:
-        return "wrong", tier, f"not comparable: {error}"
+        return "wrong", tier, f"{Rule.NOT_COMPARABLE.value}: {error}"
     except TooLarge as error:
-        return "unknown", tier, f"too large: {error}"
+        return "unknown", tier, f"{Rule.TOO_LARGE.value}: {error}"
     except Undecided as error:
         return "unknown", tier, str(error)
     except RecursionError:
-        return "unknown", tier, "too large: nested too deeply"
+        return "unknown", tier, f"{Rule.TOO_LARGE.value}: nested too deeply"
     return verdict, tier, judge.rule
+
+
+def _tree_or_none(answer: str, deadline_at: float):
+    """Return the tree of an answer, or None if its notation is not known."""
+    try:
+        return _tree(answer) if len(answer) < 400 else parse(answer, deadline_at)
+    except ParseError:
+        return None
 
 
 def verdict_fields(answer: str, text: str, *, deadline: float = DEADLINE) -> dict:

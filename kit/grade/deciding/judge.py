@@ -27,6 +27,7 @@ from kit.grade.deciding.meaning import (
 )
 from kit.grade.deciding.scalars import Options, ScalarJudge
 from kit.grade.limits import Budget, NotNumeric, TooLarge, Undecided
+from kit.grade.rules import Rule
 from kit.grade.trees import Node, canonical, contains, negate, symbols
 
 MAX_PAIRS = (
@@ -45,7 +46,7 @@ class Judge(ScalarJudge):
         """Whether the two answers are the same. Undecided or TooLarge where that cannot be said."""
         self.budget.spend()
         if canonical(a) == canonical(b):
-            return self.decide("same structure", True)
+            return self.decide(Rule.SAME_STRUCTURE, True)
         written = (a, b)
         a, b = resolve(a), resolve(b)
         if {kind(a), kind(b)} == {"equation", "scalar"}:
@@ -62,7 +63,7 @@ class Judge(ScalarJudge):
         if "text" in kinds:
             letters = kinds == {"text"} and len(a[1]) == len(b[1]) == 1  # C is not c, but Yes is yes
             return self.decide(
-                "text", a == b if letters else kinds == {"text"} and plain_words(a[1]) == plain_words(b[1])
+                Rule.TEXT, a == b if letters else kinds == {"text"} and plain_words(a[1]) == plain_words(b[1])
             )
         return self.same_scalar(a, b)
 
@@ -78,14 +79,13 @@ class Judge(ScalarJudge):
                 symbols(name) or symbols(value)
             )  # 35 + 70 = 105 states a value too
             if not stated or kind(other) == "condition":
-                return self.decide("an equation is not a value", False)
-            verdict = self.same(value, other)
-            return self.decide(f"value of the equation, {self.rule}", verdict)
+                return self.decide(Rule.EQUATION_NO_VALUE, False)
+            return self.decide_within(Rule.EQUATION_VALUE, self.same(value, other))
         if {a[1][0], b[1][0]} == {"apply", "sym"} and ("sym", "y") in (a[1], b[1]):  # y = 3x and f(x) = 3x
-            return self.decide(f"equation, {self.rule}", self.same(a[2], b[2]))
+            return self.decide_within(Rule.EQUATION, self.same(a[2], b[2]))
         renamed = rename_argument(a, b)
         if is_name(a[1]) and canonical(a[1]) == canonical(renamed[1]) and self.same(a[2], renamed[2]):
-            return self.decide(f"equation, {self.rule}", True)
+            return self.decide_within(Rule.EQUATION, True)
         left, right = (("add", side[1], negate(side[2])) for side in (a, b))
         try:
             verdict = proportional(left, right, self.budget, positive=False)
@@ -93,7 +93,7 @@ class Judge(ScalarJudge):
             verdict = None
         if verdict is None or (not verdict and (contains(a, "dec") or contains(b, "dec"))):
             verdict = all(self.similar(x, y) for x, y in zip(a[1:], b[1:], strict=True))
-        return self.decide("equation up to a factor", verdict)
+        return self.decide(Rule.EQUATION_FACTOR, verdict)
 
     # --- lists, sets, tuples
 
@@ -101,12 +101,12 @@ class Judge(ScalarJudge):
         if a[0] not in ("list", "set"):
             a, b = b, a
         if self.is_decimal_comma(a, b):
-            return self.decide("decimal comma", True)
+            return self.decide(Rule.DECIMAL_COMMA, True)
         if is_conjunction(a) and (kind(b) in ("real set", "condition") or b[0] == "seq"):
             return self.same_real_set(a, b)
         if b[0] == "seq" and a[0] == "list":
             verdict = self.elementwise(strip_names(a)[2:], b[3:])
-            return self.decide("a list against a tuple, in order", verdict)
+            return self.decide(Rule.LIST_AND_TUPLE, verdict)
         if kind(b) in ("real set", "condition"):
             return self.same_real_set(a, b)
         if b[0] not in ("list", "set"):
@@ -117,8 +117,8 @@ class Judge(ScalarJudge):
             a, b = strip_names(a), strip_names(b)
         left, right = (list(side[2:] if side[0] == "list" else side[1:]) for side in (a, b))
         if ordered:
-            return self.decide("list, in order", self.elementwise(left, right))
-        return self.decide("set", self.same_elements(left, right))
+            return self.decide(Rule.LIST, self.elementwise(left, right))
+        return self.decide(Rule.SET, self.same_elements(left, right))
 
     def is_decimal_comma(self, a: Node, b: Node) -> bool:
         """1,22 as a European decimal: a bare list of two plain integers against one decimal with a point."""
@@ -180,20 +180,16 @@ class Judge(ScalarJudge):
                 nested = tuple(as_vector(part) for part in seq[3:])
                 if all(part is not None for part in nested):  # [[1, 2], [3, 4]]
                     return self.same_sequence(("matrix", *nested), matrix)
-            return (
-                self.same_scalar(a, b)
-                if "matrix" in (a[0], b[0])
-                else self.decide("a tuple is not a number", False)
-            )
+            return self.same_scalar(a, b) if "matrix" in (a[0], b[0]) else self.decide(Rule.NO_TUPLE, False)
         if a[0] == b[0] == "seq" and len(a) == len(b) == 5:
             if a[1:3] != b[1:3]:  # two entries: (0, 9) may be an interval, and its brackets then matter
-                return self.decide("brackets", False)
-            return self.decide("tuple or interval", self.elementwise(a[3:], b[3:]))
+                return self.decide(Rule.BRACKETS, False)
+            return self.decide(Rule.PAIR, self.elementwise(a[3:], b[3:]))
         shapes = [[len(row) for row in side] for side in rows]
         flat = [[part for row in side for part in row] for side in rows]
         if shapes[0] != shapes[1] and not all(1 in (len(shape), max(shape)) for shape in shapes):
-            return self.decide("shape", False)
-        return self.decide("tuple or matrix", self.elementwise(*flat))
+            return self.decide(Rule.SHAPE, False)
+        return self.decide(Rule.TUPLE, self.elementwise(*flat))
 
     # --- intervals and inequalities
 
@@ -203,20 +199,20 @@ class Judge(ScalarJudge):
             if all(name is not None and is_name(name) for name in names) and canonical(names[0]) != canonical(
                 names[1]
             ):
-                return self.decide("conditions on different quantities", False)
+                return self.decide(Rule.OTHER_QUANTITY, False)
         pieces = [self.sets.pieces(side) for side in (a, b)]
         if pieces[0] is None or pieces[1] is None:
             if a[0] == b[0] == "condition":
                 return self.same_condition(a, b)
-            return self.decide("not the same kind of set", False)
+            return self.decide(Rule.OTHER_SET, False)
         if len(pieces[0]) != len(pieces[1]):
-            return self.decide("interval", False)
+            return self.decide(Rule.INTERVAL, False)
         for x, y in zip(*pieces, strict=True):
             if (x.low_closed, x.high_closed) != (y.low_closed, y.high_closed):
-                return self.decide("interval", False)
+                return self.decide(Rule.INTERVAL, False)
             if not (self.sets.same_end(x.low, y.low) and self.sets.same_end(x.high, y.high)):
-                return self.decide("interval", False)
-        return self.decide("interval", True)
+                return self.decide(Rule.INTERVAL, False)
+        return self.decide(Rule.INTERVAL, True)
 
     def same_condition(self, a: Node, b: Node) -> bool:
         """Chains of inequalities that are no interval, such as f(2) < f(1) < f(4) or 2x + y < 3."""
@@ -225,17 +221,17 @@ class Judge(ScalarJudge):
             for chain in (a[1:], b[1:])
         ]
         if chains[0][0] != chains[1][0]:
-            return self.decide("inequality", False)
+            return self.decide(Rule.INEQUALITY, False)
         if chains[0][0] == ("equiv", "mod") and canonical(chains[0][1][2]) == canonical(chains[1][1][2]):
-            return self.decide("congruence", self.same_residue(*(chain[1] for chain in chains)))
+            return self.decide(Rule.CONGRUENCE, self.same_residue(*(chain[1] for chain in chains)))
         if len(chains[0][1]) != 2 or chains[0][0][0] not in ("<", "<=", "!="):
-            return self.decide("inequality", False)
+            return self.decide(Rule.INEQUALITY, False)
         left, right = (("add", chain[1][0], negate(chain[1][1])) for chain in chains)
         try:
             verdict = proportional(left, right, self.budget, positive=chains[0][0][0] != "!=")
         except NotNumeric:
             verdict = False
-        return self.decide("inequality up to a factor", bool(verdict))
+        return self.decide(Rule.INEQUALITY_FACTOR, bool(verdict))
 
     @staticmethod
     def same_residue(a: tuple, b: tuple) -> bool:

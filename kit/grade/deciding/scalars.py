@@ -9,6 +9,7 @@ from fractions import Fraction
 from kit.grade.deciding.identities import decimal_of, rounds_to, same_decimals, same_function, same_number
 from kit.grade.deciding.meaning import is_clock, known_units, matrix_value, plain_words, unwrap
 from kit.grade.limits import Budget, NotNumeric, Undefined
+from kit.grade.rules import Rule
 from kit.grade.trees import Node, canonical, contains, mentions, product, rename, symbols
 
 PI = ("const", "pi")
@@ -52,8 +53,13 @@ class ScalarJudge:
         self.prove = prove
         self.rule = ""
 
-    def decide(self, rule: str, verdict: bool) -> bool:
-        self.rule = rule
+    def decide(self, rule: Rule, verdict: bool) -> bool:
+        self.rule = rule.value
+        return verdict
+
+    def decide_within(self, rule: Rule, verdict: bool) -> bool:
+        """Name the rule and, behind it, the one that decided the part that was compared just before."""
+        self.rule = f"{rule.value}, {self.rule}"
         return verdict
 
     def same(self, a: Node, b: Node) -> bool:
@@ -67,19 +73,19 @@ class ScalarJudge:
             if len(letter) == 1 and "unit" not in others and letter in symbols(other):  # 5 m and 5m
                 return self.same_expression(product([side, ("sym", letter)]), other)
         if not self.same_units(marks_a.get("unit"), marks_b.get("unit")):
-            return self.decide("units", False)
+            return self.decide(Rule.UNITS, False)
         if ("percent" in marks_a) != ("percent" in marks_b):
             whole, percent = (b, a) if "percent" in marks_a else (a, b)
             if self.same_expression(whole, product([percent, ("num", Fraction(1, 100))])):
-                return self.decide("percent", True)
+                return self.decide(Rule.PERCENT, True)
             return self.decide(
-                "percent", self.options.percent == "either" and self.same_expression(whole, percent)
+                Rule.PERCENT, self.options.percent == "either" and self.same_expression(whole, percent)
             )
         if ("deg" in marks_a) != ("deg" in marks_b):
             plain, degrees = (b, a) if "deg" in marks_a else (a, b)
             if self.options.units != "required" and self.same_expression(plain, degrees):
-                return self.decide("degrees", True)
-            return self.decide("degrees", self.same_expression(plain, ("deg", degrees)))
+                return self.decide(Rule.DEGREES, True)
+            return self.decide(Rule.DEGREES, self.same_expression(plain, ("deg", degrees)))
         return self.same_expression(a, b)
 
     def same_units(self, a: str | None, b: str | None) -> bool:
@@ -96,7 +102,7 @@ class ScalarJudge:
         if "matrix" in (a[0], b[0]) or contains(a, "matrix") or contains(b, "matrix"):
             computed = [matrix_value(side) for side in (a, b)]
             if None in computed:
-                return self.decide("matrix", False)
+                return self.decide(Rule.MATRIX, False)
             return self.same(*computed)
         if a[0] == b[0] == "ratio":
             return self.same_ratio(a, b)
@@ -106,10 +112,10 @@ class ScalarJudge:
             return self.same_closed(a, b)
         except NotNumeric:
             if not (contains(a, "big") or contains(b, "big")):
-                return self.decide("not a number", False)
+                return self.decide(Rule.NOT_A_NUMBER, False)
         except Undefined:
-            return self.decide("undefined", False)
-        return self.decide("sympy", self.prove(a, b))
+            return self.decide(Rule.UNDEFINED, False)
+        return self.decide(Rule.SYMPY, self.prove(a, b))
 
     def same_closed(self, a: Node, b: Node) -> bool:
         if self.same_value(a, b):
@@ -119,26 +125,26 @@ class ScalarJudge:
             and (contains(a, "dec") or contains(b, "dec"))
             and not (decimal_of(a) or decimal_of(b))
         )
-        return self.decide("number", bool(loose) and self.similar(a, b))
+        return self.decide(Rule.NUMBER, bool(loose) and self.similar(a, b))
 
     def same_value(self, a: Node, b: Node) -> bool:
         """Two closed expressions, by value; a decimal literal may be the other side rounded."""
         decimals = [decimal_of(side) for side in (a, b)]
         if all(decimals):
-            return self.decide("number", same_decimals(*decimals))
+            return self.decide(Rule.NUMBER, same_decimals(*decimals))
         for decimal, side, other in ((decimals[0], a, b), (decimals[1], b, a)):
             if (
                 decimal
                 and self.options.rounding
                 and rounds_to(side, other, self.options.rounding, self.budget)
             ):
-                return self.decide("number" if same_number(a, b, self.budget) else "rounded decimal", True)
-        return self.decide("number", same_number(a, b, self.budget))
+                return self.decide(Rule.NUMBER if same_number(a, b, self.budget) else Rule.ROUNDED, True)
+        return self.decide(Rule.NUMBER, same_number(a, b, self.budget))
 
     def same_symbolic(self, a: Node, b: Node) -> bool:
         verdict = same_function(a, b, self.budget)
         if verdict is None:
-            return self.decide("sympy", self.prove(a, b))
+            return self.decide(Rule.SYMPY, self.prove(a, b))
         if not verdict and (contains(a, "dec") or contains(b, "dec")):
             verdict = self.similar(a, b)
         if not verdict:
@@ -148,17 +154,17 @@ class ScalarJudge:
                 counted and counters[0] != counters[1] and mentions(a, PI) and mentions(b, PI)
             ):  # 2k pi and 2n pi
                 renamed = rename(b, ("sym", *counters[1]), ("sym", *counters[0]))
-                return self.decide("the same family", bool(same_function(a, renamed, self.budget)))
-        return self.decide("identity at random points", verdict)
+                return self.decide(Rule.FAMILY, bool(same_function(a, renamed, self.budget)))
+        return self.decide(Rule.IDENTITY, verdict)
 
     def same_ratio(self, a: Node, b: Node) -> bool:
         if len(a) != len(b):
-            return self.decide("ratio", False)
+            return self.decide(Rule.RATIO, False)
         clocks = [is_clock(side) for side in (a, b)]
         if all(clocks):  # 2:30 is not 1:15
-            return self.decide("ratio or time", self.elementwise(a[1:], b[1:]))
+            return self.decide(Rule.TIME, self.elementwise(a[1:], b[1:]))
         pairs = [(product([a[1], y]), product([b[1], x])) for x, y in zip(a[2:], b[2:], strict=True)]
-        return self.decide("ratio", all(self.same_expression(x, y) for x, y in pairs))
+        return self.decide(Rule.RATIO, all(self.same_expression(x, y) for x, y in pairs))
 
     def similar(self, a: Node, b: Node) -> bool:
         """Same shape, with equal numbers at the same places: x + 1.414i and x + i sqrt(2), sums of unknown functions."""

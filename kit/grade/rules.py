@@ -1,4 +1,4 @@
-"""The rules that decide a verdict. `Verdict.rule` holds the value of one of them, some with a detail behind it.
+"""The rules that decide a verdict. `Verdict.rule` is the text of one of them, with a detail behind some.
 
 A rule stays only while a case of tests/grade/cases needs it: the tests look for one case per rule.
 """
@@ -9,6 +9,8 @@ from enum import Enum
 
 
 class Rule(Enum):
+    """The rules, in the order in which the grader comes to them. The text is what a user reads."""
+
     # no answer in the response
     NO_END = "no answer: the thought does not end"
     NOTHING = "no answer: nothing is there"
@@ -67,5 +69,5 @@ class Rule(Enum):
     # tier 2
     SYMPY = "sympy"
 
-    # not decided; elsewhere the rule of an `unknown` is the reason itself, such as "deadline"
+    # not decided; any other `unknown` has the reason itself as its rule, such as "deadline"
     TOO_LARGE = "too large"  # : which cap

@@ -94,7 +94,7 @@ def test_in_place_replaces_the_file_and_leaves_no_scratch(samples):
 def test_rows_without_the_raw_answer_are_graded_against_their_normal_form_and_said_so(tmp_path, capsys):
     row = {"question": "q", "sample": 0, "gold": "5", "verdict": "wrong", "text": "5"}
     assert regrade.main([str(write(tmp_path / "old.jsonl", [row]))])["changed"] == 1
-    assert "1 rows hold no `answer`" in capsys.readouterr().out
+    assert "1 rows have no `answer`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

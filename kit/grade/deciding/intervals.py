@@ -62,7 +62,7 @@ class RealSets:
         return merged
 
     def position(self, node: Node):
-        """Return where an end lies on the real line, precisely enough for sorting. Raises NotNumeric if nowhere."""
+        """Return the position of an end, precisely enough for sorting. Raises NotNumeric if it has none."""
         evaluator = Evaluator(50, self.budget)
         if node in (INFINITY, MINUS_INFINITY):
             return evaluator.mp.inf if node == INFINITY else -evaluator.mp.inf
@@ -134,7 +134,7 @@ def is_conjunction(node: Node) -> bool:
 
 
 def condition_name(node: Node) -> Node | None:
-    """Return the quantity that a condition is about, or None if it names none or several; |x| < 1 is about x."""
+    """Return the one quantity that a condition is about, or None; |x| < 1 is about x."""
     names = [part for part in node[2] if symbols(part) or part[0] in ("apply", "text")]
     if len(names) != 1:
         return None

@@ -1,4 +1,4 @@
-"""Decide whether two answers are the same, by their kinds: number, list, tuple, interval, equation and others.
+"""Decide whether two answers are the same, by their kinds: number, list, tuple, interval, equation, ...
 
 `Judge.same(a, b)` is symmetric: every rule either treats both sides alike or is tried both ways round. What
 no rule here decides (an integral, an identity that the random points leave open) goes to the `prove`
@@ -166,7 +166,7 @@ class Judge(ScalarJudge):
         )
 
     def any_same(self, part: Node, others: list[Node]) -> bool:
-        """Whether one of the others is the same as `part`. Raises Undecided or TooLarge if that stays open."""
+        """Whether one of the others is the same as `part`. Raises Undecided or TooLarge if it stays open."""
         undecided: Exception | None = None
         for other in others:
             try:

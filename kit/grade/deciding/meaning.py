@@ -1,4 +1,4 @@
-"""Reduce an answer to what is compared: resolve chains of equalities, plus-minus, names, units and matrices."""
+"""Reduce an answer to what is compared: resolve equalities, plus-minus, names, units and matrices."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def kind(node: Node) -> str:
 def resolve(node: Node) -> Node:
     """Return the answer that is meant.
 
-    A chain of equalities becomes its name and last value, plus-minus becomes two answers, A(1, 2) becomes A = (1, 2).
+    A chain of equalities becomes its name and last value, plus-minus becomes two answers, and A(1, 2) becomes
+    A = (1, 2).
     """
     if node[0] == "rel":
         return resolve_relation(node)
@@ -201,7 +202,7 @@ def is_word(node: Node) -> bool:
 
 
 def known_units(text: str) -> frozenset[str]:
-    """Return the units that a text names, by one name each, without powers: "square inches" and "in^2" are inches."""
+    """Return the units that a text names, without powers: "square inches" and "in^2" are both "in"."""
     half = _HALF_OF_DAY.search(text.lower())
     if half:
         return frozenset((f"{half[1]}m",))

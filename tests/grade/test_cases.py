@@ -1,7 +1,8 @@
 """The grader's cases: each line of cases/*.jsonl holds a gold, a prediction, the verdict on them, and why.
 
-Optional fields: `options` of grade(); the `tier` that decides (if absent, it must be below 2); the `rule` that decides;
-`paper`, the verdict by the paper's rules. contested.jsonl holds the public cases whose label we do not follow.
+Optional fields: `options` of grade(); the `tier` that decides (if absent, it must be below 2); the `rule`
+that decides; `paper`, the verdict by the paper's rules. contested.jsonl lists the public cases whose label we
+do not follow.
 """
 
 import json

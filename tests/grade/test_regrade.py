@@ -1,4 +1,4 @@
-"""Regrading a file of samples: what changes, what is written and what is left alone, and where a peer disagrees."""
+"""Regrading lists what changes, writes only what was asked for, and shows where a peer disagrees."""
 
 import importlib.util
 import json
@@ -182,7 +182,9 @@ def test_where_math_verify_disagrees_is_listed(tmp_path, capsys):
         sample(1, "5", r"\boxed{6}"),
         sample(2, "2", r"\boxed{1} and \boxed{2}"),
     ]
-    rows.append(sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}"))  # two tiny numbers are one to it
+    rows.append(
+        sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}")
+    )  # the peer calls two tiny numbers equal
     counts = regrade.main([str(write(tmp_path / "s.jsonl", rows)), "--compare", "math-verify"])
     printed = capsys.readouterr().out
     assert "q1/3: ours wrong" in printed

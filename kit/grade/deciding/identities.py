@@ -155,7 +155,7 @@ def rounds_to(decimal: Node, exact: Node, digits: int, budget: Budget) -> bool:
 
 
 def decimal_of(node: Node) -> tuple[Fraction, Fraction, int] | None:
-    """Return (value, unit in the last place, significant digits) of a decimal literal, or None for other nodes.
+    """Return (value, unit in the last place, significant digits) of a decimal literal, else None.
 
     A decimal times a power of ten is one too: 2.5 * 10^-3.
     """

@@ -186,7 +186,7 @@ def prove(a: Node, b: Node, deadline_at: float) -> bool:
 
 
 def _ask(workers: Pool, question: dict, deadline_at: float) -> dict | None:
-    """Return a worker's answer, or None if it ended. Raises Undecided if no worker is ready by the deadline."""
+    """Return a worker's answer, or None if it ended. Raises Undecided if none is ready by the deadline."""
     worker = workers.borrow(deadline_at)
     usable = False
     try:

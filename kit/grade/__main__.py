@@ -11,30 +11,28 @@ from kit.grade.verdict import DEADLINE, grade
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: verdict, tier, rule and both normal forms, and what the paper's rules say; or `regrade`."""
+    """Print the verdict, its rule, both normal forms and the paper's verdict on a pair; or run `regrade`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["regrade"]:
         from kit.grade import regrade
 
         regrade.main(arguments[1:])
         return
+
     parser = argparse.ArgumentParser(prog="python -m kit.grade", description="Is this answer right?")
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
-    parser.add_argument(
-        "--deadline", type=float, default=DEADLINE, help="seconds after which the verdict is `unknown`"
-    )
+    seconds = "seconds after which the verdict is `unknown`"
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help=seconds)
     parser.add_argument("--percent", default="either", choices=("either", "value"))
     parser.add_argument("--units", default="known", choices=("known", "ignore", "required"))
     parser.add_argument("--order", default="free", choices=("free", "strict"))
-    parser.add_argument(
-        "--rounding",
-        type=int,
-        default=4,
-        help="significant digits from which a decimal may be rounded; 0: never",
-    )
+    digits = "significant digits from which a decimal may stand for a rounded value; 0: never"
+    parser.add_argument("--rounding", type=int, default=4, help=digits)
+
     settings = vars(parser.parse_args(arguments))
     settings["rounding"] = settings["rounding"] or None
+
     paper = grade_as_paper(settings["gold"], settings["prediction"], deadline=settings["deadline"])
     rows = {
         **asdict(grade(**settings)),

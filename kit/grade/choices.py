@@ -1,4 +1,7 @@
-"""Which option of a multiple choice is named: (C), C. 42, "I choose option C because ...", "C is the correct answer"."""
+"""Find the option of a multiple choice that a text names.
+
+Examples: (C), C. 42, "I choose option C because ...", "C is the correct answer".
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,11 @@ _OTHER = r"(?!\)?\*{0,2}\s{0,3}(?:and|or|et|ou|,|&|/|和|或)\s{0,3}\(?[A-J](?![
 _CHOSEN = re.compile(
     r"(?:\b(?:[Cc]hoose|[Cc]hose|[Pp]ick|[Ss]elect|[Gg]o(?:ing)? with|[Oo]pt for)\s|选择?|選択?)"
     rf"\s?(?:{_NOUN}\s?)?{_LETTER}{_OTHER}"
-    rf"|\b[Aa]nswer\s(?:would|must|should|can only|has to|will|may|might)\s(?:\w+\s)?be\s(?:{_NOUN}\s)?{_LETTER}{_OTHER}"
-    rf"|(?<![A-Za-z0-9]){_LETTER}\*{{0,2}}\s(?:is|must be|would be)\s(?:(?:the|clearly|therefore|thus)\s){{0,2}}"
+    r"|\b[Aa]nswer\s(?:would|must|should|can only|has to|will|may|might)\s"
+    r"(?:\w+\s)?be\s"
+    rf"(?:{_NOUN}\s)?{_LETTER}{_OTHER}"
+    rf"|(?<![A-Za-z0-9]){_LETTER}\*{{0,2}}\s(?:is|must be|would be)\s"
+    r"(?:(?:the|clearly|therefore|thus)\s){0,2}"
     r"(?:correct|right|best|only|answer|true)\b"
     rf"|\b(?:[Ii]t['’]?s|is|[Tt]herefore|[Tt]hus|[Ss]o|[Hh]ence)[,:]?\s{_LETTER}[\s.*)]*\Z"
 )
@@ -35,7 +41,10 @@ _LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[\s:~\\]*(\S.*)|([A-J]) ([A
 
 
 def bare_choice(text: str) -> tuple[str | None, str | None]:
-    """(letter, what the letter stands for) of a multiple-choice answer such as "(C)", "C. 42" or "C Cecile"."""
+    """Return (letter, its text) of a multiple-choice answer such as "(C)", "C. 42" or "C Cecile".
+
+    Each is None if the answer does not have it.
+    """
     match = _BARE.fullmatch(text)
     if match:
         return match[1] or match[2], None
@@ -48,19 +57,22 @@ def bare_choice(text: str) -> tuple[str | None, str | None]:
 
 
 def stated_choice(text: str) -> str | None:
-    """The letter that a text begins with, behind "the answer is"."""
+    """Return the letter that a text begins with after "the answer is", or None."""
     match = _STATED.match(text)
     return match and (match[1] or match[2])
 
 
 def leading_choice(text: str) -> str | None:
-    """The letter of a text such as "C. 42" or "(C) because 6 * 7 = 42"."""
+    """Return the letter of a text such as "C. 42" or "(C) because 6 * 7 = 42", or None."""
     match = _LEADING.match(text)
     return match and (match[1] or match[2])
 
 
 def choice_in_prose(text: str) -> str | None:
-    """The letter that a text without any "the answer is" settles on, by a verb of choosing, by praise, or as its only option."""
+    """Return the letter that a text settles on without saying "the answer is", or None.
+
+    It counts if the text chooses it ("I pick B"), calls it correct, or names no other option.
+    """
     chosen = _letters(_CHOSEN, text)
     if chosen:
         return chosen[-1]

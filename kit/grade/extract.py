@@ -1,15 +1,18 @@
-r"""Which part of a response is its answer? A fixed order of places to look, each with a name that the verdict records.
+r"""Find the answer in a response. Places are tried in a fixed order; the verdict records which one it was.
 
-1.  `boxed`: the last complete \boxed{...}, by brace matching (\fbox, \boxed {x} and \boxed 5 too). Boxes are never joined.
-    `final answer after the box`: a sentence "final answer is ..." or "final answer: ..." after that box, if it names a value.
+1.  `boxed`: the last complete \boxed{...}, by brace matching; \fbox, \boxed {x} and \boxed 5 count too.
+    Boxes are never joined.
+    `final answer after the box`: a sentence "final answer is ..." or "final answer: ..." after that box, if
+    it names a value.
 2.  `####`: what follows the last ####, as in GSM8K.
 3.  `answer statement`: what follows the last "answer is", "answer:" and their like.
-4.  `whole text`: everything, where it is an answer without prose around it.
-5.  `last mathematics` or `last number`: the last $...$, \(...\) or \[...\], unless a number stands after it.
-6.  `short text`: everything, where it is at most six words.
+4.  `whole text`: the whole response, if it is an answer without prose around it.
+5.  `last mathematics` or `last number`: the last $...$, \(...\) or \[...\], unless a number follows it.
+6.  `short text`: the whole response, if it has at most six words.
 
-All of it is looked for after the last </think>. Only if nothing is found there is the thought searched, and the name says so.
-A thought that never ends counts by steps 1 to 3 alone: the last number of a thought that was cut off is no answer.
+The search begins after the last </think>. Only if it finds nothing there is the thought searched, and the
+recorded name says so. In a thought that never ends only steps 1 to 3 count: the last number before a cut is
+no answer.
 """
 
 from __future__ import annotations
@@ -19,19 +22,26 @@ import re
 from kit.grade.choices import choice_in_prose, leading_choice, stated_choice
 from kit.grade.prose import NUMBER, SENTENCE_END, is_bare, last_value
 from kit.grade.reading import DIGITS
+from kit.grade.rules import Rule
 
-MAX_STATEMENT = 4_000  # characters behind "the answer is": whatever stands further on is another sentence
+MAX_STATEMENT = 4_000  # characters after "the answer is": what comes later is another sentence
 
 
 def _openings(word: str, tail: str) -> list[str]:
-    """Patterns of a whole word in any case that begin with one letter each: `re` then skips to such letters by itself."""
+    """Return patterns of a whole word in any case, each beginning with one fixed letter.
+
+    `re` then skips quickly to the next such letter.
+    """
     return [rf"{letter}(?<!\w{letter})(?i:{word[1:]}){tail}" for letter in (word[0].lower(), word[0].upper())]
 
 
 _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
 _BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
 
-_STATES = r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|lautet|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)[\s*:：_\"]{0,6})"
+_STATES = (
+    r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|lautet|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)"
+    r"[\s*:：_\"]{0,6})"
+)
 _HEADS = rf"(?:{_STATES}|\s?\*{{0,2}}\s{{0,3}}\n\s{{0,6}})"
 _ADJECTIVE = r"(?:\s(?i:corr\w{2,5}|exact\w{0,2}|finale?))?"
 _STATEMENT = re.compile(
@@ -46,9 +56,8 @@ _STATEMENT = re.compile(
         + [word + _STATES for word in ("答案", "答え", "正解", "정답", "답", "الجواب", "الإجابة")]
     )
 )
-_OPENING = re.compile(
-    r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+'
-)  # a backslash only where it escapes a sign: not that of \frac or \(
+# a backslash only if it escapes a sign: not that of \frac or \(
+_OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _CONTRAST = re.compile(  # what follows explains the answer, or says what it is not
     r"[\s,;，；]{1,4}(?:because|since|which|not|rather than|instead of|no|non|nicht"
@@ -60,7 +69,10 @@ _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
 
 
 def extract_answer(text: str, *, choice: bool = False) -> tuple[str | None, str]:
-    """(the answer's text, where it was found), or (None, why not). `choice`: the letter of a multiple choice counts."""
+    """Return (the answer's text, where it was found), or (None, why not).
+
+    choice: the letter of a multiple choice counts as an answer.
+    """
     thought, tag, reply = text.rpartition("</think>")
     if tag:
         answer, rule = _extract(reply, choice, explicit=False)
@@ -92,12 +104,12 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
     if stated is not None:
         return stated, "answer statement"
     if explicit:
-        return None, "no answer: the thought does not end"
+        return None, Rule.NO_END.value
     stripped = text.strip()
     if stripped.startswith("**") and stripped.endswith("**") and "**" not in stripped[2:-2]:
         stripped = stripped[2:-2].strip()
     if not stripped:
-        return None, "no answer: nothing is there"
+        return None, Rule.NOTHING.value
     if choice:
         letter = leading_choice(stripped)
         if letter:
@@ -116,24 +128,27 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
     if len(stripped) <= 80 and len(stripped.split()) <= 6:
         word = _PREDICATE.search(stripped)
         return (word[1], "predicate") if word else (stripped, "short text")
-    return None, "no answer: no value is named"
+    return None, Rule.NO_VALUE.value
 
 
 def last_box(text: str) -> tuple[str, int] | None:
-    """(content, end) of the last complete, non-empty box."""
+    """Return (content, end) of the last complete, non-empty box, or None."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
     end = _closing_brace(text, start + 7) if text.startswith("\\boxed{", start) else -1
     content = text[start + 7 : end].strip() if end >= 0 else ""
     box = (content, end + 1 - start) if content else _last_box(text[start:])
-    if box and "}" not in text[start + box[1] :]:  # nothing behind it closes a box from before
+    if box and "}" not in text[start + box[1] :]:  # no brace after it closes an earlier box
         return box[0], start + box[1]
     return _last_box(text)
 
 
 def _closing_brace(text: str, position: int) -> int:
-    """Where the group that is open at `position` closes; -1 where it does not, or where a brace behind it is escaped."""
+    """Return where the group that is open at `position` closes.
+
+    Return -1 if it does not close, or if a brace after it is escaped.
+    """
     if text.find("\\{", position) >= 0 or text.find("\\}", position) >= 0:
         return -1
     level = 1
@@ -147,7 +162,7 @@ def _closing_brace(text: str, position: int) -> int:
 
 
 def _last_box(text: str) -> tuple[str, int] | None:
-    """One pass over the braces, however many boxes are left open."""
+    """Return the same as last_box in one pass over the braces, however many boxes stay open."""
     stack: list[int] = []  # the start of a box's content, or -1 for any other brace
     waiting = -1  # where a \boxed just ended
     best: tuple[str, int] | None = None
@@ -174,7 +189,10 @@ def _last_box(text: str) -> tuple[str, int] | None:
 
 
 def statement(text: str, choice: bool, final: bool) -> str | None:
-    """What the last "(final) answer is ..." names, or None. A final one must name a value, not just go on talking."""
+    """Return what the last "(final) answer is ..." names, or None.
+
+    final: only "final answer" counts, and it must name a value: words alone do not count.
+    """
     last = None
     for match in _STATEMENT.finditer(text):
         opening = match[0][:6].lower()
@@ -211,7 +229,7 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
 
 
 def _leading_span(sentence: str) -> str | None:
-    r"""The mathematics that a sentence opens with: $18$ of "$18$ is what 9 + 9 gives"."""
+    r"""Return the mathematics that a sentence opens with, or None: $18$ of "$18$ is what 9 + 9 gives"."""
     for opening, closing in (("$", "$"), ("\\(", "\\)")):
         end = sentence.find(closing, len(opening)) if sentence.startswith(opening) else -1
         if end > 0 and is_bare(sentence[len(opening) : end]):

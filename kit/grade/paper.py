@@ -1,22 +1,30 @@
-r"""The second verdict: as the paper graded. It used the evaluation code of Qwen2.5-Math, which is more
-tolerant than kit.grade.verdict in some places and blind in others; what is to be compared with published
-numbers has to be graded alike.
+r"""Grade an answer as the paper did: the second verdict.
 
-The rules, written anew from what that code does (QwenLM/Qwen2.5-Math, evaluation/parser.py and grader.py), on this kit's own
-parser, caps and workers:
+The paper used the evaluation code of Qwen2.5-Math, which is more tolerant than kit.grade.verdict in some
+places and blind in others. Numbers that are compared with published ones must be graded the same way.
 
-1.  The answer is what follows the last "boxed", wherever it stands (in a thought too, and the box may be left open), else what
-    follows the last "he answer is" or "final answer is", else the last number.
-2.  Both sides are normalised: units (some of one letter, so a lone `a` or `h` goes too), degrees, percent and dollar signs, a
-    trailing \text{...}, "x =", \left and \right, all spaces and decimals that are zero go; number words become digits.
-3.  Equal are: the same text, whatever the case and the curly and round brackets; the same letter of a choice; numbers within
-    0.01 % of each other, also after a factor of 100 either way; tuples and matrices element by element, whatever their brackets;
-    equations whose sides differ by the same; expressions that are equal as formulas or, without symbols, within 0.01 %.
-4.  A formula is read as far as it goes and the rest is ignored: of a bare list the first element counts, the base of a number
-    does not. 1\frac12 is a product, and pi, e and i are symbols without a value.
+The rules describe what that code does (QwenLM/Qwen2.5-Math, evaluation/parser.py and grader.py). They are
+implemented on this kit's own parser, caps and workers:
 
-That code calls wrong what takes it longer than three seconds. Here that is `unknown`, which is not correct either. Not rebuilt:
-words read as products of letters, so that an anagram is the same answer.
+1.  The answer is what follows the last "boxed" anywhere in the response (also in a thought or in a box that
+    stays open), else what follows the last "he answer is" or "final answer is", else the last number.
+2.  Both sides are normalised. Removed are units (some have one letter, so a lone `a` or `h` goes too),
+    degree, percent and dollar signs, a trailing \text{...}, "x =", \left and \right, all spaces, and decimals
+    that are zero. Number words become digits.
+3.  Two answers are equal if they are
+    - the same text, ignoring case and curly and round brackets;
+    - the same letter of a choice;
+    - numbers within 0.01 % of each other, also after multiplying or dividing one by 100;
+    - tuples or matrices that are equal element by element, whatever their brackets;
+    - equations with the same difference of their sides;
+    - expressions that are equal as formulas or, without symbols, within 0.01 %.
+4.  A formula is read as far as it can be, and the rest is ignored: of a bare list only the first element
+    counts, and the base of a number does not. 1\frac12 is a product, and pi, e and i are symbols without a
+    value.
+
+That code calls a pair wrong if it takes longer than three seconds. Here such a pair is `unknown`, which does
+not count as correct either. One thing is not reproduced: that code reads words as products of letters, so
+that an anagram is the same answer.
 """
 
 from __future__ import annotations
@@ -33,12 +41,12 @@ from kit.grade.reading import Parser
 from kit.grade.trees import Node, canonical, contains, negate, symbols
 
 TOLERANCE = Fraction(1, 10_000)  # relative
-MAX_CHARS = 8_000  # of an answer: what follows the last "the answer is" may be a whole ramble
-MAX_NESTING = 60  # brackets within brackets that are compared element by element; real answers nest two
+MAX_CHARS = 8_000  # of an answer: the text after the last "the answer is" may be very long
+MAX_NESTING = 60  # of tuples that are compared element by element; real answers nest two
 
 
 class PaperVerdict(NamedTuple):
-    """What the paper's rules say about one prediction."""
+    """The verdict by the paper's rules on one prediction."""
 
     verdict: str  # "correct", "wrong" or "unknown"
     rule: str  # the rule that decided
@@ -47,24 +55,23 @@ class PaperVerdict(NamedTuple):
 
 
 def grade_as_paper(gold: str, prediction: str, *, deadline: float = 5.0) -> PaperVerdict:
-    """Grade a response against a reference answer by the paper's rules. Never raises for what a model wrote.
+    """Grade a response against a reference answer by the paper's rules. A model's text never raises.
 
-    gold: the answer itself, not a solution. prediction: the whole response. deadline: seconds; beyond it the verdict is unknown.
+    gold: the answer itself, not a solution. prediction: the whole response. deadline: seconds, after which
+    the verdict is unknown.
     """
     extracted = extract(prediction)
     if max(len(gold), len(extracted)) > MAX_CHARS:
-        return PaperVerdict(
-            "unknown", f"too large: an answer of more than {MAX_CHARS:,} characters", gold, extracted
-        )
-    reference, answer = (
-        normalise(normalise(text)) for text in (gold, extracted)
-    )  # twice, as there: once bares more
+        reason = f"too large: an answer of more than {MAX_CHARS:,} characters"
+        return PaperVerdict("unknown", reason, gold, extracted)
+
+    # twice, as there: the first pass uncovers more
+    reference, answer = (normalise(normalise(text)) for text in (gold, extracted))
     if reference in CHOICES and answer not in CHOICES:
         answer = choice_in(prediction)
-    elif reference and not set(reference) - CHOICES:
-        answer = (
-            "".join(letter for letter in answer if letter in CHOICES) if set(answer) - CHOICES else answer
-        )
+    elif reference and not set(reference) - CHOICES:  # several letters
+        answer = "".join(letter for letter in answer if letter in CHOICES)
+
     comparison = _Comparison(time.monotonic() + deadline)
     try:
         same = comparison.same(answer, reference)
@@ -80,7 +87,7 @@ _MATRIX = ("\\begin{pmatrix}", "\\end{pmatrix}")
 
 
 def number(text: str) -> Fraction | None:
-    """A plain decimal; its commas do not count."""
+    """Return the value of a plain decimal, ignoring its commas, or None."""
     text = text.replace(",", "").strip()
     if len(text) > 400 or not _PLAIN.fullmatch(text):
         return None
@@ -88,11 +95,12 @@ def number(text: str) -> Fraction | None:
 
 
 def close(a, b) -> bool:
+    """Whether two numbers differ by at most 0.01 % of the larger."""
     return abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
 
 
 class _Comparison:
-    """One comparison; `rule` names the rule that decided."""
+    """Compares one pair. `rule` names the rule that decided."""
 
     def __init__(self, deadline_at: float):
         self.deadline_at = deadline_at
@@ -107,24 +115,28 @@ class _Comparison:
         self.budget.spend()
         if depth > MAX_NESTING:
             raise TooLarge(f"a tuple nested deeper than {MAX_NESTING}")
+
         answer, reference = answer.strip(), reference.strip()
         if answer.lower() == reference.lower():
             return self.decide("same text", True)
         if reference in CHOICES and (LETTER.findall(answer.upper()) or [""])[-1] == reference:
             return self.decide("choice", True)
+
         numbers = number(answer), number(reference)
-        if None not in numbers and any(
-            close(numbers[0], numbers[1] * factor) for factor in (1, 100, Fraction(1, 100))
-        ):
-            return self.decide("number" if close(*numbers) else "number times 100", True)
+        if None not in numbers:
+            if close(*numbers):
+                return self.decide("number", True)
+            if any(close(numbers[0], numbers[1] * factor) for factor in (100, Fraction(1, 100))):
+                return self.decide("number times 100", True)
+
         if not answer:
             return self.decide("no answer", False)
         if _without_brackets(answer, reference):
             return self.decide("same text without brackets", True)
-        if all(_is_tuple(side) for side in (answer, reference)):
-            return self.decide(
-                "tuple", self.same_parts(answer[1:-1].split(","), reference[1:-1].split(","), depth)
-            )
+
+        if _is_tuple(answer) and _is_tuple(reference):
+            parts = answer[1:-1].split(","), reference[1:-1].split(",")
+            return self.decide("tuple", self.same_parts(*parts, depth))
         rows = [_rows(side) for side in (answer, reference)]
         if None not in rows:
             shapes = [[len(row) for row in side] for side in rows]
@@ -158,10 +170,9 @@ class _Comparison:
         return self.same_tree(first, second) or self.same_tree(negate(first), second)
 
     def read(self, text: str) -> Node | None:
-        """The tree of the longest beginning that is a formula, or None; pi, e and i are symbols."""
-        text = re.sub(
-            r"(?<=[0-9])(?=\\frac)", r"\\cdot ", re.sub(r"(?<=[0-9])_(?:[0-9]|\{[^{}]*\})", "", text)
-        )
+        """Return the tree of the longest beginning that is a formula, or None. pi, e and i become symbols."""
+        text = re.sub(r"(?<=[0-9])_(?:[0-9]|\{[^{}]*\})", "", text)  # the base of a number
+        text = re.sub(r"(?<=[0-9])(?=\\frac)", r"\\cdot ", text)
         try:
             return _symbolic(Parser(text, self.deadline_at).relation())
         except ParseError:
@@ -178,20 +189,16 @@ class _Comparison:
             )
             return self.decide("inequality", same)
         try:
-            if symbols(a) or symbols(b):
-                same = same_function(a, b, self.budget)
-                return (
-                    self.decide("identity at random points", same) if same is not None else self.prove(a, b)
-                )
-            return self.same_value(a, b)
+            if not (symbols(a) or symbols(b)):
+                return self.same_value(a, b)
+            same = same_function(a, b, self.budget)
+            return self.prove(a, b) if same is None else self.decide("identity at random points", same)
         except Undefined:
             return self.decide("undefined", False)
         except NotNumeric:
-            return (
-                self.prove(a, b)
-                if contains(a, "big") or contains(b, "big")
-                else self.decide("no formula", False)
-            )
+            if contains(a, "big") or contains(b, "big"):
+                return self.prove(a, b)
+            return self.decide("no formula", False)
 
     def same_value(self, a: Node, b: Node) -> bool:
         evaluator = Evaluator(50, self.budget)
@@ -200,9 +207,8 @@ class _Comparison:
             values = [evaluator.real(value) for value in values]
             if any(evaluator.mp.im(value) for value in values):
                 return self.decide("number", same_number(a, b, self.budget))
-            return self.decide(
-                "number", bool(abs(values[0] - values[1]) <= max(map(abs, values)) / TOLERANCE.denominator)
-            )
+            largest_error = max(map(abs, values)) / TOLERANCE.denominator
+            return self.decide("number", bool(abs(values[0] - values[1]) <= largest_error))
         return self.decide("number", close(*values))
 
     def prove(self, a: Node, b: Node) -> bool:
@@ -210,7 +216,7 @@ class _Comparison:
 
 
 def _without_brackets(answer: str, reference: str) -> bool:
-    """Whether the texts are the same but for curly and round brackets: \frac{1}{23} and \frac{12}{3} are."""
+    r"""Whether the texts are the same without curly and round brackets: \frac{1}{23} and \frac{12}{3} are."""
     square, round_ = (answer[:1] + answer[-1:] == pair for pair in ("[]", "()"))
     ends = reference[:1] + reference[-1:]
     if (square and ends != "()") or (round_ and ends != "[]"):
@@ -239,7 +245,7 @@ def _symbolic(node):
 
 
 def _flipped(node: Node) -> tuple:
-    """(operators, operands) of a relation, read so that its signs point to the right."""
+    """Return (operators, operands) of a relation, turned round if its signs are > or >=."""
     if node[0] == "rel" and set(node[1]) & {">", ">="}:
         return tuple({">": "<", ">=": "<="}.get(sign, sign) for sign in node[1][::-1]), node[2][::-1]
     return (node[1], node[2]) if node[0] == "rel" else ((), (node,))

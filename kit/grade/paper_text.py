@@ -1,4 +1,4 @@
-r"""Which text the paper's grader compares: where it finds the answer in a response, and the normal form of an answer."""
+r"""Find and normalise an answer as the paper's grader does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CURLY = re.compile(r"[{}]")
 
 
 def extract(response: str) -> str:
-    """The answer's text in a response, or ""."""
+    """Return the answer's text in a response, or ""."""
     _, formal, ending = response.partition("final answer is $")
     if formal and "$. I hope" in ending:
         answer = ending.partition("$. I hope")[0].strip()
@@ -32,7 +32,7 @@ def extract(response: str) -> str:
 
 
 def _box(rest: str) -> str:
-    """The content of the box that `rest` opens; up to the end where it does not close."""
+    """Return the content of the box that `rest` opens, up to the end if it does not close."""
     if not rest.startswith("{"):
         return rest.partition("$")[0].strip()
     depth = 0
@@ -44,7 +44,10 @@ def _box(rest: str) -> str:
 
 
 def choice_in(response: str) -> str:
-    """The letter of a multiple choice: the first after "answer is" or "choice is", else the last in the response."""
+    """Return the letter of a multiple choice.
+
+    It is the first after "answer is" or "choice is", else the last in the response.
+    """
     repeated = any(response.count(phrase) > 1 for phrase in ("answer is", "choice is"))
     parts = re.split(
         r"choice is|answer is", response.strip("\n").partition("\n\n")[0] if repeated else response
@@ -55,17 +58,18 @@ def choice_in(response: str) -> str:
     return parts[-1].strip(" \n:").rstrip("./")
 
 
-# words that are dropped wherever they stand alone, with or without an s; the letters are there on purpose
+# words that are dropped if they stand alone, with or without an s; the single letters are intended
 _UNITS = names(
-    "degree deg mph kmph kmh ft feet inch inche mile yard rd km m cm mm dm metre meter mt mtr kg g gm lb gal gallon l liter "
-    "litre acre hectare cc hr h hour min minute sec second s day month year yr am pm sq square cubic cube unit percent ohm "
-    "men man women woman apple coin toy tile mark monkey soldier pie rupee rs rounds ratio number per by more les increase "
-    "decrease gain los profit exces ris rise east west way noon th st t a c d o ab bc mp lt are pure prime Surface"
+    "degree deg mph kmph kmh ft feet inch inche mile yard rd km m cm mm dm metre meter mt mtr kg g gm lb "
+    "gal gallon l liter litre acre hectare cc hr h hour min minute sec second s day month year yr am pm sq "
+    "square cubic cube unit percent ohm men man women woman apple coin toy tile mark monkey soldier pie "
+    "rupee rs rounds ratio number per by more les increase decrease gain los profit exces ris rise east "
+    "west way noon th st t a c d o ab bc mp lt are pure prime Surface"
 )
 _UNIT = re.compile(r"(^|\W)(?:" + "|".join(sorted(_UNITS, key=len, reverse=True)) + r")s?(?=$|\W)")
 _SAME = (
-    ("\\!", ""), ("bmatrix", "pmatrix"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\neq", "\\ne"), ("\\leq", "\\le"),
-    ("\\geq", "\\ge"), ("\\left", ""), ("\\right", ""), ("\\{", "{"), ("\\}", "}"),
+    ("\\!", ""), ("bmatrix", "pmatrix"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\neq", "\\ne"),
+    ("\\leq", "\\le"), ("\\geq", "\\ge"), ("\\left", ""), ("\\right", ""), ("\\{", "{"), ("\\}", "}"),
 )  # fmt: skip
 _DROPPED = ("^{\\circ}", "^\\circ", "\\$", "$", "\\(", "\\)")
 _ASSIGNED = re.compile(r"[xyz](?:=|\\in|\\to)")
@@ -74,7 +78,7 @@ _ZEROS = re.compile(r"([0-9])\.0*(?![0-9])")  # 5.00 and 5. are 5
 
 
 def normalise(text: str) -> str:
-    """The text as the paper's code compares it."""
+    """Return the text as the paper's code compares it."""
     text = re.sub(r"\\(begin|end)\{array\}(?:(?<=begin\{array\})\{[^}]*\})?", r"\\\1{pmatrix}", text.strip())
     text = text.replace("\n", "").rstrip(".")
     for old, new in _SAME:
@@ -104,8 +108,8 @@ def normalise(text: str) -> str:
     return re.sub(r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}", text)
 
 
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-    eighteen nineteen"""
+_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen"""
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _COUNTS = {word: value for value, word in enumerate(_ONES.split())}
 _COUNTS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
@@ -113,7 +117,7 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def _word_number(text: str) -> str:
-    """Digits for a text with a number in words somewhere ("forty-two apples" is 42); the text if there is none."""
+    """Return the digits of a number in words (42 for "forty-two apples"), else the text itself."""
     total = part = 0
     found = False
     for word in text.lower().replace("-", " ").split() if len(text) < 400 else ():

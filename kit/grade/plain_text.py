@@ -1,4 +1,4 @@
-"""Tier 0 of the grader: answers as plain text and exact fractions, in microseconds."""
+"""Tier 0 of the grader: normalise answers as plain text and exact fractions, in microseconds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from kit.grade.vocabulary import FONT_COMMANDS, TEXT_COMMANDS
 
 
 def normal(text: str) -> str:
-    """The text as tier 0 compares it: without delimiters, spacing, font commands, thousands separators and final full stops."""
-    if _INTEGER.fullmatch(text):
+    """Return the text as tier 0 compares it.
+
+    Delimiters, spacing, font commands, thousands separators and final full stops are removed.
+    """
+    if INTEGER.fullmatch(text):
         return str(int(text))
     text = clean(text).strip()
     if "\\" in text or "$" in text:
@@ -26,7 +29,7 @@ def normal(text: str) -> str:
             text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
     elif "," in text:
         text = _ungroup(text)
-    text = " ".join(text.split())  # one space a run: what is left of 1  1/2 must not be 11/2
+    text = " ".join(text.split())  # keep one space: 1  1/2 must not become 11/2
     if " " in text:
         text = _SPACES.sub("", text)
     while text[-1:] in (".", ",", ";"):
@@ -35,14 +38,14 @@ def normal(text: str) -> str:
 
 
 def _ungroup(text: str) -> str:
-    """1,234 and 1{,}234 as 1234, but a comma inside brackets separates."""
+    """Write 1,234 and 1{,}234 as 1234. A comma inside brackets separates entries and stays."""
     if not any(sign in text for sign in "([") and "\\{" not in text:
         return _GROUPED.sub(lambda match: match[1] + re.sub("[^0-9]", "", match[2]), text)
     return text
 
 
-def _number(text: str) -> tuple[int, int, bool] | None:
-    """(numerator, denominator, whether it is a decimal) of a plain integer, decimal or fraction."""
+def plain_number(text: str) -> tuple[int, int, bool] | None:
+    """Return (numerator, denominator, whether a decimal) of a plain integer, decimal or fraction, or None."""
     if len(text) > 400:
         return None
     match = _FRACTION.fullmatch(text)
@@ -59,8 +62,11 @@ def _number(text: str) -> tuple[int, int, bool] | None:
     return sign * int((match[2] or "0") + decimals), 10 ** len(decimals), bool(decimals)
 
 
-def _letters(text: str) -> str:
-    """A normal text that is no mathematics, whatever its case and spaces; but 1 2 is not 12."""
+def only_letters(text: str) -> str:
+    """Return a normalised text in lower case and without spaces, for texts that are no mathematics.
+
+    A space between digits stays: 1 2 is not 12.
+    """
     return _NOT_BETWEEN_DIGITS.sub("", text.casefold())
 
 
@@ -80,4 +86,4 @@ _FRACTION = re.compile(
 )
 _PLAIN = re.compile(r"([+-]?)([0-9]*)(?:\.([0-9]*)|/([0-9]+))?")
 
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
+INTEGER = re.compile(r"-?[0-9]{1,18}")

@@ -1,4 +1,4 @@
-"""The value that prose ends with: the last mathematics or number, and the list or expression around it."""
+"""Find the value that prose ends with: the last mathematics or number, and the list around it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from kit.grade.reading import clean
 from kit.grade.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
 
 MAX_SENTENCE = 200  # characters before the last value in which its sentence is looked for
-MAX_SPANS = (
-    12  # pairs of delimiters tried from the end: behind that many with prose between them lies no answer
-)
+MAX_SPANS = 12  # pairs of delimiters tried from the end; an answer lies in none before them
 
 SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)\.(?=\s|$)|。|<\|")
 _COPULA = re.compile(
-    r"(?:\b(?:is|are|was|were|be|equals?|equal to)\b(?:\s(?:at|either|exactly|only|then|thus|therefore)\b)?|:)[\s:]*"
+    r"(?:\b(?:is|are|was|were|be|equals?|equal to)\b"
+    r"(?:\s(?:at|either|exactly|only|then|thus|therefore)\b)?|:)[\s:]*"
     r"|(?=(?:\$|(?<![\w\\$.]))(?:-?[0-9]+\s?[<≤]=?\s?)?[A-Za-z](?:_\w)?\s?[=<>≤≥])"
 )
 _ASIDE = re.compile(r"\b(?:that|which) is[\s:]*\Z")
@@ -22,8 +21,10 @@ _LISTED = re.compile(r"[,;]|\b(?:and|or)\b")
 _NAMES = re.compile(r"(?:\A|[,;\s($])([A-Za-z](?:_\w)?)\s?[=<>≤≥]")
 NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.^])(?:(?<![\w)\]}])[-−]\s?)?\$?"
-    r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\s)[0-9]{3})+(?![0-9])|[0-9]+)?(?:(?<=[0-9])[.,][0-9]+|(?<![0-9])\.[0-9]+|(?<=[0-9]))"
-    r"(?:/[0-9]+(?![0-9])|(?:(?:\s:\s|:)[0-9]+)+)?(?:\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)s?\b)?"
+    r"(?:[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\s)[0-9]{3})+(?![0-9])|[0-9]+)?"
+    r"(?:(?<=[0-9])[.,][0-9]+|(?<![0-9])\.[0-9]+|(?<=[0-9]))"
+    r"(?:/[0-9]+(?![0-9])|(?:(?:\s:\s|:)[0-9]+)+)?"
+    r"(?:\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)s?\b)?"
 )
 _TEXT_GROUP = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}"
@@ -32,7 +33,8 @@ _WORDS = re.compile(r"[^\W\d_]+")
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
 _CONNECTIVES = frozenset(("and", "or"))
 _PROSE = names(
-    "the is are was be it its of so we he she you they not no but can for has had to as at by if on that this thus hence an"
+    "the is are was be it its of so we he she you they not no but can for has had to as at by if on that "
+    "this thus hence an"
 )
 _MATH_WORDS = (
     FUNCTIONS
@@ -45,12 +47,15 @@ _LONE_SYMBOL = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)\s*")
 
 
 def _words_of(text: str) -> list[str]:
-    """The words of a text outside \\text{} that are no commands."""
+    """Return the words of a text outside \\text{} that are no commands."""
     return _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)) if "\\" in text else text)
 
 
 def is_bare(text: str) -> bool:
-    """Whether a text is an answer by itself: mathematics, units, connectives, words inside \\text{}, but no prose."""
+    """Whether a text is an answer by itself.
+
+    Mathematics, units, connectives and words inside \\text{} are; prose is not.
+    """
     if not text.isascii():
         text = clean(text)
     for word in _words_of(text):
@@ -69,7 +74,7 @@ def is_bare(text: str) -> bool:
 
 
 def last_value(text: str) -> tuple[str | None, str]:
-    """The last mathematics between delimiters, or the last number where one stands after it."""
+    """Return (value, place): the last mathematics between delimiters, or the last number after it."""
     span = _last_span(text)
     number, where = None, -1
     for match in NUMBER.finditer(text, span[1] if span else 0):
@@ -86,7 +91,10 @@ def last_value(text: str) -> tuple[str | None, str]:
 
 
 def _predicate(text: str, position: int) -> str | None:
-    """What the sentence around the last value says to its end, where that is mathematics: the solutions are 1, 3 and 5."""
+    """Return all that the sentence around the last value states: the solutions are 1, 3 and 5.
+
+    Return None if what follows "are" is no mathematics to its end.
+    """
     if position < 0:
         return None
     start = max(
@@ -110,7 +118,7 @@ def _predicate(text: str, position: int) -> str | None:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether the words of a bare text are all mathematics: single letters, functions, units."""
+    """Whether all words of a bare text are mathematics: single letters, functions, units."""
     return all(
         len(word) == 1 or word.isupper() or word.lower() in _MATH_WORDS or word.lower() in UNITS
         for word in _words_of(text)
@@ -118,7 +126,10 @@ def _is_plain(text: str) -> bool:
 
 
 def _last_span(text: str) -> tuple[int, int] | None:
-    """(start, end) of the last delimited mathematics that is no lone symbol and no prose between two dollar signs."""
+    """Return (start, end) of the last delimited mathematics, or None.
+
+    A lone symbol does not count, nor does prose between two dollar signs.
+    """
     best: tuple[int, int] | None = None
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         end = text.rfind(closing)
@@ -132,6 +143,6 @@ def _last_span(text: str) -> tuple[int, int] | None:
                 if best is None or end > best[1]:
                     best = (start, end + len(closing))
                 break
-            # between two dollar signs lies prose: the second one may open or be a price
+            # prose between two dollar signs: the second one may open mathematics or belong to a price
             end = start if opening == "$" else text.rfind(closing, 0, start)
     return best

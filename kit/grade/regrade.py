@@ -1,11 +1,11 @@
-"""Regrade: the samples that an evaluation wrote, graded again from their text without generating anything.
+"""Grade the samples of an evaluation again from their text, without generating anything.
 
-    python -m kit.grade regrade runs/gemma3_1b_8k/001/before/math500.jsonl                        what would change
-    python -m kit.grade regrade math500.jsonl --out regraded.jsonl                                and a new file with it
-    python -m kit.grade regrade math500.jsonl --in_place                                          or in the file itself
-    python -m kit.grade regrade math500.jsonl --compare math-verify                               where a peer disagrees
+    python -m kit.grade regrade runs/gemma3_1b_8k/001/before/math500.jsonl    show what would change
+    python -m kit.grade regrade math500.jsonl --out regraded.jsonl            write a new file
+    python -m kit.grade regrade math500.jsonl --in_place                      replace the file
+    python -m kit.grade regrade math500.jsonl --compare math-verify           list where a peer disagrees
 
-A file is replaced whole or not at all, and only where `--in_place` asks for it.
+A file is replaced whole or not at all, and only with `--in_place`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ SHOWN = 160  # characters of an answer in a line of the list
 
 
 def read_samples(path: Path) -> list[dict]:
-    """The rows of a file of samples, its header first. ValueError naming a line that is no sample. The file is left as it is."""
+    """Return the rows of a file of samples, header first, without changing the file.
+
+    Raises ValueError, with the line's number, for a line that is no sample.
+    """
     if not path.is_file():
         raise ValueError(
             f"no file {path} here (working directory {Path.cwd()}); pass a file that an evaluation wrote"
@@ -33,74 +36,79 @@ def read_samples(path: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8").split("\n")
     if lines.pop():
         raise ValueError(
-            f"{path}:{len(lines) + 1} is half a line: the run is still going on, or was killed; resume it first"
+            f"{path}:{len(lines) + 1} is half a line: the run is still going, or was killed; resume it first"
         )
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}:{number} is not JSON ({error}); delete that line to go on without it"
+                f"{path}:{number} is not JSON ({error}); delete that line to continue without it"
             ) from error
         if not isinstance(row, dict) or not (
             "header" in row or (_reference(row) and isinstance(row.get("text"), str))
         ):
             raise ValueError(
-                f"{path}:{number} is no sample: it needs `text` and `answer`; pass a file that an evaluation wrote"
+                f"{path}:{number} is no sample: it needs `text` and `answer`; "
+                "pass a file that an evaluation wrote"
             )
         rows.append(row)
     return rows
 
 
 def _reference(row: dict) -> str:
-    """The gold answer as the benchmark has it; its normal form in rows that hold only that."""
+    """Return the gold answer as the benchmark has it, or its normal form if the row has only that."""
     return str(row.get("answer") or row.get("gold") or "")
 
 
 def regrade_row(row: dict, *, deadline: float = DEADLINE) -> dict:
-    """The row with today's verdicts; every other field, and the order of all, as it was."""
+    """Return the row with new verdicts; the other fields and the order of all fields stay."""
     return {**row, **verdict_fields(_reference(row), row["text"], deadline=deadline)}
 
 
 def compare(rows: list[dict], peer: Callable[[str, str], bool]) -> list[dict]:
-    """The rows on which a peer's verdict is not ours: it says correct where we say wrong or unknown, or the other way round."""
+    """Return the rows on which a peer's verdict is not ours.
+
+    Either it is correct by the peer and wrong or unknown by us, or the other way round.
+    """
     return [row for row in rows if peer(_reference(row), row["text"]) != (row["verdict"] == "correct")]
 
 
 def load_peer(name: str) -> Callable[[str, str], bool]:
-    """A function of (reference answer, response) -> whether the peer calls it correct. ValueError where it is not installed."""
+    """Return a function of (reference answer, response) that says whether the peer calls it correct.
+
+    Raises ValueError for an unknown peer, or for one that is not installed.
+    """
     if name not in PEERS:
         raise ValueError(f"there is no peer {name!r} to compare with; the kit knows {', '.join(PEERS)}")
     try:
         from math_verify import parse, verify
     except ImportError as error:
         raise ValueError(
-            f"--compare {name} needs a package that is not installed ({error}): pip install 'math-verify[antlr4_13_2]', "
-            "or the kit's extra `peers`"
+            f"--compare {name} needs a package that is not installed ({error}): "
+            "pip install 'math-verify[antlr4_13_2]', or the kit's extra `peers`"
         ) from error
 
     def judge(gold: str, text: str) -> bool:
-        return bool(
-            verify(parse(rf"\boxed{{{gold}}}"), parse(text))
-        )  # its time limits hold in the main thread only
+        # its time limits work in the main thread only
+        return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(text)))
 
     return judge
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    """The command line. Returns the counts that it prints."""
+    """Regrade a file as the command line asks, print what changed, and return the counts."""
     parser = argparse.ArgumentParser(
         prog="python -m kit.grade regrade",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, help="samples, as kit/evaluate/measure.py writes them")
+    parser.add_argument("file", type=Path, help="samples that kit/evaluate/measure.py wrote")
     parser.add_argument("--out", type=Path, help="a new file for the rows with the new verdicts")
     parser.add_argument("--in_place", action="store_true", help="replace the file itself")
     parser.add_argument("--compare", default="", help=f"list where a peer disagrees: {', '.join(PEERS)}")
-    parser.add_argument(
-        "--deadline", type=float, default=DEADLINE, help="seconds after which a verdict is `unknown`"
-    )
+    seconds = "seconds after which a verdict is `unknown`"
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help=seconds)
     config = parser.parse_args(arguments)
     if config.out and config.in_place:
         raise ValueError(f"--out {config.out} and --in_place exclude each other; leave one out")
@@ -122,28 +130,28 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     for old, new in samples:
         if (old.get("verdict"), old.get("paper_verdict")) != (new["verdict"], new["paper_verdict"]):
-            _show(
-                new,
-                f"{old.get('verdict')} -> {new['verdict']}, paper {old.get('paper_verdict')} -> {new['paper_verdict']}",
-            )
+            ours = f"{old.get('verdict')} -> {new['verdict']}"
+            _show(new, f"{ours}, paper {old.get('paper_verdict')} -> {new['paper_verdict']}")
     bare = sum("answer" not in old for old, _ in samples)
     if bare:
         print(
-            f"{bare} rows hold no `answer`: they were graded against their `gold`, which is its normal form"
+            f"{bare} rows have no `answer`: they were graded against their `gold`, which is its normal form"
         )
+
     result = {"samples": len(samples), "changed": changed, "paper_changed": paper_changed}
     if peer:
         disagreements = compare([new for _, new in samples], peer)
         print(f"{config.compare} disagrees on {len(disagreements)} of {len(samples)}")
         for row in disagreements:
-            _show(row, f"ours {row['verdict']} ({row['rule']}), {config.compare} not so")
+            _show(row, f"ours {row['verdict']} ({row['rule']}), {config.compare} disagrees")
         result["disagreements"] = len(disagreements)
+
     target = config.file if config.in_place else config.out
     if target:
         replace_rows(target, after)
         print(f"wrote {target}")
     else:
-        print(f"{config.file} is as it was; --out FILE writes the new verdicts, --in_place replaces it")
+        print(f"{config.file} is unchanged; --out FILE writes the new verdicts, --in_place replaces the file")
     return result
 
 

@@ -1,13 +1,18 @@
-r"""A mathematical answer as a tree: the forms it has, and what is done to a tree without evaluating it.
+r"""Mathematical answers as trees: their forms, and operations on trees that evaluate nothing.
 
 Every form of an answer that the grader compares is one of these nested tuples:
 
-    ("num", Fraction)  ("dec", Fraction, significant_digits, places)  ("sym", name)  ("const", "pi" | "e" | "i" | "inf")
-    ("add", a, b, ...)  ("mul", a, b, ...)  ("pow", a, b)  ("root", n, a)  ("fact", a)  ("binom", n, k)  ("pm", sign, a)
-    ("call", name, a, ...)  ("apply", name, a, ...)  ("big", "sum" | "prod" | "int", variable, low, high, body)
+    ("num", Fraction)  ("dec", Fraction, significant_digits, places)
+    ("sym", name)  ("const", "pi" | "e" | "i" | "inf")
+    ("add", a, b, ...)  ("mul", a, b, ...)  ("pow", a, b)  ("root", n, a)
+    ("fact", a)  ("binom", n, k)  ("pm", sign, a)
+    ("call", name, a, ...)  ("apply", name, a, ...)
+    ("big", "sum" | "prod" | "int", variable, low, high, body)
     ("percent", a)  ("deg", a)  ("unit", a, text)  ("text", text)  ("ratio", a, b, ...)
-    ("seq", "(" | "[", ")" | "]", a, ...)  ("set", a, ...)  ("list", "," | "or", a, ...)  ("matrix", (row, ...), ...)
-    ("union", a, b, ...)  ("minus", a, b)  ("meet", a, b)  ("reals",)  ("rel", (op, ...), (a, b, ...))
+    ("seq", "(" | "[", ")" | "]", a, ...)  ("set", a, ...)  ("list", "," | "or", a, ...)
+    ("matrix", (row, ...), ...)
+    ("union", a, b, ...)  ("minus", a, b)  ("meet", a, b)  ("reals",)
+    ("rel", (op, ...), (a, b, ...))
 
 A quotient is a product with a power of -1. `("apply", "f", x)` is f(x) where f may be a function or a factor.
 """
@@ -22,7 +27,7 @@ Node = tuple
 
 
 def negate(node: Node) -> Node:
-    """-node, folded into a number where there is one."""
+    """Return -node; the sign of a number is folded into it."""
     if node[0] == "num":
         return ("num", -node[1])
     if node[0] == "dec":
@@ -35,21 +40,21 @@ def negate(node: Node) -> Node:
 
 
 def invert(node: Node) -> Node:
-    """1/node, folded where node is a nonzero integer or fraction."""
+    """Return 1/node; a nonzero integer or fraction is inverted exactly."""
     if node[0] == "num" and node[1]:
         return ("num", 1 / node[1])
     return ("pow", node, ("num", Fraction(-1)))
 
 
 def rename(node: Node, old: Node, new: Node) -> Node:
-    """The tree with one leaf replaced by another."""
+    """Return the tree with one leaf replaced by another."""
     if node == old:
         return new
     return tuple(rename(part, old, new) if isinstance(part, tuple) else part for part in node)
 
 
 def product(factors: list[Node]) -> Node:
-    """The product of the factors, flat; numbers that are not decimals are folded into one."""
+    """Return the product of the factors, flat. Numbers that are no decimals are folded into one."""
     number, rest = Fraction(1), []
     for factor in factors:
         for part in factor[1:] if factor[0] == "mul" else (factor,):
@@ -63,7 +68,7 @@ def product(factors: list[Node]) -> Node:
 
 
 def canonical(node):
-    """The tree with the operands of sums and products in one order."""
+    """Return the tree with the operands of sums, products and sets in a fixed order."""
     if not isinstance(node, tuple) or not node:
         return node
     if node[0] == "dec":
@@ -75,12 +80,12 @@ def canonical(node):
 def _order(part) -> str:
     try:
         return repr(part)
-    except ValueError:  # Python writes no number beyond 4,300 digits in decimals
+    except ValueError:  # Python refuses to write a number of more than 4,300 digits in decimals
         return repr(to_json(part))
 
 
 def substitute_sign(node: Node, sign: int) -> Node:
-    """The tree with every plus-minus resolved to one sign (minus-plus to the other)."""
+    """Return the tree with every plus-minus resolved to one sign, and every minus-plus to the other."""
     if not isinstance(node, tuple) or not node:
         return node
     if node[0] == "pm":
@@ -90,13 +95,14 @@ def substitute_sign(node: Node, sign: int) -> Node:
 
 
 def contains(node, op: str) -> bool:
+    """Whether the form `op` occurs anywhere in the tree."""
     return (
         isinstance(node, tuple) and bool(node) and (node[0] == op or any(contains(part, op) for part in node))
     )
 
 
 def symbols(node: Node) -> frozenset[str]:
-    """The free symbols of a tree."""
+    """Return the free symbols of a tree."""
     if node[0] in ("sym", "apply"):
         own = frozenset((node[1],)) if node[0] == "sym" or node[1][0] not in OPAQUE else frozenset()
         return own.union(*(symbols(part) for part in node[2:])) if node[0] == "apply" else own
@@ -105,12 +111,16 @@ def symbols(node: Node) -> frozenset[str]:
 
 
 def mentions(node, leaf: Node) -> bool:
-    """Whether a leaf, such as the imaginary unit, is written anywhere in the tree."""
+    """Whether a leaf, such as the imaginary unit, occurs anywhere in the tree."""
     return node == leaf or (isinstance(node, tuple) and any(mentions(part, leaf) for part in node))
 
 
 def to_json(node: object) -> object:
-    """The tree as JSON: tuples become lists, fractions become [numerator, denominator] in hexadecimal (no digit limit)."""
+    """Return the tree as JSON.
+
+    Tuples become lists. Fractions become {"n": numerator, "d": denominator} in hexadecimal, which has no
+    limit on digits.
+    """
     if isinstance(node, tuple):
         return [to_json(part) for part in node]
     if isinstance(node, Fraction):
@@ -119,7 +129,7 @@ def to_json(node: object) -> object:
 
 
 def from_json(data: object) -> object:
-    """The inverse of to_json."""
+    """Return the tree that to_json turned into JSON."""
     if isinstance(data, list):
         return tuple(from_json(part) for part in data)
     if isinstance(data, dict):

@@ -1,13 +1,14 @@
-r"""Is this answer right? Correct, wrong or unknown, with the tier and the rule that decided, and both answers as they were read.
+r"""Grade an answer: correct, wrong or unknown, with the tier and the rule that decided, and both answers.
 
     from kit.grade import grade
-    grade(r"\frac{1}{2}", r"... so the answer is $\boxed{0.5}$.")    # Verdict(verdict="correct", tier=0, rule="number", ...)
+    grade(r"\frac{1}{2}", r"... so the answer is $\boxed{0.5}$.")
+    # Verdict(verdict="correct", tier=0, rule="number", ...)
 
 Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both and
-compares their exact values (kit/grade/reading, kit/grade/deciding); nothing is executed and every operation
-is capped. Tier 2 is sympy in a worker process, for the few that tier 1 leaves open. A response without an
-answer is wrong; `unknown` is only what could not be decided: the deadline passed, a cap was met, or sympy
-could not tell.
+compares their exact values (kit/grade/reading, kit/grade/deciding); nothing is executed, and every operation
+is capped. Tier 2 asks sympy in a worker process about the few pairs that tier 1 leaves open. A response
+without an answer is wrong. `unknown` means undecided: the deadline passed, a cap was exceeded, or sympy could
+not tell.
 
     python -m kit.grade "gold" "prediction"
     python -m kit.grade regrade samples.jsonl          kit/grade/regrade.py
@@ -25,9 +26,10 @@ from kit.grade.deciding import Judge, Options, prove
 from kit.grade.extract import extract_answer
 from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
 from kit.grade.paper import grade_as_paper
-from kit.grade.plain_text import _INTEGER, _letters, _number, normal
+from kit.grade.plain_text import INTEGER, normal, only_letters, plain_number
 from kit.grade.prose import is_bare
 from kit.grade.reading import group_ends, parse
+from kit.grade.rules import Rule
 
 __all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
 
@@ -37,14 +39,14 @@ DEFAULTS = Options()
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided about one prediction, and why; `dataclasses.asdict` of it is JSON."""
+    """The verdict on one prediction, and the reason for it. `dataclasses.asdict` turns it into JSON."""
 
     verdict: str  # "correct", "wrong" or "unknown"
     tier: int  # 0: normalised text and fractions; 1: parsed values; 2: sympy in a worker
-    rule: str  # the rule that decided
+    rule: str  # the rule that decided (kit/grade/rules.py), or the reason why none did
     gold: str  # the reference answer, normalised
     prediction: str | None  # the predicted answer, normalised; None if there is none
-    extracted: str | None  # the predicted answer as it stood in the response
+    extracted: str | None  # the predicted answer as the response has it
     extraction: str  # where in the response it was found
 
 
@@ -53,8 +55,9 @@ _WORD = re.compile("[A-Za-z][a-z]+")  # "Yes" and "yes", but not "AB" and "ab"
 
 @lru_cache(maxsize=4096)
 def _prepare(answer: str) -> tuple[str, tuple | None, tuple]:
+    """Return what tier 0 compares: the normal text, the plain number, the letter and text of a choice."""
     text = normal(answer)
-    return text, _number(text), bare_choice(text)
+    return text, plain_number(text), bare_choice(text)
 
 
 @lru_cache(maxsize=4096)
@@ -68,7 +71,7 @@ _BOX_LIST = re.compile(r"(?:\\[()\[\]]|[\s$,;.&]|\band\b|\bor\b|\\text\s*\{\s*(?
 
 @lru_cache(maxsize=4096)
 def gold_answer(gold: str) -> str:
-    """The reference answer in a gold that may be an answer, several boxed answers, or a whole reference solution."""
+    """Return the reference answer in a gold: an answer, several boxed answers, or a whole solution."""
     if not isinstance(gold, str) or not gold.strip():
         raise ValueError(
             f"gold={gold!r}: the reference answer must be a text that is not empty; pass str(answer)"
@@ -84,7 +87,10 @@ def gold_answer(gold: str) -> str:
 
 
 def _boxes_listed(gold: str) -> str | None:
-    r"""A gold that is only boxes and connectives, \(\boxed{1}\) and \(\boxed{-2}\), as a list. Predictions are never read so."""
+    r"""Return the contents of a gold such as \(\boxed{1}\) and \(\boxed{-2}\) as one list.
+
+    Return None if the gold holds anything but boxes and connectives. Predictions are never read this way.
+    """
     contents, position, ends = [], 0, group_ends(gold)
     for match in _BOX_OPENING.finditer(gold):
         if match.start() < position:
@@ -109,13 +115,19 @@ def grade(
     order: str = "free",
     rounding: int | None = 4,
 ) -> Verdict:
-    """Grade a prediction (a whole response, or a bare answer) against a reference answer. Never raises for what a model wrote.
+    """Grade a prediction (a whole response, or a bare answer) against a reference answer.
 
-    `deadline` is in seconds, for everything together; a pair that needs longer is `unknown`.
+    `deadline`: seconds for everything together; a pair that needs longer is `unknown`.
     `percent`: "either" (10 % is 10 or 0.1) or "value" (10 % is 0.1 only).
-    `units`: "known" (two different known units differ, a missing unit is forgiven), "ignore", or "required" (both or neither).
-    `order`: "free" (a bare list is a set) or "strict" (its order counts). Tuples are ordered, sets are not, whatever it says.
-    `rounding`: significant digits from which a decimal stands for the exact value that rounds to it (4), or None for never.
+    `units`: "known" (two different known units differ, a missing unit is forgiven), "ignore", or "required"
+        (both sides have the unit, or neither).
+    `order`: "free" (a bare list is a set) or "strict" (its order counts). Tuples are always ordered, sets
+        never.
+    `rounding`: a decimal with at least this many significant digits stands for every exact value that rounds
+        to it; None: for its own value only.
+
+    Raises ValueError for a gold that is empty or no text, a prediction that is no text, or an unknown option.
+    Nothing that a model wrote raises.
     """
     if not isinstance(prediction, str):
         raise ValueError(
@@ -124,56 +136,62 @@ def grade(
     options = DEFAULTS
     if not (percent == "either" and units == "known" and order == "free" and rounding == 4):
         options = Options(percent, units, order, rounding)
+
     reference = gold_answer(gold)
-    gold_text, gold_number, gold_choice = _prepare(reference)
-    answer, place = (
-        (prediction, "whole text")
-        if _INTEGER.fullmatch(prediction)
-        else extract_answer(prediction, choice=gold_choice[0] is not None)
-    )
+    prepared_gold = _prepare(reference)
+    gold_text, _, (gold_letter, _) = prepared_gold
+
+    if INTEGER.fullmatch(prediction):
+        answer, place = prediction, "whole text"
+    else:
+        answer, place = extract_answer(prediction, choice=gold_letter is not None)
     if answer is None:
         return Verdict("wrong", 0, place, gold_text, None, None, place)
-    bare = answer  # without its dollar signs it often is the reference, which is prepared already
+
+    bare = answer  # without its dollar signs it is often the reference, which is already prepared
     if answer.startswith("$") and answer.find("$", 1) == len(answer) - 1 and answer[-2] != "\\":
         bare = answer[1:-1]
-    prepared = _prepare(bare) if len(bare) < 200 else _prepare.__wrapped__(bare)
-    verdict, tier, rule = _decide(
-        reference, bare, (gold_text, gold_number, gold_choice), prepared, options, deadline
-    )
+    prepared = _prepare(bare) if len(bare) < 200 else _prepare.__wrapped__(bare)  # long texts stay uncached
+    verdict, tier, rule = _decide(reference, bare, prepared_gold, prepared, options, deadline)
     return Verdict(verdict, tier, rule, gold_text, prepared[0], answer, place)
 
 
 def equal(a: str, b: str, *, options: Options = DEFAULTS, deadline: float = DEADLINE) -> tuple[str, int, str]:
-    """(verdict, tier, rule) for two bare answers; equal(a, b) and equal(b, a) are the same."""
+    """Return (verdict, tier, rule) for two bare answers. equal(a, b) and equal(b, a) are the same."""
     return _decide(a, b, _prepare(a), _prepare(b), options, deadline)
 
 
 def _decide(
     a: str, b: str, prepared_a: tuple, prepared_b: tuple, options: Options, deadline: float
 ) -> tuple[str, int, str]:
+    """Return (verdict, tier, rule) by tier 0, and by the other tiers if it leaves the pair open."""
     (text_a, number_a, choice_a), (text_b, number_b, choice_b) = prepared_a, prepared_b
     if text_a == text_b:
-        return "correct", 0, "same text"
+        return "correct", 0, Rule.SAME_TEXT.value
+
     if number_a and number_b:
         if number_a[0] * number_b[1] == number_b[0] * number_a[1]:
-            return "correct", 0, "number"
-        if (
-            number_a[2] == number_b[2] and max(len(text_a), len(text_b)) < 15
-        ):  # else one may be the other, rounded
-            return "wrong", 0, "number"
+            return "correct", 0, Rule.NUMBER.value
+        alike = number_a[2] == number_b[2]  # both decimals or neither: else one may be the other, rounded
+        if alike and max(len(text_a), len(text_b)) < 15:
+            return "wrong", 0, Rule.NUMBER.value
+
     if text_a.casefold() == text_b.casefold() and _WORD.fullmatch(text_a) and _WORD.fullmatch(text_b):
-        return "correct", 0, "same text"
+        return "correct", 0, Rule.SAME_TEXT.value
+
     if choice_a[0] and choice_b[0]:
-        return ("correct" if choice_a[0] == choice_b[0] else "wrong"), 0, "choice"
+        return ("correct" if choice_a[0] == choice_b[0] else "wrong"), 0, Rule.CHOICE.value
     for (letter, content), other in ((choice_a, text_b), (choice_b, text_a)):
         if letter and content and normal(content) == other:
-            return "correct", 0, "text of the choice"
+            return "correct", 0, Rule.TEXT_OF_CHOICE.value
+
     return _decide_by_value(a, b, text_a, text_b, options, time.monotonic() + deadline)
 
 
 def _decide_by_value(
     a: str, b: str, text_a: str, text_b: str, options: Options, deadline_at: float
 ) -> tuple[str, int, str]:
+    """Return (verdict, tier, rule) by the values of both answers."""
     tier = 1
 
     def prove_in_worker(left, right) -> bool:
@@ -181,35 +199,34 @@ def _decide_by_value(
         tier = 2
         return prove(left, right, deadline_at)
 
-    trees = []
-    for text in (a, b):
-        try:
-            trees.append(_tree(text) if len(text) < 400 else parse(text, deadline_at))
-        except ParseError:
-            trees.append(None)
-        except TooLarge as error:
-            return "unknown", 1, f"too large: {error}"
-        except Undecided as error:
-            return "unknown", 1, str(error)
-    if trees[0] is None or trees[1] is None:
-        same = _letters(text_a) == _letters(text_b)
-        return ("correct" if same else "wrong"), 0, "same text" if same else "text differs"
     judge = Judge(options, Budget(deadline_at), prove_in_worker)
     try:
+        trees = [_tree_or_none(text, deadline_at) for text in (a, b)]
+        if None in trees:
+            same = only_letters(text_a) == only_letters(text_b)
+            return ("correct", 0, Rule.SAME_TEXT.value) if same else ("wrong", 0, Rule.TEXT_DIFFERS.value)
         verdict = "correct" if judge.same(*trees) else "wrong"
     except (NotNumeric, Undefined) as error:
-        return "wrong", tier, f"not comparable: {error}"
+        return "wrong", tier, f"{Rule.NOT_COMPARABLE.value}: {error}"
     except TooLarge as error:
-        return "unknown", tier, f"too large: {error}"
+        return "unknown", tier, f"{Rule.TOO_LARGE.value}: {error}"
     except Undecided as error:
         return "unknown", tier, str(error)
     except RecursionError:
-        return "unknown", tier, "too large: nested too deeply"
+        return "unknown", tier, f"{Rule.TOO_LARGE.value}: nested too deeply"
     return verdict, tier, judge.rule
 
 
+def _tree_or_none(answer: str, deadline_at: float):
+    """Return the tree of an answer, or None if its notation is not known."""
+    try:
+        return _tree(answer) if len(answer) < 400 else parse(answer, deadline_at)
+    except ParseError:
+        return None
+
+
 def verdict_fields(answer: str, text: str, *, deadline: float = DEADLINE) -> dict:
-    """What a row says about one response's answer; both verdicts, ours and the paper's."""
+    """Return the fields of a sample's row about its answer, with both verdicts: ours and the paper's."""
     verdict = grade(answer, text, deadline=deadline)
     return {
         "verdict": verdict.verdict,

@@ -1,10 +1,10 @@
-"""The words of answers: functions, relations, commands that change nothing, units, currencies, multipliers."""
+"""The words of answers: functions, relations, commands without meaning, units, currencies, multipliers."""
 
 from __future__ import annotations
 
 
 def names(text: str) -> frozenset[str]:
-    """The words of a text as a set."""
+    """Return the words of a text as a set."""
     return frozenset(text.split())
 
 
@@ -19,24 +19,28 @@ CONSTANTS = {
     "inf": ("const", "inf"),
 }
 GREEK = names(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-    "varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
+    "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
 )
 RELATIONS = {
-    "=": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "==": "=", "le": "<=", "leq": "<=", "leqslant": "<=",
-    "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~",
-    ":=": "=", "in": "in", "equiv": "equiv", "cong": "equiv",
+    "=": "=", "==": "=", ":=": "=", "<": "<", "lt": "<", ">": ">", "gt": ">",
+    "<=": "<=", "le": "<=", "leq": "<=", "leqslant": "<=",
+    ">=": ">=", "ge": ">=", "geq": ">=", "geqslant": ">=",
+    "!=": "!=", "ne": "!=", "neq": "!=", "approx": "~", "simeq": "~",
+    "in": "in", "equiv": "equiv", "cong": "equiv",
 }  # fmt: skip
 FONT_COMMANDS = names("mathrm mathbf mathit mathsf mathbb mathcal boldsymbol bm operatorname rm bf")
 TEXT_COMMANDS = names("text textbf textit textrm textsf texttt textnormal mbox hbox emph textup")
 FRACTIONS = names("frac dfrac tfrac cfrac nicefrac sfrac")
 JOINTS = {"lor": "or", "vee": "or", "land": "and", "wedge": "and"}
 SKIPPED = names(
-    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle limits nolimits quad qquad "
-    "boxed fbox overline underline vec hat bar overrightarrow mathstrut large Large LARGE huge Huge small checkmark blacksquare"
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr middle displaystyle textstyle limits "
+    "nolimits quad qquad boxed fbox overline underline vec hat bar overrightarrow mathstrut large Large "
+    "LARGE huge Huge small checkmark blacksquare"
 )
 INFIX_COMMANDS = names(
-    "cup cap setminus backslash colon choose over cdot times ast div pm mp pmod bmod mod mid circ degree prime to hline end and"
+    "cup cap setminus backslash colon choose over cdot times ast div pm mp pmod bmod mod mid circ degree "
+    "prime to hline end and"
 )
 CLOSERS = names("rfloor rceil rvert rVert rangle")
 STRUCTURAL = (
@@ -45,13 +49,16 @@ STRUCTURAL = (
 MATRICES = names("matrix pmatrix bmatrix Bmatrix smallmatrix array")
 MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MULTIPLIERS |= {f"{word}s": value for word, value in MULTIPLIERS.items()}
-# What follows a number in plain words. One-letter units only count inside \text{}: outside it, "5m" is a product.
+# What follows a number in plain words; each group is one unit. One-letter units count inside \text{} only:
+# outside it, "5m" is a product.
 UNIT_GROUPS = (
-    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre", "in inch", "ft foot feet",
-    "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram", "lb lbs pound", "oz ounce", "s sec second", "min minute",
-    "h hr hour", "day", "week", "month", "year", "l liter litre", "ml milliliter millilitre", "mph", "kph kmh", "cent",
-    "dollar usd", "euro eur", "sterling gbp", "yuan yen rmb cny jpy", "rupee inr", "degree deg", "radian rad", "unit",
-    "people", "apple", "percent pct", "gallon", "hz", "volt", "joule", "watt", "newton", "c celsius", "f fahrenheit", "kelvin",
+    "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "m meter metre",
+    "in inch", "ft foot feet", "yd yard", "mi mile", "kg kilogram", "g gram", "mg milligram",
+    "lb lbs pound", "oz ounce", "s sec second", "min minute", "h hr hour", "day", "week", "month", "year",
+    "l liter litre", "ml milliliter millilitre", "mph", "kph kmh", "cent", "dollar usd", "euro eur",
+    "sterling gbp", "yuan yen rmb cny jpy", "rupee inr", "degree deg", "radian rad", "unit", "people",
+    "apple", "percent pct", "gallon", "hz", "volt", "joule", "watt", "newton", "c celsius", "f fahrenheit",
+    "kelvin",
 )  # fmt: skip
 COMPOUND_UNITS = {"mph": "mi h", "kph": "km h"}
 UNITS: dict[str, str] = {}
@@ -62,7 +69,7 @@ for _group in UNIT_GROUPS:
             UNITS[_name + "s"] = UNITS[_name + "es"] = _group.split()[0]
 SI_LETTERS = names(
     "m g s h L l J N V W K A T"
-)  # upright behind a number; e, i and d have other meanings there
+)  # upright after a number; e, i and d mean something else there
 CURRENCIES = {
     "$": "dollars",
     "textdollar": "dollars",

@@ -1,16 +1,19 @@
-"""Our grader against Math-Verify on the same pairs in one run: microseconds, ratios, and where the two disagree.
+"""Compare our grader with Math-Verify on the same pairs: microseconds, ratios, and where the two disagree.
 
-    python recipes/bench/grader.py                                      pairs from the answers below
-    python recipes/bench/grader.py --problems math500.jsonl             pairs from the answers of a benchmark's file
-    python recipes/bench/grader.py --json grader.json                   for posting
+    python recipes/bench/grader.py                              pairs from the answers below
+    python recipes/bench/grader.py --problems math500.jsonl     pairs from the answers of a benchmark's file
+    python recipes/bench/grader.py --json grader.json           write the figures to a file
 
-Every answer gives several predictions: itself and the same value written otherwise, in a box and in a sentence, and wrong ones (a
-number changed, a neighbour's answer). Both graders get the same response texts; ours is asked for a verdict, Math-Verify for
-parse(gold), parse(response) and verify, which is what a grade takes. Both are warmed up on other pairs. `first` is the first time
-a grader sees a pair, which is how responses come; `again` is the fastest of `--repeats` more, with every cache warm. Ours waits
-for sympy in a worker process on a few pairs: that wait is in its time. The hardest are the pairs that take the slower side
-longest, among those that both decide. Takes about two minutes for 500 answers on one core. Left out on purpose: hostile input, on
-which Math-Verify needs the main thread to stop at all (tests/test_grade.py).
+Every answer gives several predictions: right ones (itself and the same value written otherwise, in a box and
+in a sentence) and wrong ones (a number changed, another answer of the list). Both graders get the same
+response texts. Ours is asked for a verdict; Math-Verify runs parse(gold), parse(response) and verify, as one
+verdict needs. Both are warmed up on other pairs.
+
+`first` is the time of the first call on a pair, as for real responses. `again` is the fastest of `--repeats`
+more, with every cache warm. On a few pairs ours waits for sympy in a worker process; its time includes that
+wait. The hardest are the pairs that take the slower grader longest, among those that both decide. A run
+takes about two minutes for 500 answers on one core. Hostile input is excluded, because Math-Verify's time
+limit works in the main thread only (tests/grade/test_verdict.py grades such input).
 """
 
 import importlib.util
@@ -33,14 +36,16 @@ from kit.run import write_json
 
 # answers of the kinds that MATH has, written for this file
 ANSWERS = r"""
-    7 | -12 | 125 | 4096 | 10,080 | 0.35 | 2.5 | -0.75 | 18\% | \$42 | \frac{3}{4} | -\frac{7}{12} | \dfrac{22}{7}
-    3\frac{1}{2} | \frac{\pi}{6} | 2\pi | 12\pi | \sqrt{2} | 3\sqrt{5} | \frac{\sqrt{3}}{2} | 5+2\sqrt{6}
-    \frac{1+\sqrt{5}}{2} | 2\sqrt[3]{4} | 3+4i | -2i | 60^\circ | 45 \text{ cm} | 36\text{ square feet} | (3,4) | (2,-1,5)
-    \left(3,\frac{\pi}{2}\right) | [0,5) | (-\infty,2] | (-\infty,-1)\cup(3,\infty) | \{1,2,3\} | 1,-2 | 3 \pm \sqrt{7}
-    x=5 | y=2x+3 | x^2-3x+2 | (x+1)(x-4) | 6x^2+11x-35 | \frac{x+2}{x-3} | 2^{10} | 10! | \binom{8}{3} | 1011_2 | 243_5
-    3:4 | 7:30 | \text{Tuesday} | \text{(B)} | \text{even} | C | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
-    \begin{pmatrix} -1 \\ 0 \\ 2 \end{pmatrix} | |x-2| | \log_2 32 | e^2 | \ln 3 | \sin 30^\circ | \frac{a^2-b^2}{a+b}
-    1.5 \times 10^6 | 0.\overline{3} | 2x^3-x | \frac{n(n+1)}{2} | \sum_{k=1}^{10} k | \int_0^1 x^2 dx | 1 < x < 5
+    7 | -12 | 125 | 4096 | 10,080 | 0.35 | 2.5 | -0.75 | 18\% | \$42 | \frac{3}{4} | -\frac{7}{12}
+    \dfrac{22}{7} | 3\frac{1}{2} | \frac{\pi}{6} | 2\pi | 12\pi | \sqrt{2} | 3\sqrt{5} | \frac{\sqrt{3}}{2}
+    5+2\sqrt{6} | \frac{1+\sqrt{5}}{2} | 2\sqrt[3]{4} | 3+4i | -2i | 60^\circ | 45 \text{ cm}
+    36\text{ square feet} | (3,4) | (2,-1,5) | \left(3,\frac{\pi}{2}\right) | [0,5) | (-\infty,2]
+    (-\infty,-1)\cup(3,\infty) | \{1,2,3\} | 1,-2 | 3 \pm \sqrt{7} | x=5 | y=2x+3 | x^2-3x+2 | (x+1)(x-4)
+    6x^2+11x-35 | \frac{x+2}{x-3} | 2^{10} | 10! | \binom{8}{3} | 1011_2 | 243_5 | 3:4 | 7:30 | \text{Tuesday}
+    \text{(B)} | \text{even} | C | \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}
+    \begin{pmatrix} -1 \\ 0 \\ 2 \end{pmatrix} | |x-2| | \log_2 32 | e^2 | \ln 3 | \sin 30^\circ
+    \frac{a^2-b^2}{a+b} | 1.5 \times 10^6 | 0.\overline{3} | 2x^3-x | \frac{n(n+1)}{2} | \sum_{k=1}^{10} k
+    \int_0^1 x^2 dx | 1 < x < 5
 """
 
 WARM_UP = [
@@ -58,7 +63,7 @@ class Config:
     seed: int = 0  # of the wrong predictions
     # timing
     repeats: int = 3  # times each pair is graded; the fastest counts
-    hardest: float = 0.05  # share of the pairs that are reported apart
+    hardest: float = 0.05  # share of the pairs that are reported separately
     # output
     json: str = ""  # file for the figures; "" = none
     num_shown: int = 20  # disagreements printed
@@ -70,7 +75,7 @@ SMOKE = {"num_answers": 12, "repeats": 1}
 
 @dataclass
 class Pair:
-    """One question to both graders: a reference answer and a response."""
+    """A reference answer and a response, with both verdicts and times."""
 
     gold: str
     response: str
@@ -84,10 +89,11 @@ class Pair:
 
 
 def main(config: Config) -> dict:
+    """Time both graders on all pairs, print the figures, and return them."""
     machine = describe_machine()
     print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
     pairs = make_pairs(read_answers(config), random.Random(config.seed))
-    start_worker()  # importing sympy takes seconds: not out of the first hard pair
+    start_worker()  # importing sympy takes seconds, which must not count for the first hard pair
     time_all(pairs, "our", _kit, config.repeats)
     peer = importlib.util.find_spec("math_verify") is not None
     if peer:
@@ -105,6 +111,7 @@ def main(config: Config) -> dict:
 
 
 def read_answers(config: Config) -> list[str]:
+    """Return the reference answers: those of a benchmark's file, or the list in this file."""
     if config.problems:
         path = Path(config.problems)
         benchmark = next((b for b in BENCHMARKS.values() if b.file == path.name), BENCHMARKS["math500"])
@@ -119,15 +126,14 @@ def read_answers(config: Config) -> list[str]:
 
 
 def make_pairs(answers: list[str], rng: random.Random) -> list[Pair]:
-    """Right and wrong responses to every answer."""
+    """Return right and wrong responses to every answer."""
     pairs = []
     for answer in answers:
         variants = {"the same": answer, "another's": rng.choice(answers)}
         number = re.search(r"[0-9]+", answer)
         if number:
-            variants["a number changed"] = (
-                f"{answer[: number.start()]}{int(number[0]) + 1}{answer[number.end() :]}"
-            )
+            before, after = answer[: number.start()], answer[number.end() :]
+            variants["a number changed"] = f"{before}{int(number[0]) + 1}{after}"
         for kind, rewrite in REWRITES.items():
             rewritten = rewrite(answer)
             if rewritten != answer:
@@ -158,6 +164,7 @@ REWRITES: dict[str, Callable[[str], str]] = {
 
 
 def time_all(pairs: list[Pair], side: str, judge: Callable[[str, str], str], repeats: int) -> None:
+    """Store one grader's verdicts and times in the pairs. side: "our" or "their"."""
     for gold, response in WARM_UP:
         judge(gold, response)
     for pair in pairs:
@@ -192,12 +199,9 @@ def _math_verify() -> Callable[[str, str], str]:
 
 
 def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
-    """Microseconds and ratios, by the first time a pair is seen and by the later ones."""
-    simple = [
-        pair
-        for pair in pairs
-        if re.fullmatch(r"-?[0-9]+", pair.gold) and pair.kind in ("the same", "a number changed")
-    ]
+    """Return microseconds and ratios, for the first call on each pair and for later ones."""
+    kinds = ("the same", "a number changed")
+    simple = [pair for pair in pairs if re.fullmatch(r"-?[0-9]+", pair.gold) and pair.kind in kinds]
     decided = [pair for pair in pairs if {pair.ours, pair.theirs} <= {"correct", "wrong"}]
     result: dict = {"num_simple": len(simple)}
     for when in ("first", "again"):
@@ -213,10 +217,11 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
                 1e6 * getattr(pair, our) for pair in simple
             )
         if peer:
-            hard = sorted(
-                decided, key=lambda pair, sides=(our, their): max(getattr(pair, side) for side in sides)
+            slower = sorted(
+                decided, key=lambda pair, sides=(our, their): max(getattr(pair, s) for s in sides)
             )
-            hard = hard[-max(1, round(hardest * len(hard))) :]
+            hard = slower[-max(1, round(hardest * len(slower))) :]
+            our_hard, their_hard = ([getattr(pair, side) for pair in hard] for side in (our, their))
             figures |= {
                 "their_median_us": statistics.median(theirs),
                 "their_mean_us": statistics.fmean(theirs),
@@ -224,10 +229,8 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
                 "ratio_of_medians": statistics.median(theirs) / statistics.median(ours),
                 "median_of_ratios": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
                 "ratio_of_totals": sum(theirs) / sum(ours),
-                "ratio_of_medians_on_hardest": statistics.median(getattr(p, their) for p in hard)
-                / statistics.median(getattr(p, our) for p in hard),
-                "ratio_of_totals_on_hardest": sum(getattr(p, their) for p in hard)
-                / sum(getattr(p, our) for p in hard),
+                "ratio_of_medians_on_hardest": statistics.median(their_hard) / statistics.median(our_hard),
+                "ratio_of_totals_on_hardest": sum(their_hard) / sum(our_hard),
             }
         result[when] = figures
     result["verdicts"] = {
@@ -237,9 +240,9 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
 
 
 def show(result: dict, pairs: list[Pair], num_shown: int, *, peer: bool) -> None:
-    print(
-        f"\n{result['num_pairs']} pairs, {result['num_simple']} of them two integers{'first':>20}{'again':>14}"
-    )
+    """Print the figures, the counts of verdicts, and the first disagreements."""
+    head = f"{result['num_pairs']} pairs, {result['num_simple']} of them two integers"
+    print(f"\n{head}{'first':>20}{'again':>14}")
     for name in result["first"]:
         print(f"  {name:<40}{result['first'][name]:14,.1f}{result['again'][name]:14,.1f}")
     print("verdicts, ours and theirs:" if peer else "verdicts:")
@@ -248,9 +251,8 @@ def show(result: dict, pairs: list[Pair], num_shown: int, *, peer: bool) -> None
     if not peer:
         return
     for pair in [pair for pair in pairs if pair.ours != pair.theirs][:num_shown]:
-        print(
-            f"  ours {pair.ours}, theirs {pair.theirs} ({pair.kind}): {json.dumps([pair.gold, pair.response])}"
-        )
+        answers = json.dumps([pair.gold, pair.response])
+        print(f"  ours {pair.ours}, theirs {pair.theirs} ({pair.kind}): {answers}")
 
 
 if __name__ == "__main__":

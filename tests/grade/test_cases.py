@@ -1,7 +1,8 @@
-"""The grader's cases: each line of cases/*.jsonl is a gold, a prediction, the verdict on them, and why.
+"""The grader's cases: each line of cases/*.jsonl holds a gold, a prediction, the verdict on them, and why.
 
-Optional fields: `options` of grade(), the `tier` that decides (else it must be below 2), the `rule` that decides, and
-`paper`, the verdict by the paper's rules. In contested.jsonl are the public cases whose label we do not follow.
+Optional fields: `options` of grade(); the `tier` that decides (if absent, it must be below 2); the `rule`
+that decides; `paper`, the verdict by the paper's rules. contested.jsonl lists the public cases whose label we
+do not follow.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kit.grade.paper import grade_as_paper
+from kit.grade.rules import Rule
 from kit.grade.verdict import Options, equal, gold_answer, grade
 
 FILES = sorted(Path(__file__).with_name("cases").glob("*.jsonl"))
@@ -21,6 +23,11 @@ CASES = {
 }
 
 
+def is_decided_by(rule: Rule, found: str) -> bool:
+    """Whether a verdict's rule is this one, alone or with a detail behind it ("too large: ...")."""
+    return found == rule.value or found.startswith((f"{rule.value}, ", f"{rule.value}: "))
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_case(case):
     options = case.get("options", {})
@@ -28,6 +35,7 @@ def test_case(case):
     assert found.verdict == case["verdict"], (case["why"], found)
     assert found.tier == case["tier"] if "tier" in case else found.tier < 2, found
     assert found.rule == case.get("rule", found.rule)
+    assert any(is_decided_by(rule, found.rule) for rule in Rule), found
 
     if found.extracted is not None:
         sides = gold_answer(case["gold"]), found.extracted
@@ -37,6 +45,12 @@ def test_case(case):
     if "paper" in case:
         paper = grade_as_paper(case["gold"], case["prediction"], deadline=60)
         assert paper.verdict == case["paper"], (case["why"], paper)
+
+
+def test_every_rule_has_a_case_that_names_it():
+    named = [case["rule"] for case in CASES.values() if "rule" in case]
+    unneeded = [rule for rule in Rule if not any(is_decided_by(rule, text) for text in named)]
+    assert not unneeded, "add a case whose `rule` is this one, or remove the rule"
 
 
 def test_every_answer_equals_itself():

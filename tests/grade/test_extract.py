@@ -1,4 +1,4 @@
-"""Where in a response the answer is looked for, and that the search is linear."""
+"""The answer is found in the right place of a response, in linear time."""
 
 import random
 import time
@@ -106,13 +106,13 @@ def test_special_tokens_are_no_part_of_an_answer():
 @pytest.mark.parametrize(
     "unit",
     [
-        r"\boxed{", r"\boxed{1}", r"\boxed", "{", "}", "$", "$ a ", r"\( ", r"\) ", r"\[ ", "the answer is ", "final answer: ",
-        "####", "1,234", "3.14 ", "\\", "</think>", "<think>", "-", "a", " ", "\n", "<|", "is 5. ", r"\text{", "A or ",
-        "1/", "$5 in ", "。",
+        r"\boxed{", r"\boxed{1}", r"\boxed", "{", "}", "$", "$ a ", r"\( ", r"\) ", r"\[ ", "the answer is ",
+        "final answer: ", "####", "1,234", "3.14 ", "\\", "</think>", "<think>", "-", "a", " ", "\n", "<|",
+        "is 5. ", r"\text{", "A or ", "1/", "$5 in ", "。",
     ],
 )  # fmt: skip
 def test_time_is_linear_in_the_text(unit):
-    """Doubling the text may not cost four times as much; 200,000 characters take well under two seconds."""
+    """200,000 characters take well under two seconds; quadratic time would take far longer."""
     text = unit * (200_000 // len(unit))
     start = time.process_time()
     extract_answer(text)

@@ -1,4 +1,4 @@
-"""Equality of parsed answers: numbers to any precision, expressions, sets, intervals, equations; what is never called equal."""
+"""Parsed answers are compared to any precision, within the caps, in any thread."""
 
 import threading
 import time
@@ -26,7 +26,7 @@ def no_proof(a, b):
 
 
 def judge(a, b, **options):
-    """(verdict, rule), the same from both sides, without any worker."""
+    """Return (verdict, rule), which must be the same from both sides and need no worker."""
     judges = [Judge(Options(**options), budget(), no_proof) for _ in range(2)]
     verdicts = judges[0].same(parse(a), parse(b)), judges[1].same(parse(b), parse(a))
     assert verdicts[0] == verdicts[1]
@@ -103,7 +103,7 @@ def test_surds_against_exact_algebra(a, b, c, d):
 
 
 def test_precision_is_a_threads_own():
-    """A thread that computes at 900 digits leaves the global mpmath precision, and every other thread's, alone."""
+    """Computing at 900 digits in a thread changes neither mpmath's global precision nor other threads'."""
     before = mpmath.mp.dps
     failures = []
 

@@ -1,4 +1,4 @@
-r"""The second verdict against the first: every rule of the paper's grader that makes a difference, and what both agree on."""
+r"""The verdict by the paper's rules against the first: where they differ, and where they agree."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The tokeniser and the parser: what each notation means, what is refused, and that neither time nor the stack runs away."""
+"""The tokeniser and the parser read or refuse each notation, within the caps on time and stack."""
 
 import contextlib
 import json
@@ -156,9 +156,9 @@ def test_what_is_no_answer_is_refused(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "{" * 3000 + "5" + "}" * 3000, "(" * 3000 + "5" + ")" * 3000, "9^" * 3000 + "9", r"\sqrt" * 3000 + "5",
-        "5" + "!" * 3000, "|" * 3000, r"\frac" * 3000, "9" * (MAX_DIGITS + 1), "1e999999", "1+" * 40_000 + "1",
-        r"\left(" * 3000, "-" * 70_000 + "5", "f(" * 3000,
+        "{" * 3000 + "5" + "}" * 3000, "(" * 3000 + "5" + ")" * 3000, "9^" * 3000 + "9",
+        r"\sqrt" * 3000 + "5", "5" + "!" * 3000, "|" * 3000, r"\frac" * 3000, "9" * (MAX_DIGITS + 1),
+        "1e999999", "1+" * 40_000 + "1", r"\left(" * 3000, "-" * 70_000 + "5", "f(" * 3000,
     ],
 )  # fmt: skip
 def test_caps(text):
@@ -169,7 +169,10 @@ def test_caps(text):
 
 
 def test_depth_is_capped_before_the_stack_is_even_in_a_thread():
-    """Forty brackets are read, whatever the caller's own depth; a caller with no stack left gets TooLarge, not RecursionError."""
+    """Forty brackets are read at any depth of the caller.
+
+    A caller with no stack left gets TooLarge, not RecursionError.
+    """
     nested = "(" * 39 + "5" + ")" * 39
     outcome = []
 

@@ -1,4 +1,4 @@
-"""Regrading a file of samples: what changes, what is written and what is left alone, and where a peer disagrees."""
+"""Regrading lists what changes, writes only what was asked for, and shows where a peer disagrees."""
 
 import importlib.util
 import json
@@ -94,7 +94,7 @@ def test_in_place_replaces_the_file_and_leaves_no_scratch(samples):
 def test_rows_without_the_raw_answer_are_graded_against_their_normal_form_and_said_so(tmp_path, capsys):
     row = {"question": "q", "sample": 0, "gold": "5", "verdict": "wrong", "text": "5"}
     assert regrade.main([str(write(tmp_path / "old.jsonl", [row]))])["changed"] == 1
-    assert "1 rows hold no `answer`" in capsys.readouterr().out
+    assert "1 rows have no `answer`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,9 @@ def test_where_math_verify_disagrees_is_listed(tmp_path, capsys):
         sample(1, "5", r"\boxed{6}"),
         sample(2, "2", r"\boxed{1} and \boxed{2}"),
     ]
-    rows.append(sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}"))  # two tiny numbers are one to it
+    rows.append(
+        sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}")
+    )  # the peer calls two tiny numbers equal
     counts = regrade.main([str(write(tmp_path / "s.jsonl", rows)), "--compare", "math-verify"])
     printed = capsys.readouterr().out
     assert "q1/3: ours wrong" in printed

@@ -1,4 +1,4 @@
-"""The symbolic workers: what they decide, that they are bounded, and that none outlives its parent or runs the caller's code."""
+"""Sympy workers decide or give up in time; none outlives its parent or runs the caller's code."""
 
 import os
 import subprocess
@@ -75,7 +75,8 @@ def test_a_started_worker_answers_at_once():
 import time
 from kit.grade.deciding import sympy_workers as workers
 from kit.grade.verdict import grade
-print(workers.start_worker(), len(workers.pool().all), grade(r"\\int_0^1 x dx", "1/2").verdict, len(workers.pool().all))
+print(workers.start_worker(), len(workers.pool().all))
+print(grade(r"\\int_0^1 x dx", "1/2").verdict, len(workers.pool().all))
 """
     assert run(None, "-c", script).stdout.split() == ["True", "1", "correct", "1"]
 
@@ -131,7 +132,7 @@ def test_memory_is_limited():
 
 @POSIX
 def test_a_question_has_a_limit_of_cpu_time_too():
-    """The parent is stopped in mid-question, so that only the worker's own limit can end it."""
+    """The parent is stopped during a question, so that only the worker's own limit can end it."""
     script = f"""
 import os, signal, sys, threading, time
 from kit.grade.verdict import grade
@@ -164,7 +165,7 @@ def is_zombie(pid):
 
 @pytest.mark.parametrize("arguments", [["-"], ["-c"], ["file"]])
 def test_no_main_guard_is_needed(arguments, tmp_path):
-    """The caller's script runs once, whichever way it came, though it has no `if __name__` guard."""
+    """The caller's script runs once, however it was started, although it has no `if __name__` guard."""
     script = f"""
 from kit.grade.verdict import grade
 print("once", grade(r"\\int_0^1 x^2 dx", "1/3", deadline={START}).verdict)
@@ -224,7 +225,7 @@ if {end!r} == "kill":
 
 @POSIX
 def test_a_forked_child_has_its_own_workers():
-    """The child is forked while another thread holds the pool's lock, which nobody in the child will ever release."""
+    """The child is forked while another thread has the pool's lock, which nothing in the child releases."""
     script = f"""
 import os, signal, threading, time
 from kit.grade.deciding import sympy_workers as workers
@@ -248,6 +249,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *answers)
 
 
 def test_workers_do_not_import_torch():
-    """A worker that imported it would start slowly and meet its memory limit."""
-    script = "import sys; import kit.grade.deciding.sympy_worker; print('torch' in sys.modules, 'sympy' in sys.modules)"
+    """A worker that imported it would start slowly and exceed its memory limit."""
+    script = "import sys, kit.grade.deciding.sympy_worker; loaded = sys.modules; "
+    script += "print('torch' in loaded, 'sympy' in loaded)"
     assert run(None, "-c", script).stdout.split() == ["False", "False"]

@@ -1,4 +1,4 @@
-"""Grading end to end: answers and responses with their verdicts, hostile input from every side, real data where it is at hand."""
+"""Grading end to end: verdicts on hostile input within the deadline, and on real data if it is present."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from kit.grade.verdict import Verdict, equal, grade
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
-# (reference answer, prediction): no verdict is asked for but the deadline is, and RIGHT lists those that may be correct
+# (reference answer, prediction): each must meet its deadline; only those that RIGHT names may be correct
 HOSTILE = [
     ("5", "9^9^9^9"),
     ("9^{9^{9^9}}", "9^{9^{9^8}}"),
@@ -160,7 +160,7 @@ HOSTILE = [
     ("5", "\\{x | " * 3000 + "\\}" * 3000),
     ("6", "5 \\mathrm{~m}" + " / \\mathrm{s}" * 4000),
 ]
-RIGHT = {  # how the only ones begin that are right
+RIGHT = {  # the beginnings of the predictions that are right
     "5\x00",
     "5",
     r"\boxed{7} \boxed{\boxed{7} \boxed{"[:20],
@@ -168,13 +168,14 @@ RIGHT = {  # how the only ones begin that are right
     r"\sqrt{5+2\sqrt{6}}"[:20],
 }
 
-SLACK = 3.0  # seconds beyond its deadline that a call may take on a busy machine; under half a second on an idle one
+# seconds beyond its deadline that a call may take on a busy machine; on an idle one, under half a second
+SLACK = 3.0
 
 
 def read(name):
     path = DATA / name
     if not path.exists():
-        pytest.skip(f"{path} is absent: this test needs the real data that lies beside the checkout")
+        pytest.skip(f"{path} is absent: this test needs the real data beside the checkout")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -231,7 +232,7 @@ def test_normal(text, expected):
 
 
 def run_hostile(deadline):
-    """(seconds over the deadline, verdict) of every hostile pair."""
+    """Return (seconds over the deadline, verdict) of every hostile pair."""
     results = []
     for gold, prediction in HOSTILE:
         start = time.monotonic()
@@ -269,7 +270,7 @@ def test_hostile_input_from_a_worker_thread():
 
 
 def test_hostile_input_from_a_subprocess_stays_within_its_memory():
-    """The script has no __main__ guard; it reports its lateness and the largest memory of it and of its workers."""
+    """The script has no __main__ guard. It prints its lateness and the largest memory used."""
     script = """
 import json, sys, time
 from kit.grade.verdict import grade
@@ -283,7 +284,8 @@ if sys.platform == "linux":
     import resource
     from kit.grade.deciding.sympy_workers import pool
     pool().close()
-    memory = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    everyone = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    memory = sum(resource.getrusage(who).ru_maxrss for who in everyone)
 print(json.dumps([worst, memory]))
 """
     done = subprocess.run(
@@ -380,7 +382,10 @@ def test_neighbouring_answers_of_math500_differ():
 
 
 def test_traces_judged_right_by_others_are_right():
-    """Their flags compare the last boxed number alone: what else is called right here has its answer outside a box, or a unit."""
+    """The data's flags compare the last boxed number only.
+
+    Other answers that are right here are outside a box or have a unit.
+    """
     for name in ("openr1_gsm8k.jsonl", "openr1_aime.jsonl"):
         for row in read(name):
             for trace, flag in zip(row["generations"], row["correctness_math_verify"], strict=True):

@@ -1,9 +1,9 @@
-"""Are two expressions equal? Closed forms by falling rounding error, expressions with symbols by their values at random points.
+"""Decide whether two expressions are equal, by their values.
 
-Two closed forms are equal when their difference falls with the precision as rounding error does, up to 900 digits, so that
-1/2006! differs from 1/2004!, and 2^(2^-1000) from 1. Two expressions with symbols are equal when they agree at seeded random
-points: exactly for rational functions (a wrong "equal" has a chance of about degree / 2^40 a point), to hundreds of digits for
-the others.
+Two expressions without symbols are equal if their difference falls with the precision as rounding error does,
+up to 900 digits. So 1/2006! differs from 1/2004!, and 2^(2^-1000) from 1. Two expressions with symbols are
+equal if they agree at seeded random points: exactly for rational functions (where "equal" is wrong with a
+probability of about degree / 2^40 per point), to hundreds of digits for the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POINTS = 8
 
 
 def _difference(left: Node, right: Node, digits: int, budget: Budget, binding: dict | None):
-    """(|left - right|, |left| + |right|, whether it can be trusted to be zero), exact Fractions where both values are."""
+    """Return (|left - right|, |left| + |right|, whether a zero is trusted); Fractions if both are exact."""
     evaluator = Evaluator(digits, budget, binding)
     a, b = evaluator(left), evaluator(right)
     if isinstance(a, Fraction) and isinstance(b, Fraction):
@@ -31,13 +31,17 @@ def _difference(left: Node, right: Node, digits: int, budget: Budget, binding: d
 
 
 def same_number(left: Node, right: Node, budget: Budget, binding: dict[str, Fraction] | None = None) -> bool:
-    """Whether two closed expressions (or two expressions at one point) have the same value. Undecided where digits run out."""
+    """Whether two expressions without symbols, or two at the point `binding`, have the same value.
+
+    Raises Undecided if 900 digits do not decide it.
+    """
     previous = None
     for step, digits in enumerate(PRECISIONS):
         budget.spend(digits // 10)
         difference, scale, trusted = _difference(left, right, digits, budget, binding)
         if isinstance(difference, Fraction):
             return difference == 0
+
         mp = context(digits)
         if previous is not None:
             if difference and abs(difference - previous) <= difference * mp.mpf(10) ** -10:
@@ -51,46 +55,51 @@ def same_number(left: Node, right: Node, budget: Budget, binding: dict[str, Frac
 
 
 def points(names: frozenset[str]):
-    """Seeded random points, the same for every pair: most of them positive, some negative."""
+    """Yield seeded random points, the same for every pair: most coordinates are positive, some negative."""
     generator = random.Random(20250607)
     for index in range(POINTS):
-        yield {
-            name: Fraction(generator.randrange(1, 2**40), 2**38)
-            * (-1 if index % 3 == 2 and generator.random() < 0.7 else 1)
-            for name in sorted(names)
-        }
+        point = {}
+        for name in sorted(names):
+            size = Fraction(generator.randrange(1, 2**40), 2**38)
+            point[name] = -size if index % 3 == 2 and generator.random() < 0.7 else size
+        yield point
 
 
 def same_function(left: Node, right: Node, budget: Budget) -> bool | None:
-    """Whether two expressions agree at every point where both are defined and real; None if too few points are."""
+    """Whether two expressions agree at every random point where both are defined.
+
+    Return None if they are defined at too few points, or differ only at points where a value is complex.
+    """
     names = symbols(left) | symbols(right)
     means_complex = mentions(left, IMAGINARY_UNIT) or mentions(right, IMAGINARY_UNIT)
-    real_points, complex_points = 0, 0
+    real_points = complex_points = 0
+    differ_where_complex = False  # principal values: a root of a negative number may be meant as the real one
+
     for binding in points(names):
         try:
             values = [Evaluator(50, budget, binding)(side) for side in (left, right)]
             is_complex = not means_complex and any(
                 not isinstance(value, Fraction) and context(50).im(value) != 0 for value in values
             )
-            if not same_number(left, right, budget, binding):
-                if not is_complex:
-                    return False
-                complex_points -= (
-                    100  # principal values: a root of a negative number may be meant as the real one
-                )
-            elif is_complex:
-                complex_points += 1
-            else:
-                real_points += 1
+            same = same_number(left, right, budget, binding)
         except Undefined:
             continue
+        if not same and not is_complex:
+            return False
+        differ_where_complex |= not same
+        real_points += not is_complex
+        complex_points += is_complex
+
     if real_points >= 4:
         return True
-    return None if complex_points < 0 or real_points + complex_points < 4 else True
+    return None if differ_where_complex or real_points + complex_points < 4 else True
 
 
 def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> bool | None:
-    """Whether left = c * right for one constant c != 0 (c > 0 where asked): the same equation, or the same inequality."""
+    """Whether left = c * right for a constant c != 0: then left = 0 and right = 0 are the same equation.
+
+    positive: c must be positive, as it must for an inequality. Return None if too few points show it.
+    """
     names = symbols(left) | symbols(right)
     if not names:  # any two numbers are proportional: f(2) = 3 is not f(3) = 2
         return None
@@ -104,6 +113,7 @@ def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> boo
             if bool(top) != bool(bottom):
                 return False
             continue
+
         evaluator = Evaluator(50, budget)
         ratio = top / bottom if isinstance(top, Fraction) and isinstance(bottom, Fraction) else None
         if ratio is None:
@@ -117,17 +127,17 @@ def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> boo
         elif isinstance(ratio, Fraction) and isinstance(constant, Fraction):
             if ratio != constant:
                 return False
-        elif (
-            abs(evaluator.real(ratio) - evaluator.real(constant))
-            > abs(evaluator.real(constant)) * evaluator.mp.mpf(10) ** -40
-        ):
-            return False
+        else:
+            expected = evaluator.real(constant)
+            if abs(evaluator.real(ratio) - expected) > abs(expected) * evaluator.mp.mpf(10) ** -40:
+                return False
         agreed += 1
+
     return True if agreed >= 4 else None
 
 
 def rounds_to(decimal: Node, exact: Node, digits: int, budget: Budget) -> bool:
-    """Whether the decimal, written with at least `digits` significant digits, is the exact value rounded or cut off."""
+    """Whether a decimal of at least `digits` significant digits is the exact value, rounded or cut off."""
     written, unit, significant = decimal_of(decimal)
     if significant < digits:
         return False
@@ -145,7 +155,10 @@ def rounds_to(decimal: Node, exact: Node, digits: int, budget: Budget) -> bool:
 
 
 def decimal_of(node: Node) -> tuple[Fraction, Fraction, int] | None:
-    """(value, unit in the last place, significant digits) of a decimal literal, 2.5e-3 as 2.5 times a power of ten included."""
+    """Return (value, unit in the last place, significant digits) of a decimal literal, else None.
+
+    A decimal times a power of ten is one too: 2.5 * 10^-3.
+    """
     if node[0] == "dec":
         return node[1], Fraction(10) ** -node[3], node[2]
     if node[0] == "mul":
@@ -160,26 +173,18 @@ def decimal_of(node: Node) -> tuple[Fraction, Fraction, int] | None:
 
 
 def _power_of_ten(node: Node) -> Fraction | None:
+    """Return the value of a power of ten, which may have a sign, or None for any other node."""
     if node[0] == "num":
-        size = abs(node[1])
-        digits = (
-            str(max(size.numerator, size.denominator))
-            if size and max(size.numerator, size.denominator) < 10**50
-            else ""
-        )
-        return node[1] if 1 in (size.numerator, size.denominator) and digits.strip("0") == "1" else None
-    if (
-        node[0] == "pow"
-        and node[1] == ("num", Fraction(10))
-        and node[2][0] == "num"
-        and node[2][1].denominator == 1
-    ):
-        return Fraction(10) ** node[2][1].numerator if abs(node[2][1]) < 4_000 else None
+        larger, smaller = sorted((abs(node[1].numerator), node[1].denominator), reverse=True)
+        return node[1] if smaller == 1 and larger < 10**50 and str(larger).strip("0") == "1" else None
+    if node[0] == "pow" and node[1] == ("num", Fraction(10)) and node[2][0] == "num":
+        exponent = node[2][1]
+        return Fraction(10) ** exponent if exponent.denominator == 1 and abs(exponent) < 4_000 else None
     return None
 
 
 def same_decimals(a: tuple, b: tuple) -> bool:
-    """Two decimals are equal exactly, or to a double's precision where one of them was printed from a double."""
+    """Whether two decimals are equal: exactly, or to double precision if one was printed from a double."""
     if a[0] == b[0]:
         return True
     printed = max(a[2], b[2]) >= 15 > min(a[2], b[2])

@@ -1,4 +1,4 @@
-"""Sets of real numbers: intervals, unions, and the conditions that say the same thing (-2 < x <= 7, x != 3, |x| < 2)."""
+"""Read intervals, unions and conditions (-2 < x <= 7, x != 3, |x| < 2) as sets of real numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "eq
 
 @dataclass(frozen=True)
 class Interval:
-    """A piece of the real line; a single point has equal ends, both closed."""
+    """One interval of the real line. A single point has equal ends, both closed."""
 
     low: Node
     high: Node
@@ -26,14 +26,17 @@ class Interval:
 
 
 class RealSets:
-    """Reads trees as sets of reals. `same` says whether two finite ends are equal."""
+    """Reads trees as sets of real numbers. `same` decides whether two finite ends are equal."""
 
     def __init__(self, budget: Budget, same: Callable[[Node, Node], bool]):
         self.budget = budget
         self.same = same
 
     def pieces(self, node: Node) -> list[Interval] | None:
-        """The node as disjoint intervals from left to right, or None if it is no set of reals with comparable ends."""
+        """Return the node as disjoint intervals from left to right, or None if it is no set of real numbers.
+
+        Intervals with symbolic ends stay in the order in which they were written.
+        """
         found = self.raw_pieces(resolve(node))
         if found is None:
             return None
@@ -59,7 +62,7 @@ class RealSets:
         return merged
 
     def position(self, node: Node):
-        """Where an end lies on the real line, near enough for sorting."""
+        """Return the position of an end, precisely enough for sorting. Raises NotNumeric if it has none."""
         evaluator = Evaluator(50, self.budget)
         if node in (INFINITY, MINUS_INFINITY):
             return evaluator.mp.inf if node == INFINITY else -evaluator.mp.inf
@@ -69,6 +72,7 @@ class RealSets:
         return evaluator.mp.re(value)
 
     def raw_pieces(self, node: Node) -> list[Interval] | None:
+        """Return the intervals of a resolved node in no fixed order, which may overlap, or None."""
         if node[0] == "seq" and len(node) == 5:
             return [Interval(node[3], node[4], node[1] == "[", node[2] == "]")]
         if node[0] == "reals":
@@ -88,34 +92,26 @@ class RealSets:
             return pieces
         if node[0] == "meet":
             sides = [self.raw_pieces(resolve(part)) for part in node[1:]]
-            return (
-                None
-                if None in sides
-                else [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
-            )
+            if None in sides:
+                return None
+            return [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
         if node[0] == "minus":
             whole, holes = (self.raw_pieces(resolve(part)) for part in node[1:])
             return None if whole is None or holes is None else self.punch(whole, holes)
         return condition_pieces(node) if node[0] == "condition" else None
 
     def overlap(self, x: Interval, y: Interval) -> list[Interval]:
-        """The intersection of two intervals, as a list of one or none."""
-        lows, highs = (
-            (self.position(x.low), self.position(y.low)),
-            (self.position(x.high), self.position(y.high)),
-        )
-        low = max(
-            (lows[0], not x.low_closed, x.low), (lows[1], not y.low_closed, y.low), key=lambda end: end[:2]
-        )
-        high = min(
-            (highs[0], x.high_closed, x.high), (highs[1], y.high_closed, y.high), key=lambda end: end[:2]
-        )
+        """Return the intersection of two intervals, as a list of one or none."""
+        lows = [(self.position(side.low), not side.low_closed, side.low) for side in (x, y)]
+        highs = [(self.position(side.high), side.high_closed, side.high) for side in (x, y)]
+        low = max(lows, key=lambda end: end[:2])
+        high = min(highs, key=lambda end: end[:2])
         if low[0] > high[0] or (low[0] == high[0] and (low[1] or not high[1])):
             return []
         return [Interval(low[2], high[2], not low[1], high[1])]
 
     def punch(self, pieces: list[Interval], holes: list[Interval]) -> list[Interval]:
-        """The pieces without some points or intervals."""
+        """Return the intervals without some points or intervals."""
         for hole in holes:
             around = [Interval(MINUS_INFINITY, hole.low, False, not hole.low_closed)]
             around.append(Interval(hole.high, INFINITY, not hole.high_closed, False))
@@ -123,6 +119,7 @@ class RealSets:
         return pieces
 
     def same_end(self, a: Node, b: Node) -> bool:
+        """Whether two ends are equal; infinity equals itself only."""
         if a in (INFINITY, MINUS_INFINITY) or b in (INFINITY, MINUS_INFINITY):
             return a == b
         return self.same(a, b)
@@ -137,7 +134,7 @@ def is_conjunction(node: Node) -> bool:
 
 
 def condition_name(node: Node) -> Node | None:
-    """The quantity that a condition is about, where it is one that can be named; |x| < 1 is about x."""
+    """Return the one quantity that a condition is about, or None; |x| < 1 is about x."""
     names = [part for part in node[2] if symbols(part) or part[0] in ("apply", "text")]
     if len(names) != 1:
         return None
@@ -145,17 +142,18 @@ def condition_name(node: Node) -> Node | None:
 
 
 def flip(chain: tuple) -> tuple:
-    return tuple(FLIPPED.get(operator, operator) for operator in reversed(chain[0])), tuple(
-        reversed(chain[1])
-    )
+    """Return a chain (operators, operands) read from right to left."""
+    operators, operands = chain
+    return tuple(FLIPPED.get(operator, operator) for operator in operators[::-1]), tuple(operands[::-1])
 
 
 def point(node: Node) -> list[Interval] | None:
+    """Return a number as an interval of one point, or None for any other node."""
     return [Interval(node, node, True, True)] if kind(node) == "scalar" else None
 
 
 def condition_pieces(node: Node) -> list[Interval] | None:
-    """a < x <= b, x > a, x != a, and the same for |x|, as intervals of the one quantity named; None for other conditions."""
+    """Return a < x <= b, x > a, x != a, and the same for |x|, as intervals; None for other conditions."""
     operators, operands = node[1], node[2]
     if operators[0] in (">", ">="):
         operators, operands = flip((operators, operands))
@@ -167,6 +165,7 @@ def condition_pieces(node: Node) -> list[Interval] | None:
         return [Interval(MINUS_INFINITY, value, False, False), Interval(value, INFINITY, False, False)]
     if any(operator not in ("<", "<=") for operator in operators):
         return None
+
     named = [index for index, part in enumerate(operands) if symbols(part) or part[0] in ("apply", "text")]
     if len(operands) == 3 and named == [1]:
         found, middle = [Interval(operands[0], operands[2], *closed)], operands[1]
@@ -178,13 +177,14 @@ def condition_pieces(node: Node) -> list[Interval] | None:
             found = [Interval(operands[0], INFINITY, closed[0], False)]
     else:
         return None
+
     if middle[0] == "call" and middle[1] == "abs":
         return absolute_pieces(found[0])
     return found if is_name(middle) else None
 
 
 def absolute_pieces(piece: Interval) -> list[Interval] | None:
-    """Where |x| lies in the piece, for a piece whose lower end is a nonnegative number or minus infinity."""
+    """Return the x with |x| in the interval, or None if its lower end is a negative number."""
     if piece.low == MINUS_INFINITY:
         return [Interval(negate(piece.high), piece.high, piece.high_closed, piece.high_closed)]
     if piece.low[0] == "num" and piece.low[1] < 0:

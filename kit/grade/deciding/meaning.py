@@ -1,4 +1,4 @@
-"""What an answer means: chains of equalities, plus-minus, names, units and matrices, reduced to the thing that is compared."""
+"""Reduce an answer to what is compared: resolve equalities, plus-minus, names, units and matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL_INTEGERS = frozenset(
     ("all integers", "the integers", "integers", "the set of all integers", "the set of integers")
 )
 NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
-_UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # 7 in all is no length
+_UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # "7 in all" is no length
 _HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
 
 
@@ -25,7 +25,10 @@ def is_point_name(node: Node) -> bool:
 
 
 def as_selection(node: Node) -> Node | None:
-    """C(5, 2) as a number of choices, which it is where a number is asked for; None for any other node."""
+    """Return C(5, 2) as a number of choices, or None for any other node.
+
+    Only a comparison with a number shows that this is meant; else it is a point C.
+    """
     if (
         node[0] == "mul"
         and len(node) == 3
@@ -38,7 +41,10 @@ def as_selection(node: Node) -> Node | None:
 
 
 def is_name(node: Node) -> bool:
-    """Whether a left side only names what is equated: x, f(x), S_{ABC}, NO/BO, A:B, (p, q), cos x; not 7, x^2 or a + 3z."""
+    """Whether a left side only names what is equated.
+
+    x, f(x), S_{ABC}, NO/BO, A:B, (p, q) and cos x do; 7, x^2 and a + 3z do not.
+    """
     if node[0] in ("sym", "text", "apply", "call"):
         return True
     if node[0] in ("mul", "ratio", "seq", "unit"):
@@ -47,7 +53,7 @@ def is_name(node: Node) -> bool:
 
 
 def kind(node: Node) -> str:
-    """What a resolved node is, for choosing the rule."""
+    """Return the kind of a resolved node, which selects the rule."""
     kinds = {"list": "collection", "set": "collection", "seq": "sequence", "matrix": "sequence"}
     kinds |= {"union": "real set", "minus": "real set", "meet": "real set", "reals": "real set"}
     kinds |= {"equation": "equation", "condition": "condition", "text": "text"}
@@ -55,7 +61,11 @@ def kind(node: Node) -> str:
 
 
 def resolve(node: Node) -> Node:
-    """The answer that is meant: chains of equalities give their last value, plus-minus gives two, a vector is a tuple."""
+    """Return the answer that is meant.
+
+    A chain of equalities becomes its name and last value, plus-minus becomes two answers, and A(1, 2) becomes
+    A = (1, 2).
+    """
     if node[0] == "rel":
         return resolve_relation(node)
     if node[0] in ("list", "set"):
@@ -80,38 +90,33 @@ def resolve(node: Node) -> Node:
         return ("sym", "Z")
     if node[0] == "text" and plain_words(node[1]) in NO_SOLUTION:
         return ("set",)
-    if (node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1])) or (
-        node[0] == "apply" and len(node) > 3 and is_point_name(("sym", node[1]))
-    ):
-        name, place = (
-            (node[1], node[2]) if node[0] == "mul" else (("sym", node[1]), ("seq", "(", ")", *node[2:]))
-        )
-        return ("equation", name, place)
+    if node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1]):
+        return ("equation", node[1], node[2])
+    if node[0] == "apply" and len(node) > 3 and is_point_name(("sym", node[1])):
+        return ("equation", ("sym", node[1]), ("seq", "(", ")", *node[2:]))
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
     return node
 
 
 def resolve_relation(node: Node) -> Node:
+    """Return the equation, condition or value that a chain of relations states."""
     operators, operands = list(node[1]), list(node[2])
     if "~" in operators:
         cut = operators.index("~")
-        first = operands[cut]
-        if cut > 0 or not symbols(
-            first
-        ):  # x = 1/3 ~ 0.333 and sqrt(2) ~ 1.41 give the exact value, x ~ 11 gives 11
+        # x = 1/3 ~ 0.333 and sqrt(2) ~ 1.41 give the exact value, x ~ 11 gives 11
+        if cut > 0 or not symbols(operands[cut]):
             operators, operands = operators[:cut], operands[: cut + 1]
         operators = ["=" if operator == "~" else operator for operator in operators]
         if not operators:
             return resolve(operands[0])
     if operators == ["mod"] and all(part[0] == "num" for part in operands) and operands[1][1] > 0:
         return ("num", operands[0][1] % operands[1][1])
-    if operators == ["in"]:
-        return (
-            resolve(operands[1]) if kind(operands[1]) != "scalar" else ("condition", ("in",), tuple(operands))
-        )
+    if operators == ["in"] and kind(operands[1]) != "scalar":
+        return resolve(operands[1])
     if any(operator != "=" for operator in operators):
         return ("condition", tuple(operators), tuple(operands))
+
     name, value = operands[0], operands[-1]
     if not is_name(name) and len(operands) > 2:
         name = operands[-2]
@@ -124,11 +129,15 @@ def resolve_relation(node: Node) -> Node:
 
 
 def has_names(node: Node) -> bool:
+    """Whether some element of a collection is an equation."""
     return any(part[0] == "equation" for part in node[1:] if isinstance(part, tuple))
 
 
 def names_differ(node: Node) -> bool:
-    """Whether a collection equates different quantities: x = 2, y = 3 does, x_1 = 2, x_2 = 3 lists the values of one."""
+    """Whether a collection equates different quantities.
+
+    x = 2, y = 3 does; x_1 = 2, x_2 = 3 lists the values of one.
+    """
     named = [
         part[1] for part in node if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1])
     ]
@@ -136,7 +145,7 @@ def names_differ(node: Node) -> bool:
 
 
 def one_by_one(equation: Node) -> Node:
-    """(x, y) = (2, 3) as x = 2, y = 3; any other equation as it is."""
+    """Return (x, y) = (2, 3) as x = 2, y = 3, and any other equation unchanged."""
     name, value = equation[1:]
     if name[0] == value[0] == "seq" and len(name) == len(value):
         return ("list", ",", *(("equation", x, y) for x, y in zip(name[3:], value[3:], strict=True)))
@@ -144,7 +153,7 @@ def one_by_one(equation: Node) -> Node:
 
 
 def strip_names(node: Node) -> Node:
-    """The collection with every name = value replaced by its value."""
+    """Return the collection with every name = value replaced by its value."""
     return tuple(
         part[2] if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1]) else part
         for part in node
@@ -152,37 +161,35 @@ def strip_names(node: Node) -> Node:
 
 
 def rename_argument(a: Node, b: Node) -> Node:
-    """b with its function's argument named as in a: W(n) = n + 1 and W(x) = x + 1 are one statement."""
+    """Return b with its function's argument named as in a: W(n) = n + 1 and W(x) = x + 1 are the same."""
     heads = (a[1], b[1])
-    if (
-        all(head[0] == "apply" and len(head) == 3 and head[2][0] == "sym" for head in heads)
-        and heads[0][1] == heads[1][1]
-        and heads[0][2][1] not in symbols(b[2])  # f(t) = t + x does not become f(x) = x + x
-    ):
-        return tuple(
-            rename(part, heads[1][2], heads[0][2]) if isinstance(part, tuple) else part for part in b
-        )
-    return b
+    if not all(head[0] == "apply" and len(head) == 3 and head[2][0] == "sym" for head in heads):
+        return b
+    (_, function_a, argument_a), (_, function_b, argument_b) = heads
+    if function_a != function_b or argument_a[1] in symbols(b[2]):  # f(t) = t + x is not f(x) = x + x
+        return b
+    return rename(b, argument_b, argument_a)
 
 
 def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
-    """The bare expression, and what stood around it: a percent sign, a degree sign, a unit."""
-    return unwrap_more(node, {})
+    """Return (the bare expression, its marks): "percent" and "deg" for the signs, "unit" with its text."""
+    return _unwrap(node, {})
 
 
-def unwrap_more(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
+def _unwrap(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
     while node[0] in ("percent", "deg", "unit"):
         if node[0] == "unit" and UNITS.get(node[2].lower()) == "degree":
             marks["deg"] = ""
         else:
             marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
         node = node[1]
+
     if node[0] == "mul":
         parts = product([node])[1:]
         words = [part for part in parts if is_word(part)]
         if 0 < len(words) < len(parts):  # USD 12, and 5 \frac{\text{m}}{\text{s}}
             marks.setdefault("unit", " ".join(part[1] if part[0] == "text" else part[1][1] for part in words))
-            return unwrap_more(product([part for part in parts if part not in words]), marks)
+            return _unwrap(product([part for part in parts if part not in words]), marks)
     if node[0] == "mul" and sum(part[0] == "deg" for part in node[1:]) == 1:  # 3 sqrt(2)^\circ
         marks["deg"] = ""
         node = ("mul", *(part[1] if part[0] == "deg" else part for part in node[1:]))
@@ -195,7 +202,7 @@ def is_word(node: Node) -> bool:
 
 
 def known_units(text: str) -> frozenset[str]:
-    """The units that a text names, by one name each, powers left aside: "square inches" and "in^2" are both inches."""
+    """Return the units that a text names, without powers: "square inches" and "in^2" are both "in"."""
     half = _HALF_OF_DAY.search(text.lower())
     if half:
         return frozenset((f"{half[1]}m",))
@@ -204,15 +211,17 @@ def known_units(text: str) -> frozenset[str]:
 
 
 def plain_words(text: str) -> str:
+    """Return the words of a text in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def as_vector(node: Node) -> tuple | None:
+    """Return the entries of a tuple, or None for any other node."""
     return node[3:] if node[0] == "seq" else None
 
 
 def as_rows(node: Node) -> tuple | None:
-    """Rows of a matrix; a tuple is a column."""
+    """Return the rows of a matrix, or of a tuple as a column, or None for any other node."""
     if node[0] == "matrix":
         return node[1:]
     if node[0] == "seq" and all(part[0] != "seq" for part in node[3:]):
@@ -233,7 +242,7 @@ def is_clock(node: Node) -> bool:
 
 
 def matrix_value(node: Node) -> Node | None:
-    """A matrix from sums of matrices and multiples of one, or None."""
+    """Return the matrix that a sum of matrices or a multiple of one is, or None for any other node."""
     if node[0] in ("matrix", "seq"):
         rows = as_rows(node)
         return None if rows is None else ("matrix", *rows)
@@ -241,13 +250,9 @@ def matrix_value(node: Node) -> Node | None:
         parts = [matrix_value(part) for part in node[1:]]
         if None in parts or len({tuple(map(len, part[1:])) for part in parts}) != 1:
             return None
-        return (
-            "matrix",
-            *(
-                tuple(("add", *entries) for entries in zip(*rows, strict=True))
-                for rows in zip(*(p[1:] for p in parts), strict=True)
-            ),
-        )
+        aligned = zip(*(part[1:] for part in parts), strict=True)  # the first rows of all, the second, ...
+        rows = (tuple(("add", *entries) for entries in zip(*rows, strict=True)) for rows in aligned)
+        return ("matrix", *rows)
     if node[0] == "mul":
         matrices = [part for part in node[1:] if contains(part, "matrix")]
         value = matrix_value(matrices[0]) if len(matrices) == 1 else None

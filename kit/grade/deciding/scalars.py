@@ -1,4 +1,4 @@
-"""Are two numbers or expressions the same? By their exact values, with what stands around them: percent signs, degrees, units."""
+"""Decide whether two numbers or expressions are the same, with their percent signs, degrees and units."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fractions import Fraction
 from kit.grade.deciding.identities import decimal_of, rounds_to, same_decimals, same_function, same_number
 from kit.grade.deciding.meaning import is_clock, known_units, matrix_value, plain_words, unwrap
 from kit.grade.limits import Budget, NotNumeric, Undefined
+from kit.grade.rules import Rule
 from kit.grade.trees import Node, canonical, contains, mentions, product, rename, symbols
 
 PI = ("const", "pi")
@@ -19,13 +20,11 @@ class Options:
     """What counts as the same answer; the defaults are tolerant of notation and strict about values."""
 
     percent: str = "either"  # "either": 10 % is 10 or 0.1; "value": 10 % is 0.1 only
-    units: str = "known"  # "known": two different known units differ; "ignore": units never matter; "required": both or neither
-    order: str = (
-        "free"  # "free": a bare list is a set; "strict": its order counts (tuples are always ordered)
-    )
-    rounding: int | None = (
-        4  # a decimal of so many significant digits is the exact value that rounds to it; None: never
-    )
+    # "known": two different known units differ; "ignore": units never matter; "required": both or neither
+    units: str = "known"
+    order: str = "free"  # "free": a bare list is a set; "strict": its order counts (a tuple's always does)
+    # from so many significant digits on, a decimal is every exact value that rounds to it; None: never
+    rounding: int | None = 4
 
     def __post_init__(self):
         for name, allowed in (
@@ -33,18 +32,17 @@ class Options:
             ("units", ("known", "ignore", "required")),
             ("order", ("free", "strict")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: pass one of {', '.join(map(repr, allowed))}"
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, allowed))}")
         if self.rounding is not None and (type(self.rounding) is not int or self.rounding < 1):
             raise ValueError(
-                f"rounding={self.rounding!r}: pass a positive number of significant digits, or None for never"
+                f"rounding={self.rounding!r}: pass a number of digits from 1 on, or None for never"
             )
 
 
 class ScalarJudge:
-    """Compares two trees that stand for numbers under options. `rule` names the rule that decided last at the outermost level."""
+    """Compares two trees that stand for numbers. `rule` names the rule that decided last."""
 
     def __init__(self, options: Options, budget: Budget, prove: Callable[[Node, Node], bool]):
         self.options = options
@@ -52,37 +50,46 @@ class ScalarJudge:
         self.prove = prove
         self.rule = ""
 
-    def decide(self, rule: str, verdict: bool) -> bool:
-        self.rule = rule
+    def decide(self, rule: Rule, verdict: bool) -> bool:
+        """Name the rule and return its verdict."""
+        self.rule = rule.value
+        return verdict
+
+    def decide_within(self, rule: Rule, verdict: bool) -> bool:
+        """Name the rule and, behind it, the one that decided the part that was compared just before."""
+        self.rule = f"{rule.value}, {self.rule}"
         return verdict
 
     def same(self, a: Node, b: Node) -> bool:
-        """Whether two answers of any form are the same: the judge of all forms says how."""
+        """Whether two answers of any kind are the same. Judge implements it."""
         raise NotImplementedError
 
     def same_scalar(self, a: Node, b: Node) -> bool:
+        """Compare two numbers or expressions with their units, percent and degree signs."""
         (a, marks_a), (b, marks_b) = unwrap(a), unwrap(b)
         for marks, others, side, other in ((marks_a, marks_b, a, b), (marks_b, marks_a, b, a)):
             letter = marks.get("unit", "")
             if len(letter) == 1 and "unit" not in others and letter in symbols(other):  # 5 m and 5m
                 return self.same_expression(product([side, ("sym", letter)]), other)
         if not self.same_units(marks_a.get("unit"), marks_b.get("unit")):
-            return self.decide("units", False)
+            return self.decide(Rule.UNITS, False)
+
         if ("percent" in marks_a) != ("percent" in marks_b):
             whole, percent = (b, a) if "percent" in marks_a else (a, b)
             if self.same_expression(whole, product([percent, ("num", Fraction(1, 100))])):
-                return self.decide("percent", True)
-            return self.decide(
-                "percent", self.options.percent == "either" and self.same_expression(whole, percent)
-            )
+                return self.decide(Rule.PERCENT, True)
+            plain = self.options.percent == "either" and self.same_expression(whole, percent)
+            return self.decide(Rule.PERCENT, plain)
+
         if ("deg" in marks_a) != ("deg" in marks_b):
             plain, degrees = (b, a) if "deg" in marks_a else (a, b)
             if self.options.units != "required" and self.same_expression(plain, degrees):
-                return self.decide("degrees", True)
-            return self.decide("degrees", self.same_expression(plain, ("deg", degrees)))
+                return self.decide(Rule.DEGREES, True)
+            return self.decide(Rule.DEGREES, self.same_expression(plain, ("deg", degrees)))
         return self.same_expression(a, b)
 
     def same_units(self, a: str | None, b: str | None) -> bool:
+        """Whether two units, or one and none, count as the same under the options."""
         if self.options.units == "ignore":
             return True
         if a is None or b is None:
@@ -93,10 +100,11 @@ class ScalarJudge:
         return known_a <= known_b or known_b <= known_a  # dollars are dollars an hour, and 5 apples are 5
 
     def same_expression(self, a: Node, b: Node) -> bool:
+        """Compare two numbers or expressions without anything around them."""
         if "matrix" in (a[0], b[0]) or contains(a, "matrix") or contains(b, "matrix"):
             computed = [matrix_value(side) for side in (a, b)]
             if None in computed:
-                return self.decide("matrix", False)
+                return self.decide(Rule.MATRIX, False)
             return self.same(*computed)
         if a[0] == b[0] == "ratio":
             return self.same_ratio(a, b)
@@ -106,12 +114,13 @@ class ScalarJudge:
             return self.same_closed(a, b)
         except NotNumeric:
             if not (contains(a, "big") or contains(b, "big")):
-                return self.decide("not a number", False)
+                return self.decide(Rule.NOT_A_NUMBER, False)
         except Undefined:
-            return self.decide("undefined", False)
-        return self.decide("sympy", self.prove(a, b))
+            return self.decide(Rule.UNDEFINED, False)
+        return self.decide(Rule.SYMPY, self.prove(a, b))
 
     def same_closed(self, a: Node, b: Node) -> bool:
+        """Compare two expressions without symbols; a decimal inside one may be rounded."""
         if self.same_value(a, b):
             return True
         loose = (
@@ -119,68 +128,66 @@ class ScalarJudge:
             and (contains(a, "dec") or contains(b, "dec"))
             and not (decimal_of(a) or decimal_of(b))
         )
-        return self.decide("number", bool(loose) and self.similar(a, b))
+        return self.decide(Rule.NUMBER, bool(loose) and self.similar(a, b))
 
     def same_value(self, a: Node, b: Node) -> bool:
-        """Two closed expressions, by value; a decimal literal may be the other side rounded."""
+        """Compare two expressions without symbols by value; a decimal may be the other side rounded."""
         decimals = [decimal_of(side) for side in (a, b)]
         if all(decimals):
-            return self.decide("number", same_decimals(*decimals))
+            return self.decide(Rule.NUMBER, same_decimals(*decimals))
+        digits = self.options.rounding
         for decimal, side, other in ((decimals[0], a, b), (decimals[1], b, a)):
-            if (
-                decimal
-                and self.options.rounding
-                and rounds_to(side, other, self.options.rounding, self.budget)
-            ):
-                return self.decide("number" if same_number(a, b, self.budget) else "rounded decimal", True)
-        return self.decide("number", same_number(a, b, self.budget))
+            if decimal and digits and rounds_to(side, other, digits, self.budget):
+                return self.decide(Rule.NUMBER if same_number(a, b, self.budget) else Rule.ROUNDED, True)
+        return self.decide(Rule.NUMBER, same_number(a, b, self.budget))
 
     def same_symbolic(self, a: Node, b: Node) -> bool:
+        """Compare two expressions with symbols, by their values at random points or by sympy."""
         verdict = same_function(a, b, self.budget)
         if verdict is None:
-            return self.decide("sympy", self.prove(a, b))
+            return self.decide(Rule.SYMPY, self.prove(a, b))
         if not verdict and (contains(a, "dec") or contains(b, "dec")):
             verdict = self.similar(a, b)
         if not verdict:
             counters = [symbols(side) for side in (a, b)]
             counted = all(len(names) == 1 and names <= {"k", "n", "m"} for names in counters)
-            if (
-                counted and counters[0] != counters[1] and mentions(a, PI) and mentions(b, PI)
-            ):  # 2k pi and 2n pi
+            named_otherwise = counted and counters[0] != counters[1]
+            if named_otherwise and mentions(a, PI) and mentions(b, PI):  # 2k pi and 2n pi
                 renamed = rename(b, ("sym", *counters[1]), ("sym", *counters[0]))
-                return self.decide("the same family", bool(same_function(a, renamed, self.budget)))
-        return self.decide("identity at random points", verdict)
+                return self.decide(Rule.FAMILY, bool(same_function(a, renamed, self.budget)))
+        return self.decide(Rule.IDENTITY, verdict)
 
     def same_ratio(self, a: Node, b: Node) -> bool:
+        """Compare two ratios by cross products, or as times of day if both may be one."""
         if len(a) != len(b):
-            return self.decide("ratio", False)
+            return self.decide(Rule.RATIO, False)
         clocks = [is_clock(side) for side in (a, b)]
         if all(clocks):  # 2:30 is not 1:15
-            return self.decide("ratio or time", self.elementwise(a[1:], b[1:]))
+            return self.decide(Rule.TIME, self.elementwise(a[1:], b[1:]))
         pairs = [(product([a[1], y]), product([b[1], x])) for x, y in zip(a[2:], b[2:], strict=True)]
-        return self.decide("ratio", all(self.same_expression(x, y) for x, y in pairs))
+        return self.decide(Rule.RATIO, all(self.same_expression(x, y) for x, y in pairs))
 
     def similar(self, a: Node, b: Node) -> bool:
-        """Same shape, with equal numbers at the same places: x + 1.414i and x + i sqrt(2), sums of unknown functions."""
+        """Whether two trees have the same shape and equal numbers: x + 1.414i and x + i sqrt(2)."""
         self.budget.spend()
         if canonical(a) == canonical(b):
             return True
-        if (
-            a[0] != b[0]
-            or len(a) != len(b)
-            or a[0] not in ("add", "mul", "pow", "root", "call", "apply", "big", "percent", "deg")
-        ):
+
+        inner = ("add", "mul", "pow", "root", "call", "apply", "big", "percent", "deg")
+        if a[0] != b[0] or len(a) != len(b) or a[0] not in inner:
             if symbols(a) or symbols(b) or contains(a, "big") or contains(b, "big"):
                 return False
             try:
                 return self.same_value(a, b)
             except (NotNumeric, Undefined):
                 return False
+
         if a[0] not in ("add", "mul"):
             return all(
                 self.similar(x, y) if isinstance(x, tuple) else x == y
                 for x, y in zip(a[1:], b[1:], strict=True)
             )
+
         left = list(b[1:])
         self.budget.spend(len(left))
         for part in a[1:]:

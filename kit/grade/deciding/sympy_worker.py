@@ -1,8 +1,9 @@
-"""The worker's side of workers.py: sympy expressions built from trees node by node, and a decision whether two are equal.
+"""Build sympy expressions from trees and decide whether two are equal, in a process of sympy_workers.py.
 
-No text is ever evaluated. A worker has at most MEMORY bytes of address space (Linux; macOS accepts the limit without keeping it;
-Windows has none) and a CPU time limit renewed for every question (Linux and macOS), so that a worker whose parent was killed in
-mid-question ends too. Sympy is imported by `serve` alone, after the limits are set.
+No text is ever evaluated. A worker has at most MEMORY bytes of address space (on Linux; macOS accepts the
+limit but ignores it; Windows has none). Its limit on CPU time (Linux, macOS) is renewed for every question, so
+that a worker whose parent was killed during a question ends too. Only `serve` imports sympy, after the
+limits are set.
 """
 
 from __future__ import annotations
@@ -20,20 +21,14 @@ from kit.grade.vocabulary import names
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 
 _SYMPY_NAMES = {
-    "arcsin": "asin",
-    "arccos": "acos",
-    "arctan": "atan",
-    "abs": "Abs",
-    "ceil": "ceiling",
-    "ln": "log",
-    "lg": "log",
-}
-_SYMPY_NAMES |= {"max": "Max", "min": "Min"}
+    "arcsin": "asin", "arccos": "acos", "arctan": "atan", "abs": "Abs", "ceil": "ceiling",
+    "ln": "log", "lg": "log", "max": "Max", "min": "Min",
+}  # fmt: skip
 _FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm") | _SYMPY_NAMES.keys()
 
 
 def build(node: Node, sympy, assumptions: dict[str, dict]):
-    """The sympy expression of a tree. ValueError for what is no expression."""
+    """Return the sympy expression of a tree. Raises ValueError if it is no expression."""
     op, parts = node[0], node[1:]
     if op in ("num", "dec"):
         return sympy.Rational(node[1].numerator, node[1].denominator)
@@ -47,10 +42,8 @@ def build(node: Node, sympy, assumptions: dict[str, dict]):
         name, variable, low, high, body = parts
         kind = {"sum": sympy.Sum, "prod": sympy.Product, "int": sympy.Integral}[name]
         bounds = [build(bound, sympy, assumptions) for bound in (low, high)]
-        return kind(
-            build(body, sympy, assumptions),
-            (sympy.Symbol(variable, **assumptions.get(variable, {})), *bounds),
-        )
+        counter = sympy.Symbol(variable, **assumptions.get(variable, {}))
+        return kind(build(body, sympy, assumptions), (counter, *bounds))
     if op in ("call", "apply"):
         return _function(op, parts[0], [build(part, sympy, assumptions) for part in parts[1:]], sympy)
     makers = {
@@ -65,12 +58,15 @@ def build(node: Node, sympy, assumptions: dict[str, dict]):
         "ratio": lambda a, b: a / b,
     }
     if op not in makers:
-        raise ValueError(f"a tree's {op!r} is no expression: compare it with comparison.py")
+        raise ValueError(f"a tree's {op!r} is no expression: compare it with judge.py")
     return makers[op](*(build(part, sympy, assumptions) for part in parts))
 
 
 def counting(node) -> dict[str, dict]:
-    """The symbols that bound a sum or product, and those that run over it: positive integers, and integers."""
+    """Return sympy's assumptions on the symbols of sums and products.
+
+    Symbols in their bounds are positive integers, and the counting symbols integers.
+    """
     found: dict[str, dict] = {}
     if not isinstance(node, tuple):
         return found
@@ -98,7 +94,7 @@ def _function(op: str, name: str, arguments: list, sympy):
 
 
 def decide(a: Node, b: Node, sympy) -> tuple[bool | None, str]:
-    """(equal, reason): by simplification, then by numbers where there are no symbols, then by sympy's own test."""
+    """Return (equal or None, reason): by simplification, by value without symbols, by sympy's own test."""
     assumptions = counting(a) | counting(b)
     difference = build(a, sympy, assumptions) - build(b, sympy, assumptions)
     if difference == 0:
@@ -123,7 +119,7 @@ def _is_far_from_zero(value, sympy) -> bool:
 
 
 def _limit(name: str, amount: int) -> None:
-    """Lower one of the process's limits, where the system has it."""
+    """Lower one of the process's limits, if the system has it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -134,14 +130,17 @@ def _limit(name: str, amount: int) -> None:
 
 
 def _watch(parent: int) -> None:
-    """End with the parent even in mid-question (the CPU limit is for code that never yields to this thread)."""
+    """End with the parent, even during a question.
+
+    The limit on CPU time is for code that never yields to this thread.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def serve() -> None:
-    """The worker's main loop: one question a line, one answer per line."""
+    """Answer questions until standard input closes: one JSON question per line, one answer per line."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints must not look like an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     if os.name == "posix":
@@ -161,12 +160,7 @@ def serve() -> None:
             equal, reason = decide(from_json(question["a"]), from_json(question["b"]), sympy)
             send({"equal": equal, "reason": reason})
         except (MemoryError, RecursionError, OverflowError) as error:
-            send(
-                {
-                    "equal": None,
-                    "reason": f"the worker ran into its limits: {type(error).__name__}",
-                    "exhausted": True,
-                }
-            )
+            reason = f"the worker ran into its limits: {type(error).__name__}"
+            send({"equal": None, "reason": reason, "exhausted": True})
         except Exception as error:  # sympy raises many kinds on odd input; the reason goes into the verdict
             send({"equal": None, "reason": f"sympy could not decide: {type(error).__name__}"})

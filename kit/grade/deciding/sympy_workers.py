@@ -1,10 +1,11 @@
-"""Sympy behind a wall: worker processes that answer "are these two expressions equal?" or are killed at the deadline.
+"""Ask sympy in worker processes whether two expressions are equal, and kill a worker at the deadline.
 
-The parent sends trees (trees.py) as one line of JSON and waits on a queue with a timeout; a worker that does not answer in
-time is killed, and its successor starts at once in the background. Since the parent keeps the time, this holds in any thread and
-on any system. A worker is a plain `python -c` process running symbolic.py, because multiprocessing's spawn would run the
-caller's script again where that has no `__main__` guard. Workers start with the first question. An idle one ends when its
-standard input closes, which is when the parent ends, however that comes about.
+The parent sends trees (kit/grade/trees.py) as one line of JSON and waits on a queue with a timeout. A worker
+that does not answer in time is killed, and its successor starts at once in the background. The parent keeps
+the time, so this works in any thread and on any system. A worker is a plain `python -c` process that runs
+sympy_worker.py: multiprocessing's spawn would run the caller's script again if that has no `__main__` guard.
+Workers start with the first question. An idle one ends when its standard input closes, that is, when the
+parent ends for any reason.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from pathlib import Path
 from kit.grade.limits import Undecided
 from kit.grade.trees import Node, to_json
 
-MAX_WORKERS = 2  # each holds about 70 MiB; a third thread waits, within its deadline
+MAX_WORKERS = 2  # each takes about 70 MiB; a third thread waits, within its deadline
 START_UP = 60.0  # seconds that importing sympy may take on a busy machine before the worker is given up
 
 # the caller's folder ("") must not be searched: it may hold a sympy.py or a random.py
-_SERVE = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; from kit.grade.deciding.sympy_worker import serve; serve()"
+_SERVE = (
+    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; "
+    "from kit.grade.deciding.sympy_worker import serve; serve()"
+)
 
 
 class Worker:
-    """One process and the thread that reads its answers."""
+    """One worker process, and the thread that reads its answers."""
 
     def __init__(self):
         self.started = time.monotonic()
@@ -61,7 +65,7 @@ class Worker:
         return self.ready
 
     def ask(self, question: dict, deadline_at: float) -> dict | None:
-        """The answer, or None if the process ended. queue.Empty at the deadline."""
+        """Return the answer, or None if the process ended. Raises queue.Empty at the deadline."""
         try:
             self.process.stdin.write(json.dumps(question).encode() + b"\n")
             self.process.stdin.flush()
@@ -70,16 +74,17 @@ class Worker:
         return self.answers.get(timeout=max(0.0, deadline_at - time.monotonic()))
 
     def kill(self) -> None:
+        """End the process and close its pipe."""
         self.process.kill()
         self.process.wait()
         try:
             self.process.stdin.close()
-        except BrokenPipeError:  # a question that it no longer read
+        except BrokenPipeError:  # it did not read the last question
             return
 
 
 class Pool:
-    """At most MAX_WORKERS workers, started when first needed and handed to one thread at a time."""
+    """At most MAX_WORKERS workers, which start when first needed; one thread at a time uses each."""
 
     def __init__(self):
         self.condition = threading.Condition()
@@ -87,6 +92,7 @@ class Pool:
         self.all: set[Worker] = set()
 
     def borrow(self, deadline_at: float) -> Worker:
+        """Return an idle worker, or a new one if there may be more. Raises Undecided at the deadline."""
         with self.condition:
             while True:
                 while self.idle:
@@ -100,6 +106,7 @@ class Pool:
                     raise Undecided("deadline: every worker is busy")
 
     def give_back(self, worker: Worker, usable: bool) -> None:
+        """Let other threads use the worker; if it is not usable, kill it and start another."""
         with self.condition:
             self.condition.notify()
             if usable:
@@ -115,6 +122,7 @@ class Pool:
         self.idle.append(worker)
 
     def close(self) -> None:
+        """Kill all workers."""
         with self.condition:
             for worker in self.all:
                 worker.kill()
@@ -127,7 +135,7 @@ _pool_lock = threading.Lock()
 
 
 def pool() -> Pool:
-    """This process's pool."""
+    """Return the pool of this process."""
     global _pool
     with _pool_lock:
         if _pool is None:
@@ -137,7 +145,7 @@ def pool() -> Pool:
 
 
 def _forget() -> None:
-    """A forked child starts its own workers: two processes reading one pipe would steal each other's answers."""
+    """Give a forked child a pool of its own: two processes on one pipe would take each other's answers."""
     global _pool, _pool_lock
     if _pool is not None:
         atexit.unregister(_pool.close)
@@ -149,7 +157,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def start_worker(seconds: float = START_UP) -> bool:
-    """Start a worker and wait until it is ready, so that no question spends its deadline on importing sympy. Whether it is."""
+    """Start a worker, wait until it has imported sympy, and return whether it has.
+
+    Then no question spends its deadline on that import.
+    """
     deadline_at = time.monotonic() + seconds
     worker = pool().borrow(deadline_at)
     ready = worker.wait_ready(deadline_at)
@@ -158,7 +169,7 @@ def start_worker(seconds: float = START_UP) -> bool:
 
 
 def prove(a: Node, b: Node, deadline_at: float) -> bool:
-    """Whether sympy finds the two expressions equal. Undecided, with the reason, where it cannot tell or does not in time."""
+    """Whether two expressions are equal by sympy. Raises Undecided, with the reason, if it cannot tell."""
     if time.monotonic() >= deadline_at:
         raise Undecided("deadline")
     try:
@@ -175,6 +186,7 @@ def prove(a: Node, b: Node, deadline_at: float) -> bool:
 
 
 def _ask(workers: Pool, question: dict, deadline_at: float) -> dict | None:
+    """Return a worker's answer, or None if it ended. Raises Undecided if none is ready by the deadline."""
     worker = workers.borrow(deadline_at)
     usable = False
     try:

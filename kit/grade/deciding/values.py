@@ -1,7 +1,8 @@
-"""The value of an answer's tree: exactly where it is rational, else as a number of mpmath's at the precision asked for.
+"""Compute the value of a tree: exactly if it is rational, else as an mpmath number at a given precision.
 
-Every operation is capped before it runs (bits of an exact result, magnitude of an exponent, number of steps): a tower of powers
-raises TooLarge at once. Nothing here can be interrupted from outside, so nothing here may take long.
+Every operation is capped before it runs (bits of an exact result, magnitude of an exponent, number of steps):
+a tower of powers raises TooLarge at once. Nothing here can be interrupted from outside, so nothing may take
+long.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from kit.grade.trees import Node, to_json
 from kit.grade.vocabulary import OPAQUE
 
 MAX_BITS = 60_000  # 1/2006! has 19,000 bits; a product of two numbers at the cap costs under a millisecond
-MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many bits more to reduce it
+MAX_MAGNITUDE = 1_000  # |log2| of an exponent or an angle: mpmath needs that many more bits to reduce it
 MAX_FACTORIAL = 4_000
-MAX_TERMS = 2_000  # of a sum or product that is added up here
+MAX_TERMS = 2_000  # of a sum or product that is computed here
 
 _local = threading.local()
 
 
 def context(digits: int):
-    """This thread's mpmath context at a precision. mpmath's own `mp` is one global for all threads, precision included."""
+    """Return this thread's mpmath context at a precision in decimal digits.
+
+    mpmath's own `mp` is one global for all threads, including its precision.
+    """
     contexts = _local.__dict__.setdefault("contexts", {})
     if digits not in contexts:
-        import mpmath  # 60 ms: only once an irrational value is met
+        import mpmath  # takes 60 ms: only when an irrational value is met
 
         contexts[digits] = mpmath.ctx_mp.MPContext()
         contexts[digits].dps = digits
@@ -42,17 +46,18 @@ class Evaluator:
         self.digits = digits
         self.budget = budget
         self.binding = binding or {}
-        self.absorbed = False  # whether something was too small to show at this precision: values that look equal may not be
+        # whether something was too small to show at this precision: then values that look equal may differ
+        self.absorbed = False
 
     @property
     def mp(self):
         return context(self.digits)
 
     def real(self, value):
-        """A value as mpmath's number."""
+        """Return a value as an mpmath number."""
         if not isinstance(value, Fraction):
             return value
-        if value.numerator.bit_length() + value.denominator.bit_length() > self.mp.prec:
+        if _bits(value) > self.mp.prec:
             self.absorbed = True
         return self.mp.mpf(value.numerator) / value.denominator
 
@@ -63,7 +68,7 @@ class Evaluator:
             raise NotNumeric(f"no number: {node[0]}")
         value = method(node)
         if isinstance(value, Fraction):
-            if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
+            if _bits(value) > MAX_BITS:
                 return self.real(value)
         elif not self.mp.isfinite(value):
             raise Undefined("not finite")
@@ -89,14 +94,10 @@ class Evaluator:
         for part in node[1:]:
             term = self(part)
             exact = isinstance(total, Fraction) and isinstance(term, Fraction)
-            # 60 bits beyond the precision: a term that is rounding error, such as cos(90 degrees), lies nearer
-            if (
-                not exact
-                and total
-                and term
-                and abs(self._magnitude(total) - self._magnitude(term)) > self.mp.prec + 60
-            ):
-                self.absorbed = True
+            if not exact and total and term:
+                # 60 bits beyond the precision: a term that is rounding error, like cos 90 degrees, is nearer
+                distance = abs(self._magnitude(total) - self._magnitude(term))
+                self.absorbed |= distance > self.mp.prec + 60
             total = self._pair(total, term, lambda a, b: a + b)
         return total
 
@@ -107,10 +108,7 @@ class Evaluator:
         total = Fraction(1)
         for part in node[1:]:
             total = self._pair(total, self(part), lambda a, b: a * b)
-            if (
-                isinstance(total, Fraction)
-                and total.numerator.bit_length() + total.denominator.bit_length() > MAX_BITS
-            ):
+            if isinstance(total, Fraction) and _bits(total) > MAX_BITS:
                 total = self.real(total)
         return total
 
@@ -134,9 +132,8 @@ class Evaluator:
             if not all(isinstance(argument, Fraction) for argument in arguments):
                 raise NotNumeric(f"an unknown function at a value that is not rational: {node[1]}")
             # an unknown function may have any value at any point: a random one, always the same
-            return Fraction(
-                random.Random(f"{node[1]} {to_json(tuple(arguments))}").randrange(1, 2**40), 2**38
-            )
+            seed = f"{node[1]} {to_json(tuple(arguments))}"
+            return Fraction(random.Random(seed).randrange(1, 2**40), 2**38)
         return self._mul(("mul", ("sym", node[1]), node[2]))
 
     def _ratio(self, node):
@@ -160,11 +157,13 @@ class Evaluator:
                 root = exact_root(base, exponent.denominator)
                 if root is not None:
                     return root**exponent.numerator
+
         base, exponent = self.real(base), self.real(exponent)
         self._check_size(exponent)
         return self.mp.power(base, exponent)
 
     def _check_size(self, value) -> None:
+        """Raise TooLarge for an exponent or angle that is too large; note one that is too small to matter."""
         magnitude = self.mp.mag(value)
         if value and magnitude > MAX_MAGNITUDE:
             raise TooLarge("an exponent or an angle is beyond every cap")
@@ -180,7 +179,7 @@ class Evaluator:
             if exact is not None:
                 return exact
         value = self.real(value)
-        if index % 2 and self.mp.im(value) == 0 and value < 0:  # a real odd root, as it is meant at school
+        if index % 2 and self.mp.im(value) == 0 and value < 0:  # the real odd root, as meant at school
             return -self.mp.root(-value, index.numerator)
         return self.mp.root(value, index.numerator)
 
@@ -248,28 +247,31 @@ class Evaluator:
         name, variable, low, high, body = node[1:]
         if name == "int":
             raise NotNumeric("an integral")
+
         low, high = self(low), self(high)
-        if (
-            not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high))
-            or high - low >= MAX_TERMS
-        ):
+        whole = all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (low, high))
+        if not whole or high - low >= MAX_TERMS:
             raise NotNumeric("a sum that is too long to add up")
+
+        operation = (lambda a, b: a * b) if name == "prod" else (lambda a, b: a + b)
         terms = Evaluator(self.digits, self.budget, dict(self.binding))
         total = Fraction(int(name == "prod"))
         for value in range(low.numerator, high.numerator + 1):
             terms.binding[variable] = Fraction(value)
-            total = self._pair(
-                total, terms(body), (lambda a, b: a * b) if name == "prod" else (lambda a, b: a + b)
-            )
+            total = self._pair(total, terms(body), operation)
         return total
 
 
+def _bits(value: Fraction) -> int:
+    return value.numerator.bit_length() + value.denominator.bit_length()
+
+
 def exact_root(value: Fraction, index: int) -> Fraction | None:
-    """The rational root of a nonnegative fraction (of a negative one too, where the index is odd), or None."""
+    """Return the rational root of a fraction, or None; of a negative one only if the index is odd."""
     if value < 0:
         root = exact_root(-value, index) if index % 2 else None
         return None if root is None else -root
-    if value.numerator.bit_length() + value.denominator.bit_length() > 4_000:
+    if _bits(value) > 4_000:
         return None
     parts = []
     for number in (value.numerator, value.denominator):
@@ -281,7 +283,7 @@ def exact_root(value: Fraction, index: int) -> Fraction | None:
 
 
 def _integer_root(number: int, index: int) -> int:
-    """The floor of the root of a nonnegative integer, by bisection."""
+    """Return the floor of the root of a nonnegative integer, by bisection."""
     if index == 2:
         return math.isqrt(number)
     low, high = 0, 1 << (number.bit_length() // index + 1)

@@ -1,4 +1,4 @@
-"""The smallest pieces of an answer that stand for something: numbers, symbols, brackets, sets, subscripts."""
+"""Read the smallest parts of an answer: numbers, symbols, brackets, sets, subscripts."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")  # of a base beyond
 
 
 def read_atom(parser: Cursor) -> Node:
+    """Return the node of the smallest part that begins at the next token. Raises ParseError if none does."""
     kind, value = parser.take()
     if kind == "num":
         return _read_number(parser, value)
@@ -35,9 +36,8 @@ def read_atom(parser: Cursor) -> Node:
             return read_subscript(parser, ("sym", base))
         return ("text", base)
     if kind == "op":
-        if value in ("_", "^") or (
-            value == "{" and parser.peek() == ("op", "}") and parser.peek(1)[1] in ("_", "^")
-        ):
+        empty = value == "{" and parser.peek() == ("op", "}") and parser.peek(1)[1] in ("_", "^")  # {}_5C_2
+        if empty or value in ("_", "^"):
             return read_selection(parser)
         if value in ("(", "["):
             return _read_bracket(parser, value)
@@ -54,13 +54,16 @@ def read_atom(parser: Cursor) -> Node:
 
 
 def _read_number(parser: Cursor, value: tuple[str, int]) -> Node:
+    """Read a number, and what belongs to it: dots, 5C2, the fraction of a mixed number."""
     node = number_node(*value)
     if node[0] != "num":
         return continued(node, value[0]) if parser.accept("...", "ldots", "dots", "cdots") else node
+
     if parser.peek() in (("sym", "C"), ("sym", "P")) and parser.peek(1)[0] == "num":
         glued = not (parser.tokens[parser.index][2] or parser.tokens[parser.index + 1][2])
         if glued:  # 5C2
             return selection(node, str(parser.take()[1]), number_node(*parser.take()[1]))
+
     if parser.peek() == ("cmd", "frac"):
         mark = parser.index
         parser.index += 1
@@ -69,6 +72,7 @@ def _read_number(parser: Cursor, value: tuple[str, int]) -> Node:
             return ("num", node[1] + fraction[1])
         parser.index = mark
         return node
+
     following, spaced = parser.peek(), parser.tokens[min(parser.index, len(parser.tokens) - 1)][2]
     if spaced and following[0] == "num" and parser.peek(1) == ("op", "/") and parser.peek(2)[0] == "num":
         fraction = (number_node(*following[1]), number_node(*parser.peek(2)[1]))
@@ -86,12 +90,11 @@ def _is_raised(parser: Cursor) -> bool:
 
 
 def read_symbol(parser: Cursor, name: str) -> Node:
+    """Return the node of a symbol that was just passed: a constant, f(x), C_5^2, or the symbol itself."""
     kind, value, spaced = parser.tokens[parser.index]
     if kind == "op" and value == "(" and not spaced and len(name) == 1:
         mark, depth = parser.index, parser.depth
-        if name in OPAQUE or (
-            parser.tokens[min(mark + 1, len(parser.tokens) - 1)][0] == "sym" and parser.peek(2) == ("op", ")")
-        ):
+        if name in OPAQUE or (parser.peek(1)[0] == "sym" and parser.peek(2) == ("op", ")")):
             parser.index += 1
             found, _ = parser.items(")")
             parser.expect(")")
@@ -106,6 +109,7 @@ def read_symbol(parser: Cursor, name: str) -> Node:
 
 
 def _read_bracket(parser: Cursor, opening: str) -> Node:
+    """Read what stands in brackets: a tuple or interval, or one thing, which the brackets only group."""
     found, _ = parser.items(")", "]")
     closing = parser.accept(")", "]")
     if closing is None or not found:
@@ -118,6 +122,7 @@ def _read_bracket(parser: Cursor, opening: str) -> Node:
 
 
 def _read_set(parser: Cursor) -> Node:
+    """Read a set after its brace: its elements, or the conditions behind a bar or colon."""
     parser.sets += 1
     found, _ = parser.items("\\}", "}", "mid", "|", ":", "colon", "vert", "lvert")
     parser.sets -= 1
@@ -137,6 +142,7 @@ def _read_set(parser: Cursor) -> Node:
 
 
 def _read_absolute(parser: Cursor, bar: str) -> Node:
+    """Read the content of an absolute value after its first bar."""
     inside = parser.sum()
     if not parser.accept(bar):
         raise ParseError("an absolute value that is not closed")
@@ -144,6 +150,7 @@ def _read_absolute(parser: Cursor, bar: str) -> Node:
 
 
 def read_subscript(parser: Cursor, node: Node) -> Node:
+    """Return the node with the subscript that follows: the base of a number, or part of a symbol's name."""
     start = parser.index
     if parser.accept("{"):
         level = 1
@@ -158,6 +165,7 @@ def read_subscript(parser: Cursor, node: Node) -> Node:
         if parser.take()[0] not in ("num", "sym", "text", "cmd"):
             raise ParseError("a subscript that is missing")
     text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
+
     if node[0] in ("num", "dec"):
         bracketed = (
             parser.tokens[start - 2][1] == ")" and parser.tokens[max(0, start - 4)][1] == "("

@@ -1,4 +1,4 @@
-r"""What each LaTeX command of an answer stands for: fractions, roots, functions, sums and integrals, matrices."""
+r"""Read the LaTeX commands of an answer: fractions, roots, functions, sums and integrals, matrices."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_command(parser: Cursor, name: str) -> Node:
+    """Return the node of the command just passed, with its arguments. Raises ParseError if it has no node."""
     if name == "frac":
         top = parser.argument()
         return product([top, invert(parser.argument())])
@@ -32,18 +33,7 @@ def read_command(parser: Cursor, name: str) -> Node:
     if name in ("emptyset", "varnothing"):
         return ("set",)
     if name == "reals":
-        sign = (
-            parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]
-            if parser.peek() == ("op", "^")
-            else None
-        )
-        if sign not in ("+", "-"):
-            return ("reals",)
-        while parser.take()[1] != sign:
-            continue
-        parser.accept("}")
-        ends = (("num", Fraction(0)), CONSTANTS["infty"])
-        return ("seq", "(", ")", *(ends if sign == "+" else (negate(ends[1]), ends[0])))
+        return _reals(parser)
     if name in ("lfloor", "lceil", "lvert", "lVert"):
         inside = parser.sum()
         parser.expect("r" + name[1:])
@@ -63,8 +53,23 @@ def read_command(parser: Cursor, name: str) -> Node:
     return parser.symbol(name)  # an unknown command is a symbol like any other
 
 
+def _reals(parser: Cursor) -> Node:
+    """R, or R^+ and R^- as intervals."""
+    sign = None
+    if parser.peek() == ("op", "^"):
+        sign = parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]
+    if sign not in ("+", "-"):
+        return ("reals",)
+
+    while parser.take()[1] != sign:
+        continue
+    parser.accept("}")
+    zero, infinity = ("num", Fraction(0)), CONSTANTS["infty"]
+    return ("seq", "(", ")", zero, infinity) if sign == "+" else ("seq", "(", ")", negate(infinity), zero)
+
+
 def read_selection(parser: Cursor) -> Node:
-    """The number of choices as schools write it, {}_5C_2 or ^5C_2, from behind its first sign on."""
+    """Return the number of choices as schools write it, {}_5C_2 or ^5C_2, after its first sign was passed."""
     while parser.tokens[parser.index - 1][1] not in ("_", "^"):
         parser.index += 1
     total = parser.argument()
@@ -75,7 +80,10 @@ def read_selection(parser: Cursor) -> Node:
 
 
 def read_indexed_selection(parser: Cursor) -> Node | None:
-    """C_5^2 and C^2_5, where both are plain numbers and can be meant so; else None, and nothing is read."""
+    """Return the number of choices that C_5^2 or C^2_5 stands for.
+
+    Return None, and pass no token, if the indices are no plain numbers or cannot mean that.
+    """
     mark, indices = parser.index, {}
     for _ in range(2):
         sign = parser.accept("_", "^")
@@ -93,7 +101,7 @@ def read_indexed_selection(parser: Cursor) -> Node | None:
 
 
 def selection(total: Node, name: str, chosen: Node) -> Node:
-    """Combinations (C) or permutations (P)."""
+    """Return the number of combinations (C) or permutations (P)."""
     if name == "C":
         return ("binom", total, chosen)
     return product([("fact", total), invert(("fact", ("add", total, negate(chosen))))])
@@ -116,12 +124,14 @@ def _root(parser: Cursor, name: str) -> Node:
 
 
 def _function(parser: Cursor, name: str) -> Node:
+    """Read what follows a function's name: base and exponent in either order, then the arguments."""
     base = exponent = None
     for _ in range(2):
         if base is None and parser.accept("_"):
             base = parser.argument()
         if exponent is None and parser.accept("^"):
             exponent = parser.signed() if parser.peek()[1] != "{" else parser.group()
+
     kind, value = parser.peek()
     if kind == "op" and value == "(":
         parser.index += 1
@@ -138,6 +148,7 @@ def _function(parser: Cursor, name: str) -> Node:
         arguments = [product(factors)]
     if not arguments:
         raise ParseError(f"{name} of nothing")
+
     if exponent == ("num", Fraction(-1)) and "arc" + name in FUNCTIONS:
         name, exponent = "arc" + name, None
     node = ("call", name, *arguments, base) if base is not None else ("call", name, *arguments)
@@ -145,6 +156,7 @@ def _function(parser: Cursor, name: str) -> Node:
 
 
 def _big(parser: Cursor, name: str) -> Node:
+    """Read a sum, product or integral after its name."""
     low = high = None
     for _ in range(2):
         if low is None and parser.accept("_"):
@@ -153,11 +165,13 @@ def _big(parser: Cursor, name: str) -> Node:
             high = parser.argument()
     if low is None or high is None:
         raise ParseError(f"a {name} without its bounds")
+
     if name != "int":
         if low[0] != "rel" or low[1] != ("=",) or low[2][0][0] not in ("sym", "const"):
             raise ParseError(f"a {name} without its variable")
         variable, low = low[2]
         return ("big", name, variable[1], low, high, rename(parser.product(), variable, ("sym", variable[1])))
+
     parser.integrals += 1
     body = parser.sum()
     parser.integrals -= 1
@@ -167,11 +181,13 @@ def _big(parser: Cursor, name: str) -> Node:
 
 
 def _environment(parser: Cursor) -> Node:
+    """Read a matrix, or the rows of `cases` as a list."""
     name = _environment_name(parser)
     if name == "array" and parser.accept("{"):
         while not parser.accept("}"):
             if parser.take()[0] == "end":
                 raise ParseError("an array whose columns are not closed")
+
     rows: list[list[Node]] = [[]]
     parser.enter()
     while parser.peek() != ("cmd", "end"):
@@ -187,6 +203,7 @@ def _environment(parser: Cursor) -> Node:
     parser.index += 1
     _environment_name(parser)
     parser.depth -= 1
+
     rows = [row for row in rows if row]
     if not rows:
         raise ParseError(f"an empty {name}")
@@ -198,6 +215,7 @@ def _environment(parser: Cursor) -> Node:
 
 
 def _environment_name(parser: Cursor) -> str:
+    """Return the name in the braces after a begin or end command, without its star."""
     parser.expect("{")
     name = ""
     while not parser.accept("}"):

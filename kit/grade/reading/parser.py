@@ -1,4 +1,4 @@
-r"""The parser of answers: LaTeX or plain notation in, a tree (trees.py) out. Nothing is evaluated and nothing is executed."""
+r"""Parse an answer in LaTeX or plain notation to a tree (kit/grade/trees.py), evaluating nothing."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ _LENGTH = re.compile(  # 5 m, not 5m
 
 
 class Parser(Cursor):
-    """Precedence climbing over the tokens of one answer; `parse` is the way in."""
+    """Parses the tokens of one answer by precedence climbing. Call `parse` instead."""
 
-    sets = 0  # sets whose elements are being read: a colon then is no ratio
-    integrals = 0  # signs of integrals that are open: a d then is no factor
+    sets = 0  # open sets: inside one, a colon is no ratio
+    integrals = 0  # open integrals: inside one, a d is no factor
 
     # --- lists and relations
 
     def items(self, *ends: str) -> tuple[list[Node], set]:
-        """Relations separated by commas, semicolons, `and`, `or`, up to (not including) one of the ends."""
+        """Return (relations, their separators) up to, but not including, one of the ends.
+
+        Commas, semicolons, `and` and `or` separate.
+        """
         found, separators = [], set()
         while True:
             while self.peek()[0] == "sep":
@@ -44,6 +47,7 @@ class Parser(Cursor):
                 raise ParseError(f"cannot read on at {self.peek()[1]!r}")
 
     def whole(self) -> Node:
+        """Return the tree of all tokens. Raises ParseError if some are left."""
         self._trim()
         join_decimal_comma(self.tokens)
         found, separators = self.items()
@@ -56,7 +60,7 @@ class Parser(Cursor):
         return ("list", "or" if separators == {"or"} else ",", *found)
 
     def _trim(self) -> None:
-        """Trailing full stops, commas and stray backslashes are punctuation; a relation with nothing before it says no more."""
+        """Remove trailing punctuation and stray backslashes, and an equals sign with nothing before it."""
         while self.tokens[0][1] in ("=", "approx", "simeq"):
             del self.tokens[0]
         while len(self.tokens) > 1 and self.tokens[-2][1] in (".", ",", ";", ":", "\\\\", "\\", "..."):
@@ -65,6 +69,7 @@ class Parser(Cursor):
             del self.tokens[-2]
 
     def relation(self) -> Node:
+        """Read a chain of relations such as a < b <= c, or one expression."""
         operands, operators = [self.set_expression()], []
         while True:
             kind, value = self.peek()
@@ -74,6 +79,7 @@ class Parser(Cursor):
             operators.append(RELATIONS[value])
             self.accept("&")
             operands.append(self.set_expression())
+
         bracketed = self.peek() == ("op", "(") and self.peek(1) == ("cmd", "mod")  # x = 2 (mod 5)
         self.index += bracketed
         if self.accept("pmod", "bmod", "mod"):
@@ -84,6 +90,7 @@ class Parser(Cursor):
         return ("rel", tuple(operators), tuple(operands)) if operators else operands[0]
 
     def set_expression(self) -> Node:
+        """Read what binds less than a sum: set operations, ratios, `choose` and `over`."""
         left = self.sum()
         while True:
             if self.tokens[self.index][0] in ("end", "sep") and left[0] != "ratio":
@@ -110,6 +117,7 @@ class Parser(Cursor):
     # --- arithmetic
 
     def sum(self) -> Node:
+        """Read terms with their signs."""
         self.enter()
         terms, sign = [], None
         while True:
@@ -131,6 +139,7 @@ class Parser(Cursor):
         return terms[0] if len(terms) == 1 else ("add", *terms)
 
     def product(self) -> Node:
+        """Read factors, with a sign between them or none, and units."""
         factors = [self.power()]
         while True:
             if self.tokens[self.index][0] in ("end", "sep"):
@@ -147,12 +156,14 @@ class Parser(Cursor):
                 return product(factors)
 
     def signed(self) -> Node:
+        """Read a factor that may have a sign, as in 2 * -3."""
         if self.accept("-"):
             return negate(self.power())
         self.accept("+")
         return self.power()
 
     def _unit(self, node: Node) -> Node:
+        """Return the node with the words that follow as its unit, or as the base of a number."""
         start = self.index
         unit = str(self.take()[1])
         while self.peek()[0] == "text":
@@ -167,12 +178,14 @@ class Parser(Cursor):
                 self.argument()
         if unit.endswith("base") and self.peek()[0] == "num":
             unit += f" {self.take()[1][0]}"
+
         base = _IN_BASE.fullmatch(unit)
         if base and node[0] == "num" and self.tokens[start - 1][0] == "num":
             return in_base(self.tokens[start - 1][1], base[1])
         return ("unit", node, unit)
 
     def starts_factor(self) -> bool:
+        """Whether the next token begins a factor without any sign before it."""
         kind, value = self.peek()
         if self.integrals and kind == "sym" and value == "d":
             return False
@@ -189,6 +202,7 @@ class Parser(Cursor):
         )
 
     def power(self) -> Node:
+        """Read an atom with what follows it directly: exponents, factorials, degrees, primes, subscripts."""
         depth = self.depth
         self.enter()
         node = self.atom()
@@ -222,7 +236,7 @@ class Parser(Cursor):
         return node
 
     def _exponent(self) -> Node:
-        """What ^ raises to: towers go to the right, but a factorial or percent sign behind belongs to the whole power."""
+        """Read an exponent. Towers group to the right; a ! or % after it applies to the whole power."""
         self.enter()
         if self.accept("-"):
             return negate(self._exponent())
@@ -245,15 +259,13 @@ class Parser(Cursor):
         return read_symbol(self, name)
 
     def argument(self) -> Node:
-        """What a command takes: a group, or one token (of a number, one digit: \frac12 is a half)."""
+        """Read a command's argument: a group, or one token, or one digit of a number (\frac12 is a half)."""
         kind, value = self.peek()
         if kind == "num" and value[0].isdigit() and not value[1]:
             digit, rest = value[0][0], value[0][1:]
             if rest:  # "exact": what follows it is a factor of its own, as behind a command
-                self.tokens[self.index : self.index + 1] = [
-                    ("exact", Fraction(int(digit)), False),
-                    ("num", (rest, 0), False),
-                ]
+                split = [("exact", Fraction(int(digit)), False), ("num", (rest, 0), False)]
+                self.tokens[self.index : self.index + 1] = split
             self.index += 1
             return number_node(digit)
         if kind == "op" and value == "{":
@@ -261,6 +273,7 @@ class Parser(Cursor):
         return self.atom()
 
     def group(self) -> Node:
+        """Read a group in braces: one thing, or a set of several."""
         self.expect("{")
         found, _ = self.items("}", "\\}")
         if not self.accept("}", "\\}"):
@@ -271,14 +284,19 @@ class Parser(Cursor):
 
 
 def turn_brackets(text: str) -> str:
-    """Open intervals as French schools write them, ]0, 1[ and [0, 1[, with round brackets."""
-    return _INTERVAL.sub(
-        lambda match: ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")"), text
-    )
+    """Write open intervals as used in France, ]0, 1[ and [0, 1[, with round brackets."""
+
+    def turned(match: re.Match) -> str:
+        return ("[" if match[1] == "[" else "(") + match[2] + ("]" if match[3] == "]" else ")")
+
+    return _INTERVAL.sub(turned, text)
 
 
 def parse(text: str, deadline_at: float = math.inf) -> Node:
-    """The tree of one answer. ParseError where the notation is not known, TooLarge beyond a cap, Undecided at the deadline."""
+    """Return the tree of one answer.
+
+    Raises ParseError for an unknown notation, TooLarge beyond a cap, and Undecided at the deadline.
+    """
     try:
         text = clean(text)
         if len(text) < 60:
@@ -290,5 +308,5 @@ def parse(text: str, deadline_at: float = math.inf) -> Node:
             if turned == text:
                 raise
             return Parser(turned, deadline_at).whole()
-    except RecursionError as error:  # a caller that is itself hundreds of frames deep
+    except RecursionError as error:  # the caller is itself hundreds of frames deep
         raise TooLarge("an answer nested too deeply for the stack that is left") from error

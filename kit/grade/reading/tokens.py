@@ -1,4 +1,4 @@
-r"""Mathematical notation as tokens: LaTeX, plain text and Unicode signs, with no evaluation, in time linear in the text."""
+r"""Split LaTeX, plain text and Unicode signs into tokens, in time linear in the text."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from kit.grade.vocabulary import (
 )
 
 _SIGNS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/", "∕": "/", "≤": r"\le ",
-    "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ",
-    "°": r"^\circ ", "º": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ",
-    "ℝ": r"\mathbb{R}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
-    "。": ".", "、": ",", "،": ",", "‘": "'", "’": "'", "′": "'", "“": '"', "”": '"', "…": "...", "€": r"\euro ",
-    "£": r"\pounds ", "¥": r"\yen ", "¢": r"\cent ", "∨": r"\lor ", "∧": r"\land ", "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}",
-    "ℚ": r"\mathbb{Q}",
-    "∑": r"\sum ", "∫": r"\int ", "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∖": r"\setminus ",
-    "≡": r"\equiv ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ",
-    "θ": r"\theta ", "λ": r"\lambda ", "μ": r"\mu ",
-    "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
+    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": "/",
+    "∕": "/", "≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt ", "°": r"^\circ ", "º": r"^\circ ", "∪": r"\cup ",
+    "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "±": r"\pm ", "∓": r"\mp ", "ℝ": r"\mathbb{R}",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}",
+    "。": ".", "、": ",", "،": ",", "‘": "'", "’": "'", "′": "'", "“": '"', "”": '"', "…": "...",
+    "€": r"\euro ", "£": r"\pounds ", "¥": r"\yen ", "¢": r"\cent ", "∨": r"\lor ", "∧": r"\land ",
+    "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "∑": r"\sum ", "∫": r"\int ",
+    "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∖": r"\setminus ", "≡": r"\equiv ",
+    "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
+    "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
 }  # fmt: skip
 _TRANSLATION = {ord(sign): text for sign, text in _SIGNS.items()}
 _TRANSLATION.update({code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)})  # full-width forms
@@ -50,7 +50,11 @@ _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}(),;!%$])")
 
 
 def clean(text: str) -> str:
-    r"""Unicode signs become LaTeX commands, control characters become spaces, doubled backslashes (`\\frac`) become single."""
+    r"""Return the text with plain notation.
+
+    Unicode signs become LaTeX commands, control characters become spaces, and doubled backslashes (`\\frac`)
+    become single.
+    """
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
         text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
@@ -62,7 +66,7 @@ def clean(text: str) -> str:
     if "\\\\" in text:
         if "\\begin" not in text:
             text = _DOUBLED.sub(r"\\", text)
-        elif "\\\\begin" in text:  # a whole environment escaped twice: its row breaks are four backslashes
+        elif "\\\\begin" in text:  # a doubled environment: its row breaks are four backslashes
             text = text.replace("\\\\", "\\")
     return text
 
@@ -75,8 +79,10 @@ _TOKEN = re.compile(
       | (?P<prefixed>0(?:[xX][0-9A-Fa-f]{1,60}|[bB][01]{1,200}|[oO][0-7]{1,80})(?![0-9A-Za-z]))
       | (?P<based>(?:(?=[0-9A-F]{2})[0-9]{0,60}[A-F][0-9A-F]{0,60}|\([0-9]{0,60}[A-F][0-9A-F]{0,60}\))
             _(?:\{1[1-6]\}|1[1-6](?![0-9])))
-      | (?P<european>[0-9]{1,3}(?:(?:\.[0-9]{3})+,[0-9]+(?![0-9]|[.,][0-9])|(?:\.[0-9]{3}){2,}(?![0-9]|[.,][0-9])))
-      | (?P<num>(?:[0-9]{1,3}(?:(?:(?:\\!)?,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])|[0-9]{1,3}(?:[\ ~'][0-9]{3})+(?![0-9])
+      | (?P<european>[0-9]{1,3}(?:(?:\.[0-9]{3})+,[0-9]+(?![0-9]|[.,][0-9])
+            |(?:\.[0-9]{3}){2,}(?![0-9]|[.,][0-9])))
+      | (?P<num>(?:[0-9]{1,3}(?:(?:(?:\\!)?,\\!\s*|\{,\}\s*|\\,|\\\ )[0-9]{3})+(?![0-9])
+            |[0-9]{1,3}(?:[\ ~'][0-9]{3})+(?![0-9])
             |[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)
       | \\(?P<cmd>[A-Za-z]+)\*?
       | \\(?P<esc>.)
@@ -95,10 +101,11 @@ _WORDS = re.compile("[A-Za-z]+")
 _SHORT_WORD = re.compile("[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tvwy]")  # 5 men, 3 red; 5 abc is a product
 _NO_AMOUNT = names("+ - pm mp ( ) [ ] \\\\{ : | & ^")
 _NOT_DIGITS = re.compile(r"[^0-9.]")
+_JOINING = ("and", "or")
 
 
 def group_ends(text: str) -> dict[int, int]:
-    """Where each { of the text closes; a brace that stays open is absent. One pass, whatever is left open."""
+    """Return where each { of the text closes, by position. A brace that stays open is absent. One pass."""
     ends, stack = {}, []
     for match in _BRACE.finditer(text):
         if match[0] == "{":
@@ -109,7 +116,11 @@ def group_ends(text: str) -> dict[int, int]:
 
 
 def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object, bool]]:
-    """(kind, value, whether a space stands before it); kinds: num, exact, cmd, sym, text, op, sep, row, end."""
+    """Return tokens: (kind, value, whether a space precedes it).
+
+    The kinds are num, exact, cmd, sym, text, op, sep, row and end. Raises TooLarge beyond MAX_CHARS,
+    Undecided at the deadline, and ParseError for digits that their base does not have.
+    """
     if len(text) > MAX_CHARS:
         raise TooLarge(f"an answer of {len(text)} characters is beyond {MAX_CHARS}")
     tokens: list[tuple[str, object, bool]] = []
@@ -161,9 +172,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
                 position += 1
             elif value in ("hspace", "vspace", "phantom", "tag", "label", "color", "textcolor"):
                 position = ends.get(position, position - 1) + 1
-            elif (
-                value.startswith(("quad", "qquad")) and value not in SKIPPED
-            ):  # \quadx, a common slip in collected answers
+            elif value.startswith(("quad", "qquad")) and value not in SKIPPED:  # \quadx, a common slip
                 _word(value[value.index("d") + 1 :], tokens, True)
             elif value in JOINTS:
                 tokens.append(("sep", JOINTS[value], spaced))
@@ -171,7 +180,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
                 money.append((len(tokens), CURRENCIES[value]))
             elif value not in SKIPPED:
                 tokens.append(("cmd", "frac" if value in FRACTIONS else value, spaced))
-        elif kind in ("half", "foreign"):  # the half of the day, 3:45 p.m.; letters of another script
+        elif kind in ("half", "foreign"):  # 3:45 p.m.; letters of another script
             tokens.append(("text", value, spaced))
         elif kind == "word":
             _word(value, tokens, spaced)
@@ -186,10 +195,11 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
 
 
 def _name_currency(tokens: list, index: int, currency: str) -> None:
-    """The sign of a currency at a single amount, as the unit behind it: -$20 and 20€. Elsewhere it says nothing."""
+    """Insert a currency's sign as the unit after a single amount, -$20 or 20€. Elsewhere it means nothing."""
     if index and tokens[index - 1][0] in ("num", "exact") and tokens[index][0] != "num":
         tokens.insert(index, ("text", currency, True))
         return
+
     end = index
     while tokens[end][0] not in ("end", "sep") and not (
         tokens[end][0] in ("op", "cmd") and tokens[end][1] in RELATIONS
@@ -204,13 +214,17 @@ def _name_currency(tokens: list, index: int, currency: str) -> None:
 def _text_command(
     text: str, position: int, ends: dict[int, int], command: str, tokens: list, spaced: bool
 ) -> int:
-    r"""\text{...} and its relatives: words become a text token, mathematics inside is read as if the command were not there."""
+    r"""Read \text{...} and similar commands, and return the position after what was read.
+
+    Words become a text token. Mathematics inside is read as if the command were absent.
+    """
     start = position
     while start < len(text) and text[start] == " ":
         start += 1
     end = ends.get(start)
     if end is None:
         return position
+
     content = text[start + 1 : end].strip(" \\,.;:~$")
     behind_number = bool(tokens) and (tokens[-1][0] in ("num", "exact") or tokens[-1][1] == "}")
     words = [word.lower() for word in _WORDS.findall(content)]
@@ -219,34 +233,37 @@ def _text_command(
         content = content[len(words[0]) :].strip(" ,.~")
         if not content:
             return end + 1
-    upright = (
-        content in SI_LETTERS
-        if len(content) == 1
-        else not content.isalpha() and all(word in UNITS for word in words)
-    )
+
+    if len(content) == 1:
+        is_unit = content in SI_LETTERS
+    else:
+        is_unit = not content.isalpha() and all(word in UNITS for word in words)
     behind_unit = (
         len(tokens) > 1 and tokens[-1][1] == "/" and tokens[-2][0] == "text"
     )  # \mathrm{~m} / \mathrm{s}
-    if (behind_number or behind_unit) and command == "mathrm" and words and upright:
+    if (behind_number or behind_unit) and command == "mathrm" and words and is_unit:
         tokens.append(("text", content, spaced))  # 5\mathrm{m/s^2}
         return end + 1
-    if not re.search("[A-Za-z]", content) or (
-        command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content)
-    ):
-        return position  # the group that follows is parsed as usual
+
+    # three kinds of mathematics: the group that follows is parsed as usual
+    if not re.search("[A-Za-z]", content):
+        return position
+    if command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content):
+        return position
     if content[0].isdigit() and all(
-        word in UNITS or word in MULTIPLIERS or word in ("and", "or") for word in words
+        word in UNITS or word in MULTIPLIERS or word in _JOINING for word in words
     ):
         return position  # \text{60 cm}
     if _PREFIXED.fullmatch(content):
         return position  # \texttt{0x1F}
+
     if not tokens and _LEADING_PROSE.search(text, start, end):
         return end + 1
     if command == "mathbb" and content == "R":
         tokens.append(("cmd", "reals", spaced))
     elif len(content) == 1 and command in FONT_COMMANDS:
         _word(content, tokens, spaced)
-    elif content in ("and", "or"):
+    elif content in _JOINING:
         tokens.append(("sep", content, spaced))
     elif content == "to":  # the ratio 5 to 3
         tokens.append(("op", ":", spaced))
@@ -260,22 +277,26 @@ def _text_command(
 
 
 def _is_unit(word: str, tokens: list) -> bool:
-    """Whether a function's name is a unit here: the minutes of "40 min"."""
+    """Whether a function's name means a unit here: the minutes of "40 min"."""
     return word in FUNCTIONS and word in UNITS and bool(tokens) and tokens[-1][0] == "num"
 
 
 def _multiply(word: str, tokens: list, spaced: bool) -> None:
-    """5 million is 5 times a million."""
+    """Append a multiplier as a factor: 5 million is 5 times a million."""
     tokens += [("cmd", "times", spaced), ("exact", Fraction(MULTIPLIERS[word]), False)]
 
 
 def _word(word: str, tokens: list, spaced: bool) -> None:
-    """A run of letters outside any command: a function, a constant, a connective, a unit or word, or a product of symbols."""
+    """Append the tokens of a run of letters outside any command.
+
+    It is a connective, a function, a constant, a unit, another word, or a product of symbols.
+    """
     lower = word.lower()
-    glued = (
-        re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word) if tokens and tokens[-1][0] == "num" else None
-    )  # "1orW(x)=-1"
-    if word in ("and", "or"):
+    glued = None  # 1orW(x)=-1
+    if tokens and tokens[-1][0] == "num":
+        glued = re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word)
+
+    if word in _JOINING:
         tokens.append(("sep", word, spaced))
     elif lower in MULTIPLIERS and tokens and (tokens[-1][0] in ("num", "exact") or tokens[-1][1] == "}"):
         _multiply(lower, tokens, spaced)

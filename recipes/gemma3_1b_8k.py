@@ -16,13 +16,11 @@ the sum, and what would lower it. Left out on purpose: several GPUs, a validatio
 weight decay (the paper does not state it), other numbers of traces (recipes/valley_sweep.py).
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from kit import models
-from kit.config import as_flags, parse, show
+from kit.config import as_flags, parse, part_of, show
 from kit.data import ChatFormat, load_documents
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
@@ -30,7 +28,7 @@ from kit.evaluate import evaluate, parse_benchmarks
 from kit.evaluate.measure import header_of
 from kit.evaluate.shared_baseline import take_baseline
 from kit.generate import SamplingParams, cache_bytes
-from kit.machine import GIB
+from kit.machine import GIB, require_gpu
 from kit.memory import PeakMemory, Plan, plan
 from kit.memory.choose import choose, rows_of, suggest_savings, switches
 from kit.memory.hours import sampling_time, training_time
@@ -106,11 +104,20 @@ def main(config: Config) -> None:
             write_json(Path(config.json), planned.as_json())
         return
 
-    savings = savings_of(config)
+    savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
+    command = f"python recipes/{recipe_name(config)}.py"
+    small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
+    require_gpu(
+        config.device,
+        f"{config.model} at {config.row_tokens:,} tokens",
+        {
+            f"{command} --smoke": "all stages in about a minute, with a tiny model",
+            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+        },
+    )
     if config.device == "cuda":
-        require_gpu(config)
         planned = planned or plan_memory(config)[1]
         check_free_memory(planned)
     run = RunFolder.open(config)
@@ -177,11 +184,6 @@ def main(config: Config) -> None:
     print(f"model {trained}\nreport {report}")
 
 
-def savings_of(config: Config) -> Savings:
-    """Return the memory settings alone."""
-    return Savings(**{field.name: getattr(config, field.name) for field in fields(Savings)})
-
-
 def plan_memory(config: Config) -> tuple[Config, Plan]:
     """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
@@ -194,7 +196,7 @@ def plan_memory(config: Config) -> tuple[Config, Plan]:
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
     else:
-        savings = savings_of(config)
+        savings = part_of(config, Savings)
         planned = plan(config.model, savings=savings, rows=rows_of(savings, rows), **what)
     print(planned)
 
@@ -203,19 +205,6 @@ def plan_memory(config: Config) -> tuple[Config, Plan]:
         for line in suggest_savings(planned):
             print(line, flush=True)
     return config, planned
-
-
-def require_gpu(config: Config) -> None:
-    """Exit with the ways out if no GPU is here."""
-    if not torch.cuda.is_available():
-        command = f"python recipes/{recipe_name(config)}.py"
-        raise SystemExit(
-            f"{config.model} at {config.row_tokens:,} tokens needs an NVIDIA GPU and none is here. "
-            f"Two ways out:\n"
-            f"  {command} --smoke         all stages on this CPU in about a minute, with a tiny model\n"
-            f"  {command} --device cpu    this model on this CPU: slow, so make it small, for example with\n"
-            "      --row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
-        )
 
 
 def read_documents(config: Config, chat: ChatFormat, run: RunFolder, context: int):
@@ -272,7 +261,7 @@ def print_consequences(config: Config, model, schedule: TrainingPlan, benchmarks
 
     passes = 1 if config.baseline else 2  # before and after
     training = training_time(
-        config.model, savings_of(config), config.qlora_rank, schedule.tokens, config.row_tokens
+        config.model, part_of(config, Savings), config.qlora_rank, schedule.tokens, config.row_tokens
     )
     sampling = sampling_time(
         config.model, passes * sum(num_samples.values()), config.max_new_tokens, config.num_slots

@@ -42,6 +42,7 @@ from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
 from kit.evaluate import evaluate, parse_benchmarks
 from kit.generate import SamplingParams
+from kit.machine import require_gpu
 from kit.memory.hours import sampling_time
 from kit.memory.simulate import check_free_memory
 from kit.models import backbone
@@ -188,16 +189,16 @@ def main(config: Config) -> None:
         if config.json:
             write_json(Path(config.json), planned.as_json())
         return
-    if config.device == "cuda" and not torch.cuda.is_available():
-        command = f"python recipes/{recipe_name(config)}.py"
-        raise SystemExit(
-            f"{config.model} with {config.num_slots} answers at once needs an NVIDIA GPU and none is here.\n"
-            "Two ways out:\n"
-            f"  {command} --smoke         the whole path on this CPU in about a minute, with a tiny model\n"
-            f"  {command} --device cpu    this model on this CPU: slow, so make it small, for example with\n"
-            "      --batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2 "
-            "--benchmarks ''"
-        )
+    command = f"python recipes/{recipe_name(config)}.py"
+    small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2 --benchmarks ''"
+    require_gpu(
+        config.device,
+        f"{config.model} with {config.num_slots} answers at once",
+        {
+            f"{command} --smoke": "all stages in about a minute, with a tiny model",
+            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+        },
+    )
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         check_free_memory(planned.larger)

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import evaluate
 import gemma3_1b_8k
-import torch
 
 from kit.config import parse, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
+from kit.machine import require_gpu
 from kit.report.valley import write_report
 from kit.run import RunFolder
 from kit.valley.estimate import (
@@ -225,19 +225,20 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
+WITHOUT_GPU = {
+    "python recipes/valley_sweep.py --plan": "what it would take: no GPU, no download",
+    "python recipes/valley_sweep.py --smoke": "the whole path with a tiny model, in a minute",
+    "python recipes/valley_demo.py --quick": "the valley of a toy, in minutes",
+}
+
+
 def main(config: Config) -> Path | None:
     study = study_of(config)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     card = {"row_tokens": config.row_tokens, "gpu_gb": config.gpu_gb, "qlora_rank": config.qlora_rank}
     if config.plan:
         return make_plan(config, study, card, len(workers))
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(
-            "a sweep needs an NVIDIA GPU and none is here. Three ways out:\n"
-            "  python recipes/valley_sweep.py --plan     what it would take: no GPU, no download\n"
-            "  python recipes/valley_sweep.py --smoke    the whole path with a tiny model, in a minute\n"
-            "  python recipes/valley_demo.py --quick     the valley of a toy, in minutes"
-        )
+    require_gpu(config.device, "a sweep", WITHOUT_GPU)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
     print(f"settings\n{show(config)}\nsweep folder {path}")
     chosen = choose_settings(study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)

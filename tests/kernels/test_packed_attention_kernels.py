@@ -59,8 +59,10 @@ def rms(x):
 
 
 def check(tensors, lengths, *, is_degenerate=False, **options):
-    """Check that the error is at most twice torch's own.
+    """Check that the error is at most twice torch's own, up to the rounding of the interpreter's products.
 
+    The interpreter's products are numpy's. In which order it adds the D terms of one depends on the machine,
+    and torch's order may be the better one: sqrt(D) roundings in fp32, as of a random walk, are allowed for.
     If every token sees only itself, p = 1 and torch's gradients of q and k are zero by luck. There, and for
     single numbers, the floor is the D roundings of the dot products whose difference they are.
     """
@@ -68,14 +70,13 @@ def check(tensors, lengths, *, is_degenerate=False, **options):
     torchs, ours = (
         run(f, tensors, lengths, **options) for f in (packed_attention_reference, packed_attention)
     )
+    D, dtype = tensors[0].shape[-1], tensors[0].dtype
     for name in truth:
         error, allowed = rms(ours[name] - truth[name]), rms(torchs[name] - truth[name])
-        floor = (
-            tensors[0].shape[-1] * torch.finfo(ours[name].dtype).eps * rms(truth["out"])
-            if is_degenerate
-            else 0.0
-        )
-        assert ours[name].dtype == tensors[0].dtype and ours[name].shape == truth[name].shape
+        floor = D**0.5 * torch.finfo(torch.float32).eps * rms(truth[name])
+        if is_degenerate:
+            floor = D * torch.finfo(dtype).eps * rms(truth["out"])
+        assert ours[name].dtype == dtype and ours[name].shape == truth[name].shape
         assert error <= 2 * allowed + floor, f"{name}: {error:.2e}, torch {allowed:.2e}"
 
 
@@ -100,7 +101,7 @@ def test_kernels_are_as_good_as_torch_for_every_window_and_group(small_tiles, he
     [(5, torch.float32), (48, torch.float16), (64, torch.float32), (80, torch.float16), (256, torch.float32)],
 )
 def test_kernels_are_as_good_as_torch_for_every_head_dim(small_tiles, D, dtype):
-    check(problem([5, 34], 2, 1, D, dtype), [5, 34], window=20, scale=0.3)
+    check(problem([5, 34], 2, 1, D, dtype), [5, 34], window=20, scale=1.5 / D**0.5)
 
 
 @in_the_interpreter

@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import re
 
-from kit.data.equations import evaluate
+from kit.data.expressions import evaluate
 
 PROMPT = "Compute the answer to this arithmetic expression: "
 NUM_PROBLEMS = 400

@@ -9,15 +9,12 @@ executed, and every length is capped.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import takewhile
 from typing import NamedTuple
 
-MAX_TOKENS = 240  # of one side of an equation; the longest problem of kit/data/arithmetic.py has 47
-MAX_DIGITS = 60  # of a number in an equation; the largest product of such a problem has about 30
-MAX_NESTING = 20  # brackets within brackets
+from kit.data.expressions import MAX_TOKENS, Token, compute, solve, tokens_of
 
 
 class Equation(NamedTuple):
@@ -33,14 +30,14 @@ class Equation(NamedTuple):
 
 def stated_equations(text: str) -> list[Equation]:
     """Return the equations between numbers that a text states, in their order."""
-    tokens = _tokens(text)
+    tokens = tokens_of(text)
     equals = [i for i, token in enumerate(tokens) if token.kind == "="]
     bounds = [-1, *equals, len(tokens)]
     found: list[Equation] = []
     carried = None  # the right side of the last equals sign, if the next sign follows it directly
     for before, here, after in zip(bounds, bounds[1:], bounds[2:], strict=False):
         chained, left = carried is not None, carried or _last_expression(tokens, before + 1, here)
-        whole = after < len(tokens) and _compute(tokens[here + 1 : after]) is not None
+        whole = after < len(tokens) and compute(tokens[here + 1 : after]) is not None
         right = (here + 1, after) if whole else _first_expression(tokens, here + 1, after)
         carried = right if whole else None
         if left and right:
@@ -53,50 +50,6 @@ def stated_equations(text: str) -> list[Equation]:
     return found
 
 
-def evaluate(expression: str) -> Fraction | int:
-    """Compute an arithmetic expression, or the one that a problem ends with.
-
-    Raises ValueError if the text does not end with one, or if it divides by zero.
-    """
-    return _solve(expression).value
-
-
-def _solve(problem: str) -> _Computed:
-    tokens = [token for token in _tokens(problem.rpartition(":")[2]) if token.kind != "gap"]
-    found = _compute(tokens)
-    if found is None:
-        raise ValueError(
-            f"{problem[-80:]!r} does not end with an arithmetic expression that has a value; pass a problem"
-        )
-    return found
-
-
-class _Token(NamedTuple):
-    kind: str  # "number", "op", "(", ")", "=", "word" (of text: it may end an equation), "gap" (punctuation)
-    value: object
-    start: int
-    end: int
-
-
-_TOKEN = re.compile(
-    r"""(?P<bullet>(?<![^\n])[^\S\n]*[-–*+•](?=[^\S\n]))
-      | (?P<skip>(?:[^\S\n]|\*\*|[$&~]
-            |\\(?:[,;:!>\ ()\[\]$]|(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|quad)(?![A-Za-z])))+)
-      | (?P<number>[0-9]{1,3}(?:(?:,|\{,\}|,\\!|\\,|[\u202f\u2009])[0-9]{3})+(?![0-9])(?:\.[0-9]+)?
-            |[0-9]+(?:\.[0-9]+)?)
-      | (?P<fraction>\\[dtc]?frac(?=\s*\{))
-      | (?P<times>\\(?:times|cdot|ast)(?![A-Za-z])|[*×·⋅∗]|(?<=[0-9)\s])[xX](?=[^\S\n]?[0-9(]))
-      | (?P<over>\\div(?![A-Za-z])|[/÷∕])
-      | (?P<minus>[-−–]) | (?P<plus>\+)
-      | (?P<open>[(\[{]) | (?P<close>[)\]}])
-      | (?P<equals>==?|\bequals\b|\bis\ equal\ to\b)
-      | (?P<row>\n|\\\\(?:\[[^\]\n]{0,9}\])?)
-      | (?P<gap>\\(?:begin|end)\{[a-z]{1,9}\*?\}|[,;.:?!"'|]|</?[a-z]{1,12}>|[<>→⇒✓✗]
-            |\\(?:implies|Rightarrow|rightarrow|to)(?![A-Za-z]))
-      | (?P<word>\\[A-Za-z]+|[^\W\d_]+|.)""",
-    re.VERBOSE | re.DOTALL,
-)
-_OPERATORS = {"times": "*", "over": "/", "minus": "-", "plus": "+"}
 _ENDS = ("gap", "word")
 _OPERATING_WORDS = frozenset(
     ("of", "times", "by", "plus", "minus", "choose", "mod", "percent", "over", "per", "squared", "cubed")
@@ -105,133 +58,8 @@ _OPERATING_WORDS = frozenset(
 _REMAINDER = re.compile(r"[\s,;:.(]{0,9}(?:with\s|and\s)?(?:an?\s|the\s)?(?:rem|[rR]\s?[0-9])|\s?is\b")
 
 
-def _tokens(text: str) -> list[_Token]:
-    """Split a text into tokens. A line break is no token if an equation continues behind it."""
-    found: list[_Token] = []
-    for match in _TOKEN.finditer(text):
-        kind, value, start, end = match.lastgroup, match[0], match.start(), match.end()
-        if kind == "skip":
-            continue
-        if kind == "row" and found and found[-1].kind == "=":
-            continue
-        if kind == "number":
-            digits = re.sub(r"[^0-9.]", "", value)
-            kind, value = ("number", _number(digits)) if len(digits) <= MAX_DIGITS else ("word", value)
-        elif kind == "equals":
-            if found and found[-1].kind == "gap" and found[-1].value == "\n":
-                found.pop()
-            kind, value = "=", "="
-        elif kind in _OPERATORS:
-            kind, value = "op", _OPERATORS[kind]
-        elif kind in ("open", "close"):
-            kind = "(" if kind == "open" else ")"
-        elif kind == "bullet":
-            kind = "gap"
-        elif kind == "row":
-            if found and found[-1].value == "\n":
-                continue
-            kind, value = "gap", "\n"
-        found.append(_Token(kind, value, start, end))
-    return found
-
-
-def _number(digits: str) -> Fraction | int:
-    return Fraction(digits) if "." in digits else int(digits)
-
-
-class _Computed(NamedTuple):
-    value: Fraction | int
-    num_operations: int
-    is_whole: bool  # whether every intermediate is an integer
-
-
-class _Reader:
-    """Recursive-descent parser for the tokens of one side. `read` raises ValueError if it cannot parse."""
-
-    def __init__(self, tokens: Sequence[_Token]):
-        self.tokens = tokens
-        self.index = 0
-        self.depth = 0
-        self.num_operations = 0
-        self.is_whole = True
-
-    def peek(self) -> tuple[str, object]:
-        return self.tokens[self.index][:2] if self.index < len(self.tokens) else ("end", "")
-
-    def read(self) -> _Computed:
-        value = self.sum()
-        if self.index < len(self.tokens):
-            raise ValueError("something is left")
-        return _Computed(value, self.num_operations, self.is_whole)
-
-    def sum(self):
-        value = self.product()
-        while self.peek() in (("op", "+"), ("op", "-")):
-            sign = self.tokens[self.index].value
-            self.index += 1
-            other = self.product()
-            value = self.operate(value + other if sign == "+" else value - other)
-        return value
-
-    def product(self):
-        value = self.operand()
-        while True:
-            kind, sign = self.peek()
-            if kind == "op" and sign in "*/":
-                self.index += 1
-                other = self.operand()
-                value = self.operate(value * other if sign == "*" else _quotient(value, other))
-            elif kind == "(" and self.tokens[self.index].start == self.tokens[self.index - 1].end:  # 3(4+5)
-                value = self.operate(value * self.operand())
-            else:
-                return value
-
-    def operand(self):
-        kind, value = self.peek()
-        self.index += 1
-        if kind == "number":
-            return value
-        if kind == "op" and value in "+-":
-            following = self.operand()
-            return -following if value == "-" else following
-        if kind == "fraction":
-            top, bottom = self.operand(), self.operand()
-            return self.operate(_quotient(top, bottom))
-        if kind != "(" or self.depth >= MAX_NESTING:
-            raise ValueError("no operand")
-        self.depth += 1
-        inner = self.sum()
-        if self.peek()[0] != ")":
-            raise ValueError("a bracket is left open")
-        self.index += 1
-        self.depth -= 1
-        return inner
-
-    def operate(self, value):
-        self.num_operations += 1
-        self.is_whole &= value == int(value)
-        return value
-
-
-def _quotient(a, b):
-    if b == 0:
-        raise ValueError("a division by zero")
-    quotient = Fraction(a) / b
-    return quotient.numerator if quotient.denominator == 1 else quotient
-
-
-def _compute(tokens: Sequence[_Token]) -> _Computed | None:
-    """Evaluate the tokens as one expression; None if they are none."""
-    if not 0 < len(tokens) <= MAX_TOKENS:
-        return None
-    try:
-        return _Reader(tokens).read()
-    except ValueError:
-        return None
-
-
-def _equation(text: str, tokens: list[_Token], left: tuple, right: tuple, goes_on: bool) -> Equation:
-    before, after = (_compute(tokens[slice(*side)]) for side in (left, right))
+def _equation(text: str, tokens: list[Token], left: tuple, right: tuple, goes_on: bool) -> Equation:
+    before, after = (compute(tokens[slice(*side)]) for side in (left, right))
     stated, performed, end = after.value, max(0, before.num_operations - after.num_operations), right[1]
     first = tokens[right[0]]
     if goes_on and stated != before.value and after.num_operations and first.kind == "number":  # 3*4=12+5=17
@@ -244,15 +72,15 @@ def _equation(text: str, tokens: list[_Token], left: tuple, right: tuple, goes_o
     return Equation(start, text[start : tokens[end - 1].end], stated, before.value, performed, is_right)
 
 
-def _is_sum(tokens: list[_Token]) -> bool:
+def _is_sum(tokens: list[Token]) -> bool:
     return len(tokens) > 2 and tokens[0].kind == "number" and tokens[1][:2] in (("op", "+"), ("op", "-"))
 
 
 def _is_stated(
-    text: str, tokens: list[_Token], equation: Equation, left: tuple, right: tuple, chained: bool
+    text: str, tokens: list[Token], equation: Equation, left: tuple, right: tuple, chained: bool
 ) -> bool:
     """Return whether an equation states something: 5 = 5 does not, nor does 7/2 = 3 before "remainder 1"."""
-    computes = [_compute(tokens[slice(*side)]).num_operations > 0 for side in (left, right)]
+    computes = [compute(tokens[slice(*side)]).num_operations > 0 for side in (left, right)]
     if equation.is_right:
         return any(computes)
     if _REMAINDER.match(text, equation.position + len(equation.text)):
@@ -263,7 +91,7 @@ def _is_stated(
     return chained or computes[0]  # "20 = 0.3 * 20" may be the end of "30 % of 20 = 0.3 * 20"
 
 
-def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
+def _last_expression(tokens: list[Token], start: int, end: int) -> tuple[int, int] | None:
     """Return the (start, end) of the expression that ends at `end`.
 
     None if the text before it makes it part of another expression.
@@ -277,12 +105,12 @@ def _last_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, i
     for begin in range(first, end):
         # what is cut off in front must be complete: 2) 5+3 and 1 5+3
         cut = tokens[begin - 1].kind in ("number", ")") and tokens[begin].kind in ("number", "(", "fraction")
-        if (begin == first or cut) and _compute(tokens[begin:end]):
+        if (begin == first or cut) and compute(tokens[begin:end]):
             return begin, end
     return None
 
 
-def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
+def _clings(before: Token | None, first: Token, second: Token) -> bool:
     r"""Return whether an expression behind this token is only the end of another.
 
     For example x - 3, 2x + 3, \sqrt 4, half of 6, + 3.
@@ -297,7 +125,7 @@ def _clings(before: _Token | None, first: _Token, second: _Token) -> bool:
     return before.end == first.start
 
 
-def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, int] | None:
+def _first_expression(tokens: list[Token], start: int, end: int) -> tuple[int, int] | None:
     """Return the (start, end) of the expression that begins at `start`.
 
     None if the text behind it makes it part of another expression.
@@ -307,7 +135,7 @@ def _first_expression(tokens: list[_Token], start: int, end: int) -> tuple[int, 
         last += 1
     for stop in range(last, start, -1):
         ends_here = stop == last or tokens[stop].kind in ("number", "(", ")", "fraction")
-        if not ends_here or not _compute(tokens[start:stop]):
+        if not ends_here or not compute(tokens[start:stop]):
             continue
         following = tokens[stop] if stop < len(tokens) else None
         if following is None or following.kind == "gap":
@@ -366,5 +194,5 @@ def check_steps(problem: str, response: str) -> Steps:
     right operation; that the answer is then missed shows in `reaches_answer`.
     Raises ValueError for any other kind of problem.
     """
-    solved = _solve(problem.rstrip(" ?=.\n"))
+    solved = solve(problem.rstrip(" ?=.\n"))
     return Steps(tuple(stated_equations(response)), solved.value, solved.num_operations)

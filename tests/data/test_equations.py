@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 from test_verdict import HOSTILE, SLACK
 
-from kit.data.equations import evaluate, stated_equations
+from kit.data.equations import stated_equations
+from kit.data.expressions import evaluate
 
 # (text, [(what is stated, what is true, operations performed)]) of texts whose equations are right
 RIGHT = [

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
 
+IGNORE_INDEX = -100  # torch's default, and what every collator writes
 BLOCK_V = 4096  # columns per step: 16 per thread, which are two 16-byte loads of bf16
 NUM_WARPS = 8  # of 32 threads; with fewer than 256 columns in BLOCK_V two threads would write the same one
 CPU_BLOCK_BYTES = 2 * 2**20  # torch path: several passes over rows in the L2 cache cost one trip to memory
 
 
-def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=-100):
+def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=IGNORE_INDEX):
     """Compute the same in plain torch: what this file means, and what its tests compare with."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.nn.functional.cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
@@ -182,7 +183,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = -100
+    logits: Tensor, targets: Tensor, *, reduction: str = "mean", ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
     """Compute the cross-entropy of logits (..., V) against targets (...), which are already shifted.
 

@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy_chunks import (
-    IGNORE_INDEX,
     HeadGradients,
     checked,
     kept_rows,

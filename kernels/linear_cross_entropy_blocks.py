@@ -20,8 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy_chunks import (
-    IGNORE_INDEX,
     MAX_CHUNK_BYTES,
     HeadGradients,
     add_matmul_,

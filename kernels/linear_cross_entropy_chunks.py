@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # torch's default, and what every collator writes
 MAX_CHUNK_BYTES = 512 * 2**20  # of logits: small beside a 3B model, and larger chunks are no faster
 MIN_ROWS = 512  # a chunk reads weight and rewrites dweight: 128 rows move four times the bytes of 1,024
 COPIED_ELEMENTS = 2**16  # of dweight, rounded through a copy: small, and the rest takes a dozen steps

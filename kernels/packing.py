@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kit.kernels.backend import tl, triton, uses_triton
-from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
+from kit.kernels.cross_entropy import IGNORE_INDEX
 
 BLOCK = 1024  # places per program: 8 per thread; a row of 16,384 tokens needs 17 programs
 NUM_WARPS = 4

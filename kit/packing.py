@@ -17,7 +17,7 @@ from itertools import accumulate
 
 import torch
 
-from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
+from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.packing import pack as pack_row
 
 BITS = 128  # free spaces per word of the bitset: two machine words keep Python's integers in their fast case

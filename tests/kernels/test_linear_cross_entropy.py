@@ -22,12 +22,12 @@ import kit.kernels.linear_cross_entropy as lce
 import kit.kernels.linear_cross_entropy_chunks as head
 import kit.kernels.linear_cross_entropy_rows as logit_rows
 from kit.kernels.backend import INTERPRET
+from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
     token_logprobs,
 )
-from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.memory.live_bytes import LiveBytes
 

@@ -30,8 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.linear_cross_entropy_chunks as head
 from kit.kernels.backend import HAS_TRITON, INTERPRET
+from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
 from kit.kernels.packed_attention import packed_attention
 from kit.memory.live_bytes import LiveBytes
 

@@ -22,12 +22,8 @@ from kit.models.folder import _publish, _write_model, load_weights
 from kit.run import write_json
 
 
-def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int, **progress) -> Path:
-    """Write the checkpoint after `step` steps and delete the older ones. Return its path.
-
-    progress: values that `read_progress` returns besides the step. They are written with the weights, so that
-    the two always agree.
-    """
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int) -> Path:
+    """Write the checkpoint after `step` steps and delete the older ones. Return its path."""
     path = folder / f"step_{step:07d}"
     scratch = _write_model(folder / "writing", model, tokenizer)
     tensors = {
@@ -36,7 +32,7 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
         for name, tensor in state.items()
     }
     save_file(tensors, scratch / "optimizer.safetensors")
-    write_json(scratch / "trainer.json", {"step": step, **progress})
+    write_json(scratch / "trainer.json", {"step": step})
     _publish(scratch, path)
     for older in folder.glob("step_*"):
         if older != path:
@@ -66,9 +62,4 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
         else:
             on_card = name != "step" or optimizer.defaults.get("fused")
             state[name] = tensor.to(parameter.device) if on_card else tensor
-    return read_progress(path)["step"]
-
-
-def read_progress(path: Path) -> dict:
-    """Return the progress of a checkpoint's run: "step", and what else was passed to `save`."""
-    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]

@@ -1,4 +1,4 @@
-"""Tests in a process of their own: a file's kernels in Triton's interpreter, a recipe, and a run that is killed and resumed."""
+"""Run tests in processes of their own: kernels in Triton's interpreter, recipes, a run that is killed."""
 
 import atexit
 import multiprocessing
@@ -16,32 +16,31 @@ import pytest
 from kit.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-# Importing torch and transformers takes seconds, often longer than the run itself: on Linux one clean process imports them and
-# is forked for every child. It has computed nothing, so there are no threads whose state a fork could lose.
+# Importing torch and transformers takes seconds, often longer than the run itself. So on Linux one clean
+# process imports them and is forked for every child. It has computed nothing, so no threads are lost.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-CONTEXT.set_forkserver_preload([
-    "pytest", "peft", "kit.evaluate.measure", "kit.memory.simulate", "kit.models.qlora", "kit.report.before_after",
-    "kit.report.valley", "kit.rl.loop", "kit.train.loop",
-    "transformers.models.gemma3.modeling_gemma3", "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2",
-])  # fmt: skip
+PRELOADED = """
+    pytest peft kit.evaluate.measure kit.memory.simulate kit.models.qlora kit.report.before_after
+    kit.report.valley kit.rl.loop kit.train.loop transformers.models.gemma3.modeling_gemma3
+    transformers.models.llama.modeling_llama transformers.models.qwen2.modeling_qwen2
+"""
+CONTEXT.set_forkserver_preload(PRELOADED.split())
 
 
 class Child:
-    """`function(*arguments)` in a process of its own, on one thread, without a GPU and without the network."""
+    """Run `function(*arguments)` in a process of its own: one thread, no GPU, no network."""
 
     def __init__(self, function, *arguments, cwd="."):
         self._folder = tempfile.TemporaryDirectory()
-        self._process = CONTEXT.Process(
-            target=_run, args=(function, arguments, str(Path(cwd).resolve()), self._folder.name)
-        )
+        call = function, arguments, str(Path(cwd).resolve()), self._folder.name
+        self._process = CONTEXT.Process(target=_run, args=call)
         for name in ("1", "2"):
             Path(self._folder.name, name).touch()
         self._process.start()
         atexit.register(self.kill)  # a test that fails must not leave it running
 
     def poll(self) -> int | None:
-        """The exit status, minus the signal's number if one ended it; None while it runs."""
+        """Return the exit status, or minus the number of the signal that ended it; None while it runs."""
         return self._process.exitcode
 
     def wait(self) -> int:
@@ -49,7 +48,7 @@ class Child:
         return self._process.exitcode
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL and wait until the process has ended."""
         self._process.kill()
         self._process.join()
 
@@ -69,12 +68,8 @@ class Child:
 def _run(function, arguments, cwd, streams):
     for descriptor in (1, 2):
         os.dup2(os.open(Path(streams, str(descriptor)), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    os.environ["PYTHONPATH"] = str(ROOT)
     import torch
 
     torch.set_num_threads(1)
@@ -82,7 +77,7 @@ def _run(function, arguments, cwd, streams):
     try:
         function(*arguments)
     finally:
-        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
+        atexit._run_exitfuncs()  # a process of multiprocessing does not call them by itself
 
 
 def _run_script(file, flags):
@@ -97,19 +92,19 @@ def _run_function(file, function, arguments, keywords):
 
 
 def start_recipe(recipe: str, *flags: str, cwd: Path) -> Child:
-    """recipes/<recipe>.py with these flags, in the folder cwd."""
+    """Start recipes/<recipe>.py with these flags, in the folder cwd."""
     return Child(_run_script, str(ROOT / "recipes" / f"{recipe}.py"), flags, cwd=cwd)
 
 
 def run_recipe(recipe: str, *flags: str, cwd: Path) -> Child:
-    """The same, when it has ended."""
+    """Run recipes/<recipe>.py with these flags, in the folder cwd, to its end."""
     child = start_recipe(recipe, *flags, cwd=cwd)
     child.wait()
     return child
 
 
 def call(file: str, function: str, *arguments, **keywords) -> Child:
-    """`function` of the test file `file`, in a process that has just been started."""
+    """Start `function` of the test file `file` in a new process."""
     return Child(_run_function, file, function, arguments, keywords)
 
 
@@ -118,31 +113,22 @@ def wait(child: Child) -> None:
 
 
 def pass_in_the_interpreter(file: str, *options: str) -> None:
-    """The real Triton kernels: TRITON_INTERPRET is read when a kernel is defined. Prints what pytest said."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        file,
-        "--noconftest",
-        "-q",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-        *options,
-    ]
-    child = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+    """Run a test file on the real Triton kernels and print pytest's output.
+
+    A process of its own, because TRITON_INTERPRET is read when a kernel is defined.
+    """
+    flags = ["--noconftest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *options]
+    command = [sys.executable, "-m", "pytest", file, *flags]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)
 
 
 def train_unbroken_and_killed(start, folder: Path, *, lines: int, newest_checkpoint: str) -> None:
-    """Runs folder/whole to its end, kills folder/broken once its metrics have so many lines, and resumes it.
+    """Run folder/whole to its end. Kill folder/broken once its metrics have so many lines, and resume it.
 
-    start(out, resume) -> the process. newest_checkpoint: what the kill must find.
+    start(out, resume): returns the process. newest_checkpoint: the one that must exist after the kill.
     """
     wait(start(str(folder / "whole"), False))
     broken = start(str(folder / "broken"), False)

@@ -1,16 +1,14 @@
-"""Tiny random models of the three families, and the loud skip for data that does not ship with the kit."""
+"""Fixtures: tiny random models of the three families, and a skip that names the data that are missing."""
 
 import copy
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # read when huggingface_hub is imported: no test may touch the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network; read on import of huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork and spawn
-if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would spin against one another
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: more threads would only wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "0"  # a test that starts pytest again starts it alone
+    os.environ["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "0"  # a pytest that a test starts has no workers
 
 import pytest
 import torch
@@ -21,18 +19,29 @@ from kit.packing import Document
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SHAPE = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 WINDOW = 7
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "qwen2": Qwen2Config(**SHAPE),
     "gemma3": Gemma3TextConfig(
-        **SHAPE | {"num_key_value_heads": 1}, head_dim=16, sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=True,
+        **SHAPE | {"num_key_value_heads": 1},
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        tie_word_embeddings=True,
     ),
-}  # fmt: skip
+}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -42,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
-left_out: set[str] = set()  # tests that were deselected: xdist does not count them
+left_out: set[str] = set()  # deselected tests, which xdist does not count
 
 
 def pytest_deselected(items):
@@ -67,24 +76,22 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """One process for tests on a card: they cap its memory and time it."""
+    """Run the tests on a card in one process: they limit its memory and time it."""
     return 1 if config.option.markexpr == "gpu" else None
 
 
 @pytest.fixture(params=FAMILIES)
 def tiny_model(request):
-    """A random model of each family whose logits are far from flat, so that greedy decoding has something to decide."""
+    """Make a random model of each family."""
     return make_model(request.param)
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32):
+    """Make a random model whose logits are far from flat, so that greedy decoding has something to decide."""
     torch.manual_seed(0)
-    config = copy.deepcopy(
-        FAMILIES[family]
-    )  # a model shares the config it is made from, and with it the kind of attention
-    model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=REGISTERED["kit"], dtype=dtype
-    ).eval()
+    config = copy.deepcopy(FAMILIES[family])  # a model shares its config, and with it the kind of attention
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=REGISTERED["kit"], dtype=dtype)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -94,17 +101,16 @@ def make_model(family: str, dtype: torch.dtype = torch.float32):
 
 def random_documents(lengths, *, vocab_size: int = 97, seed: int = 0) -> list[Document]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Document(
-            torch.randint(3, vocab_size, (length,), generator=generator, dtype=torch.int32),
-            min(length // 3, length - 1),
-        )
-        for length in lengths
-    ]
+
+    def document(length: int) -> Document:
+        ids = torch.randint(3, vocab_size, (length,), generator=generator, dtype=torch.int32)
+        return Document(ids, min(length // 3, length - 1))
+
+    return [document(length) for length in lengths]
 
 
 def real_data(name: str) -> Path:
-    """A file of real data, or a skip that says what is missing."""
+    """Return the path of a file of real data, or skip the test, naming the file."""
     path = REAL_DATA / name
     if not path.exists():
         pytest.skip(f"{path} is not here: real data does not ship with the kit")

@@ -1,4 +1,4 @@
-"""The layout: imports run down the floors only, no files import one another in a ring, and front doors are light."""
+"""Check the layout: imports only run down the floors, none form a ring, and front doors are light."""
 
 import ast
 import subprocess
@@ -8,16 +8,22 @@ from pathlib import Path
 import pytest
 from children import ROOT
 
-# Floors from the top: a package imports what lies below its own floor, or itself. The hall is kit's own files.
+# From the top: a package imports from the floors below its own, or from itself. The hall is kit's own files.
 FLOORS = [
-    {"report"}, {"valley"}, {"rl"}, {"evaluate", "memory"}, {"data", "generate", "train"}, {"grade", "models"}, {"hall"},
+    {"report"},
+    {"valley"},
+    {"rl"},
+    {"evaluate", "memory"},
+    {"data", "generate", "train"},
+    {"grade", "models"},
+    {"hall"},
     {"kernels"},
-]  # fmt: skip
+]
 PACKAGES = sorted(name for floor in FLOORS for name in floor if name not in ("hall", "kernels"))
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, of everything that is imported as kit.*"""
+    """Return dotted name -> file, of everything that is imported as kit.*"""
     found = {}
     for path in [*(ROOT / "kit").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]:
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -30,7 +36,7 @@ MODULES = modules()
 
 
 def imports(path: Path) -> set[str]:
-    """Files of kit that a file imports anywhere, also inside functions and for annotations only."""
+    """Return the files of kit that a file imports anywhere, also in functions and only for annotations."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -63,7 +69,7 @@ def climbing(arrows: dict[str, set[str]]) -> list[str]:
 
 
 def rings(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """Files that reach themselves by way of others: each ring once, from its first name on."""
+    """Return the rings of files that import one another: each ring once, from its first name on."""
     found, done = [], set()
 
     def visit(module: str, path: list[str]) -> None:
@@ -92,12 +98,10 @@ def test_no_files_import_one_another_in_a_ring():
 
 
 def test_an_import_that_climbs_and_one_that_closes_a_ring_are_seen():
-    assert climbing({"kit.train.loop": {"kit.memory.simulate", "kit.models.lora"}}) == [
-        "kit.train.loop imports kit.memory.simulate"
-    ]
-    assert climbing({"kit.data.traces": {"kit.train.loop"}}) and climbing(
-        {"kit.kernels.packing": {"kit.packing"}}
-    )
+    found = climbing({"kit.train.loop": {"kit.memory.simulate", "kit.models.lora"}})
+    assert found == ["kit.train.loop imports kit.memory.simulate"]
+    assert climbing({"kit.data.traces": {"kit.train.loop"}})  # of the same floor
+    assert climbing({"kit.kernels.packing": {"kit.packing"}})
     ring = {"kit.a": {"kit.b"}, "kit.b": {"kit.c"}, "kit.c": {"kit.a"}, "kit.d": {"kit.b"}}
     assert rings(ring) == [["kit.a", "kit.b", "kit.c"]]
 
@@ -105,7 +109,8 @@ def test_an_import_that_climbs_and_one_that_closes_a_ring_are_seen():
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_front_door_is_short_loads_nothing_heavy_and_every_name_behind_it_is_there(package):
     assert len((ROOT / "kit" / package / "__init__.py").read_text().splitlines()) < 40
-    code = f"import sys, kit.{package}; print([m for m in ('torch', 'transformers', 'sympy', 'matplotlib') if m in sys.modules])"
+    heavy = "torch", "transformers", "sympy", "matplotlib"
+    code = f"import sys, kit.{package}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     door = __import__(f"kit.{package}", fromlist=["*"])
@@ -115,5 +120,5 @@ def test_a_front_door_is_short_loads_nothing_heavy_and_every_name_behind_it_is_t
 
 
 def test_nothing_makes_the_folder_kernels_importable_on_its_own():
-    """Hugging Face publishes a package of that name, and transformers imports it."""
+    """Hugging Face publishes a package of this name, and transformers imports it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

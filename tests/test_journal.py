@@ -5,7 +5,7 @@ import pytest
 from kit.run import Journal
 
 
-def test_rows_come_back_in_order(tmp_path):
+def test_rows_are_read_back_in_order(tmp_path):
     journal = Journal(tmp_path / "deep" / "rows.jsonl")
     assert journal.read() == []
     journal.append({"step": 1, "text": "π \u2028 \n"})

@@ -57,7 +57,7 @@ def test_memory_that_is_touched_and_freed_stays_in_the_peak_only():
     ids=["by the kit", "by the user"],
 )
 def test_segments_of_a_cards_memory_can_grow_unless_the_user_chose_otherwise(chosen, expected):
-    """Ask torch itself, which reads the variable when it first allocates, in a process that imports torch first."""
+    """Ask torch, which reads the variable when it first allocates, in a process that imports torch first."""
     question = "import torch, kit; print(torch._C._accelerator_getAllocatorSettings())"
     environment = WITHOUT_SETTING | ({"PYTORCH_ALLOC_CONF": chosen} if chosen else {})
     command = [sys.executable, "-c", question]

@@ -1,4 +1,4 @@
-"""What an installation gives, and that it stays out of the way of Hugging Face's package `kernels`."""
+"""Check what an installation contains, and that it never hides Hugging Face's package `kernels`."""
 
 import os
 import subprocess
@@ -15,53 +15,34 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of what git tracks or would track, so that building leaves nothing behind."""
+    """Build the wheel from a copy of what git tracks or would track, so that building leaves nothing here."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\0")
-    for name in filter(None, files):
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--wheel-dir",
-        str(out),
-        str(source),
-    ]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command = [*pip, "--wheel-dir", str(out), str(source)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     return next(out.glob("*.whl"))
 
 
 def python(code, *, path=(), cwd, flags=()):
-    """Run code in a fresh interpreter: the working directory comes first, then `path`, then site-packages (not with -S)."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "PYTHONPATH": os.pathsep.join(map(str, path))
-    }
-    return subprocess.run(
-        [sys.executable, *flags, "-c", code],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run code in a fresh interpreter.
+
+    It imports from the working directory first, then from `path`, then from site-packages (not with -S).
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    command = [sys.executable, *flags, "-c", code]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
 def hugging_face_kernels(tmp_path):
-    """A stand-in for Hugging Face's package on the path: a regular package called kernels, with its version's metadata."""
+    """Make a stand-in for Hugging Face's package: a regular package called kernels, with its metadata."""
     package, info = tmp_path / "site" / "kernels", tmp_path / "site" / "kernels-0.99.0.dist-info"
     package.mkdir(parents=True)
     info.mkdir()
@@ -103,25 +84,28 @@ def test_from_the_repository_root_transformers_finds_hugging_faces_kernels_and_n
 @pytest.mark.slow
 def test_transformers_imports_from_the_repository_root_with_the_real_package_installed():
     assert version("kernels")  # the test extra installs Hugging Face's own
-    code = "import transformers.models.llama.modeling_llama, kit.models.loading, kernels; print(hasattr(kernels, 'get_kernel'))"
+    code = "import transformers.models.llama.modeling_llama, kit.models.loading, kernels; "
+    code += "print(hasattr(kernels, 'get_kernel'))"
     done = python(code, cwd=ROOT)
     assert done.stdout.strip() == "True", done.stderr
 
 
 @pytest.mark.slow
 def test_transformers_imports_from_the_repository_root_without_that_package(tmp_path):
-    """Then `import kernels` finds our folder as a namespace package, which transformers must not take for Hugging Face's."""
-    for entry in Path(transformers.__file__).parents[1].iterdir():  # site-packages, but for that one
+    """`import kernels` then finds our folder as a namespace package; transformers must not use it."""
+    for entry in Path(transformers.__file__).parents[1].iterdir():  # site-packages without that package
         if not entry.name.startswith("kernels"):
             (tmp_path / entry.name).symlink_to(entry)
-    code = "import transformers.models.llama.modeling_llama, kit.models.loading, kernels; print(hasattr(kernels, 'get_kernel'))"
+    code = "import transformers.models.llama.modeling_llama, kit.models.loading, kernels; "
+    code += "print(hasattr(kernels, 'get_kernel'))"
     done = python(code, path=[tmp_path], cwd=ROOT, flags=["-S"])
     assert done.stdout.strip() == "False", done.stderr
 
 
 def test_the_installed_kit_works_from_anywhere_and_brings_no_other_top_level_name(tmp_path):
-    """The README installs an editable kit; whatever kind is installed here is what is tried."""
-    code = "import kit.kernels.packed_attention, kit.grade.deciding.sympy_workers; from importlib.util import find_spec as find; "
+    """Try whatever installation is here; the README's is editable."""
+    code = "import kit.kernels.packed_attention, kit.grade.deciding.sympy_workers; "
+    code += "from importlib.util import find_spec as find; "
     code += "print([name for name in ('tests', 'recipes', 'setup') if find(name)], find('kernels').origin)"
     done = python(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -138,14 +122,9 @@ def test_a_bare_checkout_finds_the_kernels_beside_kit(tmp_path):
 def test_the_top_level_is_as_designed():
     names = {p.name for p in ROOT.iterdir() if not p.name.startswith(".")}
     generated = {"build", "dist", "runs"} | {name for name in names if name.endswith(".egg-info")}
-    assert names - generated == {
-        "kit",
-        "kernels",
-        "recipes",
-        "tests",
-        "setup.py",
-        "README.md",
-        "LICENSE",
-        "pyproject.toml",
-    }
+    folders, files = (
+        {"kit", "kernels", "recipes", "tests"},
+        {"setup.py", "README.md", "LICENSE", "pyproject.toml"},
+    )
+    assert names - generated == folders | files
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,4 +1,4 @@
-"""Every command of the README is one that exists: files that are there, flags the recipe knows, values it can read."""
+"""Check every command of the README: its file exists, and the recipe reads its flags and their values."""
 
 import importlib
 import re

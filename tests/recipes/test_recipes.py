@@ -1,4 +1,4 @@
-"""The recipes as a person starts them: real processes, the shipped model and traces, no network."""
+"""Run the recipes as a person does: real processes, the shipped model and traces, no network."""
 
 import json
 import os
@@ -10,34 +10,27 @@ import pytest
 import torch
 from children import call, run_recipe, wait
 
-from kit.config import parse
+from kit.config import as_flags, parse
 from kit.machine import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
-RL = [
-    "--smoke",
-    "--steps",
-    "2",
-    "--batch_prompts",
-    "4",
-    "--group_size",
-    "4",
-    "--minibatch_prompts",
-    "2",
-    "--num_questions",
-    "4",
-]
 TRAINING = ["gemma3_1b_8k", "qwen2_5_0_5b_8k", "llama3_2_1b_8k"]
-QUICK = ["--smoke", "--num_traces", "24", "--epochs", "1", "--num_questions", "4", "--max_new_tokens", "64"]
+
+
+def flags_of(settings: dict) -> list[str]:
+    return as_flags(settings).split()
+
+
+QUICK_SETTINGS = {"num_traces": 24, "epochs": 1, "num_questions": 4, "max_new_tokens": 64}
+QUICK = ["--smoke", *flags_of(QUICK_SETTINGS)]
+RL_SETTINGS = {"steps": 2, "batch_prompts": 4, "group_size": 4, "minibatch_prompts": 2, "num_questions": 4}
+RL = ["--smoke", *flags_of(RL_SETTINGS)]
 
 
 @pytest.mark.slow
 def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "recipes" / "gemma3_1b_8k.py"),
-        *QUICK,
-    ]  # as from a shell, with nothing imported yet
+    script = str(ROOT / "recipes" / "gemma3_1b_8k.py")
+    command = [sys.executable, script, *QUICK]  # as from a shell, with nothing imported yet
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -48,24 +41,25 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
         "before      toy:",
         "after       toy:",
         "toy: accuracy ",
-        "report runs",
     ):
         assert line in done.stdout
-    assert {path.name for path in run.iterdir()} >= {
-        "config.json", "drop_counts.json", "metrics.jsonl", "before", "after", "model", "report.html", "loss.png", "accuracy.png",
-    }  # fmt: skip
+    assert "report runs" in done.stdout
+    data = {"config.json", "drop_counts.json", "metrics.jsonl", "before", "after", "model"}
+    report = {"report.html", "loss.png", "accuracy.png"}
+    assert {path.name for path in run.iterdir()} >= data | report
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     before, after = ((run / stage / "toy.jsonl").read_text().splitlines()[0] for stage in ("before", "after"))
-    assert (
-        json.loads(before)["header"]["model"] != json.loads(after)["header"]["model"]
-    )  # what is measured last was trained
+    models = [json.loads(line)["header"]["model"] for line in (before, after)]
+    assert models[0] != models[1]  # the second one was trained
 
     again = run_recipe("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert [line for line in again.stdout.splitlines() if line.startswith(("before", "after"))] == [
-        line for line in done.stdout.splitlines() if line.startswith(("before", "after"))
-    ]
+
+    def measured(run):
+        return [line for line in run.stdout.splitlines() if line.startswith(("before", "after"))]
+
+    assert measured(again) == measured(done)
     other = run_recipe("gemma3_1b_8k", *QUICK, "--resume", "--lr", "0.5", cwd=tmp_path)
     assert "lr was 0.003, is 0.5" in other.stderr
 
@@ -91,15 +85,9 @@ def test_the_default_is_the_papers_setting(monkeypatch):
     import gemma3_1b_8k
 
     config = gemma3_1b_8k.Config()
-    assert (config.num_traces, config.epochs, config.batch_traces, config.lr, config.warmup_ratio, config.row_tokens) == (
-        8_000, 4, 8, 5e-5, 0.05, 16_384,
-    )  # fmt: skip
-    assert (config.temperature, config.top_p, config.max_new_tokens, config.num_samples) == (
-        0.6,
-        0.95,
-        16_384,
-        0,
-    )
+    assert (config.num_traces, config.epochs, config.batch_traces, config.row_tokens) == (8_000, 4, 8, 16_384)
+    assert (config.lr, config.warmup_ratio, config.temperature, config.top_p) == (5e-5, 0.05, 0.6, 0.95)
+    assert (config.max_new_tokens, config.num_samples) == (16_384, 0)
     assert config.benchmarks == "math500,aime24,amc23"
 
 
@@ -117,18 +105,21 @@ def test_a_trace_longer_than_the_models_context_is_refused_and_a_row_of_several_
 
 
 def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tmp_path):
-    for _ in range(2):
+    written = []
+    for number in ("001", "002"):
         done = run_recipe("train_tiny_base", "--smoke", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    first, second = ({path.name: path.read_bytes() for path in (tmp_path / "runs/train_tiny_base" / number / "tiny").iterdir()}
-                     for number in ("001", "002"))  # fmt: skip
+        folder = tmp_path / "runs/train_tiny_base" / number / "tiny"
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    first, second = written
     assert first == second
     assert set(first) == {path.name for path in (ROOT / "kit" / "models" / "shipped" / "tiny").iterdir()}
 
 
-TIMED_ALONE = {  # in a process each, but for those that need a card
-    "_losses": ["the three matmuls alone", "ours", "Apple cut_cross_entropy"], "_attentions": ["ours", "flash-attn"],
-}  # fmt: skip
+TIMED_ALONE = {  # each in a process of its own, if it needs no card
+    "_losses": ["the three matmuls alone", "ours", "Apple cut_cross_entropy"],
+    "_attentions": ["ours", "flash-attn"],
+}
 TIMED_HERE = {"_losses": "_loss_inputs", "_attentions": "_attention_inputs"}
 
 
@@ -148,9 +139,8 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
     wait(done)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in figures["loss"]["loss"]] == ["the three matmuls alone", "ours"]
-    assert [row["name"] for row in figures["attention"]["attention"]] == [
-        "ours"
-    ] and "flash-attn: " in done.stdout
+    assert [row["name"] for row in figures["attention"]["attention"]] == ["ours"]
+    assert "flash-attn: " in done.stdout
     assert "Apple cut_cross_entropy: " in done.stdout
     assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
     [run] = figures["finetune"]
@@ -177,23 +167,11 @@ def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
 
 
 def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
-    done = run_recipe(
-        "gemma3_1b_8k",
-        "--plan",
-        "--model",
-        "tiny",
-        "--row_tokens",
-        "256",
-        "--json",
-        "plan.json",
-        cwd=tmp_path,
-    )
+    flags = ["--plan", *flags_of({"model": "tiny", "row_tokens": 256, "json": "plan.json"})]
+    done = run_recipe("gemma3_1b_8k", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (
-        "(simulated)" in done.stdout
-        and "fits 6 GB: yes" in done.stdout
-        and "several rows per step" in done.stdout
-    )
+    assert "(simulated)" in done.stdout and "fits 6 GB: yes" in done.stdout
+    assert "several rows per step" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["simulated"] is True and plan["fits_gb"] == [6, 8, 12, 16, 24]
     assert sum(plan["owners"].values()) >= plan["peak"] > 0
@@ -234,17 +212,19 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
     done = run_recipe("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "grpo_qwen2_5_0_5b" / "001"
-    for line in ("prompts with gold answers", "2 steps of 4 prompts x 4 answers, 2 updates each", "batch_prompts 4 (paper: ",
-                 "before      toy:", "step 2: reward", "a loss near zero is normal", "after       toy:",
-                 "report runs"):  # fmt: skip
+    for line in (
+        "prompts with gold answers",
+        "2 steps of 4 prompts x 4 answers, 2 updates each",
+        "batch_prompts 4 (paper: ",
+        "before      toy:",
+        "step 2: reward",
+        "a loss near zero is normal",
+        "after       toy:",
+        "report runs",
+    ):
         assert line in done.stdout
-    assert {path.name for path in run.iterdir()} >= {
-        "config.json",
-        "metrics.jsonl",
-        "rollouts.jsonl",
-        "model",
-        "report.html",
-    }
+    files = {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
+    assert {path.name for path in run.iterdir()} >= files
     again = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "step 1" not in again.stdout
@@ -258,9 +238,8 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
 
     paper = recipe.Config()
     assert recipe.deviations(paper) == []
-    assert (paper.batch_prompts, paper.group_size, paper.max_new_tokens, paper.minibatch_prompts, paper.temperature) == (
-        1_024, 8, 8_192, 256, 1.0,
-    )  # fmt: skip
+    assert (paper.batch_prompts, paper.group_size, paper.minibatch_prompts) == (1_024, 8, 256)
+    assert (paper.max_new_tokens, paper.temperature) == (8_192, 1.0)
     assert (paper.kl_coef, paper.lr, paper.advantage_scale) == (1e-4, 5e-7, "group-std")
     small = parse(
         recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS

@@ -1,4 +1,4 @@
-"""CPU memory for a card. No driver is here: one that records what it is asked to pin stands in for it."""
+"""Test pinned CPU memory without a driver: a stand-in records what it is asked to pin."""
 
 import gc
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from kit.train.offload import host_empty
 
 @pytest.fixture
 def driver(monkeypatch):
-    """Ranges that are pinned, address -> bytes; `error` is what the next request returns."""
+    """Record the pinned ranges, address -> bytes. `error`: what the next request returns."""
     found = SimpleNamespace(pinned={}, error=0)
 
     def register(address, num_bytes, flags):
@@ -19,9 +19,7 @@ def driver(monkeypatch):
             found.pinned[address] = num_bytes
         return found.error
 
-    runtime = SimpleNamespace(
-        cudaHostRegister=register, cudaHostUnregister=lambda address: found.pinned.pop(address)
-    )
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=found.pinned.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return found
@@ -45,7 +43,7 @@ def test_memory_for_no_card_and_memory_of_no_bytes_is_not_pinned(driver):
 
 
 def test_memory_that_cannot_be_pinned_is_pageable_and_a_warning_says_how_to_pin_it(driver, monkeypatch):
-    """The failure waits in CUDA's runtime and the next launch reports it: that launch is one that nobody needs."""
+    """CUDA's runtime reports the failure at the next launch, so one launch is made for it alone."""
     driver.error, launches = 2, []
 
     def launch(*arguments, **options):

@@ -1,5 +1,6 @@
 import copy
 import weakref
+from functools import partial
 
 import bitsandbytes as bnb
 import pytest
@@ -23,7 +24,7 @@ BATCH = PackedBatch.build(random_documents(LENGTHS))
 
 
 class ExactNorm(nn.Module):
-    """An RMSNorm that computes in the dtype it is given; transformers' own compute in fp32 whatever they are given."""
+    """An RMSNorm that computes in its input's dtype; transformers' own always compute in fp32."""
 
     def __init__(self, norm):
         super().__init__()
@@ -35,7 +36,7 @@ class ExactNorm(nn.Module):
 
 
 def exact_model(model):
-    """The same weights in float64, norms included."""
+    """Return a model with the same weights in float64, norms included."""
     exact = copy.deepcopy(model).double()
     for module in list(exact.modules()):
         for name, child in list(module.named_children()):
@@ -45,7 +46,7 @@ def exact_model(model):
 
 
 def add_adapters(model):
-    """LoRA on all linear layers; B starts random, not zero, so that A has a gradient."""
+    """Add LoRA to all linear layers. B starts random, not zero, so that A has a gradient."""
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear")).get_base_model()
     for name, parameter in model.named_parameters():
@@ -55,9 +56,8 @@ def add_adapters(model):
 
 
 def loss_of(model, batch=BATCH):
-    return linear_cross_entropy(
-        hidden_states(model, batch), head_weight(model), batch.targets, softcap=softcap(model)
-    )
+    hidden, weight = hidden_states(model, batch), head_weight(model)
+    return linear_cross_entropy(hidden, weight, batch.targets, softcap=softcap(model))
 
 
 def gradients_of(model, batches=(BATCH,)):
@@ -69,7 +69,7 @@ def gradients_of(model, batches=(BATCH,)):
 
 
 def relative_error(gradients, truth):
-    """Root mean square over parameters of |gradient - truth| / |truth|."""
+    """Return the root mean square over parameters of |gradient - truth| / |truth|."""
     assert gradients.keys() == truth.keys()
     errors = [(gradients[name].double() - truth[name]).norm() / truth[name].norm() for name in truth]
     return torch.stack(errors).square().mean().sqrt().item()
@@ -82,8 +82,8 @@ def assert_same(gradients, plain):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_parts_make_each_layers_own_output_bit_for_bit(family):
-    """A release of transformers that changes a decoder layer is noticed here."""
+def test_our_parts_compute_each_layers_own_output_bit_for_bit(family):
+    """This fails if a release of transformers changes a decoder layer."""
     model = make_model(family).train()
     seen = []
     for layer in model.model.layers:
@@ -99,7 +99,7 @@ def test_our_parts_make_each_layers_own_output_bit_for_bit(family):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_without_tiles_every_bf16_gradient_is_the_plain_models_bit_for_bit(tiny_model, offload):
-    """In fp32 the norm's cast vanishes and the three gradients of a layer's input are added in another order."""
+    """Not so in fp32, without the norm's cast: the three gradients of a layer's input differ in order."""
     tiny_model.bfloat16()
     plain = gradients_of(copy.deepcopy(tiny_model))
     recompute_layers(tiny_model, offload=offload)
@@ -137,8 +137,8 @@ def test_in_fp32_the_error_against_float64_is_at_most_twice_the_plain_models(tin
     assert relative_error(gradients_of(tiny_model), truth) <= 2 * plain
 
 
-def test_in_bf16_the_sum_over_many_tiles_does_not_round_once_a_tile():
-    """The feed-forward's weights alone: sums in bf16 err 2.4 times as much as the plain model here."""
+def test_in_bf16_the_sum_over_many_tiles_does_not_round_once_per_tile():
+    """Check the feed-forward's weights: sums in bf16 would have 2.4 times the plain model's error here."""
     batch = PackedBatch.build(random_documents([150, 101, 49]))
     model = make_model("llama", torch.bfloat16)
 
@@ -152,7 +152,10 @@ def test_in_bf16_the_sum_over_many_tiles_does_not_round_once_a_tile():
 
 
 class Shapes(TorchDispatchMode):
-    """Shapes of all matrix products, those alive, and the most rows of (1, n, INTERMEDIATE) tensors alive at one time."""
+    """Record the shapes of all matrix products and of those alive.
+
+    most: the most rows of (1, n, INTERMEDIATE) tensors alive at one time.
+    """
 
     def __init__(self):
         super().__init__()
@@ -185,12 +188,12 @@ def test_activations_of_one_tile_are_alive_at_a_time(tiny_model, adapters):
             gradients_of(model, [batch])
         most.append(made.most)
     assert most[0] == most[1] > 0
-    assert most[2] * 8 == most[0] * T  # the measure sees what tiles save
+    assert most[2] * 8 == most[0] * T  # the count shows what tiles save
 
 
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("tile_tokens", [0, 8])
-def test_the_feed_forward_runs_exactly_twice_a_step_not_three_times(tiny_model, tile_tokens, adapters):
+def test_the_feed_forward_runs_exactly_twice_per_step_not_three_times(tiny_model, tile_tokens, adapters):
     model = add_adapters(tiny_model) if adapters else tiny_model
     tokens = [0] * len(model.model.layers)
     for index, layer in enumerate(model.model.layers):
@@ -206,32 +209,27 @@ def test_the_feed_forward_runs_exactly_twice_a_step_not_three_times(tiny_model, 
 
 
 @pytest.mark.parametrize("tile_tokens", [0, 8])
-def test_a_gradient_reaches_its_hook_once_and_dies_before_the_layer_before_is_done(tiny_model, tile_tokens):
+def test_a_gradient_reaches_its_hook_once_and_is_freed_before_the_next_layers_are_complete(
+    tiny_model, tile_tokens
+):
     recompute_layers(tiny_model, offload=True, tile_tokens=tile_tokens)
     calls, made = [], Shapes()
 
     def step_at_once(parameter, name, index):
         alive = sum(shape == {32, INTERMEDIATE} for shape in made.alive_products.values())
-        assert alive <= 3, (
-            f"at layer {index} {alive} gradients of feed-forward weights are alive, but a layer has 3"
-        )
+        assert alive <= 3, f"at layer {index} {alive} gradients of feed-forward weights, but a layer has 3"
         calls.append((index, name))
         parameter.grad = None
 
+    names = []
     for index, layer in enumerate(tiny_model.model.layers):
         for name, parameter in layer.named_parameters():
-            parameter.register_post_accumulate_grad_hook(
-                lambda p, name=name, index=index: step_at_once(p, name, index)
-            )
+            names.append((index, name))
+            parameter.register_post_accumulate_grad_hook(partial(step_at_once, name=name, index=index))
     with made:
         gradients_of(tiny_model)
     indices = [index for index, _ in calls]
     assert indices == sorted(indices, reverse=True)
-    names = [
-        (index, name)
-        for index, layer in enumerate(tiny_model.model.layers)
-        for name, _ in layer.named_parameters()
-    ]
     assert sorted(calls) == sorted(names)
 
 
@@ -266,17 +264,15 @@ def test_adapters_get_their_gradients_and_frozen_weights_none(tiny_model, tile_t
 
 
 def quantise(model):
-    """The layers' linear weights as NF4 with double quantisation."""
+    """Replace the layers' linear weights by NF4 with double quantisation."""
+    kind = {"quant_type": "nf4", "compress_statistics": True}
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                linear = bnb.nn.Linear4bit(
-                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16
-                )
+                size = child.in_features, child.out_features
+                linear = bnb.nn.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16)
                 weight = child.weight.detach().bfloat16()
-                linear.weight = bnb.nn.Params4bit(
-                    weight, requires_grad=False, quant_type="nf4", compress_statistics=True
-                )
+                linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind)
                 linear.bias = child.bias
                 setattr(module, name, linear.to("cpu"))  # the move quantises
     return model
@@ -287,9 +283,8 @@ def dequantise(model):
         for name, child in list(module.named_children()):
             if isinstance(child, bnb.nn.Linear4bit):
                 linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                linear.weight.data = bnb.functional.dequantize_4bit(
-                    child.weight, child.weight.quant_state
-                ).float()
+                weight = bnb.functional.dequantize_4bit(child.weight, child.weight.quant_state)
+                linear.weight.data = weight.float()
                 linear.bias = child.bias
                 setattr(module, name, linear.requires_grad_(False))
     return model
@@ -336,9 +331,8 @@ def test_a_trainable_parameter_that_is_not_used_gets_no_gradient_as_in_the_plain
     model = make_model("llama")
     model.model.layers[2].mlp.register_parameter("spare", nn.Parameter(torch.ones(3)))
     recompute_layers(model, tile_tokens=5)
-    assert [name for name, gradient in gradients_of(model).items() if gradient is None] == [
-        "model.layers.2.mlp.spare"
-    ]
+    unused = [name for name, gradient in gradients_of(model).items() if gradient is None]
+    assert unused == ["model.layers.2.mlp.spare"]
 
 
 def test_a_parameter_in_two_parts_of_a_layer_gets_the_sum(tiny_model):
@@ -351,11 +345,9 @@ def test_a_parameter_in_two_parts_of_a_layer_gets_the_sum(tiny_model):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_packs_of_a_step_accumulate_whatever_their_lengths(tiny_model, offload):
-    batches = [
-        PackedBatch.build(random_documents(lengths, seed=i))
-        for i, lengths in enumerate([[5, 3], [40, 2], [9], [60]])
-    ]
+def test_rows_of_a_step_accumulate_whatever_their_lengths(tiny_model, offload):
+    rows = [random_documents(lengths, seed=i) for i, lengths in enumerate([[5, 3], [40, 2], [9], [60]])]
+    batches = [PackedBatch.build(row) for row in rows]
     tiny_model.bfloat16()
     plain = gradients_of(copy.deepcopy(tiny_model), batches)
     recompute_layers(tiny_model, offload=offload)
@@ -363,13 +355,11 @@ def test_packs_of_a_step_accumulate_whatever_their_lengths(tiny_model, offload):
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_two_packs_may_be_forward_before_either_is_backward(tiny_model, offload):
+def test_two_rows_may_run_forward_before_either_runs_backward(tiny_model, offload):
     def joint(model):
         model.train()
-        losses = [
-            loss_of(model, PackedBatch.build(random_documents(lengths, seed=9))) for lengths in ([5, 3], [20])
-        ]
-        sum(losses).backward()
+        rows = [PackedBatch.build(random_documents(lengths, seed=9)) for lengths in ([5, 3], [20])]
+        sum(loss_of(model, row) for row in rows).backward()
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
     tiny_model.bfloat16()
@@ -379,7 +369,7 @@ def test_two_packs_may_be_forward_before_either_is_backward(tiny_model, offload)
 
 
 def test_a_backward_pass_that_stopped_half_way_leaves_nothing_stale(tiny_model):
-    """It staged inputs that nobody fetched; the next pack of the same length must not take them for its own."""
+    """It has staged inputs that were never fetched. The next row of the same length must not use them."""
     tiny_model.bfloat16()
     plain = gradients_of(copy.deepcopy(tiny_model))
     recompute_layers(tiny_model, offload=True)
@@ -391,25 +381,28 @@ def test_a_backward_pass_that_stopped_half_way_leaves_nothing_stale(tiny_model):
     assert_same(gradients_of(tiny_model), plain)
 
 
-def test_offloaded_inputs_leave_the_device_in_the_forward_pass_but_for_the_last(tiny_model):
+def test_all_offloaded_inputs_but_the_last_leave_the_device_in_the_forward_pass(tiny_model):
     recompute_layers(tiny_model, offload=True, tile_tokens=5)
     tiny_model.train()
     inputs = []
     for layer in tiny_model.model.layers:
-        layer.register_forward_pre_hook(
-            lambda layer, args: inputs.append(weakref.ref(args[0].untyped_storage()))
-        )
+        layer.register_forward_pre_hook(lambda layer, args: inputs.append(storage_of(args[0])))
     loss = loss_of(tiny_model)
     assert [storage() is not None for storage in inputs] == [False, False, False, True]
     loss.backward()
     assert all(storage() is None for storage in inputs)
 
 
+def storage_of(x: torch.Tensor) -> weakref.ref:
+    """Return a weak reference to the memory of x."""
+    return weakref.ref(x.untyped_storage())
+
+
 def host_of(model) -> HostInputs:
     return model.model.layers[0]._gradient_checkpointing_func.host
 
 
-def test_cpu_memory_is_allocated_once_and_staging_is_given_back(tiny_model):
+def test_cpu_memory_is_allocated_once_and_staging_is_freed(tiny_model):
     recompute_layers(tiny_model, offload=True)
     host = host_of(tiny_model)
     gradients_of(tiny_model)
@@ -444,22 +437,23 @@ def test_the_backward_pass_reads_what_the_cpu_memory_holds(tiny_model):
     assert finite == [False, False, False, True]
 
 
-def test_what_the_attention_reads_is_let_go_while_the_tiles_run(tiny_model):
+def test_the_input_of_the_attention_is_freed_while_the_tiles_run(tiny_model):
     recompute_layers(tiny_model, tile_tokens=8)
     loss = loss_of(tiny_model.train())
     read, held = [], []
+
+    def note(module, args, keywords):
+        read.append(storage_of(keywords["hidden_states"]))
+
     for layer in tiny_model.model.layers:
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: read.append(weakref.ref(kwargs["hidden_states"].untyped_storage())),
-            with_kwargs=True,
-        )
+        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
         layer.mlp.register_forward_hook(lambda *_: held.append(read[-1]() is not None))
     loss.backward()
     assert len(read) == len(tiny_model.model.layers) and held and not any(held)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
-def test_an_input_that_set_out_before_it_is_fetched_is_the_one_that_was_kept(prefetch):
+def test_an_input_that_is_copied_before_it_is_fetched_is_the_one_that_was_kept(prefetch):
     host = HostInputs()
     inputs = [torch.full((2, 3), float(index)) for index in range(4)]
     kept = [host.keep(x, index, on_device=index == 3) for index, x in enumerate(inputs)]
@@ -475,16 +469,15 @@ def test_an_input_that_set_out_before_it_is_fetched_is_the_one_that_was_kept(pre
     assert not host.staged
 
 
-def test_the_next_input_sets_out_after_the_tiles_and_before_the_attentions_backward_pass(tiny_model):
-    """The tiles are the fullest moment: one input is staged then, none for the last layer's."""
+def test_the_next_input_is_copied_after_the_tiles_and_before_the_attentions_backward_pass(tiny_model):
+    """Memory peaks during the tiles: one input is staged then, and none during the last layer's."""
     recompute_layers(tiny_model, offload=True, tile_tokens=T - 1)
     staged, host = [], host_of(tiny_model)
     loss = loss_of(tiny_model.train())
     for layer in tiny_model.model.layers:
         layer.mlp.register_forward_hook(lambda *_: staged.append(("tile", len(host.staged))))
-        layer.self_attn.q_proj.register_full_backward_hook(
-            lambda *_: staged.append(("attention", len(host.staged)))
-        )
+        query = layer.self_attn.q_proj
+        query.register_full_backward_hook(lambda *_: staged.append(("attention", len(host.staged))))
     loss.backward()
     seen = [staged[i : i + 3] for i in range(0, len(staged), 3)]
     assert [count for layer in seen for what, count in layer if what == "tile"] == [0, 0, 1, 1, 1, 1, 1, 1]
@@ -517,15 +510,14 @@ def test_a_second_backward_pass_repeats_the_first_or_is_refused_with_offload(tin
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_kept_for_the_backward_pass_is_one_input_a_layer_and_one_of_the_last_norm(family):
+def test_the_backward_pass_keeps_one_input_per_layer_and_one_of_the_last_norm(family):
     model = make_model(family).train()
     recompute_layers(model)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(weakref.ref(x)) or x, lambda x: x):
         hidden = hidden_states(model, BATCH)
-    alive = [
-        x for x in (reference() for reference in kept) if x is not None
-    ]  # held by the graph of `hidden` alone
+    references = (reference() for reference in kept)
+    alive = [x for x in references if x is not None]  # only the graph of `hidden` keeps them
     wide = [x for x in alive if x.is_floating_point() and x.numel() >= T * model.config.hidden_size]
     assert len({x.data_ptr() for x in wide}) == len(model.model.layers) + 1
     assert hidden.requires_grad
@@ -561,9 +553,8 @@ def test_only_training_mode_recomputes(tiny_model):
 
 
 def test_an_unknown_layer_class_is_named():
-    config = BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9
-    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = BertConfig(**sizes, vocab_size=9)
     with pytest.raises(ValueError, match=r"a layer is a BertLayer.*LlamaDecoderLayer"):
         recompute_layers(BertModel(config))
     with pytest.raises(ValueError, match="Linear has no decoder layer"):
@@ -577,9 +568,8 @@ def test_settings_that_cannot_work_are_refused(tiny_model):
     tiny_model.train()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         loss_of(tiny_model)
-    adapted = get_peft_model(
-        tiny_model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["up_proj"])
-    ).get_base_model()
+    dropout = LoraConfig(r=2, lora_dropout=0.1, target_modules=["up_proj"])
+    adapted = get_peft_model(tiny_model, dropout).get_base_model()
     adapted.train()
     with pytest.raises(ValueError, match=r"mlp.up_proj.lora_dropout.default drops out 0.1"):
         loss_of(adapted)

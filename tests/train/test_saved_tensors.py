@@ -7,25 +7,22 @@ from kit.train.saved_tensors import catch_gradient, recomputed
 
 
 def graph(x, weight, calls, gradients):
-    """Three uses of x, two of them views; x is made again by a copy of what it held."""
+    """Use x three times, two of them as views; a copy of its content stands in for recomputing it."""
     content = x.clone()
     with recomputed(x, lambda: calls.append(1) or content.clone()):
-        entering = catch_gradient(x, gradients)
-        return (
-            entering @ weight
-            + entering.view(-1, weight.shape[0]) @ weight.square()
-            + entering[:, :3] @ weight[:3]
-        ).sum()
+        return sum_of_uses(catch_gradient(x, gradients), weight)
 
 
-def test_a_tensor_that_is_let_go_gives_the_gradients_it_would_have_given():
+def sum_of_uses(x, weight):
+    return (x @ weight + x.view(-1, 5) @ weight.square() + x[:, :3] @ weight[:3]).sum()
+
+
+def test_a_tensor_that_is_freed_gives_the_gradients_it_would_have_given():
     torch.manual_seed(0)
-    x, weight = (
-        torch.randn(7, 5, dtype=torch.float64),
-        torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
-    )
+    x = torch.randn(7, 5, dtype=torch.float64)
+    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
     leaf = x.clone().requires_grad_()
-    (leaf @ weight + leaf.view(-1, 5) @ weight.square() + leaf[:, :3] @ weight[:3]).sum().backward()
+    sum_of_uses(leaf, weight).backward()
     expected, weight.grad = weight.grad, None
     calls, gradients = [], []
     loss = graph(x, weight, calls, gradients)
@@ -34,7 +31,7 @@ def test_a_tensor_that_is_let_go_gives_the_gradients_it_would_have_given():
     assert storage() is None and not calls
     loss.backward()
     assert torch.equal(weight.grad, expected) and torch.equal(gradients[0], leaf.grad)
-    assert calls == [1] and len(gradients) == 1  # made once for three
+    assert calls == [1] and len(gradients) == 1  # computed once for three uses
 
 
 def test_what_was_kept_and_then_changed_is_refused_as_autograd_would():
@@ -44,9 +41,8 @@ def test_what_was_kept_and_then_changed_is_refused_as_autograd_would():
         out = (kept * kept).sum() + (x * other).sum()
     with torch.no_grad():
         kept.add_(1)
-    with pytest.raises(
-        RuntimeError, match=r"a tensor of shape \(4, 4\) that the backward pass needs was changed in place"
-    ):
+    message = r"a tensor of shape \(4, 4\) that the backward pass needs was changed in place"
+    with pytest.raises(RuntimeError, match=message):
         out.backward()
 
 

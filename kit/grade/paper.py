@@ -15,7 +15,7 @@ implemented on this kit's own parser, caps and workers:
     - the same text, ignoring case and curly and round brackets;
     - the same letter of a choice;
     - numbers within 0.01 % of each other, also after multiplying or dividing one by 100;
-    - tuples or matrices that are equal element by element, whatever their brackets;
+    - tuples or matrices that are equal element by element, ignoring their kinds of brackets;
     - equations with the same difference of their sides;
     - expressions that are equal as formulas or, without symbols, within 0.01 %.
 4.  A formula is read as far as it can be, and the rest is ignored: of a bare list only the first element

@@ -56,7 +56,7 @@ class ScalarJudge:
         return verdict
 
     def decide_within(self, rule: Rule, verdict: bool) -> bool:
-        """Name the rule and, behind it, the one that decided the part that was compared just before."""
+        """Name the rule, followed by the one that decided the part that was compared just before."""
         self.rule = f"{rule.value}, {self.rule}"
         return verdict
 
@@ -101,6 +101,8 @@ class ScalarJudge:
 
     def same_expression(self, a: Node, b: Node) -> bool:
         """Compare two numbers or expressions without anything around them."""
+        if canonical(a) == canonical(b):
+            return self.decide(Rule.SAME_STRUCTURE, True)
         if "matrix" in (a[0], b[0]) or contains(a, "matrix") or contains(b, "matrix"):
             computed = [matrix_value(side) for side in (a, b)]
             if None in computed:

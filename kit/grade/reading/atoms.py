@@ -122,7 +122,7 @@ def _read_bracket(parser: Cursor, opening: str) -> Node:
 
 
 def _read_set(parser: Cursor) -> Node:
-    """Read a set after its brace: its elements, or the conditions behind a bar or colon."""
+    """Read a set after its brace: its elements, or the conditions after a bar or colon."""
     parser.sets += 1
     found, _ = parser.items("\\}", "}", "mid", "|", ":", "colon", "vert", "lvert")
     parser.sets -= 1

@@ -221,6 +221,9 @@ class Parser(Cursor):
                     self.index += 2
                     self.expect("}")
                     node = ("deg", node)
+                elif kind == "cmd" and value == "prime":
+                    self.index += 1
+                    node = self._prime(node)
                 else:
                     node = ("pow", node, self._exponent())
             elif self.accept("degree", "circ"):
@@ -263,7 +266,7 @@ class Parser(Cursor):
         kind, value = self.peek()
         if kind == "num" and value[0].isdigit() and not value[1]:
             digit, rest = value[0][0], value[0][1:]
-            if rest:  # "exact": what follows it is a factor of its own, as behind a command
+            if rest:  # "exact": what follows it is a factor of its own, as after a command
                 split = [("exact", Fraction(int(digit)), False), ("num", (rest, 0), False)]
                 self.tokens[self.index : self.index + 1] = split
             self.index += 1

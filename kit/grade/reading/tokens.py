@@ -310,6 +310,8 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
         tokens.append(("cmd", word, spaced))
     elif lower in ("percent", "pct"):
         tokens.append(("op", "%", spaced))
+    elif lower == "infinity":
+        tokens.append(("cmd", "infty", spaced))
     elif word in GREEK:
         tokens.append(("sym", word, spaced))
     elif word == "in" and tokens and tokens[-1][0] == "sym":

@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Rule(Enum):
-    """The rules, in the order in which the grader comes to them. The text is what a user reads."""
+    """The rules, in the order in which the grader tries them. A user reads the value."""
 
     # no answer in the response
     NO_END = "no answer: the thought does not end"

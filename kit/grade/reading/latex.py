@@ -54,7 +54,7 @@ def read_command(parser: Cursor, name: str) -> Node:
 
 
 def _reals(parser: Cursor) -> Node:
-    """R, or R^+ and R^- as intervals."""
+    """Read what follows R: R^+ and R^- are intervals."""
     sign = None
     if parser.peek() == ("op", "^"):
         sign = parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]

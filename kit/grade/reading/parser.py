@@ -23,7 +23,7 @@ _LENGTH = re.compile(  # 5 m, not 5m
 
 
 class Parser(Cursor):
-    """Parses the tokens of one answer by precedence climbing. Call `parse` instead."""
+    """Parses the tokens of one answer by precedence climbing. To read a whole answer, call `parse`."""
 
     sets = 0  # open sets: inside one, a colon is no ratio
     integrals = 0  # open integrals: inside one, a d is no factor

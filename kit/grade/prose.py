@@ -62,13 +62,8 @@ def is_bare(text: str) -> bool:
         lower = word.lower()
         if lower in _PROSE or not word.isascii():
             return False
-        if (
-            len(word) >= 4
-            and not word.isupper()
-            and lower not in _MATH_WORDS
-            and lower not in UNITS
-            and word not in _MATH_WORDS
-        ):
+        known = lower in _MATH_WORDS or lower in UNITS or word in _MATH_WORDS
+        if len(word) >= 4 and not word.isupper() and not known:
             return False
     return True
 

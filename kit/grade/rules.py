@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Rule(Enum):
-    """The rules, in the order in which the grader tries them. A user reads the value."""
+    """One rule per member. The value is the text that a user reads."""
 
     # no answer in the response
     NO_END = "no answer: the thought does not end"

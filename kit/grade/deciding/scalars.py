@@ -125,11 +125,8 @@ class ScalarJudge:
         """Compare two expressions without symbols; a decimal inside one may be rounded."""
         if self.same_value(a, b):
             return True
-        loose = (
-            self.options.rounding
-            and (contains(a, "dec") or contains(b, "dec"))
-            and not (decimal_of(a) or decimal_of(b))
-        )
+        inside = contains(a, "dec") or contains(b, "dec")
+        loose = self.options.rounding and inside and not (decimal_of(a) or decimal_of(b))
         return self.decide(Rule.NUMBER, bool(loose) and self.similar(a, b))
 
     def same_value(self, a: Node, b: Node) -> bool:

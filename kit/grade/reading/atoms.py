@@ -167,12 +167,9 @@ def read_subscript(parser: Cursor, node: Node) -> Node:
     text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
 
     if node[0] in ("num", "dec"):
-        bracketed = (
-            parser.tokens[start - 2][1] == ")" and parser.tokens[max(0, start - 4)][1] == "("
-        )  # (1101)_2
-        kind, value, _ = parser.tokens[
-            start - 3 if bracketed else start - 2
-        ]  # the digits as they were written
+        # the digits as they were written: 1101_2 or (1101)_2
+        last, first = parser.tokens[start - 2][1], parser.tokens[max(0, start - 4)][1]
+        kind, value, _ = parser.tokens[start - 3 if (first, last) == ("(", ")") else start - 2]
         return in_base(value if kind == "num" and node[0] == "num" else None, text)
     if node[0] == "sym":
         if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):

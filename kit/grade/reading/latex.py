@@ -90,11 +90,8 @@ def read_indexed_selection(parser: Cursor) -> Node | None:
         if sign is None or sign in indices or (parser.peek()[0] != "num" and parser.peek()[1] != "{"):
             break
         indices[sign] = parser.argument()
-    if (
-        len(indices) == 2
-        and all(node[0] == "num" for node in indices.values())
-        and indices["_"][1] >= indices["^"][1] > 0
-    ):
+    numbers = len(indices) == 2 and all(node[0] == "num" for node in indices.values())
+    if numbers and indices["_"][1] >= indices["^"][1] > 0:
         return selection(indices["_"], "C", indices["^"])
     parser.index = mark
     return None

@@ -14,6 +14,8 @@ from kit.grade.reading.tokens import clean
 from kit.grade.trees import Node, invert, negate, product
 from kit.grade.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
 
+NO_FACTOR = RELATIONS.keys() | INFIX_COMMANDS | CLOSERS  # commands that begin no factor
+
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
 _LENGTH = re.compile(  # 5 m, not 5m
@@ -197,9 +199,7 @@ class Parser(Cursor):
             return False
         if kind == "op":
             return value in ("(", "{", "[", "\\{") and self.peek(1) != ("cmd", "mod")
-        return (
-            kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
-        )
+        return kind == "cmd" and value not in NO_FACTOR
 
     def power(self) -> Node:
         """Read an atom with what follows it directly: exponents, factorials, degrees, primes, subscripts."""

@@ -15,7 +15,7 @@ implemented on this kit's own parser, caps and workers:
     - the same text, ignoring case and curly and round brackets;
     - the same letter of a choice;
     - numbers within 0.01 % of each other, also after multiplying or dividing one by 100;
-    - tuples or matrices that are equal element by element, whatever their brackets;
+    - tuples or matrices that are equal element by element, ignoring their kinds of brackets;
     - equations with the same difference of their sides;
     - expressions that are equal as formulas or, without symbols, within 0.01 %.
 4.  A formula is read as far as it can be, and the rest is ignored: of a bare list only the first element
@@ -108,10 +108,12 @@ class _Comparison:
         self.rule = ""
 
     def decide(self, rule: str, verdict: bool) -> bool:
+        """Name the rule and return its verdict."""
         self.rule = rule
         return verdict
 
     def same(self, answer: str, reference: str, depth: int = 0) -> bool:
+        """Compare two normalised texts by rule 3. depth: how many tuples or matrices are around them."""
         self.budget.spend()
         if depth > MAX_NESTING:
             raise TooLarge(f"a tuple nested deeper than {MAX_NESTING}")
@@ -145,11 +147,13 @@ class _Comparison:
         return self.same_formula(answer, reference, depth)
 
     def same_parts(self, left: list[str], right: list[str], depth: int) -> bool:
+        """Compare the elements of two tuples or matrices in order."""
         return len(left) == len(right) and all(
             self.same(a, b, depth + 1) for a, b in zip(left, right, strict=True)
         )
 
     def same_formula(self, answer: str, reference: str, depth: int) -> bool:
+        """Compare two texts as equations, as an equation and a value, or as expressions."""
         sides = [text.split("=") for text in (answer, reference)]
         if len(sides[0]) == len(sides[1]) == 2:
             return self.decide("equation, by the difference of its sides", self.same_difference(*sides))
@@ -163,6 +167,7 @@ class _Comparison:
         return self.same_tree(*trees)
 
     def same_difference(self, left: list[str], right: list[str]) -> bool:
+        """Whether the differences of the sides of two equations are equal, up to their sign."""
         trees = [self.read(text) for text in (*left, *right)]
         if None in trees:
             return False
@@ -179,6 +184,7 @@ class _Comparison:
             return None
 
     def same_tree(self, a: Node, b: Node) -> bool:
+        """Compare two trees as formulas, relations or numbers."""
         if canonical(a) == canonical(b):
             return self.decide("same formula", True)
         if "rel" in (a[0], b[0]):
@@ -201,6 +207,7 @@ class _Comparison:
             return self.decide("no formula", False)
 
     def same_value(self, a: Node, b: Node) -> bool:
+        """Compare two expressions without symbols, real ones within 0.01 %."""
         evaluator = Evaluator(50, self.budget)
         values = [evaluator(side) for side in (a, b)]
         if not all(isinstance(value, Fraction) for value in values):
@@ -237,6 +244,7 @@ def _rows(text: str) -> list[list[str]] | None:
 
 
 def _symbolic(node):
+    """Return the tree with pi, e and i as symbols."""
     if not isinstance(node, tuple):
         return node
     if node[:1] == ("const",) and node[1] != "inf":

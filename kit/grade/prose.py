@@ -8,7 +8,7 @@ from kit.grade.reading import clean
 from kit.grade.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
 
 MAX_SENTENCE = 200  # characters before the last value in which its sentence is looked for
-MAX_SPANS = 12  # pairs of delimiters tried from the end; an answer lies in none before them
+MAX_SPANS = 12  # pairs of delimiters that are tried from the end; an earlier one is no answer
 
 SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)\.(?=\s|$)|。|<\|")
 _COPULA = re.compile(
@@ -62,13 +62,8 @@ def is_bare(text: str) -> bool:
         lower = word.lower()
         if lower in _PROSE or not word.isascii():
             return False
-        if (
-            len(word) >= 4
-            and not word.isupper()
-            and lower not in _MATH_WORDS
-            and lower not in UNITS
-            and word not in _MATH_WORDS
-        ):
+        known = lower in _MATH_WORDS or lower in UNITS or word in _MATH_WORDS
+        if len(word) >= 4 and not word.isupper() and not known:
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""The rules that decide a verdict. `Verdict.rule` is the text of one of them, with a detail behind some.
+"""The rules that decide a verdict. `Verdict.rule` is the text of one of them; some add a detail.
 
 A rule stays only while a case of tests/grade/cases needs it: the tests look for one case per rule.
 """
@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Rule(Enum):
-    """The rules, in the order in which the grader comes to them. The text is what a user reads."""
+    """One rule per member. The value is the text that a user reads."""
 
     # no answer in the response
     NO_END = "no answer: the thought does not end"
@@ -24,7 +24,7 @@ class Rule(Enum):
 
     # tier 1: any two answers
     SAME_STRUCTURE = "same structure"  # the same tree, but for the order of terms, factors and elements
-    TEXT = "text"  # words, whatever their case and punctuation
+    TEXT = "text"  # words, ignoring case and punctuation
     NOT_COMPARABLE = "not comparable"  # : why; a value that does not exist, say
 
     # tier 1: numbers and expressions
@@ -62,7 +62,7 @@ class Rule(Enum):
     INTERVAL = "interval"
     OTHER_QUANTITY = "conditions on different quantities"  # x > 2 against y > 2
     OTHER_SET = "not the same kind of set"
-    INEQUALITY = "inequality"  # two that differ in kind
+    INEQUALITY = "inequality"  # the same chain read from either side, or two that differ
     INEQUALITY_FACTOR = "inequality up to a factor"
     CONGRUENCE = "congruence"
 

@@ -96,9 +96,9 @@ def substitute_sign(node: Node, sign: int) -> Node:
 
 def contains(node, op: str) -> bool:
     """Whether the form `op` occurs anywhere in the tree."""
-    return (
-        isinstance(node, tuple) and bool(node) and (node[0] == op or any(contains(part, op) for part in node))
-    )
+    if not isinstance(node, tuple) or not node:
+        return False
+    return node[0] == op or any(contains(part, op) for part in node)
 
 
 def symbols(node: Node) -> frozenset[str]:

@@ -24,7 +24,7 @@ CASES = {
 
 
 def is_decided_by(rule: Rule, found: str) -> bool:
-    """Whether a verdict's rule is this one, alone or with a detail behind it ("too large: ...")."""
+    """Whether a verdict's rule is this one, alone or followed by a detail ("too large: ...")."""
     return found == rule.value or found.startswith((f"{rule.value}, ", f"{rule.value}: "))
 
 

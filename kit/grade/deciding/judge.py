@@ -77,9 +77,8 @@ class Judge(ScalarJudge):
             if other[0] == "list" and has_names(other) and one_by_one(equation) != equation:
                 return self.same_collection(one_by_one(equation), other)
             name, value = equation[1:]
-            stated = is_name(name) or not (
-                symbols(name) or symbols(value)
-            )  # 35 + 70 = 105 states a value too
+            closed = not (symbols(name) or symbols(value))  # 35 + 70 = 105 states a value too
+            stated = is_name(name) or closed
             if not stated or kind(other) == "condition":
                 return self.decide(Rule.EQUATION_NO_VALUE, False)
             return self.decide_within(Rule.EQUATION_VALUE, self.same(value, other))
@@ -237,6 +236,8 @@ class Judge(ScalarJudge):
             chain if not chain[0] or chain[0][0] not in (">", ">=") else flip(chain)
             for chain in (a[1:], b[1:])
         ]
+        if canonical(chains[0]) == canonical(chains[1]):  # f(1) < f(2) < f(3) and f(3) > f(2) > f(1)
+            return self.decide(Rule.INEQUALITY, True)
         if chains[0][0] != chains[1][0]:
             return self.decide(Rule.INEQUALITY, False)
         if chains[0][0] == ("equiv", "mod") and canonical(chains[0][1][2]) == canonical(chains[1][1][2]):

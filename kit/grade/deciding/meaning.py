@@ -29,15 +29,10 @@ def as_selection(node: Node) -> Node | None:
 
     Only a comparison with a number shows that this is meant; else it is a point C.
     """
-    if (
-        node[0] == "mul"
-        and len(node) == 3
-        and node[1] == ("sym", "C")
-        and node[2][0] == "seq"
-        and len(node[2]) == 5
-    ):
-        return ("binom", *node[2][3:])
-    return None
+    if node[:2] != ("mul", ("sym", "C")) or len(node) != 3:
+        return None
+    pair = node[2]
+    return ("binom", *pair[3:]) if pair[0] == "seq" and len(pair) == 5 else None
 
 
 def is_name(node: Node) -> bool:
@@ -232,13 +227,10 @@ def as_rows(node: Node) -> tuple | None:
 def is_clock(node: Node) -> bool:
     """Whether a:b may be a time of day."""
     values = [part[1] for part in node[1:] if part[0] == "num" and part[1].denominator == 1]
-    return (
-        len(node) == 3
-        and len(values) == 2
-        and 0 <= values[0] <= 24
-        and 0 <= values[1] < 60
-        and (values[1] >= 10 or not values[1])
-    )
+    if len(node) != 3 or len(values) != 2:
+        return False
+    hour, minute = values
+    return 0 <= hour <= 24 and (10 <= minute < 60 or minute == 0)  # 3:5 is no time
 
 
 def matrix_value(node: Node) -> Node | None:

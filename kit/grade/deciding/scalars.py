@@ -56,7 +56,7 @@ class ScalarJudge:
         return verdict
 
     def decide_within(self, rule: Rule, verdict: bool) -> bool:
-        """Name the rule and, behind it, the one that decided the part that was compared just before."""
+        """Name the rule, followed by the one that decided the part that was compared just before."""
         self.rule = f"{rule.value}, {self.rule}"
         return verdict
 
@@ -101,6 +101,8 @@ class ScalarJudge:
 
     def same_expression(self, a: Node, b: Node) -> bool:
         """Compare two numbers or expressions without anything around them."""
+        if canonical(a) == canonical(b):
+            return self.decide(Rule.SAME_STRUCTURE, True)
         if "matrix" in (a[0], b[0]) or contains(a, "matrix") or contains(b, "matrix"):
             computed = [matrix_value(side) for side in (a, b)]
             if None in computed:
@@ -123,11 +125,8 @@ class ScalarJudge:
         """Compare two expressions without symbols; a decimal inside one may be rounded."""
         if self.same_value(a, b):
             return True
-        loose = (
-            self.options.rounding
-            and (contains(a, "dec") or contains(b, "dec"))
-            and not (decimal_of(a) or decimal_of(b))
-        )
+        inside = contains(a, "dec") or contains(b, "dec")
+        loose = self.options.rounding and inside and not (decimal_of(a) or decimal_of(b))
         return self.decide(Rule.NUMBER, bool(loose) and self.similar(a, b))
 
     def same_value(self, a: Node, b: Node) -> bool:

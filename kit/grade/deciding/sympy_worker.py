@@ -1,8 +1,8 @@
 """Build sympy expressions from trees and decide whether two are equal, in a process of sympy_workers.py.
 
 No text is ever evaluated. A worker has at most MEMORY bytes of address space (on Linux; macOS accepts the
-limit but ignores it; Windows has none). Its limit on CPU time (Linux, macOS) is renewed for every question, so
-that a worker whose parent was killed during a question ends too. Only `serve` imports sympy, after the
+limit but ignores it; Windows has none). Its limit on CPU time (Linux, macOS) is renewed for every question,
+so that a worker whose parent was killed during a question ends too. Only `serve` imports sympy, after the
 limits are set.
 """
 

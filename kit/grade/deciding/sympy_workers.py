@@ -114,7 +114,7 @@ class Pool:
                 return
             worker.kill()
             self.all.discard(worker)
-            self._start()  # its successor imports sympy while the parent goes on
+            self._start()  # its successor imports sympy while the parent continues
 
     def _start(self) -> None:
         worker = Worker()

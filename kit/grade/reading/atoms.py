@@ -122,7 +122,7 @@ def _read_bracket(parser: Cursor, opening: str) -> Node:
 
 
 def _read_set(parser: Cursor) -> Node:
-    """Read a set after its brace: its elements, or the conditions behind a bar or colon."""
+    """Read a set after its brace: its elements, or the conditions after a bar or colon."""
     parser.sets += 1
     found, _ = parser.items("\\}", "}", "mid", "|", ":", "colon", "vert", "lvert")
     parser.sets -= 1
@@ -167,12 +167,9 @@ def read_subscript(parser: Cursor, node: Node) -> Node:
     text = "".join(value[0] if kind == "num" else str(value) for kind, value, _ in inside)
 
     if node[0] in ("num", "dec"):
-        bracketed = (
-            parser.tokens[start - 2][1] == ")" and parser.tokens[max(0, start - 4)][1] == "("
-        )  # (1101)_2
-        kind, value, _ = parser.tokens[
-            start - 3 if bracketed else start - 2
-        ]  # the digits as they were written
+        # the digits as they were written: 1101_2 or (1101)_2
+        last, first = parser.tokens[start - 2][1], parser.tokens[max(0, start - 4)][1]
+        kind, value, _ = parser.tokens[start - 3 if (first, last) == ("(", ")") else start - 2]
         return in_base(value if kind == "num" and node[0] == "num" else None, text)
     if node[0] == "sym":
         if _DIGITS.fullmatch(node[1]) and text in ("11", "12", "13", "14", "15", "16"):

@@ -54,7 +54,7 @@ def read_command(parser: Cursor, name: str) -> Node:
 
 
 def _reals(parser: Cursor) -> Node:
-    """R, or R^+ and R^- as intervals."""
+    """Read what follows R: R^+ and R^- are intervals."""
     sign = None
     if parser.peek() == ("op", "^"):
         sign = parser.peek(2 if parser.peek(1) == ("op", "{") else 1)[1]
@@ -90,11 +90,8 @@ def read_indexed_selection(parser: Cursor) -> Node | None:
         if sign is None or sign in indices or (parser.peek()[0] != "num" and parser.peek()[1] != "{"):
             break
         indices[sign] = parser.argument()
-    if (
-        len(indices) == 2
-        and all(node[0] == "num" for node in indices.values())
-        and indices["_"][1] >= indices["^"][1] > 0
-    ):
+    numbers = len(indices) == 2 and all(node[0] == "num" for node in indices.values())
+    if numbers and indices["_"][1] >= indices["^"][1] > 0:
         return selection(indices["_"], "C", indices["^"])
     parser.index = mark
     return None

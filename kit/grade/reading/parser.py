@@ -14,6 +14,8 @@ from kit.grade.reading.tokens import clean
 from kit.grade.trees import Node, invert, negate, product
 from kit.grade.vocabulary import CLOSERS, INFIX_COMMANDS, RELATIONS
 
+NO_FACTOR = RELATIONS.keys() | INFIX_COMMANDS | CLOSERS  # commands that begin no factor
+
 _IN_BASE = re.compile(r"\(?(?:in )?base[ -]?(\w+)\)?")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]{1,80}[,;][^\[\](),;]{1,80})([\[\]])")
 _LENGTH = re.compile(  # 5 m, not 5m
@@ -23,7 +25,7 @@ _LENGTH = re.compile(  # 5 m, not 5m
 
 
 class Parser(Cursor):
-    """Parses the tokens of one answer by precedence climbing. Call `parse` instead."""
+    """Parses the tokens of one answer by precedence climbing. To read a whole answer, call `parse`."""
 
     sets = 0  # open sets: inside one, a colon is no ratio
     integrals = 0  # open integrals: inside one, a d is no factor
@@ -197,9 +199,7 @@ class Parser(Cursor):
             return False
         if kind == "op":
             return value in ("(", "{", "[", "\\{") and self.peek(1) != ("cmd", "mod")
-        return (
-            kind == "cmd" and value not in RELATIONS and value not in INFIX_COMMANDS and value not in CLOSERS
-        )
+        return kind == "cmd" and value not in NO_FACTOR
 
     def power(self) -> Node:
         """Read an atom with what follows it directly: exponents, factorials, degrees, primes, subscripts."""
@@ -221,6 +221,9 @@ class Parser(Cursor):
                     self.index += 2
                     self.expect("}")
                     node = ("deg", node)
+                elif kind == "cmd" and value == "prime":
+                    self.index += 1
+                    node = self._prime(node)
                 else:
                     node = ("pow", node, self._exponent())
             elif self.accept("degree", "circ"):
@@ -263,7 +266,7 @@ class Parser(Cursor):
         kind, value = self.peek()
         if kind == "num" and value[0].isdigit() and not value[1]:
             digit, rest = value[0][0], value[0][1:]
-            if rest:  # "exact": what follows it is a factor of its own, as behind a command
+            if rest:  # "exact": what follows it is a factor of its own, as after a command
                 split = [("exact", Fraction(int(digit)), False), ("num", (rest, 0), False)]
                 self.tokens[self.index : self.index + 1] = split
             self.index += 1

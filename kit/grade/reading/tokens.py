@@ -102,6 +102,9 @@ _SHORT_WORD = re.compile("[b-df-hj-np-tv-z][aeiou][b-df-hj-np-tvwy]")  # 5 men, 
 _NO_AMOUNT = names("+ - pm mp ( ) [ ] \\\\{ : | & ^")
 _NOT_DIGITS = re.compile(r"[^0-9.]")
 _JOINING = ("and", "or")
+_PERCENT = ("percent", "pct")
+_MEASURES = UNITS.keys() | MULTIPLIERS.keys() | set(_JOINING)
+_KNOWN = FUNCTIONS | CONSTANTS.keys() | set(_JOINING)  # words that mean the same inside \text{} and outside
 
 
 def group_ends(text: str) -> dict[int, int]:
@@ -128,6 +131,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
     ends = group_ends(text) if "{" in text else {}
     money: list[tuple[int, str]] = []
     dollar = "\\$" if "\\$" in text else "$"
+
     while position < len(text):
         if len(tokens) % 1024 == 0 and time.monotonic() > deadline_at:
             raise Undecided("deadline")
@@ -188,6 +192,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
             brackets += (value in "([") - (value in ")]")
             tokens.append(("sep" if value in ",;" else "op", "^" if value == "**" else value, spaced))
         spaced = False
+
     tokens.append(("end", "", spaced))
     if len(money) == 1:  # two signs enclose mathematics, or are two prices
         _name_currency(tokens, *money[0])
@@ -201,9 +206,9 @@ def _name_currency(tokens: list, index: int, currency: str) -> None:
         return
 
     end = index
-    while tokens[end][0] not in ("end", "sep") and not (
-        tokens[end][0] in ("op", "cmd") and tokens[end][1] in RELATIONS
-    ):
+    while tokens[end][0] not in ("end", "sep"):
+        if tokens[end][0] in ("op", "cmd") and tokens[end][1] in RELATIONS:
+            break
         if tokens[end][1] in _NO_AMOUNT and (end > index or tokens[end][1] not in ("+", "-")):
             return
         end += 1
@@ -238,9 +243,8 @@ def _text_command(
         is_unit = content in SI_LETTERS
     else:
         is_unit = not content.isalpha() and all(word in UNITS for word in words)
-    behind_unit = (
-        len(tokens) > 1 and tokens[-1][1] == "/" and tokens[-2][0] == "text"
-    )  # \mathrm{~m} / \mathrm{s}
+    # \mathrm{~m} / \mathrm{s}
+    behind_unit = len(tokens) > 1 and tokens[-1][1] == "/" and tokens[-2][0] == "text"
     if (behind_number or behind_unit) and command == "mathrm" and words and is_unit:
         tokens.append(("text", content, spaced))  # 5\mathrm{m/s^2}
         return end + 1
@@ -250,9 +254,7 @@ def _text_command(
         return position
     if command in FONT_COMMANDS and not re.fullmatch(r"[A-Za-z ]+", content):
         return position
-    if content[0].isdigit() and all(
-        word in UNITS or word in MULTIPLIERS or word in _JOINING for word in words
-    ):
+    if content[0].isdigit() and _MEASURES.issuperset(words):
         return position  # \text{60 cm}
     if _PREFIXED.fullmatch(content):
         return position  # \texttt{0x1F}
@@ -261,16 +263,10 @@ def _text_command(
         return end + 1
     if command == "mathbb" and content == "R":
         tokens.append(("cmd", "reals", spaced))
-    elif len(content) == 1 and command in FONT_COMMANDS:
-        _word(content, tokens, spaced)
-    elif content in _JOINING:
-        tokens.append(("sep", content, spaced))
     elif content == "to":  # the ratio 5 to 3
         tokens.append(("op", ":", spaced))
-    elif (content in FUNCTIONS and not _is_unit(content, tokens)) or content in CONSTANTS:
-        tokens.append(("cmd", content, spaced))
-    elif content.lower() in ("percent", "pct"):
-        tokens.append(("op", "%", spaced))
+    elif content in _KNOWN or content.lower() in _PERCENT or (len(content) == 1 and command in FONT_COMMANDS):
+        _word(content, tokens, spaced)
     else:
         tokens.append(("text", content, spaced))
     return end + 1
@@ -308,8 +304,10 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
         tokens.append(("text", word, spaced))
     elif word in FUNCTIONS or word in CONSTANTS or word in ("sqrt", "cbrt", "binom"):
         tokens.append(("cmd", word, spaced))
-    elif lower in ("percent", "pct"):
+    elif lower in _PERCENT:
         tokens.append(("op", "%", spaced))
+    elif lower == "infinity":
+        tokens.append(("cmd", "infty", spaced))
     elif word in GREEK:
         tokens.append(("sym", word, spaced))
     elif word == "in" and tokens and tokens[-1][0] == "sym":

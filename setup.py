@@ -1,5 +1,8 @@
-"""Packaging. `kernels/` lies beside `kit/` in the source and is installed as `kit.kernels`, never as a top-level `kernels`:
-Hugging Face publishes a package of that name, and `import transformers` looks for it."""
+"""Packaging. `kernels/` lies beside `kit/` in the source and is installed as `kit.kernels`.
+
+It must never be importable as a top-level `kernels`: Hugging Face publishes a package of that name, and
+`import transformers` looks for it.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,7 @@ PEERS = [  # what tests and benchmarks compare with
 setup(
     name="through-the-valley-kit",
     version="0.1.0",
-    description="Reproduce 'Through the Valley' (EMNLP 2025), long-CoT training of small language models, on one consumer GPU",
+    description="Long-CoT training of small models on one consumer GPU: 'Through the Valley' (EMNLP 2025)",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

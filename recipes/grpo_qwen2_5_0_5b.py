@@ -190,7 +190,7 @@ def main(config: Config) -> None:
             write_json(Path(config.json), planned.as_json())
         return
     command = f"python recipes/{recipe_name(config)}.py"
-    small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2 --benchmarks ''"
+    small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
     require_gpu(
         config.device,
         f"{config.model} with {config.num_slots} answers at once",

@@ -1,6 +1,45 @@
-"""Write the report of a run folder again: `python -m kit.report RUN`."""
+"""Write the report of a run again, from the files in its folder.
 
-from kit.report.before_after import main
+    python -m kit.report runs/gemma3_1b_8k/001
+
+Every kind of run has a report, finished or not: fine-tuning, evaluation, reinforcement learning, and a study
+(recipes/valley_demo.py and valley_sweep.py). Which kind it is follows from what the folder holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kit.report import before_after, rl, valley
+from kit.valley.finished import STUDY
+
+
+def write_report(path: Path) -> Path:
+    """Write the report of the run in `path`, and return it. Raises ValueError if there is no run."""
+    if (path / STUDY).is_file():
+        return valley.write_report(path)
+    config = path / "config.json"
+    if config.is_file() and "group_size" in json.loads(config.read_text(encoding="utf-8")):
+        return rl.write_report(path)
+    return before_after.write_report(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    try:
+        print(write_report(parser.parse_args().run))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
 
 if __name__ == "__main__":
     main()

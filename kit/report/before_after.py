@@ -8,7 +8,6 @@ unfinished run.
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 from pathlib import Path
@@ -110,11 +109,3 @@ def _training(metrics: list[dict], path: Path) -> str:
         f"({speed:,.0f} tokens/s, without steps that compiled kernels); "
         f"loss {metrics[0]['loss']:.3f} at the first step, {metrics[-1]['loss']:.3f} at the last.</p>"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kit.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    print(write_report(parser.parse_args().run))

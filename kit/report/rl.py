@@ -1,6 +1,6 @@
 """Write the report of a reinforcement learning run: rl.png and one self-contained report.html.
 
-    python -m kit.report.rl runs/grpo_qwen2_5_0_5b/001
+    python -m kit.report runs/grpo_qwen2_5_0_5b/001
 
 Everything is computed from the files in the folder, so the command works at any time, also for an unfinished
 run.
@@ -8,7 +8,6 @@ run.
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 from pathlib import Path
@@ -107,11 +106,3 @@ def _answer(row: dict) -> str:
     cut_off = "" if row["finished"] else " (cut off)"
     title = f"reward {row['reward']}, {row['tokens']:,} tokens{cut_off}"
     return f"<h4>{title}</h4><pre>{pages.marked(row['text'])}</pre>"
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    print(write_report(parser.parse_args().run))

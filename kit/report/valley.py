@@ -1,6 +1,6 @@
 """Report of a study: its run folders -> figures, sentences and one self-contained report.html.
 
-    python -m kit.report.valley runs/valley_demo/001
+    python -m kit.report runs/valley_demo/001
 
 Everything is computed from the files in the folder, so a report can be written at any time, even of an
 unfinished study. Accuracy is the paper's headline, the unweighted mean over the benchmarks. Differences are
@@ -9,7 +9,6 @@ paired by question and seed.
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 from collections.abc import Sequence
@@ -315,9 +314,3 @@ PAGE = """<!doctype html>
 <details><summary>Settings</summary><div class=wide><table>{settings}</table></div></details>
 </html>
 """
-
-if __name__ == "__main__":
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("run", type=Path, help="the folder of a study")
-    print(write_report(parser.parse_args().run))

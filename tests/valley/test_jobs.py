@@ -193,7 +193,7 @@ def main(config):
     for _ in range(40):
         torch.ones(2**22)  # a block of 16 MiB, used and freed
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    found = {"pages": faults * resource.getpagesize() / 2**24, "environment": dict(os.environ)}
+    found = {"blocks": faults * resource.getpagesize() / 2**24, "environment": dict(os.environ)}
     (Path(config.out) / "found.json").write_text(json.dumps(found))
 """
 
@@ -209,11 +209,12 @@ def run_one(recipe, folder):
 def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path):
     recipe = tmp_path / "memory_recipe.py"
     recipe.write_text(MEMORY)
-    wait(
-        call(__file__, "run_one", str(recipe), str(tmp_path))
-    )  # in a process whose server has not been started
+    # in a process whose server has not been started
+    wait(call(__file__, "run_one", str(recipe), str(tmp_path)))
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["pages"] < 4  # of 40 blocks
+    assert (
+        found["blocks"] < 10
+    )  # of 40 that were used; a few, because a forked process copies what it touches
     assert found["environment"]["MALLOC_TOP_PAD_"] == str(2**27)
     assert not {*found["environment"]} & {*KEEP_FREED_MEMORY} - {"MALLOC_TOP_PAD_"}
 

@@ -8,7 +8,6 @@ from kit.kernels.backend import INTERPRET
 from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_blocks import VOCABULARY_UNIT, dweight_blocks, loss_without_dweight
-from kit.kernels.linear_cross_entropy_chunks import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy_rows import block_gradients_
 
 

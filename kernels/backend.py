@@ -21,6 +21,13 @@ except ImportError:
 HAS_TRITON = hasattr(triton, "__version__")
 # Triton reads it too when it is imported: the kernels then run on CPU tensors, slowly.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+CPU_BLOCK_BYTES = 2 * 2**20  # of rows, on a CPU: several passes over them in the L2 cache read memory once
+
+
+def row_blocks(x: torch.Tensor) -> list[slice]:
+    """Split the rows of x (N, columns) for the torch path: slices of a few rows each."""
+    step = max(1, CPU_BLOCK_BYTES // max(x.shape[1] * x.element_size(), 1))
+    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

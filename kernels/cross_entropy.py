@@ -22,12 +22,11 @@ removes these 8 GiB as well.
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import tl, triton, uses_triton
+from kit.kernels.backend import row_blocks, tl, triton, uses_triton
 
 IGNORE_INDEX = -100  # torch's default, and what every collator writes
 BLOCK_V = 4096  # columns per step: 16 per thread, which are two 16-byte loads of bf16
 NUM_WARPS = 8  # of 32 threads; with fewer than 256 columns in BLOCK_V two threads would write the same one
-CPU_BLOCK_BYTES = 2 * 2**20  # torch path: several passes over rows in the L2 cache cost one trip to memory
 
 
 def cross_entropy_reference(logits, targets, *, reduction="mean", ignore_index=IGNORE_INDEX):
@@ -84,12 +83,6 @@ def _backward_kernel(
     tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), mask=cols < V)
 
 
-def _blocks(logits):
-    """Return slices of a few rows each, for the torch path."""
-    step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
-    return [slice(i, i + step) for i in range(0, logits.shape[0], step)]
-
-
 def _check_targets(targets, V, ignore_index):
     outside = targets[(targets < 0) | (targets >= V)]
     if outside.numel():
@@ -116,7 +109,7 @@ def _forward(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor
         return loss, logsumexp
 
     inside = targets.masked_fill(ignored, 0)[:, None]
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         z = logits[rows].to(wide)
         logsumexp[rows] = z.logsumexp(1)
         loss[rows] = logsumexp[rows] - z.gather(1, inside[rows])[:, 0]
@@ -138,7 +131,7 @@ def _backward_(logits: Tensor, targets: Tensor, logsumexp: Tensor, dloss: Tensor
 
     ignored = (targets == ignore_index)[:, None]
     inside = targets[:, None].masked_fill(ignored, 0)
-    for rows in _blocks(logits):
+    for rows in row_blocks(logits):
         z = logits[rows].to(logsumexp.dtype)
         z.sub_(logsumexp[rows, None]).exp_()
         z.scatter_add_(1, inside[rows], z.new_full((), -1.0).expand_as(inside[rows]))

@@ -23,12 +23,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from kit.kernels.backend import tl, triton, uses_triton
+from kit.kernels.backend import row_blocks, tl, triton, uses_triton
 
 BLOCK = 1_024  # columns per program: 8 per thread, one 16-byte load of bf16
 NUM_WARPS = 4
-CPU_BLOCK_BYTES = 2 * 2**20  # torch path: rows that stay in the L2 cache are read from memory once
 ACTIVATIONS = ("silu", "gelu_tanh")
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # of gelu's tanh form
 
@@ -82,12 +82,6 @@ def _coefficients(activation: str) -> tuple[float, float]:
     return (1.0, 0.0) if activation == "silu" else (SLOPE, SLOPE * CUBE)
 
 
-def _blocks(x):
-    """Split the rows of x for the torch path: slices of a few rows each."""
-    step = max(1, CPU_BLOCK_BYTES // max(x.shape[1] * x.element_size(), 1))
-    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
-
-
 def _launch(kernel, gate: Tensor, up: Tensor, y: Tensor, activation: str) -> None:
     N, width = gate.shape
     sizes = (gate.stride(0), up.stride(0), width, *_coefficients(activation))
@@ -103,7 +97,7 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         _launch(_forward_kernel, gate, up, y, activation)
         return y
     wide = torch.promote_types(gate.dtype, torch.float32)
-    for rows in _blocks(gate):
+    for rows in row_blocks(gate):
         y[rows] = glu_reference(gate[rows].to(wide), up[rows].to(wide), activation=activation)
     return y
 
@@ -115,16 +109,15 @@ def _backward_(gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> None:
         return _launch(_backward_kernel, gate, up, dy, activation)
     slope, cube = _coefficients(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    for rows in _blocks(gate):
+    for rows in row_blocks(gate):
         x, upstream = gate[rows].to(wide), dy[rows].to(wide)
         squares = x * x
         u = x * (slope + cube * squares)
         s = u.sigmoid()
         active = x * s
-        slopes = (
-            squares.mul_(3 * cube).add_(slope).mul_(active).mul_(u.neg_().sigmoid_()).add_(s)
-        )  # of gate * s
-        dgate = slopes.mul_(up[rows]).mul_(upstream)
+        du = squares.mul_(3 * cube).add_(slope)
+        dactive = du.mul_(active).mul_(u.neg_().sigmoid_()).add_(s)  # the slope of gate * s
+        dgate = dactive.mul_(up[rows]).mul_(upstream)
         up[rows] = active.mul_(upstream)
         gate[rows] = dgate
 
@@ -166,16 +159,27 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
 
 
+def _overlap(gate: Tensor, up: Tensor) -> bool:
+    """Return whether some element of gate (N, width) is an element of up as well."""
+    if StorageWeakRef(gate.untyped_storage()) != StorageWeakRef(up.untyped_storage()):
+        return False
+    low, high = sorted((gate, up), key=Tensor.storage_offset)
+    distance, (N, width), stride = high.storage_offset() - low.storage_offset(), low.shape, low.stride(0)
+    if not low.numel() or distance >= (N - 1) * stride + width:
+        return False  # low ends before high begins
+    shift = distance % stride  # of high's rows against low's
+    return high.stride(0) != stride or min(shift, stride - shift) < width
+
+
 def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     """Compute activation(gate) * up, element by element.
 
     gate, up: (..., I), one floating dtype; the halves of one projection's output may be passed as they are.
     activation: "silu" (Llama, Qwen2) or "gelu_tanh" (Gemma). Returns (..., I) in that dtype, computed in fp32
     (float64 for float64) and rounded once. BACKWARD OVERWRITES GATE AND UP (see the top of this file), and
-    runs once.
+    runs once. If the two share elements, up is copied first.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, for an unknown activation, and if gate
-    and up share memory.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for an unknown activation.
     """
     if gate.shape != up.shape or gate.dim() < 1:
         raise ValueError(
@@ -188,8 +192,7 @@ def glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation is {activation!r}; pass "silu" or "gelu_tanh"')
-    if gate.numel() and gate.is_set_to(up):
-        raise ValueError(
-            "gate and up are the same memory, which backward could not overwrite twice; pass up.clone()"
-        )
-    return _GLU.apply(_rows(gate), _rows(up), activation).reshape(gate.shape)
+    rows, up_rows = _rows(gate), _rows(up)
+    if _overlap(rows, up_rows):
+        up_rows = up_rows.clone()
+    return _GLU.apply(rows, up_rows, activation).reshape(gate.shape)

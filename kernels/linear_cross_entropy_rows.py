@@ -21,10 +21,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import tl, triton, uses_triton
+from kit.kernels.backend import row_blocks, tl, triton, uses_triton
 from kit.kernels.linear_cross_entropy_chunks import wide
 
-CPU_BLOCK_BYTES = 2 * 2**20  # torch path: four passes over a block in the L2 cache cost one trip to memory
 BLOCK_V = 4096  # columns per step; at least 32 * NUM_WARPS, see _gradient_kernel
 NUM_WARPS = 8
 
@@ -144,9 +143,7 @@ def _score_blocks(
 
     z overwrites fp32 logits; for other dtypes it is a small copy.
     """
-    step = max(1, CPU_BLOCK_BYTES // (logits.shape[1] * logits.element_size()))
-    for start in range(0, logits.shape[0], step):
-        rows = slice(start, start + step)
+    for rows in row_blocks(logits):
         z, slope = logits[rows].to(wide(logits.dtype)), inv_temperature
         if softcap > 0:
             z.div_(softcap).tanh_()

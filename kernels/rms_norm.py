@@ -21,13 +21,12 @@ Besides x, 64 KiB (r) are kept.
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import tl, triton, uses_triton
+from kit.kernels.backend import row_blocks, tl, triton, uses_triton
 
 TILE = 2_048  # elements that a program holds at once: 8 per thread, one 16-byte load of bf16
 MAX_H = 16_384  # a row must fit in the registers of one program: 64 elements per thread with 8 warps
 NUM_WARPS = 8
 MAX_PROGRAMS = 256  # of the backward pass; the same on every card, so that dw has the same bits
-CPU_BLOCK_BYTES = 2 * 2**20  # torch path: rows that stay in the L2 cache are read from memory once
 
 
 def rms_norm_reference(x, weight, eps, *, offset=0.0):
@@ -84,12 +83,6 @@ def _backward_kernel(
     tl.store(parts_ptr + program * H + cols, dweight, mask=cols < H)
 
 
-def _blocks(x):
-    """Split the rows of x for the torch path: slices of a few rows each."""
-    step = max(1, CPU_BLOCK_BYTES // max(x.shape[1] * x.element_size(), 1))
-    return [slice(i, i + step) for i in range(0, x.shape[0], step)]
-
-
 def tile(H: int) -> dict[str, int]:
     """Return the rows and columns that a program holds at once."""
     BLOCK_H = triton.next_power_of_2(H)
@@ -111,7 +104,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tens
         return y, r
 
     scale = offset + weight.to(wide)
-    for rows in _blocks(x):
+    for rows in row_blocks(x):
         z = x[rows].to(wide)
         r[rows] = (torch.linalg.vecdot(z, z) / H).add_(eps).rsqrt_()
         y[rows] = (z * r[rows, None]).mul_(scale)
@@ -135,7 +128,7 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float) -
 
     scale = offset + weight.to(r.dtype)
     dweight = torch.zeros_like(scale)
-    for rows in _blocks(x):
+    for rows in row_blocks(x):
         z, upstream = x[rows].to(r.dtype) * r[rows, None], dy[rows].to(r.dtype)
         dweight += (upstream * z).sum(0)
         g = upstream * scale

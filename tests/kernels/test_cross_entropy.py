@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.cross_entropy as ce
+from kit.kernels import backend
 from kit.kernels.backend import INTERPRET
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 
@@ -28,7 +29,7 @@ SHAPES = [(1, 1), (1, 7), (13, 77), (11, 301)]
 def small_pieces(monkeypatch):
     """Use blocks of two rows of 77 fp32 columns and steps of 64 columns, so that small inputs need
     several."""
-    monkeypatch.setattr(ce, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(backend, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(ce, "BLOCK_V", 64)
 
 

@@ -8,6 +8,7 @@ from children import pass_in_the_interpreter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.glu as kernels
+from kit.kernels import backend
 from kit.kernels.backend import INTERPRET
 from kit.kernels.glu import ACTIVATIONS, glu, glu_reference
 
@@ -20,7 +21,7 @@ both = pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Two rows of 77 columns per block, programs of 64 columns: small inputs cross every seam."""
-    monkeypatch.setattr(kernels, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(backend, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(kernels, "BLOCK", 64)
 
 
@@ -156,10 +157,33 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values(match, gate, up,
         glu(gate, up, activation=activation)
 
 
-def test_one_tensor_as_gate_and_up_is_refused():
-    x = torch.ones(2, 3)
-    with pytest.raises(ValueError, match=r"same memory.*up.clone\(\)"):
-        glu(x, x)
+@pytest.mark.parametrize(
+    "views",
+    [
+        lambda h: (h, h),
+        lambda h: (h[:, :8], h[:, 1:9]),  # columns that overlap
+        lambda h: (h[:, 9:], h[:, :9]),  # that do not
+        lambda h: (h[:6], h[6:]),
+        lambda h: (h[:6], h[1:7]),
+    ],
+)
+def test_views_of_one_tensor_get_their_gradients_added_whether_they_overlap_or_not(views):
+    x, dy = problem(12, 18)[0], torch.randn(12, 18)
+    gradients = []
+    for function in (glu, glu_reference):
+        leaf = x.clone().requires_grad_()
+        gate, up = views(leaf * 1)
+        function(gate, up).backward(dy[: gate.shape[0], : gate.shape[1]])
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_only_views_that_overlap_are_copied():
+    h = torch.zeros(12, 18)
+    overlaps = [
+        kernels._overlap(*views) for views in ((h[:, :9], h[:, 9:]), (h[:6], h[6:]), (h[:, :8], h[:, 1:9]))
+    ]
+    assert overlaps == [False, False, True]
 
 
 @pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kit.kernels.linear_cross_entropy as lce
 import kit.kernels.linear_cross_entropy_chunks as head
 import kit.kernels.linear_cross_entropy_rows as logit_rows
+from kit.kernels import backend
 from kit.kernels.backend import INTERPRET
 from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy import (
@@ -47,7 +48,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
     monkeypatch.setattr(head, "PRODUCT_BYTES", {"cpu": 32 * 19 * 4})
-    monkeypatch.setattr(logit_rows, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(backend, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(logit_rows, "BLOCK_V", 64)
 
 

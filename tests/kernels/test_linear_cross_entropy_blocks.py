@@ -4,6 +4,7 @@ from children import pass_in_the_interpreter
 
 import kit.kernels.linear_cross_entropy_chunks as head
 import kit.kernels.linear_cross_entropy_rows as logit_rows
+from kit.kernels import backend
 from kit.kernels.backend import INTERPRET
 from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,7 +17,7 @@ def small_pieces(monkeypatch):
     """Use chunks of at most 5 rows and steps of 64 columns."""
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
-    monkeypatch.setattr(logit_rows, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(backend, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(logit_rows, "BLOCK_V", 64)
 
 

@@ -10,6 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kit.kernels.rms_norm as kernels
+from kit.kernels import backend
 from kit.kernels.backend import INTERPRET
 from kit.kernels.rms_norm import rms_norm, rms_norm_reference
 
@@ -21,7 +22,7 @@ SHAPES = [(1, 7), (13, 77), (37, 5), (2, 3, 4, 16)]
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Two rows of 77 columns per block and per program, and four programs: small inputs cross every seam."""
-    monkeypatch.setattr(kernels, "CPU_BLOCK_BYTES", 700)
+    monkeypatch.setattr(backend, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(kernels, "TILE", 256)
     monkeypatch.setattr(kernels, "MAX_PROGRAMS", 4)
 

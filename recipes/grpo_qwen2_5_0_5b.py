@@ -19,6 +19,7 @@ the paper's Table 3 equals wherever both state a value):
 6. New prompts in place of those whose answers all get the same reward (DAPO): they stay, for their KL alone.
 7. A penalty on the answers' length (DAPO), and the constant normaliser of Dr. GRPO.
 8. Several passes over one rollout, a schedule of the learning rate, sampling while training, several GPUs.
+9. Updates inside the backward pass: --update_in_backward and --head_update blocked are refused.
 
 There, but off: Dr. GRPO's advantages (--advantage_scale none), DAPO's token mean (--normaliser tokens, also
 verl's) and upper clip (--clip_high 0.28), and GSPO's ratio (--ratio sequence). What differs from the paper's

@@ -83,6 +83,11 @@ class EpisodeBatch(PackedBatch):
         pack = PackedBatch.build(documents)
         lengths = torch.tensor([len(episode.completion.ids) for episode in episodes])
         is_target = pack.targets != IGNORE_INDEX  # completion tokens, one document after another
+        if pack.num_targets != int(lengths.sum()):
+            raise ValueError(
+                f"the episodes have {int(lengths.sum())} tokens but {pack.num_targets} of them have a token "
+                "before them to be predicted from; give every episode a prompt"
+            )
 
         advantages = torch.tensor([weighted.advantage for weighted in weighted_episodes])
         weights = torch.tensor([weighted.token_weight for weighted in weighted_episodes])

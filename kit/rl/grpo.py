@@ -179,6 +179,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     stats, at_first, losses, norms, tokens = RunningStats(), {}, [], [], 0
     loss_of = grpo_loss(policy.model, settings, stats, policy.savings.logit_rows)
     for minibatch in minibatches:
+        policy.optimizer.zero_grad(set_to_none=True)  # frees the last step's gradients while scoring
         rows = rows_of(policy, minibatch)
         if not rows:
             continue

@@ -2,6 +2,7 @@
 
     sampling    weights + optimizer states + reference + the sampler's cache and step
     update      weights + optimizer states + reference + gradients + a row's training step
+                or, before it, without gradients: the pass that scores a row for the KL
 
 Both are simulated on fake tensors, as in kit.memory.simulate: the update is the real training step with the
 real objective, on two rows, the second of which finds the gradients of the first; sampling is what the
@@ -26,17 +27,18 @@ from kit.generate.sampling import SamplingParams, sample
 from kit.machine import GIB
 from kit.memory import live_bytes
 from kit.memory.choose import QLORA_RANK, ladder_steps
+from kit.memory.flops import Sizes
 from kit.memory.live_bytes import Ledger
-from kit.memory.simulate import Plan, fake_batch, fake_model, measure
+from kit.memory.simulate import Plan, card_bytes, fake_batch, fake_model, measure
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.loading import load_config
 from kit.rl.episodes import EpisodeBatch
-from kit.rl.grpo import grpo_loss
+from kit.rl.grpo import grpo_loss, score
 from kit.rl.objective import RunningStats
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
-REFERENCE, CACHE, SAMPLER = "reference", "sampler's cache", "sampler's step"
+REFERENCE, CACHE, SAMPLER, SCORING = "reference", "sampler's cache", "sampler's step", "reference's pass"
 PROMPT_TOKENS = 1_024  # the longest prompt, which sets all rows of a cache; MATH's reach 800 (mean: 75)
 MOST_SLOTS = 2_048  # answers at once: so many share the reading of the weights that more gain nothing
 SHORTEST_ANSWER = 512  # tokens; no plan suggests shorter answers
@@ -111,12 +113,15 @@ def choose_rl(
     Raises ValueError if not even one answer at a time fits, naming the three largest owners and the nearest
     setting that does.
     """
-    for savings in ladder_steps_rl(model, qlora_rank):
-        update, sampling = _simulate(model, settings, savings, qlora_rank, prompt_tokens)
-        slots = _most_slots(sampling, gpu_gb, most_slots) if update.fits(gpu_gb) else 0
-        if slots:
-            return RLPlan(sampling(slots), update, replace(settings, num_slots=slots))
+    steps = ladder_steps_rl(model, qlora_rank)
+    for savings in steps:
+        if _may_fit(model, settings, savings, gpu_gb, qlora_rank):
+            update, sampling = _simulate(model, settings, savings, qlora_rank, prompt_tokens)
+            slots = _most_slots(sampling, gpu_gb, most_slots) if update.fits(gpu_gb) else 0
+            if slots:
+                return RLPlan(sampling(slots), update, replace(settings, num_slots=slots))
 
+    update, sampling = _simulate(model, settings, steps[-1], qlora_rank, prompt_tokens)
     least = max(update, sampling(1), key=lambda plan: plan.peak)
     nearest = _nearest(model, settings, gpu_gb, qlora_rank, prompt_tokens)
     raise ValueError(
@@ -150,37 +155,58 @@ def _most_slots(sampling: Sampling, gpu_gb: float, bound: int) -> int:
     return bisect_left(range(1, bound + 1), True, key=lambda slots: not sampling(slots).fits(gpu_gb))
 
 
+def _may_fit(model: str, settings: Settings, savings: Savings, gpu_gb: float, qlora_rank: int) -> bool:
+    """Return False if what lies on the card for good is too large by itself: a simulation takes seconds."""
+    if qlora_rank:
+        return True
+    copies = 3 if settings.uses_reference else 2  # weights, gradients and the reference in bf16
+    states = 0 if savings.offload_optimizer else 2  # bytes per weight, of 8-bit states
+    return card_bytes((2 * copies + states) * Sizes.of(load_config(model)).weights) <= gpu_gb * GIB
+
+
 def _nearest(model: str, settings: Settings, gpu_gb: float, qlora_rank: int, prompt_tokens: int) -> str:
     """Return flags with which the leanest savings fit; "" if none of those that are tried do."""
-    for flags in _smaller(settings, qlora_rank, prompt_tokens):
+
+    @cache
+    def fits(flags: tuple[tuple[str, float], ...]) -> bool:
         changed = dict(flags)
-        rank = changed.pop("qlora_rank", qlora_rank)
-        savings = ladder_steps_rl(model, rank)[-1]
-        update, sampling = _simulate(model, replace(settings, **changed), savings, rank, prompt_tokens)
-        if update.fits(gpu_gb) and sampling(1).fits(gpu_gb):
-            return as_flags(flags)
+        rank = int(changed.pop("qlora_rank", qlora_rank))
+        wanted, savings = replace(settings, **changed), ladder_steps_rl(model, rank)[-1]
+        if not _may_fit(model, wanted, savings, gpu_gb, rank):
+            return False
+        update, sampling = _simulate(model, wanted, savings, rank, prompt_tokens)
+        return update.fits(gpu_gb) and sampling(1).fits(gpu_gb)
+
+    for options in _smaller(settings, qlora_rank, prompt_tokens):
+        options = [tuple(flags.items()) for flags in options]
+        if fits(options[-1]):
+            return as_flags(dict(options[bisect_left(options, True, key=fits)]))
     return ""
 
 
-def _smaller(settings: Settings, qlora_rank: int, prompt_tokens: int) -> Iterator[dict]:
+def _smaller(settings: Settings, qlora_rank: int, prompt_tokens: int) -> Iterator[list[dict]]:
     """Yield changes that need less memory, in the order of how much they change what is learned.
 
-    Shorter rows change nothing, no KL little, shorter answers and adapters much.
+    Shorter rows change nothing, no KL little, shorter answers and adapters much. Each list holds one kind of
+    change, from the smallest to the largest.
     """
     shortest_row = prompt_tokens + settings.max_new_tokens
     if settings.row_tokens > shortest_row:
-        yield {"row_tokens": shortest_row}
+        yield [{"row_tokens": shortest_row}]
 
     if settings.uses_reference and not qlora_rank:
-        yield {"kl_coef": 0.0, "row_tokens": min(settings.row_tokens, shortest_row)}
+        yield [{"kl_coef": 0.0, "row_tokens": min(settings.row_tokens, shortest_row)}]
 
-    tokens = settings.max_new_tokens // 2
+    shorter, tokens = [], settings.max_new_tokens // 2
     while tokens >= SHORTEST_ANSWER:
-        yield {"max_new_tokens": tokens, "row_tokens": min(settings.row_tokens, prompt_tokens + tokens)}
+        row_tokens = min(settings.row_tokens, prompt_tokens + tokens)
+        shorter.append({"max_new_tokens": tokens, "row_tokens": row_tokens})
         tokens //= 2
+    if shorter:
+        yield shorter
 
     if not qlora_rank:
-        yield {"qlora_rank": QLORA_RANK}
+        yield [{"qlora_rank": QLORA_RANK}]
 
 
 def _simulate(
@@ -206,6 +232,9 @@ def _simulate(
         row_tokens, host = settings.row_tokens, ledger.host_peak
         return Plan(model, row_tokens, qlora_rank, savings, peak, when, owners, host, rows=2)
 
+    kept = (live_bytes.WEIGHTS, live_bytes.OPTIMIZER, REFERENCE)
+    lasting = {owner: ledger.owners.get(owner, 0) for owner in kept}
+
     @cache
     def reading(num_tokens: int) -> int:
         return _transient(fake, lambda: hidden_states(fake, fake_batch(num_tokens)))
@@ -218,12 +247,17 @@ def _simulate(
             drawing = _transient(fake, lambda: _draw(fake, num_slots, settings))
             step = max(drawing, reading(min(PREFILL_TOKENS, num_slots * longest_prompt)))
 
-        kept = (live_bytes.WEIGHTS, live_bytes.OPTIMIZER, REFERENCE)
-        owners = {owner: ledger.owners.get(owner, 0) for owner in kept}
-        owners |= {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
+        owners = lasting | {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
         return as_plan("sampling", owners, sum(owners.values()))
 
-    return as_plan(ledger.when, ledger.owners, ledger.peak), sampling
+    update = as_plan(ledger.when, ledger.owners, ledger.peak)
+    if settings.uses_reference:
+        with mode:
+            row = _fake_episodes(settings.row_tokens)
+            scoring = _transient(fake, lambda: score(fake, row, settings.temperature, savings.logit_rows))
+        owners = lasting | {SCORING: scoring}
+        update = max(update, as_plan("scoring", owners, sum(owners.values())), key=lambda plan: plan.peak)
+    return update, sampling
 
 
 def _fake_episodes(row_tokens: int) -> EpisodeBatch:

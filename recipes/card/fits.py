@@ -11,24 +11,20 @@ the card, several rows per step, and settings as --gpu_gb chooses them.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, TimeoutError
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from card.memory import beside_plan, held_gib, measured, memory_cap, timed, warm_up
 from card.models import NO_BF16, Training, build
+from card.plans import plan_of, planned
 from card.results import PASS, Card, Results, Skip
 
 from kit.machine import CONTEXT, GIB
-from kit.memory import Plan, plan
+from kit.memory import Plan
 from kit.memory.choose import QLORA_RANK
 from kit.train import Savings, TrainingStep
 
@@ -40,7 +36,7 @@ CLOSE = 0.03  # share of the planned peak by which the measured one may differ
 def run(results: Results, card: Card, models: list[str]) -> None:
     card.need_rtx_30(NO_BF16)
     check_cap(results, card)
-    with TemporaryDirectory() as folder, planned(chosen_cases(card, models), folder) as plans:
+    with planned(chosen_cases(card, models)) as plans:
         for case, job in plans.items():
             with results.case(title_of(case)):
                 run_case(results, card, case, job)
@@ -78,46 +74,12 @@ def check_cap(results: Results, card: Card) -> None:
         results.check(name, refused, f"2 GiB under a cap of 1; PYTORCH_ALLOC_CONF is {setting or 'not set'}")
 
 
-@contextlib.contextmanager
-def planned(cases: list[Training], folder: str) -> Iterator[dict[Training, Future]]:
-    """Plan all cases in processes beside the training; they end with the block."""
-    before = set(multiprocessing.active_children())
-    workers = min(len(cases), max((os.cpu_count() or 2) // 2, 1), 4)  # a GiB each
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, initializer=stay_off_the_card)
-    try:
-        yield {case: pool.submit(make_plan, case, folder) for case in cases}
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
-
-
-def stay_off_the_card() -> None:
-    """Set up a planning process: without the card, with one thread."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(1)
-
-
-def make_plan(case: Training, folder: str) -> Plan:
-    """Simulate one step of the case. folder: takes the config of a small model."""
-    model, row_tokens = case.model, len(case.row(ROWS[0], 0))
-    if case.small:
-        model = str(Path(folder) / f"{case.short}_{case.rank}")
-        case.config.save_pretrained(model)
-    return plan(model, row_tokens=row_tokens, savings=case.savings, qlora_rank=case.rank)
-
-
 def run_case(results: Results, card: Card, case: Training, job: Future) -> None:
     """Train under the cap of the plan's total, and under that of the card that --cap_gb asks for."""
     title, seconds = title_of(case), case.guessed_seconds(card, case.row(ROWS[0], 0))
     results.need(seconds=seconds)
-    try:
-        found = job.result(max(min(results.left() - seconds, 600), 1))
-    except TimeoutError:
-        raise Skip("the memory plan was not ready in time") from None
+    found = plan_of(results, job, seconds)
     needed = found.total / GIB
-    results.need(gib=needed)
 
     fit(results, card, case, found, title, needed)
     if card.cap_gb:

@@ -14,11 +14,10 @@ from dataclasses import replace
 
 from card.memory import timed
 from card.models import NO_BF16, ROW_TOKENS, Training, build, model_config, shipped
+from card.plans import plan_of, planned
 from card.profile import Profile, profiled
 from card.results import Card, Results
 
-from kit.machine import GIB
-from kit.memory import plan
 from kit.memory.choose import ladder_steps
 from kit.train import Savings, TrainingStep
 
@@ -45,24 +44,22 @@ def chosen_models(names: str) -> list[str]:
 
 def run(results: Results, card: Card, models: list[str]) -> None:
     card.need_rtx_30(NO_BF16)
-    for name in models[:1] if card.quick else models:
-        reference = None  # losses of the first setting that runs
-        for label, savings in settings(name, card).items():
-            training = Training(name, savings, small=card.small)
+    cases = {
+        Training(name, savings, small=card.small): label
+        for name in (models[:1] if card.quick else models)
+        for label, savings in settings(name, card).items()
+    }
+    references = {}  # model -> losses of the first setting that runs
+    with planned(list(cases) if card.is_cuda else []) as plans:
+        for training, label in cases.items():
             title = f"{training.short}, {label}"
             with results.case(title):
-                results.need(
-                    seconds=training.guessed_seconds(card, training.row(DOCUMENTS, 0)),
-                    gib=planned_gib(training) if card.is_cuda else 0.0,
-                )
+                seconds = training.guessed_seconds(card, training.row(DOCUMENTS, 0))
+                results.need(seconds=seconds)
+                if card.is_cuda:
+                    plan_of(results, plans[training], seconds)
                 losses = train(results, card, title, training)
-                reference = reference or losses
-                compare(results, title, losses, reference)
-
-
-def planned_gib(training: Training) -> float:
-    """Simulate the step, which takes seconds: what runs is decided by the same plan that users see."""
-    return plan(training.model, row_tokens=ROW_TOKENS, savings=training.savings).total / GIB
+                compare(results, title, losses, references.setdefault(training.model, losses))
 
 
 def settings(name: str, card: Card) -> dict[str, Savings]:

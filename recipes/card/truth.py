@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from card import truth_attention, truth_head
+from card import truth_attention, truth_head, truth_layers
 from card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
 from card.results import Card, Results
 from torch import Tensor
@@ -30,6 +30,7 @@ def run(results: Results, card: Card) -> None:
     if not card.arch:  # most of a linear head is cuBLAS, which Triton's target does not change
         truth_head.run(results, card)
     check_rows(results, card)
+    truth_layers.run(results, card)
     if card.arch:
         with results.case("PTX"):
             truth_attention.check_ptx(results, card)

@@ -17,7 +17,7 @@ from kit.kernels.linear_cross_entropy_chunks import logit_chunks
 from kit.models import load
 from kit.models.backbone import head_weight, hidden_states
 from kit.packing import Document, PackedBatch
-from kit.rl.episodes import Episode
+from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
 from kit.rl.grpo import Policy, correctness, rollout, update
 from kit.rl.objective import token_losses
 from kit.rl.settings import Settings
@@ -320,6 +320,13 @@ def test_an_episode_that_cannot_be_trusted_is_counted_and_left_out_of_every_mean
     assert not any(name.startswith("rejected") for name in without)
     assert found["loss"] == without["loss"]
     assert all(torch.equal(a, p.grad) for a, p in zip(gradient, model.parameters(), strict=True))
+
+
+def test_an_episode_without_a_prompt_is_refused_because_its_first_token_is_predicted_from_nothing():
+    completion = Completion(ids=[5, 6, 2], logprobs=[-1.0, -2.0, -3.0], finished=True)
+    episode = Episode(0, "q", [], completion, 1.0)
+    with pytest.raises(ValueError, match="have 3 tokens but 2 of them.*give every episode a prompt"):
+        EpisodeBatch.of([WeightedEpisode(episode, 1.0, 1.0)])
 
 
 def test_a_batch_in_which_nothing_can_be_trusted_stops_with_the_reasons():

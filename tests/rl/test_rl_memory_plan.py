@@ -13,7 +13,16 @@ from kit.memory import live_bytes
 from kit.memory.simulate import plan
 from kit.models.folder import ADAPTER_CONFIG, adapter_rank
 from kit.models.loading import load_config
-from kit.rl.memory_plan import CACHE, REFERENCE, SAMPLER, choose_rl, eval_slots, ladder_steps_rl, plan_rl
+from kit.rl.memory_plan import (
+    CACHE,
+    REFERENCE,
+    SAMPLER,
+    SCORING,
+    choose_rl,
+    eval_slots,
+    ladder_steps_rl,
+    plan_rl,
+)
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -60,6 +69,16 @@ def test_without_a_kl_there_is_no_reference_and_an_update_is_a_training_step_wit
     one_row = plan(small_model, row_tokens=512, savings=LEAN).peak
     gradients = without.update.owners[live_bytes.WEIGHTS]
     assert one_row <= without.update.peak <= one_row + gradients
+
+
+def test_scoring_for_the_kl_counts_if_it_needs_more_than_the_training_step(small_model):
+    """Scoring recomputes nothing and has no tiles: with every saving on, adapters train in less."""
+    lean = Savings(optimizer="adamw8bit", tile_tokens=16, logit_rows=8, offload_inputs=True)
+    options = {"savings": lean, "qlora_rank": 4, "prompt_tokens": 50}
+    without = plan_rl(small_model, settings=replace(SETTINGS, kl_coef=0.0), **options).update
+    found = plan_rl(small_model, settings=SETTINGS, **options).update
+    assert found.when == "scoring" and found.peak == sum(found.owners.values()) > without.peak
+    assert found.owners[SCORING] > without.peak - without.owners[live_bytes.WEIGHTS]
 
 
 def test_an_update_finds_the_gradients_of_an_earlier_row(tmp_path):

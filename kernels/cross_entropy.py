@@ -209,9 +209,8 @@ def cross_entropy(
 
     V = logits.shape[-1]
     flat, target = logits.reshape(-1, V), targets.reshape(-1).contiguous()
-    if (
-        flat.stride(1) != 1 or flat.stride(0) < V
-    ):  # expanded rows share memory: one gradient would hit several
+    # expanded rows share memory: one gradient would hit several
+    if flat.stride(1) != 1 or flat.stride(0) < V:
         flat = flat.contiguous()
     loss = _CrossEntropy.apply(flat, target, ignore_index)
     if reduction == "none":

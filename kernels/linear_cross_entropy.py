@@ -227,9 +227,8 @@ def linear_cross_entropy(
         losses = -logprobs.reshape(targets.shape)
         return losses if token_weight is None else losses * token_weight
 
-    if (
-        not torch.is_grad_enabled()
-    ):  # needs_input_grad ignores no_grad: gradients would be computed for nothing
+    # needs_input_grad ignores no_grad: gradients would be computed for nothing
+    if not torch.is_grad_enabled():
         rows, weight = rows.detach(), weight.detach()
     mean, token_weight = (
         reduction == "mean",

@@ -182,8 +182,7 @@ def row_logprobs(
 
 @torch.library.custom_op("kit::token_gradients_", mutates_args=("logits",))
 def row_gradients_(logits: Tensor, targets: Tensor, inv_temperature: float, softcap: float) -> Tensor:
-    """Return the log-prob of each row's target, (R,) fp32, and overwrite the logits with d(-logprob) /
-    d(logits)."""
+    """Return each target's log-prob, (R,) fp32, and overwrite the logits with d(-logprob) / d(logits)."""
     logprobs = logits.new_empty(logits.shape[0], dtype=wide(logits.dtype))
     if uses_triton(logits):
         with torch.cuda.device_of(logits):

@@ -3,9 +3,9 @@ The Triton kernels of packed attention. packed_attention.py says what they compu
 
 One program owns one tile of one document: BLOCK_M queries (forward, dQ) or BLOCK_N keys (dK/dV), counted from
 the document's first token, so that a tile never spans two documents. It walks the keys (queries) that its
-tile can see,
-which are one range: from the tile's window to its diagonal, inside the document. Nothing else is ever loaded,
-so the work is the sum of the documents' causal areas rounded up to tiles, whatever the pack looks like.
+tile can see, which are one range: from the tile's window to its diagonal, inside the document. Nothing else
+is ever loaded, so the work is the sum of the documents' causal areas rounded up to tiles, whatever the pack
+looks like.
 
 How a program finds its document. A grid of (documents x blocks of the longest) would be mostly empty if one
 document is long and many are short; a table of blocks would be one more tensor to build and pass. Instead
@@ -13,8 +13,7 @@ document d gets the programs from cu_seqlens[d] // BLOCK + d on. A document of n
 of them, and the first program of the next one is at least that far away, because floor((s + n) / B) + 1 >=
 floor(s / B) + ceil(n / B). So T // BLOCK + documents programs are always enough, at most one per document
 finds nothing to do, and the host needs to know nothing but shapes. A program finds its document by bisecting
-cu_seqlens: log2(documents) loads that hit
-    the cache.
+cu_seqlens: log2(documents) loads that hit the cache.
 
 Every output element is written by exactly one program, which adds in a fixed order: no atomics, and equal
 inputs give equal bits. dK and dV of a group are summed by the program that owns the keys, over all query
@@ -33,9 +32,8 @@ SHAPES = ["T", "num_documents", "window"]
 
 def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
     """Return the launch configuration of each kernel, for a head_dim and bytes per element."""
-    BLOCK_D = max(
-        16, triton.next_power_of_2(head_dim)
-    )  # tl.dot needs sides of at least 16; the rest is masked
+    # tl.dot needs sides of at least 16; the rest is masked
+    BLOCK_D = max(16, triton.next_power_of_2(head_dim))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     rows = TILES[element_size, max(BLOCK_D, 64)]
     return {kernel: {"BLOCK_D": BLOCK_D} | dict(zip(names, row, strict=True)) for kernel, row in rows.items()}
@@ -185,8 +183,8 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """Compute dK and dV.
 
-    Scores are transposed, keys by queries: p and dscores then enter their second product as they left the
-        first.
+    Scores are transposed, keys by queries, so that p and dscores enter their second product as they left the
+    first.
     """
     start, n, first_key = _find_tile(cu_seqlens_ptr, T, num_documents, tl.program_id(0), BLOCK_N)
     if (first_key < 0) | (first_key >= n):

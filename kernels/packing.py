@@ -26,9 +26,8 @@ from kit.kernels.cross_entropy import IGNORE_INDEX
 
 BLOCK = 1024  # places per program: 8 per thread; a row of 16,384 tokens needs 17 programs
 NUM_WARPS = 4
-BAD_TOKEN = (
-    -1
-)  # every id of a row whose offsets do not fit: no embedding has this row, so the model's lookup fails
+# every id of a row whose offsets do not fit: no embedding has this row, so the model's lookup fails
+BAD_TOKEN = -1
 
 
 def pack_reference(buffer, offsets, prompt_lens):

@@ -222,8 +222,8 @@ def _pack_on_device(rows: Sequence[Sequence[Document]], device: torch.device) ->
         sizes += [len(row) + 1, len(row)]
         num_tokens = offsets[-1]
 
-    # The host waits for a copy from pageable memory, and not for one from pinned memory, which
-    # torch reuses only after the copy has read it.
+    # The host waits for a copy from pageable memory, and not for one from pinned memory, which torch reuses
+    # only after the copy has read it.
     pin = device.type == "cuda"
     ids = torch.empty(num_tokens, dtype=torch.int32, pin_memory=pin)
     torch.cat([document.ids.int() for row in rows for document in row], out=ids)

@@ -69,9 +69,8 @@ def test_steps_keep_every_row_in_order_and_the_papers_number_of_steps(sizes, bat
     assert [row for step in steps for row in step] == list(range(len(packs)))
     assert all(steps)
     assert len(steps) <= math.ceil(sum(sizes) / batch_traces)
-    if (
-        sizes and max(sizes) <= batch_traces
-    ):  # the last step may end early; each other one is at most one row late
+    # the last step may end early; each other one is at most one row late
+    if sizes and max(sizes) <= batch_traces:
         assert len(steps) >= sum(sizes) // batch_traces
 
 

@@ -53,8 +53,7 @@ class SlotCache(Cache):
         self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf
         self.sorted_by = SORTED_BY if grouping else math.inf
 
-        # by the size W of a layer. Of every position that the prompts leave: its row, place, token in the
-        # pack
+        # by the size W of a layer: row, place and token in the pack of every position that the prompts leave
         self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # where each row and head writes its next position
         self.places: dict[int, torch.Tensor] = {}

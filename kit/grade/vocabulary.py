@@ -67,9 +67,8 @@ for _group in UNIT_GROUPS:
         UNITS[_name] = _group.split()[0]
         if len(_name) > 1:
             UNITS[_name + "s"] = UNITS[_name + "es"] = _group.split()[0]
-SI_LETTERS = names(
-    "m g s h L l J N V W K A T"
-)  # upright after a number; e, i and d mean something else there
+# upright after a number; e, i and d mean something else there
+SI_LETTERS = names("m g s h L l J N V W K A T")
 CURRENCIES = {
     "$": "dollars",
     "textdollar": "dollars",

@@ -30,9 +30,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            func.namespace == "prim"
-        ):  # questions such as the device: more than half of all calls on fake tensors
+        # questions such as the device: more than half of all calls on fake tensors
+        if func.namespace == "prim":
             return func(*args, **kwargs)
 
         given = set(_storages((*args, *kwargs.values())))
@@ -143,9 +142,8 @@ class Ledger(LiveBytes):
         yield model.model.register_forward_pre_hook(lambda *_: self._at("forward", INPUTS))
         yield norm.register_forward_hook(lambda *_: self._at("loss", REST))
 
-        for i, layer in enumerate(
-            layers, start=1
-        ):  # norms and feed-forward belong to the attention before them
+        # norms and feed-forward belong to the attention before them
+        for i, layer in enumerate(layers, start=1):
             yield layer.self_attn.register_forward_pre_hook(lambda *_, i=i: self._in_layer(i))
             yield layer.register_forward_hook(lambda module, args, out: self._layer_done(out))
 
@@ -157,9 +155,8 @@ class Ledger(LiveBytes):
         self.phase, self.owner = phase, owner
 
     def _in_layer(self, i: int) -> None:
-        direction = (
-            "forward" if self.phase.startswith("forward") else "backward"
-        )  # backward recomputes the layer
+        # in the backward pass too: it recomputes the layer
+        direction = "forward" if self.phase.startswith("forward") else "backward"
         self._at(f"{direction}, layer {i}", LAYER)
 
     def _layer_done(self, out: Tensor) -> None:

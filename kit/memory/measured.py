@@ -1,5 +1,4 @@
-"""Measure what training held on a card, print it beside the plan, and explain a step that ran out of
-memory."""
+"""Measure training's memory on a card, print it beside the plan, and explain a step that ran out of it."""
 
 from __future__ import annotations
 

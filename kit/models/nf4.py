@@ -11,8 +11,7 @@ because bitsandbytes' own (0.50.2) has three faults:
 1. It cannot be built on fake tensors, on which memory is planned.
 2. On a CPU with AVX-512 it misplaces the scales of a matrix whose rows are no multiple of 64.
 3. On a CPU with bf16 instructions its first forward in eval mode repacks the weight for good: the scales are
-rounded to
-   bf16, and training is no longer possible.
+   rounded to bf16, and training is no longer possible.
 """
 
 from __future__ import annotations

@@ -165,9 +165,8 @@ class BlockedHead:
         self.pending = None
         weight, dlookup = arguments[1], lookup.gradient()
         sorted_ids, order = lookup.ids.sort()
-        places = (
-            sorted_ids.cpu()
-        )  # copied once, instead of asking the card for each block's first and last id
+        # copied once, instead of asking the card for each block's first and last id
+        places = sorted_ids.cpu()
         square = torch.zeros((), device=weight.device)
 
         for first, dweight in dweight_blocks(*arguments, softcap=cap):

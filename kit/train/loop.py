@@ -112,10 +112,11 @@ def train(
     """Fine-tune `model` in place, write one line per step to run.metrics, and return the finished model's
     folder.
 
-    loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy. savings: None = Savings().
-    max_grad_norm, max_tensor_norm: as in TrainingStep. memory: watches the card, such as
-        kit.memory.PeakMemory; None =
-    nothing does. checkpoint_every: steps; 0 = no checkpoint before the end.
+    max_grad_norm, max_tensor_norm: as in TrainingStep.
+    savings: None = Savings().
+    loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy.
+    memory: watches the card, such as kit.memory.PeakMemory; None = nothing does.
+    checkpoint_every: steps; 0 = no checkpoint before the end.
 
     If run.path holds a checkpoint, training continues from it (bit for bit on a CPU). If it holds the
     finished model, that folder is returned at once.

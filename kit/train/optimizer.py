@@ -27,8 +27,7 @@ OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 
 
 def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Return the factor on the learning rate in step 0..num_steps-1: a linear warm-up, then half a cosine to
-    0."""
+    """Return the learning rate's factor in step 0..num_steps-1: a linear warm-up, then half a cosine to 0."""
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -139,8 +138,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self.slabs.wait()
 
     def _pieces(self, parameter: torch.nn.Parameter, gradient: Tensor, first: int) -> Iterator[tuple]:
-        """Yield (numbers, their gradient, their states, settings) of each kernel call; count the step at the
-        end."""
+        """Yield (numbers, gradient, states, settings) of each kernel call, and count the step at the end."""
         index, group = self.place[parameter]
         state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
         step = int(self.state[parameter]["step"]) + 1

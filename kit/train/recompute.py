@@ -44,23 +44,21 @@ from kit.train.saved_tensors import catch_gradient, recomputed
 from kit.train.tiles import Gradients, Tiles, collect, leaves_of, trainable
 
 LAYERS = {family.layer: family for family in FAMILIES.values()}
-_norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = (
-    WeakKeyDictionary()
-)  # last norm -> our hook on it
+# last norm -> our hook on it
+_norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
 
 
 def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, tile_tokens: int = 0) -> None:
     """Make the model keep only the inputs of each decoder layer and of the last norm, while in training mode.
 
-    model: of a family in kit.models.families.FAMILIES, with or without adapters, full or NF4 weights, on any
-    device. Names of modules and parameters stay. A second call replaces the settings; keep_activations ends
-    it.
+    Names of modules and parameters stay. A second call replaces the settings; keep_activations ends it.
 
+    model: of a family in kit.models.families.FAMILIES, with or without adapters, full or NF4 weights, on any
+        device.
     offload: keep the layers' inputs in CPU memory (pinned on a GPU), except for the last layer's. Only one
-    backward
-        pass is then possible. A HostInputs moves them in its own way: a check can delay its copies.
-    tile_tokens: the most tokens of the feed-forward and the norms whose activations exist at one time; 0 =
-    all.
+        backward pass is then possible. A HostInputs moves them in its own way: a check can delay its copies.
+    tile_tokens: the most tokens of the feed-forward and the norms whose activations exist at one time;
+        0 = all.
 
     The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient. Raises ValueError
     for an unknown layer class, for a model without decoder layers and for tile_tokens < 0; in the forward
@@ -178,9 +176,9 @@ class _Recomputed:
 
         Memory peaks while the tiles run. It then holds x, dout, the attention's graph without its input, its
         output a, and h; a and h are one tensor if no norm is between them. Each is overwritten by its own
-        gradient. This is
-        safe: a is the result of a projection, which saves its input and not its output. If a module does save
-        it, the backward pass refuses the changed tensor.
+        gradient. This is safe: a is the result of a projection, which saves its input and not its output. If
+        a module does save it, the backward pass refuses the changed tensor.
+
         when_lean: called when the tiles are done.
         """
         before, after, attention = self.layer.input_layernorm, self.after_attention, self.layer.self_attn

@@ -43,9 +43,8 @@ class Tiles:
         several = 0 < self.tile_tokens < source.shape[1]
         sums: dict[str, torch.Tensor] = {}
 
-        def add(
-            name: str, leaf: torch.Tensor
-        ) -> None:  # at once, so that one weight's gradient of a tile exists
+        # add and free each gradient at once, so that only one weight's gradient of a tile exists
+        def add(name: str, leaf: torch.Tensor) -> None:
             if name in sums:
                 sums[name].add_(leaf.grad)
             else:

@@ -107,9 +107,8 @@ class Curve:
             return "falling"
         if changes[-1].below_zero():
             return "crossing"
-        mostly_back = (
-            changes[-1].low > changes[self.lowest].mean / 2
-        )  # more than half of the loss, for certain
+        # more than half of the loss, for certain
+        mostly_back = changes[-1].low > changes[self.lowest].mean / 2
         return "valley" if mostly_back else "unclear"
 
     @property

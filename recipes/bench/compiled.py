@@ -121,8 +121,7 @@ class Compiled:
 
     @property
     def programs(self) -> int:
-        """Return how many of this program one multiprocessor holds at once; 0 = it cannot run on this
-        card."""
+        """Return how many of this program fit on one multiprocessor; 0 = it cannot run on this card."""
         if self.shared > self.shared_limit:
             return 0
         warps = self.case.num_warps
@@ -146,8 +145,7 @@ class Compiled:
 
     @cached_property
     def loads(self) -> dict[int, int]:
-        """Count the loads from global memory, also asynchronous ones: bytes per thread -> number of
-        instructions."""
+        """Count global loads, asynchronous ones too: bytes per thread -> number of instructions."""
         widths = Counter()
         for line in self.ptx.splitlines():
             if found := re.search(r"ld\.global[\w.:]*\.[busf](\d+)\s", line):
@@ -186,8 +184,10 @@ def refuse_where_nothing_compiles() -> None:
 
 
 def compile_case(case: Case, card: Card) -> Compiled:
-    """Compile the case for the card. Raises ValueError if that fails (no Triton, the interpreter, a type
-    missing)."""
+    """Compile the case for the card.
+
+    Raises ValueError if that fails (no Triton, the interpreter, a type missing).
+    """
     refuse_where_nothing_compiles()
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas

@@ -13,10 +13,9 @@ counted and not the operator itself. (Fake tensors run no implementation: the op
 other, each input read once, each result and each mutated argument written once.)
 
 What the count means: the traffic if nothing stayed in a cache between two kernels. A torch operator is
-    assumed to be
-perfect: cuBLAS reads a matrix several times, a log-softmax reads a long row twice, and both count once,
-whereas a Triton kernel that reads a row twice counts twice. Tiles that a Triton matmul reads again count each
-time; on a GPU many of them come from the L2 cache. The count is not a time.
+assumed to be perfect: cuBLAS reads a matrix several times, a log-softmax reads a long row twice, and both
+count once, whereas a Triton kernel that reads a row twice counts twice. Tiles that a Triton matmul reads
+again count each time; on a GPU many of them come from the L2 cache. The count is not a time.
 """
 
 from __future__ import annotations

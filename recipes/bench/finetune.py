@@ -79,9 +79,8 @@ def main(config: Config) -> list[dict]:
     rows = []
     spawn = multiprocessing.get_context("spawn")
     for name, contestant in contestants.items():
-        with ProcessPoolExecutor(
-            1, mp_context=spawn
-        ) as pool:  # of its own: a peak is a process's highest ever
+        # a process of its own: a peak is a process's highest ever
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             found = pool.submit(contestant, config, torch.get_num_threads()).result()
         rows.append({"name": name, **found})
         print(LINE.format(**rows[-1]))
@@ -156,9 +155,8 @@ def _ours(config: Config, threads: int) -> dict:
             group["lr"] = config.lr * cosine_with_warmup(step, len(steps), 0.05)
         batches = [PackedBatch.build([documents[i] for i in row]) for row in rows]
         losses.append(training_step(batches)[0].item())
-    result = _result(
-        time.perf_counter() - start, losses, documents
-    )  # before the check below adds to the peak
+    # before the check below adds to the peak
+    result = _result(time.perf_counter() - start, losses, documents)
     training_step.close()
     batch = PackedBatch.build([Document(torch.arange(n), 0) for n in (5, 7)])
     batch = batch.to(backbone.head_weight(model).device)

@@ -124,8 +124,7 @@ def _glu(kernel: str, element: str) -> Case:
 
 
 def cases() -> list[Case]:
-    """Return every kernel in every configuration that a launch uses. Add new kernels here; the test finds
-    them."""
+    """Return every kernel in every launch configuration. Add new kernels here; the test finds them."""
     return [
         *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
         *(_cross_entropy(*case) for case in product(BOTH_WAYS, ELEMENTS)),

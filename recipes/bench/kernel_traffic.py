@@ -65,9 +65,8 @@ def ours(loss: Loss, *, scaled: bool = True) -> dict[str, Count]:
         steps = math.ceil(math.log2(first / copied))
         cast = Count(3 + steps, V * H * WIDE + copied * e, V * H * e + copied * e)
     widened = Count(chunks, X, K * H * held) if held != e else Count()
-    scattered = Count(
-        2 * chunks + 1, 2 * K * H * held, 2 * K * H * held + N * H * held
-    )  # / D, copied, zeros elsewhere
+    # divided by D, copied, zeros elsewhere
+    scattered = Count(2 * chunks + 1, 2 * K * H * held, 2 * K * H * held + N * H * held)
     sums = max(chunks - 1, 0) * V * H * WIDE  # read again by every chunk but the first
     return {
         "logits": Count(2 * chunks, 2 * X + chunks * W, X + L, 2 * K * V * H),  # the rows are gathered first
@@ -124,9 +123,8 @@ def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str,
     return {
         "zeros": Count(2, 0, X + W),
         "logits": Count(chunks, X + chunks * W, L, 2 * N * V * H),
-        "row kernel": Count(
-            chunks, 2 * K * V * e, L
-        ),  # ignored rows are not read, but overwritten with zeros
+        # ignored rows are not read, but overwritten with zeros
+        "row kernel": Count(chunks, 2 * K * V * e, L),
         "dX": Count(chunks, L + chunks * W, X, 2 * N * V * H) + dX,
         "dW": dW,
         "hand over": Count(2, X + W, X + W) if scaled else Count(),
@@ -172,8 +170,7 @@ def total(terms: dict[str, Count]) -> Count:
 
 
 def causal_pairs(lengths: list[int], window: int | None = None) -> int:
-    """Count the query-key pairs that packed attention needs: the documents' causal areas, inside the
-    window."""
+    """Count the query-key pairs that packed attention needs: documents' causal areas, inside the window."""
     pairs = 0
     for n in lengths:
         w = min(n, window or n)

@@ -97,8 +97,7 @@ def _apple(hidden, weight, targets):
 
 
 def _three_matmuls(hidden, weight, targets, chunk=512):
-    """Compute logits, dhidden and dweight, which every exact loss needs, in chunks and into reused
-    buffers."""
+    """Compute logits, dhidden and dweight, which every exact loss needs, in chunks and reused buffers."""
     hidden, weight = hidden.detach(), weight.detach()
     logits = weight.new_empty(chunk, len(weight))
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)

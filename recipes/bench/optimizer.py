@@ -61,8 +61,10 @@ SMOKE = {"num_steps": 20, "num_traces": 64, "row_tokens": 512}
 
 
 class Weights:
-    """The weights as a run stores them, and their optimizer. The model computes on a copy if the dtypes
-    differ."""
+    """The weights as a run stores them, and their optimizer.
+
+    The model computes on a copy if the dtypes differ.
+    """
 
     def __init__(self, model, arm: str, config: Config):
         self.used = list(model.parameters())

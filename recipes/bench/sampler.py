@@ -4,9 +4,8 @@
     python recipes/bench/sampler.py --num_slots 16
 
 All engines get the same model and the same prompts. The model is a tiny Llama whose head undoes its embedding
-one
-step further down: token n is followed by n - 1, and 0 ends the text. So the last token of a prompt sets the
-length of its answer, while every engine computes the whole model for every token and stops by itself. All
+one step further down: token n is followed by n - 1, and 0 ends the text. So the last token of a prompt sets
+the length of its answer, while every engine computes the whole model for every token and stops by itself. All
 must write the same tokens; this is checked. Lengths are lognormal (mean about 575, at most 1,500),
 temperature 0.6 and top-p 0.95 as in the paper. `model.generate` gets the prompts in padded batches;
 `generate_batch` is transformers' continuous batching. Takes minutes on one CPU core. Left out on purpose:

@@ -2,8 +2,7 @@
 
 A check is a function of a Results and a Card. It calls `results.check` for a claim that holds or not,
 `results.figure` for a measurement, and raises Skip with the reason for anything that it leaves out.
-`results.case`
-guards each piece of work: an error in one case is that case's result, and the next case runs.
+`results.case` guards each piece of work: an error in one case is that case's result, and the next case runs.
 """
 
 from __future__ import annotations

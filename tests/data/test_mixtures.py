@@ -32,9 +32,8 @@ def test_the_problems_are_the_same_whatever_the_share_and_the_sizes_are_nested(s
         assert sum(map(is_long, traces)) == SHARES[share]
         assert any(reflects(trace.response) for trace in traces) == bool(SHARES[share])
         assert read_traces(source, limit=20, shuffle=shuffle, long_share=share)[0] == traces[:20]
-    assert (
-        list(map(is_long, made[0.5]))[:6] == [False, True] * 3
-    )  # spread, so that every subset has its share
+    # spread, so that every subset has its share
+    assert list(map(is_long, made[0.5]))[:6] == [False, True] * 3
 
 
 def test_without_shuffling_the_order_is_the_files_which_is_read_no_further_than_needed(source, tmp_path):

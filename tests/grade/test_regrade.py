@@ -35,9 +35,8 @@ def sample(number, answer, text, **fields):
 ROWS = [
     HEADER,
     sample(0, "5", r"\boxed{5}", verdict="correct", paper_verdict="correct"),
-    sample(
-        1, "5", r"\boxed{500}", verdict="correct", paper_verdict="correct"
-    ),  # an older grader forgave the factor
+    # an older grader forgave the factor
+    sample(1, "5", r"\boxed{500}", verdict="correct", paper_verdict="correct"),
     sample(2, r"\frac12", "\\boxed{0.5} \ud800 π", verdict="wrong"),
 ]
 
@@ -182,9 +181,8 @@ def test_where_math_verify_disagrees_is_listed(tmp_path, capsys):
         sample(1, "5", r"\boxed{6}"),
         sample(2, "2", r"\boxed{1} and \boxed{2}"),
     ]
-    rows.append(
-        sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}")
-    )  # the peer calls two tiny numbers equal
+    # the peer calls two tiny numbers equal
+    rows.append(sample(3, r"\frac{1}{2004!}", r"\boxed{\frac{1}{2006!}}"))
     counts = regrade.main([str(write(tmp_path / "s.jsonl", rows)), "--compare", "math-verify"])
     printed = capsys.readouterr().out
     assert "q1/3: ours wrong" in printed

@@ -1,5 +1,4 @@
-"""Test the torch path, and in a child process the Triton kernel in the interpreter: both give the same
-bits."""
+"""Test the torch path and, in a child process, the Triton kernel in the interpreter: their bits are equal."""
 
 from itertools import pairwise
 
@@ -82,8 +81,10 @@ def test_kernel_and_torch_path_give_the_same_bits(N, gradient_dtype, dtype):
 
 @pytest.mark.parametrize("gradient_dtype", GRADIENTS, ids=str)
 def test_the_first_step_is_adamw_and_its_states_are_the_nearest_codes_up_or_down(gradient_dtype):
-    """The first update reads no codes: p is as exact as in torch's fp32 AdamW. A code is a neighbour of its
-    number."""
+    """The first update reads no codes, so p is as exact as in torch's fp32 AdamW.
+
+    A code is a neighbour of its number.
+    """
     N, options = 2_001, {"lr": 3e-4, "eps": 1e-8, "weight_decay": 0.1}
     g = gradients(N, 1, dtype=gradient_dtype)[0]
     p, state = train(weights(N), [g], **options)
@@ -99,9 +100,8 @@ def test_the_first_step_is_adamw_and_its_states_are_the_nearest_codes_up_or_down
         code = state[f"{name}_codes"].double().abs()
         eps = levels * torch.finfo(torch.float32).eps
         assert ((code >= exact.floor() - eps) & (code <= (exact + eps).ceil())).all()
-        assert (
-            state[f"{name}_codes"].float().abs() == levels
-        ).float().sum() >= N // 256  # each block's largest is exact
+        # each block's largest is exact
+        assert (state[f"{name}_codes"].float().abs() == levels).float().sum() >= N // 256
     assert ((state["v_codes"] == 0) == (g == 0)).all()  # v is not 0 for any gradient that is not 0
     sign = state["m_codes"].sign()
     assert ((sign == 0) | (sign == g.sign())).all()
@@ -109,8 +109,7 @@ def test_the_first_step_is_adamw_and_its_states_are_the_nearest_codes_up_or_down
 
 @pytest.mark.skipif(INTERPRET, reason="the kernel's bits are the torch path's")
 def test_the_random_codes_have_the_right_mean():
-    """m and sqrt(v) have no bias: the mean of 1,024 streams is within five standard errors of two-point
-    noise."""
+    """m and sqrt(v) have no bias: 1,024 streams' mean is within five standard errors of two-point noise."""
     g, trials = gradients(256, 1)[0], 1_024
     g[0] = 1.0
     states = [decode_state(train(weights(256), [g], seed=seed)[1]) for seed in range(trials)]
@@ -130,8 +129,7 @@ def test_the_random_codes_have_the_right_mean():
 
 
 def updates_of_1e_5(round_):
-    """Return how far 1,000 updates of 1e-5 move the mean of bf16 weights near 0.02, which are 1.2e-4
-    apart."""
+    """Return how far 1,000 updates of 1e-5 move the mean of bf16 weights near 0.02 (spacing 1.2e-4)."""
     p = (0.02 + 0.002 * torch.rand(4_096, generator=torch.Generator().manual_seed(0))).to(torch.bfloat16)
     before = p.double().mean()
     return round_(p) - before
@@ -219,8 +217,7 @@ def test_without_gradient_and_state_only_the_decay_moves_a_weight(dtype):
 
 
 def test_a_dead_neighbour_of_a_live_weight_stops_and_never_explodes():
-    """Half of a block gets one gradient only: m fades to the code 0, v does not, no update exceeds Adam's
-    first."""
+    """Half a block gets only one gradient: m fades to code 0, v does not, no update exceeds Adam's first."""
     N, steps = 512, 20 if INTERPRET else 1_500
     gs = gradients(N, steps)
     dead = torch.arange(N) % 2 == 0
@@ -244,8 +241,7 @@ def test_a_v_far_below_the_first_code_keeps_it_and_only_a_v_of_zero_has_the_code
 
 
 def test_v_follows_gradients_that_shrink_beside_others_that_do_not():
-    """beta2 = 0.999 shrinks v by less than a code per step: rounded to nearest it would stay far too
-    large."""
+    """beta2 = 0.999 shrinks v by under a code per step: rounded to nearest, it would stay far too large."""
     N, steps = 512, 30 if INTERPRET else 2_000
     g = torch.randn(steps, N, generator=torch.Generator().manual_seed(0))
     g[steps // 5 :, ::2] *= 0.03
@@ -254,9 +250,8 @@ def test_v_follows_gradients_that_shrink_beside_others_that_do_not():
     for x in g.double():
         v = 0.999 * v + 0.001 * x.square()
     ratio = (decode_state(state)[1].double() / v)[::2]
-    assert (ratio.mean() - 1).abs() < 5 * ratio.std() / len(
-        ratio
-    ) ** 0.5 + 0.02  # 2 %: the spread of a root is a bias of its square
+    # 2 % more: the spread of a root is a bias of its square
+    assert (ratio.mean() - 1).abs() < 5 * ratio.std() / len(ratio) ** 0.5 + 0.02
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e4])
@@ -293,8 +288,7 @@ def test_a_nan_of_all_ones_does_not_round_to_a_finite_number():
 
 
 def trained(update, *, steps=200, seed=0):
-    """Fit 20 x 77 weights by least squares, with gradients over four decades; return them after `steps`
-    batches."""
+    """Return 20 x 77 weights after `steps` batches of least squares, with gradients over four decades."""
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** (-4 * torch.rand(77, generator=generator))
     goal = torch.randn(20, 77, generator=generator)
@@ -418,8 +412,7 @@ def test_elements_past_2_to_the_31_do_not_overflow(monkeypatch, first_element):
 
 @pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
 def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(monkeypatch):
-    """Program 2^31 / 256 / BLOCKS writes element 2^31 + ... of an address space of which it touches one
-    page."""
+    """Program 2^31 / 256 / BLOCKS writes element 2^31 + ... and touches one page of its address space."""
     import mmap
 
     import triton.runtime.interpreter as interpreter
@@ -440,9 +433,8 @@ def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(m
 
     def far(dtype, count=N):
         size = torch.empty(0, dtype=dtype).element_size()
-        space = mmap.mmap(
-            -1, size * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-        )  # MAP_NORESERVE: nothing is committed
+        # 0x4000 is MAP_NORESERVE: nothing is committed
+        space = mmap.mmap(-1, size * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
         return torch.frombuffer(space, dtype=dtype)
 
     p, g, m, v = far(torch.int16), far(torch.int16), far(torch.int8), far(torch.uint8)

@@ -16,8 +16,7 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed 
 
 
 def bytes_of_accesses(ptx, pointer, kind):
-    """Return the bytes per load ("ld") or store ("st") at addresses computed from parameter number
-    `pointer`."""
+    """Return the bytes per load ("ld") or store ("st") whose address comes from parameter no. `pointer`."""
     parameter = rf"ld\.param\.b64\s+(%rd\d+), \[\w+_param_{pointer}\];"
     addresses = {re.search(parameter, ptx).group(1)}
     widths = []

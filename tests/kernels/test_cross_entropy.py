@@ -18,17 +18,15 @@ from kit.kernels.backend import INTERPRET
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
-REDUCTIONS = (
-    ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
-)  # the kernels are the same for "mean" and "sum"
+# the kernels are the same for "mean" and "sum"
+REDUCTIONS = ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
 # (N, V): one of each; nothing divides anything; several column steps with a ragged end
 SHAPES = [(1, 1), (1, 7), (13, 77), (11, 301)]
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Use blocks of two rows of 77 fp32 columns and steps of 64 columns, so that small inputs need
-    several."""
+    """Use blocks of two rows of 77 fp32 columns and steps of 64 columns: small inputs then need several."""
     monkeypatch.setattr(backend, "CPU_BLOCK_BYTES", 700)
     monkeypatch.setattr(ce, "BLOCK_V", 64)
 
@@ -106,9 +104,8 @@ def test_every_shape_agrees_with_float64(data):
         run(reference, logits, targets, torch.float64),
         run(cross_entropy, logits, targets, torch.float32),
     )
-    for name in (
-        truth
-    ):  # a single number has no typical error to compare with: allow some last places of logits near 10
+    # a single number has no typical error to compare with: allow some last places of logits near 10
+    for name in truth:
         torch.testing.assert_close(
             ours[name].double(), truth[name], rtol=0, atol=8 * 10 * torch.finfo(torch.float32).eps
         )
@@ -262,10 +259,10 @@ def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(monkeypatch)
         interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
     )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
-    # 8 GiB of addresses, of which one page is touched: nothing is committed
+    # 8 GiB of addresses, of which one page is touched: MAP_NORESERVE (0x4000) commits nothing
     space = mmap.mmap(
         -1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-    )  # MAP_NORESERVE
+    )
     base = torch.frombuffer(space, dtype=torch.float16)
     logits, values = base[FAR_ROW * FAR_STRIDE :][:60], torch.randn(60).half()
     logits.copy_(values)

@@ -1,5 +1,7 @@
-"""The torch path, and in a child process the real Triton kernels in the interpreter: TRITON_INTERPRET is read
-at import."""
+"""Test the torch path and, in a child process, the real Triton kernels in the interpreter.
+
+A child process is needed because TRITON_INTERPRET is read at import.
+"""
 
 import pytest
 import torch

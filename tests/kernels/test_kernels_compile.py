@@ -93,9 +93,8 @@ def check_every_case():
         for j, card in enumerate(TARGETS)
         if worth_compiling(case, card)
     ]
-    with ProcessPoolExecutor(
-        os.cpu_count(), mp_context=multiprocessing.get_context("fork")
-    ) as pool:  # safe to fork: nothing has run here yet
+    # safe to fork: nothing has run here yet
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:
         lines, found = zip(*pool.map(judge, everything, chunksize=4), strict=True)
     print("\n".join(lines))
     assert not any(found), "\n".join(wrong for each in found for wrong in each)
@@ -151,19 +150,18 @@ def compiled_with(num_warps, registers, shared, capability):
 
 
 def test_occupancy_is_what_the_limits_leave():
-    """Computed by hand from a multiprocessor's limits: 64 Ki registers in four files; RTX 40: 48 warps, 100
-    KiB."""
-    assert (
-        compiled_with(8, 48, 32, 89).programs == 5
-    )  # 42 warps by registers, 40 in four files: 5 programs of 8
+    """The expected numbers are computed by hand from a multiprocessor's limits.
+
+    64 Ki registers in four files; RTX 40: 48 warps, 100 KiB.
+    """
+    # 42 warps by registers, 40 in four files: 5 programs of 8
+    assert compiled_with(8, 48, 32, 89).programs == 5
     assert compiled_with(8, 48, 32, 89).occupancy == 40 / 48
-    assert (
-        compiled_with(8, 33, 0, 89).programs == 6
-    )  # 33 registers cost 40 each: 51 warps, more than the 48 threads allow
+    # 33 registers cost 40 each: 51 warps, more than the 48 threads allow
+    assert compiled_with(8, 33, 0, 89).programs == 6
     assert compiled_with(1, 16, 0, 89).programs == 24  # the cap on programs
-    assert (
-        compiled_with(1, 96, 0, 89).programs == 20
-    )  # 21 warps by registers, but each of the four files holds 5 whole ones
+    # 21 warps by registers, but each of the four files holds 5 whole ones
+    assert compiled_with(1, 96, 0, 89).programs == 20
     assert compiled_with(4, 32, 49 * 1024, 89).programs == 2  # 2 x (49 + 1 KiB) = 100
     assert compiled_with(4, 32, 49 * 1024 + 1, 89).programs == 1
     assert compiled_with(4, 32, 99 * 1024 + 1, 89).programs == 0  # and it cannot run

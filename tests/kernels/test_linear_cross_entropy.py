@@ -33,9 +33,8 @@ from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.memory.live_bytes import LiveBytes
 
 DTYPES = [torch.float32, torch.float16] if INTERPRET else [torch.float32, torch.float16, torch.bfloat16]
-REDUCTIONS = (
-    ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
-)  # the kernels are the same for "mean" and "sum"
+# the kernels are the same for "mean" and "sum"
+REDUCTIONS = ["mean", "none"] if INTERPRET else ["mean", "sum", "none"]
 NAMES = ("loss", "dhidden", "dweight")
 # (N, V, H): one row; nothing divides anything; several column steps with a ragged end
 SHAPES = [(1, 7, 3), (13, 77, 19), (11, 301, 24)]
@@ -43,8 +42,10 @@ SHAPES = [(1, 7, 3), (13, 77, 19), (11, 301, 24)]
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Use chunks of at most 5 rows, blocks of 2 rows of 77 fp32 columns, steps of 64: small inputs need
-    several."""
+    """Use chunks of 5 rows at most, blocks of 2 rows of 77 fp32 columns and steps of 64 columns.
+
+    Small inputs then need several of each.
+    """
     monkeypatch.setattr(head, "MIN_ROWS", 5)
     monkeypatch.setattr(head, "MAX_CHUNK_BYTES", 1)
     monkeypatch.setattr(head, "PRODUCT_BYTES", {"cpu": 32 * 19 * 4})
@@ -146,9 +147,8 @@ def test_softcap_temperature_and_token_weights_are_as_good_as_torchs(reduction, 
     hidden, weight, targets = problem(13, 77, 19, dtype)
     token_weight = torch.linspace(-1, 2, 13)
     check(hidden, weight, targets, dtype, reduction=reduction, softcap=3.0)
-    check(
-        hidden, weight, targets, dtype, reduction=reduction, softcap=1000.0
-    )  # tanh of small numbers must keep their digits
+    # tanh of small numbers must keep their digits
+    check(hidden, weight, targets, dtype, reduction=reduction, softcap=1000.0)
     check(hidden, weight, targets, dtype, reduction=reduction, softcap=30.0, temperature=0.6)
     check(hidden, weight, targets, dtype, reduction=reduction, temperature=1.7, token_weight=token_weight)
 
@@ -161,9 +161,8 @@ def test_an_objective_of_the_log_prob_is_as_good_as_autograd(reduction, dtype):
         torch.linspace(-0.5, 0.5, 23, dtype=torch.float64),
         torch.linspace(2, -1, 23, dtype=torch.float64),
     )
-    old = (
-        -plain(hidden.double(), weight.double(), targets, reduction="none") + noise
-    )  # ratios on both sides of both clips
+    # ratios on both sides of both clips
+    old = -plain(hidden.double(), weight.double(), targets, reduction="none") + noise
     check(hidden, weight, targets, dtype, reduction=reduction, objective=grpo(old, advantage))
     check(
         hidden,
@@ -661,9 +660,8 @@ def test_the_operators_and_their_fake_implementations_agree():
 def test_chunks_have_512_rows_or_512_mib_and_equal_sizes(monkeypatch):
     monkeypatch.undo()
     assert head.rows_per_chunk(16384, 262144, 0, 2) == 1024
-    assert (
-        head.rows_per_chunk(16384, 262144, 1152, 2) == 964
-    )  # 17 chunks: three matrices of 1,152 columns count too
+    # 17 chunks: three matrices of 1,152 columns count too
+    assert head.rows_per_chunk(16384, 262144, 1152, 2) == 964
     assert head.rows_per_chunk(16384, 262144, 1152, 4) == 512
     assert head.rows_per_chunk(16384, 2**20, 640, 4) == 512  # the chunk is 2 GiB then
     assert head.rows_per_chunk(513, 262144, 640, 4) == 257  # not 512 and 1
@@ -809,10 +807,10 @@ def far_row(monkeypatch):
         interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)
     )
     monkeypatch.setattr(interpreter.interpreter_builder, "create_get_program_id", create_get_program_id)
-    # 8 GiB of addresses, of which one page is touched: nothing is committed
+    # 8 GiB of addresses, of which one page is touched: MAP_NORESERVE (0x4000) commits nothing
     space = mmap.mmap(
         -1, 2 * (FAR_ROW + 1) * FAR_STRIDE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-    )  # MAP_NORESERVE
+    )
     logits = torch.frombuffer(space, dtype=torch.float16)[FAR_ROW * FAR_STRIDE :][:150]
     return torch.frombuffer(space, dtype=torch.float16), logits
 

@@ -160,9 +160,8 @@ def test_every_pack_agrees_with_the_masked_square(data):
         leaves = [x.clone().requires_grad_() for x in tensors]
         out = function(*leaves, cu_seqlens, max(lengths), window=window)
         results.append([out, *torch.autograd.grad((out * out).sum(), leaves)])
-    for ours, truth in zip(
-        *results, strict=True
-    ):  # in float64 only a few roundings of sums of a few terms remain
+    # in float64 only a few roundings of sums of a few terms remain
+    for ours, truth in zip(*results, strict=True):
         torch.testing.assert_close(ours, truth, atol=1e-13, rtol=1e-12)
 
 

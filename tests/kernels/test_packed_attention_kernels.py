@@ -302,16 +302,14 @@ def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, fi
             interpreter.np.array([value], dtype=interpreter.np.int32), interpreter.tl.int32
         )
 
-    monkeypatch.setattr(
-        builder, "options", interpreter.InterpreterOptions(debug=True)
-    )  # raises on int32 overflow
+    # debug=True raises on int32 overflow
+    monkeypatch.setattr(builder, "options", interpreter.InterpreterOptions(debug=True))
     monkeypatch.setattr(builder, "create_get_program_id", lambda axis: handle(place["id"][axis]))
     monkeypatch.setattr(builder, "create_get_num_programs", lambda axis: handle(place["num"][axis]))
 
-    def far_tensor():  # 8 GiB of addresses, of which a few pages are touched: nothing is committed
-        space = mmap.mmap(
-            -1, 2 * FAR_T * FAR_H * FAR_D, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
-        )  # MAP_NORESERVE
+    def far_tensor():
+        # 8 GiB of addresses, of which a few pages are touched: MAP_NORESERVE (0x4000) commits nothing
+        space = mmap.mmap(-1, 2 * FAR_T * FAR_H * FAR_D, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
         return torch.frombuffer(space, dtype=torch.float16).view(FAR_T, FAR_H, FAR_D)
 
     q, k, v, dout, out, dq, dk, dv = (far_tensor() for _ in range(8))
@@ -322,9 +320,8 @@ def test_offsets_near_2_to_the_32_do_not_overflow(monkeypatch, start, window, fi
     cu_seqlens = torch.tensor([0, start, FAR_T] if start else [0, FAR_T], dtype=torch.int32)
     sizes = FAR_T, len(cu_seqlens) - 1, window, FAR_D**-0.5, *[FAR_H * FAR_D, FAR_D] * 3
     blocks = {"GROUP": 1, "D": FAR_D, "BLOCK_D": FAR_D, "BLOCK_M": 16, "BLOCK_N": 16}
-    program = (
-        FAR_T // 16 if start else FAR_T // 16 - 1
-    )  # 1,023 tiles come before; a second document starts one number later
+    # 1,023 tiles come before; a second document starts one number later
+    program = FAR_T // 16 if start else FAR_T // 16 - 1
     place["id"], place["num"] = (0, FAR_H - 1), (program + 1, FAR_H)  # counted from the end
     tiles._forward_kernel[(1,)](q, k, v, out, logsumexp, cu_seqlens, *sizes, **blocks)
     sizes += FAR_H * FAR_D, FAR_D

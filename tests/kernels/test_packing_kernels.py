@@ -39,8 +39,7 @@ def documents_of(lengths, prompt_lens, dtype=torch.int32):
 
 
 def arguments_of(documents, *, before=0, after=0):
-    """Return the arguments of pack: the documents in one buffer, between so many tokens of other
-    documents."""
+    """Return pack's arguments: the documents in one buffer, between so many tokens of other documents."""
     other = [torch.full((n,), 7, dtype=documents[0].ids.dtype) for n in (before, after)]
     buffer = torch.cat([other[0], *(document.ids for document in documents), other[1]])
     offsets = torch.tensor([before, *map(len, documents)]).cumsum(0)

@@ -41,9 +41,8 @@ def formula(
     row = T * H * 2  # bytes of one (T, H) in bf16
     whole_head = savings.head_update == "whole" and not qlora_rank
     inputs = row * (2 if savings.offload_inputs else L + 1)
-    if (
-        not savings.recompute
-    ):  # norms: inputs in fp32, results and outputs; q, k, v and out; the feed-forward's four
+    # norms: inputs in fp32, results and outputs; q, k, v and out; the feed-forward's four
+    if not savings.recompute:
         inputs = L * T * (16 * H + 4 * (q + kv) + 8 * intermediate)
 
     chunk = rows_per_chunk(T, V, H, 2, savings.logit_rows) * 2 * (V + 3 * H)

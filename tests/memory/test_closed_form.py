@@ -64,8 +64,10 @@ LAYERS = 6  # a simulation takes as long as there are layers; the sixth is the f
 
 @pytest.mark.parametrize(("model", "qlora_rank"), [(model, 0) for model in MODELS] + [(MODELS[0], 16)])
 def test_the_plan_of_a_supported_model_agrees_with_the_formula(model, qlora_rank, tmp_path):
-    """4,096 tokens in two tiles. One model is whole, the others have their first layers and the same share of
-    their vocabulary."""
+    """Plan 4,096 tokens in two tiles.
+
+    One model is whole, the others have their first layers and the same share of their vocabulary.
+    """
     if model != WHOLE:
         config = load_config(model).to_dict()
         vocab_size = config["vocab_size"] * LAYERS // config["num_hidden_layers"]

@@ -50,9 +50,8 @@ def test_the_hardest_are_the_slowest_pairs_that_both_decide(bench):
         for _ in range(18)
     ]
     pairs.append(bench.Pair("8", "8", "the same", "correct", "correct", 1e-3, 1e-3, 2e-3, 2e-3))
-    pairs.append(
-        bench.Pair("9", "9", "the same", "unknown", "wrong", 5.0, 5.0, 1e-3, 1e-3)
-    )  # one side alone decides it
+    # one side alone decides it
+    pairs.append(bench.Pair("9", "9", "the same", "unknown", "wrong", 5.0, 5.0, 1e-3, 1e-3))
     figures = bench.summarise(pairs, 0.05, peer=True)["first"]
     assert figures["ratio_of_medians_on_hardest"] == pytest.approx(2)
     assert figures["ratio_of_medians"] == pytest.approx(100)

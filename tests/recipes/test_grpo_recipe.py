@@ -66,9 +66,8 @@ def test_no_more_answers_at_once_are_chosen_than_a_rollout_has(recipe, model):
     )
     chosen, planned = recipe.plan_memory(config)
     assert chosen.num_slots == planned.settings.num_slots == 6
-    assert (
-        replace(chosen, num_slots=config.num_slots, optimizer="auto") == config
-    )  # the fastest settings: nothing else changes
+    # the fastest settings: nothing else changes
+    assert replace(chosen, num_slots=config.num_slots, optimizer="auto") == config
 
 
 def test_savings_that_a_mini_batch_of_several_rows_cannot_have_are_refused_with_the_flags(recipe):

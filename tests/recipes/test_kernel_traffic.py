@@ -100,9 +100,8 @@ def test_ours_is_exact(N, K, scaled, dtype, monkeypatch):
             ours(loss, scaled=scaled),
             count(linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0),
         )
-        if (
-            dtype == torch.float16
-        ):  # a CPU has no product of 16-bit matrices with an fp32 sum: a GPU needs one operator for it
+        # a CPU has no product of 16-bit matrices with an fp32 sum: a GPU needs one operator for it
+        if dtype == torch.float16:
             terms.pop("dW")
             counter.by_operator.pop("kit::add_matmul_")
         differences.append(counter.total - total(terms))
@@ -139,9 +138,8 @@ def test_liger_is_exact_in_what_it_does_on_a_cpu(N, K, scaled, dtype):
     for V, H in SIZES[:3]:  # it scales dW with one program per row, which the interpreter runs one by one
         loss = Loss(N, K, V, H, dtype)
         counted = count(liger_fused_linear_cross_entropy, loss, upstream=0.5 if scaled else 1.0).total
-        upstream_loads = (
-            (N + V) * 4 * scaled
-        )  # the scaling kernel reads the upstream gradient once per row, of dX and of dW
+        # the scaling kernel reads the upstream gradient once per row, of dX and of dW
+        upstream_loads = (N + V) * 4 * scaled
         differences.append(
             counted - total(liger(loss, on_gpu=False, scaled=scaled)) - Count(0, upstream_loads)
         )
@@ -221,9 +219,8 @@ def test_while_summing_extra_memory_is_both_gradients_one_chunk_and_thin_matrice
     with FakeTensorMode():
         loss, arguments = fake_problem(model, dtype=torch.float32)
         extra = extra_memory(loss, arguments)
-    thin = (
-        4 * head.rows_per_chunk(loss.K, loss.V, loss.H, loss.e) * loss.H * loss.e
-    )  # a chunk's rows, their gradient, and it again scaled
+    # a chunk's rows, their gradient, and it again scaled
+    thin = 4 * head.rows_per_chunk(loss.K, loss.V, loss.H, loss.e) * loss.H * loss.e
     assert extra <= (loss.N + loss.V) * loss.H * 4 + 512 * MIB + thin + 64 * loss.N
 
 

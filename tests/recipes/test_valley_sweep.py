@@ -77,9 +77,8 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     output, errors = resumed.stdout, resumed.stderr
     assert resumed.returncode == 1
     assert "2 of 4 runs failed: short-full-0-seed0, short-full-96-seed0; --resume" in errors, errors
-    assert all(
-        path.stat().st_mtime_ns == before for path, before in kept.items()
-    )  # what was done is not done again
+    # what was done is not done again
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     rows = [json.loads(line) for line in journal.read_text().splitlines()][1:]
     assert [(row["job"], row["status"]) for row in rows] == [
         ("tiny-full-96-seed0", "done"),
@@ -89,9 +88,8 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     assert "max_new_tokens is 40, but the model was made for 32" in rows[1]["error"]
     assert rows[2]["error"] == "not started: it needs short-full-0-seed0, which failed"
     assert any("run folder" in line for line in Path(tmp_path / rows[1]["log"]).read_text().splitlines())
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(
-        range(1, 13)
-    )  # none twice or missing
+    # no step twice or missing
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 13))
 
     for line in (
         "lr 0.003 (paper: 5e-05)",

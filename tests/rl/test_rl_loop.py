@@ -72,9 +72,8 @@ def test_running_out_of_memory_is_reported_with_the_checkpoint_to_continue_from(
     metrics = tmp_path / "run" / "metrics.jsonl"
 
     def run_out(question, completion):
-        if (
-            metrics.exists() and len(metrics.read_text().splitlines()) == 4
-        ):  # in the fifth step, after the checkpoint
+        # in the fifth step, after the checkpoint
+        if metrics.exists() and len(metrics.read_text().splitlines()) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return float(len(completion.ids) % 2)
 

@@ -37,9 +37,8 @@ def test_bf16_steps_follow_adamw_in_float64_on_average():
     torch.manual_seed(0)
     weight = torch.nn.Parameter((torch.randn(50_000) * 0.02).bfloat16())
     start = weight.detach().clone()
-    gradient = (
-        torch.randn(50_000) * 0.2 + 1
-    ).bfloat16()  # the same in every step, which 8-bit states follow to 1 %
+    # the same in every step, which 8-bit states follow to 1 %
+    gradient = (torch.randn(50_000) * 0.2 + 1).bfloat16()
     optimizer = AdamW8bit([weight], lr=1e-5, weight_decay=0.1)
 
     for _ in range(20):

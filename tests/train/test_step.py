@@ -39,8 +39,7 @@ def assert_close_to(model, other, atol):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_updating_inside_the_backward_pass_gives_the_bits_of_updating_after_it(family):
-    """The order of updates changes nothing: lr is the same for all, and each parameter has its own random
-    bits."""
+    """The order of updates changes nothing: all have the same lr, each parameter has its own random bits."""
     for dtype in (torch.float32, torch.bfloat16):
         model, other = make_model(family, dtype), make_model(family, dtype)
         history = trained(model, Savings(optimizer="adamw8bit"))
@@ -62,11 +61,9 @@ def test_all_savings_together_train_the_same_model(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, monkeypatch):
-    """Do one 8-bit step on the same gradient up to rounding; a code differs if a random threshold is
-    close."""
-    monkeypatch.setattr(
-        "kit.kernels.linear_cross_entropy_blocks.VOCABULARY_UNIT", 8
-    )  # 97 rows of 32 numbers: blocks of 256 numbers, twelve and a bit
+    """Do one 8-bit step on gradients equal up to rounding; codes differ if a random threshold is close."""
+    # 97 rows of 32 numbers: blocks of 256 numbers, twelve and a bit
+    monkeypatch.setattr("kit.kernels.linear_cross_entropy_blocks.VOCABULARY_UNIT", 8)
     monkeypatch.setattr("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", 1)
     gradients = []
     for savings in (
@@ -84,9 +81,8 @@ def test_the_blocked_head_updates_the_tied_embedding_as_autograd_would(family, m
 
         monkeypatch.setattr(training_step.optimizer, "update", update)
         documents = random_documents(LENGTHS)
-        documents[0].ids[:3] = (
-            model.get_input_embeddings().padding_idx or 0
-        )  # its row gets nothing from the lookup
+        # its row gets nothing from the lookup
+        documents[0].ids[:3] = model.get_input_embeddings().padding_idx or 0
         _, norm = training_step([PackedBatch.build(documents)])
         gradients.append((seen, norm))
     (whole, norm), (blocked, blocked_norm) = gradients

@@ -32,8 +32,7 @@ class Config:
 
 
 def mean_token_loss(model, documents):
-    """Compute the loss by definition: the mean cross-entropy of all response tokens, one document at a
-    time."""
+    """Compute the loss by definition: the mean cross-entropy of all response tokens, document by document."""
     losses = []
     for document in documents:
         batch = PackedBatch.build([document])

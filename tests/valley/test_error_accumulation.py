@@ -58,9 +58,8 @@ def test_errors_that_only_accumulate_leave_nothing_over():
     assert found.causes["a sum is wrong"] == pytest.approx(1 - found.accuracy.mean)
     lines = explain(BASE, [found])
     assert "the same within chance" in lines[0]
-    assert (
-        "Length explains nothing of the fall" in lines[1]
-    )  # answers are as long as before: it is p that fell
+    # answers are as long as before: it is p that fell
+    assert "Length explains nothing of the fall" in lines[1]
     assert "a sum is wrong at 64 (100 %)" in lines[2]
 
 

@@ -212,9 +212,8 @@ def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(
     # in a process whose server has not been started
     wait(call(__file__, "run_one", str(recipe), str(tmp_path)))
     found = json.loads((tmp_path / "found.json").read_text())
-    assert (
-        found["blocks"] < 10
-    )  # of 40 that were used; a few, because a forked process copies what it touches
+    # of 40 that were used; a few, because a forked process copies what it touches
+    assert found["blocks"] < 10
     assert found["environment"]["MALLOC_TOP_PAD_"] == str(2**27)
     assert not {*found["environment"]} & {*KEEP_FREED_MEMORY} - {"MALLOC_TOP_PAD_"}
 

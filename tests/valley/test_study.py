@@ -122,9 +122,8 @@ def test_the_growing_batch_repeats_no_cell_of_the_long_arm_and_other_models_have
     assert growing[0].name == "tiny-full-64-growing-seed1" and len({cell.name for cell in cells}) == len(
         cells
     )
-    assert [cell.seed for cell in cells] == sorted(
-        cell.seed for cell in cells
-    )  # one seed's picture is whole first
+    # one seed's picture is whole first
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert [cell.num_traces for cell in cells if (cell.arm, cell.seed) == ("short", 0)] == [64, 1_024, 4_096]
     assert {cell.arm for cell in cells if cell.model == "tinier"} == {"long"} and TOY.compared == ["tiny"]
 

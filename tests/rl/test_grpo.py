@@ -325,7 +325,7 @@ def test_an_episode_that_cannot_be_trusted_is_counted_and_left_out_of_every_mean
 def test_an_episode_without_a_prompt_is_refused_because_its_first_token_is_predicted_from_nothing():
     completion = Completion(ids=[5, 6, 2], logprobs=[-1.0, -2.0, -3.0], finished=True)
     episode = Episode(0, "q", [], completion, 1.0)
-    with pytest.raises(ValueError, match="have 3 tokens but 2 of them.*give every episode a prompt"):
+    with pytest.raises(ValueError, match=r"have 3 tokens but 2 of them.*give every episode a prompt"):
         EpisodeBatch.of([WeightedEpisode(episode, 1.0, 1.0)])
 
 

@@ -4,7 +4,7 @@ import time
 from fractions import Fraction
 
 import pytest
-from test_verdict import HOSTILE, SLACK
+from test_verdict import HOSTILE
 
 from kit.data.equations import stated_equations
 from kit.data.expressions import evaluate
@@ -85,6 +85,9 @@ def test_an_expression_has_a_value_or_is_refused():
             evaluate(text)
 
 
+BOUND = 30.0  # seconds: text that is read without bounds takes minutes, and a busy machine is slow
+
+
 def test_hostile_text_is_bounded():
     texts = [prediction for _, prediction in HOSTILE]
     texts += [
@@ -105,4 +108,4 @@ def test_hostile_text_is_bounded():
     for text in texts:
         start = time.monotonic()
         stated_equations(text)
-        assert time.monotonic() - start < SLACK, text[:40]
+        assert time.monotonic() - start < BOUND, text[:40]

@@ -4,7 +4,7 @@ RMSNorm over the last dimension, of rows of hidden states or of the heads of q a
     r[n]    = 1 / sqrt(mean_h(x[n, h]^2) + eps)
     y[n, h] = x[n, h] * r[n] * (offset + w[h])
 
-    offset: 0, or 1 in Gemma, whose weights are stored less 1. With g = dy * (offset + w) and x' = x * r:
+    offset is 0, or 1 in Gemma, whose weights are stored less 1. With g = dy * (offset + w) and x' = x * r:
 
     dx[n, h] = r[n] * (g[n, h] - x'[n, h] * mean_h(g[n] * x'[n]))
     dw[h]    = sum_n dy[n, h] * x'[n, h]

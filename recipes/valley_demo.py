@@ -1,10 +1,10 @@
 """The valley on a CPU: a small model learns from more and more long traces. Does it fall? Does it recover?
 
-    python recipes/valley_demo.py --quick          one seed, fewer sizes python recipes/valley_demo.py
-    three seeds, four arms python recipes/valley_demo.py --resume         go on after an interruption:
-    finished models are kept python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384
-    more sizes, arms or seeds python recipes/valley_demo.py --resume --rl_steps 80    then reinforcement
-    learning from three of the models
+    python recipes/valley_demo.py --quick                   one seed, fewer sizes
+    python recipes/valley_demo.py                           three seeds, four arms
+    python recipes/valley_demo.py --resume                  go on after an interruption; finished models stay
+    python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384    add sizes, arms or seeds
+    python recipes/valley_demo.py --resume --rl_steps 80    add reinforcement learning from three models
 
 The model that ships with the kit has learned chains of additions and subtractions (kit/data/toy.py) from
 40,000 short traces. It is fine-tuned on more and more long ones, which recheck and correct themselves, and
@@ -16,9 +16,9 @@ in a folder of its own. What came out, and what it says, is in report.html of th
 Learning rate and batch size were chosen once, by a rule: recipes/bench/LOG.md has the rule and all that was
 tried.
 
-Time: the full setting trains on 51 million tokens and took 31 min on two idle Xeon cores (2026-11-22; the two
-models learn 13,000 and 21,000 tokens per second), a tenth of it for samples; --quick 3 min 19 s. 16,384
-traces, added later: 73 minutes on one core.
+Time on two idle Xeon cores (2026-11-22): 31 min for the full setting, which trains on 51 million tokens (the
+two models learn 13,000 and 21,000 per second), a tenth of it for samples; 3 min 19 s for --quick. 16,384
+traces, added later: 73 minutes on one core. On two idle AMD EPYC cores (2026-11-26) --quick took 1 min 39 s.
 
 It is about the toy, not about language models. Left out on purpose: the best learning rate for each size.
 """

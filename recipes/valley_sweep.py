@@ -1,11 +1,11 @@
 """The paper's valley on a card: models x numbers of traces x (full | QLoRA) x seeds, in one report.
 
-    python recipes/valley_sweep.py --plan                    what fits, how many hours, how much disk:
-    estimates python recipes/valley_sweep.py --plan --preset rtx24     the same for a setting that one card of
-    24 GB can finish python recipes/valley_sweep.py --preset rtx24            run it; what differs from the
-    paper is printed python recipes/valley_sweep.py --gpus 0,1,2,3            the paper's setting, one run per
-    GPU python recipes/valley_sweep.py --resume                  go on after a kill, and try again what failed
-    python recipes/valley_sweep.py --smoke                   the same path in about a minute on any CPU
+    python recipes/valley_sweep.py --plan                   what fits, how many hours, how much disk
+    python recipes/valley_sweep.py --plan --preset rtx24    the same for what one card of 24 GB can finish
+    python recipes/valley_sweep.py --preset rtx24           run it; what differs from the paper is printed
+    python recipes/valley_sweep.py --gpus 0,1,2,3           the paper's setting, one run per GPU
+    python recipes/valley_sweep.py --resume                 go on after a kill, and try again what failed
+    python recipes/valley_sweep.py --smoke                  the same path in about a minute on any CPU
 
 Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2
 (kit/valley/study.py). The base model is measured once per model and seed. A run that fails is reported with

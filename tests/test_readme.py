@@ -1,5 +1,6 @@
 """Check every command of the README: its file exists, and the recipe reads its flags and their values."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -20,6 +21,13 @@ COMMANDS = [
     if command.split("#")[0].strip()
 ]
 RECIPES = [words for words in COMMANDS if any(word.startswith("recipes/") for word in words)]
+# the commands at the head of a recipe; what each does stands behind two spaces or more
+HEADS = [
+    shlex.split(re.split(r" {2,}", line.strip())[0])
+    for file in sorted((ROOT / "recipes").glob("*.py"))
+    for line in (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()
+    if "python recipes/" in line
+]
 
 
 def test_the_readme_opens_with_one_sentence_and_two_commands():
@@ -36,13 +44,20 @@ def test_there_are_recipe_commands_to_check():
     assert len(RECIPES) >= 3
 
 
-@pytest.mark.parametrize("words", RECIPES, ids=" ".join)
+def test_every_recipe_names_its_command_and_each_command_stands_on_a_line_of_its_own():
+    assert {words[1] for words in HEADS} == {
+        f"recipes/{file.name}" for file in (ROOT / "recipes").glob("*.py")
+    }
+    assert not [words for words in HEADS if words[0] != "python" or "python" in words[1:]]
+
+
+@pytest.mark.parametrize("words", [*RECIPES, *HEADS], ids=" ".join)
 def test_every_recipe_command_parses_against_the_recipes_own_flags(words, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))  # before recipes/bench, which pytest adds, too
     position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
     assert (ROOT / words[position]).is_file()
     module = importlib.import_module(Path(words[position]).stem)
-    presets = {name: getattr(module, name.upper(), None) for name in ("smoke", "quick")}
+    presets = {name: getattr(module, name.upper(), None) for name in ("smoke", "quick", "presets")}
     assert parse(module.Config, words[position + 1 :], **presets)
 
 

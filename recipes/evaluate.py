@@ -96,9 +96,15 @@ def main(config: Config) -> list[Result]:
     results = []
     for benchmark in benchmarks:
         found = evaluate(
-            model, chat, benchmark, params, run.path / SAMPLES,
-            num_samples=config.num_samples, num_slots=config.num_slots, seed=config.seed,
-        )  # fmt: skip
+            model,
+            chat,
+            benchmark,
+            params,
+            run.path / SAMPLES,
+            num_samples=config.num_samples,
+            num_slots=config.num_slots,
+            seed=config.seed,
+        )
         results.append(found)
 
     print(table(results))

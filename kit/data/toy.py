@@ -152,9 +152,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in WORD_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        chat_template=TEMPLATE, model_max_length=1024,
-    )  # fmt: skip
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+        model_max_length=1024,
+    )
 
 
 def read_chain(problem: str) -> Chain:

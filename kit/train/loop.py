@@ -69,9 +69,15 @@ class TrainingPlan:
 
     @classmethod
     def make(
-        cls, lengths: Sequence[int], *,
-        row_tokens: int, batch_traces: int, epochs: int, max_steps: int = 0, seed: int = 0,
-    ) -> TrainingPlan:  # fmt: skip
+        cls,
+        lengths: Sequence[int],
+        *,
+        row_tokens: int,
+        batch_traces: int,
+        epochs: int,
+        max_steps: int = 0,
+        seed: int = 0,
+    ) -> TrainingPlan:
         """Plan all steps. Each epoch packs the whole set in a new order.
 
         lengths: tokens per document. max_steps: the number of steps; 0 = all epochs.
@@ -104,11 +110,24 @@ class TrainingPlan:
 
 
 def train(
-    model, tokenizer, documents: Sequence[Document], plan: TrainingPlan, run: RunFolder, *,
-    lr: float, warmup_ratio: float, weight_decay: float = 0.0, beta2: float = 0.999,
-    max_grad_norm: float = 1.0, max_tensor_norm: float = 0.0, savings: Savings | None = None,
-    loss_of: LossOfRow | None = None, memory: Memory | None = None, checkpoint_every: int = 0, seed: int = 0,
-) -> Path:  # fmt: skip
+    model,
+    tokenizer,
+    documents: Sequence[Document],
+    plan: TrainingPlan,
+    run: RunFolder,
+    *,
+    lr: float,
+    warmup_ratio: float,
+    weight_decay: float = 0.0,
+    beta2: float = 0.999,
+    max_grad_norm: float = 1.0,
+    max_tensor_norm: float = 0.0,
+    savings: Savings | None = None,
+    loss_of: LossOfRow | None = None,
+    memory: Memory | None = None,
+    checkpoint_every: int = 0,
+    seed: int = 0,
+) -> Path:
     """Fine-tune `model` in place, write one line per step to run.metrics, and return the finished model's
     folder.
 
@@ -128,9 +147,15 @@ def train(
         return finished
 
     training_step = TrainingStep(
-        model, savings or Savings(), lr=lr, weight_decay=weight_decay, betas=(0.9, beta2),
-        max_grad_norm=max_grad_norm, max_tensor_norm=max_tensor_norm, seed=seed,
-    )  # fmt: skip
+        model,
+        savings or Savings(),
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=(0.9, beta2),
+        max_grad_norm=max_grad_norm,
+        max_tensor_norm=max_tensor_norm,
+        seed=seed,
+    )
     optimizer, device, num_steps = training_step.optimizer, head_weight(model).device, len(plan.steps)
     memory = memory or Unwatched()
     checkpoints = run.path / "checkpoints"
@@ -163,11 +188,20 @@ def train(
         targets = sum(batch.num_targets for batch in batches)
         traces = sum(batch.num_documents for batch in batches)
         run.metrics.append(
-            {"step": step + 1, "loss": loss, "lr": lr * factor, "grad_norm": norm,
-             "tokens": tokens, "targets": targets, "traces": traces,
-             "seconds": seconds, "compiles": compiles,
-             "peak_gib": memory.gib, "reserved_gib": memory.reserved_gib}
-        )  # fmt: skip
+            {
+                "step": step + 1,
+                "loss": loss,
+                "lr": lr * factor,
+                "grad_norm": norm,
+                "tokens": tokens,
+                "targets": targets,
+                "traces": traces,
+                "seconds": seconds,
+                "compiles": compiles,
+                "peak_gib": memory.gib,
+                "reserved_gib": memory.reserved_gib,
+            }
+        )
         peak = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
         speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f}"
         bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": speed, **peak}, refresh=False)

@@ -178,10 +178,15 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    model: torch.nn.Module, *,
-    lr: float, name: str = "auto", weight_decay: float = 0.0, betas=(0.9, 0.999), seed: int = 0,
+    model: torch.nn.Module,
+    *,
+    lr: float,
+    name: str = "auto",
+    weight_decay: float = 0.0,
+    betas=(0.9, 0.999),
+    seed: int = 0,
     offload: bool = False,
-) -> torch.optim.Optimizer:  # fmt: skip
+) -> torch.optim.Optimizer:
     """Return AdamW for the model's trainable parameters.
 
     name: one of OPTIMIZERS. offload: keep adamw8bit's states in CPU memory.

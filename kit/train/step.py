@@ -31,16 +31,29 @@ class TrainingStep:
     """
 
     def __init__(
-        self, model, savings: Savings, *, lr: float, weight_decay=0.0, betas=(0.9, 0.999), max_grad_norm=0.0,
-        max_tensor_norm=0.0, seed=0,
-    ):  # fmt: skip
+        self,
+        model,
+        savings: Savings,
+        *,
+        lr: float,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        max_grad_norm=0.0,
+        max_tensor_norm=0.0,
+        seed=0,
+    ):
         savings.check_clipping(max_grad_norm, max_tensor_norm)
         self.model = model
         optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
         self.optimizer = make_optimizer(
-            model, name=optimizer, lr=lr, weight_decay=weight_decay, betas=betas, seed=seed,
+            model,
+            name=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            seed=seed,
             offload=savings.offload_optimizer,
-        )  # fmt: skip
+        )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
         if savings.update_in_backward:

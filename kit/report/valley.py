@@ -99,7 +99,7 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     )
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
     parts = [
-        f"<h3>Why: {html.escape(name)}, the answers to {benchmark} step by step</h3>",
+        f"<h3>Why: {html.escape(name)}, answers step by step ({benchmark})</h3>",
         _findings(explain(base, rest)),
         embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
         embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),

@@ -12,8 +12,8 @@ with new scales, and writes. Every rounding to fewer bits, of m, of sqrt(v) and 
 up with the probability equal to the fraction cut off, so that the mean is exact. The random bits are a hash
 of (seed, step, parameter, element). They need no state, and they depend neither on a resume, nor on the
 launch, nor on the device. The torch path does the same operations in the same order, and the GPU's compiler
-is told not to fuse them (enable_fp_fusion=False). So both give the same bits, except where torch's fp32
-square root, which is off by one bit at times, decides between two codes.
+fuses none of them (enable_fp_fusion=False). So both give the same bits, except where torch's fp32 square
+root, which is off by one bit at times, decides between two codes.
 
 The states are rounded stochastically too: with beta2 = 0.999 v falls by 0.1 % per step, and codes are 0.8 %
 to 20 % apart, so that rounding to nearest would never let it fall. And there is a floor: a v that is not 0

@@ -103,7 +103,7 @@ class Curve:
         looks = len(changes)
         if not changes[self.lowest].below_zero(looks):
             return "rising" if any(change.above_zero(looks) for change in changes) else "flat"
-        if not self.climb.above_zero(looks):
+        if not self.recovery.above_zero(looks):
             return "falling"
         if changes[-1].below_zero():
             return "crossing"
@@ -112,7 +112,7 @@ class Curve:
         return "valley" if mostly_back else "unclear"
 
     @property
-    def climb(self) -> Estimate:
+    def recovery(self) -> Estimate:
         """Accuracy at the last size minus that at the lowest."""
         return difference(self.points[-1].shares, self.points[self.lowest].shares)
 

@@ -55,7 +55,7 @@ def accuracy_sentence(curve: Curve) -> str:
         rise = f"rises from {start} to {percent(top.accuracy)} at {top.num_traces:,} traces ({gain})"
         return f"{subject} {rise} and does not fall below the base model at any size."
 
-    lost, gained, gap = points(changes[curve.lowest]), points(curve.climb), points(changes[-1])
+    lost, gained, gap = points(changes[curve.lowest]), points(curve.recovery), points(changes[-1])
     end = f"{percent(last.accuracy)} at {last.num_traces:,} ({gained} from the lowest)"
     fall = f"{subject} falls from {start} to {percent(low.accuracy)} at {low.num_traces:,} traces ({lost})"
     if shape == "falling" and low is last:

@@ -32,6 +32,15 @@ def rope_reference(q, k, cos, sin):
 
 
 @triton.jit
+def _halves(row_ptr, D, BLOCK_HALF: tl.constexpr):
+    """Load the two halves of a token's cosines or sines, (BLOCK_HALF,) each."""
+    cols = tl.arange(0, BLOCK_HALF)
+    first = tl.load(row_ptr + cols, mask=cols < D // 2, other=0.0).to(tl.float32)
+    second = tl.load(row_ptr + D // 2 + cols, mask=cols < D // 2, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
 def _turn(
     x_ptr, y_ptr, num_heads, cos1, cos2, sin1, sin2, D, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr
 ):
@@ -54,12 +63,8 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)  # t * Hq * D may pass 2**31
-    cols = tl.arange(0, BLOCK_HALF)
-    row, inside = t * D + cols, cols < D // 2
-    cos1 = tl.load(cos_ptr + row, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_ptr + row + D // 2, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin_ptr + row, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_ptr + row + D // 2, mask=inside, other=0.0).to(tl.float32)
+    cos1, cos2 = _halves(cos_ptr + t * D, D, BLOCK_HALF)
+    sin1, sin2 = _halves(sin_ptr + t * D, D, BLOCK_HALF)
     q, k = t * Hq * D, t * Hkv * D  # the token's first element
     _turn(q_ptr + q, q_out_ptr + q, Hq, cos1, cos2, sin1, sin2, D, BLOCK_Q, BLOCK_HALF)
     _turn(k_ptr + k, k_out_ptr + k, Hkv, cos1, cos2, sin1, sin2, D, BLOCK_K, BLOCK_HALF)
@@ -72,12 +77,8 @@ def _backward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_HALF)
-    row, inside = t * D + cols, cols < D // 2
-    cos1 = tl.load(cos_ptr + row, mask=inside, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_ptr + row + D // 2, mask=inside, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin_ptr + row, mask=inside, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_ptr + row + D // 2, mask=inside, other=0.0).to(tl.float32)
+    cos1, cos2 = _halves(cos_ptr + t * D, D, BLOCK_HALF)
+    sin1, sin2 = _halves(sin_ptr + t * D, D, BLOCK_HALF)
     q, k = t * Hq * D, t * Hkv * D
     _turn(dq_out_ptr + q, dq_ptr + q, Hq, cos1, cos2, -sin2, -sin1, D, BLOCK_Q, BLOCK_HALF)
     _turn(dk_out_ptr + k, dk_ptr + k, Hkv, cos1, cos2, -sin2, -sin1, D, BLOCK_K, BLOCK_HALF)

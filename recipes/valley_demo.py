@@ -25,6 +25,7 @@ It is about the toy, not about language models. Left out on purpose: the best le
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kit.config import parse, show
@@ -142,14 +143,17 @@ def recipes_of(config: Config, data: Path) -> Recipes:
     sampling = ("temperature", "top_p", "max_new_tokens", "num_slots")
     evaluation = common | {name: getattr(config, name) for name in sampling}
 
+    @cache  # all sizes of a seed are parts of one file
+    def rows_in(traces: Path) -> list[dict]:
+        return [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines()]
+
     def finetune(cell: Cell) -> dict:
         traces = data / f"traces-seed{cell.seed}.jsonl"
-        rows = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines()]
         return evaluation | {
             "traces": str(traces),
             "shuffle": False,
             "cache_dir": "",
-            "row_tokens": row_tokens(cell, rows),
+            "row_tokens": row_tokens(cell, rows_in(traces)),
             "lr": config.lr,
             "warmup_ratio": config.warmup_ratio,
             "beta2": 0.95,

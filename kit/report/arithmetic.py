@@ -14,7 +14,8 @@ from statistics import fmean, median
 from kit.data.equations import check_steps
 from kit.evaluate.results import Result
 from kit.report.figures import Stages
-from kit.valley.curves import Estimate, percent
+from kit.report.page import in_percent, table
+from kit.valley.curves import percent
 from kit.valley.error_accumulation import Decomposition, decompose, length_alone
 from kit.valley.first_error import Anatomy, dissect_arithmetic
 
@@ -113,31 +114,27 @@ def section(answers: Mapping[str, Answers]) -> str:
 
 
 def _table(answers: Mapping[str, Answers]) -> str:
-    rows = ""
+    rows = []
     for stage, of in answers.items():
         found = of.decomposition
         fit = (found.step_accuracy, found.predicted, found.residual)
         cells = (
-            html.escape(stage),
-            _points(found.accuracy),
-            *(_points(share) if of.has_steps else "-" for share in fit),
+            stage,
+            in_percent(found.accuracy),
+            *(in_percent(share) if of.has_steps else "-" for share in fit),
             f"{found.operations.mean:.1f} ± {found.operations.half:.1f}",
             f"{of.num_needed:.1f}",
             f"{100 * of.with_wrong:.1f}",
             "-" if of.first_wrong is None else f"{of.first_wrong:g}",
             f"{100 * of.right_all_the_same:.1f}",
         )
-        rows += "<tr>" + "".join(f"<td>{cell}" for cell in cells)
+        rows.append(cells)
     heads = (
         "", "accuracy, %", "p, %", "p^n, %", "residual: accuracy - p^n", "operations per answer",
         "of the problem (n)", "answers with a wrong one, %", "first wrong one (median)",
         "right all the same, %",
     )  # fmt: skip
-    return f"<div class=wide><table><tr>{''.join(f'<th>{head}' for head in heads)}{rows}</table></div>"
-
-
-def _points(share: Estimate) -> str:
-    return f"{100 * share.mean:.1f} ± {100 * share.half:.1f}"
+    return table(heads, rows)
 
 
 def _first_wrong_steps(stage: str, answers: Answers) -> str:

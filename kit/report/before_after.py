@@ -52,17 +52,15 @@ def write_report(path: Path) -> Path:
     page = pages.PAGE.format(
         style=pages.STYLE,
         title=html.escape(f"{config.get('model', path.name)}, {what}"),
-        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines),
+        findings=pages.findings(lines),
         paper=_paper(str(config.get("model", ""))),
         table=pages.figures_table(measured),
         images=(drawn or "<p>Nothing has been measured yet.</p>") + arithmetic.section(steps),
         training=_training(metrics, path),
         samples=pages.browser(measured),
-        settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
+        settings=pages.settings(config),
     )
-    report = path / "report.html"
-    report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return report
+    return pages.write(path, page)
 
 
 def findings(results: dict[str, dict[str, Result]]) -> list[str]:

@@ -6,7 +6,8 @@ Text that models write is escaped here.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from kit.evaluate.reflection_and_loops import (
     LOOP_CHARACTERS,
@@ -18,6 +19,7 @@ from kit.evaluate.reflection_and_loops import (
 )
 from kit.evaluate.results import Result, mean_accuracy
 from kit.report.figures import Stages
+from kit.valley.curves import Estimate
 
 SHOWN = 24  # questions per benchmark in the browser of samples, half of them with a right answer
 
@@ -26,12 +28,41 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
+def in_percent(value: Estimate, sign: str = "") -> str:
+    """Return a share with its interval, for a column whose head says that it is in percent."""
+    return f"{100 * value.mean:{sign}.1f} ± {100 * value.half:.1f}"
+
+
 def _tokens(count: float | None) -> str:
     return "-" if count is None else f"{count:,.0f}"
 
 
 def _pass_at(result: Result, k: int) -> str:
     return f"{percent(result.pass_at(k))} ± {100 * result.pass_interval(k):.1f} (k = {k})"
+
+
+def findings(lines: Sequence[str]) -> str:
+    """Return one paragraph per sentence."""
+    return "".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of text, which scrolls on a narrow screen."""
+    head = "".join(f"<th>{html.escape(head)}" for head in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
+    return f"<div class=wide><table><tr>{head}{body}</table></div>"
+
+
+def settings(config: Mapping[str, object]) -> str:
+    """Return the rows of the table of a run's settings."""
+    return "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items())
+
+
+def write(path: Path, page: str) -> Path:
+    """Write report.html in a run's folder, and return it. Half of a surrogate pair is written as its code."""
+    report = path / "report.html"
+    report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    return report
 
 
 NUMBERS = {

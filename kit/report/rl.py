@@ -48,17 +48,15 @@ def write_report(path: Path) -> Path:
     page = pages.PAGE.format(
         style=pages.STYLE,
         title=html.escape(f"{config.get('model', path.name)}, reinforcement learning"),
-        findings="".join(f"<p class=finding>{html.escape(line)}</p>" for line in findings(results)),
+        findings=pages.findings(findings(results)),
         paper="",
         table=pages.figures_table(measured),
         images=embed(path / "rl.png", _figure(metrics), alt=figure_alt),
         training=f"<p>{html.escape(summary(metrics))}</p>",
         samples=pages.browser(measured) + _samples(Journal(path / "rollouts.jsonl").read()),
-        settings="".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items()),
+        settings=pages.settings(config),
     )
-    report = path / "report.html"
-    report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return report
+    return pages.write(path, page)
 
 
 def summary(metrics: list[dict]) -> str:

@@ -48,11 +48,9 @@ def write_report(path: Path) -> Path:
         _list("What differs from the paper", results.deviations),
         same_problem(results),
     ]
-    settings = "".join(f"<tr><td>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in config.items())
+    settings = pages.settings(config)
     page = PAGE.format(style=pages.STYLE + STYLE, sections="\n".join(sections), settings=settings)
-    report = path / "report.html"
-    report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    return report
+    return pages.write(path, page)
 
 
 def progress(results: StudyResults) -> str:
@@ -70,7 +68,7 @@ def progress(results: StudyResults) -> str:
 def of_model(path: Path, results: StudyResults, model: str) -> str:
     """Return the section of one model: what the first arm shows, the figure, the other arms."""
     curves, refused = results.curves(model), results.points(model)[1]
-    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", _findings(refused)
+    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", pages.findings(refused)
     if not any(curve.points for curve in curves):
         return f"{heading}{notes}<p>Nothing to compare yet.</p>"
     lines, name = findings(curves), short_name(model).lower()
@@ -78,7 +76,7 @@ def of_model(path: Path, results: StudyResults, model: str) -> str:
     figure = valley_figure(curves, results.length_benchmark, paper)
     alt = f"{model}: accuracy and length against the number of traces"
     drawn = embed(path / f"{short_name(model)}.png", figure, alt=alt)
-    return heading + _findings(lines[:2]) + notes + drawn + _list("The other arms", lines[2:], level=3)
+    return heading + pages.findings(lines[:2]) + notes + drawn + _list("The other arms", lines[2:], level=3)
 
 
 def why(path: Path, results: StudyResults, model: str) -> str:
@@ -100,7 +98,7 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
     parts = [
         f"<h3>Why: {html.escape(name)}, answers step by step ({benchmark})</h3>",
-        _findings(explain(base, rest)),
+        pages.findings(explain(base, rest)),
         embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
         embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
         WHY_NOTE.format(causes=causes),
@@ -113,10 +111,10 @@ def why_table(points: Sequence[Decomposition]) -> str:
     """Return one row per size of what the answers' steps show."""
     columns = {
         "traces": lambda p: f"{p.num_traces:,}" if p.num_traces else "base model",
-        "accuracy, %": lambda p: _percent(p.accuracy),
-        "p, %": lambda p: _percent(p.step_accuracy),
-        "p^n, %": lambda p: _percent(p.predicted),
-        "accuracy - p^n": lambda p: _percent(p.residual),
+        "accuracy, %": lambda p: pages.in_percent(p.accuracy),
+        "p, %": lambda p: pages.in_percent(p.step_accuracy),
+        "p^n, %": lambda p: pages.in_percent(p.predicted),
+        "accuracy - p^n": lambda p: pages.in_percent(p.residual),
         "right by luck, %": lambda p: f"{100 * p.saved:.1f}",
         "operations": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
         "checks": lambda p: f"{p.checks:.1f}",
@@ -126,7 +124,7 @@ def why_table(points: Sequence[Decomposition]) -> str:
         "cut off, %": lambda p: f"{100 * p.truncated:.0f}",
         "in a loop, %": lambda p: f"{100 * p.looping:.0f}",
     }
-    return _table([*columns], [[cell(point) for cell in columns.values()] for point in points])
+    return pages.table([*columns], [[cell(point) for cell in columns.values()] for point in points])
 
 
 def _tokens_longer(value: Estimate | None) -> str:
@@ -138,7 +136,7 @@ def rl_section(path: Path, results: StudyResults) -> str:
     if not results.rl:
         return ""
     parts = ["<h2>Reinforcement learning</h2>"]
-    parts.append(_findings(rl_findings(results.rl, results.length_benchmark)))
+    parts.append(pages.findings(rl_findings(results.rl, results.length_benchmark)))
     for i, (name, starts) in enumerate(by_start(results.rl).items(), 1):
         alt = f"{name}: reward of the rollouts against the step"
         parts.append(embed(path / f"rl-{i}.png", rl_figure(starts), alt=alt))
@@ -146,10 +144,10 @@ def rl_section(path: Path, results: StudyResults) -> str:
     for run in results.rl:
         before, after = ({run.start.seed: shares(run.stages[stage])} for stage in (BEFORE, AFTER))
         accuracies = [f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)]
-        change = _percent(difference(after, before), "+")
+        change = pages.in_percent(difference(after, before), "+")
         rows.append([run.start.name, *accuracies, change, f"{RL}/{run.start.name}/report.html"])
     heads = ("start", "before, %", "after, %", "change, points", "its report")
-    return "".join([*parts, _table(heads, rows), RL_NOTE])
+    return "".join([*parts, pages.table(heads, rows), RL_NOTE])
 
 
 def table(results: StudyResults) -> str:
@@ -170,7 +168,7 @@ def table(results: StudyResults) -> str:
         if outcome is None or outcome.status == FAILED:
             state = "not ended yet" if outcome is None else "FAILED"
             rows.append([*_columns(cell), f"seed {cell.seed}: {state}"])
-    return _table((*HEADS, *benchmarks), rows) + NOTES.format(length=html.escape(length_of))
+    return pages.table((*HEADS, *benchmarks), rows) + NOTES.format(length=html.escape(length_of))
 
 
 HEADS = (
@@ -193,8 +191,8 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
     columns = [
         str(len(seeds)),
         f"{len(seeds[0].metrics):,}" if trained else "-",
-        _percent(point.accuracy),
-        _percent(difference(point.shares, curve.base.shares), "+") if trained else "-",
+        pages.in_percent(point.accuracy),
+        pages.in_percent(difference(point.shares, curve.base.shares), "+") if trained else "-",
         PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
     ]
@@ -261,23 +259,9 @@ def _answer(cell: Cell, benchmark: str, row: dict) -> str:
     return f"<div><h4>{title}: {verdict}{cause}</h4><pre>{pages.marked(row['text'], spans)}</pre></div>"
 
 
-def _percent(value: Estimate, sign: str = "") -> str:
-    return f"{100 * value.mean:{sign}.1f} ± {100 * value.half:.1f}"
-
-
-def _findings(lines: Sequence[str]) -> str:
-    return "".join(f"<p class=finding>{html.escape(line)}</p>" for line in lines)
-
-
 def _list(title: str, lines: Sequence[str], level: int = 2) -> str:
     items = "".join(f"<li>{html.escape(line)}" for line in lines)
     return f"<h{level}>{title}</h{level}><ul>{items}</ul>" if lines else ""
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(head)}" for head in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
-    return f"<div class=wide><table><tr>{head}{body}</table></div>"
 
 
 WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the

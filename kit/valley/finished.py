@@ -17,10 +17,7 @@ from kit.valley.study import Cell, short_name
 Results = dict[str, Result]  # benchmark -> its samples
 LENGTH_BENCHMARK = "math500"  # the paper measures the length of responses on this one
 STUDY = "study.json"
-CELLS, RL = (
-    "cells",
-    "rl",
-)  # folders of a study: its runs by name, and reinforcement learning by the start's name
+CELLS, RL = "cells", "rl"  # folders of a study: of runs by the cell's name, and of RL by the start's name
 
 
 @dataclass(frozen=True)

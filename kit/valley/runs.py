@@ -19,9 +19,8 @@ from kit.valley.sentences import sentences
 from kit.valley.study import ARMS, BASE, QLORA, Cell, Study
 
 LOWEST, MOST = "lowest", "most"  # starts of reinforcement learning that the results name
-RL_SEED = (
-    1_000  # + the cell's: the lowest of several points is in part bad luck, so its questions are sampled anew
-)
+# + the cell's seed: the lowest of several points is in part bad luck, so its questions are sampled again
+RL_SEED = 1_000
 REPORT_EVERY = 600.0  # seconds, at least, between two reports of an unfinished study: each takes seconds
 
 
@@ -53,18 +52,9 @@ def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
             settings = recipes.finetune(cell)
         except ValueError as error:
             problem = str(error)
-        settings = (
-            settings
-            | common
-            | {
-                "num_traces": cell.num_traces,
-                "epochs": cell.epochs,
-                "batch_traces": cell.batch_traces,
-                "long_share": ARMS[cell.arm].long_share,
-                "qlora_rank": recipes.rank(cell),
-                "baseline": str(baseline),
-            }
-        )
+        own = {name: getattr(cell, name) for name in ("num_traces", "epochs", "batch_traces")}
+        own |= {"long_share": ARMS[cell.arm].long_share, "qlora_rank": recipes.rank(cell)}
+        settings = settings | common | own | {"baseline": str(baseline)}
         recipe, folder = recipes.folder / "gemma3_1b_8k.py", path / CELLS / cell.name
         found[cell.name] = Job(cell.name, recipe, settings, folder, (cell.baseline,), problem=problem)
     return list(found.values())

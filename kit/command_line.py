@@ -1,4 +1,4 @@
-"""The command `valley`, also `python -m kit`: its first word names a recipe or a module, which gets the flags.
+"""The command `valley`, also `python -m kit`: the first word names what is run, with the flags after it.
 
     valley demo --smoke
     valley finetune --model Qwen/Qwen2.5-0.5B-Instruct --plan
@@ -20,7 +20,7 @@ COMMANDS = {  # word -> (module, what it does)
     "plan": ("kit.recipes.gemma3_1b_8k", "will fine-tuning fit on a card? no GPU, no download"),
     "finetune": ("kit.recipes.gemma3_1b_8k", "measure a model, fine-tune it on long traces, measure again"),
     "evaluate": ("kit.recipes.evaluate", "measure a model on benchmarks"),
-    "grpo": ("kit.recipes.grpo_qwen2_5_0_5b", "train a model by reinforcement learning, measure it before and after"),
+    "grpo": ("kit.recipes.grpo_qwen2_5_0_5b", "train a model by reinforcement learning"),
     "sweep": ("kit.recipes.valley_sweep", "the paper's whole figure: models x numbers of traces x seeds"),
     "report": ("kit.report", "write the report of a run again"),
     "grade": ("kit.grade", "is this answer right? and grade a log of answers again"),

@@ -27,11 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from card import fits, resume, rl, sampler, speed, steps, truth
-from card.results import FAIL, PASS, Card, CardLost, Results
 
 from kit.config import parse
 from kit.machine import describe_machine, require_gpu
+from kit.recipes.card import fits, resume, rl, sampler, speed, steps, truth
+from kit.recipes.card.results import FAIL, PASS, Card, CardLost, Results
 from kit.run import next_folder, write_json
 
 SECTIONS = {

@@ -23,13 +23,11 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import evaluate
-import gemma3_1b_8k
-
 from kit.config import parse, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
 from kit.machine import require_gpu
+from kit.recipes import evaluate, gemma3_1b_8k
 from kit.report.valley import write_report
 from kit.run import RunFolder
 from kit.valley.estimate import (
@@ -204,7 +202,6 @@ def recipes_of(config: Config, chosen: Chosen) -> Recipes:
         return shared(config, gemma3_1b_8k.Config) | settings
 
     return Recipes(
-        Path(__file__).parent,
         shared(config, evaluate.Config),
         finetune,
         lambda start: learning,

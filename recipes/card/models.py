@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from card.results import Card
-from card.timing import matmul_flops
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kit.memory.flops import Sizes
@@ -21,6 +19,8 @@ from kit.models.attention import REGISTERED
 from kit.models.families import family_of
 from kit.models.loading import CONFIGS
 from kit.packing import Document, PackedBatch
+from kit.recipes.card.results import Card
+from kit.recipes.card.timing import matmul_flops
 from kit.train import Savings
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"

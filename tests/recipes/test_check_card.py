@@ -12,9 +12,9 @@ from children import ROOT, run_recipe
 from kit.machine import GIB
 
 sys.path.insert(0, str(ROOT / "recipes"))
-from card.memory import measured
-from card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
-from check_card import QUICK, SECTIONS, Config, main, sentence
+from kit.recipes.card.memory import measured
+from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
+from kit.recipes.check_card import QUICK, SECTIONS, Config, main, sentence
 
 CPU = Card(torch.device("cpu"), quick=True)
 

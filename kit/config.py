@@ -25,6 +25,8 @@ import typing
 from collections.abc import Sequence
 from typing import TypeVar
 
+from kit.command_line import started_as
+
 Config = TypeVar("Config")
 
 
@@ -78,6 +80,7 @@ def parse(
     types = typing.get_type_hints(config_class)
     comments = field_comments(config_class)
     parser = argparse.ArgumentParser(
+        prog=started_as(),
         description=sys.modules[config_class.__module__].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

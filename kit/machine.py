@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from kit.extras import require
+
 GIB = 2**30  # bytes
 CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA, its libraries and the display use; an assumption
 
@@ -30,9 +32,13 @@ def describe_machine() -> dict[str, str | int]:
 def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
     """Exit with a message, and status 1, if the device is "cuda" and torch sees no GPU.
 
-    what: the thing that needs a GPU. instead: commands that work without one -> what each does.
+    what: the thing that needs a GPU. instead: commands that work without one -> what each does. Raises
+    ValueError if there is a GPU but no Triton, without which the kernels would be plain torch.
     """
-    if device != "cuda" or torch.cuda.is_available():
+    if device != "cuda":
+        return
+    if torch.cuda.is_available():
+        require(what, "triton")
         return
 
     width = max(map(len, instead))

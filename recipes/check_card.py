@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from kit.command_line import started_as
 from kit.config import parse
 from kit.machine import describe_machine, require_gpu
 from kit.recipes.card import fits, resume, rl, sampler, speed, steps, truth
@@ -69,7 +70,7 @@ def main(config: Config) -> Results:
         raise ValueError(
             f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {known}"
         )
-    rehearsal = {"python recipes/check_card.py --device cpu": "a rehearsal of every check, with tiny shapes"}
+    rehearsal = {f"{started_as()} --device cpu": "a rehearsal of every check, with tiny shapes"}
     require_gpu(config.device, "check_card", rehearsal)
     models = steps.chosen_models(config.models)
     folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import models
+from kit.command_line import started_as
 from kit.config import parse, show
 from kit.data import ChatFormat
 from kit.data.chat import INSTRUCTION
@@ -64,17 +65,21 @@ SMOKE = {
     "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy",
     "num_questions": 50, "num_samples": 2, "max_new_tokens": 256, "num_slots": 50,
 }  # fmt: skip
-WITHOUT_GPU = {
-    "python recipes/evaluate.py --smoke": "the whole path on this CPU in seconds, with a tiny model",
-    "python recipes/evaluate.py --device cpu": "this model on this CPU, slowly: ask for little, for example\n"
-    "      --benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512",
-}
 
 
 def main(config: Config) -> list[Result]:
     if config.compare:
         return compare(config)
-    require_gpu(config.device, f"evaluating {config.model} on --device cuda", WITHOUT_GPU)
+    command = started_as()
+    small = "--benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
+    require_gpu(
+        config.device,
+        f"evaluating {config.model} on --device cuda",
+        {
+            f"{command} --smoke": "the whole path on this CPU in seconds, with a tiny model",
+            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+        },
+    )
 
     benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
     params = SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import models
+from kit.command_line import started_as
 from kit.config import as_flags, parse, part_of, show
 from kit.data import ChatFormat, load_documents
 from kit.data.chat import INSTRUCTION
@@ -36,7 +37,7 @@ from kit.memory.simulate import CARDS, check_free_memory
 from kit.models import backbone
 from kit.report import write_report
 from kit.report.before_after import findings
-from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
+from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train import Savings, TrainingPlan, train
 
 
@@ -107,7 +108,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
-    command = f"python recipes/{recipe_name(config)}.py"
+    command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
         config.device,

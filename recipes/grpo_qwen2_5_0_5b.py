@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from kit import models
+from kit.command_line import started_as
 from kit.config import as_flags, parse, part_of, show
 from kit.data import ChatFormat
 from kit.data.chat import INSTRUCTION
@@ -52,7 +53,7 @@ from kit.report.rl import write_report
 from kit.rl import Policy, Settings, train
 from kit.rl.memory_plan import RLPlan, choose_rl, eval_slots, plan_rl
 from kit.rl.settings import check_savings
-from kit.run import RunFolder, recipe_name, write_json
+from kit.run import RunFolder, write_json
 from kit.train import Savings
 
 
@@ -190,7 +191,7 @@ def main(config: Config) -> None:
         if config.json:
             write_json(Path(config.json), planned.as_json())
         return
-    command = f"python recipes/{recipe_name(config)}.py"
+    command = started_as()
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
     require_gpu(
         config.device,

@@ -23,6 +23,7 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kit.command_line import command_of, started_as
 from kit.config import parse, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
@@ -222,20 +223,18 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
-WITHOUT_GPU = {
-    "python recipes/valley_sweep.py --plan": "what it would take: no GPU, no download",
-    "python recipes/valley_sweep.py --smoke": "the whole path with a tiny model, in a minute",
-    "python recipes/valley_demo.py --quick": "the valley of a toy, in minutes",
-}
-
-
 def main(config: Config) -> Path | None:
     study = study_of(config)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     card = {"row_tokens": config.row_tokens, "gpu_gb": config.gpu_gb, "qlora_rank": config.qlora_rank}
     if config.plan:
         return make_plan(config, study, card, len(workers))
-    require_gpu(config.device, "a sweep", WITHOUT_GPU)
+    instead = {
+        f"{started_as()} --plan": "what it would take: no GPU, no download",
+        f"{started_as()} --smoke": "the whole path with a tiny model, in a minute",
+        f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
+    }
+    require_gpu(config.device, "a sweep", instead)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
     print(f"settings\n{show(config)}\nsweep folder {path}")
     chosen = choose_settings(study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kit.extras import require
+
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # the fields in which data sets keep a problem and its gold answer, in the order in which they are looked for
 PROBLEM = ("problem", "question", "extra_info.question")  # the last one is verl's, and so is that of ANSWER
@@ -125,6 +127,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    require(f"{path}, a .parquet file,", "pyarrow")
     import pyarrow.parquet
 
     index = 0
@@ -135,6 +138,7 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, object]]:
+    require(f"{source}, a data set on the hub,", "datasets")
     from datasets import load_dataset
 
     path, _, split = source.partition("@")

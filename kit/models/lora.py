@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kit.extras import require
 from kit.models import loading
 from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_on_nf4
 
@@ -42,6 +43,7 @@ def load(
     """
     _check_weights(folder)
     if trained_on_nf4(folder):
+        require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
         from kit.models import qlora  # bitsandbytes takes seconds to import
 
         return qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)

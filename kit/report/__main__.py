@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from kit.command_line import started_as
 from kit.report import before_after, rl, valley
 from kit.valley.finished import STUDY
 
@@ -29,7 +30,7 @@ def write_report(path: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m kit.report",
+        prog=started_as(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

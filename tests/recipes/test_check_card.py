@@ -53,8 +53,7 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
     assert (tmp_path / "check" / "triton_sm89").is_dir()
 
 
-NO_GPU = """check_card needs an NVIDIA GPU and none is here. What works here:
-  python recipes/check_card.py --device cpu    a rehearsal of every check"""
+NO_GPU = "recipes/check_card.py --device cpu    a rehearsal of every check"
 NO_SECTION = "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume"
 REFUSED = {
     "no GPU": ([], NO_GPU),

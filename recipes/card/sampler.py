@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench.sampler import generate_batch, padded_generate
 from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
@@ -29,6 +28,7 @@ from kit.recipes.card.models import QWEN, build_to_sample, model_config
 from kit.recipes.card.profile import profiled
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.rl import plan_step
+from kit.recipes.card.transformers_generate import generate_batch, padded_generate
 from kit.rl import Settings
 from kit.rl.memory_plan import SAMPLER
 

@@ -1,17 +1,14 @@
 """Rehearse check_card on a CPU as a user would run it. On a card, `pytest -m gpu` runs the same checks."""
 
 import json
-import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from children import ROOT, run_recipe
+from children import run_recipe
 
 from kit.machine import GIB
-
-sys.path.insert(0, str(ROOT / "recipes"))
 from kit.recipes.card.memory import measured
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from kit.recipes.check_card import QUICK, SECTIONS, Config, main, sentence

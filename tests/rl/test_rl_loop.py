@@ -196,7 +196,7 @@ def test_the_stream_of_prompts_has_each_once_per_epoch_in_another_order_each_tim
 def test_the_reward_of_a_weakened_model_rises():
     """The toy task, from a start that is right a third of the time. Deterministic on a CPU."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-    from kit.recipes.grpo_qwen2_5_0_5b import weaken
+    from grpo_qwen2_5_0_5b import weaken
 
     settings = Settings(
         group_size=8, max_new_tokens=60, row_tokens=2048, minibatch_prompts=8, num_slots=128, kl_coef=0.0

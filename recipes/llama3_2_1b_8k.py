@@ -8,7 +8,7 @@ Everything but the model is in recipes/gemma3_1b_8k.py: read that one. Time: not
 
 from dataclasses import dataclass
 
-from kit.config import parse
+from kit.command import start
 from kit.recipes import gemma3_1b_8k
 from kit.recipes.gemma3_1b_8k import SMOKE, main
 
@@ -20,4 +20,4 @@ class Config(gemma3_1b_8k.Config):
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE))
+    start(main, Config, smoke=SMOKE)

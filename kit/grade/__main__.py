@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 
+from kit.command import guard
 from kit.command_line import started_as
 from kit.grade.paper import grade_as_paper
 from kit.grade.verdict import DEADLINE, grade
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     """Print the verdict, its rule, both normal forms and the paper's verdict on a pair; or run `regrade`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["regrade"]:
         from kit.grade import regrade
 
@@ -44,7 +43,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as mistake:
-        sys.exit(f"error: {mistake}")
+    guard(main)

@@ -18,7 +18,7 @@ from kit.extras import require
 from kit.memory.flops import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of
-from kit.models.loading import CONFIGS
+from kit.models.shipped import CONFIGS
 from kit.packing import Document, PackedBatch
 from kit.recipes.card.results import Card
 from kit.recipes.card.timing import matmul_flops

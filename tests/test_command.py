@@ -188,7 +188,7 @@ def test_ctrl_c_during_sampling_keeps_every_finished_answer_and_resume_alone_goe
 
 
 def type_in_a_terminal(program: list[str], cwd: Path, ready, keys: bytes) -> tuple[int, str]:
-    """Run a program on a terminal of its own, type keys once ready() is true; return its status and screen."""
+    """Run a program on a terminal of its own, type keys once ready() is true; return status, screen."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(cwd)
@@ -208,8 +208,12 @@ def type_in_a_terminal(program: list[str], cwd: Path, ready, keys: bytes) -> tup
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), screen.decode()
 
 
-def processes_in(folder: Path) -> list[Path]:
-    return [path for path in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(path) == str(folder)]
+def processes_in(folder: Path) -> list[str]:
+    """Return the numbers of other processes whose current folder is this one."""
+    found = (
+        link.parent for link in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(link) == str(folder)
+    )
+    return [path.name for path in found if path.name != str(os.getpid())]
 
 
 @pytest.mark.slow

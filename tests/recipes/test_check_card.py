@@ -90,8 +90,8 @@ def test_a_lost_card_ends_the_run_with_the_table_of_what_is_known(tmp_path, monk
         with results.case("kernel"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("card.truth.run", broken)
-    monkeypatch.setattr("card.speed.run", lambda results, card: pytest.fail("the card is gone"))
+    monkeypatch.setattr("kit.recipes.card.truth.run", broken)
+    monkeypatch.setattr("kit.recipes.card.speed.run", lambda results, card: pytest.fail("the card is gone"))
     found = main(Config(only="truth,speed", device="cpu", out=str(tmp_path)))
     assert found.count(FAIL) == 2 and "the checks after it did not run" in capsys.readouterr().out
     with pytest.raises(CardLost), found.case("again"):
@@ -103,7 +103,7 @@ def test_ctrl_c_ends_in_the_table_of_what_is_known(tmp_path, monkeypatch, capsys
         results.figure("copy bandwidth", "1 GB/s")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("card.speed.run", stopped)
+    monkeypatch.setattr("kit.recipes.card.speed.run", stopped)
     found = main(Config(only="speed", device="cpu", out=str(tmp_path)))
     assert found.count(FIGURE) == 1 and found.count(NOT_RUN) == 1
     assert "not run speed the rest: stopped with Ctrl-C" in capsys.readouterr().out

@@ -127,7 +127,11 @@ def as_flags(settings: dict) -> str:
 
 
 def show(config) -> str:
-    """List the settings, one per line."""
-    names = [field.name for field in ordered_fields(type(config))]
-    width = max(map(len, names))
-    return "\n".join(f"  {name:<{width}}  {getattr(config, name)!r}" for name in names)
+    """List the settings that differ from the defaults of their class, one per line."""
+    pairs = ((field, getattr(config, field.name)) for field in ordered_fields(type(config)))
+    changed = {field.name: value for field, value in pairs if value != field.default}
+    if not changed:
+        return "all settings are the defaults"
+    width = max(map(len, changed))
+    lines = [f"  {name:<{width}}  {value!r}" for name, value in changed.items()]
+    return "\n".join(["settings that differ from the defaults", *lines])

@@ -240,7 +240,7 @@ def main(config: Config) -> Path | None:
         return make_plan(config, study, card, len(workers))
     require_gpu(config.device, "a sweep", WITHOUT_GPU)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nsweep folder {path}")
+    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
     chosen = choose_settings(study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)
     cells, forced = with_settings(study.cells(), chosen)
     return run_study(

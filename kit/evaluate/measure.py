@@ -92,7 +92,7 @@ def evaluate(
             keys=[[question.id, i] for question, i in wanted],
             decode=chat.decode,
             on_finish=log,
-            description=benchmark.name,
+            description=f"{benchmark.name} ({folder.name})",
         )
     except torch.OutOfMemoryError as error:
         at_once = min(num_slots, len(wanted))

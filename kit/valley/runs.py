@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from tqdm import tqdm
-
 from kit.evaluate.results import read_results
+from kit.progress import print_line
 from kit.run import AFTER, SAMPLES
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
 from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
@@ -156,7 +155,7 @@ def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_repor
     """Run the jobs, print how each ends, and write a report now and then. Return the names of the failed."""
     failed, reported = [], time.monotonic()
     for outcome in run_jobs(jobs, path, workers):
-        tqdm.write(line(outcome))
+        print_line(line(outcome))
         if outcome.status == FAILED:
             failed.append(outcome.job)
         if time.monotonic() - reported > REPORT_EVERY:

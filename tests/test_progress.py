@@ -1,5 +1,6 @@
 """Check the display of long loops: lines in a log, bars on a terminal, and that it ends with the loop."""
 
+import io
 import os
 import subprocess
 import sys
@@ -204,6 +205,27 @@ def test_a_terminal_gets_bars_that_are_refreshed_while_a_step_runs_and_lines_abo
     last = [line.split("\r")[-1] for line in text.replace("\r\n", "\n").splitlines()]
     assert last[-2].startswith("training: 100%|") and "loss 0.500]" in last[-2] and last[-1] == "report Y"
     assert not any(line.startswith("rollout") for line in last[-2:])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_what_is_printed_to_a_file_is_there_while_the_loop_runs(stderr, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stderr())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    written = sys.stdout.buffer.getvalue
+    print("run folder X")
+    assert written() == b""  # buffered
+    with Progress("training", "steps", 2):
+        assert written() == b"run folder X\n"
+        print_line("step 1: reward 0.5")
+        assert written().endswith(b"step 1: reward 0.5\n")
+        print("memory 3 GiB")
+        show()
+        assert written().endswith(b"memory 3 GiB\n") or stderr is Terminal
 
 
 def test_without_a_loop_a_line_is_simply_printed(capsys):

@@ -49,9 +49,11 @@ class Progress:
                 yield item
                 self.update()
 
-    def update(self) -> None:
-        """Count one more step as done."""
+    def update(self, text: str = "") -> None:
+        """Count one more step as done. text: "" = as before."""
         self.done += 1
+        if text:
+            self.text = text
         if self.bar is not None:
             self.bar.update()
 

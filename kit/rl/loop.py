@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.memory.measured import PeakMemory
 from kit.models import folder
 from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
-from kit.rl.episodes import by_group
+from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
 from kit.run import Journal, RunFolder
 from kit.train import checkpoint
@@ -50,7 +51,8 @@ def train(
 
     Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a
     checkpoint, training continues from it; if it holds the finished model, nothing is done.
-    Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out.
+    Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out; and
+    Stopped after Ctrl-C, with a checkpoint of the last step that ended.
     """
     finished = run.path / "model"
     if finished.is_dir():
@@ -62,41 +64,63 @@ def train(
         journal.keep(lambda row: row["step"] <= done)
     policy.drawn = done * batch_prompts
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
-    progress = Progress("GRPO", "steps", steps, done)
 
-    for step in progress.over(range(done + 1, steps + 1)):
-        start = time.perf_counter()
+    def save(step: int) -> None:
+        checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+
+    def sample_or_stop(step: int, prompts: list[Question]) -> list[Episode]:
+        """Roll out. After Ctrl-C the weights are those of the last step, so they are kept."""
         try:
-            prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
-            episodes = rollout(policy, prompts)
-            seconds = time.perf_counter() - start
-            found = update(policy, episodes)
-        except torch.OutOfMemoryError as error:
-            raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-        if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
-            newest = checkpoint.latest(checkpoints)
-            raise ValueError(
-                f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower --lr. "
-                f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
-            )
+            return rollout(policy, prompts)
+        except KeyboardInterrupt:
+            if step - 1 > done:
+                save(step - 1)
+            kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
+            raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
 
-        memory.look(step, steps)
-        speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
-        time_and_memory = {
-            "rollout_seconds": seconds,
-            "rollout_tokens_per_second": speed,
-            "peak_gib": memory.gib,
-            "reserved_gib": memory.reserved_gib,
-        }
-        run.metrics.append({"step": step, **found, **time_and_memory})
-        for episode in by_group(episodes)[0]:
-            completion = episode.completion
-            sample = {"tokens": len(completion.ids), "finished": completion.finished, "text": completion.text}
-            samples.append({"step": step, "question": episode.question, "reward": episode.reward, **sample})
-        print_line(line(step, steps, found, speed))
-        progress.text = f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s"
-        if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+    with Progress("GRPO", "steps", steps, done) as progress:
+        for step in range(done + 1, steps + 1):
+            start = time.perf_counter()
+            try:
+                prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
+                episodes = sample_or_stop(step, prompts)
+                seconds = time.perf_counter() - start
+                with LetFinish("this update, then a checkpoint") as interrupt:
+                    found = update(policy, episodes)
+            except torch.OutOfMemoryError as error:
+                raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
+            if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
+                newest = checkpoint.latest(checkpoints)
+                raise ValueError(
+                    f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower "
+                    f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+                )
+
+            memory.look(step, steps)
+            speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
+            time_and_memory = {
+                "rollout_seconds": seconds,
+                "rollout_tokens_per_second": speed,
+                "peak_gib": memory.gib,
+                "reserved_gib": memory.reserved_gib,
+            }
+            run.metrics.append({"step": step, **found, **time_and_memory})
+            for episode in by_group(episodes)[0]:
+                completion = episode.completion
+                sample = {
+                    "tokens": len(completion.ids),
+                    "finished": completion.finished,
+                    "text": completion.text,
+                }
+                samples.append(
+                    {"step": step, "question": episode.question, "reward": episode.reward, **sample}
+                )
+            print_line(line(step, steps, found, speed))
+            progress.update(f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s")
+            if interrupt.asked or (checkpoint_every and step % checkpoint_every == 0 and step < steps):
+                save(step)
+            if interrupt.asked:
+                raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
     policy.close()
     folder.save_model(finished, policy.model, policy.chat.tokenizer)

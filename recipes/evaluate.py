@@ -79,7 +79,7 @@ def main(config: Config) -> list[evaluate.Result]:
     benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)

@@ -113,7 +113,7 @@ def main(config: Config) -> None:
         planned = planned or plan_memory(config)[1]
         memory.simulate.check_free_memory(planned)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load_to_train(
         config.model,

@@ -198,7 +198,7 @@ def main(config: Config) -> None:
         memory.simulate.check_free_memory(planned.larger)
 
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     questions = read_questions(config, run)
     where = {"device": config.device, "attention": config.attention}
     model, tokenizer = models.load_to_train(

@@ -227,7 +227,7 @@ def main(config: Config) -> Path | None:
     }
     require_gpu(config.device, "a sweep", instead)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nsweep folder {path}")
+    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
     chosen = valley.estimate.choose_settings(
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card
     )

@@ -93,7 +93,7 @@ def evaluate(
             keys=[[question.id, i] for question, i in wanted],
             decode=chat.decode,
             on_finish=log,
-            description=benchmark.name,
+            description=f"{benchmark.name} ({folder.name})",
         )
     except KeyboardInterrupt:
         kept, asked = len(journal.read()) - 1, len(benchmark.questions) * num_samples

@@ -70,9 +70,9 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -120,6 +120,7 @@ def main(config: Config) -> None:
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         check_free_memory(planned)
+    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
 
@@ -132,7 +133,6 @@ def main(config: Config) -> None:
     )
     chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     params = SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
-    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
     documents, schedule = read_documents(config, chat, run, backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
 

@@ -82,9 +82,9 @@ class Config(Settings, Savings):
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
     checkpoint_every: int = 5  # steps; 0 = only at the end
     # evaluation, before and after
-    benchmarks: str = "math500"  # name or name=FILE, comma-separated; "" = none
+    benchmarks: str = "math500"  # name or name=FILE (MINE=FILE: your questions), comma-separated; "" = none
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4; your own: 4)
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context
     # run
     plan: bool = False  # print what sampling and an update need and which cards they fit, and stop
@@ -204,6 +204,7 @@ def main(config: Config) -> None:
         planned = planned or plan_memory(config)[1]
         check_free_memory(planned.larger)
 
+    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
     questions = read_questions(config, run)
@@ -232,7 +233,6 @@ def main(config: Config) -> None:
     settings = part_of(config, Settings)
     params = SamplingParams(max_new_tokens=min(config.eval_tokens, backbone.context_length(model) // 2))
     slots = eval_slots(settings, params.max_new_tokens)
-    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []
 
     def measure(stage: str) -> None:
         how = {"num_samples": config.num_samples, "num_slots": slots, "seed": config.seed}

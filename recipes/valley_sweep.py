@@ -29,6 +29,7 @@ import gemma3_1b_8k
 from kit.config import parse, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
+from kit.evaluate.benchmarks import find_benchmarks
 from kit.machine import require_gpu
 from kit.report.valley import write_report
 from kit.run import RunFolder
@@ -79,9 +80,9 @@ class Config:
     qlora_rank: int = 16  # of the adapters
     gpu_gb: float = 0.0  # choose the memory settings for cards of this size; 0 = the recipe's defaults
     # evaluation
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -239,6 +240,7 @@ def main(config: Config) -> Path | None:
     if config.plan:
         return make_plan(config, study, card, len(workers))
     require_gpu(config.device, "a sweep", WITHOUT_GPU)
+    find_benchmarks(config.benchmarks)  # a mistake in your questions is found here, not in every run
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
     print(f"settings\n{show(config)}\nsweep folder {path}")
     chosen = choose_settings(study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)

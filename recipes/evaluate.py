@@ -26,7 +26,7 @@ from kit import data, evaluate, generate, memory, models, report
 from kit.command import finish, start
 from kit.config import show
 from kit.data.chat import INSTRUCTION
-from kit.machine import GIB, require_gpu
+from kit.machine import GIB, one_thread_if_small, require_gpu
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
@@ -79,6 +79,7 @@ def main(config: Config) -> list[evaluate.Result]:
     print(f"settings\n{show(config)}\nrun folder {run.path}")
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
 
     counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}

@@ -26,7 +26,7 @@ from kit.command import finish, start
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
-from kit.machine import GIB, require_gpu
+from kit.machine import GIB, one_thread_if_small, require_gpu
 from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
 from kit.train.savings import Savings
 
@@ -122,6 +122,7 @@ def main(config: Config) -> None:
         device=config.device,
         attention=config.attention,
     )
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     params = generate.SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
     documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))

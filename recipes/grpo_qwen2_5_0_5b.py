@@ -40,7 +40,7 @@ from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
-from kit.machine import require_gpu
+from kit.machine import one_thread_if_small, require_gpu
 from kit.rl.settings import Settings, check_savings
 from kit.run import RunFolder, recipe_name, write_json
 from kit.train.savings import Savings
@@ -206,6 +206,7 @@ def main(config: Config) -> None:
     model, tokenizer = models.load_to_train(
         config.model, qlora_rank=config.qlora_rank, seed=config.seed, **where
     )
+    one_thread_if_small(model)
     if config.weaken:
         weaken(model, config.weaken, config.seed)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)

@@ -68,8 +68,8 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
 def read_own(source: str) -> list[Question]:
     """Read somebody's own questions, from a local file as for kit.data.read_rows.
 
-    Raises ValueError for a file without questions, and for one with mistakes, naming the first few by line:
-    what is no JSON, lacks its problem or answer, or asks a problem again.
+    Raises ValueError for a file without questions, and for one with mistakes, of which it lists the first few
+    by line: rows that are not JSON, lack a problem or an answer, or repeat a problem.
     """
     bad = BadRows(sys.maxsize)  # all are found before the first is reported
     places: dict[str, str] = {}

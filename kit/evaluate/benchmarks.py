@@ -2,7 +2,7 @@
 
 Accuracy in the paper (section Evaluation) is avg@k over MATH-500, AIME24 and AMC23, and the unweighted mean
 of the three. `arithmetic` is its synthetic task (section "Why it happens"). GSM8K is for models that solve
-nothing else, the toy for machines without a GPU. Questions of your own are a benchmark under their own name.
+nothing else, the toy for machines without a GPU. Your own questions are a benchmark under a name you choose.
 
 A benchmark that is read whole must hold the questions that the table's hash names. The hashes were computed
 from local copies of the data; the hub's copies could not be read where this was written.
@@ -40,8 +40,8 @@ class Benchmark:
     def read(self, source: str = "", *, limit: int = 0) -> Benchmark:
         """Return the benchmark with its questions, from a file, a folder that holds `file`, or a hub id.
 
-        Questions of your own are kept as they were read. source: "" = the table's. limit: return only the
-        first so many questions; 0 = all.
+        Your own questions are those that find_benchmarks has read. source: "" = the table's. limit: return
+        only the first so many questions; 0 = all.
         Raises ValueError for a malformed row and if the questions are not those of the table. A hub copy must
         hold all of them, and so must a local file of the same number of rows if it is read without a limit.
         Any other local file is accepted.
@@ -117,7 +117,7 @@ PAPER = ("math500", "aime24", "amc23")
 
 
 OWN_SAMPLES = 4  # samples per question of your own, as for MATH-500
-# an own name is that of a file and of a row in tables; some systems reserve names, or ignore capitals
+# The name becomes that of a file. Windows reserves a few, and ignores capitals, as macOS does.
 OWN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[a-z0-9][a-z0-9._-]{0,63}", re.IGNORECASE)
 
 

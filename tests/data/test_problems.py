@@ -96,7 +96,7 @@ def test_a_question_is_named_by_its_words_whatever_the_space_around_and_between_
         ),
         ({"problem": True}, "field problem is a bool, not text"),
         ({"problem": None}, "field problem is null"),
-        ({"problem": float("nan")}, "field problem is nan, which is no number"),
+        ({"problem": float("nan")}, "field problem is nan, which is not a number"),
         ({}, r"\(fields: none\)"),
     ],
 )

@@ -173,7 +173,7 @@ def test_your_own_questions_are_read_from_each_kind_of_file_under_the_name_you_c
         ('{"problem": "2+2?", "answer": [4]}', "field answer is a list, not text or a number"),
         ('{"problem": "2+2?", "answer": true}', "field answer is a bool, not text or a number"),
         ('{"problem": "2+2?", "answer": null}', "field answer is null"),
-        ('{"problem": "2+2?", "answer": NaN}', "field answer is nan, which is no number"),
+        ('{"problem": "2+2?", "answer": NaN}', "field answer is nan, which is not a number"),
         ('{"problem": "1+1? ", "answer": 3}', r"the same problem as in \S+q\.jsonl:1; delete one of the two"),
     ],
 )

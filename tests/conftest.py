@@ -55,7 +55,7 @@ in_the_interpreter: dict[str, int] = {}  # file -> its tests that passed in a pr
 def pytest_configure(config):
     """Let a warning of a recipe fail the test that it comes from, as pyproject.toml does for the kit."""
     recipes = "|".join(path.stem for path in (ROOT / "recipes").rglob("*.py"))
-    config.addinivalue_line("filterwarnings", rf"error:::(card[.])?({recipes})\Z")
+    config.addinivalue_line("filterwarnings", rf"error:::({recipes})\Z")
 
 
 def pytest_collection_modifyitems(config, items):

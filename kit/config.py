@@ -176,7 +176,11 @@ def as_flags(settings: dict) -> str:
 
 
 def show(config) -> str:
-    """List the settings, one per line."""
-    names = [flag.name for flag in flags_of(type(config))]
-    width = max(map(len, names))
-    return "\n".join(f"  {name:<{width}}  {getattr(config, name)!r}" for name in names)
+    """List the settings that differ from the defaults of their class, one per line."""
+    values = {flag.name: (getattr(config, flag.name), flag.default) for flag in flags_of(type(config))}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    if not changed:
+        return "all settings are the defaults"
+    width = max(map(len, changed))
+    lines = [f"  {name:<{width}}  {value!r}" for name, value in changed.items()]
+    return "\n".join(["settings that differ from the defaults", *lines])

@@ -31,6 +31,7 @@ from kit.command_line import command_of, started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
+from kit.evaluate.benchmarks import find_benchmarks
 from kit.machine import require_gpu
 from kit.recipes import evaluate, gemma3_1b_8k
 from kit.run import RunFolder
@@ -69,9 +70,9 @@ class Config:
     qlora_rank: int = 16  # of the adapters
     gpu_gb: float = 0.0  # choose the memory settings for cards of this size; 0 = the recipe's defaults
     # evaluation
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -226,8 +227,9 @@ def main(config: Config) -> Path | None:
         f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
     }
     require_gpu(config.device, "a sweep", instead)
+    find_benchmarks(config.benchmarks)  # a mistake in your questions is found here, not in every run
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nsweep folder {path}")
+    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
     chosen = valley.estimate.choose_settings(
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card
     )

@@ -27,15 +27,14 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
-from tqdm import tqdm
-
 from kit.command import start
+from kit.progress import Progress
 from kit.run import Journal
 
 JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
 TAIL = 12  # lines of the log that are kept with a failure
-LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the progress bar
+LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the display
 ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
 # what a traceback ends with
 MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")
@@ -139,7 +138,7 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
 
     idle, running, done = list(workers), [], len(jobs) - len(waiting)
     context = _context(waiting, workers)
-    with tqdm(total=len(jobs), initial=done, desc="runs", unit=" runs", disable=None) as bar:
+    with Progress("study", "runs", len(jobs), done) as progress:
         try:
             while waiting or running:
                 blocked = {job.name: why for job in waiting if (why := job.obstacle(state))}
@@ -151,18 +150,18 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
                     waiting.remove(job)
                     running.append(_Running(job, idle.pop(0), context))
 
-                bar.set_postfix_str(", ".join(map(str, running)))
                 if running and not ended:
                     connection.wait([run.process.sentinel for run in running], LOOK_EVERY)
                 for run in [run for run in running if not run.process.is_alive()]:
                     running.remove(run)
                     idle.append(run.worker)
                     ended.append(run.outcome())
+                progress.text = ", ".join(map(str, running))
 
                 for outcome in ended:
                     state[outcome.job] = outcome.status
                     journal.append(asdict(outcome))
-                    bar.update()
+                    progress.update()
                     yield outcome
         finally:
             _end(running)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from tqdm import tqdm
-
 from kit.command import Stopped
 from kit.evaluate.results import read_results
+from kit.progress import print_line
 from kit.run import AFTER, SAMPLES
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
 from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
@@ -158,7 +157,7 @@ def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_repor
     try:
         for outcome in run_jobs(jobs, path, workers):
             ended += 1
-            tqdm.write(line(outcome))
+            print_line(line(outcome))
             if outcome.status == FAILED:
                 failed.append(outcome.job)
             if time.monotonic() - reported > REPORT_EVERY:

@@ -169,7 +169,7 @@ def recipes_of(config: Config, data: Path) -> Recipes:
         }
         return common | REINFORCE | tokens | {"prompts": str(prompts), "steps": config.rl_steps}
 
-    return Recipes(Path(__file__).parent, evaluation, finetune, reinforce)
+    return Recipes(evaluation, finetune, reinforce)
 
 
 def main(config: Config) -> Path:

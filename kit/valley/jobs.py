@@ -54,7 +54,7 @@ class Job:
     """A run of a recipe."""
 
     name: str
-    recipe: Path
+    recipe: str  # module with Config, main, SMOKE and, if it has any, PRESETS
     settings: Mapping[str, object]  # of the recipe
     folder: Path  # its run folder
     needs: tuple[str, ...] = ()  # names of the jobs that must be done first
@@ -188,9 +188,9 @@ def _context(jobs: Sequence[Job], workers: Sequence[Worker]):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     if jobs:
-        context.set_forkserver_preload([*PRELOADED, *sorted({job.recipe.stem for job in jobs})])
-        folders = [*dict.fromkeys(str(job.recipe.parent.resolve()) for job in jobs), *filter(None, sys.path)]
-        with _environment({**KEEP_FREED_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(folders)}):
+        context.set_forkserver_preload([*PRELOADED, *sorted({job.recipe for job in jobs})])
+        folders = os.pathsep.join(filter(None, sys.path))
+        with _environment({**KEEP_FREED_MEMORY, **os.environ, "PYTHONPATH": folders}):
             forkserver.ensure_running()
     return context
 
@@ -219,7 +219,7 @@ class _Running:
         card = {"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {}
         with _environment(card):  # inherited by a process that starts from scratch, passed on to a forked one
             here = (dict(os.environ), os.getcwd(), worker.on_card)
-            arguments = (job.recipe.resolve(), job.command(), self.log.resolve(), *here)
+            arguments = (job.recipe, job.command(), self.log.resolve(), *here)
             self.process = context.Process(target=_run, args=arguments)
             self.process.start()
 
@@ -240,12 +240,9 @@ class _Running:
 
 
 def _run(
-    recipe: Path, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool
+    recipe: str, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool
 ) -> None:
-    """Run a recipe in this process, which has just been started.
-
-    recipe: a file with Config, main, SMOKE and, if it has any, PRESETS. flags: as on its command line.
-    """
+    """Run a recipe in this process, which has just been started. flags: as on its command line."""
     if os.name == "posix":
         os.setpgrp()  # Ctrl-C on a terminal is for the study, which then asks its runs to end
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -261,9 +258,8 @@ def _run(
 
         torch.set_num_threads(1)
 
-    print(f"python {shlex.join([str(recipe), *flags])}")
-    sys.path.insert(0, str(recipe.parent))
-    module = importlib.import_module(recipe.stem)
+    print(f"python -m {shlex.join([recipe, *flags])}")
+    module = importlib.import_module(recipe)
     start(module.main, module.Config, flags, smoke=module.SMOKE, presets=getattr(module, "PRESETS", None))
 
 

@@ -75,14 +75,15 @@ def server():
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "small_recipe.py"
     file.write_text(RECIPE)
     return file
 
 
 def job(recipe, name, *, needs=(), problem="", **settings):
-    return Job(name, recipe, settings, recipe.parent / "runs" / name, tuple(needs), problem=problem)
+    return Job(name, recipe.stem, settings, recipe.parent / "runs" / name, tuple(needs), problem=problem)
 
 
 ONE = (Worker(),)
@@ -209,16 +210,16 @@ def main(config):
 def run_one(recipe, folder):
     os.environ["MALLOC_TOP_PAD_"] = str(2**27)
     before = dict(os.environ)
-    run([Job("memory", Path(recipe), {}, Path(folder))], Path(folder))
+    run([Job("memory", recipe, {}, Path(folder))], Path(folder))
     assert dict(os.environ) == before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these settings are glibc's")
-def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path):
-    recipe = tmp_path / "memory_recipe.py"
-    recipe.write_text(MEMORY)
+def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "memory_recipe.py").write_text(MEMORY)
     # in a process whose server has not been started
-    wait(call(__file__, "run_one", str(recipe), str(tmp_path)))
+    wait(call(__file__, "run_one", "memory_recipe", str(tmp_path)))
     found = json.loads((tmp_path / "found.json").read_text())
     # of 40 that were used; a few, because a forked process copies what it touches
     assert found["blocks"] < 10

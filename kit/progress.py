@@ -55,6 +55,7 @@ class Progress:
         if text:
             self.text = text
         if self.bar is not None:
+            self.bar.set_postfix_str(self.text, refresh=False)
             self.bar.update()
 
     def __enter__(self):

@@ -7,8 +7,10 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # imported where it is used: it takes seconds, and flags are read before
 
 GIB = 2**30  # bytes
 CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA, its libraries and the display use; an assumption
@@ -16,6 +18,8 @@ CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA, its libraries and the 
 
 def describe_machine() -> dict[str, str | int]:
     """Return processor, cores, threads, GPU and versions, for the head of a table or a results file."""
+    import torch
+
     has_gpu = torch.cuda.is_available()
     return {
         "processor": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
@@ -28,16 +32,21 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
-    """Exit with a message, and status 1, if the device is "cuda" and torch sees no GPU.
+    """Raise ValueError if the device is "cuda" and torch sees no GPU.
 
     what: the thing that needs a GPU. instead: commands that work without one -> what each does.
     """
-    if device != "cuda" or torch.cuda.is_available():
+    if device != "cuda":
+        return
+
+    import torch
+
+    if torch.cuda.is_available():
         return
 
     width = max(map(len, instead))
     ways = [f"  {command:<{width}}    {effect}" for command, effect in instead.items()]
-    raise SystemExit("\n".join([f"{what} needs an NVIDIA GPU and none is here. What works here:", *ways]))
+    raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and none is here. What works here:", *ways]))
 
 
 def return_memory(device: torch.device) -> None:
@@ -46,6 +55,8 @@ def return_memory(device: torch.device) -> None:
     Call it between sampling and training: the tensors of one do not fit the blocks that the other leaves.
     """
     if device.type == "cuda":
+        import torch
+
         gc.collect()
         torch.cuda.empty_cache()
 

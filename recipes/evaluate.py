@@ -15,21 +15,16 @@ Time: not timed on a GPU; SmolLM2-135M on 50 GSM8K questions, 2 samples each of 
 minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 
-from kit import models
-from kit.config import parse, show
-from kit.data import ChatFormat
+from kit import data, evaluate, generate, memory, models, report
+from kit.command import finish, start
+from kit.config import show
 from kit.data.chat import INSTRUCTION
-from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
-from kit.evaluate.results import mean_accuracy, read_result
-from kit.generate import SamplingParams, cache_bytes
 from kit.machine import GIB, require_gpu
-from kit.memory.hours import sampling_time
-from kit.report import arithmetic, write_report
-from kit.report.figures import Stages
-from kit.report.page import percent
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
@@ -71,31 +66,31 @@ WITHOUT_GPU = {
 }
 
 
-def main(config: Config) -> list[Result]:
+def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
     require_gpu(config.device, f"evaluating {config.model} on --device cuda", WITHOUT_GPU)
 
-    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
-    params = SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
-    chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
 
     counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}
     samples = ", ".join(f"{name} {questions} x {k}" for name, (questions, k) in counts.items())
     num_responses = sum(questions * k for questions, k in counts.values())
-    time = sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
-    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
+    time = memory.hours.sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
+    cache = generate.cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
     print(f"KV cache    {cache:.2f} GiB, besides the prompts")
     print(f"time        {time}")
 
     results = []
     for benchmark in benchmarks:
-        found = evaluate(
+        found = evaluate.evaluate(
             model,
             chat,
             benchmark,
@@ -110,11 +105,11 @@ def main(config: Config) -> list[Result]:
     print(table(results))
     print_steps({SAMPLES: {result.benchmark: result for result in results}})
     write_json(run.path / "results.json", [result.summary() for result in results])
-    print(f"report {write_report(run.path)}")
+    finish(report.write_report(run.path))
     return results
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[evaluate.Result]) -> str:
     """Return the figures that are asked for first, one line per benchmark."""
     head = (
         "benchmark", "accuracy", "pass@k", "tokens: mean", "median", "90 %", "right", "wrong",
@@ -127,13 +122,13 @@ def table(results: list[Result]) -> str:
         shares = (result.truncated, result.without_answer, result.looping, result.reflection)
         cells = (
             result.benchmark,
-            f"{percent(result.accuracy)} ± {100 * result.interval:.1f}",
-            f"{percent(result.pass_at(k))}, k = {k}",
+            f"{report.page.percent(result.accuracy)} ± {100 * result.interval:.1f}",
+            f"{report.page.percent(result.pass_at(k))}, k = {k}",
             f"{tokens.mean:,.0f}",
             f"{tokens.median:,.0f}",
             f"{tokens.p90:,}",
             *("-" if mean is None else f"{mean:,.0f}" for mean in (right, wrong)),
-            *map(percent, shares),
+            *map(report.page.percent, shares),
             str(result.unknown),
         )
         lines.append(cells)
@@ -142,17 +137,18 @@ def table(results: list[Result]) -> str:
     rows = [zip(line, widths, strict=True) for line in lines]
     text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in row) for row in rows)
     if len(results) > 1:
-        text += f"\nmean accuracy {percent(mean_accuracy(results))}, each benchmark with the same weight"
+        mean = report.page.percent(evaluate.results.mean_accuracy(results))
+        text += f"\nmean accuracy {mean}, each benchmark with the same weight"
     return text + "\n* keywords alone: an upper bound"
 
 
-def print_steps(stages: Stages) -> None:
+def print_steps(stages: report.figures.Stages) -> None:
     """Print what the operations of the answers to `arithmetic` show, if it was measured."""
-    for line in arithmetic.sentences(arithmetic.check_answers(stages)):
+    for line in report.arithmetic.sentences(report.arithmetic.check_answers(stages)):
         print(line)
 
 
-def compare(config: Config) -> list[Result]:
+def compare(config: Config) -> list[evaluate.Result]:
     """Print the second run minus the first, for every benchmark that both measured."""
     folders = [Path(name) / SAMPLES for name in config.compare.split(",")]
     if len(folders) != 2:
@@ -167,8 +163,8 @@ def compare(config: Config) -> list[Result]:
 
     results = []
     for name in shared:
-        before, after = read_result(first[name]), read_result(second[name])
-        difference, half = paired_difference(before, after, force=config.force)
+        before, after = evaluate.results.read_result(first[name]), evaluate.results.read_result(second[name])
+        difference, half = evaluate.paired_difference(before, after, force=config.force)
         print(
             f"{before}\n{after}\n{name}: difference {100 * difference:+.1f} points ± {100 * half:.1f} "
             f"(95 %, paired over {before.num_questions} questions)"
@@ -179,4 +175,4 @@ def compare(config: Config) -> list[Result]:
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE))
+    start(main, Config, smoke=SMOKE)

@@ -16,28 +16,19 @@ the sum, and what would lower it. Left out on purpose: several GPUs, a validatio
 weight decay (the paper does not state it), other numbers of traces (recipes/valley_sweep.py).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kit import models
-from kit.config import as_flags, parse, part_of, show
-from kit.data import ChatFormat, load_documents
+from kit import data, evaluate, generate, memory, models, report, train
+from kit.command import finish, start
+from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
-from kit.evaluate import evaluate, parse_benchmarks
-from kit.evaluate.measure import header_of
-from kit.evaluate.shared_baseline import take_baseline
-from kit.generate import SamplingParams, cache_bytes
 from kit.machine import GIB, require_gpu
-from kit.memory import PeakMemory, Plan, plan
-from kit.memory.choose import choose, rows_of, suggest_savings, switches
-from kit.memory.hours import sampling_time, training_time
-from kit.memory.simulate import CARDS, check_free_memory
-from kit.models import backbone
-from kit.report import write_report
-from kit.report.before_after import findings
 from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
-from kit.train import Savings, TrainingPlan, train
+from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
-    command = f"python recipes/{recipe_name(config)}.py"
+    command = f"python recipes/{recipe_name(type(config))}.py"
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
         config.device,
@@ -119,7 +110,7 @@ def main(config: Config) -> None:
     )
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
-        check_free_memory(planned)
+        memory.simulate.check_free_memory(planned)
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
 
@@ -130,16 +121,16 @@ def main(config: Config) -> None:
         device=config.device,
         attention=config.attention,
     )
-    chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
-    params = SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
-    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions)
-    documents, schedule = read_documents(config, chat, run, backbone.context_length(model))
+    chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    params = generate.SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
+    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
 
     def measure(model, stage: str):
         results = {}
         for benchmark in benchmarks:
-            result = evaluate(
+            result = evaluate.evaluate(
                 model,
                 chat,
                 benchmark,
@@ -158,7 +149,7 @@ def main(config: Config) -> None:
     else:
         before = measure(model, BEFORE)
 
-    trained = train(
+    trained = train.train(
         model,
         tokenizer,
         documents,
@@ -171,7 +162,7 @@ def main(config: Config) -> None:
         max_grad_norm=config.max_grad_norm,
         max_tensor_norm=config.max_tensor_norm,
         savings=savings,
-        memory=PeakMemory(model.device, planned, run.path / "memory.json"),
+        memory=memory.PeakMemory(model.device, planned, run.path / "memory.json"),
         checkpoint_every=config.checkpoint_every,
         seed=config.seed,
     )
@@ -179,40 +170,43 @@ def main(config: Config) -> None:
     del model  # measure what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)
     after = measure(model, AFTER)
-    report = write_report(run.path)
-    print("\n".join(findings({BEFORE: before, AFTER: after})))
-    print(f"model {trained}\nreport {report}")
+    page = report.write_report(run.path)
+    print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
+    print(f"model {trained}")
+    finish(page, f"python -m kit.report {run.path}")
 
 
-def plan_memory(config: Config) -> tuple[Config, Plan]:
+def plan_memory(config: Config) -> tuple[Config, memory.Plan]:
     """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
     what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
     rows = 1 if config.batch_traces == 1 else 2  # per step, at least: how many depends on the traces
     print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)
 
     if config.gpu_gb:
-        planned = choose(config.model, gpu_gb=config.gpu_gb, rows=rows, **what)
-        chosen = switches(planned, config.max_grad_norm)
+        planned = memory.choose.choose(config.model, gpu_gb=config.gpu_gb, rows=rows, **what)
+        chosen = memory.choose.switches(planned, config.max_grad_norm)
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
     else:
         savings = part_of(config, Savings)
-        planned = plan(config.model, savings=savings, rows=rows_of(savings, rows), **what)
+        planned = memory.plan(
+            config.model, savings=savings, rows=memory.choose.rows_of(savings, rows), **what
+        )
     print(planned)
 
-    if config.plan and not planned.fits(CARDS[0]):
+    if config.plan and not planned.fits(memory.simulate.CARDS[0]):
         print("  for less, each with those above it (simulated):")
-        for line in suggest_savings(planned):
+        for line in memory.choose.suggest_savings(planned):
             print(line, flush=True)
     return config, planned
 
 
-def read_documents(config: Config, chat: ChatFormat, run: RunFolder, context: int):
+def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):
     """Return (the tokenised traces, the schedule of the training run), and print what was dropped and why.
 
     Raises ValueError if a trace is longer than the model's context; a row of several traces may be.
     """
-    documents, drop_counts = load_documents(
+    documents, drop_counts = data.load_documents(
         config.traces,
         chat,
         row_tokens=config.row_tokens,
@@ -235,7 +229,7 @@ def read_documents(config: Config, chat: ChatFormat, run: RunFolder, context: in
             f"row_tokens is {config.row_tokens} and the longest trace has {longest} tokens, but "
             f"{config.model} was made for {context}; pass --row_tokens {context}"
         )
-    schedule = TrainingPlan.make(
+    schedule = train.TrainingPlan.make(
         [len(document) for document in documents],
         row_tokens=config.row_tokens,
         batch_traces=config.batch_traces,
@@ -246,24 +240,24 @@ def read_documents(config: Config, chat: ChatFormat, run: RunFolder, context: in
     return documents, schedule
 
 
-def print_consequences(config: Config, model, schedule: TrainingPlan, benchmarks) -> None:
+def print_consequences(config: Config, model, schedule: train.TrainingPlan, benchmarks) -> None:
     """Print what the settings lead to, before anything slow begins."""
     print(f"training    {schedule}")
     num_samples = {b.name: len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks}
     counts = ", ".join(
         f"{b.name} {len(b.questions)} x {num_samples[b.name] // len(b.questions)}" for b in benchmarks
     )
-    cache = cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
+    cache = generate.cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
     print(
         f"evaluation  {counts} samples of up to {config.max_new_tokens:,} tokens; "
         f"KV cache {cache:.2f} GiB, and the prompts'"
     )
 
     passes = 1 if config.baseline else 2  # before and after
-    training = training_time(
+    training = memory.hours.training_time(
         config.model, part_of(config, Savings), config.qlora_rank, schedule.tokens, config.row_tokens
     )
-    sampling = sampling_time(
+    sampling = memory.hours.sampling_time(
         config.model, passes * sum(num_samples.values()), config.max_new_tokens, config.num_slots
     )
     print(f"time        training {training}\n            sampling {sampling}")
@@ -272,8 +266,8 @@ def print_consequences(config: Config, model, schedule: TrainingPlan, benchmarks
 def copy_baseline(config: Config, model, chat, params, benchmarks, run: RunFolder):
     """Return the results of --baseline, and copy its samples into the run's folder."""
     options = {"num_samples": config.num_samples, "seed": config.seed}
-    wanted = [(b, header_of(model, chat, b, params, **options)) for b in benchmarks]
-    before = take_baseline(
+    wanted = [(b, evaluate.measure.header_of(model, chat, b, params, **options)) for b in benchmarks]
+    before = evaluate.shared_baseline.take_baseline(
         Path(config.baseline),
         wanted,
         model=config.model,
@@ -285,4 +279,4 @@ def copy_baseline(config: Config, model, chat, params, benchmarks, run: RunFolde
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE))
+    start(main, Config, smoke=SMOKE)

@@ -29,31 +29,21 @@ Time: not timed on a GPU; the paper's runs used 8 H100. The prompts are SimpleRL
 from here); --prompts FILE reads a local copy, or other MATH files with --levels 1-4.
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
-from kit import models
-from kit.config import as_flags, parse, part_of, show
-from kit.data import ChatFormat
+from kit import data, evaluate, generate, memory, models, report, rl
+from kit.command import finish, start
+from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
-from kit.data.problems import Question, read_prompts
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
-from kit.evaluate import evaluate, parse_benchmarks
-from kit.generate import SamplingParams
 from kit.machine import require_gpu
-from kit.memory.hours import sampling_time
-from kit.memory.simulate import check_free_memory
-from kit.models import backbone
-from kit.models.folder import adapter_rank
-from kit.report.rl import write_report
-from kit.rl import Policy, Settings, train
-from kit.rl.memory_plan import RLPlan, choose_rl, eval_slots, plan_rl
-from kit.rl.settings import check_savings
+from kit.rl.settings import Settings, check_savings
 from kit.run import RunFolder, recipe_name, write_json
-from kit.train import Savings
+from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
@@ -138,6 +128,8 @@ def deviations(config: Config) -> list[str]:
 
 def weaken(model, amount: float, seed: int) -> None:
     """Add noise to every weight."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -145,32 +137,32 @@ def weaken(model, amount: float, seed: int) -> None:
             parameter += amount * parameter.std() * noise
 
 
-def plan_memory(config: Config) -> tuple[Config, RLPlan]:
+def plan_memory(config: Config) -> tuple[Config, rl.memory_plan.RLPlan]:
     """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
-    rank = config.qlora_rank or adapter_rank(config.model)
+    rank = config.qlora_rank or models.folder.adapter_rank(config.model)
     what = {"settings": part_of(config, Settings), "qlora_rank": rank}
     print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)
 
     if config.gpu_gb:
         answers = config.batch_prompts * config.group_size  # more slots would stay empty
-        planned = choose_rl(config.model, gpu_gb=config.gpu_gb, most_slots=answers, **what)
+        planned = rl.memory_plan.choose_rl(config.model, gpu_gb=config.gpu_gb, most_slots=answers, **what)
         chosen = asdict(planned.update.savings) | {"num_slots": planned.settings.num_slots}
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
     else:
-        planned = plan_rl(config.model, savings=part_of(config, Savings), **what)
+        planned = rl.memory_plan.plan_rl(config.model, savings=part_of(config, Savings), **what)
     print(planned)
     return config, planned
 
 
-def read_questions(config: Config, run: RunFolder) -> list[Question]:
+def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
     """Read the prompts; print how many rows were left out, and which."""
     bad = BadRows(config.max_bad_rows)
     source = config.prompts
     if source == "toy":
         source = str(run.path / "prompts.jsonl")
         write_rows(Path(source), make_rows("short", 2_000, seed=config.seed + 2, min_operands=3))
-    questions = read_prompts(source, bad, levels=config.levels)[: config.num_prompts or None]
+    questions = data.problems.read_prompts(source, bad, levels=config.levels)[: config.num_prompts or None]
     print(f"data        {len(questions):,} prompts with gold answers, {len(bad.found)} rows left out")
     for place in bad.found:
         print(f"  bad row   {place}")
@@ -190,7 +182,7 @@ def main(config: Config) -> None:
         if config.json:
             write_json(Path(config.json), planned.as_json())
         return
-    command = f"python recipes/{recipe_name(config)}.py"
+    command = f"python recipes/{recipe_name(type(config))}.py"
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
     require_gpu(
         config.device,
@@ -202,7 +194,7 @@ def main(config: Config) -> None:
     )
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
-        check_free_memory(planned.larger)
+        memory.simulate.check_free_memory(planned.larger)
 
     run = RunFolder.open(config)
     print(f"settings\n{show(config)}\nrun folder {run.path}")
@@ -213,42 +205,44 @@ def main(config: Config) -> None:
     )
     if config.weaken:
         weaken(model, config.weaken, config.seed)
-    chat = ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
 
     # the consequences of the settings, before anything slow happens
-    prompts, updates = (
-        config.steps * config.batch_prompts,
-        -(-config.batch_prompts // config.minibatch_prompts),
-    )
+    prompts = config.steps * config.batch_prompts
+    updates = -(-config.batch_prompts // config.minibatch_prompts)
     each = f"{config.batch_prompts:,} prompts x {config.group_size} answers, {updates} updates each"
     passes = f"{prompts / len(questions):.2f} passes over the prompts"
     print(f"training    {config.steps:,} steps of {each}; {passes}")
     print(f"the paper   {'; '.join(deviations(config)) or 'its Table 3'}")
     print("            not stated there: clip range, KL estimator, normaliser; see the list in --help")
     answers = prompts * config.group_size
-    sampling = sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
+    sampling = memory.hours.sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
     print(f"time        rollouts {sampling}; updates and evaluation besides")
 
     settings = part_of(config, Settings)
-    params = SamplingParams(max_new_tokens=min(config.eval_tokens, backbone.context_length(model) // 2))
-    slots = eval_slots(settings, params.max_new_tokens)
-    benchmarks = parse_benchmarks(config.benchmarks, limit=config.num_questions) if config.benchmarks else []
+    eval_tokens = min(config.eval_tokens, models.backbone.context_length(model) // 2)
+    params = generate.SamplingParams(max_new_tokens=eval_tokens)
+    slots = rl.memory_plan.eval_slots(settings, eval_tokens)
+    benchmarks = []
+    if config.benchmarks:
+        benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
 
     def measure(stage: str) -> None:
         how = {"num_samples": config.num_samples, "num_slots": slots, "seed": config.seed}
         for benchmark in benchmarks:
-            print(f"{stage:<12}{evaluate(model, chat, benchmark, params, run.path / stage, **how)}")
+            print(f"{stage:<12}{evaluate.evaluate(model, chat, benchmark, params, run.path / stage, **how)}")
 
     measure("before")
     optimizer = {name: getattr(config, name) for name in ("lr", "weight_decay", "max_grad_norm")}
-    policy = Policy(model, chat, settings, savings=part_of(config, Savings), **optimizer)
+    policy = rl.Policy(model, chat, settings, savings=part_of(config, Savings), **optimizer)
     schedule = {name: getattr(config, name) for name in ("steps", "batch_prompts", "checkpoint_every")}
-    trained = train(policy, questions, run, **schedule, planned=planned and planned.larger)
+    trained = rl.train(policy, questions, run, **schedule, planned=planned and planned.larger)
     del policy, model  # what is measured next is what was saved
     model, _ = models.load(str(trained), **where)
     measure("after")
-    print(f"model {trained}\nreport {write_report(run.path)}")
+    print(f"model {trained}")
+    finish(report.rl.write_report(run.path))
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE, presets=PRESETS))
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import gemma3_1b_8k
 from gemma3_1b_8k import SMOKE, main
 
-from kit.config import parse
+from kit.command import start
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,4 @@ class Config(gemma3_1b_8k.Config):
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE))
+    start(main, Config, smoke=SMOKE)

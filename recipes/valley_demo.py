@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kit.config import parse, show
+from kit import report
+from kit.command import start
+from kit.config import show
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.data.traces import is_long
 from kit.evaluate.benchmarks import BENCHMARKS
-from kit.report.valley import write_report
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -186,9 +187,9 @@ def main(config: Config) -> Path:
         workers,
         deviations=["a toy: tiny models, chains of additions and subtractions; not about language models"],
         rl=("0", LOWEST, MOST) if config.rl_steps else (),
-        write_report=write_report,
+        write_report=report.valley.write_report,
     )
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE, quick=QUICK))
+    start(main, Config, smoke=SMOKE, quick=QUICK)

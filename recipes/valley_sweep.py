@@ -19,6 +19,8 @@ finished sweep takes more arms, sizes or seeds with --resume.
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs, several machines.
 """
 
+from __future__ import annotations
+
 import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,24 +28,13 @@ from pathlib import Path
 import evaluate
 import gemma3_1b_8k
 
-from kit.config import parse, show
+from kit import report, valley
+from kit.command import start
+from kit.config import show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
 from kit.machine import require_gpu
-from kit.report.valley import write_report
 from kit.run import RunFolder
-from kit.valley.estimate import (
-    Assumed,
-    Chosen,
-    Evaluation,
-    choose_settings,
-    describe,
-    plan_cells,
-    plan_memory,
-    settings_of,
-    with_settings,
-    write_plan,
-)
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import FIXED_BATCH, FULL, MODELS, TABLE, Cell, Study, parse_models, parse_numbers
@@ -193,7 +184,7 @@ def shared(config: Config, other: type) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def recipes_of(config: Config, chosen: Chosen) -> Recipes:
+def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
     """Return the recipes with the sweep's settings. chosen: the memory settings of each model and method."""
     learning = {name: getattr(config, name) for name in RL_SHARED} | {"eval_tokens": config.max_new_tokens}
 
@@ -241,8 +232,10 @@ def main(config: Config) -> Path | None:
     require_gpu(config.device, "a sweep", WITHOUT_GPU)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
     print(f"settings\n{show(config)}\nsweep folder {path}")
-    chosen = choose_settings(study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card)
-    cells, forced = with_settings(study.cells(), chosen)
+    chosen = valley.estimate.choose_settings(
+        study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card
+    )
+    cells, forced = valley.estimate.with_settings(study.cells(), chosen)
     return run_study(
         study,
         cells,
@@ -251,29 +244,34 @@ def main(config: Config) -> Path | None:
         workers,
         deviations=deviations(config, study) + forced,
         rl=starts,
-        write_report=write_report,
+        write_report=report.valley.write_report,
     )
 
 
 def make_plan(config: Config, study: Study, card: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
     print("memory      each model and method is simulated, up to a minute for each setting tried", flush=True)
-    memory = plan_memory(study.cells(), **card, report=lambda text: print(text, flush=True))
-    chosen = {pair: settings_of(found, gemma3_1b_8k.Config.max_grad_norm) for pair, found in memory.items()}
-    cells, forced = with_settings(study.cells(), chosen)
-    evaluation = Evaluation.of(
+    memory = valley.estimate.plan_memory(study.cells(), **card, report=lambda text: print(text, flush=True))
+    chosen = {
+        pair: valley.estimate.settings_of(found, gemma3_1b_8k.Config.max_grad_norm)
+        for pair, found in memory.items()
+    }
+    cells, forced = valley.estimate.with_settings(study.cells(), chosen)
+    evaluation = valley.estimate.Evaluation.of(
         config.benchmarks,
         num_questions=config.num_questions,
         num_samples=config.num_samples,
         num_slots=config.num_slots,
     )
-    assumed = Assumed(config.trace_tokens, min(config.response_tokens, config.max_new_tokens))
-    plans = plan_cells(cells, memory, evaluation=evaluation, max_steps=config.max_steps, assumed=assumed)
-    print(describe(plans, num_cards=num_cards))
+    assumed = valley.estimate.Assumed(config.trace_tokens, min(config.response_tokens, config.max_new_tokens))
+    plans = valley.estimate.plan_cells(
+        cells, memory, evaluation=evaluation, max_steps=config.max_steps, assumed=assumed
+    )
+    print(valley.estimate.describe(plans, num_cards=num_cards))
     print("the paper   " + ("\n            ".join(deviations(config, study) + forced) or "its setting"))
     if config.json:
-        write_plan(Path(config.json), plans)
+        valley.estimate.write_plan(Path(config.json), plans)
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE, presets=PRESETS))
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

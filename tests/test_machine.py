@@ -25,9 +25,9 @@ def test_without_a_gpu_a_recipe_ends_with_what_works_instead_and_on_a_cpu_it_goe
     instead = {"python x.py --smoke": "a minute", "python x.py --device cpu": "slow:\n      --steps 1"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     require_gpu("cpu", "a 1B model", instead)
-    with pytest.raises(SystemExit) as refused:
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU") as refused:
         require_gpu("cuda", "a 1B model", instead)
-    assert refused.value.code.splitlines() == [
+    assert str(refused.value).splitlines() == [
         "a 1B model needs an NVIDIA GPU and none is here. What works here:",
         "  python x.py --smoke         a minute",
         "  python x.py --device cpu    slow:",

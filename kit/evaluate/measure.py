@@ -17,6 +17,7 @@ from statistics import fmean
 
 import torch
 
+from kit.command import Stopped
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.evaluate.benchmarks import Benchmark
@@ -62,7 +63,7 @@ def evaluate(
 
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
-    two headers are not one result; and if memory runs out.
+    two headers are not one result; and if memory runs out. Raises Stopped after Ctrl-C.
     """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds, which would count against the time limit of the first hard answer
@@ -94,6 +95,9 @@ def evaluate(
             on_finish=log,
             description=benchmark.name,
         )
+    except KeyboardInterrupt:
+        kept, asked = len(journal.read()) - 1, len(benchmark.questions) * num_samples
+        raise Stopped(f"in {benchmark.name}, {kept:,} of {asked:,} answers kept") from None
     except torch.OutOfMemoryError as error:
         at_once = min(num_slots, len(wanted))
         longest = max(map(len, prompts.values())) + params.max_new_tokens

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 
+from kit.command import guard
 from kit.grade.paper import grade_as_paper
 from kit.grade.verdict import DEADLINE, grade
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     """Print the verdict, its rule, both normal forms and the paper's verdict on a pair; or run `regrade`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["regrade"]:
         from kit.grade import regrade
 
@@ -43,7 +42,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as mistake:
-        sys.exit(f"error: {mistake}")
+    guard(main)

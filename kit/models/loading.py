@@ -20,12 +20,9 @@ from transformers import (
 from kit.models.attention import attention_name
 from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
+from kit.models.shipped import CONFIGS, SHIPPED
 
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
-
-CONFIGS = Path(__file__).parent / "shipped" / "configs"
-TINY = Path(__file__).parent / "shipped" / "tiny"  # a model, and the toy's traces and problems
-SHIPPED = {"tiny": TINY, "tinier": TINY.with_name("tinier")}  # models by name; the second is the smaller one
 
 
 def default_device() -> torch.device:

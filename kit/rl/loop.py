@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.memory.measured import PeakMemory
 from kit.models import folder
 from kit.models.backbone import head_weight
-from kit.rl.episodes import by_group
+from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
 from kit.run import Journal, RunFolder
 from kit.train import checkpoint
@@ -54,7 +55,8 @@ def train(
 
     Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a
     checkpoint, training continues from it; if it holds the finished model, nothing is done.
-    Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out.
+    Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out; and
+    Stopped after Ctrl-C, with a checkpoint of the last step that ended.
     """
     finished = run.path / "model"
     if finished.is_dir():
@@ -66,15 +68,30 @@ def train(
         journal.keep(lambda row: row["step"] <= done)
     policy.drawn = done * batch_prompts
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
+
+    def save(step: int) -> None:
+        checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+
+    def sample_or_stop(step: int, prompts: list[Question]) -> list[Episode]:
+        """Roll out. After Ctrl-C the weights are those of the last step, so they are kept."""
+        try:
+            return rollout(policy, prompts)
+        except KeyboardInterrupt:
+            if step - 1 > done:
+                save(step - 1)
+            kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
+            raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
+
     bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
 
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         try:
             prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
-            episodes = rollout(policy, prompts)
+            episodes = sample_or_stop(step, prompts)
             seconds = time.perf_counter() - start
-            found = update(policy, episodes)
+            with LetFinish("this update, then a checkpoint") as interrupt:
+                found = update(policy, episodes)
         except torch.OutOfMemoryError as error:
             raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
         if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
@@ -101,8 +118,10 @@ def train(
         if step == done + 1:
             tqdm.write(f"  {LOSS_NEAR_ZERO}")
         bar.update()
-        if checkpoint_every and step % checkpoint_every == 0 and step < steps:
-            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+        if interrupt.asked or (checkpoint_every and step % checkpoint_every == 0 and step < steps):
+            save(step)
+        if interrupt.asked:
+            raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
     bar.close()
     policy.close()

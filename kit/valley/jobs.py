@@ -29,7 +29,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kit.config import parse
+from kit.command import start
 from kit.run import Journal
 
 JOURNAL, LOG = "jobs.jsonl", "log.txt"
@@ -165,9 +165,22 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
                     bar.update()
                     yield outcome
         finally:
+            _end(running)
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """End runs early: ask them to save what they have, and kill them at another Ctrl-C."""
+    try:
+        if running and os.name == "posix":
+            print(f"\n{len(running)} runs save what they have; Ctrl-C again stops at once", file=sys.stderr)
             for run in running:
-                run.process.kill()
+                os.kill(run.process.pid, signal.SIGINT)
+            for run in running:
                 run.process.join()
+    finally:
+        for run in running:
+            run.process.kill()
+            run.process.join()
 
 
 def _context(jobs: Sequence[Job], workers: Sequence[Worker]):
@@ -234,6 +247,8 @@ def _run(
 
     recipe: a file with Config, main, SMOKE and, if it has any, PRESETS. flags: as on its command line.
     """
+    if os.name == "posix":
+        os.setpgrp()  # Ctrl-C on a terminal is for the study, which then asks its runs to end
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     with log.open("ab") as file:
         for descriptor in (1, 2):
@@ -250,7 +265,7 @@ def _run(
     print(f"python {shlex.join([str(recipe), *flags])}")
     sys.path.insert(0, str(recipe.parent))
     module = importlib.import_module(recipe.stem)
-    module.main(parse(module.Config, flags, smoke=module.SMOKE, presets=getattr(module, "PRESETS", None)))
+    start(module.main, module.Config, flags, smoke=module.SMOKE, presets=getattr(module, "PRESETS", None))
 
 
 def _end_with_the_parent() -> None:
@@ -267,4 +282,4 @@ def reason(status: int, lines: Sequence[str]) -> str:
     start = next((i for i in reversed(range(len(lines))) if MESSAGE.match(lines[i])), None)
     last = lines[-3:] if start is None else lines[start:]
     message = " ".join(line.strip() for line in last if line.strip())
-    return message or f"it ended with status {status} and printed nothing"
+    return message.removeprefix("error: ") or f"it ended with status {status} and printed nothing"

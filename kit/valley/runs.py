@@ -11,6 +11,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from kit.command import Stopped
 from kit.evaluate.results import read_results
 from kit.run import AFTER, SAMPLES
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
@@ -154,14 +155,18 @@ def run_study(
 
 def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_report) -> list[str]:
     """Run the jobs, print how each ends, and write a report now and then. Return the names of the failed."""
-    failed, reported = [], time.monotonic()
-    for outcome in run_jobs(jobs, path, workers):
-        tqdm.write(line(outcome))
-        if outcome.status == FAILED:
-            failed.append(outcome.job)
-        if time.monotonic() - reported > REPORT_EVERY:
-            write_report(path)
-            reported = time.monotonic()
+    failed, reported, ended = [], time.monotonic(), 0
+    try:
+        for outcome in run_jobs(jobs, path, workers):
+            ended += 1
+            tqdm.write(line(outcome))
+            if outcome.status == FAILED:
+                failed.append(outcome.job)
+            if time.monotonic() - reported > REPORT_EVERY:
+                write_report(path)
+                reported = time.monotonic()
+    except KeyboardInterrupt:
+        raise Stopped(f"after {ended} runs; the others keep what they have") from None
     return failed
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from kit.memory.flops import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of
-from kit.models.loading import CONFIGS
+from kit.models.shipped import CONFIGS
 from kit.packing import Document, PackedBatch
 from kit.train import Savings
 

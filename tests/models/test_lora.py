@@ -15,7 +15,7 @@ from kit import models
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 from kit.models.backbone import hidden_states, next_token_logits
-from kit.models.loading import TINY
+from kit.models.shipped import TINY
 from kit.packing import PackedBatch
 
 LENGTHS = [9, 1, 23, 4]

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from kit import models
 from kit.evaluate.results import read_result
 from kit.models import folder, qlora
-from kit.models.loading import TINY
 from kit.models.nf4 import quantise_decoder
+from kit.models.shipped import TINY
 
 QUICK = ["--smoke", "--num_questions", "6", "--max_new_tokens", "64"]
 

@@ -11,7 +11,7 @@ from children import run_recipe
 
 from kit.config import parse, part_of
 from kit.machine import CONTEXT, GIB
-from kit.models.loading import TINY
+from kit.models.shipped import TINY
 from kit.train.savings import Savings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -111,7 +111,7 @@ def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_ot
         "too-large": FAILED,
         "good": DONE,
     }
-    assert found["bad"].error == "ValueError: rows are longer than 7"
+    assert found["bad"].error == "rows are longer than 7"
     assert len(found["bad"].tail) == TAIL and found["bad"].tail[-1] == "longer than 7"
     assert found["killed"].error.startswith("ended by SIGKILL")
     assert found["left"].error.endswith("no GPU is here. Two ways out")
@@ -279,7 +279,7 @@ def test_leaving_a_study_early_ends_its_processes(recipe, tmp_path):
             ],
             "torch.OutOfMemoryError: CUDA out of memory",
         ),
-        (2, ["settings", "error: there is no --modle"], "error: there is no --modle"),
+        (2, ["settings", "error: there is no --modle"], "there is no --modle"),
         (
             1,
             [

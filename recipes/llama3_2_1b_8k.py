@@ -9,7 +9,7 @@ Everything but the model is in recipes/gemma3_1b_8k.py: read that one. Time: not
 from dataclasses import dataclass
 
 import gemma3_1b_8k
-from gemma3_1b_8k import SMOKE, main
+from gemma3_1b_8k import PRESETS, SMOKE, main
 
 from kit.command import start
 
@@ -21,4 +21,4 @@ class Config(gemma3_1b_8k.Config):
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

@@ -129,3 +129,14 @@ def parse_benchmarks(text: str, *, limit: int = 0) -> list[Benchmark]:
             )
         benchmarks.append(BENCHMARKS[name].read(source, limit=limit))
     return benchmarks
+
+
+def count_samples(text: str, *, num_questions: int, num_samples: int) -> int:
+    """Count the samples of one pass over the benchmarks that a setting names; no file is read.
+
+    num_questions, num_samples: 0 = all questions, the table's samples per question.
+    """
+    table = [BENCHMARKS[word.split("=")[0].strip()] for word in text.split(",")]
+    return sum(
+        min(num_questions or b.num_questions, b.num_questions) * (num_samples or b.num_samples) for b in table
+    )

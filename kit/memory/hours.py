@@ -73,6 +73,10 @@ class Speed:
     def hours(self, tokens: float) -> float:
         return tokens / self.tokens_per_second / 3600
 
+    def time(self, tokens: float) -> str:
+        """Describe how long so many tokens take, for a recipe to print."""
+        return f"{in_words(self.hours(tokens))} at {self.tokens_per_second:,.0f} tokens/s ({self.source})"
+
 
 def in_words(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 0.1 else f"{60 * hours:,.1f} minutes"
@@ -141,6 +145,18 @@ def sampling_speed(
         return Speed.measured(row, folder, differs)
     flops, num_bytes = Sizes.of(load_config(model)).token_step(num_slots, response_tokens, nf4=nf4)
     return Speed.estimated(*_rates(card, model, "sampler"), num_slots, flops, num_bytes)
+
+
+def training_time(model: str, savings: Savings, qlora_rank: int, tokens: int, row_tokens: int) -> str:
+    """Describe how long training takes, for a recipe to print."""
+    return training_speed(model, savings, qlora_rank, row_tokens).time(tokens)
+
+
+def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int) -> str:
+    """Describe how long sampling takes at most, if no response ends early, for a recipe to print."""
+    speed = sampling_speed(model, num_slots, max_new_tokens)
+    longest = f"if every response takes all of {max_new_tokens:,} tokens"
+    return f"at most {speed.time(num_samples * max_new_tokens)}, {longest}"
 
 
 def _measured(model: str, key: str, card: str) -> Iterator[tuple[Path, dict]]:

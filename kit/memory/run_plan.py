@@ -8,17 +8,22 @@ of a trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from kit.command import started_as
+from kit.config import command_of
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
 from kit.memory.choose import choose, rows_of, size_of, suggest_savings, switches
 from kit.memory.flops import Sizes
-from kit.memory.hours import in_words, sampling_speed, training_speed
+from kit.memory.hours import card_named, in_words, sampling_speed, training_speed
 from kit.memory.sampling import MOST_SLOTS, Sampling, most_slots, plan_sampling
+from kit.memory.settings import PlanSettings
 from kit.memory.simulate import CARDS, Plan, plan
 from kit.models.loading import load_config
+from kit.run import write_json
 from kit.train.savings import Savings
 
 TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
@@ -94,16 +99,19 @@ def plan_run(
     rows: int = 1,
     savings: Savings | None = None,
     qlora_rank: int = 0,
-    gpu_gb: float = 0.0,
-    desktop_gb: float = 0.0,
+    card: PlanSettings,
 ) -> RunPlan:
     """Plan a run that is measured and, if row_tokens > 0, trained; takes seconds per setting that is tried.
 
-    gpu_gb: choose the savings and as many slots as fit a card of this size, up to num_samples; 0 = those that
-    are passed. The rest is as for plan() and choose(). Raises ValueError if nothing fits, with a way out.
+    card: with gpu_gb, the savings and as many slots as fit are chosen, up to num_samples; otherwise they are
+    those that are passed. The rest is as for plan() and choose(). Raises ValueError if nothing fits, with a
+    way out, and for a card without known rates.
     """
-    card = {"qlora_rank": qlora_rank, "desktop_gb": desktop_gb}
-    sampling, update = plan_sampling(model, params, **card), None
+    gpu_gb, desktop_gb = card.gpu_gib, card.desktop_gb
+    card_named(card.card)  # a wrong name is refused now, not in a minute
+    print(f"memory plan: simulating {model} takes seconds per setting that is tried", flush=True)
+    common = {"qlora_rank": qlora_rank, "desktop_gb": desktop_gb}
+    sampling, update = plan_sampling(model, params, **common), None
     if gpu_gb:
         num_slots = most_slots(sampling, gpu_gb, min(num_samples, MOST_SLOTS))
         if not num_slots:
@@ -114,10 +122,10 @@ def plan_run(
                 f"{one.largest_owners()}; pass a smaller --max_new_tokens, or a larger card"
             )
     if row_tokens and gpu_gb:
-        update = choose(model, row_tokens=row_tokens, gpu_gb=gpu_gb, rows=rows, **card)
+        update = choose(model, row_tokens=row_tokens, gpu_gb=gpu_gb, rows=rows, **common)
     elif row_tokens:
         rows = rows_of(savings or Savings(), rows)
-        update = plan(model, row_tokens=row_tokens, savings=savings, rows=rows, **card)
+        update = plan(model, row_tokens=row_tokens, savings=savings, rows=rows, **common)
     return RunPlan(sampling(num_slots), update, num_slots, sampling)
 
 
@@ -133,6 +141,7 @@ class Work:
     trace_tokens: int = 0  # per trace with its problem, on average; assumed
     max_steps: int = 0  # training stops there; 0 = all epochs
     evaluations: int = 2  # before and after; 1 if nothing is trained or a baseline is taken
+    trained_on: str = "traces"
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ class Estimate:
         if work.num_traces:
             lines.append(
                 f"steps       {self.num_steps:,.0f} optimizer steps: {work.epochs} x {work.num_traces:,} "
-                f"traces of {work.trace_tokens:,} tokens (assumed)"
+                f"{work.trained_on} of {work.trace_tokens:,} tokens (assumed)"
             )
             hours = f"{in_words(self.training_hours)} of training, {hours}"
         disk = {
@@ -210,6 +219,26 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
         training_hours=training.hours(share * tokens),
         sources=(training.source, sampling.source, baseline.source),
         disk_model=2 * trained,
-        disk_tokens=ID_BYTES * work.num_traces * work.trace_tokens,
+        disk_tokens=ID_BYTES * work.num_traces * work.trace_tokens * (work.trained_on == "traces"),
         disk_while_training=round(2 * trained * (2 + OPTIMIZER_BYTES)),
     )
+
+
+def print_plan(
+    config, found: RunPlan, work: Work, deviations: Sequence[str], *, smoke: dict, presets: dict
+) -> None:
+    """Print the rest of a recipe's plan: what needs less, hours, disk, deviations, and the command to start.
+
+    config: a recipe's, with its PlanSettings. smoke, presets: the recipe's.
+    """
+    if not found.fits(CARDS[0]):
+        print("for less, each with those above it (simulated):")
+        for line in found.for_less():
+            print(line, flush=True)
+
+    estimate = estimate_run(found, work, card=config.card)
+    print(estimate.describe(found.update.host if found.update else 0))
+    print("the paper   " + ("\n            ".join(deviations) or "its setting"))
+    print(f"start       {command_of(config.to_start(), started_as(), smoke=smoke, presets=presets)}")
+    if config.json:
+        write_json(Path(config.json), found.as_json() | {"estimate": asdict(estimate)})

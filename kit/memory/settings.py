@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+Config = TypeVar("Config", bound="PlanSettings")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class PlanSettings:
         if not torch.cuda.is_available():
             raise ValueError("gpu_gb is auto but no NVIDIA GPU is here; pass the card's size, such as 12")
         return torch.cuda.mem_get_info()[1] / 2**30
+
+    def to_start(self: Config) -> Config:
+        """Return the settings that start what was planned: the plan's own are as they are by default."""
+        own = (field for base in type(self).__mro__ if base.__module__ == __name__ for field in fields(base))
+        return replace(self, **{field.name: field.default for field in own})
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,15 @@ import torch
 
 from kit.memory import hours
 from kit.memory.flops import Sizes
-from kit.memory.hours import CARDS, EFFICIENCY, card_named, in_words, sampling_speed, training_speed
+from kit.memory.hours import (
+    CARDS,
+    EFFICIENCY,
+    card_named,
+    sampling_speed,
+    sampling_time,
+    training_speed,
+    training_time,
+)
 from kit.models.loading import load_config
 from kit.run import Journal
 from kit.train.savings import Savings
@@ -64,8 +72,15 @@ def test_the_newest_figure_of_this_card_and_model_with_the_nearest_settings_coun
     assert near.source == f"measured here with --tile_tokens 0 --no_offload_inputs, {checks / '002'}"
     assert "with --num_slots 16" in sampling_speed(GEMMA, 20, 1).source
     assert training_speed("meta-llama/Llama-3.2-1B-Instruct", Savings(), 0, T).source.startswith("estimate")
-    assert training_speed(GEMMA, Savings(), 0, T).hours(36_000_000) == 10.0
-    assert (in_words(10.04), in_words(0.037)) == ("10.0 hours", "2.2 minutes")
+
+
+def test_hours_follow_from_what_was_measured_and_say_from_what(checks):
+    said = training_time(GEMMA, Savings(), 0, 36_000_000, T)
+    assert said == f"10.0 hours at 1,000 tokens/s (measured here, {checks / '002'})"
+    assert sampling_time(GEMMA, 10, 4_000, 32) == (
+        f"at most 2.2 minutes at 300 tokens/s (measured here with --num_slots 16, {checks / '001'}), "
+        "if every response takes all of 4,000 tokens"
+    )
 
 
 def test_asking_for_another_card_gives_its_estimate_though_this_one_was_measured(checks):

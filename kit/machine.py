@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch  # imported where it is used: it takes seconds, and flags are read before
 
 GIB = 2**30  # bytes
-CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA, its libraries and the display use; an assumption
+CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA and its libraries use; an assumption
 
 
 def describe_machine() -> dict[str, str | int]:

@@ -39,6 +39,7 @@ class RunPlan:
     update: Plan | None  # a training step; None = nothing is trained
     num_slots: int  # answers at once
     at: Sampling = field(repr=False, compare=False)  # sampling's plan with other numbers of slots
+    is_plain: bool = True  # the update is a step that plan() simulates, with cross-entropy for its loss
 
     @property
     def larger(self) -> Plan:
@@ -66,7 +67,7 @@ class RunPlan:
     def for_less(self) -> Iterator[str]:
         """Yield lines to print: what lowers the need, each with those above it. All are simulated."""
         update, slots = self.update, self.num_slots
-        savings = suggest_savings(update) if update else iter(())
+        savings = suggest_savings(update) if update and self.is_plain else iter(())
         while True:
             sampling, note = self.at(slots).total, ""
             if update is not None and update.total >= sampling:
@@ -166,8 +167,8 @@ class Estimate:
     def describe(self, host: int) -> str:
         """Return the lines to print. host: bytes of CPU memory that training holds."""
         work, lines = self.work, []
-        when = " before and after" if work.evaluations > 1 else ""
-        hours = f"{in_words(work.evaluations * self.sampling_hours)} of sampling{when}"
+        times = f"{work.evaluations} x " if work.evaluations > 1 else ""
+        hours = f"{times}{in_words(self.sampling_hours)} of sampling"
         if work.num_traces:
             lines.append(
                 f"steps       {self.num_steps:,.0f} optimizer steps: {work.epochs} x {work.num_traces:,} "

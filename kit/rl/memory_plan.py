@@ -108,7 +108,7 @@ def plan_rl(
     """
     step = _Step(model, settings, qlora_rank, prompt_tokens, desktop_gb)
     update, sampling = step.simulate(savings or Savings())
-    return RunPlan(sampling(settings.num_slots), update, settings.num_slots, sampling)
+    return RunPlan(sampling(settings.num_slots), update, settings.num_slots, sampling, is_plain=False)
 
 
 def choose_rl(
@@ -134,7 +134,7 @@ def choose_rl(
             update, sampling = step.simulate(savings)
             slots = most_slots(sampling, gpu_gb, bound) if show_tried(update).fits(gpu_gb) else 0
             if slots:
-                return RunPlan(sampling(slots), update, slots, sampling)
+                return RunPlan(sampling(slots), update, slots, sampling, is_plain=False)
 
     update, sampling = step.simulate(step.ladder[-1])
     least = max(update, sampling(1), key=lambda plan: plan.peak)

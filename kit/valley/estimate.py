@@ -14,6 +14,7 @@ from pathlib import Path
 from kit.config import as_flags
 from kit.machine import GIB
 from kit.memory.run_plan import Estimate, RunPlan, Work, estimate_run, plan_run
+from kit.memory.settings import PlanSettings
 from kit.run import write_json
 from kit.valley.study import FIXED_BATCH, QLORA, Cell, short_name
 
@@ -148,14 +149,14 @@ def settings_of(planned: RunPlan | str, max_grad_norm: float) -> tuple[dict, str
 
 
 def choose_settings(
-    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, gpu_gb: float, **what
+    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, card: PlanSettings, **what
 ) -> dict[tuple[str, str], tuple[dict, str]]:
-    """Return settings for a card of gpu_gb, kept in path/memory.json; 0 = none. what: as plan_memory's."""
-    if not gpu_gb:
+    """Return settings that fit the card, kept in path/memory.json; none without gpu_gb. what: plan_run's."""
+    if not card.gpu_gb:
         return {(cell.model, cell.method): ({}, "") for cell in cells}
     stored = path / FILE
     if not stored.is_file():
-        found = plan_memory(cells, gpu_gb=gpu_gb, **what)
+        found = plan_memory(cells, card=card, **what)
         write_json(stored, [[*pair, *settings_of(planned, max_grad_norm)] for pair, planned in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))
     return {(model, method): (settings, problem) for model, method, settings, problem in rows}

@@ -29,8 +29,8 @@ from transformers import GenerationConfig
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.sampler import PREFILL_TOKENS, _Engine
 from kit.machine import GIB
+from kit.memory.sampling import SAMPLER
 from kit.rl import Settings
-from kit.rl.memory_plan import SAMPLER
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's

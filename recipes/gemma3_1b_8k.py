@@ -1,10 +1,10 @@
 """The paper's first point of the valley: full fine-tuning of Gemma-3-1B-it on 8,000 long chains of thought.
 
-    python recipes/gemma3_1b_8k.py                  the paper's setting, on a GPU
-    python recipes/gemma3_1b_8k.py --plan           does it fit, and how long? needs no GPU and no download
-    python recipes/gemma3_1b_8k.py --gpu_gb 12      with settings that fit a card of 12 GB
-    python recipes/gemma3_1b_8k.py --preset evening what a card finishes in an evening: fewer, shorter traces
-    python recipes/gemma3_1b_8k.py --smoke          all stages on any CPU in a minute: tiny model, no network
+    python recipes/gemma3_1b_8k.py                   the paper's setting, on a GPU
+    python recipes/gemma3_1b_8k.py --plan            does it fit, and how long? needs no GPU and no download
+    python recipes/gemma3_1b_8k.py --gpu_gb 12       with settings that fit a card of 12 GB
+    python recipes/gemma3_1b_8k.py --preset evening  what a card finishes in an evening: fewer, shorter traces
+    python recipes/gemma3_1b_8k.py --smoke           all stages on any CPU in a minute: tiny model, no network
 
 Measure the model on MATH-500, AIME24 and AMC23, fine-tune it on packed traces of OpenR1-Math-220k, measure it
 again and report the difference. The paper finds that accuracy falls to about a quarter. Every stage resumes

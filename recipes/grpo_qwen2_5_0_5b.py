@@ -1,12 +1,12 @@
 """The paper's reinforcement learning on its smallest model: GRPO on Qwen2.5-0.5B-Instruct, MATH levels 1-4.
 
-    python recipes/grpo_qwen2_5_0_5b.py                  the paper's setting: 1,024 prompts x 8 answers
-    python recipes/grpo_qwen2_5_0_5b.py --preset rtx8    a step that fits a card of 8 GB
-    python recipes/grpo_qwen2_5_0_5b.py --model FOLDER   start from a fine-tuned model, as the paper also does
-    python recipes/grpo_qwen2_5_0_5b.py --preset evening what a card finishes in an evening
-    python recipes/grpo_qwen2_5_0_5b.py --plan           does it fit, and how long? no GPU, no download
-    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12      choose memory settings for a card of 12 GB
-    python recipes/grpo_qwen2_5_0_5b.py --smoke          the same in about a minute on any CPU: a tiny model
+    python recipes/grpo_qwen2_5_0_5b.py                   the paper's setting: 1,024 prompts x 8 answers
+    python recipes/grpo_qwen2_5_0_5b.py --preset rtx8     a step that fits a card of 8 GB
+    python recipes/grpo_qwen2_5_0_5b.py --model FOLDER    start from a fine-tuned model, as the paper does too
+    python recipes/grpo_qwen2_5_0_5b.py --preset evening  what a card finishes in an evening
+    python recipes/grpo_qwen2_5_0_5b.py --plan            does it fit, and how long? no GPU, no download
+    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12       choose memory settings for a card of 12 GB
+    python recipes/grpo_qwen2_5_0_5b.py --smoke           the same in about a minute on any CPU: a tiny model
 
 Measures the model, trains it by comparing answers to the same prompt, right or wrong, and measures it again.
 The algorithm is kit/rl/grpo.py, a minimal GRPO. Left out (in brackets: SimpleRL-Zoo's command on verl, which

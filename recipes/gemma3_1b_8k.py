@@ -24,12 +24,13 @@ from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report, train
 from kit.command import finish, start
+from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
-from kit.machine import require_gpu
+from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
-from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
+from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train.savings import Savings
 
 
@@ -64,9 +65,9 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -103,7 +104,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
-    command = f"python recipes/{recipe_name(type(config))}.py"
+    command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
         config.device,
@@ -116,8 +117,9 @@ def main(config: Config) -> None:
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.simulate.check_free_memory(planned.larger)
+    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load_to_train(
         config.model,
@@ -126,9 +128,9 @@ def main(config: Config) -> None:
         device=config.device,
         attention=config.attention,
     )
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     params = params_of(config)
-    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
 
@@ -178,7 +180,7 @@ def main(config: Config) -> None:
     page = report.write_report(run.path)
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")
-    finish(page, f"python -m kit.report {run.path}")
+    finish(page, f"{command_of('report')} {run.path}")
 
 
 def params_of(config: Config) -> generate.SamplingParams:

@@ -26,17 +26,16 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-import evaluate
-import gemma3_1b_8k
-
 from kit import memory, paper, report, valley
-from kit.command import start, started_as
-from kit.config import command_of, show
+from kit.command import start
+from kit.command_line import command_of, started_as
+from kit.config import full_command, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.benchmarks import count_samples
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
+from kit.recipes import evaluate, gemma3_1b_8k
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -72,9 +71,9 @@ class Config(TrainingPlanSettings):
     checkpoint_every: int = 200  # steps; 0 = only at the end
     qlora_rank: int = 16  # of the adapters
     # evaluation
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -188,7 +187,6 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
         return shared(config, gemma3_1b_8k.Config) | settings
 
     return Recipes(
-        Path(__file__).parent,
         shared(config, evaluate.Config) | {"gpu_gb": config.gpu_gb, "desktop_gb": config.desktop_gb},
         finetune,
         lambda start: learning,
@@ -209,13 +207,6 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
-WITHOUT_GPU = {
-    "python recipes/valley_sweep.py --plan": "what it would take: no GPU, no download",
-    "python recipes/valley_sweep.py --smoke": "the whole path with a tiny model, in a minute",
-    "python recipes/valley_demo.py --quick": "the valley of a toy, in minutes",
-}
-
-
 def main(config: Config) -> Path | None:
     study = study_of(config)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
@@ -230,9 +221,14 @@ def main(config: Config) -> Path | None:
     }
     if config.plan:
         return make_plan(config, study, what, len(workers))
-    require_gpu(config.device, "a sweep", WITHOUT_GPU)
+    instead = {
+        f"{started_as()} --plan": "what it would take: no GPU, no download",
+        f"{started_as()} --smoke": "the whole path with a tiny model, in a minute",
+        f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
+    }
+    require_gpu(config.device, "a sweep", instead)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nsweep folder {path}")
+    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
     chosen = valley.estimate.choose_settings(
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **what
     )
@@ -265,7 +261,7 @@ def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     print(valley.estimate.describe(plans, num_cards=num_cards))
     print("the paper   " + ("\n            ".join(deviations(config, study) + forced) or "its setting"))
     started = replace(config.to_start(), gpu_gb=config.gpu_gb, desktop_gb=config.desktop_gb)
-    print(f"start       {command_of(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
+    print(f"start       {full_command(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
     if config.json:
         valley.estimate.write_plan(Path(config.json), plans)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kit.command_line import command_of
 from kit.config import as_flags
 from kit.memory.flops import Sizes
 from kit.models.loading import load_config
@@ -105,7 +106,7 @@ def _rates(card: str, model: str, section: str) -> tuple[Card, str]:
     found = card_named(card) or CARDS.get(here)
     if found:
         return found, ""
-    measure = f"measure this card with python recipes/check_card.py --only {section} --models {model}"
+    measure = f"measure this card with {command_of('check-card')} --only {section} --models {model}"
     return REFERENCE, f"; {measure}" if here else "; --card names another"
 
 

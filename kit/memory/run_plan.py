@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kit.command import started_as
-from kit.config import command_of
+from kit.command_line import started_as
+from kit.config import full_command
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
 from kit.memory.choose import choose, rows_of, size_of, suggest_savings, switches
@@ -240,6 +240,6 @@ def print_plan(
     estimate = estimate_run(found, work, card=config.card)
     print(estimate.describe(found.update.host if found.update else 0))
     print("the paper   " + ("\n            ".join(deviations) or "its setting"))
-    print(f"start       {command_of(config.to_start(), started_as(), smoke=smoke, presets=presets)}")
+    print(f"start       {full_command(config.to_start(), started_as(), smoke=smoke, presets=presets)}")
     if config.json:
         write_json(Path(config.json), found.as_json() | {"estimate": asdict(estimate)})

@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import shlex
 import sys
 import textwrap
 import typing
@@ -173,6 +174,19 @@ def as_flags(settings: dict) -> str:
         f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name} {value}"
         for name, value in settings.items()
     )
+
+
+def full_command(config, program: str, *, smoke: dict | None = None, presets: dict | None = None) -> str:
+    """Write the command that gives this config, for a shell. smoke, presets: as for `parse`."""
+    base = (presets or {}).get(getattr(config, "preset", ""), {})
+    base = base | smoke if smoke and config.smoke else base
+    words, without = [program], type(config)(**base)
+    for flag in flags_of(type(config)):
+        value = getattr(config, flag.name)
+        if value != getattr(without, flag.name):
+            is_switch = isinstance(value, bool)
+            words += [as_flags({flag.name: value})] if is_switch else [flag.word, shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def show(config) -> str:

@@ -3,6 +3,7 @@
     python recipes/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct             the paper's protocol, on a GPU
     python recipes/evaluate.py --model runs/gemma3_1b_8k/001/model --benchmarks math500
     python recipes/evaluate.py --model m.gguf --chat_template plain --benchmarks gsm8k=FILE --device cpu
+    python recipes/evaluate.py --plan                                         does it fit, and how long?
     python recipes/evaluate.py --benchmarks arithmetic                        checks each step of an answer
     python recipes/evaluate.py --benchmarks mine=q.jsonl                      your own questions
     python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002  two finished runs, paired
@@ -19,20 +20,22 @@ minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kit import data, evaluate, generate, memory, models, report
+from kit import data, evaluate, generate, memory, models, paper, report
 from kit.command import finish, start
 from kit.command_line import started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION
-from kit.machine import GIB, one_thread_if_small, require_gpu
+from kit.machine import one_thread_if_small, require_gpu
+from kit.memory.settings import PlanSettings
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PlanSettings):
+    preset: str = "paper"  # paper or evening: settings that the other flags may change
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
@@ -58,8 +61,15 @@ class Config:
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
+PRESETS = {
+    "paper": {},
+    "evening": {
+        "benchmarks": "math500", "num_questions": 200, "num_samples": 1, "max_new_tokens": 8_192,
+        "gpu_gb": "auto",
+    },
+}  # fmt: skip
 SMOKE = {
-    "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy",
+    "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "benchmarks": "toy",
     "num_questions": 50, "num_samples": 2, "max_new_tokens": 256, "num_slots": 50,
 }  # fmt: skip
 
@@ -67,6 +77,11 @@ SMOKE = {
 def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
+    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    if config.gpu_gb or config.plan:
+        config = plan_memory(config, params)
+    if config.plan:
+        return []
     command = started_as()
     small = "--benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
     require_gpu(
@@ -79,7 +94,6 @@ def main(config: Config) -> list[evaluate.Result]:
     )
 
     benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
-    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
@@ -91,9 +105,8 @@ def main(config: Config) -> list[evaluate.Result]:
     samples = ", ".join(f"{name} {questions} x {k}" for name, (questions, k) in counts.items())
     num_responses = sum(questions * k for questions, k in counts.values())
     time = memory.hours.sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
-    cache = generate.cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
-    print(f"KV cache    {cache:.2f} GiB, besides the prompts")
+    print(f"the paper   {'; '.join(paper.deviations(config, paper.EVALUATION)) or 'its setting'}")
     print(f"time        {time}")
 
     results = []
@@ -115,6 +128,31 @@ def main(config: Config) -> list[evaluate.Result]:
     write_json(run.path / "results.json", [result.summary() for result in results])
     finish(report.write_report(run.path))
     return results
+
+
+def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
+    """Print the plan. Return the settings, with as many slots as fit if gpu_gb is set."""
+    num_samples = evaluate.benchmarks.count_samples(
+        config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples
+    )
+    planned = memory.run_plan.plan_run(
+        config.model,
+        params,
+        num_slots=config.num_slots,
+        num_samples=num_samples,
+        qlora_rank=models.folder.adapter_rank(config.model),
+        card=config,
+    )
+    config = replace(config, num_slots=planned.num_slots)
+    print(planned)
+
+    if config.plan:
+        work = memory.run_plan.Work(
+            num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1
+        )
+        how = {"smoke": SMOKE, "presets": PRESETS}
+        memory.run_plan.print_plan(config, planned, work, paper.deviations(config, paper.EVALUATION), **how)
+    return config
 
 
 def table(results: list[evaluate.Result]) -> str:
@@ -183,4 +221,4 @@ def compare(config: Config) -> list[evaluate.Result]:
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

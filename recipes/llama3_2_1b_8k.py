@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kit.command import start
 from kit.recipes import gemma3_1b_8k
-from kit.recipes.gemma3_1b_8k import SMOKE, main
+from kit.recipes.gemma3_1b_8k import PRESETS, SMOKE, main
 
 
 @dataclass(frozen=True)
@@ -20,4 +20,4 @@ class Config(gemma3_1b_8k.Config):
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

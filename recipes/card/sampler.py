@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.sampler import PREFILL_TOKENS, _Engine
 from kit.machine import GIB
+from kit.memory.sampling import SAMPLER
 from kit.recipes.card import models
 from kit.recipes.card.compare import attempt
 from kit.recipes.card.memory import held_gib, measured, timed
@@ -30,7 +31,6 @@ from kit.recipes.card.results import Card, Results
 from kit.recipes.card.rl import plan_step
 from kit.recipes.card.transformers_generate import generate_batch, padded_generate
 from kit.rl import Settings
-from kit.rl.memory_plan import SAMPLER
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's

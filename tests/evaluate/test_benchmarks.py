@@ -5,7 +5,7 @@ import pyarrow.parquet
 import pytest
 from conftest import real_data
 
-from kit.evaluate.benchmarks import BENCHMARKS, PAPER, ids_hash, parse_benchmarks
+from kit.evaluate.benchmarks import BENCHMARKS, PAPER, count_samples, ids_hash, parse_benchmarks
 from kit.grade.verdict import grade
 
 
@@ -137,6 +137,20 @@ def test_an_arithmetic_problem_whose_steps_cannot_be_checked_is_refused_by_its_p
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"no benchmark 'aime25'; the kit knows math500, aime24.* MINE=FILE"):
         parse_benchmarks("aime25")
+
+
+def test_the_papers_evaluation_is_its_questions_times_its_samples():
+    assert count_samples("math500,aime24,amc23", num_questions=0, num_samples=0) == 500 * 4 + 30 * 8 + 40 * 8
+    few = count_samples("math500=math500.jsonl, aime24", num_questions=100, num_samples=2)
+    assert few == 100 * 2 + 30 * 2
+
+
+def test_your_own_questions_count_as_many_as_the_file_holds(tmp_path):
+    own = tmp_path / "q.jsonl"
+    own.write_text("".join(f'{{"problem": "{i}+1?", "answer": {i + 1}}}\n' for i in range(7)))
+    for limit, expected in ((0, 7), (5, 5)):
+        found = count_samples(f"toy,mine={own}", num_questions=limit, num_samples=0)
+        assert found == 4 * (limit or 100) + 4 * expected
 
 
 OWN = [{"question": "1+1?", "answer": 2}, {"problem": "a half of 1?", "answer": "\\frac{1}{2}"}]

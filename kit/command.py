@@ -101,8 +101,6 @@ class LetFinish:
             signal.signal(signal.SIGINT, self.before)
 
 
-def finish(report: Path, *next_commands: str) -> None:
+def finish(report: Path, command: str, effect: str) -> None:
     """Print a recipe's last lines: a link to the report, and what to type next."""
-    print(f"report {report.resolve().as_uri()}")
-    for command in next_commands:
-        print(f"next   {command}")
+    print(f"report {report.resolve().as_uri()}\nnext   {command}    {effect}")

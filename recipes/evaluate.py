@@ -126,7 +126,8 @@ def main(config: Config) -> list[evaluate.Result]:
     print(table(results))
     print_steps({SAMPLES: {result.benchmark: result for result in results}})
     write_json(run.path / "results.json", [result.summary() for result in results])
-    finish(report.write_report(run.path))
+    page = report.write_report(run.path)
+    finish(page, f"{started_as()} --compare {run.path},ANOTHER_RUN", "two models on the same questions")
     return results
 
 

@@ -180,7 +180,10 @@ def main(config: Config) -> None:
     page = report.write_report(run.path)
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")
-    finish(page, f"{command_of('report')} {run.path}")
+    if config.smoke:
+        finish(page, f"{started_as()} --preset evening --plan --gpu_gb 12", "what an evening on a card takes")
+    else:
+        finish(page, f"{command_of('grpo')} --model {trained}", "reinforcement learning from this model")
 
 
 def params_of(config: Config) -> generate.SamplingParams:

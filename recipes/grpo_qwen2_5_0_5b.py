@@ -37,7 +37,7 @@ from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report, rl
 from kit.command import finish, start
-from kit.command_line import started_as
+from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
@@ -250,7 +250,8 @@ def main(config: Config) -> None:
     model, _ = models.load(str(trained), **where)
     measure("after")
     print(f"model {trained}")
-    finish(report.rl.write_report(run.path))
+    page = report.rl.write_report(run.path)
+    finish(page, f"{command_of('evaluate')} --model {trained}", "measure it on more benchmarks")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def test_ctrl_c_during_training_writes_a_checkpoint_and_resume_alone_goes_on(tmp
 
     again = run_recipe("gemma3_1b_8k", "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert f"training    goes on after step {step} of {stopped[1]}" in again.stdout
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, int(stopped[1]) + 1))
 
@@ -181,6 +182,7 @@ def test_ctrl_c_during_sampling_keeps_every_finished_answer_and_resume_alone_goe
 
     again = run_recipe("evaluate", "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert f"toy: {len(kept) - 1} answers are kept, {321 - len(kept)} are to come" in again.stdout
     lines = samples.read_text().splitlines()
     assert lines[: len(kept)] == kept and len(lines) == 321
 

@@ -74,6 +74,9 @@ def evaluate(
     done = {(row["question"], row["sample"]) for row in _stored_rows(journal, header, benchmark.source)}
     wanted = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
 
+    if done:
+        print(f"{benchmark.name}: {len(done):,} answers are kept, {len(wanted):,} are to come")
+
     rendered = {question.id: chat.prompt(question.problem) for question in benchmark.questions}
     prompts = dict(zip(rendered, chat.encode(list(rendered.values())), strict=True))
 

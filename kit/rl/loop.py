@@ -63,6 +63,8 @@ def train(
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
     policy.drawn = done * batch_prompts
+    if done:
+        print(f"training    goes on after step {done} of {steps}")
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
 
     def save(step: int) -> None:

@@ -164,6 +164,8 @@ def train(
     newest = checkpoint.latest(checkpoints)
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
+    if done:
+        print(f"training    goes on after step {done} of {num_steps}")
 
     progress = Progress("training", "steps", num_steps, done)
     with progress, LetFinish("this step, then a checkpoint") as interrupt:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from kit.command import Stopped
+from kit.command import Stopped, finish
 from kit.evaluate.results import read_results
 from kit.progress import print_line
 from kit.run import AFTER, SAMPLES
@@ -121,12 +121,13 @@ def run_study(
     deviations: Sequence[str],
     rl: Sequence[str],
     write_report: Callable[[Path], Path],
+    then: tuple[str, str],
 ) -> Path:
     """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
     cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
-    longest runs, so that they end together. Raises SystemExit naming the runs that failed, once all others
-    are done.
+    longest runs, so that they end together. then: a command to type next, and its effect.
+    Raises SystemExit naming the runs that failed, once all others are done.
     """
     write_study(path, cells, deviations)
     jobs = jobs_of(cells, recipes, path)
@@ -144,7 +145,7 @@ def run_study(
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
-    print(f"report {report}")
+    finish(report, *then)
     if failed:
         names = ", ".join(failed)
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")

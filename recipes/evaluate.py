@@ -24,6 +24,7 @@ from kit.data import ChatFormat
 from kit.data.chat import INSTRUCTION
 from kit.evaluate import Result, evaluate, paired_difference, parse_benchmarks
 from kit.evaluate.results import mean_accuracy, read_result
+from kit.evaluate.uncertainty import in_percent
 from kit.generate import SamplingParams, cache_bytes
 from kit.machine import GIB, require_gpu
 from kit.memory.hours import sampling_time
@@ -127,7 +128,7 @@ def table(results: list[Result]) -> str:
         shares = (result.truncated, result.without_answer, result.looping, result.reflection)
         cells = (
             result.benchmark,
-            f"{percent(result.accuracy)} ± {100 * result.interval:.1f}",
+            in_percent(result.accuracy, result.interval),
             f"{percent(result.pass_at(k))}, k = {k}",
             f"{tokens.mean:,.0f}",
             f"{tokens.median:,.0f}",

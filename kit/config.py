@@ -19,39 +19,52 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import shlex
 import sys
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TypeVar
+
+from kit.command_line import started_as
+from kit.run import recipe_name, stored_settings
 
 Config = TypeVar("Config")
 
 
-def field_comments(config_class: type) -> dict[str, str]:
-    """Return the comment behind each field, of the class and of the classes that it extends.
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """A setting as a flag of the command line."""
+
+    name: str  # of the field
+    group: str  # the comment above a block of fields
+    text: str  # the comment behind the field
+    default: object
+
+    @property
+    def word(self) -> str:
+        """The flag as it is typed: `as_` is --as, since `as` is a keyword of Python."""
+        return "--" + self.name.rstrip("_")
+
+
+def flags_of(config_class: type) -> list[Flag]:
+    """Return a Config's flags: the class's own first, then those of the classes that it extends.
 
     A field may take several lines, as when the formatter has put its value in parentheses.
     """
-    comments: dict[str, str] = {}
-    for base in reversed(config_class.__mro__):
-        if dataclasses.is_dataclass(base):
-            source = textwrap.dedent(inspect.getsource(base))
-            for node in ast.parse(source).body[0].body:
-                if isinstance(node, ast.AnnAssign):
-                    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
-                    behind = [line.split("  # ", 1)[1] for line in lines if "  # " in line]
-                    comments |= {node.target.id: behind[0]} if behind else {}
-    return comments
-
-
-def ordered_fields(config_class: type) -> list[dataclasses.Field]:
-    """Return the fields: the class's own first, then those of the classes that it extends, in their order."""
-    declared = [inspect.get_annotations(base) for base in config_class.__mro__]
-    return sorted(
-        dataclasses.fields(config_class),
-        key=lambda field: next(i for i, names in enumerate(declared) if field.name in names),
-    )
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    found: dict[str, Flag] = {}
+    for base in filter(dataclasses.is_dataclass, config_class.__mro__):
+        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        for node in ast.parse("\n".join(lines)).body[0].body:
+            if isinstance(node, ast.AnnAssign) and node.target.id in defaults:
+                above = (line.strip() for line in reversed(lines[: node.lineno - 1]))
+                group = next((line[2:] for line in above if line.startswith("# ")), "")
+                own = [line for line in lines[node.lineno - 1 : node.end_lineno] if "  # " in line]
+                text = own[0].split("  # ", 1)[1] if own else ""
+                found.setdefault(node.target.id, Flag(node.target.id, group, text, defaults[node.target.id]))
+    return list(found.values())
 
 
 def part_of(config, kind: type[Config]) -> Config:
@@ -70,43 +83,29 @@ def parse(
     """Read settings from the command line (argv without the program's name; None = sys.argv).
 
     smoke, quick: what --smoke and --quick set before the other flags are applied; each needs a bool field of
-    that name. presets: what --preset NAME sets, before those two; needs a text field `preset`. Exits with
-    status 2 and one line for an unknown flag (naming the nearest), a missing value or a value of the wrong
-    type. --help lists all flags.
+    that name. presets: what --preset NAME sets, before those two; needs a text field `preset`.
+
+    With --resume, the settings are those of the run in --out, or of the newest one, before the other flags
+    are applied. Exits with status 2 and one line for an unknown flag (naming the nearest), a missing value or
+    a value of the wrong type. --help shows the usual flags, --help all every one. Raises ValueError if there
+    is no run to resume.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    types = typing.get_type_hints(config_class)
-    comments = field_comments(config_class)
-    parser = argparse.ArgumentParser(
-        description=sys.modules[config_class.__module__].__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for field in ordered_fields(config_class):
-        name, kind = field.name, types[field.name]
-        flag = "--" + name.rstrip("_")  # `as_` is the flag --as, since `as` is a keyword of Python
-        text = f"{comments.get(name, '')} (default {field.default!r})".strip().replace("%", "%%")
-        if kind is bool:
-            parser.add_argument(flag, dest=name, action="store_true", default=None, help=text)
-            off = {"action": "store_false", "default": None, "help": argparse.SUPPRESS}
-            parser.add_argument(f"--no_{name}", dest=name, **off)
-        elif kind in (int, float, str):
-            parser.add_argument(flag, dest=name, type=kind, metavar=kind.__name__, help=text)
-        else:
-            raise TypeError(
-                f"{config_class.__name__}.{name} is a {kind}; a flag is a bool, int, float or str"
-            )
+    argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
+    flags, types = flags_of(config_class), typing.get_type_hints(config_class)
+    everything = any(pair in (("--help", "all"), ("-h", "all")) for pair in pairwise(argv))
+    parser = _parser(config_class, flags, types, presets, everything=everything)
+    if everything:
+        argv.remove("all")
 
     known = [option for action in parser._actions for option in action.option_strings]
     for word in argv:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-            parser.exit(2, f"error: there is no {flag}; {hint}\n")
+        typed = word.split("=")[0]
+        if typed.startswith("--") and typed not in known:
+            near = difflib.get_close_matches(typed.replace("-", "_").replace("__", "--", 1), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help all lists the flags"
+            parser.exit(2, f"error: there is no {typed}; {hint}\n")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
-    presets = presets or {}
     preset = given.get("preset")
     if preset is not None and preset not in presets:
         names = ", ".join(presets) or "none"
@@ -115,7 +114,58 @@ def parse(
     for name, settings in (("quick", quick), ("smoke", smoke)):
         if settings and given.get(name):
             base = base | settings
+    if given.get("resume"):
+        folder, stored = stored_settings(recipe_name(config_class), given.get("out", ""))
+        base = base | {flag.name: stored[flag.name] for flag in flags if flag.name in stored}
+        given["out"] = str(folder)
     return config_class(**{**base, **given})
+
+
+# Flags that most people need: --help shows the first MOST_SHOWN that a recipe has
+USUAL = (
+    "preset", "model", "models", "traces", "num_traces", "arms", "sizes", "prompts", "only", "gpu_gb", "plan",
+    "quick", "smoke", "resume", "benchmarks", "compare", "out",
+)  # fmt: skip
+MOST_SHOWN = 8
+
+
+def _parser(
+    config_class: type, flags: Sequence[Flag], types: dict, presets: Iterable[str], *, everything: bool
+) -> argparse.ArgumentParser:
+    """Return a parser of all flags. everything: its help lists all of them, in groups."""
+    by_name = {flag.name: flag for flag in flags}
+    usual = [by_name[name] for name in USUAL if name in by_name][:MOST_SHOWN]
+    shown = flags if everything or len(flags) <= MOST_SHOWN else usual
+    more = f"; --help all lists {len(flags)}" if len(shown) < len(flags) else ""
+    about, script = sys.modules[config_class.__module__].__doc__ or "", recipe_name(config_class)
+    parser = argparse.ArgumentParser(
+        prog=started_as(),
+        usage=f"%(prog)s [flags]{more}; --traceback shows where an error comes from",
+        description=about.replace(f"python recipes/{script}.py", started_as()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag in [*shown, *(flag for flag in flags if flag not in shown)]:
+        kind = types[flag.name]
+        default = f" (default {flag.default!r})" if flag.default not in ("", False) else ""
+        text = f"{flag.text}{default}".strip().replace("%", "%%")
+        if flag.name == "preset":
+            text += f"; one of {', '.join(presets)}"
+        title = flag.group if everything else "usual flags"
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        options = {"dest": flag.name, "default": None, "help": text if flag in shown else argparse.SUPPRESS}
+        if kind is bool:
+            group.add_argument(flag.word, action="store_true", **options)
+            options["help"] = argparse.SUPPRESS
+            group.add_argument(f"--no_{flag.name}", action="store_false", **options)
+        elif kind in (int, float, str):
+            group.add_argument(flag.word, type=kind, metavar=kind.__name__, **options)
+        else:
+            raise TypeError(
+                f"{config_class.__name__}.{flag.name} is a {kind}; a flag is a bool, int, float or str"
+            )
+    return parser
 
 
 def as_flags(settings: dict) -> str:
@@ -126,8 +176,25 @@ def as_flags(settings: dict) -> str:
     )
 
 
+def full_command(config, program: str, *, smoke: dict | None = None, presets: dict | None = None) -> str:
+    """Write the command that gives this config, for a shell. smoke, presets: as for `parse`."""
+    base = (presets or {}).get(getattr(config, "preset", ""), {})
+    base = base | smoke if smoke and config.smoke else base
+    words, without = [program], type(config)(**base)
+    for flag in flags_of(type(config)):
+        value = getattr(config, flag.name)
+        if value != getattr(without, flag.name):
+            is_switch = isinstance(value, bool)
+            words += [as_flags({flag.name: value})] if is_switch else [flag.word, shlex.quote(str(value))]
+    return " ".join(words)
+
+
 def show(config) -> str:
-    """List the settings, one per line."""
-    names = [field.name for field in ordered_fields(type(config))]
-    width = max(map(len, names))
-    return "\n".join(f"  {name:<{width}}  {getattr(config, name)!r}" for name in names)
+    """List the settings that differ from the defaults of their class, one per line."""
+    values = {flag.name: (getattr(config, flag.name), flag.default) for flag in flags_of(type(config))}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    if not changed:
+        return "all settings are the defaults"
+    width = max(map(len, changed))
+    lines = [f"  {name:<{width}}  {value!r}" for name, value in changed.items()]
+    return "\n".join(["settings that differ from the defaults", *lines])

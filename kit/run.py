@@ -10,16 +10,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# settings that do not change what a run computes, or only what it computes last
-UNSTORED = {"resume", "out", "baseline", "workers", "gpus", "rl_steps"}
-FREE_TO_CHANGE = UNSTORED | {"num_slots"}  # it changes the last bits at most
+CONFIG = "config.json"
+UNSTORED = {"resume", "out"}
+# settings that do not change what a run computes, or only what it computes last, or (num_slots) the last bits
+FREE_TO_CHANGE = UNSTORED | {"baseline", "workers", "gpus", "rl_steps", "num_slots"}
+
+BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
+# what a run writes once it has begun to train or to measure
+BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells", BEFORE, AFTER, SAMPLES)
 
 
 class RunFolder:
     """A folder that belongs to one run with one set of settings."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    newest: RunFolder | None = None  # the last one that this process opened
+
+    def __init__(self, path: Path, *, is_new: bool = False):
+        self.path, self.is_new = path, is_new
         self.metrics = Journal(path / "metrics.jsonl")
 
     @classmethod
@@ -32,17 +39,9 @@ class RunFolder:
         already holds a run, if there is nothing to resume, and if a resumed run's settings differ, naming
         them.
         """
-        path = Path(config.out)
-        if not config.out:
-            path = next_folder(Path("runs") / recipe_name(config), newest=config.resume)
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
-        stored = path / "config.json"
         if config.resume:
-            if not stored.is_file():
-                raise ValueError(
-                    f"--resume was given but {path} holds no run; drop --resume, or pass the --out of the run"
-                )
-            before = json.loads(stored.read_text(encoding="utf-8"))
+            path, before = stored_settings(recipe_name(type(config)), config.out)
             grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
             pairs = {k: (before.get(k), settings.get(k)) for k in fixed}
@@ -53,14 +52,51 @@ class RunFolder:
                 raise ValueError(
                     f"{path} was started with other settings: {changed}; pass the same, or another --out"
                 )
-            if grown:
-                write_json(stored, settings)
-        elif stored.exists():
-            raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
         else:
+            path = Path(config.out) if config.out else next_folder(Path("runs") / recipe_name(type(config)))
+            if (path / CONFIG).exists():
+                raise ValueError(
+                    f"{path} already holds a run; pass --resume to continue it, or another --out"
+                )
             path.mkdir(parents=True, exist_ok=True)
-            write_json(stored, settings)
-        return cls(path)
+
+        write_json(path / CONFIG, settings)
+        cls.newest = cls(path, is_new=not config.resume)
+        return cls.newest
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has trained or measured anything."""
+        return has_begun(self.path)
+
+    def discard_if_new(self) -> None:
+        """Remove what a new run wrote if it has not begun: a refused start leaves no numbered folder."""
+        if self.is_new and not self.has_begun:
+            for name in (CONFIG, "drop_counts.json", "prompts.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+
+def has_begun(path: Path) -> bool:
+    """Return whether the run in a folder has trained or measured anything."""
+    return any((path / name).exists() for name in BEGUN)
+
+
+def stored_settings(recipe: str, out: str) -> tuple[Path, dict]:
+    """Return (the folder of the run to resume, the settings in its config.json).
+
+    out: the folder; "" = the newest run under runs/RECIPE that has begun. Raises ValueError if there is none.
+    """
+    parent = Path("runs") / recipe
+    if out:
+        path, where = Path(out), f"{out} holds no run"
+    else:
+        begun = [child for child in _numbered(parent) if has_begun(child)]
+        path, where = (begun[-1] if begun else parent), f"no run under {parent} has begun"
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"--resume was given but {where}; drop --resume, or pass the --out of the run")
+    return path, json.loads((path / CONFIG).read_text(encoding="utf-8"))
 
 
 def _has_grown(before: int | str, now: int | str) -> bool:
@@ -74,17 +110,20 @@ def _has_grown(before: int | str, now: int | str) -> bool:
     return set(had) < set(has) if had[0].isdigit() else has[: len(had)] == had
 
 
-def recipe_name(config) -> str:
-    """Return the file name, without .py, of the recipe that this Config belongs to."""
-    return Path(getattr(sys.modules[type(config).__module__], "__file__", "notebook")).stem
+def recipe_name(config_class: type) -> str:
+    """Return the file name, without .py, of the recipe that a Config belongs to."""
+    return Path(getattr(sys.modules[config_class.__module__], "__file__", "notebook")).stem
 
 
-def next_folder(parent: Path, *, newest: bool = False) -> Path:
-    """Return the next free numbered folder under parent, 001 first; with newest, the highest that exists."""
-    numbers = [int(child.name) for child in parent.glob("[0-9]*") if child.name.isdigit()]
-    if newest and numbers:
-        return parent / f"{max(numbers):03d}"
-    return parent / f"{max(numbers, default=0) + 1:03d}"
+def next_folder(parent: Path) -> Path:
+    """Return the next free numbered folder under parent, 001 first."""
+    return parent / f"{max((int(child.name) for child in _numbered(parent)), default=0) + 1:03d}"
+
+
+def _numbered(parent: Path) -> list[Path]:
+    """Return the numbered folders under parent, in their order."""
+    numbered = (child for child in parent.glob("[0-9]*") if child.name.isdigit())
+    return sorted(numbered, key=lambda child: int(child.name))
 
 
 def write_json(path: Path, value) -> None:
@@ -98,9 +137,6 @@ def digest(*parts: str) -> str:
     for part in parts:
         state.update(json.dumps(part).encode())  # quoted, so that ("ab", "c") and ("a", "bc") differ
     return state.hexdigest()
-
-
-BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
 
 
 class Journal:

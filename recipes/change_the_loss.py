@@ -7,19 +7,16 @@ This one gives the answer a larger weight than the thinking before it. Left out 
 effect; recipes/gemma3_1b_8k.py shows how.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from kit import models
-from kit.config import parse
-from kit.data import ChatFormat, load_documents
+from kit import data, models, train
+from kit.command import start
 from kit.data.toy import LONG_TRACES
-from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.machine import one_thread_if_small
 from kit.run import RunFolder
-from kit.train import TrainingPlan, train
-from kit.train.loss import LossOfRow
 
 ROW_TOKENS = 1_024
 
@@ -34,8 +31,11 @@ class Config:
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
-def weigh_answers(end_of_thinking: int, answer_weight: float) -> LossOfRow:
+def weigh_answers(end_of_thinking: int, answer_weight: float) -> train.loss.LossOfRow:
     """Return cross-entropy in which a token after </think> (end_of_thinking) counts answer_weight times."""
+    import torch  # here, so that flags are read at once
+
+    from kit.kernels.linear_cross_entropy import linear_cross_entropy
 
     def loss_of(hidden, weight, batch, scale):
         closed = (batch.input_ids == end_of_thinking).cumsum(0)  # (T,): </think>s so far in the whole row
@@ -51,19 +51,20 @@ def main(config: Config) -> Path:
     """Train and return the folder of the finished model."""
     run = RunFolder.open(config)
     model, tokenizer = models.load_to_train("tiny", device="cpu")
+    one_thread_if_small(model)
     loss_of = weigh_answers(tokenizer.convert_tokens_to_ids("</think>"), config.answer_weight)
-    chat = ChatFormat(tokenizer, instruction="")
+    chat = data.ChatFormat(tokenizer, instruction="")
     traces = {"row_tokens": ROW_TOKENS, "num_traces": config.num_traces, "seed": config.seed}
-    documents, _ = load_documents(str(LONG_TRACES), chat, **traces)
+    documents, _ = data.load_documents(str(LONG_TRACES), chat, **traces)
     lengths = [len(document) for document in documents]
-    plan = TrainingPlan.make(lengths, row_tokens=ROW_TOKENS, batch_traces=8, epochs=1)
+    plan = train.TrainingPlan.make(lengths, row_tokens=ROW_TOKENS, batch_traces=8, epochs=1)
     print(f"training    {plan}")
 
     settings = {"lr": config.lr, "warmup_ratio": 0.05}
-    model_folder = train(model, tokenizer, documents, plan, run, **settings, loss_of=loss_of)
+    model_folder = train.train(model, tokenizer, documents, plan, run, **settings, loss_of=loss_of)
     print(f"model {model_folder}")
     return model_folder
 
 
 if __name__ == "__main__":
-    main(parse(Config))
+    start(main, Config)

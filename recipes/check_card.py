@@ -21,28 +21,23 @@ read the tokens/s measured here to estimate their hours. To have every memory ac
 Left out on purpose: several cards, and cards other than NVIDIA's. Never run on a GPU so far.
 """
 
+from __future__ import annotations
+
 import os
-import sys
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from card import fits, resume, rl, sampler, speed, steps, truth
-from card.results import FAIL, PASS, Card, CardLost, Results
-
-from kit.config import parse
+from kit.command import start
+from kit.command_line import started_as
 from kit.machine import describe_machine, require_gpu
 from kit.run import next_folder, write_json
 
-SECTIONS = {
-    "truth": truth.run,
-    "speed": speed.run,
-    "steps": steps.run,
-    "fits": fits.run,
-    "sampler": sampler.run,
-    "rl": rl.run,
-    "resume": resume.run,
-}
+if TYPE_CHECKING:
+    from kit.recipes.card.results import Results
+
+SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume")  # files of recipes/card
 
 
 @dataclass(frozen=True)
@@ -62,16 +57,22 @@ QUICK = {"seconds": 90.0}
 
 def main(config: Config) -> Results:
     """Run the sections. Raises ValueError for an unknown section or model; exits if no card is here."""
-    names = config.only.split(",") if config.only else list(SECTIONS)
+    names = config.only.split(",") if config.only else SECTIONS
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         known = ", ".join(SECTIONS)
         raise ValueError(
             f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {known}"
         )
-    rehearsal = {"python recipes/check_card.py --device cpu": "a rehearsal of every check, with tiny shapes"}
+    rehearsal = {f"{started_as()} --device cpu": "a rehearsal of every check, with tiny shapes"}
     require_gpu(config.device, "check_card", rehearsal)
-    models = steps.chosen_models(config.models)
+
+    import torch  # here, so that flags are read at once
+
+    from kit.recipes.card.results import FAIL, Card, CardLost, Results
+    from kit.recipes.card.steps import chosen_models
+
+    models = chosen_models(config.models)
     folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))
     folder.mkdir(parents=True, exist_ok=True)
     if config.as_:  # Triton reads both when it compiles
@@ -100,15 +101,18 @@ def main(config: Config) -> Results:
 def run_section(name: str, results: Results, models: list[str]) -> None:
     """Run one section as a case of its own, so that errors between its cases are caught, too."""
     with results.case(name):
+        run = import_module(f"kit.recipes.card.{name}").run
         if name in ("steps", "fits"):
-            SECTIONS[name](results, results.card, models)
+            run(results, results.card, models)
         else:
-            SECTIONS[name](results, results.card)
+            run(results, results.card)
     results.card.free()
 
 
 def sentence(results: Results, machine: dict) -> str:
     """Return the results as one sentence to post."""
+    from kit.recipes.card.results import FAIL, PASS
+
     truths = [row["status"] for row in results.rows if row["section"] == "truth"]
     right, wrong = truths.count(PASS), truths.count(FAIL)
     parts = [f"{right} of {right + wrong} kernel checks right"] if right + wrong else []
@@ -121,9 +125,13 @@ def sentence(results: Results, machine: dict) -> str:
     return f"{gpu if results.card.is_cuda else 'CPU rehearsal, tiny shapes'}: {'; '.join(parts)}"
 
 
+def check(config: Config) -> None:
+    """Run main, and exit with status 1 if a check failed."""
+    from kit.recipes.card.results import FAIL
+
+    if main(config).count(FAIL):
+        raise SystemExit(1)
+
+
 if __name__ == "__main__":
-    try:
-        found = main(parse(Config, quick=QUICK))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(1 if found.count(FAIL) else 0)
+    start(check, Config, quick=QUICK)

@@ -10,18 +10,11 @@ on purpose: a validation set (the benchmark is one), larger sizes.
 
 from dataclasses import dataclass
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from kit.config import parse, show
-from kit.data import ChatFormat, Trace, make_documents
+from kit import data, evaluate, generate, models, train
+from kit.command import start
+from kit.config import show
 from kit.data.toy import make_rows, make_tokenizer, write_rows
-from kit.evaluate import BENCHMARKS, evaluate
-from kit.generate import SamplingParams
-from kit.models.attention import REGISTERED
-from kit.models.folder import save_model
 from kit.run import RunFolder
-from kit.train import Savings, TrainingPlan, train
 
 
 @dataclass(frozen=True)
@@ -54,16 +47,16 @@ SMOKE = {"num_traces": 400, "num_long_traces": 8, "num_problems": 8, "epochs": 1
 
 def main(config: Config) -> None:
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     tokenizer = make_tokenizer()
-    chat = ChatFormat(tokenizer, instruction="")
+    chat = data.ChatFormat(tokenizer, instruction="")
     problems = make_rows("short", config.num_problems, seed=config.seed + 1, min_operands=4)
     held_out = {row["problem"] for row in problems}
     rows = make_rows("short", config.num_traces, seed=config.seed, exclude=held_out)
-    documents = make_documents([Trace(row["problem"], row["trace"], "toy") for row in rows], chat)
+    documents = data.make_documents([data.Trace(row["problem"], row["trace"], "toy") for row in rows], chat)
 
     model = tiny_llama(config, tokenizer)
-    plan = TrainingPlan.make(
+    plan = train.TrainingPlan.make(
         [len(document) for document in documents],
         row_tokens=config.row_tokens,
         batch_traces=config.batch_traces,
@@ -71,7 +64,7 @@ def main(config: Config) -> None:
         seed=config.seed,
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(documents):,} traces\n{plan}")
-    train(
+    train.train(
         model,
         tokenizer,
         documents,
@@ -81,27 +74,30 @@ def main(config: Config) -> None:
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
         beta2=config.beta2,
-        savings=Savings(recompute=False),
+        savings=train.Savings(recompute=False),
         checkpoint_every=500,
         seed=config.seed,
     )
 
     tiny = run.path / "tiny"
-    save_model(tiny, model, tokenizer)
+    models.folder.save_model(tiny, model, tokenizer)
     long_rows = make_rows("long", config.num_long_traces, seed=config.seed, exclude=held_out)
     write_rows(tiny / "long_traces.jsonl", long_rows)
     answers = [{"problem": row["problem"], "answer": row["answer"]} for row in problems]
     write_rows(tiny / "problems.jsonl", answers)
 
-    benchmark = BENCHMARKS["toy"].read(str(tiny / "problems.jsonl"))
-    params, samples = SamplingParams(max_new_tokens=300), run.path / "samples"
+    benchmark = evaluate.BENCHMARKS["toy"].read(str(tiny / "problems.jsonl"))
+    params, samples = generate.SamplingParams(max_new_tokens=300), run.path / "samples"
     settings = {"num_samples": 1, "num_slots": 64, "seed": config.seed}
-    result = evaluate(model, chat, benchmark, params, samples, **settings)
+    result = evaluate.evaluate(model, chat, benchmark, params, samples, **settings)
     print(f"{result}\n{tiny} holds what ships as kit/models/shipped/tiny")
 
 
-def tiny_llama(config: Config, tokenizer) -> LlamaForCausalLM:
+def tiny_llama(config: Config, tokenizer):
     """Build the model with random weights."""
+    import torch  # here, so that flags are read at once
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(config.seed)
     H, heads = config.hidden_size, config.num_heads
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -114,11 +110,11 @@ def tiny_llama(config: Config, tokenizer) -> LlamaForCausalLM:
         num_key_value_heads=heads,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        attn_implementation=REGISTERED["kit"],
+        attn_implementation=models.attention.REGISTERED["kit"],
         **special,
     )
     return LlamaForCausalLM(settings)
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE))
+    start(main, Config, smoke=SMOKE)

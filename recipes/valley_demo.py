@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kit.config import parse, show
+from kit import report
+from kit.command import start
+from kit.config import show
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.data.traces import is_long
 from kit.evaluate.benchmarks import BENCHMARKS
-from kit.report.valley import write_report
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -168,13 +169,13 @@ def recipes_of(config: Config, data: Path) -> Recipes:
         }
         return common | REINFORCE | tokens | {"prompts": str(prompts), "steps": config.rl_steps}
 
-    return Recipes(Path(__file__).parent, evaluation, finetune, reinforce)
+    return Recipes(evaluation, finetune, reinforce)
 
 
 def main(config: Config) -> Path:
     study, workers = study_of(config), workers_of("cpu", "", config.workers)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nrun folder {path}")
+    print(f"{show(config)}\nrun folder {path} (its config.json lists all settings)")
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
     held_out = {question.problem for question in benchmark.questions}
     write_data(study, held_out, path / "data", rl=bool(config.rl_steps))
@@ -186,9 +187,9 @@ def main(config: Config) -> Path:
         workers,
         deviations=["a toy: tiny models, chains of additions and subtractions; not about language models"],
         rl=("0", LOWEST, MOST) if config.rl_steps else (),
-        write_report=write_report,
+        write_report=report.valley.write_report,
     )
 
 
 if __name__ == "__main__":
-    main(parse(Config, smoke=SMOKE, quick=QUICK))
+    start(main, Config, smoke=SMOKE, quick=QUICK)

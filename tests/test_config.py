@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.config import as_flags, field_comments, ordered_fields, parse, part_of, show
+from kit.config import as_flags, flags_of, parse, part_of, show
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -32,6 +32,8 @@ class Child(Config):
 class Inheriting(Settings, Savings):
     """Extends classes of other files."""
 
+    preset: str = "large"  # settings that other flags change
+    model: str = "x"  # hub id
     lr: float = (
         1e-3  # a comment that ruff has put in parentheses
     )  # fmt: skip
@@ -61,7 +63,7 @@ def test_smoke_comes_first_and_flags_override_it_in_any_order():
         (["--row-tokens", "1"], "did you mean --row_tokens"),
         (["--row_tokens", "many"], "invalid int value: 'many'"),
         (["--row_tokens"], "expected one argument"),
-        (["--zzzz"], "--help lists the flags"),
+        (["--zzzz"], "--help all lists the flags"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
@@ -81,22 +83,50 @@ def test_help_shows_each_lines_comment_and_default(capsys):
     assert "peak, 100 % of it" in printed
 
 
+def help_of(config: type) -> dict[str, str]:
+    return {flag.name: flag.text for flag in flags_of(config)}
+
+
 def test_comments_of_a_base_class_are_kept_and_overridden():
-    assert field_comments(Child)["model"] == "another model"
-    assert field_comments(Child)["row_tokens"] == "tokens a pack"
+    assert help_of(Child)["model"] == "another model"
+    assert help_of(Child)["row_tokens"] == "tokens a pack"
+
+
+def test_help_shows_the_usual_flags_and_help_all_every_one_below_the_comment_above_its_block(capsys):
+    with pytest.raises(SystemExit) as shown:
+        parse(Inheriting, ["--help"])
+    short = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(Inheriting, ["--help", "all"])
+    long = capsys.readouterr().out
+    assert shown.value.code == 0
+    assert "--model" in short and "--group_size" not in short and "--help all" in short
+    assert (
+        long.index("\nalgorithm:")
+        < long.index("--group_size")
+        < long.index("\nmemory:")
+        < long.index("--rec")
+    )
+    assert "--no_recompute" not in long  # every switch has one; a line for each would double the list
+
+
+def test_help_names_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        parse(Inheriting, ["--help"], presets={"large": {}, "small": {}})
+    assert "one of large, small" in " ".join(capsys.readouterr().out.split())
 
 
 def test_settings_of_base_classes_are_flags_with_the_help_that_stands_in_their_own_files(capsys):
     config = parse(Inheriting, ["--group_size", "4", "--no_recompute", "--ratio", "sequence"])
     assert (config.group_size, config.recompute, config.ratio, config.seed) == (4, False, "sequence", 3)
-    comments = field_comments(Inheriting)
+    comments = help_of(Inheriting)
     assert comments["group_size"] == "completions per prompt"
     assert comments["offload_optimizer"] == "optimizer states in CPU memory"
     assert comments["lr"] == "a comment that ruff has put in parentheses"
     assert comments["name"] == "a comment behind a value of several lines"
     assert comments["seed"] == "of everything"
     with pytest.raises(SystemExit):
-        parse(Inheriting, ["--help"])
+        parse(Inheriting, ["--help", "all"])
     assert "completions per prompt (default 8)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -107,11 +137,12 @@ def test_a_part_of_the_settings_is_an_object_of_the_class_that_is_passed_on():
 
 
 def test_a_class_lists_its_own_settings_first_then_those_it_inherits_class_by_class():
-    names = [field.name for field in ordered_fields(Inheriting)]
-    assert set(names[:3]) == {"lr", "name", "seed"}
+    names = [flag.name for flag in flags_of(Inheriting)]
+    assert names[:5] == ["preset", "model", "lr", "name", "seed"]
     assert names.index("group_size") < names.index("kl_coef") < names.index("recompute")
     assert len(names) == len(set(names))
-    assert show(Inheriting()).split()[0] == names[0]
+    shown = show(Inheriting(kl_coef=9.0, seed=9)).splitlines()[1:]
+    assert [line.split()[0] for line in shown] == ["seed", "kl_coef"]
 
 
 def test_every_flag_of_the_recipes_has_a_help_text(monkeypatch):
@@ -120,12 +151,29 @@ def test_every_flag_of_the_recipes_has_a_help_text(monkeypatch):
     for path in sorted((ROOT / "recipes").glob("*.py")):
         config = getattr(importlib.import_module(path.stem), "Config", None)
         if config is not None:
-            fields = {field.name for field in ordered_fields(config)}
-            assert fields - field_comments(config).keys() == set(), path.name
+            assert [flag.name for flag in flags_of(config) if not flag.text] == [], path.name
 
 
-def test_show_has_a_line_per_setting():
-    assert len(show(Config()).splitlines()) == 5
+def test_only_settings_that_differ_from_the_defaults_are_shown_one_per_line():
+    assert show(Config()) == show(Child()) == "all settings are the defaults"
+    config = parse(
+        Config, ["--smoke", "--no_clip", "--lr", "5e-5"], smoke=SMOKE
+    )  # lr is given, and the default
+    assert show(config).splitlines() == [
+        "settings that differ from the defaults",
+        "  row_tokens  64",
+        "  model       'tiny'",
+        "  clip        False",
+        "  smoke       True",
+    ]
+    assert show(Child(model="google/x")).endswith("\n  model  'google/x'")  # the default of its base class
+    preset = parse(Preset, ["--preset", "night"], presets={"night": {"lr": 1e-3}})
+    assert show(preset).splitlines()[1:] == ["  preset  'night'", "  lr      0.001"]
+
+
+@dataclass(frozen=True)
+class Preset(Config):
+    preset: str = ""  # night
 
 
 def test_settings_written_as_flags_are_read_back_as_they_were():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kit.run import RunFolder, recipe_name
+from kit.config import parse
+from kit.run import RunFolder, next_folder, recipe_name
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,56 @@ def _in_a_fresh_directory(tmp_path, monkeypatch):
 
 
 def test_runs_are_numbered_under_the_recipes_name_and_resume_takes_the_newest():
-    assert recipe_name(Config()) == "test_run"
-    assert str(RunFolder.open(Config()).path) == "runs/test_run/001"
-    assert str(RunFolder.open(Config()).path) == "runs/test_run/002"
-    assert str(RunFolder.open(Config(resume=True)).path) == "runs/test_run/002"
+    assert recipe_name(Config) == "test_run"
+    for number in ("001", "002", "003"):
+        assert str(RunFolder.open(Config()).path) == f"runs/test_run/{number}"
+    for begun in ("001", "002"):
+        (Path("runs/test_run") / begun / "metrics.jsonl").touch()
+    assert str(RunFolder.open(Config(resume=True)).path) == "runs/test_run/002"  # 003 has not begun
+    assert str(next_folder(Path("runs/test_run"))) == "runs/test_run/004"
+
+
+def test_the_tenth_hundred_of_runs_comes_after_the_ninth():
+    for number in ("998", "999", "1000"):
+        (Path("runs/test_run") / number).mkdir(parents=True)
+    assert str(next_folder(Path("runs/test_run"))) == "runs/test_run/1001"
+
+
+def test_resume_alone_takes_the_settings_of_the_run_and_flags_come_on_top():
+    RunFolder.open(parse(Config, ["--lr", "3", "--arms", "long,short", "--out", "here"]))
+    again = parse(Config, ["--resume", "--out", "here", "--num_slots", "4"])
+    assert again == Config(3.0, 4, arms="long,short", resume=True, out="here")
+    assert RunFolder.open(again).path == Path("here")
+
+
+def test_bare_resume_takes_the_newest_run_that_has_begun_with_its_settings():
+    for lr in ("3", "4", "5"):
+        RunFolder.open(parse(Config, ["--lr", lr]))
+    Path("runs/test_run/002/model").mkdir()
+    assert parse(Config, ["--resume"]) == Config(4.0, resume=True, out="runs/test_run/002")
+
+
+def test_a_start_that_is_refused_leaves_no_folder_and_one_that_has_begun_stays():
+    run = RunFolder.open(Config())
+    run.discard_if_new()
+    assert not run.path.exists()
+    run = RunFolder.open(Config())
+    run.metrics.append({"step": 1})
+    run.discard_if_new()
+    assert (run.path / "config.json").is_file()
+
+
+def test_what_else_lies_in_the_folder_of_a_refused_start_stays():
+    Path("mine").mkdir()
+    Path("mine/notes.txt").touch()
+    RunFolder.open(Config(out="mine")).discard_if_new()
+    assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_resumed_run_that_is_refused_keeps_its_settings():
+    RunFolder.open(Config(out="here"))
+    RunFolder.open(Config(out="here", resume=True)).discard_if_new()
+    assert Path("here/config.json").is_file()
 
 
 def test_the_settings_are_written_without_what_may_change():
@@ -52,13 +99,17 @@ def test_a_run_is_not_resumed_with_other_settings():
 def test_fewer_answers_at_once_are_the_same_run():
     run = RunFolder.open(Config(out="here"))
     assert RunFolder.open(Config(num_slots=8, out="here", resume=True), may_grow=("sizes",)).path == run.path
-    assert json.loads((run.path / "config.json").read_text())["num_slots"] == 16  # what it was started with
+    assert json.loads((run.path / "config.json").read_text())["num_slots"] == 8  # for the next one
 
 
-@pytest.mark.parametrize("out", ["", "nowhere"])
-def test_resuming_nothing_says_so(out):
-    with pytest.raises(ValueError, match="holds no run; drop --resume"):
+@pytest.mark.parametrize(
+    ("out", "where"), [("", "no run under runs/test_run has begun"), ("nowhere", "nowhere holds no run")]
+)
+def test_resuming_nothing_says_so(out, where):
+    with pytest.raises(ValueError, match=f"--resume was given but {where}; drop --resume"):
         RunFolder.open(Config(resume=True, out=out))
+    with pytest.raises(ValueError, match=where):
+        parse(Config, ["--resume", *(["--out", out] if out else [])])
 
 
 GROWS = "seeds", "sizes", "arms"

@@ -22,11 +22,12 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from kit.models.shipped import TINY
 
-from kit.models.loading import TINY
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 LONG_TRACES = TINY / "long_traces.jsonl"
 PROBLEMS = TINY / "problems.jsonl"
@@ -142,6 +143,9 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Build the toy's tokenizer: one token per character, and a few whole words."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers  # takes seconds
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *WORD_TOKENS, *CHARACTERS, "\\"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

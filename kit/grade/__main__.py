@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 
+from kit.command import guard
+from kit.command_line import started_as
 from kit.grade.paper import grade_as_paper
 from kit.grade.verdict import DEADLINE, grade
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str]) -> None:
     """Print the verdict, its rule, both normal forms and the paper's verdict on a pair; or run `regrade`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["regrade"]:
         from kit.grade import regrade
 
         regrade.main(arguments[1:])
         return
 
-    parser = argparse.ArgumentParser(prog="python -m kit.grade", description="Is this answer right?")
+    parser = argparse.ArgumentParser(prog=started_as(), description="Is this answer right?")
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
     seconds = "seconds after which the verdict is `unknown`"
@@ -43,7 +43,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as mistake:
-        sys.exit(f"error: {mistake}")
+    guard(main)

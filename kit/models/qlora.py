@@ -30,8 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kit.models import loading
 from kit.models.attention import attention_name
 from kit.models.folder import ADAPTER, ADAPTER_CONFIG, load_weights, save_model, trained_on_nf4
-from kit.models.loading import SHIPPED
 from kit.models.nf4 import NF4Linear, quantise_decoder
+from kit.models.shipped import SHIPPED
 
 RANK = 16
 ALPHA = 32  # twice the rank (Biderman et al., LoRA Learns Less and Forgets Less, 2024)

@@ -10,36 +10,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from kit.report import before_after, rl, valley
+from kit import report
+from kit.command import guard
+from kit.command_line import started_as
 from kit.valley.finished import STUDY
 
 
 def write_report(path: Path) -> Path:
     """Write the report of the run in `path`, and return it. Raises ValueError if there is no run."""
     if (path / STUDY).is_file():
-        return valley.write_report(path)
+        return report.valley.write_report(path)
     config = path / "config.json"
     if config.is_file() and "group_size" in json.loads(config.read_text(encoding="utf-8")):
-        return rl.write_report(path)
-    return before_after.write_report(path)
+        return report.rl.write_report(path)
+    return report.before_after.write_report(path)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m kit.report",
+        prog=started_as(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run folder")
-    try:
-        print(write_report(parser.parse_args().run))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    print(write_report(parser.parse_args(arguments).run))
 
 
 if __name__ == "__main__":
-    main()
+    guard(main)

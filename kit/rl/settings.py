@@ -16,6 +16,7 @@ class Settings:
     """The algorithm. The paper states groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, a KL
     loss at 1e-4 and advantages normalised within the group; clip range, normaliser and ratio are GRPO's."""
 
+    # algorithm
     group_size: int = 8  # completions per prompt
     max_new_tokens: int = 8_192  # tokens per completion
     temperature: float = 1.0  # of sampling, and of the log-probs in the objective

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
+from kit.command import LetFinish, Stopped
 from kit.machine import return_memory
 from kit.models import folder
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
+from kit.progress import Progress
 from kit.run import RunFolder
 from kit.train import checkpoint
 from kit.train.loss import LossOfRow
@@ -140,7 +141,8 @@ def train(
     If run.path holds a checkpoint, training continues from it (bit for bit on a CPU). If it holds the
     finished model, that folder is returned at once.
     Raises ValueError if the loss or the gradient norm is not finite, or if memory runs out. It names the last
-    checkpoint, which is intact.
+    checkpoint, which is intact. Raises Stopped after Ctrl-C, once the step has ended and a checkpoint is
+    written.
     """
     finished = run.path / "model"
     if finished.is_dir():
@@ -163,53 +165,57 @@ def train(
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
 
-    bar = tqdm(total=num_steps, initial=done, desc="training", unit=" steps", disable=None)
-    for step in range(done, num_steps):
-        start = time.perf_counter()
-        factor = cosine_with_warmup(step, num_steps, warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        try:
-            batches = pack_rows([[documents[i] for i in row] for row in plan.steps[step]], device)
-            loss, norm = (x.item() for x in training_step(batches, loss_of))
-        except torch.OutOfMemoryError as error:
-            raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
-        seconds = time.perf_counter() - start
-        compiles = device.type == "cuda" and step == done  # the first step compiles Triton's kernels
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            newest = checkpoint.latest(checkpoints)
-            raise ValueError(
-                f"step {step + 1}: loss is {loss} and gradient norm {norm} at lr {lr * factor:.2e}; lower "
-                f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+    progress = Progress("training", "steps", num_steps, done)
+    with progress, LetFinish("this step, then a checkpoint") as interrupt:
+        for step in range(done, num_steps):
+            start = time.perf_counter()
+            compiles = device.type == "cuda" and step == done
+            if compiles:
+                progress.text = "the first step compiles Triton's kernels"
+            factor = cosine_with_warmup(step, num_steps, warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            try:
+                batches = pack_rows([[documents[i] for i in row] for row in plan.steps[step]], device)
+                loss, norm = (x.item() for x in training_step(batches, loss_of))
+            except torch.OutOfMemoryError as error:
+                raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
+            seconds = time.perf_counter() - start
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                newest = checkpoint.latest(checkpoints)
+                raise ValueError(
+                    f"step {step + 1}: loss is {loss} and gradient norm {norm} at lr {lr * factor:.2e}; "
+                    f"lower --lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+                )
+
+            memory.look(step + 1, num_steps)
+            tokens = sum(map(len, batches))
+            targets = sum(batch.num_targets for batch in batches)
+            traces = sum(batch.num_documents for batch in batches)
+            run.metrics.append(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "lr": lr * factor,
+                    "grad_norm": norm,
+                    "tokens": tokens,
+                    "targets": targets,
+                    "traces": traces,
+                    "seconds": seconds,
+                    "compiles": compiles,
+                    "peak_gib": memory.gib,
+                    "reserved_gib": memory.reserved_gib,
+                }
             )
+            speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
+            peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
+            progress.update(f"loss {loss:.3f}, {speed}{peak}")
+            due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
+            if due or interrupt.asked:
+                checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
+            if interrupt.asked:
+                raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
-        memory.look(step + 1, num_steps)
-        tokens = sum(map(len, batches))
-        targets = sum(batch.num_targets for batch in batches)
-        traces = sum(batch.num_documents for batch in batches)
-        run.metrics.append(
-            {
-                "step": step + 1,
-                "loss": loss,
-                "lr": lr * factor,
-                "grad_norm": norm,
-                "tokens": tokens,
-                "targets": targets,
-                "traces": traces,
-                "seconds": seconds,
-                "compiles": compiles,
-                "peak_gib": memory.gib,
-                "reserved_gib": memory.reserved_gib,
-            }
-        )
-        peak = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
-        speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f}"
-        bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": speed, **peak}, refresh=False)
-        bar.update()
-        if checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps:
-            checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
-
-    bar.close()
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache

@@ -15,6 +15,7 @@ class Savings:
     clipping by their common norm.
     """
 
+    # memory
     recompute: bool = True  # keep each layer's input only; costs one more forward pass
     tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of this many tokens; 0 = whole
     optimizer: str = "auto"  # adamw (fp32 weights only), adamw8bit, or auto: adamw8bit for bf16 weights

@@ -21,7 +21,7 @@ import torch
 from kit.config import parse
 from kit.machine import GIB
 from kit.memory import Plan, plan
-from kit.models.loading import CONFIGS
+from kit.models.shipped import CONFIGS
 from kit.run import write_json
 from kit.train import Savings
 

@@ -7,7 +7,8 @@ from memory_table import ROWS
 from test_simulate import LEAN, SMALL
 
 from kit.memory.simulate import card_bytes, plan
-from kit.models.loading import CONFIGS, load_config
+from kit.models.loading import load_config
+from kit.models.shipped import CONFIGS
 from kit.train.savings import Savings
 
 MODELS = sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json"))

@@ -14,9 +14,10 @@ from kit.machine import GIB
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
 from kit.memory.simulate import check_free_memory, fake_batch, measure, plan
-from kit.models.loading import CONFIGS, load_config
+from kit.models.loading import load_config
 from kit.models.nf4 import quantise_decoder, simulate_quantised_decoder
 from kit.models.qlora import add_adapters
+from kit.models.shipped import CONFIGS
 from kit.packing import PackedBatch
 from kit.train.offload import host_empty
 from kit.train.savings import Savings

@@ -15,7 +15,7 @@ from kit import models
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 from kit.models.backbone import hidden_states, next_token_logits
-from kit.models.loading import TINY
+from kit.models.shipped import TINY
 from kit.packing import PackedBatch
 
 LENGTHS = [9, 1, 23, 4]
@@ -98,6 +98,16 @@ def test_loading_draws_nothing_from_the_global_generator(tmp_path):
     before = torch.get_rng_state()
     models.load(str(folder), device="cpu")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_loading_and_refusing_warn_of_nothing_that_a_user_could_mend(tmp_path):
+    folder = train_with_peft(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load(str(folder), device="cpu")
+        change_tensors(lambda tensors, name: tensors.pop(name))(folder)
+        with pytest.raises(ValueError, match="the file lacks"):
+            models.load(str(folder), device="cpu")
 
 
 def test_the_base_keeps_the_dtype_that_was_asked_for_and_the_adapters_peft_gives_them(tmp_path):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from kit import models
 from kit.evaluate.results import read_result
 from kit.models import folder, qlora
-from kit.models.loading import TINY
 from kit.models.nf4 import quantise_decoder
+from kit.models.shipped import TINY
 
 QUICK = ["--smoke", "--num_questions", "6", "--max_new_tokens", "64"]
 
@@ -111,7 +111,7 @@ def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "python recipes/evaluate.py --smoke"),
+        ([], "recipes/evaluate.py --smoke"),
         (["--smoke", "--max_new_tokens", "5000"], "made for 1024 in all"),
     ],
 )

@@ -43,7 +43,7 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
         "toy: accuracy ",
     ):
         assert line in done.stdout
-    assert "report runs" in done.stdout
+    assert "report file://" in done.stdout
     data = {"config.json", "drop_counts.json", "metrics.jsonl", "before", "after", "model"}
     report = {"report.html", "loss.png", "accuracy.png"}
     assert {path.name for path in run.iterdir()} >= data | report
@@ -67,7 +67,7 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_without_a_gpu_a_recipe_says_what_it_needs_and_both_ways_out(recipe, tmp_path):
     done = run_recipe(recipe, cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "needs an NVIDIA GPU" in done.stderr
     assert f"recipes/{recipe}.py --smoke" in done.stderr
     assert f"recipes/{recipe}.py --device cpu" in done.stderr
@@ -182,7 +182,7 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
     done = run_recipe(
         "gemma3_1b_8k", "--gpu_gb", "0.5", "--model", "tiny", "--row_tokens", "256", cwd=tmp_path
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert (
         "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
     )
@@ -220,7 +220,7 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
         "step 2: reward",
         "a loss near zero is normal",
         "after       toy:",
-        "report runs",
+        "report file://",
     ):
         assert line in done.stdout
     files = {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
@@ -232,7 +232,7 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
 
 def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_path, monkeypatch):
     done = run_recipe("grpo_qwen2_5_0_5b", cwd=tmp_path)
-    assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "--device cpu" in done.stderr
+    assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr and "--device cpu" in done.stderr
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import grpo_qwen2_5_0_5b as recipe
 

@@ -12,7 +12,7 @@ import pytest
 from children import run_recipe, start_recipe
 
 from kit.config import parse
-from kit.models.loading import TINY
+from kit.models.shipped import TINY
 from kit.valley.runs import jobs_of, rl_jobs
 from kit.valley.study import MODELS, TABLE, Cell
 
@@ -95,7 +95,7 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
         "lr 0.003 (paper: 5e-05)",
         "num_questions 4 (paper: all)",
         "tiny-full-96-seed0, ",
-        "FAILED short-full-0-seed0: ValueError: prompt 0 has",
+        "FAILED short-full-0-seed0: prompt 0 has",
         "Tiny, long traces: accuracy ",
         "report ",
     ):
@@ -195,7 +195,7 @@ def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(re
     ]
     parsed = {}
     for name, job in jobs.items():
-        module = importlib.import_module(job.recipe.stem)
+        module = importlib.import_module(job.recipe)
         parsed[name] = parse(
             module.Config, job.command(), smoke=module.SMOKE, presets=getattr(module, "PRESETS", None)
         )
@@ -218,7 +218,7 @@ def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(re
 def test_without_a_gpu_it_says_what_can_be_done_here_and_starts_nothing(recipe, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs an NVIDIA GPU") as refused:
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU") as refused:
         recipe.main(recipe.Config())
     assert "--plan" in str(refused.value) and "--smoke" in str(refused.value)
     with pytest.raises(ValueError, match="rl_sizes is 0,lowest,500 but no model is trained on 500 traces"):

@@ -18,7 +18,7 @@ from kit.valley.finished import StudyResults, write_study
 from kit.valley.sentences import sentences
 from kit.valley.study import Study
 
-HOSTILE = "<img src=x onerror=alert(1)> & \\boxed{<b>9</b>}"
+HOSTILE = "<img src=x onerror=alert(1)> & \\boxed{<s>9</s>}"
 RIGHT, WRONG = "7+5=12;12-3=9.\\boxed{9}", "7+5=13;13-3=10.\\boxed{10}"  # of the toy's 7+5-3?
 FELL, ROSE, SAME = Estimate(-0.5, 0.1), Estimate(0.5, 0.1), Estimate(-0.05, 0.1)
 
@@ -105,13 +105,13 @@ def test_every_report_opens_with_two_sentences_then_the_pair_then_the_figure(wri
 
 @pytest.mark.parametrize("write", KINDS)
 def test_what_models_and_files_hold_is_escaped_and_the_page_needs_no_other_file(write, tmp_path):
-    escaped = "&lt;img src=x onerror=alert(1)&gt; &amp; <b class=box>\\boxed{&lt;b&gt;9&lt;/b&gt;}</b>"
+    escaped = "&lt;img src=x onerror=alert(1)&gt; &amp; <b class=box>\\boxed{&lt;s&gt;9&lt;/s&gt;}</b>"
     for benchmark, problem in (("toy", "7+5-3?"), ("<u>", "<i>7</i>?")):
         path = tmp_path / str(len(problem))
         path.mkdir()
         write(path, benchmark, text=HOSTILE, problem=problem)
         page = write_report(path).read_text()
-        assert not re.search("<img src=x|<i>|<b>|<u>|<script|http", page)
+        assert not re.search("<img src=x|<i>|<s>|<u>|<script|http", page)
         assert escaped in parts_of(page)[0] and escaped in page.partition("</section>")[2]
         sources = re.findall('src(?:set)?="(.*?)"', page)
         assert all(source.startswith("data:image/png;base64,") for source in sources)

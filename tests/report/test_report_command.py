@@ -1,10 +1,10 @@
 """`python -m kit.report RUN` writes the report that belongs to the run, whatever kind it is."""
 
 import json
-import sys
 
 import pytest
 
+from kit.command import guard
 from kit.report.__main__ import main, write_report
 from kit.run import Journal
 from kit.valley.finished import write_study
@@ -36,10 +36,9 @@ def test_fine_tuning_and_evaluation_get_theirs(tmp_path):
     assert "before and after long chains of thought" in page and "loss 2.500 at the first step" in page
 
 
-def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["kit.report", str(tmp_path)])
+def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        main()
+        guard(main, [str(tmp_path)])
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith("error: ") and "pass a run folder" in said and said.count("\n") == 1

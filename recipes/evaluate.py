@@ -28,6 +28,7 @@ from kit.command import finish, start
 from kit.command_line import started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION
+from kit.evaluate.uncertainty import in_percent
 from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
@@ -169,7 +170,7 @@ def table(results: list[evaluate.Result]) -> str:
         shares = (result.truncated, result.without_answer, result.looping, result.reflection)
         cells = (
             result.benchmark,
-            f"{report.page.percent(result.accuracy)} ± {100 * result.interval:.1f}",
+            in_percent(result.accuracy, result.interval),
             f"{report.page.percent(result.pass_at(k))}, k = {k}",
             f"{tokens.mean:,.0f}",
             f"{tokens.median:,.0f}",

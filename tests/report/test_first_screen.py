@@ -232,7 +232,7 @@ def test_curves_begin_at_the_base_model_and_bands_stay_within_0_and_100(narrow):
 
 
 def test_after_smoke_the_sentence_says_that_quick_shows_the_climb(tmp_path):
-    hint = "python recipes/valley_demo.py --quick"
+    hint = "recipes/valley_demo.py --quick"
     for name, settings, told in (
         ("smoke", {"smoke": True}, True),
         ("whole", {"smoke": False}, False),
@@ -244,5 +244,5 @@ def test_after_smoke_the_sentence_says_that_quick_shows_the_climb(tmp_path):
         if name == "begun":
             (path / "jobs.jsonl").unlink()
         screen = parts_of(write_report(path).read_text())[0] if name != "begun" else ""
-        assert (f"<code>{hint}</code> tries more traces and shows the climb" in screen) is told
+        assert (f"{hint}</code> tries more traces and shows the climb" in screen) is told
         assert any(hint in line for line in sentences(StudyResults.read(path))) is told

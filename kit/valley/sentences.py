@@ -32,14 +32,17 @@ def what_was_done(results: StudyResults) -> str:
     counts = f"{sizes[0]:,} to {sizes[-1]:,}"
     if len(sizes) <= LISTED:
         counts = _listed([f"{size:,}" for size in sizes])
-    num_seeds, be = len({cell.seed for cell in cells}), "was" if len(results.models) == 1 else "were"
+    be = "was" if len(results.models) == 1 else "were"
+    if not all(cell.name in results.outcomes for cell in cells):
+        be = "is being" if be == "was" else "are being"
+    num_seeds = len({cell.seed for cell in cells})
     seeds = f", {num_seeds} times with other random choices (seeds)" if num_seeds > 1 else ""
     arms = _listed([f"“{ARMS[arm].title}”" for arm in dict.fromkeys(cell.arm for cell in cells)])
     base = results.finished[0].results.values() if results.finished else ()
     asked = f" {sum(result.num_questions for result in base):,}" if base else ""
     return (
         f"{_capital(models)} {be} fine-tuned on {counts} traces (worked solutions to learn from: {arms})"
-        f"{seeds}, and answered the same{asked} problems before and after."
+        f"{seeds}, with the same{asked} problems to answer before and after."
     )
 
 

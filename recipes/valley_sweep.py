@@ -59,7 +59,10 @@ class Config:
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data
-    traces: str = OPENR1  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    traces: str = OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
+    verify: str = (
+        "llama"  # who accepts a trace: math = Math-Verify, llama = it or else Llama; none = no check
+    )
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
     # optimisation

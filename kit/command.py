@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kit.command_line import started_as
 from kit.config import parse
 from kit.run import RunFolder
 
@@ -72,11 +73,6 @@ def _farewell(stop: KeyboardInterrupt) -> str:
         return "stopped before anything was trained or measured"
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"
     return f"stopped{where}. Go on with: {started_as()} --resume --out {run.path}"
-
-
-def started_as() -> str:
-    """Return how the user started this program, such as "python recipes/evaluate.py"."""
-    return f"python {Path(sys.argv[0])}"
 
 
 class LetFinish:

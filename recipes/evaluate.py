@@ -4,12 +4,14 @@
     python recipes/evaluate.py --model runs/gemma3_1b_8k/001/model --benchmarks math500
     python recipes/evaluate.py --model m.gguf --chat_template plain --benchmarks gsm8k=FILE --device cpu
     python recipes/evaluate.py --benchmarks arithmetic                        checks each step of an answer
+    python recipes/evaluate.py --benchmarks mine=q.jsonl                      your own questions
     python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002  two finished runs, paired
     python recipes/evaluate.py --smoke                                        a tiny model, seconds on any CPU
 
-A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Every
-sample is logged as soon as it ends. After a kill, --resume continues, and the result is that of an
-uninterrupted run.
+A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Your
+own questions are a .jsonl, .json or .parquet file with rows such as {"problem": "What is 2+3?", "answer": 5};
+the name before the = is yours to choose. Every sample is logged as soon as it ends. After a kill, --resume
+continues, and the result is that of an uninterrupted run.
 
 Time: not timed on a GPU; SmolLM2-135M on 50 GSM8K questions, 2 samples each of up to 200 tokens, takes
 minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
@@ -22,9 +24,10 @@ from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, report
 from kit.command import finish, start
+from kit.command_line import started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION
-from kit.machine import GIB, require_gpu
+from kit.machine import GIB, one_thread_if_small, require_gpu
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
@@ -37,9 +40,9 @@ class Config:
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     top_k: int = 0  # 0 = off
@@ -59,24 +62,29 @@ SMOKE = {
     "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy",
     "num_questions": 50, "num_samples": 2, "max_new_tokens": 256, "num_slots": 50,
 }  # fmt: skip
-WITHOUT_GPU = {
-    "python recipes/evaluate.py --smoke": "the whole path on this CPU in seconds, with a tiny model",
-    "python recipes/evaluate.py --device cpu": "this model on this CPU, slowly: ask for little, for example\n"
-    "      --benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512",
-}
 
 
 def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
-    require_gpu(config.device, f"evaluating {config.model} on --device cuda", WITHOUT_GPU)
+    command = started_as()
+    small = "--benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
+    require_gpu(
+        config.device,
+        f"evaluating {config.model} on --device cuda",
+        {
+            f"{command} --smoke": "the whole path on this CPU in seconds, with a tiny model",
+            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+        },
+    )
 
     benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
 
     counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}

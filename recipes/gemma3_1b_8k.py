@@ -23,11 +23,12 @@ from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, report, train
 from kit.command import finish, start
+from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
-from kit.machine import GIB, require_gpu
-from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
+from kit.machine import GIB, one_thread_if_small, require_gpu
+from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train.savings import Savings
 
 
@@ -44,9 +45,7 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
     num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped
-    verify: str = (
-        "llama"  # who accepts a trace: math = Math-Verify, llama = it or else Llama; none = no check
-    )
+    verify: str = "llama"  # traces to keep, accepted by: math = Math-Verify, llama = it or Llama; none = all
     long_share: float = 1.0  # of the problems; the others get the data set's short `solution` for a trace
     shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
     max_bad_rows: int = 20  # malformed rows that are listed and left out; one more stops the run
@@ -63,9 +62,9 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -101,7 +100,7 @@ def main(config: Config) -> None:
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
     data.generations.check_verify(config.verify)
-    command = f"python recipes/{recipe_name(type(config))}.py"
+    command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
         config.device,
@@ -114,8 +113,9 @@ def main(config: Config) -> None:
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.simulate.check_free_memory(planned)
+    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load_to_train(
         config.model,
@@ -124,9 +124,9 @@ def main(config: Config) -> None:
         device=config.device,
         attention=config.attention,
     )
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     params = generate.SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
-    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
 
@@ -176,7 +176,7 @@ def main(config: Config) -> None:
     page = report.write_report(run.path)
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")
-    finish(page, f"python -m kit.report {run.path}")
+    finish(page, f"{command_of('report')} {run.path}")
 
 
 def plan_memory(config: Config) -> tuple[Config, memory.Plan]:

@@ -39,13 +39,14 @@ from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, report, rl
 from kit.command import finish, start
+from kit.command_line import started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
-from kit.machine import require_gpu
+from kit.machine import one_thread_if_small, require_gpu
 from kit.rl.settings import Settings, check_savings
-from kit.run import RunFolder, recipe_name, write_json
+from kit.run import RunFolder, write_json
 from kit.train.savings import Savings
 
 
@@ -75,9 +76,9 @@ class Config(Settings, Savings):
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
     checkpoint_every: int = 5  # steps; 0 = only at the end
     # evaluation, before and after
-    benchmarks: str = "math500"  # name or name=FILE, comma-separated; "" = none
+    benchmarks: str = "math500"  # name or name=FILE (MINE=FILE: your questions), comma-separated; "" = none
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4; your own: 4)
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context
     # run
     plan: bool = False  # print what sampling and an update need and which cards they fit, and stop
@@ -197,7 +198,7 @@ def main(config: Config) -> None:
         if config.json:
             write_json(Path(config.json), planned.as_json())
         return
-    command = f"python recipes/{recipe_name(type(config))}.py"
+    command = started_as()
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
     require_gpu(
         config.device,
@@ -213,13 +214,17 @@ def main(config: Config) -> None:
 
     if not config.prompts:
         config = replace(config, prompts=default_prompts(config))
+    benchmarks = []
+    if config.benchmarks:
+        benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     questions = read_questions(config, run)
     where = {"device": config.device, "attention": config.attention}
     model, tokenizer = models.load_to_train(
         config.model, qlora_rank=config.qlora_rank, seed=config.seed, **where
     )
+    one_thread_if_small(model)
     if config.weaken:
         weaken(model, config.weaken, config.seed)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
@@ -240,9 +245,6 @@ def main(config: Config) -> None:
     eval_tokens = min(config.eval_tokens, models.backbone.context_length(model) // 2)
     params = generate.SamplingParams(max_new_tokens=eval_tokens)
     slots = rl.memory_plan.eval_slots(settings, eval_tokens)
-    benchmarks = []
-    if config.benchmarks:
-        benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
 
     def measure(stage: str) -> None:
         how = {"num_samples": config.num_samples, "num_slots": slots, "seed": config.seed}

@@ -8,10 +8,9 @@ Everything but the model is in recipes/gemma3_1b_8k.py: read that one. Time: not
 
 from dataclasses import dataclass
 
-import gemma3_1b_8k
-from gemma3_1b_8k import SMOKE, main
-
 from kit.command import start
+from kit.recipes import gemma3_1b_8k
+from kit.recipes.gemma3_1b_8k import SMOKE, main
 
 
 @dataclass(frozen=True)

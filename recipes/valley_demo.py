@@ -169,13 +169,13 @@ def recipes_of(config: Config, data: Path) -> Recipes:
         }
         return common | REINFORCE | tokens | {"prompts": str(prompts), "steps": config.rl_steps}
 
-    return Recipes(Path(__file__).parent, evaluation, finetune, reinforce)
+    return Recipes(evaluation, finetune, reinforce)
 
 
 def main(config: Config) -> Path:
     study, workers = study_of(config), workers_of("cpu", "", config.workers)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nrun folder {path}")
+    print(f"{show(config)}\nrun folder {path} (its config.json lists all settings)")
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
     held_out = {question.problem for question in benchmark.questions}
     write_data(study, held_out, path / "data", rl=bool(config.rl_steps))

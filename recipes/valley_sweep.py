@@ -25,15 +25,15 @@ import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import evaluate
-import gemma3_1b_8k
-
 from kit import report, valley
 from kit.command import start
+from kit.command_line import command_of, started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
+from kit.evaluate.benchmarks import find_benchmarks
 from kit.machine import require_gpu
+from kit.recipes import evaluate, gemma3_1b_8k
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -60,9 +60,7 @@ class Config:
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data
     traces: str = OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
-    verify: str = (
-        "llama"  # who accepts a trace: math = Math-Verify, llama = it or else Llama; none = no check
-    )
+    verify: str = "llama"  # traces to keep, accepted by: math = Math-Verify, llama = it or Llama; none = all
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
     # optimisation
@@ -73,9 +71,9 @@ class Config:
     qlora_rank: int = 16  # of the adapters
     gpu_gb: float = 0.0  # choose the memory settings for cards of this size; 0 = the recipe's defaults
     # evaluation
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -198,7 +196,6 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
         return shared(config, gemma3_1b_8k.Config) | settings
 
     return Recipes(
-        Path(__file__).parent,
         shared(config, evaluate.Config),
         finetune,
         lambda start: learning,
@@ -219,22 +216,21 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
-WITHOUT_GPU = {
-    "python recipes/valley_sweep.py --plan": "what it would take: no GPU, no download",
-    "python recipes/valley_sweep.py --smoke": "the whole path with a tiny model, in a minute",
-    "python recipes/valley_demo.py --quick": "the valley of a toy, in minutes",
-}
-
-
 def main(config: Config) -> Path | None:
     study = study_of(config)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     card = {"row_tokens": config.row_tokens, "gpu_gb": config.gpu_gb, "qlora_rank": config.qlora_rank}
     if config.plan:
         return make_plan(config, study, card, len(workers))
-    require_gpu(config.device, "a sweep", WITHOUT_GPU)
+    instead = {
+        f"{started_as()} --plan": "what it would take: no GPU, no download",
+        f"{started_as()} --smoke": "the whole path with a tiny model, in a minute",
+        f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
+    }
+    require_gpu(config.device, "a sweep", instead)
+    find_benchmarks(config.benchmarks)  # a mistake in your questions is found here, not in every run
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nsweep folder {path}")
+    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
     chosen = valley.estimate.choose_settings(
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card
     )

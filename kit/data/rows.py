@@ -8,9 +8,12 @@ run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+
+from kit.extras import require
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # the fields in which data sets keep a problem and its gold answer, in the order in which they are looked for
@@ -46,11 +49,15 @@ def text_of(row: dict, names: Sequence[str]) -> str:
     fields = ((name, _field(row, name)) for name in names)
     name, value = next(((name, value) for name, value in fields if value is not None), ("", None))
     if value is None:
+        if null := [name for name in names if name in row]:
+            raise ValueError(f"field {null[0]} is null")
         raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"field {name} is {value}, which is not a number")
         value = str(value)
     if not isinstance(value, str):
-        raise ValueError(f"field {name} is a {type(value).__name__}, not text")
+        raise ValueError(f"field {name} is a {type(value).__name__}, not text or a number")
     if not value.strip():
         raise ValueError(f"field {name} is empty")
     if "\0" in value:
@@ -104,9 +111,10 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                bad.add(where, f"not JSON: {error}")
+                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                bad.add(where, f"not JSON: {getattr(error, 'msg', error)}{column}")
                 continue
             yield where, row
 
@@ -128,6 +136,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    require(f"{path}, a .parquet file,", "pyarrow")
     import pyarrow.parquet
 
     index = 0
@@ -142,6 +151,7 @@ class NoSuchPart(ValueError):
 
 
 def _read_data_set(source: str) -> Iterator[tuple[str, object]]:
+    require(f"{source}, a data set on the hub,", "datasets")
     path, _, split = source.partition("@")
     name, _, part = path.partition(":")
     # no narrower error: the hub client has no base class for "not found", "no network" and "no such split"

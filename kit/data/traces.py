@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tqdm import tqdm
-
 from kit.data.generations import check_verify, generations_of, has_gaps
 from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.grade.verdict import grade
+from kit.progress import Progress
 from kit.run import digest
 
 RESPONSE = ("trace", "solution")  # the fields in which a row with a single response keeps it
@@ -133,7 +132,7 @@ def read_traces(
     dropped, noted = Counter(), Counter()
     kept: dict[str, tuple[Trace, str]] = {}  # key -> trace, solution; the random order is that of the keys
     seen: set[str] = set()
-    for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
+    for where, row in Progress("reading traces", "rows").over(read_rows(source, bad)):
         try:
             problem = text_of(row, PROBLEM)
             response, why = pick_response(row, verify=verify)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from kit.command_line import command_of
 from kit.config import as_flags
 from kit.memory.flops import Sizes
 from kit.models.loading import load_config
@@ -147,7 +148,7 @@ def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: 
 def _not_known(model: str, section: str) -> str:
     if not card_name():
         return "not known: no card is here to measure"
-    return f"not known: measure this card with python recipes/check_card.py --only {section} --models {model}"
+    return f"not known: measure this card with {command_of('check-card')} --only {section} --models {model}"
 
 
 def _measured(model: str, key: str) -> Iterator[tuple[Path, dict]]:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kit.config import as_flags
+from kit.extras import require
 from kit.machine import CONTEXT, GIB
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
@@ -106,6 +107,7 @@ def fake_batch(row_tokens: int) -> PackedBatch:
 def fake_model(config: PreTrainedConfig, qlora_rank: int) -> tuple[PreTrainedModel, FakeTensorMode]:
     """Return (the bf16 model that training would load, on fake tensors; their mode)."""
     if qlora_rank:  # outside of the mode, in which any tensor that an import creates would be fake for good
+        require("qlora_rank", "bitsandbytes", "peft")
         from kit.models.nf4 import simulate_quantised_decoder
         from kit.models.qlora import add_adapters
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kit.config import as_flags
-from kit.evaluate.benchmarks import BENCHMARKS
+from kit.evaluate.benchmarks import find_benchmarks
 from kit.machine import GIB
 from kit.memory.choose import choose, switches
 from kit.memory.flops import Sizes
@@ -48,8 +48,8 @@ class Evaluation:
 
     @classmethod
     def of(cls, benchmarks: str, *, num_questions: int, num_samples: int, num_slots: int) -> Evaluation:
-        """Count the samples; no file is read. benchmarks: as kit.evaluate.parse_benchmarks takes them."""
-        table = [BENCHMARKS[word.split("=")[0].strip()] for word in benchmarks.split(",")]
+        """Count the samples; only your own questions are read. benchmarks: as find_benchmarks takes them."""
+        table = find_benchmarks(benchmarks)
         questions = (min(num_questions or b.num_questions, b.num_questions) for b in table)
         samples = (num_samples or b.num_samples for b in table)
         return cls(sum(n * k for n, k in zip(questions, samples, strict=True)), num_slots)

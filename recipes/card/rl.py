@@ -16,15 +16,15 @@ from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 import torch
-from card.memory import beside_plan, measured, warm_up
-from card.models import NO_BF16, QWEN, build_to_sample, config_to_sample
-from card.results import Card, Results
 
 from kit.data import ChatFormat, Question
 from kit.data.toy import make_rows, make_tokenizer
 from kit.machine import CONTEXT, GIB
 from kit.memory import Plan
 from kit.packing import IGNORE_INDEX, plan_packs
+from kit.recipes.card.memory import beside_plan, measured, warm_up
+from kit.recipes.card.models import NO_BF16, QWEN, build_to_sample, config_to_sample
+from kit.recipes.card.results import Card, Results
 from kit.rl import Policy, Settings, rollout, update
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
 from kit.rl.grpo import score

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -109,7 +110,7 @@ def test_another_card_of_nearly_the_same_name_is_not_taken_for_it(name, put_in):
 
 def test_a_card_that_is_neither_in_the_table_nor_measured_gets_the_command_that_measures_it(checks, put_in):
     put_in("a third card")
-    command = f"python recipes/check_card.py --only sampler --models {GEMMA}"
+    command = f"{sys.orig_argv[0]} recipes/check_card.py --only sampler --models {GEMMA}"
     assert sampling_time(GEMMA, 1, 1, 1) == f"not known: measure this card with {command}"
 
 

@@ -195,7 +195,7 @@ def test_the_jobs_are_runs_of_the_other_recipes_with_settings_that_these_know(re
     ]
     parsed = {}
     for name, job in jobs.items():
-        module = importlib.import_module(job.recipe.stem)
+        module = importlib.import_module(job.recipe)
         parsed[name] = parse(
             module.Config, job.command(), smoke=module.SMOKE, presets=getattr(module, "PRESETS", None)
         )

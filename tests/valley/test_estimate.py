@@ -52,6 +52,14 @@ def test_the_papers_evaluation_is_its_questions_times_its_samples():
     assert few == Evaluation(100 * 2 + 30 * 2, 4)
 
 
+def test_your_own_questions_count_in_the_plan_as_many_as_the_file_holds(tmp_path):
+    own = tmp_path / "q.jsonl"
+    own.write_text("".join(f'{{"problem": "{i}+1?", "answer": {i + 1}}}\n' for i in range(7)))
+    for limit, expected in ((0, 7), (5, 5)):
+        found = Evaluation.of(f"toy,mine={own}", num_questions=limit, num_samples=0, num_slots=4)
+        assert found.num_samples == 4 * (limit or 100) + 4 * expected
+
+
 def test_training_is_rows_times_the_flops_of_a_row():
     found = cell_plan(Cell(GEMMA, "full", 8_000, 0, epochs=4, batch_traces=8))
     rows = 4 * 8_000 / 4  # four traces of 4,096 tokens per row

@@ -108,7 +108,7 @@ body { max-width: 68rem; margin: 1rem auto; padding: 0 1rem }
 h1 { overflow-wrap: anywhere; font-size: 1.4rem; margin: 0 0 .6rem }
 h2 { font-size: 1.25rem; margin: 1.6rem 0 .4rem }
 h4 { margin: .2rem 0; font-size: 1rem }
-code { font-size: .88em; white-space: nowrap }
+code { font-size: .88em; overflow-wrap: anywhere }
 img { max-width: 100%; height: auto; display: block; margin: .8rem auto }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
 td, th { padding: .2rem .35rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }

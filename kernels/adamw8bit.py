@@ -1,6 +1,6 @@
 """
-AdamW with 8-bit states, in one pass over memory, on fp32 weights, on bf16 weights, and on bf16 weights that
-are exact: they keep the other 16 bits of the fp32 weight.
+AdamW with 8-bit states, in one pass over memory, for fp32 weights, bf16 weights, and exact bf16 weights,
+which keep the other 16 bits of the fp32 weight as one more state, the rest.
 
     m = beta1 m + (1 - beta1) g                      v = beta2 v + (1 - beta2) g^2
     p = (1 - lr decay) p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
@@ -8,28 +8,28 @@ are exact: they keep the other 16 bits of the fp32 weight.
     m and sqrt(v): 8-bit codes and a scale per block of 256 (kernels/adamw8bit_blocks.py)
     the bits of an exact weight, as fp32: (the bits of the bf16 weight << 16) + rest, a signed 16-bit number
 
-How it works. A program reads p, g and the codes of a few blocks, decodes, updates in fp32, encodes again
-with new scales, and writes. The torch path does the same operations in the same order, and the GPU's compiler
+How it works. A program reads p, g and the codes of a few blocks, decodes, updates in fp32, encodes again with
+new scales, and writes. The torch path does the same operations in the same order, and the GPU's compiler
 fuses none of them (enable_fp_fusion=False). So both give the same bits, except where torch's fp32 square
 root, which is off by one bit at times, decides between two codes. There is a floor: a v that is not 0 never
 gets the code 0, or its next update would be m / eps.
 
-bf16 weights are rounded stochastically: up with the probability equal to the fraction cut off, so that the
-mean is exact. With a rest nothing is cut off. After any number of updates bf16 weight and rest are, bit for
-bit, what an fp32 weight would be after the same gradients. The bf16 weight, which the model computes with, is
-the nearest to it. A tie goes away from zero: to even, one rest would be 32,768, and int16 ends at 32,767. A
-rest of 0 is a weight that was loaded in bf16.
+Without a rest, bf16 weights are rounded stochastically: up with the probability equal to the fraction cut
+off, so that the mean is exact. With a rest, nothing is cut off: after any number of updates, bf16 weight and
+rest together are, bit for bit, the fp32 weight after the same gradients. The bf16 weight, which the model
+computes with, is the nearest to it. Ties go away from zero: if they went to even, a rest could be 32,768,
+which no int16 holds. A model that was loaded in bf16 starts with rests of 0.
 
 NaN and infinity are never hidden: an element with such a gradient becomes NaN at once, and its block of 256
 in the next step. So does a block with a gradient above 1.8e19, whose square is no fp32 number. Watch the loss
-or the gradient norm to find it early. The bits of NaN and infinity are part of the same sum: infinity has the
-rest 0, and every NaN is stored as 0x7fc0 with the rest 0, since rounding others may carry into the exponent
-or the sign. A finite weight above 3.39e38 is infinity in bf16, as with any rounding, with a negative rest.
+or the gradient norm to find it early. Infinity has the rest 0, and every NaN becomes 0x7fc0 with the rest 0:
+rounding another NaN could carry into its exponent or sign, and make it infinity or -0. A finite weight above
+3.396e38 is infinity in bf16, as always, but not together with its rest.
 
 Bytes per weight, besides p and g: 2 + 8 / 256, and 2 more for the rest (fp32 states: 8). Gemma-3-1B, 1.0e9
-weights: 1.9 GiB, 3.7 GiB with rests (7.5 GiB). A step moves 10 bytes per weight for bf16 p and g, once, and 4
-more for the rest. On a CPU the temporaries are a few MiB, whatever the parameter's size. The number of tokens
-does not matter here.
+weights: 1.9 GiB, with rests 3.8 GiB (fp32 states: 7.5 GiB). A step moves 10 bytes per weight for bf16 p and
+g, once, and 4 more for the rest. On a CPU the temporaries are a few MiB, whatever the parameter's size. The
+number of tokens does not matter here.
 """
 
 import math

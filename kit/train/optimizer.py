@@ -3,8 +3,8 @@
 fp32 weights get torch's own AdamW. bf16 weights need one thing more. Near 0.02, neighbouring bf16 numbers lie
 1e-4 apart, an update at lr 5e-5 is smaller than half of that, and rounding to nearest would drop it.
 Stochastic rounding goes up or down with the probability that makes the mean exact, so that updates arrive on
-average, without an fp32 copy of the weights. But at RL's lr of 5e-7 its noise is as large as the learning.
-With exact_weights each bf16 weight keeps the 16 bits that it lacks, as one more state, and nothing is rounded
+average, without an fp32 copy of the weights. But at RL's lr of 5e-7, its noise is as large as the learning.
+With exact_weights, each bf16 weight keeps the 16 bits that it lacks as one more state, and nothing is rounded
 away: the updates are those of fp32 weights.
 
     name        weights        bytes per parameter besides weight and gradient

@@ -11,6 +11,10 @@ from types import SimpleNamespace
 
 import torch
 
+# A product and a sum are one instruction, as Triton 3.9 has it by default. It warns that 3.10 will round in
+# between, which would change results, so the choice is made here.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
     import triton.language as tl

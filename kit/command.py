@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kit.command_line import started_as
 from kit.config import parse
 from kit.run import RunFolder
 
@@ -74,11 +75,6 @@ def _farewell(stop: KeyboardInterrupt) -> str:
     return f"stopped{where}. Go on with: {started_as()} --resume --out {run.path}"
 
 
-def started_as() -> str:
-    """Return how the user started this program, such as "python recipes/evaluate.py"."""
-    return f"python {Path(sys.argv[0])}"
-
-
 class LetFinish:
     """Within this context the first Ctrl-C only sets `asked`, so that a step can end and be saved.
 
@@ -105,8 +101,6 @@ class LetFinish:
             signal.signal(signal.SIGINT, self.before)
 
 
-def finish(report: Path, *next_commands: str) -> None:
+def finish(report: Path, command: str, effect: str) -> None:
     """Print a recipe's last lines: a link to the report, and what to type next."""
-    print(f"report {report.resolve().as_uri()}")
-    for command in next_commands:
-        print(f"next   {command}")
+    print(f"report {report.resolve().as_uri()}\nnext   {command}    {effect}")

@@ -19,6 +19,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import shlex
 import sys
 import textwrap
 import typing
@@ -26,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
+from kit.command_line import started_as
 from kit.run import recipe_name, stored_settings
 
 Config = TypeVar("Config")
@@ -135,9 +137,11 @@ def _parser(
     usual = [by_name[name] for name in USUAL if name in by_name][:MOST_SHOWN]
     shown = flags if everything or len(flags) <= MOST_SHOWN else usual
     more = f"; --help all lists {len(flags)}" if len(shown) < len(flags) else ""
+    about, script = sys.modules[config_class.__module__].__doc__ or "", recipe_name(config_class)
     parser = argparse.ArgumentParser(
+        prog=started_as(),
         usage=f"%(prog)s [flags]{more}; --traceback shows where an error comes from",
-        description=sys.modules[config_class.__module__].__doc__,
+        description=about.replace(f"python recipes/{script}.py", started_as()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -172,8 +176,25 @@ def as_flags(settings: dict) -> str:
     )
 
 
+def full_command(config, program: str, *, smoke: dict | None = None, presets: dict | None = None) -> str:
+    """Write the command that gives this config, for a shell. smoke, presets: as for `parse`."""
+    base = (presets or {}).get(getattr(config, "preset", ""), {})
+    base = base | smoke if smoke and config.smoke else base
+    words, without = [program], type(config)(**base)
+    for flag in flags_of(type(config)):
+        value = getattr(config, flag.name)
+        if value != getattr(without, flag.name):
+            is_switch = isinstance(value, bool)
+            words += [as_flags({flag.name: value})] if is_switch else [flag.word, shlex.quote(str(value))]
+    return " ".join(words)
+
+
 def show(config) -> str:
-    """List the settings, one per line."""
-    names = [flag.name for flag in flags_of(type(config))]
-    width = max(map(len, names))
-    return "\n".join(f"  {name:<{width}}  {getattr(config, name)!r}" for name in names)
+    """List the settings that differ from the defaults of their class, one per line."""
+    values = {flag.name: (getattr(config, flag.name), flag.default) for flag in flags_of(type(config))}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    if not changed:
+        return "all settings are the defaults"
+    width = max(map(len, changed))
+    lines = [f"  {name:<{width}}  {value!r}" for name, value in changed.items()]
+    return "\n".join(["settings that differ from the defaults", *lines])

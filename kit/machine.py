@@ -1,4 +1,4 @@
-"""The machine that a recipe runs on: its name for a table of figures, its memory, whether it has a GPU."""
+"""The machine that a recipe runs on: its name for a table of figures, its memory, GPU and threads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kit.extras import require
+
 if TYPE_CHECKING:
     import torch  # imported where it is used: it takes seconds, and flags are read before
 
 GIB = 2**30  # bytes
-CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA, its libraries and the display use; an assumption
+CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA and its libraries use; an assumption
+# Weights of the largest matrix of a small model: in fp32 the 1 MiB that one core's L2 cache holds. Several
+# cores save it no memory traffic, and each must wait for the slowest at the end of every short product, which
+# beside another job is one that is not running.
+SMALL_MATRIX = 2**18
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -32,7 +38,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
-    """Raise ValueError if the device is "cuda" and torch sees no GPU.
+    """Raise ValueError if the device is "cuda" and torch sees no GPU, or if Triton is not installed.
 
     what: the thing that needs a GPU. instead: commands that work without one -> what each does.
     """
@@ -42,6 +48,7 @@ def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
     import torch
 
     if torch.cuda.is_available():
+        require(what, "triton")
         return
 
     width = max(map(len, instead))
@@ -59,6 +66,23 @@ def return_memory(device: torch.device) -> None:
 
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def one_thread_if_small(model: torch.nn.Module) -> None:
+    """Compute on one thread from now on, and say so, if the model is small and on a CPU.
+
+    Only recipes call this: it changes the whole process. OMP_NUM_THREADS, if it is set, is left to decide.
+    """
+    import torch
+
+    threads, largest = torch.get_num_threads(), max(weight.numel() for weight in model.parameters())
+    is_small = model.device.type == "cpu" and largest <= SMALL_MATRIX
+    if is_small and threads > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+        print(
+            f"threads     1 of {threads}: this model's matrices are too small for several cores to share; "
+            "set OMP_NUM_THREADS to decide it yourself"
+        )
 
 
 def resident_bytes() -> int | None:

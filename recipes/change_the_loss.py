@@ -15,6 +15,7 @@ from pathlib import Path
 from kit import data, models, train
 from kit.command import start
 from kit.data.toy import LONG_TRACES
+from kit.machine import one_thread_if_small
 from kit.run import RunFolder
 
 ROW_TOKENS = 1_024
@@ -50,6 +51,7 @@ def main(config: Config) -> Path:
     """Train and return the folder of the finished model."""
     run = RunFolder.open(config)
     model, tokenizer = models.load_to_train("tiny", device="cpu")
+    one_thread_if_small(model)
     loss_of = weigh_answers(tokenizer.convert_tokens_to_ids("</think>"), config.answer_weight)
     chat = data.ChatFormat(tokenizer, instruction="")
     traces = {"row_tokens": ROW_TOKENS, "num_traces": config.num_traces, "seed": config.seed}

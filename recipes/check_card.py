@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit.command import start
+from kit.command_line import started_as
 from kit.machine import describe_machine, require_gpu
 from kit.run import next_folder, write_json
 
 if TYPE_CHECKING:
-    from card.results import Results
+    from kit.recipes.card.results import Results
 
 SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume")  # files of recipes/card
 
@@ -63,12 +64,13 @@ def main(config: Config) -> Results:
         raise ValueError(
             f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {known}"
         )
-    rehearsal = {"python recipes/check_card.py --device cpu": "a rehearsal of every check, with tiny shapes"}
+    rehearsal = {f"{started_as()} --device cpu": "a rehearsal of every check, with tiny shapes"}
     require_gpu(config.device, "check_card", rehearsal)
 
     import torch  # here, so that flags are read at once
-    from card.results import FAIL, Card, CardLost, Results
-    from card.steps import chosen_models
+
+    from kit.recipes.card.results import FAIL, Card, CardLost, Results
+    from kit.recipes.card.steps import chosen_models
 
     models = chosen_models(config.models)
     folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))
@@ -99,7 +101,7 @@ def main(config: Config) -> Results:
 def run_section(name: str, results: Results, models: list[str]) -> None:
     """Run one section as a case of its own, so that errors between its cases are caught, too."""
     with results.case(name):
-        run = import_module(f"card.{name}").run
+        run = import_module(f"kit.recipes.card.{name}").run
         if name in ("steps", "fits"):
             run(results, results.card, models)
         else:
@@ -109,7 +111,7 @@ def run_section(name: str, results: Results, models: list[str]) -> None:
 
 def sentence(results: Results, machine: dict) -> str:
     """Return the results as one sentence to post."""
-    from card.results import FAIL, PASS
+    from kit.recipes.card.results import FAIL, PASS
 
     truths = [row["status"] for row in results.rows if row["section"] == "truth"]
     right, wrong = truths.count(PASS), truths.count(FAIL)
@@ -125,7 +127,7 @@ def sentence(results: Results, machine: dict) -> str:
 
 def check(config: Config) -> None:
     """Run main, and exit with status 1 if a check failed."""
-    from card.results import FAIL
+    from kit.recipes.card.results import FAIL
 
     if main(config).count(FAIL):
         raise SystemExit(1)

@@ -3,13 +3,16 @@
     python recipes/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct             the paper's protocol, on a GPU
     python recipes/evaluate.py --model runs/gemma3_1b_8k/001/model --benchmarks math500
     python recipes/evaluate.py --model m.gguf --chat_template plain --benchmarks gsm8k=FILE --device cpu
+    python recipes/evaluate.py --plan                                         does it fit, and how long?
     python recipes/evaluate.py --benchmarks arithmetic                        checks each step of an answer
+    python recipes/evaluate.py --benchmarks mine=q.jsonl                      your own questions
     python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002  two finished runs, paired
     python recipes/evaluate.py --smoke                                        a tiny model, seconds on any CPU
 
-A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Every
-sample is logged as soon as it ends. After a kill, --resume continues, and the result is that of an
-uninterrupted run.
+A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Your
+own questions are a .jsonl, .json or .parquet file with rows such as {"problem": "What is 2+3?", "answer": 5};
+the name before the = is yours to choose. Every sample is logged as soon as it ends. After a kill, --resume
+continues, and the result is that of an uninterrupted run.
 
 Time: not timed on a GPU; SmolLM2-135M on 50 GSM8K questions, 2 samples each of up to 200 tokens, takes
 minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
@@ -17,19 +20,23 @@ minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prom
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kit import data, evaluate, generate, memory, models, report
+from kit import data, evaluate, generate, memory, models, paper, report
 from kit.command import finish, start
+from kit.command_line import started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION
-from kit.machine import GIB, require_gpu
+from kit.evaluate.uncertainty import in_percent
+from kit.machine import one_thread_if_small, require_gpu
+from kit.memory.settings import PlanSettings
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(PlanSettings):
+    preset: str = "paper"  # paper or evening: settings that the other flags may change
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
@@ -37,9 +44,9 @@ class Config:
     chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     top_k: int = 0  # 0 = off
@@ -55,37 +62,52 @@ class Config:
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
+PRESETS = {
+    "paper": {},
+    "evening": {
+        "benchmarks": "math500", "num_questions": 200, "num_samples": 1, "max_new_tokens": 8_192,
+        "gpu_gb": "auto",
+    },
+}  # fmt: skip
 SMOKE = {
-    "model": "tiny", "device": "cpu", "instruction": "", "benchmarks": "toy",
+    "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "benchmarks": "toy",
     "num_questions": 50, "num_samples": 2, "max_new_tokens": 256, "num_slots": 50,
 }  # fmt: skip
-WITHOUT_GPU = {
-    "python recipes/evaluate.py --smoke": "the whole path on this CPU in seconds, with a tiny model",
-    "python recipes/evaluate.py --device cpu": "this model on this CPU, slowly: ask for little, for example\n"
-    "      --benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512",
-}
 
 
 def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
-    require_gpu(config.device, f"evaluating {config.model} on --device cuda", WITHOUT_GPU)
+    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    if config.gpu_gb or config.plan:
+        config = plan_memory(config, params)
+    if config.plan:
+        return []
+    command = started_as()
+    small = "--benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
+    require_gpu(
+        config.device,
+        f"evaluating {config.model} on --device cuda",
+        {
+            f"{command} --smoke": "the whole path on this CPU in seconds, with a tiny model",
+            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+        },
+    )
 
     benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
-    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
 
     counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}
     samples = ", ".join(f"{name} {questions} x {k}" for name, (questions, k) in counts.items())
     num_responses = sum(questions * k for questions, k in counts.values())
     time = memory.hours.sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
-    cache = generate.cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
-    print(f"KV cache    {cache:.2f} GiB, besides the prompts")
+    print(f"the paper   {'; '.join(paper.deviations(config, paper.EVALUATION)) or 'its setting'}")
     print(f"time        {time}")
 
     results = []
@@ -105,8 +127,34 @@ def main(config: Config) -> list[evaluate.Result]:
     print(table(results))
     print_steps({SAMPLES: {result.benchmark: result for result in results}})
     write_json(run.path / "results.json", [result.summary() for result in results])
-    finish(report.write_report(run.path))
+    page = report.write_report(run.path)
+    finish(page, f"{started_as()} --compare {run.path},ANOTHER_RUN", "two models on the same questions")
     return results
+
+
+def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
+    """Print the plan. Return the settings, with as many slots as fit if gpu_gb is set."""
+    num_samples = evaluate.benchmarks.count_samples(
+        config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples
+    )
+    planned = memory.run_plan.plan_run(
+        config.model,
+        params,
+        num_slots=config.num_slots,
+        num_samples=num_samples,
+        qlora_rank=models.folder.adapter_rank(config.model),
+        card=config,
+    )
+    config = replace(config, num_slots=planned.num_slots)
+    print(planned)
+
+    if config.plan:
+        work = memory.run_plan.Work(
+            num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1
+        )
+        how = {"smoke": SMOKE, "presets": PRESETS}
+        memory.run_plan.print_plan(config, planned, work, paper.deviations(config, paper.EVALUATION), **how)
+    return config
 
 
 def table(results: list[evaluate.Result]) -> str:
@@ -122,7 +170,7 @@ def table(results: list[evaluate.Result]) -> str:
         shares = (result.truncated, result.without_answer, result.looping, result.reflection)
         cells = (
             result.benchmark,
-            f"{report.page.percent(result.accuracy)} ± {100 * result.interval:.1f}",
+            in_percent(result.accuracy, result.interval),
             f"{report.page.percent(result.pass_at(k))}, k = {k}",
             f"{tokens.mean:,.0f}",
             f"{tokens.median:,.0f}",
@@ -175,4 +223,4 @@ def compare(config: Config) -> list[evaluate.Result]:
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

@@ -1,9 +1,10 @@
 """The paper's first point of the valley: full fine-tuning of Gemma-3-1B-it on 8,000 long chains of thought.
 
-    python recipes/gemma3_1b_8k.py                  the paper's setting, on a GPU
-    python recipes/gemma3_1b_8k.py --plan           will it fit on my card? needs no GPU and no download
-    python recipes/gemma3_1b_8k.py --gpu_gb 12      with memory settings that fit a card of 12 GB
-    python recipes/gemma3_1b_8k.py --smoke          all stages on any CPU in a minute: tiny model, no network
+    python recipes/gemma3_1b_8k.py                   the paper's setting, on a GPU
+    python recipes/gemma3_1b_8k.py --plan            does it fit, and how long? needs no GPU and no download
+    python recipes/gemma3_1b_8k.py --gpu_gb 12       with settings that fit a card of 12 GB
+    python recipes/gemma3_1b_8k.py --preset evening  what a card finishes in an evening: fewer, shorter traces
+    python recipes/gemma3_1b_8k.py --smoke           all stages on any CPU in a minute: tiny model, no network
 
 Measure the model on MATH-500, AIME24 and AMC23, fine-tune it on packed traces of OpenR1-Math-220k, measure it
 again and report the difference. The paper finds that accuracy falls to about a quarter. Every stage resumes
@@ -21,18 +22,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kit import data, evaluate, generate, memory, models, report, train
+from kit import data, evaluate, generate, memory, models, paper, report, train
 from kit.command import finish, start
+from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
-from kit.machine import GIB, require_gpu
-from kit.run import AFTER, BEFORE, RunFolder, recipe_name, write_json
+from kit.machine import one_thread_if_small, require_gpu
+from kit.memory.settings import TrainingPlanSettings
+from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
-class Config(Savings):  # whose settings of memory are flags, too: kit/train/savings.py
+class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: kit/train/savings.py
+    preset: str = "paper"  # paper or evening: settings that the other flags may change
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
@@ -61,9 +65,9 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     max_steps: int = 0  # stop the schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -71,16 +75,20 @@ class Config(Savings):  # whose settings of memory are flags, too: kit/train/sav
     baseline: str = ""  # run of recipes/evaluate.py that replaces the first measurement; "" = none
     # run
     seed: int = 0  # of the subset, the packing and the samples
-    plan: bool = False  # print what a step needs and which cards it fits, and stop; no GPU, no download
-    gpu_gb: float = 0.0  # choose memory settings that fit a card of this size in GB; 0 = as they are set
-    json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
     resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
 
+PRESETS = {
+    "paper": {},
+    "evening": {
+        "num_traces": 1_000, "row_tokens": 8_192, "epochs": 2, "benchmarks": "math500",
+        "num_questions": 200, "num_samples": 1, "max_new_tokens": 8_192, "gpu_gb": "auto",
+    },
+}  # fmt: skip
 SMOKE = {
-    "model": "tiny", "device": "cpu", "instruction": "", "cache_dir": "",
+    "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "cache_dir": "",
     "traces": str(LONG_TRACES), "num_traces": 0, "row_tokens": 1_024, "lr": 3e-3,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "max_new_tokens": 400, "num_slots": 50,
 }  # fmt: skip
@@ -91,14 +99,12 @@ def main(config: Config) -> None:
     if config.gpu_gb or config.plan:
         config, planned = plan_memory(config)
     if config.plan:
-        if config.json:
-            write_json(Path(config.json), planned.as_json())
         return
 
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
-    command = f"python recipes/{recipe_name(type(config))}.py"
+    command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
         config.device,
@@ -110,9 +116,10 @@ def main(config: Config) -> None:
     )
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
-        memory.simulate.check_free_memory(planned)
+        memory.simulate.check_free_memory(planned.larger)
+    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
     model, tokenizer = models.load_to_train(
         config.model,
@@ -121,9 +128,9 @@ def main(config: Config) -> None:
         device=config.device,
         attention=config.attention,
     )
+    one_thread_if_small(model)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
-    params = generate.SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
-    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    params = params_of(config)
     documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
 
@@ -162,7 +169,7 @@ def main(config: Config) -> None:
         max_grad_norm=config.max_grad_norm,
         max_tensor_norm=config.max_tensor_norm,
         savings=savings,
-        memory=memory.PeakMemory(model.device, planned, run.path / "memory.json"),
+        memory=memory.PeakMemory(model.device, planned and planned.update, run.path / "memory.json"),
         checkpoint_every=config.checkpoint_every,
         seed=config.seed,
     )
@@ -173,32 +180,59 @@ def main(config: Config) -> None:
     page = report.write_report(run.path)
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")
-    finish(page, f"python -m kit.report {run.path}")
-
-
-def plan_memory(config: Config) -> tuple[Config, memory.Plan]:
-    """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
-    what = {"row_tokens": config.row_tokens, "qlora_rank": config.qlora_rank}
-    rows = 1 if config.batch_traces == 1 else 2  # per step, at least: how many depends on the traces
-    print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)
-
-    if config.gpu_gb:
-        planned = memory.choose.choose(config.model, gpu_gb=config.gpu_gb, rows=rows, **what)
-        chosen = memory.choose.switches(planned, config.max_grad_norm)
-        config = replace(config, **chosen)
-        print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
+    if config.smoke:
+        finish(page, f"{started_as()} --preset evening --plan --gpu_gb 12", "what an evening on a card takes")
     else:
-        savings = part_of(config, Savings)
-        planned = memory.plan(
-            config.model, savings=savings, rows=memory.choose.rows_of(savings, rows), **what
-        )
+        finish(page, f"{command_of('grpo')} --model {trained}", "reinforcement learning from this model")
+
+
+def params_of(config: Config) -> generate.SamplingParams:
+    return generate.SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
+
+
+def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
+    """Print the plan. Return (the settings, chosen for the card if gpu_gb is set; what they hold)."""
+    num_samples = evaluate.benchmarks.count_samples(
+        config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples
+    )
+    planned = memory.run_plan.plan_run(
+        config.model,
+        params_of(config),
+        num_slots=config.num_slots,
+        num_samples=num_samples,
+        row_tokens=config.row_tokens,
+        rows=1 if config.batch_traces == 1 else 2,  # per step, at least: how many depends on the traces
+        savings=part_of(config, Savings),
+        qlora_rank=config.qlora_rank,
+        card=config,
+    )
+    if config.gpu_gb:
+        chosen = planned.switches(config.max_grad_norm)
+        config = replace(config, **chosen)
+        print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")
     print(planned)
 
-    if config.plan and not planned.fits(memory.simulate.CARDS[0]):
-        print("  for less, each with those above it (simulated):")
-        for line in memory.choose.suggest_savings(planned):
-            print(line, flush=True)
+    if config.plan:
+        sizes = {
+            name: getattr(config, name) for name in ("epochs", "batch_traces", "max_steps", "trace_tokens")
+        }
+        work = memory.run_plan.Work(
+            num_samples,
+            min(config.response_tokens, config.max_new_tokens),
+            num_traces=config.num_traces or paper.TABLE[-1].traces,
+            evaluations=1 if config.baseline else 2,
+            **sizes,
+        )
+        how = {"smoke": SMOKE, "presets": PRESETS}
+        memory.run_plan.print_plan(config, planned, work, deviations(config), **how)
     return config, planned
+
+
+def deviations(config: Config) -> list[str]:
+    """List what differs from the paper's setting for so many traces."""
+    wanted = paper.FINE_TUNING | paper.Row.settings(config.num_traces) | {"qlora_rank": 0, "long_share": 1.0}
+    rounded = config.device == "cuda" and not config.qlora_rank
+    return paper.deviations(config, wanted) + [paper.ADAMW8BIT] * rounded
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):
@@ -247,11 +281,8 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
     counts = ", ".join(
         f"{b.name} {len(b.questions)} x {num_samples[b.name] // len(b.questions)}" for b in benchmarks
     )
-    cache = generate.cache_bytes(model, config.num_slots, config.max_new_tokens) / GIB
-    print(
-        f"evaluation  {counts} samples of up to {config.max_new_tokens:,} tokens; "
-        f"KV cache {cache:.2f} GiB, and the prompts'"
-    )
+    print(f"evaluation  {counts} samples of up to {config.max_new_tokens:,} tokens")
+    print("the paper   " + ("\n            ".join(deviations(config)) or "its setting"))
 
     passes = 1 if config.baseline else 2  # before and after
     training = memory.hours.training_time(
@@ -279,4 +310,4 @@ def copy_baseline(config: Config, model, chat, params, benchmarks, run: RunFolde
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

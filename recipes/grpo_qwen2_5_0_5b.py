@@ -1,11 +1,12 @@
 """The paper's reinforcement learning on its smallest model: GRPO on Qwen2.5-0.5B-Instruct, MATH levels 1-4.
 
-    python recipes/grpo_qwen2_5_0_5b.py                  the paper's setting: 1,024 prompts x 8 answers
-    python recipes/grpo_qwen2_5_0_5b.py --preset rtx8    a step that fits a card of 8 GB
-    python recipes/grpo_qwen2_5_0_5b.py --model FOLDER   start from a fine-tuned model, as the paper also does
-    python recipes/grpo_qwen2_5_0_5b.py --plan           will it fit? no GPU, no download
-    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12      choose memory settings for a card of 12 GB
-    python recipes/grpo_qwen2_5_0_5b.py --smoke          the same in about a minute on any CPU: a tiny model
+    python recipes/grpo_qwen2_5_0_5b.py                   the paper's setting: 1,024 prompts x 8 answers
+    python recipes/grpo_qwen2_5_0_5b.py --preset rtx8     a step that fits a card of 8 GB
+    python recipes/grpo_qwen2_5_0_5b.py --model FOLDER    start from a fine-tuned model, as the paper does too
+    python recipes/grpo_qwen2_5_0_5b.py --preset evening  what a card finishes in an evening
+    python recipes/grpo_qwen2_5_0_5b.py --plan            does it fit, and how long? no GPU, no download
+    python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12       choose memory settings for a card of 12 GB
+    python recipes/grpo_qwen2_5_0_5b.py --smoke           the same in about a minute on any CPU: a tiny model
 
 Measures the model, trains it by comparing answers to the same prompt, right or wrong, and measures it again.
 The algorithm is kit/rl/grpo.py, a minimal GRPO. Left out (in brackets: SimpleRL-Zoo's command on verl, which
@@ -34,23 +35,25 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from kit import data, evaluate, generate, memory, models, report, rl
+from kit import data, evaluate, generate, memory, models, paper, report, rl
 from kit.command import finish, start
+from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
-from kit.machine import require_gpu
+from kit.machine import one_thread_if_small, require_gpu
+from kit.memory.settings import PlanSettings
 from kit.rl.settings import Settings, check_savings
-from kit.run import RunFolder, recipe_name, write_json
+from kit.run import RunFolder
 from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
-class Config(Settings, Savings):
+class Config(Settings, Savings, PlanSettings):
     """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py."""
 
-    preset: str = "paper"  # paper, rtx8 or rtx24: settings that the other flags may change
+    preset: str = "paper"  # paper, evening, rtx8 or rtx24: settings that the other flags may change
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, local folder, .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
@@ -72,14 +75,11 @@ class Config(Settings, Savings):
     max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
     checkpoint_every: int = 5  # steps; 0 = only at the end
     # evaluation, before and after
-    benchmarks: str = "math500"  # name or name=FILE, comma-separated; "" = none
+    benchmarks: str = "math500"  # name or name=FILE (MINE=FILE: your questions), comma-separated; "" = none
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4; your own: 4)
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context
     # run
-    plan: bool = False  # print what sampling and an update need and which cards they fit, and stop
-    gpu_gb: float = 0.0  # choose memory settings and num_slots for a card of this size; 0 = as they are set
-    json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, toy problems, CPU, about a minute
     resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
@@ -99,6 +99,10 @@ CONSUMER = {
 }
 PRESETS = {
     "paper": {},
+    "evening": CONSUMER | {
+        "batch_prompts": 32, "minibatch_prompts": 8, "steps": 40, "lr": 1e-6, "num_questions": 200,
+        "eval_tokens": 2_048, "gpu_gb": "auto",
+    },
     "rtx8": CONSUMER | {
         "batch_prompts": 32, "minibatch_prompts": 8, "num_slots": 64, "lr": 1e-6, "eval_tokens": 2_048,
     },
@@ -108,22 +112,11 @@ PRESETS = {
     },
 }  # fmt: skip
 SMOKE = {
-    "model": "tiny", "device": "cpu", "instruction": "", "weaken": 0.2, "prompts": "toy",
+    "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "weaken": 0.2, "prompts": "toy",
     "batch_prompts": 32, "minibatch_prompts": 8, "max_new_tokens": 96, "row_tokens": 4_096, "num_slots": 256,
     "steps": 12, "lr": 1e-4, "kl_coef": 1e-3, "recompute": False, "checkpoint_every": 4,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "eval_tokens": 96,
 }  # fmt: skip
-STATED = (  # by the paper
-    "batch_prompts", "group_size", "max_new_tokens", "temperature", "minibatch_prompts", "advantage_scale",
-    "kl_coef", "lr", "qlora_rank", "mask_truncated",
-)  # fmt: skip
-
-
-def deviations(config: Config) -> list[str]:
-    """List what differs from the paper's Table 3, setting by setting."""
-    paper = Config()
-    changed = [name for name in STATED if getattr(config, name) != getattr(paper, name)]
-    return [f"{name} {getattr(config, name)} (paper: {getattr(paper, name)})" for name in changed]
 
 
 def weaken(model, amount: float, seed: int) -> None:
@@ -137,21 +130,38 @@ def weaken(model, amount: float, seed: int) -> None:
             parameter += amount * parameter.std() * noise
 
 
-def plan_memory(config: Config) -> tuple[Config, rl.memory_plan.RLPlan]:
-    """Print the memory plan. Return (the settings, chosen for the card if gpu_gb is set; their plan)."""
+def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
+    """Print the plan. Return (the settings, chosen for the card if gpu_gb is set; what they hold)."""
     rank = config.qlora_rank or models.folder.adapter_rank(config.model)
-    what = {"settings": part_of(config, Settings), "qlora_rank": rank}
+    what = {"settings": part_of(config, Settings), "qlora_rank": rank, "desktop_gb": config.desktop_gb}
+    at_once = config.batch_prompts * config.group_size  # more slots would stay empty
+    gpu_gib = config.gpu_gib
+    memory.hours.card_named(config.card)  # a wrong name is refused now, not in a minute
     print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)
 
-    if config.gpu_gb:
-        answers = config.batch_prompts * config.group_size  # more slots would stay empty
-        planned = rl.memory_plan.choose_rl(config.model, gpu_gb=config.gpu_gb, most_slots=answers, **what)
-        chosen = asdict(planned.update.savings) | {"num_slots": planned.settings.num_slots}
+    if gpu_gib:
+        planned = rl.memory_plan.choose_rl(config.model, gpu_gb=gpu_gib, bound=at_once, **what)
+        chosen = asdict(planned.update.savings) | {"num_slots": planned.num_slots}
         config = replace(config, **chosen)
-        print(f"for a card of {config.gpu_gb:g} GB: {as_flags(chosen)}")
+        print(f"for a card of {gpu_gib:.3g} GB: {as_flags(chosen)}")
     else:
         planned = rl.memory_plan.plan_rl(config.model, savings=part_of(config, Savings), **what)
     print(planned)
+
+    if config.plan:
+        answers, tokens = config.steps * at_once, min(config.response_tokens, config.max_new_tokens)
+        work = memory.run_plan.Work(
+            answers,
+            tokens,
+            num_traces=answers,
+            batch_traces=config.minibatch_prompts * config.group_size,
+            trace_tokens=tokens,
+            evaluations=1,
+            trained_on="answers",
+        )
+        how = {"smoke": SMOKE, "presets": PRESETS}
+        memory.run_plan.print_plan(config, planned, work, paper.deviations(config, paper.RL), **how)
+        print("not counted: the evaluations before and after, and the pass that scores answers for the KL")
     return config, planned
 
 
@@ -179,10 +189,8 @@ def main(config: Config) -> None:
     if config.gpu_gb or config.plan:
         config, planned = plan_memory(config)
     if config.plan:
-        if config.json:
-            write_json(Path(config.json), planned.as_json())
         return
-    command = f"python recipes/{recipe_name(type(config))}.py"
+    command = started_as()
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
     require_gpu(
         config.device,
@@ -196,13 +204,17 @@ def main(config: Config) -> None:
         planned = planned or plan_memory(config)[1]
         memory.simulate.check_free_memory(planned.larger)
 
+    benchmarks = []
+    if config.benchmarks:
+        benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}\nrun folder {run.path}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     questions = read_questions(config, run)
     where = {"device": config.device, "attention": config.attention}
     model, tokenizer = models.load_to_train(
         config.model, qlora_rank=config.qlora_rank, seed=config.seed, **where
     )
+    one_thread_if_small(model)
     if config.weaken:
         weaken(model, config.weaken, config.seed)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
@@ -213,7 +225,7 @@ def main(config: Config) -> None:
     each = f"{config.batch_prompts:,} prompts x {config.group_size} answers, {updates} updates each"
     passes = f"{prompts / len(questions):.2f} passes over the prompts"
     print(f"training    {config.steps:,} steps of {each}; {passes}")
-    print(f"the paper   {'; '.join(deviations(config)) or 'its Table 3'}")
+    print(f"the paper   {'; '.join(paper.deviations(config, paper.RL)) or 'its Table 3'}")
     print("            not stated there: clip range, KL estimator, normaliser; see the list in --help")
     answers = prompts * config.group_size
     sampling = memory.hours.sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
@@ -223,9 +235,6 @@ def main(config: Config) -> None:
     eval_tokens = min(config.eval_tokens, models.backbone.context_length(model) // 2)
     params = generate.SamplingParams(max_new_tokens=eval_tokens)
     slots = rl.memory_plan.eval_slots(settings, eval_tokens)
-    benchmarks = []
-    if config.benchmarks:
-        benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
 
     def measure(stage: str) -> None:
         how = {"num_samples": config.num_samples, "num_slots": slots, "seed": config.seed}
@@ -241,7 +250,8 @@ def main(config: Config) -> None:
     model, _ = models.load(str(trained), **where)
     measure("after")
     print(f"model {trained}")
-    finish(report.rl.write_report(run.path))
+    page = report.rl.write_report(run.path)
+    finish(page, f"{command_of('evaluate')} --model {trained}", "measure it on more benchmarks")
 
 
 if __name__ == "__main__":

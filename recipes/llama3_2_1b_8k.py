@@ -8,10 +8,9 @@ Everything but the model is in recipes/gemma3_1b_8k.py: read that one. Time: not
 
 from dataclasses import dataclass
 
-import gemma3_1b_8k
-from gemma3_1b_8k import SMOKE, main
-
 from kit.command import start
+from kit.recipes import gemma3_1b_8k
+from kit.recipes.gemma3_1b_8k import PRESETS, SMOKE, main
 
 
 @dataclass(frozen=True)
@@ -21,4 +20,4 @@ class Config(gemma3_1b_8k.Config):
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, smoke=SMOKE, presets=PRESETS)

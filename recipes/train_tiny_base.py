@@ -47,7 +47,7 @@ SMOKE = {"num_traces": 400, "num_long_traces": 8, "num_problems": 8, "epochs": 1
 
 def main(config: Config) -> None:
     run = RunFolder.open(config)
-    print(f"settings\n{show(config)}")
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     tokenizer = make_tokenizer()
     chat = data.ChatFormat(tokenizer, instruction="")
     problems = make_rows("short", config.num_problems, seed=config.seed + 1, min_operands=4)

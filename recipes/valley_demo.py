@@ -30,6 +30,7 @@ from pathlib import Path
 
 from kit import report
 from kit.command import start
+from kit.command_line import started_as
 from kit.config import show
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.data.traces import is_long
@@ -169,13 +170,13 @@ def recipes_of(config: Config, data: Path) -> Recipes:
         }
         return common | REINFORCE | tokens | {"prompts": str(prompts), "steps": config.rl_steps}
 
-    return Recipes(Path(__file__).parent, evaluation, finetune, reinforce)
+    return Recipes(evaluation, finetune, reinforce)
 
 
 def main(config: Config) -> Path:
     study, workers = study_of(config), workers_of("cpu", "", config.workers)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nrun folder {path}")
+    print(f"{show(config)}\nrun folder {path} (its config.json lists all settings)")
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
     held_out = {question.problem for question in benchmark.questions}
     write_data(study, held_out, path / "data", rl=bool(config.rl_steps))
@@ -188,7 +189,17 @@ def main(config: Config) -> Path:
         deviations=["a toy: tiny models, chains of additions and subtractions; not about language models"],
         rl=("0", LOWEST, MOST) if config.rl_steps else (),
         write_report=report.valley.write_report,
+        then=next_command(config),
     )
+
+
+def next_command(config: Config) -> tuple[str, str]:
+    """Return what to type next, and its effect."""
+    if config.smoke:
+        return f"{started_as()} --quick", "the whole valley, with the climb out of it, in minutes"
+    if config.quick:
+        return started_as(), "three seeds, more sizes and a smaller model, in half an hour"
+    return f"{started_as()} --resume --rl_steps 80", "reinforcement learning from three of the models"
 
 
 if __name__ == "__main__":

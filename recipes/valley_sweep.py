@@ -22,18 +22,20 @@ Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on se
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
-import evaluate
-import gemma3_1b_8k
-
-from kit import report, valley
+from kit import memory, paper, report, valley
 from kit.command import start
-from kit.config import show
+from kit.command_line import command_of, started_as
+from kit.config import full_command, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
+from kit.evaluate.benchmarks import count_samples
 from kit.machine import require_gpu
+from kit.memory.settings import TrainingPlanSettings
+from kit.recipes import evaluate, gemma3_1b_8k
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -43,8 +45,8 @@ OPENR1 = "open-r1/OpenR1-Math-220k:all"
 
 
 @dataclass(frozen=True)
-class Config:
-    preset: str = "paper"  # paper or rtx24: settings that the other flags may change
+class Config(TrainingPlanSettings):
+    preset: str = "paper"  # paper, evening or rtx24: settings that the other flags may change
     # cells
     models: str = ",".join(MODELS)  # as recipes/gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
     methods: str = "full"  # full, qlora or full+qlora, of the models that name none
@@ -68,11 +70,10 @@ class Config:
     max_steps: int = 0  # stop every schedule here; 0 = all epochs
     checkpoint_every: int = 200  # steps; 0 = only at the end
     qlora_rank: int = 16  # of the adapters
-    gpu_gb: float = 0.0  # choose the memory settings for cards of this size; 0 = the recipe's defaults
     # evaluation
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE, comma-separated
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
     num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8)
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
     temperature: float = 0.6  # 0 = greedy, which the paper avoids
     top_p: float = 0.95  # 1 = off
     max_new_tokens: int = 16_384  # tokens per response
@@ -83,10 +84,6 @@ class Config:
     # run
     gpus: str = ""  # numbers of the cards, one run on each at a time; "" = the first card
     workers: int = 0  # runs at once with --device cpu, each on one thread; 0 = one per core
-    plan: bool = False  # print what fits, estimated hours and disk, and stop: no GPU, no download
-    trace_tokens: int = 4_500  # of the plan alone: per trace, the mean of 291 R1 traces on AIME problems
-    response_tokens: int = 4_000  # of the plan alone: per response, on average; assumed
-    json: str = ""  # with --plan: file for the plan; "" = none
     smoke: bool = False  # tiny model, shipped traces, two sizes, CPU
     resume: bool = False  # go on with the sweep in --out, or with the newest one; failed runs are tried again
     out: str = ""  # sweep folder; "" = the next free one under runs/
@@ -100,10 +97,20 @@ RTX24_MODELS = (
 )
 PRESETS = {
     "paper": {},
+    "evening": {
+        "models": "Qwen/Qwen2.5-0.5B-Instruct",
+        "sizes": "125,500",
+        "row_tokens": 8_192,
+        "benchmarks": "math500",
+        "num_questions": 200,
+        "num_samples": 1,
+        "max_new_tokens": 8_192,
+        "gpu_gb": "auto",
+    },
     "rtx24": {
         "models": ",".join(RTX24_MODELS),
         "sizes": "500,2000,8000",
-        "gpu_gb": 24.0,
+        "gpu_gb": "24",
         "num_questions": 100,
         "num_samples": 2,
         "max_new_tokens": 8_192,
@@ -113,6 +120,7 @@ SMOKE = {
     "models": "tiny",
     "sizes": "24,96",
     "device": "cpu",
+    "gpu_gb": "",
     "instruction": "",
     "traces": str(LONG_TRACES),
     "row_tokens": 1_024,
@@ -126,19 +134,8 @@ SMOKE = {
     "trace_tokens": 119,
     "response_tokens": 100,
 }
-STATED = {  # settings that the paper states -> its value in words, "" = the default above
-    "row_tokens": "",
-    "lr": "",
-    "warmup_ratio": "",
-    "max_steps": "all",
-    "benchmarks": "",
-    "num_questions": "all",
-    "num_samples": "8 for AIME24 and AMC23, 4 for MATH-500",
-    "temperature": "",
-    "top_p": "",
-    "max_new_tokens": "",
-}
-OF_A_RUN = {"plan", "json", "smoke", "resume", "out", "gpu_gb", "preset", "models", "qlora_rank"}
+OF_A_RUN = {"smoke", "resume", "out", "preset", "models", "qlora_rank"}
+OF_A_RUN |= {field.name for field in fields(TrainingPlanSettings)}
 RL_SHARED = (
     "device",
     "chat_template",
@@ -165,14 +162,9 @@ def study_of(config: Config) -> Study:
 
 def deviations(config: Config, study: Study) -> list[str]:
     """Return what differs from the paper's setting, except for what follows from the card's size."""
-    paper = Config()
-    found = [
-        f"{name} {getattr(config, name)} (paper: {stated or getattr(paper, name)})"
-        for name, stated in STATED.items()
-        if getattr(config, name) != getattr(paper, name)
-    ]
+    found = paper.deviations(config, paper.FINE_TUNING)
     if config.device == "cuda" and any(FULL in methods for _, methods in study.models):
-        found.append("AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)")
+        found.append(paper.ADAMW8BIT)
     return found + study.deviations(config.qlora_rank)
 
 
@@ -195,8 +187,7 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
         return shared(config, gemma3_1b_8k.Config) | settings
 
     return Recipes(
-        Path(__file__).parent,
-        shared(config, evaluate.Config),
+        shared(config, evaluate.Config) | {"gpu_gb": config.gpu_gb, "desktop_gb": config.desktop_gb},
         finetune,
         lambda start: learning,
         qlora_rank=config.qlora_rank,
@@ -216,24 +207,30 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
-WITHOUT_GPU = {
-    "python recipes/valley_sweep.py --plan": "what it would take: no GPU, no download",
-    "python recipes/valley_sweep.py --smoke": "the whole path with a tiny model, in a minute",
-    "python recipes/valley_demo.py --quick": "the valley of a toy, in minutes",
-}
-
-
 def main(config: Config) -> Path | None:
     study = study_of(config)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
-    card = {"row_tokens": config.row_tokens, "gpu_gb": config.gpu_gb, "qlora_rank": config.qlora_rank}
+    asked = {name: getattr(config, name) for name in ("num_questions", "num_samples")}
+    what = {
+        "params": gemma3_1b_8k.params_of(config),
+        "num_slots": config.num_slots,
+        "num_samples": count_samples(config.benchmarks, **asked),
+        "row_tokens": config.row_tokens,
+        "qlora_rank": config.qlora_rank,
+        "card": config,
+    }
     if config.plan:
-        return make_plan(config, study, card, len(workers))
-    require_gpu(config.device, "a sweep", WITHOUT_GPU)
+        return make_plan(config, study, what, len(workers))
+    instead = {
+        f"{started_as()} --plan": "what it would take: no GPU, no download",
+        f"{started_as()} --smoke": "the whole path with a tiny model, in a minute",
+        f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
+    }
+    require_gpu(config.device, "a sweep", instead)
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"settings\n{show(config)}\nsweep folder {path}")
+    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
     chosen = valley.estimate.choose_settings(
-        study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **card
+        study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **what
     )
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
     return run_study(
@@ -245,30 +242,27 @@ def main(config: Config) -> Path | None:
         deviations=deviations(config, study) + forced,
         rl=starts,
         write_report=report.valley.write_report,
+        then=(f"{started_as()} --resume --rl_sizes 0,lowest,most", "reinforcement learning from three sizes"),
     )
 
 
-def make_plan(config: Config, study: Study, card: dict, num_cards: int) -> None:
+def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
-    print("memory      each model and method is simulated, up to a minute for each setting tried", flush=True)
-    memory = valley.estimate.plan_memory(study.cells(), **card, report=lambda text: print(text, flush=True))
+    planned = valley.estimate.plan_memory(study.cells(), **what, report=partial(print, flush=True))
     chosen = {
         pair: valley.estimate.settings_of(found, gemma3_1b_8k.Config.max_grad_norm)
-        for pair, found in memory.items()
+        for pair, found in planned.items()
     }
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
-    evaluation = valley.estimate.Evaluation.of(
-        config.benchmarks,
-        num_questions=config.num_questions,
-        num_samples=config.num_samples,
-        num_slots=config.num_slots,
+    response_tokens = min(config.response_tokens, config.max_new_tokens)
+    work = memory.run_plan.Work(
+        what["num_samples"], response_tokens, trace_tokens=config.trace_tokens, max_steps=config.max_steps
     )
-    assumed = valley.estimate.Assumed(config.trace_tokens, min(config.response_tokens, config.max_new_tokens))
-    plans = valley.estimate.plan_cells(
-        cells, memory, evaluation=evaluation, max_steps=config.max_steps, assumed=assumed
-    )
+    plans = valley.estimate.plan_cells(cells, planned, work, card=config.card)
     print(valley.estimate.describe(plans, num_cards=num_cards))
     print("the paper   " + ("\n            ".join(deviations(config, study) + forced) or "its setting"))
+    started = replace(config.to_start(), gpu_gb=config.gpu_gb, desktop_gb=config.desktop_gb)
+    print(f"start       {full_command(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
     if config.json:
         valley.estimate.write_plan(Path(config.json), plans)
 

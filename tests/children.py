@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from kit.train import checkpoint
 
+IN_THE_INTERPRETER = "passed in the interpreter"  # a property of a test's report
 ROOT = Path(__file__).resolve().parents[1]
 # Importing torch and transformers takes seconds, often longer than the run itself. So on Linux one clean
 # process imports them and is forked for every child. It has computed nothing, so no threads are lost.
@@ -112,17 +114,19 @@ def wait(child: Child) -> None:
     assert child.wait() == 0, child.stderr
 
 
-def pass_in_the_interpreter(file: str, *options: str) -> None:
+def pass_in_the_interpreter(file: str, record_property, *options: str) -> None:
     """Run a test file on the real Triton kernels and print pytest's output.
 
-    A process of its own, because TRITON_INTERPRET is read when a kernel is defined.
+    A process of its own, because TRITON_INTERPRET is read when a kernel is defined. record_property: pytest's
+    fixture, which tells the summary how many tests have passed there.
     """
-    flags = ["--noconftest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *options]
+    flags = ["--noconftest", "-m", "not slow", "-p", "no:cacheprovider", *options]
     command = [sys.executable, "-m", "pytest", file, *flags]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, f"\n{child.stdout[-6000:]}\n{child.stderr[-3000:]}"
     print(child.stdout)
+    record_property(IN_THE_INTERPRETER, int(re.search(r"([0-9]+) passed", child.stdout)[1]))
 
 
 def train_unbroken_and_killed(start, folder: Path, *, lines: int, newest_checkpoint: str) -> None:

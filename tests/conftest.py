@@ -12,8 +12,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: more threads wou
 
 import pytest
 import torch
+from children import IN_THE_INTERPRETER, ROOT
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
+from kit.kernels.backend import INTERPRET
 from kit.models.attention import REGISTERED
 from kit.packing import Document
 
@@ -44,34 +46,61 @@ FAMILIES = {
 }
 
 
+# tests that run only somewhere else -> whether this is the place
+RUN_HERE = {"gpu": torch.cuda.is_available(), "interpreter": INTERPRET}
+left_out: dict[str, set[str]] = {marker: set() for marker in RUN_HERE}  # which xdist does not count
+in_the_interpreter: dict[str, int] = {}  # file -> its tests that passed in a process of their own
+
+
+def pytest_configure(config):
+    """Let a warning of a recipe fail the test that it comes from, as pyproject.toml does for the kit."""
+    recipes = "|".join(path.stem for path in (ROOT / "recipes").rglob("*.py"))
+    config.addinivalue_line("filterwarnings", rf"error:::({recipes})\Z")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a card if there is none, also under -m gpu."""
-    if not torch.cuda.is_available():
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-
-
-left_out: set[str] = set()  # deselected tests, which xdist does not count
+    """Leave out what can only run somewhere else, whatever -m selects."""
+    absent = [marker for marker, here in RUN_HERE.items() if not here]
+    elsewhere = [item for item in items if any(map(item.get_closest_marker, absent))]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
 
 
 def pytest_deselected(items):
-    left_out.update(item.nodeid for item in items if item.get_closest_marker("gpu"))
+    for marker, found in left_out.items():
+        found.update(item.nodeid for item in items if item.get_closest_marker(marker))
 
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = sorted(left_out)
+        session.config.workeroutput["left_out"] = {marker: sorted(ids) for marker, ids in left_out.items()}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    left_out.update(getattr(node, "workeroutput", {}).get("left_out", ()))
+    for marker, ids in getattr(node, "workeroutput", {}).get("left_out", {}).items():
+        left_out[marker].update(ids)
+
+
+def pytest_runtest_logreport(report):
+    count = dict(report.user_properties).get(IN_THE_INTERPRETER)
+    if count is not None:
+        in_the_interpreter[report.nodeid.split("::")[0]] = count
 
 
 def pytest_terminal_summary(terminalreporter):
-    if left_out:
-        how = "run them with -m gpu" if torch.cuda.is_available() else "there is none here"
-        terminalreporter.write_line(f"{len(left_out)} tests need an NVIDIA card and were deselected: {how}")
+    tell = terminalreporter.write_line
+    if cards := left_out["gpu"]:
+        how = "run them with -m gpu" if RUN_HERE["gpu"] else "there is none here"
+        tell(f"{len(cards)} tests need an NVIDIA card and were deselected: {how}")
+    if in_the_interpreter:
+        count, files = sum(in_the_interpreter.values()), len(in_the_interpreter)
+        tell(f"{count} tests of {files} files passed in Triton's interpreter, in processes of their own")
+    if waiting := [test for test in left_out["interpreter"] if test.split("::")[0] not in in_the_interpreter]:
+        tell(
+            f"{len(waiting)} tests need Triton's interpreter and were deselected: -m slow runs them, in "
+            "processes of their own"
+        )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -74,6 +74,7 @@ def test_what_is_not_the_users_mistake_keeps_its_traceback():
 
 def test_ctrl_c_names_the_command_that_goes_on(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/x.py"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # pytest may have been started with -m
 
     def main(config):
         RunFolder.open(config).metrics.append({"step": 1})
@@ -82,7 +83,7 @@ def test_ctrl_c_names_the_command_that_goes_on(capsys, monkeypatch):
     assert status_of(main) == 130
     assert capsys.readouterr().err.strip() == (
         "stopped at step 1 of 4, checkpoint 1 kept. "
-        "Go on with: python recipes/x.py --resume --out runs/test_command/001"
+        f"Go on with: {sys.orig_argv[0]} recipes/x.py --resume --out runs/test_command/001"
     )
 
 
@@ -158,14 +159,13 @@ def test_ctrl_c_during_training_writes_a_checkpoint_and_resume_alone_goes_on(tmp
     said = child.stderr
     step = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert "finishing this step, then a checkpoint; Ctrl-C again stops at once" in said
-    stopped = re.search(
-        rf"stopped at step {step} of (\d+), checkpoint {step} kept. Go on with: python ", said
-    )
+    stopped = re.search(rf"stopped at step {step} of (\d+), checkpoint {step} kept. Go on with: ", said)
     assert "--resume --out runs/gemma3_1b_8k/001" in said and "Traceback" not in said
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{step:07d}"]
 
     again = run_recipe("gemma3_1b_8k", "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert f"training    goes on after step {step} of {stopped[1]}" in again.stdout
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, int(stopped[1]) + 1))
 
@@ -177,11 +177,12 @@ def test_ctrl_c_during_sampling_keeps_every_finished_answer_and_resume_alone_goe
     interrupt(child, samples, lines=4)
     kept = samples.read_text().splitlines()
     assert child.returncode == 130, child.stderr
-    assert f"stopped in toy, {len(kept) - 1} of 320 answers kept. Go on with: python " in child.stderr
+    assert f"stopped in toy, {len(kept) - 1} of 320 answers kept. Go on with: " in child.stderr
     assert "Traceback" not in child.stderr
 
     again = run_recipe("evaluate", "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
+    assert f"toy: {len(kept) - 1} answers are kept, {321 - len(kept)} are to come" in again.stdout
     lines = samples.read_text().splitlines()
     assert lines[: len(kept)] == kept and len(lines) == 321
 
@@ -227,7 +228,7 @@ def test_ctrl_c_on_a_terminal_ends_a_study_with_all_its_runs_and_resume_alone_go
     )
     assert status == 130, screen
     assert "save what they have; Ctrl-C again stops at once" in screen
-    assert re.search(r"stopped after \d runs; .*Go on with: python \S+valley_demo.py --resume --out", screen)
+    assert re.search(r"stopped after \d runs; .*Go on with: \S+ \S+valley_demo.py --resume --out", screen)
     assert "Traceback" not in screen
     assert list((trains / "checkpoints").glob("step_*")) and not (trains / "model").exists()
     for _ in range(1_000):  # the process that runs are forked from ends when it notices

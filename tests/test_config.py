@@ -141,7 +141,8 @@ def test_a_class_lists_its_own_settings_first_then_those_it_inherits_class_by_cl
     assert names[:5] == ["preset", "model", "lr", "name", "seed"]
     assert names.index("group_size") < names.index("kl_coef") < names.index("recompute")
     assert len(names) == len(set(names))
-    assert show(Inheriting()).split()[0] == names[0]
+    shown = show(Inheriting(kl_coef=9.0, seed=9)).splitlines()[1:]
+    assert [line.split()[0] for line in shown] == ["seed", "kl_coef"]
 
 
 def test_every_flag_of_the_recipes_has_a_help_text(monkeypatch):
@@ -153,8 +154,26 @@ def test_every_flag_of_the_recipes_has_a_help_text(monkeypatch):
             assert [flag.name for flag in flags_of(config) if not flag.text] == [], path.name
 
 
-def test_show_has_a_line_per_setting():
-    assert len(show(Config()).splitlines()) == 5
+def test_only_settings_that_differ_from_the_defaults_are_shown_one_per_line():
+    assert show(Config()) == show(Child()) == "all settings are the defaults"
+    config = parse(
+        Config, ["--smoke", "--no_clip", "--lr", "5e-5"], smoke=SMOKE
+    )  # lr is given, and the default
+    assert show(config).splitlines() == [
+        "settings that differ from the defaults",
+        "  row_tokens  64",
+        "  model       'tiny'",
+        "  clip        False",
+        "  smoke       True",
+    ]
+    assert show(Child(model="google/x")).endswith("\n  model  'google/x'")  # the default of its base class
+    preset = parse(Preset, ["--preset", "night"], presets={"night": {"lr": 1e-3}})
+    assert show(preset).splitlines()[1:] == ["  preset  'night'", "  lr      0.001"]
+
+
+@dataclass(frozen=True)
+class Preset(Config):
+    preset: str = ""  # night
 
 
 def test_settings_written_as_flags_are_read_back_as_they_were():

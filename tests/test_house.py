@@ -122,3 +122,9 @@ def test_a_front_door_is_short_loads_nothing_heavy_and_every_name_behind_it_is_t
 def test_nothing_makes_the_folder_kernels_importable_on_its_own():
     """Hugging Face publishes a package of this name, and transformers imports it."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_what_runs_in_tritons_interpreter_alone_is_in_a_file_that_runs_itself_there():
+    marked = [path for path in (ROOT / "tests").glob("*/test_*.py") if "mark.interpreter" in path.read_text()]
+    assert marked
+    assert [path.name for path in marked if "pass_in_the_interpreter(__file__" not in path.read_text()] == []

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit.machine import describe_machine, peak_resident_bytes, require_gpu, resident_bytes, return_memory
+from kit import models
+from kit.machine import (
+    describe_machine,
+    one_thread_if_small,
+    peak_resident_bytes,
+    require_gpu,
+    resident_bytes,
+    return_memory,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_SETTING = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
@@ -35,6 +43,48 @@ def test_without_a_gpu_a_recipe_ends_with_what_works_instead_and_on_a_cpu_it_goe
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     require_gpu("cuda", "a 1B model", instead)
+
+
+class Layer(torch.nn.Linear):
+    device = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("make", "setting", "threads"),
+    [
+        (lambda: models.load("tiny", device="cpu")[0], None, 1),
+        (lambda: models.load("tiny", device="cpu")[0], "2", 2),  # the user's own choice
+        (lambda: Layer(512, 512), None, 1),
+        (lambda: Layer(512, 513), None, 2),
+    ],
+    ids=["tiny", "tiny, set", "1 MiB", "above"],
+)
+def test_a_small_model_computes_on_one_thread_and_says_so(make, setting, threads, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if setting:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(2):  # said once
+            one_thread_if_small(make())
+        assert torch.get_num_threads() == threads
+        said = capsys.readouterr().out
+        assert said.count("threads     1 of 2: this model's matrices are too small") == (threads == 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_on_a_card_leaves_the_threads_alone(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before, model = torch.get_num_threads(), Layer(2, 2)
+    model.device = torch.device("cuda")
+    torch.set_num_threads(2)
+    try:
+        one_thread_if_small(model)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process uses")

@@ -1,6 +1,7 @@
 """Check what an installation contains, and that it never hides Hugging Face's package `kernels`."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -41,6 +42,16 @@ def python(code, *, path=(), cwd, flags=()):
 
 
 @pytest.fixture
+def installed(wheel, tmp_path):
+    """Install the wheel in a folder, beside a stand-in for Hugging Face's package `evaluate`."""
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run(pip, check=True)
+    (site / "evaluate.py").write_text("NAME = 'from the hub'\n")
+    return site
+
+
+@pytest.fixture
 def hugging_face_kernels(tmp_path):
     """Make a stand-in for Hugging Face's package: a regular package called kernels, with its metadata."""
     package, info = tmp_path / "site" / "kernels", tmp_path / "site" / "kernels-0.99.0.dist-info"
@@ -58,8 +69,10 @@ def test_the_wheel_holds_kit_with_its_kernels_and_nothing_else(wheel):
         "kit/kernels/linear_cross_entropy.py",
         "kit/models/shipped/tiny/model.safetensors",
         "kit/models/shipped/tiny/long_traces.jsonl",
+        "kit/recipes/gemma3_1b_8k.py",
+        "kit/recipes/card/truth.py",
     } <= set(names)
-    assert not [name for name in names if name.startswith("kit/kernels/__init__")]
+    assert not [name for name in names if name.startswith(("kit/kernels/__init__", "kit/recipes/bench"))]
 
 
 def test_from_the_wheel_kit_kernels_is_ours_even_beside_hugging_faces(wheel, hugging_face_kernels, tmp_path):
@@ -72,6 +85,41 @@ def test_from_the_wheel_kit_kernels_is_ours_even_beside_hugging_faces(wheel, hug
         str(site / "kit" / "kernels" / "packed_attention.py"),
         "from the hub",
     ]
+
+
+def test_the_wheels_recipes_hide_nobodys_package_and_need_nothing_that_is_not_in_it(installed, tmp_path):
+    folder = installed / "kit" / "recipes"
+    names = [".".join(path.relative_to(installed).with_suffix("").parts) for path in folder.rglob("*.py")]
+    code = f"import importlib, importlib.util; found = [importlib.import_module(n) for n in {names}]; "
+    code += "import evaluate, kit.recipes.valley_sweep as s; print(s.evaluate.__file__, evaluate.NAME); "
+    code += "print([name for name in ('card', 'recipes', 'bench') if importlib.util.find_spec(name)])"
+    done = python(code, path=[installed], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{folder / 'evaluate.py'} from the hub", "[]"]
+
+
+@pytest.mark.slow
+def test_the_wheels_command_runs_the_demo_in_an_empty_directory(installed, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    few = "--smoke --arms long --sizes 16 --epochs 1 --num_questions 4 --num_samples 1 --max_new_tokens 32"
+    command = [sys.executable, str(installed / "bin" / "valley"), "demo", *few.split()]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    run = empty / "runs" / "valley_demo" / "001"  # the folder of `python recipes/valley_demo.py`, too
+    assert [path.name for path in empty.iterdir()] == ["runs"] and (run / "report.html").is_file()
+    log = (run / "cells" / "tiny-full-16-seed0" / "log.txt").read_text()
+    assert log.startswith("python -m kit.recipes.gemma3_1b_8k --"), log[:500]
+
+
+def test_the_wheels_description_holds_no_link_that_only_a_checkout_has(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata, description = archive.read(name).decode().split("\n\n", 1)
+    assert "Project-URL: Paper, https://arxiv.org/abs/2506.07712" in metadata
+    assert description.startswith("# Through the Valley") and "kit/packing.py" in description
+    assert not re.search(r"\]\((?!https://)", description)
 
 
 def test_from_the_repository_root_transformers_finds_hugging_faces_kernels_and_not_ours(hugging_face_kernels):

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from kit.data.chat import ChatFormat
 from kit.data.traces import DropCounts, Trace, read_traces
 from kit.packing import Document
+from kit.progress import Progress
 from kit.run import digest
 
 CHUNK = 256  # traces tokenised at once: enough for all cores, few enough to stop soon after the last needed
@@ -55,7 +55,7 @@ def _tokenize(
     wanted = min(num_traces or len(traces), len(traces))
     documents: list[Document] = []
     num_long = 0
-    with tqdm(total=wanted, desc="tokenising", unit=" traces", disable=None) as bar:
+    with Progress("tokenising", "traces", wanted) as progress:
         for start in range(0, len(traces), CHUNK):
             for document in make_documents(traces[start : start + CHUNK], chat):
                 if len(documents) == wanted:
@@ -64,7 +64,7 @@ def _tokenize(
                     num_long += 1
                     continue
                 documents.append(document)
-                bar.update()
+                progress.update()
     return documents, num_long
 
 

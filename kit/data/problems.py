@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
+from kit.data.rows import ANSWER, PROBLEM, SHOWN, BadRows, read_rows, text_of
 from kit.run import digest
 
 LEVEL = ("level", "difficulty", "extra_info.level")
+EXAMPLE = '{"problem": "What is 2+3?", "answer": "5"}'
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,37 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
             f"{source} has {num_rows} rows but no prompt of levels {wanted}; pass another file or --levels"
         )
     return found
+
+
+def read_own(source: str) -> list[Question]:
+    """Read somebody's own questions, from a local file as for kit.data.read_rows.
+
+    Raises ValueError for a file without questions, and for one with mistakes, of which it lists the first few
+    by line: rows that are not JSON, lack a problem or an answer, or repeat a problem.
+    """
+    bad = BadRows(sys.maxsize)  # all are found before the first is reported
+    places: dict[str, str] = {}
+    questions = []
+    for where, row in read_rows(source, bad):
+        try:
+            question = Question.of(row)
+        except ValueError as error:
+            bad.add(where, str(error))
+            continue
+        if question.id in places:
+            bad.add(where, f"the same problem as in {places[question.id]}; delete one of the two")
+        places.setdefault(question.id, where)
+        questions.append(question)
+
+    if count := len(bad.found):
+        shown = "\n  ".join([*bad.found[:SHOWN], *([f"and {count - SHOWN} more"] if count > SHOWN else [])])
+        raise ValueError(
+            f"{source} has {count} mistake{'s' if count > 1 else ''}; mend what is named here. A row is an "
+            f"object with a problem and its answer, such as {EXAMPLE}\n  {shown}"
+        )
+    if not questions:
+        raise ValueError(f"{source} holds no question; write one row per question, such as {EXAMPLE}")
+    return questions
 
 
 def _level(row: dict) -> int:

@@ -7,9 +7,12 @@ run.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from kit.extras import require
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # the fields in which data sets keep a problem and its gold answer, in the order in which they are looked for
@@ -45,11 +48,15 @@ def text_of(row: dict, names: Sequence[str]) -> str:
     fields = ((name, _field(row, name)) for name in names)
     name, value = next(((name, value) for name, value in fields if value is not None), ("", None))
     if value is None:
+        if null := [name for name in names if name in row]:
+            raise ValueError(f"field {null[0]} is null")
         raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"field {name} is {value}, which is not a number")
         value = str(value)
     if not isinstance(value, str):
-        raise ValueError(f"field {name} is a {type(value).__name__}, not text")
+        raise ValueError(f"field {name} is a {type(value).__name__}, not text or a number")
     if not value.strip():
         raise ValueError(f"field {name} is empty")
     if "\0" in value:
@@ -101,9 +108,10 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                bad.add(where, f"not JSON: {error}")
+                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+                bad.add(where, f"not JSON: {getattr(error, 'msg', error)}{column}")
                 continue
             yield where, row
 
@@ -125,6 +133,7 @@ def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 
 
 def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    require(f"{path}, a .parquet file,", "pyarrow")
     import pyarrow.parquet
 
     index = 0
@@ -135,6 +144,7 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, object]]:
+    require(f"{source}, a data set on the hub,", "datasets")
     from datasets import load_dataset
 
     path, _, split = source.partition("@")

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from tqdm import tqdm
-
 from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.grade.verdict import grade
+from kit.progress import Progress
 from kit.run import digest
 
 RESPONSE = ("trace", "solution")  # the fields in which a row with a single response keeps it
@@ -140,7 +139,7 @@ def read_traces(
     kept: dict[str, Trace] = {}  # key -> trace; the random order is that of the keys
     solutions: dict[str, str] = {}
     seen: set[str] = set()
-    for where, row in tqdm(read_rows(source, bad), desc="reading traces", unit=" rows", disable=None):
+    for where, row in Progress("reading traces", "rows").over(read_rows(source, bad)):
         try:
             problem = text_of(row, PROBLEM)
             response, why = pick_response(row, verify=verify)

@@ -2,7 +2,7 @@
 
 Accuracy in the paper (section Evaluation) is avg@k over MATH-500, AIME24 and AMC23, and the unweighted mean
 of the three. `arithmetic` is its synthetic task (section "Why it happens"). GSM8K is for models that solve
-nothing else, the toy for machines without a GPU.
+nothing else, the toy for machines without a GPU. Your own questions are a benchmark under a name you choose.
 
 A benchmark that is read whole must hold the questions that the table's hash names. The hashes were computed
 from local copies of the data; the hub's copies could not be read where this was written.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kit.data.arithmetic import make_rows
 from kit.data.equations import check_steps
-from kit.data.problems import Question
+from kit.data.problems import EXAMPLE, Question, read_own
 from kit.data.rows import SUFFIXES, BadRows, read_rows
 from kit.data.toy import PROBLEMS
 from kit.run import digest
@@ -40,11 +40,14 @@ class Benchmark:
     def read(self, source: str = "", *, limit: int = 0) -> Benchmark:
         """Return the benchmark with its questions, from a file, a folder that holds `file`, or a hub id.
 
-        source: "" = the table's. limit: return only the first so many questions; 0 = all.
+        Your own questions are those that find_benchmarks has read. source: "" = the table's. limit: return
+        only the first so many questions; 0 = all.
         Raises ValueError for a malformed row and if the questions are not those of the table. A hub copy must
         hold all of them, and so must a local file of the same number of rows if it is read without a limit.
         Any other local file is accepted.
         """
+        if self.questions:
+            return replace(self, questions=self.questions[: limit or None])
         where = source or self.source
         if where and Path(where).is_dir():
             where = str(Path(where) / self.file)
@@ -113,19 +116,68 @@ BENCHMARKS = {
 PAPER = ("math500", "aime24", "amc23")
 
 
-def parse_benchmarks(text: str, *, limit: int = 0) -> list[Benchmark]:
-    """Read the benchmarks that a setting names, such as `math500,aime24=aime24.jsonl,gsm8k=data`.
+OWN_SAMPLES = 4  # samples per question of your own, as for MATH-500
+# The name becomes that of a file. Windows reserves a few, and ignores capitals, as macOS does.
+OWN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[a-z0-9][a-z0-9._-]{0,63}", re.IGNORECASE)
 
-    Each is `name`, `name=file` or `name=folder`. limit: questions per benchmark; 0 = all.
-    Raises ValueError for an unknown name.
+
+def find_benchmarks(text: str) -> list[Benchmark]:
+    """Look up the benchmarks that a setting names, such as `math500,aime24=a.jsonl,gsm8k=data,mine=q.jsonl`.
+
+    Each is `name`, `name=file` or `name=folder`, or a name of your own for a file of your questions. Only
+    those are read here, because they must be counted; Benchmark.read reads the others.
+    Raises ValueError for an unknown name, a name that is used twice, and mistakes in your questions.
     """
-    benchmarks = []
+    found: dict[str, Benchmark] = {}
     for word in text.split(","):
         name, _, source = word.strip().partition("=")
-        if name not in BENCHMARKS:
-            known = ", ".join(BENCHMARKS)
-            raise ValueError(
-                f"there is no benchmark {name!r}; the kit knows {known} (name=FILE for a local file)"
-            )
-        benchmarks.append(BENCHMARKS[name].read(source, limit=limit))
-    return benchmarks
+        if name in BENCHMARKS:
+            benchmark = replace(BENCHMARKS[name], source=source or BENCHMARKS[name].source)
+        else:
+            benchmark = _own(name, source)
+        if found.setdefault(name.lower(), benchmark) is not benchmark:
+            raise ValueError(f"benchmarks is {text!r} but {name} is in it twice; give each its own name")
+    return list(found.values())
+
+
+def parse_benchmarks(text: str, *, limit: int = 0) -> list[Benchmark]:
+    """Read the benchmarks that a setting names, as find_benchmarks takes them.
+
+    limit: questions per benchmark; 0 = all. Raises ValueError as find_benchmarks and Benchmark.read do.
+    """
+    return [benchmark.read(limit=limit) for benchmark in find_benchmarks(text)]
+
+
+def _own(name: str, source: str) -> Benchmark:
+    """Read your own questions, as a benchmark called `name`."""
+    if not source or name.lower() in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
+        raise ValueError(
+            f"there is no benchmark {name!r}; the kit knows {known} (name=FILE for a local file). For your "
+            f"own questions pass MINE=FILE, a file with rows such as {EXAMPLE}"
+        )
+    if not OWN_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} cannot name your questions, since a file is named after them; use up to 64 letters "
+            f"without accents, digits, - and _, such as mine={source}"
+        )
+    if Path(source).suffix not in SUFFIXES:
+        raise ValueError(
+            f"{name}={source}: there is no benchmark {name!r}, and your own questions are read from a "
+            f"{', '.join(SUFFIXES)} file; pass one with rows such as {EXAMPLE}"
+        )
+    questions = tuple(read_own(source))
+    return Benchmark(
+        name, source, Path(source).name, OWN_SAMPLES, len(questions), ids_hash(questions), questions=questions
+    )
+
+
+def count_samples(text: str, *, num_questions: int, num_samples: int) -> int:
+    """Count the samples of one pass over the benchmarks that a setting names, as find_benchmarks takes them.
+
+    Only your own questions are read. num_questions, num_samples: 0 = all questions, the table's samples.
+    """
+    table = find_benchmarks(text)
+    questions = (min(num_questions or b.num_questions, b.num_questions) for b in table)
+    samples = (num_samples or b.num_samples for b in table)
+    return sum(n * k for n, k in zip(questions, samples, strict=True))

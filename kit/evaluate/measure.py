@@ -71,8 +71,11 @@ def evaluate(
 
     journal = Journal(folder / f"{benchmark.name}.jsonl")
     header = header_of(model, chat, benchmark, params, num_samples=num_samples, seed=seed)
-    done = {(row["question"], row["sample"]) for row in _stored_rows(journal, header)}
+    done = {(row["question"], row["sample"]) for row in _stored_rows(journal, header, benchmark.source)}
     wanted = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
+
+    if done:
+        print(f"{benchmark.name}: {len(done):,} answers are kept, {len(wanted):,} are to come")
 
     rendered = {question.id: chat.prompt(question.problem) for question in benchmark.questions}
     prompts = dict(zip(rendered, chat.encode(list(rendered.values())), strict=True))
@@ -93,7 +96,7 @@ def evaluate(
             keys=[[question.id, i] for question, i in wanted],
             decode=chat.decode,
             on_finish=log,
-            description=benchmark.name,
+            description=f"{benchmark.name} ({folder.name})",
         )
     except KeyboardInterrupt:
         kept, asked = len(journal.read()) - 1, len(benchmark.questions) * num_samples
@@ -136,8 +139,8 @@ def header_of(
     }
 
 
-def _stored_rows(journal: Journal, header: dict) -> list[dict]:
-    """Return the samples in a journal; write the header if it is empty.
+def _stored_rows(journal: Journal, header: dict, source: str) -> list[dict]:
+    """Return the samples in a journal; write the header if it is empty. source: of the questions.
 
     Raises ValueError if it has another header.
     """
@@ -146,6 +149,11 @@ def _stored_rows(journal: Journal, header: dict) -> list[dict]:
         journal.append({"header": header})
         return []
     stored = rows[0].get("header", {})
+    if stored.get("questions", header["questions"]) != header["questions"]:
+        raise ValueError(
+            f"the questions or answers in {source} are no longer those of the samples in {journal.path}; "
+            "restore the file, or begin a new run in another --out"
+        )
     changed = [f"{k} was {stored.get(k)!r}, is {header[k]!r}" for k in header if stored.get(k) != header[k]]
     if changed:
         raise ValueError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
-from kit.evaluate.uncertainty import Lengths, half_width, pass_at_k
+from kit.evaluate.uncertainty import Lengths, half_width, in_percent, pass_at_k
 from kit.grade.verdict import grade
 from kit.run import Journal
 
@@ -183,7 +183,7 @@ class Result:
 
     def __str__(self) -> str:
         return (
-            f"{self.benchmark}: {100 * self.accuracy:.1f} % ± {100 * self.interval:.1f} of "
+            f"{self.benchmark}: {in_percent(self.accuracy, self.interval)} of "
             f"{self.num_questions} questions x {len(self.rows) / self.num_questions:g} samples; "
             f"{self.mean_tokens:,.0f} tokens per response, {100 * self.truncated:.1f} % truncated, "
             f"{100 * self.reflection:.1f} % with a reflection keyword"

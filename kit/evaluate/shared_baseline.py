@@ -52,6 +52,8 @@ def take_baseline(
         there = result.header | ({"model": header["model"]} if quantised else {})
         other = [key for key in {**header, **there} if there.get(key) != header.get(key)]
         changed = [f"{key} was {there.get(key)!r}, is {header.get(key)!r}" for key in other]
+        if "questions" in other:
+            changed.append(f"that is, {benchmark.source} now holds other questions or answers")
         if changed:
             raise ValueError(
                 f"baseline {source} was evaluated with other settings: {'; '.join(changed)}; "

@@ -27,6 +27,15 @@ def half_width(values: Sequence[float], added: Sequence[float] = (0.0, 0.0, 1.0,
     return 1.96 * pstdev(values) / math.sqrt(len(values))
 
 
+def in_percent(share: float, half: float, unit: str = " %", sign: str = "") -> str:
+    """Return a share with its 95 % interval, in percent: 99.0 % (94.3 to 100.0).
+
+    The interval ends where shares do, at 0 and 100; that of a difference, which has a sign ("+"), at -100.
+    """
+    low, high = max(-1.0 if sign else 0.0, share - half), min(1.0, share + half)
+    return f"{100 * share:{sign}.1f}{unit} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Return the probability that k of the samples, drawn without replacement, include a correct one.
 

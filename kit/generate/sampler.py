@@ -21,7 +21,6 @@ from itertools import accumulate
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from kit.generate.decode import Decoder
 from kit.generate.kv_cache import SlotCache
@@ -29,8 +28,8 @@ from kit.generate.sampling import SamplingParams, sample, stream_key
 from kit.machine import return_memory
 from kit.models.backbone import context_length, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
+from kit.progress import Progress
 
-SHOW_EVERY = 1.0  # seconds between two updates of the progress bar
 PREFILL_TOKENS = 8192  # of prompts that are packed and read together: bounds the activations of a prefill
 
 
@@ -159,7 +158,7 @@ def generate(
     streams = [stream_key(seed, key) for key in keys]
 
     done: list[Completion | None] = [None] * len(prompts)
-    with _Progress(len(prompts), description) as progress:
+    with _Samples(len(prompts), description) as progress:
         responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
         with closing(responses):  # also if on_finish raises
             for request, ids, logprobs, seconds in responses:
@@ -180,7 +179,7 @@ def _run_slots(
     streams: list[int],
     stop: set[int],
     num_slots: int,
-    progress: _Progress,
+    progress: _Samples,
 ) -> Iterator[tuple[int, list[int], list[float], float]]:
     """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
     if not prompts:
@@ -191,7 +190,7 @@ def _run_slots(
 
     def receive(rows, tokens, logprobs):
         """Append the drawn tokens to their slots; free the slots that end, and yield their responses."""
-        progress.step(len(rows))
+        progress.tokens += len(rows)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             slot = slots[row]
             slot.ids.append(token)
@@ -279,35 +278,19 @@ def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
         slots[place] = slot
 
 
-class _Progress:
-    """A progress bar: finished samples, tokens per second, mean length, truncated samples, and time left."""
+class _Samples(Progress):
+    """The progress of samples: also tokens per second, mean length and how many were truncated."""
 
     def __init__(self, total: int, description: str):
-        self.bar = tqdm(total=total, desc=description, unit=" samples", disable=None, smoothing=0)
-        self.start = self.shown = time.perf_counter()
-        self.tokens = self.finished = self.finished_tokens = self.truncated = 0
-
-    def step(self, tokens: int) -> None:
-        """Count `tokens` more tokens, one per active row, and update the bar if it is time."""
-        self.tokens += tokens
-        now = time.perf_counter()
-        if now - self.shown >= SHOW_EVERY:
-            self.shown = now
-            self.bar.set_postfix_str(self.text(now - self.start))
+        super().__init__(description, "samples", total)
+        self.tokens = self.finished_tokens = self.truncated = 0
 
     def finish(self, completion: Completion) -> None:
-        self.finished += 1
         self.finished_tokens += len(completion.ids)
         self.truncated += not completion.finished
-        self.bar.update()
+        self.update()
 
-    def text(self, seconds: float) -> str:
-        mean = f"{self.finished_tokens / self.finished:,.0f}" if self.finished else "?"
-        return f"{self.tokens / seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.set_postfix_str(self.text(time.perf_counter() - self.start), refresh=False)
-        self.bar.close()
+    @property
+    def text(self) -> str:
+        mean = f"{self.finished_tokens / self.done:,.0f}" if self.done else "?"
+        return f"{self.tokens / self.seconds:,.0f} tokens/s, mean length {mean}, truncated {self.truncated}"

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from kit.command import guard
+from kit.command_line import started_as
 from kit.grade.paper import grade_as_paper
 from kit.grade.verdict import DEADLINE, grade
 
@@ -18,7 +19,7 @@ def main(arguments: list[str]) -> None:
         regrade.main(arguments[1:])
         return
 
-    parser = argparse.ArgumentParser(prog="python -m kit.grade", description="Is this answer right?")
+    parser = argparse.ArgumentParser(prog=started_as(), description="Is this answer right?")
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
     seconds = "seconds after which the verdict is `unknown`"

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from kit.command_line import started_as
 from kit.grade.verdict import DEADLINE, verdict_fields
 from kit.run import replace_rows
 
@@ -99,7 +100,7 @@ def load_peer(name: str) -> Callable[[str, str], bool]:
 def main(arguments: list[str] | None = None) -> dict:
     """Regrade a file as the command line asks, print what changed, and return the counts."""
     parser = argparse.ArgumentParser(
-        prog="python -m kit.grade regrade",
+        prog=f"{started_as()} regrade",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

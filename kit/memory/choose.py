@@ -38,6 +38,18 @@ SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
 QLORA_RANK = 16
 
 
+def show_tried(found: Plan) -> Plan:
+    """Print a plan's size and settings, so that a search of a minute shows where it is. Return the plan."""
+    settings = as_flags(found.savings.switched_on) or "the defaults"
+    print(f"  {found.total / GIB:6.2f} GiB with {settings}", flush=True)
+    return found
+
+
+def size_of(gpu_gb: float, desktop_gb: float) -> str:
+    """Return how an error begins that names a card which is too small."""
+    return f"gpu_gb is {gpu_gb:g}" + (f" and desktop_gb {desktop_gb:g}" if desktop_gb else "")
+
+
 def entries_for(config: PreTrainedConfig, qlora_rank: int = 0, without: Collection[str] = ()) -> list[Entry]:
     """Return the entries of LADDER that this model can have. Only a tied head has blocks."""
     excluded = {*without, *(FULL_ONLY if qlora_rank else ())}
@@ -67,18 +79,27 @@ def rows_of(savings: Savings, rows: int) -> int:
     return 1 if savings.update_in_backward else rows
 
 
-def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, rows: int = 1) -> Plan:
+def choose(
+    model: str,
+    *,
+    row_tokens: int,
+    gpu_gb: float,
+    qlora_rank: int = 0,
+    rows: int = 1,
+    desktop_gb: float = 0.0,
+) -> Plan:
     """Return the plan of the first settings of LADDER that fit a card of gpu_gb GiB; takes up to a minute.
 
-    rows: rows of a step, unless it updates in the backward pass.
+    rows: rows of a step, unless it updates in the backward pass. desktop_gb: GiB of the card that a desktop
+    uses. A line is printed for each setting that is tried.
     Raises ValueError if none fits, naming the three largest owners and what would fit.
     """
     config = load_config(model)
+    what = {"row_tokens": row_tokens, "qlora_rank": qlora_rank, "desktop_gb": desktop_gb}
 
     @cache
     def simulated(savings: Savings) -> Plan:
-        rows_per_step = rows_of(savings, rows)
-        return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=qlora_rank, rows=rows_per_step)
+        return show_tried(plan(model, savings=savings, rows=rows_of(savings, rows), **what))
 
     def fits(entries: list[Entry]) -> bool:
         return simulated(combined(entries)).fits(gpu_gb)
@@ -90,8 +111,9 @@ def choose(model: str, *, row_tokens: int, gpu_gb: float, qlora_rank: int = 0, r
 
     leanest = simulated(combined(entries))
     raise ValueError(
-        f"gpu_gb is {gpu_gb:g} but {model} at {row_tokens:,} tokens needs {leanest.total / GIB:.2f} GiB with "
-        f"every saving on; its largest owners are {leanest.largest_owners()}; "
+        f"{size_of(gpu_gb, desktop_gb)} but {model} at {row_tokens:,} tokens needs "
+        f"{leanest.total / GIB:.2f} GiB with every saving on; "
+        f"its largest owners are {leanest.largest_owners()}; "
         f"pass {', or '.join(_ways_out(config, leanest, gpu_gb, rows))}"
     )
 
@@ -128,12 +150,12 @@ def _ways_out(config: PreTrainedConfig, leanest: Plan, gpu_gb: float, rows: int)
 
 
 def _simulate_again(planned: Plan, **changes) -> Plan:
-    names = ("row_tokens", "savings", "qlora_rank", "rows")
+    names = ("row_tokens", "savings", "qlora_rank", "rows", "desktop_gb")
     return plan(planned.model, **{name: getattr(planned, name) for name in names} | changes)
 
 
-def suggest_savings(planned: Plan) -> Iterator[str]:
-    """Yield lines to print: what would lower a plan, in LADDER's order. Each is simulated, in seconds."""
+def suggest_savings(planned: Plan) -> Iterator[tuple[str, Plan]]:
+    """Yield (flags, the plan with them and those before), as long as each needs less, in LADDER's order."""
     entries = entries_for(load_config(planned.model), planned.qlora_rank)
     for name, value in [("recompute", True), *entries]:  # others need recomputation
         if name == "head_update" and not planned.savings.update_in_backward:
@@ -143,8 +165,7 @@ def suggest_savings(planned: Plan) -> Iterator[str]:
             continue
         smaller = _simulate_again(planned, savings=savings, rows=rows_of(savings, planned.rows))
         if smaller.peak < planned.peak:
-            note = ", one row per step" if smaller.rows < planned.rows else ""
-            yield f"    {as_flags({name: value}):<24}{smaller.total / GIB:7.2f} GiB{note}"
+            yield as_flags({name: value}), smaller
             planned = smaller
 
 

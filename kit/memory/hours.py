@@ -1,8 +1,7 @@
 """How many hours a run takes: tokens / (tokens per second).
 
-The speed is the one that recipes/check_card.py measured on this card. Without a measurement it is an
-estimate, from a share of the rates in the card's datasheet. A card with neither gets no answer but the
-command that measures it.
+The speed is the one that recipes/check_card.py measured on this card. Without a measurement, or for another
+card, it is an estimate: a share of the rates in the card's datasheet.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from kit.command_line import command_of
 from kit.config import as_flags
 from kit.memory.flops import Sizes
 from kit.models.loading import load_config
@@ -27,6 +27,7 @@ EFFICIENCY = 0.4  # share of a datasheet's rates that a run reaches; an assumpti
 class Card:
     """Rates in a card's datasheet."""
 
+    short_name: str  # as --card takes it
     name: str  # as torch.cuda.get_device_name() has it
     teraflops: float  # dense bf16 tensor TFLOP/s with fp32 accumulation
     bandwidth: float  # GB/s of the card's own memory
@@ -34,17 +35,20 @@ class Card:
 
 # Sources: NVIDIA's whitepapers of GA102 (3090), Ada (4090), RTX Blackwell (5090), A100 and H100; for the
 # others its product pages, which give sparse "Tensor TFLOPS" with fp16 accumulation (3060: 4 times the figure
-# here) or sparse fp8 "AI TOPS" (4060 Ti and 4070: 8 times).
+# here) or sparse fp8 "AI TOPS" (4060, 4060 Ti, 4070 and 4080: 8 times).
 CARDS = {card.name: card for card in (
-    Card("NVIDIA GeForce RTX 3060", 25.5, 360),
-    Card("NVIDIA GeForce RTX 3090", 71, 936),
-    Card("NVIDIA GeForce RTX 4060 Ti", 44.1, 288),
-    Card("NVIDIA GeForce RTX 4070", 58.3, 504),
-    Card("NVIDIA GeForce RTX 4090", 165.2, 1_008),
-    Card("NVIDIA GeForce RTX 5090", 209.5, 1_792),
-    Card("NVIDIA A100-SXM4-80GB", 312, 2_039),
-    Card("NVIDIA H100 80GB HBM3", 989.4, 3_352),
+    Card("3060", "NVIDIA GeForce RTX 3060", 25.5, 360),
+    Card("3090", "NVIDIA GeForce RTX 3090", 71, 936),
+    Card("4060", "NVIDIA GeForce RTX 4060", 30.2, 272),
+    Card("4060ti", "NVIDIA GeForce RTX 4060 Ti", 44.1, 288),
+    Card("4070", "NVIDIA GeForce RTX 4070", 58.3, 504),
+    Card("4080", "NVIDIA GeForce RTX 4080", 97.5, 717),
+    Card("4090", "NVIDIA GeForce RTX 4090", 165.2, 1_008),
+    Card("5090", "NVIDIA GeForce RTX 5090", 209.5, 1_792),
+    Card("a100", "NVIDIA A100-SXM4-80GB", 312, 2_039),
+    Card("h100", "NVIDIA H100 80GB HBM3", 989.4, 3_352),
 )}  # fmt: skip
+REFERENCE = CARDS["NVIDIA GeForce RTX 3090"]  # whose datasheet counts if no known card is here
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,22 @@ class Speed:
         return cls(row["tokens_per_second"], f"measured here{settings}, {folder}")
 
     @classmethod
-    def estimated(cls, card: Card, tokens: float, flops: float, num_bytes: float = 0.0) -> Speed:
+    def estimated(cls, card: Card, hint: str, tokens: float, flops: float, num_bytes: float = 0.0) -> Speed:
         """Divide the work for `tokens` by the datasheet's rates. Arithmetic and memory traffic overlap."""
         seconds = max(flops / (card.teraflops * 1e12), num_bytes / (card.bandwidth * 1e9)) / EFFICIENCY
-        return cls(tokens / seconds, f"estimate: {EFFICIENCY:.0%} of the datasheet's rates of an {card.name}")
+        source = f"estimate: {EFFICIENCY:.0%} of the datasheet's rates of an {card.name}{hint}"
+        return cls(tokens / seconds, source)
 
     def hours(self, tokens: float) -> float:
         return tokens / self.tokens_per_second / 3600
 
     def time(self, tokens: float) -> str:
         """Describe how long so many tokens take, for a recipe to print."""
-        hours = self.hours(tokens)
-        words = f"{hours:,.1f} hours" if hours >= 0.1 else f"{60 * hours:,.1f} minutes"
-        return f"{words} at {self.tokens_per_second:,.0f} tokens/s ({self.source})"
+        return f"{in_words(self.hours(tokens))} at {self.tokens_per_second:,.0f} tokens/s ({self.source})"
+
+
+def in_words(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 0.1 else f"{60 * hours:,.1f} minutes"
 
 
 def card_name() -> str:
@@ -81,79 +88,83 @@ def card_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
-def training_speed(
-    model: str, savings: Savings, qlora_rank: int, row_tokens: int, *, card: Card | None = None
-) -> Speed | None:
-    """Return the speed of training in rows of row_tokens; None if nothing is known of the card.
+def card_named(name: str) -> Card | None:
+    """Return a card of the table by its name, None for "".
 
-    A measurement of this model on this card counts first: the newest with the settings nearest to `savings`.
-    The estimate is for `card` (None = the one that is here), with rows of one document, the most that
-    attention can cost.
+    Raises ValueError for a name that is not in the table, with the list.
+    """
+    known = {card.short_name: card for card in CARDS.values()}
+    short = name.lower().replace(" ", "").removeprefix("rtx")
+    if name and short not in known:
+        raise ValueError(f"card is {name!r} but the table of rates has {', '.join(known)}; pass one of these")
+    return known.get(short)
+
+
+def _rates(card: str, model: str, section: str) -> tuple[Card, str]:
+    """Return (the card whose datasheet counts, a hint if it is neither here nor asked for)."""
+    here = card_name()
+    found = card_named(card) or CARDS.get(here)
+    if found:
+        return found, ""
+    measure = f"measure this card with {command_of('check-card')} --only {section} --models {model}"
+    return REFERENCE, f"; {measure}" if here else "; --card names another"
+
+
+def training_speed(
+    model: str, savings: Savings, qlora_rank: int, row_tokens: int, *, card: str = ""
+) -> Speed:
+    """Return the speed of training in rows of row_tokens.
+
+    card: "" = the one that is here, whose measurements of this model count first: the newest with the
+    settings nearest to `savings`. An estimate is for rows of one document, the most that attention can cost.
     """
     found = []
-    for folder, row in _measured(model, "savings"):
+    for folder, row in _measured(model, "savings", card):
         if bool(row["qlora_rank"]) == bool(qlora_rank):
             wanted = asdict(savings)
             differs = {name: value for name, value in row["savings"].items() if value != wanted.get(name)}
             found.append((row, folder, differs))
     if found:
         return Speed.measured(*min(found, key=lambda measured: len(measured[-1])))  # of equals the newest
-
-    card = card or CARDS.get(card_name())
-    if card is None:
-        return None
     flops = Sizes.of(load_config(model)).row_flops(row_tokens, savings, qlora_rank)
-    return Speed.estimated(card, row_tokens, flops)
+    return Speed.estimated(*_rates(card, model, "steps"), row_tokens, flops)
 
 
 def sampling_speed(
-    model: str, num_slots: int, response_tokens: int, *, nf4: bool = False, card: Card | None = None
-) -> Speed | None:
-    """Return the speed of sampling responses of response_tokens; None if nothing is known of the card.
+    model: str, num_slots: int, response_tokens: int, *, nf4: bool = False, card: str = ""
+) -> Speed:
+    """Return the speed of sampling responses of response_tokens.
 
-    A measurement of this model in bf16 on this card counts first: the newest with the number of slots nearest
-    to num_slots. The estimate is for `card` (None = the one that is here), with every slot busy and whole
-    responses in the cache. Launch overhead, which the efficiency has to cover, weighs more here than in
-    training.
+    card: "" = the one that is here, whose measurements of this model in bf16 count first: the newest with the
+    number of slots nearest to num_slots. An estimate has every slot busy and whole responses in the cache.
+    Launch overhead, which the efficiency has to cover, weighs more here than in training.
     """
-    found = [] if nf4 else list(_measured(model, "num_slots"))
+    found = [] if nf4 else list(_measured(model, "num_slots", card))
     if found:
         folder, row = min(found, key=lambda measured: abs(measured[1]["num_slots"] - num_slots))
         differs = {"num_slots": row["num_slots"]} if row["num_slots"] != num_slots else {}
         return Speed.measured(row, folder, differs)
-
-    card = card or CARDS.get(card_name())
-    if card is None:
-        return None
     flops, num_bytes = Sizes.of(load_config(model)).token_step(num_slots, response_tokens, nf4=nf4)
-    return Speed.estimated(card, num_slots, flops, num_bytes)
+    return Speed.estimated(*_rates(card, model, "sampler"), num_slots, flops, num_bytes)
 
 
 def training_time(model: str, savings: Savings, qlora_rank: int, tokens: int, row_tokens: int) -> str:
     """Describe how long training takes, for a recipe to print."""
-    speed = training_speed(model, savings, qlora_rank, row_tokens)
-    return speed.time(tokens) if speed else _not_known(model, "steps")
+    return training_speed(model, savings, qlora_rank, row_tokens).time(tokens)
 
 
 def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int) -> str:
     """Describe how long sampling takes at most, if no response ends early, for a recipe to print."""
     speed = sampling_speed(model, num_slots, max_new_tokens)
-    if speed is None:
-        return _not_known(model, "sampler")
     longest = f"if every response takes all of {max_new_tokens:,} tokens"
     return f"at most {speed.time(num_samples * max_new_tokens)}, {longest}"
 
 
-def _not_known(model: str, section: str) -> str:
-    if not card_name():
-        return "not known: no card is here to measure"
-    return f"not known: measure this card with python recipes/check_card.py --only {section} --models {model}"
-
-
-def _measured(model: str, key: str) -> Iterator[tuple[Path, dict]]:
+def _measured(model: str, key: str, card: str) -> Iterator[tuple[Path, dict]]:
     """Yield (folder, row) of this card's and model's measurements that have `key`, the newest run first."""
     here = card_name()
-    if not here:  # without a card, check_card rehearses with tiny models
+    # without a card, check_card rehearses with tiny models
+    if not here or (card and card_named(card).name != here):
         return
     for folder in sorted(CHECKS.glob("[0-9]*"), reverse=True):
         for row in Journal(folder / "results.jsonl").read():

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from kit.machine import CONTEXT, GIB, return_memory
+from kit.progress import print_line
 from kit.run import write_json
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class PeakMemory:
     def compare(self) -> None:
         """Print what was measured beside the plan, and write both to the file."""
         room = (self.planned.total - CONTEXT) / GIB
-        tqdm.write(
+        print_line(
             f"memory      measured peak {self.gib:.2f} GiB of tensors, planned {self.planned.peak / GIB:.2f} "
             f"GiB (simulated); {self.reserved_gib:.2f} GiB reserved for them, planned at most {room:.2f} GiB"
         )

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kit.config import as_flags
+from kit.extras import require
 from kit.machine import CONTEXT, GIB
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
@@ -51,6 +52,8 @@ class Plan:
     owners: dict[str, int]  # owner -> bytes at that moment
     host: int  # bytes of CPU memory
     rows: int = 1  # that the simulated step took; 2 stands for more
+    desktop_gb: float = 0.0  # GiB of the card that a desktop uses
+    what: str = ""  # sampling or scoring, in words; "" = a training step
 
     @property
     def total(self) -> int:
@@ -64,24 +67,29 @@ class Plan:
 
     @property
     def fits_text(self) -> str:
-        return "fits " + ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS)
+        desktop = f"; {self.desktop_gb:g} GB of each is left to a desktop" if self.desktop_gb else ""
+        return "fits " + ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS) + desktop
 
     def fits(self, gpu_gb: float) -> bool:
-        return self.total <= gpu_gb * GIB
+        return self.total + self.desktop_gb * GIB <= gpu_gb * GIB
 
     def __str__(self) -> str:
+        return f"{self.details}\n  {self.fits_text}"
+
+    @property
+    def details(self) -> str:
+        """The plan in words, without the cards that it fits."""
         what = f"QLoRA of rank {self.qlora_rank}" if self.qlora_rank else "full fine-tuning"
         rows = "one row per step" if self.rows == 1 else "several rows per step"
-        step = f"{self.model}, {what}, {self.row_tokens:,} tokens per row, {rows}"
+        step = self.what or f"{what}, {self.row_tokens:,} tokens per row, {rows}"
         lines = [
-            f"{step}: {self.total / GIB:.2f} GiB (simulated)",
+            f"{self.model}, {step}: {self.total / GIB:.2f} GiB (simulated)",
             f"  switched on: {as_flags(self.savings.switched_on) or 'nothing but the defaults'}",
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed on top: {SLACK:.0%} "
             f"slack, {CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",
             *(f"    {owner:<18}{num_bytes / GIB:7.2f} GiB" for owner, num_bytes in self.largest()),
-            f"  {self.fits_text}",
         ]
-        return "\n".join(lines)
+        return "\n".join(lines[:1] + lines[2:] if self.what else lines)
 
     def largest(self) -> list[tuple[str, int]]:
         """List (owner, bytes) on the card, the largest first."""
@@ -106,6 +114,7 @@ def fake_batch(row_tokens: int) -> PackedBatch:
 def fake_model(config: PreTrainedConfig, qlora_rank: int) -> tuple[PreTrainedModel, FakeTensorMode]:
     """Return (the bf16 model that training would load, on fake tensors; their mode)."""
     if qlora_rank:  # outside of the mode, in which any tensor that an import creates would be fake for good
+        require("qlora_rank", "bitsandbytes", "peft")
         from kit.models.nf4 import simulate_quantised_decoder
         from kit.models.qlora import add_adapters
 
@@ -184,11 +193,12 @@ def plan(
     savings: Savings | None = None,
     qlora_rank: int = 0,
     rows: int = 1,
+    desktop_gb: float = 0.0,
 ) -> Plan:
     """Simulate one training step of bf16 weights with rows of row_tokens; takes seconds.
 
     model: as load_config takes it. rows: rows of the step. The second row's loss and backward pass find the
-    first one's gradients; a third row changes nothing more.
+    first one's gradients; a third row changes nothing more. desktop_gb: GiB of a card that are not ours.
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
     savings = savings or Savings()
@@ -206,6 +216,7 @@ def plan(
         owners={owner: n for owner, n in ledger.owners.items() if n},
         host=ledger.host_peak,
         rows=rows,
+        desktop_gb=desktop_gb,
     )
 
 
@@ -216,5 +227,6 @@ def check_free_memory(planned: Plan) -> None:
         raise ValueError(
             f"the plan needs {planned.total / GIB:.2f} GiB but {free / GIB:.2f} of the card's "
             f"{total / GIB:.2f} GiB are free; its largest owners are {planned.largest_owners()}; pass "
-            f"--gpu_gb {floor(10 * free / GIB) / 10} to choose settings that fit, or close what uses the card"
+            f"--gpu_gb {floor(10 * free / GIB) / 10} --desktop_gb 0 to choose settings that fit, or close "
+            "what uses the card"
         )

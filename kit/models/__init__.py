@@ -1,6 +1,12 @@
 """Models: load one, run its backbone over a pack, reach its head."""
 
+import logging
+
 from kit.front_door import hand_on
+
+# bitsandbytes warns on some CPUs, when it is imported, that it did not download a compiled kernel from the
+# hub ("Set trust_remote_code=True"). It has another one, which it then uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __getattr__, __all__ = hand_on(
     __name__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kit.extras import require
 from kit.models.folder import ADAPTER_CONFIG
 from kit.models.loading import default_device, default_dtype, load_plain, path_of
 
@@ -33,6 +34,7 @@ def load(
     path = path_of(name)
     if not (path / ADAPTER_CONFIG).is_file():
         return load_plain(path, **where)
+    require(f"{name}, a folder of adapters,", "peft")
     from kit.models import lora  # peft takes seconds to import
 
     return lora.load(path, **where)
@@ -56,6 +58,7 @@ def load_to_train(
                 "further; merge them with peft's merge_and_unload and train the result"
             )
         return model, tokenizer
+    require("qlora_rank", "bitsandbytes", "peft")
     from kit.models import qlora  # bitsandbytes and peft take seconds to import
 
     return qlora.load(name, rank=qlora_rank, seed=seed, **where)

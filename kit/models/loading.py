@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kit.extras import require
 from kit.models.attention import attention_name
 from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
@@ -89,6 +90,7 @@ def check_end_of_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: str):
+    require(f"{path}, a GGUF file,", "gguf", "accelerate")
     loader = logging.getLogger("transformers.quantizers.quantizer_gguf")
     level = loader.level
     loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which we ask for
@@ -126,6 +128,8 @@ def load_config(model: str) -> PreTrainedConfig:
     if (folder / ADAPTER_CONFIG).is_file():
         adapters = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         return load_config(adapters["base_model_name_or_path"])
+    if folder.suffix == ".gguf":
+        require(f"{folder}, a GGUF file,", "gguf", "accelerate")
     try:
         if folder.suffix == ".gguf":
             return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)

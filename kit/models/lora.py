@@ -14,6 +14,7 @@ base, as everywhere.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kit.extras import require
 from kit.models import loading
 from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_on_nf4
 
@@ -42,6 +44,7 @@ def load(
     """
     _check_weights(folder)
     if trained_on_nf4(folder):
+        require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
         from kit.models import qlora  # bitsandbytes takes seconds to import
 
         return qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
@@ -116,9 +119,13 @@ def _base(folder: Path) -> str:
 def _adapt(model: PreTrainedModel, folder: Path, base: str, device: torch.device) -> PreTrainedModel:
     # low_cpu_mem_usage: without it peft draws weights from the global generator, only to overwrite them
     try:
-        adapted = PeftModel.from_pretrained(
-            model, str(folder), torch_device=str(device), low_cpu_mem_usage=True
-        )
+        with warnings.catch_warnings():
+            # peft asks the model for it under a name that transformers has replaced
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # refused below
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), torch_device=str(device), low_cpu_mem_usage=True
+            )
     except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(
             f"the adapters in {folder} do not fit {base}; pass the base they were trained on\n{error}"

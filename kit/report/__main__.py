@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kit import report
 from kit.command import guard
+from kit.command_line import started_as
 from kit.valley.finished import STUDY
 
 
@@ -29,7 +30,7 @@ def write_report(path: Path) -> Path:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m kit.report",
+        prog=started_as(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

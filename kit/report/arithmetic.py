@@ -14,8 +14,8 @@ from statistics import fmean, median
 from kit.data.equations import check_steps
 from kit.evaluate.results import Result
 from kit.report.figures import Stages
-from kit.report.page import in_percent, table
-from kit.valley.curves import percent
+from kit.report.page import findings, share_cell, table
+from kit.valley.curves import percent, points
 from kit.valley.error_accumulation import Decomposition, decompose, length_alone
 from kit.valley.first_error import Anatomy, dissect_arithmetic
 
@@ -80,9 +80,10 @@ def sentences(answers: Mapping[str, Answers]) -> list[str]:
     if len(answers) == 2 and all(of.has_steps for of in answers.values()):
         before, after = (of.decomposition for of in answers.values())
         lines.append(
-            f"{NAME}: if every operation were as reliable as before ({percent(before.equation_accuracy)} of "
-            "the equations are true), answers with as many operations as those after would be right in "
-            f"{100 * length_alone(before, after):.1f} % of the cases; {percent(after.accuracy)} are."
+            f"{NAME}: if every operation were as reliable as before "
+            f"({100 * before.equation_accuracy.mean:.1f} % of the equations are true), answers with as many "
+            f"operations as those after would be right in {100 * length_alone(before, after):.1f} % of the "
+            f"cases; {percent(after.accuracy)} are."
         )
     return lines
 
@@ -97,9 +98,9 @@ def _sentence(label: str, answers: Answers) -> str:
         first = f"{share} of the answers have a wrong one, first at {place}"
     return (
         f"{label}: answers perform {found.operations.mean:.1f} operations (± {found.operations.half:.1f}), "
-        f"the problems need {answers.num_needed:.1f}; an operation is right with p = {found.step_accuracy}, "
-        f"{first}; p^n is {percent(found.predicted)}, measured {percent(found.accuracy)}: a residual of "
-        f"{100 * found.residual.mean:+.1f} points ± {100 * found.residual.half:.1f}."
+        f"the problems need {answers.num_needed:.1f}; an operation is right with "
+        f"p = {percent(found.step_accuracy)}, {first}; p^n is {percent(found.predicted)}, measured "
+        f"{percent(found.accuracy)}: a residual of {points(found.residual)}."
     )
 
 
@@ -107,7 +108,8 @@ def section(answers: Mapping[str, Answers]) -> str:
     """Return the report's section as HTML: a row of figures per stage, and where answers first go wrong."""
     if not answers:
         return ""
-    parts = [f"<h2>{NAME.capitalize()}, step by step</h2>", _table(answers), NOTE]
+    parts = [f"<h2>{NAME.capitalize()}, step by step</h2>{MEANING}", findings(sentences(answers))]
+    parts += [_table(answers), NOTE]
     for stage, of in answers.items():
         parts.append(_first_wrong_steps(stage, of))
     return "".join(parts)
@@ -117,11 +119,11 @@ def _table(answers: Mapping[str, Answers]) -> str:
     rows = []
     for stage, of in answers.items():
         found = of.decomposition
-        fit = (found.step_accuracy, found.predicted, found.residual)
+        fit = (share_cell(found.step_accuracy), share_cell(found.predicted), share_cell(found.residual, "+"))
         cells = (
             stage,
-            in_percent(found.accuracy),
-            *(in_percent(share) if of.has_steps else "-" for share in fit),
+            share_cell(found.accuracy),
+            *(fit if of.has_steps else "---"),
             f"{found.operations.mean:.1f} ± {found.operations.half:.1f}",
             f"{of.num_needed:.1f}",
             f"{100 * of.with_wrong:.1f}",
@@ -157,6 +159,8 @@ def _first_wrong_steps(stage: str, answers: Answers) -> str:
     )
 
 
+MEANING = """<p>If every operation were right with the same chance p and nothing else went wrong, a problem
+of n operations would be solved with probability p^n: p times itself, n times.</p>"""
 NOTE = """<p><small>p: the share of right operations among those up to and including the first wrong one of
 an answer; n: the operations of the problem. Operations are read from the equations between numbers that an
 answer states, each checked by itself; a wrong equation counts as one wrong operation. A residual above 0:

@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import html
 import json
+import math
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 from kit.evaluate.results import Result, paired_difference, read_results
-from kit.report import arithmetic, figures
+from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
+from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
 from kit.report.page import percent
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
+from kit.valley.curves import Estimate, points
+from kit.valley.curves import percent as with_interval
 
+Results = Mapping[str, Result]  # benchmark -> its samples
+NOTHING = "Nothing has been measured yet."
 # the numbers in the paper's text, means of the three benchmarks; its curves show no values
 PAPER = {
     "gemma-3-1b-it": "24 % before, about a quarter of that after 8k traces, 15 % after 220k",
@@ -30,61 +39,138 @@ def write_report(path: Path) -> Path:
 
     Raises ValueError if there is no run.
     """
+    config, stages = read_run(path)
+    metrics, lines = Journal(path / "metrics.jsonl").read(), findings(stages)
+    what = "an evaluation" if SAMPLES in stages else "before and after long chains of thought"
+    draw = partial(figures.accuracy_figure, stages)
+    figure = figures.embed(path / "accuracy.png", draw) if stages else ""
+    drawn = ""
+    if stages:
+        drawn += figures.embed(path / "length.png", partial(figures.length_figure, stages))
+    if any(result.caps for found in stages.values() for result in found.values()):
+        drawn += figures.embed(path / "caps.png", partial(figures.caps_figure, stages)) + pages.CAPS_NOTE
+    if metrics:
+        drawn += figures.embed(path / "loss.png", partial(figures.loss_figure, metrics))
+    sections = [
+        pages.bullets("Benchmark by benchmark", lines if len(lines) > 1 else ()),
+        _paper(str(config.get("model", ""))),
+        drawn + _training(metrics, path),
+        arithmetic.section(arithmetic.check_answers(stages)),
+        pages.figures_table(stages),
+        "<h2>Answers</h2>" + answers.browser(stages) if stages else "",
+    ]
+    sentences = (what_was_done(config, stages), what_came_out(stages))
+    title = f"{config.get('model', path.name)}, {what}"
+    return pages.write(path, title, first_screen(sentences, same_problem(stages), figure), sections, config)
+
+
+def read_run(path: Path) -> tuple[dict, figures.Stages]:
+    """Return a run's settings, and stage -> benchmark -> samples so far. Raises ValueError without a run."""
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     results = {stage: read_results(path / stage) for stage in (BEFORE, AFTER, SAMPLES)}
-    measured = {stage: found for stage, found in results.items() if found}
-    metrics = Journal(path / "metrics.jsonl").read()
-    plots, note = {}, ""
-    if metrics:
-        plots["loss.png"] = figures.loss_figure(metrics)
-    if measured:
-        plots["accuracy.png"] = figures.accuracy_figure(measured)
-        plots["length.png"] = figures.length_figure(measured)
-    if any(result.caps for found in measured.values() for result in found.values()):
-        plots["caps.png"] = figures.caps_figure(measured)
-        note = pages.CAPS_NOTE
-    drawn = "".join(figures.embed(path / name, figure) for name, figure in plots.items()) + note
-    steps = arithmetic.check_answers(measured)
-    lines = [*findings(results), *arithmetic.sentences(steps)]
-    what = "an evaluation" if results[SAMPLES] else "before and after long chains of thought"
-    page = pages.PAGE.format(
-        style=pages.STYLE,
-        title=html.escape(f"{config.get('model', path.name)}, {what}"),
-        findings=pages.findings(lines),
-        paper=_paper(str(config.get("model", ""))),
-        table=pages.figures_table(measured),
-        images=(drawn or "<p>Nothing has been measured yet.</p>") + arithmetic.section(steps),
-        training=_training(metrics, path),
-        samples=pages.browser(measured),
-        settings=pages.settings(config),
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return config, {stage: found for stage, found in results.items() if found}
+
+
+def what_was_done(config: Mapping[str, object], stages: figures.Stages) -> str:
+    """Describe a run of fine-tuning or evaluation in a sentence."""
+    model, asked = config.get("model", "The model"), asked_of(stages)
+    if SAMPLES in stages:
+        return f"{model} answered {asked}."
+    count = config.get("num_traces")
+    traces = f"{count:,} traces" if count else "traces"
+    return (
+        f"{model} was fine-tuned on {traces}, long worked solutions, and answered {asked} before and after."
     )
-    return pages.write(path, page)
 
 
-def findings(results: dict[str, dict[str, Result]]) -> list[str]:
-    """Return a sentence per benchmark on what was measured. A difference within its interval is not one."""
-    sentences = []
-    for name, after in results[AFTER].items():
-        before = results[BEFORE].get(name)
-        if before is None:
-            continue
-        try:
-            difference, spread = paired_difference(before, after)
-        except ValueError as error:  # a report is still written of what there is
-            sentences.append(str(error))
-            continue
-        certain = abs(difference) > spread
-        change = ("rose" if difference > 0 else "fell") if certain else "did not change beyond chance"
-        longer = after.mean_tokens / before.mean_tokens
-        sentences.append(
-            f"{name}: accuracy {change}, {percent(before.accuracy)} to {percent(after.accuracy)} "
-            f"(difference {100 * difference:+.1f} points, 95 % interval ± {100 * spread:.1f}); "
-            f"answers are {longer:.2f} times as long, {percent(after.truncated)} of them cut off "
-            f"(before {percent(before.truncated)})."
-        )
-    return sentences
+def asked_of(stages: figures.Stages) -> str:
+    """Describe the problems: 500 problems of math500 and 30 of aime24."""
+    counts = {name: found.num_questions for results in stages.values() for name, found in results.items()}
+    parts = [f"{count:,} problems of {name}" for name, count in counts.items()]
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "problems"
+
+
+def what_came_out(stages: figures.Stages) -> str:
+    """Return the run's result in a sentence: the mean over the benchmarks, each counting the same."""
+    if BEFORE in stages and AFTER in stages:
+        return compare(stages[BEFORE], stages[AFTER])
+    if not stages:
+        return NOTHING
+    (stage, found), *_ = stages.items()
+    length, cut = _mean_of(found, "mean_tokens"), _mean_of(found, "truncated")
+    part = "" if stage == SAMPLES else f"Only {stage} has been measured so far: "
+    return (
+        f"{part}{with_interval(_accuracy(found))} of the answers are right{_which(found)}; an answer takes "
+        f"{length:,.0f} tokens on average, and {percent(cut)} of the answers are cut off."
+    )
+
+
+def findings(stages: figures.Stages) -> list[str]:
+    """Return a sentence per benchmark that was measured both times."""
+    before, after = (stages.get(stage, {}) for stage in (BEFORE, AFTER))
+    names = [name for name in after if name in before]
+    return [compare({name: before[name]}, {name: after[name]}, f"{name}: accuracy") for name in names]
+
+
+def compare(before: Results, after: Results, subject: str = "Accuracy") -> str:
+    """Describe how accuracy and length changed. A difference within its interval is not called one."""
+    try:
+        change = difference(before, after)
+    except ValueError as error:  # a report is still written of what there is
+        return str(error)
+    common = [name for name in before if name in after]
+    before, after = ({name: of[name] for name in common} for of in (before, after))
+    certain = change.above_zero() or change.below_zero()
+    verb = ("rose" if change.mean > 0 else "fell") if certain else "did not change beyond chance"
+    longer = _mean_of(after, "mean_tokens") / _mean_of(before, "mean_tokens")
+    return (
+        f"{subject} {verb}: {with_interval(_accuracy(before))} before, {with_interval(_accuracy(after))} "
+        f"after ({points(change)}){_which(before)}; answers are {longer:.2f} times as long, "
+        f"{percent(_mean_of(after, 'truncated'))} of them cut off (before "
+        f"{percent(_mean_of(before, 'truncated'))})."
+    )
+
+
+def difference(before: Results, after: Results) -> Estimate:
+    """Return accuracy after - before, the mean over the benchmarks that both have.
+
+    Raises ValueError if there is none, or if two results cannot be compared.
+    """
+    pairs = [(before[name], after[name]) for name in before if name in after]
+    if not pairs:
+        raise ValueError(f"{', '.join(before)} was measured before and {', '.join(after)} after")
+    changes = [paired_difference(*pair) for pair in pairs]
+    return _mean([mean for mean, _ in changes], [half for _, half in changes])
+
+
+def same_problem(stages: figures.Stages) -> Pair | None:
+    """Return a problem with its answers before and after, or two answers of the only measurement."""
+    if not (BEFORE in stages and AFTER in stages):
+        return next((choose(found, found, None, SAMPLES_OF_ONE) for found in stages.values()), None)
+    try:
+        change = difference(stages[BEFORE], stages[AFTER])
+    except ValueError:  # which what_came_out says
+        change = Estimate(0.0, 0.0)
+    return choose(stages[BEFORE], stages[AFTER], change)
+
+
+def _mean(means: list[float], halves: list[float]) -> Estimate:
+    return Estimate(fmean(means), math.hypot(*halves) / len(halves))
+
+
+def _accuracy(results: Results) -> Estimate:
+    found = results.values()
+    return _mean([result.accuracy for result in found], [result.interval for result in found])
+
+
+def _mean_of(results: Results, name: str) -> float:
+    return fmean(getattr(result, name) for result in results.values())
+
+
+def _which(results: Results) -> str:
+    return f" (mean of {', '.join(results)})" if len(results) > 1 else ""
 
 
 def _paper(model: str) -> str:

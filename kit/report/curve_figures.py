@@ -8,6 +8,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from kit.report.figures import panels
 from kit.valley.curves import Curve, Estimate
 from kit.valley.error_accumulation import Decomposition, length_alone
 from kit.valley.finished import RLRun
@@ -28,37 +29,31 @@ FILLS = {  # colour -> hatch, of the right answers and then of CAUSES
 }
 
 
-def valley_figure(curves: Sequence[Curve], length_of: str, paper: Mapping[int, float]) -> Figure:
-    """Draw one model's accuracy and length against the number of traces, with bands. Dashed: the base model.
+def valley_figure(
+    curves: Sequence[Curve], length_of: str, paper: Mapping[int, float], narrow: bool
+) -> Figure:
+    """Draw one model's accuracy and length from the base model (0 traces) to the most traces, with bands.
 
     length_of: the benchmark whose responses' length is drawn. paper: traces (0 = the base model) -> its
     accuracy in percent.
     """
-    figure = Figure(figsize=(9, 9), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure, (left, right) = panels(2, narrow, 4.0)
     sizes = sorted({point.num_traces for curve in curves for point in curve.points})
-    for axes, of, scale in ((top, attrgetter("accuracy"), 100), (bottom, attrgetter("length"), 1)):
+    for axes, of, scale in ((left, attrgetter("accuracy"), 100), (right, attrgetter("length"), 1)):
         for i, curve in enumerate(curves):
-            label, places = curve.name.partition(", ")[2], [point.num_traces for point in curve.points]
-            draw_line(axes, label, places, list(map(of, curve.points)), i, scale)
-        start = of(curves[0].base)
-        high = min(100, scale * start.high) if scale == 100 else start.high
-        axes.axhline(scale * start.mean, color="#333333", linestyle="--", linewidth=1.2, label="base model")
-        axes.axhspan(max(0, scale * start.low), high, color="#333333", alpha=0.12, linewidth=0)
-        axes.tick_params(labelsize=12)
-        axes.grid(alpha=0.3)
+            label, points = curve.name.partition(", ")[2], [curve.base, *curve.points]
+            draw_line(axes, label, [point.num_traces for point in points], list(map(of, points)), i, scale)
+        start = scale * of(curves[0].base).mean
+        axes.axhline(start, color="#333333", linestyle="--", linewidth=1.2, label="base model")
+        trace_axis(axes, sizes)
 
-    if stars := {size: value for size, value in paper.items() if size in sizes}:
-        label = "the paper, after fine-tuning"
-        top.plot(list(stars), list(stars.values()), "k*", markersize=14, linestyle="", label=label)
-    if 0 in paper:
-        top.axhline(paper[0], color="#333333", linestyle=":", linewidth=1.2, label="the paper's base model")
-    top.set_ylim(0, 102 if curves[0].base.accuracy.mean > 0.5 else None)
-    bottom.set_ylim(0, None)
-    top.set_ylabel("accuracy, %", fontsize=14)
-    bottom.set_ylabel(f"tokens per response, {length_of}", fontsize=14)
-    trace_axis(bottom, sizes)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=12)
+    if stars := {size: value for size, value in paper.items() if size in (0, *sizes)}:
+        left.plot(list(stars), list(stars.values()), "k*", markersize=14, linestyle="", label="the paper")
+    left.set_ylim(0, 102 if curves[0].base.accuracy.mean > 0.5 else None)
+    right.set_ylim(0, None)
+    left.set(title="Accuracy", ylabel="right answers, %")
+    right.set(title=f"Length of answers, {length_of}", ylabel="tokens per answer")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=1 if narrow else 3)
     return figure
 
 
@@ -74,59 +69,54 @@ def draw_line(
 
 
 def trace_axis(axes, sizes: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    """Let the axis begin at 0 traces, which has no logarithm: up to the smallest size it is linear."""
+    axes.set_xscale("symlog", base=2, linthresh=sizes[0], linscale=1)
+    places = [0, *sizes]
+    axes.set_xticks(places, [f"{size:,}" for size in places], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("traces to learn from", fontsize=14)
+    axes.set(xlabel="traces to learn from (0: the base model)", xlim=(-sizes[0] / 4, 1.4 * sizes[-1]))
 
 
-def rl_figure(starts: Mapping[str, Sequence[RLRun]]) -> Figure:
+def rl_figure(starts: Mapping[str, Sequence[RLRun]], narrow: bool) -> Figure:
     """Draw the mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, narrow)
     for (name, runs), colour in zip(starts.items(), COLOURS, strict=False):
         columns = zip(*(run.rewards for run in runs), strict=False)
         rewards = [[100 * reward for reward in column] for column in columns]
         steps, low, high = range(1, len(rewards) + 1), list(map(min, rewards)), list(map(max, rewards))
         axes.plot(steps, list(map(fmean, rewards)), color=colour, linewidth=2.5, label=name)
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("step", fontsize=14)
-    axes.set_ylabel("right answers, %", fontsize=14)
-    axes.tick_params(labelsize=12)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=12, title="start")
+    axes.set(ylim=(0, 102), xlabel="step", ylabel="right answers, %")
+    axes.legend(title="start")
     return figure
 
 
-def causes_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
+def causes_figure(points: Sequence[Decomposition], narrow: bool) -> Figure:
     """Draw the share of right answers at each size, and of the others by the first thing wrong in them."""
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    axes = figure.subplots()
-    every = [base, *points]
-    bottom = [0.0] * len(every)
-    bars = {"right": [point.accuracy.mean for point in every]}
-    bars |= {cause: [point.causes[cause] for point in every] for cause in CAUSES}
+    figure, (axes,) = panels(1, narrow, 4.4)
+    bottom = [0.0] * len(points)
+    bars = {"right": [point.accuracy.mean for point in points]}
+    bars |= {cause: [point.causes[cause] for point in points] for cause in CAUSES}
     for (label, shares), (colour, hatch) in zip(bars.items(), FILLS.items(), strict=True):
         if any(shares):
             style = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": label}
             heights = [100 * share for share in shares]
-            axes.bar(range(len(every)), heights, bottom=bottom, **style)
+            axes.bar(range(len(points)), heights, bottom=bottom, **style)
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
 
-    axes.set_xticks(range(len(every)), ["base model", *(f"{point.num_traces:,}" for point in points)])
-    axes.set(ylim=(0, 100), title="What goes wrong first")
-    axes.set_xlabel("traces to learn from", fontsize=14)
-    axes.set_ylabel("answers, %", fontsize=14)
-    axes.tick_params(labelsize=12)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=12, reverse=True)
+    axes.set_xticks(range(len(points)), [f"{point.num_traces:,}" for point in points])
+    axes.set(ylim=(0, 100), xlabel="traces to learn from (0: the base model)", ylabel="answers, %")
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside upper center", ncols=2 if narrow else 4, title="What goes wrong first")
     return figure
 
 
-def steps_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure:
-    """Draw the chance of a step, and beside it accuracy, p^n and what longer answers alone would cost."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def steps_figure(points: Sequence[Decomposition], narrow: bool) -> Figure:
+    """Draw the chance of a step, and beside it accuracy, p^n and what longer answers alone would cost.
+
+    points: the base model first.
+    """
+    figure, (left, right) = panels(2, narrow)
     sizes = [point.num_traces for point in points]
     steps = {
         "a step of the chain (p)": [point.step_accuracy for point in points],
@@ -135,16 +125,14 @@ def steps_figure(base: Decomposition, points: Sequence[Decomposition]) -> Figure
     accuracies = {
         "measured": [point.accuracy for point in points],
         "p to the power of the steps": [point.predicted for point in points],
-        "longer answers alone": [Estimate(length_alone(base, point), 0.0) for point in points],
+        "longer answers alone": [Estimate(length_alone(points[0], point), 0.0) for point in points],
     }
     for axes, lines in ((left, steps), (right, accuracies)):
         for i, (label, estimates) in enumerate(lines.items()):
             draw_line(axes, label, sizes, estimates, i, 100)
-        trace_axis(axes, sizes)
+        trace_axis(axes, sizes[1:])
         axes.set_ylim(0, 102)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=11)
-        axes.tick_params(labelsize=10)
+        axes.legend()
 
     left.set(title="How often a step is right", ylabel="%")
     right.set(title="Do errors that add up explain it?", ylabel="accuracy, %")

@@ -1,32 +1,64 @@
-"""Figures of a run's report: loss, accuracy, length of the answers, accuracy against the limit on length."""
+"""Figures of a run's report: accuracy and length, loss, lengths, accuracy against the limit on length.
+
+A figure is drawn twice: with two panels per row for a wide screen, and with one for a narrow screen, on which
+text in the wide one would be too small to read.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from kit.evaluate.results import Result
 
 Stages = dict[str, dict[str, Result]]  # stage -> benchmark -> result
 COLOURS = ("#4c72b0", "#dd8452")  # of the first stage and the second
+FONT = 12  # points; a wide panel of 5.4 inches fills half of a page, a narrow one of 4.4 inches a phone
+NARROW = 640  # pixels of a screen up to which the narrow version is shown
 
 
-def embed(path: Path, figure: Figure, alt: str = "") -> str:
-    """Write the figure to `path`, a PNG, and return it as an <img> that needs no file. alt: "" = its name."""
+def embed(path: Path, draw: Callable[[bool], Figure], alt: str = "") -> str:
+    """Write the wide figure to `path`, a PNG, and return both versions as HTML that needs no file.
+
+    draw: takes whether the screen is narrow. alt: "" = the file's name.
+    """
+    with rc_context({"font.size": FONT, "legend.fontsize": FONT - 1, "axes.grid": True, "grid.alpha": 0.3}):
+        wide, narrow = draw(False), draw(True)
+        pngs = [_png(narrow), _png(wide)]
+    path.write_bytes(pngs[1])
+    sources = ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs]
+    width = 100 * wide.get_figwidth()
+    return (
+        f'<picture><source media="(max-width: {NARROW}px)" srcset="{sources[0]}">'
+        f'<img alt="{html.escape(alt or path.stem)}" width={width:.0f} src="{sources[1]}"></picture>'
+    )
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png")
-    path.write_bytes(buffer.getvalue())
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt or path.stem)}" src="data:image/png;base64,{data}">'
+    return buffer.getvalue()
 
 
-def loss_figure(metrics: list[dict]) -> Figure:
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
+def panels(count: int, narrow: bool, height: float = 3.7) -> tuple[Figure, list]:
+    """Return a figure and its panels, each `height` inches high: two per row, one if the screen is narrow."""
+    columns = 1 if narrow else min(2, count)
+    rows, width = -(-count // columns), 4.4 if narrow else 5.4 * columns if columns > 1 else 7.0
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
+
+
+def loss_figure(metrics: list[dict], narrow: bool) -> Figure:
+    figure, (axes,) = panels(1, narrow, 3.0)
     axes.plot(
         [row["step"] for row in metrics], [row["loss"] for row in metrics], color="#333333", linewidth=1
     )
@@ -34,32 +66,35 @@ def loss_figure(metrics: list[dict]) -> Figure:
     return figure
 
 
-def accuracy_figure(stages: Stages) -> Figure:
+def accuracy_figure(stages: Stages, narrow: bool) -> Figure:
+    """Draw the accuracy and the mean length of answers, a bar per benchmark and stage."""
     names = _benchmarks(stages)
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
-    width = 0.36
+    figure, (top, bottom) = panels(2, narrow)
+    width = 0.8 / len(stages)
     for i, (stage, found) in enumerate(stages.items()):
         shown = [name for name in names if name in found]
         shares, intervals = [found[name].accuracy for name in shown], [found[name].interval for name in shown]
-        places = [names.index(name) + (i - (len(stages) - 1) / 2) * 1.1 * width for name in shown]
+        places = [names.index(name) + (i - (len(stages) - 1) / 2) * width for name in shown]
         below = [100 * min(half, share) for share, half in zip(shares, intervals, strict=True)]
         above = [100 * min(half, 1 - share) for share, half in zip(shares, intervals, strict=True)]
-        style = {"color": COLOURS[i], "label": stage, "capsize": 3}
-        axes.bar(places, [100 * share for share in shares], width, yerr=[below, above], **style)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(
-        ylabel="accuracy, % (95 % interval)", title="Accuracy", ylim=(0, None), xlim=(-0.8, len(names) - 0.2)
-    )
-    _legend(axes, stages)
+        style = {"width": 0.9 * width, "color": COLOURS[i], "label": stage}
+        top.bar(places, [100 * share for share in shares], yerr=[below, above], capsize=4, **style)
+        bottom.bar(places, [found[name].mean_tokens for name in shown], **style)
+    top.set(ylabel="right answers, %", title="Accuracy, with 95 % intervals")
+    bottom.set(ylabel="tokens per answer", title="Mean length of answers")
+    for axes in (top, bottom):
+        axes.set_xticks(range(len(names)), names)
+        axes.set(ylim=(0, None), xlim=(-0.8, len(names) - 0.2))
+        axes.grid(visible=False, axis="x")
+        _legend(axes, stages)
     return figure
 
 
-def length_figure(stages: Stages) -> Figure:
+def length_figure(stages: Stages, narrow: bool) -> Figure:
     """Draw one histogram per benchmark; if there is one stage only, right and wrong answers apart."""
     names = _benchmarks(stages)
-    figure = Figure(figsize=(7, 2.8 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+    figure, panes = panels(len(names), narrow, 3.0)
+    for axes, name in zip(panes, names, strict=True):
         groups = {
             stage: [row["tokens"] for row in found[name].rows]
             for stage, found in stages.items()
@@ -76,16 +111,16 @@ def length_figure(stages: Stages) -> Figure:
         for (kind, lengths), colour in zip(groups.items(), COLOURS, strict=False):
             label = f"{kind} ({len(lengths):,})"
             axes.hist(lengths, bins=30, range=(0, longest), alpha=0.6, color=colour, label=label)
-        axes.set(xlabel="tokens per response", ylabel="responses", title=f"Length of the answers: {name}")
+        axes.set(xlabel="tokens per answer", ylabel="answers", title=f"Length of the answers: {name}")
         axes.legend()
     return figure
 
 
-def caps_figure(stages: Stages) -> Figure:
+def caps_figure(stages: Stages, narrow: bool) -> Figure:
     """Draw the accuracy that smaller limits on length would have given, one panel per benchmark."""
     names = _benchmarks(stages)
-    figure = Figure(figsize=(7, 2.8 * len(names)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
+    figure, panes = panels(len(names), narrow, 3.0)
+    for axes, name in zip(panes, names, strict=True):
         ticks = set()
         for (stage, found), colour in zip(stages.items(), COLOURS, strict=False):
             if name not in found or not found[name].caps:
@@ -101,11 +136,7 @@ def caps_figure(stages: Stages) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(ticks), [f"{cap:,}" for cap in sorted(ticks)])
         axes.set_xticks([], minor=True)
-        axes.set(
-            xlabel="limit on the tokens of a response",
-            ylabel="accuracy, %",
-            title=f"Accuracy against length: {name}",
-        )
+        axes.set(xlabel="limit on tokens per answer", ylabel="accuracy, %", title=f"Shorter limits: {name}")
         axes.set_ylim(0, None)
         _legend(axes, stages)
     return figure

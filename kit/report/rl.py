@@ -1,4 +1,4 @@
-"""Write the report of a reinforcement learning run: rl.png and one self-contained report.html.
+"""Write the report of a reinforcement learning run: two figures and one self-contained report.html.
 
     python -m kit.report runs/grpo_qwen2_5_0_5b/001
 
@@ -9,54 +9,62 @@ run.
 from __future__ import annotations
 
 import html
-import json
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from kit.evaluate.results import read_results
 from kit.report import page as pages
-from kit.report.before_after import findings
-from kit.report.figures import embed
-from kit.run import AFTER, BEFORE, Journal
+from kit.report.answers import browser, marked
+from kit.report.before_after import asked_of, findings, read_run, same_problem, what_came_out
+from kit.report.figures import embed, panels
+from kit.report.first_screen import first_screen
+from kit.run import Journal
 
-PANELS = (  # title, names of metrics; the first gets a thick line
-    ("reward", ("reward_mean",)),
-    ("groups without signal", ("no_signal",)),
-    ("tokens per answer", ("length",)),
-    ("entropy, nats per token", ("entropy",)),
-    ("ratio of new to old probability", ("ratio_mean", "ratio_min", "ratio_max")),
+# title, names of metrics; the first gets a thick line
+FIRST = (("Mean reward (1: right)", ("reward_mean",)), ("Tokens per answer", ("length",)))
+OTHERS = (
+    ("Groups without signal", ("no_signal",)),
+    ("Entropy, nats per token", ("entropy",)),
+    ("Ratio of new to old probability", ("ratio_mean", "ratio_min", "ratio_max")),
     ("KL to the start", ("kl",)),
 )
 SHOWN = 6  # steps whose first group is shown, evenly spaced from the first to the last
 
 
 def write_report(path: Path) -> Path:
-    """Write rl.png and report.html of the run in `path`, and return the report's path.
+    """Write rl.png, rl-more.png and report.html of the run in `path`, and return the report's path.
 
     Raises ValueError if the folder holds no run.
     """
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
-
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config, stages = read_run(path)
     metrics = Journal(path / "metrics.jsonl").read()
-    results = {stage: read_results(path / stage) for stage in (BEFORE, AFTER)}
-    measured = {stage: found for stage, found in results.items() if found}
-    figure_alt = "reward, signal, length, entropy, ratio and KL by step"
-    page = pages.PAGE.format(
-        style=pages.STYLE,
-        title=html.escape(f"{config.get('model', path.name)}, reinforcement learning"),
-        findings=pages.findings(findings(results)),
-        paper="",
-        table=pages.figures_table(measured),
-        images=embed(path / "rl.png", _figure(metrics), alt=figure_alt),
-        training=f"<p>{html.escape(summary(metrics))}</p>",
-        samples=pages.browser(measured) + _samples(Journal(path / "rollouts.jsonl").read()),
-        settings=pages.settings(config),
+    figure = embed(path / "rl.png", partial(_figure, metrics, FIRST), "reward and length by step")
+    more = "signal, entropy, ratio and KL by step"
+    lines = findings(stages)
+    sections = [
+        pages.bullets("Benchmark by benchmark", lines if len(lines) > 1 else ()),
+        f"<h2>Training</h2><p>{html.escape(summary(metrics))}</p>",
+        embed(path / "rl-more.png", partial(_figure, metrics, OTHERS), more),
+        pages.figures_table(stages),
+        "<h2>Answers</h2>" + browser(stages) + _samples(Journal(path / "rollouts.jsonl").read()),
+    ]
+    outcome = what_came_out(stages) if stages else summary(metrics)
+    sentences = (what_was_done(config, metrics, asked_of(stages)), outcome)
+    title = f"{config.get('model', path.name)}, reinforcement learning"
+    return pages.write(path, title, first_screen(sentences, same_problem(stages), figure), sections, config)
+
+
+def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str) -> str:
+    """Describe the run in a sentence."""
+    model, steps, group = config.get("model", "The model"), len(metrics), config.get("group_size", "several")
+    return (
+        f"{model} was trained by reinforcement learning (GRPO) for {steps:,} steps: it answers a problem "
+        f"{group} times, and the right answers among them become more likely. It answered {asked} before "
+        "and after."
     )
-    return pages.write(path, page)
 
 
 def summary(metrics: list[dict]) -> str:
@@ -75,13 +83,13 @@ def summary(metrics: list[dict]) -> str:
     )
 
 
-def _figure(metrics: list[dict]) -> Figure:
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+def _figure(metrics: list[dict], shown: Sequence, narrow: bool) -> Figure:
+    figure, panes = panels(len(shown), narrow, 3.4)
+    for axes, (title, names) in zip(panes, shown, strict=True):
         for name in names:
             rows = [row for row in metrics if isinstance(row.get(name), float | int)]
             steps, values = [row["step"] for row in rows], [row[name] for row in rows]
-            axes.plot(steps, values, lw=2 if name == names[0] else 0.8, label=name)
+            axes.plot(steps, values, lw=2.5 if name == names[0] else 0.8, label=name)
         axes.set(title=title, xlabel="step")
         if len(names) > 1:
             axes.legend()
@@ -103,4 +111,4 @@ def _samples(rows: list[dict]) -> str:
 def _answer(row: dict) -> str:
     cut_off = "" if row["finished"] else " (cut off)"
     title = f"reward {row['reward']}, {row['tokens']:,} tokens{cut_off}"
-    return f"<h4>{title}</h4><pre>{pages.marked(row['text'])}</pre>"
+    return f"<h4>{title}</h4><pre>{marked(row['text'])}</pre>"

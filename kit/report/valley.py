@@ -10,21 +10,24 @@ paired by question and seed.
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from kit.report import page as pages
+from kit.report.answers import STEP_MARKS, answer
+from kit.report.before_after import NOTHING
 from kit.report.curve_figures import causes_figure, rl_figure, steps_figure, valley_figure
 from kit.report.figures import embed
+from kit.report.first_screen import choose, first_screen
 from kit.run import AFTER, BEFORE
-from kit.valley.curves import Curve, Estimate, difference
+from kit.valley.curves import Curve, Estimate, difference, widened
 from kit.valley.error_accumulation import Decomposition, decompose, explain
 from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
 from kit.valley.first_error import CAUSES, STEPWISE
 from kit.valley.jobs import DONE, FAILED
-from kit.valley.sentences import by_start, findings, rl_findings
+from kit.valley.sentences import by_start, findings, rl_findings, what_came_out, what_was_done
 from kit.valley.study import PAPER, Cell, short_name
 
 SHOWN = 12  # problems in the browser
@@ -36,21 +39,49 @@ def write_report(path: Path) -> Path:
     Raises ValueError if there is no study.
     """
     results = StudyResults.read(path)
-    stored = path / "config.json"
-    config = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
-    sections = [f"<p>{html.escape(progress(results))}</p>"]
+    first = next((model for model in results.models if _measured(results, model)), "")
+    sections = [f"<p><small>{html.escape(progress(results))}</small></p>"]
     for model in results.models:
-        sections += [of_model(path, results, model), why(path, results, model)]
+        sections += [of_model(path, results, model, drawn=model == first), why(path, results, model)]
     sections += [
         rl_section(path, results),
-        "<h2>Every cell</h2>" + table(results),
+        "<h2>Every cell (one size of one training set)</h2>" + table(results),
         failures(results),
-        _list("What differs from the paper", results.deviations),
+        pages.bullets("What differs from the paper", results.deviations),
         same_problem(results),
     ]
-    settings = pages.settings(config)
-    page = PAGE.format(style=pages.STYLE + STYLE, sections="\n".join(sections), settings=settings)
-    return pages.write(path, page)
+    title = f"Through the valley: {', '.join(map(short_name, results.models))}"
+    return pages.write(path, title, opening(path, results, first), sections, results.settings)
+
+
+def opening(path: Path, results: StudyResults, model: str) -> str:
+    """Return the first screen: the first curve of the first model that has one ("" = none has)."""
+    curve = next(iter(_measured(results, model)), None)
+    outcome = what_came_out(curve, is_short=results.is_short) if curve else NOTHING
+    sentences = (what_was_done(results), outcome)
+    if curve is None:
+        return first_screen(sentences, None, "")
+    low, looks = curve.lowest, len(curve.points)
+    sizes = next(iter(results.points(model)[0].values()))
+    tuned = sizes[curve.points[low].num_traces][0]
+    base = results.bases(model)[tuned.cell.seed]
+    change = curve.changes()[low]
+    titles = ("base model", f"after {tuned.cell.num_traces:,} traces")
+    widest = Estimate(change.mean, widened(looks) * change.half)
+    pair = choose(base.results, tuned.results, widest, titles)
+    return first_screen(sentences, pair, drawing(path, results, model))
+
+
+def _measured(results: StudyResults, model: str) -> list[Curve]:
+    return [curve for curve in results.curves(model) if curve.points]
+
+
+def drawing(path: Path, results: StudyResults, model: str) -> str:
+    """Write the figure of a model's curves, with the paper's numbers, and return it as HTML."""
+    name, curves = short_name(model), results.curves(model)
+    paper = {size: float(text) for (of, size), text in PAPER.items() if of == name.lower() and text.isdigit()}
+    draw = partial(valley_figure, curves, results.length_benchmark, paper)
+    return embed(path / f"{name}.png", draw, f"{model}: accuracy and length against the number of traces")
 
 
 def progress(results: StudyResults) -> str:
@@ -62,21 +93,21 @@ def progress(results: StudyResults) -> str:
     cells += f", {waiting} have not ended yet" if waiting else ""
     several = len({found.cell.seed for found in results.finished}) > 1
     one = "; with one seed they do not cover how one training differs from the next"
-    return f"{cells}. Bands and ± are 95 % intervals over questions{' and seeds' if several else one}."
+    return (
+        f"{cells}. Bands, ± and ranges are 95 % intervals over questions{' and seeds' if several else one}. "
+        "A seed is one random choice of traces and samples."
+    )
 
 
-def of_model(path: Path, results: StudyResults, model: str) -> str:
-    """Return the section of one model: what the first arm shows, the figure, the other arms."""
-    curves, refused = results.curves(model), results.points(model)[1]
-    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", pages.findings(refused)
-    if not any(curve.points for curve in curves):
-        return f"{heading}{notes}<p>Nothing to compare yet.</p>"
-    lines, name = findings(curves), short_name(model).lower()
-    paper = {size: float(text) for (of, size), text in PAPER.items() if of == name and text.isdigit()}
-    figure = valley_figure(curves, results.length_benchmark, paper)
-    alt = f"{model}: accuracy and length against the number of traces"
-    drawn = embed(path / f"{short_name(model)}.png", figure, alt=alt)
-    return heading + pages.findings(lines[:2]) + notes + drawn + _list("The other arms", lines[2:], level=3)
+def of_model(path: Path, results: StudyResults, model: str, *, drawn: bool) -> str:
+    """Return the section of one model. drawn: its figure and its first sentence are on the first screen."""
+    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", results.points(model)[1]
+    curves = results.curves(model)
+    if not _measured(results, model):
+        return f"{heading}{pages.findings(notes)}<p>Nothing to compare yet.</p>"
+    lines, figure = findings(curves), "" if drawn else drawing(path, results, model)
+    others = pages.bullets("The other training sets", lines[2:], level=3)
+    return heading + pages.findings([*lines[drawn:2], *notes]) + figure + others
 
 
 def why(path: Path, results: StudyResults, model: str) -> str:
@@ -99,8 +130,8 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     parts = [
         f"<h3>Why: {html.escape(name)}, answers step by step ({benchmark})</h3>",
         pages.findings(explain(base, rest)),
-        embed(path / f"{short_name(model)}-causes.png", causes_figure(base, rest)),
-        embed(path / f"{short_name(model)}-steps.png", steps_figure(base, rest)),
+        embed(path / f"{short_name(model)}-causes.png", partial(causes_figure, [base, *rest])),
+        embed(path / f"{short_name(model)}-steps.png", partial(steps_figure, [base, *rest])),
         WHY_NOTE.format(causes=causes),
         why_table([base, *rest]),
     ]
@@ -111,15 +142,15 @@ def why_table(points: Sequence[Decomposition]) -> str:
     """Return one row per size of what the answers' steps show."""
     columns = {
         "traces": lambda p: f"{p.num_traces:,}" if p.num_traces else "base model",
-        "accuracy, %": lambda p: pages.in_percent(p.accuracy),
-        "p, %": lambda p: pages.in_percent(p.step_accuracy),
-        "p^n, %": lambda p: pages.in_percent(p.predicted),
-        "accuracy - p^n": lambda p: pages.in_percent(p.residual),
+        "accuracy, %": lambda p: pages.share_cell(p.accuracy),
+        "p, %": lambda p: pages.share_cell(p.step_accuracy),
+        "p^n, %": lambda p: pages.share_cell(p.predicted),
+        "accuracy - p^n": lambda p: pages.share_cell(p.residual, "+"),
         "right by luck, %": lambda p: f"{100 * p.saved:.1f}",
         "operations": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
         "checks": lambda p: f"{p.checks:.1f}",
         "corrections": lambda p: f"{p.corrections:.1f}",
-        "rechecks, %": lambda p: f"{100 * p.reflection.mean:.0f} ± {100 * p.reflection.half:.0f}",
+        "rechecks, %": lambda p: pages.share_cell(p.reflection),
         "tokens longer": lambda p: _tokens_longer(p.reflection_tokens),
         "cut off, %": lambda p: f"{100 * p.truncated:.0f}",
         "in a loop, %": lambda p: f"{100 * p.looping:.0f}",
@@ -139,12 +170,12 @@ def rl_section(path: Path, results: StudyResults) -> str:
     parts.append(pages.findings(rl_findings(results.rl, results.length_benchmark)))
     for i, (name, starts) in enumerate(by_start(results.rl).items(), 1):
         alt = f"{name}: reward of the rollouts against the step"
-        parts.append(embed(path / f"rl-{i}.png", rl_figure(starts), alt=alt))
+        parts.append(embed(path / f"rl-{i}.png", partial(rl_figure, starts), alt))
     rows = []
     for run in results.rl:
         before, after = ({run.start.seed: shares(run.stages[stage])} for stage in (BEFORE, AFTER))
         accuracies = [f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)]
-        change = pages.in_percent(difference(after, before), "+")
+        change = pages.share_cell(difference(after, before), "+")
         rows.append([run.start.name, *accuracies, change, f"{RL}/{run.start.name}/report.html"])
     heads = ("start", "before, %", "after, %", "change, points", "its report")
     return "".join([*parts, pages.table(heads, rows), RL_NOTE])
@@ -168,7 +199,14 @@ def table(results: StudyResults) -> str:
         if outcome is None or outcome.status == FAILED:
             state = "not ended yet" if outcome is None else "FAILED"
             rows.append([*_columns(cell), f"seed {cell.seed}: {state}"])
-    return pages.table((*HEADS, *benchmarks), rows) + NOTES.format(length=html.escape(length_of))
+    width = len(HEADS)
+    found = pages.table(HEADS, [row[:width] for row in rows]) + NOTES.format(length=html.escape(length_of))
+    if benchmarks:
+        each = pages.table(
+            (*HEADS[:3], *benchmarks), [[*row[:3], *row[width:]] for row in rows if len(row) > width]
+        )
+        found += f"<h3>Accuracy by benchmark, %</h3>{each}"
+    return found
 
 
 HEADS = (
@@ -191,8 +229,8 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
     columns = [
         str(len(seeds)),
         f"{len(seeds[0].metrics):,}" if trained else "-",
-        pages.in_percent(point.accuracy),
-        pages.in_percent(difference(point.shares, curve.base.shares), "+") if trained else "-",
+        pages.share_cell(point.accuracy),
+        pages.share_cell(difference(point.shares, curve.base.shares), "+") if trained else "-",
         PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
     ]
@@ -201,8 +239,9 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
     columns.append(f"{hours:.2f}" if trained else "-")
     for name in benchmarks:
         found = [of_seed.results[name] for of_seed in seeds if name in of_seed.results]
-        spread = f" ± {100 * found[0].interval:.1f}" if len(found) == 1 else ""
-        columns.append(f"{100 * fmean(result.accuracy for result in found):.1f}{spread}" if found else "-")
+        mean = fmean(result.accuracy for result in found) if found else 0.0
+        alone = found and pages.share_cell(Estimate(mean, found[0].interval))
+        columns.append(alone if len(found) == 1 else f"{100 * mean:.1f}" if found else "-")
     return columns
 
 
@@ -237,31 +276,15 @@ def same_problem(results: StudyResults) -> str:
     parts = []
     for key in common[:SHOWN]:
         row = samples[0][key]
-        answers = [_answer(done.cell, key[0], rows[key]) for done, rows in zip(columns, samples, strict=True)]
+        pairs = zip(columns, samples, strict=True)
+        shown = "".join(answer(_title(done.cell), key[0], rows[key]) for done, rows in pairs)
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
-        parts.append(
-            f"<details{'' if parts else ' open'}><summary>{summary}</summary>"
-            f"<div class=pair>{''.join(answers)}</div></details>"
-        )
+        parts.append(f"<details><summary>{summary}</summary><div class=pair>{shown}</div></details>")
     return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""
 
 
-def _answer(cell: Cell, benchmark: str, row: dict) -> str:
-    """Return one answer, with its wrong steps marked if they can be checked."""
-    title = html.escape(f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve)
-    cause, spans = "", {}
-    if benchmark in STEPWISE:
-        found = STEPWISE[benchmark](row["problem"], row["text"], finished=row["finished"])
-        cause = f": {found.cause}" if found.cause else ""
-        spans = dict.fromkeys(found.wrong, "mark class=wrong")
-        spans |= dict.fromkeys(found.taken_back, "mark class=taken-back")
-    verdict = f"<span class={row['verdict']}>{row['verdict']}</span>"
-    return f"<div><h4>{title}: {verdict}{cause}</h4><pre>{pages.marked(row['text'], spans)}</pre></div>"
-
-
-def _list(title: str, lines: Sequence[str], level: int = 2) -> str:
-    items = "".join(f"<li>{html.escape(line)}" for line in lines)
-    return f"<h{level}>{title}</h{level}><ul>{items}</ul>" if lines else ""
+def _title(cell: Cell) -> str:
+    return f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve
 
 
 WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the
@@ -281,20 +304,6 @@ an upper bound. ¹ Full fine-tuning, in percent; what its text states as a numbe
 Mean tokens of the responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over
 the seeds. A QLoRA model is compared with the base model in its own precision, so what rounding to NF4 does is
 part of the difference.</small></p>"""
-BROWSER_NOTE = """<p><small>The first sample of the first seed. Marked: <mark class=wrong>steps that are not
-the problem's</mark> and <mark class=taken-back>what the answer itself takes back</mark>, if its steps can be
-checked; <mark>reflection</mark>, <b class=box>boxed answers</b>.</small></p>"""
-STYLE = """
-.finding { margin: .5rem 0 } @media (min-width: 90rem) { body { max-width: 84rem } img { max-width: 62rem } }
-mark.wrong { background: #f6b8ae; color: #6d130a; text-decoration: underline }
-mark.taken-back { background: #e4e4e4 }
-"""
-PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
-<title>Through the valley</title>
-<style>{style}</style>
-<h1>Through the valley: accuracy and length against the number of traces</h1>
-{sections}
-<details><summary>Settings</summary><div class=wide><table>{settings}</table></div></details>
-</html>
-"""
+BROWSER_NOTE = f"""<p><small>The first sample of the first seed. Marked: <b class=box>boxed answers</b>
+and, if the steps of an answer can be checked, {STEP_MARKS}; otherwise <mark>reflection
+phrases</mark>.</small></p>"""

@@ -44,6 +44,7 @@ from kit.kernels.linear_cross_entropy import linear_cross_entropy, token_logprob
 from kit.kernels.linear_cross_entropy_chunks import kept_rows
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import IGNORE_INDEX, plan_packs
+from kit.progress import Progress
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group
 from kit.rl.objective import RunningStats, group_advantages, has_signal, token_losses, token_weight
 from kit.rl.settings import Settings, check_savings
@@ -178,7 +179,8 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
 
     stats, at_first, losses, norms, tokens = RunningStats(), {}, [], [], 0
     loss_of = grpo_loss(policy.model, settings, stats, policy.savings.logit_rows)
-    for minibatch in minibatches:
+    progress = Progress("update", "mini-batches", len(minibatches))
+    for minibatch in progress.over(minibatches):
         policy.optimizer.zero_grad(set_to_none=True)  # frees the last step's gradients while scoring
         rows = rows_of(policy, minibatch)
         if not rows:

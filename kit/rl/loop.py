@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.memory.measured import PeakMemory
 from kit.models import folder
 from kit.models.backbone import head_weight
+from kit.progress import Progress, print_line
 from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
 from kit.run import Journal, RunFolder
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 
 SAMPLES = "rollouts.jsonl"
-LOSS_NEAR_ZERO = (
-    "a loss near zero is normal: the advantages of a group sum to zero, so on-policy the loss does, too, but "
-    "its gradient does not. Watch reward, length and ratio instead"
-)
 
 
 def train(
@@ -67,6 +63,8 @@ def train(
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
     policy.drawn = done * batch_prompts
+    if done:
+        print(f"training    goes on after step {done} of {steps}")
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
 
     def save(step: int) -> None:
@@ -82,74 +80,64 @@ def train(
             kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
             raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
 
-    bar = tqdm(total=steps, initial=done, desc="rl", unit=" steps", disable=None)
+    with Progress("GRPO", "steps", steps, done) as progress:
+        for step in range(done + 1, steps + 1):
+            start = time.perf_counter()
+            try:
+                prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
+                episodes = sample_or_stop(step, prompts)
+                seconds = time.perf_counter() - start
+                with LetFinish("this update, then a checkpoint") as interrupt:
+                    found = update(policy, episodes)
+            except torch.OutOfMemoryError as error:
+                raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
+            if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
+                newest = checkpoint.latest(checkpoints)
+                raise ValueError(
+                    f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower "
+                    f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+                )
 
-    for step in range(done + 1, steps + 1):
-        start = time.perf_counter()
-        try:
-            prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
-            episodes = sample_or_stop(step, prompts)
-            seconds = time.perf_counter() - start
-            with LetFinish("this update, then a checkpoint") as interrupt:
-                found = update(policy, episodes)
-        except torch.OutOfMemoryError as error:
-            raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-        if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
-            newest = checkpoint.latest(checkpoints)
-            raise ValueError(
-                f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower --lr. "
-                f"The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
-            )
+            memory.look(step, steps)
+            speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
+            time_and_memory = {
+                "rollout_seconds": seconds,
+                "rollout_tokens_per_second": speed,
+                "peak_gib": memory.gib,
+                "reserved_gib": memory.reserved_gib,
+            }
+            run.metrics.append({"step": step, **found, **time_and_memory})
+            for episode in by_group(episodes)[0]:
+                completion = episode.completion
+                sample = {
+                    "tokens": len(completion.ids),
+                    "finished": completion.finished,
+                    "text": completion.text,
+                }
+                samples.append(
+                    {"step": step, "question": episode.question, "reward": episode.reward, **sample}
+                )
+            print_line(line(step, steps, found, speed))
+            progress.update(f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s")
+            if interrupt.asked or (checkpoint_every and step % checkpoint_every == 0 and step < steps):
+                save(step)
+            if interrupt.asked:
+                raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
-        memory.look(step, steps)
-        speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
-        time_and_memory = {
-            "rollout_seconds": seconds,
-            "rollout_tokens_per_second": speed,
-            "peak_gib": memory.gib,
-            "reserved_gib": memory.reserved_gib,
-        }
-        run.metrics.append({"step": step, **found, **time_and_memory})
-        for episode in by_group(episodes)[0]:
-            completion = episode.completion
-            sample = {"tokens": len(completion.ids), "finished": completion.finished, "text": completion.text}
-            samples.append({"step": step, "question": episode.question, "reward": episode.reward, **sample})
-        tqdm.write(line(step, found, speed))
-        if step == done + 1:
-            tqdm.write(f"  {LOSS_NEAR_ZERO}")
-        bar.update()
-        if interrupt.asked or (checkpoint_every and step % checkpoint_every == 0 and step < steps):
-            save(step)
-        if interrupt.asked:
-            raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
-
-    bar.close()
     policy.close()
     folder.save_model(finished, policy.model, policy.chat.tokenizer)
     shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and no longer needed
     return finished
 
 
-def line(step: int, found: dict[str, float], rollout_speed: float) -> str:
-    """Return a step's metrics as one line for the log."""
-    parts = [
-        f"step {step}: reward {found['reward_mean']:.3f} ± {found['reward_std']:.3f}",
-        f"no signal {found['no_signal']:.0%}",
-        f"length {found['length']:.0f} ({found['truncated']:.0%} cut off)",
-        f"entropy {found['entropy']:.3f}",
-        f"loss {found['loss']:.1e}",
-    ]
-    if found["updates"]:
-        parts += [
-            f"ratio {found['ratio_min']:.2f} {found['ratio_mean']:.3f} {found['ratio_max']:.2f}",
-            f"clipped {found['clipped_low']:.1%} low {found['clipped_high']:.1%} high",
-        ]
+def line(step: int, steps: int, found: dict[str, float], rollout_speed: float) -> str:
+    """Return what to watch of a step's metrics as one line; run.metrics has all of them."""
+    parts = [f"reward {found['reward_mean']:.3f}", f"length {found['length']:.0f}"]
     if "kl" in found:
         parts.append(f"KL {found['kl']:.2e}")
+    parts.append(f"{rollout_speed:,.0f} tokens/s sampled")
     if empty := found["empty_minibatches"]:
         parts.append(
             f"no update in {empty} mini-batches: every completion cut off, rejected or without signal"
         )
-    parts += [f"{value} {name}" for name, value in found.items() if name.startswith("rejected")]
-    parts.append(f"tokens/s {rollout_speed:,.0f} sampled, {found['update_tokens_per_second']:,.0f} trained")
-    return "; ".join(parts)
+    return f"step {step} of {steps}: " + "; ".join(parts)

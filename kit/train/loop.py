@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from tqdm import tqdm
 
 from kit.command import LetFinish, Stopped
 from kit.machine import return_memory
 from kit.models import folder
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
+from kit.progress import Progress
 from kit.run import RunFolder
 from kit.train import checkpoint
 from kit.train.loss import LossOfRow
@@ -164,11 +164,16 @@ def train(
     newest = checkpoint.latest(checkpoints)
     done = checkpoint.load(newest, model, optimizer) if newest else 0
     run.metrics.keep(lambda row: row["step"] <= done)
+    if done:
+        print(f"training    goes on after step {done} of {num_steps}")
 
-    bar = tqdm(total=num_steps, initial=done, desc="training", unit=" steps", disable=None)
-    with LetFinish("this step, then a checkpoint") as interrupt:
+    progress = Progress("training", "steps", num_steps, done)
+    with progress, LetFinish("this step, then a checkpoint") as interrupt:
         for step in range(done, num_steps):
             start = time.perf_counter()
+            compiles = device.type == "cuda" and step == done
+            if compiles:
+                progress.text = "the first step compiles Triton's kernels"
             factor = cosine_with_warmup(step, num_steps, warmup_ratio)
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
@@ -178,7 +183,6 @@ def train(
             except torch.OutOfMemoryError as error:
                 raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
             seconds = time.perf_counter() - start
-            compiles = device.type == "cuda" and step == done  # the first step compiles Triton's kernels
             if not math.isfinite(loss) or not math.isfinite(norm):
                 newest = checkpoint.latest(checkpoints)
                 raise ValueError(
@@ -205,17 +209,15 @@ def train(
                     "reserved_gib": memory.reserved_gib,
                 }
             )
-            peak = {} if memory.gib is None else {"GiB": f"{memory.gib:.1f}"}
-            speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f}"
-            bar.set_postfix({"loss": f"{loss:.3f}", "tok/s": speed, **peak}, refresh=False)
-            bar.update()
+            speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
+            peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
+            progress.update(f"loss {loss:.3f}, {speed}{peak}")
             due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
             if due or interrupt.asked:
                 checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
             if interrupt.asked:
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
-    bar.close()
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 
-from kit.evaluate.uncertainty import half_width
+from kit.evaluate.uncertainty import half_width, in_percent
 
 # question, or (benchmark, question) -> the mean over its samples: the share of right ones, or tokens
 ByQuestion = Mapping[str | tuple[str, str], float]
@@ -34,9 +34,6 @@ class Estimate:
     @property
     def high(self) -> float:
         return self.mean + self.half
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half:.3f}"
 
     def above_zero(self, num_looks: int = 1) -> bool:
         """Return whether it is certainly above zero. num_looks: differences that it was picked from."""
@@ -165,9 +162,10 @@ def difference(
 
 def percent(value: Estimate) -> str:
     """Return a share with its interval, in percent."""
-    return f"{100 * value.mean:.1f} % ± {100 * value.half:.1f}"
+    return in_percent(value.mean, value.half)
 
 
 def points(value: Estimate) -> str:
-    """Return a difference of shares with its interval, in points."""
-    return f"{100 * value.mean:+.1f} points ± {100 * value.half:.1f}"
+    """Return a difference of shares with its interval, in points: -87.0 points, -95.9 to -78.1."""
+    low, high = max(-1.0, value.low), min(1.0, value.high)
+    return f"{100 * value.mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from kit.evaluate.results import Result
-from kit.valley.curves import ByQuestion, Estimate, estimate, percent
+from kit.valley.curves import ByQuestion, Estimate, estimate, percent, points
 from kit.valley.first_error import CAUSES, Anatomy, dissect
 
 WRONG_STEP = ("a sum is wrong", "another step")  # of CAUSES: what p counts
@@ -158,11 +158,11 @@ def explain(base: Decomposition, points: Sequence[Decomposition]) -> list[str]:
 def _fit_sentence(base: Decomposition, low: Decomposition) -> str:
     certain = low.residual.above_zero() or low.residual.below_zero()
     return (
-        f"A step is right with p = {base.step_accuracy} in the base model and {low.step_accuracy} at "
-        f"{low.num_traces:,} traces, where accuracy is lowest. If all steps were alike and nothing else went "
-        f"wrong, answers would be right with p^n, n the problem's steps: {percent(low.predicted)}; measured "
-        f"{percent(low.accuracy)}, {'a difference of' if certain else 'the same within chance:'} "
-        f"{100 * low.residual.mean:+.1f} points ± {100 * low.residual.half:.1f}."
+        f"A step is right with p = {percent(base.step_accuracy)} in the base model and "
+        f"{percent(low.step_accuracy)} at {low.num_traces:,} traces, where accuracy is lowest. If all steps "
+        f"were alike and nothing else went wrong, all n steps of a problem would be right with probability "
+        f"p^n: {percent(low.predicted)}. Measured is {percent(low.accuracy)}, "
+        f"{'a difference' if certain else 'the same within chance'} ({points(low.residual)})."
     )
 
 
@@ -182,7 +182,7 @@ def _length_sentence(base: Decomposition, low: Decomposition) -> str:
     return (
         f"Longer answers by themselves explain {share} of the fall. Answers perform {performed}, against "
         f"{base.operations.mean:.1f} before. If these were as reliable as the base model's "
-        f"({percent(base.equation_accuracy)} of its equations are true), this would cost "
+        f"({100 * base.equation_accuracy.mean:.1f} % of its equations are true), this would cost "
         f"{100 * by_length:.1f} of the {100 * lost:.1f} points that were lost. {rest}, too."
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -59,6 +59,7 @@ class StudyResults:
     outcomes: dict[str, Outcome]  # of every run that has ended, by name
     finished: list[Finished]  # base models first
     rl: list[RLRun]
+    settings: Mapping[str, object] = field(default_factory=dict)  # of the recipe
 
     @classmethod
     def read(cls, path: Path) -> StudyResults:
@@ -69,7 +70,7 @@ class StudyResults:
             )
         stored = json.loads((path / STUDY).read_text(encoding="utf-8"))
         cells = [Cell(**row) for row in stored["cells"]]
-        outcomes = read_outcomes(path)
+        outcomes, config = read_outcomes(path), path / "config.json"
         done = {name for name, outcome in outcomes.items() if outcome.status == DONE}
 
         bases = dict.fromkeys(Cell.of_base(cell.model, cell.seed, cell.method) for cell in cells)
@@ -82,7 +83,13 @@ class StudyResults:
             outcomes,
             finished,
             [run for run in rl_runs if all(run.stages.values())],
+            json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
         )
+
+    @property
+    def is_short(self) -> bool:
+        """Whether this is the demo's --smoke, which --quick continues to more traces."""
+        return bool(self.settings.get("smoke")) and "quick" in self.settings
 
     @property
     def models(self) -> list[str]:

@@ -29,6 +29,9 @@ CAUSES = {
 STEPS_END = re.compile(r"</think>|\\boxed")
 
 
+Spans = tuple[tuple[int, int], ...]  # (start, end) in an answer's text
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What one answer shows, step by step."""
@@ -36,10 +39,9 @@ class Anatomy:
     cause: str  # of CAUSES, or "" if nothing is wrong
     right_steps: int  # before the first wrong one
     num_steps: int  # of the problem
-    wrong: tuple[
-        tuple[int, int], ...
-    ]  # (start, end) in the text: equations in force that are not the next step
-    taken_back: tuple[tuple[int, int], ...]  # false equations that the answer itself takes back
+    right: Spans  # equations in force that are the problem's step at their place
+    wrong: Spans  # equations in force that are not
+    taken_back: Spans  # false equations that the answer itself takes back
     num_operations: int  # that the answer performs, including checks
     num_false: int  # of its equations, taken back or not
     num_equations: int
@@ -87,11 +89,13 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
     else:
         cause = "no box" if boxed is None else "" if boxed == chain.answer else "box differs"
 
+    fits = [i < len(wanted) and _plain(e) == wanted[i] for i, e in enumerate(in_force)]
     return Anatomy(
         cause=cause,
         right_steps=right,
         num_steps=len(wanted),
-        wrong=tuple(_span(e) for i, e in enumerate(in_force) if i >= len(wanted) or _plain(e) != wanted[i]),
+        right=tuple(_span(e) for e, fit in zip(in_force, fits, strict=True) if fit),
+        wrong=tuple(_span(e) for e, fit in zip(in_force, fits, strict=True) if not fit),
         taken_back=tuple(_span(e) for e in taken_back),
         num_operations=sum(equation.num_operations for equation in equations),
         num_false=sum(not equation.is_right for equation in equations),
@@ -115,6 +119,7 @@ def dissect_arithmetic(problem: str, text: str, *, finished: bool) -> Anatomy:
         cause=cause if finished or false else "cut off",
         right_steps=steps.num_before_wrong,
         num_steps=steps.num_needed,
+        right=tuple(_span(equation) for equation in steps.equations if equation.is_right),
         wrong=tuple(map(_span, false)),
         taken_back=(),
         num_operations=steps.num_operations,

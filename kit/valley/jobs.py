@@ -27,15 +27,14 @@ from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
-from tqdm import tqdm
-
 from kit.command import start
+from kit.progress import Progress
 from kit.run import Journal
 
 JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
 TAIL = 12  # lines of the log that are kept with a failure
-LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the progress bar
+LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the display
 ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
 # what a traceback ends with
 MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")
@@ -55,7 +54,7 @@ class Job:
     """A run of a recipe."""
 
     name: str
-    recipe: Path
+    recipe: str  # module with Config, main, SMOKE and, if it has any, PRESETS
     settings: Mapping[str, object]  # of the recipe
     folder: Path  # its run folder
     needs: tuple[str, ...] = ()  # names of the jobs that must be done first
@@ -139,7 +138,7 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
 
     idle, running, done = list(workers), [], len(jobs) - len(waiting)
     context = _context(waiting, workers)
-    with tqdm(total=len(jobs), initial=done, desc="runs", unit=" runs", disable=None) as bar:
+    with Progress("study", "runs", len(jobs), done) as progress:
         try:
             while waiting or running:
                 blocked = {job.name: why for job in waiting if (why := job.obstacle(state))}
@@ -151,18 +150,18 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
                     waiting.remove(job)
                     running.append(_Running(job, idle.pop(0), context))
 
-                bar.set_postfix_str(", ".join(map(str, running)))
                 if running and not ended:
                     connection.wait([run.process.sentinel for run in running], LOOK_EVERY)
                 for run in [run for run in running if not run.process.is_alive()]:
                     running.remove(run)
                     idle.append(run.worker)
                     ended.append(run.outcome())
+                progress.text = ", ".join(map(str, running))
 
                 for outcome in ended:
                     state[outcome.job] = outcome.status
                     journal.append(asdict(outcome))
-                    bar.update()
+                    progress.update()
                     yield outcome
         finally:
             _end(running)
@@ -189,9 +188,9 @@ def _context(jobs: Sequence[Job], workers: Sequence[Worker]):
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     if jobs:
-        context.set_forkserver_preload([*PRELOADED, *sorted({job.recipe.stem for job in jobs})])
-        folders = [*dict.fromkeys(str(job.recipe.parent.resolve()) for job in jobs), *filter(None, sys.path)]
-        with _environment({**KEEP_FREED_MEMORY, **os.environ, "PYTHONPATH": os.pathsep.join(folders)}):
+        context.set_forkserver_preload([*PRELOADED, *sorted({job.recipe for job in jobs})])
+        folders = os.pathsep.join(filter(None, sys.path))
+        with _environment({**KEEP_FREED_MEMORY, **os.environ, "PYTHONPATH": folders}):
             forkserver.ensure_running()
     return context
 
@@ -220,7 +219,7 @@ class _Running:
         card = {"CUDA_VISIBLE_DEVICES": worker.card} if worker.card else {}
         with _environment(card):  # inherited by a process that starts from scratch, passed on to a forked one
             here = (dict(os.environ), os.getcwd(), worker.on_card)
-            arguments = (job.recipe.resolve(), job.command(), self.log.resolve(), *here)
+            arguments = (job.recipe, job.command(), self.log.resolve(), *here)
             self.process = context.Process(target=_run, args=arguments)
             self.process.start()
 
@@ -241,12 +240,9 @@ class _Running:
 
 
 def _run(
-    recipe: Path, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool
+    recipe: str, flags: list[str], log: Path, environment: dict[str, str], folder: str, on_card: bool
 ) -> None:
-    """Run a recipe in this process, which has just been started.
-
-    recipe: a file with Config, main, SMOKE and, if it has any, PRESETS. flags: as on its command line.
-    """
+    """Run a recipe in this process, which has just been started. flags: as on its command line."""
     if os.name == "posix":
         os.setpgrp()  # Ctrl-C on a terminal is for the study, which then asks its runs to end
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
@@ -262,9 +258,8 @@ def _run(
 
         torch.set_num_threads(1)
 
-    print(f"python {shlex.join([str(recipe), *flags])}")
-    sys.path.insert(0, str(recipe.parent))
-    module = importlib.import_module(recipe.stem)
+    print(f"python -m {shlex.join([recipe, *flags])}")
+    module = importlib.import_module(recipe)
     start(module.main, module.Config, flags, smoke=module.SMOKE, presets=getattr(module, "PRESETS", None))
 
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from tqdm import tqdm
-
-from kit.command import Stopped
+from kit.command import Stopped, finish
 from kit.evaluate.results import read_results
+from kit.progress import print_line
 from kit.run import AFTER, SAMPLES
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
 from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
@@ -29,7 +28,6 @@ REPORT_EVERY = 600.0  # seconds, at least, between two reports of an unfinished 
 class Recipes:
     """The recipes that a study runs, and their settings other than those that follow from a cell."""
 
-    folder: Path  # recipes/
     evaluate: dict  # of evaluate.py
     finetune: Callable[[Cell], dict]  # of gemma3_1b_8k.py; raises ValueError for a cell that cannot be run
     reinforce: Callable[[Cell], dict]  # of grpo_qwen2_5_0_5b.py, for this start
@@ -45,8 +43,8 @@ def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
     found: dict[str, Job] = {}
     for cell in cells:
         baseline, common = path / CELLS / cell.baseline, {"model": cell.model, "seed": cell.seed}
-        recipe = recipes.folder / "evaluate.py"
-        found.setdefault(cell.baseline, Job(cell.baseline, recipe, recipes.evaluate | common, baseline))
+        evaluation = Job(cell.baseline, "kit.recipes.evaluate", recipes.evaluate | common, baseline)
+        found.setdefault(cell.baseline, evaluation)
 
         settings, problem = {}, ""
         try:
@@ -56,7 +54,7 @@ def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
         own = {name: getattr(cell, name) for name in ("num_traces", "epochs", "batch_traces")}
         own |= {"long_share": ARMS[cell.arm].long_share, "qlora_rank": recipes.rank(cell)}
         settings = settings | common | own | {"baseline": str(baseline)}
-        recipe, folder = recipes.folder / "gemma3_1b_8k.py", path / CELLS / cell.name
+        recipe, folder = "kit.recipes.gemma3_1b_8k", path / CELLS / cell.name
         found[cell.name] = Job(cell.name, recipe, settings, folder, (cell.baseline,), problem=problem)
     return list(found.values())
 
@@ -70,7 +68,7 @@ def rl_jobs(starts: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
         else:  # adapters are trained on as they are
             settings, needs = {"model": str(path / CELLS / start.name / "model")}, (start.name,)
         settings = recipes.reinforce(start) | settings | {"seed": RL_SEED + start.seed}
-        recipe, folder = recipes.folder / "grpo_qwen2_5_0_5b.py", path / RL / start.name
+        recipe, folder = "kit.recipes.grpo_qwen2_5_0_5b", path / RL / start.name
         found.append(Job(rl_name(start), recipe, settings, folder, needs, recipes.rl_flags))
     return found
 
@@ -123,12 +121,13 @@ def run_study(
     deviations: Sequence[str],
     rl: Sequence[str],
     write_report: Callable[[Path], Path],
+    then: tuple[str, str],
 ) -> Path:
     """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
     cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
-    longest runs, so that they end together. Raises SystemExit naming the runs that failed, once all others
-    are done.
+    longest runs, so that they end together. then: a command to type next, and its effect.
+    Raises SystemExit naming the runs that failed, once all others are done.
     """
     write_study(path, cells, deviations)
     jobs = jobs_of(cells, recipes, path)
@@ -146,7 +145,7 @@ def run_study(
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
-    print(f"report {report}")
+    finish(report, *then)
     if failed:
         names = ", ".join(failed)
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")
@@ -159,7 +158,7 @@ def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_repor
     try:
         for outcome in run_jobs(jobs, path, workers):
             ended += 1
-            tqdm.write(line(outcome))
+            print_line(line(outcome))
             if outcome.status == FAILED:
                 failed.append(outcome.job)
             if time.monotonic() - reported > REPORT_EVERY:

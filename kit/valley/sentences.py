@@ -1,4 +1,4 @@
-"""Sentences that say what the curves of a study show, and what reinforcement learning from its starts does.
+"""Sentences about a study: what was done, what its curves show, what reinforcement learning does.
 
 Every sentence is computed: an arm falls, rises or recovers only if an interval says so.
 """
@@ -11,15 +11,47 @@ from statistics import fmean
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import ByQuestion, Curve, difference, estimate, percent, points
 from kit.valley.finished import RLRun, StudyResults, shares, tokens
-from kit.valley.study import QLORA, short_name
+from kit.valley.study import ARMS, QLORA, short_name
 
 BASE_START = "the base model"
+LISTED = 4  # numbers of traces named one by one; of more, the smallest and the largest
+SMOKE_HINT = (
+    "This was --smoke; `python recipes/valley_demo.py --quick` tries more traces and shows the climb."
+)
 
 
 def sentences(results: StudyResults) -> list[str]:
     """Return what a study says, model by model."""
     of_curves = [line for model in results.models for line in findings(results.curves(model))]
-    return of_curves + rl_findings(results.rl, results.length_benchmark)
+    of_rl = rl_findings(results.rl, results.length_benchmark)
+    return of_curves + of_rl + ([SMOKE_HINT] if of_curves and results.is_short else [])
+
+
+def what_was_done(results: StudyResults) -> str:
+    """Describe a study in a sentence."""
+    cells, models = results.cells, _listed([short_name(model) for model in results.models])
+    sizes = sorted({cell.num_traces for cell in cells if cell.arm == cells[0].arm})
+    counts = f"{sizes[0]:,} to {sizes[-1]:,}"
+    if len(sizes) <= LISTED:
+        counts = _listed([f"{size:,}" for size in sizes])
+    num_seeds, be = len({cell.seed for cell in cells}), "was" if len(results.models) == 1 else "were"
+    seeds = f", {num_seeds} times with other random choices (seeds)" if num_seeds > 1 else ""
+    arms = _listed([f"“{ARMS[arm].title}”" for arm in dict.fromkeys(cell.arm for cell in cells)])
+    base = results.finished[0].results.values() if results.finished else ()
+    asked = f" {sum(result.num_questions for result in base):,}" if base else ""
+    return (
+        f"{_capital(models)} {be} fine-tuned on {counts} traces (worked solutions to learn from: {arms})"
+        f"{seeds}, and answered the same{asked} problems before and after."
+    )
+
+
+def what_came_out(curve: Curve, *, is_short: bool) -> str:
+    """Describe what accuracy does along the first curve. is_short: the study is one of --smoke."""
+    return accuracy_sentence(curve) + (f" {SMOKE_HINT}" if is_short else "")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def findings(curves: Sequence[Curve]) -> list[str]:
@@ -46,8 +78,8 @@ def accuracy_sentence(curve: Curve) -> str:
     if shape == "flat":
         most = max(changes, key=lambda change: abs(change.mean))
         at = curve.points[changes.index(most)].num_traces
-        detail = f"base model {start}; the largest difference is {points(most)}, at {at:,}"
-        return f"{subject} does not change beyond chance at any number of traces ({detail})."
+        detail = f"{start} in the base model, and the largest difference is {points(most)}, at {at:,}"
+        return f"{subject} does not change beyond chance at any number of traces: {detail}."
 
     if shape == "rising":
         best = max(range(len(changes)), key=lambda i: changes[i].mean)
@@ -55,9 +87,8 @@ def accuracy_sentence(curve: Curve) -> str:
         rise = f"rises from {start} to {percent(top.accuracy)} at {top.num_traces:,} traces ({gain})"
         return f"{subject} {rise} and does not fall below the base model at any size."
 
-    lost, gained, gap = points(changes[curve.lowest]), points(curve.recovery), points(changes[-1])
-    end = f"{percent(last.accuracy)} at {last.num_traces:,} ({gained} from the lowest)"
-    fall = f"{subject} falls from {start} to {percent(low.accuracy)} at {low.num_traces:,} traces ({lost})"
+    end, gap = f"{percent(last.accuracy)} at {last.num_traces:,}", points(changes[-1])
+    fall = f"{subject} falls from {start} to {percent(low.accuracy)} at {low.num_traces:,} traces"
     if shape == "falling" and low is last:
         return f"{fall}, the most that were tried: there is no recovery in this range."
     if shape == "falling":

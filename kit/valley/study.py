@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from kit.paper import TABLE
+
 FULL, QLORA = "full", "qlora"  # methods
 BASE, LONG, FIXED_BATCH = "base", "long", "fixed"  # arms that the code names; BASE is the base model's own
 
@@ -36,29 +38,6 @@ ARMS = {
     FIXED_BATCH: Arm("long traces, one batch size", grows=False),
 }
 
-
-@dataclass(frozen=True)
-class Row:
-    """A column of the paper's Table 2."""
-
-    traces: int
-    epochs: int
-    batch_traces: int
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps, by arithmetic."""
-        return self.traces * self.epochs // self.batch_traces
-
-
-TABLE = (
-    Row(8_000, 4, 8),
-    Row(16_000, 4, 16),
-    Row(32_000, 4, 32),
-    Row(64_000, 3, 64),
-    Row(128_000, 3, 128),
-    Row(220_000, 2, 128),
-)
 
 # the paper's models that the kit covers
 MODELS = (

@@ -133,7 +133,7 @@ def _apart(call, config: Config, folder: str):
 
 def _write_start(config: Config, folder: str, threads: int) -> int:
     """Write the weights that both start from to a folder. Return the number of parameters."""
-    from grpo_qwen2_5_0_5b import weaken
+    from kit.recipes.grpo_qwen2_5_0_5b import weaken
 
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)

@@ -24,7 +24,6 @@ from statistics import fmean
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from kit import models
 from kit.config import parse, show
@@ -34,6 +33,7 @@ from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.machine import describe_machine
 from kit.models import backbone
 from kit.packing import PackedBatch
+from kit.progress import Progress
 from kit.report.figures import embed
 from kit.run import write_json
 from kit.train import TrainingPlan
@@ -100,7 +100,7 @@ def train(
     model.train()
     before = [p.detach().float().cpu().clone() for p in model.parameters()]
     weights, losses = Weights(model, arm, config), []
-    for step in tqdm(range(config.num_steps), desc=arm, unit=" steps", disable=None):
+    for step in Progress(arm, "steps", config.num_steps).over(range(config.num_steps)):
         batch = batches[step % len(batches)].to(torch.device(config.device))
         hidden, weight = backbone.hidden_states(model, batch), backbone.head_weight(model)
         loss = linear_cross_entropy(hidden, weight, batch.targets, softcap=backbone.softcap(model))
@@ -120,7 +120,7 @@ def main(config: Config) -> dict:
         )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"settings\n{show(config)}")
+    print(show(config))
     _, tokenizer = models.load(config.model, device="cpu")
     chat = ChatFormat(tokenizer, instruction="")
     documents, drop_counts = load_documents(

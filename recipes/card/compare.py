@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from card.results import Card, CardLost, Results, one_line
 from torch import Tensor
+
+from kit.recipes.card.results import Card, CardLost, Results, one_line
 
 ROUNDING = 4e-6  # relative error that a sum of V numbers in fp32 may have
 SLICE = 2**24  # numbers compared at once: their float64 copies take 0.4 GiB

@@ -18,14 +18,14 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from card.memory import beside_plan, held_gib, measured, memory_cap, timed, warm_up
-from card.models import NO_BF16, Training, build
-from card.plans import plan_of, planned
-from card.results import PASS, Card, Results, Skip
 
 from kit.machine import CONTEXT, GIB
 from kit.memory import Plan
 from kit.memory.choose import QLORA_RANK
+from kit.recipes.card.memory import beside_plan, held_gib, measured, memory_cap, timed, warm_up
+from kit.recipes.card.models import NO_BF16, Training, build
+from kit.recipes.card.plans import plan_of, planned
+from kit.recipes.card.results import PASS, Card, Results, Skip
 from kit.train import Savings, TrainingStep
 
 LEAN = Savings(tile_tokens=2_048, optimizer="adamw8bit", offload_inputs=True, logit_rows=256)

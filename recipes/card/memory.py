@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from card.results import Card
 
 from kit.machine import GIB
+from kit.recipes.card.results import Card
 
 
 class Usage(NamedTuple):

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from card.results import Card
-from card.timing import matmul_flops
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from kit.extras import require
 from kit.memory.flops import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of
 from kit.models.shipped import CONFIGS
 from kit.packing import Document, PackedBatch
+from kit.recipes.card.results import Card
+from kit.recipes.card.timing import matmul_flops
 from kit.train import Savings
 
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -70,6 +71,7 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=REGISTERED["kit"])
 
     if rank:
+        require("QLoRA", "bitsandbytes", "peft")
         from kit.models.nf4 import quantise_decoder  # bitsandbytes and peft take seconds to import
         from kit.models.qlora import add_adapters
 

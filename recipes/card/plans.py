@@ -11,11 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from card.models import ROW_TOKENS, Training
-from card.results import Results, Skip
 
 from kit.machine import GIB
 from kit.memory import Plan, plan
+from kit.recipes.card.models import ROW_TOKENS, Training
+from kit.recipes.card.results import Results, Skip
 
 
 @contextlib.contextmanager

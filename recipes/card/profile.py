@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from card.results import Card
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
+
+from kit.recipes.card.results import Card
 
 
 @dataclass(frozen=True)

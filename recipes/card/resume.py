@@ -15,11 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from card.models import NO_BF16, QWEN, build, model_config, packed_row
-from card.results import Card, Results
 
 from kit.data.toy import make_tokenizer
 from kit.packing import PackedBatch
+from kit.recipes.card.models import NO_BF16, QWEN, build, model_config, packed_row
+from kit.recipes.card.results import Card, Results
 from kit.train import Savings, TrainingStep, checkpoint
 from kit.train.offload import HostInputs
 from kit.train.recompute import recompute_layers

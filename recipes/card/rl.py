@@ -16,19 +16,20 @@ from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
 import torch
-from card.memory import beside_plan, measured, warm_up
-from card.models import NO_BF16, QWEN, build_to_sample, config_to_sample
-from card.results import Card, Results
 
 from kit.data import ChatFormat, Question
 from kit.data.toy import make_rows, make_tokenizer
 from kit.machine import CONTEXT, GIB
 from kit.memory import Plan
+from kit.memory.run_plan import RunPlan
 from kit.packing import IGNORE_INDEX, plan_packs
+from kit.recipes.card.memory import beside_plan, measured, warm_up
+from kit.recipes.card.models import NO_BF16, QWEN, build_to_sample, config_to_sample
+from kit.recipes.card.results import Card, Results
 from kit.rl import Policy, Settings, rollout, update
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
 from kit.rl.grpo import score
-from kit.rl.memory_plan import RLPlan, plan_rl
+from kit.rl.memory_plan import plan_rl
 
 SPREAD = 7.0  # standard deviation of the logits: an entropy of about one nat
 LEAST_LIMIT = 0.02  # of the mean difference of log-probs, however close to fp32 the trainer is
@@ -48,10 +49,10 @@ def run(results: Results, card: Card) -> None:
         results.need(seconds=40)
         plan = plan_step(card, settings, longest)
         results.need(gib=plan.larger.total / GIB)
-        train(results, card, plan, chat, questions)
+        train(results, card, plan, settings, chat, questions)
 
 
-def plan_step(card: Card, settings: Settings, prompt_tokens: int) -> RLPlan:
+def plan_step(card: Card, settings: Settings, prompt_tokens: int) -> RunPlan:
     """Plan a step on Qwen2.5-0.5B, or on a rehearsal's small one. prompt_tokens: of the longest prompt."""
     with TemporaryDirectory() as folder:
         if card.small:
@@ -59,7 +60,14 @@ def plan_step(card: Card, settings: Settings, prompt_tokens: int) -> RLPlan:
         return plan_rl(folder if card.small else QWEN, settings=settings, prompt_tokens=prompt_tokens)
 
 
-def train(results: Results, card: Card, plan: RLPlan, chat: ChatFormat, questions: list[Question]) -> None:
+def train(
+    results: Results,
+    card: Card,
+    plan: RunPlan,
+    settings: Settings,
+    chat: ChatFormat,
+    questions: list[Question],
+) -> None:
     """Make one rollout and one update under the plan's cap, and compare log-probs between the two."""
     held, cap, graded = warm_up(card), (plan.larger.total - CONTEXT) / GIB, itertools.count()
 
@@ -67,7 +75,7 @@ def train(results: Results, card: Card, plan: RLPlan, chat: ChatFormat, question
         return float(next(graded) % 2)
 
     model = build_to_sample(card, SPREAD).requires_grad_(True)
-    policy = Policy(model, chat, plan.settings, lr=1e-6, reward=reward)
+    policy = Policy(model, chat, settings, lr=1e-6, reward=reward)
 
     def under_cap(what: str, part: Plan, call: Callable[[], object]) -> tuple[object, float]:
         """Judge the memory of a call. Return its result and its seconds."""

@@ -16,21 +16,21 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench.sampler import generate_batch, padded_generate
-from card import models
-from card.compare import attempt
-from card.memory import held_gib, measured, timed
-from card.models import QWEN, build_to_sample, model_config
-from card.profile import profiled
-from card.results import Card, Results
-from card.rl import plan_step
 from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.sampler import PREFILL_TOKENS, _Engine
 from kit.machine import GIB
+from kit.memory.sampling import SAMPLER
+from kit.recipes.card import models
+from kit.recipes.card.compare import attempt
+from kit.recipes.card.memory import held_gib, measured, timed
+from kit.recipes.card.models import QWEN, build_to_sample, model_config
+from kit.recipes.card.profile import profiled
+from kit.recipes.card.results import Card, Results
+from kit.recipes.card.rl import plan_step
+from kit.recipes.card.transformers_generate import generate_batch, padded_generate
 from kit.rl import Settings
-from kit.rl.memory_plan import SAMPLER
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from card import speed_attention
-from card.compare import attempt, normal
-from card.memory import held_gib, measured
-from card.results import Card, Results
-from card.timing import Limits, claim, measure_limits, milliseconds
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
+from kit.recipes.card import speed_attention
+from kit.recipes.card.compare import attempt, normal
+from kit.recipes.card.memory import held_gib, measured
+from kit.recipes.card.results import Card, Results
+from kit.recipes.card.timing import Limits, claim, measure_limits, milliseconds
 
 HEADS = {  # model -> V, H. quick takes the first
     "Gemma-3-1B": (262_144, 1152),

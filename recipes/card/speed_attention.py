@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from card.compare import attempt, normal, running_sum
-from card.results import Card, Results
-from card.timing import Limits, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
+from kit.recipes.card.compare import attempt, normal, running_sum
+from kit.recipes.card.results import Card, Results
+from kit.recipes.card.timing import Limits, milliseconds
 
 SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
 Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that computes the output from them

@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from card.memory import timed
-from card.models import NO_BF16, ROW_TOKENS, Training, build, model_config, shipped
-from card.plans import plan_of, planned
-from card.profile import Profile, profiled
-from card.results import Card, Results
-
 from kit.memory.choose import ladder_steps
+from kit.recipes.card.memory import timed
+from kit.recipes.card.models import NO_BF16, ROW_TOKENS, Training, build, model_config, shipped
+from kit.recipes.card.plans import plan_of, planned
+from kit.recipes.card.profile import Profile, profiled
+from kit.recipes.card.results import Card, Results
 from kit.train import Savings, TrainingStep
 
 USUAL = ("google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.2-3B-Instruct")

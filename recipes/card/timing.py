@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from card.compare import normal
-from card.memory import timed
-from card.results import Card, Results
+
+from kit.recipes.card.compare import normal
+from kit.recipes.card.memory import timed
+from kit.recipes.card.results import Card, Results
 
 LONG, VERY_LONG = 30.0, 300.0  # ms; longer calls run three times, and once
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from itertools import product
 
 import torch
-from card import truth_attention, truth_head, truth_layers
-from card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
-from card.results import Card, Results
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_, row_logprobs
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, pack_rows
+from kit.recipes.card import truth_attention, truth_head, truth_layers
+from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
+from kit.recipes.card.results import Card, Results
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = BF16, FP16, FP32

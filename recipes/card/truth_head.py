@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
-from card.results import Card, Results
 from torch import Tensor
 
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
 from kit.machine import GIB
 from kit.packing import IGNORE_INDEX
+from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
+from kit.recipes.card.results import Card, Results
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 LOGITS = 2**25  # held at once by the float64 truth: 256 MiB, a few times

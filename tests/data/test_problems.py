@@ -63,7 +63,7 @@ def test_levels_are_kept_from_text_and_numbers_and_a_row_without_one_is_bad(tmp_
     bad = BadRows(1)
     found = read_prompts(write(tmp_path / "p.jsonl", rows), bad, levels="1-4")
     assert [question.problem for question in found] == ["0", "1"]
-    assert "no field level or difficulty" in bad.found[0]
+    assert "field level is null" in bad.found[0]
     with pytest.raises(ValueError, match="has 5 rows but no prompt of levels 2-3"):
         read_prompts(write(tmp_path / "p.jsonl", rows), BadRows(1), levels="2-3")
 
@@ -95,6 +95,8 @@ def test_a_question_is_named_by_its_words_whatever_the_space_around_and_between_
             r"no field problem or question or extra_info.question \(fields: extra_info, answer\)",
         ),
         ({"problem": True}, "field problem is a bool, not text"),
+        ({"problem": None}, "field problem is null"),
+        ({"problem": float("nan")}, "field problem is nan, which is not a number"),
         ({}, r"\(fields: none\)"),
     ],
 )

@@ -28,6 +28,7 @@ def test_broken_lines_are_named_by_file_and_line_and_counted(tmp_path):
     bad = BadRows(3)
     assert [row["problem"] for _, row in read_rows(str(path), bad)] == ["x", "y"]
     assert [entry.split(": ")[0] for entry in bad.found] == [f"{path}:{number}" for number in (2, 3, 4)]
+    assert bad.found[0] == f"{path}:2: not JSON: Expecting value, column 12"
     with pytest.raises(ValueError, match=r"3 bad rows but max_bad_rows is 2[\s\S]*a.jsonl:4"):
         list(read_rows(str(path), BadRows(2)))
 

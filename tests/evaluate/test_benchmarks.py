@@ -1,9 +1,11 @@
 import json
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import real_data
 
-from kit.evaluate.benchmarks import BENCHMARKS, PAPER, ids_hash, parse_benchmarks
+from kit.evaluate.benchmarks import BENCHMARKS, PAPER, count_samples, ids_hash, parse_benchmarks
 from kit.grade.verdict import grade
 
 
@@ -133,5 +135,109 @@ def test_an_arithmetic_problem_whose_steps_cannot_be_checked_is_refused_by_its_p
 
 
 def test_an_unknown_benchmark_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"no benchmark 'aime25'; the kit knows math500, aime24"):
+    with pytest.raises(ValueError, match=r"no benchmark 'aime25'; the kit knows math500, aime24.* MINE=FILE"):
         parse_benchmarks("aime25")
+
+
+def test_the_papers_evaluation_is_its_questions_times_its_samples():
+    assert count_samples("math500,aime24,amc23", num_questions=0, num_samples=0) == 500 * 4 + 30 * 8 + 40 * 8
+    few = count_samples("math500=math500.jsonl, aime24", num_questions=100, num_samples=2)
+    assert few == 100 * 2 + 30 * 2
+
+
+def test_your_own_questions_count_as_many_as_the_file_holds(tmp_path):
+    own = tmp_path / "q.jsonl"
+    own.write_text("".join(f'{{"problem": "{i}+1?", "answer": {i + 1}}}\n' for i in range(7)))
+    for limit, expected in ((0, 7), (5, 5)):
+        found = count_samples(f"toy,mine={own}", num_questions=limit, num_samples=0)
+        assert found == 4 * (limit or 100) + 4 * expected
+
+
+OWN = [{"question": "1+1?", "answer": 2}, {"problem": "a half of 1?", "answer": "\\frac{1}{2}"}]
+
+
+def test_your_own_questions_are_read_from_each_kind_of_file_under_the_name_you_chose(tmp_path):
+    write(tmp_path / "q.jsonl", OWN)
+    (tmp_path / "q.json").write_text(json.dumps(OWN))
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"problem": "1+1?", "answer": "2"}, OWN[1]]), tmp_path / "q.parquet"
+    )
+    for suffix in ("jsonl", "json", "parquet"):
+        source = str(tmp_path / f"q.{suffix}")
+        own, toy = parse_benchmarks(f"my-Quiz.v2={source}, toy", limit=7)
+        assert (own.name, own.source, own.num_samples, own.num_questions) == ("my-Quiz.v2", source, 4, 2)
+        assert [(question.problem, question.answer) for question in own.questions] == [
+            ("1+1?", "2"),
+            ("a half of 1?", "\\frac{1}{2}"),
+        ]
+        assert len(toy.questions) == 7
+        assert parse_benchmarks(f"mine={source}", limit=1)[0].questions == own.questions[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "mistake"),
+    [
+        ('{"problem": "2+2?"}', r"no field answer or .* \(fields: problem\)"),
+        ('{"answer": 4}', r"no field problem or question or .* \(fields: answer\)"),
+        ('{"problem": "2+2?", "answer": 4', "not JSON: Expecting ',' delimiter, column 32"),
+        ("problem,answer", "not JSON: Expecting value, column 1"),
+        ('["2+2?", 4]', "a row is an object with fields, this is a list"),
+        ('{"problem": " ", "answer": 4}', "field problem is empty"),
+        ('{"problem": "2+2?", "answer": ""}', "field answer is empty"),
+        ('{"problem": "2+2?", "answer": [4]}', "field answer is a list, not text or a number"),
+        ('{"problem": "2+2?", "answer": true}', "field answer is a bool, not text or a number"),
+        ('{"problem": "2+2?", "answer": null}', "field answer is null"),
+        ('{"problem": "2+2?", "answer": NaN}', "field answer is nan, which is not a number"),
+        ('{"problem": "1+1? ", "answer": 3}', r"the same problem as in \S+q\.jsonl:1; delete one of the two"),
+    ],
+)
+def test_a_mistake_in_your_own_questions_is_named_by_its_line_with_what_a_row_is(tmp_path, line, mistake):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f'{{"problem": "1+1?", "answer": 2}}\n\n{line}\n{{"problem": "3+3?", "answer": 6}}\n')
+    message = rf'q\.jsonl has 1 mistake; .* such as {{"problem": .*}}\n  \S+q\.jsonl:3: {mistake}$'
+    with pytest.raises(ValueError, match=message):
+        parse_benchmarks(f"mine={path}", limit=1)  # all are checked, whatever the limit
+
+
+def test_of_many_mistakes_the_first_are_named_in_order_and_the_others_counted(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text("x\n" + '{"problem": "1+1?"}\n' * 7)
+    with pytest.raises(ValueError, match="has 8 mistakes") as error:
+        parse_benchmarks(f"mine={path}")
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[1] for line in lines[:-1]] == ["1", "2", "3", "4", "5"]
+    assert lines[-1] == "  and 3 more"
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_any_question_of_yours_is_refused(tmp_path, content):
+    (tmp_path / "q.jsonl").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"q\.jsonl holds no question; write one row per question, such as {"
+    ):
+        parse_benchmarks(f"mine={tmp_path / 'q.jsonl'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("my/quiz=q.jsonl", r"'my/quiz' cannot name your questions.* such as mine=q\.jsonl"),
+        ("=q.jsonl", "'' cannot name your questions"),
+        (".mine=q.jsonl", "'.mine' cannot name your questions"),
+        ("übung=q.jsonl", "cannot name your questions"),
+        ("Con=q.jsonl", "'Con' cannot name your questions"),
+        ("x" * 65 + "=q.jsonl", "cannot name your questions"),
+        ("Toy=q.jsonl", "there is no benchmark 'Toy'; the kit knows math500"),
+        ("mine=", "there is no benchmark 'mine'"),
+        ("mine=q.jsonl,MINE=q.jsonl", "MINE is in it twice"),
+        ("toy,toy", "toy is in it twice"),
+        ("mine=q.csv", r"your own questions are read from a \.jsonl, \.json, \.parquet file"),
+        ("mine=owner/questions", "there is no benchmark 'mine', and your own questions are read from a"),
+        ("mine=absent.jsonl", r"no file absent\.jsonl here"),
+    ],
+)
+def test_a_name_or_a_file_that_cannot_be_used_says_why(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "q.jsonl", OWN)
+    with pytest.raises(ValueError, match=message):
+        parse_benchmarks(text)

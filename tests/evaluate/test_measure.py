@@ -55,6 +55,16 @@ def test_samples_of_another_model_or_decoding_are_not_mixed_in(tiny, tmp_path):
         evaluate(*tiny, toy(2), SamplingParams(temperature=1.0, max_new_tokens=60), tmp_path, num_samples=1)
 
 
+def test_a_file_of_questions_that_has_changed_is_named_and_the_samples_stay(tiny, tmp_path):
+    own = tmp_path / "q.jsonl"
+    own.write_text('{"problem": "1+2?", "answer": 3}\n')
+    found = evaluate(*tiny, parse_benchmarks(f"mine={own}")[0], PARAMS, tmp_path, num_samples=1)
+    own.write_text('{"problem": "1+2?", "answer": 4}\n')
+    with pytest.raises(ValueError, match=r"in \S+q\.jsonl are no longer .* \S+mine\.jsonl; restore the file"):
+        evaluate(*tiny, parse_benchmarks(f"mine={own}")[0], PARAMS, tmp_path, num_samples=1)
+    assert read_result(tmp_path / "mine.jsonl") == found
+
+
 def test_if_memory_runs_out_the_error_says_what_to_pass_and_finished_samples_are_kept(tiny, tmp_path):
     calls = []
 

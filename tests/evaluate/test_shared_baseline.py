@@ -59,6 +59,12 @@ def test_a_key_that_only_one_of_the_headers_has_is_a_difference(tmp_path):
         take(path)
 
 
+def test_a_file_of_questions_that_has_changed_is_named(tmp_path):
+    path = make_baseline(tmp_path / "baseline", header={"questions": "other"}.items())
+    with pytest.raises(ValueError, match=r"that is, q\.jsonl now holds other questions or answers; pass one"):
+        take(path, benchmark=replace(TOY, source="q.jsonl"))
+
+
 def test_a_quantised_model_is_compared_by_its_name_and_everything_else_as_ever(tmp_path):
     path = make_baseline(tmp_path / "baseline")
     quantised = HEADER | {"model": "of NF4"}

@@ -23,6 +23,7 @@ from kit.generate.sampling import SamplingParams
 from kit.models import backbone
 from kit.models.backbone import hidden_states
 from kit.packing import Document, PackedBatch
+from kit.progress import show
 
 LENGTHS = (5, 1, 9, 13, 3, 7, 2)  # of prompts; with 40 new tokens each passes the window, 7, many times
 SLOTS = (1, 3, 16)
@@ -325,9 +326,10 @@ class Terminal(io.StringIO):
 def test_progress_shows_finished_of_total_pace_length_truncated_and_time_left(tiny_model, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(generating, "SHOW_EVERY", 0.0)
     monkeypatch.setattr(tqdm, "monitor_interval", 0)
-    completions = run(tiny_model, RANDOM, eos_token_id=range(2, 10), description="toy")
+    # `decode` is called before a sample counts as finished
+    options = {"eos_token_id": range(2, 10), "decode": lambda ids: show() or "", "description": "toy"}
+    completions = run(tiny_model, RANDOM, **options)
     frames = terminal.getvalue().split("\r")
     last = frames[-1].strip()
     lengths = [len(c.ids) for c in completions]
@@ -343,9 +345,10 @@ def test_progress_shows_finished_of_total_pace_length_truncated_and_time_left(ti
     assert any("0/7" in frame and "mean length ?" in frame for frame in frames)
 
 
-def test_no_terminal_no_bar(tiny_model, capfd):
-    run(tiny_model, SamplingParams(temperature=0, max_new_tokens=2))
-    assert capfd.readouterr().err == ""
+def test_without_a_terminal_there_is_no_bar_but_a_line_at_the_end(tiny_model, capfd):
+    run(tiny_model, SamplingParams(temperature=0, max_new_tokens=2), eos_token_id=-1, description="toy")
+    pattern = r"toy: 7 of 7 samples in 0:00:\d\d; [\d,]+ tokens/s, mean length 2, truncated 7\n"
+    assert re.fullmatch(pattern, capfd.readouterr().err)
 
 
 def test_what_on_finish_raises_comes_out_and_leaves_the_model_as_it_was(tiny_model):

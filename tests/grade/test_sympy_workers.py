@@ -114,10 +114,12 @@ def test_threads_share_the_workers_and_get_their_own_answers():
 
 def test_a_worker_that_died_is_replaced():
     assert prove("x", "x")
-    for worker in list(sympy_workers.pool().all):
+    workers = list(sympy_workers.pool().all)
+    for worker in workers:
         worker.process.kill()
         worker.process.wait()
     assert prove("x", "x")
+    assert any(worker.process.stdin.closed for worker in workers)
 
 
 @POSIX

@@ -393,7 +393,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
             state_slice(state, first, count)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("first_element", [2**31 - 256, 2**32, 2**41])
 def test_elements_past_2_to_the_31_do_not_overflow(monkeypatch, first_element):
     import triton.runtime.interpreter as interpreter
@@ -410,7 +410,7 @@ def test_elements_past_2_to_the_31_do_not_overflow(monkeypatch, first_element):
     assert_same_bits((p, state), (q, other))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(monkeypatch):
     """Program 2^31 / 256 / BLOCKS writes element 2^31 + ... and touches one page of its address space."""
     import mmap
@@ -452,5 +452,5 @@ def test_the_offset_of_the_last_program_of_a_large_parameter_does_not_overflow(m
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernel_passes_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
+def test_the_triton_kernel_passes_this_file_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property, "-W", "error::RuntimeWarning")

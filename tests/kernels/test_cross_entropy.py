@@ -239,14 +239,14 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernels_pass_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
+def test_the_triton_kernels_pass_this_file_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property, "-W", "error::RuntimeWarning")
 
 
 FAR_ROW, FAR_STRIDE = 16_383, 262_144  # the last row of 16,384: its offset is 2^32 - 262,144
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(monkeypatch):
     import triton.runtime.interpreter as interpreter
 

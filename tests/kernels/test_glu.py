@@ -188,7 +188,7 @@ def test_only_views_that_overlap_are_copied():
     assert overlaps == [False, False, True]
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 def test_rows_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
     N, width = 2**21 + 1, 1_024
     run_as_program(N - 1, monkeypatch)
@@ -209,5 +209,5 @@ def test_rows_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_kernels_pass_the_same_tests_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
+def test_the_kernels_pass_the_same_tests_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property)

@@ -777,8 +777,8 @@ def in_a_child(code_or_args, **environment):
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernels_pass_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
+def test_the_triton_kernels_pass_this_file_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property, "-W", "error::RuntimeWarning")
 
 
 @pytest.mark.skipif(INTERPRET, reason="says nothing about kernels")
@@ -821,7 +821,7 @@ def far_row(monkeypatch):
     return torch.frombuffer(space, dtype=torch.float16), logits
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 def test_the_offset_of_row_16383_of_262144_logits_does_not_overflow(far_row, softcap):
     base, logits = far_row

@@ -101,5 +101,5 @@ def test_the_operator_and_its_fake_implementation_agree():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernel_passes_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
+def test_the_triton_kernel_passes_this_file_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property)

@@ -24,7 +24,7 @@ SMALL = {
     "dq": (16, 32, 4, 1),
 }  # sides differ, so that mixing them up shows
 
-in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter, see the last test")
+in_the_interpreter = pytest.mark.interpreter
 
 
 @pytest.fixture
@@ -353,5 +353,5 @@ def test_programs_reach_every_tile_and_at_most_one_per_document_is_idle():
 @pytest.mark.skipif(
     INTERPRET or not HAS_TRITON, reason="this is the child, or Triton is not installed (macOS)"
 )
-def test_the_kernels_pass_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "--durations=8")
+def test_the_kernels_pass_this_file_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property, "--durations=8")

@@ -152,7 +152,7 @@ def launch(buffer, offsets, prompt_lens, T, *, programs):
     return out
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("T", [15, 17])
 def test_a_number_of_tokens_that_does_not_fit_gives_the_token_minus_1_where_nothing_can_raise(T):
     buffer, offsets, prompt_lens, _ = arguments_of(documents_of([7, 9], [0, 0]), after=5)
@@ -167,7 +167,7 @@ def far(dtype, count):
     return torch.frombuffer(space, dtype=dtype)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize("start", [2**31 - 10, 2**32 + 5])
 def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch, start):
     import triton.runtime.interpreter as interpreter
@@ -186,7 +186,7 @@ def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch, start):
     assert cu_seqlens.tolist() == [0, 13, 20]
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("T", "programs"), [(15, 1), (16, 2), (17, 2)])
 def test_a_row_of_documents_of_one_token_has_a_program_for_the_last_boundary(
     T, programs, monkeypatch, poison
@@ -205,5 +205,5 @@ def test_a_row_of_documents_of_one_token_has_a_program_for_the_last_boundary(
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_triton_kernel_passes_this_file_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "-W", "error::RuntimeWarning")
+def test_the_triton_kernel_passes_this_file_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property, "-W", "error::RuntimeWarning")

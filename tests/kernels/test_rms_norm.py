@@ -132,7 +132,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values(match, x, weight
         rms_norm(x, weight, 1e-6)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 def test_rows_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
     H, row = 64, 2**25 + 3
     run_as_program(row, monkeypatch)
@@ -152,5 +152,5 @@ def test_rows_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_kernels_pass_the_same_tests_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
+def test_the_kernels_pass_the_same_tests_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property)

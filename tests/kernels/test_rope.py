@@ -115,7 +115,7 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values(match, change):
         rope(**dict(zip(names, problem(5, 3, 1, 10), strict=True)) | change)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+@pytest.mark.interpreter
 def test_tokens_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
     T, Hq, D = 2**20 + 2, 32, 64
     run_as_program(T - 1, monkeypatch)
@@ -132,5 +132,5 @@ def test_tokens_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
-def test_the_kernels_pass_the_same_tests_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
+def test_the_kernels_pass_the_same_tests_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property)

@@ -100,6 +100,16 @@ def test_loading_draws_nothing_from_the_global_generator(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_loading_and_refusing_warn_of_nothing_that_a_user_could_mend(tmp_path):
+    folder = train_with_peft(tmp_path / "theirs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load(str(folder), device="cpu")
+        change_tensors(lambda tensors, name: tensors.pop(name))(folder)
+        with pytest.raises(ValueError, match="the file lacks"):
+            models.load(str(folder), device="cpu")
+
+
 def test_the_base_keeps_the_dtype_that_was_asked_for_and_the_adapters_peft_gives_them(tmp_path):
     folder = train_with_peft(tmp_path / "theirs")
     model, _ = models.load(str(folder), device="cpu", dtype=torch.bfloat16)

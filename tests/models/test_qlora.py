@@ -1,11 +1,13 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from children import call, train_unbroken_and_killed
+from children import ROOT, call, train_unbroken_and_killed
 from conftest import FAMILIES, make_model, random_documents
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -428,3 +430,13 @@ def test_adapters_on_fake_tensors_hold_and_allocate_what_real_ones_do(tiny_model
     run()
     assert (counted.peak, counted.now) == allocated(run)
     assert held_tensors(fake) == held_tensors(tiny_model)
+
+
+@pytest.mark.slow
+def test_importing_what_nf4_needs_does_not_ask_for_a_download():
+    """On some CPUs bitsandbytes warns of a kernel that it could not download."""
+    command = [sys.executable, "-c", "import kit.models.qlora"]
+    child = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert child.returncode == 0 and "Failed to load CPU" not in child.stderr, child.stderr

@@ -1,20 +1,17 @@
 """Rehearse check_card on a CPU as a user would run it. On a card, `pytest -m gpu` runs the same checks."""
 
 import json
-import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
-from children import ROOT, run_recipe
+from children import run_recipe
 
 from kit.machine import GIB
-
-sys.path.insert(0, str(ROOT / "recipes"))
-from card.memory import measured
-from card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
-from check_card import QUICK, SECTIONS, Config, main, sentence
+from kit.recipes.card.memory import measured
+from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
+from kit.recipes.check_card import QUICK, SECTIONS, Config, main, sentence
 
 CPU = Card(torch.device("cpu"), quick=True)
 
@@ -53,8 +50,7 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
     assert (tmp_path / "check" / "triton_sm89").is_dir()
 
 
-NO_GPU = """check_card needs an NVIDIA GPU and none is here. What works here:
-  python recipes/check_card.py --device cpu    a rehearsal of every check"""
+NO_GPU = "recipes/check_card.py --device cpu    a rehearsal of every check"
 NO_SECTION = "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume"
 REFUSED = {
     "no GPU": ([], NO_GPU),
@@ -94,8 +90,8 @@ def test_a_lost_card_ends_the_run_with_the_table_of_what_is_known(tmp_path, monk
         with results.case("kernel"):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr("card.truth.run", broken)
-    monkeypatch.setattr("card.speed.run", lambda results, card: pytest.fail("the card is gone"))
+    monkeypatch.setattr("kit.recipes.card.truth.run", broken)
+    monkeypatch.setattr("kit.recipes.card.speed.run", lambda results, card: pytest.fail("the card is gone"))
     found = main(Config(only="truth,speed", device="cpu", out=str(tmp_path)))
     assert found.count(FAIL) == 2 and "the checks after it did not run" in capsys.readouterr().out
     with pytest.raises(CardLost), found.case("again"):
@@ -107,7 +103,7 @@ def test_ctrl_c_ends_in_the_table_of_what_is_known(tmp_path, monkeypatch, capsys
         results.figure("copy bandwidth", "1 GB/s")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("card.speed.run", stopped)
+    monkeypatch.setattr("kit.recipes.card.speed.run", stopped)
     found = main(Config(only="speed", device="cpu", out=str(tmp_path)))
     assert found.count(FIGURE) == 1 and found.count(NOT_RUN) == 1
     assert "not run speed the rest: stopped with Ctrl-C" in capsys.readouterr().out

@@ -131,9 +131,7 @@ def test_live_bytes_of_fake_tensors_need_no_memory():
     assert memory.peak == 2 * 2**41 + 2
 
 
-needs_interpreter = pytest.mark.skipif(
-    not INTERPRET, reason="needs the interpreter; runs in the child process"
-)
+needs_interpreter = pytest.mark.interpreter
 
 
 @needs_interpreter
@@ -173,5 +171,5 @@ def test_the_interpreter_is_as_before_after_the_block_even_after_an_error():
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
-def test_this_file_passes_in_the_interpreter():
-    pass_in_the_interpreter(__file__)
+def test_this_file_passes_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property)

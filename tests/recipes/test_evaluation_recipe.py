@@ -111,7 +111,7 @@ def test_a_folder_of_pefts_adapters_is_evaluated_with_its_base_and_differs_from_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "python recipes/evaluate.py --smoke"),
+        ([], "recipes/evaluate.py --smoke"),
         (["--smoke", "--max_new_tokens", "5000"], "made for 1024 in all"),
     ],
 )

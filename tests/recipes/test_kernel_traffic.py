@@ -37,9 +37,7 @@ from kit.memory.live_bytes import LiveBytes
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.float16]
-needs_interpreter = pytest.mark.skipif(
-    not INTERPRET, reason="needs the interpreter; runs in the child process"
-)
+needs_interpreter = pytest.mark.interpreter
 needs_liger = pytest.mark.skipif(
     not importlib.util.find_spec("liger_kernel"),
     reason="liger-kernel is not installed: its formula is NOT CHECKED here",
@@ -323,5 +321,5 @@ def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypa
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="this is the child")
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS): its kernels cannot be counted")
-def test_this_file_passes_in_the_interpreter():
-    pass_in_the_interpreter(__file__, "-rs")
+def test_this_file_passes_in_the_interpreter(record_property):
+    pass_in_the_interpreter(__file__, record_property, "-rs")

@@ -15,7 +15,8 @@ A, B = PROMPT + "93/3+77-8", PROMPT + "2*3+4"  # of 3 operations, 100, and of 2,
 
 def row(problem, text, verdict):
     return {
-        "question": problem, "problem": problem, "text": text, "verdict": verdict, "finished": True,
+        "question": problem, "problem": problem, "sample": len(text), "answer": "1",
+        "text": text, "verdict": verdict, "finished": True,
         "tokens": len(text), "prediction": "1", "gold": "1", "rule": "text",
     }  # fmt: skip
 
@@ -51,28 +52,29 @@ def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
         line.startswith("arithmetic: answers perform 3.2 operations (± ") and "the problems need 2.5;" in line
     )
     assert (
-        "p = 0.778 ± " in line
+        "p = 77.8 % (" in line
         and "50.0 % of the answers have a wrong one, first at operation 1.5 (median)" in line
     )
     assert (
-        "p^n is 53.8 % ± " in line
-        and "measured 75.0 % ± " in line
-        and "a residual of +21.2 points ± " in line
+        "p^n is 53.8 % (" in line and "measured 75.0 % (" in line and "a residual of +21.2 points, -" in line
     )
     before, after, both = sentences(check_answers({BEFORE: result(ROWS[0], *ROWS[2:]), AFTER: result(*ROWS)}))
     assert before.startswith("arithmetic before: ") and after == line.replace(
         "arithmetic:", "arithmetic after:"
     )
     right = (3 * 0.9**3 + 0.9**4) / 4  # 9 of the 10 equations before are true; 3, 3, 3 and 4 operations after
-    assert "(90.0 % ± " in both and f"would be right in {100 * right:.1f} % of the cases; 75.0 %" in both
+    assert (
+        "(90.0 % of the equations are true)" in both
+        and f"would be right in {100 * right:.1f} % of the cases; 75.0 %" in both
+    )
 
 
 def test_answers_without_an_equation_have_no_p():
     silent = check_answers({SAMPLES: result(row(A, "\\boxed{100}", "correct"))})
     assert sentences(silent) == ["arithmetic: no answer states an equation, so there are no steps to check."]
-    assert "<td>-<td>-<td>-<td>0.0 ± 0.0" in section(silent)
+    assert "<td>-<td>-<td>-<td>0.0&nbsp;± 0.0" in section(silent)
     right = sentences(check_answers({SAMPLES: result(ROWS[0])}))[0]
-    assert "p = 1.000" in right and "none is wrong" in right
+    assert "p = 100.0 % (" in right and "none is wrong" in right
 
 
 def test_other_benchmarks_have_no_section():
@@ -89,7 +91,7 @@ def test_the_report_shows_the_figures_of_both_stages_and_the_first_wrong_step_of
     page = write_report(tmp_path).read_text()
     assert "<h2>Arithmetic, step by step</h2>" in page
     assert page.count("an operation is right with p = ") == 2
-    assert "<td>77.8 ± " in page and "<td>53.8 ± " in page and "<td>21.2 ± " in page
+    assert "<td>77.8<br>(" in page and "<td>53.8<br>(" in page and "<td>+21.2<br>(" in page
     assert (
         "First wrong steps, after: 2 of 2 answers with one" in page
         and "First wrong steps, before" not in page

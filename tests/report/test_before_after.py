@@ -5,14 +5,23 @@ import struct
 import pytest
 
 from kit.evaluate.results import Result
+from kit.report.answers import SHOWN, browser, marked
 from kit.report.before_after import findings, write_report
-from kit.report.page import SHOWN, browser, figures_table, marked
+from kit.report.page import figures_table
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
 
 def rows(shares, tokens=10, text="so \\boxed{1}"):
     """Ten samples per question, of which a share is correct."""
-    fixed = {"finished": True, "prediction": "1", "gold": "1", "rule": "text", "tokens": tokens, "text": text}
+    fixed = {
+        "finished": True,
+        "prediction": "1",
+        "gold": "1",
+        "answer": "1",
+        "rule": "text",
+        "tokens": tokens,
+        "text": text,
+    }
     made = []
     for i, share in enumerate(shares):
         for sample in range(10):
@@ -32,10 +41,10 @@ def results(before, after, **options):
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        ([0.9] * 8, [0.2] * 6 + [0.3] * 2, "accuracy fell, 90.0 % to 22.5 %"),
-        ([0.2] * 8, [0.9] * 6 + [0.8] * 2, "accuracy rose, 20.0 % to 87.5 %"),
-        ([0.5, 0.9, 0.1, 0.5], [0.9, 0.5, 0.5, 0.2], "accuracy did not change beyond chance"),
-        ([0.5], [0.1], "accuracy did not change beyond chance"),  # one question shows nothing
+        ([0.9] * 8, [0.2] * 6 + [0.3] * 2, "toy: accuracy fell: 90.0 % ("),
+        ([0.2] * 8, [0.9] * 6 + [0.8] * 2, "toy: accuracy rose: 20.0 % ("),
+        ([0.5, 0.9, 0.1, 0.5], [0.9, 0.5, 0.5, 0.2], "toy: accuracy did not change beyond chance: "),
+        ([0.5], [0.1], "toy: accuracy did not change beyond chance: "),  # one question shows nothing
     ],
 )
 def test_the_finding_follows_the_data_and_calls_no_difference_inside_its_interval_one(
@@ -72,9 +81,9 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     page = write_report(path).read_text()
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; let me <mark>recheck</mark>" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<img ") == 3
     assert "http" not in page.replace("http-equiv", "")
-    assert "accuracy fell" in page
+    assert "Accuracy fell: " in page
     assert "<summary>0 &lt; 1? <small>(before: 9 of 10 right; after: 1 of 10 right)</small></summary>" in page
     assert "24 % before" in page  # the paper's number for this model
     assert "8 traces kept, 2 dropped" in page
@@ -102,7 +111,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(tmp_path):
     assert "Nothing has been measured yet" in write_report(make_run(tmp_path / "new")).read_text()
     page = write_report(make_run(tmp_path / "half", before=rows([0.5]))).read_text()
     assert "before" in page
-    assert page.count("data:image/png") == 2
+    assert page.count("<img ") == 2
 
 
 def test_no_run_is_an_error_that_says_what_to_pass(tmp_path):
@@ -130,19 +139,20 @@ def test_a_report_of_one_evaluation_shows_right_and_wrong_answers_with_their_mar
         ("1 &lt; 1?", "10 of 10 right"),
         ("2 &lt; 1?", "0 of 10 right"),
     ]
-    shown = [len(re.findall(f"<span class={verdict}>", page)) for verdict in ("correct", "wrong")]
+    listed = page.partition("<h2>Answers</h2>")[2]
+    shown = [listed.count(f"<span class={verdict}>") for verdict in ("correct", "wrong")]
     assert shown == [2, 2]  # one of each per question, if there is one
     assert "40 tokens, ends in a loop" in page
-    assert page.count("data:image/png;base64,") == 3  # accuracy, length, accuracy against length
-    assert "<b>43.3 %</b>" in page
+    assert page.count("<img ") == 3  # accuracy, length, accuracy against length
+    assert "<td>43.3 %<br>(" in page
 
 
 def test_a_cell_for_every_figure_is_what_the_result_says():
     found = Result("toy", tuple(rows([0.5, 1.0])), {"max_new_tokens": 20})
     table = figures_table({SAMPLES: {"toy": found}})
     cells = dict(re.findall(r"<tr><td>(.*?)<td>(.*?)(?=<tr>|</table>)", table))
-    assert cells["accuracy"] == f"<b>75.0 %</b> ± {100 * found.interval:.1f}"
-    assert cells["pass@k ¹"].startswith("100.0 % ±")
+    assert cells["accuracy"] == f"75.0 %<br>({75 - 100 * found.interval:.1f}&nbsp;to&nbsp;100.0)"
+    assert cells["pass@k ¹"].startswith("k = 10: 100.0 %<br>(")
     assert cells["questions x samples"] == "2 x 10"
     assert cells["accuracy per 1,000 tokens"] == "7500.0 %"
     assert "accuracy as the paper graded" not in cells

@@ -22,7 +22,7 @@ def make_run(path, *, steps=0, shares=None):
         for question in range(4):
             for sample in range(10):
                 verdict = "correct" if sample < 10 * share else "wrong"
-                graded = {"verdict": verdict, "prediction": "1", "gold": "1", "rule": "text"}
+                graded = {"verdict": verdict, "prediction": "1", "gold": "1", "answer": "1", "rule": "text"}
                 row = {"question": f"q{question}", "problem": "1?", "sample": sample, "tokens": 9}
                 journal.append({**row, **graded, "finished": True, "text": HOSTILE})
     for step in range(1, steps + 1):
@@ -38,12 +38,12 @@ def make_run(path, *, steps=0, shares=None):
 def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_write(tmp_path):
     run = make_run(tmp_path / "run", steps=20, shares={"before": 0.1, "after": 0.9})
     page = write_report(run).read_text()
-    assert "toy: accuracy rose, 10.0 % to 90.0 % (difference +80.0 points" in page
+    assert "Accuracy rose: 10.0 % (" in page and "after (+80.0 points, " in page
     assert "20 steps: mean reward 0.250 in the first tenth, 0.250 in the last; 40 s of sampling" in page
     assert "and grading, 20 s of updates; 40 answers left out because" in page
-    assert "<b>90.0 %</b>" in page and "some &lt;model&gt;, reinforcement learning" in page
+    assert "<td>90.0 %<br>(" in page and "some &lt;model&gt;, reinforcement learning" in page
     assert "<script>" not in page and "&lt;script&gt;" in page
-    assert "<mark>recheck</mark>" in page and page.count("data:image/png;base64,") == 1
+    assert "<mark>recheck</mark>" in page and page.count("<img ") == 2
     shown = [step for step in range(1, 21) if f">step {step}</summary>" in page]
     assert len(shown) == 6 and shown[0] == 1 and shown[-1] == 20  # evenly spaced
     assert page.count("reward 0.0, 7 tokens (cut off)") == page.count("reward 1.0, 7 tokens<") == 6

@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -94,11 +95,13 @@ def run_training(
     return model, train(model, make_tokenizer(), documents, training_plan, run, **options)
 
 
-def test_the_loss_falls_and_a_line_is_written_per_step(tmp_path):
+def test_the_loss_falls_and_a_line_is_written_per_step(tmp_path, capsys):
     _, folder = run_training(tmp_path / "run", steps=30, checkpoint_every=0)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    shown = rf"training: 30 of 30 steps in \d:\d\d:\d\d; loss {rows[-1]['loss']:.3f}, [\d,]+ tokens/s\n"
+    assert re.fullmatch(shown, capsys.readouterr().err)
     assert (folder / "model.safetensors").is_file()
     assert (folder / "tokenizer.json").is_file()
 
@@ -148,9 +151,11 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
         checkpoint.load(path, other, make_optimizer(other, lr=1.0))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
-    with pytest.raises(ValueError, match=r"step \d+: loss is .*lower --lr"):
+def test_a_loss_that_is_not_finite_stops_the_run_and_its_display_and_names_the_step(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"step \d+: loss is .*lower --lr") as caught:
         run_training(tmp_path / "run", lr=1e38)
+    step = int(re.search(r"step (\d+)", str(caught.value))[1])
+    assert capsys.readouterr().err.startswith(f"training: {step - 1} of ")
 
 
 def test_running_out_of_memory_is_reported_with_the_plan_and_the_checkpoint_resumes_bit_for_bit(

@@ -67,7 +67,7 @@ def test_what_goes_wrong_with_the_format_is_left_over():
     found = decompose(64, results(lambda chain, rng: answer(chain, rng, 0.98, box=0.3)))
     assert found.residual.below_zero()
     lines = explain(BASE, [found])
-    assert "a difference of -" in lines[0]
+    assert "a difference (-" in lines[0]
     assert "box differs at 64" in lines[2]
 
 

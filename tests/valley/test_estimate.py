@@ -5,15 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from kit.generate.sampling import SamplingParams
 from kit.memory.flops import Sizes
-from kit.memory.hours import EFFICIENCY
+from kit.memory.hours import EFFICIENCY, REFERENCE
+from kit.memory.run_plan import RunPlan, Work
 from kit.memory.simulate import Plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
 from kit.valley.estimate import (
-    REFERENCE,
-    Assumed,
-    Evaluation,
     choose_settings,
     describe,
     plan_cells,
@@ -25,18 +24,18 @@ from kit.valley.estimate import (
 from kit.valley.study import FIXED_BATCH, TABLE, Cell, Study
 
 GEMMA, QWEN = "google/gemma-3-1b-it", "Qwen/Qwen2.5-0.5B-Instruct"
-PAPERS = Evaluation.of("math500,aime24,amc23", num_questions=0, num_samples=0, num_slots=16)
-ASSUMED = Assumed(trace_tokens=4_096, response_tokens=3_000)
+WORK = Work(num_samples=500 * 4 + 30 * 8 + 40 * 8, response_tokens=3_000, trace_tokens=4_096)
 LEAN = Savings(optimizer="adamw8bit")
 
 
 def planned(rank=0, savings=LEAN):
-    return Plan(GEMMA, 16_384, rank, savings, 2**30, "the loss", {}, 0)
+    update = Plan(GEMMA, 16_384, rank, savings, 2**30, "the loss", {}, 0)
+    return RunPlan(update, update, 16, lambda slots: update)
 
 
 def cell_plan(cell, memory=None, max_steps=0):
     memory = {(cell.model, cell.method): memory or planned()}
-    return plan_cells([cell], memory, evaluation=PAPERS, assumed=ASSUMED, max_steps=max_steps)[0]
+    return plan_cells([cell], memory, replace(WORK, max_steps=max_steps))[0].estimate
 
 
 @pytest.fixture(autouse=True)
@@ -44,12 +43,6 @@ def no_card(monkeypatch, tmp_path):
     """No card is here and none was measured: the reference card's datasheet counts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-
-
-def test_the_papers_evaluation_is_its_questions_times_its_samples():
-    assert PAPERS.num_samples == 500 * 4 + 30 * 8 + 40 * 8
-    few = Evaluation.of("math500=math500.jsonl, aime24", num_questions=100, num_samples=2, num_slots=4)
-    assert few == Evaluation(100 * 2 + 30 * 2, 4)
 
 
 def test_training_is_rows_times_the_flops_of_a_row():
@@ -79,7 +72,7 @@ def test_a_schedule_that_is_stopped_trains_on_fewer_rows():
     whole, stopped, longer = (cell_plan(cell, max_steps=n) for n in (0, 1_000, 5_000))
     assert stopped.num_steps == 1_000
     assert stopped.training_hours == pytest.approx(whole.training_hours / 4)
-    assert longer == whole
+    assert longer == replace(whole, work=longer.work)
 
 
 def test_disk_is_weights_and_samples_and_adapters_are_small():
@@ -87,7 +80,7 @@ def test_disk_is_weights_and_samples_and_adapters_are_small():
         cell_plan(Cell(GEMMA, "full", 500, 0, 4, 1)),
         cell_plan(Cell(GEMMA, "qlora", 500, 0, 4, 1), planned(rank=16)),
     )
-    samples = 2 * PAPERS.num_samples * 3_000 * 5
+    samples = 2 * WORK.num_samples * 3_000 * 5
     for found, trained in ((full, 1.0e9), (adapters, 13.0e6)):  # Gemma-3-1B has 1.00 billion parameters
         assert found.disk_kept - samples == pytest.approx(2 * trained, rel=0.05)
         assert found.disk_while_training == pytest.approx(2 * trained * (2 + 2 + 8 / 256), rel=0.05)
@@ -96,28 +89,30 @@ def test_disk_is_weights_and_samples_and_adapters_are_small():
 def test_the_sum_counts_a_baseline_once_per_model_and_seed_and_says_what_is_assumed(tmp_path):
     cells = Study(((GEMMA, ("full", "qlora")),), (8_000, 16_000), seeds=2).cells()
     memory = {(GEMMA, "full"): planned(), (GEMMA, "qlora"): "gpu_gb is 1 but it needs 9 GiB"}
-    plans = plan_cells(cells, memory, evaluation=PAPERS, assumed=ASSUMED)
+    plans = plan_cells(cells, memory, WORK)
     text = describe(plans, num_cards=2)
     assert "gemma-3-1b-it-full-8000 x 2 seeds" in text and "4 of 8 cells can be planned; 2 baselines" in text
     assert "gemma-3-1b-it-qlora-8000 x 2 seeds" in text and text.count("no plan: see above") == 2
-    hours = sum(p.training_hours + p.sampling_hours for p in plans if p.memory) + 2 * plans[0].baseline_hours
+    found = [plan.estimate for plan in plans if plan.estimate]
+    hours = sum(p.training_hours + p.sampling_hours for p in found) + 2 * found[0].baseline_hours
     assert f"{hours:,.1f} h on one card, {hours / 2:,.1f} h on 2" in text
     for said in ("estimate: 40%", "RTX 3090", "4,096 tokens", "3,000 tokens", "Launch overhead"):
         assert said in text
     write_plan(tmp_path / "plan.json", plans)
     rows = json.loads((tmp_path / "plan.json").read_text())
     assert [row["why_not"] for row in rows] == ["", "", memory[GEMMA, "qlora"], memory[GEMMA, "qlora"]] * 2
-    assert rows[0]["training_hours"] == plans[0].training_hours and rows[0]["memory"]["simulated"] is True
-    assert describe([replace(plans[2])]).endswith("no cell can be planned")
+    assert rows[0]["training_hours"] == found[0].training_hours and rows[0]["memory"]["simulated"] is True
+    assert describe([plans[2]]).endswith("no cell can be planned")
 
 
 def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(
     monkeypatch, tmp_path
 ):
     cells, told = Study((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
-    found = plan_memory(cells, row_tokens=64, gpu_gb=0, qlora_rank=16, report=told.append)
+    what = {"params": SamplingParams(max_new_tokens=16), "num_slots": 4, "row_tokens": 64, "qlora_rank": 16}
+    found = plan_memory(cells, report=told.append, **what)
     assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
-    assert "tiny, full: " in told[0] and "(simulated); fits 6 GB" in told[0]
+    assert "tiny, full: training 0." in told[0] and "(simulated); fits 6 GB" in told[0]
     assert (
         told[1].startswith("  such-model, full: NO: model is no/such-model and no config") and len(told) == 2
     )
@@ -125,9 +120,10 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
     assert settings_of(found["tiny", "full"], 1.0)[0]["recompute"] is True
 
     cells = [cell for cell in cells if cell.model == "tiny"]
-    card = {"max_grad_norm": 1.0, "row_tokens": 64, "qlora_rank": 16}
+    card = {"max_grad_norm": 1.0, **what}
     chosen = choose_settings(cells, tmp_path, gpu_gb=6.0, **card)
     assert chosen["tiny", "full"][0]["optimizer"] == "adamw8bit"
+    assert chosen["tiny", "full"][0]["num_slots"] > what["num_slots"]
     monkeypatch.setattr("kit.valley.estimate.plan_memory", None)  # a resumed sweep has it on disk
     assert choose_settings(cells, tmp_path, gpu_gb=6.0, **card) == chosen
     assert choose_settings(cells, tmp_path / "none", gpu_gb=0.0, **card) == {("tiny", "full"): ({}, "")}

@@ -172,11 +172,12 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
     (path / "config.json").write_text(json.dumps({"lr": 5e-5}))
     page = write_report(path).read_text()
     assert "3 of 5 cells are done, 1 failed, 1 have not ended yet." in page
-    rows = {tuple(row.split("<td>")[2:4]): row for row in page.split("<tr>") if row.startswith("<td>gemma")}
+    table = page.partition("</table>")[0].split("<tr>")
+    rows = {tuple(row.split("<td>")[2:4]): row for row in table if row.startswith("<td>gemma")}
     assert "<td>24<td>" in rows["base model", "0"]
     assert "<td>about a quarter of its 24<td>" in rows["long traces", "8,000"]
     assert "<td>15<td>" in rows["long traces", "220,000"]
-    assert "<td>1.00<td>" in rows["long traces", "220,000"]  # two steps of half an hour
+    assert rows["long traces", "220,000"].endswith("<td>1.00")  # two steps of half an hour
     assert "<td>8<td>" in rows["long traces, one batch size", "220,000"]
     assert "seed 0: FAILED" in rows["long traces", "32,000"] and page.count("FAILED") == 1
     assert (
@@ -187,7 +188,7 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
         f"<h3>{cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page and "a &lt; b" in page
     )
     assert "<li>lr 1 (paper: 2)" in page
-    assert page.count("data:image/png;base64,") == 1 and "http" not in page
+    assert page.count("<img ") == 1 and "http" not in page
     assert (path / "gemma-3-1b-it.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -205,7 +206,7 @@ def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_pa
     def lines(levels):
         path = make_study(tmp_path / str(levels), study(), {TABLE: [0.1, 0.5, 0.5]}, rl=levels)
         page = write_report(path).read_text()
-        assert "<h2>Reinforcement learning</h2>" in page and page.count("data:image/png;base64,") == 2
+        assert "<h2>Reinforcement learning</h2>" in page and page.count("<img ") == 2
         return [line for line in sentences(StudyResults.read(path)) if "reinforcement" in line]
 
     base, below, above = lines({0: 0.5, 8_000: 0.1, 220_000: 0.95})

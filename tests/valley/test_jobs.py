@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import signal
 import time
 from multiprocessing import forkserver
@@ -28,6 +29,7 @@ RECIPE = """
 import os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
+from kit.progress import Progress
 
 @dataclass(frozen=True)
 class Config:
@@ -60,8 +62,9 @@ def main(config):
         os.kill(os.getpid(), signal.SIGKILL)
     if config.fail == "exit":
         raise SystemExit("no GPU is here.\\nTwo ways out")
-    if config.fail and not config.resume:
-        raise ValueError(config.fail)
+    for step in Progress("training", "steps", 2).over(range(2)):
+        if step == 1 and config.fail and not config.resume:
+            raise ValueError(config.fail)
 """
 
 
@@ -72,14 +75,15 @@ def server():
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "small_recipe.py"
     file.write_text(RECIPE)
     return file
 
 
 def job(recipe, name, *, needs=(), problem="", **settings):
-    return Job(name, recipe, settings, recipe.parent / "runs" / name, tuple(needs), problem=problem)
+    return Job(name, recipe.stem, settings, recipe.parent / "runs" / name, tuple(needs), problem=problem)
 
 
 ONE = (Worker(),)
@@ -93,7 +97,9 @@ def starts(recipe):
     return (recipe.parent / "runs" / "starts").read_text().splitlines()
 
 
-def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_others_go_on(recipe, tmp_path):
+def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_others_go_on(
+    recipe, tmp_path, capfd
+):
     jobs = [
         job(recipe, "bad", fail="rows are\nlonger than 7"),
         job(recipe, "killed", fail="signal"),
@@ -117,7 +123,10 @@ def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_ot
     assert found["left"].error.endswith("no GPU is here. Two ways out")
     assert found["needs-bad"].error == "not started: it needs bad, which failed"
     assert found["too-large"].error == "not started: it needs 99 GiB"
-    assert Path(found["good"].log).read_text().count("line") == 30
+    good, bad = (Path(found[name].log).read_text() for name in ("good", "bad"))
+    assert good.count("line") == 30 and "line 29\ntraining: 2 of 2 steps in 0:" in good
+    assert "line 29\ntraining: 1 of 2 steps in 0:" in bad.split("error: ")[0] and "\r" not in good + bad
+    assert re.fullmatch(r"study: 6 of 6 runs in \d:\d\d:\d\d\n", capfd.readouterr().err)
     assert [line.split()[0] for line in starts(recipe)] == ["bad", "killed", "left", "good"]
     assert "False '--odd= name'" in starts(recipe)[-1]  # settings arrive whatever they hold
     assert read_outcomes(tmp_path) == found
@@ -201,16 +210,16 @@ def main(config):
 def run_one(recipe, folder):
     os.environ["MALLOC_TOP_PAD_"] = str(2**27)
     before = dict(os.environ)
-    run([Job("memory", Path(recipe), {}, Path(folder))], Path(folder))
+    run([Job("memory", recipe, {}, Path(folder))], Path(folder))
     assert dict(os.environ) == before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these settings are glibc's")
-def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path):
-    recipe = tmp_path / "memory_recipe.py"
-    recipe.write_text(MEMORY)
+def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "memory_recipe.py").write_text(MEMORY)
     # in a process whose server has not been started
-    wait(call(__file__, "run_one", str(recipe), str(tmp_path)))
+    wait(call(__file__, "run_one", "memory_recipe", str(tmp_path)))
     found = json.loads((tmp_path / "found.json").read_text())
     # of 40 that were used; a few, because a forked process copies what it touches
     assert found["blocks"] < 10

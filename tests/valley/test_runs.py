@@ -66,7 +66,7 @@ def recipes(**options):
             raise ValueError("it needs 99 GiB")
         return {"lr": 1.0}
 
-    return Recipes(Path("recipes"), {}, finetune, lambda start: {"steps": 3}, **options)
+    return Recipes({}, finetune, lambda start: {"steps": 3}, **options)
 
 
 def test_a_cell_that_cannot_be_run_is_a_job_with_a_problem_and_the_others_have_none():

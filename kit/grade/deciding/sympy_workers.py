@@ -99,7 +99,8 @@ class Pool:
                     worker = self.idle.pop()
                     if worker.process.poll() is None:
                         return worker
-                    self.all.discard(worker)  # it ended while it was idle
+                    worker.kill()  # it ended while it was idle: close its pipe
+                    self.all.discard(worker)
                 if len(self.all) < MAX_WORKERS:
                     self._start()
                 elif not self.condition.wait(max(0.0, deadline_at - time.monotonic())):

@@ -1,0 +1,51 @@
+"""Settings of --plan, and of choosing settings for a card. Every recipe that runs on a card has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+Config = TypeVar("Config", bound="PlanSettings")
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The card that a run is planned for, and what the plan assumes."""
+
+    # plan
+    plan: bool = False  # print what fits, hours, disk and the command, and stop: no GPU, no download
+    gpu_gb: str = ""  # choose settings for a card of this size in GB, or auto: the one here; "" = as set
+    desktop_gb: float = 0.7  # GB of the card that a desktop shown on it uses, which is not ours; 0 = none
+    card: str = ""  # with --plan: hours for this card, such as 3060; "" = the one here, else an RTX 3090
+    response_tokens: int = 4_000  # with --plan: tokens per response, on average; assumed
+    json: str = ""  # with --plan: file for the plan; "" = none
+
+    @property
+    def gpu_gib(self) -> float:
+        """GiB of the card to choose settings for; 0 = none. Raises ValueError for auto without a card."""
+        if self.gpu_gb != "auto":
+            try:
+                return float(self.gpu_gb or 0)
+            except ValueError:
+                raise ValueError(
+                    f"gpu_gb is {self.gpu_gb!r}; pass the card's size in GB, such as 12, or auto to read it"
+                ) from None
+
+        import torch  # takes seconds: not before flags are read
+
+        if not torch.cuda.is_available():
+            raise ValueError("gpu_gb is auto but no NVIDIA GPU is here; pass the card's size, such as 12")
+        return torch.cuda.mem_get_info()[1] / 2**30
+
+    def to_start(self: Config) -> Config:
+        """Return the settings that start what was planned: the plan's own are as they are by default."""
+        own = (field for base in type(self).__mro__ if base.__module__ == __name__ for field in fields(base))
+        return replace(self, **{field.name: field.default for field in own})
+
+
+@dataclass(frozen=True)
+class TrainingPlanSettings(PlanSettings):
+    """The same for a run that is trained on traces."""
+
+    # plan
+    trace_tokens: int = 4_500  # with --plan: per trace; the mean of 291 R1 traces on AIME problems

@@ -1,0 +1,183 @@
+"""The plan of a run: the cache beside training, a desktop's share, what needs less, hours and disk."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_choose import make_model, small_model  # noqa: F401  a fixture
+from test_simulate import SMALL
+from transformers import AutoModelForCausalLM
+
+from kit.generate.kv_cache import SlotCache
+from kit.generate.sampling import SamplingParams
+from kit.machine import GIB
+from kit.memory import live_bytes, run_plan
+from kit.memory.choose import choose
+from kit.memory.run_plan import RunPlan, Work, estimate_run, plan_run
+from kit.memory.sampling import CACHE, SAMPLER, most_slots, plan_sampling
+from kit.memory.settings import PlanSettings, TrainingPlanSettings
+from kit.memory.simulate import Plan, plan
+from kit.models.loading import load_config
+from kit.train.savings import Savings
+
+PARAMS = SamplingParams(max_new_tokens=300)
+LEAN = Savings(optimizer="adamw8bit")
+ALONE = PlanSettings(desktop_gb=0.0)
+
+
+def of_size(gib: float, desktop_gb: float = 0.0) -> Plan:
+    return Plan(
+        "any", 64, 0, LEAN, round(gib * GIB), "then", {"all": round(gib * GIB)}, 0, desktop_gb=desktop_gb
+    )
+
+
+def with_slots(slots: int) -> Plan:
+    """Pretend that an answer holds a GiB."""
+    return of_size(slots)
+
+
+@pytest.mark.parametrize("qlora_rank", [0, 4])
+def test_the_plan_of_sampling_holds_the_cache_that_the_sampler_allocates(tmp_path, qlora_rank):
+    gemma = {"head_dim": 64, "sliding_window": 100, "pad_token_id": 0, "num_key_value_heads": 1}
+    folder = make_model(tmp_path, model_type="gemma3_text", **gemma)
+    found = plan_sampling(folder, PARAMS, qlora_rank=qlora_rank, prompt_tokens=50)(3)
+    real = SlotCache(AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.bfloat16), 3, 350)
+    assert any(keys.shape[2] == 100 for keys in real.keys)  # a sliding layer keeps its window alone
+    held = sum(x.untyped_storage().nbytes() for x in (*real.keys, *real.values))
+    assert found.owners[CACHE] == held
+    assert found.peak == sum(found.owners.values()) and live_bytes.WEIGHTS in found.owners
+    assert live_bytes.OPTIMIZER not in found.owners  # nothing is trained meanwhile
+
+
+def test_no_row_of_the_cache_is_longer_than_the_models_context(small_model):  # noqa: F811
+    bytes_of = [
+        plan_sampling(small_model, SamplingParams(max_new_tokens=n))(2).owners[CACHE] for n in (10**6, 10**7)
+    ]
+    assert bytes_of == [2 * 2 * 2 * 2 * 64 * 2 * SMALL["max_position_embeddings"]] * 2
+
+
+def test_a_nucleus_is_counted_as_if_it_held_the_whole_vocabulary(small_model):  # noqa: F811
+    drawn = plan_sampling(small_model, PARAMS, prompt_tokens=1)(64).owners[SAMPLER]
+    assert drawn >= 64 * SMALL["vocab_size"] * (4 + 8)  # sorted logits in fp32 and their ids
+
+
+def test_a_card_needs_the_larger_of_training_and_sampling_and_the_plan_says_which(small_model):  # noqa: F811
+    sizes = {"row_tokens": 256, "savings": LEAN, "card": ALONE}
+    few, many = (plan_run(small_model, PARAMS, num_slots=n, **sizes) for n in (1, 512))
+    assert few.larger is few.update and "for training" in str(few)
+    assert many.larger is many.sampling and "for sampling" in str(many)
+    assert few.update == many.update == plan(small_model, row_tokens=256, savings=LEAN)
+    found = many.as_json()
+    assert found["total"] == many.sampling.total == found["sampling"]["total"] > found["update"]["total"]
+    assert plan_run(small_model, PARAMS, num_slots=1, card=ALONE).update is None
+
+
+def test_a_plan_that_sampling_keeps_from_fitting_names_the_slots_that_do_fit():
+    found = RunPlan(with_slots(16), of_size(6.0), 16, with_slots)
+    told = str(found)
+    for gb in (8, 12, 16):
+        slots = most_slots(with_slots, gb)
+        assert f"with --num_slots {slots} sampling fits {gb} GB, too" in told
+        assert with_slots(slots).fits(gb) and not with_slots(slots + 1).fits(gb)
+    assert "fits 6 GB, too" not in told and "fits 24 GB, too" not in told  # training does not; all does
+
+
+def test_for_a_card_as_many_slots_are_chosen_as_fit_and_no_more_than_there_are_samples(small_model):  # noqa: F811
+    sampling = plan_sampling(small_model, PARAMS, desktop_gb=0.1)
+    card = PlanSettings(gpu_gb=f"{sampling(40).total / GIB + 0.1 + 1e-6:.9f}", desktop_gb=0.1)
+    found = plan_run(small_model, PARAMS, num_slots=1, row_tokens=256, card=card)
+    assert found.num_slots == 40 and found.fits(card.gpu_gib) and not sampling(41).fits(card.gpu_gib)
+    assert found.switches(1.0)["num_slots"] == 40
+    assert plan_run(small_model, PARAMS, num_slots=1, num_samples=7, card=card).num_slots == 7
+    with pytest.raises(
+        ValueError, match=r"gpu_gb is 0\.5 .* one answer .* needs 0\..* pass a smaller --max_new"
+    ):
+        plan_run(small_model, PARAMS, num_slots=1, card=replace(ALONE, gpu_gb="0.5"))
+
+
+def test_what_a_desktop_uses_is_taken_from_the_card_and_said(small_model, capsys):  # noqa: F811
+    alone, shared = (of_size(6.9, desktop_gb) for desktop_gb in (0.0, 0.7))
+    assert alone.fits(8) and not shared.fits(8) and shared.fits(8.6)
+    assert alone.total == shared.total  # what the run needs itself stays
+    assert "8 GB: no" in shared.fits_text and shared.fits_text.endswith("0.7 GB of each is left to a desktop")
+    assert "8 GB: yes" in alone.fits_text and "desktop" not in alone.fits_text
+
+    needed = plan(small_model, row_tokens=1024, savings=LEAN).total / GIB + 1e-6
+    assert choose(small_model, row_tokens=1024, gpu_gb=needed).savings == LEAN
+    assert choose(small_model, row_tokens=1024, gpu_gb=needed + 0.2, desktop_gb=0.2).savings == LEAN
+    assert " GiB with --optimizer adamw8bit\n" in capsys.readouterr().out  # a line per setting tried
+    with pytest.raises(ValueError, match=r"gpu_gb is .* and desktop_gb 0\.2 but "):
+        choose(small_model, row_tokens=1024, gpu_gb=needed, desktop_gb=0.2)
+
+
+@pytest.mark.parametrize("num_slots", [1, 600])
+def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_above(small_model, num_slots):  # noqa: F811
+    found = plan_run(
+        small_model,
+        PARAMS,
+        num_slots=num_slots,
+        row_tokens=1024,
+        rows=2,
+        card=ALONE,
+        savings=Savings(recompute=False),
+    )
+    lines = list(found.for_less())
+    needs = [float(line.split(" GiB")[0].split()[-1]) for line in lines]
+    assert needs == sorted(needs, reverse=True) and needs[0] <= found.larger.total / GIB
+    assert any("--recompute" in line for line in lines)
+    assert any("--num_slots 300" in line for line in lines) == (num_slots == 600)
+    assert lines[0].startswith("    --num_slots" if num_slots == 600 else "    --recompute")
+    assert list(replace(found, is_plain=False, num_slots=1, sampling=found.at(1)).for_less()) == []
+
+
+def test_halving_slots_goes_on_until_training_is_what_is_left():
+    found = RunPlan(with_slots(16), of_size(3.0), 16, with_slots, is_plain=False)
+    assert [line.split()[1] for line in found.for_less()] == ["8", "4", "2"]
+    assert [line.split()[1] for line in replace(found, update=None).for_less()] == ["8", "4", "2", "1"]
+
+
+def test_auto_reads_the_card_and_what_is_not_a_size_is_refused(monkeypatch):
+    assert (PlanSettings().gpu_gib, PlanSettings(gpu_gb="12").gpu_gib) == (0.0, 12.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * GIB, 11 * GIB))
+    assert PlanSettings(gpu_gb="auto").gpu_gib == 11.0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="gpu_gb is auto but no NVIDIA GPU is here; pass the card's size"):
+        PlanSettings(gpu_gb="auto").gpu_gib  # noqa: B018
+    with pytest.raises(ValueError, match="gpu_gb is '12GB'; pass the card's size in GB, such as 12, or auto"):
+        PlanSettings(gpu_gb="12GB").gpu_gib  # noqa: B018
+
+
+def test_an_unknown_card_is_refused_before_anything_is_simulated(monkeypatch):
+    monkeypatch.setattr(run_plan, "plan_sampling", None)
+    with pytest.raises(ValueError, match=r"card is 'Voodoo' but the table of rates has 3060, .*4090.*; pass"):
+        plan_run("tiny", PARAMS, num_slots=1, card=PlanSettings(card="Voodoo"))
+
+
+def test_the_settings_of_the_plan_itself_are_not_those_that_start_the_run():
+    given = TrainingPlanSettings(
+        plan=True, gpu_gb="auto", desktop_gb=0.0, card="3060", trace_tokens=1, json="x"
+    )
+    assert given.to_start() == TrainingPlanSettings()
+
+
+def test_the_estimate_counts_both_evaluations_tokens_on_disk_and_what_offloading_pins():
+    found = RunPlan(replace(of_size(1.0), model="tiny"), replace(of_size(2.0), model="tiny"), 4, with_slots)
+    work = Work(10, 100, num_traces=50, epochs=2, batch_traces=5, trace_tokens=32)
+    estimate = estimate_run(found, work, card="3060")
+    assert estimate.num_steps == 20 and estimate.disk_tokens == 4 * 50 * 32
+    assert (
+        estimate.disk_samples
+        == 2 * estimate_run(found, replace(work, evaluations=1), card="3060").disk_samples
+    )
+    told = estimate.describe(3 * GIB)
+    for said in (
+        "20 optimizer steps: 2 x 50 traces",
+        ", 2 x ",
+        "10 answers of 100 tokens (assumed)",
+        "3.00 GiB, pinned",
+    ):
+        assert said in told
+    assert told.count("estimate: 40% of the datasheet's rates of an NVIDIA GeForce RTX 3060") == 1
+    assert json.dumps(found.as_json())

@@ -1,0 +1,77 @@
+"""What every recipe's --plan prints: the command that starts the run, and what differs from the paper."""
+
+import shlex
+from dataclasses import fields, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from children import run_recipe
+
+from kit.config import parse
+from kit.train.savings import Savings
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "gemma3_1b_8k": [
+        "--row_tokens",
+        "256",
+        "--max_new_tokens",
+        "64",
+        "--no_verify",
+        "--warmup_ratio",
+        "1e-5",
+    ],
+    "evaluate": ["--max_new_tokens", "64", "--top_k", "3"],
+    "grpo_qwen2_5_0_5b": ["--row_tokens", "256", "--max_new_tokens", "64"],
+}
+
+
+@pytest.fixture(params=SMALL)
+def recipe(request, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return import_module(request.param)
+
+
+@pytest.mark.parametrize("flags", [["--preset", "evening", "--gpu_gb", "6"], ["--smoke"]])
+def test_the_command_that_the_plan_prints_parses_to_the_settings_that_it_chose(recipe, flags, capsys):
+    awkward = ["--model", "tiny", "--instruction", 'it\'s 5 $ "each"']
+    choices = {"smoke": recipe.SMOKE, "presets": recipe.PRESETS}
+    config = parse(recipe.Config, ["--plan", *SMALL[recipe.__name__], *awkward, *flags], **choices)
+    recipe.main(config)
+    printed = capsys.readouterr().out
+    command = next(line for line in printed.splitlines() if line.startswith("start  "))
+    words = shlex.split(command)[3:]  # behind `start python FILE`
+    started = parse(recipe.Config, words, **choices)
+    names = ["num_slots", *(field.name for field in fields(Savings))]
+    chosen = {name: getattr(started, name) for name in names if hasattr(started, name)}
+    if "--smoke" not in flags:
+        assert chosen["num_slots"] > config.num_slots and chosen.get("optimizer", "adamw8bit") == "adamw8bit"
+    assert started == replace(config.to_start(), **chosen)
+    assert "(assumed)" in printed and "disk  " in printed and "the paper   " in printed
+
+
+def test_auto_without_a_card_is_one_line(tmp_path):
+    done = run_recipe("evaluate", "--plan", "--preset", "evening", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr == "error: gpu_gb is auto but no NVIDIA GPU is here; pass the card's size, such as 12\n"
+    )
+
+
+def test_the_default_is_the_papers_setting_and_an_evening_says_what_differs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    recipe = import_module("gemma3_1b_8k")
+    assert recipe.deviations(recipe.Config(device="cpu")) == []
+    assert (
+        recipe.deviations(recipe.Config(device="cpu", num_traces=128_000, epochs=3, batch_traces=128)) == []
+    )
+    found = recipe.deviations(recipe.Config(**recipe.PRESETS["evening"]))
+    assert {"num_traces 1000 (paper: 8000)", "epochs 2 (paper: 4)", "num_questions 200 (paper: all)"} < {
+        *found
+    }
+    assert found[-1].startswith("AdamW with 8-bit states")
+    sweep = import_module("valley_sweep")
+    assert "max_new_tokens 8192 (paper: 16384)" in sweep.paper.deviations(
+        sweep.Config(**sweep.PRESETS["evening"]), sweep.paper.FINE_TUNING
+    )

@@ -24,6 +24,7 @@ class Savings:
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
+    offload_gradients: bool = False  # gradients in CPU memory, added up there over the rows of a step
     head_update: str = "whole"  # blocked: the tied embedding's gradient one block of the vocabulary at a time
 
     def __post_init__(self):
@@ -42,6 +43,12 @@ class Savings:
             raise ValueError(
                 f"tile_tokens is {self.tile_tokens} and offload_inputs {self.offload_inputs} but recompute "
                 "is off; both are parts of the recomputation: pass --recompute, or leave them out"
+            )
+        if self.offload_gradients and self.update_in_backward:
+            raise ValueError(
+                "offload_gradients and update_in_backward are both on, but one keeps gradients until the end "
+                "of the step and the other uses them up at once; pass --no_update_in_backward (for several "
+                "rows and a global norm), or --no_offload_gradients"
             )
         if self.update_in_backward and self.optimizer == "adamw":
             raise ValueError(

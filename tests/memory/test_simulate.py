@@ -29,6 +29,7 @@ LEAN = {
     "logit_rows": 70,
     "offload_inputs": True,
 }
+ON_HOST = LEAN | {"update_in_backward": False, "offload_optimizer": True, "offload_gradients": True}
 PARAMETERS = {  # as published with the models
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
@@ -68,7 +69,9 @@ def test_the_configs_that_ship_have_the_models_own_number_of_parameters(model):
 
 
 @pytest.mark.parametrize(
-    "savings", [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}], ids=str
+    "savings",
+    [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}, ON_HOST],
+    ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):

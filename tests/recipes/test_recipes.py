@@ -208,6 +208,21 @@ def test_what_update_in_backward_excludes_is_refused_before_anything_else_is_don
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--verify", "yes"], "verify is 'yes' but must be math (Math-Verify decides), llama ("),
+        (["--no_verify"], "there is no --no_verify; did you mean --verify?"),
+    ],
+)
+def test_another_word_for_who_accepts_a_trace_is_refused_before_anything_else_is_done(
+    flags, message, tmp_path
+):
+    done = run_recipe("gemma3_1b_8k", "--smoke", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
     done = run_recipe("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

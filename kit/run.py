@@ -42,6 +42,8 @@ class RunFolder:
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
         if config.resume:
             path, before = stored_settings(recipe_name(type(config)), config.out)
+            defaults = {field.name: field.default for field in dataclasses.fields(config)}
+            before = {name: before.get(name, defaults[name]) for name in settings} | before  # new settings
             grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
             pairs = {k: (before.get(k), settings.get(k)) for k in fixed}

@@ -112,6 +112,14 @@ def test_resuming_nothing_says_so(out, where):
         parse(Config, ["--resume", *(["--out", out] if out else [])])
 
 
+def test_a_setting_that_came_after_the_run_is_at_its_default():
+    run = RunFolder.open(Config(out="here"))
+    (run.path / "config.json").write_text(json.dumps({"lr": 1.0, "num_slots": 16}))
+    assert RunFolder.open(parse(Config, ["--resume", "--out", "here"])).path == run.path
+    with pytest.raises(ValueError, match="seeds was 1, is 2"):
+        RunFolder.open(parse(Config, ["--resume", "--out", "here", "--seeds", "2"]))
+
+
 GROWS = "seeds", "sizes", "arms"
 
 

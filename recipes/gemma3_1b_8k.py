@@ -45,10 +45,10 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data
-    traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:config][@split], .jsonl, .json or .parquet file
-    num_traces: int = 8_000  # problems, one trace each; 0 = all
+    traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
+    num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped
-    verify: bool = True  # keep correct traces only
+    verify: str = "llama"  # traces to keep, accepted by: math = Math-Verify, llama = it or Llama; none = all
     long_share: float = 1.0  # of the problems; the others get the data set's short `solution` for a trace
     shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
     max_bad_rows: int = 20  # malformed rows that are listed and left out; one more stops the run
@@ -104,6 +104,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
+    data.generations.check_verify(config.verify)
     command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
@@ -206,7 +207,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         qlora_rank=config.qlora_rank,
         card=config,
     )
-    if config.gpu_gb:
+    if config.gpu_gib:
         chosen = planned.switches(config.max_grad_norm)
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")
@@ -231,8 +232,8 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
 def deviations(config: Config) -> list[str]:
     """List what differs from the paper's setting for so many traces."""
     wanted = paper.FINE_TUNING | paper.Row.settings(config.num_traces) | {"qlora_rank": 0, "long_share": 1.0}
-    rounded = config.device == "cuda" and not config.qlora_rank
-    return paper.deviations(config, wanted) + [paper.ADAMW8BIT] * rounded
+    states = paper.ADAMW8BIT_EXACT if config.exact_weights else paper.ADAMW8BIT
+    return paper.deviations(config, wanted) + [states] * (config.device == "cuda" and not config.qlora_rank)
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):

@@ -26,8 +26,11 @@ There, but off: Dr. GRPO's advantages (--advantage_scale none), DAPO's token mea
 verl's) and upper clip (--clip_high 0.28), and GSPO's ratio (--ratio sequence). What differs from the paper's
 setting is printed. --resume continues a run.
 
-Time: not timed on a GPU; the paper's runs used 8 H100. The prompts are SimpleRL-Zoo's on the hub (not tried
-from here); --prompts FILE reads a local copy, or other MATH files with --levels 1-4.
+The prompts are SimpleRL-Zoo's on the hub (not tried from here), as the paper chose them by the model's size:
+MATH levels 1-4 for 0.5B and 3-5 above. --prompts DIR:simplelr_qwen_level1to4 reads a local copy of that data
+set, and --prompts FILE other MATH problems, of which --levels 1-4 keeps some.
+
+Time: not timed on a GPU; the paper's runs used 8 H100.
 """
 
 from __future__ import annotations
@@ -63,8 +66,8 @@ class Config(Settings, Savings, PlanSettings):
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if installed and able, else kit
     # data
-    prompts: str = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level1to4"  # hub id[:config][@split], or a file
-    levels: str = ""  # MATH levels to keep, such as 1-4; "" = all
+    prompts: str = ""  # hub id[:part][@split], or a file; "" = SimpleRL-Zoo's MATH prompts, by levels
+    levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
     num_prompts: int = 0  # the first so many of the file; 0 = all
     max_bad_rows: int = 20  # rows without problem or gold answer that are left out; one more stops the run
     # optimisation
@@ -117,6 +120,8 @@ SMOKE = {
     "steps": 12, "lr": 1e-4, "kl_coef": 1e-3, "recompute": False, "checkpoint_every": 4,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "eval_tokens": 96,
 }  # fmt: skip
+SIMPLERL = "hkust-nlp/SimpleRL-Zoo-Data"
+SMALL = 0.5e9  # weights without norms and biases; Qwen2.5-0.5B has 0.494e9
 
 
 def weaken(model, amount: float, seed: int) -> None:
@@ -165,6 +170,15 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     return config, planned
 
 
+def default_prompts(config: Config) -> str:
+    """Return SimpleRL-Zoo's prompts for the model, as the paper chose them, and print the choice."""
+    weights = memory.flops.Sizes.of(models.loading.load_config(config.model)).weights
+    levels = config.levels or ("1-4" if weights <= SMALL else "3-5")
+    why = f"the model has {weights / 1e9:.2f}B weights" if not config.levels else "as asked for"
+    print(f"prompts     MATH levels {levels}: {why} (paper: 1-4 for 0.5B, 3-5 above)")
+    return f"{SIMPLERL}:simplelr_qwen_level{levels.replace('-', 'to')}"
+
+
 def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
     """Read the prompts; print how many rows were left out, and which."""
     bad = BadRows(config.max_bad_rows)
@@ -173,7 +187,8 @@ def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
         source = str(run.path / "prompts.jsonl")
         write_rows(Path(source), make_rows("short", 2_000, seed=config.seed + 2, min_operands=3))
     questions = data.problems.read_prompts(source, bad, levels=config.levels)[: config.num_prompts or None]
-    print(f"data        {len(questions):,} prompts with gold answers, {len(bad.found)} rows left out")
+    found = f"{len(questions):,} prompts with gold answers of {source}"
+    print(f"data        {found}, {len(bad.found)} rows left out")
     for place in bad.found:
         print(f"  bad row   {place}")
     return questions
@@ -204,6 +219,8 @@ def main(config: Config) -> None:
         planned = planned or plan_memory(config)[1]
         memory.simulate.check_free_memory(planned.larger)
 
+    if not config.prompts:
+        config = replace(config, prompts=default_prompts(config))
     benchmarks = []
     if config.benchmarks:
         benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)

@@ -61,7 +61,8 @@ class Config(TrainingPlanSettings):
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data
-    traces: str = OPENR1  # hub id[:config][@split], or a .jsonl, .json or .parquet file
+    traces: str = OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
+    verify: str = "llama"  # traces to keep, accepted by: math = Math-Verify, llama = it or Llama; none = all
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
     # optimisation

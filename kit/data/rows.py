@@ -1,4 +1,5 @@
-"""Rows of a data set, each with the place it came from: a local .jsonl, .json or .parquet file, or a hub id.
+"""Rows of a data set, each with the place it came from: a local .jsonl, .json or .parquet file, a hub id, or
+a local copy of what the hub has under one.
 
 A row that cannot be read is named by file and line and counted; more than `max_bad_rows` of them stop the
 run.
@@ -10,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kit.extras import require
 
@@ -76,9 +77,11 @@ def _field(row: dict, name: str) -> object:
 def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     """Yield (where, row) for every readable row of `source`, and add the others to `bad`.
 
-    source: a local file, known by its suffix, or a hub id, `owner/name[:config][@split]`; the split is
-    "train" if none is named. where: file:line (jsonl) or file[index] (json, parquet, hub).
-    Raises ValueError for a missing file or too many bad rows.
+    source: a local file, known by its suffix, or a data set, `owner/name[:part][@split]`, where the part is a
+    config or, if the data set has no such config, a folder of it. The split is "train" if none is named. A
+    local copy of a data set is named by its folder in place of owner/name.
+    where: file:line (jsonl) or file[index] (json, parquet, data set).
+    Raises ValueError for a missing file, for a part that the data set lacks, and for too many bad rows.
     """
     path = Path(source)
     if path.suffix in SUFFIXES:
@@ -89,10 +92,10 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
             )
         reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
         rows = reader(path, bad)
-    elif path.exists():
+    elif path.is_file():
         raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
     else:
-        rows = _read_hub(source)
+        rows = _read_data_set(source)
 
     for where, row in rows:
         if isinstance(row, dict):
@@ -143,19 +146,52 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
             index += 1
 
 
-def _read_hub(source: str) -> Iterator[tuple[str, object]]:
-    require(f"{source}, a data set on the hub,", "datasets")
-    from datasets import load_dataset
+class NoSuchPart(ValueError):
+    """A data set has neither a config nor a folder of this name."""
 
+
+def _read_data_set(source: str) -> Iterator[tuple[str, object]]:
+    require(f"{source}, a data set on the hub,", "datasets")
     path, _, split = source.partition("@")
-    name, _, config = path.partition(":")
-    # no narrower error: the hub client has no base class for "not found", "no network" and "no such config"
+    name, _, part = path.partition(":")
+    # no narrower error: the hub client has no base class for "not found", "no network" and "no such split"
     try:
-        rows = load_dataset(name, config or None, split=split or "train")
+        rows = _load(name, part, split or "train")
+    except NoSuchPart:
+        raise
     except Exception as error:
         raise ValueError(
             f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "
-            f"({type(error).__name__}: {error}); check the name and the network, or pass a local file"
+            f"({type(error).__name__}: {error}); check name, split and network, or pass a local copy"
         ) from error
     for index, row in enumerate(rows):
         yield f"{source}[{index}]", row
+
+
+def _load(name: str, part: str, split: str):
+    """Load a config of a data set or, if it has none of this name, a folder. Raises NoSuchPart."""
+    from datasets import get_dataset_config_names, load_dataset
+
+    if not part:
+        return load_dataset(name, split=split)
+    try:
+        return load_dataset(name, part, split=split)
+    except ValueError:  # which an unknown split is, too
+        if part in (configs := get_dataset_config_names(name)):
+            raise
+    folders = _folders(name)
+    if part not in folders:
+        raise NoSuchPart(
+            f"{name} has neither a config nor a folder {part!r}; its configs are {', '.join(configs)} and "
+            f"its folders with data are {', '.join(folders) or 'none'}"
+        )
+    return load_dataset(name, data_dir=part, split=split)
+
+
+def _folders(name: str) -> list[str]:
+    """Return the folders of a data set that hold files of rows."""
+    from fsspec.core import url_to_fs
+
+    files, root = url_to_fs(name if Path(name).is_dir() else f"hf://datasets/{name}")
+    paths = [PurePosixPath(path).relative_to(PurePosixPath(root)) for path in files.find(root)]
+    return sorted({str(path.parent) for path in paths if path.suffix in (*SUFFIXES, ".csv")} - {"."})

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
+from kit.data.generations import check_verify, generations_of, has_gaps
 from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.grade.verdict import grade
 from kit.progress import Progress
@@ -22,6 +23,8 @@ from kit.run import digest
 RESPONSE = ("trace", "solution")  # the fields in which a row with a single response keeps it
 
 NO_CORRECT = "have no correct trace"
+BY_LLAMA = "have a correct trace by Llama's verdict alone"
+PADDED = "have fewer flags than generations (the others count as not known)"
 NO_COMPLETE = "have no complete trace"
 UNVERIFIED = "could not be verified"
 
@@ -42,61 +45,51 @@ class DropCounts:
     kept: int = 0
     dropped: Counter = field(default_factory=Counter)
     bad_rows: list[str] = field(default_factory=list)  # where: reason
+    noted: Counter = field(default_factory=Counter)  # what else is to be known of the rows that were read
+    wanted: int = 0  # traces asked for; 0 = all
 
     def __str__(self) -> str:
-        text = f"{self.kept:,} traces kept, {self.dropped.total():,} dropped"
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-        return f"{text}: {reasons}" if reasons else text
+        few = f" ({self.wanted:,} were asked for, but no more qualify)" if self.kept < self.wanted else ""
+        text = f"{self.kept:,} traces kept{few}, {self.dropped.total():,} dropped"
+        for title, counts in ((": ", self.dropped), (". Of the rows read, ", self.noted)):
+            listed = "; ".join(f"{count:,} {what}" for what, count in counts.most_common() if count)
+            text += title + listed if listed else ""
+        return text
 
 
-def pick_response(row: dict, *, verify: bool = True) -> tuple[str | None, str]:
+def pick_response(row: dict, *, verify: str | bool = "llama") -> tuple[str | None, str]:
     """Return (the row's first correct, complete response, ""), or (None, the reason why it has none).
 
-    A row in OpenR1's schema has `generations` and, parallel to them, `correctness_math_verify`,
-    `is_reasoning_complete` and `finish_reasons`: these flags decide. If the first is missing, or if the row
-    has a single response in `trace` or `solution`, our grader decides by the row's answer.
+    A row in OpenR1's schema has `generations` with flags (see kit.data.generations): that of Math-Verify
+    decides. If it is not known, or if the row has a single response in `trace` or `solution`, our grader
+    decides by the row's answer.
 
-    verify: False = return the first complete response, correct or not. Raises ValueError for a malformed row.
+    verify: "math" = as above. "llama" (or True) = if no response is accepted so, the first that Llama accepts
+    is returned, with BY_LLAMA in place of "". "none" (or False) = the first complete response is returned,
+    correct or not. Raises ValueError for another `verify` and for a malformed row.
     """
+    verify = check_verify(verify)
     if row.get("generations") is None:
         response = text_of(row, RESPONSE)
-        why = _verify(row, response) if verify else ""
+        why = "" if verify == "none" else _verify(row, response)
         return (None, why) if why else (response, "")
 
-    generations = row["generations"]
-    if not isinstance(generations, list) or not generations:
-        found = "an empty list" if generations == [] else f"a {type(generations).__name__}"
-        raise ValueError(f"field generations is {found}")
-    correct = _flags(row, "correctness_math_verify", len(generations))
-    complete = _flags(row, "is_reasoning_complete", len(generations))
-    finish = _flags(row, "finish_reasons", len(generations))
-
-    reasons = set()
-    for i in range(len(generations)):
-        name = f"generations[{i}]"
-        response = text_of({name: generations[i]}, [name])
-        if complete[i] is False or finish[i] == "length":
+    reasons, by_llama = set(), None
+    for generation in generations_of(row):
+        response = text_of({generation.name: generation.text}, [generation.name])
+        if not generation.complete:
             why = NO_COMPLETE
-        elif not verify or correct[i]:
-            why = ""
-        else:
-            why = _verify(row, response) if correct[i] is None else NO_CORRECT
-        if not why:
+        elif verify == "none" or generation.math:
             return response, ""
+        else:
+            why = _verify(row, response) if generation.math is None else NO_CORRECT
+            if not why:
+                return response, ""
+            by_llama = by_llama or (response if generation.llama else None)
         reasons.add(why)
-    by_weight = (NO_CORRECT, UNVERIFIED, NO_COMPLETE)
-    return None, next(reason for reason in by_weight if reason in reasons)
-
-
-def _flags(row: dict, name: str, count: int) -> list:
-    """Return this field's list, parallel to `generations`; all None if the data set has no such field."""
-    value = row.get(name)
-    if value is None:
-        return [None] * count
-    if not isinstance(value, list) or len(value) != count:
-        found = f"{len(value)} entries" if isinstance(value, list) else f"a {type(value).__name__}"
-        raise ValueError(f"field {name} has {found} but generations has {count} entries")
-    return value
+    if by_llama:
+        return (by_llama if verify == "llama" else None), BY_LLAMA
+    return None, next(why for why in (NO_CORRECT, UNVERIFIED, NO_COMPLETE) if why in reasons)
 
 
 def _verify(row: dict, response: str) -> str:
@@ -116,7 +109,7 @@ def read_traces(
     seed: int = 0,
     limit: int = 0,
     max_bad_rows: int = 0,
-    verify: bool = True,
+    verify: str | bool = "llama",
     shuffle: bool = True,
     long_share: float = 1.0,
 ) -> tuple[list[Trace], DropCounts]:
@@ -133,11 +126,11 @@ def read_traces(
     """
     if not 0 <= long_share <= 1:
         raise ValueError(f"long_share is {long_share} but must be in 0..1; pass 1 for long traces alone")
+    verify = check_verify(verify)
 
     bad = BadRows(max_bad_rows)
-    dropped = Counter()
-    kept: dict[str, Trace] = {}  # key -> trace; the random order is that of the keys
-    solutions: dict[str, str] = {}
+    dropped, noted = Counter(), Counter()
+    kept: dict[str, tuple[Trace, str]] = {}  # key -> trace, solution; the random order is that of the keys
     seen: set[str] = set()
     for where, row in Progress("reading traces", "rows").over(read_rows(source, bad)):
         try:
@@ -149,19 +142,20 @@ def read_traces(
             continue
 
         key = digest(str(seed), problem)
+        noted[PADDED] += has_gaps(row)
         if response is None:
             dropped[why] += 1
         elif key in seen:
             dropped["repeat a problem"] += 1
         else:
             seen.add(key)
-            kept[key], solutions[key] = Trace(problem, response, where), solution
+            kept[key] = Trace(problem, response, where), solution
+            noted[BY_LLAMA] += why == BY_LLAMA
 
         if limit and not shuffle and len(kept) == limit:
             break
         if limit and len(kept) > 2 * limit:
             kept = {key: kept[key] for key in sorted(kept)[:limit]}
-            solutions = {key: solutions[key] for key in kept}
 
     if bad.found:
         dropped["are malformed"] = len(bad.found)
@@ -169,7 +163,7 @@ def read_traces(
     if len(order) < len(seen):
         dropped["come later in the order"] = len(seen) - len(order)
     traces = [
-        kept[key] if is_long(place, long_share) else replace(kept[key], response=solutions[key])
-        for place, key in enumerate(order)
+        trace if is_long(place, long_share) else replace(trace, response=solution)
+        for place, (trace, solution) in enumerate(kept[key] for key in order)
     ]
-    return traces, DropCounts(kept=len(order), dropped=dropped, bad_rows=bad.found)
+    return traces, DropCounts(len(order), dropped, bad.found, noted)

@@ -76,13 +76,11 @@ def read_run(path: Path) -> tuple[dict, figures.Stages]:
 def what_was_done(config: Mapping[str, object], stages: figures.Stages) -> str:
     """Describe a run of fine-tuning or evaluation in a sentence."""
     model, asked = config.get("model", "The model"), asked_of(stages)
-    if SAMPLES in stages:
-        return f"{model} answered {asked}."
-    count = config.get("num_traces")
-    traces = f"{count:,} traces" if count else "traces"
-    return (
-        f"{model} was fine-tuned on {traces}, long worked solutions, and answered {asked} before and after."
-    )
+    if "num_traces" not in config:
+        return f"{model} answers {asked}."
+    traces = f"{config['num_traces']:,} traces" if config["num_traces"] else "traces"
+    tuned = "was fine-tuned" if AFTER in stages else "is being fine-tuned"
+    return f"{model} {tuned} on {traces}, long worked solutions, and answers {asked} before and after."
 
 
 def asked_of(stages: figures.Stages) -> str:

@@ -62,7 +62,7 @@ def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str)
     model, steps, group = config.get("model", "The model"), len(metrics), config.get("group_size", "several")
     return (
         f"{model} was trained by reinforcement learning (GRPO) for {steps:,} steps: it answers a problem "
-        f"{group} times, and the right answers among them become more likely. It answered {asked} before "
+        f"{group} times, and the right answers among them become more likely. It answers {asked} before "
         "and after."
     )
 

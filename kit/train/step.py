@@ -53,6 +53,7 @@ class TrainingStep:
             betas=betas,
             seed=seed,
             offload=savings.offload_optimizer,
+            exact_weights=savings.exact_weights,
         )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
+from kit.command_line import command_of
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import ByQuestion, Curve, difference, estimate, percent, points
 from kit.valley.finished import RLRun, StudyResults, shares, tokens
@@ -15,16 +16,13 @@ from kit.valley.study import ARMS, QLORA, short_name
 
 BASE_START = "the base model"
 LISTED = 4  # numbers of traces named one by one; of more, the smallest and the largest
-SMOKE_HINT = (
-    "This was --smoke; `python recipes/valley_demo.py --quick` tries more traces and shows the climb."
-)
 
 
 def sentences(results: StudyResults) -> list[str]:
     """Return what a study says, model by model."""
     of_curves = [line for model in results.models for line in findings(results.curves(model))]
     of_rl = rl_findings(results.rl, results.length_benchmark)
-    return of_curves + of_rl + ([SMOKE_HINT] if of_curves and results.is_short else [])
+    return of_curves + of_rl + ([smoke_hint()] if of_curves and results.is_short else [])
 
 
 def what_was_done(results: StudyResults) -> str:
@@ -34,20 +32,28 @@ def what_was_done(results: StudyResults) -> str:
     counts = f"{sizes[0]:,} to {sizes[-1]:,}"
     if len(sizes) <= LISTED:
         counts = _listed([f"{size:,}" for size in sizes])
-    num_seeds, be = len({cell.seed for cell in cells}), "was" if len(results.models) == 1 else "were"
+    be = "was" if len(results.models) == 1 else "were"
+    if not {found.cell for found in results.finished}.issuperset(cells):
+        be = "is being" if be == "was" else "are being"
+    num_seeds = len({cell.seed for cell in cells})
     seeds = f", {num_seeds} times with other random choices (seeds)" if num_seeds > 1 else ""
     arms = _listed([f"“{ARMS[arm].title}”" for arm in dict.fromkeys(cell.arm for cell in cells)])
     base = results.finished[0].results.values() if results.finished else ()
     asked = f" {sum(result.num_questions for result in base):,}" if base else ""
     return (
         f"{_capital(models)} {be} fine-tuned on {counts} traces (worked solutions to learn from: {arms})"
-        f"{seeds}, and answered the same{asked} problems before and after."
+        f"{seeds}, with the same{asked} problems to answer before and after."
     )
+
+
+def smoke_hint() -> str:
+    """Return what to run after --smoke, which has too few traces for more than the fall."""
+    return f"This was --smoke; `{command_of('demo')} --quick` tries more traces and shows the climb."
 
 
 def what_came_out(curve: Curve, *, is_short: bool) -> str:
     """Describe what accuracy does along the first curve. is_short: the study is one of --smoke."""
-    return accuracy_sentence(curve) + (f" {SMOKE_HINT}" if is_short else "")
+    return accuracy_sentence(curve) + (f" {smoke_hint()}" if is_short else "")
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -125,7 +125,7 @@ def main(config: Config) -> dict:
     chat = ChatFormat(tokenizer, instruction="")
     documents, drop_counts = load_documents(
         config.traces, chat, row_tokens=config.row_tokens, num_traces=config.num_traces, seed=config.seed,
-        max_bad_rows=20, verify=True, cache_dir="",
+        max_bad_rows=20, cache_dir="",
     )  # fmt: skip
     plan = TrainingPlan.make(
         [len(d) for d in documents], row_tokens=config.row_tokens, batch_traces=1, epochs=1, seed=config.seed

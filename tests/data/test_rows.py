@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -47,6 +48,66 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         list(read_rows(str(tmp_path / name), BadRows(0)))
+
+
+FOLDERS = ("simplelr_qwen_level1to4", "simplelr_qwen_level3to5")
+
+
+@pytest.fixture
+def data_set(tmp_path, monkeypatch):
+    """A copy of SimpleRL-Zoo-Data's layout: a README with a licence alone, and folders with parquet files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "SimpleRL-Zoo-Data"
+    for folder in FOLDERS:
+        (root / folder).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = [{"question": f"{folder} {split} {i}", "gt_answer": "1"} for i in range(3)]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / folder / f"{split}.parquet")
+    (root / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    return root
+
+
+def add_config(root, name, folder):
+    files = {"config_name": name, "data_files": [{"split": "train", "path": f"{folder}/train*"}]}
+    (root / "README.md").write_text(f"---\nconfigs: {json.dumps([files])}\n---\n")
+
+
+def questions(source):
+    return [row["question"] for _, row in read_rows(source, BadRows(0))]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_data_set_without_configs_is_read_folder_by_folder(data_set, folder):
+    assert questions(f"{data_set}:{folder}") == [f"{folder} train {i}" for i in range(3)]
+    assert questions(f"{data_set}:{folder}@test") == [f"{folder} test {i}" for i in range(3)]
+    (where, _), *_ = read_rows(f"{data_set}:{folder}", BadRows(0))
+    assert where == f"{data_set}:{folder}[0]"
+
+
+def test_a_config_goes_before_a_folder_of_the_same_name(data_set):
+    add_config(data_set, FOLDERS[0], FOLDERS[1])
+    assert questions(f"{data_set}:{FOLDERS[0]}") == [f"{FOLDERS[1]} train {i}" for i in range(3)]
+    assert questions(f"{data_set}:{FOLDERS[1]}") == [f"{FOLDERS[1]} train {i}" for i in range(3)]
+
+
+def test_a_config_or_folder_that_a_data_set_lacks_is_refused_with_what_it_has(data_set):
+    folders = f"folders with data are {FOLDERS[0]}, {FOLDERS[1]}$"
+    (data_set / "pictures").mkdir()  # has no rows
+    (data_set / "pictures" / "figure.png").write_bytes(b"x")
+    for part in ("simplelr_qwen_level1to5", "simplelr_qwen", "pictures", "../SimpleRL-Zoo-Data"):
+        with pytest.raises(ValueError, match=f"neither a config nor a folder '{part}'; .* {folders}"):
+            questions(f"{data_set}:{part}")
+    add_config(data_set, "all", "*")
+    with pytest.raises(ValueError, match=f"folder 'al'; its configs are all and its {folders}"):
+        questions(f"{data_set}:al")
+
+
+def test_a_split_that_a_config_or_folder_lacks_is_not_taken_for_a_missing_folder(data_set):
+    with pytest.raises(ValueError, match=r"Unknown split \"dev\". Should be one of \['train', 'test'\]"):
+        questions(f"{data_set}:{FOLDERS[0]}@dev")
+    add_config(data_set, "all", "*")
+    with pytest.raises(ValueError, match=r"Unknown split \"dev\". Should be one of \['train'\]"):
+        questions(f"{data_set}:all@dev")
 
 
 def test_a_hub_id_that_gives_nothing_says_what_to_check():

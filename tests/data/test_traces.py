@@ -9,7 +9,7 @@ from kit.data import documents as data
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
 from kit.data.toy import make_rows, make_tokenizer, write_rows
-from kit.data.traces import Trace, pick_response, read_traces
+from kit.data.traces import BY_LLAMA, NO_COMPLETE, NO_CORRECT, PADDED, Trace, pick_response, read_traces
 
 GOOD = "<think>1+1=2</think>\\boxed{2}"
 BAD = "<think>1+1=3</think>\\boxed{3}"
@@ -20,13 +20,14 @@ def chat():
     return ChatFormat(make_tokenizer(), instruction="")
 
 
-def openr1(*generations, correct=None, complete=None, finish=None, answer="2"):
+def openr1(*generations, correct=None, llama=None, complete=None, finish=None, answer="2"):
     """A row in OpenR1-Math-220k's schema."""
     return {
         "problem": "1+1?",
         "answer": answer,
         "generations": list(generations),
         "correctness_math_verify": correct,
+        "correctness_llama": llama,
         "is_reasoning_complete": complete,
         "finish_reasons": finish,
     }
@@ -51,9 +52,122 @@ def test_one_correct_complete_response_is_picked(row, expected):
     assert pick_response(row) == expected
 
 
-def test_without_verification_the_first_complete_response_is_taken():
-    assert pick_response(openr1(BAD, GOOD, correct=[False, True]), verify=False) == (BAD, "")
-    assert pick_response({"problem": "x", "solution": "s"}, verify=False) == ("s", "")
+@pytest.mark.parametrize("verify", ["none", False])
+def test_without_verification_the_first_complete_response_is_taken(verify):
+    assert pick_response(openr1(BAD, GOOD, correct=[False, True]), verify=verify) == (BAD, "")
+    row = openr1(GOOD, BAD, correct=[True, False], complete=[False, True])
+    assert pick_response(row, verify=verify) == (BAD, "")
+    assert pick_response({"problem": "x", "solution": "s"}, verify=verify) == ("s", "")
+
+
+ONLY_LLAMA = (  # rows of which Llama accepted the second trace, which neither Math-Verify nor our grader did
+    openr1(BAD, BAD + " ", correct=[False, False], llama=[False, True]),
+    openr1(BAD, BAD + " ", correct=[None, None], llama=[False, True]),
+    openr1(BAD, BAD + " ", correct=None, llama=[None, True]),
+    openr1(BAD, BAD + " ", correct=[], llama=["False", "True"]),
+)
+
+
+@pytest.mark.parametrize("row", ONLY_LLAMA)
+def test_a_trace_that_llama_alone_accepted_counts_if_it_may_and_is_named_either_way(row):
+    assert pick_response(row) == pick_response(row, verify=True) == (BAD + " ", BY_LLAMA)
+    assert pick_response(row, verify="math") == (None, BY_LLAMA)
+    assert pick_response(row | {"is_reasoning_complete": [True, False]}) == (None, NO_CORRECT)
+    assert pick_response(row | {"correctness_llama": None}) == (None, NO_CORRECT)
+
+
+def test_what_math_verify_accepted_goes_before_what_llama_accepted():
+    row = openr1(BAD, GOOD, correct=[False, True], llama=[True, False])
+    assert pick_response(row) == pick_response(row, verify="math") == (GOOD, "")
+    row = openr1(BAD, GOOD, correct=[None, None], llama=[True, False])  # our grader stands in for Math-Verify
+    assert pick_response(row) == (GOOD, "")
+
+
+def test_another_word_for_verify_is_refused_with_the_three_before_any_row_is_read(tmp_path):
+    for verify in ("yes", "", "LLAMA", None, 2):
+        with pytest.raises(ValueError, match=f"verify is {verify!r} but must be math .*, llama .* or none"):
+            read_traces(str(tmp_path / "there is no such file.jsonl"), verify=verify)
+        with pytest.raises(ValueError, match="must be math"):
+            pick_response({"trace": GOOD, "answer": "2"}, verify=verify)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"correct": ["False", "true"]}, (GOOD, "")),
+        ({"correct": ["FALSE", " True "]}, (GOOD, "")),
+        ({"correct": [0, 1]}, (GOOD, "")),
+        ({"correct": ["0", "1"]}, (GOOD, "")),
+        ({"correct": [0.0, 1.0]}, (GOOD, "")),
+        ({"correct": ["false", "0"]}, (None, NO_CORRECT)),
+        ({"correct": ["None", ""]}, (GOOD, "")),  # not known: our grader decides
+        ({"correct": [True, True], "complete": ["False", "True"]}, (GOOD, "")),
+        ({"correct": [True, True], "complete": [0, "0"]}, (None, NO_COMPLETE)),
+    ],
+)
+def test_a_flag_written_as_text_or_number_is_read_as_what_it_says(flags, expected):
+    assert pick_response(openr1(BAD, GOOD, **flags)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (openr1(BAD, GOOD, correct=[False]), (GOOD, "")),  # the second is not known: our grader decides
+        (openr1(BAD, BAD, correct=[False]), (None, NO_CORRECT)),
+        (openr1(BAD, GOOD, correct=[]), (GOOD, "")),
+        (openr1(BAD, GOOD, correct=[False, True], complete=[True], finish=["stop"]), (GOOD, "")),
+        (openr1(BAD, GOOD, correct=[True, True], complete=[False], finish=[]), (GOOD, "")),
+        (openr1(BAD, GOOD, correct=[True, True], finish=["length"]), (GOOD, "")),
+        (openr1(BAD, BAD + " ", correct=[False, False], llama=[True]), (BAD, BY_LLAMA)),
+    ],
+)
+def test_lists_shorter_than_generations_leave_the_others_unknown(row, expected):
+    assert pick_response(row) == expected
+
+
+def test_what_llama_decided_and_which_lists_were_short_stands_in_the_drop_statistics(tmp_path):
+    rows = [
+        openr1(GOOD, BAD, correct=[True, False], complete=[True, True]),
+        *ONLY_LLAMA,  # the last has an empty list
+        openr1(BAD, GOOD, correct=[False, True], llama=[]),
+        openr1(BAD, GOOD, correct=[False, False], complete=[True]),
+        {"problem": "x", "trace": GOOD, "answer": "2"},
+    ]
+    write_rows(tmp_path / "a.jsonl", [row | {"problem": f"{i}?"} for i, row in enumerate(rows)])
+
+    traces, counts = read_traces(str(tmp_path / "a.jsonl"))
+    assert len(traces) == 7 and counts.dropped == {NO_CORRECT: 1} and not counts.bad_rows
+    assert counts.noted == {BY_LLAMA: 4, PADDED: 3}
+    assert str(counts) == (
+        f"7 traces kept, 1 dropped: 1 {NO_CORRECT}. Of the rows read, 4 {BY_LLAMA}; 3 {PADDED}"
+    )
+    traces, counts = read_traces(str(tmp_path / "a.jsonl"), verify="math")
+    assert len(traces) == 3 and counts.dropped == {BY_LLAMA: 4, NO_CORRECT: 1}
+    assert str(counts).endswith(f". Of the rows read, 3 {PADDED}")
+
+
+def test_who_decides_changes_the_documents_though_they_share_a_cache(tmp_path, chat):
+    rows = [
+        openr1(BAD, GOOD, correct=[False, True]),
+        openr1(BAD, BAD + ",", correct=[False, False], llama=[False, True]),
+    ]
+    write_rows(tmp_path / "a.jsonl", [row | {"problem": f"{i}+1?"} for i, row in enumerate(rows)])
+
+    def responses(verify):
+        options = {
+            "row_tokens": 200,
+            "verify": verify,
+            "shuffle": False,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        documents, _ = load_documents(str(tmp_path / "a.jsonl"), chat, **options)
+        return [chat.decode(document.ids[document.prompt_len :].tolist()) for document in documents]
+
+    for _ in range(2):  # the second time from the cache
+        assert responses("math") == [GOOD]
+        assert responses("llama") == [GOOD, BAD + ","]
+        assert responses("none") == [BAD, BAD]
+    assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
 @pytest.mark.parametrize(
@@ -67,6 +181,9 @@ def test_without_verification_the_first_complete_response_is_taken():
         ({"problem": "x", "solution": "s"}, "no field answer"),
         (openr1(GOOD, correct=[True, False]), "correctness_math_verify has 2 entries but generations has 1"),
         (openr1(GOOD, complete="yes"), "is_reasoning_complete has a str"),
+        (openr1(GOOD, complete=["yes"]), r"is_reasoning_complete\[0\] is 'yes', which says neither"),
+        (openr1(BAD, GOOD, correct=[False, 0.5]), r"correctness_math_verify\[1\] is 0.5, which says neither"),
+        (openr1(GOOD, llama=[[True]]), r"correctness_llama\[0\] is \[True\], which says neither"),
         (openr1("", correct=[True]), r"generations\[0\] is empty"),
         (openr1(), "an empty list"),
         ({"generations": "text"}, "generations is a str"),
@@ -153,10 +270,20 @@ def test_every_row_is_accounted_for_when_a_subset_is_taken(tmp_path, chat):
     assert drop_counts.kept + drop_counts.dropped.total() == 200
 
 
-def test_fewer_survivors_than_asked_for_is_an_error_that_says_how_many(tmp_path, chat):
+def test_a_number_of_traces_means_up_to_so_many_and_the_counts_say_how_many_there_were(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 20, seed=0))
-    with pytest.raises(ValueError, match=r"num_traces is 30 but 20 traces .* pass --num_traces 20"):
-        load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=30)
+    everything, _ = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024)
+    for wanted in (21, 30, 220_000):
+        found, counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=wanted)
+        assert [document.ids.tolist() for document in found] == [d.ids.tolist() for d in everything]
+        assert str(counts) == (f"20 traces kept ({wanted:,} were asked for, but no more qualify), 0 dropped")
+    for wanted in (0, 19, 20):
+        _, counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=wanted)
+        assert "asked for" not in str(counts)
+
+
+def test_if_no_trace_fits_a_row_that_is_an_error(tmp_path, chat):
+    write_rows(tmp_path / "a.jsonl", make_rows("long", 20, seed=0))
     with pytest.raises(ValueError, match="row_tokens is 5 and no trace"):
         load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=5)
 

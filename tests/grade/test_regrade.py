@@ -161,7 +161,7 @@ def test_the_command_line_prints_one_line_for_a_mistake(samples):
     done = command("-m", "kit.grade", "regrade", str(samples))
     assert (done.returncode, "2 verdicts changed" in done.stdout) == (0, True), done.stderr
     done = command("-m", "kit.grade", "regrade", "none.jsonl")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: no file none.jsonl here")
     assert done.stderr.count("\n") == 1
 

@@ -105,6 +105,22 @@ def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_
     assert peaks[2, True] > 1.1 * peaks[1, True] and peaks[3, True] == peaks[2, True]
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_plan_counts_two_bytes_per_exact_weight_beside_the_optimizer_states(small_model, offload):
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(load_config(small_model))
+    sizes = [parameter.numel() for parameter in made.parameters()]
+    plain, exact = (
+        plan(small_model, row_tokens=100, savings=Savings(exact_weights=exact, offload_optimizer=offload))
+        for exact in (False, True)
+    )
+    whole, slabs = 2 * sum(sizes), 2 * 2 * max(sizes)
+    rounding = 512 * len(sizes)  # of the allocator, per tensor
+    assert exact.host - plain.host == whole * offload
+    assert exact.peak - plain.peak == pytest.approx(slabs if offload else whole, abs=rounding)
+    assert exact.owners["optimizer"] - plain.owners["optimizer"] == exact.peak - plain.peak
+
+
 @pytest.mark.slow
 def test_a_planned_step_of_135m_parameters_holds_the_bytes_of_a_real_one():
     """SmolLM2-135M's shape, random weights, all savings on."""

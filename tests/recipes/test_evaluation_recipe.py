@@ -33,7 +33,7 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
     found = read_result(run / "samples" / "toy.jsonl")
     assert figures == json.loads(json.dumps(found.summary()))
     assert (len(found.rows), figures["num_questions"]) == (12, 6)
-    header, line = (text.split() for text in done.stdout.splitlines()[-4:-2])
+    header, line = (text.split() for text in done.stdout.splitlines()[-5:-3])
     assert header[:2] == ["benchmark", "accuracy"] and line[0] == "toy"
     assert line[1] == f"{100 * found.accuracy:.1f}"
 
@@ -53,7 +53,7 @@ def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
     same = run_recipe("evaluate", "--compare", "a,a", cwd=tmp_path)
     assert "toy: difference +0.0 points ± 34.6 (95 %, paired over 6 questions)" in same.stdout
     refused = run_recipe("evaluate", "--compare", "a,b", cwd=tmp_path)
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "seed 0 and 1" in refused.stderr and "--force" in refused.stderr
     assert run_recipe("evaluate", "--compare", "a,b", "--force", cwd=tmp_path).returncode == 0
     assert "takes two run folders" in run_recipe("evaluate", "--compare", "a", cwd=tmp_path).stderr

@@ -5,13 +5,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from children import run_recipe
 
 from kit.config import parse, part_of
 from kit.machine import CONTEXT, GIB
-from kit.models.shipped import TINY
+from kit.models.shipped import CONFIGS, TINY
 from kit.train.savings import Savings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,3 +109,54 @@ def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded
     )
     with pytest.raises(InterruptedError):
         recipe.main(config)
+
+
+def qwen(size, folder, **others):
+    """Write a fine-tuned model's config to a folder, as a sweep leaves it with the weights."""
+    folder.mkdir()
+    stored = json.loads((CONFIGS / f"Qwen--Qwen2.5-{size}-Instruct.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | others))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("size", "levels"), [("0.5B", "1-4"), ("1.5B", "3-5"), ("3B", "3-5")])
+def test_the_default_prompts_are_the_levels_that_the_paper_gave_a_model_of_this_size(
+    size, levels, recipe, tmp_path, capsys
+):
+    assert recipe.Config().prompts == recipe.Config().levels == ""
+    adapters = tmp_path / "adapters"  # trained by the sweep on this base
+    adapters.mkdir()
+    base = f"Qwen/Qwen2.5-{size}-Instruct"
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    for name in (base, qwen(size, tmp_path / "tuned"), str(adapters)):
+        found = recipe.default_prompts(recipe.Config(model=name))
+        assert found == f"hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level{levels.replace('-', 'to')}"
+        assert f"MATH levels {levels}: the model has {size[0]}" in capsys.readouterr().out
+
+
+def test_a_model_just_above_half_a_billion_weights_is_a_larger_one(recipe, tmp_path):
+    larger = qwen("0.5B", tmp_path / "larger", num_hidden_layers=25)
+    assert recipe.default_prompts(recipe.Config(model=larger)).endswith("level3to5")
+
+
+def test_the_levels_asked_for_are_those_of_the_default_prompts_or_refused_with_what_there_is(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(recipe, "SIMPLERL", str(tmp_path / "zoo"))
+    for levels in ("1to4", "3to5"):
+        folder = tmp_path / "zoo" / f"simplelr_qwen_level{levels}"
+        folder.mkdir(parents=True)
+        row = {"problem": levels, "answer": 1, "level": 4}
+        (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "zoo" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+
+    def problems(**settings):
+        config = recipe.Config(model="tiny", **settings)
+        chosen = replace(config, prompts=recipe.default_prompts(config))
+        return [question.problem for question in recipe.read_questions(chosen, None)]
+
+    assert problems() == problems(levels="1-4") == ["1to4"] and problems(levels="3-5") == ["3to5"]
+    assert "MATH levels 3-5: as asked for" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"'simplelr_qwen_level2to3'; .* simplelr_qwen_level1to4, simplelr_"):
+        problems(levels="2-3")

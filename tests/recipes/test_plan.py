@@ -18,7 +18,8 @@ SMALL = {
         "256",
         "--max_new_tokens",
         "64",
-        "--no_verify",
+        "--verify",
+        "none",
         "--warmup_ratio",
         "1e-5",
     ],
@@ -41,7 +42,7 @@ def test_the_command_that_the_plan_prints_parses_to_the_settings_that_it_chose(r
     recipe.main(config)
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("start  "))
-    words = shlex.split(command)[3:]  # behind `start python FILE`
+    words = shlex.split("--" + command.partition(" --")[2])  # behind how the program was started
     started = parse(recipe.Config, words, **choices)
     names = ["num_slots", *(field.name for field in fields(Savings))]
     chosen = {name: getattr(started, name) for name in names if hasattr(started, name)}
@@ -70,7 +71,9 @@ def test_the_default_is_the_papers_setting_and_an_evening_says_what_differs(monk
     assert {"num_traces 1000 (paper: 8000)", "epochs 2 (paper: 4)", "num_questions 200 (paper: all)"} < {
         *found
     }
-    assert found[-1].startswith("AdamW with 8-bit states")
+    assert found[-1].startswith("AdamW with 8-bit states, bf16 weights rounded stochastically")
+    exact = recipe.deviations(recipe.Config(exact_weights=True))
+    assert exact == ["AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"]
     sweep = import_module("valley_sweep")
     assert "max_new_tokens 8192 (paper: 16384)" in sweep.paper.deviations(
         sweep.Config(**sweep.PRESETS["evening"]), sweep.paper.FINE_TUNING

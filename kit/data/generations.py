@@ -1,0 +1,78 @@
+"""The generations of a row in OpenR1-Math-220k's schema, with the flags that stand in lists parallel to them.
+
+A list may be absent or shorter than `generations`: what it does not say is not known. A flag may be written
+as text or as a number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PARALLEL = ("correctness_math_verify", "correctness_llama", "is_reasoning_complete", "finish_reasons")
+VERIFY = {"llama": "llama", "math": "math", "none": "none", True: "llama", False: "none"}
+WORDS = {True: ("true", "1", "1.0"), False: ("false", "0", "0.0"), None: ("none", "null", "")}
+FLAGS = {word: flag for flag, words in WORDS.items() for word in words}
+
+
+def check_verify(verify: str | bool) -> str:
+    """Return who decides which generations are correct: "llama", "math" or "none". Raises ValueError."""
+    if verify not in VERIFY:
+        raise ValueError(
+            f"verify is {verify!r} but must be math (Math-Verify decides), llama (a trace that Llama alone "
+            "accepted counts, too) or none (wrong traces count, too)"
+        )
+    return VERIFY[verify]
+
+
+class Generation(NamedTuple):
+    """One of a row's responses. The verdicts are None if they are not known."""
+
+    name: str  # generations[0]
+    text: object  # as the row has it
+    complete: bool  # False if a flag or its finish reason says that it is not
+    math: bool | None  # the verdict of Math-Verify
+    llama: bool | None  # the verdict of Llama-3.3-70B
+
+
+def generations_of(row: dict) -> list[Generation]:
+    """Read a row's generations. Raises ValueError that names the malformed field."""
+    generations = row["generations"]
+    if not isinstance(generations, list) or not generations:
+        found = "an empty list" if generations == [] else f"a {type(generations).__name__}"
+        raise ValueError(f"field generations is {found}")
+
+    math, llama, complete = (_flags(row, name, len(generations)) for name in PARALLEL[:3])
+    finish = _parallel(row, PARALLEL[3], len(generations))
+    return [
+        Generation(
+            f"generations[{i}]", text, complete[i] is not False and finish[i] != "length", math[i], llama[i]
+        )
+        for i, text in enumerate(generations)
+    ]
+
+
+def has_gaps(row: dict) -> bool:
+    """Return whether one of a row's lists is shorter than its generations."""
+    lists = [row[name] for name in PARALLEL if isinstance(row.get(name), list)]
+    return any(len(values) < len(row.get("generations") or []) for values in lists)
+
+
+def _flags(row: dict, name: str, count: int) -> list[bool | None]:
+    """Return a list of flags as what they say."""
+    values = _parallel(row, name, count)
+    words = [str(value).strip().lower() for value in values]
+    for place, word in enumerate(words):
+        if word not in FLAGS:
+            raise ValueError(f"field {name}[{place}] is {values[place]!r}, which says neither true nor false")
+    return [FLAGS[word] for word in words]
+
+
+def _parallel(row: dict, name: str, count: int) -> list:
+    """Return a list parallel to `generations`, of which there are `count`; None for what it does not have."""
+    value = row.get(name)
+    if value is None:
+        value = []
+    if not isinstance(value, list) or len(value) > count:
+        found = f"{len(value)} entries" if isinstance(value, list) else f"a {type(value).__name__}"
+        raise ValueError(f"field {name} has {found} but generations has {count} entries")
+    return value + [None] * (count - len(value))

@@ -83,10 +83,14 @@ def test_several_rows_give_the_bits_of_gradients_that_stay_beside_the_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("without", [{}, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}, {"exact_weights": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_other_saving_composes_with_it_bit_by_bit(family, without, dtype):
-    settings = {**OTHERS, "optimizer": "adamw8bit", "offload_optimizer": True} | without
+def test_every_other_saving_composes_with_it_bit_by_bit(family, changes, dtype):
+    settings = {**OTHERS, "optimizer": "adamw8bit", "offload_optimizer": True} | changes
     plain, ours = (
         trained(start(make(family, dtype, tied=True), Savings(**settings, offload_gradients=on)))
         for on in (False, True)

@@ -175,7 +175,8 @@ class HostGradients(SideStream):
 
     The sum so far comes back to the device in pieces, is added there, and leaves again: from a step's second
     row on, a gradient crosses the bus twice per row. In return the sum is autograd's, grad += new, to the
-    bit. A CPU would add bf16 slowly, and fp32 sums would take twice the memory and be other numbers.
+    bit. A CPU would add bf16 slowly, and fp32 sums would take twice the memory and be other numbers. A tied
+    head's gradient leaves twice per row: after the loss, and after the lookup's part was added to it.
 
     in_flight: the most bytes of gradients on the device while they are copied. A larger gradient, such as the
     head's, is waited for at once.

@@ -24,7 +24,7 @@ class Savings:
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
-    offload_gradients: bool = False  # gradients in CPU memory, added up there over the rows of a step
+    offload_gradients: bool = False  # gradients in CPU memory; any number of rows, and a global norm
     head_update: str = "whole"  # blocked: the tied embedding's gradient one block of the vocabulary at a time
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ from kit.train.loss import LossOfRow
 from kit.train.optimizer import make_optimizer
 from kit.train.recompute import keep_activations, recompute_layers
 from kit.train.savings import Savings
-from kit.train.weight_updates import UpdateAtEnd, UpdateFromHost, UpdateInBackward
+from kit.train.weight_updates import make_updates
 
 
 class TrainingStep:
@@ -57,13 +57,8 @@ class TrainingStep:
         )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
-        if savings.update_in_backward:
-            self.updates = UpdateInBackward(self.optimizer, max_tensor_norm=max_tensor_norm)
-        elif savings.offload_gradients:
-            layers = model.model.layers
-            self.updates = UpdateFromHost(self.optimizer, layers, max_grad_norm=max_grad_norm)
-        else:
-            self.updates = UpdateAtEnd(self.optimizer, max_grad_norm=max_grad_norm)
+        norms = {"max_grad_norm": max_grad_norm, "max_tensor_norm": max_tensor_norm}
+        self.updates = make_updates(model, savings, self.optimizer, **norms)
         self.head = make_head(model, savings, self.optimizer, self.updates)
         model.train()
 

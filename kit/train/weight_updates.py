@@ -22,6 +22,7 @@ import torch
 
 from kit.train.offload import PIECE, HostGradients
 from kit.train.optimizer import AdamW8bit
+from kit.train.savings import Savings
 
 
 class Updates(Protocol):
@@ -47,6 +48,22 @@ class Updates(Protocol):
 
     def close(self) -> None:
         """Remove all hooks and gradients from the model."""
+
+
+def make_updates(
+    model,
+    savings: Savings,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float,
+    max_tensor_norm: float,
+) -> Updates:
+    """Choose when weights are updated. Savings.check_clipping has checked the norms."""
+    if savings.update_in_backward:
+        return UpdateInBackward(optimizer, max_tensor_norm=max_tensor_norm)
+    if savings.offload_gradients:
+        return UpdateFromHost(optimizer, model.model.layers, max_grad_norm=max_grad_norm)
+    return UpdateAtEnd(optimizer, max_grad_norm=max_grad_norm)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -16,10 +16,11 @@ MODELS = sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json
 
 @pytest.fixture
 def small_heads(monkeypatch):
-    """Blocks of the head, and slabs of the optimizer, as small as the models of these tests."""
+    """Blocks of the head, and slabs of optimizer and gradients, as small as the models of these tests."""
     for place in ("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", "closed_form.BLOCK_BYTES"):
         monkeypatch.setattr(place, 2**22)
-    monkeypatch.setattr("kit.train.optimizer.AdamW8bit.SLAB", 2**16)
+    for place in ("optimizer.AdamW8bit.SLAB", "offload.PIECE", "weight_updates.PIECE"):
+        monkeypatch.setattr(f"kit.train.{place}", 2**16)
 
 
 def moved(tmp_path, V, T, layers, *both, rows=1):
@@ -60,7 +61,7 @@ def test_a_second_row_moves_the_formula_as_it_moves_the_plan(tmp_path):
 
 
 @pytest.mark.parametrize(("V", "layers"), [(30_000, 2), (500, 12)])  # the peak is in the loss, in a layer
-def test_gradients_in_cpu_memory_lower_the_plan_by_what_the_formula_says(V, layers, tmp_path):
+def test_gradients_in_cpu_memory_lower_the_plan_by_what_the_formula_says(V, layers, tmp_path, small_heads):
     kept = Savings(optimizer="adamw8bit", tile_tokens=128)
     away = replace(kept, offload_gradients=True)
     planned, expected, before = moved(tmp_path, V, 256, layers, kept, away, rows=2)

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.memory import live_bytes, simulate
 from kit.packing import PackedBatch
-from kit.train import offload
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
 
@@ -84,10 +83,14 @@ def test_several_rows_give_the_bits_of_gradients_that_stay_beside_the_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("without", [{}, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}, {"exact_weights": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_other_saving_composes_with_it_bit_by_bit(family, without, dtype):
-    settings = {**OTHERS, "optimizer": "adamw8bit", "offload_optimizer": True} | without
+def test_every_other_saving_composes_with_it_bit_by_bit(family, changes, dtype):
+    settings = {**OTHERS, "optimizer": "adamw8bit", "offload_optimizer": True} | changes
     plain, ours = (
         trained(start(make(family, dtype, tied=True), Savings(**settings, offload_gradients=on)))
         for on in (False, True)
@@ -172,20 +175,21 @@ def most_bytes(monkeypatch, savings, tied, rows=1) -> dict[str, Counter]:
 def test_the_card_holds_one_layers_gradients_more_than_if_each_were_used_at_once(tied, monkeypatch):
     model = make_large(tied)
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
-    head, slab = model.lm_head.weight.nbytes, 2 * offload.PIECE
-    few = 64 * 1024  # bytes: what an update needs in 512-byte units, and two pieces of a gradient
+    head = model.lm_head.weight.nbytes
+    few = 64 * 1024  # bytes: the slab, a norm and a step per parameter in units of 512, and two pieces
 
     at_once = most_bytes(monkeypatch, IN_BACKWARD, tied)
     ours = most_bytes(monkeypatch, SAVINGS, tied, rows=3)
     assert layer > 10 * few and head > 10 * few
-    assert max(most[live_bytes.GRADIENTS] for most in ours.values()) < 1.5 * layer
+    # a layer's on their way, and the embedding's
+    assert max(most[live_bytes.GRADIENTS] for most in ours.values()) <= layer + head + few
 
     for phase, most in ours.items():
         if phase.startswith("forward") or phase == "loss":  # of the second and the third row, too
-            assert most["total"] <= at_once[phase]["total"] + slab, phase
-            assert most[live_bytes.GRADIENTS] <= few and (phase == "loss" or not most[live_bytes.HEAD])
+            assert most["total"] <= at_once[phase]["total"] + few, phase
+            assert phase == "loss" or most[live_bytes.GRADIENTS] + most[live_bytes.HEAD] <= few
         elif phase.startswith("backward"):
-            assert most["total"] <= at_once[phase]["total"] + layer + slab, phase
+            assert most["total"] <= at_once[phase]["total"] + layer + few, phase
     assert ours["update of the weights"]["total"] < ours["before"]["total"] + few
 
 
@@ -202,7 +206,8 @@ def test_cpu_memory_is_the_gradients_own_size_and_the_plan_counts_it(tied):
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
             batch = simulate.fake_batch(64) if fake else PackedBatch.build(random_documents([64]))
             hosts.append(simulate.measure(make_large(tied), SAVINGS, batch, rows=2).host_peak)
-    assert hosts == [memory.nbytes] * 2
+    unit = live_bytes.ROUNDING  # in which every size is counted
+    assert hosts == [-(-memory.nbytes // unit) * unit] * 2
 
 
 def test_closing_removes_every_hook_and_a_gradient_then_stays_where_it_is():

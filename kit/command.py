@@ -44,6 +44,7 @@ def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = N
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words
     RunFolder.newest = None
+    sys.stdout.reconfigure(line_buffering=True)  # also the log of a run that is killed is whole
     try:
         program([word for word in words if word != "--traceback"])
         sys.stdout.flush()

@@ -184,8 +184,9 @@ def full_command(config, program: str, *, smoke: dict | None = None, presets: di
     for flag in flags_of(type(config)):
         value = getattr(config, flag.name)
         if value != getattr(without, flag.name):
-            is_switch = isinstance(value, bool)
-            words += [as_flags({flag.name: value})] if is_switch else [flag.word, shlex.quote(str(value))]
+            joined = "=" if str(value).startswith("-") else " "  # or it would be read as a flag
+            typed = flag.word + joined + shlex.quote(str(value))
+            words.append(as_flags({flag.name: value}) if isinstance(value, bool) else typed)
     return " ".join(words)
 
 

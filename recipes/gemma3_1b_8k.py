@@ -207,7 +207,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         qlora_rank=config.qlora_rank,
         card=config,
     )
-    if config.gpu_gb:
+    if config.gpu_gib:
         chosen = planned.switches(config.max_grad_norm)
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")

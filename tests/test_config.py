@@ -1,10 +1,11 @@
 import importlib
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 
-from kit.config import as_flags, flags_of, parse, part_of, show
+from kit.config import as_flags, flags_of, full_command, parse, part_of, show
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -180,3 +181,15 @@ def test_settings_written_as_flags_are_read_back_as_they_were():
     config = Config(row_tokens=7, lr=1e-3, model="mine", clip=False)
     assert parse(Config, as_flags(asdict(config)).split()) == config
     assert as_flags({"row_tokens": 7, "clip": False, "smoke": True}) == "--row_tokens 7 --no_clip --smoke"
+
+
+@pytest.mark.parametrize("model", ["", "it's $HOME", "--preset x", "-1", "a=b", "tiny"])
+@pytest.mark.parametrize("flags", [[], ["--smoke", "--row_tokens", "16384"], ["--no_clip", "--lr", "1e-07"]])
+def test_the_full_command_of_a_config_gives_it_back(model, flags):
+    config = parse(Config, [f"--model={model}", *flags], smoke=SMOKE)
+    program, *words = shlex.split(full_command(config, "recipe", smoke=SMOKE))
+    assert program == "recipe" and parse(Config, words, smoke=SMOKE) == config
+    presets = {"small": {"seed": 4, "name": "s", "mask_truncated": True}}
+    config = parse(Inheriting, ["--preset", "small", "--seed", "3", "--no_mask_truncated"], presets=presets)
+    with_switches = full_command(config, "recipe", presets=presets)
+    assert with_switches == "recipe --preset small --seed 3 --no_mask_truncated"

@@ -148,13 +148,20 @@ def sampling_speed(
     return Speed.estimated(*_rates(card, model, "sampler"), num_slots, flops, num_bytes)
 
 
+NO_CARD = "not known: no card is here, and other processors are not in the table"
+
+
 def training_time(model: str, savings: Savings, qlora_rank: int, tokens: int, row_tokens: int) -> str:
-    """Describe how long training takes, for a recipe to print."""
+    """Describe how long training takes on the card that is here, for a recipe to print."""
+    if not card_name():
+        return NO_CARD
     return training_speed(model, savings, qlora_rank, row_tokens).time(tokens)
 
 
 def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int) -> str:
-    """Describe how long sampling takes at most, if no response ends early, for a recipe to print."""
+    """Describe how long sampling takes at most, if no response ends early, as training_time does."""
+    if not card_name():
+        return NO_CARD
     speed = sampling_speed(model, num_slots, max_new_tokens)
     longest = f"if every response takes all of {max_new_tokens:,} tokens"
     return f"at most {speed.time(num_samples * max_new_tokens)}, {longest}"

@@ -122,11 +122,12 @@ def plan_run(
                 f"{params.max_new_tokens:,} tokens, needs {one.total / GIB:.2f} GiB; its largest owners are "
                 f"{one.largest_owners()}; pass a smaller --max_new_tokens, or a larger card"
             )
+    common["row_tokens"] = row_tokens
     if row_tokens and gpu_gb:
-        update = choose(model, row_tokens=row_tokens, gpu_gb=gpu_gb, rows=rows, **common)
+        update = choose(model, gpu_gb=gpu_gb, rows=rows, **common)
     elif row_tokens:
-        rows = rows_of(savings or Savings(), rows)
-        update = plan(model, row_tokens=row_tokens, savings=savings, rows=rows, **common)
+        savings = savings or Savings()
+        update = plan(model, savings=savings, rows=rows_of(savings, rows), **common)
     return RunPlan(sampling(num_slots), update, num_slots, sampling)
 
 
@@ -207,7 +208,8 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
         return Estimate(**evaluated, sources=(sampling.source,))
 
     traces, step = work.epochs * work.num_traces, found.update
-    tokens = traces * work.trace_tokens
+    length = min(work.trace_tokens, step.row_tokens)  # longer traces are dropped
+    tokens = traces * length
     rows = tokens / step.row_tokens
     steps = rows if step.savings.update_in_backward else min(rows, traces / work.batch_traces)
     share = min(1.0, work.max_steps / steps) if work.max_steps else 1.0
@@ -220,7 +222,7 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
         training_hours=training.hours(share * tokens),
         sources=(training.source, sampling.source, baseline.source),
         disk_model=2 * trained,
-        disk_tokens=ID_BYTES * work.num_traces * work.trace_tokens * (work.trained_on == "traces"),
+        disk_tokens=ID_BYTES * work.num_traces * length * (work.trained_on == "traces"),
         disk_while_training=round(2 * trained * (2 + OPTIMIZER_BYTES)),
     )
 

@@ -158,6 +158,10 @@ def measure(
             for tensor in slab.values():
                 ledger.enter(tensor, live_bytes.OPTIMIZER)
 
+    if savings.offload_gradients:
+        ledger.enter(step.updates.gradients.memory, live_bytes.HOST)
+        ledger.enter(step.updates.gradients.slab, live_bytes.GRADIENTS)
+
     _follow_updates(step, ledger)
     with ledger:
         for _ in range(steps):

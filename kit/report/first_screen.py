@@ -50,15 +50,14 @@ def choose(
     most = max(common, key=lambda name: before[name].num_questions)
     name = next((name for name in STEPWISE if name in common), most)
     first, second = before[name].rows, after[name].rows
-    shared = sorted({row["question"] for row in first} & {row["question"] for row in second})
+    shared = sorted(_questions(first) & _questions(second))
     if not shared:
         return None
 
     right = change is None or change.below_zero()  # of the first answer
     if right or change.above_zero():
-        matches = [{row["question"] for row in rows if (row["verdict"] == "correct") == wanted}
-                   for rows, wanted in ((first, right), (second, not right))]  # fmt: skip
-        if found := [question for question in shared if question in matches[0] & matches[1]]:
+        fitting = _questions(first, right) & _questions(second, not right)
+        if found := [question for question in shared if question in fitting]:
             kinds = ("a right answer", "a wrong one") if right else ("a wrong answer", "a right one")
             where = ["" if change is None else f" ({title})" for title in titles]
             chosen = f"Chosen: of the problems with {kinds[0]}{where[0]} and {kinds[1]}{where[1]}, "
@@ -72,12 +71,19 @@ def choose(
     )
 
 
+def _fitting(rows: Sequence[dict], right: bool | None) -> list[dict]:
+    """Return the rows whose verdict is as wanted; all of them if any will do."""
+    return [row for row in rows if right is None or (row["verdict"] == "correct") == right]
+
+
+def _questions(rows: Sequence[dict], right: bool | None = None) -> set[str]:
+    return {row["question"] for row in _fitting(rows, right)}
+
+
 def _answer(rows: Sequence[dict], question: str, right: bool | None = None) -> dict:
-    """Return the first sample that answers the question, of those that are right or wrong as wanted."""
-    fitting = [row for row in rows if row["question"] == question]
-    if right is not None:
-        fitting = [row for row in fitting if (row["verdict"] == "correct") == right]
-    return min(fitting, key=lambda row: row["sample"])
+    """Return the first sample that answers the question as wanted."""
+    found = [row for row in _fitting(rows, right) if row["question"] == question]
+    return min(found, key=lambda row: row["sample"])
 
 
 def _same_problem(pair: Pair) -> str:

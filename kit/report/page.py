@@ -120,6 +120,7 @@ pre { max-height: 24rem; overflow-y: auto } #first-screen pre { max-height: 15re
 .finding { border-left: 4px solid #dd8452; padding-left: .8rem; font-size: 1.15rem; margin: .5rem 0 }
 .correct { color: #1a7f37 } .wrong { color: #b42318 } .unknown { color: #7a5b00 }
 mark { background: #ffe08a } .box { background: #cfe8d5; border: 1px solid #1a7f37; border-radius: 3px }
+mark.right, mark.wrong { display: inline-block }
 mark.right { background: #d3efd9; color: #12552a } mark.right::after { content: "\\00a0✓" }
 mark.wrong { background: #f6b8ae; color: #6d130a } mark.wrong::after { content: "\\00a0✗" }
 mark.taken-back { background: #e4e4e4; text-decoration: line-through }

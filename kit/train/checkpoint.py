@@ -1,8 +1,9 @@
 """Save and load checkpoints: the model in Hugging Face format, the optimizer's state and the step.
 
-A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors and
-trainer.json. It is written under another name and renamed once complete, so a kill leaves the older one.
-Older checkpoints are deleted after the rename.
+A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors, which with
+exact_weights also holds the other 16 bits of each bf16 weight, and trainer.json. It is written under another
+name and renamed once complete, so a kill leaves the older one. Older checkpoints are deleted after the
+rename.
 
 Of a model with adapters (kit.models.qlora), only the adapters are written, as peft's own folder:
 adapter_config.json, which names the base model, and adapter_model.safetensors. Loading them reads and
@@ -48,11 +49,18 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
     """Load weights and optimizer state in place, bit for bit. Return the number of steps done.
 
-    Raises ValueError if the checkpoint is of another model.
+    Raises ValueError if the checkpoint is of another model, or if exact_weights differs.
     """
+    tensors = load_file(path / "optimizer.safetensors")
+    was, now = "0.rest" in tensors, any("rest" in state for state in optimizer.state.values())
+    if was != now:
+        raise ValueError(
+            f"{path} was written with exact_weights {was} but exact_weights is {now} here; pass "
+            f"--{'' if was else 'no_'}exact_weights"
+        )
     load_weights(path, model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
+    for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         state = optimizer.state[parameter]

@@ -18,7 +18,7 @@ from kit.train.loss import LossOfRow, cross_entropy
 from kit.train.optimizer import AdamW8bit
 from kit.train.saved_tensors import catch_gradient
 from kit.train.savings import Savings
-from kit.train.update_in_backward import UpdateInBackward, Updates
+from kit.train.weight_updates import UpdateInBackward, Updates
 
 
 def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
@@ -92,28 +92,34 @@ class TiedHead:
 
     def __init__(self, model, updates: Updates, logit_rows: int):
         self.model, self.updates, self.logit_rows = model, updates, logit_rows
-        self.dweight: torch.Tensor | None = None
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
         """Return the row's loss after its backward pass. loss_of: None = mean token cross-entropy."""
         loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
         lookup = _Lookup(self.model, batch.input_ids)
-        leaf = head_weight(self.model).detach().requires_grad_()
-        leaf.grad = self.dweight  # of the step's earlier rows
+        weight = head_weight(self.model)
+        leaf = weight.detach().requires_grad_()
+        leaf.grad = weight.grad  # of the step's earlier rows, unless it was set aside
+
+        # the layers' backward passes do not need it
+        def set_aside(leaf: torch.Tensor) -> None:
+            weight.grad, leaf.grad = leaf.grad, None
+            self.updates.set_aside(weight)
+
+        leaf.register_post_accumulate_grad_hook(set_aside)
 
         # no name for the hidden states: the backward pass frees them
         loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch, scale)
         loss.backward()
 
-        self.dweight = leaf.grad
-        _add_rows_(self.dweight, batch.input_ids, lookup.gradient())
+        self.updates.bring_back(weight)
+        _add_rows_(weight.grad, batch.input_ids, lookup.gradient())
+        self.updates.set_aside(weight)
         return loss.detach()
 
     def finish(self) -> None:
         """Apply the weight's gradient."""
-        weight = head_weight(self.model)
-        weight.grad, self.dweight = self.dweight, None
-        self.updates.use(weight)
+        self.updates.use(head_weight(self.model))
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
-"""Keep layer inputs in CPU memory between the forward and the backward pass.
+"""Keep layer inputs in CPU memory between the forward and the backward pass, and gradients until the update.
 
 Forward: each input is copied to the CPU while the layers after it run. Backward: while one layer's attention
 runs, the input of the layer before it is copied back. It is not copied earlier, because memory peaks in the
 feed-forward before that. The device holds the last layer's input, which is needed at once, and during the
-backward pass one or two staged inputs.
+backward pass one or two staged inputs. HostGradients says how gradients move.
 
 On a GPU the CPU memory is pinned and both directions run on one side stream; elsewhere the same copies run in
-place. NOT RUN ON A GPU. Why the order of the streams is right:
+place. A stream is created once per run: each new one would get memory of its own from the allocator. NOT RUN
+ON A GPU. Why the order of the streams is right, for inputs:
 - To the CPU: the side stream waits for the compute stream, which has just computed x. x stays referenced
   until the compute stream has waited for the copy, so nothing can overwrite its memory before it was read.
   record_stream would do the same, but it frees memory when the GPU gets there, while a CPU that runs ahead is
@@ -25,13 +26,15 @@ import mmap
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IN_FLIGHT = 2  # inputs on the device while they are copied to the CPU: the running layer's, and one that lags
 ROUNDING = 2**20  # bytes: rows differ by a few tokens, and a slightly longer one should fit the same buffer
 STAGING = 2  # the most inputs on the device on the way back: the running layer's and the next one's
+PIECE = 2**22  # numbers of a gradient that come back together: 8 MiB in bf16, long enough for the bus
 
 
 class KeptInput:
@@ -47,7 +50,44 @@ class KeptInput:
         self.loaded: torch.cuda.Event | None = None  # recorded after its copy back to the device
 
 
-class HostInputs:
+class SideStream:
+    """Copy on a stream beside the compute stream. On a CPU, where there is none, copy in place."""
+
+    def __init__(self, device: torch.device | None = None):
+        self.stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()  # copies to the CPU
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Run the block's operators on the side stream, after all that is queued on the compute stream."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):  # None changes nothing
+            yield
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+        """Copy on the side stream. Return the event of the copy; None without streams."""
+        with self._beside():
+            target.copy_(source, non_blocking=True)
+        return self._event()
+
+    def _event(self) -> torch.cuda.Event | None:
+        """Return an event that marks the end of what is queued on the side stream; None without streams."""
+        return self.stream and self.stream.record_event()
+
+    def _free_oldest(self) -> None:
+        """Free the tensor that has been leaving for longest, once it has been copied."""
+        x, event = self.leaving.popleft()
+        if event is not None:
+            torch.cuda.current_stream(x.device).wait_event(event)
+
+    def _wait_for_copies(self) -> None:
+        """Make the compute stream wait for all that is queued on the side stream."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
+class HostInputs(SideStream):
     """Move inputs to CPU memory and back.
 
     Call keep in a layer's forward pass, flush after the last layer's, and fetch and done around a backward
@@ -55,9 +95,8 @@ class HostInputs:
     """
 
     def __init__(self):
+        super().__init__()  # keep creates the stream, on the device of the first input
         self.buffers: list[torch.Tensor] = []  # free CPU memory, kept between steps
-        self.stream: torch.cuda.Stream | None = None
-        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()  # copies to the CPU
         self.staged: list[KeptInput] = []  # copied back to the device, or on the way
         self.latest = lambda: None  # weak reference to the input kept last
 
@@ -121,33 +160,103 @@ class HostInputs:
 
     def _stage(self, kept: KeptInput) -> None:
         while len(self.staged) >= STAGING:  # left over from a backward pass that stopped half-way
-            self._wait_for_copies(kept.device)
+            self._wait_for_copies()
             self.staged.pop(0).on_device = None
         kept.on_device = torch.empty_like(kept.on_host, device=kept.device)
         kept.loaded = self._copy(kept.on_device, kept.on_host)
         self.staged.append(kept)
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
-        """Copy on the side stream, after all that is queued on the compute stream.
 
-        Return the event of the copy; None without streams.
+class HostGradients(SideStream):
+    """Add up gradients in CPU memory over the rows of a step, and bring them back for the update.
+
+    Call add when a gradient is complete; after the step's last row, norm and then returned; clear before each
+    step. The sums lie in one piece of CPU memory of exactly their size, in the parameters' dtype.
+
+    The sum so far comes back to the device in pieces, is added there, and leaves again: from a step's second
+    row on, a gradient crosses the bus twice per row. In return the sum is autograd's, grad += new, to the
+    bit. A CPU would add bf16 slowly, and fp32 sums would take twice the memory and be other numbers.
+
+    in_flight: the most bytes of gradients on the device while they are copied. A larger gradient, such as the
+    head's, is waited for at once.
+
+    Why the order of the streams is right:
+    - The side stream alone touches the sums in CPU memory, so every copy follows the ones queued before it.
+      The same holds for the slab through which the sum so far passes.
+    - A gradient was computed by the compute stream, for which the side stream waits. It stays referenced
+      until the compute stream has waited for its event, so nothing overwrites its memory before.
+    - The norms are computed on the side stream, in its own memory. The compute stream waits for it before it
+      reads them. When this memory is used again, the side stream has waited for the compute stream.
+    - Gradients that come back do so as inputs do.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], in_flight: int):
+        device, dtype = parameters[0].device, parameters[0].dtype
+        super().__init__(device)
+        self.in_flight = in_flight
+        sizes = [parameter.numel() for parameter in parameters]
+        num_bytes = sum(parameter.nbytes for parameter in parameters)
+        self.memory = host_empty(num_bytes, for_card=device.type == "cuda").view(dtype)
+        self.sums = dict(zip(parameters, self.memory.split(sizes), strict=True))
+        self.slab = torch.empty(min(PIECE, max(sizes)), dtype=dtype, device=device)
+        self.norms: dict[nn.Parameter, Tensor] = {}  # of the sums so far; no entry = no gradient so far
+
+    def clear(self) -> None:
+        """Forget all sums, also those of a step that stopped half-way."""
+        self._wait_for_copies()
+        self.leaving.clear()
+        self.norms.clear()
+
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter) -> None:
+        """Add parameter.grad to its sum, and free it as soon as in_flight allows."""
+        gradient, parameter.grad = parameter.grad.reshape(-1), None
+        total = self.sums[parameter]
+        with self._beside():
+            if parameter in self.norms:
+                for part, earlier in zip(gradient.split(PIECE), total.split(PIECE), strict=True):
+                    part.add_(self.slab[: len(part)].copy_(earlier, non_blocking=True))
+            self.norms[parameter] = torch.nn.utils.get_total_norm([gradient])
+            total.copy_(gradient, non_blocking=True)
+
+        self.leaving.append((gradient, self._event()))
+        while sum(leaving.nbytes for leaving, _ in self.leaving) > self.in_flight:
+            self._free_oldest()
+
+    def norm(self) -> Tensor:
+        """Return the norm of all sums, as torch.nn.utils.clip_grad_norm_ computes it."""
+        self._wait_for_copies()
+        self.leaving.clear()
+        return torch.nn.utils.get_total_norm(self.norms[p] for p in self.sums if p in self.norms)
+
+    def pop(self, parameter: nn.Parameter) -> Tensor:
+        """Return a sum on the device, in the parameter's shape, and start a new one."""
+        del self.norms[parameter]
+        gradient = torch.empty_like(parameter)
+        self._copy(gradient.view(-1), self.sums[parameter])
+        self._wait_for_copies()
+        return gradient
+
+    def returned(self, most: int) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+        """Yield (parameter, first, the sum of its flattened elements from `first` on), one after another.
+
+        A piece has at most `most` elements. The next one is copied while the caller uses this one.
         """
-        if self.stream is None:
-            target.copy_(source)
-            return None
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
+        arriving = deque()
+        for parameter in (p for p in self.sums if p in self.norms):
+            for first in range(0, max(parameter.numel(), 1), most):
+                part = self.sums[parameter][first : first + most]
+                gradient = torch.empty_like(part, device=parameter.device)
+                arriving.append((parameter, first, gradient, self._copy(gradient, part)))
+                if len(arriving) == 2:
+                    yield self._arrived(*arriving.popleft())
+        while arriving:
+            yield self._arrived(*arriving.popleft())
 
-    def _free_oldest(self) -> None:
-        x, event = self.leaving.popleft()
+    def _arrived(self, parameter, first: int, gradient: Tensor, event) -> tuple:
         if event is not None:
-            torch.cuda.current_stream(x.device).wait_event(event)
-
-    def _wait_for_copies(self, device: torch.device) -> None:
-        if self.stream is not None:
-            torch.cuda.current_stream(device).wait_stream(self.stream)
+            torch.cuda.current_stream(gradient.device).wait_event(event)
+        return parameter, first, gradient
 
 
 class _PinnedPages(mmap.mmap):

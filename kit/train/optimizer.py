@@ -3,11 +3,14 @@
 fp32 weights get torch's own AdamW. bf16 weights need one thing more. Near 0.02, neighbouring bf16 numbers lie
 1e-4 apart, an update at lr 5e-5 is smaller than half of that, and rounding to nearest would drop it.
 Stochastic rounding goes up or down with the probability that makes the mean exact, so that updates arrive on
-average, without an fp32 copy of the weights.
+average, without an fp32 copy of the weights. But at RL's lr of 5e-7, its noise is as large as the learning.
+With exact_weights, each bf16 weight keeps the 16 bits that it lacks as one more state, and nothing is rounded
+away: the updates are those of fp32 weights.
 
     name        weights        bytes per parameter besides weight and gradient
     adamw       fp32           8       torch.optim.AdamW
     adamw8bit   bf16 or fp32   2.03    kit.kernels.adamw8bit: 8-bit states, in CPU memory with offload
+                bf16           4.03    with exact_weights
     auto                               adamw for fp32 weights, adamw8bit for bf16 weights and with offload
 """
 
@@ -47,9 +50,9 @@ class Slabs:
     The slabs are allocated once: reusing memory of two streams through the allocator would need a wait too.
     """
 
-    def __init__(self, num_elements: int, device: torch.device):
+    def __init__(self, num_elements: int, device: torch.device, *, exact: bool = False):
         like = torch.empty((), device=device).expand(num_elements)
-        self.slabs, self.turn = [init_state(like) for _ in range(2)], 0
+        self.slabs, self.turn = [init_state(like, exact=exact) for _ in range(2)], 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(self, on_host: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
@@ -76,20 +79,30 @@ class Slabs:
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8-bit states on bf16 (rounded stochastically) or fp32 parameters, in one pass over memory.
+    """AdamW with 8-bit states on bf16 or fp32 parameters, in one pass over memory.
 
     Random bits are keyed by (seed, step, parameter, element): they are the same after resuming and in any
     order of updates.
 
     offload: keep the states in CPU memory, pinned if the parameters are on a card, and copy them to the card
-        one slab at a time: 4 bytes per parameter cross the bus per step. Before you read them, call wait()
-        and wait for the card (the loss's .item() does).
+        one slab at a time: 4 bytes per parameter cross the bus per step, 8 if exact. Before you read them,
+        call wait() and wait for the card (the loss's .item() does).
+    exact: keep the rest of each bf16 parameter beside its states, instead of rounding stochastically.
     """
 
-    SLAB = 2**22  # numbers whose offloaded states are copied together: 8 MiB per slab, and there are two
+    SLAB = 2**22  # numbers whose offloaded states are copied together: 8 MiB per slab (16), there are two
 
     def __init__(
-        self, parameters, *, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, seed=0, offload=False
+        self,
+        parameters,
+        *,
+        lr: float,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        seed=0,
+        offload=False,
+        exact=False,
     ):
         super().__init__(
             parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
@@ -98,11 +111,12 @@ class AdamW8bit(torch.optim.Optimizer):
         if offload:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             largest = max(parameter.numel() for parameter in parameters)
-            self.slabs = Slabs(min(self.SLAB, largest), parameters[0].device)
+            self.slabs = Slabs(min(self.SLAB, largest), parameters[0].device, exact=exact)
         grouped = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         self.place = {parameter: (index, group) for index, (parameter, group) in enumerate(grouped)}
         for parameter in self.place:
-            state = {name: self._place(tensor) for name, tensor in init_state(parameter).items()}
+            state = init_state(parameter, exact=exact)
+            state = {name: self._place(tensor) for name, tensor in state.items()}
             self.state[parameter] = {"step": torch.tensor(0.0), **state}
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -186,10 +200,12 @@ def make_optimizer(
     betas=(0.9, 0.999),
     seed: int = 0,
     offload: bool = False,
+    exact_weights: bool = False,
 ) -> torch.optim.Optimizer:
     """Return AdamW for the model's trainable parameters.
 
-    name: one of OPTIMIZERS. offload: keep adamw8bit's states in CPU memory.
+    name: one of OPTIMIZERS. offload: keep adamw8bit's states in CPU memory. exact_weights: keep the rest of
+    bf16 weights; fp32 weights have none.
     Raises ValueError for an unknown name, for parameters of several dtypes or none, and for adamw with bf16
     weights or with offload.
     """
@@ -206,7 +222,8 @@ def make_optimizer(
         name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
     settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     if name == "adamw8bit":
-        return AdamW8bit(parameters, **settings, seed=seed, offload=offload)
+        exact = exact_weights and dtypes == {torch.bfloat16}
+        return AdamW8bit(parameters, **settings, seed=seed, offload=offload, exact=exact)
 
     if offload:
         raise ValueError(

@@ -19,10 +19,12 @@ class Savings:
     recompute: bool = True  # keep each layer's input only; costs one more forward pass
     tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of this many tokens; 0 = whole
     optimizer: str = "auto"  # adamw (fp32 weights only), adamw8bit, or auto: adamw8bit for bf16 weights
+    exact_weights: bool = False  # bf16 weights as exact as fp32 ones: adamw8bit keeps 2 more bytes of each
     update_in_backward: bool = False  # free each gradient at once: one row per step, no global norm
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
     offload_optimizer: bool = False  # optimizer states in CPU memory
+    offload_gradients: bool = False  # gradients in CPU memory, added up there over the rows of a step
     head_update: str = "whole"  # blocked: the tied embedding's gradient one block of the vocabulary at a time
 
     def __post_init__(self):
@@ -41,6 +43,12 @@ class Savings:
             raise ValueError(
                 f"tile_tokens is {self.tile_tokens} and offload_inputs {self.offload_inputs} but recompute "
                 "is off; both are parts of the recomputation: pass --recompute, or leave them out"
+            )
+        if self.offload_gradients and self.update_in_backward:
+            raise ValueError(
+                "offload_gradients and update_in_backward are both on, but one keeps gradients until the end "
+                "of the step and the other uses them up at once; pass --no_update_in_backward (for several "
+                "rows and a global norm), or --no_offload_gradients"
             )
         if self.update_in_backward and self.optimizer == "adamw":
             raise ValueError(

@@ -2,7 +2,7 @@
 code.
 
 for each row:  hidden states -> fused loss -> backward  loss = sum of token losses / targets in the whole step
-then update the weights, unless backward has updated them (kit.train.update_in_backward)
+then update the weights, unless backward has updated them (kit.train.weight_updates)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kit.train.loss import LossOfRow
 from kit.train.optimizer import make_optimizer
 from kit.train.recompute import keep_activations, recompute_layers
 from kit.train.savings import Savings
-from kit.train.update_in_backward import UpdateAtEnd, UpdateInBackward
+from kit.train.weight_updates import UpdateAtEnd, UpdateFromHost, UpdateInBackward
 
 
 class TrainingStep:
@@ -53,11 +53,15 @@ class TrainingStep:
             betas=betas,
             seed=seed,
             offload=savings.offload_optimizer,
+            exact_weights=savings.exact_weights,
         )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
         if savings.update_in_backward:
             self.updates = UpdateInBackward(self.optimizer, max_tensor_norm=max_tensor_norm)
+        elif savings.offload_gradients:
+            layers = model.model.layers
+            self.updates = UpdateFromHost(self.optimizer, layers, max_grad_norm=max_grad_norm)
         else:
             self.updates = UpdateAtEnd(self.optimizer, max_grad_norm=max_grad_norm)
         self.head = make_head(model, savings, self.optimizer, self.updates)

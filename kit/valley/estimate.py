@@ -152,7 +152,7 @@ def choose_settings(
     cells: Sequence[Cell], path: Path, *, max_grad_norm: float, card: PlanSettings, **what
 ) -> dict[tuple[str, str], tuple[dict, str]]:
     """Return settings that fit the card, kept in path/memory.json; none without gpu_gb. what: plan_run's."""
-    if not card.gpu_gb:
+    if not card.gpu_gib:
         return {(cell.model, cell.method): ({}, "") for cell in cells}
     stored = path / FILE
     if not stored.is_file():

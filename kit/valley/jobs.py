@@ -245,11 +245,11 @@ def _run(
     """Run a recipe in this process, which has just been started. flags: as on its command line."""
     if os.name == "posix":
         os.setpgrp()  # Ctrl-C on a terminal is for the study, which then asks its runs to end
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without it
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    sys.stdout.reconfigure(line_buffering=True)  # a run that is killed must leave what it printed
     os.environ.clear()
     os.environ.update(environment)  # before CUDA looks at it
     os.chdir(folder)

@@ -33,7 +33,7 @@ def what_was_done(results: StudyResults) -> str:
     if len(sizes) <= LISTED:
         counts = _listed([f"{size:,}" for size in sizes])
     be = "was" if len(results.models) == 1 else "were"
-    if not all(cell.name in results.outcomes for cell in cells):
+    if not {found.cell for found in results.finished}.issuperset(cells):
         be = "is being" if be == "was" else "are being"
     num_seeds = len({cell.seed for cell in cells})
     seeds = f", {num_seeds} times with other random choices (seeds)" if num_seeds > 1 else ""

@@ -74,16 +74,17 @@ def _attention(kernel: str, element: str, head_dim: int) -> Case:
     )  # fmt: skip
 
 
-def _adamw8bit(weight: str, gradient: str) -> Case:
-    """bf16 is passed as int16."""
+def _adamw8bit(weight: str, gradient: str, rest: bool) -> Case:
+    """bf16 is passed as int16. rest: of exact bf16 weights."""
     numbers = ("gradient_scale", "keep1", "take1", "keep2", "take2", "correction", "eps", "rate", "shrink")
     states = {"m_ptr": "*i8", "m_scale_ptr": "*fp32", "v_ptr": "*u8", "v_scale_ptr": "*fp32"}
     integers = {"N": "i32:16", "first_element": "i64:16", "key": "i64"}
+    constants = {name: getattr(adamw8bit, name) for name in ("BLOCK", "BLOCKS", "M_LEVELS", "V_LEVELS")}
     return Case(
         adamw8bit, "_update_kernel", weight,
         arguments=states | integers | {"g_ptr": f"*{gradient}"} | dict.fromkeys(numbers, "fp32"),
-        constants={name: getattr(adamw8bit, name) for name in ("BLOCK", "BLOCKS", "M_LEVELS", "V_LEVELS")},
-        num_warps=adamw8bit.NUM_WARPS, options={"enable_fp_fusion": False}, label=f"gradient {gradient}",
+        constants=constants if rest else constants | {"rest_ptr": None}, num_warps=adamw8bit.NUM_WARPS,
+        options={"enable_fp_fusion": False}, label=f"gradient {gradient}" + ", rest" * rest,
     )  # fmt: skip
 
 
@@ -129,7 +130,8 @@ def cases() -> list[Case]:
         *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
         *(_cross_entropy(*case) for case in product(BOTH_WAYS, ELEMENTS)),
         *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
-        *(_adamw8bit(*case) for case in product(["i16", "fp32"], ["i16", "fp32"])),
+        *(_adamw8bit(*case, rest=False) for case in product(["i16", "fp32"], ["i16", "fp32"])),
+        *(_adamw8bit("i16", gradient, rest=True) for gradient in ("i16", "fp32")),
         *(_packing(buffer) for buffer in ("i32", "i64")),
         *(_rms_norm(*case) for case in product(BOTH_WAYS, ELEMENTS, NORMALISED)),
         *(_rope(*case) for case in product(BOTH_WAYS, ELEMENTS, HEADS)),

@@ -1,12 +1,13 @@
 """Does training fit where the memory plan says so? The allocator gets what a card of the planned size leaves.
 
-For each model, full fine-tuning and QLoRA: kit.memory.simulate plans the step. Then three rows of 16,384
+For each model, full fine-tuning and QLoRA, and for the first one steps of two rows whose gradients, optimizer
+states and layer inputs are in CPU memory: kit.memory.simulate plans the step. Then three rows of 16,384
 tokens are trained, first one document, then several, with torch's allocator capped at the plan's total less
 what the plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. A case passes if
 nothing runs out of memory, if the tensors' peak is within 3 % of the plan's, and if the reserved memory stays
 below the cap.
 Left out: the memory that CUDA uses outside torch's allocator (an assumption of the plan), other programs on
-the card, several rows per step, and settings as --gpu_gb chooses them.
+the card, and settings as --gpu_gb chooses them.
 """
 
 from __future__ import annotations
@@ -50,11 +51,14 @@ def chosen_cases(card: Card, models: list[str]) -> list[Training]:
         chosen += [(name, rank) for rank in (0, QLORA_RANK) for name in models]
     lean = replace(LEAN, tile_tokens=64, logit_rows=32) if card.small else LEAN
     savings = {0: replace(lean, update_in_backward=True), QLORA_RANK: lean}
-    return [Training(name, savings[rank], rank, card.small) for name, rank in dict.fromkeys(chosen)]
+    cases = [Training(name, savings[rank], rank, card.small) for name, rank in dict.fromkeys(chosen)]
+    on_host = replace(lean, offload_optimizer=True, offload_gradients=True)
+    return cases + [Training(models[0], on_host, 0, card.small, rows=2)] * (not card.quick)
 
 
 def title_of(case: Training) -> str:
-    return f"{case.short} {'QLoRA' if case.rank else 'full fine-tuning'}"
+    title = f"{case.short} {'QLoRA' if case.rank else 'full fine-tuning'}"
+    return title if case.rows == 1 else f"{title}, {case.rows} rows per step, gradients in CPU memory"
 
 
 def check_cap(results: Results, card: Card) -> None:
@@ -76,7 +80,7 @@ def check_cap(results: Results, card: Card) -> None:
 
 def run_case(results: Results, card: Card, case: Training, job: Future) -> None:
     """Train under the cap of the plan's total, and under that of the card that --cap_gb asks for."""
-    title, seconds = title_of(case), case.guessed_seconds(card, case.row(ROWS[0], 0))
+    title, seconds = title_of(case), case.rows * case.guessed_seconds(card, case.row(ROWS[0], 0))
     results.need(seconds=seconds)
     found = plan_of(results, job, seconds)
     needed = found.total / GIB
@@ -103,7 +107,8 @@ def fit(results: Results, card: Card, case: Training, found: Plan, title: str, c
             norm = 0.0 if case.savings.update_in_backward else 1.0
             step = TrainingStep(model, case.savings, lr=1e-5, max_grad_norm=norm)
             for row in rows:
-                (loss, _), seconds = timed(card, partial(step, [row]))  # of the last one: the others compile
+                batches = [row] * case.rows
+                (loss, _), seconds = timed(card, partial(step, batches))  # of the last: the others compile
                 losses.append(loss.item())
             step.close()
         except torch.OutOfMemoryError as error:
@@ -116,7 +121,7 @@ def fit(results: Results, card: Card, case: Training, found: Plan, title: str, c
         problems.append("reserved exceeds the cap")
     if not all(map(math.isfinite, losses)):
         problems.append("a loss is not finite")
-    numbers, speed = case.speed(card, rows[-1], seconds) if losses else ({}, "no step")
+    numbers, speed = case.speed(card, rows[-1], seconds / case.rows) if losses else ({}, "no step")
     numbers |= {"planned_gib": peak, "allocated_gib": usage.allocated, "reserved_gib": usage.reserved}
     numbers |= {"cap_gib": cap, "held_before_gib": held}
     text = "; ".join([*problems, beside_plan(peak, usage, cap), speed])

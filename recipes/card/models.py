@@ -114,12 +114,16 @@ def packed_row(lengths: Sequence[int], V: int, seed: int, *, unique: bool = Fals
 
 @dataclass(frozen=True)
 class Training:
-    """A model to train, and how. rank: of its adapters; 0 = all weights. small: a rehearsal's sizes."""
+    """A model to train, and how.
+
+    rank: of its adapters; 0 = all weights. small: a rehearsal's sizes. rows: of a step.
+    """
 
     model: str
     savings: Savings
     rank: int = 0
     small: bool = False
+    rows: int = 1
 
     @property
     def short(self) -> str:

@@ -49,7 +49,7 @@ def make_plan(case: Training, folder: str) -> Plan:
     if case.small:
         model = str(Path(folder) / f"{case.short}_{case.rank}")
         case.config.save_pretrained(model)
-    return plan(model, row_tokens=row_tokens, savings=case.savings, qlora_rank=case.rank)
+    return plan(model, row_tokens=row_tokens, savings=case.savings, qlora_rank=case.rank, rows=case.rows)
 
 
 def plan_of(results: Results, job: Future, seconds: float) -> Plan:

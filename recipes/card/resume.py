@@ -3,6 +3,7 @@
 A small Qwen2 in bf16 is trained for a few steps in several ways, and all weights are compared bit by bit:
 - layer inputs in CPU memory or on the card, also if copies are late; if a wait is missing, bits must differ
 - weights updated inside the backward pass or after it; optimizer states in CPU memory or on the card
+- gradients of several rows in CPU memory or on the card, also if copies are late or a wait is missing
 - the tied head's gradient whole or in blocks: after one step hardly any number differs
 - four steps in one go, or two, a checkpoint, and two more in a new model; in full and through adapters
 No row holds a token twice, so that sums by atomics have one summand each.
@@ -11,6 +12,8 @@ Left out: real models and long runs, where the same code runs on other sizes.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +24,7 @@ from kit.packing import PackedBatch
 from kit.recipes.card.models import NO_BF16, QWEN, build, model_config, packed_row
 from kit.recipes.card.results import Card, Results
 from kit.train import Savings, TrainingStep, checkpoint
-from kit.train.offload import HostInputs
+from kit.train.offload import HostGradients, HostInputs, SideStream
 from kit.train.recompute import recompute_layers
 
 SIZES = {
@@ -39,6 +42,8 @@ PLAIN = Savings(optimizer="adamw8bit")
 INPUTS = Savings(optimizer="adamw8bit", offload_inputs=True)
 STATES = Savings(optimizer="adamw8bit", offload_optimizer=True)
 BOTH = Savings(optimizer="adamw8bit", offload_optimizer=True, offload_inputs=True)
+GRADIENTS = Savings(optimizer="adamw8bit", offload_gradients=True)
+ALL_IN_CPU_MEMORY = replace(BOTH, offload_gradients=True)
 IN_BACKWARD = Savings(update_in_backward=True)
 ALL = Savings(update_in_backward=True, offload_optimizer=True, offload_inputs=True)
 BLOCKED = Savings(update_in_backward=True, head_update="blocked")
@@ -54,6 +59,7 @@ def run(results: Results, card: Card) -> None:
     T = 128 if card.small else 4_096
     cases = [(check_offload, (random_rows(card, length, 3), f"{length:,} tokens")) for length in lengths]
     cases += [(check_updates, (random_rows(card, T, 2), random_rows(card, T, 2, rows=2)))]
+    cases += [(check_gradients, (random_rows(card, T, 2, rows=3),))]
     cases += [(check_blocks, (random_rows(card, T, 1),))]
     cases += [(check_resume, (random_rows(card, T, 4, rows=2), label)) for label in RESUMED]
     cases += [(check_missing_wait, (random_rows(card, lengths[-1], 1),))]  # last: stray copies may do harm
@@ -64,25 +70,36 @@ def run(results: Results, card: Card) -> None:
             check(results, card, *arguments)
 
 
-class LateCopies(HostInputs):
-    """Late copies, or side=False: late computing. waits=False: nobody waits for what was copied back."""
+class Late(SideStream):
+    """Late copies, or side=False: late computing. waits=False: nobody waits for the events of copies."""
 
-    def __init__(self, *, side: bool, waits: bool = True):
-        super().__init__()
+    cycles = CYCLES
+
+    def __init__(self, *arguments, side: bool, waits: bool = True):
+        super().__init__(*arguments)
         self.side, self.waits, self.copies = side, waits, 0
 
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
+    @contextmanager
+    def _beside(self):
         self.copies += 1
-        self._delay()
-        event = super()._copy(target, source)
-        if self.side:
-            self._delay()
-        return event if self.waits or not target.is_cuda else None
-
-    def _delay(self) -> None:
         if self.stream is not None:
             with torch.cuda.stream(self.stream if self.side else torch.cuda.current_stream()):
-                torch.cuda._sleep(CYCLES)
+                torch.cuda._sleep(self.cycles)
+        with super()._beside():
+            yield
+
+    def _event(self) -> torch.cuda.Event | None:
+        return super()._event() if self.waits else None
+
+
+class LateInputs(Late, HostInputs):
+    """Inputs whose copies are late."""
+
+
+class LateGradients(Late, HostGradients):
+    """Gradients whose copies are late. A layer has a dozen of them."""
+
+    cycles = CYCLES // 10
 
 
 def check_offload(results: Results, card: Card, rows: Rows, title: str) -> None:
@@ -91,19 +108,35 @@ def check_offload(results: Results, card: Card, rows: Rows, title: str) -> None:
         results.not_run(f"{title}, inputs offloaded", "two runs without offloading differ already")
         return
     same(results, f"{title}, inputs offloaded", kept, train(card, rows, INPUTS))
-    for label, host in {"copies": LateCopies(side=True), "computing": LateCopies(side=False)}.items():
+    for label, host in {"copies": LateInputs(side=True), "computing": LateInputs(side=False)}.items():
         name = f"{title}, inputs offloaded, {label} late"
         same(results, name, kept, train(card, rows, INPUTS, host=host), copies=host.copies)
 
 
 def check_missing_wait(results: Results, card: Card, rows: Rows) -> None:
-    """Show that these checks would notice: without the wait for the copies back, bits differ."""
-    hasty = train(card, rows, INPUTS, host=LateCopies(side=True, waits=False))
-    found, name = differences(train(card, rows, PLAIN), hasty), "inputs offloaded, a wait missing on purpose"
-    if card.is_cuda:
-        results.check(name, bool(found), f"{len(found)} tensors differ; some must")
-    else:
-        results.not_run(name, "no streams on a CPU")
+    """Show that these checks would notice: without the waits for copies, bits differ."""
+    late, plain = {"side": True, "waits": False}, train(card, rows, PLAIN)
+    hasty = {
+        "inputs offloaded": train(card, rows, INPUTS, host=LateInputs(**late)),
+        "gradients in CPU memory": train(card, rows, GRADIENTS, late_gradients=late),
+    }
+    for label, weights in hasty.items():
+        found, name = differences(plain, weights), f"{label}, a wait missing on purpose"
+        if card.is_cuda:
+            results.check(name, bool(found), f"{len(found)} tensors differ; some must")
+        else:
+            results.not_run(name, "no streams on a CPU")
+
+
+def check_gradients(results: Results, card: Card, rows: Rows) -> None:
+    """Compare steps of three rows, clipped, whose gradients are added up on the card and in CPU memory."""
+    plain, title = train(card, rows, PLAIN, norm=1.0), "three rows, clipped: gradients"
+    same(results, f"{title} in CPU memory", plain, train(card, rows, GRADIENTS, norm=1.0))
+    everything = train(card, rows, ALL_IN_CPU_MEMORY, norm=1.0)
+    same(results, f"{title}, states and inputs in CPU memory", plain, everything)
+    for label, side in {"copies": True, "computing": False}.items():
+        late = train(card, rows, GRADIENTS, norm=1.0, late_gradients={"side": side})
+        same(results, f"{title} in CPU memory, {label} late", plain, late)
 
 
 def check_updates(results: Results, card: Card, one_row: Rows, two_rows: Rows) -> None:
@@ -163,15 +196,22 @@ def train(
     norm=0.0,
     seed=3,
     host: HostInputs | None = None,
+    late_gradients: dict[str, bool] | None = None,
     save_in: Path | None = None,
     resume_from: Path | None = None,
 ) -> Weights:
-    """Train a new small model. host: offloads its inputs. save_in, resume_from: of checkpoints."""
+    """Train a new small model.
+
+    host: offloads its inputs. late_gradients: what LateGradients takes. save_in, resume_from: of checkpoints.
+    """
     config = model_config(QWEN, small=card.small, **(SMALL_SIZES if card.small else SIZES))
     model = build(card, config, rank=rank, seed=seed)
     step = TrainingStep(model, savings, lr=1e-3, max_grad_norm=norm)
     if host is not None:
         recompute_layers(model, offload=host, tile_tokens=savings.tile_tokens)
+    if late_gradients is not None:
+        punctual = step.updates.gradients
+        step.updates.gradients = LateGradients(list(punctual.sums), punctual.in_flight, **late_gradients)
     done = checkpoint.load(resume_from, model, step.optimizer) if resume_from else 0
     losses = torch.stack([step(batches)[0] for batches in rows[done:]])
     card.synchronize()

@@ -153,17 +153,19 @@ def check_packing(results: Results, card: Card) -> None:
 
 def check_adamw(results: Results, card: Card) -> None:
     """Check AdamW8bit against its CPU path, and that steps far smaller than a weight's last bit add up."""
-    cases = [(BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP32)]
-    for dtype, gradient_dtype in cases[: 2 if card.quick else None]:
-        name = f"adamw8bit {name_of(dtype)} weights {name_of(gradient_dtype)} gradients beside the CPU"
+    pairs = [(BF16, BF16), (FP32, BF16), (BF16, FP32), (FP32, FP32)]
+    cases = [(BF16, BF16, True), *((*pair, False) for pair in pairs)]
+    for dtype, gradient_dtype, exact in cases[: 3 if card.quick else None]:
+        weight = "exact " * exact + name_of(dtype)
+        name = f"adamw8bit {weight} weights {name_of(gradient_dtype)} gradients beside the CPU"
         with results.case(name):
             N = 3_001 if card.small else 1_000_003
             torch.manual_seed(6)
             weights = (0.02 * torch.randn(N)).to(dtype)
             gradients = (1e-3 * torch.exp(torch.randn(N)) * torch.randn(3, N)).to(gradient_dtype)
             gradients[:, ::10] = 0
-            expected = step_three_times(weights, gradients, torch.device("cpu"))
-            found = step_three_times(weights, gradients, card.device)
+            expected = step_three_times(weights, gradients, torch.device("cpu"), exact)
+            found = step_three_times(weights, gradients, card.device, exact)
             pairs = {label: (x.cpu(), expected[label]) for label, x in found.items()}
             judge_equal(results, name, pairs, share=1e-5)  # a root's last bit may decide between two codes
 
@@ -180,10 +182,12 @@ def check_adamw(results: Results, card: Card) -> None:
         results.check(name, abs(moved - 1) <= limit, f"moved {moved:.4f} of the way", moved=moved)
 
 
-def step_three_times(weights: Tensor, gradients: Tensor, device: torch.device) -> dict[str, Tensor]:
+def step_three_times(
+    weights: Tensor, gradients: Tensor, device: torch.device, exact: bool
+) -> dict[str, Tensor]:
     """Return the weights and their state after three updates on the device."""
     weights = weights.clone().to(device)
-    state = init_state(weights)
+    state = init_state(weights, exact=exact)
     options = {"lr": 1e-3, "seed": 1, "index": 3, "weight_decay": 0.1, "gradient_scale": 0.7}
     for step, gradient in enumerate(gradients, 1):
         adamw8bit_(weights, gradient.to(device), state, step=step, **options)

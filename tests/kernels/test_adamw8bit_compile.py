@@ -32,11 +32,12 @@ def bytes_of_accesses(ptx, pointer, kind):
 
 def check_accesses():
     updates = [case for case in cases() if case.kernel == "_update_kernel"]
-    assert len(updates) == 4
+    assert len(updates) == 6
     for case in updates:
         for card in (card for card in CARDS if card.capability in (80, 89, 120)):
             ptx = compile_case(case, card).ptx
-            for pointer, kind in ((0, "ld"), (1, "ld"), (0, "st")):
+            rest = () if "rest_ptr" in case.constants else ((6, "ld"), (6, "st"))
+            for pointer, kind in ((0, "ld"), (1, "ld"), (0, "st"), *rest):
                 widths = bytes_of_accesses(ptx, pointer, kind)
                 assert set(widths) == {16}, (
                     f"{case.name} {card.name}: {kind} of argument {pointer} is {widths} bytes wide, not 16"
@@ -46,7 +47,7 @@ def check_accesses():
             )
 
 
-def test_weights_and_gradients_move_16_bytes_at_a_time_and_nothing_is_fused():
+def test_weights_rests_and_gradients_move_16_bytes_at_a_time_and_nothing_is_fused():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(
         str(ROOT / folder) for folder in ("", "recipes/bench", "tests")

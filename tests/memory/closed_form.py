@@ -36,7 +36,7 @@ def formula(
     states = STATES * trained
     if savings.offload_optimizer:
         states = 2 * STATES * min(AdamW8bit.SLAB, V * H)
-    gradients = 0 if savings.update_in_backward else 2 * trained
+    gradients = 0 if savings.update_in_backward or savings.offload_gradients else 2 * trained
 
     row = T * H * 2  # bytes of one (T, H) in bf16
     whole_head = savings.head_update == "whole" and not qlora_rank
@@ -55,12 +55,13 @@ def formula(
         live_bytes.GRADIENTS: gradients if rows > 1 else 0,
     }
 
-    head_gradient = 2 * V * H if whole_head else 0
+    head_gradient = 2 * V * H if whole_head and not savings.offload_gradients else 0
+    one_layer = 2 * (trained if qlora_rank else sizes.linears) // L if savings.offload_gradients else 0
     in_layer = {
         live_bytes.INPUTS: inputs,
         live_bytes.LAYER: _layer(sizes, T, savings, qlora_rank),
         live_bytes.HEAD: head_gradient,
-        live_bytes.GRADIENTS: 0 if savings.update_in_backward else gradients - head_gradient,
+        live_bytes.GRADIENTS: gradients - head_gradient if gradients else one_layer,  # on its way
     }
 
     block = min(V, BLOCK_BYTES // (2 * T + 4 * H)) * (2 * T + 4 * H)

@@ -59,6 +59,15 @@ def test_a_second_row_moves_the_formula_as_it_moves_the_plan(tmp_path):
     assert planned[1] > 1.1 * planned[0] and expected[1] > 1.1 * expected[0]
 
 
+@pytest.mark.parametrize(("V", "layers"), [(30_000, 2), (500, 12)])  # the peak is in the loss, in a layer
+def test_gradients_in_cpu_memory_lower_the_plan_by_what_the_formula_says(V, layers, tmp_path):
+    kept = Savings(optimizer="adamw8bit", tile_tokens=128)
+    away = replace(kept, offload_gradients=True)
+    planned, expected, before = moved(tmp_path, V, 256, layers, kept, away, rows=2)
+    assert planned < -0.1 * before
+    assert planned == pytest.approx(expected, rel=0.2)
+
+
 WHOLE = "meta-llama/Llama-3.2-1B-Instruct"  # has the fewest layers
 LAYERS = 6  # a simulation takes as long as there are layers; the sixth is the first of Gemma without a window
 

@@ -167,6 +167,8 @@ def test_the_estimate_counts_both_evaluations_tokens_on_disk_and_what_offloading
     work = Work(10, 100, num_traces=50, epochs=2, batch_traces=5, trace_tokens=32)
     estimate = estimate_run(found, work, card="3060")
     assert estimate.num_steps == 20 and estimate.disk_tokens == 4 * 50 * 32
+    longer = estimate_run(found, replace(work, trace_tokens=10_000), card="3060")
+    assert longer.disk_tokens == 4 * 50 * 64  # rows have 64 tokens, and longer traces are dropped
     assert (
         estimate.disk_samples
         == 2 * estimate_run(found, replace(work, evaluations=1), card="3060").disk_samples

@@ -29,6 +29,7 @@ LEAN = {
     "logit_rows": 70,
     "offload_inputs": True,
 }
+ON_HOST = LEAN | {"update_in_backward": False, "offload_optimizer": True, "offload_gradients": True}
 PARAMETERS = {  # as published with the models
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
@@ -68,7 +69,9 @@ def test_the_configs_that_ship_have_the_models_own_number_of_parameters(model):
 
 
 @pytest.mark.parametrize(
-    "savings", [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}], ids=str
+    "savings",
+    [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}, ON_HOST],
+    ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
@@ -100,6 +103,22 @@ def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_
             peaks[rows, fake] = measure(model, Savings(optimizer="adamw8bit"), batch, rows=rows).peak
     assert peaks[2, True] == pytest.approx(peaks[2, False], rel=0.01)
     assert peaks[2, True] > 1.1 * peaks[1, True] and peaks[3, True] == peaks[2, True]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_plan_counts_two_bytes_per_exact_weight_beside_the_optimizer_states(small_model, offload):
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(load_config(small_model))
+    sizes = [parameter.numel() for parameter in made.parameters()]
+    plain, exact = (
+        plan(small_model, row_tokens=100, savings=Savings(exact_weights=exact, offload_optimizer=offload))
+        for exact in (False, True)
+    )
+    whole, slabs = 2 * sum(sizes), 2 * 2 * max(sizes)
+    rounding = 512 * len(sizes)  # of the allocator, per tensor
+    assert exact.host - plain.host == whole * offload
+    assert exact.peak - plain.peak == pytest.approx(slabs if offload else whole, abs=rounding)
+    assert exact.owners["optimizer"] - plain.owners["optimizer"] == exact.peak - plain.peak
 
 
 @pytest.mark.slow

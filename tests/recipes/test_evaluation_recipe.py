@@ -33,7 +33,7 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
     found = read_result(run / "samples" / "toy.jsonl")
     assert figures == json.loads(json.dumps(found.summary()))
     assert (len(found.rows), figures["num_questions"]) == (12, 6)
-    header, line = (text.split() for text in done.stdout.splitlines()[-4:-2])
+    header, line = (text.split() for text in done.stdout.splitlines()[-5:-3])
     assert header[:2] == ["benchmark", "accuracy"] and line[0] == "toy"
     assert line[1] == f"{100 * found.accuracy:.1f}"
 

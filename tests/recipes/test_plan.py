@@ -43,7 +43,7 @@ def test_the_command_that_the_plan_prints_parses_to_the_settings_that_it_chose(r
     recipe.main(config)
     printed = capsys.readouterr().out
     command = next(line for line in printed.splitlines() if line.startswith("start  "))
-    words = shlex.split(command)[3:]  # behind `start python FILE`
+    words = shlex.split("--" + command.partition(" --")[2])  # behind how the program was started
     started = parse(recipe.Config, words, **choices)
     names = ["num_slots", *(field.name for field in fields(Savings))]
     chosen = {name: getattr(started, name) for name in names if hasattr(started, name)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from children import call, run_recipe, wait
 
+from kit import paper as stated
 from kit.config import as_flags, parse
 from kit.machine import GIB
 
@@ -184,7 +185,8 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
     )
     assert done.returncode == 2
     assert (
-        "gpu_gb is 0.5 but tiny at 256 tokens needs 0." in done.stderr and "largest owners are" in done.stderr
+        "gpu_gb is 0.5 and desktop_gb 0.7 but sampling one answer of tiny" in done.stderr
+        and "largest owners are" in done.stderr
     )
 
 
@@ -232,8 +234,7 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
         "2 steps of 4 prompts x 4 answers, 2 updates each",
         "batch_prompts 4 (paper: ",
         "before      toy:",
-        "step 2: reward",
-        "a loss near zero is normal",
+        "step 2 of 2: reward",
         "after       toy:",
         "report file://",
     ):
@@ -242,7 +243,7 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
     assert {path.name for path in run.iterdir()} >= files
     again = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "step 1" not in again.stdout
+    assert "step 1 of 2" not in again.stdout
 
 
 def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_path, monkeypatch):
@@ -252,7 +253,7 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
     import grpo_qwen2_5_0_5b as recipe
 
     paper = recipe.Config()
-    assert recipe.deviations(paper) == []
+    assert stated.deviations(paper, stated.RL) == []
     assert (paper.batch_prompts, paper.group_size, paper.minibatch_prompts) == (1_024, 8, 256)
     assert (paper.max_new_tokens, paper.temperature) == (8_192, 1.0)
     assert (paper.kl_coef, paper.lr, paper.advantage_scale) == (1e-4, 5e-7, "group-std")
@@ -260,7 +261,7 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
         recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS
     )
     assert (small.batch_prompts, small.lr) == (32, 2e-6)
-    assert "lr 2e-06 (paper: 5e-07)" in recipe.deviations(small)
+    assert "lr 2e-06 (paper: 5e-07)" in stated.deviations(small, stated.RL)
     for name in recipe.PRESETS:  # a prompt of the data and its answer fit a row
         config = parse(recipe.Config, ["--preset", name], presets=recipe.PRESETS)
         assert config.max_new_tokens + 1_024 <= config.row_tokens and config.preset == name

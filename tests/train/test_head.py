@@ -12,7 +12,7 @@ from kit.train.head import AutogradHead, TiedHead, _add_lookup_, make_head
 from kit.train.loss import cross_entropy
 from kit.train.optimizer import make_optimizer
 from kit.train.savings import Savings
-from kit.train.update_in_backward import UpdateAtEnd
+from kit.train.weight_updates import UpdateAtEnd
 
 SCALE = 0.125
 

@@ -71,11 +71,11 @@ def test_the_optimizer_follows_the_dtype_and_refuses_a_mixture():
         make_optimizer(model.requires_grad_(False), lr=1.0)
 
 
-def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, together=False):
+def updated(dtype, *, exact=False, offload=False, steps=3, order=(0, 1), by_slices=False, together=False):
     """Return two parameters after a few 8-bit steps, and their optimizer."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter((torch.randn(n) * 0.02).to(dtype)) for n in (700, 256 * 5 + 3)]
-    optimizer = AdamW8bit(parameters, lr=1e-3, weight_decay=0.1, seed=5, offload=offload)
+    optimizer = AdamW8bit(parameters, lr=1e-3, weight_decay=0.1, seed=5, offload=offload, exact=exact)
     optimizer.SLAB = 512
     for step in range(steps):
         gradients = [
@@ -95,19 +95,31 @@ def updated(dtype, *, offload=False, steps=3, order=(0, 1), by_slices=False, tog
     return parameters, optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 @pytest.mark.parametrize(
     "options",
     [{"offload": True}, {"order": (1, 0)}, {"by_slices": True}, {"offload": True, "by_slices": True},
      {"together": True}, {"offload": True, "together": True}],
 )  # fmt: skip
-def test_neither_the_place_of_the_states_nor_the_pieces_of_an_update_change_a_bit(dtype, options):
-    (parameters, optimizer), (others, other_optimizer) = updated(dtype), updated(dtype, **options)
+def test_neither_the_place_of_the_states_nor_the_pieces_of_an_update_change_a_bit(dtype, exact, options):
+    parameters, optimizer = updated(dtype, exact=exact)
+    others, other_optimizer = updated(dtype, exact=exact, **options)
     for p, q in zip(parameters, others, strict=True):
         assert torch.equal(p, q)
+        assert ("rest" in optimizer.state[p]) == exact
         for name, tensor in optimizer.state[p].items():
             assert torch.equal(tensor, other_optimizer.state[q][name]), name
     assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 3]
+
+
+@pytest.mark.parametrize("optimizer", ["auto", "adamw8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exact_weights_keep_a_rest_of_bf16_weights_alone(optimizer, dtype):
+    model = torch.nn.Linear(3, 3).to(dtype)
+    made = make_optimizer(model, lr=1.0, name=optimizer, exact_weights=True)
+    assert any("rest" in state for state in made.state.values()) == (dtype == torch.bfloat16)
 
 
 def test_the_states_of_the_next_piece_are_copied_before_this_one_is_updated_and_only_to_an_empty_slab():

@@ -106,6 +106,37 @@ def test_the_loss_falls_and_a_line_is_written_per_step(tmp_path, capsys):
     assert (folder / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
+def test_a_checkpoint_of_exact_weights_restores_their_rests_bit_for_bit(tmp_path, family, offload):
+    def make(exact_weights=True):
+        model = make_model(family, torch.bfloat16)
+        savings = Savings(exact_weights=exact_weights, offload_optimizer=offload)
+        return model, TrainingStep(model, savings, lr=1e-4, max_grad_norm=1.0, seed=3)
+
+    def step(training_step, seed):
+        training_step([PackedBatch.build(random_documents(LENGTHS, seed=seed))])
+
+    model, training_step = make()
+    step(training_step, 0)
+    path = checkpoint.save(tmp_path, model, make_tokenizer(), training_step.optimizer, 1)
+    step(training_step, 1)
+    other, other_step = make()
+    assert checkpoint.load(path, other, other_step.optimizer) == 1
+    step(other_step, 1)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        rests = training_step.optimizer.state[p]["rest"], other_step.optimizer.state[q]["rest"]
+        assert torch.equal(*rests) and rests[0].any()
+
+    plain, plain_step = make(exact_weights=False)
+    with pytest.raises(ValueError, match=r"weights True but exact_weights is False.* --exact_weights"):
+        checkpoint.load(path, plain, plain_step.optimizer)
+    path = checkpoint.save(tmp_path, plain, make_tokenizer(), plain_step.optimizer, 1)
+    with pytest.raises(ValueError, match=r"weights False but exact_weights is True.*--no_exact_weights"):
+        checkpoint.load(path, other, other_step.optimizer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
 def test_a_checkpoint_restores_weights_and_optimizer_bit_for_bit(tmp_path, family, dtype):

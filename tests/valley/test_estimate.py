@@ -9,6 +9,7 @@ from kit.generate.sampling import SamplingParams
 from kit.memory.flops import Sizes
 from kit.memory.hours import EFFICIENCY, REFERENCE
 from kit.memory.run_plan import RunPlan, Work
+from kit.memory.settings import PlanSettings
 from kit.memory.simulate import Plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
@@ -110,7 +111,7 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
 ):
     cells, told = Study((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
     what = {"params": SamplingParams(max_new_tokens=16), "num_slots": 4, "row_tokens": 64, "qlora_rank": 16}
-    found = plan_memory(cells, report=told.append, **what)
+    found = plan_memory(cells, report=told.append, card=PlanSettings(), **what)
     assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
     assert "tiny, full: training 0." in told[0] and "(simulated); fits 6 GB" in told[0]
     assert (
@@ -120,13 +121,15 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
     assert settings_of(found["tiny", "full"], 1.0)[0]["recompute"] is True
 
     cells = [cell for cell in cells if cell.model == "tiny"]
-    card = {"max_grad_norm": 1.0, **what}
-    chosen = choose_settings(cells, tmp_path, gpu_gb=6.0, **card)
+    settings, small = {"max_grad_norm": 1.0, **what}, PlanSettings(gpu_gb="6", desktop_gb=0.0)
+    chosen = choose_settings(cells, tmp_path, card=small, **settings)
     assert chosen["tiny", "full"][0]["optimizer"] == "adamw8bit"
     assert chosen["tiny", "full"][0]["num_slots"] > what["num_slots"]
     monkeypatch.setattr("kit.valley.estimate.plan_memory", None)  # a resumed sweep has it on disk
-    assert choose_settings(cells, tmp_path, gpu_gb=6.0, **card) == chosen
-    assert choose_settings(cells, tmp_path / "none", gpu_gb=0.0, **card) == {("tiny", "full"): ({}, "")}
+    assert choose_settings(cells, tmp_path, card=small, **settings) == chosen
+    assert choose_settings(cells, tmp_path / "none", card=PlanSettings(), **settings) == {
+        ("tiny", "full"): ({}, "")
+    }
 
 
 def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():

@@ -1,0 +1,172 @@
+"""Update weights after the backward pass, or inside it: each parameter as soon as its gradient is complete.
+
+- UpdateAtEnd keeps all gradients beside the weights
+- UpdateFromHost does the same with gradients in CPU memory: several rows, a global norm, and on the card the
+  gradients of one layer or two
+- UpdateInBackward saves the traffic and the CPU memory, too. A gradient exists from its layer's backward pass
+  to its update. The price: the other gradients are not known yet, so there is no global norm to clip by (each
+  parameter's own norm can be clipped instead), and no gradient can wait for a second row of the same step
+
+A tied embedding is one parameter with two gradients, the head's and the lookup's: kit.train.head passes their
+sum on, once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from kit.train.offload import PIECE, HostGradients
+from kit.train.optimizer import AdamW8bit
+
+
+class Updates(Protocol):
+    """Apply the gradients of a step. Call begin before its first backward pass and finish after the last.
+
+    A tied head computes its gradient itself, so no hook is called for it. It calls set_aside and bring_back
+    during a row, and use after the last one.
+    """
+
+    def begin(self, num_rows: int) -> None: ...
+
+    def set_aside(self, parameter: torch.nn.Parameter) -> None:
+        """parameter.grad is not needed until bring_back or the end. No-op unless gradients leave the card."""
+
+    def bring_back(self, parameter: torch.nn.Parameter) -> None:
+        """Undo set_aside: parameter.grad is the sum of all gradients that were set aside."""
+
+    def use(self, parameter: torch.nn.Parameter) -> None:
+        """Apply parameter.grad, which is complete. No-op if gradients are applied together in finish()."""
+
+    def finish(self) -> torch.Tensor:
+        """Finish updating all weights. Return the gradient's norm before clipping, an fp32 scalar."""
+
+    def close(self) -> None:
+        """Remove all hooks and gradients from the model."""
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class UpdateAtEnd(Updates):
+    """Keep all gradients, clip them by their global norm and apply them together.
+
+    max_grad_norm: the norm to clip to; 0 = no clipping.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float):
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        self.parameters = parameters_of(optimizer)
+
+    def begin(self, num_rows: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def finish(self) -> torch.Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        self.optimizer.step()
+        return norm
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class UpdateFromHost(Updates):
+    """Add up gradients in CPU memory, clip them by their global norm and apply them one after another.
+
+    The weights are those of UpdateAtEnd, bit for bit on a CPU. max_grad_norm: as there. layers: of the model;
+    the gradients of one of them may be on the card while they are copied. Call close() to remove the hooks.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, layers: Sequence[torch.nn.Module], *, max_grad_norm: float
+    ):
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        parameters = parameters_of(optimizer)
+        trained = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+        self.gradients = HostGradients(parameters, max(sum(p.nbytes for p in layer) for layer in trained))
+        self.hooks = [
+            parameter.register_post_accumulate_grad_hook(self.set_aside) for parameter in parameters
+        ]
+
+    def begin(self, num_rows: int) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.clear()
+
+    def set_aside(self, parameter: torch.nn.Parameter) -> None:
+        self.gradients.add(parameter)
+
+    def bring_back(self, parameter: torch.nn.Parameter) -> None:
+        parameter.grad = self.gradients.pop(parameter)
+
+    @torch.no_grad()
+    def finish(self) -> torch.Tensor:
+        norm = self.gradients.norm()
+        factor = ((self.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        in_pieces = isinstance(self.optimizer, AdamW8bit)
+        for parameter, first, gradient in self.gradients.returned(PIECE if in_pieces else sys.maxsize):
+            gradient.mul_(factor)
+            if in_pieces:
+                self.optimizer.update(parameter, gradient, first=first)
+            else:  # a step of torch's AdamW updates the parameters that have a gradient
+                parameter.grad = gradient.view_as(parameter)
+                self.optimizer.step()
+                parameter.grad = None
+            del gradient  # before the next one is allocated
+        if in_pieces:
+            self.optimizer.wait()
+        return norm
+
+    def close(self) -> None:
+        self.begin(0)
+        for hook in self.hooks:
+            hook.remove()
+
+
+class UpdateInBackward(Updates):
+    """Update every parameter in a hook on it, and free its gradient.
+
+    optimizer: one with `update(parameter)` and `wait()`. max_tensor_norm: each parameter's gradient is
+    clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of several rows. Call close()
+    to remove the hooks.
+    """
+
+    def __init__(self, optimizer, *, max_tensor_norm: float = 0.0):
+        self.optimizer = optimizer
+        self.max_tensor_norm = max_tensor_norm
+        self.squares: list[torch.Tensor] = []
+        parameters = parameters_of(optimizer)
+        self.hooks = [parameter.register_post_accumulate_grad_hook(self.use) for parameter in parameters]
+
+    def begin(self, num_rows: int) -> None:
+        if num_rows != 1:
+            raise ValueError(
+                f"this step has {num_rows} rows but update_in_backward uses each gradient up before the next "
+                "row; pass --batch_traces 1 (a step is then one row of packed traces), or "
+                "--no_update_in_backward to add gradients up"
+            )
+        self.optimizer.zero_grad(set_to_none=True)  # what a step that stopped half-way has left
+        self.squares = []
+
+    @torch.no_grad()
+    def use(self, parameter: torch.nn.Parameter) -> None:
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self.squares.append(norm.square())
+        if self.max_tensor_norm:
+            parameter.grad.mul_((self.max_tensor_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.update(parameter)
+        parameter.grad = None
+
+    def finish(self) -> torch.Tensor:
+        self.optimizer.wait()
+        return torch.stack(self.squares).sum().sqrt()
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()

@@ -61,6 +61,7 @@ RL = {
 # settings whose value stands for something else -> what the paper does, in words
 WORDS = {"max_steps": "all", "num_questions": "all", "num_samples": "8 for AIME24 and AMC23, 4 for MATH-500"}
 ADAMW8BIT = "AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)"
+ADAMW8BIT_EXACT = "AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"
 
 
 def deviations(config, paper: Mapping[str, object]) -> list[str]:

@@ -232,8 +232,8 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
 def deviations(config: Config) -> list[str]:
     """List what differs from the paper's setting for so many traces."""
     wanted = paper.FINE_TUNING | paper.Row.settings(config.num_traces) | {"qlora_rank": 0, "long_share": 1.0}
-    rounded = config.device == "cuda" and not config.qlora_rank
-    return paper.deviations(config, wanted) + [paper.ADAMW8BIT] * rounded
+    states = paper.ADAMW8BIT_EXACT if config.exact_weights else paper.ADAMW8BIT
+    return paper.deviations(config, wanted) + [states] * (config.device == "cuda" and not config.qlora_rank)
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):

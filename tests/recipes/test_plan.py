@@ -72,7 +72,9 @@ def test_the_default_is_the_papers_setting_and_an_evening_says_what_differs(monk
     assert {"num_traces 1000 (paper: 8000)", "epochs 2 (paper: 4)", "num_questions 200 (paper: all)"} < {
         *found
     }
-    assert found[-1].startswith("AdamW with 8-bit states")
+    assert found[-1].startswith("AdamW with 8-bit states, bf16 weights rounded stochastically")
+    exact = recipe.deviations(recipe.Config(exact_weights=True))
+    assert exact == ["AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"]
     sweep = import_module("valley_sweep")
     assert "max_new_tokens 8192 (paper: 16384)" in sweep.paper.deviations(
         sweep.Config(**sweep.PRESETS["evening"]), sweep.paper.FINE_TUNING

@@ -13,8 +13,8 @@ its reason, and the others go on. --plan needs neither a GPU nor a download; --s
 
 `--arms long,short,mixed` adds training sets that the paper lacks: the data set's short solutions to the same
 problems, and half of each. `--fixed_batch 128` adds long traces with one batch at every size. `--rl_sizes
-0,lowest,most` adds reinforcement learning from the base model, the lowest point and the largest size. A
-finished sweep takes more arms, sizes or seeds with --resume.
+0,lowest,most` adds reinforcement learning from the base model, the lowest point and the largest size, on the
+MATH levels that follow from the model's size. A finished sweep takes more arms, sizes or seeds with --resume.
 
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs, several machines.
 """

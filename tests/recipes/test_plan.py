@@ -18,6 +18,7 @@ SMALL = {
         "256",
         "--max_new_tokens",
         "64",
+        "--no_shuffle",
         "--verify",
         "none",
         "--warmup_ratio",

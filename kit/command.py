@@ -6,6 +6,7 @@ if __name__ == "__main__":
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kit.command_line import started_as
+from kit.command_line import shell_word, started_as
 from kit.config import parse
 from kit.run import RunFolder
 
@@ -44,11 +45,14 @@ def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = N
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words
     RunFolder.newest = None
-    sys.stdout.reconfigure(line_buffering=True)  # also the log of a run that is killed is whole
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is None if it was closed
+        sys.stdout.reconfigure(line_buffering=True)  # also the log of a run that is killed is whole
     try:
         program([word for word in words if word != "--traceback"])
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `| head`, has all that it wanted
+        _discard_if_new()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(1) from None
     except MISTAKES as error:
@@ -73,7 +77,7 @@ def _farewell(stop: KeyboardInterrupt) -> str:
         _discard_if_new()
         return "stopped before anything was trained or measured"
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"
-    return f"stopped{where}. Go on with: {started_as()} --resume --out {run.path}"
+    return f"stopped{where}. Go on with: {started_as()} --resume --out {shell_word(str(run.path))}"
 
 
 class LetFinish:
@@ -102,6 +106,7 @@ class LetFinish:
             signal.signal(signal.SIGINT, self.before)
 
 
-def finish(report: Path, command: str, effect: str) -> None:
-    """Print a recipe's last lines: a link to the report, and what to type next."""
-    print(f"report {report.resolve().as_uri()}\nnext   {command}    {effect}")
+def finish(report: Path, effect: str, command: str, *words: str) -> None:
+    """Print a recipe's last lines: a link to the report, and what to type next. effect: of the command."""
+    typed = " ".join([command, *map(shell_word, words)])
+    print(f"report {report.resolve().as_uri()}\nnext   {typed}    {effect}")

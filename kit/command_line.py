@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -35,8 +36,13 @@ def started_as() -> str:
     if _word:
         return command_of(_word)
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {module.name.removesuffix('.__main__')}" if module else sys.argv[0]
-    return f"{sys.orig_argv[0]} {program}"
+    program = f"-m {module.name.removesuffix('.__main__')}" if module else shell_word(sys.argv[0])
+    return f"{shell_word(sys.orig_argv[0])} {program}"
+
+
+def shell_word(text: str) -> str:
+    """Return text as one word of a command; Windows' shells know no single quotes around a program."""
+    return (f'"{text}"' if " " in text else text) if sys.platform == "win32" else shlex.quote(text)
 
 
 def command_of(word: str) -> str:
@@ -44,7 +50,9 @@ def command_of(word: str) -> str:
     if _program:
         return f"{_program} {word}"
     name = COMMANDS[word][0].removeprefix("kit.recipes.")
-    return f"{sys.orig_argv[0]} " + (f"-m {name}" if name.startswith("kit.") else f"recipes/{name}.py")
+    return f"{shell_word(sys.orig_argv[0])} " + (
+        f"-m {name}" if name.startswith("kit.") else f"recipes/{name}.py"
+    )
 
 
 def main() -> None:
@@ -58,8 +66,9 @@ def main() -> None:
 
     word, *flags = sys.argv[1:] or ["--help"]
     if word in ("-h", "--help"):
-        print(f"usage: {_program} COMMAND [FLAGS]; COMMAND --help lists the flags of a command\n")
-        print("\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()))
+        lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
+        usage = f"usage: {_program} COMMAND [FLAGS]; COMMAND --help lists the flags of a command"
+        print("\n".join([usage, "", *lines]))
         return
     if word not in COMMANDS:
         near = difflib.get_close_matches(word, COMMANDS, n=1)

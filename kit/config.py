@@ -19,7 +19,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import shlex
 import sys
 import textwrap
 import typing
@@ -27,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from kit.command_line import started_as
+from kit.command_line import shell_word, started_as
 from kit.run import recipe_name, stored_settings
 
 Config = TypeVar("Config")
@@ -184,8 +183,9 @@ def full_command(config, program: str, *, smoke: dict | None = None, presets: di
     for flag in flags_of(type(config)):
         value = getattr(config, flag.name)
         if value != getattr(without, flag.name):
-            joined = "=" if str(value).startswith("-") else " "  # or it would be read as a flag
-            typed = flag.word + joined + shlex.quote(str(value))
+            text = str(value)
+            joined = "=" if text.startswith("-") or not text else " "  # or another word would be read
+            typed = flag.word + joined + (shell_word(text) if text else "")
             words.append(as_flags({flag.name: value}) if isinstance(value, bool) else typed)
     return " ".join(words)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """A column of Table 2."""
+    """A row of Table 2."""
 
     traces: int
     epochs: int

@@ -59,9 +59,9 @@ class Progress:
             self.bar.update()
 
     def __enter__(self):
-        sys.stdout.flush()  # what was printed before comes first in a log of both streams
+        _flush()  # what was printed before comes first in a log of both streams
         self.start = time.perf_counter()
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             count = {"total": self.total, "initial": self.done, "unit": f" {self.unit}"}
@@ -128,11 +128,16 @@ def print_line(line: str) -> None:
         print(line)
     else:
         bar.write(line)
-    sys.stdout.flush()
+    _flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it was closed: >&-
+        sys.stdout.flush()
 
 
 def _log(line: str) -> None:
-    sys.stdout.flush()
+    _flush()
     print(line, file=sys.stderr, flush=True)
 
 

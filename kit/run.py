@@ -6,14 +6,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 CONFIG = "config.json"
-UNSTORED = {"resume", "out"}
-# settings that do not change what a run computes, or only what it computes last, or (num_slots) the last bits
-FREE_TO_CHANGE = UNSTORED | {"baseline", "workers", "gpus", "rl_steps", "num_slots"}
+UNSTORED = {"resume", "out", "plan", "json"}
+# settings that do not change what a run computes, or only what it computes last, or only the last bits
+FREE_TO_CHANGE = UNSTORED | {
+    "baseline", "workers", "gpus", "rl_steps", "num_slots", "desktop_gb", "card", "trace_tokens",
+    "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
+    "offload_gradients",
+}  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
 # what a run writes once it has begun to train or to measure
@@ -25,8 +30,8 @@ class RunFolder:
 
     newest: RunFolder | None = None  # the last one that this process opened
 
-    def __init__(self, path: Path, *, is_new: bool = False):
-        self.path, self.is_new = path, is_new
+    def __init__(self, path: Path, *, is_new: bool = False, is_created: bool = False):
+        self.path, self.is_new, self.is_created = path, is_new, is_created
         self.metrics = Journal(path / "metrics.jsonl")
 
     @classmethod
@@ -60,10 +65,11 @@ class RunFolder:
                 raise ValueError(
                     f"{path} already holds a run; pass --resume to continue it, or another --out"
                 )
-            path.mkdir(parents=True, exist_ok=True)
 
+        is_created = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
         write_json(path / CONFIG, settings)
-        cls.newest = cls(path, is_new=not config.resume)
+        cls.newest = cls(path, is_new=not config.resume, is_created=is_created)
         return cls.newest
 
     @property
@@ -72,12 +78,14 @@ class RunFolder:
         return has_begun(self.path)
 
     def discard_if_new(self) -> None:
-        """Remove what a new run wrote if it has not begun: a refused start leaves no numbered folder."""
+        """Remove a new run that has not begun: a refused start leaves no numbered folder.
+
+        In a folder that was there before, only config.json is removed.
+        """
         if self.is_new and not self.has_begun:
-            for name in (CONFIG, "drop_counts.json", "prompts.jsonl"):
-                (self.path / name).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+            (self.path / CONFIG).unlink(missing_ok=True)
+            if self.is_created:
+                shutil.rmtree(self.path, ignore_errors=True)
 
 
 def has_begun(path: Path) -> bool:
@@ -126,6 +134,12 @@ def _numbered(parent: Path) -> list[Path]:
     """Return the numbered folders under parent, in their order."""
     numbered = (child for child in parent.glob("[0-9]*") if child.name.isdigit())
     return sorted(numbered, key=lambda child: int(child.name))
+
+
+def kept_traces(run: Path) -> int:
+    """Return on how many traces a run is trained; 0 if that is not known."""
+    counts = run / "drop_counts.json"
+    return json.loads(counts.read_text(encoding="utf-8")).get("kept", 0) if counts.is_file() else 0
 
 
 def write_json(path: Path, value) -> None:

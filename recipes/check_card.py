@@ -37,6 +37,7 @@ from kit.run import next_folder, write_json
 if TYPE_CHECKING:
     from kit.recipes.card.results import Results
 
+STOPPED = "stopped with Ctrl-C"
 SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume")  # files of recipes/card
 
 
@@ -93,7 +94,7 @@ def main(config: Config) -> Results:
         text = f"a CUDA error in {error} made the card unusable; the checks after it did not run"
         results.add(FAIL, "card", text)
     except KeyboardInterrupt:
-        results.not_run("the rest", "stopped with Ctrl-C")
+        results.not_run("the rest", STOPPED)
     print(f"\n{results.table()}\n\n{sentence(results, machine)}")
     return results
 
@@ -126,10 +127,13 @@ def sentence(results: Results, machine: dict) -> str:
 
 
 def check(config: Config) -> None:
-    """Run main, and exit with status 1 if a check failed."""
+    """Run main. Exit with status 1 if a check failed, and raise KeyboardInterrupt again after Ctrl-C."""
     from kit.recipes.card.results import FAIL
 
-    if main(config).count(FAIL):
+    found = main(config)
+    if any(row["text"] == STOPPED for row in found.rows):
+        raise KeyboardInterrupt
+    if found.count(FAIL):
         raise SystemExit(1)
 
 

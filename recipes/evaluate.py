@@ -128,7 +128,8 @@ def main(config: Config) -> list[evaluate.Result]:
     print_steps({SAMPLES: {result.benchmark: result for result in results}})
     write_json(run.path / "results.json", [result.summary() for result in results])
     page = report.write_report(run.path)
-    finish(page, f"{started_as()} --compare {run.path},ANOTHER_RUN", "two models on the same questions")
+    effect = "two models on the same questions"
+    finish(page, effect, started_as(), "--compare", f"{run.path},ANOTHER_RUN")
     return results
 
 

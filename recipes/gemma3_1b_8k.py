@@ -182,9 +182,10 @@ def main(config: Config) -> None:
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")
     if config.smoke:
-        finish(page, f"{started_as()} --preset evening --plan --gpu_gb 12", "what an evening on a card takes")
+        flags = ("--preset", "evening", "--plan", "--gpu_gb", "12")
+        finish(page, "what an evening on a card takes", started_as(), *flags)
     else:
-        finish(page, f"{command_of('grpo')} --model {trained}", "reinforcement learning from this model")
+        finish(page, "reinforcement learning from this model", command_of("grpo"), "--model", str(trained))
 
 
 def params_of(config: Config) -> generate.SamplingParams:
@@ -253,7 +254,8 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         long_share=config.long_share,
         cache_dir=config.cache_dir,
     )
-    write_json(run.path / "drop_counts.json", {"text": str(drop_counts), "bad_rows": drop_counts.bad_rows})
+    found = {"text": str(drop_counts), "kept": drop_counts.kept, "bad_rows": drop_counts.bad_rows}
+    write_json(run.path / "drop_counts.json", found)
     print(f"data        {drop_counts}")
     for place in drop_counts.bad_rows:
         print(f"  bad row   {place}")

@@ -268,7 +268,7 @@ def main(config: Config) -> None:
     measure("after")
     print(f"model {trained}")
     page = report.rl.write_report(run.path)
-    finish(page, f"{command_of('evaluate')} --model {trained}", "measure it on more benchmarks")
+    finish(page, "measure it on more benchmarks", command_of("evaluate"), "--model", str(trained))
 
 
 if __name__ == "__main__":

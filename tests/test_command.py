@@ -17,6 +17,7 @@ from children import Child, run_recipe, start_recipe
 
 from kit import command
 from kit.command import LetFinish, Stopped, start
+from kit.progress import Progress
 from kit.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,17 @@ def test_the_first_ctrl_c_lets_a_step_finish_and_the_second_does_not():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def show_progress():
+    command.guard(lambda words: list(Progress("counting", "numbers").over(range(3))), [])
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_error(closed):
+    program = f'"{sys.executable}" -c "import test_command; test_command.show_progress()" {closed}'
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    assert subprocess.run(program, shell=True, env=environment, check=False).returncode == 0
 
 
 def print_much():
@@ -227,7 +239,7 @@ def test_ctrl_c_on_a_terminal_ends_a_study_with_all_its_runs_and_resume_alone_go
         [sys.executable, script, *flags], tmp_path, (trains / "metrics.jsonl").exists, b"\x03"
     )
     assert status == 130, screen
-    assert "save what they have; Ctrl-C again stops at once" in screen
+    assert "what is done; Ctrl-C again stops at once" in screen
     assert re.search(r"stopped after \d runs; .*Go on with: \S+ \S+valley_demo.py --resume --out", screen)
     assert "Traceback" not in screen
     assert list((trains / "checkpoints").glob("step_*")) and not (trains / "model").exists()

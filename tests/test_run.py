@@ -64,11 +64,21 @@ def test_a_start_that_is_refused_leaves_no_folder_and_one_that_has_begun_stays()
     assert (run.path / "config.json").is_file()
 
 
-def test_what_else_lies_in_the_folder_of_a_refused_start_stays():
+@pytest.mark.parametrize("names", [[], ["notes.txt", "prompts.jsonl"]], ids=str)
+def test_a_folder_that_was_there_before_a_refused_start_stays_with_all_that_is_in_it(names):
     Path("mine").mkdir()
-    Path("mine/notes.txt").touch()
+    for name in names:
+        (Path("mine") / name).touch()
     RunFolder.open(Config(out="mine")).discard_if_new()
-    assert [path.name for path in Path("mine").iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in Path("mine").iterdir()) == names
+
+
+def test_what_a_refused_start_wrote_into_its_new_folder_goes_with_it():
+    run = RunFolder.open(Config())
+    (run.path / "data").mkdir()
+    (run.path / "data" / "traces.jsonl").touch()
+    run.discard_if_new()
+    assert not run.path.exists()
 
 
 def test_a_resumed_run_that_is_refused_keeps_its_settings():

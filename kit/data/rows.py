@@ -53,7 +53,7 @@ def text_of(row: dict, names: Sequence[str]) -> str:
             raise ValueError(f"field {null[0]} is null")
         raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"field {name} is {value}, which is not a number")
         value = str(value)
     if not isinstance(value, str):

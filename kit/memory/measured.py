@@ -60,6 +60,6 @@ class PeakMemory:
             plan += f"; the steps before peaked at {self.gib:.2f} GiB, {self.reserved_gib:.2f} GiB reserved"
         checkpoint = newest or "none, so the run starts over"
         return ValueError(
-            f"step {step} ran out of memory: {plan}. Pass --gpu_gb with the card's size in GiB to choose "
-            f"settings that need less, and --resume: the last checkpoint is {checkpoint}"
+            f"step {step} ran out of memory: {plan}. Pass --resume with settings that need less, such as "
+            f"--offload_inputs (--plan lists what helps); the last checkpoint is {checkpoint}"
         )

@@ -22,7 +22,12 @@ class PlanSettings:
 
     @property
     def gpu_gib(self) -> float:
-        """GiB of the card to choose settings for; 0 = none. Raises ValueError for auto without a card."""
+        """GiB of the card to choose settings for; 0 = none. Raises ValueError for auto without a card.
+
+        It is 0 for a run that is resumed: its settings were chosen when it began.
+        """
+        if getattr(self, "resume", False):
+            return 0.0
         if self.gpu_gb != "auto":
             try:
                 return float(self.gpu_gb or 0)

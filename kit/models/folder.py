@@ -60,9 +60,12 @@ def _adapter_weights(model) -> dict[str, torch.Tensor]:
 
 
 def _publish(scratch: Path, path: Path) -> None:
+    old = path.with_name(f"old-{path.name}")  # there is a whole folder at every moment
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        path.rename(old)
     scratch.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_weights(path: Path, model) -> None:

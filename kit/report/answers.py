@@ -40,7 +40,8 @@ def answer(title: str, benchmark: str, row: dict, *, note: str = "", shorten: bo
         marks = {span: f"mark class={kind}" for kind, found in spans.items() for span in found}
     elif shorten:
         text, marks = around_answer(text), {}
-    verdict = f"<span class={row['verdict']}>{row['verdict']}</span>"
+    verdict = html.escape(str(row["verdict"]))
+    verdict = f'<span class="{verdict}">{verdict}</span>'
     heading = f"{html.escape(title)}: {verdict}, {row['tokens']:,} tokens{ends}"
     return f"<div><h4>{heading}</h4>{note}<pre>{marked(text, marks)}</pre></div>"
 

@@ -145,9 +145,10 @@ def _first_wrong_steps(stage: str, answers: Answers) -> str:
     rows = ""
     for row, found in wrong[:SHOWN]:
         step = check_steps(row["problem"], row["text"]).first_wrong
+        verdict = html.escape(str(row["verdict"]))
         rows += (
             f"<tr><td>{html.escape(row['problem'].rpartition(':')[2])}<td>{html.escape(step.text)}"
-            f"<td>{step.true}<td>{found.right_steps + 1}<td class={row['verdict']}>{row['verdict']}"
+            f'<td>{step.true}<td>{found.right_steps + 1}<td class="{verdict}">{verdict}'
         )
     if not rows:
         return ""

@@ -21,7 +21,7 @@ from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
 from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
 from kit.report.page import percent
-from kit.run import AFTER, BEFORE, SAMPLES, Journal
+from kit.run import AFTER, BEFORE, SAMPLES, Journal, kept_traces
 from kit.valley.curves import Estimate, points
 from kit.valley.curves import percent as with_interval
 
@@ -59,7 +59,8 @@ def write_report(path: Path) -> Path:
         pages.figures_table(stages),
         "<h2>Answers</h2>" + answers.browser(stages) if stages else "",
     ]
-    sentences = (what_was_done(config, stages), what_came_out(stages))
+    trained_on = config | ({"num_traces": kept} if (kept := kept_traces(path)) else {})
+    sentences = (what_was_done(trained_on, stages), what_came_out(stages))
     title = f"{config.get('model', path.name)}, {what}"
     return pages.write(path, title, first_screen(sentences, same_problem(stages), figure), sections, config)
 

@@ -38,11 +38,12 @@ def bullets(title: str, lines: Sequence[str], level: int = 2) -> str:
     return f"<h{level}>{title}</h{level}><ul>{items}</ul>" if lines else ""
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of text, which scrolls in its own box; intervals stand below their figures."""
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool = True) -> str:
+    """Return a table of text, which scrolls in its own box. figures: put intervals below their figures."""
     head = "".join(f"<th>{html.escape(head)}" for head in heads)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
-    body = body.replace(" (", "<br>(").replace(" to ", "&nbsp;to&nbsp;").replace(" ±", "&nbsp;±")
+    if figures:
+        body = body.replace(" (", "<br>(").replace(" to ", "&nbsp;to&nbsp;").replace(" ±", "&nbsp;±")
     return f"<div class=wide><table><tr>{head}{body}</table></div>"
 
 
@@ -51,7 +52,9 @@ def write(path: Path, title: str, first: str, sections: Sequence[str], settings:
 
     first: the first screen. settings: of the run, for the table at the end.
     """
-    rows = table(("setting", "value"), [(name, str(value)) for name, value in settings.items()])
+    rows = table(
+        ("setting", "value"), [(name, str(value)) for name, value in settings.items()], figures=False
+    )
     page = PAGE.format(style=STYLE, title=html.escape(title), body=first + "\n".join(sections), settings=rows)
     report = path / "report.html"
     report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")

@@ -52,7 +52,7 @@ def write_report(path: Path) -> Path:
         "<h2>Answers</h2>" + browser(stages) + _samples(Journal(path / "rollouts.jsonl").read()),
     ]
     outcome = what_came_out(stages) if stages else summary(metrics)
-    sentences = (what_was_done(config, metrics, asked_of(stages)), outcome)
+    sentences = (what_was_done(config, metrics, asked_of(stages) if stages else ""), outcome)
     title = f"{config.get('model', path.name)}, reinforcement learning"
     return pages.write(path, title, first_screen(sentences, same_problem(stages), figure), sections, config)
 
@@ -60,10 +60,10 @@ def write_report(path: Path) -> Path:
 def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str) -> str:
     """Describe the run in a sentence."""
     model, steps, group = config.get("model", "The model"), len(metrics), config.get("group_size", "several")
+    measured = f" It answers {asked} before and after." if asked else ""
     return (
-        f"{model} was trained by reinforcement learning (GRPO) for {steps:,} steps: it answers a problem "
-        f"{group} times, and the right answers among them become more likely. It answers {asked} before "
-        "and after."
+        f"{model} is trained by reinforcement learning (GRPO), {steps:,} steps so far: it answers a problem "
+        f"{group} times, and the right answers among them become more likely.{measured}"
     )
 
 
@@ -110,5 +110,5 @@ def _samples(rows: list[dict]) -> str:
 
 def _answer(row: dict) -> str:
     cut_off = "" if row["finished"] else " (cut off)"
-    title = f"reward {row['reward']}, {row['tokens']:,} tokens{cut_off}"
+    title = html.escape(f"reward {row['reward']}, {row['tokens']:,} tokens{cut_off}")
     return f"<h4>{title}</h4><pre>{marked(row['text'])}</pre>"

@@ -8,7 +8,6 @@ ends bit for bit where an unbroken one does.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.memory.measured import PeakMemory
-from kit.models import folder
 from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
 from kit.rl.episodes import Episode, by_group
@@ -75,10 +73,37 @@ def train(
         try:
             return rollout(policy, prompts)
         except KeyboardInterrupt:
-            if step - 1 > done:
-                save(step - 1)
+            if step > 1 and checkpoint.latest(checkpoints) != checkpoint.path_of(checkpoints, step - 1):
+                with LetFinish("a checkpoint"):
+                    save(step - 1)
             kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
             raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
+
+    def learn(step: int, episodes: list[Episode], seconds: float) -> str:
+        """Update the weights, log the step, and return what to show. seconds: of the rollout."""
+        found = update(policy, episodes)
+        if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
+            newest = checkpoint.latest(checkpoints)
+            raise ValueError(
+                f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower "
+                f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
+            )
+
+        memory.look(step, steps)
+        speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
+        time_and_memory = {
+            "rollout_seconds": seconds,
+            "rollout_tokens_per_second": speed,
+            "peak_gib": memory.gib,
+            "reserved_gib": memory.reserved_gib,
+        }
+        run.metrics.append({"step": step, **found, **time_and_memory})
+        for episode in by_group(episodes)[0]:
+            completion = episode.completion
+            sample = {"tokens": len(completion.ids), "finished": completion.finished, "text": completion.text}
+            samples.append({"step": step, "question": episode.question, "reward": episode.reward, **sample})
+        print_line(line(step, steps, found, speed))
+        return f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s"
 
     with Progress("GRPO", "steps", steps, done) as progress:
         for step in range(done + 1, steps + 1):
@@ -88,45 +113,17 @@ def train(
                 episodes = sample_or_stop(step, prompts)
                 seconds = time.perf_counter() - start
                 with LetFinish("this update, then a checkpoint") as interrupt:
-                    found = update(policy, episodes)
+                    progress.update(learn(step, episodes, seconds))
+                    due = checkpoint_every and step % checkpoint_every == 0 and step < steps
+                    if due or interrupt.asked:
+                        save(step)
             except torch.OutOfMemoryError as error:
                 raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-            if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
-                newest = checkpoint.latest(checkpoints)
-                raise ValueError(
-                    f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower "
-                    f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
-                )
-
-            memory.look(step, steps)
-            speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
-            time_and_memory = {
-                "rollout_seconds": seconds,
-                "rollout_tokens_per_second": speed,
-                "peak_gib": memory.gib,
-                "reserved_gib": memory.reserved_gib,
-            }
-            run.metrics.append({"step": step, **found, **time_and_memory})
-            for episode in by_group(episodes)[0]:
-                completion = episode.completion
-                sample = {
-                    "tokens": len(completion.ids),
-                    "finished": completion.finished,
-                    "text": completion.text,
-                }
-                samples.append(
-                    {"step": step, "question": episode.question, "reward": episode.reward, **sample}
-                )
-            print_line(line(step, steps, found, speed))
-            progress.update(f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s")
-            if interrupt.asked or (checkpoint_every and step % checkpoint_every == 0 and step < steps):
-                save(step)
             if interrupt.asked:
                 raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
     policy.close()
-    folder.save_model(finished, policy.model, policy.chat.tokenizer)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and no longer needed
+    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints)
     return finished
 
 

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from kit.models.folder import _publish, _write_model, load_weights
+from kit.command import LetFinish, Stopped
+from kit.models.folder import _publish, _write_model, load_weights, save_model
 from kit.run import write_json
 
 
 def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int) -> Path:
     """Write the checkpoint after `step` steps and delete the older ones. Return its path."""
-    path = folder / f"step_{step:07d}"
+    path = path_of(folder, step)
     scratch = _write_model(folder / "writing", model, tokenizer)
     tensors = {
         f"{index}.{name}": tensor.contiguous()
@@ -39,6 +40,23 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
         if older != path:
             shutil.rmtree(older)
     return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after `step` steps is."""
+    return folder / f"step_{step:07d}"
+
+
+def finish(finished: Path, model, tokenizer, checkpoints: Path) -> None:
+    """Write the finished model's folder, and delete the checkpoints, which are larger and now useless.
+
+    Raises Stopped after Ctrl-C, once the folder is written.
+    """
+    with LetFinish("the model's folder") as interrupt:
+        save_model(finished, model, tokenizer)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    if interrupt.asked:
+        raise Stopped("after the last step, with the model saved")
 
 
 def latest(folder: Path) -> Path | None:

@@ -9,7 +9,6 @@ as one that was not interrupted.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ import torch
 
 from kit.command import LetFinish, Stopped
 from kit.machine import return_memory
-from kit.models import folder
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
 from kit.progress import Progress
@@ -221,6 +219,5 @@ def train(
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
-    folder.save_model(finished, model, tokenizer)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # larger than the model, and useless once it is saved
+    checkpoint.finish(finished, model, tokenizer, checkpoints)
     return finished

@@ -152,10 +152,10 @@ def choose_settings(
     cells: Sequence[Cell], path: Path, *, max_grad_norm: float, card: PlanSettings, **what
 ) -> dict[tuple[str, str], tuple[dict, str]]:
     """Return settings that fit the card, kept in path/memory.json; none without gpu_gb. what: plan_run's."""
-    if not card.gpu_gib:
-        return {(cell.model, cell.method): ({}, "") for cell in cells}
     stored = path / FILE
     if not stored.is_file():
+        if not card.gpu_gib:
+            return {(cell.model, cell.method): ({}, "") for cell in cells}
         found = plan_memory(cells, card=card, **what)
         write_json(stored, [[*pair, *settings_of(planned, max_grad_norm)] for pair, planned in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from kit.evaluate.results import Result, check_comparable, mean_accuracy, read_results
-from kit.run import AFTER, BEFORE, SAMPLES, Journal, write_json
+from kit.run import AFTER, BEFORE, SAMPLES, Journal, kept_traces, write_json
 from kit.valley.curves import ByQuestion, Curve, Point
 from kit.valley.jobs import DONE, Outcome, read_outcomes
 from kit.valley.study import Cell, short_name
@@ -27,6 +27,7 @@ class Finished:
     cell: Cell
     results: Results  # of the fine-tuned model, or of the base model
     metrics: Sequence[dict]  # one row per step; none for a base model
+    num_kept: int = 0  # traces that it was trained on; 0 = not known
 
     @property
     def accuracy(self) -> float:
@@ -104,10 +105,13 @@ class StudyResults:
         }
 
     def points(self, model: str) -> tuple[dict[str, dict[int, list[Finished]]], list[str]]:
-        """Return (curve -> size -> its seeds, why cells are left out); no curve if no baseline is done."""
+        """Return (curve -> size -> its seeds, what is wrong with cells); no curve if no baseline is done."""
         bases, groups, refused = self.bases(model), {}, []
         for found in self.finished:
             if found.cell.model == model and found.cell.num_traces and bases:
+                if 0 < found.num_kept < found.cell.num_traces:
+                    traces = f"only {found.num_kept:,} traces, since its data has no more"
+                    refused.append(f"{found.cell.name} was trained on {traces}")
                 try:
                     check_alike(bases[found.cell.seed].results, found.results)
                 except ValueError as error:
@@ -155,7 +159,7 @@ def read_cell(path: Path, cell: Cell) -> Finished:
     """Read what the run of a cell, or of a base model, has measured last."""
     run = path / CELLS / cell.name
     results = read_results(run / (AFTER if cell.num_traces else SAMPLES))
-    return Finished(cell, results, Journal(run / "metrics.jsonl").read())
+    return Finished(cell, results, Journal(run / "metrics.jsonl").read(), kept_traces(run))
 
 
 def read_rl(path: Path, start: Cell) -> RLRun:

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -35,6 +35,7 @@ JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
 TAIL = 12  # lines of the log that are kept with a failure
 LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the display
+END_WITHIN = 900.0  # seconds for a run to finish a step and write a checkpoint, before it is killed
 ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
 # what a traceback ends with
 MESSAGE = re.compile(r"^(?:[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)\b|error:)")
@@ -171,11 +172,13 @@ def _end(running: Sequence[_Running]) -> None:
     """End runs early: ask them to save what they have, and kill them at another Ctrl-C."""
     try:
         if running and os.name == "posix":
-            print(f"\n{len(running)} runs save what they have; Ctrl-C again stops at once", file=sys.stderr)
+            count = "1 run saves" if len(running) == 1 else f"{len(running)} runs save"
+            print(f"\n{count} what is done; Ctrl-C again stops at once", file=sys.stderr)
             for run in running:
-                os.kill(run.process.pid, signal.SIGINT)
+                with suppress(ProcessLookupError):  # it has ended in the meantime
+                    os.kill(run.process.pid, signal.SIGINT)
             for run in running:
-                run.process.join()
+                run.process.join(END_WITHIN)
     finally:
         for run in running:
             run.process.kill()

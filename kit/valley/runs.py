@@ -145,7 +145,7 @@ def run_study(
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
-    finish(report, *then)
+    finish(report, *reversed(then))
     if failed:
         names = ", ".join(failed)
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")

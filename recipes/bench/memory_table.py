@@ -6,7 +6,8 @@
 
 Each figure is one real training step on fake tensors with every live byte counted, and what
 kit/memory/simulate.py assumes for slack and for CUDA itself. Full fine-tuning updates in the backward pass,
-one row of packed traces per step.
+one row of packed traces per step; "several rows" has the paper's batch and clips by the global norm, with
+gradients and optimizer states in CPU memory.
 
 Time: minutes on two cores. Left out on purpose: speed. Offloaded bytes cross the bus, and a blocked head
 costs one more matmul.
@@ -32,8 +33,14 @@ FULL = {
     "offload_inputs": True,
     "logit_rows": 256,
 }
+SEVERAL_ROWS = FULL | {
+    "update_in_backward": False,
+    "offload_optimizer": True,
+    "offload_gradients": True,
+}
 ROWS = {  # name -> (savings, rank of the adapters)
     "full": (Savings(**FULL), 0),
+    "full, several rows": (Savings(**SEVERAL_ROWS), 0),
     "full, head blocked": (Savings(**FULL, head_update="blocked"), 0),
     "full, optimizer on CPU": (Savings(**FULL, offload_optimizer=True), 0),
     "full, both": (Savings(**FULL, head_update="blocked", offload_optimizer=True), 0),
@@ -47,7 +54,7 @@ ROWS = {  # name -> (savings, rank of the adapters)
 @dataclass(frozen=True)
 class Config:
     models: str = ""  # hub ids, comma-separated; "" = the six whose configs ship with the kit
-    row_tokens: int = 16_384  # tokens of the step's one row
+    row_tokens: int = 16_384  # tokens per row
     json: str = ""  # file for the figures; "" = none
     smoke: bool = False  # the tiny model that ships, in seconds
 
@@ -58,7 +65,8 @@ SMOKE = {"models": "tiny", "row_tokens": 1_024}
 def simulate(model: str, name: str, row_tokens: int) -> Plan:
     torch.set_num_threads(1)
     savings, rank = ROWS[name]
-    return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=rank)
+    rows = 2 if savings.offload_gradients else 1
+    return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=rank, rows=rows)
 
 
 def table(rows: list[dict]) -> str:

@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from kit.data.rows import BadRows, read_rows
+from kit.data.rows import BadRows, read_rows, text_of
 
 
 def test_the_three_file_formats_give_the_same_rows_with_their_places(tmp_path):
@@ -113,3 +113,7 @@ def test_a_split_that_a_config_or_folder_lacks_is_not_taken_for_a_missing_folder
 def test_a_hub_id_that_gives_nothing_says_what_to_check():
     with pytest.raises(ValueError, match="nor a data set the hub gave us"):
         list(read_rows("no-such-owner/no-such-data:config@test", BadRows(0)))
+
+
+def test_a_whole_number_of_400_digits_is_an_answer_like_any_other():
+    assert text_of({"answer": 10**400}, ["answer"]) == "1" + "0" * 400

@@ -75,6 +75,23 @@ def test_without_a_gpu_a_recipe_says_what_it_needs_and_both_ways_out(recipe, tmp
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_whose_settings_were_chosen_for_a_card_is_resumed_as_it_was(tmp_path):
+    small = [
+        "--gpu_gb",
+        "0.558",
+        "--desktop_gb",
+        "0",
+        "--max_steps",
+        "3",
+    ]  # updates in backward
+    first = run_recipe("gemma3_1b_8k", *QUICK, *small, cwd=tmp_path)
+    assert first.returncode == 0 and "--update_in_backward" in first.stdout, first.stderr
+    again = run_recipe("gemma3_1b_8k", "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    other = run_recipe("gemma3_1b_8k", "--resume", "--desktop_gb", "1", "--gpu_gb", "8", cwd=tmp_path)
+    assert other.returncode == 2 and "gpu_gb was '0.558', is '8'" in other.stderr
+
+
 def test_the_other_models_recipes_differ_from_the_first_in_a_handful_of_lines():
     lines = [(ROOT / "recipes" / f"{recipe}.py").read_text().splitlines() for recipe in TRAINING[1:]]
     assert max(map(len, lines)) <= 30
@@ -195,9 +212,9 @@ def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it
     done = run_recipe("bench/memory_table", "--smoke", "--json", "table.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = {row["row"]: row["total"] / GIB for row in json.loads((tmp_path / "table.json").read_text())}
-    assert len(figures) == 5 and figures["full, optimizer on CPU"] < figures["full"]
+    assert len(figures) == 6 and figures["full, optimizer on CPU"] < figures["full"]
     assert figures["full, both"] < figures["full, head blocked"]
-    lines = done.stdout.splitlines()[-7:]
+    lines = done.stdout.splitlines()[-8:]
     assert lines[:2] == ["| | tiny |", "|---|---:|"]
     assert lines[2:] == [f"| {name} | {total:.2f} |" for name, total in figures.items()]
 

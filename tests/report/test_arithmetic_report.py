@@ -96,5 +96,5 @@ def test_the_report_shows_the_figures_of_both_stages_and_the_first_wrong_step_of
         "First wrong steps, after: 2 of 2 answers with one" in page
         and "First wrong steps, before" not in page
     )
-    assert "<td> 93/3+77-8<td>31+77 = 118<td>108<td>2<td class=wrong>wrong" in page
-    assert "<td> 2*3+4<td>2*3 = 7<td>6<td>1<td class=correct>correct" in page
+    assert '<td> 93/3+77-8<td>31+77 = 118<td>108<td>2<td class="wrong">wrong' in page
+    assert '<td> 2*3+4<td>2*3 = 7<td>6<td>1<td class="correct">correct' in page

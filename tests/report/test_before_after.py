@@ -140,7 +140,7 @@ def test_a_report_of_one_evaluation_shows_right_and_wrong_answers_with_their_mar
         ("2 &lt; 1?", "0 of 10 right"),
     ]
     listed = page.partition("<h2>Answers</h2>")[2]
-    shown = [listed.count(f"<span class={verdict}>") for verdict in ("correct", "wrong")]
+    shown = [listed.count(f'<span class="{verdict}">') for verdict in ("correct", "wrong")]
     assert shown == [2, 2]  # one of each per question, if there is one
     assert "40 tokens, ends in a loop" in page
     assert page.count("<img ") == 3  # accuracy, length, accuracy against length

@@ -7,6 +7,7 @@ import pytest
 
 from kit.evaluate.results import Result
 from kit.evaluate.uncertainty import in_percent
+from kit.report import rl
 from kit.report.__main__ import write_report
 from kit.report.answers import KEPT, answer
 from kit.report.curve_figures import valley_figure
@@ -247,3 +248,16 @@ def test_after_smoke_the_sentence_says_that_quick_shows_the_climb(tmp_path):
         screen = parts_of(write_report(path).read_text())[0] if name != "begun" else ""
         assert (f"{hint}</code> tries more traces and shows the climb" in screen) is told
         assert any(hint in line for line in sentences(StudyResults.read(path))) is told
+
+
+def test_verdicts_and_rewards_of_a_log_are_escaped_like_its_texts():
+    row = {
+        "problem": "p",
+        "text": "t",
+        "finished": True,
+        "tokens": 3,
+        "verdict": '"><script>x',
+        "reward": "<b>",
+    }
+    for shown in (answer("before", "mine", row), rl._answer(row)):
+        assert "<script>" not in shown and "<b>" not in shown

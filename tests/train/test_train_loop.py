@@ -201,7 +201,7 @@ def test_running_out_of_memory_is_reported_with_the_plan_and_the_checkpoint_resu
 
     planned = plan("tiny", row_tokens=32)
     total = f"{planned.total / GIB:.2f} GiB"
-    said = rf"step 7 ran out of memory: the plan said {total}, at most in {planned.when}\. Pass --gpu_gb"
+    said = rf"step 7 ran out of memory: the plan said {total}, at most in {planned.when}\. Pass --resume"
     memory = PeakMemory(torch.device("cpu"), planned, tmp_path / "memory.json")
     with pytest.raises(ValueError, match=said + r".*checkpoint is .*step_0000005$") as error:
         run_training(tmp_path / "run", before_norm=run_out, memory=memory)

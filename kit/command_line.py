@@ -10,6 +10,7 @@ the kit, and they should be the ones that work for how the user started it.
 from __future__ import annotations
 
 import difflib
+import os
 import runpy
 import shlex
 import shutil
@@ -68,7 +69,10 @@ def main() -> None:
     if word in ("-h", "--help"):
         lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
         usage = f"usage: {_program} COMMAND [FLAGS]; COMMAND --help lists the flags of a command"
-        print("\n".join([usage, "", *lines]))
+        try:
+            print("\n".join([usage, "", *lines]), flush=True)
+        except BrokenPipeError:  # the reader, such as `| head`, has all that it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     if word not in COMMANDS:
         near = difflib.get_close_matches(word, COMMANDS, n=1)

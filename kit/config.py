@@ -151,7 +151,7 @@ def _parser(
         text = f"{flag.text}{default}".strip().replace("%", "%%")
         if flag.name == "preset":
             text += f"; one of {', '.join(presets)}"
-        title = flag.group if everything else "usual flags"
+        title = (flag.group or "settings") if everything else "usual flags"
         group = groups.setdefault(title, parser.add_argument_group(title))
         options = {"dest": flag.name, "default": None, "help": text if flag in shown else argparse.SUPPRESS}
         if kind is bool:

@@ -27,7 +27,7 @@ from kit import data, evaluate, generate, memory, models, paper, report
 from kit.command import finish, start
 from kit.command_line import started_as
 from kit.config import show
-from kit.data.chat import INSTRUCTION
+from kit.data.chat import INSTRUCTION, warn_of_instruction
 from kit.evaluate.uncertainty import in_percent
 from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
@@ -84,7 +84,7 @@ def main(config: Config) -> list[evaluate.Result]:
     if config.plan:
         return []
     command = started_as()
-    small = "--benchmarks math500 --num_questions 20 --num_samples 1 --max_new_tokens 512"
+    small = "--benchmarks arithmetic --num_questions 20 --num_samples 1 --max_new_tokens 512"
     require_gpu(
         config.device,
         f"evaluating {config.model} on --device cuda",
@@ -100,6 +100,7 @@ def main(config: Config) -> list[evaluate.Result]:
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
     one_thread_if_small(model)
+    warn_of_instruction(config.model, config.instruction)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
 
     counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}

@@ -26,7 +26,7 @@ from kit import data, evaluate, generate, memory, models, paper, report, train
 from kit.command import finish, start
 from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
-from kit.data.chat import INSTRUCTION
+from kit.data.chat import INSTRUCTION, warn_of_instruction
 from kit.data.toy import LONG_TRACES
 from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
@@ -130,6 +130,7 @@ def main(config: Config) -> None:
         attention=config.attention,
     )
     one_thread_if_small(model)
+    warn_of_instruction(config.model, config.instruction)
     chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
     params = params_of(config)
     documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
@@ -185,7 +186,8 @@ def main(config: Config) -> None:
         flags = ("--preset", "evening", "--plan", "--gpu_gb", "12")
         finish(page, "what an evening on a card takes", started_as(), *flags)
     else:
-        finish(page, "reinforcement learning from this model", command_of("grpo"), "--model", str(trained))
+        words = (command_of("grpo"), "--model", str(trained), "--device", config.device)
+        finish(page, "reinforcement learning from this model", *words)
 
 
 def params_of(config: Config) -> generate.SamplingParams:

@@ -268,7 +268,8 @@ def main(config: Config) -> None:
     measure("after")
     print(f"model {trained}")
     page = report.rl.write_report(run.path)
-    finish(page, "measure it on more benchmarks", command_of("evaluate"), "--model", str(trained))
+    words = (command_of("evaluate"), "--model", str(trained), "--device", config.device)
+    finish(page, "measure it on more benchmarks", *words)
 
 
 if __name__ == "__main__":

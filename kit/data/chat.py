@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from kit.models.shipped import SHIPPED
 from kit.run import digest
 
 # as in the evaluation of Qwen2.5-Math
@@ -16,6 +17,12 @@ PLAIN_TEMPLATE = (  # for base models, which have no template of their own
 )
 DATE = "26 Jul 2024"  # the default of Llama 3's template; with today's date a run would not repeat tomorrow
 MARK = "\ue000"  # a private-use character that shows where the template puts the assistant's words
+
+
+def warn_of_instruction(model: str, instruction: str) -> None:
+    """Say that a model which ships with the kit answers nonsense if an instruction is below the problem."""
+    if model in SHIPPED and instruction:
+        print(f"instruction {model} knows bare problems alone and answers nonsense; pass --instruction ''")
 
 
 class ChatFormat:

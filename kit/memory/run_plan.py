@@ -162,6 +162,11 @@ class Estimate:
     disk_while_training: int = 0  # bytes of two checkpoints, the older kept until the newer is whole
 
     @property
+    def hours(self) -> float:
+        """Hours in all; the evaluation before training is counted like the one after it."""
+        return self.training_hours + self.work.evaluations * self.sampling_hours
+
+    @property
     def disk_kept(self) -> int:
         return self.disk_model + self.disk_samples
 
@@ -240,6 +245,9 @@ def print_plan(
             print(line, flush=True)
 
     estimate = estimate_run(found, work, card=config.card)
+    size = config.gpu_gib
+    fits = f"a card of {size:.3g} GB {'is' if found.fits(size) else 'is NOT'} large enough; " if size else ""
+    print(f"in short    {fits}about {in_words(estimate.hours)} in all")
     print(estimate.describe(found.update.host if found.update else 0))
     print("the paper   " + ("\n            ".join(deviations) or "its setting"))
     print(f"start       {full_command(config.to_start(), started_as(), smoke=smoke, presets=presets)}")

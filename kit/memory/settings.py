@@ -39,7 +39,10 @@ class PlanSettings:
         import torch  # takes seconds: not before flags are read
 
         if not torch.cuda.is_available():
-            raise ValueError("gpu_gb is auto but no NVIDIA GPU is here; pass the card's size, such as 12")
+            raise ValueError(
+                "gpu_gb is auto but no NVIDIA GPU is here; pass a card's size to plan for it, such as --plan "
+                "--gpu_gb 12, or --smoke for a tiny model on this CPU"
+            )
         return torch.cuda.mem_get_info()[1] / 2**30
 
     def to_start(self: Config) -> Config:

@@ -19,8 +19,8 @@ def require(what: str, *packages: str) -> None:
         be = "is" if len(missing) == 1 else "are"
         command = " ".join([f"{sys.executable} -m pip install", *map(_requirement, missing)])
         raise ValueError(
-            f"{what} needs {names}, which {be} not installed; run {command} or pip install -e '.[train]' in the "
-            "kit's checkout, which brings all that training needs"
+            f"{what} needs {names}, which {be} not installed; run {command} or pip install -e '.[train]' in "
+            "the kit's checkout, which brings all that training needs"
         )
 
 

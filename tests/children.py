@@ -70,6 +70,7 @@ class Child:
 def _run(function, arguments, cwd, streams):
     for descriptor in (1, 2):
         os.dup2(os.open(Path(streams, str(descriptor)), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     os.environ["PYTHONPATH"] = str(ROOT)
     import torch

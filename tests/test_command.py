@@ -205,6 +205,7 @@ def type_in_a_terminal(program: list[str], cwd: Path, ready, keys: bytes) -> tup
     if pid == 0:
         os.chdir(cwd)
         os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would ignore it
         os.execv(program[0], program)
     screen, typed = b"", False
     while True:

@@ -1,13 +1,14 @@
 """Choose memory settings that fit a card.
 
 LADDER is one ordered list. choose() switches its entries on one after another until a simulated step fits,
-then switches off those that turn out not to be needed, the last one first.
+then switches off those that turn out not to be needed, the last one first. So nothing that changes the update
+is on while settings that only cost time would do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 
 from transformers import PreTrainedConfig
@@ -20,20 +21,22 @@ from kit.train.savings import Savings
 
 Entry = tuple[str, object]  # a field of Savings, and its value
 
-# What costs least comes first. The order stands here and nowhere else.
+# Settings that compute the same update come before those that do not, and among them what costs least comes
+# first. The order stands here and nowhere else.
 LADDER: tuple[Entry, ...] = (
     ("optimizer", "adamw8bit"),
     ("tile_tokens", 8192),  # of a row of 16,384: narrow tiles launch many small kernels. Gemma-3-1B launches
     ("tile_tokens", 4096),  # 10,612 kernels without tiles and 50,901 with tiles of 2,048 (counted)
     ("tile_tokens", 2048),
-    ("update_in_backward", True),
     ("logit_rows", 512),
     ("offload_inputs", True),
-    ("head_update", "blocked"),
     ("offload_optimizer", True),
+    ("offload_gradients", True),
+    ("update_in_backward", True),  # from here on: one row per step and no global norm
+    ("head_update", "blocked"),
 )
 # Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
-FULL_ONLY = {"update_in_backward", "head_update", "offload_optimizer"}
+FULL_ONLY = {"update_in_backward", "head_update", "offload_optimizer", "offload_gradients"}
 SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
 QLORA_RANK = 16
 
@@ -71,7 +74,14 @@ def ladder_steps(
 
 def combined(entries: list[Entry]) -> Savings:
     """Return the settings with these entries switched on; the last one counts for each field."""
-    return Savings(**dict(entries))
+    return _consistent(dict(entries))
+
+
+def _consistent(settings: dict) -> Savings:
+    """Return the settings. What is updated in the backward pass leaves no gradient to offload."""
+    if settings.get("update_in_backward"):
+        settings = settings | {"offload_gradients": False}
+    return Savings(**settings)
 
 
 def rows_of(savings: Savings, rows: int) -> int:
@@ -160,7 +170,7 @@ def suggest_savings(planned: Plan) -> Iterator[tuple[str, Plan]]:
     for name, value in [("recompute", True), *entries]:  # others need recomputation
         if name == "head_update" and not planned.savings.update_in_backward:
             continue  # as in _needed
-        savings = replace(planned.savings, **{name: value})
+        savings = _consistent(asdict(planned.savings) | {name: value})
         if savings == planned.savings:
             continue
         smaller = _simulate_again(planned, savings=savings, rows=rows_of(savings, planned.rows))

@@ -56,7 +56,8 @@ class _Step:
         """Return False if what is always on the card is too large by itself: a simulation takes seconds."""
         if self.qlora_rank:
             return True
-        copies = 3 if self.settings.uses_reference else 2  # weights, gradients and the reference in bf16
+        # in bf16: weights, gradients and the reference
+        copies = 1 + (not savings.offload_gradients) + self.settings.uses_reference
         states = 0 if savings.offload_optimizer else 2  # bytes per weight, of 8-bit states
         weights = Sizes.of(load_config(self.model)).weights
         return card_bytes((2 * copies + states) * weights) <= (gpu_gb - self.desktop_gb) * GIB

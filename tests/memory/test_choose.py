@@ -77,6 +77,16 @@ def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_
     assert found.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
 
 
+def test_nothing_that_changes_the_update_is_chosen_while_what_only_costs_time_would_do(small_model):
+    ladder = ladder_steps(load_config(small_model))
+    place = next(i for i, savings in enumerate(ladder) if savings.update_in_backward)
+    faithful = [savings for savings in ladder[:place] if not savings.update_in_backward]
+    assert faithful[-1].offload_gradients and faithful[-1].offload_optimizer and faithful[-1].offload_inputs
+    found = choose(small_model, row_tokens=T, gpu_gb=total(small_model, faithful[-1], 2) + 1e-6, rows=2)
+    assert found.rows == 2 and not found.savings.update_in_backward
+    assert switches(found, 1.0).keys() == vars(Savings()).keys()  # batch and clipping stay as they are
+
+
 def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
     """A narrow tile launches many small kernels."""
     small_model = make_model(tmp_path, num_hidden_layers=1, intermediate_size=4_096, vocab_size=300)
@@ -94,7 +104,7 @@ def test_the_blocked_head_is_chosen_if_it_decides_whether_a_model_fits(tmp_path)
     place = next(i for i, savings in enumerate(ladder) if savings.head_update == "blocked")
     whole, blocked = (total(model, savings) for savings in ladder[place - 1 : place + 1])
     found = choose(model, row_tokens=T, gpu_gb=(whole + blocked) / 2)
-    assert blocked < whole and found.savings.head_update == "blocked" and not found.savings.offload_optimizer
+    assert blocked < whole and found.savings.head_update == "blocked" and found.savings.offload_optimizer
     settings = switches(found, 1.0)
     assert (settings["batch_traces"], settings["max_grad_norm"], settings["max_tensor_norm"]) == (1, 0.0, 0.0)
     Savings(**vars(found.savings)).check_clipping(settings["max_grad_norm"], settings["max_tensor_norm"])
@@ -122,8 +132,7 @@ def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_le
     found = plan(model, row_tokens=T, savings=Savings(recompute=False), rows=2)
     suggested = list(suggest_savings(found))
     flags = [flag for flag, _ in suggested]
-    assert flags[0] == "--recompute" and flags[-1] == "--offload_optimizer"
-    assert "--head_update blocked" in flags
+    assert flags[0] == "--recompute" and flags[-1] == "--head_update blocked"
     ladder = [f"--{name}" for name, _ in fitting.LADDER]
     places = [ladder.index(flag.split()[0]) for flag in flags[1:]]
     assert places == sorted(places)
@@ -135,7 +144,7 @@ def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_le
     for flag in flags:
         name, _, value = flag.removeprefix("--").partition(" ")
         changes[name] = value if name == "head_update" else int(value) if value else True
-    last = Savings(**changes)
+    last = Savings(**changes | {"offload_gradients": False})  # which updating in the backward pass excludes
     assert total(model, last, 2) == sizes[-1]  # each is with those before it
     leanest = ladder_steps(load_config(model))[-1]
     assert list(suggest_savings(plan(model, row_tokens=T, savings=leanest))) == []

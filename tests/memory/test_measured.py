@@ -57,7 +57,7 @@ def test_without_a_plan_nothing_is_compared_and_on_a_cpu_nothing_is_measured(car
 def test_a_step_that_ran_out_says_what_is_known(tmp_path):
     memory = PeakMemory(CPU, None, tmp_path)
     error = str(memory.exhausted(7, None))
-    assert "step 7 ran out of memory: no plan was made. Pass --gpu_gb" in error
+    assert "step 7 ran out of memory: no plan was made. Pass --resume with settings" in error
     assert "none, so the run starts over" in error
 
     memory.gib, memory.reserved_gib = 3.21, 3.55

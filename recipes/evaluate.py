@@ -25,7 +25,7 @@ from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report
 from kit.command import finish, start
-from kit.command_line import started_as
+from kit.command_line import command_of, started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION, warn_of_instruction
 from kit.evaluate.uncertainty import in_percent
@@ -200,7 +200,13 @@ def print_steps(stages: report.figures.Stages) -> None:
 
 def compare(config: Config) -> list[evaluate.Result]:
     """Print the second run minus the first, for every benchmark that both measured."""
-    folders = [Path(name) / SAMPLES for name in config.compare.split(",")]
+    runs = [Path(name) for name in config.compare.split(",")]
+    if tuned := [run for run in runs if (run / AFTER).is_dir()]:
+        raise ValueError(
+            f"{tuned[0]} is a fine-tuning run, which compares by itself: {command_of('report')} {tuned[0]}; "
+            "pass two runs of evaluate.py"
+        )
+    folders = [run / SAMPLES for run in runs]
     if len(folders) != 2:
         raise ValueError(f"compare is {config.compare!r} but it takes two run folders, comma-separated")
     first, second = ({path.stem: path for path in sorted(folder.glob("*.jsonl"))} for folder in folders)

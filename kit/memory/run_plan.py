@@ -9,7 +9,7 @@ of a trace.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from kit.command_line import started_as
@@ -19,7 +19,7 @@ from kit.machine import GIB
 from kit.memory.choose import choose, rows_of, size_of, suggest_savings, switches
 from kit.memory.flops import Sizes
 from kit.memory.hours import card_named, in_words, sampling_speed, training_speed
-from kit.memory.sampling import MOST_SLOTS, Sampling, most_slots, plan_sampling
+from kit.memory.sampling import CACHE, MOST_SLOTS, Sampling, most_slots, plan_sampling
 from kit.memory.settings import PlanSettings
 from kit.memory.simulate import CARDS, Plan, plan
 from kit.models.loading import load_config
@@ -117,10 +117,12 @@ def plan_run(
         num_slots = most_slots(sampling, gpu_gb, min(num_samples, MOST_SLOTS))
         if not num_slots:
             one = sampling(1)
+            without_cache = replace(one, peak=one.peak - one.owners.get(CACHE, 0))
+            smaller = "--max_new_tokens" if without_cache.fits(gpu_gb) else "--model"
             raise ValueError(
                 f"{size_of(gpu_gb, desktop_gb)} but sampling one answer of {model} at a time, of up to "
                 f"{params.max_new_tokens:,} tokens, needs {one.total / GIB:.2f} GiB; its largest owners are "
-                f"{one.largest_owners()}; pass a smaller --max_new_tokens, or a larger card"
+                f"{one.largest_owners()}; pass a smaller {smaller}, or a larger card"
             )
     common["row_tokens"] = row_tokens
     if row_tokens and gpu_gb:

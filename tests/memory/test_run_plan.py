@@ -91,7 +91,7 @@ def test_for_a_card_as_many_slots_are_chosen_as_fit_and_no_more_than_there_are_s
     assert found.switches(1.0)["num_slots"] == 40
     assert plan_run(small_model, PARAMS, num_slots=1, num_samples=7, card=card).num_slots == 7
     with pytest.raises(
-        ValueError, match=r"gpu_gb is 0\.5 .* one answer .* needs 0\..* pass a smaller --max_new"
+        ValueError, match=r"gpu_gb is 0\.5 .* one answer .* needs 0\..* pass a smaller --model"
     ):
         plan_run(small_model, PARAMS, num_slots=1, card=replace(ALONE, gpu_gb="0.5"))
 
@@ -183,3 +183,10 @@ def test_the_estimate_counts_both_evaluations_tokens_on_disk_and_what_offloading
         assert said in told
     assert told.count("estimate: 40% of the datasheet's rates of an NVIDIA GeForce RTX 3060") == 1
     assert json.dumps(found.as_json())
+
+
+def test_shorter_answers_are_no_way_out_for_a_card_that_the_weights_alone_fill():
+    for gpu_gb, way_out in (("0.5", "a smaller --model"), ("0.554", "a smaller --max_new_tokens")):
+        card = PlanSettings(gpu_gb=gpu_gb, desktop_gb=0.0)
+        with pytest.raises(ValueError, match=f"pass {way_out}, or a larger card"):
+            plan_run("tiny", SamplingParams(max_new_tokens=100_000), num_slots=1, card=card)

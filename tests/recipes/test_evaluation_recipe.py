@@ -58,6 +58,8 @@ def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
     assert run_recipe("evaluate", "--compare", "a,b", "--force", cwd=tmp_path).returncode == 0
     assert "takes two run folders" in run_recipe("evaluate", "--compare", "a", cwd=tmp_path).stderr
     assert "no benchmark in common" in run_recipe("evaluate", "--compare", "a,c", cwd=tmp_path).stderr
+    (tmp_path / "tuned" / "after").mkdir(parents=True)
+    assert "tuned is a fine-tuning run" in run_recipe("evaluate", "--compare", "a,tuned", cwd=tmp_path).stderr
 
 
 def test_the_steps_of_arithmetic_answers_are_printed_reported_and_compared(tmp_path):

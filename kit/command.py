@@ -1,7 +1,9 @@
 """Start a program from the command line: flags, one-line errors, Ctrl-C, and the lines at the end.
 
-if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+A recipe's last lines are
+
+    if __name__ == "__main__":
+        start(main, Config, smoke=SMOKE)
 """
 
 from __future__ import annotations

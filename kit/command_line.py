@@ -51,9 +51,8 @@ def command_of(word: str) -> str:
     if _program:
         return f"{_program} {word}"
     name = COMMANDS[word][0].removeprefix("kit.recipes.")
-    return f"{shell_word(sys.orig_argv[0])} " + (
-        f"-m {name}" if name.startswith("kit.") else f"recipes/{name}.py"
-    )
+    program = f"-m {name}" if name.startswith("kit.") else f"recipes/{name}.py"
+    return f"{shell_word(sys.orig_argv[0])} {program}"
 
 
 def main() -> None:

@@ -86,8 +86,8 @@ def parse(
 
     With --resume, the settings are those of the run in --out, or of the newest one, before the other flags
     are applied. Exits with status 2 and one line for an unknown flag (naming the nearest), a missing value or
-    a value of the wrong type. --help shows the usual flags, --help all every one. Raises ValueError if there
-    is no run to resume.
+    a value of the wrong type. --help shows the usual flags, and --help all shows every one. Raises ValueError
+    if there is no run to resume.
     """
     argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
     flags, types = flags_of(config_class), typing.get_type_hints(config_class)

@@ -79,7 +79,7 @@ def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
     params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
-    if config.gpu_gb or config.plan:
+    if config.gpu_gib or config.plan:
         config = plan_memory(config, params)
     if config.plan:
         return []

@@ -96,7 +96,7 @@ SMOKE = {
 
 def main(config: Config) -> None:
     planned = None
-    if config.gpu_gb or config.plan:
+    if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     if config.plan:
         return

@@ -201,7 +201,7 @@ def main(config: Config) -> None:
             "name of their base, which is then loaded without the noise; pass --weaken 0"
         )
     planned = None
-    if config.gpu_gb or config.plan:
+    if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     if config.plan:
         return

@@ -194,12 +194,12 @@ def main(config: Config) -> Path:
 
 
 def next_command(config: Config) -> tuple[str, str]:
-    """Return what to type next, and its effect."""
+    """Return the effect of what to type next, and the command."""
     if config.smoke:
-        return f"{started_as()} --quick", "the whole valley, with the climb out of it, in minutes"
+        return "the whole valley, with the climb out of it, in minutes", f"{started_as()} --quick"
     if config.quick:
-        return started_as(), "three seeds, more sizes and a smaller model, in half an hour"
-    return f"{started_as()} --resume --rl_steps 80", "reinforcement learning from three of the models"
+        return "three seeds, more sizes and a smaller model, in half an hour", started_as()
+    return "reinforcement learning from three of the models", f"{started_as()} --resume --rl_steps 80"
 
 
 if __name__ == "__main__":

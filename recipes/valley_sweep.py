@@ -243,7 +243,7 @@ def main(config: Config) -> Path | None:
         deviations=deviations(config, study) + forced,
         rl=starts,
         write_report=report.valley.write_report,
-        then=(f"{started_as()} --resume --rl_sizes 0,lowest,most", "reinforcement learning from three sizes"),
+        then=("reinforcement learning from three sizes", f"{started_as()} --resume --rl_sizes 0,lowest,most"),
     )
 
 

@@ -4,8 +4,8 @@ import logging
 
 from kit.front_door import hand_on
 
-# bitsandbytes warns on some CPUs, when it is imported, that it did not download a compiled kernel from the
-# hub ("Set trust_remote_code=True"). It has another one, which it then uses.
+# On some CPUs, importing bitsandbytes warns that it did not download a compiled kernel from the hub. Nothing
+# is missing: it uses the one that it brings.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __getattr__, __all__ = hand_on(

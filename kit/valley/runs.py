@@ -126,7 +126,7 @@ def run_study(
     """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
     cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
-    longest runs, so that they end together. then: a command to type next, and its effect.
+    longest runs, so that they end together. then: the effect of a command to type next, and the command.
     Raises SystemExit naming the runs that failed, once all others are done.
     """
     write_study(path, cells, deviations)
@@ -145,7 +145,7 @@ def run_study(
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
-    finish(report, *reversed(then))
+    finish(report, *then)
     if failed:
         names = ", ".join(failed)
         raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")

@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kit.models.families import family_of
+from kit.models.layers import layer_of, norm_of
+
 
 class LiveBytes(TorchDispatchMode):
     """A with-block that counts the bytes of storages created inside it: now alive, and at most.
@@ -138,14 +141,16 @@ class Ledger(LiveBytes):
 
     def _watch(self, model: nn.Module):
         """Yield hooks that follow where the step is."""
-        layers, norm = model.model.layers, model.model.norm
-        yield model.model.register_forward_pre_hook(lambda *_: self._at("forward", INPUTS))
+        backbone, norm = model.model, norm_of(model.model.norm, family_of(model.config))
+        for first in (backbone.embed_tokens, backbone.rotary_emb):  # a blocked head looks rows up by itself
+            yield first.register_forward_pre_hook(lambda *_: self._at("forward", INPUTS))
         yield norm.register_forward_hook(lambda *_: self._at("loss", REST))
 
         # norms and feed-forward belong to the attention before them
-        for i, layer in enumerate(layers, start=1):
-            yield layer.self_attn.register_forward_pre_hook(lambda *_, i=i: self._in_layer(i))
-            yield layer.register_forward_hook(lambda module, args, out: self._layer_done(out))
+        for i, layer in enumerate(backbone.layers, start=1):
+            yield layer_of(layer).attention.register_forward_pre_hook(lambda *_, i=i: self._in_layer(i))
+            for called in (layer, layer_of(layer)):  # with recompute, and without
+                yield called.register_forward_hook(lambda module, args, out: self._layer_done(out))
 
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -12,7 +12,6 @@ raises: read as one sequence, a pack would silently let its documents attend to 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
@@ -37,52 +36,53 @@ def _flash_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None
 
 
 PACK_ATTENTION = {"kit": packed_attention, "flash-attn": _flash_attention, "torch": documents_attention}
+BY_NAME = {REGISTERED[choice]: function for choice, function in PACK_ATTENTION.items()}
 
 
-def _interface(pack_attention: Callable) -> Callable:
-    def attention(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        *,
-        scaling=None,
-        sliding_window=None,
-        cu_seqlens=None,
-        max_seqlen=None,
-        dropout=0.0,
-        **_,
-    ):
-        """Implement transformers' interface.
+def attend(
+    module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    """Attend within the documents of a pack, as the settings of a model's attention module say.
 
-        query (B, Hq, Tq, D), key and value (B, Hkv, Tk, D) -> output (B, Tq, Hq, D), None. B is 1.
-        """
-        if dropout:
-            raise ValueError(
-                f"attention dropout is {dropout} but packed attention has none; set attention_dropout to 0 "
-                "in the config"
-            )
-        if cu_seqlens is None:
-            raise ValueError(
-                "this model was loaded for packed rows; run it with kit.models.hidden_states or "
-                "kit.generate.sampler, "
-                'or call model.set_attn_implementation("sdpa") before using it on its own'
-            )
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        window = sliding_window if getattr(module, "is_sliding", True) else None
-        out = pack_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scaling)
-        return out.unsqueeze(0), None
+    q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D). Raises ValueError if the model was loaded with an
+    attention that knows no packs, without boundaries, and for dropout.
+    """
+    name = module.config._attn_implementation
+    if name not in BY_NAME:
+        raise ValueError(
+            f"this model has attention {name!r}, which does not keep the documents of a pack apart; load it "
+            f'with kit.models.load, or call model.set_attn_implementation("{REGISTERED["kit"]}")'
+        )
+    if module.training and module.attention_dropout:
+        raise ValueError(
+            f"attention dropout is {module.attention_dropout} but packed attention has none; set "
+            "attention_dropout to 0 in the config"
+        )
+    if cu_seqlens is None:
+        raise ValueError(
+            "this model was loaded for packed rows; run it with kit.models.hidden_states or "
+            "kit.generate.sampler, "
+            'or call model.set_attn_implementation("sdpa") before using it on its own'
+        )
+    window = getattr(module, "sliding_window", None)
+    return BY_NAME[name](q, k, v, cu_seqlens, max_seqlen, window=window, scale=module.scaling)
 
-    return attention
+
+def _interface(module, query, key, value, attention_mask, *, cu_seqlens=None, max_seqlen=None, **_):
+    """Implement transformers' interface.
+
+    query (1, Hq, T, D), key and value (1, Hkv, T, D) -> output (1, T, Hq, D), None.
+    """
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    return attend(module, q, k, v, cu_seqlens, max_seqlen).unsqueeze(0), None
 
 
 def _no_mask(*args, **kwargs) -> None:
     """Build no mask: the boundaries of a pack arrive as keyword arguments."""
 
 
-for _choice, _name in REGISTERED.items():
-    AttentionInterface.register(_name, _interface(PACK_ATTENTION[_choice]))
+for _name in BY_NAME:
+    AttentionInterface.register(_name, _interface)
     AttentionMaskInterface.register(_name, _no_mask)
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel
 
+from kit.models.families import family_of
+from kit.models.layers import layer_of, norm_of, rotations
 from kit.packing import PackedBatch
 
 
@@ -23,22 +25,21 @@ def hidden_states(
 ) -> torch.Tensor:
     """Compute the backbone's last hidden states of a packed row, (T, H), without the head.
 
-    Attention learns from cu_seqlens and max_seqlen where the documents begin and end
-    (kit/models/attention.py), so no mask is passed.
+    kit/models/layers.py holds what a layer computes. Attention learns from cu_seqlens and max_seqlen where
+    the documents begin and end, so there is no mask.
 
     inputs_embeds: the embeddings of batch.input_ids, (1, T, H); None = look them up. cache: stores the keys
     and values of every layer; None = they are not kept.
     """
-    output = model.model(
-        input_ids=batch.input_ids[None] if inputs_embeds is None else None,
-        inputs_embeds=inputs_embeds,
-        position_ids=batch.position_ids[None],
-        past_key_values=cache,
-        use_cache=cache is not None,
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
-    )
-    return output.last_hidden_state[0]
+    backbone, family = model.model, family_of(model.config)
+    x = backbone.embed_tokens(batch.input_ids[None]) if inputs_embeds is None else inputs_embeds
+    bounds = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "past_key_values": cache}
+    angles = rotations(model, x, batch.position_ids[None])
+    for layer, cos_sin in zip(backbone.layers[: len(angles)], angles, strict=True):
+        # kit.train.recompute goes in through the layer of transformers
+        recomputes = layer.training and layer.gradient_checkpointing
+        x = (layer if recomputes else layer_of(layer))(x, position_embeddings=cos_sin, **bounds)
+    return norm_of(backbone.norm, family)(x)[0]
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -22,13 +22,13 @@ class Family:
 
     layer: type[nn.Module]  # the exact class: a subclass may compute something else
     norm_eps: str = "variance_epsilon"  # of a norm
-    # a norm scales by offset + weight, in fp32 and rounded once; None = by weight alone, rounded twice
-    norm_offset: float | None = None
+    norm_offset: float = 0.0  # a norm scales by offset + weight
     after_attention: str | None = None  # norm of what attention adds
     before_mlp: str = "post_attention_layernorm"
     after_mlp: str | None = None  # norm of what the feed-forward adds
-    head_norms: tuple[str, str] | None = None  # of q and k, before the rotation
+    head_norms: tuple[str | None, str | None] = (None, None)  # of q and k, before the rotation
     has_windows: bool = False  # some layers attend to config.sliding_window positions, with another rotation
+    activation: str = "hidden_act"  # of the feed-forward, in the config
     embedding_scale: str | None = None  # factor of the embedding's output
 
 
@@ -37,6 +37,7 @@ FAMILIES = {  # config.model_type -> its row
         Gemma3DecoderLayer,
         norm_eps="eps",
         norm_offset=1.0,
+        activation="hidden_activation",
         after_attention="post_attention_layernorm",
         before_mlp="pre_feedforward_layernorm",
         after_mlp="post_feedforward_layernorm",

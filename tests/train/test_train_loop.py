@@ -15,6 +15,8 @@ from kit.machine import GIB
 from kit.memory.measured import PeakMemory
 from kit.memory.simulate import plan
 from kit.models.backbone import head_weight, hidden_states
+from kit.models.families import family_of
+from kit.models.layers import norm_of
 from kit.packing import PackedBatch
 from kit.run import RunFolder
 from kit.train import checkpoint
@@ -90,7 +92,7 @@ def run_training(
     run = RunFolder.open(Config(str(out), resume))
     model = make_model(family, dtype)
     if before_norm:
-        model.model.norm.register_forward_pre_hook(before_norm)
+        norm_of(model.model.norm, family_of(model.config)).register_forward_pre_hook(before_norm)
     options = {"lr": lr, "warmup_ratio": 0.1, "weight_decay": 0.01, "checkpoint_every": 5} | options
     return model, train(model, make_tokenizer(), documents, training_plan, run, **options)
 

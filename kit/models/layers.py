@@ -1,0 +1,192 @@
+"""What a decoder layer computes, in two halves: training, recompute and decoding all call this.
+
+    h   = x + after_attention(o(attention(rope(norm_q(q(n))), rope(norm_k(k(n))), v(n)))),   n = norm_in(x)
+    out = h + after_mlp(down(activation(gate(m)) * up(m))),                                  m = norm_mlp(h)
+
+A row of kit/models/families.py says which norms a family has; the others are left out. The weights stay in
+transformers' modules. Projections are called as modules, so adapters and NF4 weights are included.
+
+Norms, rotation and gate are kernels of our own (FUSED), which read and write every element once. One token
+per row is so little work that launching them would cost more than they compute: decoding uses the fewest
+operators of torch (PLAIN). Both compute in fp32 and round once, so that the sampler's log-probs differ from
+the trainer's no more than two orders of summation do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kit.kernels.glu import glu
+from kit.kernels.rms_norm import rms_norm
+from kit.kernels.rope import rope
+from kit.models.attention import attend
+from kit.models.families import FAMILIES, Family, family_of
+
+LAYERS = {family.layer: family for family in FAMILIES.values()}
+# a config's name of the activation -> ours
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def plain_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """Compute rms_norm in one operator of torch, or in four if a weight is added to an offset."""
+    if not offset:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = offset + weight.to(wide)  # in bf16, 1 + weight would lose what training changed
+    return F.rms_norm(x.to(wide), weight.shape, scale, eps).to(x.dtype)
+
+
+def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute rope, of q and k together."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads = torch.cat([q, k], dim=1).to(wide)  # (B, Hq + Hkv, D)
+    x1, x2 = heads.chunk(2, dim=-1)
+    turned = torch.addcmul(heads * cos[:, None], torch.cat([-x2, x1], dim=-1), sin[:, None])
+    return turned.to(q.dtype).split([q.shape[1], k.shape[1]], dim=1)
+
+
+def plain_glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """Compute glu."""
+    wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    active = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    return (active * up).to(gate.dtype)
+
+
+class Operations(NamedTuple):
+    """How norms, rotation and gate are computed."""
+
+    norm: Callable = rms_norm
+    rope: Callable = rope
+    glu: Callable = glu
+
+
+FUSED, PLAIN = Operations(), Operations(plain_norm, plain_rope, plain_glu)
+
+
+class Norm(nn.Module):
+    """Scale vectors (..., H) to a root mean square of 1, then by the weight of a norm of transformers."""
+
+    def __init__(self, norm: nn.Module, family: Family, operations: Operations = FUSED):
+        super().__init__()
+        self.norm, self.normalise = norm, operations.norm
+        self.eps, self.offset = getattr(norm, family.norm_eps), family.norm_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x, self.norm.weight, self.eps, offset=self.offset)
+
+
+def _norm(parent: nn.Module, name: str | None, family: Family, operations: Operations) -> nn.Module:
+    return Norm(getattr(parent, name), family, operations) if name else nn.Identity()
+
+
+class Attention(nn.Module):
+    """The attention of a layer, between the two norms of its half."""
+
+    def __init__(self, attention: nn.Module, family: Family, operations: Operations = FUSED):
+        super().__init__()
+        self.attention, self.turn = attention, operations.rope
+        # of q and k; in a tuple, since a module that is registered twice does not survive functional_call
+        self.norms = tuple(_norm(attention, name, family, operations) for name in family.head_norms)
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute q (T, Hq, D), k and v (T, Hkv, D) of normed inputs (T, H). cos, sin: (T, D)."""
+        module = self.attention
+        projections = (module.q_proj, module.k_proj, module.v_proj)
+        q, k, v = (project(x).unflatten(-1, (-1, module.head_dim)) for project in projections)
+        norm_q, norm_k = self.norms
+        return *self.turn(norm_q(q), norm_k(k), cos, sin), v
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        past_key_values=None,
+        **_,
+    ) -> Tensor:
+        """Attend within the documents of a pack: normed inputs (1, T, H) -> (1, T, H).
+
+        The arguments are those of transformers' layers: position_embeddings are cos and sin, (1, T, D);
+        past_key_values, a cache that stores keys and values; others have no use in a pack.
+        """
+        module = self.attention
+        q, k, v = self.heads(x[0], *(angles[0] for angles in position_embeddings))
+        if past_key_values is not None:
+            past_key_values.update(*(states.transpose(0, 1)[None] for states in (k, v)), module.layer_idx)
+        return module.o_proj(attend(module, q, k, v, cu_seqlens, max_seqlen).flatten(1))[None]
+
+
+class FeedForward(nn.Module):
+    """The second half of a layer: out from h, both (..., H)."""
+
+    def __init__(self, layer: nn.Module, family: Family, operations: Operations = FUSED):
+        super().__init__()
+        self.mlp, self.gated = layer.mlp, operations.glu
+        self.before = _norm(layer, family.before_mlp, family, operations)
+        self.after = _norm(layer, family.after_mlp, family, operations)
+        name = getattr(layer.mlp.config, family.activation)
+        if name not in ACTIVATIONS:
+            raise ValueError(f"{family.activation} is {name!r}; the kit knows {', '.join(ACTIVATIONS)}")
+        self.activation = ACTIVATIONS[name]
+
+    def forward(self, h: Tensor) -> Tensor:
+        mlp, m = self.mlp, self.before(h)
+        gated = self.gated(mlp.gate_proj(m), mlp.up_proj(m), activation=self.activation)
+        return h + self.after(mlp.down_proj(gated))
+
+
+class DecoderLayer(nn.Module):
+    """A decoder layer of transformers, computed by the kit. Raises ValueError for an unknown class."""
+
+    def __init__(self, layer: nn.Module, operations: Operations = FUSED):
+        super().__init__()
+        if type(layer) not in LAYERS:
+            known = ", ".join(kind.__name__ for kind in LAYERS)
+            raise ValueError(
+                f"a layer is a {type(layer).__name__} but the kit knows {known}; "
+                "add a row to FAMILIES in kit/models/families.py"
+            )
+        family = LAYERS[type(layer)]
+        self.before = _norm(layer, "input_layernorm", family, operations)
+        self.attention = Attention(layer.self_attn, family, operations)
+        self.has_norm_after = family.after_attention is not None
+        self.after = _norm(layer, family.after_attention, family, operations)
+        self.feed_forward = FeedForward(layer, family, operations)
+
+    def forward(self, x: Tensor, **arguments) -> Tensor:
+        """Compute a layer of a pack, (1, T, H) -> (1, T, H). arguments: of Attention."""
+        h = x + self.after(self.attention(self.before(x), **arguments))
+        return self.feed_forward(h)
+
+
+def layer_of(layer: nn.Module) -> DecoderLayer:
+    """Return a layer of transformers as the kit computes it."""
+    return _kept(layer, lambda: DecoderLayer(layer))
+
+
+def norm_of(norm: nn.Module, family: Family) -> Norm:
+    """Return a norm of transformers as the kit computes it."""
+    return _kept(norm, lambda: Norm(norm, family))
+
+
+def _kept(module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+    """Return the same object at every call, so that hooks on it stay. In a tuple it is no submodule."""
+    if not hasattr(module, "_kit"):
+        module._kit = (make(),)
+    return module._kit[0]
+
+
+def rotations(model: nn.Module, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Compute cos and sin, (B, T, D), of position_ids (B, T), for each layer. x: gives dtype and device."""
+    config, rotary = model.config, model.model.rotary_emb
+    if not family_of(config).has_windows:
+        return [rotary(x, position_ids)] * config.num_hidden_layers
+    by_kind = {kind: rotary(x, position_ids, kind) for kind in set(config.layer_types)}
+    return [by_kind[kind] for kind in config.layer_types]

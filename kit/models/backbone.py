@@ -39,7 +39,7 @@ def hidden_states(
         # kit.train.recompute goes in through the layer of transformers
         recomputes = layer.training and layer.gradient_checkpointing
         x = (layer if recomputes else layer_of(layer))(x, position_embeddings=cos_sin, **bounds)
-    return norm_of(backbone.norm, family)(x)[0]
+    return norm_of(backbone.norm, family)(x).squeeze(0)
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -117,7 +117,8 @@ class Attention(nn.Module):
         past_key_values, a cache that stores keys and values; others have no use in a pack.
         """
         module = self.attention
-        q, k, v = self.heads(x[0], *(angles[0] for angles in position_embeddings))
+        # squeezed, not x[0]: the gradient of an index is a tensor of zeros to copy into
+        q, k, v = self.heads(x.squeeze(0), *(angles.squeeze(0) for angles in position_embeddings))
         if past_key_values is not None:
             past_key_values.update(*(states.transpose(0, 1)[None] for states in (k, v)), module.layer_idx)
         return module.o_proj(attend(module, q, k, v, cu_seqlens, max_seqlen).flatten(1))[None]

@@ -35,9 +35,13 @@ SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # of gelu's tanh form
 
 def glu_reference(gate, up, *, activation="silu"):
     """Compute the same in plain torch: what this file means, and what its tests compare with."""
+    return _activate(gate, activation) * up
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
     if activation == "silu":
-        return torch.nn.functional.silu(gate) * up
-    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 @triton.jit
@@ -98,7 +102,7 @@ def _forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         return y
     wide = torch.promote_types(gate.dtype, torch.float32)
     for rows in row_blocks(gate):
-        y[rows] = glu_reference(gate[rows].to(wide), up[rows].to(wide), activation=activation)
+        y[rows] = _activate(gate[rows].to(wide), activation).mul_(up[rows])
     return y
 
 
@@ -107,19 +111,15 @@ def _backward_(gate: Tensor, up: Tensor, dy: Tensor, activation: str) -> None:
     """Overwrite gate and up with their gradients."""
     if uses_triton(gate):
         return _launch(_backward_kernel, gate, up, dy, activation)
-    slope, cube = _coefficients(activation)
     wide = torch.promote_types(gate.dtype, torch.float32)
     for rows in row_blocks(gate):
         x, upstream = gate[rows].to(wide), dy[rows].to(wide)
-        squares = x * x
-        u = x * (slope + cube * squares)
-        s = u.sigmoid()
-        active = x * s
-        du = squares.mul_(3 * cube).add_(slope)
-        dactive = du.mul_(active).mul_(u.neg_().sigmoid_()).add_(s)  # the slope of gate * s
-        dgate = dactive.mul_(up[rows]).mul_(upstream)
-        up[rows] = active.mul_(upstream)
-        gate[rows] = dgate
+        dactive = upstream * up[rows]
+        up[rows] = _activate(x, activation).mul_(upstream)
+        if activation == "silu":
+            gate[rows] = torch.ops.aten.silu_backward(dactive, x)
+        else:
+            gate[rows] = torch.ops.aten.gelu_backward(dactive, x, approximate="tanh")
 
 
 @_forward.register_fake

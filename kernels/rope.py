@@ -84,19 +84,20 @@ def _backward_kernel(
     _turn(dk_out_ptr + k, dk_ptr + k, Hkv, cos1, cos2, -sin2, -sin1, D, BLOCK_K, BLOCK_HALF)
 
 
-def _turn_in_torch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """Turn heads (T, H, D) with half a copy of them in between."""
+def _turn_in_torch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Turn heads (T, H, D) in plain torch, without a graph."""
     wide = torch.promote_types(x.dtype, torch.float32)
     half = x.shape[-1] // 2
-    cos1, cos2 = cos[:, None].to(wide).split(half, -1)
     sin1, sin2 = sin[:, None].to(wide).split(half, -1)
     if back:
         sin1, sin2 = -sin2, -sin1
-    x1, x2 = x.split(half, -1)
-    y = torch.empty_like(x)
-    y[..., :half] = (x1 * cos1).sub_(x2 * sin1)
-    y[..., half:] = (x2 * cos2).add_(x1 * sin2)
-    return y
+    wide_x = x.to(wide)
+    x1, x2 = wide_x.split(half, -1)
+    y = wide_x * cos[:, None]
+    y1, y2 = y.split(half, -1)
+    y1.addcmul_(x2, sin1, value=-1)
+    y2.addcmul_(x1, sin2)
+    return y.to(x.dtype)
 
 
 def tile(Hq: int, Hkv: int, D: int) -> dict[str, int]:
@@ -120,7 +121,7 @@ def _launch(kernel, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     if uses_triton(q):
         return _launch(_forward_kernel, q, k, cos, sin)
-    return _turn_in_torch(q, cos, sin, back=False), _turn_in_torch(k, cos, sin, back=False)
+    return _turn_in_torch(q, cos, sin), _turn_in_torch(k, cos, sin)
 
 
 @torch.library.custom_op("kit::rope_backward", mutates_args=())

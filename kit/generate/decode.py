@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.generate.kv_cache import SlotCache
-from kit.models.families import family_of
-from kit.models.layers import PLAIN, Attention, DecoderLayer, Norm, rotations
+from kit.models.families import family_of, layer_kinds
+from kit.models.layers import PLAIN, Attention, layer_of, norm_of, rotations
 
 
 class Decoder:
@@ -21,17 +21,19 @@ class Decoder:
 
     def __init__(self, model):
         """Raises ValueError for an unknown family, whose layers may compute more than the kit's."""
-        self.model, family = model, family_of(model.config)
-        layers = model.model.layers[: model.config.num_hidden_layers]
-        self.layers = [DecoderLayer(layer, PLAIN) for layer in layers]
-        self.norm = Norm(model.model.norm, family, PLAIN)
+        self.model, self.kinds = model, layer_kinds(model.config)
+        self.layers = [layer_of(layer, PLAIN) for layer in model.model.layers[: len(self.kinds)]]
+        self.norm = norm_of(model.model.norm, family_of(model.config), PLAIN)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         """Compute the hidden states (B, H) of tokens (B,) at positions (B,). Call cache.at_decode first."""
         x = self.model.model.embed_tokens(tokens)  # (B, H)
-        angles = rotations(self.model, x, positions[:, None])
-        for i, (layer, (cos, sin)) in enumerate(zip(self.layers, angles, strict=True)):
-            x = x + layer.after(_attend(i, layer.attention, layer.before(x), cos[:, 0], sin[:, 0], cache))
+        angles = {
+            kind: (cos.squeeze(1), sin.squeeze(1))  # (B, D)
+            for kind, (cos, sin) in rotations(self.model, x, positions[:, None]).items()
+        }
+        for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            x = x + layer.after(_attend(i, layer.attention, layer.before(x), *angles[kind], cache))
             x = layer.feed_forward(x)
         return self.norm(x)
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import Cache, PreTrainedModel
 
-from kit.models.families import family_of
-from kit.models.layers import layer_of, norm_of, rotations
+from kit.models.families import family_of, layer_kinds
+from kit.models.layers import FUSED, PLAIN, layer_of, norm_of, rotations
 from kit.packing import PackedBatch
 
 
@@ -35,11 +35,13 @@ def hidden_states(
     x = backbone.embed_tokens(batch.input_ids[None]) if inputs_embeds is None else inputs_embeds
     bounds = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "past_key_values": cache}
     angles = rotations(model, x, batch.position_ids[None])
-    for layer, cos_sin in zip(backbone.layers[: len(angles)], angles, strict=True):
+    operations = PLAIN if cache is not None and x.device.type == "cpu" else FUSED
+    for layer, kind in zip(backbone.layers, layer_kinds(model.config), strict=False):
         # kit.train.recompute goes in through the layer of transformers
         recomputes = layer.training and layer.gradient_checkpointing
-        x = (layer if recomputes else layer_of(layer))(x, position_embeddings=cos_sin, **bounds)
-    return norm_of(backbone.norm, family)(x).squeeze(0)
+        compute = layer if recomputes else layer_of(layer, operations)
+        x = compute(x, position_embeddings=angles[kind], **bounds)
+    return norm_of(backbone.norm, family, operations)(x).squeeze(0)
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:

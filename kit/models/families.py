@@ -68,3 +68,9 @@ def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     """Return the number of positions that each layer attends to, the query's own included; None = all."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str | None]:
+    """Return the kind of each layer if kinds have rotations of their own; None for each if they do not."""
+    has_kinds = family_of(config).has_windows
+    return config.layer_types if has_kinds else [None] * config.num_hidden_layers

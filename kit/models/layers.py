@@ -7,9 +7,9 @@ A row of kit/models/families.py says which norms a family has; the others are le
 transformers' modules. Projections are called as modules, so adapters and NF4 weights are included.
 
 Norms, rotation and gate are kernels of our own (FUSED), which read and write every element once. One token
-per row is so little work that launching them would cost more than they compute: decoding uses the fewest
-operators of torch (PLAIN). Both compute in fp32 and round once, so that the sampler's log-probs differ from
-the trainer's no more than two orders of summation do.
+per row, or a short prompt on a CPU, is so little work that launching them would cost more than they compute:
+the sampler uses the fewest operators of torch there (PLAIN, without a graph). Both compute in fp32 and round
+once, so that the sampler's log-probs differ from the trainer's no more than two orders of summation do.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.kernels.glu import glu
+from kit.kernels.glu import glu, glu_reference
 from kit.kernels.rms_norm import rms_norm
 from kit.kernels.rope import rope
 from kit.models.attention import attend
-from kit.models.families import FAMILIES, Family, family_of
+from kit.models.families import FAMILIES, Family, layer_kinds
 
 LAYERS = {family.layer: family for family in FAMILIES.values()}
 # a config's name of the activation -> ours
@@ -43,18 +43,17 @@ def plain_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) ->
 
 def plain_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Compute rope, of q and k together."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    heads = torch.cat([q, k], dim=1).to(wide)  # (B, Hq + Hkv, D)
-    x1, x2 = heads.chunk(2, dim=-1)
-    turned = torch.addcmul(heads * cos[:, None], torch.cat([-x2, x1], dim=-1), sin[:, None])
+    heads = torch.cat([q, k], dim=1).to(torch.promote_types(q.dtype, torch.float32))  # (B, Hq + Hkv, D)
+    half = heads.shape[-1] // 2
+    signed = torch.cat([-sin[:, :half], sin[:, half:]], dim=1)
+    turned = torch.addcmul(heads * cos[:, None], heads.roll(half, -1), signed[:, None])
     return turned.to(q.dtype).split([q.shape[1], k.shape[1]], dim=1)
 
 
 def plain_glu(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     """Compute glu."""
     wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
-    active = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
-    return (active * up).to(gate.dtype)
+    return glu_reference(wide, up, activation=activation).to(gate.dtype)
 
 
 class Operations(NamedTuple):
@@ -167,27 +166,26 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(h)
 
 
-def layer_of(layer: nn.Module) -> DecoderLayer:
+def layer_of(layer: nn.Module, operations: Operations = FUSED) -> DecoderLayer:
     """Return a layer of transformers as the kit computes it."""
-    return _kept(layer, lambda: DecoderLayer(layer))
+    return _kept(layer, operations, lambda: DecoderLayer(layer, operations))
 
 
-def norm_of(norm: nn.Module, family: Family) -> Norm:
+def norm_of(norm: nn.Module, family: Family, operations: Operations = FUSED) -> Norm:
     """Return a norm of transformers as the kit computes it."""
-    return _kept(norm, lambda: Norm(norm, family))
+    return _kept(norm, operations, lambda: Norm(norm, family, operations))
 
 
-def _kept(module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the same object at every call, so that hooks on it stay. In a tuple it is no submodule."""
+def _kept(module: nn.Module, operations: Operations, make: Callable[[], nn.Module]) -> nn.Module:
+    """Return the same object at every call, so that hooks on it stay. In a dictionary it is no submodule."""
     if not hasattr(module, "_kit"):
-        module._kit = (make(),)
-    return module._kit[0]
+        module._kit = {}
+    if operations not in module._kit:
+        module._kit[operations] = make()
+    return module._kit[operations]
 
 
-def rotations(model: nn.Module, x: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Compute cos and sin, (B, T, D), of position_ids (B, T), for each layer. x: gives dtype and device."""
-    config, rotary = model.config, model.model.rotary_emb
-    if not family_of(config).has_windows:
-        return [rotary(x, position_ids)] * config.num_hidden_layers
-    by_kind = {kind: rotary(x, position_ids, kind) for kind in set(config.layer_types)}
-    return [by_kind[kind] for kind in config.layer_types]
+def rotations(model: nn.Module, x: Tensor, position_ids: Tensor) -> dict[str | None, tuple[Tensor, Tensor]]:
+    """Return kind of layer -> cos and sin, (B, T, D), of position_ids (B, T). x: gives dtype and device."""
+    kinds = set(layer_kinds(model.config))
+    return {kind: model.model.rotary_emb(x, position_ids, *([kind] if kind else [])) for kind in kinds}

@@ -41,17 +41,16 @@ def formula(
     row = T * H * 2  # bytes of one (T, H) in bf16
     whole_head = savings.head_update == "whole" and not qlora_rank
     inputs = row * (2 if savings.offload_inputs else L + 1)
-    # norms: inputs in fp32, results and outputs; q, k, v and out; the feed-forward's four
+    # inputs and results of two norms; q, k, v and out; the feed-forward's gate, up and product
     if not savings.recompute:
-        inputs = L * T * (16 * H + 4 * (q + kv) + 8 * intermediate)
+        inputs = L * T * 2 * (4 * H + 2 * (q + kv) + 3 * intermediate)
 
     chunk = rows_per_chunk(T, V, H, 2, savings.logit_rows) * 2 * (V + 3 * H)
-    last_norm = 0 if savings.recompute else 5 * row  # two copies in fp32 and one in bf16
     at_loss = {
         live_bytes.INPUTS: inputs,
         live_bytes.LOGITS: chunk,
         live_bytes.HEAD: 4 * V * H if whole_head else 0,
-        live_bytes.REST: row + last_norm,
+        live_bytes.REST: row,
         live_bytes.GRADIENTS: gradients if rows > 1 else 0,
     }
 
@@ -74,8 +73,9 @@ def formula(
 def _layer(sizes: Sizes, T: int, savings: Savings, qlora_rank: int) -> int:
     """Return the bytes of one layer's backward pass."""
     tile = min(savings.tile_tokens or T, T)
-    feed_forward = tile * 8 * sizes.intermediate * 2  # gate, up, activation and product, with their gradients
-    attention = T * 3 * (sizes.q + sizes.kv) * 2  # q, k, v and out, with gradients, and in fp32 in norms
+    # gate and up, whose gradients are written over them, the product and its gradient
+    feed_forward = tile * 4 * sizes.intermediate * 2
+    attention = T * 2 * (sizes.q + sizes.kv) * 2  # q, k, v and out
     if qlora_rank:
         weights = 2 * sizes.H * sizes.intermediate  # one weight, dequantised
     else:  # gradients; of tiles, sums in fp32 besides

@@ -53,7 +53,8 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
 
     The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient. Raises ValueError
     for an unknown layer class, for a model without decoder layers and for tile_tokens < 0; in the forward
-    pass for autocast, which the recomputation would not repeat, and for dropout, whose mask would differ.
+    pass for a batch that is no pack, for autocast, which the recomputation would not repeat, and for dropout,
+    whose mask would differ.
     """
     if tile_tokens < 0:
         raise ValueError(f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0")
@@ -101,6 +102,11 @@ class _Recomputed:
         if torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 "the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off"
+            )
+        if forward.keywords.get("cu_seqlens") is None:
+            raise ValueError(
+                "the recompute knows packed rows only; run the model with kit.models.hidden_states, or call "
+                "kit.train.recompute.keep_activations(model) first"
             )
         for name, module in self.module.named_modules():
             if isinstance(module, nn.Dropout) and module.p:

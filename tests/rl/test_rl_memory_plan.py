@@ -58,9 +58,9 @@ def test_without_a_kl_there_is_no_reference_and_an_update_is_a_training_step_wit
     assert with_reference.update.peak - without.update.peak == pytest.approx(
         with_reference.update.owners[REFERENCE], rel=0.01
     )
-    one_row = plan(small_model, row_tokens=512, savings=LEAN).peak
-    gradients = without.update.owners[live_bytes.WEIGHTS]
-    assert one_row <= without.update.peak <= one_row + gradients
+    two_rows = plan(small_model, row_tokens=512, savings=LEAN, rows=2)
+    assert without.update.when == two_rows.when == "loss"
+    assert 0 <= without.update.peak - two_rows.peak <= without.update.owners[live_bytes.REST]
 
 
 def test_scoring_for_the_kl_counts_if_it_needs_more_than_the_training_step(small_model):

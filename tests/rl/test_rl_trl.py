@@ -16,6 +16,7 @@ from test_grpo import BASE, formula, make_episodes, make_policy, plain_logprobs
 from kit.data.toy import make_tokenizer
 from kit.rl.episodes import by_group
 from kit.rl.grpo import update
+from kit.train.recompute import keep_activations
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None,
@@ -152,6 +153,7 @@ def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl_coef, tmp
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     episodes = ended(make_episodes(model, temperature=settings.temperature))
     theirs = copy.deepcopy(model)
+    keep_activations(theirs)  # the recompute knows packs alone, and TRL pads
     trainer = trainer_of(theirs, settings, tmp_path, episodes)
     inputs = padded(episodes, settings, model, policy.frozen)
     trainer.current_gradient_accumulation_steps = 1

@@ -534,3 +534,13 @@ def test_settings_that_cannot_work_are_refused(tiny_model):
     adapted.train()
     with pytest.raises(ValueError, match=r"mlp.up_proj.lora_dropout.default drops out 0.1"):
         loss_of(adapted)
+
+
+def test_a_batch_that_is_no_pack_is_refused_while_layers_are_recomputed(tiny_model):
+    tiny_model.set_attn_implementation("sdpa")
+    recompute_layers(tiny_model)
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    with pytest.raises(ValueError, match=r"packed rows only; .*or call kit.train.recompute.keep_activations"):
+        tiny_model.train()(ids)
+    keep_activations(tiny_model)
+    tiny_model(ids).logits.sum().backward()

@@ -40,13 +40,15 @@ def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
 
 
 # (element size, BLOCK_D) -> kernel -> BLOCK_M, BLOCK_N, num_warps, num_stages. Chosen by what the compiler
-# reports, not timed on a GPU: up to 101,376 bytes of shared memory (RTX 30, 40, 50), no spilled register on
-# sm_80 to sm_120 with Triton 3.6 and 3.9. fp32 multiplies without tensor cores, whose tf32 keeps 10 bits of a
-# factor: it is for checking, not for speed (its configuration was checked on sm_89 only).
+# reports, not timed on a GPU: up to 101,376 bytes of shared memory (RTX 30, 40, 50), at most 64 bytes of
+# registers spilled on sm_80 to sm_120 with Triton 3.9, and no tensor-core work twice. Where one product feeds
+# another, Triton lays all warps along the rows: with twice the warps, D = 256 computes the first product
+# twice, half as much work again. fp32 multiplies without tensor cores, whose tf32 keeps 10 bits of a factor:
+# it is for checking, not for speed (its configuration was checked on sm_89 only).
 TILES = {
     (2, 64): {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
-    (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 8, 1), "dq": (64, 32, 4, 2)},
-    (2, 256): {"forward": (64, 32, 8, 2), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 4, 1)},
+    (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
+    (2, 256): {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
     (4, 64): {"forward": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 8, 1)},
     (4, 128): {"forward": (32, 16, 8, 1), "dkdv": (16, 16, 8, 2), "dq": (16, 16, 8, 2)},
     (4, 256): {"forward": (16, 16, 8, 1), "dkdv": (16, 16, 8, 1), "dq": (16, 16, 8, 3)},

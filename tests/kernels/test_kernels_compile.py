@@ -46,11 +46,23 @@ def matmul(**options):
     )
 
 
+# products of an attention kernel's inner loop, each of BLOCK_M x BLOCK_N x D
+PRODUCTS = {"_forward_kernel": 2, "_dq_kernel": 3, "_dkdv_kernel": 4}
+MAX_SPILLED = 64  # bytes per thread, of attention: fewer than computing a product twice costs
+
+
 def complaints(compiled: Compiled) -> list[str]:
     """Return what is wrong with a kernel."""
-    found = []
-    if compiled.spilled:
+    found, is_attention = [], "attention" in compiled.case.name
+    if compiled.spilled > MAX_SPILLED * is_attention:
         found.append(f"{compiled.spilled} bytes per thread spill to memory")
+    if is_attention and compiled.tensor_core:
+        sizes = compiled.case.constants
+        needed = PRODUCTS[compiled.case.kernel] * sizes["BLOCK_M"] * sizes["BLOCK_N"] * sizes["BLOCK_D"]
+        if compiled.tensor_core_macs != needed:
+            found.append(
+                f"tensor cores do {compiled.tensor_core_macs:,} multiply-adds, {needed:,} are needed"
+            )
     if not compiled.programs:
         found.append(
             f"does not fit: {compiled.shared} bytes of shared memory, {compiled.shared_limit} are allowed"
@@ -118,6 +130,8 @@ def check_bad():
         sys.modules[__name__], "_hoarding_kernel", "fp32", constants={"BLOCK": 16_384}, num_warps=1
     )
     assert "spill" in complaints(compile_case(hoarding, card))[0]
+    twice = next(case for case in cases() if case.name == "packed_attention_tiles._forward_kernel bf16 D 256")
+    assert "are needed" in complaints(compile_case(replace(twice, num_warps=8), card))[0]
     deep = matmul(num_stages=9)  # 8 KiB per tile, two tiles per stage
     assert any("does not fit" in complaint for complaint in complaints(compile_case(deep, card)))
     with pytest.raises(ValueError, match="'num_steps' has neither"):

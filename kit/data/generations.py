@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kit.turns import never_closes
+
 PARALLEL = ("correctness_math_verify", "correctness_llama", "is_reasoning_complete", "finish_reasons")
 VERIFY = {"llama": "llama", "math": "math", "none": "none", True: "llama", False: "none"}
 WORDS = {True: ("true", "1", "1.0"), False: ("false", "0", "0.0"), None: ("none", "null", "")}
@@ -29,7 +31,7 @@ class Generation(NamedTuple):
 
     name: str  # generations[0]
     text: object  # as the row has it
-    complete: bool  # False if a flag or its finish reason says that it is not
+    complete: bool  # False if a flag, its finish reason or a thought that never closes says that it is not
     math: bool | None  # the verdict of Math-Verify
     llama: bool | None  # the verdict of Llama-3.3-70B
 
@@ -45,7 +47,11 @@ def generations_of(row: dict) -> list[Generation]:
     finish = _parallel(row, PARALLEL[3], len(generations))
     return [
         Generation(
-            f"generations[{i}]", text, complete[i] is not False and finish[i] != "length", math[i], llama[i]
+            f"generations[{i}]",
+            text,
+            complete[i] is not False and finish[i] != "length" and not never_closes(str(text)),
+            math[i],
+            llama[i],
         )
         for i, text in enumerate(generations)
     ]

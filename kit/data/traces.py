@@ -19,6 +19,7 @@ from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.grade.verdict import grade
 from kit.progress import Progress
 from kit.run import digest
+from kit.turns import never_closes
 
 RESPONSE = ("trace", "solution")  # the fields in which a row with a single response keeps it
 
@@ -71,7 +72,7 @@ def pick_response(row: dict, *, verify: str | bool = "llama") -> tuple[str | Non
     verify = check_verify(verify)
     if row.get("generations") is None:
         response = text_of(row, RESPONSE)
-        why = "" if verify == "none" else _verify(row, response)
+        why = NO_COMPLETE if never_closes(response) else "" if verify == "none" else _verify(row, response)
         return (None, why) if why else (response, "")
 
     reasons, by_llama = set(), None

@@ -10,7 +10,8 @@ r"""Find the answer in a response. Places are tried in a fixed order; the verdic
 5.  `last mathematics` or `last number`: the last $...$, \(...\) or \[...\], unless a number follows it.
 6.  `short text`: the whole response, if it has at most six words.
 
-The search begins after the last </think>. Only if it finds nothing there is the thought searched, and the
+What follows a token that ends a turn, such as <|im_end|>, is an invented next turn and not searched. The
+search begins after the last </think>. Only if it finds nothing there is the thought searched, and the
 recorded name says so. In a thought that never ends only steps 1 to 3 count: the last number before a cut is
 no answer.
 """
@@ -23,6 +24,7 @@ from kit.grade.choices import choice_in_prose, leading_choice, stated_choice
 from kit.grade.prose import NUMBER, SENTENCE_END, is_bare, last_value
 from kit.grade.reading import DIGITS
 from kit.grade.rules import Rule
+from kit.turns import THOUGHT_END, first_turn, never_closes
 
 MAX_STATEMENT = 4_000  # characters after "the answer is": what comes later is another sentence
 
@@ -65,7 +67,7 @@ _CONTRAST = re.compile(  # what follows explains the answer, or says what it is 
 )
 _LEADING_WORD = re.compile(r"\W{0,4}(yes|no|true|false)[,.;:!]", re.IGNORECASE)
 _PREDICATE = re.compile(r"\b(?:is|are|was)\s(?:an?\s|the\s)?(\w+)\W*\Z")  # the day is Friday
-_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?|</s>")
+_SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?")
 
 
 def extract_answer(text: str, *, choice: bool = False) -> tuple[str | None, str]:
@@ -73,14 +75,13 @@ def extract_answer(text: str, *, choice: bool = False) -> tuple[str | None, str]
 
     choice: the letter of a multiple choice counts as an answer.
     """
-    thought, tag, reply = text.rpartition("</think>")
-    if tag:
-        answer, rule = _extract(reply, choice, explicit=False)
-        if answer is not None:
-            return answer, rule
-        answer, rule = _extract(thought, choice, explicit=False)
+    text = first_turn(text)
+    thought, tag, reply = text.rpartition(THOUGHT_END)
+    answer, rule = _extract(reply, choice, explicit=never_closes(text))
+    if answer is None and tag:
+        answer, rule = _extract(thought, choice, explicit=never_closes(text))
         return answer, f"{rule}, before </think>" if answer is not None else rule
-    return _extract(reply, choice, explicit="<think>" in text)
+    return answer, rule
 
 
 def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:

@@ -6,8 +6,9 @@ places and blind in others. Numbers that are compared with published ones must b
 The rules describe what that code does (QwenLM/Qwen2.5-Math, evaluation/parser.py and grader.py). They are
 implemented on this kit's own parser, caps and workers:
 
-1.  The answer is what follows the last "boxed" anywhere in the response (also in a thought or in a box that
-    stays open), else what follows the last "he answer is" or "final answer is", else the last number.
+1.  The response ends at the first token that ends a turn. The answer is what follows the last "boxed"
+    anywhere in it (also in a thought or in a box that stays open), else what follows the last "he answer is"
+    or "final answer is", else the last number.
 2.  Both sides are normalised. Removed are units (some have one letter, so a lone `a` or `h` goes too),
     degree, percent and dollar signs, a trailing \text{...}, "x =", \left and \right, all spaces, and decimals
     that are zero. Number words become digits.
@@ -39,6 +40,7 @@ from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided
 from kit.grade.paper_text import CHOICES, LETTER, choice_in, extract, normalise
 from kit.grade.reading import Parser
 from kit.grade.trees import Node, canonical, contains, negate, symbols
+from kit.turns import first_turn
 
 TOLERANCE = Fraction(1, 10_000)  # relative
 MAX_CHARS = 8_000  # of an answer: the text after the last "the answer is" may be very long
@@ -60,6 +62,7 @@ def grade_as_paper(gold: str, prediction: str, *, deadline: float = 5.0) -> Pape
     gold: the answer itself, not a solution. prediction: the whole response. deadline: seconds, after which
     the verdict is unknown.
     """
+    prediction = first_turn(prediction)
     extracted = extract(prediction)
     if max(len(gold), len(extracted)) > MAX_CHARS:
         reason = f"too large: an answer of more than {MAX_CHARS:,} characters"

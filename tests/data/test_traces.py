@@ -13,6 +13,7 @@ from kit.data.traces import BY_LLAMA, NO_COMPLETE, NO_CORRECT, PADDED, Trace, pi
 
 GOOD = "<think>1+1=2</think>\\boxed{2}"
 BAD = "<think>1+1=3</think>\\boxed{3}"
+OPEN = GOOD + "<think>1+1 is \\boxed{2}, or"  # a thought that never closes
 
 
 @pytest.fixture
@@ -44,7 +45,10 @@ def openr1(*generations, correct=None, llama=None, complete=None, finish=None, a
         (openr1(BAD, correct=[True]), (BAD, "")),  # the data set's flag is believed
         (openr1(GOOD, correct=[False]), (None, "have no correct trace")),
         (openr1(GOOD, correct=[True], complete=[False]), (None, "have no complete trace")),
+        (openr1(OPEN, GOOD, correct=[True, True]), (GOOD, "")),
+        (openr1(OPEN, correct=[True], complete=[True]), (None, "have no complete trace")),
         ({"problem": "1+1?", "solution": GOOD, "answer": 2}, (GOOD, "")),
+        ({"problem": "1+1?", "trace": OPEN, "answer": 2}, (None, "have no complete trace")),
         ({"problem": "1+1?", "trace": BAD, "solution": GOOD, "answer": "2"}, (None, "have no correct trace")),
     ],
 )
@@ -58,6 +62,10 @@ def test_without_verification_the_first_complete_response_is_taken(verify):
     row = openr1(GOOD, BAD, correct=[True, False], complete=[False, True])
     assert pick_response(row, verify=verify) == (BAD, "")
     assert pick_response({"problem": "x", "solution": "s"}, verify=verify) == ("s", "")
+    assert pick_response({"problem": "x", "solution": OPEN}, verify=verify) == (
+        None,
+        "have no complete trace",
+    )
 
 
 ONLY_LLAMA = (  # rows of which Llama accepted the second trace, which neither Math-Verify nor our grader did

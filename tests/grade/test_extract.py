@@ -6,6 +6,8 @@ import time
 import pytest
 
 from kit.grade.extract import _last_box, extract_answer, last_box
+from kit.grade.paper import grade_as_paper
+from kit.turns import END_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,10 @@ def test_places_in_order(text, answer, place):
         (r"a</think>\boxed{1}</think>\boxed{2}", "2", "boxed"),
         ("<think>it may be 7</think>", "7", "last number, before </think>"),
         ("<think>it may be 7, or rather", None, "no answer: the thought does not end"),
+        ("<think>it may be 6</think>so there are 7 of them", "7", "last number"),
         (r"<think>so \boxed{7}, but let me check", "7", "boxed"),
+        ("<think>a</think>one more: <think>it may be 7, or", None, "no answer: the thought does not end"),
+        ("<think>it may be 7<|im_end|></think>", None, "no answer: the thought does not end"),
         ("", None, "no answer: nothing is there"),
         ("   \n", None, "no answer: nothing is there"),
         (
@@ -96,6 +101,16 @@ def test_thoughts_and_silence(text, answer, place):
 )
 def test_choices(text, answer):
     assert extract_answer(text, choice=True)[0] == answer
+
+
+@pytest.mark.parametrize("end", END_TOKENS)
+def test_an_invented_next_turn_is_not_graded(end):
+    text = rf"So \boxed{{4}}.{end}\nuser\nAnd 4 + 5?{end}assistant\nIt is \boxed{{9}}"
+    assert extract_answer(text) == ("4", "boxed")
+    assert grade_as_paper("4", text).verdict == "correct"
+    assert grade_as_paper("9", text).verdict == "wrong"
+    assert extract_answer(f"7{end}") == ("7", "whole text")
+    assert extract_answer(rf"{end}user\nAnd 4 + 5? \boxed{{9}}") == (None, "no answer: nothing is there")
 
 
 def test_special_tokens_are_no_part_of_an_answer():

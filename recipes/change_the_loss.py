@@ -53,7 +53,7 @@ def main(config: Config) -> Path:
     model, tokenizer = models.load_to_train("tiny", device="cpu")
     one_thread_if_small(model)
     loss_of = weigh_answers(tokenizer.convert_tokens_to_ids("</think>"), config.answer_weight)
-    chat = data.ChatFormat(tokenizer, instruction="")
+    chat = data.ChatFormat(tokenizer, model, instruction="")
     traces = {"row_tokens": ROW_TOKENS, "num_traces": config.num_traces, "seed": config.seed}
     documents, _ = data.load_documents(str(LONG_TRACES), chat, **traces)
     lengths = [len(document) for document in documents]

@@ -41,7 +41,7 @@ class Config(PlanSettings):
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it can run the model, else kit
-    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
@@ -101,7 +101,7 @@ def main(config: Config) -> list[evaluate.Result]:
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
     one_thread_if_small(model)
     warn_of_instruction(config.model, config.instruction)
-    chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
 
     counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}
     samples = ", ".join(f"{name} {questions} x {k}" for name, (questions, k) in counts.items())

@@ -40,7 +40,7 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
-    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
@@ -131,7 +131,7 @@ def main(config: Config) -> None:
     )
     one_thread_if_small(model)
     warn_of_instruction(config.model, config.instruction)
-    chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
     params = params_of(config)
     documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)

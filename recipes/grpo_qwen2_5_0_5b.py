@@ -60,7 +60,7 @@ class Config(Settings, Savings, PlanSettings):
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, local folder, .gguf file, or "tiny"
     device: str = "cuda"  # cuda or cpu
-    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     weaken: float = 0.0  # noise on the weights, in standard deviations: --smoke then has more to learn
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
@@ -234,7 +234,7 @@ def main(config: Config) -> None:
     one_thread_if_small(model)
     if config.weaken:
         weaken(model, config.weaken, config.seed)
-    chat = data.ChatFormat(tokenizer, template=config.chat_template, instruction=config.instruction)
+    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
 
     # the consequences of the settings, before anything slow happens
     prompts = config.steps * config.batch_prompts

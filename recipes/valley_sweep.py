@@ -57,7 +57,7 @@ class Config(TrainingPlanSettings):
     fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = no such arm
     # of every model
     device: str = "cuda"  # cuda or cpu
-    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
     # data

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import re
+from itertools import chain, islice
 from pathlib import Path
 
 from kit.models.shipped import SHIPPED
 from kit.run import digest
+from kit.turns import END_TOKENS, THOUGHT, THOUGHT_END
 
 # as in the evaluation of Qwen2.5-Math
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -17,6 +19,10 @@ PLAIN_TEMPLATE = (  # for base models, which have no template of their own
 )
 DATE = "26 Jul 2024"  # the default of Llama 3's template; with today's date a run would not repeat tomorrow
 MARK = "\ue000"  # a private-use character that shows where the template puts the assistant's words
+BREAK = "\ufdd0"  # a character that no text has: what is before it and what is after are tokenised apart
+REASONING = (THOUGHT, THOUGHT_END, "<answer>", "</answer>")  # which a trace spells to have the tokens
+# what a template writes to have a token
+CONTROL = re.compile("|".join(map(re.escape, END_TOKENS)) + r"|<\|[^|<>\s]+\|>")
 
 
 def warn_of_instruction(model: str, instruction: str) -> None:
@@ -26,33 +32,31 @@ def warn_of_instruction(model: str, instruction: str) -> None:
 
 
 class ChatFormat:
-    """A tokenizer with its chat template.
+    """A tokenizer with its chat template, and where a response begins and ends.
 
     The prompt is tokenised alone, exactly as the sampler will see it; the response and the template's end of
     turn follow. If the conversation were rendered in one piece, some templates would delete the chain of
     thought from it.
 
-    template: a Jinja file, "plain" = `Problem: ... Solution: ...` for base models, "" = the tokenizer's own.
+    model: reads the ids. Its generation_config names more ends. All ends are written there, and end_of_turn
+    and the template to the tokenizer, so that both are saved as they were trained. None = tokenizer alone.
+    template: a Jinja file, "plain" = `Problem: ... Solution: ...` for base models, the name of one of the
+    tokenizer's own, "" = its default.
     instruction: a line added below every problem, the same in training and evaluation; "" = none.
-    Raises ValueError if there is no template, and if it does not show the assistant's words exactly once.
+
+    end_of_turn: the token that training teaches. eos_token_ids: all that end a response: this one, the
+    tokenizer's, those of the generation_config, and END_TOKENS. opening: the thought that the prompt opens.
+
+    Raises ValueError if there is no template, if it does not show the assistant's words exactly once, and for
+    an end that is not in the vocabulary.
     """
 
-    def __init__(self, tokenizer, *, template: str = "", instruction: str = INSTRUCTION):
-        if template == "plain":
-            template = PLAIN_TEMPLATE
-        elif template:
-            if not Path(template).is_file():
-                raise ValueError(
-                    f"chat_template is {template!r} but there is no such file; pass a Jinja file or 'plain'"
-                )
-            template = Path(template).read_text(encoding="utf-8")
+    def __init__(self, tokenizer, model=None, *, template: str = "", instruction: str = INSTRUCTION):
         self.tokenizer, self.instruction = tokenizer, instruction
-        self.template = template or tokenizer.chat_template
-        if not self.template:
-            raise ValueError(
-                f"{tokenizer.name_or_path} has no chat template (a base model?); pass --chat_template plain, "
-                "or a Jinja file"
-            )
+        self.template = find_template(tokenizer, template)
+        vocabulary = {i: token for token, i in tokenizer.get_vocab().items()}
+        self.num_ids = len(model.get_input_embeddings().weight) if model is not None else max(vocabulary) + 1
+        self.beyond = {i: token for i, token in vocabulary.items() if i >= self.num_ids}
 
         rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         if rendered.count(MARK) != 1:
@@ -60,37 +64,141 @@ class ChatFormat:
                 "the chat template does not show an assistant's message exactly once; "
                 "pass --chat_template plain"
             )
-        self.end_of_turn = rendered.split(MARK)[1].rstrip()  # what a template writes after it is not learned
-        if len(self.encode([self.end_of_turn])[0]) != 1:  # several ids could not stop the sampler
-            self.end_of_turn = tokenizer.eos_token
+        self.end_of_turn = self._end_of_turn(rendered.split(MARK)[1])
+        special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        known = [special[token] for token in END_TOKENS if token in special.keys() - self.beyond.values()]
+        self.eos_token_ids = sorted({*self._named_ends(model), *known})
+
+        ends = tokenizer.convert_ids_to_tokens(self.eos_token_ids)
+        self._ends = _any_of({*END_TOKENS, *ends})
+        self._controls = _any_of({*special, *ends} - {*REASONING})
+        prompt = self.prompt("?")
+        opens = prompt.rstrip().endswith(THOUGHT)
+        self.opening = prompt[prompt.rindex(THOUGHT) :] if opens else ""
+        if model is not None:
+            self._write_to(model)
 
     def _render(self, messages: list[dict], **kwargs) -> str:
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.template, tokenize=False, date_string=DATE, **kwargs
         )
 
-    @cached_property
-    def eos_token_ids(self) -> list[int]:
-        """Ids that end a response: the template's end of turn and the tokenizer's own end of text."""
-        return sorted({*self.encode([self.end_of_turn])[0], self.tokenizer.eos_token_id} - {None})
+    def _end_of_turn(self, after: str) -> str:
+        """Return the token that ends a turn. after: what the template writes after the assistant's words."""
+        after, added = after.strip(), self.tokenizer.added_tokens_decoder
+        ids = self.encode([after])[0]
+        if found := [i for i in ids if i in added]:
+            return added[found[0]].content
+        if len(ids) == 1:
+            return after
+        if unknown := CONTROL.search(after):
+            raise ValueError(
+                f"the chat template ends a turn with {unknown[0]}, which is not in the tokenizer's "
+                "vocabulary and could not stop the sampler; pass a --chat_template for this model, or plain"
+            )
+        return (
+            self.tokenizer.eos_token
+        )  # the template writes nothing, or words, which could not stop it either
+
+    def _named_ends(self, model) -> set[int]:
+        """Return the ids that template, tokenizer and generation_config name as ends."""
+        listed = model.generation_config.eos_token_id if model is not None else None
+        listed = [listed] if isinstance(listed, int) else listed or []
+        eos = {self.tokenizer.eos_token_id: f"the tokenizer's eos_token {self.tokenizer.eos_token}"}
+        for i, name in (eos | dict.fromkeys(listed, "eos_token_id of generation_config.json")).items():
+            if not 0 <= i < self.num_ids:
+                raise ValueError(
+                    f"{name} is id {i} but the model has {self.num_ids:,} ids, so it could not stop the "
+                    "sampler; write the model's own end there"
+                )
+        return {*self.encode([self.end_of_turn])[0], *eos, *listed}
+
+    def _write_to(self, model) -> None:
+        self.tokenizer.eos_token = self.end_of_turn
+        own = self.tokenizer.chat_template
+        by_name = isinstance(own, dict)
+        self.tokenizer.chat_template = own | {"default": self.template} if by_name else self.template
+        first, *others = dict.fromkeys([self.tokenizer.eos_token_id, *self.eos_token_ids])
+        model.generation_config.eos_token_id = [first, *others] if others else first
 
     def prompt(self, problem: str) -> str:
         """Render a problem's prompt, up to the assistant's first word."""
         content = f"{problem}\n{self.instruction}" if self.instruction else problem
-        return self._render([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self._render([{"role": "user", "content": self._words(content)}], add_generation_prompt=True)
+
+    def response(self, trace: str) -> str:
+        """Render a trace as it follows the prompt: in the thought that is open, and with one end of turn."""
+        parts = self._ends.split(trace.strip())  # text and ends take turns
+        while len(parts) > 1 and not parts[-1].strip():
+            del parts[-2:]
+        trace = "".join(parts).rstrip()
+        before, opened, thought = trace.partition(THOUGHT)
+        if self.opening and opened:
+            trace = before + thought.removeprefix(self.opening.removeprefix(THOUGHT))
+        elif self.opening and THOUGHT_END not in trace:
+            trace = f"{THOUGHT_END}\n\n{trace}"
+        return self._words(trace) + self.end_of_turn
+
+    def _words(self, text: str) -> str:
+        """Break the control tokens that a text spells, so that they are tokenised as words."""
+        return self._controls.sub(lambda match: match[0][0] + BREAK + match[0][1:], text)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokenise texts, on all cores. Special tokens are those that a text contains; none is added."""
-        return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        """Tokenise texts, on all cores. Special tokens are those that a text contains; none is added.
+
+        Raises ValueError for a token without a row in the model's embedding.
+        """
+        pieces = [text.split(BREAK) for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        found = iter(self.tokenizer(flat, add_special_tokens=False).input_ids if flat else ())
+        encoded = [list(chain.from_iterable(islice(found, len(parts)))) for parts in pieces]
+        for text, ids in zip(texts, encoded, strict=True) if self.beyond else ():
+            if lacking := self.beyond.keys() & ids:
+                raise ValueError(
+                    f"the tokenizer has {self.beyond[min(lacking)]!r} as id {min(lacking)}, but the model's "
+                    f"embedding has {self.num_ids:,} rows: {text[:80]!r}; pass a model with the tokenizer "
+                    "that it was made for, or call its resize_token_embeddings and save it"
+                )
+        return encoded
 
     def decode(self, ids: list[int]) -> str:
-        """Return a response's text, without the special tokens that end or pad it; all others stay."""
+        """Return a response's text, with the thought that the prompt opened for it.
+
+        The tokens that end or pad it are left out; all other special tokens stay.
+        """
         stop = {*self.eos_token_ids, self.tokenizer.pad_token_id}
-        return self.tokenizer.decode([i for i in ids if i not in stop], skip_special_tokens=False)
+        text = self.tokenizer.decode([i for i in ids if i not in stop], skip_special_tokens=False)
+        return text if text.lstrip().startswith(THOUGHT) else self.opening + text
 
     @property
     def key(self) -> str:
-        """Name of tokenizer, template and instruction by their content: what a cache of ids depends on."""
+        """Name of tokenizer, template, instruction and ends by content: what ids and samples depend on."""
         fast = self.tokenizer.is_fast
         backend = self.tokenizer.backend_tokenizer.to_str() if fast else self.tokenizer.name_or_path
-        return digest(backend, self.template, self.instruction, self.prompt("?"), self.end_of_turn)
+        probes = self.prompt("?"), self.response("?")
+        return digest(backend, self.template, self.instruction, *probes, str(self.eos_token_ids))
+
+
+def find_template(tokenizer, name: str) -> str:
+    """Return the text of a chat template. name: as for ChatFormat. Raises ValueError if there is none."""
+    own = tokenizer.chat_template
+    if isinstance(own, list):  # as they stand in files
+        own = {entry["name"]: entry["template"] for entry in own}
+    named = own if isinstance(own, dict) else {"default": own} if own else {}
+    if (name or "default") in named:
+        return named[name or "default"]
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    if Path(name).is_file():
+        return Path(name).read_text(encoding="utf-8")
+
+    way = f"pass --chat_template {', '.join([*named, 'plain'])} or a Jinja file"
+    if name:
+        raise ValueError(f"chat_template is {name!r} but there is no such file; {way}")
+    what = "has several chat templates and no default" if named else "has no chat template (a base model?)"
+    raise ValueError(f"{tokenizer.name_or_path or 'the tokenizer'} {what}; {way}")
+
+
+def _any_of(tokens: set[str]) -> re.Pattern:
+    """Return a pattern of any of these tokens, the longest first, as a group, which `split` keeps."""
+    return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")

@@ -21,7 +21,7 @@ CHUNK = 256  # traces tokenised at once: enough for all cores, few enough to sto
 def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
     """Tokenise traces: the prompt's ids, which carry no loss, then the response's and its end of turn."""
     prompts = chat.encode([chat.prompt(trace.problem) for trace in traces])
-    responses = chat.encode([trace.response.strip() + chat.end_of_turn for trace in traces])
+    responses = chat.encode([chat.response(trace.response) for trace in traces])
     return [
         Document(torch.tensor(prompt + response, dtype=torch.int32), len(prompt))
         for prompt, response in zip(prompts, responses, strict=True)

@@ -47,7 +47,8 @@ def load(
         require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
         from kit.models import qlora  # bitsandbytes takes seconds to import
 
-        return qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
+        model, tokenizer = qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
+        return model, _own_tokenizer(folder) or tokenizer
     base = _base(folder)
     try:
         path = loading.path_of(base)
@@ -59,10 +60,16 @@ def load(
             f"{error}"
         ) from error
     model = _adapt(model, folder, base, device)
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        loading.check_end_of_text(tokenizer, str(folder))
-    return model.eval(), tokenizer
+    return model.eval(), _own_tokenizer(folder) or tokenizer
+
+
+def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Return the folder's tokenizer, which has the template and end that the adapters know, or None."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    loading.check_end_of_text(tokenizer, str(folder))
+    return tokenizer
 
 
 def _check_weights(folder: Path) -> None:

@@ -43,7 +43,7 @@ class Config:
     # model
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
     vocab_size: int = 0  # instead of model: a Llama of about 20M random weights with this vocabulary; 0 = off
-    chat_template: str = ""  # a Jinja file, or "plain" for base models; "" = the model's own
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     # data
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
     num_traces: int = 64  # documents

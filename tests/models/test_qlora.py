@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from kit import models
+from kit.data.chat import PLAIN_TEMPLATE, ChatFormat
 from kit.data.toy import make_tokenizer
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
@@ -275,10 +276,12 @@ def test_a_folder_of_adapters_is_loaded_with_its_base_and_can_be_trained_on(tmp_
     save(base, make_model("llama"))
     model, tokenizer = qlora.load(str(base), rank=3, alpha=5, device="cpu")
     losses = take_steps(model, 3)
+    ChatFormat(tokenizer, model, template="plain")
     save_model(tmp_path / "adapters", model, tokenizer)
     loaded, again = models.load(str(tmp_path / "adapters"), device="cpu")
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.chat_template == PLAIN_TEMPLATE  # that of the run, not the base's
     assert take_steps(loaded, 1)[0] < losses[0]
     with pytest.raises(ValueError, match="has adapters already"):
         qlora.load(str(tmp_path / "adapters"), device="cpu")

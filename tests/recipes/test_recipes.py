@@ -12,6 +12,7 @@ from children import call, run_recipe, wait
 
 from kit import paper as stated
 from kit.config import as_flags, parse
+from kit.data.toy import TEMPLATE
 from kit.machine import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +29,17 @@ RL_SETTINGS = {"steps": 2, "batch_prompts": 4, "group_size": 4, "minibatch_promp
 RL = ["--smoke", *flags_of(RL_SETTINGS)]
 
 
+def write_template(folder: Path) -> str:
+    """Write the toy's chat template with a remark, and return its path."""
+    (folder / "own.jinja").write_text(TEMPLATE + "{# of this run #}")
+    return str(folder / "own.jinja")
+
+
 @pytest.mark.slow
 def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
     script = str(ROOT / "recipes" / "gemma3_1b_8k.py")
-    command = [sys.executable, script, *QUICK]  # as from a shell, with nothing imported yet
+    flags = [*QUICK, "--chat_template", write_template(tmp_path)]
+    command = [sys.executable, script, *flags]  # as from a shell, with nothing imported yet
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -50,18 +58,19 @@ def test_smoke_measures_trains_measures_again_and_reports(tmp_path):
     assert {path.name for path in run.iterdir()} >= data | report
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
+    assert (run / "model" / "chat_template.jinja").read_text() == (tmp_path / "own.jinja").read_text()
     before, after = ((run / stage / "toy.jsonl").read_text().splitlines()[0] for stage in ("before", "after"))
     models = [json.loads(line)["header"]["model"] for line in (before, after)]
     assert models[0] != models[1]  # the second one was trained
 
-    again = run_recipe("gemma3_1b_8k", *QUICK, "--resume", cwd=tmp_path)
+    again = run_recipe("gemma3_1b_8k", *flags, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
 
     def measured(run):
         return [line for line in run.stdout.splitlines() if line.startswith(("before", "after"))]
 
     assert measured(again) == measured(done)
-    other = run_recipe("gemma3_1b_8k", *QUICK, "--resume", "--lr", "0.5", cwd=tmp_path)
+    other = run_recipe("gemma3_1b_8k", *flags, "--resume", "--lr", "0.5", cwd=tmp_path)
     assert "lr was 0.003, is 0.5" in other.stderr
 
 
@@ -236,9 +245,11 @@ def test_another_word_for_who_accepts_a_trace_is_refused_before_anything_else_is
 
 
 def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
-    done = run_recipe("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
+    flags = [*RL, "--chat_template", write_template(tmp_path)]
+    done = run_recipe("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "grpo_qwen2_5_0_5b" / "001"
+    assert (run / "model" / "chat_template.jinja").read_text() == (tmp_path / "own.jinja").read_text()
     for line in (
         "prompts with gold answers",
         "2 steps of 4 prompts x 4 answers, 2 updates each",
@@ -251,7 +262,7 @@ def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
         assert line in done.stdout
     files = {"config.json", "metrics.jsonl", "rollouts.jsonl", "model", "report.html"}
     assert {path.name for path in run.iterdir()} >= files
-    again = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
+    again = run_recipe("grpo_qwen2_5_0_5b", *flags, "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "step 1 of 2" not in again.stdout
 

@@ -227,20 +227,19 @@ def _run_slots(
 
 def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
     if num_slots < 1:
-        raise ValueError(
-            f"num_slots is {num_slots} but at least one row must be decoded; pass num_slots >= 1"
-        )
+        raise ValueError(f"num_slots is {num_slots} but must be >= 1: so many rows are decoded at once")
     if len(keys) != len(prompts):
         raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key per prompt")
-    for i, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {i} is empty; a prompt has at least one token")
-        context = context_length(model)
-        if len(prompt) + params.max_new_tokens > context:
-            raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {params.max_new_tokens}, but the "
-                f"model was made for {context} in all; pass max_new_tokens <= {context - len(prompt)}"
-            )
+    if () in prompts:
+        raise ValueError(f"prompt {prompts.index(())} is empty; a prompt has at least one token")
+    key, longest = max(zip(keys, prompts, strict=True), key=lambda pair: len(pair[1]), default=(None, ()))
+    room = context_length(model) - len(longest)
+    if room < params.max_new_tokens:
+        way = f"max_new_tokens <= {room}" if room > 0 else "a model with a longer context, or leave it out"
+        raise ValueError(
+            f"prompt {key} has {len(longest)} tokens and max_new_tokens is {params.max_new_tokens}, but the "
+            f"model was made for {context_length(model)} in all; pass {way}"
+        )
 
 
 def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free: int) -> list[int]:

@@ -287,7 +287,11 @@ def test_no_prompts_give_no_completions_and_one_token_is_enough(tiny_model):
         ({"keys": [1, 2]}, "2 keys for 7 prompts"),
         (
             {"params": SamplingParams(max_new_tokens=510)},
-            r"prompt 0 has 5 tokens .* made for 512 in all; pass max_new_tokens <= 507",
+            r"prompt 3 has 13 tokens .* made for 512 in all; pass max_new_tokens <= 499",  # the longest fits
+        ),
+        (
+            {"prompts": [[5], [5] * 512], "keys": ["a", ["b", 0]]},
+            r"prompt \['b', 0\] has 512 tokens .* pass a model with a longer context, or leave it out",
         ),
     ],
 )

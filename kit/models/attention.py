@@ -44,15 +44,9 @@ def attend(
 ) -> torch.Tensor:
     """Attend within the documents of a pack, as the settings of a model's attention module say.
 
-    q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D). Raises ValueError if the model was loaded with an
-    attention that knows no packs, without boundaries, and for dropout.
+    q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D). A model that was loaded with an attention of
+    transformers' gets the kit's. Raises ValueError without boundaries, and for dropout.
     """
-    name = module.config._attn_implementation
-    if name not in BY_NAME:
-        raise ValueError(
-            f"this model has attention {name!r}, which does not keep the documents of a pack apart; load it "
-            f'with kit.models.load, or call model.set_attn_implementation("{REGISTERED["kit"]}")'
-        )
     if module.training and module.attention_dropout:
         raise ValueError(
             f"attention dropout is {module.attention_dropout} but packed attention has none; set "
@@ -65,7 +59,8 @@ def attend(
             'or call model.set_attn_implementation("sdpa") before using it on its own'
         )
     window = getattr(module, "sliding_window", None)
-    return BY_NAME[name](q, k, v, cu_seqlens, max_seqlen, window=window, scale=module.scaling)
+    function = BY_NAME.get(module.config._attn_implementation, packed_attention)
+    return function(q, k, v, cu_seqlens, max_seqlen, window=window, scale=module.scaling)
 
 
 def _interface(module, query, key, value, attention_mask, *, cu_seqlens=None, max_seqlen=None, **_):

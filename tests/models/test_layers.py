@@ -155,8 +155,8 @@ def test_an_activation_that_the_kit_does_not_know_is_named():
         DecoderLayer(model.model.layers[0])
 
 
-def test_a_model_whose_attention_knows_no_packs_is_refused():
-    model = make_model("llama")
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match=r"attention 'sdpa', which does not keep the documents .* apart"):
-        hidden_states(model, PackedBatch.build(random_documents([3])))
+def test_a_model_with_an_attention_of_transformers_gets_the_kits(tiny_model):
+    batch = PackedBatch.build(random_documents(LENGTHS))
+    expected = hidden_states(tiny_model, batch)
+    tiny_model.set_attn_implementation("sdpa")
+    assert torch.equal(hidden_states(tiny_model, batch), expected)

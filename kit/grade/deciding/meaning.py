@@ -76,7 +76,7 @@ def resolve(node: Node) -> Node:
                 else:
                     excluded = None
                 parts.append(item)
-        return (*head, *parts)
+        return (*head, *_tuples(parts))
     if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
         return resolve(node[1])
     if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
@@ -92,6 +92,19 @@ def resolve(node: Node) -> Node:
     if contains(node, "pm"):
         return resolve(("list", ",", substitute_sign(node, 1), substitute_sign(node, -1)))
     return node
+
+
+def _tuples(parts: list[Node]) -> list[Node]:
+    """Return p = 5, q = 2, p = 7, q = 2 as (p, q) = (5, 2), (p, q) = (7, 2), and other parts unchanged."""
+    if not all(part[0] == "equation" and is_name(part[1]) for part in parts):
+        return parts
+    names = [_without_index(part[1]) for part in parts]
+    size = len(set(names))
+    if not 1 < size < len(parts) or names != names[:size] * (len(parts) // size):
+        return parts
+    groups = [parts[start : start + size] for start in range(0, len(parts), size)]
+    pair = ("seq", "(", ")")
+    return [("equation", (*pair, *names[:size]), (*pair, *(part[2] for part in group))) for group in groups]
 
 
 def resolve_relation(node: Node) -> Node:
@@ -128,6 +141,11 @@ def has_names(node: Node) -> bool:
     return any(part[0] == "equation" for part in node[1:] if isinstance(part, tuple))
 
 
+def _without_index(name: Node) -> Node:
+    """Return x for x_1 and x_2, and any other name unchanged."""
+    return ("sym", name[1].partition("_")[0]) if name[0] == "sym" else name
+
+
 def names_differ(node: Node) -> bool:
     """Whether a collection equates different quantities.
 
@@ -136,7 +154,7 @@ def names_differ(node: Node) -> bool:
     named = [
         part[1] for part in node if isinstance(part, tuple) and part[0] == "equation" and is_name(part[1])
     ]
-    return len({name[1].partition("_")[0] if name[0] == "sym" else name for name in named}) > 1
+    return len(set(map(_without_index, named))) > 1
 
 
 def one_by_one(equation: Node) -> Node:
@@ -198,9 +216,9 @@ def is_word(node: Node) -> bool:
 
 def known_units(text: str) -> frozenset[str]:
     """Return the units that a text names, without powers: "square inches" and "in^2" are both "in"."""
-    half = _HALF_OF_DAY.search(text.lower())
+    half = half_of_day(text)
     if half:
-        return frozenset((f"{half[1]}m",))
+        return frozenset((half,))
     known = {UNITS[word] for word in _UNIT_WORDS.findall(text.lower()) if word in UNITS}
     return frozenset(name for unit in known for name in COMPOUND_UNITS.get(unit, unit).split()) - {"unit"}
 
@@ -222,6 +240,27 @@ def as_rows(node: Node) -> tuple | None:
     if node[0] == "seq" and all(part[0] != "seq" for part in node[3:]):
         return tuple((part,) for part in node[3:])
     return None
+
+
+def half_of_day(unit: str) -> str | None:
+    """Return "am" or "pm" if a unit's text names it, else None."""
+    half = _HALF_OF_DAY.search(unit.lower())
+    return half and f"{half[1]}m"
+
+
+def times_of_day(node: Node, half: str | None) -> set[tuple]:
+    """Return the readings of a time as (hour, minute); an empty set if it is none.
+
+    8:34 p.m. is 20:34; it is 8:34, too, since the half may be missing on the other side.
+    """
+    if half and node[0] == "num":
+        node = ("ratio", node, ("num", Fraction(0)))  # 8 p.m.
+    if node[0] != "ratio" or [part[0] for part in node[1:]] != ["num", "num"]:
+        return set()
+    hour, minute = (part[1] for part in node[1:])
+    if hour not in range(25) or minute not in range(60):
+        return set()
+    return {(hour, minute)} | ({(hour % 12 + (12 if half == "pm" else 0), minute)} if half else set())
 
 
 def is_clock(node: Node) -> bool:

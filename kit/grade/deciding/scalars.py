@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from kit.grade.deciding.identities import decimal_of, rounds_to, same_decimals, same_function, same_number
-from kit.grade.deciding.meaning import is_clock, known_units, matrix_value, plain_words, unwrap
+from kit.grade.deciding.meaning import (
+    half_of_day,
+    is_clock,
+    known_units,
+    matrix_value,
+    plain_words,
+    times_of_day,
+    unwrap,
+)
 from kit.grade.limits import Budget, NotNumeric, Undefined
 from kit.grade.rules import Rule
 from kit.grade.trees import Node, canonical, contains, mentions, product, rename, symbols
@@ -73,6 +81,12 @@ class ScalarJudge:
                 return self.same_expression(product([side, ("sym", letter)]), other)
         if not self.same_units(marks_a.get("unit"), marks_b.get("unit")):
             return self.decide(Rule.UNITS, False)
+
+        halves = [half_of_day(marks.get("unit", "")) for marks in (marks_a, marks_b)]
+        if any(halves):
+            times = [times_of_day(side, half) for side, half in zip((a, b), halves, strict=True)]
+            if all(times):
+                return self.decide(Rule.TIME, not times[0].isdisjoint(times[1]))
 
         if ("percent" in marks_a) != ("percent" in marks_b):
             whole, percent = (b, a) if "percent" in marks_a else (a, b)

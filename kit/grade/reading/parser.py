@@ -22,6 +22,17 @@ _LENGTH = re.compile(  # 5 m, not 5m
     r"\A([-+$]*[0-9][0-9.,]*(?: [0-9]{3})*[0-9.,]*(?:[ ~]|\\[ ,])+)"
     r"([mgshL]|(?:[kc]?m|k?g|L)/(?:s|h|min))((?:\^[23]|\^\{[23]\})?[ .$]*)\Z"
 )
+_POWER = re.compile(r"\^(-?[0-9]+)(?:[\s~]|\\[,;:! ])+(?=[0-9])")  # 2^6 3^5
+_SIGN = re.compile(r"\{(?<![\^_\\]\{)\s?([:=<>+*/-]|\\(?:cdot|times))\s?\}")  # 10{:}30, but not a_{+}
+_RELATION = r"[=<>]|\\(?:leq?|geq?|neq?|approx|equiv)(?![A-Za-z])"
+_SYSTEM = re.compile(
+    r"(?:\\left\s*(?:\\\{|\.)\s*)?"
+    r"\\begin\{((?:d?cases|align(?:ed)?|gather(?:ed)?|split|eqnarray|array)\*?)\}(?:\{[^{}]*\})?"
+    r"((?:(?!\\begin).)*?)\\end\{\1\}"
+    r"(?:\s*\\right\s*(?:\\\}|\.))?",
+    re.DOTALL,
+)
+_ALIGNED = re.compile(rf"(?:\\\\\s*)?(?:&\s*)?({_RELATION})(?:\s*&)?")  # x &= 1 + 1 \\ &= 2
 
 
 class Parser(Cursor):
@@ -295,13 +306,27 @@ def turn_brackets(text: str) -> str:
     return _INTERVAL.sub(turned, text)
 
 
+def write_out(text: str) -> str:
+    r"""Write 2^6 3^5 with a sign, 10{:}30 as 10:30, and equations in aligned rows or an array as `cases`."""
+
+    def system(match: re.Match) -> str:
+        if match[1] == "array" and not re.search(_RELATION, match[2]):
+            return match[0]  # a matrix
+        rows = _ALIGNED.sub(r" \1 ", match[2]).rstrip().rstrip(".,;")
+        return rf"\begin{{cases}}{rows}\end{{cases}}"
+
+    if "\\begin" in text:
+        text = _SYSTEM.sub(system, text)
+    return _SIGN.sub(r"\1 ", _POWER.sub(r"^\1\\cdot ", text))
+
+
 def parse(text: str, deadline_at: float = math.inf) -> Node:
     """Return the tree of one answer.
 
     Raises ParseError for an unknown notation, TooLarge beyond a cap, and Undecided at the deadline.
     """
     try:
-        text = clean(text)
+        text = write_out(clean(text))
         if len(text) < 60:
             text = _LENGTH.sub(r"\1\\text{\2}\3", text)
         try:

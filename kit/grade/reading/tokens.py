@@ -37,7 +37,7 @@ _SIGNS = {
     "ℕ": r"\mathbb{N}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "∑": r"\sum ", "∫": r"\int ",
     "∏": r"\prod ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∖": r"\setminus ", "≡": r"\equiv ",
     "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ", "λ": r"\lambda ",
-    "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
+    "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ", "«": '"', "»": '"',
 }  # fmt: skip
 _TRANSLATION = {ord(sign): text for sign, text in _SIGNS.items()}
 _TRANSLATION.update({code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)})  # full-width forms
@@ -46,6 +46,7 @@ _TRANSLATION.update(DIGITS)
 _TRANSLATION.update(dict.fromkeys((0xA0, 0x2009, 0x202F, 0x3000, 0x200B, 0xFEFF), " "))
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_QUOTED = re.compile(r"\s*'([^']+)'([\s.]*)")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}(),;!%$])")
 
 
@@ -61,6 +62,9 @@ def clean(text: str) -> str:
         text = text.translate(_TRANSLATION)
     if not text.isprintable():
         text = re.sub(r"[\x00-\x1f\x7f]", " ", text)
+    if "'" in text:
+        quoted = _QUOTED.fullmatch(text)  # '42' is 42, but f' and 6' stay
+        text = quoted[1] + quoted[2] if quoted else text
     if "{," in text or "{ ," in text:
         text = re.sub(r"\s?\{ ?, ?\}\s?", "{,}", text)
     if "\\\\" in text:

@@ -10,7 +10,9 @@ import re
 _LETTER = r"\*{0,2}(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
 _STATED = re.compile(
     rf"[\s*\"']*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{{1,3}})?{_LETTER}"
-    r"(?!\s{0,3}(?:and|or|et|ou|,|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
+    r"(?!\s{0,3}(?:and|or|et|ou|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
+    # nor is "A, B and C", but "A, B and C being too small" is
+    r"(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z])\)?(?:,?\s(?:and|or)\s\(?[A-J]\)?)?(?!\s[a-z]))"
 )
 _LEADING = re.compile(
     r"[\s*\"']*(?:\(([A-J])\)|([A-J])(?=[.):,。、]|\**\s*$))(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z]))"
@@ -36,7 +38,7 @@ _FAILS = re.compile(
     r"\)?\*{0,2}[\s,]{1,3}(?:(?:is|are|was|does|can|seems|would be)\s?)?(?:also\s)?"
     r"(?:wrong|incorrect|not|n't|false|too|out|fails?|impossible)"
 )
-_BARE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J]))[.:]?")
+_BARE = re.compile(r"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer):? ?)?(?:\(([A-J])\)|([A-J]))[.:)]?")
 _LABELLED = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])[\s:~\\]*(\S.*)|([A-J]) ([A-Z][A-Za-z ]+)", re.DOTALL)
 
 

@@ -1,9 +1,12 @@
 r"""Find the answer in a response. Places are tried in a fixed order; the verdict records which one it was.
 
 1.  `boxed`: the last complete \boxed{...}, by brace matching; \fbox, \boxed {x} and \boxed 5 count too.
-    Boxes are never joined.
+    `boxes of one sentence`: that box and those before it, as one list, if only separators of a list stand
+    between them. Boxes with words between them are never joined: the later one corrects the earlier.
     `final answer after the box`: a sentence "final answer is ..." or "final answer: ..." after that box, if
     it names a value.
+    `answer after the box`: "Answer: ..." as the last line after that box, if it names a value; or, if an
+    option is asked for and the box does not hold one, the option that is named after it.
 2.  `####`: what follows the last ####, as in GSM8K.
 3.  `answer statement`: what follows the last "answer is", "answer:" and their like.
 4.  `whole text`: the whole response, if it is an answer without prose around it.
@@ -20,9 +23,10 @@ from __future__ import annotations
 
 import re
 
-from kit.grade.choices import choice_in_prose, leading_choice, stated_choice
+from kit.grade.choices import bare_choice, choice_in_prose, leading_choice, stated_choice
+from kit.grade.plain_text import normal
 from kit.grade.prose import NUMBER, SENTENCE_END, is_bare, last_value
-from kit.grade.reading import DIGITS
+from kit.grade.reading import DIGITS, parse
 from kit.grade.rules import Rule
 from kit.turns import THOUGHT_END, first_turn, never_closes
 
@@ -38,13 +42,19 @@ def _openings(word: str, tail: str) -> list[str]:
 
 
 _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
-_BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z])")
+# a letter alone: "the \boxed notation" is no box
+_BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z](?!\s?\w))")
+MAX_GAP = 60  # characters between two boxes of one list
+_GAP_NOISE = r"[\s$*{}]|\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|\\(?:text|mbox|textbf|mathrm)(?![A-Za-z])"
+_GAP_SEPARATOR = r"[,;，；、]|\b(?:and|or|et|ou|und|oder)\b|[和或]"
+_GAP = re.compile(rf"(?:{_GAP_NOISE})*(?:{_GAP_SEPARATOR})(?:{_GAP_NOISE}|{_GAP_SEPARATOR})*\\{{0,3}}\Z")
 
 _STATES = (
     r"(?i:[\s*:_=\"]{0,6}(?:\b(?:is|are|est|es|ist|lautet|é|è|هو|هي)\b|是|为|為|は|은|는|:|：|=)"
     r"[\s*:：_\"]{0,6})"
 )
 _HEADS = rf"(?:{_STATES}|\s?\*{{0,2}}\s{{0,3}}\n\s{{0,6}})"
+_LAST = "最[终終后後]"
 _ADJECTIVE = r"(?:\s(?i:corr\w{2,5}|exact\w{0,2}|finale?))?"
 _STATEMENT = re.compile(
     "|".join(
@@ -55,15 +65,23 @@ _STATEMENT = re.compile(
             for word in ("réponse", "respuesta", "resposta", "risposta", "ответ")
             for p in _openings(word, _ADJECTIVE + _STATES)
         ]
-        + [word + _STATES for word in ("答案", "答え", "正解", "정답", "답", "الجواب", "الإجابة")]
+        + [
+            word + _STATES
+            for word in (f"{_LAST}答案", "答案", "答", "答え", "正解", "정답", "답", "الجواب", "الإجابة")
+        ]
     )
 )
+_FINAL = re.compile(rf"(?i:final)|{_LAST}")
+# before the "Answer:" of a line, or between it and a box on the same line
+_LINE_MARKUP = " \t*#>_【.。,，}$)]\\"
+_NEXT_QUESTION = re.compile(r"[?？]|\b(?:Question|Problem)\b")  # a model that goes on to another question
 # a backslash only if it escapes a sign: not that of \frac or \(
 _OPENING = re.compile(r'\A(?:[\s*",;:]|\\(?=["\s,;:!]))+')
 _DISPLAY = re.compile(r"\s*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _CONTRAST = re.compile(  # what follows explains the answer, or says what it is not
     r"[\s,;，；]{1,4}(?:because|since|which|not|rather than|instead of|no|non|nicht"
-    r"|pas|et non|y no|und nicht|而不是|不是|因为|因為)(?![A-Za-z])"
+    r"|pas|et non|y no|und nicht|而不是|不是|因为|因為"
+    r"|dont|其中|car|porque|weil|denn|即)(?![A-Za-z])"
 )
 _LEADING_WORD = re.compile(r"\W{0,4}(yes|no|true|false)[,.;:!]", re.IGNORECASE)
 _PREDICATE = re.compile(r"\b(?:is|are|was)\s(?:an?\s|the\s)?(\w+)\W*\Z")  # the day is Friday
@@ -89,14 +107,15 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
         text = text.translate(DIGITS)
     if "<" in text:
         text = _SPECIAL.sub(" ", text)
-    box = last_box(text) if "boxed" in text or "fbox" in text else None
+    box = last_box(text) if "box" in text else None
     if box:
-        content, end = box
-        if "nswer" in text[end:] or "NSWER" in text[end:]:
-            later = statement(text[end:], choice, final=True)
+        start, end, content = box
+        if choice or len(text) > end + 3:  # more than the punctuation after the box
+            later, place = _after_the_box(text[end:], content, choice)
             if later is not None:
-                return later, "final answer after the box"
-        return content, "boxed"
+                return later, place
+        listed = _boxes_of_sentence(text, start, end) if text.find("box", 0, start) >= 0 else None
+        return (content, "boxed") if listed is None else (listed, "boxes of one sentence")
     if "####" in text:
         line = text.rpartition("####")[2].strip().partition("\n")[0].strip()
         if line:
@@ -132,17 +151,60 @@ def _extract(text: str, choice: bool, explicit: bool) -> tuple[str | None, str]:
     return None, Rule.NO_VALUE.value
 
 
-def last_box(text: str) -> tuple[str, int] | None:
-    """Return (content, end) of the last complete, non-empty box, or None."""
+def _after_the_box(tail: str, box: str, choice: bool) -> tuple[str | None, str]:
+    """Return (answer, place) if what follows a box states an answer that replaces it, else (None, "")."""
+    if not (choice or "nswer" in tail or "NSWER" in tail or ":" in tail or "：" in tail):
+        return None, ""
+    stated = statement(tail, choice, final=True)
+    if stated is not None:
+        return stated, "final answer after the box"
+    if _NEXT_QUESTION.search(tail):
+        return None, ""
+
+    if choice and not bare_choice(normal(box))[0]:
+        said = f"{normal(box)}\n{tail}"  # \boxed{\text{The answer is D}}
+        stated = statement(said, choice, final=False) or choice_in_prose(said)
+        if stated and bare_choice(normal(stated))[0]:
+            return stated, "answer after the box"
+    line = tail.strip().rpartition("\n")[2].lstrip(_LINE_MARKUP)
+    marker = _STATEMENT.match(line)
+    stated = line[marker.end() :].strip(" *.。") if marker else ""
+    if is_bare(stated) and any(map(str.isdigit, stated)) and _is_readable(stated):
+        return stated, "answer after the box"
+    return None, ""
+
+
+def _is_readable(text: str) -> bool:
+    """Whether a text is mathematics from its first sign to its last: not a box that stays open."""
+    try:
+        parse(text)
+    except ValueError:  # an unknown notation, or beyond a cap
+        return False
+    return True
+
+
+def _boxes_of_sentence(text: str, start: int, end: int) -> str | None:
+    """Return the last box, which spans [start, end), and those that are listed with it; None if none is."""
+    if not _GAP.search(text, max(0, start - MAX_GAP), start):
+        return None
+    boxes = _boxes(text[:end])
+    last = first = len(boxes) - 1
+    while first and _GAP.fullmatch(text, boxes[first - 1][1], boxes[first][0]):
+        first -= 1
+    return ", ".join(box[2] for box in boxes[first:]) if first < last else None
+
+
+def last_box(text: str) -> tuple[int, int, str] | None:
+    """Return (start, end, content) of the last complete, non-empty box, or None."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
     end = _closing_brace(text, start + 7) if text.startswith("\\boxed{", start) else -1
     content = text[start + 7 : end].strip() if end >= 0 else ""
-    box = (content, end + 1 - start) if content else _last_box(text[start:])
-    if box and "}" not in text[start + box[1] :]:  # no brace after it closes an earlier box
-        return box[0], start + box[1]
-    return _last_box(text)
+    boxes = [(start, end + 1, content)] if content else _boxes(text, start)
+    if not boxes or "}" in text[boxes[-1][1] :]:  # a brace after it may close an earlier box
+        boxes = _boxes(text)
+    return boxes[-1] if boxes else None
 
 
 def _closing_brace(text: str, position: int) -> int:
@@ -162,31 +224,34 @@ def _closing_brace(text: str, position: int) -> int:
     return end
 
 
-def _last_box(text: str) -> tuple[str, int] | None:
-    """Return the same as last_box in one pass over the braces, however many boxes stay open."""
-    stack: list[int] = []  # the start of a box's content, or -1 for any other brace
-    waiting = -1  # where a \boxed just ended
-    best: tuple[str, int] | None = None
-    for match in _BRACES.finditer(text):
+def _boxes(text: str, position: int = 0) -> list[tuple[int, int, str]]:
+    """Return (start, end, content) of every complete, non-empty box from `position` on, in order.
+
+    Boxes inside another are left out. One pass over the braces, however many boxes stay open.
+    """
+    boxes: list[tuple[int, int, str]] = []
+    stack: list[tuple[int, int]] = []  # the start of a box and of its content, or of any other brace
+    waiting: tuple[int, int] | None = None  # (start, end) of a \boxed whose brace may follow
+    for match in _BRACES.finditer(text, position):
         sign = match[0]
         if sign == "{":
-            stack.append(
-                match.end()
-                if 0 <= waiting <= match.start() and not text[waiting : match.start()].strip()
-                else -1
-            )
-            waiting = -1
+            opens = waiting and not text[waiting[1] : match.start()].strip()
+            stack.append((waiting[0] if opens else -1, match.end()))
+            waiting = None
         elif sign == "}":
-            start = stack.pop() if stack else -1
-            if start >= 0 and text[start : match.start()].strip():
-                best = (text[start : match.start()].strip(), match.end())
+            start, inside = stack.pop() if stack else (-1, 0)
+            content = text[inside : match.start()].strip() if start >= 0 else ""
+            if content:
+                while boxes and boxes[-1][0] > start:
+                    boxes.pop()
+                boxes.append((start, match.end(), content))
         elif sign.endswith(("boxed", "fbox")):
+            start = text.rfind("\\", 0, match.end())
             token = _BOX_TOKEN.match(text, match.end())
             if token:
-                best, waiting = (token[1], token.end()), -1
-            else:
-                waiting = match.end()
-    return best
+                boxes.append((start, token.end(), token[1]))
+            waiting = None if token else (start, match.end())
+    return boxes
 
 
 def statement(text: str, choice: bool, final: bool) -> str | None:
@@ -197,7 +262,7 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
     last = None
     for match in _STATEMENT.finditer(text):
         opening = match[0][:6].lower()
-        if (opening.startswith("final") or not final) and (choice or opening not in ("option", "choice")):
+        if (not final or _FINAL.search(match[0])) and (choice or opening not in ("option", "choice")):
             last = match
     if last is None:
         return None
@@ -215,7 +280,7 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
     if not sentence:
         return None
     head = _CONTRAST.split(sentence, maxsplit=1)[0].rstrip(" ,;*")
-    if head != sentence and head and not final:
+    if head != sentence and head:
         number = NUMBER.match(head)
         if is_bare(head) or (
             number and number[0] and not any(sign.isdigit() for sign in head[number.end() :])

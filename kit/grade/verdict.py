@@ -28,7 +28,7 @@ from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided
 from kit.grade.paper import grade_as_paper
 from kit.grade.plain_text import INTEGER, normal, only_letters, plain_number
 from kit.grade.prose import is_bare
-from kit.grade.reading import group_ends, parse
+from kit.grade.reading import parse
 from kit.grade.rules import Rule
 
 __all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
@@ -66,7 +66,6 @@ def _tree(answer: str):
 
 
 _BOX_OPENING = re.compile(r"\\{1,4}(?:boxed|fbox)\s*\{")
-_BOX_LIST = re.compile(r"(?:\\[()\[\]]|[\s$,;.&]|\band\b|\bor\b|\\text\s*\{\s*(?:and|or)\s*\})*")
 
 
 @lru_cache(maxsize=4096)
@@ -79,30 +78,10 @@ def gold_answer(gold: str) -> str:
     if _BOX_OPENING.search(gold):
         if gold.lstrip().startswith("\\") and gold.count("boxed") == 1 and gold.count("{") > gold.count("}"):
             return _BOX_OPENING.sub("", gold)  # a reference answer cut off before its closing brace
-        listed = _boxes_listed(gold)
-        return listed if listed is not None else extract_answer(gold)[0] or gold
+        return extract_answer(gold)[0] or gold
     if "####" in gold or (len(gold) > 120 and not is_bare(gold)):
         return extract_answer(gold)[0] or gold
     return gold
-
-
-def _boxes_listed(gold: str) -> str | None:
-    r"""Return the contents of a gold such as \(\boxed{1}\) and \(\boxed{-2}\) as one list.
-
-    Return None if the gold holds anything but boxes and connectives. Predictions are never read this way.
-    """
-    contents, position, ends = [], 0, group_ends(gold)
-    for match in _BOX_OPENING.finditer(gold):
-        if match.start() < position:
-            continue
-        if not _BOX_LIST.fullmatch(gold[position : match.start()]):
-            return None
-        end = ends.get(match.end() - 1)
-        if end is None:
-            return None
-        contents.append(gold[match.end() : end])
-        position = end + 1
-    return ", ".join(contents) if len(contents) > 1 and _BOX_LIST.fullmatch(gold[position:]) else None
 
 
 def grade(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from kit.grade.extract import _last_box, extract_answer, last_box
+from kit.grade.extract import _boxes, extract_answer, last_box
 from kit.grade.paper import grade_as_paper
 from kit.turns import END_TOKENS
 
@@ -33,6 +33,9 @@ from kit.turns import END_TOKENS
         ),
         (r"The final answer is \boxed{8}.", "8", "boxed"),
         (r"\boxed{8} is my final answer: I am sure of it", "8", "boxed"),
+        ("\\boxed{8} is a side.\n\n**Answer:** 16", "16", "answer after the box"),
+        (r"\boxed{1}, \boxed{2} and $\boxed{3}$", "1, 2, 3", "boxes of one sentence"),
+        (r"\boxed{1}. \boxed{2} and \boxed{\boxed{3}}", r"2, \boxed{3}", "boxes of one sentence"),
         ("9 * 2 = 18\n#### 18", "18", "####"),
         ("The answer is 18.", "18", "answer statement"),
         ("**Answer:** Anne is 8 years old, not 9 apples tall.", "9", "answer statement"),
@@ -122,6 +125,7 @@ def test_special_tokens_are_no_part_of_an_answer():
     "unit",
     [
         r"\boxed{", r"\boxed{1}", r"\boxed", "{", "}", "$", "$ a ", r"\( ", r"\) ", r"\[ ", "the answer is ",
+        r"\boxed{1}, ", r"\boxed{\{\}} and ",
         "final answer: ", "####", "1,234", "3.14 ", "\\", "</think>", "<think>", "-", "a", " ", "\n", "<|",
         "is 5. ", r"\text{", "A or ", "1/", "$5 in ", "。",
     ],
@@ -140,4 +144,4 @@ def test_the_quick_way_to_the_last_box_finds_what_counting_every_brace_finds():
     pieces = ["\\boxed", "\\fbox", "{", "}", "5", " ", "\\\\", "\\{", "\\}", "x", "\\boxed{7}", "$"]
     for _ in range(20_000):
         text = "".join(rng.choice(pieces) for _ in range(rng.randint(1, 10)))
-        assert last_box(text) == _last_box(text), text
+        assert [last_box(text)] == (_boxes(text)[-1:] or [None]), text

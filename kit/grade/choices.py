@@ -10,7 +10,7 @@ import re
 _LETTER = r"\*{0,2}(?:\(([A-J])\)|([A-J])(?![A-Za-z0-9'’+^=/\-]|\*\s?[A-Za-z0-9(]))"
 _STATED = re.compile(
     rf"[\s*\"']*(?:(?:[Oo]ption|[Cc]hoice|[Ll]etter)\s{{1,3}})?{_LETTER}"
-    r"(?!\s{0,3}(?:and|or|et|ou|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" is no choice
+    r"(?!\s{0,3}(?:and|or|et|ou|&|/)\s{0,3}\(?[A-J](?![a-z]))"  # "A or B" chooses neither
     # nor is "A, B and C", but "A, B and C being too small" is
     r"(?!\s{0,3},\s{0,3}\(?[A-J](?![a-z])\)?(?:,?\s(?:and|or)\s\(?[A-J]\)?)?(?!\s[a-z]))"
 )

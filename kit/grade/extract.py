@@ -42,7 +42,7 @@ def _openings(word: str, tail: str) -> list[str]:
 
 
 _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
-# a letter alone: "the \boxed notation" is no box
+# a letter alone: "the \boxed notation" is not a box
 _BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z](?!\s?\w))")
 MAX_GAP = 60  # characters between two boxes of one list
 _GAP_NOISE = r"[\s$*{}]|\\[()\[\],;: ]|\\q?quad(?![A-Za-z])|\\(?:text|mbox|textbf|mathrm)(?![A-Za-z])"
@@ -225,7 +225,7 @@ def _closing_brace(text: str, position: int) -> int:
 
 
 def _boxes(text: str, position: int = 0) -> list[tuple[int, int, str]]:
-    """Return (start, end, content) of every complete, non-empty box from `position` on, in order.
+    """Return (start, end, content) of every complete, non-empty box that begins at `position` or later.
 
     Boxes inside another are left out. One pass over the braces, however many boxes stay open.
     """

@@ -63,7 +63,7 @@ def plain_number(text: str) -> tuple[int, int, bool] | None:
 
 
 def only_letters(text: str) -> str:
-    """Return a normalised text in lower case and without spaces, for texts that are no mathematics.
+    """Return a normalised text in lower case and without spaces, for texts that are not mathematics.
 
     A space between digits stays: 1 2 is not 12.
     """

@@ -8,7 +8,7 @@ from kit.grade.reading import clean
 from kit.grade.vocabulary import FUNCTIONS, GREEK, MULTIPLIERS, UNITS, names
 
 MAX_SENTENCE = 200  # characters before the last value in which its sentence is looked for
-MAX_SPANS = 12  # pairs of delimiters that are tried from the end; an earlier one is no answer
+MAX_SPANS = 12  # pairs of delimiters that are tried, from the end; an earlier pair is not the answer
 
 SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)\.(?=\s|$)|。|<\|")
 _COPULA = re.compile(
@@ -47,7 +47,7 @@ _LONE_SYMBOL = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)\s*")
 
 
 def _words_of(text: str) -> list[str]:
-    """Return the words of a text outside \\text{} that are no commands."""
+    """Return the words of a text outside \\text{} that are not commands."""
     return _WORDS.findall(_COMMANDS.sub(" ", _TEXT_GROUP.sub(" ", text)) if "\\" in text else text)
 
 
@@ -88,7 +88,7 @@ def last_value(text: str) -> tuple[str | None, str]:
 def _predicate(text: str, position: int) -> str | None:
     """Return all that the sentence around the last value states: the solutions are 1, 3 and 5.
 
-    Return None if what follows "are" is no mathematics to its end.
+    Return None if what follows "are" is not mathematics up to the end.
     """
     if position < 0:
         return None

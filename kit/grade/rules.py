@@ -25,7 +25,7 @@ class Rule(Enum):
     # tier 1: any two answers
     SAME_STRUCTURE = "same structure"  # the same tree, but for the order of terms, factors and elements
     TEXT = "text"  # words, ignoring case and punctuation
-    NOT_COMPARABLE = "not comparable"  # : why; a value that does not exist, say
+    NOT_COMPARABLE = "not comparable"  # : why, for example a value that does not exist
 
     # tier 1: numbers and expressions
     NUMBER = "number"
@@ -37,7 +37,7 @@ class Rule(Enum):
     PERCENT = "percent"  # one side has a percent sign
     DEGREES = "degrees"  # one side has a degree sign
     UNITS = "units"  # two units that differ
-    MATRIX = "matrix"  # against what is none
+    MATRIX = "matrix"  # compared with something else
     NOT_A_NUMBER = "not a number"
     UNDEFINED = "undefined"  # such as a division by zero
 

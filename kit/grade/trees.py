@@ -54,7 +54,7 @@ def rename(node: Node, old: Node, new: Node) -> Node:
 
 
 def product(factors: list[Node]) -> Node:
-    """Return the product of the factors, flat. Numbers that are no decimals are folded into one."""
+    """Return the product of the factors, flat. Numbers other than decimals are folded into one."""
     number, rest = Fraction(1), []
     for factor in factors:
         for part in factor[1:] if factor[0] == "mul" else (factor,):

@@ -15,7 +15,7 @@ ALL_INTEGERS = frozenset(
     ("all integers", "the integers", "integers", "the set of all integers", "the set of integers")
 )
 NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
-_UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # "7 in all" is no length
+_UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # "7 in all" is not a length
 _HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
 
 
@@ -249,7 +249,7 @@ def half_of_day(unit: str) -> str | None:
 
 
 def times_of_day(node: Node, half: str | None) -> set[tuple]:
-    """Return the readings of a time as (hour, minute); an empty set if it is none.
+    """Return the readings of a time as (hour, minute); an empty set if it is not a time.
 
     8:34 p.m. is 20:34; it is 8:34, too, since the half may be missing on the other side.
     """
@@ -269,7 +269,7 @@ def is_clock(node: Node) -> bool:
     if len(node) != 3 or len(values) != 2:
         return False
     hour, minute = values
-    return 0 <= hour <= 24 and (10 <= minute < 60 or minute == 0)  # 3:5 is no time
+    return 0 <= hour <= 24 and (10 <= minute < 60 or minute == 0)  # 3:5 is not a time
 
 
 def matrix_value(node: Node) -> Node | None:

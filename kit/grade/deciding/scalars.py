@@ -31,7 +31,7 @@ class Options:
     # "known": two different known units differ; "ignore": units never matter; "required": both or neither
     units: str = "known"
     order: str = "free"  # "free": a bare list is a set; "strict": its order counts (a tuple's always does)
-    # from so many significant digits on, a decimal is every exact value that rounds to it; None: never
+    # a decimal with at least this many significant digits matches whatever rounds to it; None: never
     rounding: int | None = 4
 
     def __post_init__(self):

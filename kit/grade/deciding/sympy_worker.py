@@ -28,7 +28,7 @@ _FUNCTIONS = names("sin cos tan cot sec csc sinh cosh tanh log exp floor gcd lcm
 
 
 def build(node: Node, sympy, assumptions: dict[str, dict]):
-    """Return the sympy expression of a tree. Raises ValueError if it is no expression."""
+    """Return the sympy expression of a tree. Raises ValueError if the tree is not an expression."""
     op, parts = node[0], node[1:]
     if op in ("num", "dec"):
         return sympy.Rational(node[1].numerator, node[1].denominator)

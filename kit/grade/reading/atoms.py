@@ -54,7 +54,7 @@ def read_atom(parser: Cursor) -> Node:
 
 
 def _read_number(parser: Cursor, value: tuple[str, int]) -> Node:
-    """Read a number, and what belongs to it: dots, 5C2, the fraction of a mixed number."""
+    """Read a number with what belongs to it: dots, the rest of 5C2, the fraction of a mixed number."""
     node = number_node(*value)
     if node[0] != "num":
         return continued(node, value[0]) if parser.accept("...", "ldots", "dots", "cdots") else node
@@ -83,7 +83,7 @@ def _read_number(parser: Cursor, value: tuple[str, int]) -> Node:
 
 
 def _is_raised(parser: Cursor) -> bool:
-    """Whether an exponent follows that is no degree sign."""
+    """Whether an exponent follows that is not a degree sign."""
     if parser.peek() != ("op", "^"):
         return False
     return ("cmd", "circ") not in (parser.peek(1), parser.peek(2)) and parser.peek(1) != ("cmd", "degree")

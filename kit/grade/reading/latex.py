@@ -82,7 +82,7 @@ def read_selection(parser: Cursor) -> Node:
 def read_indexed_selection(parser: Cursor) -> Node | None:
     """Return the number of choices that C_5^2 or C^2_5 stands for.
 
-    Return None, and pass no token, if the indices are no plain numbers or cannot mean that.
+    Return None, and stay at the same token, if the indices are not plain numbers or cannot mean that.
     """
     mark, indices = parser.index, {}
     for _ in range(2):

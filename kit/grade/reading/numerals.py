@@ -62,7 +62,7 @@ def in_base(digits: tuple[str, int] | None, written: str) -> tuple:
     try:
         return ("num", Fraction(int(digits[0], base)))
     except ValueError as error:
-        raise ParseError(f"{digits[0]!r} has a digit that base {base} has not") from error
+        raise ParseError(f"{digits[0]!r} has a digit that base {base} does not have") from error
 
 
 def join_decimal_comma(tokens: list) -> None:

@@ -38,8 +38,8 @@ _ALIGNED = re.compile(rf"(?:\\\\\s*)?(?:&\s*)?({_RELATION})(?:\s*&)?")  # x &= 1
 class Parser(Cursor):
     """Parses the tokens of one answer by precedence climbing. To read a whole answer, call `parse`."""
 
-    sets = 0  # open sets: inside one, a colon is no ratio
-    integrals = 0  # open integrals: inside one, a d is no factor
+    sets = 0  # open sets: inside one, a colon is not a ratio
+    integrals = 0  # open integrals: inside one, a d is not a factor
 
     # --- lists and relations
 

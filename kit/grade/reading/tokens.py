@@ -165,7 +165,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
         elif kind == "based":
             digits, _, base = re.sub("[(){}]", "", value).partition("_")
             if any(int(digit, 16) >= int(base) for digit in digits):
-                raise ParseError(f"{digits!r} has a digit that base {base} has not")
+                raise ParseError(f"{digits!r} has a digit that base {base} does not have")
             tokens.append(("exact", Fraction(int(digits, int(base))), spaced))
         elif kind == "row":
             tokens.append(("row", "\\\\", spaced))

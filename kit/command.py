@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 
 from kit.command_line import shell_word, started_as
@@ -30,6 +31,25 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C, after what was done has been saved. Its text says what was kept, such as "at step 4 of 9"."""
 
 
+def clean_up_if_refused(main: Callable[[object], object]) -> Callable[[object], object]:
+    """Decorate a recipe's main: if it ends before it has trained or measured anything, nothing is left of it.
+
+    So the corrected settings may have the same run folder.
+    """
+
+    @wraps(main)
+    def cleaning(config):
+        RunFolder.newest = None
+        try:
+            return main(config)
+        except BaseException:
+            if RunFolder.newest:
+                RunFolder.newest.discard_if_new()
+            raise
+
+    return cleaning
+
+
 def start(
     main: Callable[[object], object], config_class: type, argv: Sequence[str] | None = None, **choices
 ) -> None:
@@ -39,7 +59,7 @@ def start(
     user can mend is one line on stderr and exit status 2; --traceback shows where it came from. Ctrl-C prints
     how to go on, and the status is 130.
     """
-    guard(lambda words: main(parse(config_class, words, **choices)), argv)
+    guard(lambda words: clean_up_if_refused(main)(parse(config_class, words, **choices)), argv)
 
 
 def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> None:
@@ -54,11 +74,9 @@ def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = N
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `| head`, has all that it wanted
-        _discard_if_new()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(1) from None
     except MISTAKES as error:
-        _discard_if_new()
         if wants_traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -68,15 +86,9 @@ def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = N
         raise SystemExit(INTERRUPTED) from None
 
 
-def _discard_if_new() -> None:
-    if RunFolder.newest:
-        RunFolder.newest.discard_if_new()
-
-
 def _farewell(stop: KeyboardInterrupt) -> str:
     run = RunFolder.newest
     if run is None or not run.has_begun:
-        _discard_if_new()
         return "stopped before anything was trained or measured"
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"
     return f"stopped{where}. Go on with: {started_as()} --resume --out {shell_word(str(run.path))}"

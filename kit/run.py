@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -21,8 +22,12 @@ FREE_TO_CHANGE = UNSTORED | {
 }  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
-# what a run writes once it has begun to train or to measure
-BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells", BEFORE, AFTER, SAMPLES)
+BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells")  # what a run writes once it has begun to train
+# what it writes before
+PREPARED = (
+    CONFIG, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json", "rollouts.jsonl",
+    BEFORE, AFTER, SAMPLES,
+)  # fmt: skip
 
 
 class RunFolder:
@@ -32,6 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, is_new: bool = False, is_created: bool = False):
         self.path, self.is_new, self.is_created = path, is_new, is_created
+        self.before = {child.name for child in path.glob("*")} - {CONFIG}
         self.metrics = Journal(path / "metrics.jsonl")
 
     @classmethod
@@ -78,19 +84,28 @@ class RunFolder:
         return has_begun(self.path)
 
     def discard_if_new(self) -> None:
-        """Remove a new run that has not begun: a refused start leaves no numbered folder.
+        """Remove a new run that has not begun, so that the corrected command may have its folder.
 
-        In a folder that was there before, only config.json is removed.
+        In a folder that was there before, all that was in it stays.
         """
         if self.is_new and not self.has_begun:
-            (self.path / CONFIG).unlink(missing_ok=True)
+            self.is_new = False
+            for made in (self.path / name for name in PREPARED if name not in self.before):
+                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
             if self.is_created:
                 shutil.rmtree(self.path, ignore_errors=True)
 
 
 def has_begun(path: Path) -> bool:
     """Return whether the run in a folder has trained or measured anything."""
-    return any((path / name).exists() for name in BEGUN)
+    samples = (file for stage in (BEFORE, AFTER, SAMPLES) for file in (path / stage).glob("*.jsonl"))
+    return any((path / name).exists() for name in BEGUN) or any(map(_holds_samples, samples))
+
+
+def _holds_samples(path: Path) -> bool:
+    """Return whether a file of samples holds more than its first line, which is a header."""
+    with path.open("rb") as lines:
+        return len(list(islice(lines, 2))) > 1
 
 
 def stored_settings(recipe: str, out: str) -> tuple[Path, dict]:

@@ -1,5 +1,7 @@
 """A frozen dataclass of settings becomes a command line: every field is a flag, and the comment behind it is
-its help.
+its help, with the values that are allowed in brackets (kit/ranges.py):
+
+    lr: float = 5e-5  # peak learning rate [> 0, <= 1]
 
     python recipe.py --row_tokens 4096 --model tiny        values
     python recipe.py --smoke --epochs 2                    --smoke first, then your own flags
@@ -8,8 +10,9 @@ its help.
 A recipe's Config extends the dataclasses that it passes on, so that a setting, its default and its help stand
 in one place: `class Config(Settings, Savings)`, and later part_of(config, Savings).
 
-Settings are text, numbers and switches. Anything richer belongs in a script that calls the recipe's
-main(Config(...)).
+A Config extends Checked, or a class that does: one with a value that is not allowed cannot be made, neither
+from the command line nor with --resume nor in Python. Settings are text, numbers and switches. Anything
+richer belongs in a script that calls the recipe's main(Config(...)).
 """
 
 from __future__ import annotations
@@ -19,17 +22,28 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import cache, cached_property
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import TypeVar
 
 from kit.command_line import shell_word, started_as
+from kit.ranges import BRACKETS, Range
 from kit.run import recipe_name, stored_settings
 
 Config = TypeVar("Config")
+# of a setting -> what Python may pass for it, and what that is called
+KINDS = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,30 +54,68 @@ class Flag:
     group: str  # the comment above a block of fields
     text: str  # the comment behind the field
     default: object
+    kind: type
+
+    @cached_property
+    def range(self) -> Range | None:
+        """What the brackets at the end of the comment allow; None if there are none."""
+        brackets = BRACKETS.search(self.text)
+        return Range(brackets[1]) if brackets else None
 
     @property
     def word(self) -> str:
         """The flag as it is typed: `as_` is --as, since `as` is a keyword of Python."""
         return "--" + self.name.rstrip("_")
 
+    def check(self, value: object) -> None:
+        """Raise ValueError for a value that the setting may not have. An empty default is always allowed."""
+        accepted, called = KINDS.get(self.kind, (object, ""))
+        if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
+            problem = f"must be {called}"
+        elif self.range and not value == self.default == "":
+            problem = self.range.problem(value)
+        else:
+            problem = "must be finite" if self.kind is float and not math.isfinite(value) else ""
+        if problem:
+            about = BRACKETS.sub("", self.text)
+            about = f" ({about})" if about and not problem.endswith("?") else ""
+            raise ValueError(f"{self.name} is {value!r} but {problem}{about}")
 
-def flags_of(config_class: type) -> list[Flag]:
+
+class Checked:
+    """Settings that are checked when they are made; a frozen dataclass extends it."""
+
+    def __post_init__(self):
+        for flag in flags_of(type(self)):
+            flag.check(getattr(self, flag.name))
+
+
+@cache
+def flags_of(config_class: type) -> tuple[Flag, ...]:
     """Return a Config's flags: the class's own first, then those of the classes that it extends.
 
-    A field may take several lines, as when the formatter has put its value in parentheses.
+    A field may take several lines, as when the formatter has put its value in parentheses. A class that was
+    typed into an interpreter has no source: its fields keep the comments of the classes that it extends.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    fields, kinds = dataclasses.fields(config_class), typing.get_type_hints(config_class)
+    defaults = {field.name: field.default for field in fields}
     found: dict[str, Flag] = {}
     for base in filter(dataclasses.is_dataclass, config_class.__mro__):
-        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        try:
+            lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        except (OSError, TypeError):  # both mean that there is no source
+            continue
         for node in ast.parse("\n".join(lines)).body[0].body:
             if isinstance(node, ast.AnnAssign) and node.target.id in defaults:
                 above = (line.strip() for line in reversed(lines[: node.lineno - 1]))
                 group = next((line[2:] for line in above if line.startswith("# ")), "")
                 own = [line for line in lines[node.lineno - 1 : node.end_lineno] if "  # " in line]
                 text = own[0].split("  # ", 1)[1] if own else ""
-                found.setdefault(node.target.id, Flag(node.target.id, group, text, defaults[node.target.id]))
-    return list(found.values())
+                name = node.target.id
+                found.setdefault(name, Flag(name, group, text, defaults[name], kinds[name]))
+    for field in fields:
+        found.setdefault(field.name, Flag(field.name, "", "", field.default, kinds[field.name]))
+    return tuple(found.values())
 
 
 def part_of(config, kind: type[Config]) -> Config:
@@ -82,17 +134,18 @@ def parse(
     """Read settings from the command line (argv without the program's name; None = sys.argv).
 
     smoke, quick: what --smoke and --quick set before the other flags are applied; each needs a bool field of
-    that name. presets: what --preset NAME sets, before those two; needs a text field `preset`.
+    that name. presets: what --preset NAME sets, before those two; needs a text field `preset`, whose brackets
+    name them.
 
     With --resume, the settings are those of the run in --out, or of the newest one, before the other flags
     are applied. Exits with status 2 and one line for an unknown flag (naming the nearest), a missing value or
     a value of the wrong type. --help shows the usual flags, and --help all shows every one. Raises ValueError
-    if there is no run to resume.
+    for a value that is not allowed, on the command line or in the run, and if there is no run to resume.
     """
     argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
-    flags, types = flags_of(config_class), typing.get_type_hints(config_class)
+    flags = flags_of(config_class)
     everything = any(pair in (("--help", "all"), ("-h", "all")) for pair in pairwise(argv))
-    parser = _parser(config_class, flags, types, presets, everything=everything)
+    parser = _parser(config_class, flags, everything=everything)
     if everything:
         argv.remove("all")
 
@@ -105,17 +158,20 @@ def parse(
             parser.exit(2, f"error: there is no {typed}; {hint}\n")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
-    preset = given.get("preset")
-    if preset is not None and preset not in presets:
-        names = ", ".join(presets) or "none"
-        parser.exit(2, f"error: there is no preset {preset!r}; the presets are {names}\n")
-    base = presets[preset] if preset else {}
+    for flag in flags:  # the presets are looked up by one of them
+        if flag.name in given:
+            flag.check(given[flag.name])
+    base = presets[given["preset"]] if "preset" in given else {}
     for name, settings in (("quick", quick), ("smoke", smoke)):
         if settings and given.get(name):
             base = base | settings
     if given.get("resume"):
         folder, stored = stored_settings(recipe_name(config_class), given.get("out", ""))
         base = base | {flag.name: stored[flag.name] for flag in flags if flag.name in stored}
+        try:
+            config_class(**base)
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be resumed, since in its settings {error}") from None
         given["out"] = str(folder)
     return config_class(**{**base, **given})
 
@@ -128,9 +184,7 @@ USUAL = (
 MOST_SHOWN = 8
 
 
-def _parser(
-    config_class: type, flags: Sequence[Flag], types: dict, presets: Iterable[str], *, everything: bool
-) -> argparse.ArgumentParser:
+def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> argparse.ArgumentParser:
     """Return a parser of all flags. everything: its help lists all of them, in groups."""
     by_name = {flag.name: flag for flag in flags}
     usual = [by_name[name] for name in USUAL if name in by_name][:MOST_SHOWN]
@@ -146,11 +200,9 @@ def _parser(
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in [*shown, *(flag for flag in flags if flag not in shown)]:
-        kind = types[flag.name]
+        kind = flag.kind
         default = f" (default {flag.default!r})" if flag.default not in ("", False) else ""
         text = f"{flag.text}{default}".strip().replace("%", "%%")
-        if flag.name == "preset":
-            text += f"; one of {', '.join(presets)}"
         title = (flag.group or "settings") if everything else "usual flags"
         group = groups.setdefault(title, parser.add_argument_group(title))
         options = {"dest": flag.name, "default": None, "help": text if flag in shown else argparse.SUPPRESS}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import data, models, train
-from kit.command import start
+from kit.command import clean_up_if_refused, start
+from kit.config import Checked
 from kit.data.toy import LONG_TRACES
 from kit.machine import one_thread_if_small
 from kit.run import RunFolder
@@ -22,11 +23,11 @@ ROW_TOKENS = 1_024
 
 
 @dataclass(frozen=True)
-class Config:
-    num_traces: int = 64  # shipped traces of the toy; 0 = all
-    answer_weight: float = 2.0  # of a token after </think>; 1 = plain cross-entropy
-    lr: float = 1e-3  # peak learning rate
-    seed: int = 0  # of the subset and of how documents share rows
+class Config(Checked):
+    num_traces: int = 64  # shipped traces of the toy; 0 = all [>= 0]
+    answer_weight: float = 2.0  # of a token after </think>; 1 = plain cross-entropy [>= 0]
+    lr: float = 1e-3  # peak learning rate [> 0, <= 1]
+    seed: int = 0  # of the subset and of how documents share rows [>= 0]
     resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
@@ -47,6 +48,7 @@ def weigh_answers(end_of_thinking: int, answer_weight: float) -> train.loss.Loss
     return loss_of
 
 
+@clean_up_if_refused
 def main(config: Config) -> Path:
     """Train and return the folder of the finished model."""
     run = RunFolder.open(config)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from kit.command import start
 from kit.command_line import started_as
+from kit.config import Checked
 from kit.machine import describe_machine, require_gpu
 from kit.run import next_folder, write_json
 
@@ -42,14 +43,14 @@ SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume")  # fil
 
 
 @dataclass(frozen=True)
-class Config:
-    only: str = ""  # sections, comma-separated: truth,speed,steps,fits,sampler,rl,resume; "" = all
+class Config(Checked):
+    only: str = ""  # sections; "" = all [truth | speed | steps | fits | sampler | rl | resume, ...]
     quick: bool = False  # fewer cases, in 90 seconds
-    seconds: float = 290.0  # time budget; a check that does not fit is reported as not run; 0 = no limit
+    seconds: float = 290.0  # time budget; checks that do not fit are named; 0 = no limit [>= 0]
     models: str = ""  # of steps and fits, comma-separated names of shipped configs; "all"; "" = three of them
-    cap_gb: float = 0.0  # GiB of the card to use, so that it stands in for a smaller one; 0 = the whole card
+    cap_gb: float = 0.0  # GiB of the card to use, as if it were a smaller one; 0 = the whole card [>= 0]
     as_: str = ""  # compile for another architecture that this card runs, such as sm89; "" = the card's own
-    device: str = "cuda"  # cuda, or cpu for a rehearsal with tiny shapes
+    device: str = "cuda"  # cpu: a rehearsal with tiny shapes [cuda | cpu]
     out: str = ""  # folder for results.jsonl; "" = the next free one under runs/check_card
 
 
@@ -57,14 +58,8 @@ QUICK = {"seconds": 90.0}
 
 
 def main(config: Config) -> Results:
-    """Run the sections. Raises ValueError for an unknown section or model; exits if no card is here."""
-    names = config.only.split(",") if config.only else SECTIONS
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
-        known = ", ".join(SECTIONS)
-        raise ValueError(
-            f"only is {config.only!r} but there is no section {unknown[0]!r}; the sections are {known}"
-        )
+    """Run the sections. Raises ValueError for an unknown model, and if no card is here."""
+    names = config.only.replace(" ", "").split(",") if config.only else SECTIONS
     rehearsal = {f"{started_as()} --device cpu": "a rehearsal of every check, with tiny shapes"}
     require_gpu(config.device, "check_card", rehearsal)
 

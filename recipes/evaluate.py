@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report
-from kit.command import finish, start
+from kit.command import clean_up_if_refused, finish, start
 from kit.command_line import command_of, started_as
 from kit.config import show
 from kit.data.chat import INSTRUCTION, warn_of_instruction
@@ -36,23 +36,23 @@ from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 @dataclass(frozen=True)
 class Config(PlanSettings):
-    preset: str = "paper"  # paper or evening: settings that the other flags may change
+    preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
-    device: str = "cuda"  # cuda or cpu
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it can run the model, else kit
+    device: str = "cuda"  # [cuda | cpu]
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
-    num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids
-    top_p: float = 0.95  # 1 = off
-    top_k: int = 0  # 0 = off
-    max_new_tokens: int = 16_384  # tokens per response
-    num_slots: int = 16  # responses sampled at once; changes the speed only
-    seed: int = 0  # of the samples
+    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    top_k: int = 0  # 0 = off [>= 0]
+    max_new_tokens: int = 16_384  # tokens per response [>= 1]
+    num_slots: int = 16  # responses sampled at once; changes the speed only [>= 1]
+    seed: int = 0  # of the samples [>= 0]
     # comparison
     compare: str = ""  # two run folders, comma-separated: print second minus first, then stop; "" = evaluate
     force: bool = False  # compare runs even if prompt, decoding or versions differ
@@ -75,6 +75,7 @@ SMOKE = {
 }  # fmt: skip
 
 
+@clean_up_if_refused
 def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)

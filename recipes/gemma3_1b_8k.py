@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report, train
-from kit.command import finish, start
+from kit.command import clean_up_if_refused, finish, start
 from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION, warn_of_instruction
@@ -36,45 +36,45 @@ from kit.train.savings import Savings
 
 @dataclass(frozen=True)
 class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: kit/train/savings.py
-    preset: str = "paper"  # paper or evening: settings that the other flags may change
+    preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
-    device: str = "cuda"  # cuda or cpu
+    device: str = "cuda"  # [cuda | cpu]
     chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
-    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
+    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
-    num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all
-    row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped
-    verify: str = "llama"  # traces to keep, accepted by: math = Math-Verify, llama = it or Llama; none = all
-    long_share: float = 1.0  # of the problems; the others get the data set's short `solution` for a trace
+    num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all [>= 0]
+    row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped [>= 1]
+    verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
+    long_share: float = 1.0  # of the problems; the others get the data set's short `solution` instead [0..1]
     shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
-    max_bad_rows: int = 20  # malformed rows that are listed and left out; one more stops the run
+    max_bad_rows: int = 20  # malformed rows that are listed and left out; one more stops the run [>= 0]
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces; "" = no cache
     # optimisation: the paper's Table 2 (AdamW, cosine)
-    epochs: int = 4  # passes over the traces
-    batch_traces: int = 8  # traces per optimizer step, on average
-    lr: float = 5e-5  # peak learning rate
-    warmup_ratio: float = 0.05  # share of the steps; 0 = none
-    beta2: float = 0.999  # of AdamW, torch's default; the paper does not state it
-    weight_decay: float = 0.0  # 0 = none; the paper does not state it
-    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
-    max_tensor_norm: float = 0.0  # norm of each parameter, for update_in_backward; 0 = no clipping
-    max_steps: int = 0  # stop the schedule here; 0 = all epochs
-    checkpoint_every: int = 200  # steps; 0 = only at the end
+    epochs: int = 4  # passes over the traces [1..1000]
+    batch_traces: int = 8  # traces per optimizer step, on average [>= 1]
+    lr: float = 5e-5  # peak learning rate [> 0, <= 1]
+    warmup_ratio: float = 0.05  # share of the steps; 0 = none [0..1]
+    beta2: float = 0.999  # of AdamW, torch's default; the paper does not state it [>= 0, < 1]
+    weight_decay: float = 0.0  # 0 = none; the paper does not state it [>= 0]
+    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it [>= 0]
+    max_tensor_norm: float = 0.0  # norm of each parameter, for update_in_backward; 0 = no clipping [>= 0]
+    max_steps: int = 0  # stop the schedule here; 0 = all epochs [>= 0]
+    checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
     # evaluation: the paper's protocol
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
-    num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids
-    top_p: float = 0.95  # 1 = off
-    max_new_tokens: int = 16_384  # tokens per response
-    num_slots: int = 16  # responses sampled at once
+    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    max_new_tokens: int = 16_384  # tokens per response [>= 1]
+    num_slots: int = 16  # responses sampled at once [>= 1]
     baseline: str = ""  # run of recipes/evaluate.py that replaces the first measurement; "" = none
     # run
-    seed: int = 0  # of the subset, the packing and the samples
+    seed: int = 0  # of the subset, the packing and the samples [>= 0]
     smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
     resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
@@ -94,6 +94,7 @@ SMOKE = {
 }  # fmt: skip
 
 
+@clean_up_if_refused
 def main(config: Config) -> None:
     planned = None
     if config.gpu_gib or config.plan:
@@ -104,7 +105,6 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
-    data.generations.check_verify(config.verify)
     command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report, rl
-from kit.command import finish, start
+from kit.command import clean_up_if_refused, finish, start
 from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
@@ -56,40 +56,39 @@ from kit.train.savings import Savings
 class Config(Settings, Savings, PlanSettings):
     """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py."""
 
-    preset: str = "paper"  # paper, evening, rtx8 or rtx24: settings that the other flags may change
+    preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx8 | rtx24]
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, local folder, .gguf file, or "tiny"
-    device: str = "cuda"  # cuda or cpu
+    device: str = "cuda"  # [cuda | cpu]
     chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
-    weaken: float = 0.0  # noise on the weights, in standard deviations: --smoke then has more to learn
-    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full fine-tuning
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if installed and able, else kit
+    weaken: float = 0.0  # noise on the weights, in standard deviations: --smoke then has more to learn [>= 0]
+    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
     prompts: str = ""  # hub id[:part][@split], or a file; "" = SimpleRL-Zoo's MATH prompts, by levels
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
-    num_prompts: int = 0  # the first so many of the file; 0 = all
-    max_bad_rows: int = 20  # rows without problem or gold answer that are left out; one more stops the run
+    num_prompts: int = 0  # the first so many of the file; 0 = all [>= 0]
+    max_bad_rows: int = 20  # without problem or gold answer, and left out; one more stops the run [>= 0]
     # optimisation
-    batch_prompts: int = 1_024  # prompts per step
-    steps: int = 100  # rollouts; the paper does not state how many
-    lr: float = 5e-7  # constant
-    weight_decay: float = 0.0  # 0 = none; the paper does not state it (verl: 0.01)
-    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it
-    checkpoint_every: int = 5  # steps; 0 = only at the end
+    batch_prompts: int = 1_024  # prompts per step [>= 1]
+    steps: int = 100  # rollouts; the paper does not state how many [>= 1]
+    lr: float = 5e-7  # constant [> 0, <= 1]
+    weight_decay: float = 0.0  # 0 = none; the paper does not state it (verl: 0.01) [>= 0]
+    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it [>= 0]
+    checkpoint_every: int = 5  # steps; 0 = only at the end [>= 0]
     # evaluation, before and after
     benchmarks: str = "math500"  # name or name=FILE (MINE=FILE: your questions), comma-separated; "" = none
-    num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4; your own: 4)
-    eval_tokens: int = 16_384  # tokens per response; at most half of the model's context
+    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4; your own: 4) [0..10000]
+    eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]
     # run
     smoke: bool = False  # tiny model, toy problems, CPU, about a minute
     resume: bool = False  # continue the run in --out, or the newest one
     out: str = ""  # run folder; "" = the next free one under runs/
 
     def __post_init__(self):
-        Settings.__post_init__(self)
-        Savings.__post_init__(self)
+        super().__post_init__()
         check_savings(self)
 
 
@@ -194,12 +193,15 @@ def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
     return questions
 
 
+@clean_up_if_refused
 def main(config: Config) -> None:
     if config.weaken and config.qlora_rank:
         raise ValueError(
             f"weaken is {config.weaken:g} but qlora_rank is {config.qlora_rank}: adapters are saved with the "
             "name of their base, which is then loaded without the noise; pass --weaken 0"
         )
+    if config.benchmarks:
+        evaluate.benchmarks.find_benchmarks(config.benchmarks)  # a wrong name, before a minute's plan
     planned = None
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
@@ -249,6 +251,7 @@ def main(config: Config) -> None:
     print(f"time        rollouts {sampling}; updates and evaluation besides")
 
     settings = part_of(config, Settings)
+    settings.check_prompts(chat.encode([chat.prompt(question.problem) for question in questions]))
     eval_tokens = min(config.eval_tokens, models.backbone.context_length(model) // 2)
     params = generate.SamplingParams(max_new_tokens=eval_tokens)
     slots = rl.memory_plan.eval_slots(settings, eval_tokens)

@@ -11,40 +11,49 @@ on purpose: a validation set (the benchmark is one), larger sizes.
 from dataclasses import dataclass
 
 from kit import data, evaluate, generate, models, train
-from kit.command import start
-from kit.config import show
+from kit.command import clean_up_if_refused, start
+from kit.config import Checked, show
 from kit.data.toy import make_rows, make_tokenizer, write_rows
 from kit.run import RunFolder
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # model
-    hidden_size: int = 96  # a multiple of num_heads
-    num_layers: int = 3  # layers
-    num_heads: int = 4  # heads
+    hidden_size: int = 96  # a multiple of 2 x num_heads, since rotations turn pairs [>= 1]
+    num_layers: int = 3  # layers [>= 1]
+    num_heads: int = 4  # heads [>= 1]
     # data
-    num_traces: int = 40_000  # short traces
-    num_long_traces: int = 512  # for the --smoke of other recipes
-    num_problems: int = 100  # held out: in no training set
-    row_tokens: int = 4_096  # tokens per row
+    num_traces: int = 40_000  # short traces [1..1000000]
+    num_long_traces: int = 512  # for the --smoke of other recipes [0..1000000]
+    num_problems: int = 100  # held out: in no training set [1..1000000]
+    row_tokens: int = 4_096  # tokens per row [>= 1]
     # optimisation
-    epochs: int = 3  # passes over the traces
-    batch_traces: int = 40  # fewer than a row holds, so that a step is one row
-    lr: float = 4e-3  # peak
-    warmup_ratio: float = 0.02  # share of all steps; 0 = none
-    weight_decay: float = 0.01  # 0 = none
-    beta2: float = 0.95  # of AdamW: short memory, since there are few steps
-    seed: int = 0  # of data, weights and of how traces share rows
+    epochs: int = 3  # passes over the traces [1..1000]
+    batch_traces: int = 40  # fewer than a row holds, so that a step is one row [>= 1]
+    lr: float = 4e-3  # peak [> 0, <= 1]
+    warmup_ratio: float = 0.02  # share of all steps; 0 = none [0..1]
+    weight_decay: float = 0.01  # 0 = none [>= 0]
+    beta2: float = 0.95  # of AdamW: short memory, since there are few steps [>= 0, < 1]
+    seed: int = 0  # of data, weights and of how traces share rows [>= 0]
     # run
     smoke: bool = False  # a tiny version of everything, in seconds
     resume: bool = False  # continue the run in --out
     out: str = ""  # run folder; "" = the next free one under runs/
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size is {self.hidden_size} but num_heads is {self.num_heads}; pass a multiple of "
+                f"{2 * self.num_heads}"
+            )
+
 
 SMOKE = {"num_traces": 400, "num_long_traces": 8, "num_problems": 8, "epochs": 1}
 
 
+@clean_up_if_refused
 def main(config: Config) -> None:
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")

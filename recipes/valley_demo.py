@@ -29,12 +29,13 @@ from functools import cache
 from pathlib import Path
 
 from kit import report
-from kit.command import start
+from kit.command import clean_up_if_refused, start
 from kit.command_line import started_as
-from kit.config import show
+from kit.config import Checked, show
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.data.traces import is_long
 from kit.evaluate.benchmarks import BENCHMARKS
+from kit.models.shipped import SHIPPED
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -42,30 +43,30 @@ from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # model
     models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; all arms: the first
     # cells
-    arms: str = "long,short,mixed,growing"  # of kit/valley/study.py; the first has all sizes
-    sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm
-    control_sizes: str = "64,1024,4096"  # traces, of the other arms
-    seeds: int = 3  # of traces, packs and samples
+    arms: str = "long,short,mixed,growing"  # [long | short | quarter | mixed | most | growing | fixed, ...]
+    sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm [1..1000000, ...]
+    control_sizes: str = "64,1024,4096"  # traces, of the other arms [1..1000000, ...]
+    seeds: int = 3  # of traces, packs and samples [1..1000]
     # optimisation
-    epochs: int = 4  # passes over the traces
-    lr: float = 1e-3  # peak, cosine; why this one: above
-    warmup_ratio: float = 0.05  # share of all steps; 0 = none
-    batch_traces: int = 16  # traces per step; the growing batch: study_of below
+    epochs: int = 4  # passes over the traces [1..1000]
+    lr: float = 1e-3  # peak, cosine; why this one: above [> 0, <= 1]
+    warmup_ratio: float = 0.05  # share of all steps; 0 = none [0..1]
+    batch_traces: int = 16  # traces per step; the growing batch: study_of below [>= 1]
     # evaluation
-    num_questions: int = 0  # of the 100 held-out problems; 0 = all
-    num_samples: int = 4  # samples per question
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids
-    top_p: float = 0.95  # 1 = off
-    max_new_tokens: int = 512  # tokens per response; the longest trace has about 340
-    num_slots: int = 100  # responses sampled at once
+    num_questions: int = 0  # of the 100 held-out problems; 0 = all [>= 0]
+    num_samples: int = 4  # samples per question [1..10000]
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    max_new_tokens: int = 512  # tokens per response; the longest trace has about 340 [>= 1]
+    num_slots: int = 100  # responses sampled at once [>= 1]
     # reinforcement learning, from the base model, the lowest point and the largest size of the first arm
-    rl_steps: int = 0  # steps of 16 prompts x 8 answers; 0 = off
+    rl_steps: int = 0  # steps of 16 prompts x 8 answers; 0 = off [>= 0]
     # run
-    workers: int = 0  # runs at once, each in a process with one thread; 0 = one per core
+    workers: int = 0  # runs at once, each in a process with one thread; 0 = one per core [0..1024]
     quick: bool = False  # one seed, fewer sizes and samples: minutes
     smoke: bool = False  # four models to train, about a minute
     resume: bool = False  # go on with the run in --out, or with the newest one
@@ -173,8 +174,15 @@ def recipes_of(config: Config, data: Path) -> Recipes:
     return Recipes(evaluation, finetune, reinforce)
 
 
+@clean_up_if_refused
 def main(config: Config) -> Path:
     study, workers = study_of(config), workers_of("cpu", "", config.workers)
+    for model, _ in study.models:
+        if model not in SHIPPED and not Path(model).is_dir():
+            raise ValueError(
+                f"models is {config.models!r} but there is no folder {model}; pass folders of models that "
+                f"know the toy, or some of {', '.join(SHIPPED)}, which ship with the kit"
+            )
     path = RunFolder.open(config, may_grow=GROWS).path.resolve()
     print(f"{show(config)}\nrun folder {path} (its config.json lists all settings)")
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)

@@ -26,16 +26,16 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from kit import memory, paper, report, valley
-from kit.command import start
+from kit import memory, models, paper, report, valley
+from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, started_as
-from kit.config import full_command, show
+from kit.config import full_command, parse, show
 from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.benchmarks import count_samples
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
-from kit.recipes import evaluate, gemma3_1b_8k
+from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
@@ -46,45 +46,45 @@ OPENR1 = "open-r1/OpenR1-Math-220k:all"
 
 @dataclass(frozen=True)
 class Config(TrainingPlanSettings):
-    preset: str = "paper"  # paper, evening or rtx24: settings that the other flags may change
+    preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
     models: str = ",".join(MODELS)  # as recipes/gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
-    methods: str = "full"  # full, qlora or full+qlora, of the models that name none
-    arms: str = "long"  # of kit/valley/study.py; the first has all sizes, the others control_sizes
-    sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs and batch follow Table 2
-    control_sizes: str = ""  # traces, of the other arms; "" = all sizes
-    seeds: int = 1  # of subset, packs and samples; the paper's number is not stated
-    fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = no such arm
+    methods: str = "full"  # of the models that name none [full | qlora | full+qlora]
+    arms: str = "long"  # first: all sizes [long | short | quarter | mixed | most | growing | fixed, ...]
+    sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs, batch: Table 2 [1..10000000, ...]
+    control_sizes: str = ""  # traces, of the other arms; "" = all sizes [1..10000000, ...]
+    seeds: int = 1  # of subset, packs and samples; the paper's number is not stated [1..1000]
+    fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = none [>= 0]
     # of every model
-    device: str = "cuda"  # cuda or cpu
+    device: str = "cuda"  # [cuda | cpu]
     chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
-    attention: str = "auto"  # kit, flash-attn, torch, or auto: flash-attn if it is able, else kit
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
     traces: str = OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
-    verify: str = "llama"  # traces to keep, accepted by: math = Math-Verify, llama = it or Llama; none = all
-    row_tokens: int = 16_384  # tokens per pack; longer traces are dropped
+    verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
+    row_tokens: int = 16_384  # tokens per pack; longer traces are dropped [>= 1]
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
     # optimisation
-    lr: float = 5e-5  # peak learning rate
-    warmup_ratio: float = 0.05  # share of the steps; 0 = none
-    max_steps: int = 0  # stop every schedule here; 0 = all epochs
-    checkpoint_every: int = 200  # steps; 0 = only at the end
-    qlora_rank: int = 16  # of the adapters
+    lr: float = 5e-5  # peak learning rate [> 0, <= 1]
+    warmup_ratio: float = 0.05  # share of the steps; 0 = none [0..1]
+    max_steps: int = 0  # stop every schedule here; 0 = all epochs [>= 0]
+    checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
+    qlora_rank: int = 16  # of the adapters [1..4096]
     # evaluation
     benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
-    num_questions: int = 0  # questions per benchmark; 0 = all
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4)
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids
-    top_p: float = 0.95  # 1 = off
-    max_new_tokens: int = 16_384  # tokens per response
-    num_slots: int = 16  # responses sampled at once
+    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    max_new_tokens: int = 16_384  # tokens per response [>= 1]
+    num_slots: int = 16  # responses sampled at once [>= 1]
     # reinforcement learning
-    rl_sizes: str = ""  # traces of its starts: numbers, 0 = the base model, lowest, most; "" = none
+    rl_sizes: str = ""  # traces of its starts; 0 = the base model [lowest | most | 0..10000000, ...]
     rl_flags: str = ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed: --rl_flags="--preset rtx24"
     # run
-    gpus: str = ""  # numbers of the cards, one run on each at a time; "" = the first card
-    workers: int = 0  # runs at once with --device cpu, each on one thread; 0 = one per core
+    gpus: str = ""  # numbers of the cards, one run on each at a time; "" = the first card [0..1023, ...]
+    workers: int = 0  # runs at once with --device cpu, each on one thread; 0 = one per core [0..1024]
     smoke: bool = False  # tiny model, shipped traces, two sizes, CPU
     resume: bool = False  # go on with the sweep in --out, or with the newest one; failed runs are tried again
     out: str = ""  # sweep folder; "" = the next free one under runs/
@@ -208,6 +208,18 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
+def check_before_hours(config: Config, study: Study) -> None:
+    """Raise ValueError for what a run would refuse only when its turn comes."""
+    for model, _ in study.models:
+        models.loading.path_of(model)
+    recipe = grpo_qwen2_5_0_5b
+    try:
+        parse(recipe.Config, shlex.split(config.rl_flags), smoke=recipe.SMOKE, presets=recipe.PRESETS)
+    except ValueError as error:
+        raise ValueError(f"rl_flags is {config.rl_flags!r}, and in it {error}") from error
+
+
+@clean_up_if_refused
 def main(config: Config) -> Path | None:
     study = study_of(config)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
@@ -220,6 +232,7 @@ def main(config: Config) -> Path | None:
         "qlora_rank": config.qlora_rank,
         "card": config,
     }
+    check_before_hours(config, study)
     if config.plan:
         return make_plan(config, study, what, len(workers))
     instead = {

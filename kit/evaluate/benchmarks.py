@@ -125,8 +125,9 @@ def find_benchmarks(text: str) -> list[Benchmark]:
     """Look up the benchmarks that a setting names, such as `math500,aime24=a.jsonl,gsm8k=data,mine=q.jsonl`.
 
     Each is `name`, `name=file` or `name=folder`, or a name of your own for a file of your questions. Only
-    those are read here, because they must be counted; Benchmark.read reads the others.
-    Raises ValueError for an unknown name, a name that is used twice, and mistakes in your questions.
+    those are read here, because they must be counted; Benchmark.read reads the others. A benchmark that is
+    named twice in the same words is one.
+    Raises ValueError for an unknown name, a name of two benchmarks, and mistakes in your questions.
     """
     found: dict[str, Benchmark] = {}
     for word in text.split(","):
@@ -135,7 +136,7 @@ def find_benchmarks(text: str) -> list[Benchmark]:
             benchmark = replace(BENCHMARKS[name], source=source or BENCHMARKS[name].source)
         else:
             benchmark = _own(name, source)
-        if found.setdefault(name.lower(), benchmark) is not benchmark:
+        if found.setdefault(name.lower(), benchmark) != benchmark:
             raise ValueError(f"benchmarks is {text!r} but {name} is in it twice; give each its own name")
     return list(found.values())
 

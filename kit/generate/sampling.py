@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kit.config import Checked
+
 # candidates at first, and by what factor they grow if they do not hold the nucleus: a trained model's mostly
 # fits in the first, and sorting 262,144 logits per row would dominate
 FIRST_LOOK, WIDER = 64, 16
@@ -24,23 +26,13 @@ RACED_AT_ONCE = 2**21  # logits; a draw from a whole vocabulary takes 60 bytes e
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Checked):
     """How tokens are drawn. The defaults are those of the paper's evaluation."""
 
-    temperature: float = 0.6  # 0 = greedy
-    top_p: float = 0.95  # keep the smallest set of tokens with this much probability; 1 = off
-    top_k: int = 0  # keep the k most likely tokens first; 0 = off
-    max_new_tokens: int = 16_384
-
-    def __post_init__(self):
-        for name, fits, rule in (
-            ("temperature", self.temperature >= 0, ">= 0 (0 = greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 = off)"),
-            ("top_k", self.top_k >= 0, ">= 0 (0 = off)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, ">= 1"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
+    temperature: float = 0.6  # 0 = greedy [0 | 0.001..1000]
+    top_p: float = 0.95  # keep the smallest set of tokens with this much probability; 1 = off [> 0, <= 1]
+    top_k: int = 0  # keep the k most likely tokens first; 0 = off [>= 0]
+    max_new_tokens: int = 16_384  # tokens per response [>= 1]
 
 
 def stream_key(seed: int, key: object) -> int:

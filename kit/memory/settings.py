@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
+from kit.config import Checked
+
 Config = TypeVar("Config", bound="PlanSettings")
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class PlanSettings(Checked):
     """The card that a run is planned for, and what the plan assumes."""
 
     # plan
     plan: bool = False  # print what fits, hours, disk and the command, and stop: no GPU, no download
-    gpu_gb: str = ""  # choose settings for a card of this size in GB, or auto: the one here; "" = as set
-    desktop_gb: float = 0.7  # GB of the card that a desktop shown on it uses, which is not ours; 0 = none
+    gpu_gb: str = (
+        ""  # GB of a card to choose settings for; auto: the one here; "" = none [auto | 0.0..1024.0]
+    )
+    desktop_gb: float = 0.7  # GB of the card that a desktop shown on it uses; 0 = none [0..1024]
     card: str = ""  # with --plan: hours for this card, such as 3060; "" = the one here, else an RTX 3090
-    response_tokens: int = 4_000  # with --plan: tokens per response, on average; assumed
+    response_tokens: int = 4_000  # with --plan: tokens per response, on average; assumed [>= 1]
     json: str = ""  # with --plan: file for the plan; "" = none
 
     @property
@@ -29,12 +33,7 @@ class PlanSettings:
         if getattr(self, "resume", False):
             return 0.0
         if self.gpu_gb != "auto":
-            try:
-                return float(self.gpu_gb or 0)
-            except ValueError:
-                raise ValueError(
-                    f"gpu_gb is {self.gpu_gb!r}; pass the card's size in GB, such as 12, or auto to read it"
-                ) from None
+            return float(self.gpu_gb or 0)
 
         import torch  # takes seconds: not before flags are read
 
@@ -56,4 +55,4 @@ class TrainingPlanSettings(PlanSettings):
     """The same for a run that is trained on traces."""
 
     # plan
-    trace_tokens: int = 4_500  # with --plan: per trace; the mean of 291 R1 traces on AIME problems
+    trace_tokens: int = 4_500  # with --plan: per trace; the mean of 291 R1 traces on AIME problems [>= 1]

@@ -131,12 +131,7 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
             f"{without_gold[:5]}; give them one, or leave them out"
         )
     encoded = chat.encode([chat.prompt(question.problem) for question in prompts])
-    longest = max(map(len, encoded), default=0) + settings.max_new_tokens
-    if longest > settings.row_tokens:
-        raise ValueError(
-            f"row_tokens is {settings.row_tokens} but the longest prompt and max_new_tokens are {longest} "
-            f"tokens; pass --row_tokens {longest}"
-        )
+    settings.check_prompts(encoded)
 
     policy.optimizer.zero_grad(set_to_none=True)  # frees the last update's gradients while sampling
     groups = range(policy.drawn, policy.drawn + len(prompts))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-HEAD_UPDATES = ("whole", "blocked")
+from kit.config import Checked
 
 
 @dataclass(frozen=True)
-class Savings:
+class Savings(Checked):
     """Settings of a training step that change its memory and its speed, and its result only by rounding.
 
     Updating in the backward pass also excludes what needs all gradients at once: several rows per step, and
@@ -17,23 +17,18 @@ class Savings:
 
     # memory
     recompute: bool = True  # keep each layer's input only; costs one more forward pass
-    tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of this many tokens; 0 = whole
-    optimizer: str = "auto"  # adamw (fp32 weights only), adamw8bit, or auto: adamw8bit for bf16 weights
+    tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of so many tokens; 0 = whole [>= 0]
+    optimizer: str = "auto"  # auto: adamw for fp32 weights, else adamw8bit [auto | adamw | adamw8bit]
     exact_weights: bool = False  # bf16 weights as exact as fp32 ones: adamw8bit keeps 2 more bytes of each
     update_in_backward: bool = False  # free each gradient at once: one row per step, no global norm
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
-    logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds
+    logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds [>= 0]
     offload_optimizer: bool = False  # optimizer states in CPU memory
     offload_gradients: bool = False  # gradients in CPU memory; any number of rows, and a global norm
-    head_update: str = "whole"  # blocked: the tied embedding's gradient one block of the vocabulary at a time
+    head_update: str = "whole"  # blocked: the tied embedding's gradient block by block [whole | blocked]
 
     def __post_init__(self):
-        if self.head_update not in HEAD_UPDATES:
-            raise ValueError(f"head_update is {self.head_update!r}; pass one of {', '.join(HEAD_UPDATES)}")
-        if self.logit_rows < 0:
-            raise ValueError(
-                f"logit_rows is {self.logit_rows}; pass rows such as 512, or 0 for half a GiB of logits"
-            )
+        super().__post_init__()
         if self.head_update == "blocked" and not self.update_in_backward:
             raise ValueError(
                 "head_update is blocked but update_in_backward is off, and blocks are updated as soon as "
@@ -62,7 +57,10 @@ class Savings:
         return {name: value for name, value in values.items() if value != getattr(Savings(), name)}
 
     def check_clipping(self, max_grad_norm: float, max_tensor_norm: float) -> None:
-        """Raise ValueError if a norm is to be clipped that is never known with these savings."""
+        """Raise ValueError for a norm to clip that is negative, or never known with these savings."""
+        for name, norm in (("max_grad_norm", max_grad_norm), ("max_tensor_norm", max_tensor_norm)):
+            if not norm >= 0:  # it would turn the gradient round
+                raise ValueError(f"{name} is {norm} but must be >= 0; pass 0 for no clipping")
         if max_grad_norm and self.update_in_backward:
             per_tensor = f", and --max_tensor_norm {max_grad_norm:g} to clip each parameter"
             per_tensor = "" if self.head_update == "blocked" else per_tensor

@@ -22,26 +22,28 @@ import finetune
 import loss_and_attention
 import torch
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.machine import describe_machine
 from kit.packing import Document, PackedBatch, fill, plan_packs
 from kit.run import write_json
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # what
-    what: str = "packing,loss,attention,finetune"  # parts, comma-separated
+    what: str = "packing,loss,attention,finetune"  # parts [packing | loss | attention | finetune, ...]
     json: str = ""  # file for the figures; "" = none
     # packing
-    num_rows: int = 100_000  # documents
-    median_tokens: int = 4_096  # of the lognormal lengths
-    sigma: float = 0.8  # of the lognormal lengths
-    row_tokens: int = 16_384  # capacity of a pack; lengths are clipped to it
+    num_rows: int = 100_000  # documents [>= 1]
+    median_tokens: int = 4_096  # of the lognormal lengths [>= 1]
+    sigma: float = 0.8  # of the lognormal lengths [>= 0]
+    row_tokens: int = 16_384  # capacity of a pack; lengths are clipped to it [>= 1]
     # finetune; the sizes of loss and attention are flags of loss_and_attention.py
     model: str = "tiny"  # hub id, local folder or .gguf file
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
-    vocab_size: int = 262_144  # of a Llama with random weights, trained in a second run; 0 = no such run
+    vocab_size: int = (
+        262_144  # of a Llama with random weights, trained in a second run; 0 = no such run [>= 0]
+    )
     # run
     smoke: bool = False  # small sizes, in seconds
 
@@ -57,11 +59,7 @@ def main(config: Config) -> dict:
         "attention": lambda: loss_and_attention.main(loss_and_attention.Config(what="attention", **small)),
         "finetune": lambda: bench_run(config),
     }
-    names = config.what.split(",")
-    for name in names:
-        if name not in parts:
-            known = ", ".join(parts)
-            raise ValueError(f"what is {config.what!r} but the parts are {known}; leave {name!r} out")
+    names = config.what.replace(" ", "").split(",")
 
     machine = describe_machine()
     print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))

@@ -26,7 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit import models
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.data import ChatFormat, load_documents
 from kit.data.chat import INSTRUCTION
 from kit.machine import GIB, describe_machine, peak_resident_bytes
@@ -39,20 +39,22 @@ from kit.train.optimizer import cosine_with_warmup
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # model
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
-    vocab_size: int = 0  # instead of model: a Llama of about 20M random weights with this vocabulary; 0 = off
+    vocab_size: int = (
+        0  # instead of model: a Llama of about 20M random weights with this vocabulary; 0 = off [>= 0]
+    )
     chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
     # data
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
-    num_traces: int = 64  # documents
-    row_tokens: int = 1_024  # tokens per row; longer traces are dropped
-    median_tokens: int = 400  # of the lognormal lengths of random documents
+    num_traces: int = 64  # documents [>= 1]
+    row_tokens: int = 1_024  # tokens per row; longer traces are dropped [>= 1]
+    median_tokens: int = 400  # of the lognormal lengths of random documents [>= 1]
     # optimisation
-    rows_per_step: int = 8  # TRL's default
-    lr: float = 5e-5  # peak learning rate, cosine with 5 % warm-up
-    seed: int = 0  # of the weights and the documents
+    rows_per_step: int = 8  # TRL's default [>= 1]
+    lr: float = 5e-5  # peak learning rate, cosine with 5 % warm-up [> 0, <= 1]
+    seed: int = 0  # of the weights and the documents [>= 0]
     # run
     json: str = ""  # file for the figures; "" = none
     smoke: bool = False  # the shipped tiny model, in seconds

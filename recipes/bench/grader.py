@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.evaluate import BENCHMARKS
 from kit.grade import grade
 from kit.grade.deciding import start_worker
@@ -56,17 +56,17 @@ WARM_UP = [
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # pairs
     problems: str = ""  # .jsonl file or benchmark folder whose answers are used; "" = the list in this file
-    num_answers: int = 0  # of them; 0 = all
-    seed: int = 0  # of the wrong predictions
+    num_answers: int = 0  # of them; 0 = all [>= 0]
+    seed: int = 0  # of the wrong predictions [>= 0]
     # timing
-    repeats: int = 3  # times each pair is graded; the fastest counts
-    hardest: float = 0.05  # share of the pairs that are reported separately
+    repeats: int = 3  # times each pair is graded; the fastest counts [>= 1]
+    hardest: float = 0.05  # share of the pairs that are reported separately [0..1]
     # output
     json: str = ""  # file for the figures; "" = none
-    num_shown: int = 20  # disagreements printed
+    num_shown: int = 20  # disagreements printed [>= 0]
     smoke: bool = False  # small sizes, in seconds
 
 

@@ -31,7 +31,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kit import models
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.data import ChatFormat, Question
 from kit.data.problems import draw
 from kit.data.toy import make_rows
@@ -44,26 +44,30 @@ from kit.run import digest, write_json
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # model
-    weaken: float = 0.2  # noise on the tiny model's weights, in standard deviations, to leave much to learn
-    hidden_size: int = 0  # grow the model to this width, a multiple of 24 from its own 96 on; 0 = as it is
-    num_layers: int = 4  # of the grown model, at least its own 3
-    # task
-    min_operands: int = 3  # of the toy's problems
-    max_operands: int = 6
-    # algorithm
-    steps: int = 30  # rollouts, one update each
-    batch_prompts: int = 2  # prompts per step
-    group_size: int = 8  # completions per prompt
-    max_new_tokens: int = 64  # tokens per completion
-    row_tokens: int = (
-        512  # tokens per row of ours, the unit of its activations; TRL's is all completions, padded
+    weaken: float = (
+        0.2  # noise on the tiny model's weights, in standard deviations, to leave much to learn [>= 0]
     )
-    lr: float = 1e-4  # constant
-    seed: int = 0  # of everything
+    hidden_size: int = (
+        0  # grow the model to this width, a multiple of 24 from its own 96 on; 0 = as it is [>= 0]
+    )
+    num_layers: int = 4  # of the grown model, at least its own 3 [>= 1]
+    # task
+    min_operands: int = 3  # of the toy's problems [>= 2]
+    max_operands: int = 6  # of the toy's problems [>= 2]
+    # algorithm
+    steps: int = 30  # rollouts, one update each [>= 1]
+    batch_prompts: int = 2  # prompts per step [>= 1]
+    group_size: int = 8  # completions per prompt [>= 2]
+    max_new_tokens: int = 64  # tokens per completion [>= 1]
+    row_tokens: int = (
+        512  # tokens per row of ours, the unit of its activations; TRL's is all completions, padded [>= 1]
+    )
+    lr: float = 1e-4  # constant [> 0, <= 1]
+    seed: int = 0  # of everything [>= 0]
     # run
-    repeats: int = 1  # runs of each, in turns; the fastest counts
+    repeats: int = 1  # runs of each, in turns; the fastest counts [>= 1]
     json: str = ""  # file for the results; "" = none
     smoke: bool = False  # two steps
 
@@ -72,8 +76,6 @@ SMOKE = {"steps": 2, "max_new_tokens": 16}
 
 
 def main(config: Config) -> list[dict]:
-    if config.repeats < 1:
-        raise ValueError(f"repeats is {config.repeats} but each runs at least once; pass --repeats 1")
     contestants = {"ours": _ours, "TRL GRPOTrainer": _trl}
     if not importlib.util.find_spec("trl"):
         print("TRL is not installed (pip install trl): not compared")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from compiled import CARDS, Card, Case, Compiled, compile_case, refuse_where_nothing_compiles
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.kernels import (
     adamw8bit,
     cross_entropy,
@@ -140,9 +140,9 @@ def cases() -> list[Case]:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     kernel: str = ""  # only kernels whose name contains this; "" = all
-    card: int = 0  # only this target: 75, 80, 86, 89, 90, 120; 0 = all
+    card: int = 0  # only this target: 75, 80, 86, 89, 90, 120; 0 = all [0 | 75..120]
     json: str = ""  # file for the figures; "" = none
 
 

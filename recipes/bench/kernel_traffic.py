@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from counting import Count
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.kernels.linear_cross_entropy_chunks import COPIED_ELEMENTS, halves, rows_per_chunk
 from kit.packing import plan_packs
 
@@ -243,9 +243,9 @@ PEERS = {"Liger": "liger_kernel", "Apple": "cut_cross_entropy"}
 
 
 @dataclass(frozen=True)
-class Config:
-    num_tokens: int = 16_384  # N
-    ignored: float = 0.0  # share of the targets that are ignored
+class Config(Checked):
+    num_tokens: int = 16_384  # N [>= 1]
+    ignored: float = 0.0  # share of the targets that are ignored [>= 0, < 1]
 
 
 def table(num_tokens: int, ignored: float) -> list[dict]:
@@ -270,11 +270,6 @@ def table(num_tokens: int, ignored: float) -> list[dict]:
 
 
 def main(config: Config) -> list[dict]:
-    if not 0 <= config.ignored < 1 or config.num_tokens < 1:
-        raise ValueError(
-            f"num_tokens is {config.num_tokens} and ignored {config.ignored}; pass at least 1, and "
-            "0 <= ignored < 1"
-        )
     rows_text = f"N = {config.num_tokens:,} ({config.ignored:.0%} ignored)"
     print(f"Linear cross-entropy, forward and backward, {rows_text}, bf16.")
     print("Counted, not timed: tests compare the formulas with counts at small shapes; ratio = bytes / ours.")

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import causal_pairs
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
 from kit.models.attention import PACK_ATTENTION
@@ -37,21 +37,21 @@ from kit.run import write_json
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # what
-    what: str = "loss,attention"  # parts, comma-separated
+    what: str = "loss,attention"  # parts [loss | attention, ...]
     json: str = ""  # file for the figures; "" = none
-    repeats: int = 3  # timed runs after a warm-up; the median is reported
+    repeats: int = 3  # timed runs after a warm-up; the median is reported [>= 1]
     # loss
-    num_tokens: int = 2_048  # N
-    hidden_size: int = 640  # H
-    vocab_size: int = 262_144  # V
+    num_tokens: int = 2_048  # N [>= 1]
+    hidden_size: int = 640  # H [>= 1]
+    vocab_size: int = 262_144  # V [>= 1]
     # attention
-    documents: str = "1500,300,900,50,1346"  # tokens of each document in the pack
-    num_heads: int = 4  # of the queries
-    num_kv_heads: int = 1
-    head_dim: int = 256
-    window: int = 0  # 0 = none
+    documents: str = "1500,300,900,50,1346"  # tokens of each document in the pack [1..10000000, ...]
+    num_heads: int = 4  # of the queries [>= 1]
+    num_kv_heads: int = 1  # of keys and values [>= 1]
+    head_dim: int = 256  # features per head [>= 1]
+    window: int = 0  # tokens that a query sees; 0 = all [>= 0]
     # run
     smoke: bool = False  # small sizes, in seconds
 
@@ -64,10 +64,7 @@ SMOKE = {
 
 def main(config: Config) -> dict:
     parts = {"loss": bench_loss, "attention": bench_attention}
-    names = config.what.split(",")
-    for name in names:
-        if name not in parts:
-            raise ValueError(f"what is {config.what!r} but the parts are {', '.join(parts)}; remove {name!r}")
+    names = config.what.replace(" ", "").split(",")
     results = {name: parts[name](config) for name in names}
     if config.json:
         write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), **results})

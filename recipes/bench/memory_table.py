@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.machine import GIB
 from kit.memory import Plan, plan
 from kit.models.shipped import CONFIGS
@@ -52,9 +52,9 @@ ROWS = {  # name -> (savings, rank of the adapters)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     models: str = ""  # hub ids, comma-separated; "" = the six whose configs ship with the kit
-    row_tokens: int = 16_384  # tokens per row
+    row_tokens: int = 16_384  # tokens per row [>= 1]
     json: str = ""  # file for the figures; "" = none
     smoke: bool = False  # the tiny model that ships, in seconds
 

@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 from kit import models
-from kit.config import parse, show
+from kit.config import Checked, parse, show
 from kit.data import ChatFormat, load_documents
 from kit.data.toy import LONG_TRACES
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
@@ -43,16 +43,18 @@ ARMS = {"fp32": "#333333", "kit": "#2a7f3f", "nearest": "#c0392b"}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
-    device: str = "cpu"  # cuda or cpu
-    compute: str = "auto"  # matmuls of the two bf16 runs: fp32, bf16, or auto: bf16 on a card
+    device: str = "cpu"  # [cpu | cuda]
+    compute: str = (
+        "auto"  # of the two bf16 runs' matmuls; auto: bf16 on a card, else fp32 [auto | fp32 | bf16]
+    )
     traces: str = str(LONG_TRACES)  # hub id[:config][@split], or a .jsonl, .json or .parquet file
-    num_traces: int = 0  # traces; 0 = all
-    row_tokens: int = 1_024  # tokens per pack; longer traces are dropped
-    num_steps: int = 200  # steps of one pack each
-    lr: float = 1e-4  # constant
-    seed: int = 0  # of the packs and the rounding
+    num_traces: int = 0  # traces; 0 = all [>= 0]
+    row_tokens: int = 1_024  # tokens per pack; longer traces are dropped [>= 1]
+    num_steps: int = 200  # steps of one pack each; the last tenth is compared [>= 10]
+    lr: float = 1e-4  # constant [> 0, <= 1]
+    seed: int = 0  # of the packs and the rounding [>= 0]
     smoke: bool = False  # 20 steps, in seconds
     out: str = "runs/bench_optimizer"  # folder for optimizer.json, loss.png and report.html
 
@@ -111,13 +113,6 @@ def train(
 
 
 def main(config: Config) -> dict:
-    for name, allowed in (("compute", ("auto", "fp32", "bf16")), ("device", ("cpu", "cuda"))):
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} is {getattr(config, name)!r}; pass one of {', '.join(allowed)}")
-    if config.num_steps < 10:
-        raise ValueError(
-            f"num_steps is {config.num_steps} but the last tenth of the steps is compared; pass at least 10"
-        )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     print(show(config))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.generate import SamplingParams, generate
 from kit.machine import describe_machine
 from kit.models.attention import attention_name
@@ -34,19 +34,19 @@ EOS = 0  # which ends an answer that counts down to it; no prompt holds it
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     # requests
-    num_prompts: int = 48  # answers
-    median_tokens: int = 450  # of the lognormal lengths
-    sigma: float = 0.7  # of the lognormal lengths
-    longest: int = 1_500  # lengths are clipped to it
-    num_slots: int = 32  # answers at once, in every engine
+    num_prompts: int = 48  # answers [>= 1]
+    median_tokens: int = 450  # of the lognormal lengths [>= 1]
+    sigma: float = 0.7  # of the lognormal lengths [>= 0]
+    longest: int = 1_500  # lengths are clipped to it [>= 1]
+    num_slots: int = 32  # answers at once, in every engine [>= 1]
     # model
-    hidden_size: int = 256  # a multiple of 4 heads
-    num_layers: int = 4  # layers
+    hidden_size: int = 256  # a multiple of 4 heads [>= 1]
+    num_layers: int = 4  # layers [>= 1]
     # run
-    engines: str = "ours,generate_batch,generate"  # comma-separated
-    seed: int = 0  # of weights, prompts and lengths
+    engines: str = "ours,generate_batch,generate"  # [ours | generate_batch | generate, ...]
+    seed: int = 0  # of weights, prompts and lengths [>= 0]
     json: str = ""  # file for the figures; "" = none
     smoke: bool = False  # a few short answers, in seconds
 
@@ -71,10 +71,7 @@ def main(config: Config) -> list[dict]:
     expected = [list(range(length - 1, -1, -1)) for length in lengths]
 
     rows = []
-    for name in config.engines.split(","):
-        if name not in engines:
-            known = ", ".join(engines)
-            raise ValueError(f"engines is {config.engines!r} but they are {known}; leave {name!r} out")
+    for name in config.engines.replace(" ", "").split(","):
         start, cpu = time.perf_counter(), time.process_time()
         answers = engines[name](model, prompts)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu

@@ -230,7 +230,7 @@ def test_a_file_without_any_question_of_yours_is_refused(tmp_path, content):
         ("Toy=q.jsonl", "there is no benchmark 'Toy'; the kit knows math500"),
         ("mine=", "there is no benchmark 'mine'"),
         ("mine=q.jsonl,MINE=q.jsonl", "MINE is in it twice"),
-        ("toy,toy", "toy is in it twice"),
+        ("toy,toy=q.jsonl", "toy is in it twice"),
         ("mine=q.csv", r"your own questions are read from a \.jsonl, \.json, \.parquet file"),
         ("mine=owner/questions", "there is no benchmark 'mine', and your own questions are read from a"),
         ("mine=absent.jsonl", r"no file absent\.jsonl here"),
@@ -241,3 +241,11 @@ def test_a_name_or_a_file_that_cannot_be_used_says_why(tmp_path, monkeypatch, te
     write(tmp_path / "q.jsonl", OWN)
     with pytest.raises(ValueError, match=message):
         parse_benchmarks(text)
+
+
+def test_a_benchmark_named_twice_in_the_same_words_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "q.jsonl", OWN)
+    assert [found.name for found in parse_benchmarks("toy, mine=q.jsonl,toy,mine=q.jsonl")] == ["toy", "mine"]
+    counted = count_samples("toy,toy", num_questions=5, num_samples=2)
+    assert counted == count_samples("toy", num_questions=5, num_samples=2) == 10

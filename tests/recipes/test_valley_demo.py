@@ -166,7 +166,7 @@ def test_quick_sets_what_the_flags_may_change(recipe):
     assert {(cell.epochs, cell.batch_traces) for cell in full.cells() if cell.arm == "long"} == {(4, 16)}
     growing = [cell.num_traces for cell in full.cells() if cell.arm == "growing" and cell.seed == 0]
     assert growing == [64, 1_024]  # at 4,096 its batch is that of the others
-    with pytest.raises(ValueError, match="sizes is '8,x' but must be whole numbers"):
+    with pytest.raises(ValueError, match="sizes is '8,x' but 'x' in it must be a whole number"):
         recipe.study_of(recipe.Config(sizes="8,x"))
 
 

@@ -225,7 +225,7 @@ def test_without_a_gpu_it_says_what_can_be_done_here_and_starts_nothing(recipe, 
     assert "--plan" in str(refused.value) and "--smoke" in str(refused.value)
     with pytest.raises(ValueError, match="rl_sizes is 0,lowest,500 but no model is trained on 500 traces"):
         recipe.main(recipe.Config(rl_sizes="0,lowest,500"))
-    with pytest.raises(ValueError, match="rl_sizes is '8k' but must be whole numbers"):
+    with pytest.raises(ValueError, match="rl_sizes is '8k' but must be lowest, most or a whole number"):
         recipe.main(recipe.Config(rl_sizes="8k"))
     assert not (tmp_path / "runs").exists()
 

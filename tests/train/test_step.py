@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
@@ -124,7 +126,7 @@ def test_settings_that_exclude_one_another_are_refused_with_the_way_out():
         TrainingStep(model, Savings(update_in_backward=True), lr=1e-2)(rows)
     with pytest.raises(ValueError, match="head_update is blocked but update_in_backward is off"):
         Savings(head_update="blocked")
-    with pytest.raises(ValueError, match="head_update is 'tiled'; pass one of whole, blocked"):
+    with pytest.raises(ValueError, match="head_update is 'tiled' but must be whole or blocked"):
         Savings(head_update="tiled")
     with pytest.raises(ValueError, match="recompute is off"):
         Savings(recompute=False, tile_tokens=5)
@@ -133,6 +135,9 @@ def test_settings_that_exclude_one_another_are_refused_with_the_way_out():
     blocked = Savings(update_in_backward=True, head_update="blocked")
     with pytest.raises(ValueError, match="the head is not tied"):
         TrainingStep(make_model("llama"), blocked, lr=1e-2)
+    for norms in ({"max_grad_norm": -1.0}, {"max_grad_norm": math.nan}, {"max_tensor_norm": -1.0}):
+        with pytest.raises(ValueError, match=r"_norm is (-1\.0|nan) but must be >= 0"):
+            TrainingStep(model, Savings(), lr=1e-2, **norms)
     with pytest.raises(ValueError, match=r"max_tensor_norm is 1 but head_update is blocked"):
         TrainingStep(tied("llama"), blocked, lr=1e-2, max_tensor_norm=1.0)
     clipped = (

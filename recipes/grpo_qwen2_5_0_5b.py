@@ -71,7 +71,7 @@ class Config(Settings, Savings, PlanSettings):
     num_prompts: int = 0  # the first so many of the file; 0 = all [>= 0]
     max_bad_rows: int = 20  # without problem or gold answer, and left out; one more stops the run [>= 0]
     # optimisation
-    batch_prompts: int = 1_024  # prompts per step [>= 1]
+    batch_prompts: int = 1_024  # prompts per step [1..1000000]
     steps: int = 100  # rollouts; the paper does not state how many [>= 1]
     lr: float = 5e-7  # constant [> 0, <= 1]
     weight_decay: float = 0.0  # 0 = none; the paper does not state it (verl: 0.01) [>= 0]
@@ -251,7 +251,8 @@ def main(config: Config) -> None:
     print(f"time        rollouts {sampling}; updates and evaluation besides")
 
     settings = part_of(config, Settings)
-    settings.check_prompts(chat.encode([chat.prompt(question.problem) for question in questions]))
+    drawn = data.problems.draw(questions, 0, min(prompts, len(questions)), seed=config.seed)
+    settings.check_prompts(chat.encode([chat.prompt(question.problem) for question in drawn]))
     eval_tokens = min(config.eval_tokens, models.backbone.context_length(model) // 2)
     params = generate.SamplingParams(max_new_tokens=eval_tokens)
     slots = rl.memory_plan.eval_slots(settings, eval_tokens)

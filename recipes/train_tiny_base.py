@@ -21,7 +21,7 @@ from kit.run import RunFolder
 class Config(Checked):
     # model
     hidden_size: int = 96  # a multiple of 2 x num_heads, since rotations turn pairs [>= 1]
-    num_layers: int = 3  # layers [>= 1]
+    num_layers: int = 3  # layers [1..1000]
     num_heads: int = 4  # heads [>= 1]
     # data
     num_traces: int = 40_000  # short traces [1..1000000]

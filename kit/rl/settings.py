@@ -15,11 +15,9 @@ class Settings(Checked):
     loss at 1e-4 and advantages normalised within the group; clip range, normaliser and ratio are GRPO's."""
 
     # algorithm
-    group_size: int = 8  # completions per prompt; an advantage compares one with the others [>= 2]
+    group_size: int = 8  # completions per prompt; an advantage compares one with the others [2..10000]
     max_new_tokens: int = 8_192  # tokens per completion [>= 1]
-    temperature: float = (
-        1.0  # of sampling and of the objective's log-probs; greedy text has none to raise [0.001..1000]
-    )
+    temperature: float = 1.0  # of sampling and of the log-probs; greedy text has none to raise [0.001..1000]
     num_slots: int = 64  # completions sampled at once [>= 1]
     minibatch_prompts: int = 256  # prompts per optimizer step [>= 1]
     row_tokens: int = 16_384  # tokens per packed row; a prompt and its completion must fit [>= 1]

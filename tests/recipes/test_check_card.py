@@ -51,7 +51,7 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
 
 
 NO_GPU = "recipes/check_card.py --device cpu    a rehearsal of every check"
-NO_SECTION = "there is no section 'sped'; the sections are truth, speed, steps, fits, sampler, rl, resume"
+NO_SECTION = "'sped' in it must be truth, speed, steps, fits, sampler, rl or resume; did you mean speed?"
 REFUSED = {
     "no GPU": ([], NO_GPU),
     "an unknown section": (["--only", "truth,sped"], NO_SECTION),

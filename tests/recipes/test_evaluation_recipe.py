@@ -131,4 +131,4 @@ def test_the_samplers_bench_checks_every_engines_answers(tmp_path):
     assert [row["answers_as_expected"] for row in figures["rows"]] == [8, 8, 8]
     assert "ours against generate_batch: " in done.stdout
     refused = run_recipe("bench/sampler", "--smoke", "--engines", "fast", cwd=tmp_path)
-    assert "leave 'fast' out" in refused.stderr
+    assert "engines is 'fast' but must be ours, generate_batch or generate" in refused.stderr

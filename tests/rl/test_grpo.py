@@ -265,7 +265,7 @@ def test_groups_that_teach_nothing_cost_no_forward_pass_without_a_kl():
 
 def test_a_group_of_one_is_refused_with_the_reason():
     with pytest.raises(
-        ValueError, match=r"group_size is 1 but must be >= 2 .*an advantage compares one with the"
+        ValueError, match=r"group_size is 1 but must be in 2..10000 .*an advantage compares one with the"
     ):
         Settings(group_size=1)
 

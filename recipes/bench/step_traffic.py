@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from counting import Count, Counter
 
-from kit.config import parse
+from kit.config import Checked, parse
 from kit.memory.simulate import fake_batch, fake_model
 from kit.models.loading import load_config
 from kit.train.savings import Savings
@@ -27,10 +27,10 @@ LAYERS |= {"kit::glu", "kit::glu_backward_"}  # our kernels that count as elemen
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     model: str = "google/gemma-3-1b-it"  # of the six whose configs ship with the kit, or a folder
-    row_tokens: int = 16_384  # tokens of the step's only row
-    tile_tokens: int = 0  # tokens of the feed-forward at one time; 0 = all
+    row_tokens: int = 16_384  # tokens of the step's only row [>= 1]
+    tile_tokens: int = 0  # tokens of the feed-forward at one time; 0 = all [>= 0]
 
 
 def count_step(config: Config) -> dict[str, Count]:

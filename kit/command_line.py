@@ -26,6 +26,7 @@ COMMANDS = {  # word -> (module, what it does)
     "sweep": ("kit.recipes.valley_sweep", "the paper's whole figure: models x numbers of traces x seeds"),
     "report": ("kit.report", "write the report of a run again"),
     "grade": ("kit.grade", "is this answer right? and grade a log of answers again"),
+    "paper": ("kit.paper", "every number of the paper, and our settings beside its own"),
     "check-card": ("kit.recipes.check_card", "are the kernels right on this card, and how fast?"),
 }  # fmt: skip
 

@@ -109,7 +109,7 @@ def main(config: Config) -> list[evaluate.Result]:
     num_responses = sum(questions * k for questions, k in counts.values())
     time = memory.hours.sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
     print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
-    print(f"the paper   {'; '.join(paper.deviations(config, paper.EVALUATION)) or 'its setting'}")
+    print(paper.describe(paper.deviations(config)))
     print(f"time        {time}")
 
     results = []
@@ -156,7 +156,7 @@ def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
             num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1
         )
         how = {"smoke": SMOKE, "presets": PRESETS}
-        memory.run_plan.print_plan(config, planned, work, paper.deviations(config, paper.EVALUATION), **how)
+        memory.run_plan.print_plan(config, planned, work, paper.deviations(config), **how)
     return config
 
 

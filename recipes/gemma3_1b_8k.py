@@ -228,15 +228,8 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
             **sizes,
         )
         how = {"smoke": SMOKE, "presets": PRESETS}
-        memory.run_plan.print_plan(config, planned, work, deviations(config), **how)
+        memory.run_plan.print_plan(config, planned, work, paper.deviations(config), **how)
     return config, planned
-
-
-def deviations(config: Config) -> list[str]:
-    """List what differs from the paper's setting for so many traces."""
-    wanted = paper.FINE_TUNING | paper.Row.settings(config.num_traces) | {"qlora_rank": 0, "long_share": 1.0}
-    states = paper.ADAMW8BIT_EXACT if config.exact_weights else paper.ADAMW8BIT
-    return paper.deviations(config, wanted) + [states] * (config.device == "cuda" and not config.qlora_rank)
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):
@@ -287,7 +280,7 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
         f"{b.name} {len(b.questions)} x {num_samples[b.name] // len(b.questions)}" for b in benchmarks
     )
     print(f"evaluation  {counts} samples of up to {config.max_new_tokens:,} tokens")
-    print("the paper   " + ("\n            ".join(deviations(config)) or "its setting"))
+    print(paper.describe(paper.deviations(config)))
 
     passes = 1 if config.baseline else 2  # before and after
     training = memory.hours.training_time(

@@ -119,7 +119,6 @@ SMOKE = {
     "steps": 12, "lr": 1e-4, "kl_coef": 1e-3, "recompute": False, "checkpoint_every": 4,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "eval_tokens": 96,
 }  # fmt: skip
-SIMPLERL = "hkust-nlp/SimpleRL-Zoo-Data"
 SMALL = 0.5e9  # weights without norms and biases; Qwen2.5-0.5B has 0.494e9
 
 
@@ -164,7 +163,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
             trained_on="answers",
         )
         how = {"smoke": SMOKE, "presets": PRESETS}
-        memory.run_plan.print_plan(config, planned, work, paper.deviations(config, paper.RL), **how)
+        memory.run_plan.print_plan(config, planned, work, paper.deviations(config), **how)
         print("not counted: the evaluations before and after, and the pass that scores answers for the KL")
     return config, planned
 
@@ -172,10 +171,10 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
 def default_prompts(config: Config) -> str:
     """Return SimpleRL-Zoo's prompts for the model, as the paper chose them, and print the choice."""
     weights = memory.flops.Sizes.of(models.loading.load_config(config.model)).weights
-    levels = config.levels or ("1-4" if weights <= SMALL else "3-5")
+    levels = config.levels or paper.MATH_LEVELS[weights > SMALL]
     why = f"the model has {weights / 1e9:.2f}B weights" if not config.levels else "as asked for"
-    print(f"prompts     MATH levels {levels}: {why} (paper: 1-4 for 0.5B, 3-5 above)")
-    return f"{SIMPLERL}:simplelr_qwen_level{levels.replace('-', 'to')}"
+    print(f"prompts     MATH levels {levels}: {why} (paper: {' for 0.5B, '.join(paper.MATH_LEVELS)} above)")
+    return f"{paper.SIMPLERL}:{paper.FOLDERS}{levels.replace('-', 'to')}"
 
 
 def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
@@ -244,8 +243,7 @@ def main(config: Config) -> None:
     each = f"{config.batch_prompts:,} prompts x {config.group_size} answers, {updates} updates each"
     passes = f"{prompts / len(questions):.2f} passes over the prompts"
     print(f"training    {config.steps:,} steps of {each}; {passes}")
-    print(f"the paper   {'; '.join(paper.deviations(config, paper.RL)) or 'its Table 3'}")
-    print("            not stated there: clip range, KL estimator, normaliser; see the list in --help")
+    print(paper.describe(paper.deviations(config)))
     answers = prompts * config.group_size
     sampling = memory.hours.sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
     print(f"time        rollouts {sampling}; updates and evaluation besides")

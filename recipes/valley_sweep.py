@@ -39,16 +39,16 @@ from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
-from kit.valley.study import FIXED_BATCH, FULL, MODELS, TABLE, Cell, Study, parse_models, parse_numbers
-
-OPENR1 = "open-r1/OpenR1-Math-220k:all"
+from kit.valley.study import FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
 
 
 @dataclass(frozen=True)
 class Config(TrainingPlanSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
-    models: str = ",".join(MODELS)  # as recipes/gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
+    models: str = ",".join(
+        paper.MODELS
+    )  # as recipes/gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
     methods: str = "full"  # of the models that name none [full | qlora | full+qlora]
     arms: str = "long"  # first: all sizes [long | short | quarter | mixed | most | growing | fixed, ...]
     sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs, batch: Table 2 [1..10000000, ...]
@@ -61,7 +61,7 @@ class Config(TrainingPlanSettings):
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
     attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
-    traces: str = OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
+    traces: str = paper.OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
     verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped [>= 1]
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
@@ -157,15 +157,14 @@ def study_of(config: Config) -> Study:
         sizes=parse_numbers("sizes", config.sizes),
         control_sizes=parse_numbers("control_sizes", config.control_sizes),
         seeds=config.seeds,
-        batch_traces=config.fixed_batch or TABLE[-1].batch_traces,
+        batch_traces=config.fixed_batch or paper.TABLE[-1].batch_traces,
     )
 
 
 def deviations(config: Config, study: Study) -> list[str]:
     """Return what differs from the paper's setting, except for what follows from the card's size."""
-    found = paper.deviations(config, paper.FINE_TUNING)
-    if config.device == "cuda" and any(FULL in methods for _, methods in study.models):
-        found.append(paper.ADAMW8BIT)
+    full = any(FULL in methods for _, methods in study.models)
+    found = paper.deviations(vars(config) | {"qlora_rank": 0 if full else config.qlora_rank})
     return found + study.deviations(config.qlora_rank)
 
 
@@ -274,7 +273,7 @@ def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     )
     plans = valley.estimate.plan_cells(cells, planned, work, card=config.card)
     print(valley.estimate.describe(plans, num_cards=num_cards))
-    print("the paper   " + ("\n            ".join(deviations(config, study) + forced) or "its setting"))
+    print(paper.describe(deviations(config, study) + forced))
     started = replace(config.to_start(), gpu_gb=config.gpu_gb, desktop_gb=config.desktop_gb)
     print(f"start       {full_command(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
     if config.json:

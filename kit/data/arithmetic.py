@@ -16,11 +16,11 @@ import random
 import re
 
 from kit.data.expressions import evaluate
+from kit.paper import MAX_OPERAND, OPERATIONS, SAMPLES
 
 PROMPT = "Compute the answer to this arithmetic expression: "
-NUM_PROBLEMS = 400
-MIN_OPERATIONS, MAX_OPERATIONS = 5, 15
-MAX_OPERAND = 100
+NUM_PROBLEMS = SAMPLES["arithmetic"][1]
+MIN_OPERATIONS, MAX_OPERATIONS = OPERATIONS
 PARENTHESES = 0.2  # share of the sums and differences of two neighbours that are put in parentheses
 MAX_DRAWS = 5_000  # of one term's operands; then a new structure: five divisions in a row rarely work out
 

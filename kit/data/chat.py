@@ -7,11 +7,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 from kit.models.shipped import SHIPPED
+from kit.paper import INSTRUCTION
 from kit.run import digest
 from kit.turns import END_TOKENS, THOUGHT, THOUGHT_END
 
-# as in the evaluation of Qwen2.5-Math
-INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN_TEMPLATE = (  # for base models, which have no template of their own
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "Problem: {{ m['content'] }}\n\nSolution: "

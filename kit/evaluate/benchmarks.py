@@ -20,6 +20,7 @@ from kit.data.equations import check_steps
 from kit.data.problems import EXAMPLE, Question, read_own
 from kit.data.rows import SUFFIXES, BadRows, read_rows
 from kit.data.toy import PROBLEMS
+from kit.paper import SAMPLES
 from kit.run import digest
 
 
@@ -102,21 +103,19 @@ def ids_hash(questions: Iterable[Question]) -> str:
 BENCHMARKS = {
     benchmark.name: benchmark
     for benchmark in (  # name, source, file, samples per question, questions, hash
-        Benchmark("math500", "HuggingFaceH4/MATH-500@test", "math500.jsonl", 4, 500, "a6bc71e57736a9a4"),
-        Benchmark("aime24", "AI-MO/aimo-validation-aime", "aime24.jsonl", 8, 30, "1b34c3255ebf558d",
-                  row_filter="2024_AIME"),
-        Benchmark("amc23", "AI-MO/aimo-validation-amc", "amc23.jsonl", 8, 40, "cd3c50af4b0fe948",
-                  row_filter="2023_AMC"),
+        Benchmark("math500", "HuggingFaceH4/MATH-500@test", "math500.jsonl", *SAMPLES["math500"],
+                  "a6bc71e57736a9a4"),
+        Benchmark("aime24", "AI-MO/aimo-validation-aime", "aime24.jsonl", *SAMPLES["aime24"],
+                  "1b34c3255ebf558d", row_filter="2024_AIME"),
+        Benchmark("amc23", "AI-MO/aimo-validation-amc", "amc23.jsonl", *SAMPLES["amc23"],
+                  "cd3c50af4b0fe948", row_filter="2023_AMC"),
         Benchmark("gsm8k", "openai/gsm8k:main@test", "gsm8k_test.jsonl", 4, 1319, "6700fc151a84d1df",
                   answer_pattern=r"####\s*(.+)"),
-        Benchmark("arithmetic", "", "arithmetic.jsonl", 4, 400, "4ad7da933761c1ce"),
+        Benchmark("arithmetic", "", "arithmetic.jsonl", *SAMPLES["arithmetic"], "4ad7da933761c1ce"),
         Benchmark("toy", str(PROBLEMS), "problems.jsonl", 4, 100, "7c22d50c014f0914"),
     )
 }  # fmt: skip
-PAPER = ("math500", "aime24", "amc23")
-
-
-OWN_SAMPLES = 4  # samples per question of your own, as for MATH-500
+OWN_SAMPLES = SAMPLES["math500"][0]  # samples per question of your own
 # The name becomes that of a file. Windows reserves a few, and ignores capitals, as macOS does.
 OWN_NAME = re.compile(r"(?!(con|prn|aux|nul|com\d|lpt\d)(\.|$))[a-z0-9][a-z0-9._-]{0,63}", re.IGNORECASE)
 

@@ -8,14 +8,8 @@ from __future__ import annotations
 import re
 
 from kit.grade.reading import group_ends
+from kit.paper import KEYWORDS
 
-# the paper's keywords (section "Why it happens"). The paper also asks a language model whether each match is
-# a real reflection, so keywords alone give an upper bound.
-KEYWORDS = (
-    "recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "reevaluation", "re-examine", "reexamine",
-    "reconsider", "reanalyze", "double-check", "check again", "think again", "verify again",
-    "go over the steps",
-)  # fmt: skip
 REFLECTION = re.compile("|".join(map(re.escape, KEYWORDS)), re.IGNORECASE)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 

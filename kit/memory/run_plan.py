@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from kit import paper
 from kit.command_line import started_as
 from kit.config import full_command
 from kit.generate.sampling import SamplingParams
@@ -251,7 +252,7 @@ def print_plan(
     fits = f"a card of {size:.3g} GB {'is' if found.fits(size) else 'is NOT'} large enough; " if size else ""
     print(f"in short    {fits}about {in_words(estimate.hours)} in all")
     print(estimate.describe(found.update.host if found.update else 0))
-    print("the paper   " + ("\n            ".join(deviations) or "its setting"))
+    print(paper.describe(deviations))
     print(f"start       {full_command(config.to_start(), started_as(), smoke=smoke, presets=presets)}")
     if config.json:
         write_json(Path(config.json), found.as_json() | {"estimate": asdict(estimate)})

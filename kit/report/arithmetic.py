@@ -13,6 +13,7 @@ from statistics import fmean, median
 
 from kit.data.equations import check_steps
 from kit.evaluate.results import Result
+from kit.paper import OPERATIONS_DONE
 from kit.report.figures import Stages
 from kit.report.page import findings, share_cell, table
 from kit.valley.curves import percent, points
@@ -162,9 +163,9 @@ def _first_wrong_steps(stage: str, answers: Answers) -> str:
 
 MEANING = """<p>If every operation were right with the same chance p and nothing else went wrong, a problem
 of n operations would be solved with probability p^n: p times itself, n times.</p>"""
-NOTE = """<p><small>p: the share of right operations among those up to and including the first wrong one of
+NOTE = f"""<p><small>p: the share of right operations among those up to and including the first wrong one of
 an answer; n: the operations of the problem. Operations are read from the equations between numbers that an
 answer states, each checked by itself; a wrong equation counts as one wrong operation. A residual above 0:
 answers are right although an equation in them is wrong, which they may take back later. Below 0: something
 else fails, for example a number is miscopied, or the answer is cut off. Intervals are 95 %, over questions.
-The paper counts about 10 operations per answer before and 40 after 8k traces.</small></p>"""
+The paper counts {OPERATIONS_DONE}.</small></p>"""

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from kit import paper
 from kit.evaluate.results import Result, paired_difference, read_results
 from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
@@ -27,11 +28,6 @@ from kit.valley.curves import percent as with_interval
 
 Results = Mapping[str, Result]  # benchmark -> its samples
 NOTHING = "Nothing has been measured yet."
-# the numbers in the paper's text, means of the three benchmarks; its curves show no values
-PAPER = {
-    "gemma-3-1b-it": "24 % before, about a quarter of that after 8k traces, 15 % after 220k",
-    "qwen2.5-0.5b-instruct": "14 % before, 11 % after 220k traces; no number for 8k",
-}
 
 
 def write_report(path: Path) -> Path:
@@ -54,6 +50,7 @@ def write_report(path: Path) -> Path:
     sections = [
         pages.bullets("Benchmark by benchmark", lines if len(lines) > 1 else ()),
         _paper(str(config.get("model", ""))),
+        pages.bullets("What differs from the paper", paper.deviations(config)),
         drawn + _training(metrics, path),
         arithmetic.section(arithmetic.check_answers(stages)),
         pages.figures_table(stages),
@@ -173,7 +170,7 @@ def _which(results: Results) -> str:
 
 
 def _paper(model: str) -> str:
-    known = next((text for name, text in PAPER.items() if name in model.lower()), None)
+    known = paper.accuracy_in_words(model)
     return (
         f"<p>The paper (mean of three benchmarks, full fine-tuning on 8 H100): {known}.</p>" if known else ""
     )

@@ -16,6 +16,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from kit import paper
 from kit.report import page as pages
 from kit.report.answers import browser, marked
 from kit.report.before_after import asked_of, findings, read_run, same_problem, what_came_out
@@ -46,6 +47,7 @@ def write_report(path: Path) -> Path:
     lines = findings(stages)
     sections = [
         pages.bullets("Benchmark by benchmark", lines if len(lines) > 1 else ()),
+        pages.bullets("What differs from the paper", paper.deviations(config)),
         f"<h2>Training</h2><p>{html.escape(summary(metrics))}</p>",
         embed(path / "rl-more.png", partial(_figure, metrics, OTHERS), more),
         pages.figures_table(stages),

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+from kit import paper
 from kit.report import page as pages
 from kit.report.answers import STEP_MARKS, answer
 from kit.report.before_after import NOTHING
@@ -28,7 +29,7 @@ from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
 from kit.valley.first_error import CAUSES, STEPWISE
 from kit.valley.jobs import DONE, FAILED
 from kit.valley.sentences import by_start, findings, rl_findings, what_came_out, what_was_done
-from kit.valley.study import PAPER, Cell, short_name
+from kit.valley.study import Cell, short_name
 
 SHOWN = 12  # problems in the browser
 
@@ -79,8 +80,7 @@ def _measured(results: StudyResults, model: str) -> list[Curve]:
 def drawing(path: Path, results: StudyResults, model: str) -> str:
     """Write the figure of a model's curves, with the paper's numbers, and return it as HTML."""
     name, curves = short_name(model), results.curves(model)
-    paper = {size: float(text) for (of, size), text in PAPER.items() if of == name.lower() and text.isdigit()}
-    draw = partial(valley_figure, curves, results.length_benchmark, paper)
+    draw = partial(valley_figure, curves, results.length_benchmark, paper.stars(name.lower()))
     return embed(path / f"{name}.png", draw, f"{model}: accuracy and length against the number of traces")
 
 
@@ -231,7 +231,7 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
         f"{len(seeds[0].metrics):,}" if trained else "-",
         pages.share_cell(point.accuracy),
         pages.share_cell(difference(point.shares, curve.base.shares), "+") if trained else "-",
-        PAPER.get((short_name(cell.model).lower(), cell.num_traces), "-"),
+        paper.ACCURACY.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
     ]
     for name in ("truncated", "looping", "reflection"):
@@ -287,13 +287,12 @@ def _title(cell: Cell) -> str:
     return f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve
 
 
-WHY_NOTE = """<p><small>p: the share of right steps among those with only right ones before them; n: the
+WHY_NOTE = f"""<p><small>p: the share of right steps among those with only right ones before them; n: the
 problem's steps. "Longer answers alone": the share that would be right if every operation of these answers,
-checks and all, were as reliable as the base model's. What goes wrong first, in this order: {causes}. Right by
-luck: something in the answer is wrong, its box is not. The paper, on its synthetic arithmetic: about 10
-operations per answer before, 40 after 8k traces; on benchmarks, reflection below 5 % before, about 75 % after
-(Qwen), reflective answers about 2,000 tokens longer (1.5B, 3B). It counts a recheck only if a language model
-agrees; here a keyword is enough.</small></p>"""
+checks and all, were as reliable as the base model's. What goes wrong first, in this order: {{causes}}. Right
+by luck: something in the answer is wrong, its box is not. The paper, on its synthetic arithmetic:
+{paper.OPERATIONS_DONE}; on benchmarks, {paper.REFLECTION}, {paper.REFLECTION_LENGTH}. It counts a recheck
+only if a language model agrees; here a keyword is enough.</small></p>"""
 RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise. The curve is the
 reward of the rollouts; bands span the seeds. Before and after, the questions are answered with new samples,
 because the lowest of several points is in part bad luck. In the paper the start after 8k traces stays below

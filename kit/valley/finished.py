@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import fmean
 
 from kit.evaluate.results import Result, check_comparable, mean_accuracy, read_results
+from kit.paper import LENGTH_BENCHMARK
 from kit.run import AFTER, BEFORE, SAMPLES, Journal, kept_traces, write_json
 from kit.valley.curves import ByQuestion, Curve, Point
 from kit.valley.jobs import DONE, Outcome, read_outcomes
 from kit.valley.study import Cell, short_name
 
 Results = dict[str, Result]  # benchmark -> its samples
-LENGTH_BENCHMARK = "math500"  # the paper measures the length of responses on this one
 STUDY = "study.json"
 CELLS, RL = "cells", "rl"  # folders of a study: of runs by the cell's name, and of RL by the start's name
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from kit import paper
 from kit.command import Stopped, finish
 from kit.evaluate.results import read_results
 from kit.progress import print_line
@@ -134,7 +135,7 @@ def run_study(
     if len(workers) > 1:
         jobs.sort(key=lambda job: (bool(job.needs), job.settings["seed"], -job.settings.get("num_traces", 0)))
     print(f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with its {LOG}")
-    print("the paper   " + ("\n            ".join(deviations) or "its setting"))
+    print(paper.describe(deviations))
 
     failed = _run(jobs, path, workers, write_report)
     if rl:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from kit.paper import TABLE
+from kit.paper import TABLE, Row
 
 FULL, QLORA = "full", "qlora"  # methods
 BASE, LONG, FIXED_BATCH = "base", "long", "fixed"  # arms that the code names; BASE is the base model's own
@@ -37,32 +37,6 @@ ARMS = {
     "growing": Arm("long traces, growing batch", grows=True),
     FIXED_BATCH: Arm("long traces, one batch size", grows=False),
 }
-
-
-# the paper's models that the kit covers
-MODELS = (
-    "google/gemma-3-1b-it",
-    "Qwen/Qwen2.5-0.5B-Instruct",
-    "Qwen/Qwen2.5-1.5B-Instruct",
-    "Qwen/Qwen2.5-3B-Instruct",
-    "meta-llama/Llama-3.2-1B-Instruct",
-    "meta-llama/Llama-3.2-3B-Instruct",
-)
-# The paper's accuracies in percent, the mean of its three benchmarks:
-# (model, traces) -> what its text says. Its curves carry no values, so what is not here is not known.
-PAPER = {
-    ("gemma-3-1b-it", 0): "24",
-    ("gemma-3-1b-it", 8_000): "about a quarter of its 24",
-    ("gemma-3-1b-it", 220_000): "15",
-    ("qwen2.5-0.5b-instruct", 0): "14",
-    ("qwen2.5-0.5b-instruct", 220_000): "11",
-    ("qwen2.5-1.5b-instruct", 32_000): "slightly above its baseline",
-}
-
-
-def paper_epochs(num_traces: int) -> int:
-    """Return the epochs of Table 2's largest row that is no larger, or of its first row if there is none."""
-    return next((row for row in reversed(TABLE) if row.traces <= num_traces), TABLE[0]).epochs
 
 
 def short_name(model: str) -> str:
@@ -167,7 +141,7 @@ class Study:
             first = arm == self.arms[0]
             if first or model in self.compared:
                 for size in self.sizes if first else self.control_sizes or self.sizes:
-                    epochs, batch = self.epochs or paper_epochs(size), self.batch_of(arm, size)
+                    epochs, batch = self.epochs or Row.of(size).epochs, self.batch_of(arm, size)
                     training = (model, method, ARMS[arm].long_share, size, seed, epochs, batch)
                     found.setdefault(training, Cell(model, method, size, seed, epochs, batch, arm))
         return list(found.values())
@@ -181,7 +155,8 @@ class Study:
             )
         if missing := [f"{size:,}" for size in sorted(table - {*self.sizes})]:
             found.append(f"without {', '.join(missing)} traces")
-        if adapted := [short_name(model) for model, methods in self.models if QLORA in methods]:
+        adapted = [short_name(model) for model, methods in self.models if QLORA in methods]
+        if adapted and any(FULL in methods for _, methods in self.models):
             found.append(f"QLoRA of rank {qlora_rank} for {', '.join(adapted)} (paper: all parameters)")
         if FIXED_BATCH in self.arms:
             found.append(f"a control arm with {self.batch_traces} traces per step at every size")

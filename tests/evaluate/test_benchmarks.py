@@ -5,7 +5,8 @@ import pyarrow.parquet
 import pytest
 from conftest import real_data
 
-from kit.evaluate.benchmarks import BENCHMARKS, PAPER, count_samples, ids_hash, parse_benchmarks
+from kit import paper
+from kit.evaluate.benchmarks import BENCHMARKS, count_samples, ids_hash, parse_benchmarks
 from kit.grade.verdict import grade
 
 
@@ -15,7 +16,9 @@ def write(path, rows):
 
 
 def test_the_papers_three_have_its_sample_counts():
-    counts = {name: (BENCHMARKS[name].num_samples, BENCHMARKS[name].num_questions) for name in PAPER}
+    counts = {
+        name: (BENCHMARKS[name].num_samples, BENCHMARKS[name].num_questions) for name in paper.BENCHMARKS
+    }
     assert counts == {"math500": (4, 500), "aime24": (8, 30), "amc23": (8, 40)}
 
 

@@ -3,7 +3,6 @@ import random
 import pytest
 
 from kit.evaluate.reflection_and_loops import (
-    KEYWORDS,
     LOOP_CHARACTERS,
     LOOP_TIMES,
     LOOP_UNIT,
@@ -11,6 +10,7 @@ from kit.evaluate.reflection_and_loops import (
     ends_in_loop,
     reflects,
 )
+from kit.paper import KEYWORDS
 
 PROSE = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ,.\n", k=3_000))
 

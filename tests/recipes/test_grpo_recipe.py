@@ -143,7 +143,7 @@ def test_the_levels_asked_for_are_those_of_the_default_prompts_or_refused_with_w
     recipe, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(recipe, "SIMPLERL", str(tmp_path / "zoo"))
+    monkeypatch.setattr(recipe.paper, "SIMPLERL", str(tmp_path / "zoo"))
     for levels in ("1to4", "3to5"):
         folder = tmp_path / "zoo" / f"simplelr_qwen_level{levels}"
         folder.mkdir(parents=True)

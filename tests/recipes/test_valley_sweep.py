@@ -13,8 +13,9 @@ from children import run_recipe, start_recipe
 
 from kit.config import parse
 from kit.models.shipped import TINY
+from kit.paper import MODELS, TABLE
 from kit.valley.runs import jobs_of, rl_jobs
-from kit.valley.study import MODELS, TABLE, Cell
+from kit.valley.study import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +127,10 @@ def test_the_default_is_the_papers_table_and_its_settings(recipe):
     assert (config.temperature, config.top_p, config.num_samples) == (0.6, 0.95, 0)
     assert config.benchmarks == "math500,aime24,amc23"
     assert recipe.deviations(config, study) == [
-        "AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)"
+        "the instruction stands below the problem (from Qwen2.5-Math: in the system turn)",
+        "AdamW with 8-bit states (paper: AdamW, bf16)",
+        "a trace is too long by the model's own tokenizer (the paper does not say; ours)",
+        "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)",
     ]
     one = recipe.gemma3_1b_8k.Config()  # what is not in the sweep's settings is the single recipe's
     shared = recipe.shared(config, type(one))
@@ -140,7 +144,7 @@ def test_a_preset_lists_every_one_of_its_deviations(recipe):
         "500, 2,000 traces",
         "without 16,000",
         "num_questions 100 (paper: all)",
-        "max_new_tokens 8192 (paper: 16384)",
+        "max_new_tokens 8,192 (paper: 16,384)",
         "num_samples 2 (paper: 8 for AIME24",
         "QLoRA of rank 16 for Qwen2.5-3B-Instruct",
     ):
@@ -252,7 +256,7 @@ def test_the_plan_is_printed_and_written_without_a_gpu_or_a_run_folder(recipe, m
         "3,438",
         "h on one card",
         "Estimates, not timings",
-        "row_tokens 256 (paper: 16384)",
+        "row_tokens 256 (paper: 16,384)",
     ):
         assert text in printed
     assert [row["num_traces"] for row in json.loads((tmp_path / "plan.json").read_text())] == [8_000, 220_000]

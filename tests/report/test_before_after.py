@@ -57,7 +57,7 @@ def test_the_finding_follows_the_data_and_calls_no_difference_inside_its_interva
 
 def make_run(path, *, before=None, after=None, metrics=()):
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model": "google/gemma-3-1b-it", "lr": 5e-5}))
+    (path / "config.json").write_text(json.dumps({"model": "google/gemma-3-1b-it", "lr": 1e-3}))
     (path / "drop_counts.json").write_text(json.dumps({"text": "8 traces kept, 2 dropped"}))
     for stage, found in ((BEFORE, before), (AFTER, after)):
         if found:
@@ -86,6 +86,7 @@ def test_the_page_is_self_contained_and_escapes_what_models_write(tmp_path):
     assert "Accuracy fell: " in page
     assert "<summary>0 &lt; 1? <small>(before: 9 of 10 right; after: 1 of 10 right)</small></summary>" in page
     assert "24 % before" in page  # the paper's number for this model
+    assert "<h2>What differs from the paper</h2><ul><li>lr 0.001 (paper: 5e-05)</ul>" in page
     assert "8 traces kept, 2 dropped" in page
     assert "loss 2.000 at the first step, 1.000 at the last" in page
 

@@ -15,7 +15,7 @@ STEP = {
 def make_run(path, *, steps=0, shares=None):
     """Write a run. shares: stage -> share of right answers, of four questions with ten samples each."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model": "some <model>", "lr": 5e-7}))
+    (path / "config.json").write_text(json.dumps({"model": "some <model>", "lr": 1e-6, "group_size": 8}))
     for stage, share in (shares or {}).items():
         journal = Journal(path / stage / "toy.jsonl")
         journal.append({"header": {}})
@@ -41,6 +41,7 @@ def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_wr
     assert "Accuracy rose: 10.0 % (" in page and "after (+80.0 points, " in page
     assert "20 steps: mean reward 0.250 in the first tenth, 0.250 in the last; 40 s of sampling" in page
     assert "and grading, 20 s of updates; 40 answers left out because" in page
+    assert "<h2>What differs from the paper</h2><ul>" in page and "<li>lr 1e-06 (paper: 5e-07)" in page
     assert "<td>90.0 %<br>(" in page and "some &lt;model&gt;, reinforcement learning" in page
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "<mark>recheck</mark>" in page and page.count("<img ") == 2

@@ -4,16 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from kit.paper import ACCURACY, MODELS, TABLE, Row, stars
 from kit.valley.study import (
     ARMS,
     BASE,
     FIXED_BATCH,
-    MODELS,
-    PAPER,
-    TABLE,
     Cell,
     Study,
-    paper_epochs,
     parse_models,
     parse_numbers,
     short_name,
@@ -51,25 +48,24 @@ def test_the_table_is_the_papers_and_gives_its_number_of_optimizer_steps():
 def test_a_size_outside_the_table_continues_its_rule_and_one_inside_is_its_row():
     study = Study(ONE, SIZES)
     for row in TABLE:
-        assert (paper_epochs(row.traces), study.batch_of("long", row.traces)) == (
+        assert (Row.of(row.traces).epochs, study.batch_of("long", row.traces)) == (
             row.epochs,
             row.batch_traces,
         )
     found = {
-        size: (paper_epochs(size), study.batch_of("long", size)) for size in (1, 500, 2_000, 100_000, 225_000)
+        size: (Row.of(size).epochs, study.batch_of("long", size))
+        for size in (1, 500, 2_000, 100_000, 225_000)
     }
     assert found == {1: (4, 1), 500: (4, 1), 2_000: (4, 2), 100_000: (3, 100), 225_000: (2, 128)}
 
 
 def test_every_number_of_the_paper_is_of_a_model_and_size_that_a_sweep_can_have():
     names = {short_name(model).lower() for model in MODELS}
-    assert {name for name, _ in PAPER} <= names
-    assert {size for _, size in PAPER} <= {0, *(row.traces for row in TABLE)}
-    assert {key: text for key, text in PAPER.items() if text.isdigit()} == {
-        ("gemma-3-1b-it", 0): "24",
-        ("gemma-3-1b-it", 220_000): "15",
-        ("qwen2.5-0.5b-instruct", 0): "14",
-        ("qwen2.5-0.5b-instruct", 220_000): "11",
+    assert {name for name, _ in ACCURACY} <= names
+    assert {size for _, size in ACCURACY} <= {0, *(row.traces for row in TABLE)}
+    assert {name: found for name in names if (found := stars(name))} == {
+        "gemma-3-1b-it": {0: 24.0, 220_000: 15.0},
+        "qwen2.5-0.5b-instruct": {0: 14.0, 220_000: 11.0},
     }
 
 
@@ -177,9 +173,10 @@ def test_what_differs_from_the_papers_cells_is_listed():
     for text in (
         "500 traces, which the paper lacks",
         "without 16,000, 32,000,",
-        "QLoRA of rank 16 for x",
         "4 traces per step",
         "training sets of its own: half short, half long",
     ):
         assert text in listed
     assert Study(ONE, SIZES).deviations(16) == []
+    both = Study((("a/x", ("full",)), ("b/y", ("qlora",))), SIZES)
+    assert both.deviations(16) == ["QLoRA of rank 16 for y (paper: all parameters)"]

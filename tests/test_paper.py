@@ -1,0 +1,100 @@
+"""What the paper states beside what a run does: recipes have its settings by default, and say the rest."""
+
+import importlib
+from dataclasses import fields, replace
+
+import pytest
+
+from kit import paper
+from kit.command_line import COMMANDS
+from kit.paper import deviations, table_of
+
+INSTRUCTION = "the instruction stands below the problem (from Qwen2.5-Math: in the system turn)"
+ROUNDED = "AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)"
+RESTS = "AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"
+TRACES = [
+    "a trace is too long by the model's own tokenizer (the paper does not say; ours)",
+    "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)",
+]
+
+
+def config_of(word, **settings):
+    return importlib.import_module(COMMANDS[word][0]).Config(**settings)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_defaults_of_fine_tuning_and_evaluation_differ_from_the_paper_in_what_no_setting_can_mend(exact):
+    states = RESTS if exact else ROUNDED
+    assert deviations(config_of("finetune", exact_weights=exact)) == [INSTRUCTION, states, *TRACES]
+    for row in paper.TABLE:
+        sizes = {"num_traces": row.traces, "epochs": row.epochs, "batch_traces": row.batch_traces}
+        assert deviations(config_of("finetune", exact_weights=exact, **sizes)) == [
+            INSTRUCTION, states, *TRACES
+        ]  # fmt: skip
+    assert deviations(config_of("evaluate")) == [INSTRUCTION]
+
+
+@pytest.mark.parametrize("word", ["finetune", "evaluate", "grpo"])
+def test_every_setting_of_the_paper_that_a_recipe_changes_is_said_with_both_values_and_the_source(word):
+    config = config_of(word)
+    compared = [setting for setting in table_of(vars(config)) if hasattr(config, setting.name)]
+    assert len(compared) > 9
+    for setting in compared:
+        if setting.name == "num_traces":  # which row of Table 2 it is decides about others
+            continue
+        other = {**vars(config), setting.name: "other"}
+        said = [line for line in deviations(other) if line.startswith(f"{setting.name} ")]
+        assert said == [f"{setting.name} other ({setting.source}: {setting})"]
+
+
+def test_the_row_of_table_2_is_the_one_of_so_many_traces_or_the_next_smaller_one():
+    assert [paper.Row.of(n).traces for n in (1, 8_000, 9_000, 127_999, 128_000, 500_000, 0)] == [
+        8_000, 8_000, 8_000, 64_000, 128_000, 220_000, 220_000
+    ]  # fmt: skip
+    everything = config_of("finetune", num_traces=0, epochs=2, batch_traces=128)
+    assert not [line for line in deviations(everything) if line.startswith(("num_traces", "epochs", "batch"))]
+
+
+def test_what_is_no_single_setting_is_said_too():
+    config = config_of("finetune", max_grad_norm=0.0, batch_traces=1, update_in_backward=True)
+    found = deviations(replace(config, max_tensor_norm=1.0, model="m.gguf", verify="none", instruction=""))
+    for line in (
+        "batch_traces 1 (paper: 8)",
+        "max_grad_norm 0 (from LLaMA-Factory: 1.0, of all gradients together)",
+        "max_tensor_norm 1 (from LLaMA-Factory: no clipping parameter by parameter)",
+        "verify none (paper: correct traces; by whose verdict it does not say)",
+        "model m.gguf, by its name none of the paper's (or one that was fine-tuned)",
+        "weights that a GGUF file has rounded (paper: bf16)",
+        "each step is one row of packed traces, updated without a norm of all gradients",
+    ):
+        assert line in found, line
+    assert INSTRUCTION not in found and f"instruction none (from Qwen2.5-Math: {paper.INSTRUCTION})" in found
+    adapted = deviations(config_of("finetune", qlora_rank=8))
+    assert "qlora_rank 8 (paper: all parameters)" in adapted
+    assert "the frozen weights are rounded to NF4 (paper: bf16)" in adapted
+    assert not [line for line in adapted if "AdamW" in line]
+    on_cpu = deviations(config_of("finetune", device="cpu"))
+    assert "device cpu (paper: bf16 on 8 H100)" in on_cpu and not [x for x in on_cpu if "AdamW" in x]
+    for name in ("/data/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"):
+        assert not [line for line in deviations({"model": name}) if line.startswith("model")]
+
+
+def test_a_run_folders_settings_are_compared_as_its_config_was_and_unknown_ones_are_not():
+    config = config_of("finetune", lr=1e-4)
+    stored = {field.name: getattr(config, field.name) for field in fields(config)}
+    assert deviations(stored) == deviations(config)
+    assert deviations({"num_traces": 8_000, "lr": 5e-5, "of_another_version": 1}) == []
+
+
+def test_the_command_prints_every_setting_both_values_and_every_number(capsys):
+    paper.main()
+    printed = capsys.readouterr().out
+    for word in ("finetune", "evaluate", "grpo"):
+        settings = vars(config_of(word))
+        for setting in table_of(settings):
+            assert setting.name not in settings or f"  {setting.name} " in printed
+    assert "220,000  2       128    3,437" in printed
+    assert "gemma-3-1b-it: 24 % before, about a quarter of its 24 after 8,000 traces, 15 % after" in printed
+    assert all(keyword in printed for keyword in paper.KEYWORDS)
+    with pytest.raises(ValueError, match="'--plan' is not a flag"):
+        paper.main(["--plan"])

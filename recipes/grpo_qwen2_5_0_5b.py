@@ -9,22 +9,22 @@
     python recipes/grpo_qwen2_5_0_5b.py --smoke           the same in about a minute on any CPU: a tiny model
 
 Measures the model, trains it by comparing answers to the same prompt, right or wrong, and measures it again.
-The algorithm is kit/rl/grpo.py, a minimal GRPO. Left out (in brackets: SimpleRL-Zoo's command on verl, which
-the paper's Table 3 equals wherever both state a value):
+The algorithm is kit/rl/grpo.py, a minimal GRPO. The paper's Table 3 equals SimpleRL-Zoo's published command
+on verl wherever both state a value, so what it leaves open is set as there: the mean over tokens, clip 0.2,
+dual clip 3.0, k3, weight decay 0.01, reward 0 for what cannot be graded. Left out:
 
 1. A value network and a reward model (GRPO has none), tools, and answers of several turns.
 2. Old log-probs recomputed by the trainer (verl): they are the sampler's, see kit/rl/grpo.py.
-3. Dual clip (verl: 3.0) and an entropy bonus (SimpleRL-Zoo: 0.001).
-4. Estimators of the KL other than k3, and the KL as a part of the reward.
-5. A reward of 0 for an answer that the grader cannot decide (SimpleRL-Zoo): it is counted and left out.
-6. New prompts in place of those whose answers all get the same reward (DAPO): they stay, for their KL alone.
-7. A penalty on the answers' length (DAPO), and the constant normaliser of Dr. GRPO.
-8. Several passes over one rollout, a schedule of the learning rate, sampling while training, several GPUs.
-9. Updates inside the backward pass: --update_in_backward and --head_update blocked are refused.
+3. An entropy bonus (SimpleRL-Zoo: 0.001): the fused loss knows a token's log-prob, not its distribution's.
+4. Estimators of the KL other than k3 (verl also clamps it at 10), and the KL as a part of the reward.
+5. New prompts in place of those whose answers all get the same reward (DAPO): they stay, for their KL alone.
+6. A penalty on the answers' length (DAPO), and the constant normaliser of Dr. GRPO.
+7. Several passes over one rollout, a schedule of the learning rate, sampling while training, several GPUs.
+8. Updates inside the backward pass: --update_in_backward and --head_update blocked are refused.
 
-There, but off: Dr. GRPO's advantages (--advantage_scale none), DAPO's token mean (--normaliser tokens, also
-verl's) and upper clip (--clip_high 0.28), and GSPO's ratio (--ratio sequence). What differs from the paper's
-setting is printed. --resume continues a run.
+There, but off: GRPO's own mean over answers (--normaliser sequences), Dr. GRPO's advantages
+(--advantage_scale none), DAPO's upper clip (--clip_high 0.28), and GSPO's ratio (--ratio sequence). What
+differs from the paper's setting is printed, with the source of each value. --resume continues a run.
 
 The prompts are SimpleRL-Zoo's on the hub (not tried from here), as the paper chose them by the model's size:
 MATH levels 1-4 for 0.5B and 3-5 above. --prompts DIR:simplelr_qwen_level1to4 reads a local copy of that data
@@ -74,13 +74,13 @@ class Config(Settings, Savings, PlanSettings):
     batch_prompts: int = 1_024  # prompts per step [1..1000000]
     steps: int = 100  # rollouts; the paper does not state how many [>= 1]
     lr: float = 5e-7  # constant [> 0, <= 1]
-    weight_decay: float = 0.0  # 0 = none; the paper does not state it (verl: 0.01) [>= 0]
-    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it [>= 0]
+    weight_decay: float = 0.01  # from verl; 0 = none [>= 0]
+    max_grad_norm: float = 1.0  # global norm, from verl; 0 = no clipping [>= 0]
     checkpoint_every: int = 5  # steps; 0 = only at the end [>= 0]
     # evaluation, before and after
-    benchmarks: str = "math500"  # name or name=FILE (MINE=FILE: your questions), comma-separated; "" = none
+    benchmarks: str = "math500,aime24,amc23"  # name, name=FILE or MINE=FILE, comma-separated; "" = none
     num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4; your own: 4) [0..10000]
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]
     # run
     smoke: bool = False  # tiny model, toy problems, CPU, about a minute
@@ -97,6 +97,7 @@ CONSUMER = {
     "row_tokens": 4_096,
     "tile_tokens": 2_048,
     "mask_truncated": True,
+    "benchmarks": "math500",
     "num_samples": 1,
 }
 PRESETS = {

@@ -91,6 +91,10 @@ MAX_ROW_TOKENS = 2_048  # per pack: larger ones are no faster on a CPU
 REINFORCE = {
     "lr": 1e-4,
     "kl_coef": 1e-3,
+    "normaliser": "sequences",
+    "dual_clip": 0.0,
+    "weight_decay": 0.0,
+    "undecided_is_wrong": False,
     "batch_prompts": 16,
     "minibatch_prompts": 8,
     "num_slots": 256,

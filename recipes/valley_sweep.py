@@ -46,9 +46,7 @@ from kit.valley.study import FIXED_BATCH, FULL, Cell, Study, parse_models, parse
 class Config(TrainingPlanSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
-    models: str = ",".join(
-        paper.MODELS
-    )  # as recipes/gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
+    models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
     methods: str = "full"  # of the models that name none [full | qlora | full+qlora]
     arms: str = "long"  # first: all sizes [long | short | quarter | mixed | most | growing | fixed, ...]
     sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs, batch: Table 2 [1..10000000, ...]

@@ -34,6 +34,27 @@ def test_the_defaults_of_fine_tuning_and_evaluation_differ_from_the_paper_in_wha
     assert deviations(config_of("evaluate")) == [INSTRUCTION]
 
 
+def test_reinforcement_learning_is_the_papers_with_what_it_leaves_open_from_verl_and_the_rest_said():
+    assert deviations(config_of("grpo")) == [
+        INSTRUCTION,
+        ROUNDED,
+        "no entropy bonus (from SimpleRL-Zoo: coefficient 0.001)",
+        "old log-probs are the sampler's (from verl: computed again by the trainer)",
+        "a group's standard deviation + 1e-4 (from verl: + 1e-6), and no clamp of k3 (from verl: at 10)",
+    ]
+    changed = {"normaliser": "sequences", "undecided_is_wrong": False, "dual_clip": 0.0, "weight_decay": 0.0}
+    found = deviations(config_of("grpo", **changed, prompts="mine.jsonl"))
+    assert {
+        "normaliser sequences (from verl: tokens, the mean over the tokens of a mini-batch)",
+        "undecided_is_wrong off (from SimpleRL-Zoo: an answer that cannot be graded scores 0)",
+        "dual_clip 0 (from verl: 3)",
+        "weight_decay 0 (from verl: 0.01)",
+        "prompts mine.jsonl (paper: SimpleRL-Zoo's)",
+    } < {*found}
+    asked = config_of("grpo", prompts="hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level1to4")
+    assert not [line for line in deviations(asked) if line.startswith("prompts")]
+
+
 @pytest.mark.parametrize("word", ["finetune", "evaluate", "grpo"])
 def test_every_setting_of_the_paper_that_a_recipe_changes_is_said_with_both_values_and_the_source(word):
     config = config_of(word)

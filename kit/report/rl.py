@@ -22,6 +22,7 @@ from kit.report.answers import browser, marked
 from kit.report.before_after import asked_of, findings, read_run, same_problem, what_came_out
 from kit.report.figures import embed, panels
 from kit.report.first_screen import first_screen
+from kit.report.page import percent
 from kit.run import Journal
 
 # title, names of metrics; the first gets a thick line
@@ -77,11 +78,12 @@ def summary(metrics: list[dict]) -> str:
     first, last = (fmean(row["reward_mean"] for row in rows) for rows in (metrics[:tenth], metrics[-tenth:]))
     sampling, updating = (sum(row[f"{phase}_seconds"] for row in metrics) for phase in ("rollout", "update"))
     rejected = sum(value for row in metrics for name, value in row.items() if name.startswith("rejected"))
+    undecided = fmean(row.get("undecided", 0.0) for row in metrics)  # older runs lack it
     return (
         f"{len(metrics):,} steps: mean reward {first:.3f} in the first tenth, {last:.3f} in the last; "
-        f"{sampling:,.0f} s of sampling and grading, {updating:,.0f} s of updates; {rejected} answers left "
-        "out because they could not be graded or trusted. The loss is not plotted: on-policy it is near zero "
-        "whatever is learned."
+        f"{sampling:,.0f} s of sampling and grading, {updating:,.0f} s of updates; the grader could not "
+        f"decide {percent(undecided)} of the answers, and {rejected} were left out as such or as not to be "
+        "trusted. The loss is not plotted: on-policy it is near zero whatever is learned."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -45,6 +45,11 @@ def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
     for episode in episodes:
         groups.setdefault(episode.group, []).append(episode)
     return list(groups.values())
+
+
+def undecided_as_wrong(episodes: Sequence[Episode]) -> list[Episode]:
+    """Return the episodes with the reward 0 for what the grader could not decide."""
+    return [replace(episode, reward=0.0) if episode.reward is None else episode for episode in episodes]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ One training step:
    runs the backbone, and lets the fused head compute log-probs, clipped objective (kit/rl/objective.py) and
    gradients, a chunk of tokens at a time. Then it takes one optimizer step.
 
-What cannot be graded or trusted is counted and left out. The sampler runs on the training weights: there is
-no second copy to store or to synchronise, and its cache is freed before the update. No tensor of (tokens,
-vocabulary) is ever allocated.
+What cannot be trusted is counted and left out. The sampler runs on the training weights: there is no second
+copy to synchronise. Its cache is freed before the update, and no (tokens, vocabulary) tensor is allocated.
 
 The old log-probs are the sampler's, so the ratio is against the distribution that each token was drawn from.
 Sampler and trainer share the weights, the temperature and the whole vocabulary (no top-p, no top-k), and both
@@ -45,7 +44,7 @@ from kit.kernels.linear_cross_entropy_chunks import kept_rows
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import IGNORE_INDEX, plan_packs
 from kit.progress import Progress
-from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group
+from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group, undecided_as_wrong
 from kit.rl.objective import RunningStats, group_advantages, has_signal, token_losses, token_weight
 from kit.rl.settings import Settings, check_savings
 from kit.train.loss import LossOfRow
@@ -162,20 +161,20 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     Raises ValueError if no episode can be trusted, with the reasons.
     """
     settings, start = policy.settings, time.perf_counter()
-    reasons = Counter(episode.rejection for episode in episodes if episode.rejection)
+    scored = undecided_as_wrong(episodes) if settings.undecided_is_wrong else episodes
+    reasons = Counter(episode.rejection for episode in scored if episode.rejection)
     if sum(reasons.values()) == len(episodes):
         raise ValueError(
             f"nothing can be learned from {len(episodes)} episodes: {dict(reasons)}; if log-probs are not "
             "finite the policy has diverged: go back to the last checkpoint and lower --lr"
         )
-    groups = [[episode for episode in group if not episode.rejection] for group in by_group(episodes)]
+    groups = [[episode for episode in group if not episode.rejection] for group in by_group(scored)]
     size = settings.minibatch_prompts
     minibatches = [groups[i : i + size] for i in range(0, len(groups), size)]
 
     stats, at_first, losses, norms, tokens = RunningStats(), {}, [], [], 0
     loss_of = grpo_loss(policy.model, settings, stats, policy.savings.logit_rows)
-    progress = Progress("update", "mini-batches", len(minibatches))
-    for minibatch in progress.over(minibatches):
+    for minibatch in Progress("update", "mini-batches", len(minibatches)).over(minibatches):
         policy.optimizer.zero_grad(set_to_none=True)  # frees the last step's gradients while scoring
         rows = rows_of(policy, minibatch)
         if not rows:
@@ -294,6 +293,7 @@ def summary(episodes: Sequence[Episode], groups: Sequence[Sequence[Episode]]) ->
         "entropy": -fmean(logprob for episode in trusted for logprob in episode.completion.logprobs),
         "length": fmean(len(episode.completion.ids) for episode in episodes),
         "truncated": fmean(not episode.completion.finished for episode in episodes),
+        "undecided": fmean(episode.reward is None for episode in episodes),
         "episodes": len(episodes),
         "groups": len(groups),
     }

@@ -2,6 +2,7 @@
 
     ratio = exp(logp - old)                  probability of a token now / when it was sampled
     loss  = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * k3
+            where A < 0: at most dual_clip * |A|, before the KL is added
     k3    = exp(ref - logp) - (ref - logp) - 1
 
 k3 is an unbiased estimate of KL(policy || reference), never negative and of low variance (Schulman, 2020).
@@ -10,6 +11,7 @@ GRPO adds it to the loss, where its on-policy gradient is that of KL(reference |
 
 Relatives of GRPO differ in one line each, found below by name: Dr. GRPO (Liu et al., 2025) in the advantage,
 DAPO (Yu et al., 2025) in the mean over tokens and the upper clip, GSPO (Zheng et al., 2025) in the ratio.
+Dual-clip PPO (Ye et al., 2020) bounds what a single improbable token of a wrong answer can do.
 """
 
 from __future__ import annotations
@@ -78,6 +80,9 @@ def token_losses(
         "clipped_low": (ratio < low) & (advantages < 0),
         "clipped_high": (ratio > high) & (advantages > 0),
     }
+    if settings.dual_clip:  # where A > 0 the loss is below 0, and the bound is never met
+        losses = torch.minimum(losses, settings.dual_clip * advantages.abs())
+        measured["clipped_dual"] = (ratio > settings.dual_clip) & (advantages < 0)
 
     if reference is not None:
         difference = reference - logprobs

@@ -1,4 +1,4 @@
-"""Settings of GRPO: the paper's values where it states them, GRPO's and PPO's own where it does not."""
+"""Settings of GRPO: the paper's values where it states them, and verl's, which it ran, where it does not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kit.train.savings import Savings
 @dataclass(frozen=True)
 class Settings(Checked):
     """The algorithm. The paper states groups of 8, 8,192 tokens, temperature 1, mini-batches of 256, a KL
-    loss at 1e-4 and advantages normalised within the group; clip range, normaliser and ratio are GRPO's."""
+    loss at 1e-4 and advantages normalised within the group; `kit.paper` names the source of each other."""
 
     # algorithm
     group_size: int = 8  # completions per prompt; an advantage compares one with the others [2..10000]
@@ -22,12 +22,14 @@ class Settings(Checked):
     minibatch_prompts: int = 256  # prompts per optimizer step [>= 1]
     row_tokens: int = 16_384  # tokens per packed row; a prompt and its completion must fit [>= 1]
     advantage_scale: str = "group-std"  # divisor of the advantages; none: Dr. GRPO [group-std | none]
-    normaliser: str = "sequences"  # of the loss; tokens: DAPO's and verl's token mean [sequences | tokens]
+    normaliser: str = "tokens"  # of the loss; verl: tokens, their mean; GRPO: sequences [tokens | sequences]
     ratio: str = "token"  # of probabilities; sequence: GSPO, with clip ranges near 4e-4 [token | sequence]
-    clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low [0..1]
-    clip_high: float = 0.2  # and at 1 + clip_high; DAPO's clip-higher: 0.28 [>= 0]
+    clip_low: float = 0.2  # the ratio is clipped at 1 - clip_low; from verl [0..1]
+    clip_high: float = 0.2  # and at 1 + clip_high; from verl; DAPO's clip-higher: 0.28 [>= 0]
+    dual_clip: float = 3.0  # a wrong answer's tokens have no gradient above this ratio; 0 = off [0 | > 1]
     kl_coef: float = 1e-4  # of the KL loss (k3) against the model that training starts from; 0 = no KL [>= 0]
     mask_truncated: bool = False  # learn nothing from completions that were cut off
+    undecided_is_wrong: bool = True  # reward 0 for what cannot be graded, from SimpleRL-Zoo; off: left out
     seed: int = 0  # of the prompts' order and the samples [>= 0]
 
     def check_prompts(self, encoded: Sequence[Sequence[int]]) -> None:

@@ -217,7 +217,7 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
         row_tokens=config.row_tokens,
         minibatch_prompts=config.batch_prompts,
         kl_coef=0.0,
-        normaliser="tokens",
+        dual_clip=0.0,  # as TRL's defaults
         seed=config.seed,
     )
     policy = Policy(model, ChatFormat(tokenizer, instruction=""), settings, lr=config.lr)

@@ -277,6 +277,8 @@ def test_rl_without_a_gpu_says_both_ways_out_and_its_default_is_the_papers(tmp_p
     assert (paper.batch_prompts, paper.group_size, paper.minibatch_prompts) == (1_024, 8, 256)
     assert (paper.max_new_tokens, paper.temperature) == (8_192, 1.0)
     assert (paper.kl_coef, paper.lr, paper.advantage_scale) == (1e-4, 5e-7, "group-std")
+    assert (paper.normaliser, paper.clip_low, paper.clip_high) == ("tokens", 0.2, 0.2)  # verl's
+    assert (paper.dual_clip, paper.weight_decay, paper.undecided_is_wrong) == (3.0, 0.01, True)
     small = parse(
         recipe.Config, ["--preset", "rtx8", "--lr", "2e-6"], smoke=recipe.SMOKE, presets=recipe.PRESETS
     )

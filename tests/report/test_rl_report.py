@@ -26,7 +26,7 @@ def make_run(path, *, steps=0, shares=None):
                 row = {"question": f"q{question}", "problem": "1?", "sample": sample, "tokens": 9}
                 journal.append({**row, **graded, "finished": True, "text": HOSTILE})
     for step in range(1, steps + 1):
-        row = {"step": step, **STEP, "kl": 1e-3, "rejected: undecided": 2}
+        row = {"step": step, **STEP, "kl": 1e-3, "rejected: undecided": 2, "undecided": 0.125}
         Journal(path / "metrics.jsonl").append(row)
         for reward, finished in ((0.0, False), (1.0, True)):
             answer = {"tokens": 7, "finished": finished, "text": HOSTILE}
@@ -40,7 +40,7 @@ def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_wr
     page = write_report(run).read_text()
     assert "Accuracy rose: 10.0 % (" in page and "after (+80.0 points, " in page
     assert "20 steps: mean reward 0.250 in the first tenth, 0.250 in the last; 40 s of sampling" in page
-    assert "and grading, 20 s of updates; 40 answers left out because" in page
+    assert "20 s of updates; the grader could not decide 12.5 % of the answers, and 40 were left out" in page
     assert "<h2>What differs from the paper</h2><ul>" in page and "<li>lr 1e-06 (paper: 5e-07)" in page
     assert "<td>90.0 %<br>(" in page and "some &lt;model&gt;, reinforcement learning" in page
     assert "<script>" not in page and "&lt;script&gt;" in page

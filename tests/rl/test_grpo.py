@@ -23,7 +23,8 @@ from kit.rl.objective import token_losses
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
-BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl_coef=0.0)
+PLAIN = {"normaliser": "sequences", "dual_clip": 0.0, "undecided_is_wrong": False}  # nothing from verl
+BASE = Settings(group_size=4, max_new_tokens=24, row_tokens=40, minibatch_prompts=99, kl_coef=0.0, **PLAIN)
 REWARDS = [[0.0, 1.0, 0.25, 1.0], [0.0, 0.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5]]  # the last group: no signal
 LENGTHS = [[3, 9, 1, 5], [24, 2, 7, 11], [4, 6, 8, 2]]
 TRUNCATED = {(1, 0), (0, 1), (2, 3)}
@@ -79,6 +80,8 @@ def formula(model, reference, episodes, s: Settings):
                 ratio = (ratio.prod() ** (1 / len(ratio))).expand_as(ratio)
             first, second = ratio * a, ratio.clamp(1 - s.clip_low, 1 + s.clip_high) * a
             loss = -torch.where(first < second, first, second)
+            if s.dual_clip and a < 0:
+                loss = torch.where(loss > -a * s.dual_clip, torch.full_like(loss, -a * s.dual_clip), loss)
             if s.kl_coef:
                 with torch.no_grad():
                     ref = plain_logprobs(reference, episode, s.temperature)
@@ -116,6 +119,9 @@ OPTIONS = {
     "masked": {"mask_truncated": True},
     "masked, tokens": {"mask_truncated": True, "normaliser": "tokens"},
     "temperature": {"temperature": 0.7},
+    "dual clip": {"dual_clip": 1.5},  # met by some of these ratios
+    "verl": {"normaliser": "tokens", "dual_clip": 3.0, "kl_coef": 1e-4, "undecided_is_wrong": True},
+    "GSPO, dual clip": {"ratio": "sequence", "dual_clip": 1.05, "clip_low": 0.01, "clip_high": 0.02},
     "all at once": {
         "advantage_scale": "none",
         "normaliser": "tokens",
@@ -150,7 +156,7 @@ def test_loss_and_gradients_are_the_formulas(name, recompute):
 
 
 def test_what_is_measured_is_what_the_formulas_give():
-    settings = replace(BASE, kl_coef=0.1, clip_low=0.1, clip_high=0.15)
+    settings = replace(BASE, kl_coef=0.1, clip_low=0.1, clip_high=0.15, dual_clip=1.4)
     model = make_model("llama")
     policy = make_policy(model, settings)
     episodes = make_episodes(model)
@@ -173,6 +179,8 @@ def test_what_is_measured_is_what_the_formulas_give():
         "sampler_ratio_max": ratio.max().item(),
         "clipped_low": ((ratio < 0.9) & (sign < 0)).float().mean().item(),
         "clipped_high": ((ratio > 1.15) & (sign > 0)).float().mean().item(),
+        "clipped_dual": ((ratio > 1.4) & (sign < 0)).float().mean().item(),
+        "undecided": 0.0,
         "kl": 0.0,  # the policy has not moved
         "reward_mean": 5.25 / 12,
         "no_signal": 1 / 3,
@@ -184,7 +192,7 @@ def test_what_is_measured_is_what_the_formulas_give():
         "updates": 1,
         "empty_minibatches": 0,
     }
-    assert 0 < expected["clipped_low"] != expected["clipped_high"] > 0
+    assert 0 < expected["clipped_low"] != expected["clipped_high"] > 0 < expected["clipped_dual"]
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
     assert found["reward_std"] == pytest.approx(torch.tensor(REWARDS).std(correction=0).item())
@@ -280,6 +288,8 @@ def test_a_group_of_one_is_refused_with_the_reason():
         ("ratio", "group"),
         ("clip_low", 1.5),
         ("clip_high", -0.1),
+        ("dual_clip", 1.0),
+        ("dual_clip", -3.0),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(name, value):
@@ -322,6 +332,33 @@ def test_an_episode_that_cannot_be_trusted_is_counted_and_left_out_of_every_mean
     assert not any(name.startswith("rejected") for name in without)
     assert found["loss"] == without["loss"]
     assert all(torch.equal(a, p.grad) for a, p in zip(gradient, model.parameters(), strict=True))
+
+
+def test_an_undecided_answer_is_a_wrong_one_as_in_simplerl_zoo_and_still_counted():
+    settings = replace(BASE, undecided_is_wrong=True)
+    model = make_model("llama")
+    episodes = make_episodes(model)
+    wrong = [replace(episodes[1], reward=0.0), *episodes[:1], *episodes[2:]]
+    undecided = [replace(episodes[1], reward=None), *wrong[1:]]
+    found, expected = (update(make_policy(copy.deepcopy(model), settings), x) for x in (undecided, wrong))
+    assert found["undecided"] == pytest.approx(1 / 12) and expected["undecided"] == 0
+    assert not any(name.startswith("rejected") for name in found)
+    for name in ("loss", "grad_norm", "reward_mean", "reward_std"):
+        assert found[name] == expected[name], name
+    assert found["reward_mean"] == pytest.approx(4.25 / 12)
+
+
+def test_a_token_of_a_wrong_answer_beyond_the_dual_clip_has_no_gradient_and_no_other_token_is_touched():
+    ratios = torch.tensor([0.5, 1.0, 2.9, 3.1, 20.0, 3.1, 20.0], dtype=torch.float64)
+    advantages = torch.tensor([-1.0, -1.0, -2.0, -2.0, -1.0, 1.0, 0.0], dtype=torch.float64)
+    logprobs = ratios.log().requires_grad_()
+    losses = token_losses(logprobs, torch.zeros_like(ratios), advantages, Settings())
+    losses.sum().backward()
+    # float64, written out: below the clip, inside it, above it, twice beyond the dual clip, right, no signal
+    expected = torch.tensor([0.8, 1.0, 5.8, 6.0, 3.0, -1.2, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(losses.detach(), expected)
+    slopes = torch.tensor([0.0, 1.0, 5.8, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(logprobs.grad, slopes)
 
 
 def test_an_episode_without_a_prompt_is_refused_because_its_first_token_is_predicted_from_nothing():

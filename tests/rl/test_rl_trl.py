@@ -70,6 +70,7 @@ def trainer_of(model, settings, folder, episodes):
         scale_rewards="group" if settings.advantage_scale == "group-std" else "none",
         epsilon=settings.clip_low,
         epsilon_high=settings.clip_high,
+        delta=settings.dual_clip or None,
         importance_sampling_level=settings.ratio,
         mask_truncated_completions=settings.mask_truncated,
         beta=settings.kl_coef,
@@ -101,6 +102,7 @@ OPTIONS = {
     "masked": {"mask_truncated": True, "normaliser": "tokens"},
     "masked, sequences": {"mask_truncated": True},
     "temperature": {"temperature": 0.7},
+    "verl": {"normaliser": "tokens", "dual_clip": 1.5, "kl_coef": 0.01},
 }
 
 

@@ -121,6 +121,7 @@ FINE_TUNING = (
     Setting("verify", "llama", words="correct traces; by whose verdict it does not say"),
     Setting("shuffle", True, OPEN, "a random order, in which subsets are nested"),
     Setting("long_share", 1.0, words="long traces alone"),
+    Setting("short_traces", "", words="none"),
     Setting("lr", 5e-5),
     Setting("warmup_ratio", 0.05),
     Setting("beta2", 0.999, LLAMA_FACTORY),

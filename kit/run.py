@@ -18,15 +18,16 @@ UNSTORED = {"resume", "out", "plan", "json"}
 FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
-    "offload_gradients",
+    "offload_gradients", "eval_every", "eval_questions",
 }  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
+DURING = "during"  # the folder of samples drawn while it was trained; DURING.jsonl: their figures by step
 BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells")  # what a run writes once it has begun to train
 # what it writes before
 PREPARED = (
     CONFIG, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json", "rollouts.jsonl",
-    BEFORE, AFTER, SAMPLES,
+    BEFORE, AFTER, SAMPLES, DURING, f"{DURING}.jsonl",
 )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ class RunFolder:
 
 def has_begun(path: Path) -> bool:
     """Return whether the run in a folder has trained or measured anything."""
-    samples = (file for stage in (BEFORE, AFTER, SAMPLES) for file in (path / stage).glob("*.jsonl"))
+    samples = (file for stage in (BEFORE, AFTER, SAMPLES, DURING) for file in (path / stage).glob("*.jsonl"))
     return any((path / name).exists() for name in BEGUN) or any(map(_holds_samples, samples))
 
 

@@ -49,7 +49,8 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all [>= 0]
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped [>= 1]
     verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
-    long_share: float = 1.0  # of the problems; the others get the data set's short `solution` instead [0..1]
+    long_share: float = 1.0  # of the problems that keep their long trace; the others get a short one [0..1]
+    short_traces: str = ""  # where those are, as for traces; "" = the data set's own `solution`
     shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
     max_bad_rows: int = 20  # malformed rows that are listed and left out; one more stops the run [>= 0]
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces; "" = no cache
@@ -72,6 +73,8 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     top_p: float = 0.95  # 1 = off [> 0, <= 1]
     max_new_tokens: int = 16_384  # tokens per response [>= 1]
     num_slots: int = 16  # responses sampled at once [>= 1]
+    eval_every: int = 0  # steps between measurements during training; 0 = none; changes nothing in it [>= 0]
+    eval_questions: int = 50  # of each benchmark at such a step: the first, one sample each [>= 1]
     baseline: str = ""  # run of recipes/evaluate.py that replaces the first measurement; "" = none
     # run
     seed: int = 0  # of the subset, the packing and the samples [>= 0]
@@ -105,6 +108,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
+    data.mixtures.check_mixture(config.long_share, config.short_traces)
     command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(
@@ -133,8 +137,11 @@ def main(config: Config) -> None:
     warn_of_instruction(config.model, config.instruction)
     chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
     params = params_of(config)
-    documents, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
+    documents, held_out, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
+    during = evaluate.during_training.of_run(
+        config, model, chat, benchmarks, params, run.path, held_out, report.write_report
+    )
 
     def measure(model, stage: str):
         results = {}
@@ -173,10 +180,11 @@ def main(config: Config) -> None:
         savings=savings,
         memory=memory.PeakMemory(model.device, planned and planned.update, run.path / "memory.json"),
         checkpoint_every=config.checkpoint_every,
+        after_step=during,
         seed=config.seed,
     )
 
-    del model  # measure what was saved
+    del model, during  # measure what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)
     after = measure(model, AFTER)
     page = report.write_report(run.path)
@@ -233,7 +241,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):
-    """Return (the tokenised traces, the schedule of the training run), and print what was dropped and why.
+    """Return (the tokenised traces, held-out ones, the schedule), and print what was dropped and why.
 
     Raises ValueError if a trace is longer than the model's context; a row of several traces may be.
     """
@@ -242,11 +250,13 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         chat,
         row_tokens=config.row_tokens,
         num_traces=config.num_traces,
+        held_out=evaluate.during_training.num_held_out(config),
         seed=config.seed,
         max_bad_rows=config.max_bad_rows,
         verify=config.verify,
         shuffle=config.shuffle,
         long_share=config.long_share,
+        short_traces=config.short_traces,
         cache_dir=config.cache_dir,
     )
     found = {"text": str(drop_counts), "kept": drop_counts.kept, "bad_rows": drop_counts.bad_rows}
@@ -255,6 +265,7 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
     for place in drop_counts.bad_rows:
         print(f"  bad row   {place}")
 
+    documents, held_out = documents[: drop_counts.kept], documents[drop_counts.kept :]
     longest = max(map(len, documents))
     if longest > context:
         raise ValueError(
@@ -269,7 +280,7 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         max_steps=config.max_steps,
         seed=config.seed,
     )
-    return documents, schedule
+    return documents, held_out, schedule
 
 
 def print_consequences(config: Config, model, schedule: train.TrainingPlan, benchmarks) -> None:

@@ -32,8 +32,8 @@ from kit import report
 from kit.command import clean_up_if_refused, start
 from kit.command_line import started_as
 from kit.config import Checked, show
+from kit.data.mixtures import is_long
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
-from kit.data.traces import is_long
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.models.shipped import SHIPPED
 from kit.run import RunFolder

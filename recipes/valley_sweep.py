@@ -11,10 +11,11 @@ Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the pa
 (kit/valley/study.py). The base model is measured once per model and seed. A run that fails is reported with
 its reason, and the others go on. --plan needs neither a GPU nor a download; --smoke uses a tiny model.
 
-`--arms long,short,mixed` adds training sets that the paper lacks: the data set's short solutions to the same
-problems, and half of each. `--fixed_batch 128` adds long traces with one batch at every size. `--rl_sizes
-0,lowest,most` adds reinforcement learning from the base model, the lowest point and the largest size, on the
-MATH levels that follow from the model's size. A finished sweep takes more arms, sizes or seeds with --resume.
+`--arms long,short,quarter,mixed` adds training sets that the paper lacks: the data set's short solutions to
+the same problems (or `--short_traces FILE`), and mixtures, a quarter or half of them long. `--fixed_batch
+128` adds long traces with one batch at every size. `--rl_sizes 0,lowest,most` adds reinforcement learning
+from the base model, the lowest point and the largest size, on the MATH levels that follow from the model's
+size. A finished sweep takes more arms, sizes or seeds with --resume.
 
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs, several machines.
 """
@@ -26,7 +27,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from kit import memory, models, paper, report, valley
+from kit import data, memory, models, paper, report, valley
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, started_as
 from kit.config import full_command, parse, show
@@ -39,7 +40,7 @@ from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
-from kit.valley.study import FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
+from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Config(TrainingPlanSettings):
     # data
     traces: str = paper.OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
     verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
+    short_traces: str = ""  # as traces: of the arms that mix; "" = the data set's `solution`
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped [>= 1]
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
     # optimisation
@@ -182,7 +184,8 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
         settings, problem = chosen[cell.model, cell.method]
         if problem:
             raise ValueError(problem)
-        return shared(config, gemma3_1b_8k.Config) | settings
+        of_arm = {} if ARMS[cell.arm].long_share < 1 else {"short_traces": ""}
+        return shared(config, gemma3_1b_8k.Config) | settings | of_arm
 
     return Recipes(
         shared(config, evaluate.Config) | {"gpu_gb": config.gpu_gb, "desktop_gb": config.desktop_gb},
@@ -219,6 +222,7 @@ def check_before_hours(config: Config, study: Study) -> None:
 @clean_up_if_refused
 def main(config: Config) -> Path | None:
     study = study_of(config)
+    data.mixtures.check_mixture(min(ARMS[arm].long_share for arm in study.arms), config.short_traces)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     asked = {name: getattr(config, name) for name in ("num_questions", "num_samples")}
     what = {

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from kit.data.chat import ChatFormat
+from kit.data.mixtures import NO_SHORT, SHORTENED, TooLong
+from kit.data.token_cache import read_cache, write_cache
 from kit.data.traces import DropCounts, Trace, read_traces
 from kit.packing import Document
 from kit.progress import Progress
@@ -30,68 +29,49 @@ def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
 
 def tokenize(
     traces: list[Trace], chat: ChatFormat, *, row_tokens: int, num_traces: int = 0, cache_dir: str = ""
-) -> tuple[list[Document], int]:
+) -> tuple[list[Document], TooLong]:
     """Return the first num_traces (0 = all) of `traces` that fit row_tokens, as documents.
 
-    Return also the number of longer ones before the last of them.
+    Return also the number of longer ones before the last of them. In the place of one with a `short` trace is
+    that one, if it fits.
 
     Reads and writes a cache in cache_dir ("" = none), keyed by the content of everything that it depends on.
     """
     if not cache_dir:
         return _tokenize(traces, chat, row_tokens, num_traces)
 
-    key = digest(chat.key, str(row_tokens), str(num_traces), *(f"{t.problem}\0{t.response}" for t in traces))
+    texts = (f"{t.problem}\0{t.response}" for trace in traces for t in (trace, trace.short) if t)
+    key = digest(chat.key, str(row_tokens), str(num_traces), *texts)
     path = Path(cache_dir).expanduser() / f"{key}.safetensors"
-    found = _read_cache(path) if path.is_file() else None
+    found = read_cache(path) if path.is_file() else None
     if found is None:
         found = _tokenize(traces, chat, row_tokens, num_traces)
-        _write_cache(path, *found)
+        write_cache(path, *found)
     return found
 
 
 def _tokenize(
     traces: list[Trace], chat: ChatFormat, row_tokens: int, num_traces: int
-) -> tuple[list[Document], int]:
+) -> tuple[list[Document], TooLong]:
     wanted = min(num_traces or len(traces), len(traces))
     documents: list[Document] = []
-    num_long = 0
+    dropped = shortened = 0
     with Progress("tokenising", "traces", wanted) as progress:
         for start in range(0, len(traces), CHUNK):
-            for document in make_documents(traces[start : start + CHUNK], chat):
+            chunk = traces[start : start + CHUNK]
+            for trace, document in zip(chunk, make_documents(chunk, chat), strict=True):
                 if len(documents) == wanted:
-                    return documents, num_long
+                    return documents, TooLong(dropped, shortened)
+                fits = len(document) <= row_tokens
+                if not fits and trace.short:
+                    (document,) = make_documents([trace.short], chat)
                 if len(document) > row_tokens:
-                    num_long += 1
+                    dropped += 1
                     continue
+                shortened += not fits
                 documents.append(document)
                 progress.update()
-    return documents, num_long
-
-
-def _read_cache(path: Path) -> tuple[list[Document], int] | None:
-    """Return the documents in a cache file; None, with a message, if the file cannot be read."""
-    try:
-        flat = load_file(path)
-    except SafetensorError as error:
-        print(f"the token cache {path} cannot be read ({error}) and is replaced")
-        return None
-
-    ids = flat["ids"].split(flat["lengths"].tolist())
-    documents = [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)]
-    return documents, int(flat["num_long"])
-
-
-def _write_cache(path: Path, documents: list[Document], num_long: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    flat = {
-        "ids": torch.cat([torch.zeros(0, dtype=torch.int32), *(document.ids for document in documents)]),
-        "lengths": torch.tensor([len(document) for document in documents], dtype=torch.int64),
-        "prompt_lens": torch.tensor([document.prompt_len for document in documents], dtype=torch.int64),
-        "num_long": torch.tensor(num_long),
-    }
-    save_file(flat, scratch)
-    scratch.replace(path)  # so that a kill leaves a whole file or none
+    return documents, TooLong(dropped, shortened)
 
 
 def load_documents(
@@ -100,22 +80,27 @@ def load_documents(
     *,
     row_tokens: int,
     num_traces: int = 0,
+    held_out: int = 0,
     seed: int = 0,
     max_bad_rows: int = 0,
     verify: str | bool = "llama",
     shuffle: bool = True,
     long_share: float = 1.0,
+    short_traces: str = "",
     cache_dir: str = "",
 ) -> tuple[list[Document], DropCounts]:
     """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`; count what was dropped.
 
-    If there are fewer than num_traces, all are returned, and the counts say so.
+    If there are fewer than num_traces, all are returned, and the counts say so. held_out: so many more are
+    returned behind these, if there are; `kept` of the counts does not count them.
 
-    source, seed, max_bad_rows, verify, shuffle, long_share: see read_traces. cache_dir: see tokenize.
+    source, seed, max_bad_rows, verify, shuffle, long_share, short_traces: see read_traces. cache_dir: see
+    tokenize.
     Raises ValueError if no trace survives.
     """
+    num_wanted = num_traces + held_out
     # read some more than needed: with the paper's row length less than 1 % of the traces are too long
-    limit = num_traces + num_traces // 8 + 64 if num_traces else 0
+    limit = num_wanted + num_wanted // 8 + 64 if num_wanted else 0
     while True:
         traces, counts = read_traces(
             source,
@@ -125,19 +110,19 @@ def load_documents(
             verify=verify,
             shuffle=shuffle,
             long_share=long_share,
+            short_traces=short_traces,
         )
-        documents, num_long = tokenize(
-            traces, chat, row_tokens=row_tokens, num_traces=num_traces, cache_dir=cache_dir
+        documents, too_long = tokenize(
+            traces, chat, row_tokens=row_tokens, num_traces=num_wanted, cache_dir=cache_dir
         )
-        if len(documents) >= num_traces or len(traces) < limit:
+        if len(documents) >= num_wanted or len(traces) + counts.dropped[NO_SHORT] < limit:
             break
         limit *= 4  # many were too long: look further down the order
 
-    if num_long:
-        counts.dropped[f"are longer than {row_tokens:,} tokens"] = num_long
-    if unused := len(traces) - len(documents) - num_long:
-        counts.dropped["come later in the order"] += unused
-    counts.kept, counts.wanted = len(documents), num_traces
+    counts.dropped[f"are longer than {row_tokens:,} tokens"] = too_long.dropped
+    counts.dropped["come later in the order"] += len(traces) - len(documents) - too_long.dropped
+    counts.noted[SHORTENED] = too_long.shortened
+    counts.kept, counts.wanted = min(len(documents), num_traces or len(documents)), num_traces
 
     if not documents:
         raise ValueError(

@@ -5,16 +5,16 @@ kept, and traces over 16,384 tokens are dropped. Subsets are nested: the problem
 which depends on the seed and their text alone, and a subset is the first n that survive. So the 16k set
 always contains the 8k set.
 
-Mixtures of long and short traces: a share of the problems keeps its long trace, the others get the data set's
-own short `solution` instead. The problems are the same whatever the share.
+Mixtures of long and short traces are those of kit/data/mixtures.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kit.data.generations import check_verify, generations_of, has_gaps
+from kit.data.mixtures import check_mixture, mixed, with_short
 from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
 from kit.grade.verdict import grade
 from kit.progress import Progress
@@ -37,6 +37,7 @@ class Trace:
     problem: str
     response: str
     where: str  # file:line, or data set[index]
+    short: Trace | None = None  # of a mixture: what is kept if no row holds the response
 
 
 @dataclass
@@ -99,11 +100,6 @@ def _verify(row: dict, response: str) -> str:
     return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[verdict]
 
 
-def is_long(place: int, long_share: float) -> bool:
-    """Return whether the problem at this place of the order keeps its long trace; they are spread evenly."""
-    return int((place + 1) * long_share) > int(place * long_share)
-
-
 def read_traces(
     source: str,
     *,
@@ -113,6 +109,7 @@ def read_traces(
     verify: str | bool = "llama",
     shuffle: bool = True,
     long_share: float = 1.0,
+    short_traces: str = "",
 ) -> tuple[list[Trace], DropCounts]:
     """Read one trace per problem from `source` (see kit.data.rows), in the order that nests the subsets.
 
@@ -121,28 +118,31 @@ def read_traces(
     limit: return, and keep in memory, only the first so many traces of that order (OpenR1-Math-220k is some
     gigabytes of text); 0 = all. verify: see pick_response.
     shuffle: the random order; False = the order of the file, which is then read only as far as `limit` needs.
-    long_share: share of the problems that keep their long trace. The others get the row's `solution`, which
-    is not verified; below 1, a row without one is malformed.
+    long_share: share of the problems that keep their long trace. The others get a short one (see
+    kit.data.mixtures): from the source `short_traces`, or, if that is "", the row's `solution`, which is not
+    verified; a row without one is then malformed.
     Raises ValueError for a share outside 0..1 and for more than max_bad_rows malformed rows, and names each.
     """
-    if not 0 <= long_share <= 1:
-        raise ValueError(f"long_share is {long_share} but must be in 0..1; pass 1 for long traces alone")
-    verify = check_verify(verify)
+    check_mixture(long_share, short_traces)
+    verify, solutions = check_verify(verify), long_share < 1 and not short_traces
+
+    def key_of(problem: str) -> str:
+        return digest(str(seed), problem)
 
     bad = BadRows(max_bad_rows)
     dropped, noted = Counter(), Counter()
-    kept: dict[str, tuple[Trace, str]] = {}  # key -> trace, solution; the random order is that of the keys
+    kept: dict[str, Trace] = {}  # by key; the random order is that of the keys
     seen: set[str] = set()
     for where, row in Progress("reading traces", "rows").over(read_rows(source, bad)):
         try:
             problem = text_of(row, PROBLEM)
             response, why = pick_response(row, verify=verify)
-            solution = text_of(row, ["solution"]) if long_share < 1 else ""
+            short = Trace(problem, text_of(row, ["solution"]), where) if solutions else None
         except ValueError as error:
             bad.add(where, str(error))
             continue
 
-        key = digest(str(seed), problem)
+        key = key_of(problem)
         noted[PADDED] += has_gaps(row)
         if response is None:
             dropped[why] += 1
@@ -150,7 +150,7 @@ def read_traces(
             dropped["repeat a problem"] += 1
         else:
             seen.add(key)
-            kept[key] = Trace(problem, response, where), solution
+            kept[key] = Trace(problem, response, where, short)
             noted[BY_LLAMA] += why == BY_LLAMA
 
         if limit and not shuffle and len(kept) == limit:
@@ -158,13 +158,16 @@ def read_traces(
         if limit and len(kept) > 2 * limit:
             kept = {key: kept[key] for key in sorted(kept)[:limit]}
 
-    if bad.found:
-        dropped["are malformed"] = len(bad.found)
     order = (sorted(kept) if shuffle else list(kept))[: limit or None]
     if len(order) < len(seen):
         dropped["come later in the order"] = len(seen) - len(order)
-    traces = [
-        trace if is_long(place, long_share) else replace(trace, response=solution)
-        for place, (trace, solution) in enumerate(kept[key] for key in order)
-    ]
-    return traces, DropCounts(len(order), dropped, bad.found, noted)
+    kept = {key: kept[key] for key in order}
+    if short_traces:
+        settings = {"seed": seed, "max_bad_rows": max_bad_rows, "verify": verify, "shuffle": shuffle}
+        short, counts = read_traces(short_traces, **settings)
+        bad.found += counts.bad_rows
+        kept = with_short(kept, short, key_of=key_of, seen=seen, noted=noted, dropped=dropped)
+    if bad.found:
+        dropped["are malformed"] = len(bad.found)
+    traces = list(kept.values()) if long_share == 1 else mixed(list(kept.values()), long_share)
+    return traces, DropCounts(len(traces), dropped, bad.found, noted)

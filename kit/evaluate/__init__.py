@@ -6,6 +6,7 @@ __getattr__, __all__ = hand_on(
     __name__,
     {  # file -> names
         "measure": ["evaluate"],
+        "during_training": ["DuringTraining"],
         "benchmarks": ["BENCHMARKS", "Benchmark", "parse_benchmarks"],
         "results": ["Result", "paired_difference"],
     },

@@ -6,7 +6,7 @@ fall.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from statistics import fmean
 from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
 from kit.evaluate.uncertainty import Lengths, half_width, in_percent, pass_at_k
 from kit.grade.verdict import grade
+from kit.paper import BENCHMARKS
 from kit.run import Journal
 
 STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; some logs lack the second
@@ -141,6 +142,21 @@ class Result:
         return fmean(reflects(row["text"]) for row in self.rows)
 
     @property
+    def judged_reflection(self) -> float | None:
+        """Share of responses that reflect by a keyword and by the judge; None if there was no judge.
+
+        A response about which the judge gave no verdict counts as its keyword says: see `unjudged`.
+        """
+        if not any("judged" in row for row in self.rows):
+            return None
+        return fmean(map(confirmed, self.rows))
+
+    @property
+    def unjudged(self) -> int:
+        """Number of responses with a keyword about which the judge gave no verdict."""
+        return sum(reflects(row["text"]) and row.get("judged") is None for row in self.rows)
+
+    @property
     def caps(self) -> list[int]:
         """Limits for accuracy against length: max_new_tokens, powers of two below it; [] without a header."""
         longest = self.header.get("max_new_tokens", 0)
@@ -169,7 +185,8 @@ class Result:
         """Return every figure, ready for JSON."""
         names = (
             "accuracy", "interval", "paper_accuracy", "mean_tokens", "truncated", "accuracy_of_finished",
-            "unknown", "without_answer", "looping", "reflection", "token_efficiency", "num_questions",
+            "unknown", "without_answer", "looping", "reflection", "judged_reflection", "token_efficiency",
+            "num_questions",
         )  # fmt: skip
         ks = [2**n for n in range(self.num_samples.bit_length())]
         return {
@@ -189,6 +206,11 @@ class Result:
             f"{100 * self.reflection:.1f} % with a reflection keyword"
             + (f", {self.unknown} undecided" if self.unknown else "")
         )
+
+
+def confirmed(row: dict) -> bool:
+    """Return whether an answer reflects by a keyword and, unless the judge gave no verdict, by the judge."""
+    return reflects(row["text"]) and row.get("judged") is not False
 
 
 def read_result(path: Path) -> Result:
@@ -254,9 +276,19 @@ def paired_difference(before: Result, after: Result, *, force: bool = False) -> 
     return fmean(differences), half_width(differences, added=(-1.0, 1.0))
 
 
+def headline(results: Mapping[str, Result]) -> dict[str, Result]:
+    """Return the results whose unweighted mean is the headline: of the paper's benchmarks, if there is one.
+
+    If there is none, all. results: benchmark -> samples.
+    """
+    of_paper = {name: result for name, result in results.items() if name in BENCHMARKS}
+    return of_paper or dict(results)
+
+
 def mean_accuracy(results: Sequence[Result]) -> float:
-    """Return the paper's headline figure: the unweighted mean over benchmarks."""
-    return fmean(result.accuracy for result in results)
+    """Return the paper's headline figure: the unweighted mean over the benchmarks of `headline`."""
+    of_paper = [result for result in results if result.benchmark in BENCHMARKS]
+    return fmean(result.accuracy for result in of_paper or results)
 
 
 def read_results(folder: Path) -> dict[str, Result]:

@@ -17,12 +17,13 @@ from pathlib import Path
 from statistics import fmean
 
 from kit import paper
-from kit.evaluate.results import Result, paired_difference, read_results
+from kit.evaluate.results import Result, headline, paired_difference, read_results
 from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
 from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
 from kit.report.page import percent
-from kit.run import AFTER, BEFORE, SAMPLES, Journal, kept_traces
+from kit.report.steps import steps_figure
+from kit.run import AFTER, BEFORE, DURING, SAMPLES, Journal, kept_traces
 from kit.valley.curves import Estimate, points
 from kit.valley.curves import percent as with_interval
 
@@ -30,10 +31,11 @@ Results = Mapping[str, Result]  # benchmark -> its samples
 NOTHING = "Nothing has been measured yet."
 
 
-def write_report(path: Path) -> Path:
+def write_report(path: Path, *, goes_on: bool = False) -> Path:
     """Write the plots and report.html of the run in `path`, and return the report's path.
 
-    Raises ValueError if there is no run.
+    goes_on: the run will write it again, so an open page loads itself anew. Raises ValueError if there is no
+    run.
     """
     config, stages = read_run(path)
     metrics, lines = Journal(path / "metrics.jsonl").read(), findings(stages)
@@ -45,11 +47,14 @@ def write_report(path: Path) -> Path:
         drawn += figures.embed(path / "length.png", partial(figures.length_figure, stages))
     if any(result.caps for found in stages.values() for result in found.values()):
         drawn += figures.embed(path / "caps.png", partial(figures.caps_figure, stages)) + pages.CAPS_NOTE
-    if metrics:
+    if measured := Journal(path / f"{DURING}.jsonl").read():
+        draw = partial(steps_figure, measured, metrics)
+        drawn += figures.embed(path / "steps.png", draw, "accuracy, loss, length, reflection by step")
+    elif metrics:
         drawn += figures.embed(path / "loss.png", partial(figures.loss_figure, metrics))
     sections = [
         pages.bullets("Benchmark by benchmark", lines if len(lines) > 1 else ()),
-        _paper(str(config.get("model", ""))),
+        _paper(str(config.get("model", "")), stages),
         pages.bullets("What differs from the paper", paper.deviations(config)),
         drawn + _training(metrics, path),
         arithmetic.section(arithmetic.check_answers(stages)),
@@ -59,7 +64,8 @@ def write_report(path: Path) -> Path:
     trained_on = config | ({"num_traces": kept} if (kept := kept_traces(path)) else {})
     sentences = (what_was_done(trained_on, stages), what_came_out(stages))
     title = f"{config.get('model', path.name)}, {what}"
-    return pages.write(path, title, first_screen(sentences, same_problem(stages), figure), sections, config)
+    first = first_screen(sentences, same_problem(stages), figure)
+    return pages.write(path, title, first, sections, config, goes_on=goes_on)
 
 
 def read_run(path: Path) -> tuple[dict, figures.Stages]:
@@ -94,7 +100,7 @@ def what_came_out(stages: figures.Stages) -> str:
         return compare(stages[BEFORE], stages[AFTER])
     if not stages:
         return NOTHING
-    (stage, found), *_ = stages.items()
+    (stage, found), *_ = ((stage, headline(found)) for stage, found in stages.items())
     length, cut = _mean_of(found, "mean_tokens"), _mean_of(found, "truncated")
     part = "" if stage == SAMPLES else f"Only {stage} has been measured so far: "
     return (
@@ -116,8 +122,7 @@ def compare(before: Results, after: Results, subject: str = "Accuracy") -> str:
         change = difference(before, after)
     except ValueError as error:  # a report is still written of what there is
         return str(error)
-    common = [name for name in before if name in after]
-    before, after = ({name: of[name] for name in common} for of in (before, after))
+    before, after = _shared(before, after)
     certain = change.above_zero() or change.below_zero()
     verb = ("rose" if change.mean > 0 else "fell") if certain else "did not change beyond chance"
     longer = _mean_of(after, "mean_tokens") / _mean_of(before, "mean_tokens")
@@ -134,9 +139,9 @@ def difference(before: Results, after: Results) -> Estimate:
 
     Raises ValueError if there is none, or if two results cannot be compared.
     """
-    pairs = [(before[name], after[name]) for name in before if name in after]
-    if not pairs:
+    if not any(name in after for name in before):
         raise ValueError(f"{', '.join(before)} was measured before and {', '.join(after)} after")
+    pairs = zip(*(of.values() for of in _shared(before, after)), strict=True)
     changes = [paired_difference(*pair) for pair in pairs]
     return _mean([mean for mean, _ in changes], [half for _, half in changes])
 
@@ -150,6 +155,12 @@ def same_problem(stages: figures.Stages) -> Pair | None:
     except ValueError:  # which what_came_out says
         change = Estimate(0.0, 0.0)
     return choose(stages[BEFORE], stages[AFTER], change)
+
+
+def _shared(before: Results, after: Results) -> tuple[Results, Results]:
+    """Return the results of the benchmarks that both have; of the paper's, if there are any."""
+    shared = headline({name: before[name] for name in before if name in after})
+    return shared, {name: after[name] for name in shared}
 
 
 def _mean(means: list[float], halves: list[float]) -> Estimate:
@@ -169,11 +180,21 @@ def _which(results: Results) -> str:
     return f" (mean of {', '.join(results)})" if len(results) > 1 else ""
 
 
-def _paper(model: str) -> str:
-    known = paper.accuracy_in_words(model)
-    return (
-        f"<p>The paper (mean of three benchmarks, full fine-tuning on 8 H100): {known}.</p>" if known else ""
-    )
+def _paper(model: str, stages: figures.Stages) -> str:
+    """Return the paper's accuracy, with ours beside it as the paper graded, if it names the model."""
+    if not (known := paper.accuracy_in_words(model)):
+        return ""
+    ours = [text for stage, found in stages.items() if (text := _as_the_paper(stage, headline(found)))]
+    beside = f" Here, graded as the paper graded: {'; '.join(ours)}." if ours else ""
+    return f"<p>The paper (mean of three benchmarks, full fine-tuning on 8 H100): {known}.{beside}</p>"
+
+
+def _as_the_paper(stage: str, found: Results) -> str:
+    graded = [result.paper_accuracy for result in found.values()]
+    if None in graded:
+        return ""
+    strict, which = percent(_accuracy(found).mean), ", ".join(found)
+    return f"{percent(fmean(graded))} {stage} (strictly: {strict}; mean of {html.escape(which)})"
 
 
 def _training(metrics: list[dict], path: Path) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kit.evaluate.reflection_and_loops import LOOP_CHARACTERS, LOOP_TIMES, LOOP_UNIT
+from kit.evaluate.results import Result
 from kit.evaluate.uncertainty import in_percent
 from kit.report.figures import Stages
 from kit.valley.curves import Estimate
@@ -24,6 +25,11 @@ def share_cell(value: Estimate, sign: str = "") -> str:
 
 def _tokens(count: float | None) -> str:
     return "-" if count is None else f"{count:,.0f}"
+
+
+def _judged(result: Result) -> str:
+    left = f" ({result.unjudged} left open)" if result.unjudged else ""
+    return "-" if result.judged_reflection is None else percent(result.judged_reflection) + left
 
 
 def findings(lines: Sequence[str]) -> str:
@@ -47,15 +53,20 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, figures: bool 
     return f"<div class=wide><table><tr>{head}{body}</table></div>"
 
 
-def write(path: Path, title: str, first: str, sections: Sequence[str], settings: Mapping) -> Path:
+def write(
+    path: Path, title: str, first: str, sections: Sequence[str], settings: Mapping, *, goes_on: bool = False
+) -> Path:
     """Write report.html in a run's folder, and return it. Half of a surrogate pair is written as its code.
 
-    first: the first screen. settings: of the run, for the table at the end.
+    first: the first screen. settings: of the run, for the table at the end. goes_on: the run will write it
+    again, so an open page loads itself anew.
     """
     rows = table(
         ("setting", "value"), [(name, str(value)) for name, value in settings.items()], figures=False
     )
-    page = PAGE.format(style=STYLE, title=html.escape(title), body=first + "\n".join(sections), settings=rows)
+    title, body = html.escape(title), first + "\n".join(sections)
+    refresh = REFRESH if goes_on else ""
+    page = PAGE.format(style=STYLE, title=title, body=body, settings=rows, refresh=refresh)
     report = path / "report.html"
     report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return report
@@ -79,6 +90,7 @@ NUMBERS = {
     "no answer": lambda r: percent(r.without_answer),
     "end in a loop ³": lambda r: percent(r.looping),
     "reflection keyword ⁴": lambda r: percent(r.reflection),
+    "confirmed by the judge": lambda r: _judged(r),
     "undecided": lambda r: str(r.unknown),
 }
 
@@ -90,7 +102,9 @@ def figures_table(stages: Stages) -> str:
         return ""
     heads = [f"{name} {stage}" if len(stages) > 1 else name for name, stage, _ in columns]
     graded = any(result.paper_accuracy is not None for _, _, result in columns)
-    labels = [label for label in NUMBERS if graded or label != "accuracy as the paper graded"]
+    judged = any(result.judged_reflection is not None for _, _, result in columns)
+    shown = {"accuracy as the paper graded": graded, "confirmed by the judge": judged}
+    labels = [label for label in NUMBERS if shown.get(label, True)]
     rows = [[label, *(NUMBERS[label](result) for _, _, result in columns)] for label in labels]
     return "<h2>All numbers</h2>" + table(("", *heads), rows) + NOTES
 
@@ -99,7 +113,8 @@ NOTES = f"""<p><small>Intervals are 95 %, over questions: the samples of one que
 the chance that one of k samples is right. ² the questions that are left are often the easier ones. ³ the
 text's last characters are one unit of at most {LOOP_UNIT} characters, over and over, at least {LOOP_TIMES}
 times and {LOOP_CHARACTERS} characters in all. ⁴ share of responses with one of the paper's keywords; the
-paper also has a language model confirm each, so this is an upper bound.</small></p>"""
+paper also has a language model confirm each, so this is an upper bound unless a judge has
+confirmed it too; what the judge left open counts as its keyword says.</small></p>"""
 CAPS_NOTE = """<p><small>Accuracy against length comes from the same samples: a longer response is cut after
 so many tokens and what is left is graded again, by the same rules: it is what a run with that limit writes. A
 box that stands before the cut counts; if there is none the grader takes the last number, as in any response,
@@ -131,8 +146,10 @@ mark.taken-back { background: #e4e4e4; text-decoration: line-through }
 .pair > div { min-width: 0 }
 @media print { pre { max-height: none } details { break-inside: avoid } }
 """
+REFRESH = "<meta http-equiv=refresh content=60>"  # seconds
 PAGE = """<!doctype html>
-<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title>
+<html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">{refresh}
+<title>{title}</title>
 <style>
 {style}</style>
 <h1>{title}</h1>

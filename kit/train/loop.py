@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -125,6 +125,7 @@ def train(
     loss_of: LossOfRow | None = None,
     memory: Memory | None = None,
     checkpoint_every: int = 0,
+    after_step: Callable[[int], object] | None = None,
     seed: int = 0,
 ) -> Path:
     """Fine-tune `model` in place, write one line per step to run.metrics, and return the finished model's
@@ -135,6 +136,8 @@ def train(
     loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy.
     memory: watches the card, such as kit.memory.PeakMemory; None = nothing does.
     checkpoint_every: steps; 0 = no checkpoint before the end.
+    after_step: is called with the number of steps done, first when training begins or goes on, such as
+        kit.evaluate.during_training; None = nothing is.
 
     If run.path holds a checkpoint, training continues from it (bit for bit on a CPU). If it holds the
     finished model, that folder is returned at once.
@@ -167,6 +170,8 @@ def train(
 
     progress = Progress("training", "steps", num_steps, done)
     with progress, LetFinish("this step, then a checkpoint") as interrupt:
+        if after_step:
+            after_step(done)
         for step in range(done, num_steps):
             start = time.perf_counter()
             compiles = device.type == "cuda" and step == done
@@ -215,6 +220,8 @@ def train(
                 checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
             if interrupt.asked:
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
+            if after_step:
+                after_step(step + 1)
 
     training_step.close()
     training_step = optimizer = None

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import real_data
 from kit.data import documents as data
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
+from kit.data.mixtures import TooLong
 from kit.data.toy import make_rows, make_tokenizer, write_rows
 from kit.data.traces import BY_LLAMA, NO_COMPLETE, NO_CORRECT, PADDED, Trace, pick_response, read_traces
 
@@ -308,12 +310,12 @@ def test_the_cache_gives_back_the_same_documents_and_is_keyed_by_content(tmp_pat
     traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 40, seed=0)]
     cache = str(tmp_path / "cache")
     options = {"row_tokens": 150, "num_traces": 0, "cache_dir": cache}
-    first, num_long = tokenize(traces, chat, **options)
+    first, too_long = tokenize(traces, chat, **options)
     calls = []
-    monkeypatch.setattr(data, "_tokenize", lambda *args: calls.append(args) or ([], 0))
-    again, num_long_again = tokenize(traces, chat, **options)
+    monkeypatch.setattr(data, "_tokenize", lambda *args: calls.append(args) or ([], TooLong()))
+    again, too_long_again = tokenize(traces, chat, **options)
     assert not calls
-    assert num_long == num_long_again > 0
+    assert too_long == too_long_again and too_long.dropped > 0 == too_long.shortened
     assert [(d.ids.tolist(), d.prompt_len) for d in again] == [(d.ids.tolist(), d.prompt_len) for d in first]
     other = ChatFormat(make_tokenizer(), instruction="think")
     changed = [Trace(traces[0].problem, traces[0].response + " ", "x"), *traces[1:]]
@@ -321,7 +323,8 @@ def test_the_cache_gives_back_the_same_documents_and_is_keyed_by_content(tmp_pat
     tokenize(changed, chat, **options)
     tokenize(traces, chat, **options | {"row_tokens": 151})
     tokenize(traces, chat, **options | {"num_traces": 3})
-    assert len(calls) == 4
+    tokenize([replace(trace, short=traces[0]) for trace in traces], chat, **options)
+    assert len(calls) == 5
 
 
 def test_an_unreadable_cache_file_is_named_and_replaced(tmp_path, chat, capsys):

@@ -8,6 +8,7 @@ from kit.evaluate.results import Result
 from kit.report.answers import SHOWN, browser, marked
 from kit.report.before_after import findings, write_report
 from kit.report.page import figures_table
+from kit.report.steps import steps_figure
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
 
@@ -113,6 +114,60 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(tmp_path):
     page = write_report(make_run(tmp_path / "half", before=rows([0.5]))).read_text()
     assert "before" in page
     assert page.count("<img ") == 2
+
+
+def test_a_report_of_a_run_that_goes_on_loads_itself_anew_and_draws_what_was_measured(tmp_path):
+    path = make_run(tmp_path / "run", metrics=[2.0, 1.0])
+    assert "http-equiv" not in write_report(path).read_text() and not (path / "steps.png").exists()
+    figures = {"accuracy": 0.5, "interval": 0.1, "mean_tokens": 9.0, "truncated": 0.0, "reflection": 0.2}
+    for step, loss in ((0, 2.5), (2, None)):
+        row = {"step": step, "held_out_loss": loss, "benchmarks": {"toy": figures, "math500": figures}}
+        Journal(path / "during.jsonl").append(row)
+    page = write_report(path, goes_on=True).read_text()
+    assert "<meta http-equiv=refresh content=60>" in page.split("<title>")[0]
+    assert (path / "steps.png").exists() and "accuracy, loss, length, reflection by step" in page
+    assert "http-equiv" not in write_report(path).read_text()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_figure_over_the_steps_has_a_line_per_benchmark_and_the_loss_of_both_kinds(narrow):
+    def figures(accuracy):
+        return {"accuracy": accuracy, "interval": 0.3, "mean_tokens": 9.0, "reflection": 0.25}
+
+    measured = [
+        {"step": 0, "held_out_loss": 2.0, "benchmarks": {"toy": figures(0.9), "mine": figures(0.1)}},
+        {"step": 5, "held_out_loss": 1.5, "benchmarks": {"toy": figures(0.4), "mine": figures(0.2)}},
+    ]
+    figure = steps_figure(measured, [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}], narrow)
+    accuracy, length, reflection, loss = figure.axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
+    assert drawn == {"toy": pytest.approx([90, 40]), "mine": pytest.approx([10, 20])}
+    assert [list(line.get_xdata()) for line in accuracy.get_lines()] == [[0, 5], [0, 5]]
+    band = accuracy.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(10) and band.max() == pytest.approx(100)
+    assert list(length.get_lines()[0].get_ydata()) == [9.0, 9.0]
+    assert list(reflection.get_lines()[0].get_ydata()) == [25.0, 25.0]
+    assert [list(line.get_ydata()) for line in loss.get_lines()] == [[3.0, 2.5], [2.0, 1.5]]
+
+
+def test_beside_the_papers_numbers_ours_are_graded_as_the_paper_did_and_of_its_benchmarks_alone(tmp_path):
+    def graded(share):  # strictly a tenth is right
+        return [row | {"paper_verdict": "correct"} if row["sample"] < 10 * share else row for row in strict]
+
+    strict = [row | {"paper_verdict": "wrong"} for row in rows([0.1] * 4)]
+    path = make_run(tmp_path / "run", before=rows([1.0] * 4), after=rows([1.0] * 4))  # of the toy
+    for stage, share in ((BEFORE, 0.5), (AFTER, 0.2)):
+        journal = Journal(path / stage / "math500.jsonl")
+        journal.append({"header": {}})
+        for row in graded(share):
+            journal.append(row)
+    page = write_report(path).read_text()
+    beside = (
+        "Here, graded as the paper graded: 50.0 % before (strictly: 10.0 %; mean of math500); 20.0 % after"
+    )
+    assert beside in page
+    assert "Accuracy did not change beyond chance: 10.0 % (" in page  # without the toy's
+    assert "toy: accuracy did not change beyond chance: 100.0 %" in page
 
 
 def test_no_run_is_an_error_that_says_what_to_pass(tmp_path):

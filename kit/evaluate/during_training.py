@@ -1,0 +1,142 @@
+"""Measure a model while it is trained: a fixed part of the benchmarks, and the loss on held-out traces.
+
+    train(..., after_step=DuringTraining(model, chat, benchmarks, params, run.path, every=250))
+
+Nothing here changes the training: no gradient is computed, and samples draw from streams of their own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kit.data.chat import ChatFormat
+from kit.evaluate.benchmarks import Benchmark
+from kit.evaluate.measure import evaluate
+from kit.evaluate.results import Result
+from kit.generate.kv_cache import cache_bytes
+from kit.generate.sampling import SamplingParams
+from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.models.backbone import head_weight, hidden_states, softcap
+from kit.packing import Document, PackedBatch, plan_packs
+from kit.run import DURING, Journal
+
+HELD_OUT = 64  # traces
+SPARE = 0.8  # of the free memory of a card may hold the sampler's cache: the model needs some, too
+
+
+@dataclass
+class DuringTraining:
+    """Call it with the number of steps done. It measures at 0 and at every `every` steps, and logs a row.
+
+    benchmarks: with the questions to ask, one sample each. held_out: traces that are not trained on.
+    row_tokens, logit_rows: as in training. write_report: kit.report.write_report, or None.
+    """
+
+    model: torch.nn.Module
+    chat: ChatFormat
+    benchmarks: Sequence[Benchmark]
+    params: SamplingParams
+    run: Path
+    every: int
+    held_out: Sequence[Document] = ()
+    row_tokens: int = 16_384
+    logit_rows: int = 0
+    num_slots: int = 16
+    seed: int = 0
+    write_report: Callable[..., object] | None = None
+    has_begun: bool = False
+
+    def __call__(self, step: int) -> None:
+        journal = Journal(self.run / f"{DURING}.jsonl")
+        if not self.has_begun:  # what a run that was killed had measured after its last checkpoint
+            journal.keep(lambda row: row["step"] <= step)
+        self.has_begun = True
+        if step % self.every or any(row["step"] == step for row in journal.read()):
+            return
+
+        folder = self.run / DURING / f"step_{step:06d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        results = {benchmark.name: self._ask(benchmark, folder) for benchmark in self.benchmarks}
+        measured = {name: figures(result) for name, result in results.items()}
+        journal.append({"step": step, "held_out_loss": self._loss(), "benchmarks": measured})
+        if self.write_report:
+            self.write_report(self.run, goes_on=True)
+
+    def _ask(self, benchmark: Benchmark, folder: Path) -> Result:
+        longest = self.params.max_new_tokens + max(
+            len(ids) for ids in self.chat.encode([self.chat.prompt(q.problem) for q in benchmark.questions])
+        )
+        how = {"num_samples": 1, "num_slots": self._slots(longest), "seed": self.seed}
+        return evaluate(self.model, self.chat, benchmark, self.params, folder, **how)
+
+    def _slots(self, longest: int) -> int:
+        """Return how many answers the memory beside the training state holds at once."""
+        device = head_weight(self.model).device
+        if device.type != "cuda":
+            return self.num_slots
+        return slots_that_fit(
+            torch.cuda.mem_get_info(device)[0], cache_bytes(self.model, 1, longest), self.num_slots
+        )
+
+    def _loss(self) -> float | None:
+        if not self.held_out:
+            return None
+        return mean_loss(self.model, self.held_out, self.row_tokens, logit_rows=self.logit_rows)
+
+
+def num_held_out(config) -> int:
+    """Return how many traces a run needs beside those that it is trained on: none if it takes all."""
+    return HELD_OUT if config.eval_every and config.num_traces else 0
+
+
+def of_run(
+    config, model, chat, benchmarks, params, run: Path, held_out, write_report
+) -> DuringTraining | None:
+    """Return what measures a run of recipes/gemma3_1b_8k.py, and print what it will do; None if it is off.
+
+    It asks the first config.eval_questions of every benchmark, the same ones each time.
+    """
+    if not config.eval_every:
+        return None
+    part = [replace(b, questions=b.questions[: config.eval_questions]) for b in benchmarks]
+    asked = ", ".join(f"{b.name} {len(b.questions)} x 1" for b in part) or "no question"
+    beside = f"the loss on {len(held_out)} held-out traces" if held_out else "no held-out traces"
+    print(f"during      every {config.eval_every:,} steps: {asked}; {beside}")
+    shared = {name: getattr(config, name) for name in ("row_tokens", "logit_rows", "num_slots", "seed")}
+    return DuringTraining(
+        model, chat, part, params, run, config.eval_every, held_out, write_report=write_report, **shared
+    )
+
+
+def figures(result: Result) -> dict[str, float]:
+    """Return what is drawn of a measurement; shares are in 0..1."""
+    names = ("accuracy", "interval", "paper_accuracy", "mean_tokens", "truncated", "reflection")
+    return {name: getattr(result, name) for name in names}
+
+
+def slots_that_fit(free: int, slot_bytes: int, wanted: int) -> int:
+    """Return how many slots of slot_bytes fit into `free` bytes: at most `wanted`, and at least one."""
+    return max(1, min(wanted, int(SPARE * free) // slot_bytes))
+
+
+@torch.no_grad()
+def mean_loss(model, documents: Sequence[Document], row_tokens: int, *, logit_rows: int = 0) -> float:
+    """Return the mean cross-entropy of the documents' target tokens, in nats.
+
+    logit_rows: as in kit.train.savings. The model is left in the mode that it was in.
+    """
+    training, weight = model.training, head_weight(model)
+    model.eval()
+    total, num_targets = 0.0, 0
+    for pack in plan_packs([len(document) for document in documents], row_tokens):
+        batch = PackedBatch.build([documents[i] for i in pack]).to(weight.device)
+        options = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows}
+        loss = linear_cross_entropy(hidden_states(model, batch), weight, batch.targets, **options)
+        total, num_targets = total + loss.item(), num_targets + batch.num_targets
+    model.train(training)
+    return total / num_targets

@@ -1,0 +1,20 @@
+"""--eval_every of the fine-tuning recipe, from the flag to the report."""
+
+from kit.recipes import gemma3_1b_8k as recipe
+from kit.run import Journal
+
+
+def test_accuracy_and_loss_are_measured_along_the_way_and_drawn_and_the_last_report_stands_still(
+    tmp_path, capsys
+):
+    small = {"num_traces": 24, "max_steps": 4, "num_questions": 3, "num_samples": 1, "max_new_tokens": 24}
+    during = {"eval_every": 2, "eval_questions": 2, "out": str(tmp_path / "run")}
+    recipe.main(recipe.Config(**recipe.SMOKE | small | during))
+    printed = capsys.readouterr().out
+    assert "during      every 2 steps: toy 2 x 1; the loss on 64 held-out traces" in printed
+    assert "data        24 traces kept, " in printed
+    rows = Journal(tmp_path / "run" / "during.jsonl").read()
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert rows[0]["held_out_loss"] > rows[-1]["held_out_loss"] > 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "http-equiv" not in page and "accuracy, loss, length, reflection by step" in page

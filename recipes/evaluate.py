@@ -187,9 +187,10 @@ def table(results: list[evaluate.Result]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [zip(line, widths, strict=True) for line in lines]
     text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in row) for row in rows)
-    if len(results) > 1:
+    counted = evaluate.results.headline({result.benchmark: result for result in results})
+    if len(counted) > 1:
         mean = report.page.percent(evaluate.results.mean_accuracy(results))
-        text += f"\nmean accuracy {mean}, each benchmark with the same weight"
+        text += f"\nmean accuracy {mean}, {', '.join(counted)} with the same weight each"
     return text + "\n* keywords alone: an upper bound"
 
 

@@ -4,6 +4,9 @@
 
 Every kind of run has a report, finished or not: fine-tuning, evaluation, reinforcement learning, and a study
 (recipes/valley_demo.py and valley_sweep.py). Which kind it is follows from what the folder holds.
+
+--judge URL first asks a language model, on any server with OpenAI's chat interface, whether the answers with
+a reflection keyword really reflect, as the paper does (kit/evaluate/judge.py). The run must have ended.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ from pathlib import Path
 from kit import report
 from kit.command import guard
 from kit.command_line import started_as
+from kit.evaluate.judge import Judge, judge_logs
+from kit.run import AFTER, BEFORE, SAMPLES
 from kit.valley.finished import STUDY
+
+STAGES = (BEFORE, AFTER, SAMPLES)
 
 
 def write_report(path: Path) -> Path:
@@ -35,7 +42,17 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run folder")
-    print(write_report(parser.parse_args(arguments).run))
+    parser.add_argument("--judge", metavar="URL", default="", help="such as http://localhost:8000/v1")
+    parser.add_argument("--judge_model", metavar="NAME", default="", help="default: the server's first")
+    config = parser.parse_args(arguments)
+    page = write_report(config.run)  # a folder without a run is refused before anything is judged
+    if config.judge:
+        judge = Judge(config.judge, config.judge_model)
+        logs = sorted(file for stage in STAGES for file in config.run.glob(f"**/{stage}/*.jsonl"))
+        for outcome, count in judge_logs(logs, judge).items():
+            print(f"judge       {count:,} answers: {outcome}")
+        page = write_report(config.run)
+    print(page)
 
 
 if __name__ == "__main__":

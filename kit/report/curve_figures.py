@@ -35,11 +35,14 @@ def valley_figure(
     """Draw one model's accuracy and length from the base model (0 traces) to the most traces, with bands.
 
     length_of: the benchmark whose responses' length is drawn. paper: traces (0 = the base model) -> its
-    accuracy in percent.
+    accuracy in percent. Beside these, accuracy is by the paper's grading, and the strict one is drawn thinly.
     """
     figure, (left, right) = panels(2, narrow, 4.0)
     sizes = sorted({point.num_traces for curve in curves for point in curve.points})
-    for axes, of, scale in ((left, attrgetter("accuracy"), 100), (right, attrgetter("length"), 1)):
+    stars = {size: value for size, value in paper.items() if size in (0, *sizes)}
+    as_paper = bool(stars) and all(p.paper_shares for curve in curves for p in (curve.base, *curve.points))
+    accuracy = attrgetter("paper_accuracy" if as_paper else "accuracy")
+    for axes, of, scale in ((left, accuracy, 100), (right, attrgetter("length"), 1)):
         for i, curve in enumerate(curves):
             label, points = curve.name.partition(", ")[2], [curve.base, *curve.points]
             draw_line(axes, label, [point.num_traces for point in points], list(map(of, points)), i, scale)
@@ -47,11 +50,20 @@ def valley_figure(
         axes.axhline(start, color="#333333", linestyle="--", linewidth=1.2, label="base model")
         trace_axis(axes, sizes)
 
-    if stars := {size: value for size, value in paper.items() if size in (0, *sizes)}:
+    if as_paper:
+        for i, curve in enumerate(curves):
+            points = [curve.base, *curve.points]
+            strict = [100 * point.accuracy.mean for point in points]
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ":", "linewidth": 1.2}
+            left.plot(
+                [p.num_traces for p in points], strict, label="strict grading" if i == 0 else "", **style
+            )
+    if stars:
         left.plot(list(stars), list(stars.values()), "k*", markersize=14, linestyle="", label="the paper")
     left.set_ylim(0, 102 if curves[0].base.accuracy.mean > 0.5 else None)
     right.set_ylim(0, None)
-    left.set(title="Accuracy", ylabel="right answers, %")
+    graded = " as the paper graded" if as_paper else " (strict grading)" if stars else ""
+    left.set(title=f"Accuracy{graded}", ylabel="right answers, %")
     right.set(title=f"Length of answers, {length_of}", ylabel="tokens per answer")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=1 if narrow else 3)
     return figure

@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import fmean
 
 from kit import paper
+from kit.evaluate.results import headline
 from kit.report import page as pages
+from kit.report import reflection
 from kit.report.answers import STEP_MARKS, answer
 from kit.report.before_after import NOTHING
 from kit.report.curve_figures import causes_figure, rl_figure, steps_figure, valley_figure
@@ -107,7 +109,8 @@ def of_model(path: Path, results: StudyResults, model: str, *, drawn: bool) -> s
         return f"{heading}{pages.findings(notes)}<p>Nothing to compare yet.</p>"
     lines, figure = findings(curves), "" if drawn else drawing(path, results, model)
     others = pages.bullets("The other training sets", lines[2:], level=3)
-    return heading + pages.findings([*lines[drawn:2], *notes]) + figure + others
+    more = reflection.section(path, results, model)
+    return heading + pages.findings([*lines[drawn:2], *notes]) + figure + more + others
 
 
 def why(path: Path, results: StudyResults, model: str) -> str:
@@ -210,7 +213,8 @@ def table(results: StudyResults) -> str:
 
 
 HEADS = (
-    "model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base", "the paper ¹",
+    "model", "arm", "traces", "batch", "seeds", "steps", "accuracy, %", "minus base",
+    "as the paper graded, %", "the paper ¹",
     "tokens ²", "cut off, %", "in a loop, %", "reflection, %", "training, h ³",
 )  # fmt: skip
 
@@ -224,13 +228,14 @@ def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks
     """Return the columns from "seeds" on. curve: whose base model the point is compared with."""
     cell, point = seeds[0].cell, point_of(seeds, length_of)
     trained = cell.num_traces > 0
-    every = [result for found in seeds for result in found.results.values()]
+    every = [result for found in seeds for result in headline(found.results).values()]
     hours = fmean(found.training_seconds for found in seeds) / 3600
     columns = [
         str(len(seeds)),
         f"{len(seeds[0].metrics):,}" if trained else "-",
         pages.share_cell(point.accuracy),
         pages.share_cell(difference(point.shares, curve.base.shares), "+") if trained else "-",
+        pages.share_cell(point.paper_accuracy) if point.paper_accuracy else "-",
         paper.ACCURACY.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
     ]
@@ -297,12 +302,13 @@ RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 
 reward of the rollouts; bands span the seeds. Before and after, the questions are answered with new samples,
 because the lowest of several points is in part bad luck. In the paper the start after 8k traces stays below
 the base model throughout, and the one after 128k ends above it.</small></p>"""
-NOTES = """<p><small>Accuracy is the mean of the benchmarks, each counting the same; differences are paired by
-question and seed. A column of a benchmark has an interval if there is one seed. Reflection: a keyword alone,
-an upper bound. ¹ Full fine-tuning, in percent; what its text states as a number, its curves carry none. ²
-Mean tokens of the responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over
-the seeds. A QLoRA model is compared with the base model in its own precision, so what rounding to NF4 does is
-part of the difference.</small></p>"""
+NOTES = """<p><small>Accuracy is by the strict grader, the mean of the paper's three benchmarks (or of all, if
+none of them was measured), each counting the same; differences are paired by question and seed. A column of a
+benchmark has an interval if there is one seed. Reflection: a keyword alone, an upper bound. ¹ Full
+fine-tuning, in percent; what its text states as a number, its curves carry none. ² Mean tokens of the
+responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over the seeds. A QLoRA
+model is compared with the base model in its own precision, so what rounding to NF4 does is part of the
+difference.</small></p>"""
 BROWSER_NOTE = f"""<p><small>The first sample of the first seed. Marked: <b class=box>boxed answers</b>
 and, if the steps of an answer can be checked, {STEP_MARKS}; otherwise <mark>reflection
 phrases</mark>.</small></p>"""

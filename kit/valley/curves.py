@@ -55,10 +55,16 @@ class Point:
     num_traces: int
     shares: Mapping[int, ByQuestion]  # seed -> question -> share of right samples
     tokens: Mapping[int, ByQuestion]  # seed -> question -> mean tokens
+    paper_shares: Mapping[int, ByQuestion] | None = None  # as shares, by the paper's grading; None: not known
 
     @property
     def accuracy(self) -> Estimate:
         return estimate(self.shares, added=(0.0, 0.0, 1.0, 1.0))
+
+    @property
+    def paper_accuracy(self) -> Estimate | None:
+        """Accuracy as the paper graded; None if the logs do not have that verdict."""
+        return estimate(self.paper_shares, added=(0.0, 0.0, 1.0, 1.0)) if self.paper_shares else None
 
     @property
     def length(self) -> Estimate:

@@ -84,7 +84,7 @@ def decompose(
         causes={cause: wrong[cause] / len(rows) for cause in CAUSES},
         saved=fmean(row["verdict"] == "correct" and found.cause != "" for _, row, found in rows),
         reflection=estimate(by_question(lambda _, found: found.reflects), (0.0, 0.0, 1.0, 1.0)),
-        reflection_tokens=_reflection_tokens(rows),
+        reflection_tokens=reflection_tokens(rows),
         looping=fmean(found.looping for _, _, found in rows),
         truncated=fmean(not row["finished"] for _, row, _ in rows),
         corrections=fmean(found.num_corrections for _, _, found in rows),
@@ -120,7 +120,8 @@ def ratio(rows: Rows, top_of, bottom_of) -> Estimate:
     return Estimate(share, estimate(deviations).half)
 
 
-def _reflection_tokens(rows: Rows) -> Estimate | None:
+def reflection_tokens(rows: Rows) -> Estimate | None:
+    """Return by how many tokens reflective answers are longer than others; None without both kinds."""
     if len({found.reflects for _, _, found in rows}) < 2:
         return None
 

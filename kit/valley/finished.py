@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from kit.evaluate.results import Result, check_comparable, mean_accuracy, read_results
+from kit.evaluate.results import (
+    AS_THE_PAPER,
+    STRICT,
+    Result,
+    check_comparable,
+    headline,
+    mean_accuracy,
+    read_results,
+)
 from kit.paper import LENGTH_BENCHMARK
 from kit.run import AFTER, BEFORE, SAMPLES, Journal, kept_traces, write_json
 from kit.valley.curves import ByQuestion, Curve, Point
@@ -31,7 +39,7 @@ class Finished:
 
     @property
     def accuracy(self) -> float:
-        """The paper's headline: the unweighted mean over the benchmarks."""
+        """The paper's headline: the unweighted mean over its benchmarks, or over all without any of them."""
         return mean_accuracy(list(self.results.values()))
 
     @property
@@ -185,16 +193,28 @@ def point_of(seeds: Sequence[Finished], length_of: str) -> Point:
         seeds[0].cell.num_traces,
         {found.cell.seed: shares(found.results) for found in seeds},
         {found.cell.seed: tokens(found.results, length_of) for found in seeds},
+        paper_shares(seeds),
     )
 
 
-def shares(results: Results) -> ByQuestion:
-    """Return (benchmark, question) -> share of right samples."""
+def shares(results: Results, column: str = STRICT) -> ByQuestion:
+    """Return (benchmark, question) -> share of right samples, of the headline's benchmarks.
+
+    column: of the verdicts, STRICT or AS_THE_PAPER.
+    """
     return {
         (name, question): share
-        for name, result in results.items()
-        for question, share in result.by_question().items()
+        for name, result in headline(results).items()
+        for question, share in result.by_question(column).items()
     }
+
+
+def paper_shares(seeds: Sequence[Finished]) -> dict[int, ByQuestion] | None:
+    """Return seed -> shares by the paper's grading; None if a log was not graded that way."""
+    results = [result for found in seeds for result in headline(found.results).values()]
+    if any(result.paper_accuracy is None for result in results):
+        return None
+    return {found.cell.seed: shares(found.results, AS_THE_PAPER) for found in seeds}
 
 
 def tokens(results: Results, benchmark: str) -> ByQuestion:

@@ -110,7 +110,7 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
     ]
     assert [curve.name for curve in results.curves("tinier")] == ["tinier, long traces"]
     page = (broken / "report.html").read_text()
-    assert page.count("<img ") == 6 and "http" not in page  # three per model
+    assert page.count("<img ") == 8 and "http" not in page  # four per model
     for text in (
         "Tiny, long traces: accuracy ",
         "Tiny, short traces: accuracy ",

@@ -107,7 +107,7 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     assert "before      taken from" in (cell / "log.txt").read_text()
     page = (run / "report.html").read_text()
     assert "1 of 2 cells are done, 1 failed." in page and "<h3>short-full-96-seed0</h3>" in page
-    assert "http" not in page and page.count("<img ") == 3
+    assert "http" not in page and page.count("<img ") == 4
 
 
 def test_the_default_is_the_papers_table_and_its_settings(recipe):
@@ -149,6 +149,15 @@ def test_a_preset_lists_every_one_of_its_deviations(recipe):
         "QLoRA of rank 16 for Qwen2.5-3B-Instruct",
     ):
         assert text in listed
+
+
+def test_short_traces_go_to_the_arms_that_mix_and_are_refused_if_there_is_none(recipe):
+    config = recipe.Config(models="tiny", sizes="8000", arms="long,quarter", short_traces="own.jsonl")
+    finetune = recipe.recipes_of(config, {("tiny", "full"): ({}, "")}).finetune
+    given = {cell.arm: finetune(cell)["short_traces"] for cell in recipe.study_of(config).cells()}
+    assert given == {"long": "", "quarter": "own.jsonl"}
+    with pytest.raises(ValueError, match=r"short_traces is own.jsonl but long_share is 1"):
+        recipe.main(recipe.Config(models="tiny", short_traces="own.jsonl", plan=True))
 
 
 def test_a_fixed_batch_adds_its_arm_and_every_arm_exists_here(recipe):

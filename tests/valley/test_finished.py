@@ -5,10 +5,12 @@ import random
 
 import pytest
 
+from kit.report.curve_figures import valley_figure
 from kit.report.valley import write_report
 from kit.run import Journal
 from kit.valley.finished import StudyResults, write_study
 from kit.valley.jobs import DONE, FAILED
+from kit.valley.reflection import reflection_of
 from kit.valley.sentences import sentences
 from kit.valley.study import FIXED_BATCH, Cell, Study
 
@@ -172,7 +174,7 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
     (path / "config.json").write_text(json.dumps({"lr": 5e-5}))
     page = write_report(path).read_text()
     assert "3 of 5 cells are done, 1 failed, 1 have not ended yet." in page
-    table = page.partition("</table>")[0].split("<tr>")
+    table = page.partition("Every cell")[2].partition("</table>")[0].split("<tr>")
     rows = {tuple(row.split("<td>")[2:4]): row for row in table if row.startswith("<td>gemma")}
     assert "<td>24<td>" in rows["base model", "0"]
     assert "<td>about a quarter of its 24<td>" in rows["long traces", "8,000"]
@@ -188,8 +190,83 @@ def test_the_report_has_the_papers_numbers_beside_ours_and_names_what_failed_and
         f"<h3>{cells[1]}</h3><p class=wrong>ValueError: &lt;too long&gt;</p>" in page and "a &lt; b" in page
     )
     assert "<li>lr 1 (paper: 2)" in page
-    assert page.count("<img ") == 1 and "http" not in page
+    assert page.count("<img ") == 2 and "http" not in page  # the curves, and reflection
     assert (path / "gemma-3-1b-it.png").read_bytes().startswith(b"\x89PNG")
+
+
+def edit_rows(path, change):
+    """Rewrite every sample of a study. change: takes (benchmark, row) and returns the row."""
+    for file in path.glob("cells/*/*/*.jsonl"):
+        header, *rows = (json.loads(line) for line in file.read_text().splitlines())
+        lines = [json.dumps(row) for row in (header, *(change(file.stem, row) for row in rows))]
+        file.write_text("\n".join(lines) + "\n")
+
+
+def test_beside_the_papers_stars_accuracy_is_by_its_grading_and_the_strict_one_is_drawn_too(tmp_path):
+    path = make_study(tmp_path, study(), {TABLE: [0.2, 0.4, 0.5]})
+    strict = StudyResults.read(path).curves(GEMMA)[0]
+    assert strict.base.paper_accuracy is None
+    (axes, _), stars = valley_figure([strict], "math500", {0: 24.0}, False).axes, {0: 24.0}
+    assert axes.get_title() == "Accuracy (strict grading)"
+
+    edit_rows(path, lambda _, row: row | {"paper_verdict": "correct" if row["sample"] else "wrong"})
+    (curve,) = StudyResults.read(path).curves(GEMMA)
+    assert curve.base.paper_accuracy.mean == 0.5 and curve.base.accuracy == strict.base.accuracy
+    axes = valley_figure([curve], "math500", stars, False).axes[0]
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert axes.get_title() == "Accuracy as the paper graded"
+    assert drawn["long traces"] == [50.0] * 4
+    points = [curve.base, *curve.points]
+    assert drawn["strict grading"] == pytest.approx([100 * point.accuracy.mean for point in points])
+    axes = valley_figure([curve], "math500", {}, False).axes[0]  # nothing of the paper is beside it
+    assert axes.get_title() == "Accuracy" and list(axes.get_lines()[0].get_ydata()) == pytest.approx(
+        [100 * point.accuracy.mean for point in points]
+    )
+    page = write_report(path).read_text()
+    assert "<td>50.0<br>(" in page and "as the paper graded, %" in page
+
+
+def test_the_headline_is_of_the_papers_benchmarks_and_the_others_stand_apart(tmp_path, monkeypatch):
+    monkeypatch.setitem(QUESTIONS, "gsm8k", 20)
+    levels = {"math500": 1.0, "aime24": 0.0, "gsm8k": 1.0}
+    path = make_study(tmp_path, study(sizes=(8_000,)), {TABLE: [levels]}, base=0.0)
+    results = StudyResults.read(path)
+    (curve,) = results.curves(GEMMA)
+    assert curve.points[0].accuracy.mean == 0.5 and results.finished[-1].accuracy == 0.5  # not 2 / 3
+    page = write_report(path).read_text()
+    apart = page.partition("Accuracy by benchmark, %")[2]
+    assert "<th>gsm8k" in apart and apart.count("<td>100.0<br>(") == 2
+    monkeypatch.delitem(QUESTIONS, "math500")
+    monkeypatch.delitem(QUESTIONS, "aime24")
+    only = make_study(tmp_path / "only", study(sizes=(8_000,)), {TABLE: [{"gsm8k": 1.0}]}, base=0.0)
+    assert StudyResults.read(only).curves(GEMMA)[0].points[0].accuracy.mean == 1.0
+
+
+def test_efficiency_reflection_and_the_length_of_reflective_answers_by_size_are_those_by_hand(tmp_path):
+    path = make_study(tmp_path, study(sizes=(8_000,)), {TABLE: [1.0]}, base=1.0)
+
+    def change(benchmark, row):  # a quarter of the answers to MATH-500 recheck, and are 100 tokens longer
+        reflects = benchmark == "math500" and row["sample"] == 1 and int(row["question"][1:]) % 2 == 0
+        text = "let me double-check" if reflects else "x"
+        return row | {"text": text, "tokens": row["tokens"] + 100 * reflects}
+
+    edit_rows(path, change)
+    results = StudyResults.read(path)
+    base, (tuned,) = results.bases(GEMMA), results.points(GEMMA)[0]["long traces"].values()
+    for seeds, size in ((list(base.values()), 0), (tuned, 8_000)):
+        point = reflection_of(size, {found.cell.seed: found.results["math500"] for found in seeds})
+        assert point.share.mean == 0.25 and point.tokens_longer.mean == pytest.approx(100)
+        assert point.efficiency.mean == pytest.approx(1_000 / 625)
+    judged = results.finished[0].results["math500"]
+    for i, row in enumerate(row for row in judged.rows if "double-check" in row["text"]):
+        row["judged"] = (False, True, None)[i % 3]  # None: the judge gave no verdict
+    assert reflection_of(0, {0: judged}).share.mean == pytest.approx(0.25 * 2 / 3)
+    none = reflection_of(0, {0: results.finished[0].results["aime24"]})
+    assert none.share.mean == 0 and none.tokens_longer is None
+    page = write_report(path).read_text()
+    assert "Token efficiency and reflection (math500)" in page
+    assert "<td>long traces<td>8,000<td>1.600&nbsp;± 0.0" in page and "<td>+100&nbsp;± 0" in page
+    assert (path / "gemma-3-1b-it-reflection.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_report_of_a_study_that_has_only_begun_can_be_written_and_a_folder_without_one_is_refused(tmp_path):
@@ -206,7 +283,7 @@ def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_pa
     def lines(levels):
         path = make_study(tmp_path / str(levels), study(), {TABLE: [0.1, 0.5, 0.5]}, rl=levels)
         page = write_report(path).read_text()
-        assert "<h2>Reinforcement learning</h2>" in page and page.count("<img ") == 2
+        assert "<h2>Reinforcement learning</h2>" in page and page.count("<img ") == 3
         return [line for line in sentences(StudyResults.read(path)) if "reinforcement" in line]
 
     base, below, above = lines({0: 0.5, 8_000: 0.1, 220_000: 0.95})

@@ -1,0 +1,78 @@
+"""A study's section on token efficiency and reflection by number of traces, for every model."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kit import paper
+from kit.report import page as pages
+from kit.report.curve_figures import draw_line, trace_axis
+from kit.report.figures import embed, panels
+from kit.valley.curves import Estimate
+from kit.valley.finished import StudyResults
+from kit.valley.reflection import Reflection, reflection_of
+from kit.valley.study import short_name
+
+
+def section(path: Path, results: StudyResults, model: str) -> str:
+    """Write the figure of a model whose base model and some cell are done, and return the section."""
+    name, base = results.length_benchmark, list(results.bases(model).values())
+    measured = {
+        label: [
+            reflection_of(seeds[0].cell.num_traces, {found.cell.seed: found.results[name] for found in seeds})
+            for seeds in (base, *sizes.values())
+        ]
+        for label, sizes in results.points(model)[0].items()
+    }
+    draw, alt = partial(reflection_figure, measured, name), "token efficiency and reflection by size"
+    drawn = embed(path / f"{short_name(model)}-reflection.png", draw, alt)
+    rows = [
+        [label, f"{p.num_traces:,}", _plain(p.efficiency, ".3f"), pages.share_cell(p.share), longer(p)]
+        for label, points in measured.items()
+        for p in points
+    ]
+    heads = ("training set", "traces", "right per 1,000 tokens", "reflection, %", "tokens longer")
+    title = f"<h3>Token efficiency and reflection ({html.escape(name)})</h3>"
+    return title + drawn + pages.table(heads, rows) + NOTE
+
+
+def longer(point: Reflection) -> str:
+    return "-" if point.tokens_longer is None else _plain(point.tokens_longer, "+,.0f")
+
+
+def _plain(value: Estimate, form: str) -> str:
+    return f"{value.mean:{form}} ± {value.half:{form.removeprefix('+')}}"
+
+
+def reflection_figure(curves: Mapping[str, Sequence[Reflection]], length_of: str, narrow: bool) -> Figure:
+    """Draw token efficiency, the share of reflective answers and how much longer they are, by size.
+
+    curves: name -> points, the base model first. length_of: the benchmark.
+    """
+    figure, panes = panels(3, narrow, 3.7)
+    kinds = {
+        f"Right answers per 1,000 tokens, {length_of}": ("efficiency", 1),
+        "Answers with a reflection keyword, %": ("share", 100),
+        "Tokens by which those are longer": ("tokens_longer", 1),
+    }
+    sizes = sorted({point.num_traces for points in curves.values() for point in points} - {0})
+    for axes, (title, (name, scale)) in zip(panes, kinds.items(), strict=True):
+        for i, (label, points) in enumerate(curves.items()):
+            known = {p.num_traces: getattr(p, name) for p in points if getattr(p, name) is not None}
+            draw_line(axes, label, list(known), list(known.values()), i, scale)
+        trace_axis(axes, sizes)
+        axes.set(title=title)
+    if len(curves) > 1:
+        panes[0].legend()
+    return figure
+
+
+NOTE = f"""<p><small>Reflection: one of the paper's keywords, an upper bound, since the paper also has a
+language model confirm each; here that is done if a judge was asked (kit/evaluate/judge.py). Tokens longer:
+reflective answers minus the others. The paper states {paper.REFLECTION}, {paper.REFLECTION_LENGTH}.
+</small></p>"""

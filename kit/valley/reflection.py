@@ -1,0 +1,36 @@
+"""Reflection and token efficiency at one number of traces, on the benchmark whose answers' length counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kit.evaluate.results import Result, confirmed
+from kit.valley.curves import Estimate
+from kit.valley.error_accumulation import ratio, reflection_tokens
+
+
+@dataclass(frozen=True)
+class _Kind:
+    reflects: bool
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """What the answers of one point of a curve show."""
+
+    num_traces: int
+    efficiency: Estimate  # right answers per 1,000 tokens: the paper's accuracy / length
+    share: Estimate  # of answers with one of the paper's keywords, unless a judge did not confirm it
+    tokens_longer: Estimate | None  # mean length of those minus that of the others; None without both
+
+
+def reflection_of(num_traces: int, results: Mapping[int, Result]) -> Reflection:
+    """Measure reflection. results: seed -> samples of one benchmark."""
+    rows = [(seed, row, _Kind(confirmed(row))) for seed, result in results.items() for row in result.rows]
+    return Reflection(
+        num_traces,
+        ratio(rows, lambda row, _: row["verdict"] == "correct", lambda row, _: row["tokens"] / 1_000),
+        ratio(rows, lambda _, kind: kind.reflects, lambda *_: 1),
+        reflection_tokens(rows),
+    )

@@ -251,6 +251,19 @@ def _stream_key(seed: int, step: int, index: int) -> int:
     return (key + 2**63) % 2**64 - 2**63 | 1
 
 
+def check_settings(*, betas, eps, lr=0.0, weight_decay=0.0) -> None:
+    """Raise ValueError for a setting out of range."""
+    tiny = torch.finfo(torch.float32).tiny
+    for name, value, fits, rule in (
+        ("lr", lr, 0 <= lr < math.inf, "a number >= 0"),
+        ("betas", betas, 0 <= betas[0] < 1 and 0 <= betas[1] < 1, "two numbers in [0, 1)"),
+        ("eps", eps, eps >= tiny, "an fp32 number > 0: a weight without gradient divides by it"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "a number >= 0"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value} but must be {rule}")
+
+
 @torch.no_grad()
 def adamw8bit_(
     parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], *, step: int, lr: float, seed: int,
@@ -309,14 +322,9 @@ def adamw8bit_(
         raise ValueError(
             f"first_element is {first_element} but {BLOCK} neighbours share a scale; cut at multiples of it"
         )
-    tiny = torch.finfo(torch.float32).tiny
-    for name, value, fits, rule in (
-        ("step", step, step >= 1, ">= 1: the first update is step 1"),
-        ("betas", betas, 0 <= beta1 < 1 and 0 <= beta2 < 1, "two numbers in [0, 1)"),
-        ("eps", eps, eps >= tiny, "an fp32 number > 0: a weight without gradient divides by it"),
-    ):
-        if not fits:
-            raise ValueError(f"{name} is {value} but must be {rule}")
+    if step < 1:
+        raise ValueError(f"step is {step} but must be >= 1: the first update is step 1")
+    check_settings(betas=betas, eps=eps)
 
     _update_(
         parameter, gradient.contiguous(), *(state[name] for name in STATES), state.get("rest"),

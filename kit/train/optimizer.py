@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kit.kernels.adamw8bit import adamw8bit_, init_state, state_slice
+from kit.kernels.adamw8bit import adamw8bit_, check_settings, init_state, state_slice
 from kit.train.offload import host_empty
 
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
@@ -52,6 +52,7 @@ class Slabs:
 
     def __init__(self, num_elements: int, device: torch.device, *, exact: bool = False):
         like = torch.empty((), device=device).expand(num_elements)
+        self.num_elements = num_elements
         self.slabs, self.turn = [init_state(like, exact=exact) for _ in range(2)], 0
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -88,39 +89,91 @@ class AdamW8bit(torch.optim.Optimizer):
         one slab at a time: 4 bytes per parameter cross the bus per step, 8 if exact. Before you read them,
         call wait() and wait for the card (the loss's .item() does).
     exact: keep the rest of each bf16 parameter beside its states, instead of rounding stochastically.
+    params, lr, betas, eps and weight_decay are those of torch.optim.AdamW: tensors or groups with settings of
+        their own.
     """
 
     SLAB = 2**22  # numbers whose offloaded states are copied together: 8 MiB per slab (16), there are two
 
     def __init__(
         self,
-        parameters,
-        *,
-        lr: float,
+        params,
+        lr=1e-3,
         betas=(0.9, 0.999),
         eps=1e-8,
-        weight_decay=0.0,
+        weight_decay=1e-2,
+        *,
         seed=0,
         offload=False,
         exact=False,
     ):
-        super().__init__(
-            parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "seed": seed}
-        )
-        self.slabs = None
-        if offload:
-            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            largest = max(parameter.numel() for parameter in parameters)
-            self.slabs = Slabs(min(self.SLAB, largest), parameters[0].device, exact=exact)
+        self.offload, self.exact, self.slabs = offload, exact, None
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"seed": seed})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add parameters, before the first step or after any. Their states are created at once.
+
+        Raises ValueError for settings out of range, and what torch's optimizers raise.
+        """
+        settings = self.defaults | param_group
+        check_settings(**{name: settings[name] for name in ("lr", "betas", "eps", "weight_decay")})
+        super().add_param_group(param_group)
+        self._find_places()
+        for parameter in param_group["params"]:
+            self._state_of(parameter)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load what state_dict() returned, bit for bit: the states keep dtype and device, which torch's
+        own method would make the parameter's.
+
+        Its hooks see no states. Raises ValueError, before anything is changed, for states of another
+        optimizer or of other parameters.
+        """
+        keys = dict.fromkeys(key for group in state_dict["param_groups"] for key in group["params"])
+        loaded = dict(zip(self.place, (state_dict["state"].get(key) for key in keys), strict=False))
+        for parameter, state in loaded.items():
+            needed, found = _layout(self._state_of(parameter)), _layout(state or {})
+            if found and found != needed:
+                raise ValueError(
+                    f"parameter {self.place[parameter][0]} needs the states {needed} but state_dict has "
+                    f"{found}; load one of an AdamW8bit with the same parameters and the same `exact`"
+                )
+
+        own = self.state
+        super().load_state_dict({**state_dict, "state": {}})  # refuses other numbers of parameters
+        self.state = own
+        for parameter, state in loaded.items():
+            for name, tensor in self.state[parameter].items():
+                tensor.copy_(torch.as_tensor(state[name])) if state else tensor.zero_()
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"offload": self.offload, "exact": self.exact, "slabs": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._find_places()
+
+    def _find_places(self) -> None:
+        """Number the parameters of all groups, and have slabs that are long enough for each."""
         grouped = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
         self.place = {parameter: (index, group) for index, (parameter, group) in enumerate(grouped)}
-        for parameter in self.place:
-            state = init_state(parameter, exact=exact)
-            state = {name: self._place(tensor) for name, tensor in state.items()}
-            self.state[parameter] = {"step": torch.tensor(0.0), **state}
+        most = min(self.SLAB, max((parameter.numel() for parameter in self.place), default=0))
+        if self.offload and grouped and (self.slabs is None or self.slabs.num_elements < most):
+            self.wait()
+            self.slabs = Slabs(most, grouped[0][0].device, exact=self.exact)
+
+    def _state_of(self, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
+        """Return the parameter's step and states, created if it has none."""
+        if not self.state[parameter]:
+            exact = self.exact and parameter.dtype == torch.bfloat16
+            states = {name: self._place(x) for name, x in init_state(parameter, exact=exact).items()}
+            # fp32, because a default of bf16 would count to 256 only
+            self.state[parameter] = {"step": torch.tensor(0.0, dtype=torch.float32), **states}
+        return self.state[parameter]
 
     def _place(self, tensor: Tensor) -> Tensor:
-        if self.slabs is None:
+        if not self.offload:
             return tensor
         return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
 
@@ -137,14 +190,21 @@ class AdamW8bit(torch.optim.Optimizer):
         self._apply(self._pieces(parameter, parameter.grad if gradient is None else gradient, first))
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None):
+        """Update all parameters that have a gradient.
+
+        closure: computes loss and gradients, called first. Return what it returned, None without one.
+        """
+        loss = None
         if closure is not None:
-            raise ValueError("AdamW8bit takes no closure; run the backward pass, then call step()")
+            with torch.enable_grad():
+                loss = closure()
         with_gradient = (parameter for parameter in self.place if parameter.grad is not None)
         self._apply(
             piece for parameter in with_gradient for piece in self._pieces(parameter, parameter.grad, 0)
         )
         self.wait()
+        return loss
 
     def wait(self) -> None:
         """Make the card wait until offloaded states are back in CPU memory."""
@@ -154,11 +214,11 @@ class AdamW8bit(torch.optim.Optimizer):
     def _pieces(self, parameter: torch.nn.Parameter, gradient: Tensor, first: int) -> Iterator[tuple]:
         """Yield (numbers, gradient, states, settings) of each kernel call, and count the step at the end."""
         index, group = self.place[parameter]
-        state = {name: tensor for name, tensor in self.state[parameter].items() if name != "step"}
-        step = int(self.state[parameter]["step"]) + 1
+        state = dict(self._state_of(parameter))
+        step = int(state.pop("step")) + 1
         flat, gradient = parameter.view(-1)[first : first + gradient.numel()], gradient.reshape(-1)
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "seed")}
-        settings |= {"step": step, "index": index}
+        settings = {name: group[name] for name in ("betas", "eps", "weight_decay", "seed")}
+        settings |= {"lr": float(group["lr"]), "step": step, "index": index}
 
         slab = max(len(flat), 1) if self.slabs is None else self.SLAB
         for start in range(0, len(flat), slab):
@@ -168,7 +228,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
         if first + len(flat) == parameter.numel():
             # a new tensor, because a fake one knows its value only if it was never changed in place
-            self.state[parameter]["step"] = torch.tensor(float(step))
+            self.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32)
 
     def _apply(self, pieces: Iterator[tuple]) -> None:
         """Update one piece after another, while the offloaded states of the next one are copied."""
@@ -189,6 +249,11 @@ class AdamW8bit(torch.optim.Optimizer):
             torch.cuda.current_stream(numbers.device).wait_event(loaded)
         adamw8bit_(numbers, gradient, on_card, **settings)
         self.slabs.write_back(on_host, on_card)
+
+
+def _layout(state: dict) -> dict[str, tuple]:
+    """Return name -> (dtype, shape) of the states besides the step."""
+    return {name: (x.dtype, tuple(x.shape)) for name, x in state.items() if name != "step"}
 
 
 def make_optimizer(
@@ -222,8 +287,7 @@ def make_optimizer(
         name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
     settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     if name == "adamw8bit":
-        exact = exact_weights and dtypes == {torch.bfloat16}
-        return AdamW8bit(parameters, **settings, seed=seed, offload=offload, exact=exact)
+        return AdamW8bit(parameters, **settings, seed=seed, offload=offload, exact=exact_weights)
 
     if offload:
         raise ValueError(

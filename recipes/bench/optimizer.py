@@ -73,7 +73,7 @@ class Weights:
         dtype = torch.float32 if arm == "fp32" else torch.bfloat16
         self.stored = [p if p.dtype == dtype else torch.nn.Parameter(p.detach().to(dtype)) for p in self.used]
         if arm == "kit":
-            self.optimizer = AdamW8bit(self.stored, lr=config.lr, seed=config.seed)
+            self.optimizer = AdamW8bit(self.stored, lr=config.lr, weight_decay=0.0, seed=config.seed)
         else:
             self.optimizer = torch.optim.AdamW(self.stored, lr=config.lr, weight_decay=0.0)
         self.copy()

@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, str | int]:
 
     has_gpu = torch.cuda.is_available()
     return {
-        "processor": _proc("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "processor": _proc(Path("/proc/cpuinfo"), "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if has_gpu else "none: nothing here was timed on a GPU",
@@ -95,14 +95,39 @@ def peak_resident_bytes() -> int | None:
     return _kib("VmHWM")
 
 
-def _kib(key: str) -> int | None:
-    value = _proc("/proc/self/status", key)
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Return the CPU memory that a process may still take, in bytes; None if the system does not tell.
+
+    It is what Linux calls available, or less in a container: what the limit of a control group (version 1 or
+    2) leaves, whose file cache can be had back. root: folder with proc and sys.
+    """
+    found = [_kib("MemAvailable", root / "proc/meminfo")]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        top, limit, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "
+        if controllers:  # version 1, where unlimited is a number near 2**63
+            top, limit, used = top / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file "
+        if not controllers or "memory" in controllers.split(","):
+            folder = top / path.lstrip("/")  # which a container does not see if its namespace is its own
+            for group in (folder, *folder.parents):
+                if (group / limit).is_file() and (group / limit).read_text().strip() != "max":
+                    stat = (group / "memory.stat").read_text().splitlines()
+                    had_back = next(int(row.split()[1]) for row in stat if row.startswith(cache))
+                    left = int((group / limit).read_text()) - int((group / used).read_text()) + had_back
+                    found.append(max(left, 0))
+    return min((free for free in found if free is not None), default=None)
+
+
+def _kib(key: str, path: Path = Path("/proc/self/status")) -> int | None:
+    value = _proc(path, key)
     return None if value is None else int(value.split()[0]) * 1024
 
 
-def _proc(path: str, key: str) -> str | None:
+def _proc(path: Path, key: str) -> str | None:
     """Return the value of the first line `key: value`; None if the file or the key is absent."""
-    if not Path(path).is_file():
+    if not path.is_file():
         return None
-    lines = (line.split(":", 1) for line in Path(path).read_text().splitlines() if ":" in line)
+    lines = (line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
     return next((value.strip() for name, value in lines if name.strip() == key), None)

@@ -11,9 +11,9 @@ again and report the difference. The paper finds that accuracy falls to about a 
 (--resume).
 
 Time: not timed on a GPU. Hours are printed before the first stage: from recipes/check_card.py's measurements
-if there are any, else as an estimate for well-known cards. Memory: 6 bytes per parameter (weights and
-gradients in bf16, 8-bit optimizer states) and activations; weights are rounded stochastically. --plan prints
-the sum, and what would lower it. Left out on purpose: several GPUs, a validation set (the paper has none),
+if there are any, else as an estimate for well-known cards. Memory: 8 bytes per parameter (weights and
+gradients in bf16, 8-bit optimizer states, the 16 bits that bf16 lacks) and activations. --plan prints the
+sum, and what would lower it. Left out on purpose: several GPUs, a validation set (the paper has none),
 weight decay (the paper does not state it), other numbers of traces (recipes/valley_sweep.py).
 """
 
@@ -121,7 +121,7 @@ def main(config: Config) -> None:
     )
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
-        memory.simulate.check_free_memory(planned.larger)
+        memory.measured.check_free_memory(planned)
     benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")

@@ -219,7 +219,7 @@ def main(config: Config) -> None:
     )
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
-        memory.simulate.check_free_memory(planned.larger)
+        memory.measured.check_free_memory(planned)
 
     if not config.prompts:
         config = replace(config, prompts=default_prompts(config))

@@ -10,6 +10,7 @@ import torch
 from kit import models
 from kit.machine import (
     describe_machine,
+    free_memory,
     one_thread_if_small,
     peak_resident_bytes,
     require_gpu,
@@ -43,6 +44,60 @@ def test_without_a_gpu_a_recipe_ends_with_what_works_instead_and_on_a_cpu_it_goe
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     require_gpu("cuda", "a 1B model", instead)
+
+
+def files(root, texts):
+    for name, text in texts.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+V1 = "sys/fs/cgroup/memory"
+
+
+@pytest.mark.parametrize(
+    ("groups", "free"),
+    [
+        ({}, 9_000),
+        ({"proc/self/cgroup": "0::/a/b\n"}, 9_000),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n"}, 9_000),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/memory.max": "8000\n", "sys/fs/cgroup/a/memory.current": "7000\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 5000\ninactive_file 1500\nactive_file 100\n",
+            },
+            2_500,
+        ),
+        (  # a container whose namespace is its own sees the limit at the top
+            {
+                "proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "5000\n",
+                "sys/fs/cgroup/memory.current": "6000\n", "sys/fs/cgroup/memory.stat": "inactive_file 0\n",
+            },
+            0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/not/seen\n0::/\n",
+                f"{V1}/memory.limit_in_bytes": "4000\n", f"{V1}/memory.usage_in_bytes": "3000\n",
+                f"{V1}/memory.stat": "inactive_file 7\ntotal_inactive_file 2000\n",
+            },
+            3_000,
+        ),
+    ],
+)  # fmt: skip
+def test_free_memory_is_what_the_system_has_or_less_if_a_containers_limit_leaves_less(groups, free, tmp_path):
+    meminfo = "MemTotal: 99 kB\nMemFree: 1 kB\nMemAvailable: 9 kB\n"
+    found = free_memory(files(tmp_path, {"proc/meminfo": meminfo, **groups}))
+    assert found == (9 * 1024 if free == 9_000 else free)
+
+
+def test_free_memory_is_none_where_the_system_does_not_tell(tmp_path):
+    assert free_memory(tmp_path) is None
+    if sys.platform == "linux":
+        assert 0 < free_memory() < 2**50
 
 
 class Layer(torch.nn.Linear):

@@ -32,11 +32,18 @@ LADDER: tuple[Entry, ...] = (
     ("offload_inputs", True),
     ("offload_optimizer", True),
     ("offload_gradients", True),
-    ("update_in_backward", True),  # from here on: one row per step and no global norm
+    # from here on the update is another one
+    ("exact_weights", False),
+    ("update_in_backward", True),
     ("head_update", "blocked"),
 )
+GIVES_UP = {  # settings that change the update -> what they give up
+    "exact_weights": "bf16 weights are rounded stochastically",
+    "update_in_backward": "one row per step, each parameter clipped by its own norm",
+    "head_update": "the embedding's gradient is not clipped",
+}
 # Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
-FULL_ONLY = {"update_in_backward", "head_update", "offload_optimizer", "offload_gradients"}
+FULL_ONLY = {"offload_optimizer", "offload_gradients", *GIVES_UP}
 SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
 QLORA_RANK = 16
 
@@ -46,6 +53,11 @@ def show_tried(found: Plan) -> Plan:
     settings = as_flags(found.savings.switched_on) or "the defaults"
     print(f"  {found.total / GIB:6.2f} GiB with {settings}", flush=True)
     return found
+
+
+def given_up(savings: Savings) -> str:
+    """Say how the update differs from that of the defaults; "" if it is the same."""
+    return "; ".join(words for name, words in GIVES_UP.items() if name in savings.switched_on)
 
 
 def size_of(gpu_gb: float, desktop_gb: float) -> str:
@@ -117,7 +129,13 @@ def choose(
     entries = entries_for(config, qlora_rank)
     for count in range(1, len(entries) + 1):
         if fits(entries[:count]):
-            return simulated(combined(_needed(entries[:count], fits)))
+            chosen = simulated(combined(_needed(entries[:count], fits)))
+            if given_up(chosen.savings):
+                kept = simulated(combined([entry for entry in entries if entry[0] not in GIVES_UP]))
+                ways = ", or ".join(_ways_out(config, kept, gpu_gb, rows))
+                print(f"  to keep the update takes {kept.total / GIB:.2f} GiB: pass {ways}")
+                print(f"  {chosen.total / GIB:.2f} GiB at this price: {given_up(chosen.savings)}", flush=True)
+            return chosen
 
     leanest = simulated(combined(entries))
     raise ValueError(

@@ -1,20 +1,44 @@
-"""Measure training's memory on a card, print it beside the plan, and explain a step that ran out of it."""
+"""Compare the plan with what is free before a run, and with what was held during it."""
 
 from __future__ import annotations
 
+from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from kit.machine import CONTEXT, GIB, return_memory
+from kit.machine import CONTEXT, GIB, free_memory, return_memory
 from kit.progress import print_line
 from kit.run import write_json
 
 if TYPE_CHECKING:
+    from kit.memory.run_plan import RunPlan
     from kit.memory.simulate import Plan
 
 COMPARED_AFTER = 10  # steps: every kind of row has occurred by then
+
+
+def check_free_memory(planned: RunPlan) -> None:
+    """Raise ValueError if card or CPU have less memory free than the plan needs. Call it before loading."""
+    larger = planned.larger
+    free, total = torch.cuda.mem_get_info()
+    if larger.total - CONTEXT > free:  # CUDA runs by now and has taken its own part
+        raise ValueError(
+            f"the plan needs {larger.total / GIB:.2f} GiB but {free / GIB:.2f} of the card's "
+            f"{total / GIB:.2f} GiB are free; its largest owners are {larger.largest_owners()}; pass "
+            f"--gpu_gb {floor(10 * free / GIB) / 10} --desktop_gb 0 to choose settings that fit, or close "
+            "what uses the card"
+        )
+
+    free = free_memory()
+    if planned.host and free is not None and planned.host > free:
+        on = [name for name in planned.update.savings.switched_on if name.startswith("offload_")]
+        raise ValueError(
+            f"the plan keeps {planned.host / GIB:.2f} GiB in CPU memory ({', '.join(on)}) but "
+            f"{free / GIB:.2f} GiB are free; close what uses it, raise a container's limit, or leave a part "
+            f"of it on the card: --no_{on[-1]}, without --gpu_gb"
+        )
 
 
 class PeakMemory:

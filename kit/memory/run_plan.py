@@ -16,7 +16,7 @@ from kit import paper
 from kit.command_line import started_as
 from kit.config import full_command
 from kit.generate.sampling import SamplingParams
-from kit.machine import GIB
+from kit.machine import GIB, free_memory
 from kit.memory.choose import choose, rows_of, size_of, suggest_savings, switches
 from kit.memory.flops import Sizes
 from kit.memory.hours import card_named, in_words, sampling_speed, training_speed
@@ -28,7 +28,7 @@ from kit.run import write_json
 from kit.train.savings import Savings
 
 TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
-OPTIMIZER_BYTES = 2 + 8 / 256  # per trained weight: two 8-bit states and their scales
+OPTIMIZER_BYTES = 2 + 8 / 256  # per trained weight: two 8-bit states and their scales; 2 more if exact
 ID_BYTES = 4  # per token of the cache of tokenised traces
 
 
@@ -45,6 +45,11 @@ class RunPlan:
     @property
     def larger(self) -> Plan:
         return max(filter(None, (self.update, self.sampling)), key=lambda plan: plan.peak)
+
+    @property
+    def host(self) -> int:
+        """Bytes of CPU memory that training holds."""
+        return self.update.host if self.update else 0
 
     def fits(self, gpu_gb: float) -> bool:
         return self.larger.fits(gpu_gb)
@@ -175,7 +180,8 @@ class Estimate:
 
     def describe(self, host: int) -> str:
         """Return the lines to print. host: bytes of CPU memory that training holds."""
-        work, lines = self.work, []
+        work, lines, here = self.work, [], free_memory()
+        free = f"; {here / GIB:.2f} GiB are free here" if host and here is not None else ""
         times = f"{work.evaluations} x " if work.evaluations > 1 else ""
         hours = f"{times}{in_words(self.sampling_hours)} of sampling"
         if work.num_traces:
@@ -196,7 +202,7 @@ class Estimate:
             f"time        {hours}: {work.num_samples:,} answers of {work.response_tokens:,} tokens (assumed)",
             *(f"            {source}" for source in dict.fromkeys(self.sources[:2])),
             f"disk        {sum(disk.values()) / GIB:.2f} GiB: {parts}; and what the hub's client downloads",
-            f"CPU memory  {host / GIB:.2f} GiB, pinned, for what is offloaded",
+            f"CPU memory  {host / GIB:.2f} GiB, pinned, for what is offloaded{free}",
         ])  # fmt: skip
 
 
@@ -231,7 +237,7 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
         sources=(training.source, sampling.source, baseline.source),
         disk_model=2 * trained,
         disk_tokens=ID_BYTES * work.num_traces * length * (work.trained_on == "traces"),
-        disk_while_training=round(2 * trained * (2 + OPTIMIZER_BYTES)),
+        disk_while_training=round(2 * trained * (2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights)),
     )
 
 
@@ -251,7 +257,7 @@ def print_plan(
     size = config.gpu_gib
     fits = f"a card of {size:.3g} GB {'is' if found.fits(size) else 'is NOT'} large enough; " if size else ""
     print(f"in short    {fits}about {in_words(estimate.hours)} in all")
-    print(estimate.describe(found.update.host if found.update else 0))
+    print(estimate.describe(found.host))
     print(paper.describe(deviations))
     print(f"start       {full_command(config.to_start(), started_as(), smoke=smoke, presets=presets)}")
     if config.json:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import floor
 from types import MappingProxyType
 
 import torch
@@ -218,15 +217,3 @@ def plan(
         rows=rows,
         desktop_gb=desktop_gb,
     )
-
-
-def check_free_memory(planned: Plan) -> None:
-    """Raise ValueError if the card has less memory free than the plan needs."""
-    free, total = torch.cuda.mem_get_info()
-    if planned.total - CONTEXT > free:  # CUDA runs by now and has taken its own part
-        raise ValueError(
-            f"the plan needs {planned.total / GIB:.2f} GiB but {free / GIB:.2f} of the card's "
-            f"{total / GIB:.2f} GiB are free; its largest owners are {planned.largest_owners()}; pass "
-            f"--gpu_gb {floor(10 * free / GIB) / 10} --desktop_gb 0 to choose settings that fit, or close "
-            "what uses the card"
-        )

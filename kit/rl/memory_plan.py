@@ -22,7 +22,7 @@ from kit.config import as_flags
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
 from kit.memory import live_bytes
-from kit.memory.choose import QLORA_RANK, ladder_steps, show_tried, size_of
+from kit.memory.choose import QLORA_RANK, given_up, ladder_steps, show_tried, size_of
 from kit.memory.flops import Sizes
 from kit.memory.run_plan import RunPlan
 from kit.memory.sampling import MOST_SLOTS, PROMPT_TOKENS, Sampling, most_slots, simulate_sampling, transient
@@ -58,7 +58,8 @@ class _Step:
             return True
         # in bf16: weights, gradients and the reference
         copies = 1 + (not savings.offload_gradients) + self.settings.uses_reference
-        states = 0 if savings.offload_optimizer else 2  # bytes per weight, of 8-bit states
+        # bytes per weight, of 8-bit states and rests
+        states = 0 if savings.offload_optimizer else 2 + 2 * savings.exact_weights
         weights = Sizes.of(load_config(self.model)).weights
         return card_bytes((2 * copies + states) * weights) <= (gpu_gb - self.desktop_gb) * GIB
 
@@ -135,6 +136,8 @@ def choose_rl(
             update, sampling = step.simulate(savings)
             slots = most_slots(sampling, gpu_gb, bound) if show_tried(update).fits(gpu_gb) else 0
             if slots:
+                if given_up(savings):
+                    print(f"  to keep the update takes a larger card; the price: {given_up(savings)}")
                 return RunPlan(sampling(slots), update, slots, sampling, is_plain=False)
 
     update, sampling = step.simulate(step.ladder[-1])

@@ -19,7 +19,7 @@ class Savings(Checked):
     recompute: bool = True  # keep each layer's input only; costs one more forward pass
     tile_tokens: int = 0  # feed-forward of the recomputed layers in tiles of so many tokens; 0 = whole [>= 0]
     optimizer: str = "auto"  # auto: adamw for fp32 weights, else adamw8bit [auto | adamw | adamw8bit]
-    exact_weights: bool = False  # bf16 weights as exact as fp32 ones: adamw8bit keeps 2 more bytes of each
+    exact_weights: bool = True  # bf16 weights as exact as fp32 ones: adamw8bit keeps 2 more bytes of each
     update_in_backward: bool = False  # free each gradient at once: one row per step, no global norm
     offload_inputs: bool = False  # layer inputs in CPU memory between forward and backward
     logit_rows: int = 0  # rows of logits at once in the loss; 0 = as many as half a GiB holds [>= 0]

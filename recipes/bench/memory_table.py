@@ -5,16 +5,16 @@
     python recipes/bench/memory_table.py --json memory.json                keep the figures, for posting
 
 Each figure is one real training step on fake tensors with every live byte counted, and what
-kit/memory/simulate.py assumes for slack and for CUDA itself. Full fine-tuning updates in the backward pass,
-one row of packed traces per step; "several rows" has the paper's batch and clips by the global norm, with
-gradients and optimizer states in CPU memory.
+kit/memory/simulate.py assumes for slack and for CUDA itself. Full fine-tuning has the paper's batch, a global
+norm and exact weights. "One row per step" gives that up: it updates in the backward pass, and rounds
+stochastically.
 
 Time: minutes on two cores. Left out on purpose: speed. Offloaded bytes cross the bus, and a blocked head
 costs one more matmul.
 """
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,28 +26,16 @@ from kit.models.shipped import CONFIGS
 from kit.run import write_json
 from kit.train import Savings
 
-FULL = {
-    "optimizer": "adamw8bit",
-    "tile_tokens": 2048,
-    "update_in_backward": True,
-    "offload_inputs": True,
-    "logit_rows": 256,
-}
-SEVERAL_ROWS = FULL | {
-    "update_in_backward": False,
-    "offload_optimizer": True,
-    "offload_gradients": True,
-}
+LEAN = Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=256)
+ONE_ROW = replace(LEAN, update_in_backward=True, exact_weights=False)
 ROWS = {  # name -> (savings, rank of the adapters)
-    "full": (Savings(**FULL), 0),
-    "full, several rows": (Savings(**SEVERAL_ROWS), 0),
-    "full, head blocked": (Savings(**FULL, head_update="blocked"), 0),
-    "full, optimizer on CPU": (Savings(**FULL, offload_optimizer=True), 0),
-    "full, both": (Savings(**FULL, head_update="blocked", offload_optimizer=True), 0),
-    "QLoRA r = 16": (
-        Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=256),
-        16,
-    ),
+    "QLoRA r = 16": (LEAN, 16),
+    "full": (LEAN, 0),
+    "full, states on CPU": (replace(LEAN, offload_optimizer=True), 0),
+    "full, gradients too": (replace(LEAN, offload_optimizer=True, offload_gradients=True), 0),
+    "one row per step": (ONE_ROW, 0),
+    "one row, states on CPU": (replace(ONE_ROW, offload_optimizer=True), 0),
+    "one row, head blocked": (replace(ONE_ROW, offload_optimizer=True, head_update="blocked"), 0),
 }
 
 
@@ -65,7 +53,7 @@ SMOKE = {"models": "tiny", "row_tokens": 1_024}
 def simulate(model: str, name: str, row_tokens: int) -> Plan:
     torch.set_num_threads(1)
     savings, rank = ROWS[name]
-    rows = 2 if savings.offload_gradients else 1
+    rows = 1 if savings.update_in_backward else 2
     return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=rank, rows=rows)
 
 
@@ -82,7 +70,7 @@ def table(rows: list[dict]) -> str:
 def main(config: Config) -> list[dict]:
     shipped = sorted((path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=str.lower)
     models = config.models.split(",") if config.models else shipped
-    print(f"GiB that a card needs for one row of {config.row_tokens:,} tokens per step, simulated")
+    print(f"GiB that a card needs for rows of {config.row_tokens:,} tokens, simulated")
 
     rows = []
     with ProcessPoolExecutor() as pool:
@@ -96,7 +84,10 @@ def main(config: Config) -> list[dict]:
             for name in ROWS:
                 found = jobs[model, name].result()
                 owners = ", ".join(f"{owner} {n / GIB:.2f}" for owner, n in found.largest()[:4])
-                print(f"    {name:<24}{found.total / GIB:7.2f}  in {found.when}: {owners}", flush=True)
+                on_cpu = f"; in CPU memory {found.host / GIB:.2f}"
+                print(
+                    f"    {name:<24}{found.total / GIB:7.2f}  in {found.when}: {owners}{on_cpu}", flush=True
+                )
                 rows.append({"row": name, **found.as_json()})
 
     print(table(rows))

@@ -33,9 +33,9 @@ def formula(
     if qlora_rank:
         trained = sizes.adapters(qlora_rank)
         weights = round(NF4 * sizes.linears) + 2 * (sizes.weights - sizes.linears + trained)
-    states = STATES * trained
+    states = (STATES + 2 * savings.exact_weights) * trained
     if savings.offload_optimizer:
-        states = 2 * STATES * min(AdamW8bit.SLAB, V * H)
+        states = 2 * (STATES + 2 * savings.exact_weights) * min(AdamW8bit.SLAB, V * H)
     gradients = 0 if savings.update_in_backward or savings.offload_gradients else 2 * trained
 
     row = T * H * 2  # bytes of one (T, H) in bf16

@@ -5,6 +5,7 @@ import pytest
 from test_closed_form import small_heads  # noqa: F401  a fixture
 from test_simulate import SMALL
 
+from kit.config import as_flags
 from kit.machine import GIB
 from kit.memory import choose as fitting
 from kit.memory.choose import choose, ladder_steps, rows_of, suggest_savings, switches
@@ -79,12 +80,31 @@ def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_
 
 def test_nothing_that_changes_the_update_is_chosen_while_what_only_costs_time_would_do(small_model):
     ladder = ladder_steps(load_config(small_model))
-    place = next(i for i, savings in enumerate(ladder) if savings.update_in_backward)
-    faithful = [savings for savings in ladder[:place] if not savings.update_in_backward]
-    assert faithful[-1].offload_gradients and faithful[-1].offload_optimizer and faithful[-1].offload_inputs
-    found = choose(small_model, row_tokens=T, gpu_gb=total(small_model, faithful[-1], 2) + 1e-6, rows=2)
-    assert found.rows == 2 and not found.savings.update_in_backward
+    faithful = [savings for savings in ladder if savings.exact_weights and not savings.update_in_backward]
+    assert ladder[: len(faithful)] == faithful
+    leanest = faithful[-1]
+    assert leanest.offload_gradients and leanest.offload_optimizer and leanest.offload_inputs
+    found = choose(small_model, row_tokens=T, gpu_gb=total(small_model, leanest, 2) + 1e-6, rows=2)
+    assert found.rows == 2 and not found.savings.update_in_backward and found.savings.exact_weights
     assert switches(found, 1.0).keys() == vars(Savings()).keys()  # batch and clipping stay as they are
+
+
+def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(small_model, capsys):
+    """The exact weights go first: without them, batch and clipping stay as they are."""
+    ladder = ladder_steps(load_config(small_model))
+    place = next(i for i, savings in enumerate(ladder) if not savings.exact_weights)
+    exact, rounded = (total(small_model, savings, 2) for savings in ladder[place - 1 : place + 1])
+    assert rounded < exact
+    found = choose(small_model, row_tokens=T, gpu_gb=(rounded + exact) / 2, rows=2)
+    assert not found.savings.exact_weights and not found.savings.update_in_backward and found.rows == 2
+    *_, kept, price = capsys.readouterr().out.splitlines()
+    assert f"to keep the update takes {exact:.2f} GiB: pass --" in kept and kept.endswith("a card of 6 GB")
+    assert price.endswith(
+        f"{found.total / GIB:.2f} GiB at this price: bf16 weights are rounded stochastically"
+    )
+
+    choose(small_model, row_tokens=T, gpu_gb=exact + 1e-6, rows=2)
+    assert "price" not in capsys.readouterr().out
 
 
 def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
@@ -133,7 +153,7 @@ def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_le
     suggested = list(suggest_savings(found))
     flags = [flag for flag, _ in suggested]
     assert flags[0] == "--recompute" and flags[-1] == "--head_update blocked"
-    ladder = [f"--{name}" for name, _ in fitting.LADDER]
+    ladder = [as_flags({name: value}).split()[0] for name, value in fitting.LADDER]
     places = [ladder.index(flag.split()[0]) for flag in flags[1:]]
     assert places == sorted(places)
     sizes = [smaller.total / GIB for _, smaller in suggested]
@@ -144,6 +164,7 @@ def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_le
     for flag in flags:
         name, _, value = flag.removeprefix("--").partition(" ")
         changes[name] = value if name == "head_update" else int(value) if value else True
+    changes |= {"exact_weights": not changes.pop("no_exact_weights", False)}
     last = Savings(**changes | {"offload_gradients": False})  # which updating in the backward pass excludes
     assert total(model, last, 2) == sizes[-1]  # each is with those before it
     leanest = ladder_steps(load_config(model))[-1]

@@ -1,11 +1,15 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from kit.machine import GIB
-from kit.memory.measured import COMPARED_AFTER, PeakMemory
+from kit.machine import CONTEXT, GIB
+from kit.memory import measured
+from kit.memory.measured import COMPARED_AFTER, PeakMemory, check_free_memory
+from kit.memory.run_plan import RunPlan
 from kit.memory.simulate import plan
+from kit.train.savings import Savings
 
 CPU = torch.device("cpu")
 
@@ -64,3 +68,40 @@ def test_a_step_that_ran_out_says_what_is_known(tmp_path):
     error = str(memory.exhausted(7, tmp_path / "step_0000005"))
     assert "no plan was made; the steps before peaked at 3.21 GiB, 3.55 GiB reserved." in error
     assert "step_0000005" in error
+
+
+def test_a_card_with_too_little_free_memory_is_refused_before_anything_loads(monkeypatch):
+    step = plan("tiny", row_tokens=256)
+    planned = RunPlan(replace(step, peak=0), step, 1, None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (step.total - CONTEXT, 8 * GIB))
+    check_free_memory(planned)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (step.total - CONTEXT - 1, 8 * GIB))
+    with pytest.raises(ValueError, match="the plan needs"):
+        check_free_memory(planned)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.67 * GIB), 8 * GIB))
+    way_out = r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 "
+    with pytest.raises(ValueError, match=way_out):
+        check_free_memory(replace(planned, update=replace(step, peak=7 * GIB)))
+
+
+def test_a_machine_with_too_little_cpu_memory_for_what_leaves_the_card_is_refused_before_anything_loads(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * GIB, 8 * GIB))
+    savings = Savings(offload_optimizer=True, offload_gradients=True)
+    step = replace(plan("tiny", row_tokens=256, savings=savings), host=3 * GIB)
+    planned = RunPlan(step, step, 1, None)
+    monkeypatch.setattr(measured, "free_memory", lambda: 3 * GIB)
+    check_free_memory(planned)
+    monkeypatch.setattr(measured, "free_memory", lambda: None)  # the system does not tell
+    check_free_memory(planned)
+    monkeypatch.setattr(measured, "free_memory", lambda: 2 * GIB)
+    told = (
+        r"keeps 3\.00 GiB in CPU memory \(offload_optimizer, offload_gradients\) but 2\.00 GiB are free; "
+        r".* --no_offload_gradients, without --gpu_gb"
+    )
+    with pytest.raises(ValueError, match=told):
+        check_free_memory(planned)
+    on_card = plan("tiny", row_tokens=256)
+    monkeypatch.setattr(measured, "free_memory", lambda: 0)
+    check_free_memory(RunPlan(on_card, on_card, 1, None))

@@ -9,11 +9,9 @@ from conftest import FAMILIES, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kit import machine
-from kit.machine import GIB
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
-from kit.memory.simulate import check_free_memory, fake_batch, measure, plan
+from kit.memory.simulate import fake_batch, measure, plan
 from kit.models.loading import load_config
 from kit.models.nf4 import quantise_decoder, simulate_quantised_decoder
 from kit.models.qlora import add_adapters
@@ -178,7 +176,7 @@ def test_the_plan_of_a_supported_model_names_its_owners():
     model, savings = "Qwen/Qwen2.5-0.5B-Instruct", Savings(optimizer="adamw8bit", tile_tokens=2048)
     found = plan(model, row_tokens=4096, savings=savings)
     assert found.owners[live_bytes.WEIGHTS] == pytest.approx(2 * PARAMETERS[model], rel=0.001)
-    assert found.owners[live_bytes.OPTIMIZER] == pytest.approx((2 + 8 / 256) * PARAMETERS[model], rel=0.001)
+    assert found.owners[live_bytes.OPTIMIZER] == pytest.approx((4 + 8 / 256) * PARAMETERS[model], rel=0.001)
     assert sum(n for owner, n in found.owners.items() if owner != live_bytes.HOST) == found.peak
     text = str(found)
     assert "one row per step" in text and "in CPU memory 0.00 GiB" in text
@@ -217,16 +215,3 @@ def test_a_model_without_a_config_at_hand_is_refused_with_the_ways_to_give_one()
     ways = r"(?s)model is nobody/nothing and no config.*config.json.*google/gemma-3-1b-it"
     with pytest.raises(ValueError, match=ways):
         load_config("nobody/nothing")
-
-
-def test_a_card_with_too_little_free_memory_is_refused_before_training(monkeypatch, small_model):
-    found = plan(small_model, row_tokens=256)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.total - machine.CONTEXT, 8 * GIB))
-    check_free_memory(found)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found.total - machine.CONTEXT - 1, 8 * GIB))
-    with pytest.raises(ValueError, match="the plan needs"):
-        check_free_memory(found)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.67 * GIB), 8 * GIB))
-    way_out = r"5\.67 of the card's 8\.00 GiB are free; its largest owners .*, .*, .*--gpu_gb 5\.6 "
-    with pytest.raises(ValueError, match=way_out):
-        check_free_memory(replace(found, peak=7 * GIB))

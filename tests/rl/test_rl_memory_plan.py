@@ -37,7 +37,7 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
         assert phase.owners[live_bytes.WEIGHTS] == weights
         # the rotary frequencies are not copied
         assert phase.owners[REFERENCE] == pytest.approx(weights, rel=0.001)
-        assert phase.owners[live_bytes.OPTIMIZER] == pytest.approx(weights / 2 * (2 + 8 / 256), rel=0.01)
+        assert phase.owners[live_bytes.OPTIMIZER] == pytest.approx(weights / 2 * (4 + 8 / 256), rel=0.01)
         assert sum(phase.owners.values()) == phase.peak
     # 2 layers, keys and values, 2 heads of 64 numbers of 2 bytes; 16 rows of 150 positions
     assert found.sampling.owners[CACHE] == 2 * 2 * 2 * 64 * 2 * 16 * 150

@@ -71,21 +71,15 @@ class RunPlan:
         return "\n".join(lines)
 
     def for_less(self) -> Iterator[str]:
-        """Yield lines to print: what lowers the need, each with those above it. All are simulated."""
-        update, slots = self.update, self.num_slots
-        savings = suggest_savings(update) if update and self.is_plain else iter(())
-        while True:
-            sampling, note = self.at(slots).total, ""
-            if update is not None and update.total >= sampling:
-                flags, smaller = next(savings, ("", update))
-                note = ", one row per step" if smaller.rows < update.rows else ""
-                update = smaller
-            else:
-                flags, slots = f"--num_slots {slots // 2}" if slots > 1 else "", slots // 2
-            if not flags:
-                return
-            need = max(self.at(slots).total, update.total if update else 0)
-            yield f"    {flags:<24}{need / GIB:7.2f} GiB{note}"
+        """Yield lines to print: what lowers training's need, each with those above it. All are simulated."""
+        before = self.update
+        if before is not None and self.is_plain:
+            for flags, smaller in suggest_savings(before):
+                if before.total < self.sampling.total:  # for which there are fewer slots: see __str__
+                    return
+                note = ", one row per step" if smaller.rows < before.rows else ""
+                yield f"    {flags:<24}{smaller.total / GIB:7.2f} GiB{note}"
+                before = smaller
 
     def switches(self, max_grad_norm: float) -> dict:
         """Return what was chosen as a recipe's settings; max_grad_norm: the recipe's own."""
@@ -248,8 +242,8 @@ def print_plan(
 
     config: a recipe's, with its PlanSettings. smoke, presets: the recipe's.
     """
-    if not found.fits(CARDS[0]):
-        print("for less, each with those above it (simulated):")
+    if not found.fits(CARDS[0]) and found.larger is found.update:
+        print("training for less, each with those above it (simulated):")
         for line in found.for_less():
             print(line, flush=True)
 

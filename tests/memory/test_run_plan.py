@@ -111,12 +111,11 @@ def test_what_a_desktop_uses_is_taken_from_the_card_and_said(small_model, capsys
         choose(small_model, row_tokens=1024, gpu_gb=needed, desktop_gb=0.2)
 
 
-@pytest.mark.parametrize("num_slots", [1, 600])
-def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_above(small_model, num_slots):  # noqa: F811
+def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_above(small_model):  # noqa: F811
     found = plan_run(
         small_model,
         PARAMS,
-        num_slots=num_slots,
+        num_slots=1,
         row_tokens=1024,
         rows=2,
         card=ALONE,
@@ -125,16 +124,11 @@ def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_abov
     lines = list(found.for_less())
     needs = [float(line.split(" GiB")[0].split()[-1]) for line in lines]
     assert needs == sorted(needs, reverse=True) and needs[0] <= found.larger.total / GIB
-    assert any("--recompute" in line for line in lines)
-    assert any("--num_slots 300" in line for line in lines) == (num_slots == 600)
-    assert lines[0].startswith("    --num_slots" if num_slots == 600 else "    --recompute")
-    assert list(replace(found, is_plain=False, num_slots=1, sampling=found.at(1)).for_less()) == []
-
-
-def test_halving_slots_goes_on_until_training_is_what_is_left():
-    found = RunPlan(with_slots(16), of_size(3.0), 16, with_slots, is_plain=False)
-    assert [line.split()[1] for line in found.for_less()] == ["8", "4", "2"]
-    assert [line.split()[1] for line in replace(found, update=None).for_less()] == ["8", "4", "2", "1"]
+    assert lines[0].startswith("    --recompute") and len(lines) > 3
+    assert list(replace(found, is_plain=False).for_less()) == []
+    assert list(replace(found, update=None).for_less()) == []
+    between = replace(found.sampling, peak=found.update.peak - 1)  # sampling is the larger after one saving
+    assert list(replace(found, sampling=between).for_less()) == lines[:1]
 
 
 def test_auto_reads_the_card_and_what_is_not_a_size_is_refused(monkeypatch):

@@ -7,7 +7,8 @@ is on while settings that only cost time would do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 
@@ -157,23 +158,24 @@ def _needed(entries: list[Entry], fits: Callable[[list[Entry]], bool]) -> list[E
     return entries
 
 
+def nearest(kinds: Iterable[list[dict]], fits: Callable[[dict], bool]) -> Iterator[str]:
+    """Yield flags that fit: of each kind of change the smallest. kinds: from the smallest to the largest."""
+    for kind in kinds:
+        if kind and fits(kind[-1]):
+            yield as_flags(kind[bisect_left(kind[:-1], True, key=fits)])
+
+
 def _ways_out(config: PreTrainedConfig, leanest: Plan, gpu_gb: float, rows: int) -> Iterator[str]:
     """Yield what fits if the leanest settings at this length do not. Each is simulated."""
-    fits, too_many = 0, -(-leanest.row_tokens // SHORTER)  # multiples of SHORTER
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if _simulate_again(leanest, row_tokens=middle * SHORTER).fits(gpu_gb):
-            fits = middle
-        else:
-            too_many = middle
-    if fits:
-        yield f"--row_tokens {fits * SHORTER}"
 
-    if not leanest.qlora_rank:
-        savings = ladder_steps(config, QLORA_RANK)[-1]
-        adapters = _simulate_again(leanest, savings=savings, qlora_rank=QLORA_RANK, rows=rows)
-        if adapters.fits(gpu_gb):
-            yield f"--qlora_rank {QLORA_RANK}"
+    def fits(flags: dict) -> bool:
+        adapters = {"savings": ladder_steps(config, QLORA_RANK)[-1], "rows": rows}
+        changes = flags | (adapters if "qlora_rank" in flags else {})
+        return _simulate_again(leanest, **changes).fits(gpu_gb)
+
+    shorter = range((leanest.row_tokens - 1) // SHORTER, 0, -1)
+    rank = [] if leanest.qlora_rank else [{"qlora_rank": QLORA_RANK}]
+    yield from nearest([[{"row_tokens": count * SHORTER} for count in shorter], rank], fits)
     yield next((f"a card of {gb} GB" for gb in CARDS if leanest.fits(gb)), "a smaller --model")
 
 

@@ -11,18 +11,15 @@ the same cache without an optimizer (see eval_slots), so it needs less.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
-from kit.config import as_flags
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
 from kit.memory import live_bytes
-from kit.memory.choose import QLORA_RANK, given_up, ladder_steps, show_tried, size_of
+from kit.memory.choose import QLORA_RANK, given_up, ladder_steps, nearest, show_tried, size_of
 from kit.memory.flops import Sizes
 from kit.memory.run_plan import RunPlan
 from kit.memory.sampling import MOST_SLOTS, PROMPT_TOKENS, Sampling, most_slots, simulate_sampling, transient
@@ -39,14 +36,14 @@ SHORTEST_ANSWER = 512  # tokens; no plan suggests shorter answers
 
 
 @dataclass(frozen=True)
-class _Step:
+class RLStep:
     """What a plan is made for."""
 
     model: str  # as load_config takes it
     settings: Settings
-    qlora_rank: int
-    prompt_tokens: int
-    desktop_gb: float  # GiB of the card that a desktop uses
+    qlora_rank: int = 0
+    prompt_tokens: int = PROMPT_TOKENS
+    desktop_gb: float = 0.0  # GiB of the card that a desktop uses
 
     @property
     def ladder(self) -> list[Savings]:
@@ -94,43 +91,27 @@ class _Step:
         return update, simulate_sampling(fake, mode, params, longest_prompt, lasting)
 
 
-def plan_rl(
-    model: str,
-    *,
-    settings: Settings,
-    savings: Savings | None = None,
-    qlora_rank: int = 0,
-    prompt_tokens: int = PROMPT_TOKENS,
-    desktop_gb: float = 0.0,
-) -> RunPlan:
-    """Simulate a step of reinforcement learning with bf16 weights; takes seconds.
+def plan_rl(model: str, *, savings: Savings | None = None, **what) -> RunPlan:
+    """Simulate a step of reinforcement learning with bf16 weights; takes seconds. what: as for RLStep.
 
-    model: as load_config takes it. desktop_gb: GiB of the card that a desktop uses.
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
-    step = _Step(model, settings, qlora_rank, prompt_tokens, desktop_gb)
+    step = RLStep(model, **what)
     update, sampling = step.simulate(savings or Savings())
-    return RunPlan(sampling(settings.num_slots), update, settings.num_slots, sampling, is_plain=False)
+    slots = step.settings.num_slots
+    return RunPlan(sampling(slots), update, slots, sampling, is_plain=False)
 
 
-def choose_rl(
-    model: str,
-    *,
-    settings: Settings,
-    gpu_gb: float,
-    qlora_rank: int = 0,
-    bound: int = MOST_SLOTS,
-    prompt_tokens: int = PROMPT_TOKENS,
-    desktop_gb: float = 0.0,
-) -> RunPlan:
+def choose_rl(model: str, *, gpu_gb: float, bound: int = MOST_SLOTS, **what) -> RunPlan:
     """Return the plan of the first savings of the ladder that fit a card of gpu_gb GiB; takes up to a minute.
 
     The plan's num_slots is the most answers at once that fit, up to `bound`; settings.num_slots is ignored. A
-    line is printed for each setting that is tried.
+    line is printed for each setting that is tried. what: as for RLStep.
     Raises ValueError if not even one answer at a time fits, naming the three largest owners and the nearest
     setting that does.
     """
-    step = _Step(model, settings, qlora_rank, prompt_tokens, desktop_gb)
+    step = RLStep(model, **what)
+    settings, desktop_gb = step.settings, step.desktop_gb
     for savings in step.ladder:
         if step.may_fit(savings, gpu_gb):
             update, sampling = step.simulate(savings)
@@ -169,25 +150,20 @@ def capacity(settings: Settings, prompt_tokens: int) -> int:
     return settings.max_new_tokens + min(prompt_tokens, longest_prompt)
 
 
-def _nearest(step: _Step, gpu_gb: float) -> str:
+def _nearest(step: RLStep, gpu_gb: float) -> str:
     """Return flags with which the leanest savings fit; "" if none of those that are tried do."""
 
-    @cache
-    def fits(flags: tuple[tuple[str, float], ...]) -> bool:
-        changed = dict(flags)
-        rank = int(changed.pop("qlora_rank", step.qlora_rank))
-        wanted = replace(step, settings=replace(step.settings, **changed), qlora_rank=rank)
+    def fits(flags: dict) -> bool:
+        changes = dict(flags)
+        rank = changes.pop("qlora_rank", step.qlora_rank)
+        wanted = replace(step, settings=replace(step.settings, **changes), qlora_rank=rank)
         savings = wanted.ladder[-1]
         if not wanted.may_fit(savings, gpu_gb):
             return False
         update, sampling = wanted.simulate(savings)
         return update.fits(gpu_gb) and sampling(1).fits(gpu_gb)
 
-    for options in _smaller(step.settings, step.qlora_rank, step.prompt_tokens):
-        options = [tuple(flags.items()) for flags in options]
-        if fits(options[-1]):
-            return as_flags(dict(options[bisect_left(options, True, key=fits)]))
-    return ""
+    return next(nearest(_smaller(step.settings, step.qlora_rank, step.prompt_tokens), fits), "")
 
 
 def _smaller(settings: Settings, qlora_rank: int, prompt_tokens: int) -> Iterator[list[dict]]:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from kit.config import as_flags
 from kit.machine import GIB
+from kit.memory.choose import given_up
 from kit.memory.run_plan import Estimate, RunPlan, Work, estimate_run, plan_run
 from kit.memory.settings import PlanSettings
 from kit.run import write_json
+from kit.train.savings import Savings
 from kit.valley.study import FIXED_BATCH, QLORA, Cell, short_name
 
 ROWS = 2  # per step, at least: Table 2 has 8 traces or more
@@ -168,15 +170,14 @@ def with_settings(cells: Sequence[Cell], chosen: Chosen) -> tuple[list[Cell], li
     With updates in the backward pass every step is one row, whatever Table 2 asks for. The control arm with
     one batch size is then left out: every size has that already.
     """
-    found, single = [], {}
+    found, forced = [], {}
     for cell in cells:
         settings, _ = chosen[cell.model, cell.method]
         if "batch_traces" not in settings:
             found.append(cell)
         elif cell.arm != FIXED_BATCH:
-            single[f"{short_name(cell.model)}, {cell.method}"] = None
             found.append(replace(cell, batch_traces=settings["batch_traces"]))
-
-    models = "; ".join(single)
-    forced = f"one row of packed traces per step at every size, to fit the card, for {models}"
-    return found, [forced] if single else []
+        savings = {name: value for name, value in settings.items() if name in vars(Savings())}
+        if price := given_up(Savings(**savings)):
+            forced[f"{short_name(cell.model)}, {cell.method}: {price}, to fit the card"] = None
+    return found, list(forced)

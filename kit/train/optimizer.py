@@ -4,8 +4,8 @@ fp32 weights get torch's own AdamW. bf16 weights need one thing more. Near 0.02,
 1e-4 apart, an update at lr 5e-5 is smaller than half of that, and rounding to nearest would drop it.
 Stochastic rounding goes up or down with the probability that makes the mean exact, so that updates arrive on
 average, without an fp32 copy of the weights. But at RL's lr of 5e-7, its noise is as large as the learning.
-With exact_weights, each bf16 weight keeps the 16 bits that it lacks as one more state, and nothing is rounded
-away: the updates are those of fp32 weights.
+With exact_weights, a run's default, each bf16 weight keeps the 16 bits that it lacks as one more state, and
+nothing is rounded away: the updates are those of fp32 weights.
 
     name        weights        bytes per parameter besides weight and gradient
     adamw       fp32           8       torch.optim.AdamW
@@ -297,6 +297,6 @@ def make_optimizer(
     if dtypes == {torch.bfloat16}:
         raise ValueError(
             "optimizer is adamw but the weights are bfloat16, and rounding to nearest would drop small "
-            "updates; pass adamw8bit, which rounds stochastically, or load the model in float32"
+            "updates; pass adamw8bit, which keeps them, or load the model in float32"
         )
     return torch.optim.AdamW(parameters, **settings, fused=True)

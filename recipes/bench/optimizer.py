@@ -4,7 +4,7 @@
     python recipes/bench/optimizer.py --model HuggingFaceTB/SmolLM2-135M-Instruct --traces traces.jsonl
 
 1. fp32      fp32 weights, torch's AdamW: the reference.
-2. kit       bf16 weights, 8-bit states, both rounded stochastically: what the kit trains with on a card.
+2. kit       bf16 weights, 8-bit states, both rounded stochastically: training with --no_exact_weights.
 3. nearest   bf16 weights, torch's AdamW, whose states are then bf16 too, rounded to nearest: plain bf16.
 
 Prints the loss of each run over the last tenth of the steps, its difference from fp32's, and the distance

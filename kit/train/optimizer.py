@@ -86,8 +86,8 @@ class AdamW8bit(torch.optim.Optimizer):
     order of updates.
 
     offload: keep the states in CPU memory, pinned if the parameters are on a card, and copy them to the card
-        one slab at a time: 4 bytes per parameter cross the bus per step, 8 if exact. Before you read them,
-        call wait() and wait for the card (the loss's .item() does).
+        one slab at a time: 4 bytes per parameter cross the bus per step, 8 if exact. Read them through
+        state_dict(), which waits for the copies.
     exact: keep the rest of each bf16 parameter beside its states, instead of rounding stochastically.
     params, lr, betas, eps and weight_decay are those of torch.optim.AdamW: tensors or groups with settings of
         their own.
@@ -140,15 +140,26 @@ class AdamW8bit(torch.optim.Optimizer):
                     f"{found}; load one of an AdamW8bit with the same parameters and the same `exact`"
                 )
 
+        self._settle()
         own = self.state
         super().load_state_dict({**state_dict, "state": {}})  # refuses other numbers of parameters
         self.state = own
         for parameter, state in loaded.items():
             for name, tensor in self.state[parameter].items():
-                tensor.copy_(torch.as_tensor(state[name])) if state else tensor.zero_()
+                tensor.copy_(state[name] if state else torch.zeros(()))  # none = never updated
+
+    def state_dict(self) -> dict:
+        self._settle()
+        return super().state_dict()
 
     def __getstate__(self) -> dict:
+        self._settle()
         return super().__getstate__() | {"offload": self.offload, "exact": self.exact, "slabs": None}
+
+    def _settle(self) -> None:
+        """Wait until offloaded states are whole in CPU memory, for whoever reads them next."""
+        if self.slabs is not None and self.slabs.stream is not None:
+            self.slabs.stream.synchronize()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -252,8 +263,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def _layout(state: dict) -> dict[str, tuple]:
-    """Return name -> (dtype, shape) of the states besides the step."""
-    return {name: (x.dtype, tuple(x.shape)) for name, x in state.items() if name != "step"}
+    """Return name -> (dtype, shape) of a parameter's states."""
+    return {name: (x.dtype, tuple(x.shape)) for name, x in state.items()}
 
 
 def make_optimizer(

@@ -354,6 +354,25 @@ def test_a_state_may_move_to_an_optimizer_that_keeps_it_elsewhere(first, second)
     assert_equal(optimizer, parameters, other, others)
 
 
+def test_whoever_reads_offloaded_states_waits_for_the_copies_first():
+    class Stream:
+        waits = 0
+
+        def synchronize(self):
+            self.waits += 1
+
+    parameters = parameters_of("offloaded")
+    optimizer = make("offloaded", parameters)
+    step(optimizer, parameters)
+    stream = optimizer.slabs.stream = Stream()  # as if a card were here
+    saved = optimizer.state_dict()
+    assert stream.waits == 1
+    copy.deepcopy(optimizer)
+    assert stream.waits == 2
+    optimizer.load_state_dict(saved)
+    assert stream.waits == 3
+
+
 def test_only_bf16_parameters_have_a_rest_to_keep():
     parameters = [*parameters_of("fp32", (300,)), *parameters_of("exact", (300,))]
     optimizer = AdamW8bit(parameters, exact=True, offload=True)

@@ -33,6 +33,7 @@ LADDER: tuple[Entry, ...] = (
     ("offload_inputs", True),
     ("offload_optimizer", True),
     ("offload_gradients", True),
+    ("logit_rows", 256),  # reads the head's weight twice as often
     # from here on the update is another one
     ("exact_weights", False),
     ("update_in_backward", True),
@@ -40,8 +41,8 @@ LADDER: tuple[Entry, ...] = (
 )
 GIVES_UP = {  # settings that change the update -> what they give up
     "exact_weights": "bf16 weights are rounded stochastically",
-    "update_in_backward": "one row per step, each parameter clipped by its own norm",
-    "head_update": "the embedding's gradient is not clipped",
+    "update_in_backward": "one row per step and no global gradient norm",
+    "head_update": "no clipping at all",
 }
 # Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
 FULL_ONLY = {"offload_optimizer", "offload_gradients", *GIVES_UP}
@@ -133,7 +134,7 @@ def choose(
             chosen = simulated(combined(_needed(entries[:count], fits)))
             if given_up(chosen.savings):
                 kept = simulated(combined([entry for entry in entries if entry[0] not in GIVES_UP]))
-                ways = ", or ".join(_ways_out(config, kept, gpu_gb, rows))
+                ways = ", or ".join(_ways_out(config, kept, gpu_gb))
                 print(f"  to keep the update takes {kept.total / GIB:.2f} GiB: pass {ways}")
                 print(f"  {chosen.total / GIB:.2f} GiB at this price: {given_up(chosen.savings)}", flush=True)
             return chosen
@@ -165,8 +166,11 @@ def nearest(kinds: Iterable[list[dict]], fits: Callable[[dict], bool]) -> Iterat
             yield as_flags(kind[bisect_left(kind[:-1], True, key=fits)])
 
 
-def _ways_out(config: PreTrainedConfig, leanest: Plan, gpu_gb: float, rows: int) -> Iterator[str]:
-    """Yield what fits if the leanest settings at this length do not. Each is simulated."""
+def _ways_out(config: PreTrainedConfig, leanest: Plan, gpu_gb: float, rows: int = 0) -> Iterator[str]:
+    """Yield what fits if the leanest settings at this length do not. Each is simulated.
+
+    rows: of a step with adapters; 0 = they are no way out.
+    """
 
     def fits(flags: dict) -> bool:
         adapters = {"savings": ladder_steps(config, QLORA_RANK)[-1], "rows": rows}
@@ -174,7 +178,7 @@ def _ways_out(config: PreTrainedConfig, leanest: Plan, gpu_gb: float, rows: int)
         return _simulate_again(leanest, **changes).fits(gpu_gb)
 
     shorter = range((leanest.row_tokens - 1) // SHORTER, 0, -1)
-    rank = [] if leanest.qlora_rank else [{"qlora_rank": QLORA_RANK}]
+    rank = [{"qlora_rank": QLORA_RANK}] if rows and not leanest.qlora_rank else []
     yield from nearest([[{"row_tokens": count * SHORTER} for count in shorter], rank], fits)
     yield next((f"a card of {gb} GB" for gb in CARDS if leanest.fits(gb)), "a smaller --model")
 

@@ -89,8 +89,11 @@ def test_nothing_that_changes_the_update_is_chosen_while_what_only_costs_time_wo
     assert switches(found, 1.0).keys() == vars(Savings()).keys()  # batch and clipping stay as they are
 
 
-def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(small_model, capsys):
+def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(
+    small_model, monkeypatch, capsys
+):
     """The exact weights go first: without them, batch and clipping stay as they are."""
+    monkeypatch.setattr(fitting, "SHORTER", 128)
     ladder = ladder_steps(load_config(small_model))
     place = next(i for i, savings in enumerate(ladder) if not savings.exact_weights)
     exact, rounded = (total(small_model, savings, 2) for savings in ladder[place - 1 : place + 1])
@@ -98,11 +101,15 @@ def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(sm
     found = choose(small_model, row_tokens=T, gpu_gb=(rounded + exact) / 2, rows=2)
     assert not found.savings.exact_weights and not found.savings.update_in_backward and found.rows == 2
     *_, kept, price = capsys.readouterr().out.splitlines()
-    assert f"to keep the update takes {exact:.2f} GiB: pass --" in kept and kept.endswith("a card of 6 GB")
+    told = f"  to keep the update takes {exact:.2f} GiB: pass --row_tokens "
+    assert kept.startswith(told) and kept.endswith(", or a card of 6 GB") and "qlora" not in kept
     assert price.endswith(
         f"{found.total / GIB:.2f} GiB at this price: bf16 weights are rounded stochastically"
     )
 
+    shorter = int(kept.removeprefix(told).split(",")[0])
+    found = choose(small_model, row_tokens=shorter, gpu_gb=(rounded + exact) / 2, rows=2)
+    assert found.savings.exact_weights and found.rows == 2  # what is named does keep it
     choose(small_model, row_tokens=T, gpu_gb=exact + 1e-6, rows=2)
     assert "price" not in capsys.readouterr().out
 
@@ -153,8 +160,8 @@ def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_le
     suggested = list(suggest_savings(found))
     flags = [flag for flag, _ in suggested]
     assert flags[0] == "--recompute" and flags[-1] == "--head_update blocked"
-    ladder = [as_flags({name: value}).split()[0] for name, value in fitting.LADDER]
-    places = [ladder.index(flag.split()[0]) for flag in flags[1:]]
+    ladder = [as_flags({name: value}) for name, value in fitting.LADDER]
+    places = [ladder.index(flag) for flag in flags[1:]]
     assert places == sorted(places)
     sizes = [smaller.total / GIB for _, smaller in suggested]
     assert [found.total / GIB, *sizes] == sorted([found.total / GIB, *sizes], reverse=True)

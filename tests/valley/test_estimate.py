@@ -146,7 +146,7 @@ def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():
     ]
     assert [cell for cell in found if cell.model == QWEN] == [cell for cell in cells if cell.model == QWEN]
     assert any(cell.arm == FIXED_BATCH for cell in found)
-    price = "one row per step, each parameter clipped by its own norm, to fit the card"
+    price = "one row per step and no global gradient norm, to fit the card"
     assert told == [f"gemma-3-1b-it, full: {price}"]
     assert with_settings(found[2:], {(QWEN, "full"): ({}, "")})[1] == []
     rounded = {(QWEN, "full"): settings_of(planned(savings=replace(LEAN, exact_weights=False)), 1.0)}

@@ -37,7 +37,7 @@ def test_the_defaults_of_fine_tuning_and_evaluation_differ_from_the_paper_in_wha
 def test_reinforcement_learning_is_the_papers_with_what_it_leaves_open_from_verl_and_the_rest_said():
     assert deviations(config_of("grpo")) == [
         INSTRUCTION,
-        ROUNDED,
+        RESTS,
         "no entropy bonus (from SimpleRL-Zoo: coefficient 0.001)",
         "old log-probs are the sampler's (from verl: computed again by the trainer)",
         "a group's standard deviation + 1e-4 (from verl: + 1e-6), and no clamp of k3 (from verl: at 10)",

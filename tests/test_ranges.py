@@ -35,7 +35,8 @@ CONFIGS = {name: recipe.Config for name, recipe in RECIPES.items()} | {
 }
 # texts that are no choice: what they name is looked up where they are used
 FREE = {
-    "model", "models", "chat_template", "instruction", "traces", "cache_dir", "benchmarks", "baseline", "out",
+    "model", "models", "chat_template", "instruction", "traces", "short_traces", "cache_dir", "benchmarks",
+    "baseline", "out",
     "json", "card", "compare", "prompts", "levels", "rl_flags", "as_", "kernel", "problems",
 }  # fmt: skip
 
@@ -124,7 +125,7 @@ def test_a_value_of_another_type_is_refused_in_python(name):
         ("gemma3_1b_8k", "--preset evning", "but must be paper or evening; did you mean evening"),
         ("gemma3_1b_8k", "--gpu_gb -12", "gpu_gb is '-12' but must be auto or a number in "),
         ("gemma3_1b_8k", "--gpu_gb nan", "gpu_gb is 'nan' but must be auto or a number in "),
-        ("grpo_qwen2_5_0_5b", "--normaliser token", "must be sequences or tokens; did you mean tokens"),
+        ("grpo_qwen2_5_0_5b", "--normaliser token", "must be tokens or sequences; did you mean tokens"),
         ("grpo_qwen2_5_0_5b", "--steps 0", "steps is 0 but must be >= 1 .rollouts; "),
         ("grpo_qwen2_5_0_5b", "--clip_low 1.5", r"clip_low is 1\.5 but must be in 0\.\.1"),
         ("valley_sweep", "--sizes 99999999999", r"'99999999999' but must be a whole number in 1\.\.10000000"),

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kit.data.rows import ANSWER, PROBLEM, SHOWN, BadRows, read_rows, text_of
+from kit.data.rows import ANSWER, EXAMPLE, PROBLEM, SHOWN, BadRows, read_rows, same_space, text_of
 from kit.run import digest
 
 LEVEL = ("level", "difficulty", "extra_info.level")
-EXAMPLE = '{"problem": "What is 2+3?", "answer": "5"}'
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Question:
     def of(cls, row: dict) -> Question:
         """Read a row's problem and answer. Raises ValueError if it lacks either."""
         problem, answer = text_of(row, PROBLEM).strip(), text_of(row, ANSWER).strip()
-        return cls(digest(" ".join(problem.split()))[:12], problem, answer)
+        return cls(digest(same_space(problem))[:12], problem, answer)
 
 
 def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Question]:
@@ -91,8 +90,6 @@ def read_own(source: str) -> list[Question]:
             f"{source} has {count} mistake{'s' if count > 1 else ''}; mend what is named here. A row is an "
             f"object with a problem and its answer, such as {EXAMPLE}\n  {shown}"
         )
-    if not questions:
-        raise ValueError(f"{source} holds no question; write one row per question, such as {EXAMPLE}")
     return questions
 
 

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from kit.extras import require
+from kit.grade.limits import MAX_DIGITS
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # the fields in which data sets keep a problem and its gold answer, in the order in which they are looked for
 PROBLEM = ("problem", "question", "extra_info.question")  # the last one is verl's, and so is that of ANSWER
 ANSWER = ("answer", "gt_answer", "reward_model.ground_truth")
+EXAMPLE = '{"problem": "What is 2+3?", "answer": "5"}'
 SHOWN = 5  # bad rows printed in an error; the report counts the others
+UNSEEN = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))  # characters without width, by code -> None
 
 
 @dataclass
@@ -40,6 +45,21 @@ class BadRows:
             )
 
 
+class LongNumber(NamedTuple):
+    """Stands for a whole number of more than MAX_DIGITS digits, which Python may refuse to read or write."""
+
+    num_digits: int
+
+
+def _whole_number(digits: str) -> int | LongNumber:
+    return int(digits) if len(digits) <= MAX_DIGITS else LongNumber(len(digits.lstrip("-")))
+
+
+def same_space(text: str) -> str:
+    """Return text with one space wherever it has white space, so that it is the same in any line width."""
+    return " ".join(text.translate(UNSEEN).split())
+
+
 def text_of(row: dict, names: Sequence[str]) -> str:
     """Return the first of these fields that a row has, as text; "a.b" is field b of field a.
 
@@ -52,6 +72,11 @@ def text_of(row: dict, names: Sequence[str]) -> str:
         if null := [name for name in names if name in row]:
             raise ValueError(f"field {null[0]} is null")
         raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
+    if isinstance(value, LongNumber):
+        raise ValueError(
+            f"field {name} is a number of {value.num_digits:,} digits and at most {MAX_DIGITS:,} are read; "
+            "write it as text"
+        )
     if isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"field {name} is {value}, which is not a number")
@@ -62,7 +87,7 @@ def text_of(row: dict, names: Sequence[str]) -> str:
         raise ValueError(f"field {name} is empty")
     if "\0" in value:
         raise ValueError(f"field {name} contains a NUL byte")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"field {name} contains half a surrogate pair")
     return value
 
@@ -81,7 +106,8 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     config or, if the data set has no such config, a folder of it. The split is "train" if none is named. A
     local copy of a data set is named by its folder in place of owner/name.
     where: file:line (jsonl) or file[index] (json, parquet, data set).
-    Raises ValueError for a missing file, for a part that the data set lacks, and for too many bad rows.
+    Raises ValueError for a missing or empty file, for a part that the data set lacks, and for too many bad
+    rows.
     """
     path = Path(source)
     if path.suffix in SUFFIXES:
@@ -97,11 +123,16 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     else:
         rows = _read_data_set(source)
 
+    num_bad, where = len(bad.found), ""
     for where, row in rows:
         if isinstance(row, dict):
             yield where, row
         else:
             bad.add(where, f"a row is an object with fields, this is a {type(row).__name__}")
+    if not where and len(bad.found) == num_bad:
+        raise ValueError(
+            f"{source} is empty; write one object per row, such as {EXAMPLE}, and for training its trace, too"
+        )
 
 
 def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
@@ -111,7 +142,7 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.rstrip())
+                row = json.loads(line.rstrip(), parse_int=_whole_number)
             except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 bad.add(where, f"not JSON: {getattr(error, 'msg', error)}{column}")
@@ -120,9 +151,12 @@ def _read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
 
 
 def _read_json(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
+    content = path.read_bytes()
+    if not content.strip():
+        return
     try:
-        rows = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = json.loads(content, parse_int=_whole_number)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON: {error}; a file with one object per line is a .jsonl file"
         ) from error
@@ -139,11 +173,18 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
     require(f"{path}, a .parquet file,", "pyarrow")
     import pyarrow.parquet
 
+    if not path.stat().st_size:
+        return
     index = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            yield f"{path}[{index}]", row
-            index += 1
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                yield f"{path}[{index}]", row
+                index += 1
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"{path} is no whole .parquet file: row {index} cannot be read ({error}); copy it again"
+        ) from error
 
 
 class NoSuchPart(ValueError):

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from kit.data.generations import check_verify, generations_of, has_gaps
+from kit.data.generations import check_verify, generations_of, notes_on
 from kit.data.mixtures import check_mixture, mixed, with_short
-from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, text_of
+from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, same_space, text_of
 from kit.grade.verdict import grade
 from kit.progress import Progress
 from kit.run import digest
@@ -25,7 +25,6 @@ RESPONSE = ("trace", "solution")  # the fields in which a row with a single resp
 
 NO_CORRECT = "have no correct trace"
 BY_LLAMA = "have a correct trace by Llama's verdict alone"
-PADDED = "have fewer flags than generations (the others count as not known)"
 NO_COMPLETE = "have no complete trace"
 UNVERIFIED = "could not be verified"
 
@@ -77,17 +76,16 @@ def pick_response(row: dict, *, verify: str | bool = "llama") -> tuple[str | Non
         return (None, why) if why else (response, "")
 
     reasons, by_llama = set(), None
-    for generation in generations_of(row):
-        response = text_of({generation.name: generation.text}, [generation.name])
-        if not generation.complete:
+    for response, complete, math, llama in generations_of(row):
+        if not complete:
             why = NO_COMPLETE
-        elif verify == "none" or generation.math:
+        elif verify == "none" or math:
             return response, ""
         else:
-            why = _verify(row, response) if generation.math is None else NO_CORRECT
+            why = _verify(row, response) if math is None else NO_CORRECT
             if not why:
                 return response, ""
-            by_llama = by_llama or (response if generation.llama else None)
+            by_llama = by_llama or (response if llama else None)
         reasons.add(why)
     if by_llama:
         return (by_llama if verify == "llama" else None), BY_LLAMA
@@ -127,7 +125,7 @@ def read_traces(
     verify, solutions = check_verify(verify), long_share < 1 and not short_traces
 
     def key_of(problem: str) -> str:
-        return digest(str(seed), problem)
+        return digest(str(seed), same_space(problem))
 
     bad = BadRows(max_bad_rows)
     dropped, noted = Counter(), Counter()
@@ -143,7 +141,7 @@ def read_traces(
             continue
 
         key = key_of(problem)
-        noted[PADDED] += has_gaps(row)
+        noted.update(notes_on(row))
         if response is None:
             dropped[why] += 1
         elif key in seen:

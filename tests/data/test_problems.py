@@ -82,6 +82,8 @@ def test_a_question_is_named_by_its_words_whatever_the_space_around_and_between_
     )
     assert one.id == other.id and one.answer == other.answer == "2"
     assert one.problem == "1 + 1?" and other.problem == "1 +\n1?"
+    unseen = Question.of({"problem": "\ufeff1\u00a0+ 1\u200b?", "answer": 2})
+    assert unseen.id == one.id != Question.of({"problem": "1 +1?", "answer": 2}).id
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 import json
+import re
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from kit.data.problems import read_own, read_prompts
 from kit.data.rows import BadRows, read_rows, text_of
+from kit.data.traces import read_traces
 
 
 def test_the_three_file_formats_give_the_same_rows_with_their_places(tmp_path):
@@ -113,6 +116,61 @@ def test_a_split_that_a_config_or_folder_lacks_is_not_taken_for_a_missing_folder
 def test_a_hub_id_that_gives_nothing_says_what_to_check():
     with pytest.raises(ValueError, match="nor a data set the hub gave us"):
         list(read_rows("no-such-owner/no-such-data:config@test", BadRows(0)))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("rows", [None, []])
+def test_a_file_without_rows_is_said_to_be_empty(tmp_path, name, rows):
+    """rows: None = the file has no bytes."""
+    contents = {"a.jsonl": "\n \n", "a.json": "[]"}
+    if rows is None:
+        (tmp_path / name).touch()
+    elif name in contents:
+        (tmp_path / name).write_text(contents[name])
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"problem": pyarrow.array([], "string")}), tmp_path / name)
+    for read in (read_traces, read_own, lambda source: read_prompts(source, BadRows(0))):
+        with pytest.raises(ValueError, match=rf"{name} is empty; write one object per row, such as {{"):
+            read(str(tmp_path / name))
+
+
+def test_a_file_of_broken_rows_alone_is_not_called_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text("x\n{\n")
+    bad = BadRows(2)
+    assert list(read_rows(str(tmp_path / "a.jsonl"), bad)) == [] and len(bad.found) == 2
+    (tmp_path / "b.jsonl").touch()  # the bad rows of another file say nothing about this one
+    with pytest.raises(ValueError, match=r"b\.jsonl is empty"):
+        list(read_rows(str(tmp_path / "b.jsonl"), bad))
+
+
+def test_a_parquet_file_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["x"] * 9}), path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"a\.parquet is no whole \.parquet file: row 0 cannot be read"):
+        list(read_rows(str(path), BadRows(0)))
+
+
+@pytest.mark.parametrize(("name", "place"), [("a.jsonl", ":2"), ("a.json", "[1]")])
+@pytest.mark.parametrize("number", ["1" * 5_000, "-" + "1" * 5_000])
+def test_a_number_too_long_to_read_costs_its_row_only_and_is_named(tmp_path, name, place, number):
+    rows = [f'{{"problem": "{i}?", "trace": "\\\\boxed{{2}}", "answer": 2}}' for i in range(3)]
+    rows[1] = rows[1].replace(": 2", f": {number}")
+    text = "\n".join(rows) if name == "a.jsonl" else f"[{','.join(rows)}]"
+    (tmp_path / name).write_text(text)
+    bad = BadRows(1)
+    assert [question.problem for question in read_prompts(str(tmp_path / name), bad)] == ["0?", "2?"]
+    message = f"{name}{place}: field answer is a number of 5,000 digits and at most 4,000 are read"
+    assert len(bad.found) == 1 and message in bad.found[0]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_traces(str(tmp_path / name))
+    (tmp_path / name).write_text(text.replace(number, f'"{number}"'))  # the remedy that is named
+    assert len(read_prompts(str(tmp_path / name), BadRows(0))) == 3
+
+
+def test_a_number_too_long_to_read_in_a_field_that_nobody_needs_does_no_harm(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"problem": "1?", "answer": 2, "id": {"1" * 5_000}}}')
+    assert len(read_prompts(str(tmp_path / "a.jsonl"), BadRows(0))) == 1
 
 
 def test_a_whole_number_of_400_digits_is_an_answer_like_any_other():

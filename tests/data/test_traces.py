@@ -9,9 +9,10 @@ from conftest import real_data
 from kit.data import documents as data
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
+from kit.data.generations import PADDED, UNUSABLE
 from kit.data.mixtures import TooLong
 from kit.data.toy import make_rows, make_tokenizer, write_rows
-from kit.data.traces import BY_LLAMA, NO_COMPLETE, NO_CORRECT, PADDED, Trace, pick_response, read_traces
+from kit.data.traces import BY_LLAMA, NO_COMPLETE, NO_CORRECT, Trace, pick_response, read_traces
 
 GOOD = "<think>1+1=2</think>\\boxed{2}"
 BAD = "<think>1+1=3</think>\\boxed{3}"
@@ -113,6 +114,7 @@ def test_another_word_for_verify_is_refused_with_the_three_before_any_row_is_rea
         ({"correct": ["None", ""]}, (GOOD, "")),  # not known: our grader decides
         ({"correct": [True, True], "complete": ["False", "True"]}, (GOOD, "")),
         ({"correct": [True, True], "complete": [0, "0"]}, (None, NO_COMPLETE)),
+        ({"correct": [True, True], "finish": ["LENGTH", "Stop"]}, (GOOD, "")),
     ],
 )
 def test_a_flag_written_as_text_or_number_is_read_as_what_it_says(flags, expected):
@@ -133,6 +135,18 @@ def test_a_flag_written_as_text_or_number_is_read_as_what_it_says(flags, expecte
 )
 def test_lists_shorter_than_generations_leave_the_others_unknown(row, expected):
     assert pick_response(row) == expected
+
+
+@pytest.mark.parametrize("unusable", ["", " \n", None, [GOOD], "a\0b", "\ud800"])
+def test_a_generation_without_usable_text_costs_itself_only_and_is_counted(tmp_path, unusable):
+    row = openr1(unusable, BAD, GOOD, correct=[True, False, True], complete=[True, True, True])
+    assert pick_response(row) == (GOOD, "")
+    assert pick_response(row | {"correctness_math_verify": None}) == (GOOD, "")
+    assert pick_response(row, verify="none") == (BAD, "")
+    assert pick_response(row | {"is_reasoning_complete": [True, True, False]}) == (None, NO_CORRECT)
+    write_rows(tmp_path / "a.jsonl", [row, openr1(GOOD, correct=[True]) | {"problem": "2?"}])
+    traces, counts = read_traces(str(tmp_path / "a.jsonl"))
+    assert len(traces) == 2 and counts.noted == Counter({UNUSABLE: 1}) and not counts.bad_rows
 
 
 def test_what_llama_decided_and_which_lists_were_short_stands_in_the_drop_statistics(tmp_path):
@@ -195,6 +209,7 @@ def test_who_decides_changes_the_documents_though_they_share_a_cache(tmp_path, c
         (openr1(BAD, GOOD, correct=[False, 0.5]), r"correctness_math_verify\[1\] is 0.5, which says neither"),
         (openr1(GOOD, llama=[[True]]), r"correctness_llama\[0\] is \[True\], which says neither"),
         (openr1("", correct=[True]), r"generations\[0\] is empty"),
+        (openr1(None, " ", 3 * [1]), r"generations\[0\] is null"),
         (openr1(), "an empty list"),
         ({"generations": "text"}, "generations is a str"),
     ],
@@ -224,6 +239,16 @@ def test_a_problem_that_stands_twice_is_kept_once(tmp_path):
     traces, drop_counts = read_traces(str(tmp_path / "a.jsonl"))
     assert len(traces) == 5
     assert drop_counts.dropped == Counter({"repeat a problem": 5})
+
+
+def test_the_same_problem_in_other_white_space_is_kept_once(tmp_path):
+    spaced = ["1 + 1 =?", "1 +  1 =?", " 1\t+\n1 =?\r\n", "1\u00a0+\u20031 =?", "\ufeff1 + 1\u200b =?"]
+    others = ["1+1=?", "1 + 11 =?"]  # space between words is not nothing: 1 1/2 is not 11/2
+    rows = [{"problem": problem, "trace": GOOD, "answer": "2"} for problem in spaced + others]
+    write_rows(tmp_path / "a.jsonl", rows)
+    traces, counts = read_traces(str(tmp_path / "a.jsonl"), shuffle=False)
+    assert [trace.problem for trace in traces] == [spaced[0], *others]
+    assert counts.dropped == {"repeat a problem": 4}
 
 
 def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):

@@ -215,9 +215,7 @@ def test_of_many_mistakes_the_first_are_named_in_order_and_the_others_counted(tm
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_a_file_without_any_question_of_yours_is_refused(tmp_path, content):
     (tmp_path / "q.jsonl").write_text(content)
-    with pytest.raises(
-        ValueError, match=r"q\.jsonl holds no question; write one row per question, such as {"
-    ):
+    with pytest.raises(ValueError, match=r"q\.jsonl is empty; write one object per row, such as {"):
         parse_benchmarks(f"mine={tmp_path / 'q.jsonl'}")
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 
 from kit.data.chat import ChatFormat
+from kit.data.lengths import bounded, chunks
 from kit.data.mixtures import NO_SHORT, SHORTENED, TooLong
 from kit.data.token_cache import read_cache, write_cache
 from kit.data.traces import DropCounts, Trace, read_traces
 from kit.packing import Document
 from kit.progress import Progress
 from kit.run import digest
-
-CHUNK = 256  # traces tokenised at once: enough for all cores, few enough to stop soon after the last needed
 
 
 def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
@@ -57,14 +56,13 @@ def _tokenize(
     documents: list[Document] = []
     dropped = shortened = 0
     with Progress("tokenising", "traces", wanted) as progress:
-        for start in range(0, len(traces), CHUNK):
-            chunk = traces[start : start + CHUNK]
+        for chunk in chunks(traces, chat, row_tokens):
             for trace, document in zip(chunk, make_documents(chunk, chat), strict=True):
                 if len(documents) == wanted:
                     return documents, TooLong(dropped, shortened)
                 fits = len(document) <= row_tokens
                 if not fits and trace.short:
-                    (document,) = make_documents([trace.short], chat)
+                    (document,) = make_documents([bounded(trace.short, chat, row_tokens)], chat)
                 if len(document) > row_tokens:
                     dropped += 1
                     continue

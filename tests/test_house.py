@@ -1,6 +1,7 @@
 """Check the layout: imports only run down the floors, none form a ring, and front doors are light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,28 @@ def test_a_front_door_is_short_loads_nothing_heavy_and_every_name_behind_it_is_t
     assert door.__all__ and all(hasattr(door, name) for name in door.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nobody'; it hands on "):
         door.nobody  # noqa: B018
+
+
+# calls that may run Python of whoever wrote the folder or hub id that they read
+MAY_RUN_CODE = re.compile(r"Auto\w+\.from_(pretrained|config)|(datasets\.)?load_dataset")
+
+
+def trusting(source: str) -> list[str]:
+    """Return the calls in Python source that leave open whether they run what they read."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [
+        f"line {call.lineno}: {ast.unparse(call.func)}"
+        for call in calls
+        if MAY_RUN_CODE.fullmatch(ast.unparse(call.func))
+        and not any(k.arg == "trust_remote_code" and ast.unparse(k.value) == "False" for k in call.keywords)
+    ]
+
+
+def test_nothing_that_is_loaded_may_bring_python_of_its_own():
+    paths = [*MODULES.values(), *(ROOT / "recipes").rglob("*.py")]
+    assert {path.name: found for path in paths if (found := trusting(path.read_text(encoding="utf-8")))} == {}
+    for call in ("AutoConfig.from_pretrained(x)", "load_dataset(x, trust_remote_code=True)"):
+        assert trusting(f"def f():\n    return {call}") == [f"line 2: {call.partition('(')[0]}"]
 
 
 def test_nothing_makes_the_folder_kernels_importable_on_its_own():

@@ -50,6 +50,11 @@ class LongNumber(NamedTuple):
 
     num_digits: int
 
+    @classmethod
+    def of(cls, number: int) -> LongNumber:
+        at_least = int((number.bit_length() - 1) * math.log10(2)) + 1
+        return cls(at_least + (abs(number) >= 10**at_least))
+
 
 def _whole_number(digits: str) -> int | LongNumber:
     return int(digits) if len(digits) <= MAX_DIGITS else LongNumber(len(digits.lstrip("-")))
@@ -72,6 +77,8 @@ def text_of(row: dict, names: Sequence[str]) -> str:
         if null := [name for name in names if name in row]:
             raise ValueError(f"field {null[0]} is null")
         raise ValueError(f"no field {' or '.join(names)} (fields: {', '.join(map(str, row)) or 'none'})")
+    if isinstance(value, int) and value.bit_length() > MAX_DIGITS * math.log2(10):
+        value = LongNumber.of(value)
     if isinstance(value, LongNumber):
         raise ValueError(
             f"field {name} is a number of {value.num_digits:,} digits and at most {MAX_DIGITS:,} are read; "
@@ -214,9 +221,9 @@ def _load(name: str, part: str, split: str):
     from datasets import get_dataset_config_names, load_dataset
 
     if not part:
-        return load_dataset(name, split=split)
+        return load_dataset(name, split=split, trust_remote_code=False)
     try:
-        return load_dataset(name, part, split=split)
+        return load_dataset(name, part, split=split, trust_remote_code=False)
     except ValueError:  # which an unknown split is, too
         if part in (configs := get_dataset_config_names(name)):
             raise
@@ -226,7 +233,7 @@ def _load(name: str, part: str, split: str):
             f"{name} has neither a config nor a folder {part!r}; its configs are {', '.join(configs)} and "
             f"its folders with data are {', '.join(folders) or 'none'}"
         )
-    return load_dataset(name, data_dir=part, split=split)
+    return load_dataset(name, data_dir=part, split=split, trust_remote_code=False)
 
 
 def _folders(name: str) -> list[str]:

@@ -120,7 +120,9 @@ def fake_model(config: PreTrainedConfig, qlora_rank: int) -> tuple[PreTrainedMod
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         attention = REGISTERED["kit"]
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.bfloat16, trust_remote_code=False
+        )
         if qlora_rank:
             simulate_quantised_decoder(model)
             add_adapters(model, base="", rank=qlora_rank)

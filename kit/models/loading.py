@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -62,16 +64,45 @@ def load_plain(
         family_of(config, name)
         kind = attention_name(attention, config, device=device, dtype=dtype)
         model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, attn_implementation=kind
+            name, config=config, dtype=dtype, attn_implementation=kind, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
     check_end_of_text(tokenizer, name)
     return model.to(device).eval(), tokenizer
 
 
-def _config(where: str):
+class NeedsItsCode(ValueError):
+    """A model or tokenizer cannot be loaded without running Python that lies beside it."""
+
+
+@contextmanager
+def _without_its_code(where: str | Path) -> Iterator[None]:
+    """Raise NeedsItsCode where transformers would ask for trust_remote_code."""
     try:
-        return AutoConfig.from_pretrained(where)
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise NeedsItsCode(
+            f"{where} needs Python of its own, which could do anything here and is never run; pass a Qwen2, "
+            "Llama or Gemma 3 (text) model that works without"
+        ) from error
+
+
+def load_tokenizer(where: str, **how) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or a hub id. how: as for from_pretrained. Raises NeedsItsCode."""
+    with _without_its_code(where):
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **how)
+
+
+def _read_config(where: str | Path, **how) -> PreTrainedConfig:
+    with _without_its_code(where):
+        return AutoConfig.from_pretrained(where, trust_remote_code=False, **how)
+
+
+def _config(where: str) -> PreTrainedConfig:
+    try:
+        return _read_config(where)
     except OSError as error:
         raise ValueError(
             f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name "
@@ -95,8 +126,10 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     level = loader.level
     loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which we ask for
     try:
-        packed = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        packed = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, trust_remote_code=False
+        )
+        tokenizer = load_tokenizer(str(path.parent), gguf_file=path.name)
     finally:
         loader.setLevel(level)
     config = packed.config
@@ -105,7 +138,9 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
         # the weights are plain by now, and a model marked as quantised can be neither trained nor saved
         del config.quantization_config
     kind = attention_name(attention, config, device=device, dtype=dtype)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kind)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, attn_implementation=kind, trust_remote_code=False
+    )
     weights = {name: tensor.to(dtype) for name, tensor in packed.state_dict().items()}
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
@@ -132,8 +167,10 @@ def load_config(model: str) -> PreTrainedConfig:
         require(f"{folder}, a GGUF file,", "gguf", "accelerate")
     try:
         if folder.suffix == ".gguf":
-            return AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else model)
+            return _read_config(folder.parent, gguf_file=folder.name)
+        return _read_config(folder if folder.is_dir() else model)
+    except NeedsItsCode:
+        raise
     except (OSError, ValueError) as error:
         known = ", ".join(sorted(path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")))
         raise ValueError(

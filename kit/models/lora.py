@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.extras import require
 from kit.models import loading
@@ -67,7 +67,7 @@ def _own_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """Return the folder's tokenizer, which has the template and end that the adapters know, or None."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = loading.load_tokenizer(str(folder))
     loading.check_end_of_text(tokenizer, str(folder))
     return tokenizer
 

@@ -236,7 +236,8 @@ def _trl(config: Config, folder: str, threads: int) -> dict:
 
     torch.set_num_threads(threads)
     _, tokenizer = models.load("tiny", device="cpu")
-    model = AutoModelForCausalLM.from_pretrained(Path(folder) / "start", dtype=torch.float32)
+    start = Path(folder) / "start"
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, trust_remote_code=False)
     chat, golds, rewards = ChatFormat(tokenizer, instruction=""), {}, []
     for question in _questions(config):
         golds[chat.prompt(question.problem)] = question.answer

@@ -68,7 +68,9 @@ def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.b
 
     torch.manual_seed(seed)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=REGISTERED["kit"])
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=REGISTERED["kit"], trust_remote_code=False
+        )
 
     if rank:
         require("QLoRA", "bitsandbytes", "peft")

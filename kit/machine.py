@@ -37,6 +37,17 @@ def describe_machine() -> dict[str, str | int]:
     }
 
 
+def limit_process(name: str, amount: int) -> None:
+    """Lower one of this process's limits, such as RLIMIT_AS, if the system has it: Windows has none."""
+    try:
+        import resource
+    except ImportError:
+        return
+    kind = getattr(resource, name)
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
+
+
 def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
     """Raise ValueError if the device is "cuda" and torch sees no GPU, or if Triton is not installed.
 

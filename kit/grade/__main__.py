@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 from kit.command import guard
 from kit.command_line import started_as
-from kit.grade.paper import grade_as_paper
-from kit.grade.verdict import DEADLINE, grade
+from kit.grade.verdict import DEADLINE, grade_both
 
 
 def main(arguments: list[str]) -> None:
@@ -22,7 +21,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=started_as(), description="Is this answer right?")
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
-    seconds = "seconds after which the verdict is `unknown`"
+    seconds = "seconds for both verdicts, after which they are `unknown`"
     parser.add_argument("--deadline", type=float, default=DEADLINE, help=seconds)
     parser.add_argument("--percent", default="either", choices=("either", "value"))
     parser.add_argument("--units", default="known", choices=("known", "ignore", "required"))
@@ -33,9 +32,9 @@ def main(arguments: list[str]) -> None:
     settings = vars(parser.parse_args(arguments))
     settings["rounding"] = settings["rounding"] or None
 
-    paper = grade_as_paper(settings["gold"], settings["prediction"], deadline=settings["deadline"])
+    verdict, paper = grade_both(**settings)
     rows = {
-        **asdict(grade(**settings)),
+        **asdict(verdict),
         "paper": f"{paper.verdict} ({paper.rule}: {paper.gold} against {paper.prediction})",
     }
     for name, value in rows.items():

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--out", type=Path, help="a new file for the rows with the new verdicts")
     parser.add_argument("--in_place", action="store_true", help="replace the file itself")
     parser.add_argument("--compare", default="", help=f"list where a peer disagrees: {', '.join(PEERS)}")
-    seconds = "seconds after which a verdict is `unknown`"
+    seconds = "seconds for both verdicts of a sample, after which they are `unknown`"
     parser.add_argument("--deadline", type=float, default=DEADLINE, help=seconds)
     config = parser.parse_args(arguments)
     if config.out and config.in_place:

@@ -25,7 +25,7 @@ from kit.grade.choices import bare_choice
 from kit.grade.deciding import Judge, Options, prove
 from kit.grade.extract import extract_answer
 from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
-from kit.grade.paper import grade_as_paper
+from kit.grade.paper import PaperVerdict, grade_as_paper
 from kit.grade.plain_text import INTEGER, normal, only_letters, plain_number
 from kit.grade.prose import is_bare
 from kit.grade.reading import parse
@@ -204,12 +204,27 @@ def _tree_or_none(answer: str, deadline_at: float):
         return None
 
 
+def grade_both(
+    gold: str, prediction: str, *, deadline: float = DEADLINE, **options
+) -> tuple[Verdict, PaperVerdict]:
+    """Return our verdict and the paper's, which has the time that ours leaves of `deadline`, in seconds.
+
+    With none left, the paper's grader still decides what needs no formulas. options: as for grade.
+    """
+    deadline_at = time.monotonic() + deadline
+    verdict = grade(gold, prediction, deadline=deadline, **options)
+    return verdict, grade_as_paper(gold, prediction, deadline=max(0.0, deadline_at - time.monotonic()))
+
+
 def verdict_fields(answer: str, text: str, *, deadline: float = DEADLINE) -> dict:
-    """Return the fields of a sample's row about its answer, with both verdicts: ours and the paper's."""
-    verdict = grade(answer, text, deadline=deadline)
+    """Return the fields of a sample's row about its answer, with both verdicts: ours and the paper's.
+
+    deadline: seconds for both together.
+    """
+    verdict, paper = grade_both(answer, text, deadline=deadline)
     return {
         "verdict": verdict.verdict,
-        "paper_verdict": grade_as_paper(answer, text, deadline=deadline).verdict,
+        "paper_verdict": paper.verdict,
         "tier": verdict.tier,
         "rule": verdict.rule,
         "gold": verdict.gold,

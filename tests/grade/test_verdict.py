@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from kit.grade import verdict as verdict_module
+from kit.grade.paper import grade_as_paper
 from kit.grade.plain_text import normal
-from kit.grade.verdict import Verdict, equal, grade
+from kit.grade.verdict import Verdict, equal, grade, verdict_fields
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -211,6 +213,35 @@ def test_no_answer_is_wrong_and_unknown_is_not_wrong():
     hard = grade("5", r"\int_0^{\infty} \sin(x^x) \cos(e^{x^2}) dx", deadline=0.2)
     assert (hard.verdict, hard.tier) == ("unknown", 2)
     assert "deadline" in hard.rule
+
+
+SUM = r"\boxed{\sum_{k=1}^{10^9} k^k}"
+
+
+def test_the_deadline_covers_our_verdict_and_the_papers_together(monkeypatch):
+    given = []
+
+    def watched(*pair, deadline):
+        given.append(deadline)
+        return grade_as_paper(*pair, deadline=deadline)
+
+    monkeypatch.setattr(verdict_module, "grade_as_paper", watched)
+    fields = verdict_fields("5", SUM, deadline=0.5)
+    assert fields["verdict"] == fields["paper_verdict"] == "unknown" and fields["rule"].startswith("deadline")
+    verdict_fields("5", r"\boxed{5}", deadline=60)
+    assert given[0] == 0 and 0 < given[1] < 60  # what the first verdict left of it
+
+
+def test_with_no_time_left_the_paper_still_decides_what_needs_no_formulas():
+    for gold, prediction, expected in (
+        ("5", r"\boxed{5}", ("correct", "same text")),
+        ("5", r"\boxed{5.0001}", ("correct", "number")),
+        ("B", r"\boxed{b}", ("correct", "same text")),
+        ("5", "I do not know", ("wrong", "no answer")),
+        (r"\frac{x+1}{2}", r"\boxed{0.5x+0.5}", ("unknown", "deadline")),
+        ("5", SUM, ("unknown", "deadline")),
+    ):
+        assert grade_as_paper(gold, prediction, deadline=0)[:2] == expected
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import time
 
 from kit.grade.trees import Node, from_json, symbols
 from kit.grade.vocabulary import names
+from kit.machine import limit_process
 
 MEMORY = 1 << 30  # sympy itself takes about 150 MiB of address space
 
@@ -118,17 +119,6 @@ def _is_far_from_zero(value, sympy) -> bool:
     return bool(number.is_number and abs(number) > sympy.Rational(1, 10**12))
 
 
-def _limit(name: str, amount: int) -> None:
-    """Lower one of the process's limits, if the system has it."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    kind = getattr(resource, name)
-    hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
-
-
 def _watch(parent: int) -> None:
     """End with the parent, even during a question.
 
@@ -145,7 +135,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     if os.name == "posix":
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-    _limit("RLIMIT_AS", MEMORY)
+    limit_process("RLIMIT_AS", MEMORY)
     import sympy
 
     def send(message) -> None:
@@ -155,7 +145,7 @@ def serve() -> None:
     send("ready")
     for line in sys.stdin:
         question = json.loads(line)
-        _limit("RLIMIT_CPU", int(time.process_time() + question["seconds"]) + 2)
+        limit_process("RLIMIT_CPU", int(time.process_time() + question["seconds"]) + 2)
         try:
             equal, reason = decide(from_json(question["a"]), from_json(question["b"]), sympy)
             send({"equal": equal, "reason": reason})

@@ -6,6 +6,8 @@ import re
 from itertools import chain, islice
 from pathlib import Path
 
+from kit.data.template_trial import check_ends
+from kit.data.toy import TEMPLATE
 from kit.models.shipped import SHIPPED
 from kit.paper import INSTRUCTION
 from kit.run import digest
@@ -46,8 +48,8 @@ class ChatFormat:
     end_of_turn: the token that training teaches. eos_token_ids: all that end a response: this one, the
     tokenizer's, those of the generation_config, and END_TOKENS. opening: the thought that the prompt opens.
 
-    Raises ValueError if there is no template, if it does not show the assistant's words exactly once, and for
-    an end that is not in the vocabulary.
+    Raises ValueError if there is no template, if it does not show the assistant's words exactly once or does
+    not end (see kit.data.template_trial), and for an end that is not in the vocabulary.
     """
 
     def __init__(self, tokenizer, model=None, *, template: str = "", instruction: str = INSTRUCTION):
@@ -57,6 +59,8 @@ class ChatFormat:
         self.num_ids = len(model.get_input_embeddings().weight) if model is not None else max(vocabulary) + 1
         self.beyond = {i: token for i, token in vocabulary.items() if i >= self.num_ids}
 
+        if self.template not in (PLAIN_TEMPLATE, TEMPLATE):  # anybody's, whose end is not known
+            check_ends(self.template, tokenizer.special_tokens_map | {"date_string": DATE})
         rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         if rendered.count(MARK) != 1:
             raise ValueError(

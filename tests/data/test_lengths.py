@@ -43,10 +43,11 @@ def test_a_row_of_megabytes_is_counted_as_too_long_and_never_tokenised(tmp_path,
     assert chat.longest < 10_000
 
 
-def test_a_trace_of_many_characters_in_few_tokens_is_kept_if_it_fits_to_the_token(chat):
-    wide = trace(LONG_TOKEN * 900)
+@pytest.mark.parametrize("num_narrow", [0, *range(780, 806)])  # the beginning ends anywhere in a long token
+def test_a_trace_of_many_characters_in_few_tokens_is_kept_if_it_fits_to_the_token(chat, num_narrow):
+    wide = trace("1" * num_narrow + LONG_TOKEN * (1_000 - num_narrow))
     row_tokens = len(make_documents([wide], chat)[0])
-    assert len(wide.response) > 30 * row_tokens
+    assert len(wide.response) > 8 * (row_tokens + lengths.MARGIN)
     for room, kept in ((row_tokens, 1), (row_tokens - 1, 0)):
         documents, too_long = tokenize([wide], chat, row_tokens=room)
         assert (len(documents), too_long.dropped) == (kept, 1 - kept)

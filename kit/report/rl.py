@@ -108,7 +108,7 @@ def _samples(rows: list[dict]) -> str:
     parts = ["<h3>In training: all answers to the first prompt of a step</h3>"]
     for step in sorted(wanted):
         cells = "".join(_answer(row) for row in rows if row["step"] == step)
-        parts.append(f"<details><summary>step {step}</summary>{cells}</details>")
+        parts.append(f"<details><summary>step {html.escape(str(step))}</summary>{cells}</details>")
     return "".join(parts)
 
 

@@ -173,7 +173,7 @@ def test_a_number_too_long_to_read_in_a_field_that_nobody_needs_does_no_harm(tmp
     assert len(read_prompts(str(tmp_path / "a.jsonl"), BadRows(0))) == 1
 
 
-@pytest.mark.parametrize("number", [10**4_999, -(10**5_000) + 1])
+@pytest.mark.parametrize("number", [10**4_999, -(10**5_000) + 1], ids=["fewest", "most"])  # of 5,000 digits
 def test_a_number_of_python_too_long_to_write_is_named_by_its_field_and_digits(number):
     with pytest.raises(
         ValueError, match="field answer is a number of 5,000 digits and at most 4,000 are read"

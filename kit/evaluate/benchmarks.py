@@ -43,9 +43,9 @@ class Benchmark:
 
         Your own questions are those that find_benchmarks has read. source: "" = the table's. limit: return
         only the first so many questions; 0 = all.
-        Raises ValueError for a malformed row and if the questions are not those of the table. A hub copy must
-        hold all of them, and so must a local file of the same number of rows if it is read without a limit.
-        Any other local file is accepted.
+        Raises ValueError for a malformed row, for a problem that is there twice, and if the questions are not
+        those of the table. A hub copy must hold all of them, and so must a local file of the same number of
+        rows if it is read without a limit. Any other local file is accepted.
         """
         if self.questions:
             return replace(self, questions=self.questions[: limit or None])
@@ -60,7 +60,9 @@ class Benchmark:
 
         wanted = self.row_filter
         kept = ((place, row) for place, row in rows if not wanted or wanted in str(row.get("url", wanted)))
-        questions = [self._question(row, place) for place, row in kept]
+        placed = [(place, self._question(row, place)) for place, row in kept]
+        _check_once(placed)
+        questions = [question for _, question in placed]
         if not questions:
             raise ValueError(f"{where} holds no question for {self.name}; check the file")
 
@@ -93,6 +95,14 @@ class Benchmark:
         if not match:
             raise ValueError(f"{place}: no {self.answer_pattern!r} in the answer {question.answer[-80:]!r}")
         return replace(question, answer=match.group(1).strip())
+
+
+def _check_once(placed: Iterable[tuple[str, Question]]) -> None:
+    """Raise ValueError for a problem that is there twice: its samples would share their keys in the log."""
+    places: dict[str, str] = {}
+    for place, question in placed:
+        if places.setdefault(question.id, place) != place:
+            raise ValueError(f"{place}: the same problem as in {places[question.id]}; delete one of the two")
 
 
 def ids_hash(questions: Iterable[Question]) -> str:

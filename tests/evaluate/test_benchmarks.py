@@ -250,3 +250,10 @@ def test_a_benchmark_named_twice_in_the_same_words_is_one(tmp_path, monkeypatch)
     assert [found.name for found in parse_benchmarks("toy, mine=q.jsonl,toy,mine=q.jsonl")] == ["toy", "mine"]
     counted = count_samples("toy,toy", num_questions=5, num_samples=2)
     assert counted == count_samples("toy", num_questions=5, num_samples=2) == 10
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_problem_that_is_twice_in_a_file_of_a_known_benchmark_is_refused_as_in_your_own(tmp_path, limit):
+    file = write(tmp_path / "toy.jsonl", [*OWN, {"problem": "1+1?  ", "answer": 2}])
+    with pytest.raises(ValueError, match=r"toy\.jsonl:3: the same problem as in \S+toy\.jsonl:1; delete one"):
+        parse_benchmarks(f"toy={file}", limit=limit)

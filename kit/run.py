@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-CONFIG = "config.json"
+from kit.disk import remove_scratch, write_whole
+from kit.journal import CONFIG, STEP, Journal, type_of
+from kit.lock import hold, release
+
 UNSTORED = {"resume", "out", "plan", "json"}
 # settings that do not change what a run computes, or only what it computes last, or only the last bits
 FREE_TO_CHANGE = UNSTORED | {
@@ -39,21 +41,41 @@ class RunFolder:
     def __init__(self, path: Path, *, is_new: bool = False, is_created: bool = False):
         self.path, self.is_new, self.is_created = path, is_new, is_created
         self.before = {child.name for child in path.glob("*")} - {CONFIG}
-        self.metrics = Journal(path / "metrics.jsonl")
+        self.metrics = Journal(path / "metrics.jsonl", STEP)
 
     @classmethod
     def open(cls, config, *, may_grow: Sequence[str] = ()) -> RunFolder:
-        """Return the run folder of a config, with its config.json written.
+        """Return the run folder of a config, with its config.json written, locked until this process ends.
 
         config: a recipe's Config. If its `out` is "", the folder is the next free number under runs/RECIPE,
         or with `resume` the newest one there. may_grow: settings that may grow in a resumed run: a number
         gets larger, a list gets more numbers, or more names at its end. Raises ValueError if the folder
-        already holds a run, if there is nothing to resume, and if a resumed run's settings differ, naming
-        them.
+        already holds a run, if there is nothing to resume, if a resumed run's settings differ, naming them,
+        and if another process works in the folder.
         """
+        parent = Path("runs") / recipe_name(type(config))
+        if config.resume:
+            path = stored_settings(parent.name, config.out)[0]
+        else:
+            path = Path(config.out) if config.out else make_next_folder(parent)
+        is_created = not config.resume and (not config.out or not path.exists())
+        was_free = hold(path)
+        try:
+            cls._write_settings(path, config, may_grow)
+        except BaseException:
+            if was_free:
+                release(path)
+            raise
+        remove_scratch(path)
+        cls.newest = cls(path, is_new=not config.resume, is_created=is_created)
+        return cls.newest
+
+    @staticmethod
+    def _write_settings(path: Path, config, may_grow: Sequence[str]) -> None:
+        """Write config.json, if these settings may be those of the run in the folder."""
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
         if config.resume:
-            path, before = stored_settings(recipe_name(type(config)), config.out)
+            before = read_json(path / CONFIG)
             defaults = {field.name: field.default for field in dataclasses.fields(config)}
             before = {name: before.get(name, defaults[name]) for name in settings} | before  # new settings
             grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
@@ -66,18 +88,9 @@ class RunFolder:
                 raise ValueError(
                     f"{path} was started with other settings: {changed}; pass the same, or another --out"
                 )
-        else:
-            path = Path(config.out) if config.out else next_folder(Path("runs") / recipe_name(type(config)))
-            if (path / CONFIG).exists():
-                raise ValueError(
-                    f"{path} already holds a run; pass --resume to continue it, or another --out"
-                )
-
-        is_created = not path.exists()
-        path.mkdir(parents=True, exist_ok=True)
+        elif (path / CONFIG).exists():
+            raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
         write_json(path / CONFIG, settings)
-        cls.newest = cls(path, is_new=not config.resume, is_created=is_created)
-        return cls.newest
 
     @property
     def has_begun(self) -> bool:
@@ -93,6 +106,7 @@ class RunFolder:
             self.is_new = False
             for made in (self.path / name for name in PREPARED if name not in self.before):
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+            release(self.path)
             if self.is_created:
                 shutil.rmtree(self.path, ignore_errors=True)
 
@@ -122,7 +136,7 @@ def stored_settings(recipe: str, out: str) -> tuple[Path, dict]:
         path, where = (begun[-1] if begun else parent), f"no run under {parent} has begun"
     if not (path / CONFIG).is_file():
         raise ValueError(f"--resume was given but {where}; drop --resume, or pass the --out of the run")
-    return path, json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    return path, read_json(path / CONFIG)
 
 
 def _has_grown(before: int | str, now: int | str) -> bool:
@@ -146,6 +160,17 @@ def next_folder(parent: Path) -> Path:
     return parent / f"{max((int(child.name) for child in _numbered(parent)), default=0) + 1:03d}"
 
 
+def make_next_folder(parent: Path) -> Path:
+    """Create the next free numbered folder under parent, and return it: no other process gets it."""
+    while True:
+        path = next_folder(parent)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # by another run that starts now
+            continue
+        return path
+
+
 def _numbered(parent: Path) -> list[Path]:
     """Return the numbered folders under parent, in their order."""
     numbered = (child for child in parent.glob("[0-9]*") if child.name.isdigit())
@@ -155,12 +180,23 @@ def _numbered(parent: Path) -> list[Path]:
 def kept_traces(run: Path) -> int:
     """Return on how many traces a run is trained; 0 if that is not known."""
     counts = run / "drop_counts.json"
-    return json.loads(counts.read_text(encoding="utf-8")).get("kept", 0) if counts.is_file() else 0
+    return read_json(counts).get("kept", 0) if counts.is_file() else 0
 
 
 def write_json(path: Path, value) -> None:
     """Write the file whole or not at all: a kill leaves the old file or the new one."""
-    _replace(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file. Raises ValueError naming the file if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is damaged ({error}); restore it, or begin a new run") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type_of(value)}, not an object; restore it, or begin a new run")
+    return value
 
 
 def digest(*parts: str) -> str:
@@ -169,64 +205,3 @@ def digest(*parts: str) -> str:
     for part in parts:
         state.update(json.dumps(part).encode())  # quoted, so that ("ab", "c") and ("a", "bc") differ
     return state.hexdigest()
-
-
-class Journal:
-    """Rows of a file, which are only appended. Opening it cuts off a line that a kill left half-written."""
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                _replace(self.path, whole)
-
-    def append(self, row: dict) -> None:
-        """Write one row to the operating system at once, so that killing the process does not lose it.
-
-        NaN and inf become text.
-        """
-        finite = {key: _finite(value) for key, value in row.items()}
-        line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
-
-    def read(self) -> list[dict]:
-        """Return all rows, oldest first; none if the file does not exist.
-
-        Raises ValueError naming a line that is not JSON.
-        """
-        if not self.path.exists():
-            return []
-        rows = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), 1):
-            try:
-                rows += [json.loads(line)] if line else []
-            except json.JSONDecodeError as error:
-                where = f"{self.path}:{number}"
-                raise ValueError(f"{where} is not JSON ({error}); delete that line to continue") from error
-        return rows
-
-    def keep(self, wanted: Callable[[dict], bool]) -> None:
-        """Drop the rows that are not wanted, such as steps after the checkpoint that a run resumes from."""
-        rows = self.read()
-        if not all(wanted(row) for row in rows):
-            replace_rows(self.path, [row for row in rows if wanted(row)])
-
-
-def replace_rows(path: Path, rows: list[dict]) -> None:
-    """Write a file of these rows, whole or not at all."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _replace(path, "".join(lines).encode("utf-8", errors="backslashreplace"))
-
-
-def _finite(value):
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    scratch.replace(path)

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING
 from kit.command import start
 from kit.command_line import started_as
 from kit.config import Checked
+from kit.lock import hold
 from kit.machine import describe_machine, require_gpu
-from kit.run import next_folder, write_json
+from kit.run import make_next_folder, write_json
 
 if TYPE_CHECKING:
     from kit.recipes.card.results import Results
@@ -69,8 +70,8 @@ def main(config: Config) -> Results:
     from kit.recipes.card.steps import chosen_models
 
     models = chosen_models(config.models)
-    folder = Path(config.out) if config.out else next_folder(Path("runs/check_card"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(config.out) if config.out else make_next_folder(Path("runs/check_card"))
+    hold(folder)
     if config.as_:  # Triton reads both when it compiles
         os.environ["TRITON_OVERRIDE_ARCH"] = config.as_
         cache = folder / f"triton_{config.as_}"  # in the usual one, Triton would find the card's own code

@@ -1,10 +1,16 @@
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from children import ROOT
 
 from kit.config import parse
+from kit.disk import scratch_beside
+from kit.lock import LOCK, release
 from kit.run import RunFolder, next_folder, recipe_name
 
 
@@ -155,3 +161,87 @@ def test_what_may_grow_does_not_shrink_and_keeps_its_first_names(less):
     with pytest.raises(ValueError, match="other settings"):
         RunFolder.open(replace(Config(out="here", resume=True), **less), may_grow=GROWS)
     assert (Path("here") / "config.json").read_text() == before
+
+
+OPEN = """
+import json, sys
+from dataclasses import dataclass
+from kit.run import RunFolder
+
+@dataclass(frozen=True)
+class Config:
+    resume: bool = False
+    out: str = ""
+
+print("ready", flush=True)
+sys.stdin.readline()  # until all are ready
+try:
+    print(RunFolder.open(Config(*json.loads(sys.argv[1]))).path, flush=True)
+except ValueError as error:
+    print(error, flush=True)
+sys.stdin.read()
+"""
+
+
+def open_at_once(count, *arguments):
+    """Open a run folder in several processes at once. Return what each printed, by pid."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OPEN, json.dumps(arguments)]
+    processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    found = {process.pid: process.stdout.readline().strip() for process in processes}
+    for process in processes:
+        process.kill()
+        process.communicate()
+    return found
+
+
+def test_runs_that_start_at_the_same_moment_get_a_number_each():
+    found = open_at_once(6)
+    assert sorted(found.values()) == [f"runs/notebook/00{i}" for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_of_several_runs_in_one_folder_one_goes_on_and_the_others_name_it(resume):
+    if resume:
+        RunFolder.open(Config(out="here"))
+        (Path("here") / "config.json").write_text("{}")
+        release(Path("here"))
+    found = open_at_once(4, resume, "here")
+    (winner,) = [pid for pid, said in found.items() if said == "here"]
+    others = [said for pid, said in found.items() if pid != winner]
+    assert [f"here is in use by process {winner} on " in said for said in others] == [True] * 3
+    again = open_at_once(1, True, "here")  # its death has set the folder free
+    assert [*again.values()] == ["here"]
+
+
+def test_a_start_that_is_refused_gives_the_folder_back():
+    RunFolder.open(Config(out="here"))
+    release(Path("here"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        RunFolder.open(Config(out="here"))
+    with pytest.raises(ValueError, match=r"lr was 1.0, is 2.0"):
+        RunFolder.open(Config(lr=2.0, out="here", resume=True))
+    assert [path.name for path in Path("here").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("content", ["", '{"lr": 1', "[1]", "\0\0"])
+def test_a_damaged_config_is_named(content):
+    RunFolder.open(Config(out="here"))
+    (Path("here") / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"here/config\.json (is damaged|holds a list).*restore it"):
+        RunFolder.open(Config(out="here", resume=True))
+
+
+def test_what_a_kill_has_left_half_written_goes_when_the_run_is_opened_again():
+    run = RunFolder.open(Config(out="here"))
+    (run.path / "checkpoints").mkdir()
+    for path in (run.path / "config.json", run.path / "checkpoints" / "step_0000001"):
+        scratch_beside(path).mkdir()
+    RunFolder.open(Config(out="here", resume=True))
+    assert sorted(path.name for path in run.path.rglob("*")) == [LOCK, "checkpoints", "config.json"]

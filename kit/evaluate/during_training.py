@@ -20,10 +20,11 @@ from kit.evaluate.measure import evaluate
 from kit.evaluate.results import Result
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampling import SamplingParams
+from kit.journal import STEP, Journal
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import Document, PackedBatch, plan_packs
-from kit.run import DURING, Journal
+from kit.run import DURING
 
 HELD_OUT = 64  # traces
 SPARE = 0.8  # of the free memory of a card may hold the sampler's cache: the model needs some, too
@@ -52,7 +53,7 @@ class DuringTraining:
     has_begun: bool = False
 
     def __call__(self, step: int) -> None:
-        journal = Journal(self.run / f"{DURING}.jsonl")
+        journal = Journal(self.run / f"{DURING}.jsonl", STEP)
         if not self.has_begun:  # what a run that was killed had measured after its last checkpoint
             journal.keep(lambda row: row["step"] <= step)
         self.has_begun = True

@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kit.evaluate.reflection_and_loops import REFLECTION
+from kit.evaluate.results import SAMPLE
+from kit.journal import Journal, replace_rows
 from kit.progress import Progress
-from kit.run import Journal, replace_rows
 
 QUESTION = """Below are passages of an answer to a mathematics problem. Does the writer, in any of them, go
 back to check, doubt or redo an earlier step of the answer? A mere mention of such a word does not count.
@@ -113,11 +114,13 @@ def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
     """Judge every answer with a keyword that has no verdict yet. Return outcome -> number of answers.
 
     files: logs of samples; each is replaced whole when its answers are judged. The outcomes are "yes", "no"
-    and the problems of those without a verdict. The run must not be going on.
+    and the problems of those without a verdict. Raises ValueError if the run is going on.
     """
     counts: dict[str, int] = {}
     for file in files:
-        rows = Journal(file).read()
+        journal = Journal(file, SAMPLE)
+        journal.lock()
+        rows = journal.read()
         matching = [row for row in rows if REFLECTION.search(row.get("text", ""))]
         open_rows = [row for row in matching if row.get(JUDGED) is None]
         progress = Progress(f"judging {file.stem}", "answers", len(open_rows))

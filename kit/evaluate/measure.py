@@ -21,14 +21,15 @@ from kit.command import Stopped
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.evaluate.benchmarks import Benchmark
-from kit.evaluate.results import Result, read_result
+from kit.evaluate.results import SAMPLE, Result, kept_samples, read_result
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import Completion, generate
 from kit.generate.sampling import SamplingParams
 from kit.grade.deciding import start_worker
 from kit.grade.verdict import verdict_fields
+from kit.journal import Journal
 from kit.machine import GIB
-from kit.run import Journal, digest
+from kit.run import digest
 
 FIRST_CUT = 16  # a row stores where its text stands after 16, 32, 64, ... tokens, for smaller limits
 
@@ -63,15 +64,17 @@ def evaluate(
 
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
-    two headers are not one result; and if memory runs out. Raises Stopped after Ctrl-C.
+    two headers are not one result; if another process works in the folder's run; and if memory runs out.
+    Raises Stopped after Ctrl-C.
     """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds, which would count against the time limit of the first hard answer
     threading.Thread(target=start_worker, daemon=True, name="start-grader").start()
 
-    journal = Journal(folder / f"{benchmark.name}.jsonl")
+    journal = Journal(folder / f"{benchmark.name}.jsonl", SAMPLE)
+    journal.lock()  # before it is read: another process must not sample the same
     header = header_of(model, chat, benchmark, params, num_samples=num_samples, seed=seed)
-    done = {(row["question"], row["sample"]) for row in _stored_rows(journal, header, benchmark.source)}
+    done = {(row["question"], row["sample"]) for row in kept_samples(journal, header, benchmark.source)}
     wanted = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
 
     if done:
@@ -110,6 +113,7 @@ def evaluate(
             f"{cache:.2f} GiB; pass a smaller --num_slots (or --gpu_gb, if that chose it; for one answer "
             f"fewer --max_new_tokens) and --resume: the answers that are finished are in {journal.path}"
         ) from error
+    journal.sync()
     return read_result(journal.path)
 
 
@@ -137,30 +141,6 @@ def header_of(
         "engine": "kit",
         **{name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def _stored_rows(journal: Journal, header: dict, source: str) -> list[dict]:
-    """Return the samples in a journal; write the header if it is empty. source: of the questions.
-
-    Raises ValueError if it has another header.
-    """
-    rows = journal.read()
-    if not rows:
-        journal.append({"header": header})
-        return []
-    stored = rows[0].get("header", {})
-    if stored.get("questions", header["questions"]) != header["questions"]:
-        raise ValueError(
-            f"the questions or answers in {source} are no longer those of the samples in {journal.path}; "
-            "restore the file, or begin a new run in another --out"
-        )
-    changed = [f"{k} was {stored.get(k)!r}, is {header[k]!r}" for k in header if stored.get(k) != header[k]]
-    if changed:
-        raise ValueError(
-            f"{journal.path} holds samples with other settings: {'; '.join(changed)}; "
-            "use another folder or delete the file"
-        )
-    return rows[1:]
 
 
 def _row(question: Question, completion: Completion) -> dict:

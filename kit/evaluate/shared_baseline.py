@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from kit.disk import write_whole
 from kit.evaluate.benchmarks import Benchmark
 from kit.evaluate.results import Result
-from kit.run import SAMPLES
+from kit.run import SAMPLES, read_json
 
 
 def take_baseline(
@@ -34,7 +33,7 @@ def take_baseline(
             f"baseline is {baseline} but no run is there (no config.json); "
             "pass a run folder of recipes/evaluate.py"
         )
-    measured = json.loads(stored.read_text(encoding="utf-8")).get("model")
+    measured = read_json(stored).get("model")
     if quantised and measured != model:
         raise ValueError(
             f"baseline {baseline} measured {measured} but this run is of {model}; pass a baseline of {model}"
@@ -68,6 +67,6 @@ def take_baseline(
             )
 
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / source.name)
+        write_whole(folder / source.name, source.read_bytes())
         found[benchmark.name] = result
     return found

@@ -5,56 +5,33 @@
     python -m kit.grade regrade math500.jsonl --in_place                      replace the file
     python -m kit.grade regrade math500.jsonl --compare math-verify           list where a peer disagrees
 
-A file is replaced whole or not at all, and only with `--in_place`.
+A file is replaced whole or not at all, only with `--in_place`, and not while its run is going. Without it,
+the samples that a run has written so far are graded.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from kit.command_line import started_as
 from kit.grade.verdict import DEADLINE, verdict_fields
-from kit.run import replace_rows
+from kit.journal import Journal, Kind, replace_rows, run_of
+from kit.lock import held
 
 PEERS = ("math-verify",)
 SHOWN = 160  # characters of an answer in a line of the list
 
 
-def read_samples(path: Path) -> list[dict]:
-    """Return the rows of a file of samples, header first, without changing the file.
+class _Gradable(Kind):
+    def problem(self, row: object) -> str:
+        return super().problem(row) or ("" if _reference(row) else "it has no `answer`")
 
-    Raises ValueError, with the line's number, for a line that is no sample.
-    """
-    if not path.is_file():
-        raise ValueError(
-            f"no file {path} here (working directory {Path.cwd()}); pass a file that an evaluation wrote"
-        )
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines.pop():
-        raise ValueError(
-            f"{path}:{len(lines) + 1} is half a line: the run is still going, or was killed; resume it first"
-        )
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number} is not JSON ({error}); delete that line to continue without it"
-            ) from error
-        if not isinstance(row, dict) or not (
-            "header" in row or (_reference(row) and isinstance(row.get("text"), str))
-        ):
-            raise ValueError(
-                f"{path}:{number} is no sample: it needs `text` and `answer`; "
-                "pass a file that an evaluation wrote"
-            )
-        rows.append(row)
-    return rows
+
+GRADABLE = _Gradable("sample", {"text": str}, key=("question", "sample"))
 
 
 def _reference(row: dict) -> str:
@@ -117,9 +94,23 @@ def main(arguments: list[str] | None = None) -> dict:
         raise ValueError(
             f"--out {config.out} exists; pass the name of a new file, or --in_place to replace {config.file}"
         )
+    if not config.file.is_file():
+        raise ValueError(
+            f"no file {config.file} here (working directory {Path.cwd()}); pass a file that an evaluation "
+            "wrote"
+        )
     peer = load_peer(config.compare) if config.compare else None
+    with held(run_of(config.file)) if config.in_place else nullcontext():
+        return _regrade(config, peer)
 
-    before = read_samples(config.file)
+
+def _regrade(config: argparse.Namespace, peer: Callable[[str, str], bool] | None) -> dict:
+    content = config.file.read_bytes() if config.in_place else b""
+    if content and not content.endswith(b"\n"):
+        number = content.count(b"\n") + 1
+        raise ValueError(f"{config.file}:{number} is half a line: the run was killed; resume it first")
+
+    before = Journal(config.file, GRADABLE).read()
     after = [row if "header" in row else regrade_row(row, deadline=config.deadline) for row in before]
     samples = [(old, new) for old, new in zip(before, after, strict=True) if "header" not in old]
     counts = Counter((old.get("verdict"), new["verdict"]) for old, new in samples)

@@ -14,9 +14,9 @@ import torch
 
 from kit.command_line import command_of
 from kit.config import as_flags
+from kit.journal import Journal
 from kit.memory.flops import Sizes
 from kit.models.loading import load_config
-from kit.run import Journal
 from kit.train.savings import Savings
 
 CHECKS = Path("runs/check_card")  # a numbered folder per run of check_card

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from kit.disk import publish as _publish
+from kit.disk import scratch_beside
 
 ADAPTER = "default"  # peft's name for a model's only adapter
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names, too
@@ -31,13 +33,15 @@ def trained_on_nf4(folder: Path) -> bool:
 def save_model(path: Path, model, tokenizer) -> None:
     """Write a model, or its adapters alone if it has any, as a Hugging Face folder, replacing what is there.
 
-    It is written whole or not at all.
+    It is written whole or not at all, and flushed to the disk.
     """
-    _publish(_write_model(path.with_name(path.name + ".tmp"), model, tokenizer), path)
+    _publish(_write_model(path, model, tokenizer), path)
 
 
-def _write_model(scratch: Path, model, tokenizer) -> Path:
-    shutil.rmtree(scratch, ignore_errors=True)
+def _write_model(path: Path, model, tokenizer) -> Path:
+    """Write a model into a new folder beside `path`, which gets its name later, and return it."""
+    scratch = scratch_beside(path)
+    scratch.mkdir(parents=True)
     if _adapter_config(model):
         _adapter_config(model).save_pretrained(str(scratch))
         weights = {name: tensor.detach().contiguous() for name, tensor in _adapter_weights(model).items()}
@@ -57,15 +61,6 @@ def _adapter_weights(model) -> dict[str, torch.Tensor]:
     """Return the adapters under the names that peft uses in files, which leave out the adapter's own name."""
     named = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
     return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in named.items()}
-
-
-def _publish(scratch: Path, path: Path) -> None:
-    old = path.with_name(f"old-{path.name}")  # there is a whole folder at every moment
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        path.rename(old)
-    scratch.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_weights(path: Path, model) -> None:

@@ -12,14 +12,13 @@ a reflection keyword really reflect, as the paper does (kit/evaluate/judge.py). 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from kit import report
 from kit.command import guard
 from kit.command_line import started_as
 from kit.evaluate.judge import Judge, judge_logs
-from kit.run import AFTER, BEFORE, SAMPLES
+from kit.run import AFTER, BEFORE, SAMPLES, read_json
 from kit.valley.finished import STUDY
 
 STAGES = (BEFORE, AFTER, SAMPLES)
@@ -30,7 +29,7 @@ def write_report(path: Path) -> Path:
     if (path / STUDY).is_file():
         return report.valley.write_report(path)
     config = path / "config.json"
-    if config.is_file() and "group_size" in json.loads(config.read_text(encoding="utf-8")):
+    if config.is_file() and "group_size" in read_json(config):
         return report.rl.write_report(path)
     return report.before_after.write_report(path)
 

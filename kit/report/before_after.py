@@ -9,7 +9,6 @@ unfinished run.
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -18,12 +17,13 @@ from statistics import fmean
 
 from kit import paper
 from kit.evaluate.results import Result, headline, paired_difference, read_results
+from kit.journal import STEP, Journal
 from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
 from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
 from kit.report.page import percent
 from kit.report.steps import steps_figure
-from kit.run import AFTER, BEFORE, DURING, SAMPLES, Journal, kept_traces
+from kit.run import AFTER, BEFORE, DURING, SAMPLES, kept_traces, read_json
 from kit.valley.curves import Estimate, points
 from kit.valley.curves import percent as with_interval
 
@@ -38,7 +38,8 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
     run.
     """
     config, stages = read_run(path)
-    metrics, lines = Journal(path / "metrics.jsonl").read(), findings(stages)
+    kind = STEP.with_numbers("loss", "tokens", "seconds")
+    metrics, lines = Journal(path / "metrics.jsonl", kind).read(), findings(stages)
     what = "an evaluation" if SAMPLES in stages else "before and after long chains of thought"
     draw = partial(figures.accuracy_figure, stages)
     figure = figures.embed(path / "accuracy.png", draw) if stages else ""
@@ -47,7 +48,7 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
         drawn += figures.embed(path / "length.png", partial(figures.length_figure, stages))
     if any(result.caps for found in stages.values() for result in found.values()):
         drawn += figures.embed(path / "caps.png", partial(figures.caps_figure, stages)) + pages.CAPS_NOTE
-    if measured := Journal(path / f"{DURING}.jsonl").read():
+    if measured := Journal(path / f"{DURING}.jsonl", STEP).read():
         draw = partial(steps_figure, measured, metrics)
         drawn += figures.embed(path / "steps.png", draw, "accuracy, loss, length, reflection by step")
     elif metrics:
@@ -73,7 +74,7 @@ def read_run(path: Path) -> tuple[dict, figures.Stages]:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no run (no config.json); pass a run folder")
     results = {stage: read_results(path / stage) for stage in (BEFORE, AFTER, SAMPLES)}
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json")
     return config, {stage: found for stage, found in results.items() if found}
 
 
@@ -204,7 +205,7 @@ def _training(metrics: list[dict], path: Path) -> str:
     timed = [row for row in metrics if not row.get("compiles")] or metrics
     speed = sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed)
     drop_counts = path / "drop_counts.json"
-    data = json.loads(drop_counts.read_text(encoding="utf-8"))["text"] + ". " if drop_counts.is_file() else ""
+    data = read_json(drop_counts).get("text", "") + ". " if drop_counts.is_file() else ""
     return (
         f"<p>{html.escape(data)}{len(metrics):,} steps, {tokens:,} tokens in {seconds:,.0f} s "
         f"({speed:,.0f} tokens/s, without steps that compiled kernels); "

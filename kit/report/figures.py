@@ -15,6 +15,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from kit.disk import write_whole
 from kit.evaluate.results import Result
 
 Stages = dict[str, dict[str, Result]]  # stage -> benchmark -> result
@@ -31,7 +32,7 @@ def embed(path: Path, draw: Callable[[bool], Figure], alt: str = "") -> str:
     with rc_context({"font.size": FONT, "legend.fontsize": FONT - 1, "axes.grid": True, "grid.alpha": 0.3}):
         wide, narrow = draw(False), draw(True)
         pngs = [_png(narrow), _png(wide)]
-    path.write_bytes(pngs[1])
+    write_whole(path, pngs[1])
     sources = ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs]
     width = 100 * wide.get_figwidth()
     return (

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kit.disk import write_whole
 from kit.evaluate.reflection_and_loops import LOOP_CHARACTERS, LOOP_TIMES, LOOP_UNIT
 from kit.evaluate.results import Result
 from kit.evaluate.uncertainty import in_percent
@@ -68,7 +69,7 @@ def write(
     refresh = REFRESH if goes_on else ""
     page = PAGE.format(style=STYLE, title=title, body=body, settings=rows, refresh=refresh)
     report = path / "report.html"
-    report.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+    write_whole(report, page.encode("utf-8", errors="xmlcharrefreplace"))
     return report
 
 

@@ -17,13 +17,13 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from kit import paper
+from kit.journal import ROLLOUT, STEP, Journal
 from kit.report import page as pages
 from kit.report.answers import browser, marked
 from kit.report.before_after import asked_of, findings, read_run, same_problem, what_came_out
 from kit.report.figures import embed, panels
 from kit.report.first_screen import first_screen
 from kit.report.page import percent
-from kit.run import Journal
 
 # title, names of metrics; the first gets a thick line
 FIRST = (("Mean reward (1: right)", ("reward_mean",)), ("Tokens per answer", ("length",)))
@@ -42,7 +42,8 @@ def write_report(path: Path) -> Path:
     Raises ValueError if the folder holds no run.
     """
     config, stages = read_run(path)
-    metrics = Journal(path / "metrics.jsonl").read()
+    kind = STEP.with_numbers("reward_mean", "rollout_seconds", "update_seconds")
+    metrics = Journal(path / "metrics.jsonl", kind).read()
     figure = embed(path / "rl.png", partial(_figure, metrics, FIRST), "reward and length by step")
     more = "signal, entropy, ratio and KL by step"
     lines = findings(stages)
@@ -52,7 +53,7 @@ def write_report(path: Path) -> Path:
         f"<h2>Training</h2><p>{html.escape(summary(metrics))}</p>",
         embed(path / "rl-more.png", partial(_figure, metrics, OTHERS), more),
         pages.figures_table(stages),
-        "<h2>Answers</h2>" + browser(stages) + _samples(Journal(path / "rollouts.jsonl").read()),
+        "<h2>Answers</h2>" + browser(stages) + _samples(Journal(path / "rollouts.jsonl", ROLLOUT).read()),
     ]
     outcome = what_came_out(stages) if stages else summary(metrics)
     sentences = (what_was_done(config, metrics, asked_of(stages) if stages else ""), outcome)

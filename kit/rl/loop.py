@@ -17,12 +17,13 @@ import torch
 
 from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
+from kit.journal import ROLLOUT, Journal
 from kit.memory.measured import PeakMemory
 from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
 from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
-from kit.run import Journal, RunFolder
+from kit.run import RunFolder
 from kit.train import checkpoint
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def train(
     finished = run.path / "model"
     if finished.is_dir():
         return finished
-    checkpoints, samples = run.path / "checkpoints", Journal(run.path / SAMPLES)
+    checkpoints, samples = run.path / "checkpoints", Journal(run.path / SAMPLES, ROLLOUT)
     newest = checkpoint.latest(checkpoints)
     done = checkpoint.load(newest, policy.model, policy.optimizer) if newest else 0
     for journal in (run.metrics, samples):
@@ -66,6 +67,8 @@ def train(
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
 
     def save(step: int) -> None:
+        run.metrics.sync()
+        samples.sync()
         checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
 
     def sample_or_stop(step: int, prompts: list[Question]) -> list[Episode]:
@@ -98,10 +101,10 @@ def train(
             "reserved_gib": memory.reserved_gib,
         }
         run.metrics.append({"step": step, **found, **time_and_memory})
-        for episode in by_group(episodes)[0]:
-            completion = episode.completion
+        for i, episode in enumerate(by_group(episodes)[0]):
+            key, completion = {"step": step, "sample": i, "question": episode.question}, episode.completion
             sample = {"tokens": len(completion.ids), "finished": completion.finished, "text": completion.text}
-            samples.append({"step": step, "question": episode.question, "reward": episode.reward, **sample})
+            samples.append({**key, "reward": episode.reward, **sample})
         print_line(line(step, steps, found, speed))
         return f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s"
 
@@ -123,6 +126,8 @@ def train(
                 raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
     policy.close()
+    run.metrics.sync()
+    samples.sync()
     checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints)
     return finished
 

@@ -217,6 +217,7 @@ def train(
             progress.update(f"loss {loss:.3f}, {speed}{peak}")
             due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
             if due or interrupt.asked:
+                run.metrics.sync()
                 checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
             if interrupt.asked:
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
@@ -226,5 +227,6 @@ def train(
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
+    run.metrics.sync()
     checkpoint.finish(finished, model, tokenizer, checkpoints)
     return finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +16,9 @@ from kit.evaluate.results import (
     mean_accuracy,
     read_results,
 )
+from kit.journal import STEP, Journal
 from kit.paper import LENGTH_BENCHMARK
-from kit.run import AFTER, BEFORE, SAMPLES, Journal, kept_traces, write_json
+from kit.run import AFTER, BEFORE, SAMPLES, kept_traces, read_json, write_json
 from kit.valley.curves import ByQuestion, Curve, Point
 from kit.valley.jobs import DONE, Outcome, read_outcomes
 from kit.valley.study import Cell, short_name
@@ -77,7 +77,7 @@ class StudyResults:
             raise ValueError(
                 f"{path} holds no study ({STUDY}); pass a run folder of valley_demo.py or valley_sweep.py"
             )
-        stored = json.loads((path / STUDY).read_text(encoding="utf-8"))
+        stored = read_json(path / STUDY)
         cells = [Cell(**row) for row in stored["cells"]]
         outcomes, config = read_outcomes(path), path / "config.json"
         done = {name for name, outcome in outcomes.items() if outcome.status == DONE}
@@ -92,7 +92,7 @@ class StudyResults:
             outcomes,
             finished,
             [run for run in rl_runs if all(run.stages.values())],
-            json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {},
+            read_json(config) if config.is_file() else {},
         )
 
     @property
@@ -167,14 +167,16 @@ def read_cell(path: Path, cell: Cell) -> Finished:
     """Read what the run of a cell, or of a base model, has measured last."""
     run = path / CELLS / cell.name
     results = read_results(run / (AFTER if cell.num_traces else SAMPLES))
-    return Finished(cell, results, Journal(run / "metrics.jsonl").read(), kept_traces(run))
+    metrics = Journal(run / "metrics.jsonl", STEP.with_numbers("seconds")).read()
+    return Finished(cell, results, metrics, kept_traces(run))
 
 
 def read_rl(path: Path, start: Cell) -> RLRun:
     """Read reinforcement learning from this start."""
     run = path / RL / start.name
     stages = {stage: read_results(run / stage) for stage in (BEFORE, AFTER)}
-    return RLRun(start, stages, [row["reward_mean"] for row in Journal(run / "metrics.jsonl").read()])
+    metrics = Journal(run / "metrics.jsonl", STEP.with_numbers("reward_mean")).read()
+    return RLRun(start, stages, [row["reward_mean"] for row in metrics])
 
 
 def check_alike(before: Results, after: Results) -> None:

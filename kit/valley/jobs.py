@@ -28,11 +28,15 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from kit.command import start
+from kit.journal import NUMBER, Journal, Kind
 from kit.progress import Progress
-from kit.run import Journal
 
 JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
+# a job that is tried again ends again, so its name is no key: its last row counts
+OUTCOME = Kind(
+    "outcome", {"job": str, "status": str, "seconds": NUMBER, "error": str, "tail": list, "log": str}
+)
 TAIL = 12  # lines of the log that are kept with a failure
 LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the display
 END_WITHIN = 900.0  # seconds for a run to finish a step and write a checkpoint, before it is killed
@@ -93,7 +97,7 @@ class Outcome:
 
 def read_outcomes(path: Path) -> dict[str, Outcome]:
     """Read the last outcome of every job that has ended, by name."""
-    rows = Journal(path / JOURNAL).read()
+    rows = ({name: row[name] for name in OUTCOME.fields} for row in Journal(path / JOURNAL, OUTCOME).read())
     return {row["job"]: Outcome(**row | {"tail": tuple(row["tail"])}) for row in rows}
 
 
@@ -131,7 +135,7 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iter
     path: folder of the journal. Jobs start in their order; one whose needs are still running waits. The
     processes end when this generator or this process does, however that comes.
     """
-    journal = Journal(path / JOURNAL)
+    journal = Journal(path / JOURNAL, OUTCOME)
     state = {name: outcome.status for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
     waiting = [job for job in jobs if job.name not in state]
     elsewhere = {name for job in jobs for name in job.needs} - {job.name for job in jobs}

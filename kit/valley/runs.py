@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from kit import paper
 from kit.command import Stopped, finish
 from kit.evaluate.results import read_results
 from kit.progress import print_line
-from kit.run import AFTER, SAMPLES
+from kit.run import AFTER, SAMPLES, read_json
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
 from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
 from kit.valley.sentences import sentences
@@ -78,7 +77,7 @@ def check_steps(jobs: Sequence[Job]) -> None:
     """Raise ValueError if a start was trained for another number of steps: one report must not mix them."""
     for job in jobs:
         stored, steps = job.folder / "config.json", job.settings.get("steps")
-        before = json.loads(stored.read_text(encoding="utf-8"))["steps"] if stored.is_file() else steps
+        before = read_json(stored).get("steps") if stored.is_file() else steps
         if steps not in (None, before):
             raise ValueError(
                 f"rl_steps is {steps} but {job.folder} was trained for {before}; pass that, or another --out"

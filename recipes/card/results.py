@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from kit.journal import Journal
 from kit.machine import GIB, return_memory
-from kit.run import Journal
 
 PASS, FAIL, FIGURE, NOT_RUN = "pass", "FAIL", "figure", "not run"
 

@@ -83,7 +83,8 @@ def test_a_result_without_samples_is_refused(tmp_path):
 def test_a_killed_logs_half_line_is_left_out_and_the_header_is_read(tmp_path):
     journal = Journal(tmp_path / "toy.jsonl")
     journal.append({"header": {"model": "abc", "max_new_tokens": 100}})
-    journal.append(row("a", "correct"))
+    complete = {"sample": 0, "problem": "1+1?", "answer": "2", "prediction": "2"}
+    journal.append(row("a", "correct", **complete))
     with journal.path.open("a") as file:
         file.write('{"question": "b", "verd')
     found = read_result(journal.path)
@@ -194,3 +195,35 @@ def test_the_summary_is_plain_json_and_holds_every_figure():
     assert found["pass_at"]["1"][0] == found["accuracy"] == 0
     assert found["accuracy_of_finished"] is None
     assert found["truncated"] == found["without_answer"] == 1
+
+
+SAMPLE = {"sample": 0, "problem": "1+1?", "answer": "2", "prediction": "2"}
+
+
+def test_samples_that_two_processes_have_both_written_are_counted_once(tmp_path, capsys):
+    journal = Journal(tmp_path / "toy.jsonl")
+    journal.append({"header": {"model": "abc"}})
+    second = SAMPLE | {"sample": 1}
+    rows = [row("a", "correct", **SAMPLE), row("a", "wrong", **second), row("b", "wrong", **SAMPLE)]
+    for one in [*rows, rows[0], rows[0], rows[2]]:
+        journal.append(one)
+    found = read_result(journal.path)
+    assert list(found.rows) == rows and found.accuracy == 0.25 and found.num_samples == 1
+    said = capsys.readouterr().err
+    assert f"{journal.path}: 3 of its rows (the first: line 5) have the question and sample of" in said
+
+
+@pytest.mark.parametrize("name", [*row("a", "correct", **SAMPLE)])
+def test_a_sample_without_one_of_its_fields_is_named(tmp_path, name):
+    whole = row("a", "correct", **SAMPLE)
+    (tmp_path / "toy.jsonl").write_text(
+        json.dumps(whole) + "\n" + json.dumps({key: whole[key] for key in whole if key != name}) + "\n"
+    )
+    with pytest.raises(ValueError, match=rf"toy\.jsonl:2 is no sample: it has no `{name}`; delete that line"):
+        read_result(tmp_path / "toy.jsonl")
+
+
+def test_a_sample_without_an_answer_in_its_text_is_one(tmp_path):
+    journal = Journal(tmp_path / "toy.jsonl")
+    journal.append(row("a", "wrong", **SAMPLE | {"prediction": None}))
+    assert read_result(journal.path).without_answer == 1.0

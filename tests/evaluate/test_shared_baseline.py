@@ -11,6 +11,7 @@ from kit.run import Journal
 
 TOY = BENCHMARKS["toy"].read(limit=3)
 SETTINGS = {"num_samples": 2, "seed": 0, "temperature": 0.6, "torch": "2.13"}
+ANSWERED = {"problem": "?", "answer": "1", "tokens": 3, "finished": True, "prediction": "1", "text": "1"}
 HEADER = {"model": "abc", "prompt": "p", "questions": "q", **SETTINGS}
 
 
@@ -20,7 +21,7 @@ def make_baseline(path, *, header=(), model="org/model", missing=0):
     journal = Journal(path / "samples" / "toy.jsonl")
     journal.append({"header": HEADER | dict(header)})
     rows = [
-        {"question": question.id, "sample": i, "verdict": "correct"}
+        {"question": question.id, "sample": i, "verdict": "correct", **ANSWERED}
         for question in TOY.questions
         for i in range(2)
     ]

@@ -188,3 +188,14 @@ def test_where_math_verify_disagrees_is_listed(tmp_path, capsys):
     assert "q1/3: ours wrong" in printed
     assert "q1/0: ours" not in printed
     assert f"math-verify disagrees on {counts['disagreements']} of 4" in printed
+
+
+def test_the_samples_of_a_run_that_is_going_are_regraded_so_far_and_only_in_place_is_refused(samples):
+    with samples.open("ab") as file:
+        file.write(b'{"question": "q1", "sam')
+    content = samples.read_bytes()
+    assert regrade.main([str(samples)])["samples"] == 3
+    with pytest.raises(ValueError, match=r"math500\.jsonl:5 is half a line: .*resume it first"):
+        regrade.main([str(samples), "--in_place"])
+    assert samples.read_bytes() == content
+    assert list(samples.parent.iterdir()) == [samples]

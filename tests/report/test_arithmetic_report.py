@@ -1,6 +1,7 @@
 """The steps of answers to `arithmetic`: p, p^n and the residual of a written-out example, by hand."""
 
 import json
+from itertools import count
 
 import pytest
 
@@ -10,12 +11,13 @@ from kit.report.arithmetic import check_answers, section, sentences
 from kit.report.before_after import write_report
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
+NUMBERS = count()  # of samples
 A, B = PROMPT + "93/3+77-8", PROMPT + "2*3+4"  # of 3 operations, 100, and of 2, 10
 
 
 def row(problem, text, verdict):
     return {
-        "question": problem, "problem": problem, "sample": len(text), "answer": "1",
+        "question": problem, "problem": problem, "sample": next(NUMBERS), "answer": "1",
         "text": text, "verdict": verdict, "finished": True,
         "tokens": len(text), "prediction": "1", "gold": "1", "rule": "text",
     }  # fmt: skip

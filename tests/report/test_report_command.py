@@ -42,3 +42,44 @@ def test_a_folder_without_a_run_is_one_line_and_status_2(tmp_path, capsys):
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith("error: ") and "pass a run folder" in said and said.count("\n") == 1
+
+
+STEP = {"step": 1, "loss": 2.5, "tokens": 10, "seconds": 1.0, "reward_mean": 0.5}
+STEP |= {"length": 9.0, "rollout_seconds": 1.0, "update_seconds": 1.0}
+ROLLOUT = {"step": 1, "sample": 0, "question": "q", "reward": 1.0, "tokens": 3, "finished": True, "text": "5"}
+
+
+def kinds_of_runs(folder):
+    fine_tuning, learning, study = (begun(folder / name) for name in ("tuning", "rl", "study"))
+    (learning / "config.json").write_text('{"group_size": 8}')
+    cell, *_ = Study(models=(("tiny", ("full",)),), sizes=(8_000,)).cells()
+    write_study(study, [cell], [])
+    done = {"job": cell.name, "status": "done", "seconds": 1.0, "error": "", "tail": [], "log": ""}
+    return [
+        (fine_tuning, "metrics.jsonl", STEP, ("step", "loss", "tokens", "seconds")),
+        (learning, "metrics.jsonl", STEP, ("step", "reward_mean", "rollout_seconds", "update_seconds")),
+        (learning, "rollouts.jsonl", ROLLOUT, ("step", "reward", "tokens", "finished", "text")),
+        (study, "jobs.jsonl", done, ("job", "status", "seconds", "error", "tail", "log")),
+        (study / "cells" / cell.name, "metrics.jsonl", STEP, ("step", "seconds")),
+    ]
+
+
+def test_a_row_without_a_field_that_a_report_needs_is_named_in_every_log(tmp_path):
+    for run, name, row, fields in kinds_of_runs(tmp_path):
+        run.mkdir(parents=True, exist_ok=True)
+        for field in fields:
+            (run / name).write_text(json.dumps({key: row[key] for key in row if key != field}) + "\n")
+            folder = tmp_path / run.relative_to(tmp_path).parts[0]
+            message = rf"{name}:1 is no \w+: it has no `{field}`; delete that line"
+            with pytest.raises(ValueError, match=message):
+                write_report(folder)
+        (run / name).write_text(json.dumps(row) + "\n")
+        write_report(folder)
+
+
+def test_the_steps_of_two_trainings_in_one_log_are_counted_once_and_named(tmp_path, capsys):
+    run = begun(tmp_path / "run")
+    for _ in range(2):
+        Journal(run / "metrics.jsonl").append(STEP)
+    assert "1 steps, 10 tokens" in write_report(run).read_text()
+    assert "metrics.jsonl: 1 of its rows (the first: line 2) have the step of" in capsys.readouterr().err

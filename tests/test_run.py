@@ -176,18 +176,19 @@ class Config:
 print("ready", flush=True)
 sys.stdin.readline()  # until all are ready
 try:
-    print(RunFolder.open(Config(*json.loads(sys.argv[1]))).path, flush=True)
+    times, *settings = json.loads(sys.argv[1])
+    print(*[RunFolder.open(Config(*settings)).path for _ in range(times)], flush=True)
 except ValueError as error:
     print(error, flush=True)
 sys.stdin.read()
 """
 
 
-def open_at_once(count, *arguments):
-    """Open a run folder in several processes at once. Return what each printed, by pid."""
+def open_at_once(count, *settings, times=1):
+    """Open run folders in several processes at once. Return what each printed, by pid."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", OPEN, json.dumps(arguments)]
+    command = [sys.executable, "-c", OPEN, json.dumps([times, *settings])]
     processes = [subprocess.Popen(command, env=environment, **pipes) for _ in range(count)]
     for process in processes:
         process.stdout.readline()
@@ -202,8 +203,8 @@ def open_at_once(count, *arguments):
 
 
 def test_runs_that_start_at_the_same_moment_get_a_number_each():
-    found = open_at_once(6)
-    assert sorted(found.values()) == [f"runs/notebook/00{i}" for i in range(1, 7)]
+    found = open_at_once(4, times=25)
+    assert sorted(" ".join(found.values()).split()) == [f"runs/notebook/{i:03}" for i in range(1, 101)]
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -10,12 +10,14 @@ import errno
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 LOCK = ".lock"
+NAMED_WITHIN = 0.5  # seconds for whoever has just taken a lock to write its name in place of an earlier one
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
 # NFS without a lock daemon, and some FUSE and container file systems
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -98,6 +100,7 @@ def _lock(file: int, folder: Path) -> None:
             # not lockf, whose lock is gone as soon as this process closes any other descriptor of the file
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        time.sleep(NAMED_WITHIN)
         os.lseek(file, 0, os.SEEK_SET)
         holder = os.read(file, 1_000).decode("utf-8", "replace") or "another process"
         raise ValueError(

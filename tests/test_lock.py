@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from children import ROOT
 
+from kit import lock
 from kit.lock import LOCK, held, hold, release
 
 HOLD = "import os, subprocess, sys, time; from pathlib import Path; from kit.lock import hold; "
@@ -126,7 +127,9 @@ def test_a_lock_that_is_released_leaves_nothing_and_others_may_take_it():
 CONTEND = """
 import sys, time
 from pathlib import Path
+from kit import lock
 from kit.lock import hold, release
+lock.NAMED_WITHIN = 0
 run, inside, entered = Path('run'), Path('inside'), 0
 print('ready', flush=True)
 end = time.monotonic() + 60
@@ -148,6 +151,21 @@ def test_of_many_that_lock_and_release_no_two_are_inside_at_once():
     for process in processes:
         process.communicate()
     assert [process.returncode for process in processes] == [0] * 4
+
+
+def test_a_file_that_its_holder_removes_just_before_it_is_locked_is_not_the_lock(monkeypatch):
+    take, processes = lock._lock, []
+
+    def take_late(file, folder):
+        if not processes:  # meanwhile one process has released the lock, and another has taken it
+            Path("run", LOCK).unlink()
+            processes.append(start(HOLD + WAIT)[0])
+        take(file, folder)
+
+    monkeypatch.setattr(lock, "_lock", take_late)
+    with pytest.raises(ValueError, match="is in use by process "):
+        hold(Path("run"))
+    kill(processes[0])
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed():

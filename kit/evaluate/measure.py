@@ -7,7 +7,6 @@ it was. Each sample has its own random stream, so the result is that of an unint
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from dataclasses import asdict
 from importlib.metadata import version
@@ -29,22 +28,10 @@ from kit.grade.deciding import start_worker
 from kit.grade.verdict import verdict_fields
 from kit.journal import Journal
 from kit.machine import GIB
+from kit.models.weights import fingerprint
 from kit.run import digest
 
 FIRST_CUT = 16  # a row stores where its text stands after 16, 32, 64, ... tokens, for smaller limits
-
-
-def fingerprint(model) -> str:
-    """Name a model's weights by their content: a hash of every tensor's name, shape and sums.
-
-    So two checkpoints of one run have different names.
-    """
-    state = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        wide = tensor.detach().double()
-        sums = f"{wide.sum().item()!r} {wide.square().sum().item()!r}"
-        state.update(f"{name} {tuple(tensor.shape)} {sums}".encode())
-    return state.hexdigest()
 
 
 def evaluate(
@@ -64,8 +51,8 @@ def evaluate(
 
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
-    two headers are not one result; if another process works in the folder's run; and if memory runs out.
-    Raises Stopped after Ctrl-C.
+    two headers are not one result; for NaN in weights or logits; if another process works in the run; and if
+    memory runs out. Raises Stopped after Ctrl-C.
     """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds, which would count against the time limit of the first hard answer

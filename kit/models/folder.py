@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kit.disk import publish as _publish
 from kit.disk import scratch_beside
+from kit.models.weights import check_finite, check_same, read_tensors
 
 ADAPTER = "default"  # peft's name for a model's only adapter
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names, too
 # peft's config cannot store that the base was quantised, so the weights' metadata does
 ADAPTER_METADATA = {"format": "pt", "base": "nf4"}
+REMEDY = "pass the --model that it was trained from"
 
 
 def adapter_rank(model: str) -> int:
@@ -25,9 +27,17 @@ def adapter_rank(model: str) -> int:
 
 
 def trained_on_nf4(folder: Path) -> bool:
-    """Return whether the adapters in a folder record an NF4 base, as those written here do."""
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        return (file.metadata() or {}).get("base") == ADAPTER_METADATA["base"]
+    """Return whether the adapters in a folder record an NF4 base, as those written here do.
+
+    Raises ValueError if their file is damaged.
+    """
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+            return (file.metadata() or {}).get("base") == ADAPTER_METADATA["base"]
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / ADAPTER_WEIGHTS} is damaged: {error}; copy the adapters again"
+        ) from error
 
 
 def save_model(path: Path, model, tokenizer) -> None:
@@ -63,31 +73,30 @@ def _adapter_weights(model) -> dict[str, torch.Tensor]:
     return {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in named.items()}
 
 
-def load_weights(path: Path, model) -> None:
-    """Load a folder's weights into a model, bit for bit; into its adapters alone if it has any.
+def load_weights(path: Path, model, *, dtypes: bool = True) -> None:
+    """Load a folder's weights into a model; into its adapters alone if it has any.
 
-    Raises ValueError if they are of another model.
+    dtypes: they must be the model's, so that it gets the same bits; False = adapters are converted.
+
+    Raises ValueError if they are of another model, damaged or not finite.
     """
     if _adapter_config(model):
-        _load_adapters(path, model)
+        _load_adapters(path, model, dtypes)
         return
     weights = {}
     for file in sorted(path.glob("model*.safetensors")):
-        weights |= load_file(file)
-    result = model.load_state_dict(weights, strict=False)
+        weights |= read_tensors(file)
     tensors = model.state_dict()
-    # a tied weight is stored once: one that shares its memory with a loaded one is not missing
-    loaded = {tensors[name].data_ptr() for name in weights if name in tensors}
-    missing = [name for name in result.missing_keys if tensors[name].data_ptr() not in loaded]
-    if missing or result.unexpected_keys:
-        raise ValueError(
-            f"{path} is a checkpoint of another model: it lacks {missing[:3]} and has "
-            f"{result.unexpected_keys[:3]} besides; pass the --model that it was trained from"
-        )
+    # a tied weight is stored once: one that shares its memory with a stored one is not missing
+    stored = {tensors[name].data_ptr() for name in weights if name in tensors}
+    wanted = {n: x for n, x in tensors.items() if n in weights or x.data_ptr() not in stored}
+    check_same(weights, wanted, path, remedy=REMEDY)
+    check_finite(weights, path)
+    model.load_state_dict(weights, strict=False)
 
 
 @torch.no_grad()
-def _load_adapters(path: Path, model) -> None:
+def _load_adapters(path: Path, model, dtypes: bool) -> None:
     file, ours = path / ADAPTER_CONFIG, _adapter_config(model)
     theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for key in ("base_model_name_or_path", "r", "lora_alpha"):
@@ -96,11 +105,8 @@ def _load_adapters(path: Path, model) -> None:
                 f"{path} is a checkpoint of another model: {key} is {theirs.get(key)!r} there and "
                 f"{getattr(ours, key)!r} here; pass the model, rank and alpha that it was trained with"
             )
-    tensors, stored = _adapter_weights(model), load_file(path / ADAPTER_WEIGHTS)
-    if tensors.keys() != stored.keys():
-        lacks, besides = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
-        raise ValueError(
-            f"{path} is a checkpoint of another model: it lacks {lacks[:3]} and has {besides[:3]} besides"
-        )
+    tensors, stored = _adapter_weights(model), read_tensors(path / ADAPTER_WEIGHTS)
+    check_same(stored, tensors, path, remedy=REMEDY, dtypes=dtypes)
+    check_finite(stored, path)
     for name, tensor in tensors.items():
         tensor.copy_(stored[name])

@@ -26,8 +26,8 @@ def load(
 
     device: None = the card if there is one. dtype: None = bf16 on a card, fp32 on a CPU. attention: one of
     kit.models.attention.CHOICES.
-    Raises ValueError for a path that does not exist, for an unknown family, and for an attention that cannot
-    run here.
+    Raises ValueError for a path that does not exist, for an unknown family, for weights that are missing or
+    not finite, and for an attention that cannot run here.
     """
     device = torch.device(device or default_device())
     where = {"device": device, "dtype": dtype or default_dtype(device), "attention": attention}

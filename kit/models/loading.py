@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,6 +25,7 @@ from kit.models.attention import attention_name
 from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
 from kit.models.shipped import CONFIGS, SHIPPED
+from kit.models.weights import check_finite, check_loaded
 
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
 
@@ -55,7 +57,10 @@ def path_of(name: str) -> Path:
 def load_plain(
     path: Path, *, device: torch.device, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model without adapters. path: as path_of returns it. The rest is as for kit.models.load."""
+    """Load a model without adapters. path: as path_of returns it. The rest is as for kit.models.load.
+
+    Raises ValueError, naming a few, for weights that the files lack or that are NaN or infinite.
+    """
     name = str(path) if path.is_dir() else path.as_posix()  # of a hub id, on Windows too
     if path.suffix == ".gguf":
         model, tokenizer = _load_gguf(path, dtype, device, attention)
@@ -63,12 +68,42 @@ def load_plain(
         config = _config(name)
         family_of(config, name)
         kind = attention_name(attention, config, device=device, dtype=dtype)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, attn_implementation=kind, trust_remote_code=False
-        )
+        model = _read_model(name, name, config=config, dtype=dtype, attn_implementation=kind)
         tokenizer = load_tokenizer(name)
     check_end_of_text(tokenizer, name)
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    check_finite(model.state_dict(), name)
+    return model, tokenizer
+
+
+def _read_model(name: str, where: str, **options) -> PreTrainedModel:
+    """Read a model. where: its folder or hub id, as transformers takes it.
+
+    Raises ValueError unless its files hold all of its weights.
+    """
+    loader = logging.getLogger("transformers.modeling_utils")
+    loader.addFilter(_is_no_report)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            where,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"a weights file of {name} is damaged ({error}); download the model again, or write it again"
+        ) from error
+    finally:
+        loader.removeFilter(_is_no_report)
+    check_loaded(found, name)
+    return model
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Hold back transformers' table of missing weights, which advises to train them: they are refused."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 class NeedsItsCode(ValueError):
@@ -126,9 +161,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     level = loader.level
     loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which we ask for
     try:
-        packed = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=dtype, trust_remote_code=False
-        )
+        packed = _read_model(str(path), str(path.parent), gguf_file=path.name, dtype=dtype)
         tokenizer = load_tokenizer(str(path.parent), gguf_file=path.name)
     finally:
         loader.setLevel(level)

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kit.extras import require
 from kit.models import loading
 from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_on_nf4
+from kit.models.weights import check_finite
 
 # values of init_lora_weights that leave the base as it was published
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -60,6 +61,7 @@ def load(
             f"{error}"
         ) from error
     model = _adapt(model, folder, base, device)
+    check_finite({name: x for name, x in model.named_parameters() if ".lora_" in name}, folder)
     return model.eval(), _own_tokenizer(folder) or tokenizer
 
 

@@ -152,7 +152,7 @@ def load_adapter(
         dtype=dtype,
         attention=attention,
     )
-    load_weights(folder, model)
+    load_weights(folder, model, dtypes=False)
     return model, tokenizer
 
 

@@ -120,7 +120,7 @@ def header_of(
     return {
         "model": fingerprint(model),
         "prompt": chat.key,
-        "questions": digest(*(question.id + question.answer for question in benchmark.questions)),
+        "questions": digest(*(question.problem + question.answer for question in benchmark.questions)),
         "num_samples": num_samples or benchmark.num_samples,
         "seed": seed,
         **asdict(params),

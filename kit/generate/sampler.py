@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.generate.decode import Decoder
 from kit.generate.kv_cache import SlotCache
-from kit.generate.sampling import SamplingParams, sample, stream_key
+from kit.generate.sampling import SamplingParams, finite, sample, stream_key
 from kit.machine import return_memory
 from kit.models.backbone import context_length, hidden_states, next_token_logits
 from kit.packing import Document, PackedBatch
@@ -81,7 +81,7 @@ class _Engine:
         tokens, logprobs = sample(logits, self.params, self.keys[rows], self.drawn[rows])
         self.tokens[rows] = tokens
         self.drawn[rows] += 1
-        return tokens.tolist(), logprobs.tolist()
+        return tokens.tolist(), finite(logprobs.tolist())
 
     def prefill(
         self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]
@@ -148,8 +148,8 @@ def generate(
     num_slots: rows decoded at once. keys: with `seed` the name of each prompt's random stream, for example
     (question id, sample index); None = the prompt's index.
     decode: ids -> text. on_finish(index, completion): called when a completion ends.
-    Raises ValueError for an unknown family, for an empty prompt, and if a prompt and max_new_tokens exceed
-    the model's context.
+    Raises ValueError for an unknown family, an empty prompt, and logits that are not finite, and if a prompt
+    and max_new_tokens exceed the model's context.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)

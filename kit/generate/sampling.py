@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -117,3 +118,19 @@ def sample(
     winner = (kept + gumbel(keys, positions, token_ids)).argmax(-1, keepdim=True)
     tokens = token_ids.expand_as(kept).gather(-1, winner).squeeze(-1)
     return tokens, kept.log_softmax(-1).gather(-1, winner).squeeze(-1)
+
+
+def finite(logprobs: list[float]) -> list[float]:
+    """Return log-probs of drawn tokens unchanged. Raises ValueError if one is NaN or infinite.
+
+    A NaN or +inf among a row's logits makes the log-prob of its token NaN. The numbers are in Python already,
+    so a card does not wait for this.
+    """
+    if not all(map(math.isfinite, logprobs)):
+        count = sum(not math.isfinite(logprob) for logprob in logprobs)
+        raise ValueError(
+            f"the model's logits are NaN or infinite for {count} of {len(logprobs)} responses, so its tokens "
+            "mean nothing. If its weights are finite, a sum overflows: load it in float32 or bfloat16; after "
+            "training, go back to an earlier checkpoint and lower --lr"
+        )
+    return logprobs

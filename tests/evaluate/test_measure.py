@@ -65,6 +65,30 @@ def test_a_file_of_questions_that_has_changed_is_named_and_the_samples_stay(tiny
     assert read_result(tmp_path / "mine.jsonl") == found
 
 
+def test_a_problem_that_changed_in_its_white_space_alone_is_another_prompt(tiny, tmp_path):
+    own = tmp_path / "q.jsonl"
+    own.write_text('{"problem": "1+2 3?", "answer": 3}\n')
+    evaluate(*tiny, parse_benchmarks(f"mine={own}")[0], PARAMS, tmp_path, num_samples=1)
+    own.write_text('{"problem": "1+2  3?", "answer": 3}\n')
+    with pytest.raises(ValueError, match="are no longer those of the samples"):
+        evaluate(*tiny, parse_benchmarks(f"mine={own}")[0], PARAMS, tmp_path, num_samples=1)
+
+
+def test_weights_or_logits_that_are_not_finite_stop_an_evaluation(tmp_path):
+    model, tokenizer = models.load("tiny", device="cpu")
+    chat, name = ChatFormat(tokenizer, instruction=""), "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] = float("nan")
+        with pytest.raises(ValueError, match=rf"the model holds NaN or infinity in {name}:"):
+            evaluate(model, chat, toy(2), PARAMS, tmp_path)
+        assert not (tmp_path / "toy.jsonl").exists()
+        model.get_parameter(name)[3, 5] = 0.0
+        model.model.norm.weight.fill_(3e38)  # finite, but the logits are not
+    with pytest.raises(ValueError, match="logits are NaN or infinite for 8 of 8 responses"):
+        evaluate(model, chat, toy(2), PARAMS, tmp_path)
+    assert len((tmp_path / "toy.jsonl").read_text().splitlines()) == 1  # the header, and no answer
+
+
 def test_if_memory_runs_out_the_error_says_what_to_pass_and_finished_samples_are_kept(tiny, tmp_path):
     calls = []
 

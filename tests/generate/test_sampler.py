@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from conftest import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -397,3 +398,16 @@ def test_real_weights_decode_greedily_as_transformers_does():
             pad_token_id=chat.eos_token_ids[0],
         )
         assert completion.ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_logits_that_are_not_finite_stop_the_sampler_and_what_ended_before_is_kept():
+    model, ended = make_model("llama"), []
+    expected = run(model, RANDOM, num_slots=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[2] = float("nan")  # end of text, which nothing here reads
+        broken = [[9, 2, 9] if i == 3 else prompt for i, prompt in enumerate(prompts())]
+    model.train()
+    with pytest.raises(ValueError, match=r"logits are NaN or infinite for 1 of 1 responses.*in float32"):
+        run(model, RANDOM, num_slots=1, prompts=broken, on_finish=lambda i, found: ended.append((i, found)))
+    assert ended == list(enumerate(expected[:3]))
+    assert model.training

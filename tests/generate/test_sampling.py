@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kit.generate import sampling
-from kit.generate.sampling import SamplingParams, gumbel, sample, stream_key
+from kit.generate.sampling import SamplingParams, finite, gumbel, sample, stream_key
 from kit.memory.live_bytes import LiveBytes
 
 N = 20_000
@@ -140,3 +140,23 @@ def test_drawing_from_whole_vocabularies_holds_no_more_for_more_rows_than_their_
         peaks.append(held.peak)
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
     assert peaks[1] <= peaks[0] + 67 * 100  # the tokens and log-probs of every row
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 50, 99])
+@pytest.mark.parametrize("how", [{}, {"temperature": 0}, {"top_p": 1.0}, {"top_p": 1.0, "top_k": 5}])
+def test_one_logit_that_is_not_finite_is_seen_in_the_log_prob_of_its_row_alone(bad, place, how):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 100)
+    params, streams = SamplingParams(**how), (torch.tensor([1, 2, 3]), torch.zeros(3, dtype=torch.int64))
+    logprobs = sample(logits, params, *streams)[1].tolist()
+    assert finite(logprobs) is logprobs
+    logits[1, place] = bad
+    with pytest.raises(ValueError, match="logits are NaN or infinite for 1 of 3 responses"):
+        finite(sample(logits, params, *streams)[1].tolist())
+
+
+def test_a_token_that_cannot_be_drawn_is_no_reason_to_stop():
+    logits = torch.randn(2, 100).index_fill(1, torch.arange(99), -math.inf)
+    found = sample(logits, SamplingParams(), torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int64))
+    assert finite(found[1].tolist()) == [0.0, 0.0]

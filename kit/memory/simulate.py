@@ -180,9 +180,9 @@ def _follow_updates(step: TrainingStep, ledger: Ledger) -> None:
         ledger.phase, ledger.owner = "update of the head", live_bytes.HEAD
         finish_head()
 
-    def update():
+    def update(loss):
         ledger.phase, ledger.owner = "update of the weights", live_bytes.OPTIMIZER
-        return finish()
+        return finish(loss)
 
     step.updates.finish, step.head.finish = update, update_head
 

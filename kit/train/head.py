@@ -37,19 +37,20 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
         return BlockedHead(model, optimizer, updates, savings.logit_rows)
     if tied and weight.requires_grad:
         return TiedHead(model, updates, savings.logit_rows)
-    return AutogradHead(model, savings.logit_rows)
+    return AutogradHead(model, updates, savings.logit_rows)
 
 
 class AutogradHead:
     """Leave the head to autograd, which computes its gradient together with the loss, like any other."""
 
-    def __init__(self, model, logit_rows: int):
-        self.model, self.logit_rows = model, logit_rows
+    def __init__(self, model, updates: Updates, logit_rows: int):
+        self.model, self.updates, self.logit_rows = model, updates, logit_rows
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
         """Return the row's loss after its backward pass. loss_of: None = mean token cross-entropy."""
         loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
         loss = loss_of(hidden_states(self.model, batch), head_weight(self.model), batch, scale)
+        self.updates.before_backward(loss)
         loss.backward()
         return loss.detach()
 
@@ -110,6 +111,7 @@ class TiedHead:
 
         # no name for the hidden states: the backward pass frees them
         loss = loss_of(hidden_states(self.model, batch, inputs_embeds=lookup.rows()), leaf, batch, scale)
+        self.updates.before_backward(loss)
         loss.backward()
 
         self.updates.bring_back(weight)
@@ -161,6 +163,7 @@ class BlockedHead:
                 hidden, weight, batch.targets, scale, softcap=cap, max_rows=self.logit_rows
             )
         self.pending = (hidden.detach(), weight, batch.targets, kept, logsumexp, scale), cap, lookup
+        self.updates.before_backward(loss)
         torch.autograd.backward(hidden, dhidden)
         return loss
 

@@ -69,6 +69,7 @@ class TrainingStep:
         device.
 
         loss_of: a row's share of the step's loss (kit.train.loss); None = mean token cross-entropy.
+        Raises NotFinite, with the weights as they were (but see kit.train.weight_updates), if either is not.
         """
         scale = 1 / max(sum(batch.num_targets for batch in batches), 1)
         device = head_weight(self.model).device
@@ -77,7 +78,7 @@ class TrainingStep:
         for batch in batches:
             loss += self.head.backward(batch.to(device), scale, loss_of)
         self.head.finish()
-        return loss, self.updates.finish()
+        return loss, self.updates.finish(loss)
 
     def close(self) -> None:
         self.updates.close()

@@ -9,6 +9,12 @@
 
 A tied embedding is one parameter with two gradients, the head's and the lookup's: kit.train.head passes their
 sum on, once.
+
+A step whose loss or gradient is not finite raises NotFinite. The first two ways then change no weight and no
+state: they read loss and norm before the update, and the card waits once per step, not per gradient.
+UpdateInBackward can do so for the loss, before the backward pass. A gradient that overflows during it is seen
+too late: by then, the layers above are updated. So the model in memory has lost the step before; go on from
+the last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,6 +31,28 @@ from kit.train.optimizer import AdamW8bit
 from kit.train.savings import Savings
 
 
+class NotFinite(ValueError):
+    """The loss or the gradient of a step is NaN or infinite."""
+
+
+@torch.library.custom_op("kit::all_finite", mutates_args=())
+def all_finite(values: torch.Tensor) -> bool:
+    """Return whether all values are finite; a card waits. An operator, since nobody knows fake values."""
+    return bool(values.isfinite().all())
+
+
+@all_finite.register_fake
+def _(values):
+    return True
+
+
+def check_finite(loss: torch.Tensor, norm: torch.Tensor | None = None) -> None:
+    """Raise NotFinite if the loss of a step is not finite, or the norm of its gradient; None = not known."""
+    if not all_finite(torch.stack([x.detach().float() for x in (loss, norm) if x is not None])):
+        said = "" if norm is None else f" and gradient norm {norm.item()}"
+        raise NotFinite(f"loss is {loss.item()}{said}")
+
+
 class Updates(Protocol):
     """Apply the gradients of a step. Call begin before its first backward pass and finish after the last.
 
@@ -33,6 +61,9 @@ class Updates(Protocol):
     """
 
     def begin(self, num_rows: int) -> None: ...
+
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Raise NotFinite if the row's loss is not finite and its backward pass would update weights."""
 
     def set_aside(self, parameter: torch.nn.Parameter) -> None:
         """parameter.grad is not needed until bring_back or the end. No-op unless gradients leave the card."""
@@ -43,8 +74,11 @@ class Updates(Protocol):
     def use(self, parameter: torch.nn.Parameter) -> None:
         """Apply parameter.grad, which is complete. No-op if gradients are applied together in finish()."""
 
-    def finish(self) -> torch.Tensor:
-        """Finish updating all weights. Return the gradient's norm before clipping, an fp32 scalar."""
+    def finish(self, loss: torch.Tensor) -> torch.Tensor:
+        """Finish updating all weights. Return the gradient's norm before clipping, an fp32 scalar.
+
+        Raises NotFinite if the norm or the step's loss is not finite.
+        """
 
     def close(self) -> None:
         """Remove all hooks and gradients from the model."""
@@ -84,8 +118,9 @@ class UpdateAtEnd(Updates):
     def begin(self, num_rows: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def finish(self) -> torch.Tensor:
+    def finish(self, loss: torch.Tensor) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        check_finite(loss, norm)
         self.optimizer.step()
         return norm
 
@@ -123,8 +158,9 @@ class UpdateFromHost(Updates):
         parameter.grad = self.gradients.pop(parameter)
 
     @torch.no_grad()
-    def finish(self) -> torch.Tensor:
+    def finish(self, loss: torch.Tensor) -> torch.Tensor:
         norm = self.gradients.norm()
+        check_finite(loss, norm)
         factor = ((self.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         in_pieces = isinstance(self.optimizer, AdamW8bit)
         for parameter, first, gradient in self.gradients.returned(PIECE if in_pieces else sys.maxsize):
@@ -180,9 +216,14 @@ class UpdateInBackward(Updates):
         self.optimizer.update(parameter)
         parameter.grad = None
 
-    def finish(self) -> torch.Tensor:
+    def before_backward(self, loss: torch.Tensor) -> None:
+        check_finite(loss)
+
+    def finish(self, loss: torch.Tensor) -> torch.Tensor:
         self.optimizer.wait()
-        return torch.stack(self.squares).sum().sqrt()
+        norm = torch.stack(self.squares).sum().sqrt()
+        check_finite(loss, norm)
+        return norm
 
     def close(self) -> None:
         for hook in self.hooks:

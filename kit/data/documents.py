@@ -42,7 +42,7 @@ def tokenize(
     texts = (f"{t.problem}\0{t.response}" for trace in traces for t in (trace, trace.short) if t)
     key = digest(chat.key, str(row_tokens), str(num_traces), *texts)
     path = Path(cache_dir).expanduser() / f"{key}.safetensors"
-    found = read_cache(path) if path.is_file() else None
+    found = read_cache(path)
     if found is None:
         found = _tokenize(traces, chat, row_tokens, num_traces)
         write_cache(path, *found)

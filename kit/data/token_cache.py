@@ -1,40 +1,65 @@
-"""The cache of tokenised traces: one file per set of documents, written whole or not at all."""
+"""The cache of tokenised traces: a file of documents, with a digest of what it holds.
+
+It only saves time. If it cannot be read or written, or does not hold what was written, that is a warning.
+"""
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kit.data.mixtures import TooLong
+from kit.inputs import digest_of_documents
 from kit.packing import Document
+from kit.run import digest
+
+NAMES = ("ids", "lengths", "prompt_lens", "too_long")
+REMEDY = 'pass --cache_dir with a folder that can be, or --cache_dir "" for no cache'
 
 
 def read_cache(path: Path) -> tuple[list[Document], TooLong] | None:
-    """Return the documents in a cache file; None, with a message, if the file cannot be read."""
-    try:
-        flat = load_file(path)
-    except SafetensorError as error:
-        print(f"the token cache {path} cannot be read ({error}) and is replaced")
-        return None
+    """Return the documents in a cache file and how many traces were too long.
 
-    ids = flat["ids"].split(flat["lengths"].tolist())
-    documents = [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)]
-    return documents, TooLong(*flat["too_long"].tolist())
+    Return None if there is no such file, and, with a warning, if it cannot be read or is damaged.
+    """
+    try:
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            flat, metadata = {name: file.get_tensor(name) for name in NAMES}, file.metadata() or {}
+        ids = flat["ids"].split(flat["lengths"].tolist())
+        documents = [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)]
+        too_long = TooLong(*flat["too_long"].tolist())
+        if metadata.get("digest") == _digest(documents, too_long):
+            return documents, too_long
+        fault = "it does not hold what was written"
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        fault = error
+    print(f"the token cache {path} cannot be used ({fault}): the traces are tokenised again")
+    return None
 
 
 def write_cache(path: Path, documents: list[Document], too_long: TooLong) -> None:
-    """Write the documents to a cache file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    """Write a cache file, whole or not at all; if that fails, warn and go on without."""
     flat = {
         "ids": torch.cat([torch.zeros(0, dtype=torch.int32), *(document.ids for document in documents)]),
         "lengths": torch.tensor([len(document) for document in documents], dtype=torch.int64),
         "prompt_lens": torch.tensor([document.prompt_len for document in documents], dtype=torch.int64),
         "too_long": torch.tensor(too_long),
     }
-    save_file(flat, scratch)
-    scratch.replace(path)  # so that a kill leaves a whole file or none
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            file = Path(scratch) / path.name
+            save_file(flat, file, metadata={"digest": _digest(documents, too_long)})
+            file.replace(path)  # so that a kill leaves a whole file or none
+    except (OSError, SafetensorError) as error:
+        print(f"the token cache {path} cannot be written ({error}): the next run tokenises again; {REMEDY}")
+
+
+def _digest(documents: list[Document], too_long: TooLong) -> str:
+    return digest(digest_of_documents(documents), *map(str, too_long))

@@ -352,14 +352,54 @@ def test_the_cache_gives_back_the_same_documents_and_is_keyed_by_content(tmp_pat
     assert len(calls) == 5
 
 
-def test_an_unreadable_cache_file_is_named_and_replaced(tmp_path, chat, capsys):
+def flipped(content: bytes, place: int) -> bytes:
+    """Flip one bit."""
+    place %= len(content)
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda content: content[:50], "deserializing header"),
+        (lambda content: content[:-1], "not fully covered"),
+        (lambda content: b"", "header"),
+        (lambda content: flipped(content, -3), ""),  # a bit of the last tensor
+        (lambda content: flipped(content, len(content) * 3 // 4), "does not hold what was written"),  # an id
+    ],
+)
+def test_a_damaged_cache_file_is_named_and_replaced(tmp_path, chat, capsys, damage, said):
     traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 4, seed=0)]
     first, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(tmp_path))
-    (file,) = tmp_path.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:50])
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
     again, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(tmp_path))
-    assert f"{file} cannot be read" in capsys.readouterr().out
+    warning = capsys.readouterr().out
+    assert warning.startswith(f"the token cache {file} cannot be used (") and said in warning
     assert [d.ids.tolist() for d in again] == [d.ids.tolist() for d in first]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [whole]
+
+
+@pytest.mark.parametrize("place", ["a file", "a folder of the file's name"])
+def test_a_cache_that_cannot_be_written_is_a_warning_with_a_remedy(tmp_path, chat, capsys, place):
+    """Nor can a full disk's. The run goes on, and leaves nothing half-written."""
+    traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 4, seed=0)]
+    cache = tmp_path / "cache"
+    expected, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(cache))
+    (file,) = cache.iterdir()
+    file.unlink()
+    if place == "a file":
+        cache.rmdir()
+        cache.write_text("mine")
+    else:
+        file.mkdir()
+        (file / "mine").touch()
+    found, _ = tokenize(traces, chat, row_tokens=400, cache_dir=str(cache))
+    assert [d.ids.tolist() for d in found] == [d.ids.tolist() for d in expected]
+    warning = capsys.readouterr().out
+    assert f"the token cache {file} cannot be written" in warning and "pass --cache_dir with" in warning
+    assert cache.read_text() == "mine" if place == "a file" else list(cache.iterdir()) == [file]
 
 
 def test_real_openr1_rows_are_read_and_only_flagged_correct_ones_kept():

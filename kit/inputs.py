@@ -1,0 +1,48 @@
+"""What a run reads, by content: a resumed run must read what it began with, not only the same path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kit.run import RunFolder, digest, write_json
+
+if TYPE_CHECKING:
+    from kit.packing import Document
+
+INPUTS = "inputs.json"  # in the folder of a run: what it reads, where from, how much and the digest
+
+
+def digest_of_documents(documents: Sequence[Document]) -> str:
+    """Name documents by their token ids and the lengths of their prompts, in their order."""
+    state = hashlib.blake2b(digest_size=16)
+    for document in documents:
+        state.update(f"{len(document)} {document.prompt_len} ".encode())
+        state.update(document.ids.int().contiguous().numpy())
+    return state.hexdigest()
+
+
+def digest_of_questions(questions: Sequence) -> str:
+    """Name questions by their ids, problems and answers, in their order."""
+    return digest(*(part for q in questions for part in (q.id, q.problem, q.answer)))
+
+
+def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: str) -> None:
+    """Write down what a new run reads; in a run that is resumed, compare.
+
+    what: such as "traces". found: their digest. Raises ValueError, naming both, if they are not those that
+    the run began with.
+    """
+    path = run.path / INPUTS
+    now = {"read": what, "source": source, "count": count, "digest": found}
+    if not run.is_new and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["digest"] != found:
+            raise ValueError(
+                f"{run.path} began with {before['count']:,} {what} of {before['source']} (digest "
+                f"{before['digest'][:12]}), but {source} holds others now: {count:,} (digest {found[:12]}); "
+                "restore that data, or begin a new run in another --out"
+            )
+    write_json(path, now)

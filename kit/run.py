@@ -90,6 +90,12 @@ class RunFolder:
                 )
         elif (path / CONFIG).exists():
             raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
+        elif has_begun(path):
+            found = [name for name in (*BEGUN, BEFORE, AFTER, SAMPLES, DURING) if (path / name).exists()]
+            raise ValueError(
+                f"{path} holds {', '.join(found)} but no {CONFIG}, so nobody knows how they were made; "
+                f"pass another --out, or put {CONFIG} back and pass --resume"
+            )
         write_json(path / CONFIG, settings)
 
     @property

@@ -28,6 +28,7 @@ from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION, warn_of_instruction
 from kit.data.toy import LONG_TRACES
+from kit.inputs import check_inputs, digest_of_documents
 from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.run import AFTER, BEFORE, RunFolder, write_json
@@ -259,6 +260,8 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         short_traces=config.short_traces,
         cache_dir=config.cache_dir,
     )
+    content = digest_of_documents(documents)
+    check_inputs(run, "traces", config.traces, count=len(documents), found=content)
     found = {"text": str(drop_counts), "kept": drop_counts.kept, "bad_rows": drop_counts.bad_rows}
     write_json(run.path / "drop_counts.json", found)
     print(f"data        {drop_counts}")

@@ -45,6 +45,7 @@ from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
+from kit.inputs import check_inputs, digest_of_questions
 from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.rl.settings import Settings, check_savings
@@ -186,6 +187,8 @@ def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
         source = str(run.path / "prompts.jsonl")
         write_rows(Path(source), make_rows("short", 2_000, seed=config.seed + 2, min_operands=3))
     questions = data.problems.read_prompts(source, bad, levels=config.levels)[: config.num_prompts or None]
+    content = digest_of_questions(questions)
+    check_inputs(run, "prompts", source, count=len(questions), found=content)
     found = f"{len(questions):,} prompts with gold answers of {source}"
     print(f"data        {found}, {len(bad.found)} rows left out")
     for place in bad.found:

@@ -106,6 +106,16 @@ def test_a_folder_that_holds_a_run_is_not_overwritten():
         RunFolder.open(Config(out="here"))
 
 
+@pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl"])
+def test_what_a_run_has_left_without_its_settings_is_not_taken_for_a_new_one(name):
+    run = RunFolder.open(Config(out="here"))
+    (run.path / name).mkdir()
+    (run.path / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"here holds {name} but no config.json.* pass another --out"):
+        RunFolder.open(Config(out="here"))
+    assert not (run.path / "config.json").exists()
+
+
 def test_a_run_is_not_resumed_with_other_settings():
     RunFolder.open(Config(out="here"))
     with pytest.raises(ValueError, match=r"lr was 1.0, is 2.0"):

@@ -25,6 +25,7 @@ from kit.memory.settings import PlanSettings
 from kit.memory.simulate import CARDS, Plan, plan
 from kit.models.loading import load_config
 from kit.run import write_json
+from kit.train.checkpoint import KEPT
 from kit.train.savings import Savings
 
 TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
@@ -161,7 +162,7 @@ class Estimate:
     disk_model: int = 0  # bytes: trained weights in bf16
     disk_samples: int = 0  # bytes: the samples of both evaluations
     disk_tokens: int = 0  # bytes: the traces as token ids
-    disk_while_training: int = 0  # bytes of two checkpoints, the older kept until the newer is whole
+    disk_while_training: int = 0  # bytes of the checkpoints that are kept, and of one that is written
 
     @property
     def hours(self) -> float:
@@ -231,7 +232,9 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
         sources=(training.source, sampling.source, baseline.source),
         disk_model=2 * trained,
         disk_tokens=ID_BYTES * work.num_traces * length * (work.trained_on == "traces"),
-        disk_while_training=round(2 * trained * (2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights)),
+        disk_while_training=round(
+            (KEPT + 1) * trained * (2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights)
+        ),
     )
 
 

@@ -158,7 +158,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
     """Learn from the episodes of one rollout, one optimizer step per mini-batch. Return the metrics.
 
     A mini-batch without anything to learn takes no step and is counted (empty_minibatches).
-    Raises ValueError if no episode can be trusted, with the reasons.
+    Raises ValueError if no episode can be trusted, with the reasons, and NotFinite as TrainingStep does.
     """
     settings, start = policy.settings, time.perf_counter()
     scored = undecided_as_wrong(episodes) if settings.undecided_is_wrong else episodes

@@ -7,9 +7,9 @@ ends bit for bit where an unbroken one does.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import torch
 
 from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
+from kit.inputs import digest_of_questions
 from kit.journal import ROLLOUT, Journal
 from kit.memory.measured import PeakMemory
 from kit.models.backbone import head_weight
@@ -25,6 +26,7 @@ from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
 from kit.run import RunFolder
 from kit.train import checkpoint
+from kit.train.weight_updates import NotFinite
 
 if TYPE_CHECKING:
     from kit.memory.simulate import Plan
@@ -49,16 +51,20 @@ def train(
     on a card, it is printed after ten steps beside what was measured, and both are stored in memory.json.
 
     Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a
-    checkpoint, training continues from it; if it holds the finished model, nothing is done.
+    checkpoint, training continues from it; if it holds the finished model, nothing is done. Raises ValueError
+    if another run has written them.
     Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out; and
     Stopped after Ctrl-C, with a checkpoint of the last step that ended.
     """
-    finished = run.path / "model"
-    if finished.is_dir():
+    finished, checkpoints = run.path / "model", run.path / "checkpoints"
+    group = policy.optimizer.param_groups[0]
+    fixed = replace(policy.settings, num_slots=1)  # how many are sampled at once may change
+    settings = (fixed, group["lr"], group["weight_decay"], steps, batch_prompts)
+    name = checkpoint.name_of_run(policy.model, digest_of_questions(questions), settings)
+    if checkpoint.is_finished(finished, name):
         return finished
-    checkpoints, samples = run.path / "checkpoints", Journal(run.path / SAMPLES, ROLLOUT)
-    newest = checkpoint.latest(checkpoints)
-    done = checkpoint.load(newest, policy.model, policy.optimizer) if newest else 0
+    samples = Journal(run.path / SAMPLES, ROLLOUT)
+    done = checkpoint.resume(checkpoints, policy.model, policy.optimizer, run=name, num_steps=steps)
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)
     policy.drawn = done * batch_prompts
@@ -69,7 +75,7 @@ def train(
     def save(step: int) -> None:
         run.metrics.sync()
         samples.sync()
-        checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step)
+        checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, name)
 
     def sample_or_stop(step: int, prompts: list[Question]) -> list[Episode]:
         """Roll out. After Ctrl-C the weights are those of the last step, so they are kept."""
@@ -84,14 +90,10 @@ def train(
 
     def learn(step: int, episodes: list[Episode], seconds: float) -> str:
         """Update the weights, log the step, and return what to show. seconds: of the rollout."""
-        found = update(policy, episodes)
-        if not math.isfinite(found["loss"]) or not math.isfinite(found["grad_norm"]):
-            newest = checkpoint.latest(checkpoints)
-            raise ValueError(
-                f"step {step}: loss is {found['loss']} and gradient norm {found['grad_norm']}; lower "
-                f"--lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
-            )
-
+        try:
+            found = update(policy, episodes)
+        except NotFinite as error:
+            raise checkpoint.diverged(step, group["lr"], error, checkpoints) from error
         memory.look(step, steps)
         speed = sum(len(episode.completion.ids) for episode in episodes) / seconds
         time_and_memory = {
@@ -128,7 +130,7 @@ def train(
     policy.close()
     run.metrics.sync()
     samples.sync()
-    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints)
+    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name)
     return finished
 
 

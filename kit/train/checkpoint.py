@@ -1,9 +1,10 @@
 """Save and load checkpoints: the model in Hugging Face format, the optimizer's state and the step.
 
 A checkpoint is a folder `step_0000500`: what `from_pretrained` reads, plus optimizer.safetensors, which with
-exact_weights also holds the other 16 bits of each bf16 weight, and trainer.json. It is written under another
-name and renamed once complete, so a kill leaves the older one. Older checkpoints are deleted after the
-rename.
+exact_weights also holds the other 16 bits of each bf16 weight, and trainer.json: the step, the run that wrote
+it, and a digest of every file of tensors. It is written under another name and renamed once complete, so a
+kill leaves the older one. The last two are kept: if the newest is found damaged, the error says to delete it,
+and the run goes on from the other. The finished model has a trainer.json, too.
 
 Of a model with adapters (kit.models.qlora), only the adapters are written, as peft's own folder:
 adapter_config.json, which names the base model, and adapter_model.safetensors. Loading them reads and
@@ -12,20 +13,37 @@ quantises the base model again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kit.command import LetFinish, Stopped
-from kit.models.folder import _publish, _write_model, load_weights, save_model
-from kit.run import write_json
+from kit.models.folder import _publish, _write_model, load_weights
+from kit.models.weights import check_same, fingerprint, read_tensors
+from kit.run import digest, write_json
+
+KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
+OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
+CHUNK = 2**20  # bytes of a file that are hashed at once
 
 
-def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int) -> Path:
-    """Write the checkpoint after `step` steps and delete the older ones. Return its path."""
+def name_of_run(model, *settings: object) -> str:
+    """Name a training run by what it computes from: the weights before training, and settings as text.
+
+    Raises ValueError for NaN in the weights.
+    """
+    return digest(fingerprint(model), *map(str, settings))
+
+
+def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int, run: str = "") -> Path:
+    """Write the checkpoint after `step` steps, and delete all but the last two. Return its path.
+
+    run: as name_of_run returns it.
+    """
     path = path_of(folder, step)
     scratch = _write_model(folder / "writing", model, tokenizer)
     tensors = {
@@ -33,13 +51,29 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
         for index, state in optimizer.state_dict()["state"].items()
         for name, tensor in state.items()
     }
-    save_file(tensors, scratch / "optimizer.safetensors")
-    write_json(scratch / "trainer.json", {"step": step})
+    save_file(tensors, scratch / OPTIMIZER)
+    _record(scratch, step, run)
     _publish(scratch, path)
-    for older in folder.glob("step_*"):
-        if older != path:
-            shutil.rmtree(older)
+    older = sorted(other for other in folder.glob("step_*") if other != path)
+    for useless in older[: len(older) - (KEPT - 1)]:
+        shutil.rmtree(useless)
     return path
+
+
+def _record(folder: Path, step: int, run: str) -> None:
+    write_json(folder / TRAINER, {"step": step, "run": run, "files": _digests(folder)})
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file of tensors in a folder."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        state = hashlib.blake2b(digest_size=16)
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                state.update(chunk)
+        found[file.name] = state.hexdigest()
+    return found
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -47,16 +81,36 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:07d}"
 
 
-def finish(finished: Path, model, tokenizer, checkpoints: Path) -> None:
+def finish(finished: Path, model, tokenizer, checkpoints: Path, step: int, run: str) -> None:
     """Write the finished model's folder, and delete the checkpoints, which are larger and now useless.
 
-    Raises Stopped after Ctrl-C, once the folder is written.
+    step, run: as for save. Raises Stopped after Ctrl-C, once the folder is written.
     """
     with LetFinish("the model's folder") as interrupt:
-        save_model(finished, model, tokenizer)
+        scratch = _write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
+        _record(scratch, step, run)
+        _publish(scratch, finished)
         shutil.rmtree(checkpoints, ignore_errors=True)
     if interrupt.asked:
         raise Stopped("after the last step, with the model saved")
+
+
+def is_finished(finished: Path, run: str) -> bool:
+    """Return whether the run has written its finished model.
+
+    Raises ValueError if the folder is there but another run has written it.
+    """
+    if not finished.is_dir():
+        return False
+    file = finished / TRAINER
+    writer = json.loads(file.read_text(encoding="utf-8")).get("run") if file.is_file() else None
+    if writer != run:
+        raise ValueError(
+            f"{finished} is not the model that this run trains: its {TRAINER} "
+            f"{'names the run ' + writer[:12] if writer else 'is missing'}, and this is {run[:12]} (a run is "
+            "named by its base model, data and settings). Move that folder away, or pass another --out"
+        )
+    return True
 
 
 def latest(folder: Path) -> Path | None:
@@ -64,20 +118,78 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob("step_*"), default=None)
 
 
+def resume(folder: Path, model, optimizer: torch.optim.Optimizer, *, run: str, num_steps: int) -> int:
+    """Load the newest checkpoint, as `load` does. Return the number of steps done; 0 if there is none.
+
+    Raises ValueError as `load` does, and for a checkpoint of another run or beyond the schedule's num_steps.
+    """
+    path = latest(folder)
+    if path is None:
+        return 0
+    record = _read_record(path)
+    if record["run"] != run:
+        raise ValueError(
+            f"{path} was written by the run {record['run'][:12]}, and this is {run[:12]} (a run is named by "
+            "its base model, data and settings). Restore what has changed, or pass another --out"
+        )
+    if not 0 < record["step"] <= num_steps:
+        raise ValueError(
+            f"{path} is a checkpoint after step {record['step']} but training has {num_steps} steps; pass "
+            "the flags that the run was started with, or another --out"
+        )
+    _load_tensors(path, model, optimizer)
+    return record["step"]
+
+
+def _read_record(path: Path) -> dict:
+    """Return trainer.json. Raises ValueError, with the way out, if a file is not what was written."""
+    try:
+        record = json.loads((path / TRAINER).read_text(encoding="utf-8"))
+        faulty, fault = TRAINER, "lacks the step, the run or the digests of the files"
+        if isinstance(record, dict) and {"step", "run", "files"} <= record.keys():
+            then, now = record["files"], _digests(path)
+            wrong = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+            if not wrong:
+                return record
+            faulty = wrong[0]
+            fault = "does not hold what was written" if faulty in now else "is missing"
+    except (OSError, ValueError) as error:
+        faulty, fault = TRAINER, f"cannot be read ({error})"
+    older = [other for other in path.parent.glob("step_*") if other.name < path.name]
+    way_out = f"goes on from {max(older).name}" if older else "begins with the first step"
+    raise ValueError(
+        f"{path / faulty} {fault}: the checkpoint is damaged. Delete {path}; --resume then {way_out}"
+    )
+
+
 def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
     """Load weights and optimizer state in place, bit for bit. Return the number of steps done.
 
-    Raises ValueError if the checkpoint is of another model, or if exact_weights differs.
+    Raises ValueError if the checkpoint is damaged or of another model, or if exact_weights differs.
     """
-    tensors = load_file(path / "optimizer.safetensors")
+    record = _read_record(path)
+    _load_tensors(path, model, optimizer)
+    return record["step"]
+
+
+def _load_tensors(path: Path, model, optimizer: torch.optim.Optimizer) -> None:
+    tensors = read_tensors(path / OPTIMIZER)
     was, now = "0.rest" in tensors, any("rest" in state for state in optimizer.state.values())
     if was != now:
         raise ValueError(
             f"{path} was written with exact_weights {was} but exact_weights is {now} here; pass "
             f"--{'' if was else 'no_'}exact_weights"
         )
-    load_weights(path, model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if tensors or optimizer.state:  # torch's AdamW has no state before its first update
+        wanted = {
+            f"{index}.{name}": tensor
+            for index, parameter in enumerate(parameters)
+            for name, tensor in _state_of(optimizer, parameter).items()
+        }
+        remedy = "pass the --model and the optimizer's flags that it was trained with"
+        check_same(tensors, wanted, path / OPTIMIZER, remedy=remedy)
+    load_weights(path, model)
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
@@ -88,4 +200,18 @@ def load(path: Path, model, optimizer: torch.optim.Optimizer) -> int:
         else:
             on_card = name != "step" or optimizer.defaults.get("fused")
             state[name] = tensor.to(parameter.device) if on_card else tensor
-    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))["step"]
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """Return tensors of the shapes and dtypes of a parameter's state."""
+    moments = {"exp_avg": parameter, "exp_avg_sq": parameter}  # of torch's AdamW
+    return optimizer.state.get(parameter) or {"step": torch.tensor(0.0), **moments}
+
+
+def diverged(step: int, lr: float, error: Exception, folder: Path) -> ValueError:
+    """Return the error of a step that was not finite. error: what is not."""
+    kept = latest(folder) or "none: pass --checkpoint_every"
+    return ValueError(
+        f"step {step}: {error} at lr {lr:.2e}, so nothing of this step is kept. Begin anew with a lower "
+        f"--lr; the last checkpoint is {kept}"
+    )

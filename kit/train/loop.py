@@ -8,7 +8,6 @@ as one that was not interrupted.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Protocol
 import torch
 
 from kit.command import LetFinish, Stopped
+from kit.inputs import digest_of_documents
 from kit.machine import return_memory
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
@@ -28,6 +28,7 @@ from kit.train.loss import LossOfRow
 from kit.train.optimizer import cosine_with_warmup
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
+from kit.train.weight_updates import NotFinite
 
 
 class Memory(Protocol):
@@ -140,13 +141,15 @@ def train(
         kit.evaluate.during_training; None = nothing is.
 
     If run.path holds a checkpoint, training continues from it (bit for bit on a CPU). If it holds the
-    finished model, that folder is returned at once.
+    finished model, that folder is returned at once. Raises ValueError if another run has written them.
     Raises ValueError if the loss or the gradient norm is not finite, or if memory runs out. It names the last
     checkpoint, which is intact. Raises Stopped after Ctrl-C, once the step has ended and a checkpoint is
     written.
     """
-    finished = run.path / "model"
-    if finished.is_dir():
+    finished, checkpoints = run.path / "model", run.path / "checkpoints"
+    settings = (lr, warmup_ratio, weight_decay, beta2, max_grad_norm, max_tensor_norm, seed)
+    name = checkpoint.name_of_run(model, digest_of_documents(documents), plan.steps, settings)
+    if checkpoint.is_finished(finished, name):
         return finished
 
     training_step = TrainingStep(
@@ -161,9 +164,7 @@ def train(
     )
     optimizer, device, num_steps = training_step.optimizer, head_weight(model).device, len(plan.steps)
     memory = memory or Unwatched()
-    checkpoints = run.path / "checkpoints"
-    newest = checkpoint.latest(checkpoints)
-    done = checkpoint.load(newest, model, optimizer) if newest else 0
+    done = checkpoint.resume(checkpoints, model, optimizer, run=name, num_steps=num_steps)
     run.metrics.keep(lambda row: row["step"] <= done)
     if done:
         print(f"training    goes on after step {done} of {num_steps}")
@@ -185,14 +186,9 @@ def train(
                 loss, norm = (x.item() for x in training_step(batches, loss_of))
             except torch.OutOfMemoryError as error:
                 raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
+            except NotFinite as error:
+                raise checkpoint.diverged(step + 1, lr * factor, error, checkpoints) from error
             seconds = time.perf_counter() - start
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                newest = checkpoint.latest(checkpoints)
-                raise ValueError(
-                    f"step {step + 1}: loss is {loss} and gradient norm {norm} at lr {lr * factor:.2e}; "
-                    f"lower --lr. The last checkpoint is {newest or 'none: pass --checkpoint_every'}"
-                )
-
             memory.look(step + 1, num_steps)
             tokens = sum(map(len, batches))
             targets = sum(batch.num_targets for batch in batches)
@@ -218,7 +214,7 @@ def train(
             due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
             if due or interrupt.asked:
                 run.metrics.sync()
-                checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1)
+                checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1, name)
             if interrupt.asked:
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
             if after_step:
@@ -228,5 +224,5 @@ def train(
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
     run.metrics.sync()
-    checkpoint.finish(finished, model, tokenizer, checkpoints)
+    checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name)
     return finished

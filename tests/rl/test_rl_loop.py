@@ -189,6 +189,36 @@ def test_a_policy_that_diverges_stops_the_run_and_names_the_last_checkpoint(tmp_
         run_training(tmp_path / "run", lr=1e38)
 
 
+def test_an_update_that_is_not_finite_is_not_applied_and_the_last_checkpoint_is_named(tmp_path):
+    metrics, before = tmp_path / "run" / "metrics.jsonl", []
+
+    def reward(question, completion):
+        """After the rollout of the fifth step, spoil its update."""
+        if not before and metrics.exists() and len(metrics.read_text().splitlines()) == 4:
+            before.extend(p.detach().clone() for p in policy.model.parameters())
+            policy.model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] * float("nan"),))
+        return float(len(completion.ids) % 2)
+
+    policy = make_policy(replace(SETTINGS, kl_coef=0.0), reward=reward)
+    run = RunFolder.open(Config(str(tmp_path / "run")))
+    message = r"step 5: loss is nan and .* nothing of this step is kept\..*lower --lr; .*step_0000003$"
+    with pytest.raises(ValueError, match=message):
+        train(policy, QUESTIONS, run, steps=STEPS, batch_prompts=3, checkpoint_every=3)
+    assert all(torch.equal(x, y) for x, y in zip(before, policy.model.parameters(), strict=True))
+    assert len(metrics.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("changed", ["questions", "steps", "lr"])
+def test_a_finished_policy_belongs_to_its_run(tmp_path, changed):
+    settings = {"steps": 3 if changed == "steps" else 2, "lr": 1e-4 if changed == "lr" else 3e-4}
+    folder = run_training(tmp_path / "run", steps=2)
+    questions = [*QUESTIONS[:-1], replace(QUESTIONS[-1], answer="7")] if changed == "questions" else QUESTIONS
+    policy = make_policy(lr=settings.pop("lr"))
+    run = RunFolder.open(Config(str(tmp_path / "run"), resume=True))
+    with pytest.raises(ValueError, match=f"{folder} is not the model that this run trains"):
+        train(policy, questions, run, **settings, batch_prompts=3)
+
+
 def test_the_stream_of_prompts_has_each_once_per_epoch_in_another_order_each_time():
     first, second = (draw(QUESTIONS, start, 7, seed=0) for start in (0, 7))
     assert sorted(q.id for q in first) == sorted(q.id for q in second) == sorted(q.id for q in QUESTIONS)

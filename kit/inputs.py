@@ -7,12 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kit.run import RunFolder, digest, write_json
+from kit.run import INPUTS, RunFolder, digest, write_json
 
 if TYPE_CHECKING:
     from kit.packing import Document
-
-INPUTS = "inputs.json"  # in the folder of a run: what it reads, where from, how much and the digest
 
 
 def digest_of_documents(documents: Sequence[Document]) -> str:

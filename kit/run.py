@@ -26,10 +26,11 @@ FREE_TO_CHANGE = UNSTORED | {
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
 DURING = "during"  # the folder of samples drawn while it was trained; DURING.jsonl: their figures by step
 BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells")  # what a run writes once it has begun to train
+INPUTS = "inputs.json"  # what a run reads, where from, how much and its digest
 # what it writes before
 PREPARED = (
-    CONFIG, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json", "rollouts.jsonl",
-    BEFORE, AFTER, SAMPLES, DURING, f"{DURING}.jsonl",
+    CONFIG, INPUTS, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json",
+    "rollouts.jsonl", BEFORE, AFTER, SAMPLES, DURING, f"{DURING}.jsonl",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from children import run_recipe
 from kit.config import parse, part_of
 from kit.machine import CONTEXT, GIB
 from kit.models.shipped import CONFIGS, TINY
+from kit.run import RunFolder
 from kit.train.savings import Savings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,10 +152,13 @@ def test_the_levels_asked_for_are_those_of_the_default_prompts_or_refused_with_w
         (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "zoo" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
 
+    run = RunFolder(tmp_path / "run", is_new=True)
+    run.path.mkdir()
+
     def problems(**settings):
         config = recipe.Config(model="tiny", **settings)
         chosen = replace(config, prompts=recipe.default_prompts(config))
-        return [question.problem for question in recipe.read_questions(chosen, None)]
+        return [question.problem for question in recipe.read_questions(chosen, run)]
 
     assert problems() == problems(levels="1-4") == ["1to4"] and problems(levels="3-5") == ["3to5"]
     assert "MATH levels 3-5: as asked for" in capsys.readouterr().out

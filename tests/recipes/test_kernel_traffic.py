@@ -314,7 +314,7 @@ def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypa
     out = capsys.readouterr().out
     assert "Counted, not timed" in out and "cut_cross_entropy is not installed here" in out
     assert len(rows) == 15 and [row["ratio"] for row in rows if row["name"] == "ours"] == [1, 1, 1]
-    with pytest.raises(ValueError, match=r"ignored 1\.5"):
+    with pytest.raises(ValueError, match=r"ignored is 1\.5 but must be >= 0 and < 1"):
         main(Config(ignored=1.5))
 
 

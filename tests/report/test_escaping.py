@@ -47,7 +47,7 @@ MORE = {"model", "prediction", "gold", "rule"}
 ALL_KINDS = {  # kind -> fields that its report shows; a problem of arithmetic or the toy must be one
     evaluation: SAMPLE | MORE | {"problem"},
     tuning_on_arithmetic: SAMPLE | MORE,
-    reinforcement_with_rollouts: SAMPLE | MORE | {"problem", "group_size", "step", "reward"},
+    reinforcement_with_rollouts: SAMPLE | MORE | {"problem", "group_size", "text"},
     study_with_a_failure: SAMPLE | {"quick", "error", "[]", "log"},
 }
 

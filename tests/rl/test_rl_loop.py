@@ -14,6 +14,8 @@ from kit.data.chat import ChatFormat
 from kit.data.problems import Question, draw
 from kit.data.toy import make_rows
 from kit.models import load
+from kit.models.families import family_of
+from kit.models.layers import norm_of
 from kit.report.rl import write_report
 from kit.rl.grpo import Policy, rollout, update
 from kit.rl.loop import train
@@ -196,7 +198,8 @@ def test_an_update_that_is_not_finite_is_not_applied_and_the_last_checkpoint_is_
         """After the rollout of the fifth step, spoil its update."""
         if not before and metrics.exists() and len(metrics.read_text().splitlines()) == 4:
             before.extend(p.detach().clone() for p in policy.model.parameters())
-            policy.model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] * float("nan"),))
+            norm = norm_of(policy.model.model.norm, family_of(policy.model.config))
+            norm.register_forward_pre_hook(lambda _, args: (args[0] * float("nan"),))
         return float(len(completion.ids) % 2)
 
     policy = make_policy(replace(SETTINGS, kl_coef=0.0), reward=reward)

@@ -5,6 +5,8 @@ import torch
 from conftest import make_model, random_documents
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kit.models.families import family_of
+from kit.models.layers import norm_of
 from kit.packing import PackedBatch
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
@@ -31,7 +33,7 @@ class Case:
 
     def __init__(self, savings, family="gemma3"):  # whose head is its embedding
         self.model, self.spoil = make_model(family), None
-        self.model.model.norm.register_forward_pre_hook(self.hook)
+        norm_of(self.model.model.norm, family_of(self.model.config)).register_forward_pre_hook(self.hook)
         self.step = TrainingStep(self.model, savings, lr=1e-2)
         self.step(rows())
 

@@ -34,7 +34,7 @@ class Stopped(KeyboardInterrupt):
 def clean_up_if_refused(main: Callable[[object], object]) -> Callable[[object], object]:
     """Decorate a recipe's main: if it ends before it has trained or measured anything, nothing is left of it.
 
-    So the corrected settings may have the same run folder.
+    So the corrected settings may have the same run folder. When main ends, the folder's lock is released.
     """
 
     @wraps(main)
@@ -46,6 +46,9 @@ def clean_up_if_refused(main: Callable[[object], object]) -> Callable[[object], 
             if RunFolder.newest:
                 RunFolder.newest.discard_if_new()
             raise
+        finally:
+            if RunFolder.newest:
+                RunFolder.newest.unlock()
 
     return cleaning
 

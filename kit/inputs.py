@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kit.run import INPUTS, RunFolder, digest, write_json
+from kit.run import INPUTS, RunFolder, digest, read_json, write_json
 
 if TYPE_CHECKING:
     from kit.packing import Document
@@ -36,7 +35,7 @@ def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: s
     path = run.path / INPUTS
     now = {"read": what, "source": source, "count": count, "digest": found}
     if not run.is_new and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if before["digest"] != found:
             raise ValueError(
                 f"{run.path} began with {before['count']:,} {what} of {before['source']} (digest "

@@ -16,6 +16,7 @@ from kit.lock import hold
 
 CONFIG = "config.json"  # what makes a folder that of a run
 NUMBER = (int, float)
+UNDECIDED = (*NUMBER, type(None))  # null: the grader could not decide
 
 
 DELETE = "delete that line to continue"
@@ -31,7 +32,7 @@ class Kind:
     key: tuple[str, ...] = ()  # fields that together name a row, which is counted once; () = none do
 
     def problem(self, row: object) -> str:
-        """Return why this is no such row; "" = it is one."""
+        """Return why this is not such a row; "" = it is one."""
         if not isinstance(row, dict):
             return f"it is {type_of(row)}, not an object with fields"
         for name, wanted in self.fields.items():
@@ -48,9 +49,10 @@ class Kind:
 
 HEADER = Kind("header", {"header": dict})
 STEP = Kind("step", {"step": int}, key=("step",))
+MEASUREMENT = Kind("measurement", {"step": int, "benchmarks": dict}, key=("step",))  # during training
 ROLLOUT = Kind(
     "rollout",
-    {"step": int, "question": str, "reward": NUMBER, "tokens": int, "finished": bool, "text": str},
+    {"step": int, "question": str, "reward": UNDECIDED, "tokens": int, "finished": bool, "text": str},
     key=("step", "sample"),
 )
 
@@ -156,8 +158,9 @@ class Journal:
                 f"is a second header: two logs are mixed here; {DELETE} if it equals the first, otherwise "
                 f"move its {self.kind.name}s to a file of their own"
             )
+        article = "an" if kind.name[0] in "aeiou" else "a"
         if problem := kind.problem(row):
-            raise ValueError(f"is no {kind.name}: {problem}; {DELETE}")
+            raise ValueError(f"is not {article} {kind.name}: {problem}; {DELETE}")
         return row
 
     def keep(self, wanted: Callable[[dict], bool]) -> None:

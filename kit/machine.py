@@ -110,7 +110,7 @@ def free_memory(root: Path = Path("/")) -> int | None:
     """Return the CPU memory that a process may still take, in bytes; None if the system does not tell.
 
     It is what Linux calls available, or less in a container: what the limit of a control group (version 1 or
-    2) leaves, whose file cache can be had back. root: folder with proc and sys.
+    2) leaves, whose file cache can be reclaimed. root: folder with proc and sys.
     """
     found = [_kib("MemAvailable", root / "proc/meminfo")]
     groups = root / "proc/self/cgroup"

@@ -194,11 +194,11 @@ def table_of(settings: Mapping[str, object]) -> tuple[Setting, ...]:
 
 
 def _methods(settings: Mapping[str, object]) -> Iterator[str]:
-    """Describe what is done otherwise and is no single setting's value."""
+    """Describe what is done otherwise and is not the value of one setting."""
     model = str(settings.get("model", ""))
     known = {Path(name).name.lower() for name in MODELS} | {*LARGER_MODELS}
     if model and Path(model).name.lower() not in known:
-        yield f"model {model}, by its name none of the paper's (or one that was fine-tuned)"
+        yield f"model {model}, whose name is not one of the paper's (or one that was fine-tuned)"
     if model.endswith(".gguf"):
         yield "weights that a GGUF file has rounded (paper: bf16)"
     if settings.get("instruction"):

@@ -72,5 +72,5 @@ def _conditions(option: str) -> list[tuple]:
         return [(operator.ge, float(span[1])), (operator.le, float(span[2]))]
     found = [re.fullmatch(rf"(>=|<=|>|<|) ?{NUMBER}", part) for part in option.split(", ")]
     if None in found:
-        raise TypeError(f"[{option}] is no range; kit/ranges.py shows how one is written")
+        raise TypeError(f"[{option}] is not a range; kit/ranges.py shows how one is written")
     return [(COMPARISONS[match[1]], float(match[2])) for match in found]

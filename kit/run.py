@@ -25,12 +25,13 @@ FREE_TO_CHANGE = UNSTORED | {
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
 DURING = "during"  # the folder of samples drawn while it was trained; DURING.jsonl: their figures by step
+ROLLOUTS = "rollouts.jsonl"  # the first group of every step of reinforcement learning
 BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells")  # what a run writes once it has begun to train
 INPUTS = "inputs.json"  # what a run reads, where from, how much and its digest
 # what it writes before
 PREPARED = (
     CONFIG, INPUTS, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json",
-    "rollouts.jsonl", BEFORE, AFTER, SAMPLES, DURING, f"{DURING}.jsonl",
+    ROLLOUTS, BEFORE, AFTER, SAMPLES, DURING, f"{DURING}.jsonl",
 )  # fmt: skip
 
 
@@ -39,8 +40,11 @@ class RunFolder:
 
     newest: RunFolder | None = None  # the last one that this process opened
 
-    def __init__(self, path: Path, *, is_new: bool = False, is_created: bool = False):
+    def __init__(
+        self, path: Path, *, is_new: bool = False, is_created: bool = False, is_locked: bool = False
+    ):
         self.path, self.is_new, self.is_created = path, is_new, is_created
+        self.is_locked = is_locked  # by this object; False = the process held the lock before
         self.before = {child.name for child in path.glob("*")} - {CONFIG}
         self.metrics = Journal(path / "metrics.jsonl", STEP)
 
@@ -68,7 +72,7 @@ class RunFolder:
                 release(path)
             raise
         remove_scratch(path)
-        cls.newest = cls(path, is_new=not config.resume, is_created=is_created)
+        cls.newest = cls(path, is_new=not config.resume, is_created=is_created, is_locked=was_free)
         return cls.newest
 
     @staticmethod
@@ -104,6 +108,11 @@ class RunFolder:
         """Whether the run has trained or measured anything."""
         return has_begun(self.path)
 
+    def unlock(self) -> None:
+        """Let other processes write in the folder, such as a second notebook's."""
+        if self.is_locked:
+            release(self.path)
+
     def discard_if_new(self) -> None:
         """Remove a new run that has not begun, so that the corrected command may have its folder.
 
@@ -120,7 +129,7 @@ class RunFolder:
 
 def has_begun(path: Path) -> bool:
     """Return whether the run in a folder has trained or measured anything."""
-    samples = (file for stage in (BEFORE, AFTER, SAMPLES, DURING) for file in (path / stage).glob("*.jsonl"))
+    samples = (file for stage in (BEFORE, AFTER, SAMPLES) for file in (path / stage).glob("*.jsonl"))
     return any((path / name).exists() for name in BEGUN) or any(map(_holds_samples, samples))
 
 

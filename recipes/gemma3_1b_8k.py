@@ -53,7 +53,7 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     long_share: float = 1.0  # of the problems that keep their long trace; the others get a short one [0..1]
     short_traces: str = ""  # where those are, as for traces; "" = the data set's own `solution`
     shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
-    max_bad_rows: int = 20  # malformed rows that are listed and left out; one more stops the run [>= 0]
+    max_bad_rows: int = 20  # malformed rows that are listed and left out; more stop the run [>= 0]
     cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces; "" = no cache
     # optimisation: the paper's Table 2 (AdamW, cosine)
     epochs: int = 4  # passes over the traces [1..1000]
@@ -260,6 +260,7 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         short_traces=config.short_traces,
         cache_dir=config.cache_dir,
     )
+    documents, held_out = documents[: drop_counts.kept], documents[drop_counts.kept :]
     content = digest_of_documents(documents)
     check_inputs(run, "traces", config.traces, count=len(documents), found=content)
     found = {"text": str(drop_counts), "kept": drop_counts.kept, "bad_rows": drop_counts.bad_rows}
@@ -268,7 +269,6 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
     for place in drop_counts.bad_rows:
         print(f"  bad row   {place}")
 
-    documents, held_out = documents[: drop_counts.kept], documents[drop_counts.kept :]
     longest = max(map(len, documents))
     if longest > context:
         raise ValueError(
@@ -304,6 +304,7 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
         config.model, passes * sum(num_samples.values()), config.max_new_tokens, config.num_slots
     )
     print(f"time        training {training}\n            sampling {sampling}")
+    print("            not counted: measurements during training" if config.eval_every else "", end="")
 
 
 def copy_baseline(config: Config, model, chat, params, benchmarks, run: RunFolder):

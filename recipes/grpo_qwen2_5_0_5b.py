@@ -70,7 +70,7 @@ class Config(Settings, Savings, PlanSettings):
     prompts: str = ""  # hub id[:part][@split], or a file; "" = SimpleRL-Zoo's MATH prompts, by levels
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
     num_prompts: int = 0  # the first so many of the file; 0 = all [>= 0]
-    max_bad_rows: int = 20  # without problem or gold answer, and left out; one more stops the run [>= 0]
+    max_bad_rows: int = 20  # without problem or gold answer, and left out; more stop the run [>= 0]
     # optimisation
     batch_prompts: int = 1_024  # prompts per step [1..1000000]
     steps: int = 100  # rollouts; the paper does not state how many [>= 1]

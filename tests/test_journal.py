@@ -6,7 +6,7 @@ import sys
 import pytest
 from children import ROOT
 
-from kit.journal import Journal, Kind, run_of
+from kit.journal import ROLLOUT, Journal, Kind, run_of
 
 STEPS = Kind("step", {"step": int, "loss": float, "done": bool}, key=("step",))
 GOOD = b'{"step": 1, "loss": 0.5, "done": true}\n'
@@ -140,12 +140,12 @@ def test_the_lock_of_a_log_is_that_of_its_run_or_of_its_folder_if_there_is_no_ru
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"[1]\n", r":2 is no step: it is a list, not an object with fields; delete that line"),
-        (b"7\n", r":2 is no step: it is a number, not an object"),
-        (b'{"step": 2, "done": true}\n', r":2 is no step: it has no `loss`; delete that line"),
-        (b'{"step": "2", "loss": 0.5, "done": true}\n', r":2 is no step: its `step` is text"),
-        (b'{"step": 2, "loss": null, "done": true}\n', r":2 is no step: its `loss` is null"),
-        (b'{"step": 2, "loss": 0.5, "done": 1}\n', r":2 is no step: its `done` is a number"),
+        (b"[1]\n", r":2 is not a step: it is a list, not an object with fields; delete that line"),
+        (b"7\n", r":2 is not a step: it is a number, not an object"),
+        (b'{"step": 2, "done": true}\n', r":2 is not a step: it has no `loss`; delete that line"),
+        (b'{"step": "2", "loss": 0.5, "done": true}\n', r":2 is not a step: its `step` is text"),
+        (b'{"step": 2, "loss": null, "done": true}\n', r":2 is not a step: its `loss` is null"),
+        (b'{"step": 2, "loss": 0.5, "done": 1}\n', r":2 is not a step: its `done` is a number"),
         (b'{"step": "\xff\xfe"}\n', r":2 is not UTF-8 \(invalid start byte at byte 10\); delete that line"),
         (b'{"step": 2, "lo{"step": 3}\n', r":2 is not JSON \(.*\); delete that line"),
         (b"\0\0\0\n", r":2 is not JSON"),
@@ -175,7 +175,7 @@ def test_a_line_that_is_no_row_is_named_with_its_file_and_what_to_do(tmp_path, l
             r"rows.jsonl:1 begins with a byte order mark \(BOM\); save the file as UTF-8 without",
         ),
         (GOOD.decode().encode("utf-16"), r"rows.jsonl:1 is not UTF-8"),
-        (b'{"header": 1}\n' + GOOD, r"rows.jsonl:1 is no header: its `header` is a number"),
+        (b'{"header": 1}\n' + GOOD, r"rows.jsonl:1 is not a header: its `header` is a number"),
     ],
 )
 def test_a_first_line_that_an_editor_has_spoilt_is_named(tmp_path, content, message):
@@ -208,3 +208,21 @@ def test_rows_that_lack_a_part_of_the_key_are_all_counted(tmp_path):
     path.write_bytes(b'{"step": 1, "text": "a"}\n{"step": 1, "text": "b"}\n')
     kind = Kind("rollout", {"step": int}, key=("step", "sample"))
     assert len(Journal(path, kind).read()) == 2
+
+
+def test_a_rollout_whose_answer_cannot_be_graded_has_no_reward_and_is_read(tmp_path):
+    row = {
+        "step": 1,
+        "question": "q",
+        "reward": None,
+        "tokens": 3,
+        "finished": True,
+        "text": "?",
+        "sample": 0,
+    }
+    journal = Journal(tmp_path / "rollouts.jsonl", ROLLOUT)
+    journal.append(row)
+    assert journal.read() == [row]
+    journal.append(row | {"reward": "much", "sample": 1})
+    with pytest.raises(ValueError, match=r":2 is not a rollout: its `reward` is text"):
+        journal.read()

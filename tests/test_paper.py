@@ -84,7 +84,7 @@ def test_what_is_no_single_setting_is_said_too():
         "max_grad_norm 0 (from LLaMA-Factory: 1.0, of all gradients together)",
         "max_tensor_norm 1 (from LLaMA-Factory: no clipping parameter by parameter)",
         "verify none (paper: correct traces; by whose verdict it does not say)",
-        "model m.gguf, by its name none of the paper's (or one that was fine-tuned)",
+        "model m.gguf, whose name is not one of the paper's (or one that was fine-tuned)",
         "weights that a GGUF file has rounded (paper: bf16)",
         "each step is one row of packed traces, updated without a norm of all gradients",
     ):

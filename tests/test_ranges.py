@@ -181,7 +181,7 @@ def test_the_ends_of_a_range_belong_to_it_unless_it_says_otherwise():
 
 @pytest.mark.parametrize("text", ["> = 0", "1..", "0-1", "> 0 <= 1", "0..1 | > x", ""])
 def test_brackets_that_cannot_be_read_are_a_mistake_of_the_recipe(text):
-    with pytest.raises(TypeError, match="is no range"):
+    with pytest.raises(TypeError, match="is not a range"):
         Range(text)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from children import ROOT
 
+from kit.command import clean_up_if_refused
 from kit.config import parse
 from kit.disk import scratch_beside
-from kit.lock import LOCK, release
+from kit.lock import LOCK, held, release
 from kit.run import RunFolder, next_folder, recipe_name
 
 
@@ -256,3 +257,16 @@ def test_what_a_kill_has_left_half_written_goes_when_the_run_is_opened_again():
         scratch_beside(path).mkdir()
     RunFolder.open(Config(out="here", resume=True))
     assert sorted(path.name for path in run.path.rglob("*")) == [LOCK, "checkpoints", "config.json"]
+
+
+def test_when_a_recipes_main_ends_its_folder_is_unlocked_unless_the_process_held_it_before(tmp_path):
+    @clean_up_if_refused
+    def main(config):
+        run = RunFolder.open(config)
+        assert (run.path / ".lock").exists()
+
+    main(Config(out=str(tmp_path / "run")))
+    assert not (tmp_path / "run" / ".lock").exists()
+    with held(tmp_path / "other"):
+        main(Config(out=str(tmp_path / "other")))
+        assert (tmp_path / "other" / ".lock").exists()

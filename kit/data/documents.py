@@ -39,8 +39,8 @@ def tokenize(
     if not cache_dir:
         return _tokenize(traces, chat, row_tokens, num_traces)
 
-    texts = (f"{t.problem}\0{t.response}" for trace in traces for t in (trace, trace.short) if t)
-    key = digest(chat.key, str(row_tokens), str(num_traces), *texts)
+    pairs = (t and (t.problem, t.response) for trace in traces for t in (trace, trace.short))
+    key = digest(chat.key, str(row_tokens), str(num_traces), *map(str, pairs))
     path = Path(cache_dir).expanduser() / f"{key}.safetensors"
     found = read_cache(path)
     if found is None:

@@ -190,7 +190,7 @@ def _read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[str, object]]:
                 index += 1
     except pyarrow.ArrowException as error:
         raise ValueError(
-            f"{path} is no whole .parquet file: row {index} cannot be read ({error}); copy it again"
+            f"{path} is not a whole .parquet file: row {index} cannot be read ({error}); copy it again"
         ) from error
 
 

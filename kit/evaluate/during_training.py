@@ -20,7 +20,7 @@ from kit.evaluate.measure import evaluate
 from kit.evaluate.results import Result
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampling import SamplingParams
-from kit.journal import STEP, Journal
+from kit.journal import MEASUREMENT, Journal
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import Document, PackedBatch, plan_packs
@@ -53,7 +53,7 @@ class DuringTraining:
     has_begun: bool = False
 
     def __call__(self, step: int) -> None:
-        journal = Journal(self.run / f"{DURING}.jsonl", STEP)
+        journal = Journal(self.run / f"{DURING}.jsonl", MEASUREMENT)
         if not self.has_begun:  # what a run that was killed had measured after its last checkpoint
             journal.keep(lambda row: row["step"] <= step)
         self.has_begun = True
@@ -91,8 +91,13 @@ class DuringTraining:
 
 
 def num_held_out(config) -> int:
-    """Return how many traces a run needs beside those that it is trained on: none if it takes all."""
-    return HELD_OUT if config.eval_every and config.num_traces else 0
+    """Return how many traces a run needs beside those that it is trained on: none if it takes all.
+
+    None either if the traces come in the file's order and the short ones from another file: which problems
+    have a partner there depends on how far the file is read, and a measurement changes nothing in training.
+    """
+    in_order = config.short_traces and not config.shuffle
+    return HELD_OUT if config.eval_every and config.num_traces and not in_order else 0
 
 
 def of_run(
@@ -105,7 +110,7 @@ def of_run(
     if not config.eval_every:
         return None
     part = [replace(b, questions=b.questions[: config.eval_questions]) for b in benchmarks]
-    asked = ", ".join(f"{b.name} {len(b.questions)} x 1" for b in part) or "no question"
+    asked = ", ".join(f"{b.name} {len(b.questions)} x 1" for b in part)
     beside = f"the loss on {len(held_out)} held-out traces" if held_out else "no held-out traces"
     print(f"during      every {config.eval_every:,} steps: {asked}; {beside}")
     shared = {name: getattr(config, name) for name in ("row_tokens", "logit_rows", "num_slots", "seed")}

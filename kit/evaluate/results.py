@@ -50,7 +50,7 @@ class Result:
     def read(cls, path: Path) -> Result:
         """Read the samples that a journal holds so far; no rows if there are none.
 
-        Raises ValueError naming a line that is no sample.
+        Raises ValueError naming a line that is not a sample.
         """
         rows = Journal(path, SAMPLE).read()
         header = rows[0].get("header", {}) if rows else {}

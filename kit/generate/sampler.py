@@ -2,7 +2,7 @@
 
 A finished row is refilled with the next prompt at once, so long answers do not hold up short ones. When no
 prompt is left, the active rows are moved together and the batch shrinks. Prompts are read as a pack, without
-padding or masks, through the model's own forward; equal prompts that are read together are read once. Single
+padding or masks, as training reads its rows; equal prompts that are read together are read once. Single
 tokens go through kit/generate/decode.py. LoRA and quantised layers work.
 
 On a CPU the rows are sorted by length, and attention reads rows of similar length together, only as far as

@@ -53,15 +53,20 @@ class PeakMemory:
         self.device, self.planned, self.path = device, planned, path
         self.gib = self.reserved_gib = None
         self.on_card = device.type == "cuda"
-        if self.on_card:  # the evaluation before has left a cache that is no part of a step
-            return_memory(device)
-            torch.cuda.reset_peak_memory_stats(device)
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """Leave out of the peak what an evaluation has held, whose cache is not a part of a step."""
+        if self.on_card:
+            return_memory(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def look(self, step: int, num_steps: int) -> None:
         """Measure after step 1, 2, ... of num_steps."""
         if self.on_card:
-            self.gib = torch.cuda.max_memory_allocated(self.device) / GIB
-            self.reserved_gib = torch.cuda.max_memory_reserved(self.device) / GIB
+            now = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            tensors, reserved = (most(self.device) / GIB for most in now)
+            self.gib, self.reserved_gib = max(self.gib or 0, tensors), max(self.reserved_gib or 0, reserved)
             if step == min(COMPARED_AFTER, num_steps) and self.planned is not None:
                 self.compare()
 

@@ -17,7 +17,7 @@ from kit.command_line import started_as
 from kit.config import full_command
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB, free_memory
-from kit.memory.choose import choose, rows_of, size_of, suggest_savings, switches
+from kit.memory.choose import choose, given_up, rows_of, size_of, suggest_savings, switches
 from kit.memory.flops import Sizes
 from kit.memory.hours import card_named, in_words, sampling_speed, training_speed
 from kit.memory.sampling import CACHE, MOST_SLOTS, Sampling, most_slots, plan_sampling
@@ -78,7 +78,8 @@ class RunPlan:
             for flags, smaller in suggest_savings(before):
                 if before.total < self.sampling.total:  # for which there are fewer slots: see __str__
                     return
-                note = ", one row per step" if smaller.rows < before.rows else ""
+                price = given_up(smaller.savings)
+                note = f", at the price of: {price}" if price != given_up(before.savings) else ""
                 yield f"    {flags:<24}{smaller.total / GIB:7.2f} GiB{note}"
                 before = smaller
 

@@ -154,6 +154,7 @@ class DecoderLayer(nn.Module):
                 "add a row to FAMILIES in kit/models/families.py"
             )
         family = LAYERS[type(layer)]
+        self.parts = _parts_of(layer)
         self.before = _norm(layer, "input_layernorm", family, operations)
         self.attention = Attention(layer.self_attn, family, operations)
         self.has_norm_after = family.after_attention is not None
@@ -166,9 +167,18 @@ class DecoderLayer(nn.Module):
         return self.feed_forward(h)
 
 
+def _parts_of(layer: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules of a layer that adapters may replace, in a tuple: they are not registered again."""
+    return *layer.children(), *layer.self_attn.children()
+
+
 def layer_of(layer: nn.Module, operations: Operations = FUSED) -> DecoderLayer:
     """Return a layer of transformers as the kit computes it."""
-    return _kept(layer, operations, lambda: DecoderLayer(layer, operations))
+    kept = _kept(layer, operations, lambda: DecoderLayer(layer, operations))
+    if kept.parts == _parts_of(layer):
+        return kept
+    del layer._kit
+    return layer_of(layer, operations)
 
 
 def norm_of(norm: nn.Module, family: Family, operations: Operations = FUSED) -> Norm:
@@ -177,7 +187,7 @@ def norm_of(norm: nn.Module, family: Family, operations: Operations = FUSED) -> 
 
 
 def _kept(module: nn.Module, operations: Operations, make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the same object at every call, so that hooks on it stay. In a dictionary it is no submodule."""
+    """Return the same object at every call, so that hooks on it stay. A dictionary makes it no submodule."""
     if not hasattr(module, "_kit"):
         module._kit = {}
     if operations not in module._kit:

@@ -17,7 +17,7 @@ from statistics import fmean
 
 from kit import paper
 from kit.evaluate.results import Result, headline, paired_difference, read_results
-from kit.journal import STEP, Journal
+from kit.journal import MEASUREMENT, STEP, Journal
 from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
 from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
@@ -48,7 +48,7 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
         drawn += figures.embed(path / "length.png", partial(figures.length_figure, stages))
     if any(result.caps for found in stages.values() for result in found.values()):
         drawn += figures.embed(path / "caps.png", partial(figures.caps_figure, stages)) + pages.CAPS_NOTE
-    if measured := Journal(path / f"{DURING}.jsonl", STEP).read():
+    if measured := Journal(path / f"{DURING}.jsonl", MEASUREMENT).read():
         draw = partial(steps_figure, measured, metrics)
         drawn += figures.embed(path / "steps.png", draw, "accuracy, loss, length, reflection by step")
     elif metrics:

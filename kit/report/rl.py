@@ -24,6 +24,7 @@ from kit.report.before_after import asked_of, findings, read_run, same_problem, 
 from kit.report.figures import embed, panels
 from kit.report.first_screen import first_screen
 from kit.report.page import percent
+from kit.run import ROLLOUTS
 
 # title, names of metrics; the first gets a thick line
 FIRST = (("Mean reward (1: right)", ("reward_mean",)), ("Tokens per answer", ("length",)))
@@ -53,7 +54,7 @@ def write_report(path: Path) -> Path:
         f"<h2>Training</h2><p>{html.escape(summary(metrics))}</p>",
         embed(path / "rl-more.png", partial(_figure, metrics, OTHERS), more),
         pages.figures_table(stages),
-        "<h2>Answers</h2>" + browser(stages) + _samples(Journal(path / "rollouts.jsonl", ROLLOUT).read()),
+        "<h2>Answers</h2>" + browser(stages) + _samples(Journal(path / ROLLOUTS, ROLLOUT).read()),
     ]
     outcome = what_came_out(stages) if stages else summary(metrics)
     sentences = (what_was_done(config, metrics, asked_of(stages) if stages else ""), outcome)

@@ -24,15 +24,12 @@ from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
 from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
-from kit.run import RunFolder
+from kit.run import ROLLOUTS, RunFolder
 from kit.train import checkpoint
 from kit.train.weight_updates import NotFinite
 
 if TYPE_CHECKING:
     from kit.memory.simulate import Plan
-
-
-SAMPLES = "rollouts.jsonl"
 
 
 def train(
@@ -63,7 +60,7 @@ def train(
     name = checkpoint.name_of_run(policy.model, digest_of_questions(questions), settings)
     if checkpoint.is_finished(finished, name):
         return finished
-    samples = Journal(run.path / SAMPLES, ROLLOUT)
+    samples = Journal(run.path / ROLLOUTS, ROLLOUT)
     done = checkpoint.resume(checkpoints, policy.model, policy.optimizer, run=name, num_steps=steps)
     for journal in (run.metrics, samples):
         journal.keep(lambda row: row["step"] <= done)

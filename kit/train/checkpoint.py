@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from kit.command import LetFinish, Stopped
 from kit.models.folder import _publish, _write_model, load_weights
 from kit.models.weights import check_same, fingerprint, read_tensors
-from kit.run import digest, write_json
+from kit.run import digest, read_json, write_json
 
 KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
@@ -103,7 +103,7 @@ def is_finished(finished: Path, run: str) -> bool:
     if not finished.is_dir():
         return False
     file = finished / TRAINER
-    writer = json.loads(file.read_text(encoding="utf-8")).get("run") if file.is_file() else None
+    writer = read_json(file).get("run") if file.is_file() else None
     if writer != run:
         raise ValueError(
             f"{finished} is not the model that this run trains: its {TRAINER} "

@@ -39,6 +39,8 @@ class Memory(Protocol):
 
     def look(self, step: int, num_steps: int) -> None: ...
 
+    def leave_out(self) -> None: ...
+
     def exhausted(self, step: int, newest: Path | None) -> ValueError: ...
 
 
@@ -49,6 +51,9 @@ class Unwatched:
 
     def look(self, step: int, num_steps: int) -> None:
         """No-op: nothing is measured."""
+
+    def leave_out(self) -> None:
+        """No-op."""
 
     def exhausted(self, step: int, newest: Path | None) -> ValueError:
         """Return the error of a step that ran out of memory. newest: the last checkpoint."""
@@ -170,9 +175,28 @@ def train(
         print(f"training    goes on after step {done} of {num_steps}")
 
     progress = Progress("training", "steps", num_steps, done)
+
+    def save(step: int) -> None:
+        run.metrics.sync()
+        checkpoint.save(checkpoints, model, tokenizer, optimizer, step, name)
+
+    def measure(step: int) -> None:
+        """Call after_step, with the step's memory given back. If it fails or is stopped, the step is kept."""
+        optimizer.zero_grad(set_to_none=True)
+        return_memory(device)
+        try:
+            after_step(step)
+        except BaseException as error:
+            if step > done:
+                save(step)
+            if isinstance(error, KeyboardInterrupt):
+                raise Stopped(f"while step {step} was measured, whose checkpoint is kept") from None
+            raise
+        memory.leave_out()
+
     with progress, LetFinish("this step, then a checkpoint") as interrupt:
         if after_step:
-            after_step(done)
+            measure(done)
         for step in range(done, num_steps):
             start = time.perf_counter()
             compiles = device.type == "cuda" and step == done
@@ -211,14 +235,13 @@ def train(
             speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
             peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
             progress.update(f"loss {loss:.3f}, {speed}{peak}")
+            if after_step and not interrupt.asked:
+                measure(step + 1)
             due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
             if due or interrupt.asked:
-                run.metrics.sync()
-                checkpoint.save(checkpoints, model, tokenizer, optimizer, step + 1, name)
+                save(step + 1)
             if interrupt.asked:
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
-            if after_step:
-                after_step(step + 1)
 
     training_step.close()
     training_step = optimizer = None

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kit.models.layers import layer_of
+from kit.models.layers import DecoderLayer, layer_of
 from kit.train.offload import HostInputs
 from kit.train.saved_tensors import catch_gradient, recomputed
 from kit.train.tiles import Gradients, Tiles, collect, leaves_of, trainable
@@ -53,8 +53,8 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
 
     The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient. Raises ValueError
     for an unknown layer class, for a model without decoder layers and for tile_tokens < 0; in the forward
-    pass for a batch that is no pack, for autocast, which the recomputation would not repeat, and for dropout,
-    whose mask would differ.
+    pass for a batch that is not a pack, for autocast, which the recomputation would not repeat, and for
+    dropout, whose mask would differ.
     """
     if tile_tokens < 0:
         raise ValueError(f"tile_tokens is {tile_tokens}; pass the most tokens of a tile, such as 2048, or 0")
@@ -91,11 +91,15 @@ class _Recomputed:
         self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool
     ):
         self.module = layer
-        self.layer = layer_of(layer)
+        layer_of(layer)  # refuses an unknown class at once
         self.tiles = Tiles(tile_tokens)
         self.host = host
         self.index = index
         self.is_last = is_last
+
+    @property
+    def layer(self) -> DecoderLayer:
+        return layer_of(self.module)
 
     def __call__(self, forward: partial, x: torch.Tensor) -> torch.Tensor:
         """Compute the layer's output. forward: the layer's own, bound to this call's keyword arguments."""

@@ -37,7 +37,7 @@ class NotFinite(ValueError):
 
 @torch.library.custom_op("kit::all_finite", mutates_args=())
 def all_finite(values: torch.Tensor) -> bool:
-    """Return whether all values are finite; a card waits. An operator, since nobody knows fake values."""
+    """Return whether all values are finite, for which it waits for a card. Fake tensors count as finite."""
     return bool(values.isfinite().all())
 
 

@@ -33,7 +33,7 @@ from kit.progress import Progress
 
 JOURNAL, LOG = "jobs.jsonl", "log.txt"
 DONE, FAILED = "done", "failed"
-# a job that is tried again ends again, so its name is no key: its last row counts
+# a job that is tried again ends again, so its name is not a key: its last row counts
 OUTCOME = Kind(
     "outcome", {"job": str, "status": str, "seconds": NUMBER, "error": str, "tail": list, "log": str}
 )

@@ -147,7 +147,7 @@ def test_a_parquet_file_that_is_cut_off_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"problem": ["x"] * 9}), path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"a\.parquet is no whole \.parquet file: row 0 cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a whole \.parquet file: row 0 cannot be read"):
         list(read_rows(str(path), BadRows(0)))
 
 

@@ -331,6 +331,14 @@ def test_prompt_and_response_are_tokenised_as_the_sampler_sees_them(chat):
     assert document.ids.dtype == torch.int32
 
 
+def test_a_short_trace_is_not_taken_for_one_more_trace_in_the_cache(tmp_path, chat):
+    a, b = (Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 2, seed=0))
+    for traces, count in (([replace(a, short=b)], 1), ([a, b], 2), ([a, replace(b, short=a)], 2)):
+        documents, _ = tokenize(traces, chat, row_tokens=1_000, cache_dir=str(tmp_path))
+        assert len(documents) == count
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
 def test_the_cache_gives_back_the_same_documents_and_is_keyed_by_content(tmp_path, chat, monkeypatch):
     traces = [Trace(row["problem"], row["trace"], "x") for row in make_rows("long", 40, seed=0)]
     cache = str(tmp_path / "cache")

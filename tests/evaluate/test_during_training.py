@@ -1,11 +1,13 @@
 """Measurements during training: they change nothing in it, resume with it, and are what they say."""
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from kit.command import Stopped
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents
 from kit.data.toy import make_pairs, write_rows
@@ -32,7 +34,16 @@ class Config:
 
 
 def run_training(
-    out, *, every=2, resume=False, dtype=torch.float32, stop_at=0, savings=None, write_report=None, steps=6
+    out,
+    *,
+    every=2,
+    resume=False,
+    dtype=torch.float32,
+    stop_at=0,
+    savings=None,
+    write_report=None,
+    steps=6,
+    error=RuntimeError,
 ):
     """Train the tiny model; measure it every so many steps (0 = never). Return it and its measurements."""
     model, tokenizer = load("tiny", device="cpu")
@@ -52,7 +63,7 @@ def run_training(
 
     def after_step(step):
         if stop_at and step == stop_at:
-            raise RuntimeError("killed")
+            raise error("killed")
         if during:
             during(step)
 
@@ -78,10 +89,23 @@ def test_the_weights_are_bit_equal_with_and_without(tmp_path, dtype):
     assert [row["loss"] for row in losses[0]] == [row["loss"] for row in losses[1]]
 
 
+def test_a_step_whose_measurement_fails_is_kept_and_ctrl_c_in_one_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        run_training(tmp_path / "run", stop_at=5)
+    assert (tmp_path / "run" / "checkpoints" / "step_0000005").is_dir()
+    with pytest.raises(Stopped, match=r"while step 6 was measured, whose checkpoint is kept"):
+        run_training(tmp_path / "run", stop_at=6, error=KeyboardInterrupt, resume=True)
+    resumed, rows = run_training(tmp_path / "run", resume=True)
+    unbroken, expected = run_training(tmp_path / "unbroken")
+    assert rows == expected
+    assert_equal(unbroken, resumed)
+
+
 def test_a_run_that_was_killed_goes_on_measuring_where_an_unbroken_one_does(tmp_path):
     unbroken, expected = run_training(tmp_path / "unbroken")
-    with pytest.raises(RuntimeError, match="killed"):  # after checkpoint 3, and the measurement at 4
+    with pytest.raises(RuntimeError, match="killed"):
         run_training(tmp_path / "broken", stop_at=5)
+    shutil.rmtree(tmp_path / "broken" / "checkpoints" / "step_0000005")  # which a kill would not have left
     assert [row["step"] for row in Journal(tmp_path / "broken" / "during.jsonl").read()] == [0, 2, 4]
     resumed, rows = run_training(tmp_path / "broken", resume=True)
     assert rows == expected and len(rows) == 4
@@ -91,6 +115,7 @@ def test_a_run_that_was_killed_goes_on_measuring_where_an_unbroken_one_does(tmp_
 def test_what_was_measured_after_the_last_checkpoint_is_measured_again(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
         run_training(tmp_path / "run", stop_at=5)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000005")
     journal = Journal(tmp_path / "run" / "during.jsonl")
     stale = [row | ({"held_out_loss": 99.0} if row["step"] == 4 else {}) for row in journal.read()]
     journal.path.write_text("".join(json.dumps(row) + "\n" for row in stale))

@@ -219,7 +219,9 @@ def test_a_sample_without_one_of_its_fields_is_named(tmp_path, name):
     (tmp_path / "toy.jsonl").write_text(
         json.dumps(whole) + "\n" + json.dumps({key: whole[key] for key in whole if key != name}) + "\n"
     )
-    with pytest.raises(ValueError, match=rf"toy\.jsonl:2 is no sample: it has no `{name}`; delete that line"):
+    with pytest.raises(
+        ValueError, match=rf"toy\.jsonl:2 is not a sample: it has no `{name}`; delete that line"
+    ):
         read_result(tmp_path / "toy.jsonl")
 
 

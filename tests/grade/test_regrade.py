@@ -101,9 +101,9 @@ def test_rows_without_the_raw_answer_are_graded_against_their_normal_form_and_sa
     [
         ('{"text": "5", "answer": "5"}\n{"te', r"s.jsonl:2 is half a line: .*resume it first"),
         ('{"text": "5", "answer": "5"}\nnot\n', r"s.jsonl:2 is not JSON"),
-        ('{"answer": "5"}\n', r"s.jsonl:1 is no sample"),
-        ('{"text": "5"}\n', r"s.jsonl:1 is no sample"),
-        ("[1]\n", r"s.jsonl:1 is no sample"),
+        ('{"answer": "5"}\n', r"s.jsonl:1 is not a sample"),
+        ('{"text": "5"}\n', r"s.jsonl:1 is not a sample"),
+        ("[1]\n", r"s.jsonl:1 is not a sample"),
     ],
 )
 def test_a_file_that_holds_no_samples_is_refused_and_left_alone(tmp_path, content, message):

@@ -160,3 +160,18 @@ def test_a_model_with_an_attention_of_transformers_gets_the_kits(tiny_model):
     expected = hidden_states(tiny_model, batch)
     tiny_model.set_attn_implementation("sdpa")
     assert torch.equal(hidden_states(tiny_model, batch), expected)
+
+
+@pytest.mark.parametrize("replaced", ["mlp", "input_layernorm", "self_attn.q_proj"])
+def test_a_module_that_is_replaced_after_a_first_use_is_the_one_that_computes(replaced):
+    model, batch = make_model("llama"), PackedBatch.build(random_documents(LENGTHS))
+    hidden_states(model, batch)
+    parent, _, name = f"model.layers.1.{replaced}".rpartition(".")
+    other = copy.deepcopy(model.get_submodule(f"model.layers.1.{replaced}"))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    setattr(model.get_submodule(parent), name, other)
+    fresh = make_model("llama")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(hidden_states(model, batch), hidden_states(fresh, batch))

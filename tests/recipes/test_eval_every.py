@@ -17,4 +17,5 @@ def test_accuracy_and_loss_are_measured_along_the_way_and_drawn_and_the_last_rep
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert rows[0]["held_out_loss"] > rows[-1]["held_out_loss"] > 0
     page = (tmp_path / "run" / "report.html").read_text()
+    recipe.main(recipe.Config(**recipe.SMOKE | small | during | {"eval_every": 0, "resume": True}))
     assert "http-equiv" not in page and "accuracy, loss, length, reflection by step" in page

@@ -70,7 +70,7 @@ def test_a_row_without_a_field_that_a_report_needs_is_named_in_every_log(tmp_pat
         for field in fields:
             (run / name).write_text(json.dumps({key: row[key] for key in row if key != field}) + "\n")
             folder = tmp_path / run.relative_to(tmp_path).parts[0]
-            message = rf"{name}:1 is no \w+: it has no `{field}`; delete that line"
+            message = rf"{name}:1 is not an? \w+: it has no `{field}`; delete that line"
             with pytest.raises(ValueError, match=message):
                 write_report(folder)
         (run / name).write_text(json.dumps(row) + "\n")

@@ -89,6 +89,7 @@ def test_nothing_that_changes_the_update_is_chosen_while_what_only_costs_time_wo
     assert switches(found, 1.0).keys() == vars(Savings()).keys()  # batch and clipping stay as they are
 
 
+@pytest.mark.slow
 def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(
     small_model, monkeypatch, capsys
 ):
@@ -124,6 +125,7 @@ def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
         assert choose(small_model, row_tokens=T, gpu_gb=gpu_gb).savings.tile_tokens == tile_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_heads")
 def test_the_blocked_head_is_chosen_if_it_decides_whether_a_model_fits(tmp_path):
     model = make_model(tmp_path, vocab_size=60_000, num_hidden_layers=2)  # mostly head
@@ -153,6 +155,7 @@ def test_adapters_choose_among_what_saves_them_something(small_model):
     assert not any(savings.switched_on.keys() & fitting.FULL_ONLY for savings in ladder)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_heads")
 def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_left(tmp_path):
     model = make_model(tmp_path, vocab_size=30_000, num_hidden_layers=4)  # a good part of it head

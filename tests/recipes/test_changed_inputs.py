@@ -19,6 +19,7 @@ FEW = [
 TRACES = ["--benchmarks=toy", "--num_questions=2", "--num_samples=1", "--max_steps=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "setting", "what", "flags"),
     [

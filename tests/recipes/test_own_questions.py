@@ -67,6 +67,7 @@ def test_reinforcement_learning_measures_them_before_and_after(tmp_path, benchma
     assert NAME in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_plans_and_measures_them_in_every_cell(tmp_path, benchmarks):
     sizes = ("--sizes=8", "--max_steps=1", "--out=run")
     planned = run("valley_sweep", *benchmarks, *sizes, "--plan", cwd=tmp_path)

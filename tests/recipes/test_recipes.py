@@ -84,6 +84,7 @@ def test_without_a_gpu_a_recipe_says_what_it_needs_and_both_ways_out(recipe, tmp
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_whose_settings_were_chosen_for_a_card_is_resumed_as_it_was(tmp_path):
     small = flags_of({"gpu_gb": "0.5553", "desktop_gb": 0, "max_steps": 3})  # updates in the backward pass
     first = run_recipe("gemma3_1b_8k", *QUICK, *small, cwd=tmp_path)

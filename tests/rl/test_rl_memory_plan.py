@@ -63,6 +63,7 @@ def test_without_a_kl_there_is_no_reference_and_an_update_is_a_training_step_wit
     assert 0 <= without.update.peak - two_rows.peak <= without.update.owners[live_bytes.REST]
 
 
+@pytest.mark.slow
 def test_scoring_for_the_kl_counts_if_it_needs_more_than_the_training_step(small_model):
     """Scoring recomputes nothing and has no tiles: with every saving on, adapters train in less."""
     lean = Savings(optimizer="adamw8bit", tile_tokens=16, logit_rows=8, offload_inputs=True)
@@ -161,6 +162,7 @@ def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_mo
         assert ladder[-1].offload_optimizer == (rank == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

@@ -171,6 +171,7 @@ def most_bytes(monkeypatch, savings, tied, rows=1) -> dict[str, Counter]:
     return most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_card_holds_one_layers_gradients_more_than_if_each_were_used_at_once(tied, monkeypatch):
     model = make_large(tied)
@@ -193,6 +194,7 @@ def test_the_card_holds_one_layers_gradients_more_than_if_each_were_used_at_once
     assert ours["update of the weights"]["total"] < ours["before"]["total"] + few
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_cpu_memory_is_the_gradients_own_size_and_the_plan_counts_it(tied):
     model = make_large(tied)

@@ -9,6 +9,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 DOUBLED = "{% set t = namespace(x='ab') %}{% for i in range(60) %}{% set t.x = t.x + t.x %}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "endless",
     [

@@ -66,6 +66,7 @@ def test_the_configs_that_ship_have_the_models_own_number_of_parameters(model):
     assert {path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")} == set(PARAMETERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "savings",
     [{}, LEAN, {**LEAN, "head_update": "blocked", "offload_optimizer": True}, ON_HOST],

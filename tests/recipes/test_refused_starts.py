@@ -55,6 +55,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_corrected_settings_run_in_the_folder_that_a_refused_start_was_given(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -84,6 +84,7 @@ def read(file):
     return [*map(json.loads, lines)] if file.suffix == ".jsonl" else [json.loads("".join(lines))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", ALL_KINDS, ids=lambda write: write.__name__)
 def test_no_field_of_any_file_of_a_run_reaches_its_report_as_html(write, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "_png", lambda figure: b"")  # a picture takes seconds and holds no HTML

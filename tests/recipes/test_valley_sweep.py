@@ -96,7 +96,7 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
         "lr 0.003 (paper: 5e-05)",
         "num_questions 4 (paper: all)",
         "tiny-full-96-seed0, ",
-        "FAILED short-full-0-seed0: prompt 0 has",
+        "FAILED short-full-0-seed0: prompt ",
         "Tiny, long traces: accuracy ",
         "report ",
     ):

@@ -182,6 +182,7 @@ def test_ctrl_c_during_training_writes_a_checkpoint_and_resume_alone_goes_on(tmp
     assert steps == list(range(1, int(stopped[1]) + 1))
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_sampling_keeps_every_finished_answer_and_resume_alone_goes_on(tmp_path):
     samples = tmp_path / "runs" / "evaluate" / "001" / "samples" / "toy.jsonl"
     flags = ["--smoke", "--num_questions", "40", "--num_samples", "8", "--num_slots", "4"]

@@ -78,6 +78,7 @@ def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_
     assert found.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
 
 
+@pytest.mark.slow
 def test_nothing_that_changes_the_update_is_chosen_while_what_only_costs_time_would_do(small_model):
     ladder = ladder_steps(load_config(small_model))
     faithful = [savings for savings in ladder if savings.exact_weights and not savings.update_in_backward]
@@ -141,6 +142,7 @@ def test_the_blocked_head_is_chosen_if_it_decides_whether_a_model_fits(tmp_path)
     assert switches(lean, 0.7)["max_tensor_norm"] == 0.7 and switches(lean, 0.7)["max_grad_norm"] == 0.0
 
 
+@pytest.mark.slow
 def test_a_head_of_its_own_has_no_blocks_to_choose(tmp_path):
     model = make_model(tmp_path, tie_word_embeddings=False, num_hidden_layers=2)
     ladder = ladder_steps(load_config(model))

@@ -60,6 +60,7 @@ def test_a_second_row_moves_the_formula_as_it_moves_the_plan(tmp_path):
     assert planned[1] > 1.1 * planned[0] and expected[1] > 1.1 * expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("V", "layers"), [(30_000, 2), (500, 12)])  # the peak is in the loss, in a layer
 def test_gradients_in_cpu_memory_lower_the_plan_by_what_the_formula_says(V, layers, tmp_path, small_heads):
     kept = Savings(optimizer="adamw8bit", tile_tokens=128)

@@ -111,6 +111,7 @@ def test_what_a_desktop_uses_is_taken_from_the_card_and_said(small_model, capsys
         choose(small_model, row_tokens=1024, gpu_gb=needed, desktop_gb=0.2)
 
 
+@pytest.mark.slow
 def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_above(small_model):  # noqa: F811
     found = plan_run(
         small_model,

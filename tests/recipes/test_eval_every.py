@@ -1,9 +1,12 @@
 """--eval_every of the fine-tuning recipe, from the flag to the report."""
 
+import pytest
+
 from kit.recipes import gemma3_1b_8k as recipe
 from kit.run import Journal
 
 
+@pytest.mark.slow
 def test_accuracy_and_loss_are_measured_along_the_way_and_drawn_and_the_last_report_stands_still(
     tmp_path, capsys
 ):

@@ -170,6 +170,7 @@ def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_
     assert len(run) == 2 or "TRL is not installed" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_others_that_the_bench_times_on_a_cpu_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     import loss_and_attention
@@ -244,6 +245,7 @@ def test_another_word_for_who_accepts_a_trace_is_refused_before_anything_else_is
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_rl_measures_samples_updates_measures_again_and_reports(tmp_path):
     flags = [*RL, "--chat_template", write_template(tmp_path)]
     done = run_recipe("grpo_qwen2_5_0_5b", *flags, cwd=tmp_path)

@@ -64,6 +64,7 @@ def kinds_of_runs(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_row_without_a_field_that_a_report_needs_is_named_in_every_log(tmp_path):
     for run, name, row, fields in kinds_of_runs(tmp_path):
         run.mkdir(parents=True, exist_ok=True)

@@ -204,6 +204,7 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
     assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_either_is_not_proposed(small_model):
     closest = replace(SHORT, row_tokens=150, kl_coef=0.0, num_slots=1)
     card = (

@@ -108,7 +108,7 @@ def _forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tens
     for rows in row_blocks(x):
         z = x[rows].to(wide)
         r[rows] = torch.linalg.vecdot(z, z).div_(H).add_(eps).rsqrt_()
-        y[rows] = torch.mul(z, r[rows, None]).mul_(scale)
+        y[rows] = (z * r[rows, None]).mul_(scale)
     return y, r
 
 

@@ -304,7 +304,8 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
         config.model, passes * sum(num_samples.values()), config.max_new_tokens, config.num_slots
     )
     print(f"time        training {training}\n            sampling {sampling}")
-    print("            not counted: measurements during training" if config.eval_every else "", end="")
+    if config.eval_every:
+        print("            not counted: measurements during training")
 
 
 def copy_baseline(config: Config, model, chat, params, benchmarks, run: RunFolder):

@@ -187,7 +187,7 @@ def norm_of(norm: nn.Module, family: Family, operations: Operations = FUSED) -> 
 
 
 def _kept(module: nn.Module, operations: Operations, make: Callable[[], nn.Module]) -> nn.Module:
-    """Return the same object at every call, so that hooks on it stay. A dictionary makes it no submodule."""
+    """Return the same object at every call, so that hooks on it stay. A dictionary does not register it."""
     if not hasattr(module, "_kit"):
         module._kit = {}
     if operations not in module._kit:

@@ -53,7 +53,7 @@ class Unwatched:
         """No-op: nothing is measured."""
 
     def leave_out(self) -> None:
-        """No-op."""
+        """No-op: there is no peak."""
 
     def exhausted(self, step: int, newest: Path | None) -> ValueError:
         """Return the error of a step that ran out of memory. newest: the last checkpoint."""

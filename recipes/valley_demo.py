@@ -5,6 +5,8 @@
     python recipes/valley_demo.py --resume                  go on after an interruption; finished models stay
     python recipes/valley_demo.py --resume --sizes 16,64,256,1024,4096,8192,16384    add sizes, arms or seeds
     python recipes/valley_demo.py --resume --rl_steps 80    add reinforcement learning from three models
+    python recipes/valley_demo.py --quick --seed 7          in a class: each student with another seed, then
+    python -m kit.report --pool class student1 student2     one report of all their run folders, in class/
 
 The model that ships with the kit has learned chains of additions and subtractions (kit/data/toy.py) from
 40,000 short traces. It is fine-tuned on more and more long ones, which recheck and correct themselves, and
@@ -51,6 +53,7 @@ class Config(Checked):
     sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm [1..1000000, ...]
     control_sizes: str = "64,1024,4096"  # traces, of the other arms [1..1000000, ...]
     seeds: int = 3  # of traces, packs and samples [1..1000]
+    seed: int = 0  # the first of them; in a class, each student's own number [0..1000000]
     # optimisation
     epochs: int = 4  # passes over the traces [1..1000]
     lr: float = 1e-3  # peak, cosine; why this one: above [> 0, <= 1]
@@ -115,6 +118,7 @@ def study_of(config: Config) -> Study:
         control_sizes=parse_numbers("control_sizes", config.control_sizes),
         control_models=1,
         seeds=config.seeds,
+        first_seed=config.seed,
         epochs=config.epochs,
         grows=False,
         batch_traces=config.batch_traces,
@@ -127,7 +131,7 @@ def write_data(study: Study, held_out: set[str], folder: Path, *, rl: bool) -> N
     """Write each seed's traces, and prompts for reinforcement learning, without the held-out problems."""
     folder.mkdir(exist_ok=True)
     largest = max(study.sizes + study.control_sizes)
-    for seed in range(study.seeds):
+    for seed in study.all_seeds:
         write_rows(folder / f"traces-seed{seed}.jsonl", make_pairs(largest, seed=seed, exclude=held_out))
         if rl:
             prompts = make_rows("short", RL_PROMPTS, seed=1_000 + seed, exclude=held_out)

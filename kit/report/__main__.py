@@ -5,6 +5,9 @@
 Every kind of run has a report, finished or not: fine-tuning, evaluation, reinforcement learning, and a study
 (recipes/valley_demo.py and valley_sweep.py). Which kind it is follows from what the folder holds.
 
+--pool FOLDER takes several runs of one study with different seeds, such as those of a class, and writes one
+report of them all in FOLDER.
+
 --judge URL first asks a language model, on any server with OpenAI's chat interface, whether the answers with
 a reflection keyword really reflect, as the paper does (kit/evaluate/judge.py). The run must have ended.
 """
@@ -20,6 +23,7 @@ from kit.command_line import started_as
 from kit.evaluate.judge import Judge, judge_logs
 from kit.run import AFTER, BEFORE, SAMPLES, read_json
 from kit.valley.finished import STUDY
+from kit.valley.pool import pool
 
 STAGES = (BEFORE, AFTER, SAMPLES)
 
@@ -40,17 +44,23 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="run", help="a run folder; several with --pool")
+    parser.add_argument("--pool", type=Path, metavar="FOLDER", help="a new folder for the runs together")
     parser.add_argument("--judge", metavar="URL", default="", help="such as http://localhost:8000/v1")
     parser.add_argument("--judge_model", metavar="NAME", default="", help="default: the server's first")
     config = parser.parse_args(arguments)
-    page = write_report(config.run)  # a folder without a run is refused before anything is judged
+    if config.pool:
+        pool(config.runs, config.pool)
+    elif len(config.runs) > 1:
+        raise ValueError(f"{len(config.runs)} run folders were given; --pool FOLDER makes one report of them")
+    run = config.pool or config.runs[0]
+    page = write_report(run)  # a folder without a run is refused before anything is judged
     if config.judge:
         judge = Judge(config.judge, config.judge_model)
-        logs = sorted(file for stage in STAGES for file in config.run.glob(f"**/{stage}/*.jsonl"))
+        logs = sorted(file for stage in STAGES for file in run.glob(f"**/{stage}/*.jsonl"))
         for outcome, count in judge_logs(logs, judge).items():
             print(f"judge       {count:,} answers: {outcome}")
-        page = write_report(config.run)
+        page = write_report(run)
     print(page)
 
 

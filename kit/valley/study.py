@@ -86,6 +86,7 @@ class Study:
     models: tuple[tuple[str, tuple[str, ...]], ...]  # (model, its methods)
     sizes: tuple[int, ...]  # traces, of the first arm
     seeds: int = 1
+    first_seed: int = 0
     arms: tuple[str, ...] = (LONG,)
     control_sizes: tuple[int, ...] = ()  # traces, of the other arms; () = sizes
     control_models: int = 0  # the first so many models have all arms, the others only the first arm; 0 = all
@@ -120,6 +121,10 @@ class Study:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be {rule}")
 
     @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    @property
     def compared(self) -> list[str]:
         """The models that have all arms."""
         return [model for model, _ in self.models][: self.control_models or None]
@@ -137,7 +142,7 @@ class Study:
         """
         found: dict[tuple, Cell] = {}  # what a training depends on -> its first cell
         methods = [(model, method) for model, methods in self.models for method in methods]
-        for seed, (model, method), arm in product(range(self.seeds), methods, self.arms):
+        for seed, (model, method), arm in product(self.all_seeds, methods, self.arms):
             first = arm == self.arms[0]
             if first or model in self.compared:
                 for size in self.sizes if first else self.control_sizes or self.sizes:

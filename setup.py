@@ -73,6 +73,8 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.12",
             "kernels>=0.10",
+            "nbclient>=0.10,<1",  # runs the lesson
+            "ipykernel>=6.29,<8",
             *PEERS,
         ],
         "flash-attn": ["flash-attn>=2.7"],

@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow  # builds a wheel
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,10 @@ from kernel_report import cases
 
 from kit.kernels.backend import HAS_TRITON
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)"),
+]
 
 
 def bytes_of_accesses(ptx, pointer, kind):

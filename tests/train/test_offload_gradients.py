@@ -64,8 +64,7 @@ def assert_same_bits(found, expected):
     assert not different
 
 
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3, 1e6])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "max_grad_norm"), [(False, 1e-3), (True, 0.0), (True, 1e6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_rows_give_the_bits_of_gradients_that_stay_beside_the_weights(
@@ -82,17 +81,21 @@ def test_several_rows_give_the_bits_of_gradients_that_stay_beside_the_weights(
     assert all(not torch.equal(ours[name], x) for name, x in before.items() if "proj" in name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}, {"exact_weights": True}],
+    ("dtype", "changes"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}),
+        (torch.bfloat16, {"exact_weights": True}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_other_saving_composes_with_it_bit_by_bit(family, changes, dtype):
+def test_every_other_saving_composes_with_it_bit_by_bit(family, dtype, changes):
     settings = {**OTHERS, "optimizer": "adamw8bit", "offload_optimizer": True} | changes
     plain, ours = (
-        trained(start(make(family, dtype, tied=True), Savings(**settings, offload_gradients=on)))
+        trained(start(make(family, dtype, tied=True), Savings(**settings, offload_gradients=on)), steps=2)
         for on in (False, True)
     )
     assert_same_bits(ours, plain)

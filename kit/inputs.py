@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit.run import INPUTS, RunFolder, digest, read_json, write_json
@@ -26,6 +27,14 @@ def digest_of_questions(questions: Sequence) -> str:
     return digest(*(part for q in questions for part in (q.id, q.problem, q.answer)))
 
 
+def check_code(run: RunFolder, files: Sequence[Path]) -> None:
+    """Do what check_inputs does for files of Python."""
+    sources = [file.read_text(encoding="utf-8", errors="backslashreplace") for file in files]
+    count = sum(len(source.splitlines()) for source in sources)
+    names = ", ".join(map(str, files))
+    check_inputs(run, "lines of code", names, count=count, found=digest(*sources))
+
+
 def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: str) -> None:
     """Write down what a new run reads; in a run that is resumed, compare.
 
@@ -33,13 +42,13 @@ def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: s
     the run began with.
     """
     path = run.path / INPUTS
-    now = {"read": what, "source": source, "count": count, "digest": found}
-    if not run.is_new and path.is_file():
-        before = read_json(path)
-        if before["digest"] != found:
-            raise ValueError(
-                f"{run.path} began with {before['count']:,} {what} of {before['source']} (digest "
-                f"{before['digest'][:12]}), but {source} holds others now: {count:,} (digest {found[:12]}); "
-                "restore that data, or begin a new run in another --out"
-            )
-    write_json(path, now)
+    known = read_json(path) if path.is_file() else {}
+    now = {"source": source, "count": count, "digest": found}
+    before = now if run.is_new else known.get(what, now)
+    if before["digest"] != found:
+        raise ValueError(
+            f"{run.path} began with {before['count']:,} {what} of {before['source']} (digest "
+            f"{before['digest'][:12]}), but {source} holds others now: {count:,} (digest {found[:12]}); "
+            "restore that data, or begin a new run in another --out"
+        )
+    write_json(path, {**known, what: now})

@@ -48,6 +48,7 @@ class Kind:
 
 
 HEADER = Kind("header", {"header": dict})
+REWARD = "reward: "  # before the name of a reward, in the rows of a step
 STEP = Kind("step", {"step": int}, key=("step",))
 MEASUREMENT = Kind("measurement", {"step": int, "benchmarks": dict}, key=("step",))  # during training
 ROLLOUT = Kind(

@@ -136,6 +136,7 @@ RL = (
     Setting("weaken", 0.0, words="no noise on the weights"),
     Setting("levels", "", words=f"MATH {MATH_LEVELS[0]} for 0.5B, {MATH_LEVELS[1]} above"),
     Setting("num_prompts", 0, words="all, about 8k"),
+    Setting("reward", "exact_answer", words="1 for a right answer, 0 for a wrong one"),
     Setting("batch_prompts", 1_024),
     Setting("group_size", 8),
     Setting("max_new_tokens", 8_192),

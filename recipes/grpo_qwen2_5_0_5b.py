@@ -7,8 +7,10 @@
     python recipes/grpo_qwen2_5_0_5b.py --plan            does it fit, and how long? no GPU, no download
     python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12       choose memory settings for a card of 12 GB
     python recipes/grpo_qwen2_5_0_5b.py --smoke           the same in about a minute on any CPU: a tiny model
+    python recipes/grpo_qwen2_5_0_5b.py --reward mine.py:short  raise what a function of yours returns
 
 Measures the model, trains it by comparing answers to the same prompt, right or wrong, and measures it again.
+recipes/rewards.py holds the rewards that ship with the kit and says how to write your own.
 The algorithm is kit/rl/grpo.py, a minimal GRPO. The paper's Table 3 equals SimpleRL-Zoo's published command
 on verl wherever both state a value, so what it leaves open is set as there: the mean over tokens, clip 0.2,
 dual clip 3.0, k3, weight decay 0.01, reward 0 for what cannot be graded. Left out:
@@ -45,7 +47,7 @@ from kit.config import as_flags, part_of, show
 from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
-from kit.inputs import check_inputs, digest_of_questions
+from kit.inputs import check_code, check_inputs, digest_of_questions
 from kit.machine import one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.rl.settings import Settings, check_savings
@@ -71,6 +73,9 @@ class Config(Settings, Savings, PlanSettings):
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
     num_prompts: int = 0  # the first so many of the file; 0 = all [>= 0]
     max_bad_rows: int = 20  # without problem or gold answer, and left out; more stop the run [>= 0]
+    reward: str = (
+        "exact_answer"  # of recipes/rewards.py, or FILE.py:FUNCTION; several add up, comma-separated
+    )
     # optimisation
     batch_prompts: int = 1_024  # prompts per step [1..1000000]
     steps: int = 100  # rollouts; the paper does not state how many [>= 1]
@@ -121,6 +126,7 @@ SMOKE = {
     "steps": 12, "lr": 1e-4, "kl_coef": 1e-3, "recompute": False, "checkpoint_every": 4,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "eval_tokens": 96,
 }  # fmt: skip
+REWARDS = Path(__file__).with_name("rewards.py")
 SMALL = 0.5e9  # weights without norms and biases; Qwen2.5-0.5B has 0.494e9
 
 
@@ -205,6 +211,7 @@ def main(config: Config) -> None:
         )
     if config.benchmarks:
         evaluate.benchmarks.find_benchmarks(config.benchmarks)  # a wrong name, before a minute's plan
+    rewards, files = rl.load_rewards(config.reward, REWARDS)
     planned = None
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
@@ -232,6 +239,8 @@ def main(config: Config) -> None:
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     questions = read_questions(config, run)
+    check_code(run, files)
+    print(f"reward      {config.reward}: {rl.rewards.try_out(rewards, questions[0])}")
     where = {"device": config.device, "attention": config.attention}
     model, tokenizer = models.load_to_train(
         config.model, qlora_rank=config.qlora_rank, seed=config.seed, **where
@@ -266,7 +275,8 @@ def main(config: Config) -> None:
 
     measure("before")
     optimizer = {name: getattr(config, name) for name in ("lr", "weight_decay", "max_grad_norm")}
-    policy = rl.Policy(model, chat, settings, savings=part_of(config, Savings), **optimizer)
+    savings = part_of(config, Savings)
+    policy = rl.Policy(model, chat, settings, savings=savings, reward=rewards, **optimizer)
     schedule = {name: getattr(config, name) for name in ("steps", "batch_prompts", "checkpoint_every")}
     trained = rl.train(policy, questions, run, **schedule, planned=planned and planned.larger)
     del policy, model  # what is measured next is what was saved

@@ -18,6 +18,9 @@ from kit.train import checkpoint
 
 IN_THE_INTERPRETER = "passed in the interpreter"  # a property of a test's report
 ROOT = Path(__file__).resolve().parents[1]
+RECIPES = [  # those that are commands: recipes/rewards.py is read by another
+    path for path in sorted((ROOT / "recipes").glob("*.py")) if "__main__" in path.read_text(encoding="utf-8")
+]
 # Importing torch and transformers takes seconds, often longer than the run itself. So on Linux one clean
 # process imports them and is forked for every child. It has computed nothing, so no threads are lost.
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from children import Child, run_recipe, start_recipe
+from children import RECIPES, Child, run_recipe, start_recipe
 
 from kit import command
 from kit.command import LetFinish, Stopped, start
@@ -21,7 +21,6 @@ from kit.progress import Progress
 from kit.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 HEAVY = {"torch", "transformers", "numpy", "sympy", "matplotlib", "datasets", "triton"}
 
 
@@ -139,7 +138,7 @@ def test_a_reader_that_has_enough_is_no_error():
     assert process.wait() == 1
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [path.stem for path in RECIPES])
 @pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
 def test_flags_are_read_before_anything_heavy_is_imported(recipe, flag):
     script = str(ROOT / "recipes" / f"{recipe}.py")

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import children
 import pytest
 from children import ROOT
 
@@ -26,10 +27,7 @@ from kit.train.savings import Savings
 from kit.valley.runs import LOWEST, MOST
 from kit.valley.study import ARMS
 
-RECIPES = {
-    path.stem: importlib.import_module(f"kit.recipes.{path.stem}")
-    for path in sorted((ROOT / "recipes").glob("*.py"))
-}
+RECIPES = {path.stem: importlib.import_module(f"kit.recipes.{path.stem}") for path in children.RECIPES}
 CONFIGS = {name: recipe.Config for name, recipe in RECIPES.items()} | {
     kind.__name__: kind for kind in (Savings, Settings, TrainingPlanSettings, SamplingParams)
 }
@@ -37,7 +35,7 @@ CONFIGS = {name: recipe.Config for name, recipe in RECIPES.items()} | {
 FREE = {
     "model", "models", "chat_template", "instruction", "traces", "short_traces", "cache_dir", "benchmarks",
     "baseline", "out",
-    "json", "card", "compare", "prompts", "levels", "rl_flags", "as_", "kernel", "problems",
+    "json", "card", "compare", "prompts", "levels", "rl_flags", "reward", "as_", "kernel", "problems",
 }  # fmt: skip
 
 

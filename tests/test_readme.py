@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from children import RECIPES
 
 from kit.config import parse
 
@@ -20,7 +21,7 @@ COMMANDS = [
     for command in line.split("&&")
     if command.split("#")[0].strip()
 ]
-RECIPES = [words for words in COMMANDS if any(word.startswith("recipes/") for word in words)]
+STARTED = [words for words in COMMANDS if any(word.startswith("recipes/") for word in words)]
 # the commands at the head of a recipe; what each does stands behind two spaces or more
 HEADS = [
     shlex.split(re.split(r" {2,}", line.strip())[0])
@@ -41,17 +42,15 @@ def test_the_readme_opens_with_one_sentence_and_two_commands():
 
 
 def test_there_are_recipe_commands_to_check():
-    assert len(RECIPES) >= 3
+    assert len(STARTED) >= 3
 
 
 def test_every_recipe_names_its_command_and_each_command_stands_on_a_line_of_its_own():
-    assert {words[1] for words in HEADS} == {
-        f"recipes/{file.name}" for file in (ROOT / "recipes").glob("*.py")
-    }
+    assert {words[1] for words in HEADS} == {f"recipes/{file.name}" for file in RECIPES}
     assert not [words for words in HEADS if words[0] != "python" or "python" in words[1:]]
 
 
-@pytest.mark.parametrize("words", [*RECIPES, *HEADS], ids=" ".join)
+@pytest.mark.parametrize("words", [*STARTED, *HEADS], ids=" ".join)
 def test_every_recipe_command_parses_against_the_recipes_own_flags(words, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))  # before recipes/bench, which pytest adds, too
     position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))

@@ -17,7 +17,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from kit import paper
-from kit.journal import ROLLOUT, STEP, Journal
+from kit.journal import REWARD, ROLLOUT, STEP, Journal
 from kit.report import page as pages
 from kit.report.answers import browser, marked
 from kit.report.before_after import asked_of, findings, read_run, same_problem, what_came_out
@@ -27,13 +27,13 @@ from kit.report.page import percent
 from kit.run import ROLLOUTS
 
 # title, names of metrics; the first gets a thick line
-FIRST = (("Mean reward (1: right)", ("reward_mean",)), ("Tokens per answer", ("length",)))
 OTHERS = (
     ("Groups without signal", ("no_signal",)),
     ("Entropy, nats per token", ("entropy",)),
     ("Ratio of new to old probability", ("ratio_mean", "ratio_min", "ratio_max")),
     ("KL to the start", ("kl",)),
 )
+BUILT_IN = "exact_answer"  # the recipe's default reward: right or wrong
 SHOWN = 6  # steps whose first group is shown, evenly spaced from the first to the last
 
 
@@ -45,7 +45,9 @@ def write_report(path: Path) -> Path:
     config, stages = read_run(path)
     kind = STEP.with_numbers("reward_mean", "rollout_seconds", "update_seconds")
     metrics = Journal(path / "metrics.jsonl", kind).read()
-    figure = embed(path / "rl.png", partial(_figure, metrics, FIRST), "reward and length by step")
+    title = "Mean reward (1: right)" if _reward(config) == BUILT_IN else "Mean reward"
+    first = ((title, ("reward_mean", *_parts(metrics))), ("Tokens per answer", ("length",)))
+    figure = embed(path / "rl.png", partial(_figure, metrics, first), "reward and length by step")
     more = "signal, entropy, ratio and KL by step"
     lines = findings(stages)
     sections = [
@@ -66,10 +68,22 @@ def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str)
     """Describe the run in a sentence."""
     model, steps, group = config.get("model", "The model"), len(metrics), config.get("group_size", "several")
     measured = f" It answers {asked} before and after." if asked else ""
+    reward = _reward(config)
+    raised = "right answers" if reward == BUILT_IN else f"answers with a higher reward ({reward})"
     return (
         f"{model} is trained by reinforcement learning (GRPO), {steps:,} steps so far: it answers a problem "
-        f"{group} times, and the right answers among them become more likely.{measured}"
+        f"{group} times, and the {raised} among them become more likely.{measured}"
     )
+
+
+def _reward(config: Mapping[str, object]) -> str:
+    return str(config.get("reward", BUILT_IN))
+
+
+def _parts(metrics: list[dict]) -> list[str]:
+    """Return the metrics of the rewards that add up, if there are several."""
+    names = dict.fromkeys(name for row in metrics for name in row if name.startswith(REWARD))
+    return list(names) if len(names) > 1 else []
 
 
 def summary(metrics: list[dict]) -> str:
@@ -106,15 +120,27 @@ def _samples(rows: list[dict]) -> str:
     steps = sorted({row["step"] for row in rows})
     if not steps:
         return ""
-    wanted = {steps[i * (len(steps) - 1) // (SHOWN - 1)] for i in range(SHOWN)}
+    wanted = sorted({steps[i * (len(steps) - 1) // (SHOWN - 1)] for i in range(SHOWN)})
     parts = ["<h3>In training: all answers to the first prompt of a step</h3>"]
-    for step in sorted(wanted):
-        cells = "".join(_answer(row) for row in rows if row["step"] == step)
-        parts.append(f"<details><summary>step {html.escape(str(step))}</summary>{cells}</details>")
+    for step in wanted:
+        found = [row for row in rows if row["step"] == step]
+        problem = str(found[0].get("problem", found[0]["question"]))  # older runs have its id alone
+        mean = fmean(row["reward"] or 0.0 for row in found)
+        title = f"step {step}, mean reward {mean:.3g}: {problem}"
+        gold = f"<p>gold answer {html.escape(str(found[0]['gold']))}</p>" if "gold" in found[0] else ""
+        cells = gold + "".join(map(_answer, found))
+        parts.append(f"<details><summary>{html.escape(title)}</summary>{cells}</details>")
     return "".join(parts)
 
 
 def _answer(row: dict) -> str:
+    rewards = row.get("rewards", {})
+    by_name = ", ".join(f"{name} {_number(value)}" for name, value in rewards.items())
+    reward = _number(row["reward"]) + (f" ({by_name})" if len(rewards) > 1 else "")
     cut_off = "" if row["finished"] else " (cut off)"
-    title = html.escape(f"reward {row['reward']}, {row['tokens']:,} tokens{cut_off}")
+    title = html.escape(f"reward {reward}, {row['tokens']:,} tokens{cut_off}")
     return f"<h4>{title}</h4><pre>{marked(row['text'])}</pre>"
+
+
+def _number(reward: float | None) -> str:
+    return "none: undecided" if reward is None else f"{reward:.3g}"

@@ -6,6 +6,7 @@ __getattr__, __all__ = hand_on(
     __name__,
     {  # file -> names
         "settings": ["Settings"],
+        "rewards": ["correctness", "load_rewards"],
         "grpo": ["Policy", "rollout", "update"],
         "loop": ["train"],
     },

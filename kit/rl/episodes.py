@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ class Episode:
     prompt: list[int]  # token ids
     completion: Completion  # with the log-probs it was sampled with
     reward: float | None  # None: the grader could not decide
+    rewards: Mapping[str, float | None] = field(default_factory=dict)  # by name; `reward` is their sum
 
     @cached_property
     def rejection(self) -> str:

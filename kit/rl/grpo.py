@@ -3,7 +3,7 @@
 One training step:
 
 1. `rollout` samples `group_size` completions of each prompt from the policy itself, keeps the log-prob of
-   every token, and grades: reward 1 for a right answer, 0 for a wrong one.
+   every token, and judges them (kit/rl/rewards.py): by default 1 for a right answer, 0 for a wrong one.
 2. `update` compares the reward of each completion with those of its group, the completions of the same
    prompt: the result is its advantage. For each mini-batch of prompts it packs the completions into rows,
    runs the backbone, and lets the fused head compute log-probs, clipped objective (kit/rl/objective.py) and
@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean, pstdev
@@ -36,9 +36,9 @@ from torch import Tensor
 
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
-from kit.generate.sampler import Completion, generate
+from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
-from kit.grade.verdict import grade
+from kit.journal import REWARD
 from kit.kernels.linear_cross_entropy import linear_cross_entropy, token_logprobs
 from kit.kernels.linear_cross_entropy_chunks import kept_rows
 from kit.models.backbone import head_weight, hidden_states, softcap
@@ -46,24 +46,19 @@ from kit.packing import IGNORE_INDEX, plan_packs
 from kit.progress import Progress
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group, undecided_as_wrong
 from kit.rl.objective import RunningStats, group_advantages, has_signal, token_losses, token_weight
+from kit.rl.rewards import Reward, correctness, judge, total
 from kit.rl.settings import Settings, check_savings
 from kit.train.loss import LossOfRow
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
 
-Reward = Callable[[Question, Completion], "float | None"]  # None: undecided
-
-
-def correctness(question: Question, completion: Completion) -> float | None:
-    """Return 1 for a right answer, 0 for a wrong one or none at all, None if the grader could not decide."""
-    return {"correct": 1.0, "wrong": 0.0, "unknown": None}[grade(question.answer, completion.text).verdict]
-
 
 class Policy:
     """A model in training, its chat format, and how many prompts it has rolled out. Close it after training.
 
-    max_grad_norm: as in TrainingStep. Raises ValueError for savings that update inside the backward pass, and
-    for a KL on adapters that have been trained before, since the model that they start from is not at hand.
+    max_grad_norm: as in TrainingStep. reward: one, or several by name, which add up. Raises ValueError for
+    savings that update inside the backward pass, and for a KL on adapters that have been trained before,
+    since the model that they start from is not at hand.
     """
 
     def __init__(
@@ -76,9 +71,11 @@ class Policy:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         savings: Savings | None = None,
-        reward: Reward = correctness,
+        reward: Reward | Mapping[str, Reward] = correctness,
     ):
-        self.model, self.chat, self.settings, self.reward = model, chat, settings, reward
+        self.model, self.chat, self.settings = model, chat, settings
+        name = getattr(reward, "__name__", "reward")
+        self.rewards = reward if isinstance(reward, Mapping) else {name: reward}
         self.savings = savings or Savings()
         self.drawn = 0  # the position in the data, and a part of every sample's random stream
         check_savings(self.savings)
@@ -117,10 +114,10 @@ class Policy:
 
 
 def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
-    """Sample and grade group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
+    """Sample and judge group_size completions of each prompt, prompt by prompt. Advances policy.drawn.
 
-    Raises ValueError for prompts without a gold answer, and for one that with max_new_tokens exceeds
-    row_tokens.
+    Raises ValueError for prompts without a gold answer, for one that with max_new_tokens exceeds row_tokens,
+    and for a reward that fails.
     """
     settings, chat = policy.settings, policy.chat
     without_gold = [question.id for question in prompts if not question.answer.strip()]
@@ -148,10 +145,15 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
     )
     policy.drawn += len(prompts)
 
-    return [
-        Episode(groups[i], prompts[i].id, encoded[i], completion, policy.reward(prompts[i], completion))
-        for (i, _), completion in zip(wanted, completions, strict=True)
-    ]
+    episodes, size = [], settings.group_size
+    for i, prompt in enumerate(prompts):
+        group = completions[i * size : (i + 1) * size]
+        judged = judge(policy.rewards, prompt, group)
+        episodes += [
+            Episode(groups[i], prompt.id, encoded[i], completion, total(rewards), rewards)
+            for completion, rewards in zip(group, judged, strict=True)
+        ]
+    return episodes
 
 
 def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
@@ -288,6 +290,7 @@ def summary(episodes: Sequence[Episode], groups: Sequence[Sequence[Episode]]) ->
     return {
         "reward_mean": fmean(rewards),
         "reward_std": pstdev(rewards),
+        **{f"{REWARD}{name}": fmean(e.rewards[name] or 0.0 for e in trusted) for name in trusted[0].rewards},
         "no_signal": fmean(silent),
         # the mean of -log p over what was sampled: an unbiased estimate of the distributions' entropy
         "entropy": -fmean(logprob for episode in trusted for logprob in episode.completion.logprobs),

@@ -18,7 +18,7 @@ import torch
 from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.inputs import digest_of_questions
-from kit.journal import ROLLOUT, Journal
+from kit.journal import REWARD, ROLLOUT, Journal
 from kit.memory.measured import PeakMemory
 from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
@@ -85,8 +85,11 @@ def train(
             kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
             raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
 
-    def learn(step: int, episodes: list[Episode], seconds: float) -> str:
-        """Update the weights, log the step, and return what to show. seconds: of the rollout."""
+    def learn(step: int, first: Question, episodes: list[Episode], seconds: float) -> str:
+        """Update the weights, log the step, and return what to show.
+
+        first: the prompt of the first group. seconds: of the rollout.
+        """
         try:
             found = update(policy, episodes)
         except NotFinite as error:
@@ -101,9 +104,21 @@ def train(
         }
         run.metrics.append({"step": step, **found, **time_and_memory})
         for i, episode in enumerate(by_group(episodes)[0]):
-            key, completion = {"step": step, "sample": i, "question": episode.question}, episode.completion
-            sample = {"tokens": len(completion.ids), "finished": completion.finished, "text": completion.text}
-            samples.append({**key, "reward": episode.reward, **sample})
+            completion = episode.completion
+            samples.append(
+                {
+                    "step": step,
+                    "sample": i,
+                    "question": episode.question,
+                    "problem": first.problem,
+                    "gold": first.answer,
+                    "reward": episode.reward,
+                    "rewards": episode.rewards,
+                    "tokens": len(completion.ids),
+                    "finished": completion.finished,
+                    "text": completion.text,
+                }
+            )
         print_line(line(step, steps, found, speed))
         return f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s"
 
@@ -115,7 +130,7 @@ def train(
                 episodes = sample_or_stop(step, prompts)
                 seconds = time.perf_counter() - start
                 with LetFinish("this update, then a checkpoint") as interrupt:
-                    progress.update(learn(step, episodes, seconds))
+                    progress.update(learn(step, prompts[0], episodes, seconds))
                     due = checkpoint_every and step % checkpoint_every == 0 and step < steps
                     if due or interrupt.asked:
                         save(step)
@@ -133,7 +148,9 @@ def train(
 
 def line(step: int, steps: int, found: dict[str, float], rollout_speed: float) -> str:
     """Return what to watch of a step's metrics as one line; run.metrics has all of them."""
-    parts = [f"reward {found['reward_mean']:.3f}", f"length {found['length']:.0f}"]
+    named = [f"{name.removeprefix(REWARD)} {x:.3f}" for name, x in found.items() if name.startswith(REWARD)]
+    each = f" ({', '.join(named)})" if len(named) > 1 else ""
+    parts = [f"reward {found['reward_mean']:.3f}{each}", f"length {found['length']:.0f}"]
     if "kl" in found:
         parts.append(f"KL {found['kl']:.2e}")
     parts.append(f"{rollout_speed:,.0f} tokens/s sampled")

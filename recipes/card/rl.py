@@ -71,8 +71,8 @@ def train(
     """Make one rollout and one update under the plan's cap, and compare log-probs between the two."""
     held, cap, graded = warm_up(card), (plan.larger.total - CONTEXT) / GIB, itertools.count()
 
-    def reward(question: Question, completion) -> float:
-        return float(next(graded) % 2)
+    def reward(question: Question, completions) -> list[float]:
+        return [float(next(graded) % 2) for _ in completions]
 
     model = build_to_sample(card, SPREAD).requires_grad_(True)
     policy = Policy(model, chat, settings, lr=1e-6, reward=reward)

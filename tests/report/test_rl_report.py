@@ -30,7 +30,7 @@ def make_run(path, *, steps=0, shares=None):
         Journal(path / "metrics.jsonl").append(row)
         for reward, finished in ((0.0, False), (1.0, True)):
             answer = {"tokens": 7, "finished": finished, "text": HOSTILE}
-            row = {"step": step, "question": "q", "reward": reward, **answer}
+            row = {"step": step, "question": "1+1?", "reward": reward, **answer}
             Journal(path / "rollouts.jsonl").append(row)
     return path
 
@@ -45,9 +45,9 @@ def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_wr
     assert "<td>90.0 %<br>(" in page and "some &lt;model&gt;, reinforcement learning" in page
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "<mark>recheck</mark>" in page and page.count("<img ") == 2
-    shown = [step for step in range(1, 21) if f">step {step}</summary>" in page]
+    shown = [step for step in range(1, 21) if f">step {step}, mean reward 0.5: 1+1?" in page]
     assert len(shown) == 6 and shown[0] == 1 and shown[-1] == 20  # evenly spaced
-    assert page.count("reward 0.0, 7 tokens (cut off)") == page.count("reward 1.0, 7 tokens<") == 6
+    assert page.count("reward 0, 7 tokens (cut off)") == page.count("reward 1, 7 tokens<") == 6
 
 
 def test_an_unfinished_run_has_a_report_and_a_folder_without_a_run_none(tmp_path):

@@ -18,8 +18,9 @@ from kit.models import load
 from kit.models.backbone import head_weight, hidden_states
 from kit.packing import Document, PackedBatch
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
-from kit.rl.grpo import Policy, correctness, rollout, update
+from kit.rl.grpo import Policy, rollout, update
 from kit.rl.objective import token_losses
+from kit.rl.rewards import correctness
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -405,11 +406,12 @@ def questions(n=3):
     return [Question(f"id{i}", row["problem"], row["answer"]) for i, row in enumerate(rows)]
 
 
-def tiny_policy(tiny, **options):
+def tiny_policy(tiny, *, reward=correctness, **options):
     model, tokenizer = tiny
     small = {"group_size": 4, "max_new_tokens": 60, "row_tokens": 256, "kl_coef": 0.0, "temperature": 1.4}
     settings = Settings(**small | options)
-    return Policy(copy.deepcopy(model), ChatFormat(tokenizer, instruction=""), settings, lr=1e-3)
+    chat = ChatFormat(tokenizer, instruction="")
+    return Policy(copy.deepcopy(model), chat, settings, lr=1e-3, reward=reward)
 
 
 def test_a_rollout_is_graded_groups_with_the_log_probs_that_the_trainer_finds_too(tiny):
@@ -420,7 +422,7 @@ def test_a_rollout_is_graded_groups_with_the_log_probs_that_the_trainer_finds_to
     for episode in episodes:
         question = asked[episode.group]
         assert episode.question == question.id
-        assert episode.reward == correctness(question, episode.completion)
+        assert [episode.reward] == correctness(question, [episode.completion])
         assert episode.completion.finished == (episode.completion.ids[-1] in policy.chat.eos_token_ids)
     assert {e.reward for e in episodes} == {0.0, 1.0}
     found = update(policy, episodes)
@@ -471,9 +473,8 @@ def test_prompts_without_a_gold_answer_are_named_before_anything_is_sampled(tiny
 
 def test_what_the_grader_cannot_decide_is_no_reward_at_all():
     texts = {"so \\boxed{5}": 1.0, "so \\boxed{6}": 0.0, "no idea": 0.0, "9^{9^{9^9}}": None}
-    assert [
-        correctness(Question("q", "?", "5"), Completion([1], [0.0], True, text)) for text in texts
-    ] == list(texts.values())
+    completions = [Completion([1], [0.0], True, text) for text in texts]
+    assert correctness(Question("q", "?", "5"), completions) == list(texts.values())
 
 
 def test_a_row_too_short_for_prompt_and_completion_is_refused_before_anything_is_sampled(tiny):
@@ -481,11 +482,26 @@ def test_a_row_too_short_for_prompt_and_completion_is_refused_before_anything_is
         rollout(tiny_policy(tiny, row_tokens=64), questions())
 
 
-def test_a_reward_of_ones_own_is_used(tiny):
-    policy = tiny_policy(tiny)
-    policy.reward = lambda question, completion: len(completion.ids) / 30
-    episodes = rollout(policy, questions(1))
-    assert [e.reward for e in episodes] == [len(e.completion.ids) / 30 for e in episodes]
+def test_rewards_of_ones_own_add_up_and_each_is_logged_by_its_name(tiny):
+    asked = questions(2)
+
+    def short(question, completions):
+        assert question in asked and len(completions) == 4  # a group at a time
+        return [-len(completion.ids) / 30 for completion in completions]
+
+    def spoilt(question, completions):
+        return [None, 2, 2, 2]
+
+    policy = tiny_policy(tiny, reward={"short": short, "spoilt": spoilt})
+    episodes = rollout(policy, asked)
+    for i, episode in enumerate(episodes):
+        length = len(episode.completion.ids)
+        assert episode.rewards == {"short": -length / 30, "spoilt": 2.0 if i % 4 else None}
+        assert episode.reward == (2 - length / 30 if i % 4 else None)  # one None: the answer is undecided
+    found = update(policy, episodes)
+    assert found["reward: short"] == pytest.approx(-found["length"] / 30)
+    assert found["reward: spoilt"] == 1.5
+    assert found["undecided"] == 0.25
 
 
 def test_the_clip_stops_the_gradient_only_where_the_policy_has_already_gone_the_rewarded_way():

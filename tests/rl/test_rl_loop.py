@@ -74,11 +74,11 @@ def test_killed_by_sigkill_and_resumed_it_ends_bit_equal_to_an_unbroken_run(tmp_
 def test_running_out_of_memory_is_reported_with_the_checkpoint_to_continue_from(tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
 
-    def run_out(question, completion):
+    def run_out(question, completions):
         # in the fifth step, after the checkpoint
         if metrics.exists() and len(metrics.read_text().splitlines()) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return float(len(completion.ids) % 2)
+        return [len(completion.ids) % 2 for completion in completions]
 
     with pytest.raises(
         ValueError, match=r"step 5 ran out of memory: no plan was made.*checkpoint is .*step_0000003$"
@@ -165,7 +165,8 @@ def test_a_run_writes_metrics_samples_model_and_report_and_is_not_repeated(tmp_p
     assert names == {".lock", "config.json", "metrics.jsonl", "rollouts.jsonl", "model"}
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0].keys() >= {
-        "reward_mean", "reward_std", "no_signal", "entropy", "length", "truncated", "kl",
+        "reward_mean", "reward_std", "reward: correctness",
+        "no_signal", "entropy", "length", "truncated", "kl",
         "ratio_min", "ratio_mean", "ratio_max", "clipped_low", "clipped_high",
         "sampler_ratio_mean", "rollout_tokens_per_second", "update_tokens_per_second",
     }  # fmt: skip
@@ -177,8 +178,8 @@ def test_a_run_writes_metrics_samples_model_and_report_and_is_not_repeated(tmp_p
 
 
 def test_a_step_in_which_nothing_can_be_learned_is_logged_and_leaves_the_weights(tmp_path, capsys):
-    policy = make_policy(replace(SETTINGS, kl_coef=0.0))
-    policy.reward = lambda question, completion: 0.0
+    nothing = {"nothing": lambda question, completions: [0.0] * len(completions)}
+    policy = make_policy(replace(SETTINGS, kl_coef=0.0), reward=nothing)
     before = [p.clone() for p in policy.model.parameters()]
     train(policy, QUESTIONS, RunFolder.open(Config(str(tmp_path / "run"))), steps=1, batch_prompts=3)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
@@ -194,13 +195,13 @@ def test_a_policy_that_diverges_stops_the_run_and_names_the_last_checkpoint(tmp_
 def test_an_update_that_is_not_finite_is_not_applied_and_the_last_checkpoint_is_named(tmp_path):
     metrics, before = tmp_path / "run" / "metrics.jsonl", []
 
-    def reward(question, completion):
+    def reward(question, completions):
         """After the rollout of the fifth step, spoil its update."""
         if not before and metrics.exists() and len(metrics.read_text().splitlines()) == 4:
             before.extend(p.detach().clone() for p in policy.model.parameters())
             norm = norm_of(policy.model.model.norm, family_of(policy.model.config))
             norm.register_forward_pre_hook(lambda _, args: (args[0] * float("nan"),))
-        return float(len(completion.ids) % 2)
+        return [len(completion.ids) % 2 for completion in completions]
 
     policy = make_policy(replace(SETTINGS, kl_coef=0.0), reward=reward)
     run = RunFolder.open(Config(str(tmp_path / "run")))

@@ -67,6 +67,14 @@ def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
     raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and none is here. What works here:", *ways]))
 
 
+def on_cpu(command: str, small: str) -> dict[str, str]:
+    """Return what a recipe offers to require_gpu. small: flags that make the run small enough for a CPU."""
+    return {
+        f"{command} --smoke": "all stages in about a minute, with a tiny model",
+        f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+    }
+
+
 def return_memory(device: torch.device) -> None:
     """Return to the driver the blocks of GPU memory that no tensor uses.
 

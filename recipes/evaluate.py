@@ -27,31 +27,21 @@ from kit import data, evaluate, generate, memory, models, paper, report
 from kit.command import clean_up_if_refused, finish, start
 from kit.command_line import command_of, started_as
 from kit.config import show
-from kit.data.chat import INSTRUCTION, warn_of_instruction
+from kit.data.chat import warn_of_instruction
+from kit.evaluate.settings import EvaluationSettings, ModelSettings
 from kit.evaluate.uncertainty import in_percent
-from kit.machine import one_thread_if_small, require_gpu
+from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
 
 
 @dataclass(frozen=True)
-class Config(PlanSettings):
+class Config(ModelSettings, EvaluationSettings, PlanSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
-    device: str = "cuda"  # [cuda | cpu]
-    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
-    instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
-    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
-    top_p: float = 0.95  # 1 = off [> 0, <= 1]
     top_k: int = 0  # 0 = off [>= 0]
-    max_new_tokens: int = 16_384  # tokens per response [>= 1]
-    num_slots: int = 16  # responses sampled at once; changes the speed only [>= 1]
     seed: int = 0  # of the samples [>= 0]
     # comparison
     compare: str = ""  # two run folders, comma-separated: print second minus first, then stop; "" = evaluate
@@ -79,23 +69,15 @@ SMOKE = {
 def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
-    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    params = replace(config.params, top_k=config.top_k)
     if config.gpu_gib or config.plan:
         config = plan_memory(config, params)
     if config.plan:
         return []
-    command = started_as()
     small = "--benchmarks arithmetic --num_questions 20 --num_samples 1 --max_new_tokens 512"
-    require_gpu(
-        config.device,
-        f"evaluating {config.model} on --device cuda",
-        {
-            f"{command} --smoke": "the whole path on this CPU in seconds, with a tiny model",
-            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
-        },
-    )
-
-    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    what = f"evaluating {config.model} on --device cuda"
+    require_gpu(config.device, what, on_cpu(started_as(), small))
+    benchmarks = config.read_benchmarks()
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
@@ -104,30 +86,17 @@ def main(config: Config) -> list[evaluate.Result]:
     warn_of_instruction(config.model, config.instruction)
     chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
 
-    counts = {b.name: (len(b.questions), config.num_samples or b.num_samples) for b in benchmarks}
-    samples = ", ".join(f"{name} {questions} x {k}" for name, (questions, k) in counts.items())
-    num_responses = sum(questions * k for questions, k in counts.values())
+    num_responses = config.num_responses(benchmarks)
     time = memory.hours.sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
-    print(f"evaluation  {samples} samples of up to {config.max_new_tokens:,} tokens")
+    print(config.describe(benchmarks))
     print(paper.describe(paper.deviations(config)))
     print(f"time        {time}")
 
-    results = []
-    for benchmark in benchmarks:
-        found = evaluate.evaluate(
-            model,
-            chat,
-            benchmark,
-            params,
-            run.path / SAMPLES,
-            num_samples=config.num_samples,
-            num_slots=config.num_slots,
-            seed=config.seed,
-        )
-        results.append(found)
-
+    how = {name: getattr(config, name) for name in ("num_samples", "num_slots", "seed")}
+    found = evaluate.evaluate_all(model, chat, benchmarks, params, run.path / SAMPLES, **how)
+    results = list(found.values())
     print(table(results))
-    print_steps({SAMPLES: {result.benchmark: result for result in results}})
+    print_steps({SAMPLES: found})
     write_json(run.path / "results.json", [result.summary() for result in results])
     page = report.write_report(run.path)
     effect = "two models on the same questions"
@@ -137,9 +106,7 @@ def main(config: Config) -> list[evaluate.Result]:
 
 def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
     """Print the plan. Return the settings, with as many slots as fit if gpu_gb is set."""
-    num_samples = evaluate.benchmarks.count_samples(
-        config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples
-    )
+    num_samples = config.count_samples()
     planned = memory.run_plan.plan_run(
         config.model,
         params,

@@ -22,29 +22,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kit import data, evaluate, generate, memory, models, paper, report, train
+from kit import data, evaluate, memory, models, paper, report, train
 from kit.command import clean_up_if_refused, finish, start
 from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
-from kit.data.chat import INSTRUCTION, warn_of_instruction
+from kit.data.chat import warn_of_instruction
 from kit.data.toy import LONG_TRACES
+from kit.evaluate.settings import EvaluationSettings, ModelSettings
 from kit.inputs import check_inputs, digest_of_documents
-from kit.machine import one_thread_if_small, require_gpu
+from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
-class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: kit/train/savings.py
+class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings):
+    """The settings of these classes are flags, too: kit/train/savings.py, kit/evaluate/settings.py."""
+
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
-    device: str = "cuda"  # [cuda | cpu]
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
-    instruction: str = INSTRUCTION  # line added below every problem; "" = none
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
-    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
     num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all [>= 0]
@@ -67,13 +66,6 @@ class Config(Savings, TrainingPlanSettings):  # whose settings are flags, too: k
     max_steps: int = 0  # stop the schedule here; 0 = all epochs [>= 0]
     checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
     # evaluation: the paper's protocol
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
-    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
-    top_p: float = 0.95  # 1 = off [> 0, <= 1]
-    max_new_tokens: int = 16_384  # tokens per response [>= 1]
-    num_slots: int = 16  # responses sampled at once [>= 1]
     eval_every: int = 0  # steps between measurements during training; 0 = none; changes nothing in it [>= 0]
     eval_questions: int = 50  # of each benchmark at such a step: the first, one sample each [>= 1]
     baseline: str = ""  # run of recipes/evaluate.py that replaces the first measurement; "" = none
@@ -110,20 +102,13 @@ def main(config: Config) -> None:
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
     data.mixtures.check_mixture(config.long_share, config.short_traces)
-    command = started_as()
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
-    require_gpu(
-        config.device,
-        f"{config.model} at {config.row_tokens:,} tokens",
-        {
-            f"{command} --smoke": "all stages in about a minute, with a tiny model",
-            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
-        },
-    )
+    what = f"{config.model} at {config.row_tokens:,} tokens"
+    require_gpu(config.device, what, on_cpu(started_as(), small))
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.measured.check_free_memory(planned)
-    benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    benchmarks = config.read_benchmarks()
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
 
@@ -137,34 +122,18 @@ def main(config: Config) -> None:
     one_thread_if_small(model)
     warn_of_instruction(config.model, config.instruction)
     chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
-    params = params_of(config)
     documents, held_out, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
     print_consequences(config, model, schedule, benchmarks)
     during = evaluate.during_training.of_run(
-        config, model, chat, benchmarks, params, run.path, held_out, report.write_report
+        config, model, chat, benchmarks, config.params, run.path, held_out, report.write_report
     )
 
-    def measure(model, stage: str):
-        results = {}
-        for benchmark in benchmarks:
-            result = evaluate.evaluate(
-                model,
-                chat,
-                benchmark,
-                params,
-                run.path / stage,
-                num_samples=config.num_samples,
-                num_slots=config.num_slots,
-                seed=config.seed,
-            )
-            print(f"{stage:<12}{result}")
-            results[benchmark.name] = result
-        return results
+    how = {name: getattr(config, name) for name in ("num_samples", "num_slots", "seed")}
 
     if config.baseline:
-        before = copy_baseline(config, model, chat, params, benchmarks, run)
+        before = copy_baseline(config, model, chat, benchmarks, run)
     else:
-        before = measure(model, BEFORE)
+        before = evaluate.evaluate_all(model, chat, benchmarks, config.params, run.path / BEFORE, **how)
 
     trained = train.train(
         model,
@@ -187,7 +156,7 @@ def main(config: Config) -> None:
 
     del model, during  # measure what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)
-    after = measure(model, AFTER)
+    after = evaluate.evaluate_all(model, chat, benchmarks, config.params, run.path / AFTER, **how)
     page = report.write_report(run.path)
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")
@@ -199,18 +168,12 @@ def main(config: Config) -> None:
         finish(page, "reinforcement learning from this model", *words)
 
 
-def params_of(config: Config) -> generate.SamplingParams:
-    return generate.SamplingParams(config.temperature, config.top_p, max_new_tokens=config.max_new_tokens)
-
-
 def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     """Print the plan. Return (the settings, chosen for the card if gpu_gb is set; what they hold)."""
-    num_samples = evaluate.benchmarks.count_samples(
-        config.benchmarks, num_questions=config.num_questions, num_samples=config.num_samples
-    )
+    num_samples = config.count_samples()
     planned = memory.run_plan.plan_run(
         config.model,
-        params_of(config),
+        config.params,
         num_slots=config.num_slots,
         num_samples=num_samples,
         row_tokens=config.row_tokens,
@@ -289,11 +252,7 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
 def print_consequences(config: Config, model, schedule: train.TrainingPlan, benchmarks) -> None:
     """Print what the settings lead to, before anything slow begins."""
     print(f"training    {schedule}")
-    num_samples = {b.name: len(b.questions) * (config.num_samples or b.num_samples) for b in benchmarks}
-    counts = ", ".join(
-        f"{b.name} {len(b.questions)} x {num_samples[b.name] // len(b.questions)}" for b in benchmarks
-    )
-    print(f"evaluation  {counts} samples of up to {config.max_new_tokens:,} tokens")
+    print(config.describe(benchmarks))
     print(paper.describe(paper.deviations(config)))
 
     passes = 1 if config.baseline else 2  # before and after
@@ -301,17 +260,17 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
         config.model, part_of(config, Savings), config.qlora_rank, schedule.tokens, config.row_tokens
     )
     sampling = memory.hours.sampling_time(
-        config.model, passes * sum(num_samples.values()), config.max_new_tokens, config.num_slots
+        config.model, passes * config.num_responses(benchmarks), config.max_new_tokens, config.num_slots
     )
     print(f"time        training {training}\n            sampling {sampling}")
     if config.eval_every:
         print("            not counted: measurements during training")
 
 
-def copy_baseline(config: Config, model, chat, params, benchmarks, run: RunFolder):
+def copy_baseline(config: Config, model, chat, benchmarks, run: RunFolder):
     """Return the results of --baseline, and copy its samples into the run's folder."""
     options = {"num_samples": config.num_samples, "seed": config.seed}
-    wanted = [(b, evaluate.measure.header_of(model, chat, b, params, **options)) for b in benchmarks]
+    wanted = [(b, evaluate.measure.header_of(model, chat, b, config.params, **options)) for b in benchmarks]
     before = evaluate.shared_baseline.take_baseline(
         Path(config.baseline),
         wanted,

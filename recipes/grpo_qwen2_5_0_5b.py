@@ -44,11 +44,11 @@ from kit import data, evaluate, generate, memory, models, paper, report, rl
 from kit.command import clean_up_if_refused, finish, start
 from kit.command_line import command_of, started_as
 from kit.config import as_flags, part_of, show
-from kit.data.chat import INSTRUCTION
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
+from kit.evaluate.settings import BenchmarkSettings, ModelSettings
 from kit.inputs import check_code, check_inputs, digest_of_questions
-from kit.machine import one_thread_if_small, require_gpu
+from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.rl.settings import Settings, check_savings
 from kit.run import RunFolder
@@ -56,18 +56,15 @@ from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
-class Config(Settings, Savings, PlanSettings):
-    """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py."""
+class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings):
+    """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py, of how
+    the model is asked and measured in kit/evaluate/settings.py."""
 
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx8 | rtx24]
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, local folder, .gguf file, or "tiny"
-    device: str = "cuda"  # [cuda | cpu]
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
-    instruction: str = INSTRUCTION  # line added below every problem; "" = none
     weaken: float = 0.0  # noise on the weights, in standard deviations: --smoke then has more to learn [>= 0]
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
-    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
     prompts: str = ""  # hub id[:part][@split], or a file; "" = SimpleRL-Zoo's MATH prompts, by levels
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
@@ -83,10 +80,8 @@ class Config(Settings, Savings, PlanSettings):
     weight_decay: float = 0.01  # from verl; 0 = none [>= 0]
     max_grad_norm: float = 1.0  # global norm, from verl; 0 = no clipping [>= 0]
     checkpoint_every: int = 5  # steps; 0 = only at the end [>= 0]
-    # evaluation, before and after
-    benchmarks: str = "math500,aime24,amc23"  # name, name=FILE or MINE=FILE, comma-separated; "" = none
-    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
+    # evaluation: the paper's protocol
+    benchmarks: str = BenchmarkSettings.benchmarks  # name, name=FILE or MINE=FILE, comma-separated; "" = none
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]
     # run
     smoke: bool = False  # tiny model, toy problems, CPU, about a minute
@@ -217,25 +212,16 @@ def main(config: Config) -> None:
         config, planned = plan_memory(config)
     if config.plan:
         return
-    command = started_as()
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
-    require_gpu(
-        config.device,
-        f"{config.model} with {config.num_slots} answers at once",
-        {
-            f"{command} --smoke": "all stages in about a minute, with a tiny model",
-            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
-        },
-    )
+    what = f"{config.model} with {config.num_slots} answers at once"
+    require_gpu(config.device, what, on_cpu(started_as(), small))
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.measured.check_free_memory(planned)
 
     if not config.prompts:
         config = replace(config, prompts=default_prompts(config))
-    benchmarks = []
-    if config.benchmarks:
-        benchmarks = evaluate.parse_benchmarks(config.benchmarks, limit=config.num_questions)
+    benchmarks = config.read_benchmarks() if config.benchmarks else []
     run = RunFolder.open(config)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     questions = read_questions(config, run)
@@ -270,8 +256,7 @@ def main(config: Config) -> None:
 
     def measure(stage: str) -> None:
         how = {"num_samples": config.num_samples, "num_slots": slots, "seed": config.seed}
-        for benchmark in benchmarks:
-            print(f"{stage:<12}{evaluate.evaluate(model, chat, benchmark, params, run.path / stage, **how)}")
+        evaluate.evaluate_all(model, chat, benchmarks, params, run.path / stage, **how)
 
     measure("before")
     optimizer = {name: getattr(config, name) for name in ("lr", "weight_decay", "max_grad_norm")}

@@ -31,9 +31,8 @@ from kit import data, memory, models, paper, report, valley
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, started_as
 from kit.config import full_command, parse, show
-from kit.data.chat import INSTRUCTION
 from kit.data.toy import LONG_TRACES
-from kit.evaluate.benchmarks import count_samples
+from kit.evaluate.settings import BenchmarkSettings, EvaluationSettings, ModelSettings
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
@@ -44,7 +43,7 @@ from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models,
 
 
 @dataclass(frozen=True)
-class Config(TrainingPlanSettings):
+class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
     models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
@@ -54,11 +53,6 @@ class Config(TrainingPlanSettings):
     control_sizes: str = ""  # traces, of the other arms; "" = all sizes [1..10000000, ...]
     seeds: int = 1  # of subset, packs and samples; the paper's number is not stated [1..1000]
     fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = none [>= 0]
-    # of every model
-    device: str = "cuda"  # [cuda | cpu]
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
-    instruction: str = INSTRUCTION  # line added below every problem; "" = none
-    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # data
     traces: str = paper.OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
     verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
@@ -71,14 +65,6 @@ class Config(TrainingPlanSettings):
     max_steps: int = 0  # stop every schedule here; 0 = all epochs [>= 0]
     checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
     qlora_rank: int = 16  # of the adapters [1..4096]
-    # evaluation
-    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
-    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
-    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
-    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
-    top_p: float = 0.95  # 1 = off [> 0, <= 1]
-    max_new_tokens: int = 16_384  # tokens per response [>= 1]
-    num_slots: int = 16  # responses sampled at once [>= 1]
     # reinforcement learning
     rl_sizes: str = ""  # traces of its starts; 0 = the base model [lowest | most | 0..10000000, ...]
     rl_flags: str = ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed: --rl_flags="--preset rtx24"
@@ -137,15 +123,7 @@ SMOKE = {
 }
 OF_A_RUN = {"smoke", "resume", "out", "preset", "models", "qlora_rank"}
 OF_A_RUN |= {field.name for field in fields(TrainingPlanSettings)}
-RL_SHARED = (
-    "device",
-    "chat_template",
-    "instruction",
-    "attention",
-    "benchmarks",
-    "num_questions",
-    "num_samples",
-)
+RL_SHARED = [field.name for kind in (ModelSettings, BenchmarkSettings) for field in fields(kind)]
 GROWS = ("arms", "sizes", "control_sizes", "seeds")  # a resumed sweep may have more of these
 
 
@@ -224,11 +202,10 @@ def main(config: Config) -> Path | None:
     study = study_of(config)
     data.mixtures.check_mixture(min(ARMS[arm].long_share for arm in study.arms), config.short_traces)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
-    asked = {name: getattr(config, name) for name in ("num_questions", "num_samples")}
     what = {
-        "params": gemma3_1b_8k.params_of(config),
+        "params": config.params,
         "num_slots": config.num_slots,
-        "num_samples": count_samples(config.benchmarks, **asked),
+        "num_samples": config.count_samples(),
         "row_tokens": config.row_tokens,
         "qlora_rank": config.qlora_rank,
         "card": config,

@@ -8,6 +8,7 @@ it was. Each sample has its own random stream, so the result is that of an unint
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import takewhile
@@ -102,6 +103,17 @@ def evaluate(
         ) from error
     journal.sync()
     return read_result(journal.path)
+
+
+def evaluate_all(
+    model, chat: ChatFormat, benchmarks: Sequence[Benchmark], params: SamplingParams, folder: Path, **how
+) -> dict[str, Result]:
+    """Evaluate each benchmark, print its figures, and return them by name. how: as for `evaluate`."""
+    results = {}
+    for benchmark in benchmarks:
+        results[benchmark.name] = evaluate(model, chat, benchmark, params, folder, **how)
+        print(f"{folder.name:<12}{results[benchmark.name]}")
+    return results
 
 
 def header_of(

@@ -1,0 +1,72 @@
+"""Settings that recipes share: how a model is loaded and asked, what it is measured on, how it samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kit.config import Checked
+from kit.data.chat import INSTRUCTION
+from kit.evaluate.benchmarks import Benchmark, count_samples, parse_benchmarks
+
+if TYPE_CHECKING:
+    from kit.generate.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class ModelSettings(Checked):
+    """How a model is loaded and asked."""
+
+    # model
+    device: str = "cuda"  # [cuda | cpu]
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
+    instruction: str = INSTRUCTION  # line added below every problem; "" = none
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings(Checked):
+    """What a model is measured on."""
+
+    # evaluation: the paper's protocol
+    benchmarks: str = "math500,aime24,amc23"  # name or name=FILE (MINE=FILE: your questions), comma-separated
+    num_questions: int = 0  # questions per benchmark; 0 = all [>= 0]
+    num_samples: int = 0  # samples per question; 0 = the paper's k (4, 8, 8; your own: 4) [0..10000]
+
+    def read_benchmarks(self) -> list[Benchmark]:
+        """Read the benchmarks. Raises ValueError as kit.evaluate.parse_benchmarks does."""
+        return parse_benchmarks(self.benchmarks, limit=self.num_questions)
+
+    def count_samples(self) -> int:
+        """Count the samples of one pass over the benchmarks; only your own questions are read."""
+        sizes = {"num_questions": self.num_questions, "num_samples": self.num_samples}
+        return count_samples(self.benchmarks, **sizes)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings(BenchmarkSettings):
+    """What a model is measured on, and how its responses are sampled."""
+
+    # evaluation: the paper's protocol
+    temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    max_new_tokens: int = 16_384  # tokens per response [>= 1]
+    num_slots: int = 16  # responses sampled at once; changes the speed only [>= 1]
+
+    @property
+    def params(self) -> SamplingParams:
+        from kit.generate.sampling import SamplingParams  # imports torch: not before flags are read
+
+        return SamplingParams(self.temperature, self.top_p, max_new_tokens=self.max_new_tokens)
+
+    def num_responses(self, benchmarks: Sequence[Benchmark]) -> int:
+        """Count the responses of one pass over benchmarks that have been read."""
+        return sum(len(b.questions) * (self.num_samples or b.num_samples) for b in benchmarks)
+
+    def describe(self, benchmarks: Sequence[Benchmark]) -> str:
+        """Return what is asked, as a line to print."""
+        counts = ", ".join(
+            f"{b.name} {len(b.questions)} x {self.num_samples or b.num_samples}" for b in benchmarks
+        )
+        return f"evaluation  {counts} samples of up to {self.max_new_tokens:,} tokens"

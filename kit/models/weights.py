@@ -55,7 +55,7 @@ def check_loaded(found: Mapping[str, object], name: str) -> None:
 def check_same(
     stored: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
-    where: Path,
+    where: Path | str,
     *,
     remedy: str,
     dtypes: bool = True,

@@ -25,6 +25,7 @@ from kit.command import LetFinish, Stopped
 from kit.models.folder import _publish, _write_model, load_weights
 from kit.models.weights import check_same, fingerprint, read_tensors
 from kit.run import digest, read_json, write_json
+from kit.train.optimizer import flat_states, states_of
 
 KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
@@ -46,11 +47,7 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
     """
     path = path_of(folder, step)
     scratch = _write_model(folder / "writing", model, tokenizer)
-    tensors = {
-        f"{index}.{name}": tensor.contiguous()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, tensor in state.items()
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in states_of(optimizer).items()}
     save_file(tensors, scratch / OPTIMIZER)
     _record(scratch, step, run)
     _publish(scratch, path)
@@ -180,32 +177,22 @@ def _load_tensors(path: Path, model, optimizer: torch.optim.Optimizer) -> None:
             f"{path} was written with exact_weights {was} but exact_weights is {now} here; pass "
             f"--{'' if was else 'no_'}exact_weights"
         )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if tensors or optimizer.state:  # torch's AdamW has no state before its first update
-        wanted = {
-            f"{index}.{name}": tensor
+    wanted = states_of(optimizer)
+    if tensors and not wanted:  # torch's AdamW has no state before its first update
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        first = torch.tensor(0.0)
+        wanted = flat_states({
+            index: {"step": first, "exp_avg": parameter, "exp_avg_sq": parameter}
             for index, parameter in enumerate(parameters)
-            for name, tensor in _state_of(optimizer, parameter).items()
-        }
-        remedy = "pass the --model and the optimizer's flags that it was trained with"
-        check_same(tensors, wanted, path / OPTIMIZER, remedy=remedy)
+        })  # fmt: skip
+    remedy = "pass the --model and the optimizer's flags that it was trained with"
+    check_same(tensors, wanted, path / OPTIMIZER, remedy=remedy)
     load_weights(path, model)
+    states: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        state = optimizer.state[parameter]
-        # not by optimizer.load_state_dict, which casts fp32 states of a bf16 parameter to bf16
-        if name != "step" and name in state:
-            state[name].copy_(tensor)  # to the device where the optimizer keeps it
-        else:
-            on_card = name != "step" or optimizer.defaults.get("fused")
-            state[name] = tensor.to(parameter.device) if on_card else tensor
-
-
-def _state_of(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return tensors of the shapes and dtypes of a parameter's state."""
-    moments = {"exp_avg": parameter, "exp_avg_sq": parameter}  # of torch's AdamW
-    return optimizer.state.get(parameter) or {"step": torch.tensor(0.0), **moments}
+        states.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def diverged(step: int, lr: float, error: Exception, folder: Path) -> ValueError:

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, check_settings, init_state, state_slice
+from kit.models.weights import check_same
 from kit.train.offload import host_empty
 
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
@@ -130,23 +131,20 @@ class AdamW8bit(torch.optim.Optimizer):
         Its hooks see no states. Raises ValueError, before anything is changed, for states of another
         optimizer or of other parameters.
         """
+        for parameter in self.place:
+            self._state_of(parameter)  # if it was cleared
         keys = dict.fromkeys(key for group in state_dict["param_groups"] for key in group["params"])
-        loaded = dict(zip(self.place, (state_dict["state"].get(key) for key in keys), strict=False))
-        for parameter, state in loaded.items():
-            needed, found = _layout(self._state_of(parameter)), _layout(state or {})
-            if found and found != needed:
-                raise ValueError(
-                    f"parameter {self.place[parameter][0]} needs the states {needed} but state_dict has "
-                    f"{found}; load one of an AdamW8bit with the same parameters and the same `exact`"
-                )
+        loaded = dict(enumerate(state_dict["state"].get(key, {}) for key in keys))
+        stored, states = flat_states(loaded), states_of(self)
+        needed = {name: x for name, x in states.items() if loaded.get(int(name.split(".")[0]))}
+        remedy = "load one of an AdamW8bit with the same parameters and the same `exact`"
+        check_same(stored, needed, "state_dict", remedy=remedy)
 
-        self._settle()
         own = self.state
         super().load_state_dict({**state_dict, "state": {}})  # refuses other numbers of parameters
         self.state = own
-        for parameter, state in loaded.items():
-            for name, tensor in self.state[parameter].items():
-                tensor.copy_(state[name] if state else torch.zeros(()))  # none = never updated
+        for name, tensor in states.items():
+            tensor.copy_(stored.get(name, torch.zeros(())))  # none = never updated
 
     def state_dict(self) -> dict:
         self._settle()
@@ -262,9 +260,13 @@ class AdamW8bit(torch.optim.Optimizer):
         self.slabs.write_back(on_host, on_card)
 
 
-def _layout(state: dict) -> dict[str, tuple]:
-    """Return name -> (dtype, shape) of a parameter's states."""
-    return {name: (x.dtype, tuple(x.shape)) for name, x in state.items()}
+def states_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the states of all parameters by name: "0.exp_avg" is one of the first parameter's."""
+    return flat_states(optimizer.state_dict()["state"])
+
+
+def flat_states(states: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{index}.{name}": x for index, state in states.items() for name, x in state.items()}
 
 
 def make_optimizer(

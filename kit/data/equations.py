@@ -153,7 +153,6 @@ class Steps:
     """The arithmetic of one response, in its order."""
 
     equations: tuple[Equation, ...]
-    answer: Fraction | int  # of the problem
     num_needed: int  # operations of the problem
 
     @property
@@ -171,28 +170,13 @@ class Steps:
         right = takewhile(lambda equation: equation.is_right, self.equations)
         return sum(equation.num_operations for equation in right)
 
-    @property
-    def num_wrong(self) -> int:
-        """Wrong equations; each counts as one wrong operation."""
-        return sum(not equation.is_right for equation in self.equations)
-
-    @property
-    def accuracy(self) -> float | None:
-        """Share of the performed operations that are right; None if none was performed."""
-        return 1 - min(1.0, self.num_wrong / self.num_operations) if self.num_operations else None
-
-    @property
-    def reaches_answer(self) -> bool:
-        """Whether some equation states the problem's answer."""
-        return any(equation.stated == self.answer for equation in self.equations)
-
 
 def check_steps(problem: str, response: str) -> Steps:
     """Find the operations that a response to an arithmetic problem performs, and the first one that is wrong.
 
     Each equation is checked by itself. A right computation with a number miscopied from the problem is a
-    right operation; that the answer is then missed shows in `reaches_answer`.
+    right operation.
     Raises ValueError for any other kind of problem.
     """
     solved = solve(problem.rstrip(" ?=.\n"))
-    return Steps(tuple(stated_equations(response)), solved.value, solved.num_operations)
+    return Steps(tuple(stated_equations(response)), solved.num_operations)

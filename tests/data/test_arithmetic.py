@@ -75,10 +75,9 @@ def test_the_papers_example_is_solved_and_counted():
         "93/3 = 31, 12-32 = -20, 61*78 = 4758, 44*39 = 1716. Then 31+77 = 108, 108-20 = 88, 88-11 = 77, "
         "77+4758 = 4835, 4835+1716 = 6551, 6551+55 = 6606. The answer is 6606.",
     )
-    assert (steps.answer, steps.num_operations, steps.num_wrong) == (6606, 10, 0)
+    assert (steps.num_operations, steps.num_needed) == (10, 10)
     assert steps.first_wrong is None
-    assert steps.accuracy == 1
-    assert steps.reaches_answer
+    assert steps.equations[-1].stated == 6606
 
 
 def test_the_first_wrong_intermediate_is_found():
@@ -88,12 +87,15 @@ def test_the_first_wrong_intermediate_is_found():
     assert (wrong.position, wrong.text) == (response.index("31+77"), "31+77 = 118")
     assert (wrong.stated, wrong.true) == (118, 108)
     assert (steps.num_before_wrong, steps.num_needed) == (1, 10)
-    assert (steps.num_operations, steps.num_wrong, steps.accuracy) == (4, 2, 0.5)
-    assert not steps.reaches_answer
+    assert (steps.num_operations, wrong_of(steps)) == (4, 2)
 
 
-def test_a_response_that_computes_nothing_has_no_accuracy():
-    assert check_steps(PROBLEM, "6606").accuracy is None
+def wrong_of(steps):
+    return sum(not equation.is_right for equation in steps.equations)
+
+
+def test_a_response_that_computes_nothing_has_no_equation_and_another_problem_is_refused():
+    assert check_steps(PROBLEM, "6606").equations == ()
     with pytest.raises(ValueError, match="arithmetic expression"):
         check_steps("How many eggs?", "5+3=8")
 
@@ -105,12 +107,13 @@ def test_toy_traces_are_read_step_by_step_with_their_planted_mistakes():
             chain = toy.make_chain(rng, num_operands)
             short = check_steps(chain.problem, toy.short_trace(chain))
             assert short.num_operations == short.num_before_wrong == short.num_needed == num_operands - 1
-            assert (short.num_wrong, str(short.answer)) == (0, chain.answer)
+            assert wrong_of(short) == 0
+            assert str(short.equations[-1].stated) == chain.answer
             trace = toy.long_trace(chain, rng)
             long = check_steps(chain.problem, trace)
             assert len(long.equations) == trace.count("=")
             # a long trace states a wrong value, rechecks it and says no
-            assert long.num_wrong == trace.count("no")
+            assert wrong_of(long) == trace.count("no")
             assert all(trace.startswith(equation.text, equation.position) for equation in long.equations)
 
 

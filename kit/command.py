@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 
 from kit.command_line import shell_word, started_as
-from kit.config import parse
+from kit.config import parse, show
 from kit.run import RunFolder
 
 # What a user can mend: wrong settings or data, a file or a disk, a missing package. Everything else is a bug
@@ -51,6 +51,13 @@ def clean_up_if_refused(main: Callable[[object], object]) -> Callable[[object], 
                 RunFolder.newest.unlock()
 
     return cleaning
+
+
+def open_run(config, *, may_grow: Sequence[str] = ()) -> RunFolder:
+    """Open the folder of a run as RunFolder.open does, and print where it is and what is not by default."""
+    run = RunFolder.open(config, may_grow=may_grow)
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    return run
 
 
 def start(

@@ -90,6 +90,15 @@ class Checked:
             flag.check(getattr(self, flag.name))
 
 
+@dataclasses.dataclass(frozen=True)
+class RunSettings(Checked):
+    """Where a run's folder is and whether the run goes on, which parse and RunFolder.open read."""
+
+    # run
+    resume: bool = False  # continue the run in --out, or the newest one
+    out: str = ""  # run folder; "" = the next free one under runs/
+
+
 @cache
 def flags_of(config_class: type) -> tuple[Flag, ...]:
     """Return a Config's flags: the class's own first, then those of the classes that it extends.

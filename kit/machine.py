@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kit.command_line import started_as
 from kit.extras import require
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
     raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and none is here. What works here:", *ways]))
 
 
-def on_cpu(command: str, small: str) -> dict[str, str]:
+def on_cpu(small: str) -> dict[str, str]:
     """Return what a recipe offers to require_gpu. small: flags that make the run small enough for a CPU."""
+    command = started_as()
     return {
         f"{command} --smoke": "all stages in about a minute, with a tiny model",
         f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kit import data, models, train
 from kit.command import clean_up_if_refused, start
-from kit.config import Checked
+from kit.config import RunSettings
 from kit.data.toy import LONG_TRACES
 from kit.machine import one_thread_if_small
 from kit.run import RunFolder
@@ -23,13 +23,11 @@ ROW_TOKENS = 1_024
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(RunSettings):
     num_traces: int = 64  # shipped traces of the toy; 0 = all [>= 0]
     answer_weight: float = 2.0  # of a token after </think>; 1 = plain cross-entropy [>= 0]
     lr: float = 1e-3  # peak learning rate [> 0, <= 1]
     seed: int = 0  # of the subset and of how documents share rows [>= 0]
-    resume: bool = False  # continue the run in --out, or the newest one
-    out: str = ""  # run folder; "" = the next free one under runs/
 
 
 def weigh_answers(end_of_thinking: int, answer_weight: float) -> train.loss.LossOfRow:

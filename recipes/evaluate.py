@@ -24,19 +24,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report
-from kit.command import clean_up_if_refused, finish, start
+from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import show
+from kit.config import RunSettings
 from kit.data.chat import warn_of_instruction
-from kit.evaluate.settings import EvaluationSettings, ModelSettings
+from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
 from kit.evaluate.uncertainty import in_percent
 from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
-from kit.run import AFTER, BEFORE, SAMPLES, RunFolder, write_json
+from kit.run import AFTER, BEFORE, SAMPLES, write_json
 
 
 @dataclass(frozen=True)
-class Config(ModelSettings, EvaluationSettings, PlanSettings):
+class Config(ModelSettings, EvaluationSettings, PlanSettings, RunSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
@@ -48,17 +48,9 @@ class Config(ModelSettings, EvaluationSettings, PlanSettings):
     force: bool = False  # compare runs even if prompt, decoding or versions differ
     # run
     smoke: bool = False  # tiny model, toy benchmark, CPU, seconds
-    resume: bool = False  # continue the run in --out, or the newest one
-    out: str = ""  # run folder; "" = the next free one under runs/
 
 
-PRESETS = {
-    "paper": {},
-    "evening": {
-        "benchmarks": "math500", "num_questions": 200, "num_samples": 1, "max_new_tokens": 8_192,
-        "gpu_gb": "auto",
-    },
-}  # fmt: skip
+PRESETS = {"paper": {}, "evening": EVENING}
 SMOKE = {
     "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "benchmarks": "toy",
     "num_questions": 50, "num_samples": 2, "max_new_tokens": 256, "num_slots": 50,
@@ -76,10 +68,9 @@ def main(config: Config) -> list[evaluate.Result]:
         return []
     small = "--benchmarks arithmetic --num_questions 20 --num_samples 1 --max_new_tokens 512"
     what = f"evaluating {config.model} on --device cuda"
-    require_gpu(config.device, what, on_cpu(started_as(), small))
+    require_gpu(config.device, what, on_cpu(small))
     benchmarks = config.read_benchmarks()
-    run = RunFolder.open(config)
-    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    run = open_run(config)
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
     one_thread_if_small(model)

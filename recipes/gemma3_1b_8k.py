@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, memory, models, paper, report, train
-from kit.command import clean_up_if_refused, finish, start
+from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import as_flags, part_of, show
+from kit.config import RunSettings, as_flags, part_of
 from kit.data.chat import warn_of_instruction
 from kit.data.toy import LONG_TRACES
-from kit.evaluate.settings import EvaluationSettings, ModelSettings
+from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
 from kit.inputs import check_inputs, digest_of_documents
 from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
@@ -37,7 +37,7 @@ from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
-class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings):
+class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings, RunSettings):
     """The settings of these classes are flags, too: kit/train/savings.py, kit/evaluate/settings.py."""
 
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
@@ -72,17 +72,12 @@ class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings):
     # run
     seed: int = 0  # of the subset, the packing and the samples [>= 0]
     smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
-    resume: bool = False  # continue the run in --out, or the newest one
-    out: str = ""  # run folder; "" = the next free one under runs/
 
 
 PRESETS = {
     "paper": {},
-    "evening": {
-        "num_traces": 1_000, "row_tokens": 8_192, "epochs": 2, "benchmarks": "math500",
-        "num_questions": 200, "num_samples": 1, "max_new_tokens": 8_192, "gpu_gb": "auto",
-    },
-}  # fmt: skip
+    "evening": EVENING | {"num_traces": 1_000, "row_tokens": 8_192, "epochs": 2},
+}
 SMOKE = {
     "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "cache_dir": "",
     "traces": str(LONG_TRACES), "num_traces": 0, "row_tokens": 1_024, "lr": 3e-3,
@@ -104,13 +99,12 @@ def main(config: Config) -> None:
     data.mixtures.check_mixture(config.long_share, config.short_traces)
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     what = f"{config.model} at {config.row_tokens:,} tokens"
-    require_gpu(config.device, what, on_cpu(started_as(), small))
+    require_gpu(config.device, what, on_cpu(small))
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.measured.check_free_memory(planned)
     benchmarks = config.read_benchmarks()
-    run = RunFolder.open(config)
-    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    run = open_run(config)
 
     model, tokenizer = models.load_to_train(
         config.model,

@@ -41,9 +41,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report, rl
-from kit.command import clean_up_if_refused, finish, start
-from kit.command_line import command_of, started_as
-from kit.config import as_flags, part_of, show
+from kit.command import clean_up_if_refused, finish, open_run, start
+from kit.command_line import command_of
+from kit.config import RunSettings, as_flags, part_of
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
 from kit.evaluate.settings import BenchmarkSettings, ModelSettings
@@ -56,7 +56,7 @@ from kit.train.savings import Savings
 
 
 @dataclass(frozen=True)
-class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings):
+class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings, RunSettings):
     """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py, of how
     the model is asked and measured in kit/evaluate/settings.py."""
 
@@ -85,8 +85,6 @@ class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings):
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]
     # run
     smoke: bool = False  # tiny model, toy problems, CPU, about a minute
-    resume: bool = False  # continue the run in --out, or the newest one
-    out: str = ""  # run folder; "" = the next free one under runs/
 
     def __post_init__(self):
         super().__post_init__()
@@ -214,7 +212,7 @@ def main(config: Config) -> None:
         return
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
     what = f"{config.model} with {config.num_slots} answers at once"
-    require_gpu(config.device, what, on_cpu(started_as(), small))
+    require_gpu(config.device, what, on_cpu(small))
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.measured.check_free_memory(planned)
@@ -222,8 +220,7 @@ def main(config: Config) -> None:
     if not config.prompts:
         config = replace(config, prompts=default_prompts(config))
     benchmarks = config.read_benchmarks() if config.benchmarks else []
-    run = RunFolder.open(config)
-    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    run = open_run(config)
     questions = read_questions(config, run)
     check_code(run, files)
     print(f"reward      {config.reward}: {rl.rewards.try_out(rewards, questions[0])}")

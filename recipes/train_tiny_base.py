@@ -11,14 +11,13 @@ on purpose: a validation set (the benchmark is one), larger sizes.
 from dataclasses import dataclass
 
 from kit import data, evaluate, generate, models, train
-from kit.command import clean_up_if_refused, start
-from kit.config import Checked, show
+from kit.command import clean_up_if_refused, open_run, start
+from kit.config import RunSettings
 from kit.data.toy import make_rows, make_tokenizer, write_rows
-from kit.run import RunFolder
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(RunSettings):
     # model
     hidden_size: int = 96  # a multiple of 2 x num_heads, since rotations turn pairs [>= 1]
     num_layers: int = 3  # layers [1..1000]
@@ -38,8 +37,6 @@ class Config(Checked):
     seed: int = 0  # of data, weights and of how traces share rows [>= 0]
     # run
     smoke: bool = False  # a tiny version of everything, in seconds
-    resume: bool = False  # continue the run in --out
-    out: str = ""  # run folder; "" = the next free one under runs/
 
     def __post_init__(self):
         super().__post_init__()
@@ -55,8 +52,7 @@ SMOKE = {"num_traces": 400, "num_long_traces": 8, "num_problems": 8, "epochs": 1
 
 @clean_up_if_refused
 def main(config: Config) -> None:
-    run = RunFolder.open(config)
-    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    run = open_run(config)
     tokenizer = make_tokenizer()
     chat = data.ChatFormat(tokenizer, instruction="")
     problems = make_rows("short", config.num_problems, seed=config.seed + 1, min_operands=4)

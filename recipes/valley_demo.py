@@ -31,21 +31,20 @@ from functools import cache
 from pathlib import Path
 
 from kit import report
-from kit.command import clean_up_if_refused, start
+from kit.command import clean_up_if_refused, open_run, start
 from kit.command_line import started_as
-from kit.config import Checked, show
+from kit.config import RunSettings
 from kit.data.mixtures import is_long
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.models.shipped import SHIPPED
-from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(RunSettings):
     # model
     models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; all arms: the first
     # cells
@@ -72,8 +71,6 @@ class Config(Checked):
     workers: int = 0  # runs at once, each in a process with one thread; 0 = one per core [0..1024]
     quick: bool = False  # one seed, fewer sizes and samples: minutes
     smoke: bool = False  # four models to train, about a minute
-    resume: bool = False  # go on with the run in --out, or with the newest one
-    out: str = ""  # run folder; "" = the next free one under runs/
 
 
 QUICK = {
@@ -191,8 +188,7 @@ def main(config: Config) -> Path:
                 f"models is {config.models!r} but there is no folder {model}; pass folders of models that "
                 f"know the toy, or some of {', '.join(SHIPPED)}, which ship with the kit"
             )
-    path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"{show(config)}\nrun folder {path} (its config.json lists all settings)")
+    path = open_run(config, may_grow=GROWS).path.resolve()
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
     held_out = {question.problem for question in benchmark.questions}
     write_data(study, held_out, path / "data", rl=bool(config.rl_steps))

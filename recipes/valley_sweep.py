@@ -28,22 +28,21 @@ from functools import partial
 from pathlib import Path
 
 from kit import data, memory, models, paper, report, valley
-from kit.command import clean_up_if_refused, start
+from kit.command import clean_up_if_refused, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import full_command, parse, show
+from kit.config import RunSettings, full_command, parse
 from kit.data.toy import LONG_TRACES
-from kit.evaluate.settings import BenchmarkSettings, EvaluationSettings, ModelSettings
+from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings, ModelSettings
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
-from kit.run import RunFolder
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
 
 
 @dataclass(frozen=True)
-class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings):
+class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, RunSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
     models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
@@ -72,28 +71,18 @@ class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings):
     gpus: str = ""  # numbers of the cards, one run on each at a time; "" = the first card [0..1023, ...]
     workers: int = 0  # runs at once with --device cpu, each on one thread; 0 = one per core [0..1024]
     smoke: bool = False  # tiny model, shipped traces, two sizes, CPU
-    resume: bool = False  # go on with the sweep in --out, or with the newest one; failed runs are tried again
-    out: str = ""  # sweep folder; "" = the next free one under runs/
 
 
+SMALLEST = "Qwen/Qwen2.5-0.5B-Instruct"
 RTX24_MODELS = (
     "google/gemma-3-1b-it",
-    "Qwen/Qwen2.5-0.5B-Instruct",
+    SMALLEST,
     "Qwen/Qwen2.5-1.5B-Instruct",
     "Qwen/Qwen2.5-3B-Instruct=qlora",
 )
 PRESETS = {
     "paper": {},
-    "evening": {
-        "models": "Qwen/Qwen2.5-0.5B-Instruct",
-        "sizes": "125,500",
-        "row_tokens": 8_192,
-        "benchmarks": "math500",
-        "num_questions": 200,
-        "num_samples": 1,
-        "max_new_tokens": 8_192,
-        "gpu_gb": "auto",
-    },
+    "evening": EVENING | {"models": SMALLEST, "sizes": "125,500", "row_tokens": 8_192},
     "rtx24": {
         "models": ",".join(RTX24_MODELS),
         "sizes": "500,2000,8000",
@@ -219,8 +208,7 @@ def main(config: Config) -> Path | None:
         f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
     }
     require_gpu(config.device, "a sweep", instead)
-    path = RunFolder.open(config, may_grow=GROWS).path.resolve()
-    print(f"{show(config)}\nsweep folder {path} (its config.json lists all settings)")
+    path = open_run(config, may_grow=GROWS).path.resolve()
     chosen = valley.estimate.choose_settings(
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **what
     )

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from kit.generate.sampling import SamplingParams
 
 
+EVENING = {  # --preset evening: what a card measures in a part of an evening
+    "benchmarks": "math500",
+    "num_questions": 200,
+    "num_samples": 1,
+    "max_new_tokens": 8_192,
+    "gpu_gb": "auto",
+}
+
+
 @dataclass(frozen=True)
 class ModelSettings(Checked):
     """How a model is loaded and asked."""

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
 from kit.models.attention import PACK_ATTENTION
 from kit.models.loading import default_device, default_dtype
+from kit.recipes.card.peers import cce, liger, three_matmuls
 from kit.run import write_json
 
 
@@ -81,30 +83,6 @@ def _torch_in_chunks(rows: int):
     return loss
 
 
-def _liger(hidden, weight, targets):
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
-
-
-def _apple(hidden, weight, targets):
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
-
-    return cut_cross_entropy(hidden, weight, targets)
-
-
-def _three_matmuls(hidden, weight, targets, chunk=512):
-    """Compute logits, dhidden and dweight, which every exact loss needs, in chunks and reused buffers."""
-    hidden, weight = hidden.detach(), weight.detach()
-    logits = weight.new_empty(chunk, len(weight))
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
-    for start in range(0, len(hidden), chunk):
-        rows = hidden[start : start + chunk]
-        part = torch.mm(rows, weight.T, out=logits[: len(rows)])
-        torch.mm(part, weight, out=dhidden[start : start + chunk])
-        torch.addmm(dweight, part.T, rows, beta=float(start > 0), out=dweight)
-
-
 def _cross_entropy(hidden, weight, targets):
     return F.cross_entropy((hidden @ weight.T).float(), targets)
 
@@ -112,13 +90,13 @@ def _cross_entropy(hidden, weight, targets):
 def _losses() -> dict[str, tuple[str, bool, Callable]]:
     """Return name -> (package, needs a card, function of hidden, weight, targets)."""
     return {
-        "the three matmuls alone": ("torch", False, _three_matmuls),
+        "the three matmuls alone": ("torch", False, partial(three_matmuls, chunk=512)),
         "ours": ("torch", False, linear_cross_entropy),
         "F.linear_cross_entropy, chunks of 512": ("torch", False, _torch_in_chunks(512)),
         "F.linear_cross_entropy, chunks of 1,024": ("torch", False, _torch_in_chunks(1024)),
         "F.cross_entropy on full logits": ("torch", False, _cross_entropy),
-        "Liger fused_linear_cross_entropy": ("liger_kernel", True, _liger),
-        "Apple cut_cross_entropy": ("cut_cross_entropy", True, _apple),
+        "Liger fused_linear_cross_entropy": ("liger_kernel", True, liger),
+        "Apple cut_cross_entropy": ("cut_cross_entropy", True, cce),
     }
 
 

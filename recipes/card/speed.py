@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from kit.machine import GIB
 from kit.recipes.card import speed_attention
 from kit.recipes.card.compare import attempt, normal
 from kit.recipes.card.memory import held_gib, measured
+from kit.recipes.card.peers import cce, cce_exact, liger, three_matmuls
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.timing import Limits, claim, measure_limits, milliseconds
 
@@ -178,21 +180,6 @@ def time_loss(results, card, name, shape, ratios) -> None:
     claim(results, card, name, ratio <= 1.25, "; ".join(words), **numbers)
 
 
-def three_matmuls(hidden: Tensor, weight: Tensor, targets: Tensor) -> Callable:
-    """Return a call that computes logits, dX and dW in chunks, and nothing else."""
-
-    def call():
-        logits = weight.new_empty(CHUNK, len(weight))
-        dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
-        for start in range(0, len(hidden), CHUNK):
-            rows = hidden[start : start + CHUNK]
-            part = torch.mm(rows, weight.T, out=logits[: len(rows)])
-            torch.mm(part, weight, out=dhidden[start : start + CHUNK])
-            torch.addmm(dweight, part.T, rows, beta=float(start > 0), out=dweight)
-
-    return call
-
-
 def torch_in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Callable:
     def call():
         h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -213,26 +200,8 @@ def with_gradients(loss: Callable) -> Callable:
     return make
 
 
-def liger(hidden, weight, targets) -> Tensor:
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
-
-
-def cce(hidden, weight, targets) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
-
-    return cut_cross_entropy(hidden, weight, targets)
-
-
-def cce_exact(hidden, weight, targets) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
-
-    return cut_cross_entropy(hidden, weight, targets, filter_eps=None)  # leaves no small gradient out
-
-
 LOSSES = {
-    MATMULS: three_matmuls,
+    MATMULS: lambda *tensors: partial(three_matmuls, *tensors, chunk=CHUNK),
     "ours": with_gradients(linear_cross_entropy),
     "Liger": with_gradients(liger),
     "CCE": with_gradients(cce),

@@ -11,7 +11,6 @@ installed is named. Takes about ten minutes on two CPU cores. Left out on purpos
 have scripts of their own.
 """
 
-import importlib.util
 import math
 import random
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import finetune
 import loss_and_attention
 import torch
+from apart import has_trl
 
 from kit.config import Checked, parse
 from kit.machine import describe_machine
@@ -99,10 +99,8 @@ def bench_packing(config: Config) -> list[dict]:
         {"name": "ours, the plan", "seconds": planned, "fill": ours},
         {"name": "ours, plan and every row built", "seconds": planned + built, "fill": ours},
     ]
-    if importlib.util.find_spec("trl"):
+    if has_trl():
         rows.append(_trl_packing(tokens, lengths, config.row_tokens))
-    else:
-        print("TRL is not installed (pip install trl): not compared")
     for row in rows:
         row["rows_per_second"] = len(lengths) / row["seconds"]
         print("  {name:<40}{seconds:9.2f} s  fill {fill:.2%}  {rows_per_second:>11,.0f} rows/s".format(**row))

@@ -13,16 +13,14 @@ packing included. A leak means that the second document of a row sees the first.
 cores. Left out on purpose: evaluation, saving.
 """
 
-import importlib.util
 import math
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from apart import has_trl, in_a_process
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit import models
@@ -74,17 +72,10 @@ def main(config: Config) -> list[dict]:
         f"\nfine-tuning {what}: {config.num_traces} documents, rows of {config.row_tokens:,} tokens, "
         f"{config.rows_per_step} rows per step"
     )
-    contestants = {"ours": _ours, "TRL SFTTrainer": _trl}
-    if not importlib.util.find_spec("trl"):
-        print("TRL is not installed (pip install trl): not compared")
-        del contestants["TRL SFTTrainer"]
+    contestants = {"ours": _ours} | ({"TRL SFTTrainer": _trl} if has_trl() else {})
     rows = []
-    spawn = multiprocessing.get_context("spawn")
     for name, contestant in contestants.items():
-        # a process of its own: a peak is a process's highest ever
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            found = pool.submit(contestant, config, torch.get_num_threads()).result()
-        rows.append({"name": name, **found})
+        rows.append({"name": name, **in_a_process(contestant, config)})
         print(LINE.format(**rows[-1]))
     if len(rows) == 2:
         speed, memory = (rows[0][key] / rows[1][key] for key in ("targets_per_second", "peak_gib"))
@@ -94,8 +85,7 @@ def main(config: Config) -> list[dict]:
     return rows
 
 
-def _model_and_documents(config: Config, threads: int):
-    torch.set_num_threads(threads)
+def _model_and_documents(config: Config):
     torch.manual_seed(config.seed)
     model, tokenizer = models.load(config.model, device=loading.default_device())
     if config.vocab_size:
@@ -145,8 +135,8 @@ def _result(seconds: float, losses: list[float], documents: list[Document]) -> d
     }
 
 
-def _ours(config: Config, threads: int) -> dict:
-    model, _, documents = _model_and_documents(config, threads)
+def _ours(config: Config) -> dict:
+    model, _, documents = _model_and_documents(config)
     start = time.perf_counter()
     packs = plan_packs([len(document) for document in documents], config.row_tokens, seed=config.seed)
     steps = [packs[i : i + config.rows_per_step] for i in range(0, len(packs), config.rows_per_step)]
@@ -170,12 +160,12 @@ def _ours(config: Config, threads: int) -> dict:
     return result | {"leak": _leaks(second_document, batch.input_ids, first=5)}
 
 
-def _trl(config: Config, threads: int) -> dict:
+def _trl(config: Config) -> dict:
     import datasets
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer, documents = _model_and_documents(config, threads)
+    model, tokenizer, documents = _model_and_documents(config)
     model.set_attn_implementation("sdpa")  # what it would have if TRL had loaded it
     ids = [document.ids.tolist() for document in documents]
     prompts = [document.prompt_len for document in documents]

@@ -15,19 +15,17 @@ update. The random numbers differ, so rewards are compared as means over the las
 Left out on purpose: evaluation, saving, and vLLM (which TRL can use on a card).
 """
 
-import importlib.util
 import math
-import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from apart import has_trl, in_a_process
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kit import models
@@ -76,21 +74,18 @@ SMOKE = {"steps": 2, "max_new_tokens": 16}
 
 
 def main(config: Config) -> list[dict]:
-    contestants = {"ours": _ours, "TRL GRPOTrainer": _trl}
-    if not importlib.util.find_spec("trl"):
-        print("TRL is not installed (pip install trl): not compared")
-        del contestants["TRL GRPOTrainer"]
+    contestants = {"ours": _ours} | ({"TRL GRPOTrainer": _trl} if has_trl() else {})
 
     runs = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory() as folder:
-        size = _apart(_write_start, config, folder)
+        size = in_a_process(_write_start, config, folder)
         steps = f"{config.steps} steps of {config.batch_prompts} x {config.group_size} completions"
         print(f"\nGRPO on the toy: {size:,} parameters, {steps} of up to {config.max_new_tokens} tokens")
         libraries = _libraries_gib()
         print(f"  torch and transformers' Llama, imported and nothing else: {libraries:.2f} GiB")
         for turn in range(config.repeats):  # in turns, so that other work on the machine slows down both
             for name, contestant in contestants.items():
-                runs[name].append(_apart(contestant, config, folder))
+                runs[name].append(in_a_process(contestant, config, folder))
                 if config.repeats > 1:
                     print(f"  turn {turn + 1}: {name} {runs[name][-1]['seconds']:.1f} s", flush=True)
 
@@ -127,17 +122,10 @@ def _libraries_gib() -> float:
     return math.nan if (peak := done.stdout.split()[-1]) == "None" else int(peak) / GIB
 
 
-def _apart(call, config: Config, folder: str):
-    """Call it in a process of its own, since a process's peak memory never falls."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(call, config, folder, torch.get_num_threads()).result()
-
-
-def _write_start(config: Config, folder: str, threads: int) -> int:
+def _write_start(config: Config, folder: str) -> int:
     """Write the weights that both start from to a folder. Return the number of parameters."""
     from kit.recipes.grpo_qwen2_5_0_5b import weaken
 
-    torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     model, tokenizer = models.load("tiny", device="cpu")
     weaken(model, config.weaken, config.seed)
@@ -207,8 +195,7 @@ def _result(seconds: float, rewards: list[float], before: int | None) -> dict:
     }
 
 
-def _ours(config: Config, folder: str, threads: int) -> dict:
-    torch.set_num_threads(threads)
+def _ours(config: Config, folder: str) -> dict:
     model, tokenizer = models.load(str(Path(folder) / "start"), device="cpu")
     settings = Settings(
         group_size=config.group_size,
@@ -229,12 +216,11 @@ def _ours(config: Config, folder: str, threads: int) -> dict:
     return _result(time.perf_counter() - start, rewards, before)
 
 
-def _trl(config: Config, folder: str, threads: int) -> dict:
+def _trl(config: Config, folder: str) -> dict:
     import datasets
     from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(threads)
     _, tokenizer = models.load("tiny", device="cpu")
     start = Path(folder) / "start"
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, trust_remote_code=False)

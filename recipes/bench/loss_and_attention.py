@@ -16,17 +16,16 @@ CPU. On a card, recipes/check_card.py --only speed times the kernels at the size
 import gc
 import importlib.util
 import math
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from apart import in_a_process
 from kernel_traffic import causal_pairs
 
 from kit.config import Checked, parse
@@ -178,24 +177,21 @@ def _contest(contestants: str, inputs: str, config: Config, reference: str) -> l
         elif needs_card and not torch.cuda.is_available():
             print(f"  {name}: runs on a GPU only, not timed")
         else:
-            arguments = (contestants, inputs, name, config, torch.get_num_threads())
-            # a new process for each: a peak is the highest since its process began
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                try:
-                    rows.append({"name": name, **pool.submit(_measure, *arguments).result()})
-                except Exception as error:
-                    if name == "ours":
-                        raise
-                    print(f"  {name}: does not run here, not timed: {type(error).__name__}: {error}")
-                    continue
+            try:
+                found = in_a_process(_measure, contestants, inputs, name, config)
+            except Exception as error:
+                if name == "ours":
+                    raise
+                print(f"  {name}: does not run here, not timed: {type(error).__name__}: {error}")
+                continue
+            rows.append({"name": name, **found})
             base = next((row["seconds"] for row in rows if row["name"] == reference), rows[0]["seconds"])
             rows[-1]["ratio"] = rows[-1]["seconds"] / base
             print("  {name:<42}{seconds:9.3f} s  x{ratio:6.3f}  {extra_gib:7.2f} GiB".format(**rows[-1]))
     return rows
 
 
-def _measure(contestants: str, inputs: str, name: str, config: Config, threads: int) -> dict:
-    torch.set_num_threads(threads)
+def _measure(contestants: str, inputs: str, name: str, config: Config) -> dict:
     torch.manual_seed(0)
     device = default_device()
     card = device.type == "cuda"

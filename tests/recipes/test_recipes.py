@@ -179,7 +179,7 @@ def test_the_others_that_the_bench_times_on_a_cpu_run(monkeypatch):
     for kind, inputs in TIMED_HERE.items():
         for name, (_, needs_card, _) in getattr(loss_and_attention, kind)().items():
             if name not in TIMED_ALONE[kind] and not needs_card:
-                ran.append(loss_and_attention._measure(kind, inputs, name, config, torch.get_num_threads()))
+                ran.append(loss_and_attention._measure(kind, inputs, name, config))
     assert len(ran) == 4 and all(row["seconds"] > 0 for row in ran)
 
 

@@ -106,7 +106,7 @@ def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded
     monkeypatch.setattr(
         recipe.RunFolder,
         "open",
-        lambda config: (_ for _ in ()).throw(InterruptedError("training would begin")),
+        lambda config, **_: (_ for _ in ()).throw(InterruptedError("training would begin")),
     )
     with pytest.raises(InterruptedError):
         recipe.main(config)

@@ -1,7 +1,9 @@
 """Rewards of one's own: what they get, what they may return, and what is said if they cannot be used."""
 
+import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,13 +75,14 @@ def test_a_file_of_ones_own_is_run_once_and_may_define_what_it_needs(tmp_path):
     assert total({"short": -1.0, "exact_answer": None}) is None
 
 
-def test_two_files_of_the_same_name_do_not_mix(tmp_path):
+def test_two_files_of_the_same_name_do_not_mix_and_take_no_modules_place(tmp_path):
     for folder, value in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.py").write_text(f"def give_{folder}(q, c): return [{value}] * len(c)\n")
-    names = f"{tmp_path}/one/mine.py:give_one,{tmp_path}/two/mine.py:give_two"
+        (tmp_path / folder / "json.py").write_text(f"def give_{folder}(q, c): return [{value}] * len(c)\n")
+    names = f"{tmp_path}/one/json.py:give_one,{tmp_path}/two/json.py:give_two"
     rewards, _ = load_rewards(names, SHIPPED)
     assert judge(rewards, QUESTION, ANSWERS[:1]) == [{"give_one": 1.0, "give_two": 2.0}]
+    assert sys.modules["json"] is json
 
 
 FILE = """

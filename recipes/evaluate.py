@@ -98,23 +98,15 @@ def main(config: Config) -> list[evaluate.Result]:
 def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
     """Print the plan. Return the settings, with as many slots as fit if gpu_gb is set."""
     num_samples = config.count_samples()
-    planned = memory.run_plan.plan_run(
-        config.model,
-        params,
+    run = memory.phases.MeasuredRun(
+        model=config.model,
+        params=params,
         num_slots=config.num_slots,
         num_samples=num_samples,
         qlora_rank=models.folder.adapter_rank(config.model),
-        card=config,
     )
-    config = replace(config, num_slots=planned.num_slots)
-    print(planned)
-
-    if config.plan:
-        work = memory.run_plan.Work(
-            num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1
-        )
-        how = {"smoke": SMOKE, "presets": PRESETS}
-        memory.run_plan.print_plan(config, planned, work, paper.deviations(config), **how)
+    work = memory.hours.Work(num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1)
+    config, _ = memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
     return config
 
 

@@ -19,13 +19,13 @@ weight decay (the paper does not state it), other numbers of traces (recipes/val
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from kit import data, evaluate, memory, models, paper, report, train
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import RunSettings, as_flags, part_of
+from kit.config import RunSettings, part_of
 from kit.data.chat import warn_of_instruction
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
@@ -165,37 +165,24 @@ def main(config: Config) -> None:
 def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     """Print the plan. Return (the settings, chosen for the card if gpu_gb is set; what they hold)."""
     num_samples = config.count_samples()
-    planned = memory.run_plan.plan_run(
-        config.model,
-        config.params,
+    run = memory.phases.MeasuredRun(
+        model=config.model,
+        params=config.params,
         num_slots=config.num_slots,
         num_samples=num_samples,
         row_tokens=config.row_tokens,
         rows=1 if config.batch_traces == 1 else 2,  # per step, at least: how many depends on the traces
-        savings=part_of(config, Savings),
         qlora_rank=config.qlora_rank,
-        card=config,
     )
-    if config.gpu_gib:
-        chosen = planned.switches(config.max_grad_norm)
-        config = replace(config, **chosen)
-        print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")
-    print(planned)
-
-    if config.plan:
-        sizes = {
-            name: getattr(config, name) for name in ("epochs", "batch_traces", "max_steps", "trace_tokens")
-        }
-        work = memory.run_plan.Work(
-            num_samples,
-            min(config.response_tokens, config.max_new_tokens),
-            num_traces=config.num_traces or paper.TABLE[-1].traces,
-            evaluations=1 if config.baseline else 2,
-            **sizes,
-        )
-        how = {"smoke": SMOKE, "presets": PRESETS}
-        memory.run_plan.print_plan(config, planned, work, paper.deviations(config), **how)
-    return config, planned
+    sizes = {name: getattr(config, name) for name in ("epochs", "batch_traces", "max_steps", "trace_tokens")}
+    work = memory.hours.Work(
+        num_samples,
+        min(config.response_tokens, config.max_new_tokens),
+        num_traces=config.num_traces or paper.TABLE[-1].traces,
+        evaluations=1 if config.baseline else 2,
+        **sizes,
+    )
+    return memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):

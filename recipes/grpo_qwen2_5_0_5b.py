@@ -37,13 +37,13 @@ Time: not timed on a GPU; the paper's runs used 8 H100.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kit import data, evaluate, generate, memory, models, paper, report, rl
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of
-from kit.config import RunSettings, as_flags, part_of
+from kit.config import RunSettings, part_of
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
 from kit.evaluate.settings import BenchmarkSettings, ModelSettings
@@ -136,35 +136,25 @@ def weaken(model, amount: float, seed: int) -> None:
 
 def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     """Print the plan. Return (the settings, chosen for the card if gpu_gb is set; what they hold)."""
-    rank = config.qlora_rank or models.folder.adapter_rank(config.model)
-    what = {"settings": part_of(config, Settings), "qlora_rank": rank, "desktop_gb": config.desktop_gb}
-    at_once = config.batch_prompts * config.group_size  # more slots would stay empty
-    gpu_gib = config.gpu_gib
-    memory.hours.card_named(config.card)  # a wrong name is refused now, not in a minute
-    print(f"memory plan: simulating {config.model} takes seconds per setting that is tried", flush=True)
-
-    if gpu_gib:
-        planned = rl.memory_plan.choose_rl(config.model, gpu_gb=gpu_gib, bound=at_once, **what)
-        chosen = asdict(planned.update.savings) | {"num_slots": planned.num_slots}
-        config = replace(config, **chosen)
-        print(f"for a card of {gpu_gib:.3g} GB: {as_flags(chosen)}")
-    else:
-        planned = rl.memory_plan.plan_rl(config.model, savings=part_of(config, Savings), **what)
-    print(planned)
-
+    samples = config.batch_prompts * config.group_size
+    run = rl.memory_plan.RLRun(
+        model=config.model,
+        settings=part_of(config, Settings),
+        qlora_rank=config.qlora_rank or models.folder.adapter_rank(config.model),
+        num_samples=samples,
+    )
+    answers, tokens = config.steps * samples, min(config.response_tokens, config.max_new_tokens)
+    work = memory.hours.Work(
+        answers,
+        tokens,
+        num_traces=answers,
+        batch_traces=config.minibatch_prompts * config.group_size,
+        trace_tokens=tokens,
+        evaluations=1,
+        trained_on="answers",
+    )
+    config, planned = memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
     if config.plan:
-        answers, tokens = config.steps * at_once, min(config.response_tokens, config.max_new_tokens)
-        work = memory.run_plan.Work(
-            answers,
-            tokens,
-            num_traces=answers,
-            batch_traces=config.minibatch_prompts * config.group_size,
-            trace_tokens=tokens,
-            evaluations=1,
-            trained_on="answers",
-        )
-        how = {"smoke": SMOKE, "presets": PRESETS}
-        memory.run_plan.print_plan(config, planned, work, paper.deviations(config), **how)
         print("not counted: the evaluations before and after, and the pass that scores answers for the KL")
     return config, planned
 

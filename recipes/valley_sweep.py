@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 from kit import data, memory, models, paper, report, valley
@@ -36,6 +35,7 @@ from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
+from kit.run import write_json
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
@@ -228,23 +228,21 @@ def main(config: Config) -> Path | None:
 
 def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
-    planned = valley.estimate.plan_memory(study.cells(), **what, report=partial(print, flush=True))
-    chosen = {
-        pair: valley.estimate.settings_of(found, gemma3_1b_8k.Config.max_grad_norm)
-        for pair, found in planned.items()
-    }
+    planned = valley.estimate.plan_memory(study.cells(), **what)
+    chosen = valley.estimate.settings_of(planned, gemma3_1b_8k.Config.max_grad_norm)
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
     response_tokens = min(config.response_tokens, config.max_new_tokens)
-    work = memory.run_plan.Work(
+    work = memory.hours.Work(
         what["num_samples"], response_tokens, trace_tokens=config.trace_tokens, max_steps=config.max_steps
     )
-    plans = valley.estimate.plan_cells(cells, planned, work, card=config.card)
-    print(valley.estimate.describe(plans, num_cards=num_cards))
+    estimates = valley.estimate.estimate_cells(cells, planned, work, card=config.card)
+    print(valley.estimate.describe(cells, planned, estimates, num_cards=num_cards))
     print(paper.describe(deviations(config, study) + forced))
     started = replace(config.to_start(), gpu_gb=config.gpu_gb, desktop_gb=config.desktop_gb)
     print(f"start       {full_command(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
     if config.json:
-        valley.estimate.write_plan(Path(config.json), plans)
+        rows = valley.estimate.as_json(cells, planned, estimates, config.desktop_gb)
+        write_json(Path(config.json), rows)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How many hours a run takes: tokens / (tokens per second).
+"""How many hours a run takes, tokens / (tokens per second), and what it leaves on disk.
 
 The speed is the one that recipes/check_card.py measured on this card. Without a measurement, or for another
-card, it is an estimate: a share of the rates in the card's datasheet.
+card, it is an estimate: a share of the rates in the card's datasheet. Training rows count as full, copies to
+and from CPU memory as free. How long answers get is the experiment's question: their length is assumed, and
+so is that of a trace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,12 +17,20 @@ import torch
 from kit.command_line import command_of
 from kit.config import as_flags
 from kit.journal import Journal
+from kit.machine import GIB, free_memory
 from kit.memory.flops import Sizes
+from kit.memory.phases import RunPlan
 from kit.models.loading import load_config
+from kit.train.checkpoint import KEPT
 from kit.train.savings import Savings
 
 CHECKS = Path("runs/check_card")  # a numbered folder per run of check_card
 EFFICIENCY = 0.4  # share of a datasheet's rates that a run reaches; an assumption
+TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
+OPTIMIZER_BYTES = 2 + 8 / 256  # per trained weight: two 8-bit states and their scales; 2 more if exact
+ID_BYTES = 4  # per token of the cache of tokenised traces
+MODEL, SAMPLES, TOKENS = "model", "samples", "tokenised traces"
+CHECKPOINTS = "checkpoints, while training"
 
 
 @dataclass(frozen=True)
@@ -178,3 +188,103 @@ def _measured(model: str, key: str, card: str) -> Iterator[tuple[Path, dict]]:
             matches = row.get("model") == model and row.get("gpu") == here and key in row
             if matches and row.get("tokens_per_second"):
                 yield folder, row
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run trains on and samples."""
+
+    num_samples: int  # of one evaluation
+    response_tokens: int  # per response, on average; assumed
+    num_traces: int = 0  # 0 = nothing is trained
+    epochs: int = 1
+    batch_traces: int = 1  # traces per step
+    trace_tokens: int = 0  # per trace with its problem, on average; assumed
+    max_steps: int = 0  # training stops there; 0 = all epochs
+    evaluations: int = 2  # before and after; 1 if nothing is trained or a baseline is taken
+    trained_on: str = "traces"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a run takes, and what it leaves on disk."""
+
+    work: Work
+    num_steps: float = 0.0  # optimizer steps
+    training_hours: float = 0.0
+    sampling_hours: float = 0.0  # of one evaluation by the model that is trained
+    baseline_hours: float = 0.0  # of one evaluation by the base model in bf16
+    sources: tuple[str, ...] = ()  # of these hours in their order: measured or estimated
+    disk: dict[str, int] = field(default_factory=dict)  # bytes of what is written
+
+    @property
+    def hours(self) -> float:
+        """Hours in all; the evaluation before training is counted like the one after it."""
+        return self.training_hours + self.work.evaluations * self.sampling_hours
+
+    @property
+    def disk_kept(self) -> int:
+        """Bytes of the model and the samples, which stay."""
+        return self.disk.get(MODEL, 0) + self.disk[SAMPLES]
+
+    def describe(self, host: int) -> str:
+        """Return the lines to print. host: bytes of CPU memory that training holds."""
+        work, lines, here = self.work, [], free_memory()
+        free = f"; {here / GIB:.2f} GiB are free here" if host and here is not None else ""
+        times = f"{work.evaluations} x " if work.evaluations > 1 else ""
+        hours = f"{times}{in_words(self.sampling_hours)} of sampling"
+        if work.num_traces:
+            lines.append(
+                f"steps       {self.num_steps:,.0f} optimizer steps: {work.epochs} x {work.num_traces:,} "
+                f"{work.trained_on} of {work.trace_tokens:,} tokens (assumed)"
+            )
+            hours = f"{in_words(self.training_hours)} of training, {hours}"
+        total = sum(self.disk.values()) / GIB
+        parts = ", ".join(f"{name} {n / GIB:.2f}" for name, n in self.disk.items() if n)
+        return "\n".join([
+            *lines,
+            f"time        {hours}: {work.num_samples:,} answers of {work.response_tokens:,} tokens (assumed)",
+            *(f"            {source}" for source in dict.fromkeys(self.sources[:-1])),
+            f"disk        {total:.2f} GiB: {parts}; and what the hub's client downloads",
+            f"CPU memory  {host / GIB:.2f} GiB, pinned, for what is offloaded{free}",
+        ])  # fmt: skip
+
+
+def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
+    """Estimate hours and disk. card: as for training_speed."""
+    model, rank, step = found.sampling.model, found.sampling.qlora_rank, found.update
+    answers = model, found.num_slots, work.response_tokens
+    sampling, baseline = (sampling_speed(*answers, nf4=nf4, card=card) for nf4 in (bool(rank), False))
+    sampled = work.num_samples * work.response_tokens
+    estimate = Estimate(
+        work,
+        sampling_hours=sampling.hours(sampled),
+        baseline_hours=baseline.hours(sampled),
+        sources=(sampling.source, baseline.source),
+        disk={SAMPLES: work.evaluations * sampled * TEXT_BYTES},
+    )
+    if step is None:
+        return estimate
+
+    traces = work.epochs * work.num_traces
+    length = min(work.trace_tokens, step.row_tokens)  # longer traces are dropped
+    rows = traces * length / step.row_tokens
+    steps = rows if step.savings.update_in_backward else min(rows, traces / work.batch_traces)
+    share = min(1.0, work.max_steps / steps) if work.max_steps else 1.0
+    training = training_speed(model, step.savings, rank, step.row_tokens, card=card)
+    sizes = Sizes.of(load_config(model))
+    trained = sizes.adapters(rank) if rank else sizes.weights
+    in_checkpoint = 2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights  # bytes per trained weight
+    disk = {
+        MODEL: 2 * trained,
+        **estimate.disk,
+        TOKENS: ID_BYTES * work.num_traces * length * (work.trained_on == "traces"),
+        CHECKPOINTS: round((KEPT + 1) * trained * in_checkpoint),  # one is written beside those that are kept
+    }
+    return replace(
+        estimate,
+        num_steps=share * steps,
+        training_hours=training.hours(share * traces * length),
+        sources=(training.source, *estimate.sources),
+        disk=disk,
+    )

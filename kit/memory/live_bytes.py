@@ -69,7 +69,7 @@ def _storages(arguments: Iterable) -> Iterator[int]:
 
 ROUNDING = 512  # bytes: the CUDA allocator's smallest unit
 HOST = "CPU memory"
-WEIGHTS, OPTIMIZER, GRADIENTS = "weights", "optimizer", "gradients"
+WEIGHTS, OPTIMIZER, GRADIENTS, REFERENCE = "weights", "optimizer", "gradients", "reference"
 INPUTS, LAYER, HEAD = "layer inputs", "one layer", "head gradient"
 LOGITS, REST = "logits chunk", "rows of the loss"
 

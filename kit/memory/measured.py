@@ -13,7 +13,7 @@ from kit.progress import print_line
 from kit.run import write_json
 
 if TYPE_CHECKING:
-    from kit.memory.run_plan import RunPlan
+    from kit.memory.phases import RunPlan
     from kit.memory.simulate import Plan
 
 COMPARED_AFTER = 10  # steps: every kind of row has occurred by then

@@ -1,262 +1,226 @@
-"""The plan of a whole run: does it fit, how long does it take, what does it leave on disk?
+"""The plan of a whole run: does it fit, with which settings, how long does it take, what does it write?
 
-A run samples and trains in turn, so a card needs the larger of what the two hold. Hours follow from this
-card's measured speed or from a datasheet (kit.memory.hours). Training rows count as full, copies to and from
-CPU memory as free. How long answers get is the experiment's question: their length is assumed, and so is that
-of a trace.
+LADDER is one ordered list of memory settings. choose() switches its entries on one after another until a run
+fits, then switches off those that turn out not to be needed, the last one first. So nothing that changes the
+update is on while settings that only cost time would do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
+
+from transformers import PreTrainedConfig
 
 from kit import paper
 from kit.command_line import started_as
-from kit.config import full_command
-from kit.generate.sampling import SamplingParams
-from kit.machine import GIB, free_memory
-from kit.memory.choose import choose, given_up, rows_of, size_of, suggest_savings, switches
-from kit.memory.flops import Sizes
-from kit.memory.hours import card_named, in_words, sampling_speed, training_speed
-from kit.memory.sampling import CACHE, MOST_SLOTS, Sampling, most_slots, plan_sampling
-from kit.memory.settings import PlanSettings
-from kit.memory.simulate import CARDS, Plan, plan
+from kit.config import as_flags, full_command, part_of
+from kit.machine import GIB
+from kit.memory.hours import Work, card_named, estimate_run, in_words
+from kit.memory.phases import CACHE, MOST_SLOTS, MeasuredRun, Run, RunPlan, most_slots
+from kit.memory.settings import Config, PlanSettings
+from kit.memory.simulate import CARDS
 from kit.models.loading import load_config
 from kit.run import write_json
-from kit.train.checkpoint import KEPT
 from kit.train.savings import Savings
 
-TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
-OPTIMIZER_BYTES = 2 + 8 / 256  # per trained weight: two 8-bit states and their scales; 2 more if exact
-ID_BYTES = 4  # per token of the cache of tokenised traces
+Entry = tuple[str, object]  # a field of Savings, and its value
+
+# Settings that compute the same update come before those that do not, and among them what costs least comes
+# first. The order stands here and nowhere else.
+LADDER: tuple[Entry, ...] = (
+    ("optimizer", "adamw8bit"),
+    ("tile_tokens", 8192),  # of a row of 16,384: narrow tiles launch many small kernels. Gemma-3-1B launches
+    ("tile_tokens", 4096),  # 3,276 kernels without tiles and 12,740 with tiles of 2,048 (counted)
+    ("tile_tokens", 2048),
+    ("logit_rows", 512),
+    ("offload_inputs", True),
+    ("offload_optimizer", True),
+    ("offload_gradients", True),
+    ("logit_rows", 256),  # reads the head's weight twice as often
+    # from here on the update is another one
+    ("exact_weights", False),
+    ("update_in_backward", True),
+    ("head_update", "blocked"),
+)
+GIVES_UP = {  # settings that change the update -> what they give up
+    "exact_weights": "bf16 weights are rounded stochastically",
+    "update_in_backward": "one row per step and no global gradient norm",
+    "head_update": "no clipping at all",
+}
+# Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
+FULL_ONLY = {"offload_optimizer", "offload_gradients", *GIVES_UP}
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """What sampling and training hold."""
-
-    sampling: Plan  # for an evaluation, or a rollout
-    update: Plan | None  # a training step; None = nothing is trained
-    num_slots: int  # answers at once
-    at: Sampling = field(repr=False, compare=False)  # sampling's plan with other numbers of slots
-    is_plain: bool = True  # the update is a step that plan() simulates, with cross-entropy for its loss
-
-    @property
-    def larger(self) -> Plan:
-        return max(filter(None, (self.update, self.sampling)), key=lambda plan: plan.peak)
-
-    @property
-    def host(self) -> int:
-        """Bytes of CPU memory that training holds."""
-        return self.update.host if self.update else 0
-
-    def fits(self, gpu_gb: float) -> bool:
-        return self.larger.fits(gpu_gb)
-
-    def __str__(self) -> str:
-        owner = "sampling" if self.larger is self.sampling else "training"
-        lines = [f"sampling    {self.sampling.details}"]
-        if self.update is not None:
-            lines.insert(0, f"training    {self.update.details}")
-            lines.append(
-                f"a card needs the larger, {self.larger.total / GIB:.2f} GiB (simulated), for {owner}"
-            )
-        lines.append(self.larger.fits_text)
-
-        for gb in CARDS:
-            if not self.sampling.fits(gb) and (self.update is None or self.update.fits(gb)):
-                slots = most_slots(self.at, gb, self.num_slots)
-                lines += [f"  with --num_slots {slots} sampling fits {gb} GB, too"] if slots else []
-        return "\n".join(lines)
-
-    def for_less(self) -> Iterator[str]:
-        """Yield lines to print: what lowers training's need, each with those above it. All are simulated."""
-        before = self.update
-        if before is not None and self.is_plain:
-            for flags, smaller in suggest_savings(before):
-                if before.total < self.sampling.total:  # for which there are fewer slots: see __str__
-                    return
-                price = given_up(smaller.savings)
-                note = f", at the price of: {price}" if price != given_up(before.savings) else ""
-                yield f"    {flags:<24}{smaller.total / GIB:7.2f} GiB{note}"
-                before = smaller
-
-    def switches(self, max_grad_norm: float) -> dict:
-        """Return what was chosen as a recipe's settings; max_grad_norm: the recipe's own."""
-        return switches(self.update, max_grad_norm) | {"num_slots": self.num_slots}
-
-    def as_json(self) -> dict:
-        parts = {"sampling": self.sampling.as_json(), "update": self.update and self.update.as_json()}
-        return self.larger.as_json() | parts | {"num_slots": self.num_slots}
+def given_up(savings: Savings) -> str:
+    """Say how the update differs from that of the defaults; "" if it is the same."""
+    return "; ".join(words for name, words in GIVES_UP.items() if name in savings.switched_on)
 
 
-def plan_run(
-    model: str,
-    params: SamplingParams,
-    *,
-    num_slots: int,
-    num_samples: int = MOST_SLOTS,
-    row_tokens: int = 0,
-    rows: int = 1,
-    savings: Savings | None = None,
-    qlora_rank: int = 0,
-    card: PlanSettings,
-) -> RunPlan:
-    """Plan a run that is measured and, if row_tokens > 0, trained; takes seconds per setting that is tried.
+def entries_for(config: PreTrainedConfig, qlora_rank: int = 0, without: Collection[str] = ()) -> list[Entry]:
+    """Return the entries of LADDER that this model can have. without: settings that stay off."""
+    excluded = {*without, *(FULL_ONLY if qlora_rank else ())}
+    if not config.tie_word_embeddings:  # only a tied head has blocks
+        excluded.add("head_update")
+    return [entry for entry in LADDER if entry[0] not in excluded]
 
-    card: with gpu_gb, the savings and as many slots as fit are chosen, up to num_samples; otherwise they are
-    those that are passed. The rest is as for plan() and choose(). Raises ValueError if nothing fits, with a
-    way out, and for a card without known rates.
+
+def entries_of(run: Run) -> list[Entry]:
+    return entries_for(load_config(run.model), run.qlora_rank, run.without)
+
+
+def as_savings(entries: list[Entry]) -> Savings:
+    """Return the settings with these entries switched on; the last one counts for each field.
+
+    What is updated in the backward pass leaves no gradient to offload.
     """
-    gpu_gb, desktop_gb = card.gpu_gib, card.desktop_gb
+    settings = dict(entries)
+    if settings.get("update_in_backward"):
+        settings["offload_gradients"] = False
+    return Savings(**settings)
+
+
+def plan_run(run: Run, card: PlanSettings, savings: Savings | None = None) -> RunPlan:
+    """Plan a run; takes seconds per setting that is tried.
+
+    card: with gpu_gb, the savings and as many slots as fit are chosen; otherwise they are those that are
+    passed. Raises ValueError if nothing fits, with a way out, and for a card without known rates.
+    """
     card_named(card.card)  # a wrong name is refused now, not in a minute
-    print(f"memory plan: simulating {model} takes seconds per setting that is tried", flush=True)
-    common = {"qlora_rank": qlora_rank, "desktop_gb": desktop_gb}
-    sampling, update = plan_sampling(model, params, **common), None
-    if gpu_gb:
-        num_slots = most_slots(sampling, gpu_gb, min(num_samples, MOST_SLOTS))
-        if not num_slots:
-            one = sampling(1)
-            without_cache = replace(one, peak=one.peak - one.owners.get(CACHE, 0))
-            smaller = "--max_new_tokens" if without_cache.fits(gpu_gb) else "--model"
-            raise ValueError(
-                f"{size_of(gpu_gb, desktop_gb)} but sampling one answer of {model} at a time, of up to "
-                f"{params.max_new_tokens:,} tokens, needs {one.total / GIB:.2f} GiB; its largest owners are "
-                f"{one.largest_owners()}; pass a smaller {smaller}, or a larger card"
-            )
-    common["row_tokens"] = row_tokens
-    if row_tokens and gpu_gb:
-        update = choose(model, gpu_gb=gpu_gb, rows=rows, **common)
-    elif row_tokens:
-        savings = savings or Savings()
-        update = plan(model, savings=savings, rows=rows_of(savings, rows), **common)
-    return RunPlan(sampling(num_slots), update, num_slots, sampling)
+    print(f"memory plan: simulating {run.model} takes seconds per setting that is tried", flush=True)
+    if not card.gpu_gib:
+        return run.simulate(savings or Savings())
+    if isinstance(run, MeasuredRun) and not run.at(1).fits(card.room):  # whatever savings training has
+        one = run.at(1)
+        without_cache = replace(one, peak=one.peak - one.owners[CACHE])
+        smaller = "--max_new_tokens" if without_cache.fits(card.room) else "--model"
+        raise ValueError(
+            f"{card.size} but {one.title}, needs {one.total / GIB:.2f} GiB; its largest owners are "
+            f"{one.largest_owners()}; pass a smaller {smaller}, or a larger card"
+        )
+    found = choose(run, card) if run.row_tokens else run.simulate(Savings())
+    return replace(found, num_slots=most_slots(found.at, card.room, min(run.num_samples, MOST_SLOTS)))
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a run trains on and samples."""
+def choose(run: Run, card: PlanSettings) -> RunPlan:
+    """Return the plan of the first settings of LADDER with which a step, and one answer at a time, fit.
 
-    num_samples: int  # of one evaluation
-    response_tokens: int  # per response, on average; assumed
-    num_traces: int = 0  # 0 = nothing is trained
-    epochs: int = 1
-    batch_traces: int = 1  # traces per step
-    trace_tokens: int = 0  # per trace with its problem, on average; assumed
-    max_steps: int = 0  # training stops there; 0 = all epochs
-    evaluations: int = 2  # before and after; 1 if nothing is trained or a baseline is taken
-    trained_on: str = "traces"
+    Takes up to a minute; a line is printed for each setting that is tried. card: its gpu_gb is set.
+    Raises ValueError if none fits, naming the three largest owners and what would fit.
+    """
 
+    @cache
+    def simulated(savings: Savings) -> RunPlan:
+        found = replace(run.simulate(savings), num_slots=1)
+        flags = as_flags(savings.switched_on) or "the defaults"
+        print(f"  {found.update.total / GIB:6.2f} GiB with {flags}", flush=True)
+        return found
 
-@dataclass(frozen=True)
-class Estimate:
-    """How long a run takes, and what it leaves on disk."""
+    def fits(entries: list[Entry]) -> bool:
+        return simulated(as_savings(entries)).fits(card.room)
 
-    work: Work
-    num_steps: float = 0.0  # optimizer steps
-    training_hours: float = 0.0
-    sampling_hours: float = 0.0  # of one evaluation by the model that is trained
-    baseline_hours: float = 0.0  # of one evaluation by the base model in bf16
-    sources: tuple[str, ...] = ()  # of the hours, the baseline's last: measured or estimated
-    disk_model: int = 0  # bytes: trained weights in bf16
-    disk_samples: int = 0  # bytes: the samples of both evaluations
-    disk_tokens: int = 0  # bytes: the traces as token ids
-    disk_while_training: int = 0  # bytes of the checkpoints that are kept, and of one that is written
+    entries = entries_of(run)
+    for count in range(1, len(entries) + 1):
+        if fits(entries[:count]):
+            needed = _needed(entries[:count], fits) if run.drops_unneeded else entries[:count]
+            chosen = simulated(as_savings(needed))
+            if price := given_up(chosen.update.savings):
+                kept = simulated(as_savings([entry for entry in entries if entry[0] not in GIVES_UP]))
+                ways = _ways_out(kept, card, adapters=False)
+                print(f"  to keep the update takes {kept.larger.total / GIB:.2f} GiB: pass {ways}")
+                print(f"  {chosen.update.total / GIB:.2f} GiB at this price: {price}", flush=True)
+            return chosen
 
-    @property
-    def hours(self) -> float:
-        """Hours in all; the evaluation before training is counted like the one after it."""
-        return self.training_hours + self.work.evaluations * self.sampling_hours
-
-    @property
-    def disk_kept(self) -> int:
-        return self.disk_model + self.disk_samples
-
-    def describe(self, host: int) -> str:
-        """Return the lines to print. host: bytes of CPU memory that training holds."""
-        work, lines, here = self.work, [], free_memory()
-        free = f"; {here / GIB:.2f} GiB are free here" if host and here is not None else ""
-        times = f"{work.evaluations} x " if work.evaluations > 1 else ""
-        hours = f"{times}{in_words(self.sampling_hours)} of sampling"
-        if work.num_traces:
-            lines.append(
-                f"steps       {self.num_steps:,.0f} optimizer steps: {work.epochs} x {work.num_traces:,} "
-                f"{work.trained_on} of {work.trace_tokens:,} tokens (assumed)"
-            )
-            hours = f"{in_words(self.training_hours)} of training, {hours}"
-        disk = {
-            "model": self.disk_model,
-            "samples": self.disk_samples,
-            "tokenised traces": self.disk_tokens,
-            "checkpoints, while training": self.disk_while_training,
-        }
-        parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in disk.items() if num_bytes)
-        return "\n".join([
-            *lines,
-            f"time        {hours}: {work.num_samples:,} answers of {work.response_tokens:,} tokens (assumed)",
-            *(f"            {source}" for source in dict.fromkeys(self.sources[:2])),
-            f"disk        {sum(disk.values()) / GIB:.2f} GiB: {parts}; and what the hub's client downloads",
-            f"CPU memory  {host / GIB:.2f} GiB, pinned, for what is offloaded{free}",
-        ])  # fmt: skip
-
-
-def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
-    """Estimate hours and disk. card: as for training_speed."""
-    model, rank = found.sampling.model, found.sampling.qlora_rank
-    answers = model, found.num_slots, work.response_tokens
-    sampling, baseline = (sampling_speed(*answers, nf4=nf4, card=card) for nf4 in (bool(rank), False))
-    sampled = work.num_samples * work.response_tokens
-    evaluated = {
-        "work": work,
-        "sampling_hours": sampling.hours(sampled),
-        "baseline_hours": baseline.hours(sampled),
-        "disk_samples": work.evaluations * sampled * TEXT_BYTES,
-    }
-    if found.update is None:
-        return Estimate(**evaluated, sources=(sampling.source,))
-
-    traces, step = work.epochs * work.num_traces, found.update
-    length = min(work.trace_tokens, step.row_tokens)  # longer traces are dropped
-    tokens = traces * length
-    rows = tokens / step.row_tokens
-    steps = rows if step.savings.update_in_backward else min(rows, traces / work.batch_traces)
-    share = min(1.0, work.max_steps / steps) if work.max_steps else 1.0
-    training = training_speed(model, step.savings, rank, step.row_tokens, card=card)
-    sizes = Sizes.of(load_config(model))
-    trained = sizes.adapters(rank) if rank else sizes.weights
-    return Estimate(
-        **evaluated,
-        num_steps=share * steps,
-        training_hours=training.hours(share * tokens),
-        sources=(training.source, sampling.source, baseline.source),
-        disk_model=2 * trained,
-        disk_tokens=ID_BYTES * work.num_traces * length * (work.trained_on == "traces"),
-        disk_while_training=round(
-            (KEPT + 1) * trained * (2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights)
-        ),
+    leanest = simulated(as_savings(entries))
+    least = leanest.larger
+    raise ValueError(
+        f"{card.size} but {least.title}, needs {least.total / GIB:.2f} GiB with every saving on; its largest "
+        f"owners are {least.largest_owners()}; pass {_ways_out(leanest, card, adapters=True)}"
     )
 
 
-def print_plan(
-    config, found: RunPlan, work: Work, deviations: Sequence[str], *, smoke: dict, presets: dict
-) -> None:
-    """Print the rest of a recipe's plan: what needs less, hours, disk, deviations, and the command to start.
+def _needed(entries: list[Entry], fits: Callable[[list[Entry]], bool]) -> list[Entry]:
+    """Remove every entry without which the others still fit, the last one first. The optimizer stays."""
+    for entry in reversed(entries[1:]):
+        others = [other for other in entries if other != entry]
+        if entry[0] == "update_in_backward" and "head_update" in dict(others):
+            continue  # blocks of the head are updated in the backward pass
+        if fits(others):
+            entries = others
+    return entries
 
-    config: a recipe's, with its PlanSettings. smoke, presets: the recipe's.
+
+def _ways_out(leanest: RunPlan, card: PlanSettings, *, adapters: bool) -> str:
+    """List what fits the card if the leanest settings do not: of each kind of change the smallest.
+
+    Each is simulated. adapters: whether they may be one.
     """
-    if not found.fits(CARDS[0]) and found.larger is found.update:
+    run = leanest.run
+
+    def fits(flags: dict) -> bool:
+        changed, savings = run.changed(flags), leanest.update.savings
+        if changed.qlora_rank != run.qlora_rank:
+            savings = as_savings(entries_of(changed))
+        return replace(changed.simulate(savings), num_slots=1).fits(card.room)
+
+    kinds = [kind for kind in run.smaller() if kind and (adapters or "qlora_rank" not in kind[0])]
+    ways = [as_flags(kind[bisect_left(kind[:-1], True, key=fits)]) for kind in kinds if fits(kind[-1])]
+    sizes = (f"a card of {gb} GB" for gb in CARDS if leanest.fits(gb - card.desktop_gb))
+    return ", or ".join([*ways, next(sizes, "a smaller --model")])
+
+
+def for_less(found: RunPlan) -> Iterator[str]:
+    """Yield lines to print: what lowers training's need, each with those above it. All are simulated."""
+    before = found.update
+    for name, value in [("recompute", True), *entries_of(found.run)]:  # others need recomputation
+        if before.total < found.sampling.total:  # for which there are fewer slots: see RunPlan.describe
+            return
+        if name == "head_update" and not before.savings.update_in_backward:
+            continue  # as in _needed
+        savings = as_savings([*asdict(before.savings).items(), (name, value)])
+        if savings == before.savings:
+            continue
+        smaller = found.run.simulate(savings).update
+        if smaller.peak < before.peak:
+            price = given_up(smaller.savings)
+            note = f", at the price of: {price}" if price != given_up(before.savings) else ""
+            yield f"    {as_flags({name: value}):<24}{smaller.total / GIB:7.2f} GiB{note}"
+            before = smaller
+
+
+def plan_recipe(
+    config: Config, run: Run, work: Work, *, smoke: dict, presets: dict
+) -> tuple[Config, RunPlan]:
+    """Print a recipe's plan. Return (its settings, chosen for the card if gpu_gb is set; what they hold).
+
+    smoke, presets: the recipe's.
+    """
+    savings = part_of(config, Savings) if isinstance(config, Savings) else Savings()
+    found = plan_run(run, config, savings)
+    if config.gpu_gib:
+        chosen = found.switches(getattr(config, "max_grad_norm", 0.0))
+        config = replace(config, **chosen)
+        print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")
+    print(found.describe(config.desktop_gb))
+    if not config.plan:
+        return config, found
+
+    if found.larger is found.update and not found.fits(CARDS[0] - config.desktop_gb):
         print("training for less, each with those above it (simulated):")
-        for line in found.for_less():
+        for line in for_less(found):
             print(line, flush=True)
 
     estimate = estimate_run(found, work, card=config.card)
     size = config.gpu_gib
-    fits = f"a card of {size:.3g} GB {'is' if found.fits(size) else 'is NOT'} large enough; " if size else ""
+    is_large = f"{'is' if found.fits(config.room) else 'is NOT'} large enough; "
+    fits = f"a card of {size:.3g} GB {is_large}" if size else ""
     print(f"in short    {fits}about {in_words(estimate.hours)} in all")
     print(estimate.describe(found.host))
-    print(paper.describe(deviations))
+    print(paper.describe(paper.deviations(config)))
     print(f"start       {full_command(config.to_start(), started_as(), smoke=smoke, presets=presets)}")
     if config.json:
-        write_json(Path(config.json), found.as_json() | {"estimate": asdict(estimate)})
+        write_json(Path(config.json), found.as_json(config.desktop_gb) | {"estimate": asdict(estimate)})
+    return config, found

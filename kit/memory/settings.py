@@ -44,6 +44,17 @@ class PlanSettings(Checked):
             )
         return torch.cuda.mem_get_info()[1] / 2**30
 
+    @property
+    def room(self) -> float:
+        """GiB of the card that a desktop leaves to the run."""
+        return self.gpu_gib - self.desktop_gb
+
+    @property
+    def size(self) -> str:
+        """How an error begins that names a card which is too small."""
+        desktop = f" and desktop_gb {self.desktop_gb:g}" if self.desktop_gb else ""
+        return f"gpu_gb is {self.gpu_gib:g}{desktop}"
+
     def to_start(self: Config) -> Config:
         """Return the settings that start what was planned: the plan's own are as they are by default."""
         own = (field for base in type(self).__mro__ if base.__module__ == __name__ for field in fields(base))

@@ -3,14 +3,13 @@
 plan() runs the real training step (kit.train.step) on fake tensors, which have shapes but no data, and counts
 every live byte (kit.memory.live_bytes). It needs no GPU, no weights, and no download for the models whose
 configs ship with the kit. The result is simulated; after ten steps on a card the measured peak is printed
-beside it. kit.memory.choose finds settings that fit.
+beside it. kit.memory.run_plan finds settings that fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -51,38 +50,32 @@ class Plan:
     owners: dict[str, int]  # owner -> bytes at that moment
     host: int  # bytes of CPU memory
     rows: int = 1  # that the simulated step took; 2 stands for more
-    desktop_gb: float = 0.0  # GiB of the card that a desktop uses
-    what: str = ""  # sampling or scoring, in words; "" = a training step
+    what: str = ""  # sampling, in words; "" = a training step
+
+    @classmethod
+    def of_step(cls, ledger: Ledger, **sizes) -> Plan:
+        """Return the plan of a step from its ledger. sizes: the model and what else it was simulated with."""
+        owners = {owner: n for owner, n in ledger.owners.items() if n}
+        return cls(peak=ledger.peak, when=ledger.when, owners=owners, host=ledger.host_peak, **sizes)
 
     @property
     def total(self) -> int:
         """Bytes a card needs: tensors, slack and CUDA's own memory."""
         return card_bytes(self.peak)
 
-    @property
-    def fits_gb(self) -> list[int]:
-        """Sizes of the usual cards that this fits."""
-        return [gb for gb in CARDS if self.fits(gb)]
+    def fits(self, gib: float) -> bool:
+        """Return whether a card fits this. gib: GiB of it that nothing else uses."""
+        return self.total <= gib * GIB
 
     @property
-    def fits_text(self) -> str:
-        desktop = f"; {self.desktop_gb:g} GB of each is left to a desktop" if self.desktop_gb else ""
-        return "fits " + ", ".join(f"{gb} GB: {'yes' if self.fits(gb) else 'no'}" for gb in CARDS) + desktop
-
-    def fits(self, gpu_gb: float) -> bool:
-        return self.total + self.desktop_gb * GIB <= gpu_gb * GIB
-
-    def __str__(self) -> str:
-        return f"{self.details}\n  {self.fits_text}"
-
-    @property
-    def details(self) -> str:
-        """The plan in words, without the cards that it fits."""
+    def title(self) -> str:
         what = f"QLoRA of rank {self.qlora_rank}" if self.qlora_rank else "full fine-tuning"
         rows = "one row per step" if self.rows == 1 else "several rows per step"
-        step = self.what or f"{what}, {self.row_tokens:,} tokens per row, {rows}"
+        return f"{self.model}, {self.what or f'{what}, {self.row_tokens:,} tokens per row, {rows}'}"
+
+    def __str__(self) -> str:
         lines = [
-            f"{self.model}, {step}: {self.total / GIB:.2f} GiB (simulated)",
+            f"{self.title}: {self.total / GIB:.2f} GiB (simulated)",
             f"  switched on: {as_flags(self.savings.switched_on) or 'nothing but the defaults'}",
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed on top: {SLACK:.0%} "
             f"slack, {CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",
@@ -99,8 +92,10 @@ class Plan:
         """Name the three largest owners, for an error message."""
         return ", ".join(f"{owner} {n / GIB:.2f} GiB" for owner, n in self.largest()[:3])
 
-    def as_json(self) -> dict:
-        return asdict(self) | {"total": self.total, "simulated": True, "fits_gb": self.fits_gb}
+    def as_json(self, desktop_gb: float = 0.0) -> dict:
+        """Return the plan for a file. desktop_gb: GiB of each usual card that a desktop uses."""
+        fits_gb = [gb for gb in CARDS if self.fits(gb - desktop_gb)]
+        return asdict(self) | {"total": self.total, "simulated": True, "fits_gb": fits_gb}
 
 
 def fake_batch(row_tokens: int) -> PackedBatch:
@@ -134,39 +129,26 @@ def measure(
     savings: Savings,
     batch: PackedBatch,
     *,
-    steps: int = 1,
     rows: int = 1,
     loss_of: LossOfRow | None = None,
-    resident: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+    reference: Sequence[Tensor] = (),
 ) -> Ledger:
-    """Run training steps on real or fake tensors and return their ledger.
+    """Run a training step on real or fake tensors and return its ledger.
 
-    steps: 2 counts an optimizer that creates its states in the first step. rows: how often each step takes
-    the batch. loss_of: as TrainingStep's. resident: owner -> tensors that exist beside the step.
+    rows: how often the step takes the batch. loss_of: as TrainingStep's. reference: tensors beside the step.
     """
     ledger = Ledger(model)
-    for owner, tensors in resident.items():
-        for tensor in tensors:
-            ledger.enter(tensor, owner)
+    for tensor in reference:
+        ledger.enter(tensor, live_bytes.REFERENCE)
 
-    step = TrainingStep(model, savings, lr=1e-5)
-    for state in step.optimizer.state.values():
-        for name, tensor in state.items():
-            is_on_host = savings.offload_optimizer and name != "step"
-            ledger.enter(tensor, live_bytes.HOST if is_on_host else live_bytes.OPTIMIZER)
-    if savings.offload_optimizer:  # slabs on the card, through which the states pass
-        for slab in step.optimizer.slabs.slabs:
-            for tensor in slab.values():
-                ledger.enter(tensor, live_bytes.OPTIMIZER)
-
-    if savings.offload_gradients:
-        ledger.enter(step.updates.gradients.memory, live_bytes.HOST)
-        ledger.enter(step.updates.gradients.slab, live_bytes.GRADIENTS)
-
-    _follow_updates(step, ledger)
     with ledger:
-        for _ in range(steps):
-            step([batch] * rows, loss_of)
+        ledger.owner = live_bytes.OPTIMIZER
+        step = TrainingStep(model, savings, lr=1e-5)
+        if savings.offload_gradients:
+            ledger.enter(step.updates.gradients.slab, live_bytes.GRADIENTS)
+        _follow_updates(step, ledger)
+        ledger.peak = 0  # of the step, whatever its preparation held
+        step([batch] * rows, loss_of)
     ledger.close()
     step.close()
     return ledger
@@ -194,12 +176,11 @@ def plan(
     savings: Savings | None = None,
     qlora_rank: int = 0,
     rows: int = 1,
-    desktop_gb: float = 0.0,
 ) -> Plan:
     """Simulate one training step of bf16 weights with rows of row_tokens; takes seconds.
 
     model: as load_config takes it. rows: rows of the step. The second row's loss and backward pass find the
-    first one's gradients; a third row changes nothing more. desktop_gb: GiB of a card that are not ours.
+    first one's gradients; a third row changes nothing more.
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
     savings = savings or Savings()
@@ -207,15 +188,5 @@ def plan(
     with mode:
         ledger = measure(fake, savings, fake_batch(row_tokens), rows=rows)
 
-    return Plan(
-        model=model,
-        row_tokens=row_tokens,
-        qlora_rank=qlora_rank,
-        savings=savings,
-        peak=ledger.peak,
-        when=ledger.when,
-        owners={owner: n for owner, n in ledger.owners.items() if n},
-        host=ledger.host_peak,
-        rows=rows,
-        desktop_gb=desktop_gb,
-    )
+    sizes = {"row_tokens": row_tokens, "qlora_rank": qlora_rank, "savings": savings, "rows": rows}
+    return Plan.of_step(ledger, model=model, **sizes)

@@ -7,14 +7,16 @@ simulated and what is assumed. Reinforcement learning is not estimated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from kit.config import as_flags
 from kit.machine import GIB
-from kit.memory.choose import given_up
-from kit.memory.run_plan import Estimate, RunPlan, Work, estimate_run, plan_run
+from kit.memory.hours import CHECKPOINTS, Estimate, Work, estimate_run
+from kit.memory.phases import MeasuredRun, RunPlan
+from kit.memory.run_plan import given_up, plan_run
 from kit.memory.settings import PlanSettings
 from kit.run import write_json
 from kit.train.savings import Savings
@@ -23,62 +25,78 @@ from kit.valley.study import FIXED_BATCH, QLORA, Cell, short_name
 ROWS = 2  # per step, at least: Table 2 has 8 traces or more
 FILE = "memory.json"  # the chosen settings in a sweep's folder, so that --resume need not simulate again
 
-
-@dataclass(frozen=True)
-class CellPlan:
-    """Estimates of a cell. Both are None if it does not fit."""
-
-    cell: Cell
-    memory: RunPlan | None
-    estimate: Estimate | None
-    why_not: str = ""  # why they are None
+Pair = tuple[str, str]  # model and method, which the cells of all sizes and seeds share
+Memory = Mapping[Pair, RunPlan | str]  # its plan, or why there is none
+Chosen = Mapping[Pair, tuple[dict, str]]  # its memory settings, and why it cannot run; "" = it can
 
 
-Memory = Mapping[tuple[str, str], RunPlan | str]  # (model, method) -> its plan, or why there is none
-
-
-def plan_cells(cells: Sequence[Cell], memory: Memory, work: Work, *, card: str = "") -> list[CellPlan]:
-    """Estimate every cell. memory: from plan_memory. work: what all cells share. card: as estimate_run's."""
-    found = []
-    for cell in cells:
-        planned = memory[cell.model, cell.method]
-        if isinstance(planned, str):
-            found.append(CellPlan(cell, None, None, planned))
-        else:
-            sizes = {"num_traces": cell.num_traces, "epochs": cell.epochs, "batch_traces": cell.batch_traces}
-            found.append(CellPlan(cell, planned, estimate_run(planned, replace(work, **sizes), card=card)))
+def plan_memory(cells: Sequence[Cell], *, qlora_rank: int, card: PlanSettings, **sizes) -> Memory:
+    """Plan every model and method, and print a line for each. sizes: other fields of MeasuredRun."""
+    found = {}
+    for model, method in dict.fromkeys((cell.model, cell.method) for cell in cells):
+        rank = qlora_rank if method == QLORA else 0
+        try:
+            planned = plan_run(MeasuredRun(model=model, qlora_rank=rank, rows=ROWS, **sizes), card)
+            parts = f"training {planned.update.total / GIB:.2f}, sampling {planned.sampling.total / GIB:.2f}"
+            on = as_flags(planned.update.savings.switched_on | {"num_slots": planned.num_slots})
+            words = f"{parts} GiB (simulated); {planned.fits_text(card.desktop_gb)}; with {on}"
+        except ValueError as error:
+            planned = str(error)
+            words = f"NO: {planned}"
+        found[model, method] = planned
+        print(f"  {short_name(model)}, {method}: {words}", flush=True)
     return found
 
 
-def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
+def estimate_cells(
+    cells: Sequence[Cell], memory: Memory, work: Work, *, card: str = ""
+) -> dict[Cell, Estimate]:
+    """Estimate every cell that has a plan. work: what all cells share. card: as estimate_run's."""
+    found = {}
+    for cell in cells:
+        planned = memory[cell.model, cell.method]
+        if isinstance(planned, RunPlan):
+            sizes = {"num_traces": cell.num_traces, "epochs": cell.epochs, "batch_traces": cell.batch_traces}
+            found[cell] = estimate_run(planned, replace(work, **sizes), card=card)
+    return found
+
+
+def describe(
+    cells: Sequence[Cell], memory: Memory, estimates: Mapping[Cell, Estimate], *, num_cards: int = 1
+) -> str:
     """Return the estimates as a table, their sums, and what they assume.
 
-    Cells that differ only in the seed share a line.
+    Cells that differ only in the seed share a line. estimates: from estimate_cells.
     """
     columns = f"{'batch':>6}{'steps':>8}{'training':>12}{'sampling':>12}{'disk kept':>12}{'checkpoints':>14}"
     lines = [f"{'cell':<52}{columns}"]
-    alike: dict[Cell, list[CellPlan]] = {}
-    for found in plans:
-        alike.setdefault(replace(found.cell, seed=0), []).append(found)
-    lines += [_line(cell, group) for cell, group in alike.items()]
-
-    fitting = [found.estimate for found in plans if found.estimate is not None]
-    if not fitting:
+    for cell, seeds in Counter(replace(cell, seed=0) for cell in cells).items():
+        name = cell.name.removesuffix("-seed0") + (f" x {seeds} seeds" if seeds > 1 else "")
+        if found := estimates.get(cell):
+            in_backward = memory[cell.model, cell.method].update.savings.update_in_backward
+            batch = "1 row" if in_backward else str(cell.batch_traces)
+            times = f"{found.training_hours:>10,.1f} h{found.sampling_hours:>10,.1f} h"
+            disk = f"{found.disk_kept / GIB:>8,.1f} GiB{found.disk[CHECKPOINTS] / GIB:>10,.1f} GiB"
+            lines.append(f"{name:<52}{batch:>6}{found.num_steps:>8,.0f}{times}{disk}")
+        else:
+            lines.append(f"{name:<52}  no plan: see above")
+    if not estimates:
         return "\n".join([*lines, "no cell can be planned"])
 
-    baselines = {found.cell.baseline: found.estimate.baseline_hours for found in plans if found.estimate}
+    fitting = list(estimates.values())
+    baselines = {cell.baseline: found.baseline_hours for cell, found in estimates.items()}
     training = sum(found.training_hours for found in fitting)
     sampling = sum(found.sampling_hours for found in fitting)
     before = sum(baselines.values())
     hours = training + sampling + before
     on_several = f", {hours / num_cards:,.1f} h on {num_cards} if they share evenly" if num_cards > 1 else ""
     kept = sum(found.disk_kept for found in fitting) / GIB
-    checkpoints = num_cards * max(found.disk_while_training for found in fitting) / GIB
+    checkpoints = num_cards * max(found.disk[CHECKPOINTS] for found in fitting) / GIB
 
     work = fitting[0].work
     sources = dict.fromkeys(source for found in fitting for source in found.sources)
     lines += [
-        f"{len(fitting)} of {len(plans)} cells can be planned; {len(baselines)} baselines",
+        f"{len(fitting)} of {len(cells)} cells can be planned; {len(baselines)} baselines",
         f"in all  {training:,.1f} h of training, {sampling:,.1f} h of sampling after it, {before:,.1f} h for "
         f"the baselines: {hours:,.1f} h on one card{on_several}",
         f"disk    {kept:,.0f} GiB of models and samples, which stay, and at most {checkpoints:,.0f} GiB "
@@ -90,76 +108,41 @@ def describe(plans: Sequence[CellPlan], *, num_cards: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _line(cell: Cell, group: Sequence[CellPlan]) -> str:
-    """Return the table's line of one cell and its seeds."""
-    name = cell.name.removesuffix("-seed0") + (f" x {len(group)} seeds" if len(group) > 1 else "")
-    first, found = group[0], group[0].estimate
-    if found is None:
-        return f"{name:<52}  no plan: see above"
-    batch = "1 row" if first.memory.update.savings.update_in_backward else str(cell.batch_traces)
-    disk = f"{found.disk_kept / GIB:>8,.1f} GiB{found.disk_while_training / GIB:>10,.1f} GiB"
-    times = f"{found.training_hours:>10,.1f} h{found.sampling_hours:>10,.1f} h"
-    return f"{name:<52}{batch:>6}{found.num_steps:>8,.0f}{times}{disk}"
-
-
-def write_plan(path: Path, plans: Sequence[CellPlan]) -> None:
-    """Write the estimates as a JSON list with one object per cell."""
+def as_json(
+    cells: Sequence[Cell], memory: Memory, estimates: Mapping[Cell, Estimate], desktop_gb: float
+) -> list[dict]:
+    """Return one row per cell for a file. desktop_gb: as for Plan.as_json."""
     rows = []
-    for found in plans:
-        memory = found.memory and found.memory.as_json()
-        estimates = asdict(found.estimate) if found.estimate else {}
-        rows.append(asdict(found.cell) | {"why_not": found.why_not, "memory": memory} | estimates)
-    write_json(path, rows)
+    for cell in cells:
+        planned = memory[cell.model, cell.method]
+        found = {"why_not": planned, "memory": None}
+        if isinstance(planned, RunPlan):
+            found = {"why_not": "", "memory": planned.as_json(desktop_gb)} | asdict(estimates[cell])
+        rows.append(asdict(cell) | found)
+    return rows
 
 
-def plan_memory(
-    cells: Sequence[Cell],
-    *,
-    qlora_rank: int,
-    report: Callable[[str], None] = print,
-    **what,
-) -> dict[tuple[str, str], RunPlan | str]:
-    """Return (model, method) -> its plan, or why there is none.
-
-    what: as plan_run takes it. report: receives one line per plan.
-    """
-    found: dict[tuple[str, str], RunPlan | str] = {}
-    for model, method in dict.fromkeys((cell.model, cell.method) for cell in cells):
-        rank = qlora_rank if method == QLORA else 0
-        try:
-            found[model, method] = plan_run(model, qlora_rank=rank, rows=ROWS, **what)
-        except ValueError as error:
-            found[model, method] = str(error)
-        report(f"  {short_name(model)}, {method}: {_describe_memory(found[model, method])}")
-    return found
-
-
-def _describe_memory(planned: RunPlan | str) -> str:
-    if isinstance(planned, str):
-        return f"NO: {planned}"
-    parts = f"training {planned.update.total / GIB:.2f}, sampling {planned.sampling.total / GIB:.2f}"
-    on = as_flags(planned.update.savings.switched_on | {"num_slots": planned.num_slots})
-    return f"{parts} GiB (simulated); {planned.larger.fits_text}; with {on}"
-
-
-Chosen = Mapping[tuple[str, str], tuple[dict, str]]  # (model, method) -> as settings_of returns it
-
-
-def settings_of(planned: RunPlan | str, max_grad_norm: float) -> tuple[dict, str]:
-    """Return (a cell's memory settings, why it cannot run; "" = it can). max_grad_norm: the recipe's own."""
-    return ({}, planned) if isinstance(planned, str) else (planned.switches(max_grad_norm), "")
+def settings_of(memory: Memory, max_grad_norm: float) -> Chosen:
+    """Return the settings of every model and method. max_grad_norm: the recipe's own."""
+    return {
+        pair: ({}, planned) if isinstance(planned, str) else (planned.switches(max_grad_norm), "")
+        for pair, planned in memory.items()
+    }
 
 
 def choose_settings(
-    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, card: PlanSettings, **what
-) -> dict[tuple[str, str], tuple[dict, str]]:
-    """Return settings that fit the card, kept in path/memory.json; none without gpu_gb. what: plan_run's."""
+    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, card: PlanSettings, **sizes
+) -> Chosen:
+    """Return settings that fit the card, kept in path/memory.json; none without gpu_gb.
+
+    sizes: as for plan_memory.
+    """
     stored = path / FILE
     if not stored.is_file():
         if not card.gpu_gib:
             return {(cell.model, cell.method): ({}, "") for cell in cells}
-        found = plan_memory(cells, card=card, **what)
-        write_json(stored, [[*pair, *settings_of(planned, max_grad_norm)] for pair, planned in found.items()])
+        found = settings_of(plan_memory(cells, card=card, **sizes), max_grad_norm)
+        write_json(stored, [[*pair, *chosen] for pair, chosen in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))
     return {(model, method): (settings, problem) for model, method, settings, problem in rows}
 

@@ -22,7 +22,7 @@ import torch
 
 from kit.machine import CONTEXT, GIB
 from kit.memory import Plan
-from kit.memory.choose import QLORA_RANK
+from kit.memory.phases import QLORA_RANK
 from kit.recipes.card.memory import beside_plan, held_gib, measured, memory_cap, timed, warm_up
 from kit.recipes.card.models import NO_BF16, Training, build
 from kit.recipes.card.plans import plan_of, planned

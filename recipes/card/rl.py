@@ -21,7 +21,7 @@ from kit.data import ChatFormat, Question
 from kit.data.toy import make_rows, make_tokenizer
 from kit.machine import CONTEXT, GIB
 from kit.memory import Plan
-from kit.memory.run_plan import RunPlan
+from kit.memory.phases import RunPlan
 from kit.packing import IGNORE_INDEX, plan_packs
 from kit.recipes.card.memory import beside_plan, measured, warm_up
 from kit.recipes.card.models import NO_BF16, QWEN, build_to_sample, config_to_sample
@@ -29,7 +29,8 @@ from kit.recipes.card.results import Card, Results
 from kit.rl import Policy, Settings, rollout, update
 from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode
 from kit.rl.grpo import score
-from kit.rl.memory_plan import plan_rl
+from kit.rl.memory_plan import RLRun
+from kit.train import Savings
 
 SPREAD = 7.0  # standard deviation of the logits: an entropy of about one nat
 LEAST_LIMIT = 0.02  # of the mean difference of log-probs, however close to fp32 the trainer is
@@ -57,7 +58,8 @@ def plan_step(card: Card, settings: Settings, prompt_tokens: int) -> RunPlan:
     with TemporaryDirectory() as folder:
         if card.small:
             config_to_sample(card).save_pretrained(folder)
-        return plan_rl(folder if card.small else QWEN, settings=settings, prompt_tokens=prompt_tokens)
+        model = folder if card.small else QWEN
+        return RLRun(model=model, settings=settings, prompt_tokens=prompt_tokens).simulate(Savings())
 
 
 def train(

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.sampler import PREFILL_TOKENS, _Engine
 from kit.machine import GIB
-from kit.memory.sampling import SAMPLER
+from kit.memory.phases import SAMPLER
 from kit.recipes.card import models
 from kit.recipes.card.compare import attempt
 from kit.recipes.card.memory import held_gib, measured, timed

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from kit.memory.choose import ladder_steps
+from kit.memory.run_plan import as_savings, entries_for
 from kit.recipes.card.memory import timed
 from kit.recipes.card.models import NO_BF16, ROW_TOKENS, Training, build, model_config, shipped
 from kit.recipes.card.plans import plan_of, planned
@@ -68,7 +68,7 @@ def settings(name: str, card: Card) -> dict[str, Savings]:
         "defaults": Savings(),
         "tiles": Savings(tile_tokens=tiles),
         "tiles and offloaded inputs": Savings(tile_tokens=tiles, offload_inputs=True),
-        "leanest": replace(ladder_steps(model_config(name))[-1], tile_tokens=tiles, logit_rows=rows),
+        "leanest": replace(as_savings(entries_for(model_config(name))), tile_tokens=tiles, logit_rows=rows),
     }
 
 

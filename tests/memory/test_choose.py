@@ -6,14 +6,34 @@ from test_closed_form import small_heads  # noqa: F401  a fixture
 from test_simulate import SMALL
 
 from kit.config import as_flags
+from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
-from kit.memory import choose as fitting
-from kit.memory.choose import choose, ladder_steps, rows_of, suggest_savings, switches
+from kit.memory import phases
+from kit.memory import run_plan as fitting
+from kit.memory.phases import MeasuredRun, RunPlan
+from kit.memory.run_plan import as_savings, choose, entries_for, for_less
+from kit.memory.settings import PlanSettings
 from kit.memory.simulate import Plan, card_bytes, plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
 
 T = 1024
+
+
+def fine_tuning(model, row_tokens=T, rows=1, **others) -> MeasuredRun:
+    """Return a run whose sampling needs little."""
+    params = SamplingParams(max_new_tokens=1)
+    return MeasuredRun(model=model, params=params, num_slots=1, row_tokens=row_tokens, rows=rows, **others)
+
+
+def choose_for(gpu_gb, run, desktop_gb=0.0) -> RunPlan:
+    return choose(run, PlanSettings(gpu_gb=str(gpu_gb), desktop_gb=desktop_gb))
+
+
+def ladder_steps(model, qlora_rank=0) -> list[Savings]:
+    """Return the settings after each entry of the ladder."""
+    entries = entries_for(load_config(model), qlora_rank)
+    return [as_savings(entries[:count]) for count in range(1, len(entries) + 1)]
 
 
 def make_model(folder, **settings) -> str:
@@ -28,24 +48,24 @@ def small_model(tmp_path):
 
 
 def total(model, savings, rows=1):
-    return plan(model, row_tokens=T, savings=savings, rows=rows_of(savings, rows)).total / GIB
+    return fine_tuning(model, rows=rows).simulate(savings).update.total / GIB
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_card_with_room_for_the_first_settings_gets_them(small_model, rows):
-    first = ladder_steps(load_config(small_model))[0]
-    found = choose(small_model, row_tokens=T, gpu_gb=total(small_model, first, rows) + 1e-6, rows=rows)
-    assert found.savings == first and found.rows == rows
-    assert switches(found, 1.0) == vars(first)
+    first = ladder_steps(small_model)[0]
+    found = choose_for(total(small_model, first, rows) + 1e-6, fine_tuning(small_model, rows=rows))
+    assert found.update.savings == first and found.update.rows == rows
+    assert found.switches(1.0) == vars(first) | {"num_slots": 1}
 
 
 @pytest.mark.slow
 def test_no_switch_that_was_chosen_can_be_left_out(small_model):
     """Tried with a card that the middle of the ladder fits, and with one that only its end fits."""
-    ladder = ladder_steps(load_config(small_model))
+    ladder = ladder_steps(small_model)
     for place in (5, len(ladder) - 1):
         gpu_gb = total(small_model, ladder[place], 2) + 1e-6
-        found = choose(small_model, row_tokens=T, gpu_gb=gpu_gb, rows=2)
+        found = choose_for(gpu_gb, fine_tuning(small_model, rows=2)).update
         assert found.fits(gpu_gb)
         for name, off in vars(Savings()).items():
             without = {**vars(found.savings), name: off}
@@ -72,22 +92,24 @@ def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_
         peak = 20 - sum(saved_gib.get(name, 0) for name in savings.switched_on)
         return Plan(model, savings=savings, peak=peak * GIB, when="", owners={}, host=0, **sizes)
 
-    monkeypatch.setattr(fitting, "plan", fake_plan)
+    monkeypatch.setattr(phases, "plan", fake_plan)
     gpu_gb = card_bytes((20 - gib_to_save) * GIB) / GIB
-    found = choose("google/gemma-3-1b-it", row_tokens=16_384, gpu_gb=gpu_gb, rows=2)
-    assert found.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
+    found = choose_for(gpu_gb, fine_tuning("google/gemma-3-1b-it", rows=2))
+    assert found.update.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
 
 
 @pytest.mark.slow
 def test_nothing_that_changes_the_update_is_chosen_while_what_only_costs_time_would_do(small_model):
-    ladder = ladder_steps(load_config(small_model))
+    ladder = ladder_steps(small_model)
     faithful = [savings for savings in ladder if savings.exact_weights and not savings.update_in_backward]
     assert ladder[: len(faithful)] == faithful
     leanest = faithful[-1]
     assert leanest.offload_gradients and leanest.offload_optimizer and leanest.offload_inputs
-    found = choose(small_model, row_tokens=T, gpu_gb=total(small_model, leanest, 2) + 1e-6, rows=2)
-    assert found.rows == 2 and not found.savings.update_in_backward and found.savings.exact_weights
-    assert switches(found, 1.0).keys() == vars(Savings()).keys()  # batch and clipping stay as they are
+    found = choose_for(total(small_model, leanest, 2) + 1e-6, fine_tuning(small_model, rows=2))
+    chosen = found.update.savings
+    assert found.update.rows == 2 and not chosen.update_in_backward and chosen.exact_weights
+    kept = {"batch_traces", "max_grad_norm", "max_tensor_norm"}  # batch and clipping stay as they are
+    assert not found.switches(1.0).keys() & kept
 
 
 @pytest.mark.slow
@@ -95,12 +117,12 @@ def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(
     small_model, monkeypatch, capsys
 ):
     """The exact weights go first: without them, batch and clipping stay as they are."""
-    monkeypatch.setattr(fitting, "SHORTER", 128)
-    ladder = ladder_steps(load_config(small_model))
+    monkeypatch.setattr(phases, "SHORTER", 128)
+    ladder = ladder_steps(small_model)
     place = next(i for i, savings in enumerate(ladder) if not savings.exact_weights)
     exact, rounded = (total(small_model, savings, 2) for savings in ladder[place - 1 : place + 1])
     assert rounded < exact
-    found = choose(small_model, row_tokens=T, gpu_gb=(rounded + exact) / 2, rows=2)
+    found = choose_for((rounded + exact) / 2, fine_tuning(small_model, rows=2)).update
     assert not found.savings.exact_weights and not found.savings.update_in_backward and found.rows == 2
     *_, kept, price = capsys.readouterr().out.splitlines()
     told = f"  to keep the update takes {exact:.2f} GiB: pass --row_tokens "
@@ -110,9 +132,9 @@ def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(
     )
 
     shorter = int(kept.removeprefix(told).split(",")[0])
-    found = choose(small_model, row_tokens=shorter, gpu_gb=(rounded + exact) / 2, rows=2)
+    found = choose_for((rounded + exact) / 2, fine_tuning(small_model, shorter, rows=2)).update
     assert found.savings.exact_weights and found.rows == 2  # what is named does keep it
-    choose(small_model, row_tokens=T, gpu_gb=exact + 1e-6, rows=2)
+    choose_for(exact + 1e-6, fine_tuning(small_model, rows=2))
     assert "price" not in capsys.readouterr().out
 
 
@@ -123,36 +145,37 @@ def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "LADDER", (("optimizer", "adamw8bit"), *tiles))
     for tile_tokens in (64, 256, 512):
         gpu_gb = total(small_model, Savings(optimizer="adamw8bit", tile_tokens=tile_tokens)) + 1e-6
-        assert choose(small_model, row_tokens=T, gpu_gb=gpu_gb).savings.tile_tokens == tile_tokens
+        assert choose_for(gpu_gb, fine_tuning(small_model)).update.savings.tile_tokens == tile_tokens
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_heads")
 def test_the_blocked_head_is_chosen_if_it_decides_whether_a_model_fits(tmp_path):
     model = make_model(tmp_path, vocab_size=60_000, num_hidden_layers=2)  # mostly head
-    ladder = ladder_steps(load_config(model))
+    ladder = ladder_steps(model)
     place = next(i for i, savings in enumerate(ladder) if savings.head_update == "blocked")
     whole, blocked = (total(model, savings) for savings in ladder[place - 1 : place + 1])
-    found = choose(model, row_tokens=T, gpu_gb=(whole + blocked) / 2)
-    assert blocked < whole and found.savings.head_update == "blocked" and found.savings.offload_optimizer
-    settings = switches(found, 1.0)
+    found = choose_for((whole + blocked) / 2, fine_tuning(model))
+    chosen, settings = found.update.savings, found.switches(1.0)
+    assert blocked < whole and chosen.head_update == "blocked" and chosen.offload_optimizer
     assert (settings["batch_traces"], settings["max_grad_norm"], settings["max_tensor_norm"]) == (1, 0.0, 0.0)
-    Savings(**vars(found.savings)).check_clipping(settings["max_grad_norm"], settings["max_tensor_norm"])
-    lean = replace(found, savings=replace(found.savings, head_update="whole"))
-    assert switches(lean, 0.7)["max_tensor_norm"] == 0.7 and switches(lean, 0.7)["max_grad_norm"] == 0.0
+    chosen.check_clipping(settings["max_grad_norm"], settings["max_tensor_norm"])
+    lean = replace(found.update, savings=replace(chosen, head_update="whole"))
+    settings = replace(found, update=lean).switches(0.7)
+    assert settings["max_tensor_norm"] == 0.7 and settings["max_grad_norm"] == 0.0
 
 
 @pytest.mark.slow
 def test_a_head_of_its_own_has_no_blocks_to_choose(tmp_path):
     model = make_model(tmp_path, tie_word_embeddings=False, num_hidden_layers=2)
-    ladder = ladder_steps(load_config(model))
+    ladder = ladder_steps(model)
     assert all(savings.head_update == "whole" for savings in ladder) and ladder[-1].offload_optimizer
     gpu_gb = total(model, ladder[-1]) + 1e-6
-    assert choose(model, row_tokens=T, gpu_gb=gpu_gb).fits(gpu_gb)
+    assert choose_for(gpu_gb, fine_tuning(model)).fits(gpu_gb)
 
 
 def test_adapters_choose_among_what_saves_them_something(small_model):
-    ladder = ladder_steps(load_config(small_model), 16)
+    ladder = ladder_steps(small_model, 16)
     assert len(ladder) > 2
     assert not any(savings.switched_on.keys() & fitting.FULL_ONLY for savings in ladder)
 
@@ -161,16 +184,15 @@ def test_adapters_choose_among_what_saves_them_something(small_model):
 @pytest.mark.usefixtures("small_heads")
 def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_left(tmp_path):
     model = make_model(tmp_path, vocab_size=30_000, num_hidden_layers=4)  # a good part of it head
-    found = plan(model, row_tokens=T, savings=Savings(recompute=False), rows=2)
-    suggested = list(suggest_savings(found))
-    flags = [flag for flag, _ in suggested]
+    found = fine_tuning(model, rows=2).simulate(Savings(recompute=False))
+    lines = [line.split(", at the price of: ")[0] for line in for_less(found)]
+    flags, sizes = zip(*(line.removesuffix(" GiB").rsplit(maxsplit=1) for line in lines), strict=True)
+    flags, sizes = [flag.strip() for flag in flags], [float(size) for size in sizes]
     assert flags[0] == "--recompute" and flags[-1] == "--head_update blocked"
     ladder = [as_flags({name: value}) for name, value in fitting.LADDER]
     places = [ladder.index(flag) for flag in flags[1:]]
     assert places == sorted(places)
-    sizes = [smaller.total / GIB for _, smaller in suggested]
-    assert [found.total / GIB, *sizes] == sorted([found.total / GIB, *sizes], reverse=True)
-    assert [smaller.rows for _, smaller in suggested].index(1) == flags.index("--update_in_backward")
+    assert [found.update.total / GIB, *sizes] == sorted([found.update.total / GIB, *sizes], reverse=True)
 
     changes = {}
     for flag in flags:
@@ -178,15 +200,15 @@ def test_what_would_save_more_is_listed_in_the_ladders_order_until_nothing_is_le
         changes[name] = value if name == "head_update" else int(value) if value else True
     changes |= {"exact_weights": not changes.pop("no_exact_weights", False)}
     last = Savings(**changes | {"offload_gradients": False})  # which updating in the backward pass excludes
-    assert total(model, last, 2) == sizes[-1]  # each is with those before it
-    leanest = ladder_steps(load_config(model))[-1]
-    assert list(suggest_savings(plan(model, row_tokens=T, savings=leanest))) == []
+    assert f"{total(model, last, 2):.2f}" == f"{sizes[-1]:.2f}"  # each is with those before it
+    assert list(for_less(fine_tuning(model).simulate(ladder_steps(model)[-1]))) == []
 
 
 def test_the_first_settings_that_fit_are_found_even_if_later_ones_need_more(small_model, monkeypatch):
     """Tiles of so short a row need more memory than the whole: their weight gradients are summed in fp32."""
     monkeypatch.setattr(fitting, "LADDER", (("optimizer", "adamw8bit"), ("tile_tokens", 100)))
-    ladder = ladder_steps(load_config(small_model))
+    ladder = ladder_steps(small_model)
     whole, tiled = (plan(small_model, row_tokens=256, savings=savings).total / GIB for savings in ladder)
     assert whole < tiled
-    assert choose(small_model, row_tokens=256, gpu_gb=(whole + tiled) / 2).savings.tile_tokens == 0
+    found = choose_for((whole + tiled) / 2, fine_tuning(small_model, 256))
+    assert found.update.savings.tile_tokens == 0

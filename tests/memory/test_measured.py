@@ -7,7 +7,7 @@ import torch
 from kit.machine import CONTEXT, GIB
 from kit.memory import measured
 from kit.memory.measured import COMPARED_AFTER, PeakMemory, check_free_memory
-from kit.memory.run_plan import RunPlan
+from kit.memory.phases import RunPlan
 from kit.memory.simulate import plan
 from kit.train.savings import Savings
 
@@ -72,7 +72,7 @@ def test_a_step_that_ran_out_says_what_is_known(tmp_path):
 
 def test_a_card_with_too_little_free_memory_is_refused_before_anything_loads(monkeypatch):
     step = plan("tiny", row_tokens=256)
-    planned = RunPlan(replace(step, peak=0), step, 1, None)
+    planned = RunPlan(step, lambda slots: replace(step, peak=0), 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (step.total - CONTEXT, 8 * GIB))
     check_free_memory(planned)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (step.total - CONTEXT - 1, 8 * GIB))
@@ -90,7 +90,7 @@ def test_a_machine_with_too_little_cpu_memory_for_what_leaves_the_card_is_refuse
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * GIB, 8 * GIB))
     savings = Savings(offload_optimizer=True, offload_gradients=True)
     step = replace(plan("tiny", row_tokens=256, savings=savings), host=3 * GIB)
-    planned = RunPlan(step, step, 1, None)
+    planned = RunPlan(step, lambda slots: step, 1)
     monkeypatch.setattr(measured, "free_memory", lambda: 3 * GIB)
     check_free_memory(planned)
     monkeypatch.setattr(measured, "free_memory", lambda: None)  # the system does not tell
@@ -104,4 +104,4 @@ def test_a_machine_with_too_little_cpu_memory_for_what_leaves_the_card_is_refuse
         check_free_memory(planned)
     on_card = plan("tiny", row_tokens=256)
     monkeypatch.setattr(measured, "free_memory", lambda: 0)
-    check_free_memory(RunPlan(on_card, on_card, 1, None))
+    check_free_memory(RunPlan(on_card, lambda slots: on_card, 1))

@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_choose import make_model, small_model  # noqa: F401  a fixture
+from test_choose import choose_for, fine_tuning, make_model, small_model  # noqa: F401  a fixture
 from test_simulate import SMALL
 from transformers import AutoModelForCausalLM
 
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
-from kit.memory import live_bytes, run_plan
-from kit.memory.choose import choose
-from kit.memory.run_plan import RunPlan, Work, estimate_run, plan_run
-from kit.memory.sampling import CACHE, SAMPLER, most_slots, plan_sampling
+from kit.memory import live_bytes
+from kit.memory.hours import SAMPLES, TOKENS, Work, estimate_run
+from kit.memory.phases import CACHE, SAMPLER, MeasuredRun, RunPlan, most_slots
+from kit.memory.run_plan import for_less, plan_run
 from kit.memory.settings import PlanSettings, TrainingPlanSettings
 from kit.memory.simulate import Plan, plan
 from kit.models.loading import load_config
@@ -26,10 +26,12 @@ LEAN = Savings(optimizer="adamw8bit")
 ALONE = PlanSettings(desktop_gb=0.0)
 
 
-def of_size(gib: float, desktop_gb: float = 0.0) -> Plan:
-    return Plan(
-        "any", 64, 0, LEAN, round(gib * GIB), "then", {"all": round(gib * GIB)}, 0, desktop_gb=desktop_gb
-    )
+def measured(model, num_slots=1, params=PARAMS, **others) -> MeasuredRun:
+    return MeasuredRun(model=model, params=params, num_slots=num_slots, **others)
+
+
+def of_size(gib: float) -> Plan:
+    return Plan("any", 64, 0, LEAN, round(gib * GIB), "then", {"all": round(gib * GIB)}, 0)
 
 
 def with_slots(slots: int) -> Plan:
@@ -41,7 +43,7 @@ def with_slots(slots: int) -> Plan:
 def test_the_plan_of_sampling_holds_the_cache_that_the_sampler_allocates(tmp_path, qlora_rank):
     gemma = {"head_dim": 64, "sliding_window": 100, "pad_token_id": 0, "num_key_value_heads": 1}
     folder = make_model(tmp_path, model_type="gemma3_text", **gemma)
-    found = plan_sampling(folder, PARAMS, qlora_rank=qlora_rank, prompt_tokens=50)(3)
+    found = measured(folder, qlora_rank=qlora_rank, prompt_tokens=50).at(3)
     real = SlotCache(AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.bfloat16), 3, 350)
     assert any(keys.shape[2] == 100 for keys in real.keys)  # a sliding layer keeps its window alone
     held = sum(x.untyped_storage().nbytes() for x in (*real.keys, *real.values))
@@ -52,30 +54,29 @@ def test_the_plan_of_sampling_holds_the_cache_that_the_sampler_allocates(tmp_pat
 
 def test_no_row_of_the_cache_is_longer_than_the_models_context(small_model):  # noqa: F811
     bytes_of = [
-        plan_sampling(small_model, SamplingParams(max_new_tokens=n))(2).owners[CACHE] for n in (10**6, 10**7)
+        measured(small_model, params=SamplingParams(max_new_tokens=n)).at(2).owners[CACHE]
+        for n in (10**6, 10**7)
     ]
     assert bytes_of == [2 * 2 * 2 * 2 * 64 * 2 * SMALL["max_position_embeddings"]] * 2
 
 
 def test_a_nucleus_is_counted_as_if_it_held_the_whole_vocabulary(small_model):  # noqa: F811
-    drawn = plan_sampling(small_model, PARAMS, prompt_tokens=1)(64).owners[SAMPLER]
+    drawn = measured(small_model, prompt_tokens=1).at(64).owners[SAMPLER]
     assert drawn >= 64 * SMALL["vocab_size"] * (4 + 8)  # sorted logits in fp32 and their ids
 
 
 def test_a_card_needs_the_larger_of_training_and_sampling_and_the_plan_says_which(small_model):  # noqa: F811
-    sizes = {"row_tokens": 256, "savings": LEAN, "card": ALONE}
-    few, many = (plan_run(small_model, PARAMS, num_slots=n, **sizes) for n in (1, 512))
-    assert few.larger is few.update and "for training" in str(few)
-    assert many.larger is many.sampling and "for sampling" in str(many)
+    few, many = (plan_run(measured(small_model, n, row_tokens=256), ALONE, LEAN) for n in (1, 512))
+    assert few.larger is few.update and "for training" in few.describe(0.0)
+    assert many.larger is many.sampling and "for sampling" in many.describe(0.0)
     assert few.update == many.update == plan(small_model, row_tokens=256, savings=LEAN)
-    found = many.as_json()
+    found = many.as_json(0.0)
     assert found["total"] == many.sampling.total == found["sampling"]["total"] > found["update"]["total"]
-    assert plan_run(small_model, PARAMS, num_slots=1, card=ALONE).update is None
+    assert plan_run(measured(small_model), ALONE).update is None
 
 
 def test_a_plan_that_sampling_keeps_from_fitting_names_the_slots_that_do_fit():
-    found = RunPlan(with_slots(16), of_size(6.0), 16, with_slots)
-    told = str(found)
+    told = RunPlan(of_size(6.0), with_slots, 16).describe(0.0)
     for gb in (8, 12, 16):
         slots = most_slots(with_slots, gb)
         assert f"with --num_slots {slots} sampling fits {gb} GB, too" in told
@@ -84,52 +85,44 @@ def test_a_plan_that_sampling_keeps_from_fitting_names_the_slots_that_do_fit():
 
 
 def test_for_a_card_as_many_slots_are_chosen_as_fit_and_no_more_than_there_are_samples(small_model):  # noqa: F811
-    sampling = plan_sampling(small_model, PARAMS, desktop_gb=0.1)
+    sampling = measured(small_model).at
     card = PlanSettings(gpu_gb=f"{sampling(40).total / GIB + 0.1 + 1e-6:.9f}", desktop_gb=0.1)
-    found = plan_run(small_model, PARAMS, num_slots=1, row_tokens=256, card=card)
-    assert found.num_slots == 40 and found.fits(card.gpu_gib) and not sampling(41).fits(card.gpu_gib)
+    found = plan_run(measured(small_model, row_tokens=256), card)
+    assert found.num_slots == 40 and found.fits(card.room) and not sampling(41).fits(card.room)
     assert found.switches(1.0)["num_slots"] == 40
-    assert plan_run(small_model, PARAMS, num_slots=1, num_samples=7, card=card).num_slots == 7
-    with pytest.raises(
-        ValueError, match=r"gpu_gb is 0\.5 .* one answer .* needs 0\..* pass a smaller --model"
-    ):
-        plan_run(small_model, PARAMS, num_slots=1, card=replace(ALONE, gpu_gb="0.5"))
+    assert plan_run(measured(small_model, num_samples=7), card).num_slots == 7
+    with pytest.raises(ValueError, match=r"gpu_gb is 0\.5 .* 1 answer .* needs 0\..* pass a smaller --model"):
+        plan_run(measured(small_model), replace(ALONE, gpu_gb="0.5"))
 
 
 def test_what_a_desktop_uses_is_taken_from_the_card_and_said(small_model, capsys):  # noqa: F811
-    alone, shared = (of_size(6.9, desktop_gb) for desktop_gb in (0.0, 0.7))
-    assert alone.fits(8) and not shared.fits(8) and shared.fits(8.6)
-    assert alone.total == shared.total  # what the run needs itself stays
-    assert "8 GB: no" in shared.fits_text and shared.fits_text.endswith("0.7 GB of each is left to a desktop")
-    assert "8 GB: yes" in alone.fits_text and "desktop" not in alone.fits_text
+    found = RunPlan(None, lambda slots: of_size(6.9), 1)
+    alone, shared = (PlanSettings(gpu_gb="8", desktop_gb=desktop_gb) for desktop_gb in (0.0, 0.7))
+    assert found.fits(alone.room) and not found.fits(shared.room)
+    assert "8 GB: no" in found.fits_text(0.7)
+    assert found.fits_text(0.7).endswith("0.7 GB of each is left to a desktop")
+    assert "8 GB: yes" in found.fits_text(0.0) and "desktop" not in found.fits_text(0.0)
+    assert found.as_json(0.7)["fits_gb"] == found.as_json(0.7)["sampling"]["fits_gb"] == [12, 16, 24]
+    assert found.as_json(0.0)["fits_gb"] == [8, 12, 16, 24]
 
+    step = fine_tuning(small_model)
     needed = plan(small_model, row_tokens=1024, savings=LEAN).total / GIB + 1e-6
-    assert choose(small_model, row_tokens=1024, gpu_gb=needed).savings == LEAN
-    assert choose(small_model, row_tokens=1024, gpu_gb=needed + 0.2, desktop_gb=0.2).savings == LEAN
+    assert choose_for(needed, step).update.savings == LEAN
+    assert choose_for(needed + 0.2, step, desktop_gb=0.2).update.savings == LEAN
     assert " GiB with --optimizer adamw8bit\n" in capsys.readouterr().out  # a line per setting tried
     with pytest.raises(ValueError, match=r"gpu_gb is .* and desktop_gb 0\.2 but "):
-        choose(small_model, row_tokens=1024, gpu_gb=needed, desktop_gb=0.2)
+        choose_for(needed, step, desktop_gb=0.2)
 
 
 @pytest.mark.slow
 def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_above(small_model):  # noqa: F811
-    found = plan_run(
-        small_model,
-        PARAMS,
-        num_slots=1,
-        row_tokens=1024,
-        rows=2,
-        card=ALONE,
-        savings=Savings(recompute=False),
-    )
-    lines = list(found.for_less())
+    found = plan_run(measured(small_model, row_tokens=1024, rows=2), ALONE, Savings(recompute=False))
+    lines = list(for_less(found))
     needs = [float(line.split(" GiB")[0].split()[-1]) for line in lines]
     assert needs == sorted(needs, reverse=True) and needs[0] <= found.larger.total / GIB
     assert lines[0].startswith("    --recompute") and len(lines) > 3
-    assert list(replace(found, is_plain=False).for_less()) == []
-    assert list(replace(found, update=None).for_less()) == []
     between = replace(found.sampling, peak=found.update.peak - 1)  # sampling is the larger after one saving
-    assert list(replace(found, sampling=between).for_less()) == lines[:1]
+    assert list(for_less(replace(found, at=lambda slots: between))) == lines[:1]
 
 
 def test_auto_reads_the_card_and_what_is_not_a_size_is_refused(monkeypatch):
@@ -145,9 +138,9 @@ def test_auto_reads_the_card_and_what_is_not_a_size_is_refused(monkeypatch):
 
 
 def test_an_unknown_card_is_refused_before_anything_is_simulated(monkeypatch):
-    monkeypatch.setattr(run_plan, "plan_sampling", None)
+    monkeypatch.setattr(MeasuredRun, "simulate", None)
     with pytest.raises(ValueError, match=r"card is 'Voodoo' but the table of rates has 3060, .*4090.*; pass"):
-        plan_run("tiny", PARAMS, num_slots=1, card=PlanSettings(card="Voodoo"))
+        plan_run(measured("tiny"), PlanSettings(card="Voodoo"))
 
 
 def test_the_settings_of_the_plan_itself_are_not_those_that_start_the_run():
@@ -158,15 +151,16 @@ def test_the_settings_of_the_plan_itself_are_not_those_that_start_the_run():
 
 
 def test_the_estimate_counts_both_evaluations_tokens_on_disk_and_what_offloading_pins():
-    found = RunPlan(replace(of_size(1.0), model="tiny"), replace(of_size(2.0), model="tiny"), 4, with_slots)
+    update, sampling = (replace(of_size(gib), model="tiny") for gib in (2.0, 1.0))
+    found = RunPlan(update, lambda slots: sampling, 4)
     work = Work(10, 100, num_traces=50, epochs=2, batch_traces=5, trace_tokens=32)
     estimate = estimate_run(found, work, card="3060")
-    assert estimate.num_steps == 20 and estimate.disk_tokens == 4 * 50 * 32
+    assert estimate.num_steps == 20 and estimate.disk[TOKENS] == 4 * 50 * 32
     longer = estimate_run(found, replace(work, trace_tokens=10_000), card="3060")
-    assert longer.disk_tokens == 4 * 50 * 64  # rows have 64 tokens, and longer traces are dropped
+    assert longer.disk[TOKENS] == 4 * 50 * 64  # rows have 64 tokens, and longer traces are dropped
     assert (
-        estimate.disk_samples
-        == 2 * estimate_run(found, replace(work, evaluations=1), card="3060").disk_samples
+        estimate.disk[SAMPLES]
+        == 2 * estimate_run(found, replace(work, evaluations=1), card="3060").disk[SAMPLES]
     )
     told = estimate.describe(3 * GIB)
     for said in (
@@ -177,11 +171,11 @@ def test_the_estimate_counts_both_evaluations_tokens_on_disk_and_what_offloading
     ):
         assert said in told
     assert told.count("estimate: 40% of the datasheet's rates of an NVIDIA GeForce RTX 3060") == 1
-    assert json.dumps(found.as_json())
+    assert json.dumps(found.as_json(0.0))
 
 
 def test_shorter_answers_are_no_way_out_for_a_card_that_the_weights_alone_fill():
     for gpu_gb, way_out in (("0.5", "a smaller --model"), ("0.554", "a smaller --max_new_tokens")):
         card = PlanSettings(gpu_gb=gpu_gb, desktop_gb=0.0)
         with pytest.raises(ValueError, match=f"pass {way_out}, or a larger card"):
-            plan_run("tiny", SamplingParams(max_new_tokens=100_000), num_slots=1, card=card)
+            plan_run(measured("tiny", params=SamplingParams(max_new_tokens=100_000)), card)

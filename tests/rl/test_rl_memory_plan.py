@@ -10,16 +10,33 @@ from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory import live_bytes
-from kit.memory.sampling import CACHE, SAMPLER
+from kit.memory.live_bytes import REFERENCE
+from kit.memory.phases import CACHE, SAMPLER, RunPlan
+from kit.memory.run_plan import as_savings, entries_of, plan_run
+from kit.memory.settings import PlanSettings
 from kit.memory.simulate import plan
 from kit.models.folder import ADAPTER_CONFIG, adapter_rank
 from kit.models.loading import load_config
-from kit.rl.memory_plan import REFERENCE, SCORING, choose_rl, eval_slots, ladder_steps_rl, plan_rl
+from kit.rl.memory_plan import SCORING, RLRun, eval_slots
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
 SETTINGS = Settings(max_new_tokens=100, row_tokens=512, num_slots=16, minibatch_prompts=4, group_size=4)
 LEAN = Savings(optimizer="adamw8bit")
+
+
+def simulate(model, *, savings, **sizes) -> RunPlan:
+    return RLRun(model=model, **sizes).simulate(savings)
+
+
+def choose_for(gpu_gb, model, settings, **sizes) -> RunPlan:
+    run = RLRun(model=model, settings=settings, **sizes, **PROMPT)
+    return plan_run(run, PlanSettings(gpu_gb=str(gpu_gb), desktop_gb=0.0))
+
+
+def ladder_steps(model, qlora_rank=0) -> list[Savings]:
+    entries = entries_of(RLRun(model=model, settings=SETTINGS, qlora_rank=qlora_rank))
+    return [as_savings(entries[:count]) for count in range(1, len(entries) + 1)]
 
 
 @pytest.fixture
@@ -31,7 +48,7 @@ def small_model(tmp_path):
 
 
 def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
-    found = plan_rl(small_model, settings=SETTINGS, savings=LEAN, prompt_tokens=50)
+    found = simulate(small_model, settings=SETTINGS, savings=LEAN, prompt_tokens=50)
     weights = found.update.owners[live_bytes.WEIGHTS]
     for phase in (found.sampling, found.update):
         assert phase.owners[live_bytes.WEIGHTS] == weights
@@ -45,15 +62,15 @@ def test_the_plan_holds_both_phases_and_a_card_needs_the_larger(small_model):
     assert CACHE not in found.update.owners  # freed before the update
     assert found.larger.peak == max(found.sampling.peak, found.update.peak)
     for said in (", 16 answers of up to 100 tokens at once: ", "(simulated)", "8 GB: yes"):
-        assert said in str(found)
-    assert found.as_json()["fits_gb"] == [6, 8, 12, 16, 24]
+        assert said in found.describe(0.0)
+    assert found.as_json(0.0)["fits_gb"] == [6, 8, 12, 16, 24]
 
 
 def test_without_a_kl_there_is_no_reference_and_an_update_is_a_training_step_with_an_earlier_rows_gradients(
     small_model,
 ):
-    without = plan_rl(small_model, settings=replace(SETTINGS, kl_coef=0.0), savings=LEAN)
-    with_reference = plan_rl(small_model, settings=SETTINGS, savings=LEAN)
+    without = simulate(small_model, settings=replace(SETTINGS, kl_coef=0.0), savings=LEAN)
+    with_reference = simulate(small_model, settings=SETTINGS, savings=LEAN)
     assert REFERENCE not in without.update.owners
     assert with_reference.update.peak - without.update.peak == pytest.approx(
         with_reference.update.owners[REFERENCE], rel=0.01
@@ -68,8 +85,8 @@ def test_scoring_for_the_kl_counts_if_it_needs_more_than_the_training_step(small
     """Scoring recomputes nothing and has no tiles: with every saving on, adapters train in less."""
     lean = Savings(optimizer="adamw8bit", tile_tokens=16, logit_rows=8, offload_inputs=True)
     options = {"savings": lean, "qlora_rank": 4, "prompt_tokens": 50}
-    without = plan_rl(small_model, settings=replace(SETTINGS, kl_coef=0.0), **options).update
-    found = plan_rl(small_model, settings=SETTINGS, **options).update
+    without = simulate(small_model, settings=replace(SETTINGS, kl_coef=0.0), **options).update
+    found = simulate(small_model, settings=SETTINGS, **options).update
     assert found.when == "scoring" and found.peak == sum(found.owners.values()) > without.peak
     assert found.owners[SCORING] > without.peak - without.owners[live_bytes.WEIGHTS]
 
@@ -79,16 +96,18 @@ def test_an_update_finds_the_gradients_of_an_earlier_row(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model, settings = str(tmp_path), replace(SETTINGS, row_tokens=200, kl_coef=0.0)
     one_row, two_rows = (plan(model, row_tokens=200, savings=LEAN, rows=rows).peak for rows in (1, 2))
-    assert plan_rl(model, settings=settings, savings=LEAN).update.peak >= two_rows > 1.1 * one_row
+    assert simulate(model, settings=settings, savings=LEAN).update.peak >= two_rows > 1.1 * one_row
 
 
 def test_adapters_need_no_reference(small_model):
-    found = plan_rl(small_model, settings=SETTINGS, savings=LEAN, qlora_rank=4)
+    found = simulate(small_model, settings=SETTINGS, savings=LEAN, qlora_rank=4)
     assert REFERENCE not in found.update.owners and REFERENCE not in found.sampling.owners
 
 
 def test_more_answers_at_once_need_more_when_sampling_and_the_same_when_updating(small_model):
-    few, many = (plan_rl(small_model, settings=replace(SETTINGS, num_slots=n), savings=LEAN) for n in (1, 64))
+    few, many = (
+        simulate(small_model, settings=replace(SETTINGS, num_slots=n), savings=LEAN) for n in (1, 64)
+    )
     assert few.sampling.peak < many.sampling.peak and few.update.peak == many.update.peak
 
 
@@ -96,14 +115,14 @@ def test_the_sampler_needs_what_drawing_or_reading_prompts_takes_whichever_is_mo
     owned = {}
     for prompt_tokens in (1, 100, 200, 400):
         settings = replace(SETTINGS, num_slots=64)
-        found = plan_rl(small_model, settings=settings, savings=LEAN, prompt_tokens=prompt_tokens)
+        found = simulate(small_model, settings=settings, savings=LEAN, prompt_tokens=prompt_tokens)
         owned[prompt_tokens] = found.sampling.owners[SAMPLER]
     assert owned[1] < owned[100] < owned[200] == owned[400]  # prompts are read 8,192 tokens at once, at most
     assert owned[200] >= PREFILL_TOKENS * 2 * SMALL["intermediate_size"] * 2  # gate and up, in bf16
 
 
 def test_no_row_of_the_cache_is_longer_than_what_a_rollout_takes(small_model):
-    found = plan_rl(small_model, settings=replace(SETTINGS, row_tokens=130), savings=LEAN, prompt_tokens=50)
+    found = simulate(small_model, settings=replace(SETTINGS, row_tokens=130), savings=LEAN, prompt_tokens=50)
     assert found.sampling.owners[CACHE] == 2 * 2 * 2 * 64 * 2 * 16 * 130
 
 
@@ -113,7 +132,7 @@ def test_completions_of_8k_tokens_never_need_a_row_of_logits_per_token(tmp_path)
     config = {"model_type": "llama", **SMALL, "vocab_size": 100_000, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = replace(SETTINGS, max_new_tokens=8_192, row_tokens=8_704, kl_coef=0.0)
-    found = plan_rl(str(tmp_path), settings=settings, savings=LEAN)
+    found = simulate(str(tmp_path), settings=settings, savings=LEAN)
     assert found.update.peak < 8_704 * 100_000 * 2
     assert found.update.owners.get(live_bytes.LOGITS, 0) <= 0.51 * GIB
 
@@ -127,36 +146,36 @@ def gib(found):
 
 
 def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_fit(small_model):
-    fastest = ladder_steps_rl(small_model, 0)[0]
-    many = plan_rl(small_model, settings=replace(SHORT, num_slots=300), savings=fastest, **PROMPT)
+    fastest = ladder_steps(small_model)[0]
+    many = simulate(small_model, settings=replace(SHORT, num_slots=300), savings=fastest, **PROMPT)
     assert many.sampling.peak > many.update.peak
     for num_slots, card in ((300, gib(many.larger)), (299, gib(many.larger) - 1e-7)):
-        found = choose_rl(small_model, settings=SHORT, gpu_gb=card, **PROMPT)
+        found = choose_for(card, small_model, SHORT)
         assert (found.update.savings, found.num_slots) == (fastest, num_slots)
         assert found.fits(card)
         more = replace(SHORT, num_slots=num_slots + 1)
-        assert not plan_rl(small_model, settings=more, savings=fastest, **PROMPT).fits(card)
-    assert choose_rl(small_model, settings=SHORT, gpu_gb=24, bound=16, **PROMPT).num_slots == 16
+        assert not simulate(small_model, settings=more, savings=fastest, **PROMPT).fits(card)
+    assert choose_for(24, small_model, SHORT, num_samples=16).num_slots == 16
 
 
 @pytest.mark.slow
 def test_a_smaller_card_gets_more_savings_and_what_is_chosen_fits_it_when_planned_again(small_model):
     settings = replace(SHORT, max_new_tokens=20, row_tokens=4_096)  # so that the update decides what fits
-    ladder = ladder_steps_rl(small_model, 0)
-    updates = [plan_rl(small_model, settings=settings, savings=s, **PROMPT).update for s in ladder]
+    ladder = ladder_steps(small_model)
+    updates = [simulate(small_model, settings=settings, savings=s, **PROMPT).update for s in ladder]
     card = max(gib(update) for update in updates if update.peak < updates[0].peak) + 1e-7
 
-    found = choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
+    found = choose_for(card, small_model, settings)
     first = next(s for s, update in zip(ladder, updates, strict=True) if update.fits(card))
     assert found.update.savings == first != ladder[0]
     settings = replace(settings, num_slots=found.num_slots)
-    again = plan_rl(small_model, settings=settings, savings=found.update.savings, **PROMPT)
-    assert again.fits(card) and again.as_json() == found.as_json()
+    again = simulate(small_model, settings=settings, savings=found.update.savings, **PROMPT)
+    assert again.fits(card) and again.as_json(0.0) == found.as_json(0.0)
 
 
 def test_savings_that_a_step_of_several_rows_cannot_have_are_not_chosen(small_model):
     for rank in (0, 16):
-        ladder = ladder_steps_rl(small_model, rank)
+        ladder = ladder_steps(small_model, rank)
         assert len(set(ladder)) == len(ladder) > 3
         assert not any(s.update_in_backward or s.head_update == "blocked" for s in ladder)
         assert ladder[-1].offload_optimizer == (rank == 0)
@@ -179,19 +198,19 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
     changes, expected, small_model
 ):
     settings = replace(SHORT, **changes)
-    leanest = plan_rl(
+    leanest = simulate(
         small_model,
         settings=replace(settings, num_slots=1),
-        savings=ladder_steps_rl(small_model, 0)[-1],
+        savings=ladder_steps(small_model)[-1],
         **PROMPT,
     ).larger
     card = gib(leanest) - 1e-7
     with pytest.raises(ValueError) as refused:
-        choose_rl(small_model, settings=settings, gpu_gb=card, **PROMPT)
-    pattern = (
-        r"needs ([\d.]+) GiB with every saving on .*; its largest owners are (.*); pass (.*), or a larger"
-    )
-    needed, owners, flags = re.search(pattern, str(refused.value)).groups()
+        choose_for(card, small_model, settings)
+    pattern = r"needs ([\d.]+) GiB with every saving on; its largest owners are (.*); pass (.*)$"
+    needed, owners, ways = re.search(pattern, str(refused.value)).groups()
+    flags, *_, larger = ways.split(", or ")
+    assert larger == "a card of 6 GB"
     assert needed == f"{gib(leanest):.2f}"
     assert owners == leanest.largest_owners() and owners.count(" GiB") == 3
     assert flags == expected
@@ -201,27 +220,20 @@ def test_a_card_too_small_is_refused_with_the_largest_owners_and_the_nearest_set
         settings,
         **{name[2:]: float(value) if name == "--kl_coef" else int(value) for name, value in flags.items()},
     )
-    assert choose_rl(small_model, settings=changed, gpu_gb=card, qlora_rank=rank, **PROMPT).fits(card)
+    assert choose_for(card, small_model, changed, qlora_rank=rank).fits(card)
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_either_is_not_proposed(small_model):
     closest = replace(SHORT, row_tokens=150, kl_coef=0.0, num_slots=1)
-    card = (
-        gib(
-            plan_rl(
-                small_model, settings=closest, savings=ladder_steps_rl(small_model, 0)[-1], **PROMPT
-            ).larger
-        )
-        - 1e-7
-    )
-    with pytest.raises(ValueError, match=r"; pass --qlora_rank 16, or a larger card$"):
-        choose_rl(small_model, settings=SHORT, gpu_gb=card, **PROMPT)
+    leanest = simulate(small_model, settings=closest, savings=ladder_steps(small_model)[-1], **PROMPT)
+    with pytest.raises(ValueError, match=r"; pass --qlora_rank 16, or a card of 6 GB$"):
+        choose_for(gib(leanest.larger) - 1e-7, small_model, SHORT)
 
 
 def test_where_nothing_that_is_tried_fits_only_a_larger_card_is_named(small_model):
-    with pytest.raises(ValueError, match=r"gpu_gb is 0.5 but .*; pass a larger card$"):
-        choose_rl(small_model, settings=SHORT, gpu_gb=0.5, **PROMPT)
+    with pytest.raises(ValueError, match=r"gpu_gb is 0.5 but .*; pass a card of 6 GB$"):
+        choose_for(0.5, small_model, SHORT)
 
 
 @pytest.mark.parametrize("eval_tokens", [20, 100, 101, 1_000, 10**6])

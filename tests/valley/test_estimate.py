@@ -7,20 +7,20 @@ import pytest
 
 from kit.generate.sampling import SamplingParams
 from kit.memory.flops import Sizes
-from kit.memory.hours import EFFICIENCY, REFERENCE
-from kit.memory.run_plan import RunPlan, Work
+from kit.memory.hours import CHECKPOINTS, EFFICIENCY, REFERENCE, Work
+from kit.memory.phases import RunPlan
 from kit.memory.settings import PlanSettings
 from kit.memory.simulate import Plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
 from kit.valley.estimate import (
+    as_json,
     choose_settings,
     describe,
-    plan_cells,
+    estimate_cells,
     plan_memory,
     settings_of,
     with_settings,
-    write_plan,
 )
 from kit.valley.study import FIXED_BATCH, TABLE, Cell, Study
 
@@ -31,12 +31,12 @@ LEAN = Savings(optimizer="adamw8bit")
 
 def planned(rank=0, savings=LEAN):
     update = Plan(GEMMA, 16_384, rank, savings, 2**30, "the loss", {}, 0)
-    return RunPlan(update, update, 16, lambda slots: update)
+    return RunPlan(update, lambda slots: update, 16)
 
 
 def cell_plan(cell, memory=None, max_steps=0):
     memory = {(cell.model, cell.method): memory or planned()}
-    return plan_cells([cell], memory, replace(WORK, max_steps=max_steps))[0].estimate
+    return estimate_cells([cell], memory, replace(WORK, max_steps=max_steps))[cell]
 
 
 @pytest.fixture(autouse=True)
@@ -84,41 +84,41 @@ def test_disk_is_weights_and_samples_and_adapters_are_small():
     samples = 2 * WORK.num_samples * 3_000 * 5
     for found, trained in ((full, 1.0e9), (adapters, 13.0e6)):  # Gemma-3-1B has 1.00 billion parameters
         assert found.disk_kept - samples == pytest.approx(2 * trained, rel=0.05)
-        assert found.disk_while_training == pytest.approx(3 * trained * (2 + 4 + 8 / 256), rel=0.05)
+        assert found.disk[CHECKPOINTS] == pytest.approx(3 * trained * (2 + 4 + 8 / 256), rel=0.05)
 
 
 def test_the_sum_counts_a_baseline_once_per_model_and_seed_and_says_what_is_assumed(tmp_path):
     cells = Study(((GEMMA, ("full", "qlora")),), (8_000, 16_000), seeds=2).cells()
     memory = {(GEMMA, "full"): planned(), (GEMMA, "qlora"): "gpu_gb is 1 but it needs 9 GiB"}
-    plans = plan_cells(cells, memory, WORK)
-    text = describe(plans, num_cards=2)
+    estimates = estimate_cells(cells, memory, WORK)
+    text = describe(cells, memory, estimates, num_cards=2)
     assert "gemma-3-1b-it-full-8000 x 2 seeds" in text and "4 of 8 cells can be planned; 2 baselines" in text
     assert "gemma-3-1b-it-qlora-8000 x 2 seeds" in text and text.count("no plan: see above") == 2
-    found = [plan.estimate for plan in plans if plan.estimate]
+    found = list(estimates.values())
     hours = sum(p.training_hours + p.sampling_hours for p in found) + 2 * found[0].baseline_hours
     assert f"{hours:,.1f} h on one card, {hours / 2:,.1f} h on 2" in text
     for said in ("estimate: 40%", "RTX 3090", "4,096 tokens", "3,000 tokens", "Launch overhead"):
         assert said in text
-    write_plan(tmp_path / "plan.json", plans)
-    rows = json.loads((tmp_path / "plan.json").read_text())
+    rows = json.loads(json.dumps(as_json(cells, memory, estimates, 0.0)))
     assert [row["why_not"] for row in rows] == ["", "", memory[GEMMA, "qlora"], memory[GEMMA, "qlora"]] * 2
     assert rows[0]["training_hours"] == found[0].training_hours and rows[0]["memory"]["simulated"] is True
-    assert describe([plans[2]]).endswith("no cell can be planned")
+    assert describe(cells[2:3], memory, {}).endswith("no cell can be planned")
 
 
 def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_says_so(
-    monkeypatch, tmp_path
+    monkeypatch, tmp_path, capsys
 ):
-    cells, told = Study((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells(), []
+    cells = Study((("tiny", ("full",)), ("no/such-model", ("full",))), (8, 16), seeds=2).cells()
     what = {"params": SamplingParams(max_new_tokens=16), "num_slots": 4, "row_tokens": 64, "qlora_rank": 16}
-    found = plan_memory(cells, report=told.append, card=PlanSettings(), **what)
+    found = plan_memory(cells, card=PlanSettings(), **what)
     assert list(found) == [("tiny", "full"), ("no/such-model", "full")]
-    assert "tiny, full: training 0." in told[0] and "(simulated); fits 6 GB" in told[0]
-    assert (
-        told[1].startswith("  such-model, full: NO: model is no/such-model and no config") and len(told) == 2
-    )
-    assert settings_of(found["no/such-model", "full"], 1.0) == ({}, found["no/such-model", "full"])
-    assert settings_of(found["tiny", "full"], 1.0)[0]["recompute"] is True
+    printed = capsys.readouterr().out.splitlines()
+    tiny, unknown = (line for line in printed if line.startswith("  "))
+    assert "tiny, full: training 0." in tiny and "(simulated); fits 6 GB" in tiny
+    assert unknown.startswith("  such-model, full: NO: model is no/such-model and no config")
+    chosen = settings_of(found, 1.0)
+    assert chosen["no/such-model", "full"] == ({}, found["no/such-model", "full"])
+    assert chosen["tiny", "full"][0]["recompute"] is True
 
     cells = [cell for cell in cells if cell.model == "tiny"]
     settings, small = {"max_grad_norm": 1.0, **what}, PlanSettings(gpu_gb="6", desktop_gb=0.0)
@@ -136,7 +136,7 @@ def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():
     models = ((GEMMA, ("full",)), (QWEN, ("full",)))
     cells = Study(models, (8_000, 16_000), arms=("long", FIXED_BATCH), batch_traces=8).cells()
     chosen = {
-        (GEMMA, "full"): settings_of(planned(savings=replace(LEAN, update_in_backward=True)), 1.0),
+        **settings_of({(GEMMA, "full"): planned(savings=replace(LEAN, update_in_backward=True))}, 1.0),
         (QWEN, "full"): ({}, ""),
     }
     found, told = with_settings(cells, chosen)
@@ -149,6 +149,6 @@ def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():
     price = "one row per step and no global gradient norm, to fit the card"
     assert told == [f"gemma-3-1b-it, full: {price}"]
     assert with_settings(found[2:], {(QWEN, "full"): ({}, "")})[1] == []
-    rounded = {(QWEN, "full"): settings_of(planned(savings=replace(LEAN, exact_weights=False)), 1.0)}
+    rounded = settings_of({(QWEN, "full"): planned(savings=replace(LEAN, exact_weights=False))}, 1.0)
     same, told = with_settings(found[2:], rounded)  # which changes no batch
     assert same == found[2:] and len(told) == 1 and "rounded stochastically" in told[0]

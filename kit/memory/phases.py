@@ -1,0 +1,216 @@
+"""The phases of a run, sampling and training. They alternate, so a card needs the larger.
+
+Sampling holds what lasts beside it, the KV cache, and a step that reads prompts or draws tokens. The step is
+what the sampler computes, on fake tensors; the cache is a product of sizes (cache_bytes).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kit.generate.kv_cache import cache_bytes
+from kit.generate.sampler import PREFILL_TOKENS
+from kit.generate.sampling import SamplingParams, sample
+from kit.machine import GIB
+from kit.memory.live_bytes import Ledger
+from kit.memory.simulate import CARDS, Plan, fake_batch, fake_model, plan
+from kit.models.backbone import hidden_states, next_token_logits
+from kit.models.loading import load_config
+from kit.train.savings import Savings
+
+CACHE, SAMPLER = "sampler's cache", "sampler's step"
+PROMPT_TOKENS = 1_024  # the longest prompt, which sets all rows of a cache; MATH's reach 800 (mean: 75)
+MOST_SLOTS = 2_048  # answers at once: so many share the reading of the weights that more gain nothing
+SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
+QLORA_RANK = 16
+
+Sampling = Callable[[int], Plan]  # answers at once -> what sampling them holds
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What the phases of a run hold."""
+
+    update: Plan | None  # a training step; None = nothing is trained
+    at: Sampling  # an evaluation's, or a rollout's
+    num_slots: int  # answers at once
+    run: Run | None = None  # that this is the plan of
+
+    @property
+    def sampling(self) -> Plan:
+        return self.at(self.num_slots)
+
+    @property
+    def larger(self) -> Plan:
+        return max(filter(None, (self.update, self.sampling)), key=lambda phase: phase.peak)
+
+    @property
+    def host(self) -> int:
+        """Bytes of CPU memory that training holds."""
+        return self.update.host if self.update else 0
+
+    def fits(self, gib: float) -> bool:
+        return self.larger.fits(gib)
+
+    def fits_text(self, desktop_gb: float) -> str:
+        """Say which of the usual cards are large enough. desktop_gb: GiB of each that a desktop uses."""
+        words = (f"{gb} GB: {'yes' if self.fits(gb - desktop_gb) else 'no'}" for gb in CARDS)
+        desktop = f"; {desktop_gb:g} GB of each is left to a desktop" if desktop_gb else ""
+        return f"fits {', '.join(words)}{desktop}"
+
+    def describe(self, desktop_gb: float) -> str:
+        """Return the lines to print. desktop_gb: as for fits_text."""
+        lines = [f"sampling    {self.sampling}"]
+        if self.update is not None:
+            lines.insert(0, f"training    {self.update}")
+            owner = "training" if self.larger is self.update else "sampling"
+            lines.append(
+                f"a card needs the larger, {self.larger.total / GIB:.2f} GiB (simulated), for {owner}"
+            )
+        lines.append(self.fits_text(desktop_gb))
+
+        for gb in CARDS:
+            gib = gb - desktop_gb
+            if not self.sampling.fits(gib) and (self.update is None or self.update.fits(gib)):
+                slots = most_slots(self.at, gib, self.num_slots)
+                lines += [f"  with --num_slots {slots} sampling fits {gb} GB, too"] if slots else []
+        return "\n".join(lines)
+
+    def switches(self, max_grad_norm: float) -> dict:
+        """Return what was chosen as a recipe's settings, with those that follow from it.
+
+        Updating in the backward pass takes one row per step, and clips each parameter by its own norm instead
+        of all by their common norm. Blocks of the head's gradient cannot be clipped. max_grad_norm: the
+        recipe's own.
+        """
+        if self.update is None:
+            return {"num_slots": self.num_slots}
+        savings = self.update.savings
+        found = asdict(savings) | {"num_slots": self.num_slots}
+        if savings.update_in_backward:
+            max_tensor_norm = 0.0 if savings.head_update == "blocked" else max_grad_norm
+            found |= {"batch_traces": 1, "max_grad_norm": 0.0, "max_tensor_norm": max_tensor_norm}
+        return found
+
+    def as_json(self, desktop_gb: float) -> dict:
+        parts = {"sampling": self.sampling, "update": self.update, "larger": self.larger}
+        found = {name: phase and phase.as_json(desktop_gb) for name, phase in parts.items()}
+        return found.pop("larger") | found | {"num_slots": self.num_slots}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a plan is made for: MeasuredRun, or reinforcement learning (kit.rl.memory_plan)."""
+
+    model: str  # as load_config takes it
+    qlora_rank: int = 0
+    num_samples: int = MOST_SLOTS  # of an evaluation or a rollout: more slots would stay empty
+    prompt_tokens: int = PROMPT_TOKENS
+    without: ClassVar[tuple[str, ...]] = ()  # savings that it cannot have
+    drops_unneeded: ClassVar[bool] = True  # savings of the ladder without which it fits, too
+
+    def simulate(self, savings: Savings) -> RunPlan:
+        """Return what it holds; takes seconds."""
+        raise NotImplementedError
+
+    def smaller(self) -> Iterator[list[dict]]:
+        """Yield flags that need less memory: of each kind of change a list, the smallest change first."""
+        raise NotImplementedError
+
+    def changed(self, flags: dict) -> Run:
+        return replace(self, **flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun(Run):
+    """A run that is measured and, if row_tokens > 0, trained on traces."""
+
+    params: SamplingParams
+    num_slots: int  # answers at once
+    row_tokens: int = 0  # 0 = nothing is trained
+    rows: int = 1  # per step, unless it updates in the backward pass
+
+    @cached_property
+    def at(self) -> Sampling:
+        """What sampling holds from a model that is not being trained."""
+        fake, mode = fake_model(load_config(self.model), self.qlora_rank)
+        weights = Ledger(fake)
+        weights.close()
+        lasting = Plan(self.model, 0, self.qlora_rank, Savings(), 0, "", weights.owners, 0)
+        return simulate_sampling(fake, mode, self.params, self.prompt_tokens, lasting)
+
+    def simulate(self, savings: Savings) -> RunPlan:
+        if not self.row_tokens:
+            return RunPlan(None, self.at, self.num_slots, self)
+        rows = 1 if savings.update_in_backward else self.rows
+        sizes = {"row_tokens": self.row_tokens, "qlora_rank": self.qlora_rank, "rows": rows}
+        return RunPlan(plan(self.model, savings=savings, **sizes), self.at, self.num_slots, self)
+
+    def smaller(self) -> Iterator[list[dict]]:
+        shorter = range((self.row_tokens - 1) // SHORTER, 0, -1)
+        yield [{"row_tokens": count * SHORTER} for count in shorter]
+        if self.row_tokens and not self.qlora_rank:
+            yield [{"qlora_rank": QLORA_RANK}]
+
+
+def simulate_sampling(
+    fake: nn.Module, mode: FakeTensorMode, params: SamplingParams, prompt_tokens: int, lasting: Plan
+) -> Sampling:
+    """Return what sampling holds on fake tensors. lasting: its owners are on the card all the time."""
+    positions = min(prompt_tokens + params.max_new_tokens, fake.config.max_position_embeddings)
+
+    @cache
+    def reading(num_tokens: int) -> int:
+        return transient(fake, lambda: hidden_states(fake, fake_batch(num_tokens)))
+
+    @cache
+    def sampling(num_slots: int) -> Plan:
+        with mode:
+            drawing = transient(fake, lambda: _draw(fake, num_slots, params))
+            step = max(drawing, reading(min(PREFILL_TOKENS, num_slots * prompt_tokens)))
+
+        owners = lasting.owners | {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
+        answers = "1 answer" if num_slots == 1 else f"{num_slots} answers"
+        what = f"{answers} of up to {params.max_new_tokens:,} tokens at once"
+        return replace(lasting, what=what, when="sampling", owners=owners, peak=sum(owners.values()))
+
+    return sampling
+
+
+def most_slots(sampling: Sampling, gib: float, bound: int = MOST_SLOTS) -> int:
+    """Return the most answers at once, up to bound, that fit a card; 0 if not even one does.
+
+    gib: as for Plan.fits.
+    """
+    if cache_of_one := sampling(1).owners.get(CACHE):
+        bound = min(bound, int(gib * GIB / cache_of_one))  # to simulate thousands of slots takes minutes
+    return bisect_left(range(1, bound + 1), True, key=lambda slots: not sampling(slots).fits(gib))
+
+
+def transient(fake: nn.Module, call: Callable[[], object]) -> int:
+    """Return the most bytes that a call without gradients holds besides the model."""
+    fake.eval()
+    ledger = Ledger(fake)
+    before = ledger.now
+    with torch.no_grad(), ledger:
+        call()
+    ledger.close()
+    return ledger.peak - before
+
+
+def _draw(fake: nn.Module, num_slots: int, params: SamplingParams) -> None:
+    """Draw one token in each slot. A nucleus (top_p < 1) may reach the whole vocabulary: count that."""
+    weight = fake.get_input_embeddings().weight
+    hidden = torch.empty(num_slots, weight.shape[1], dtype=weight.dtype)
+    keys = torch.zeros(num_slots, dtype=torch.int64)
+    if params.top_p < 1:
+        params = replace(params, top_k=params.top_k or weight.shape[0])
+    sample(next_token_logits(fake, hidden), params, keys, keys)

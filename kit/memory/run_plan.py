@@ -98,8 +98,8 @@ def plan_run(run: Run, card: PlanSettings, savings: Savings | None = None) -> Ru
         without_cache = replace(one, peak=one.peak - one.owners[CACHE])
         smaller = "--max_new_tokens" if without_cache.fits(card.room) else "--model"
         raise ValueError(
-            f"{card.size} but {one.title}, needs {one.total / GIB:.2f} GiB; its largest owners are "
-            f"{one.largest_owners()}; pass a smaller {smaller}, or a larger card"
+            f"{card.size} but sampling from {one.title}, needs {one.total / GIB:.2f} GiB; its largest owners "
+            f"are {one.largest_owners()}; pass a smaller {smaller}, or a larger card"
         )
     found = choose(run, card) if run.row_tokens else run.simulate(Savings())
     return replace(found, num_slots=most_slots(found.at, card.room, min(run.num_samples, MOST_SLOTS)))

@@ -12,8 +12,8 @@ in offsets, which stays in the cache; all other loads and stores are of neighbou
 the same place, so there are no atomics. The targets are shifted once, here, exactly as in
 kit.packing.PackedBatch.build.
 
-16,384 tokens: 64 KiB of int32 ids cross the bus to the card instead of 384 KiB of int64 ids, targets and
-positions. One launch reads the 64 KiB and writes the 384, instead of some ten launches per document.
+16,384 tokens: 64 KiB of int32 ids cross the bus to the card instead of 256 KiB of ids, targets and positions.
+One launch reads the 64 KiB and writes the 256, instead of some ten launches per document.
 """
 
 from itertools import pairwise
@@ -33,12 +33,12 @@ BAD_TOKEN = -1
 def pack_reference(buffer, offsets, prompt_lens):
     """Compute the same in a loop over documents: what this file means, and what its tests compare with."""
     bounds = offsets.tolist()
-    ids = [buffer[start:end].long() for start, end in pairwise(bounds)]
-    targets = [torch.full_like(x, IGNORE_INDEX) for x in ids]
+    ids = [buffer[start:end].int() for start, end in pairwise(bounds)]
+    targets = [torch.full((len(x),), IGNORE_INDEX) for x in ids]
     for x, target, prompt_len in zip(ids, targets, prompt_lens.tolist(), strict=True):
         first = max(prompt_len - 1, 0)  # the last token of the prompt predicts the first of the response
         target[first : len(x) - 1] = x[first + 1 :]
-    positions = [torch.arange(len(x)) for x in ids]
+    positions = [torch.arange(len(x), dtype=torch.int32) for x in ids]
     return torch.cat(ids), torch.cat(targets), torch.cat(positions), (offsets - offsets[0]).int()
 
 
@@ -82,9 +82,9 @@ def _pack_kernel(
 
     token = tl.load(buffer_ptr + place, mask=readable, other=bad_token)
     target = tl.load(buffer_ptr + place + 1, mask=readable & in_response, other=ignore_index)
-    tl.store(input_ids_ptr + t, token.to(tl.int64), mask=inside)
+    tl.store(input_ids_ptr + t, token.to(tl.int32), mask=inside)
     tl.store(targets_ptr + t, target.to(tl.int64), mask=inside)
-    tl.store(position_ids_ptr + t, place - start, mask=inside)
+    tl.store(position_ids_ptr + t, (place - start).to(tl.int32), mask=inside)
 
     # place t of the row is also entry t of cu_seqlens, which has D + 1 <= T + 1
     boundary = tl.load(offsets_ptr + t, mask=t <= D, other=0) - begin
@@ -102,13 +102,14 @@ def _torch_pack(buffer: Tensor, offsets: Tensor, prompt_lens: Tensor, T: int) ->
     no_target[bounds[1:] - 1] = True
     place = begin + t
     targets = buffer[(place + 1).masked_fill_(no_target, 0)].long().masked_fill_(no_target, IGNORE_INDEX)
-    return [buffer[place].long(), targets, position_ids, bounds.int()]
+    return [buffer[place].int(), targets, position_ids.int(), bounds.int()]
 
 
 def _outputs(buffer: Tensor, offsets: Tensor, T: int) -> list[Tensor]:
     """Allocate what a launch fills."""
-    ids = [buffer.new_empty(T, dtype=torch.int64) for _ in range(3)]
-    return [*ids, offsets.new_empty(len(offsets), dtype=torch.int32)]
+    dtypes = (torch.int32, torch.int64, torch.int32)  # of ids, targets and positions
+    bounds = offsets.new_empty(len(offsets), dtype=torch.int32)
+    return [*(buffer.new_empty(T, dtype=dtype) for dtype in dtypes), bounds]
 
 
 def _check_offsets(buffer: Tensor, offsets: Tensor, T: int) -> None:
@@ -150,7 +151,8 @@ def pack(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (input_ids, targets, position_ids, cu_seqlens) of one row, as PackedBatch.build does.
 
-    The first three are (num_tokens,) int64, cu_seqlens is (D + 1,) int32 for D documents.
+    The first three are (num_tokens,), and targets, which are class indices, int64; cu_seqlens is (D + 1,) for
+    D documents. All others are int32.
 
     buffer: (total,) int32 or int64, token ids. The row's documents lie in it end to end, in the row's order.
     offsets: (D + 1,) int64, where each document begins in buffer, and where the last one ends. Rows can share

@@ -93,7 +93,8 @@ def test_targets_are_the_next_token_of_the_same_document_and_only_of_the_respons
     assert batch.targets.tolist() == [i, 7, 8, i, i, 4, i]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 7]
-    assert batch.cu_seqlens.dtype == torch.int32
+    dtypes = [getattr(batch, name).dtype for name in PackedBatch.TENSORS]
+    assert dtypes == [torch.int32, torch.int64, torch.int32, torch.int32]
     assert (batch.max_seqlen, batch.num_documents, batch.num_targets, len(batch)) == (4, 3, 3, 7)
     moved = batch.to("cpu")
     assert torch.equal(moved.targets, batch.targets)

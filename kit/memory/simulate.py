@@ -100,9 +100,9 @@ class Plan:
 
 def fake_batch(row_tokens: int) -> PackedBatch:
     """Return a row that is one document with a target at every token: the most a row can cost."""
-    ids = torch.zeros(row_tokens, dtype=torch.int64)
+    ids = torch.zeros(row_tokens, dtype=torch.int32)
     cu_seqlens = torch.zeros(2, dtype=torch.int32)
-    return PackedBatch(ids, ids.clone(), ids.clone(), cu_seqlens, row_tokens, row_tokens)
+    return PackedBatch(ids, ids.long(), ids.clone(), cu_seqlens, row_tokens, row_tokens)
 
 
 def fake_model(config: PreTrainedConfig, qlora_rank: int) -> tuple[PreTrainedModel, FakeTensorMode]:

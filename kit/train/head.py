@@ -127,10 +127,10 @@ class TiedHead:
 @torch.no_grad()
 def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
     """Compute total[ids] += rows, (T, H) in fp32. An id may occur many times."""
-    T = len(ids)
+    T, ids = len(ids), ids.long()  # scatter_reduce_ and index_copy_ take no other index
     positions = torch.arange(T, device=ids.device)
     first_of_id = torch.full((len(total),), T, device=ids.device)
-    first_of_id.scatter_reduce_(0, ids.long(), positions, "amin")
+    first_of_id.scatter_reduce_(0, ids, positions, "amin")
     first = first_of_id[ids]  # (T,): the first position with the same id
 
     sums = torch.zeros_like(rows).index_add_(0, first, rows)  # at each id's first position

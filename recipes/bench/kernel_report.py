@@ -89,7 +89,7 @@ def _adamw8bit(weight: str, gradient: str, rest: bool) -> Case:
 
 
 def _packing(buffer: str) -> Case:
-    outputs = dict.fromkeys(("input_ids_ptr", "targets_ptr", "position_ids_ptr"), "*i64")
+    outputs = {"input_ids_ptr": "*i32", "targets_ptr": "*i64", "position_ids_ptr": "*i32"}
     plan = {"offsets_ptr": "*i64", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"}
     sizes = dict.fromkeys(("D", "T", "ignore_index", "bad_token"), "i32")
     return Case(

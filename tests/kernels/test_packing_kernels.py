@@ -117,7 +117,7 @@ def test_fake_tensors_and_the_operator():
     with FakeTensorMode() as mode:
         packed = pack(*(mode.from_tensor(x) for x in tensors), T)
         assert [x.shape for x in packed] == [(41,), (41,), (41,), (6,)]
-        assert [x.dtype for x in packed] == [torch.int64] * 3 + [torch.int32]
+        assert [x.dtype for x in packed] == [torch.int32, torch.int64, torch.int32, torch.int32]
     torch.library.opcheck(kp._pack, (*tensors, T), test_utils=("test_schema", "test_faketensor"))
 
 
@@ -147,7 +147,8 @@ def test_arguments_that_do_not_fit_are_refused_with_both_values():
 def launch(buffer, offsets, prompt_lens, T, *, programs):
     """Run the kernel as a GPU does, without looking at values first. Return what it wrote over -77."""
     D = len(prompt_lens)
-    out = [torch.full((T,), -77) for _ in range(3)] + [torch.full((D + 1,), -77, dtype=torch.int32)]
+    ids, targets, positions, bounds = (torch.full((n,), -77, dtype=torch.int32) for n in (T, T, T, D + 1))
+    out = [ids, targets.long(), positions, bounds]
     kp._pack_kernel[(programs,)](buffer, offsets, prompt_lens, *out, D, T, -100, -1, 16)
     return out
 
@@ -180,7 +181,7 @@ def test_offsets_past_2_to_the_31_do_not_overflow(monkeypatch, start):
     input_ids, targets, position_ids, cu_seqlens = launch(
         buffer, offsets, torch.tensor([1, 2]), 20, programs=2
     )
-    assert input_ids.equal(tokens.long())
+    assert input_ids.equal(tokens)
     assert targets.tolist() == [*range(101, 113), -100, -100, *range(115, 120), -100]
     assert position_ids.tolist() == [*range(13), *range(7)]
     assert cu_seqlens.tolist() == [0, 13, 20]

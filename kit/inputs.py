@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def digest_of_documents(documents: Sequence[Document]) -> str:
-    """Name documents by their token ids and the lengths of their prompts, in their order."""
+    """Name documents by their token ids and where they carry no loss, in their order."""
     state = hashlib.blake2b(digest_size=16)
     for document in documents:
-        state.update(f"{len(document)} {document.prompt_len} ".encode())
+        spans = "".join(f"{start}-{end} " for start, end in document.no_loss)
+        state.update(f"{len(document)} {document.prompt_len} {spans}".encode())
         state.update(document.ids.int().contiguous().numpy())
     return state.hexdigest()
 

@@ -46,6 +46,7 @@ class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings, R
     qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
     # data
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
+    columns: str = ""  # of another format, as problem=question,trace=response; "" = kit/data/formats.py's
     num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all [>= 0]
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped [>= 1]
     verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
@@ -97,6 +98,7 @@ def main(config: Config) -> None:
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
     data.mixtures.check_mixture(config.long_share, config.short_traces)
+    data.formats.parse_columns(config.columns)
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     what = f"{config.model} at {config.row_tokens:,} tokens"
     require_gpu(config.device, what, on_cpu(small))
@@ -116,7 +118,8 @@ def main(config: Config) -> None:
     one_thread_if_small(model)
     warn_of_instruction(config.model, config.instruction)
     chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
-    documents, held_out, schedule = read_documents(config, chat, run, models.backbone.context_length(model))
+    context = models.backbone.context_length(model)
+    documents, held_out, schedule = read_documents(config, chat, run, context, benchmarks)
     print_consequences(config, model, schedule, benchmarks)
     during = evaluate.during_training.of_run(
         config, model, chat, benchmarks, config.params, run.path, held_out, report.write_report
@@ -185,7 +188,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     return memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
 
 
-def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int):
+def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int, benchmarks):
     """Return (the tokenised traces, held-out ones, the schedule), and print what was dropped and why.
 
     Raises ValueError if a trace is longer than the model's context; a row of several traces may be.
@@ -202,6 +205,8 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         shuffle=config.shuffle,
         long_share=config.long_share,
         short_traces=config.short_traces,
+        columns=config.columns,
+        benchmarks=evaluate.benchmarks.problems_at_hand(benchmarks),
         cache_dir=config.cache_dir,
     )
     documents, held_out = documents[: drop_counts.kept], documents[drop_counts.kept :]

@@ -54,6 +54,7 @@ class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, RunSetting
     fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = none [>= 0]
     # data
     traces: str = paper.OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
+    columns: str = ""  # of another format, as problem=question,trace=response; "" = kit/data/formats.py's
     verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
     short_traces: str = ""  # as traces: of the arms that mix; "" = the data set's `solution`
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped [>= 1]
@@ -190,6 +191,7 @@ def check_before_hours(config: Config, study: Study) -> None:
 def main(config: Config) -> Path | None:
     study = study_of(config)
     data.mixtures.check_mixture(min(ARMS[arm].long_share for arm in study.arms), config.short_traces)
+    data.formats.parse_columns(config.columns)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     what = {
         "params": config.params,

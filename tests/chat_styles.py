@@ -28,7 +28,8 @@ STYLES = {
     "gemma": (  # whose tokenizer ends with <eos> although its turns end otherwise
         ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
         [],
-        f"<bos>{LOOP}<start_of_turn>{{{{ m['role'] }}}}\n{{{{ m['content'] | trim }}}}<end_of_turn>\n{NEXT}"
+        f"<bos>{LOOP}<start_of_turn>{{{{ 'model' if m['role'] == 'assistant' else m['role'] }}}}\n"
+        f"{{{{ m['content'] | trim }}}}<end_of_turn>\n{NEXT}"
         f"{ASKED}<start_of_turn>model\n{{% endif %}}",
         ["<eos>", "<end_of_turn>"],
     ),

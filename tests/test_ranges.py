@@ -33,8 +33,8 @@ CONFIGS = {name: recipe.Config for name, recipe in RECIPES.items()} | {
 }
 # texts that are no choice: what they name is looked up where they are used
 FREE = {
-    "model", "models", "chat_template", "instruction", "traces", "short_traces", "cache_dir", "benchmarks",
-    "baseline", "out",
+    "model", "models", "chat_template", "instruction", "traces", "short_traces", "columns", "cache_dir",
+    "benchmarks", "baseline", "out",
     "json", "card", "compare", "prompts", "levels", "rl_flags", "reward", "as_", "kernel", "problems",
 }  # fmt: skip
 

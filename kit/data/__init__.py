@@ -8,7 +8,8 @@ __getattr__, __all__ = hand_on(
         "documents": ["load_documents", "make_documents"],
         "rows": ["read_rows"],
         "chat": ["ChatFormat"],
-        "traces": ["Trace", "pick_response", "read_traces"],
+        "responses": ["Trace", "pick_response"],
+        "traces": ["read_traces"],
         "problems": ["Question"],
     },
 )

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
+from kit.data.formats import SYSTEM, USER
 from kit.data.template_trial import check_ends
 from kit.data.toy import TEMPLATE
 from kit.models.shipped import SHIPPED
@@ -13,9 +17,13 @@ from kit.paper import INSTRUCTION
 from kit.run import digest
 from kit.turns import END_TOKENS, THOUGHT, THOUGHT_END
 
+if TYPE_CHECKING:
+    from kit.data.responses import Trace
+
 PLAIN_TEMPLATE = (  # for base models, which have no template of their own
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
     "Problem: {{ m['content'] }}\n\nSolution: "
+    "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n"
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 DATE = "26 Jul 2024"  # the default of Llama 3's template; with today's date a run would not repeat tomorrow
@@ -126,8 +134,51 @@ class ChatFormat:
 
     def prompt(self, problem: str) -> str:
         """Render a problem's prompt, up to the assistant's first word."""
+        return self._render([self._asked(problem)], add_generation_prompt=True)
+
+    def _asked(self, problem: str) -> dict:
         content = f"{problem}\n{self.instruction}" if self.instruction else problem
-        return self._render([{"role": "user", "content": self._words(content)}], add_generation_prompt=True)
+        return {"role": "user", "content": self._words(content)}
+
+    def conversation(self, trace: Trace) -> list[str]:
+        """Render a trace as texts in turn: what is given, then an answer, which carries loss, and so on.
+
+        Some templates show an answer in another form once it is an earlier one: Qwen3's and R1's drop its
+        thought. Such an answer, and all before it, is given: loss on it would teach what the model never
+        sees. The last answer always carries loss. Raises ValueError if the template refuses the turns or
+        leaves out the system's.
+        """
+        messages, texts, text = [], [], ""
+        for role, content in trace.turns:
+            if role == USER:
+                messages.append(self._asked(content))
+                continue
+            if role == SYSTEM:
+                messages.append({"role": role, "content": self._words(content)})
+                continue
+            prompt = self._prompt_after(messages, trace.where)
+            said = self.response(content)
+            if not prompt.startswith(text):  # rewritten
+                texts, text = [], ""
+            texts += [prompt[len(text) :], said]
+            text = prompt + said
+            messages.append({"role": role, "content": said.removesuffix(self.end_of_turn)})
+        return texts
+
+    def _prompt_after(self, messages: list[dict], where: str) -> str:
+        """Render messages up to the assistant's next word."""
+        way = "pass another --chat_template, or leave such rows out"
+        try:
+            prompt = self._render(messages, add_generation_prompt=True)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"{where}: the chat template refuses the turns {roles}: {error}; {way}"
+            ) from error
+        for message in messages[:1]:
+            if message["role"] == SYSTEM and message["content"].strip() not in prompt:
+                raise ValueError(f"{where}: the chat template leaves out the system's turn; {way}")
+        return prompt
 
     def response(self, trace: str) -> str:
         """Render a trace as it follows the prompt: in the thought that is open, and with one end of turn."""

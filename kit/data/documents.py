@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain, islice
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from kit.data.chat import ChatFormat
+from kit.data.drop_counts import DropCounts
+from kit.data.formats import ASSISTANT
 from kit.data.lengths import bounded, chunks
-from kit.data.mixtures import NO_SHORT, SHORTENED, TooLong
-from kit.data.token_cache import read_cache, write_cache
-from kit.data.traces import DropCounts, Trace, read_traces
+from kit.data.mixtures import NO_SHORT, REWRITTEN, SHORTENED, TooLong
+from kit.data.overlap import count_overlaps
+from kit.data.responses import Trace
+from kit.data.token_cache import KIND, read_cache, write_cache
+from kit.data.traces import read_traces
 from kit.packing import Document
 from kit.progress import Progress
 from kit.run import digest
 
 
 def make_documents(traces: list[Trace], chat: ChatFormat) -> list[Document]:
-    """Tokenise traces: the prompt's ids, which carry no loss, then the response's and its end of turn."""
-    prompts = chat.encode([chat.prompt(trace.problem) for trace in traces])
-    responses = chat.encode([chat.response(trace.response) for trace in traces])
-    return [
-        Document(torch.tensor(prompt + response, dtype=torch.int32), len(prompt))
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    """Tokenise traces: the prompt's ids, which carry no loss, then the response's and its end of turn.
+
+    A conversation goes on with what the next turn gives, which carries no loss, and with its response.
+    """
+    texts = [chat.conversation(trace) for trace in traces]
+    encoded = iter(chat.encode(list(chain.from_iterable(texts))))
+    documents = []
+    for parts in texts:
+        ids = list(islice(encoded, len(parts)))
+        ends = list(accumulate(map(len, ids)))
+        flat = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int32)
+        documents.append(Document(flat, ends[0], tuple(zip(ends[1:-1:2], ends[2::2], strict=True))))
+    return documents
 
 
 def tokenize(
@@ -39,8 +52,8 @@ def tokenize(
     if not cache_dir:
         return _tokenize(traces, chat, row_tokens, num_traces)
 
-    pairs = (t and (t.problem, t.response) for trace in traces for t in (trace, trace.short))
-    key = digest(chat.key, str(row_tokens), str(num_traces), *map(str, pairs))
+    texts = (t and (t.problem, t.response, *t.before) for trace in traces for t in (trace, trace.short))
+    key = digest(KIND, chat.key, str(row_tokens), str(num_traces), *map(str, texts))
     path = Path(cache_dir).expanduser() / f"{key}.safetensors"
     found = read_cache(path)
     if found is None:
@@ -54,22 +67,25 @@ def _tokenize(
 ) -> tuple[list[Document], TooLong]:
     wanted = min(num_traces or len(traces), len(traces))
     documents: list[Document] = []
-    dropped = shortened = 0
+    dropped = shortened = rewritten = 0
     with Progress("tokenising", "traces", wanted) as progress:
         for chunk in chunks(traces, chat, row_tokens):
             for trace, document in zip(chunk, make_documents(chunk, chat), strict=True):
                 if len(documents) == wanted:
-                    return documents, TooLong(dropped, shortened)
+                    return documents, TooLong(dropped, shortened, rewritten)
                 fits = len(document) <= row_tokens
                 if not fits and trace.short:
-                    (document,) = make_documents([bounded(trace.short, chat, row_tokens)], chat)
+                    trace = trace.short
+                    (document,) = make_documents([bounded(trace, chat, row_tokens)], chat)
                 if len(document) > row_tokens:
                     dropped += 1
                     continue
                 shortened += not fits
+                answers = sum(role == ASSISTANT for role, _ in trace.turns)
+                rewritten += 1 + len(document.no_loss) < answers
                 documents.append(document)
                 progress.update()
-    return documents, TooLong(dropped, shortened)
+    return documents, TooLong(dropped, shortened, rewritten)
 
 
 def load_documents(
@@ -85,6 +101,8 @@ def load_documents(
     shuffle: bool = True,
     long_share: float = 1.0,
     short_traces: str = "",
+    columns: str = "",
+    benchmarks: Mapping[str, Sequence[str] | None] = MappingProxyType({}),
     cache_dir: str = "",
 ) -> tuple[list[Document], DropCounts]:
     """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`; count what was dropped.
@@ -92,8 +110,9 @@ def load_documents(
     If there are fewer than num_traces, all are returned, and the counts say so. held_out: so many more are
     returned behind these, if there are; `kept` of the counts does not count them.
 
-    source, seed, max_bad_rows, verify, shuffle, long_share, short_traces: see read_traces. cache_dir: see
-    tokenize.
+    source, seed, max_bad_rows, verify, shuffle, long_share, short_traces, columns: see read_traces.
+    benchmarks: name -> its problems, None if they are not at hand; the counts say how many of the problems
+    that were tokenised overlap them. cache_dir: see tokenize.
     Raises ValueError if no trace survives.
     """
     num_wanted = num_traces + held_out
@@ -109,6 +128,7 @@ def load_documents(
             shuffle=shuffle,
             long_share=long_share,
             short_traces=short_traces,
+            columns=columns,
         )
         documents, too_long = tokenize(
             traces, chat, row_tokens=row_tokens, num_traces=num_wanted, cache_dir=cache_dir
@@ -119,7 +139,9 @@ def load_documents(
 
     counts.dropped[f"are longer than {row_tokens:,} tokens"] = too_long.dropped
     counts.dropped["come later in the order"] += len(traces) - len(documents) - too_long.dropped
-    counts.noted[SHORTENED] = too_long.shortened
+    counts.noted[SHORTENED], counts.noted[REWRITTEN] = too_long.shortened, too_long.rewritten
+    taken = [trace.asked for trace in traces[: len(documents) + too_long.dropped]]
+    counts.overlaps = count_overlaps(taken, benchmarks)
     counts.kept, counts.wanted = min(len(documents), num_traces or len(documents)), num_traces
 
     if not documents:

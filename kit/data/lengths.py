@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kit.data.chat import ChatFormat
-from kit.data.traces import Trace
+from kit.data.responses import Trace
 
 CHUNK = 256  # traces tokenised at once: enough for all cores, few enough to stop soon after the last needed
 CHUNK_CHARACTERS = 2_000_000  # of those traces; each takes 100 to 400 bytes while it is tokenised
@@ -22,9 +22,13 @@ def bounded(trace: Trace, chat: ChatFormat, row_tokens: int) -> Trace:
 
     The beginning is too long for a row itself.
     """
-    texts = trace.problem.strip(), trace.response.strip()
-    problem, response = (text[: _hopeless_size(text, chat, row_tokens)] for text in texts)
-    return trace if (problem, response) == texts else replace(trace, problem=problem, response=response)
+
+    def cut(text: str) -> str:
+        size = _hopeless_size(text.strip(), chat, row_tokens)
+        return text if size is None else text.strip()[:size]
+
+    before = tuple((role, cut(text)) for role, text in trace.before)
+    return replace(trace, problem=cut(trace.problem), response=cut(trace.response), before=before)
 
 
 def _hopeless_size(text: str, chat: ChatFormat, row_tokens: int) -> int | None:
@@ -47,7 +51,7 @@ def chunks(traces: list[Trace], chat: ChatFormat, row_tokens: int) -> Iterator[l
     characters = 0
     for trace in traces:
         chunk.append(bounded(trace, chat, row_tokens))
-        characters += len(chunk[-1].problem) + len(chunk[-1].response)
+        characters += sum(len(text) for _, text in chunk[-1].turns)
         if len(chunk) == CHUNK or characters >= CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

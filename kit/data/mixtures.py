@@ -12,18 +12,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-Trace = TypeVar("Trace")  # kit.data.traces.Trace
+Trace = TypeVar("Trace")  # kit.data.responses.Trace
 
 NO_SHORT = "have no short trace"
 OTHERS = "have a short trace of another problem beside their long one"
 SHORTENED = "have a long trace that no row holds, and keep their short one"
+REWRITTEN = "have earlier answers that the chat template rewrites, and train on the later ones alone"
 
 
 class TooLong(NamedTuple):
-    """How many traces no row holds."""
+    """How many traces no row holds, and what else was found while they were tokenised."""
 
     dropped: int = 0
     shortened: int = 0  # of a mixture: their short ones are kept
+    rewritten: int = 0  # documents in which earlier answers carry no loss: see ChatFormat.conversation
 
 
 def check_mixture(long_share: float, short_traces: str) -> None:
@@ -54,7 +56,7 @@ def with_short(
     kept: Mapping[str, Trace],
     short: Sequence[Trace],
     *,
-    key_of: Callable[[str], str],
+    key_of: Callable[[Trace], str],
     seen: Collection[str],
     noted: Counter,
     dropped: Counter,
@@ -63,10 +65,10 @@ def with_short(
 
     The short one is that of the same problem if `short` has it. If not, it is the first unused one of a
     problem that is not in the file of the long traces. A trace for which none is left is dropped.
-    kept: key -> trace. key_of: returns a problem's key. seen: the keys of all problems in the file of `kept`,
-    or, if that is not shuffled, of those read so far.
+    kept: key -> trace. key_of: returns the key of a trace's problem. seen: the keys of all problems in the
+    file of `kept`, or, if that is not shuffled, of those read so far.
     """
-    own = {key_of(trace.problem): trace for trace in short}
+    own = {key_of(trace): trace for trace in short}
     others = iter([trace for key, trace in own.items() if key not in seen])
     found = {}
     for key, trace in kept.items():

@@ -71,7 +71,7 @@ def text_of(row: dict, names: Sequence[str]) -> str:
     A number becomes text. Raises ValueError that names the field if there is none, or if it holds no usable
     text.
     """
-    fields = ((name, _field(row, name)) for name in names)
+    fields = ((name, field_of(row, name)) for name in names)
     name, value = next(((name, value) for name, value in fields if value is not None), ("", None))
     if value is None:
         if null := [name for name in names if name in row]:
@@ -99,7 +99,8 @@ def text_of(row: dict, names: Sequence[str]) -> str:
     return value
 
 
-def _field(row: dict, name: str) -> object:
+def field_of(row: dict, name: str) -> object:
+    """Return a field of a row, None if there is none; "a.b" is field b of field a."""
     value = row
     for part in name.split("."):
         value = value.get(part) if isinstance(value, dict) else None

@@ -17,7 +17,8 @@ from kit.inputs import digest_of_documents
 from kit.packing import Document
 from kit.run import digest
 
-NAMES = ("ids", "lengths", "prompt_lens", "too_long")
+KIND = "documents with no_loss"  # what a file holds, as part of its name: a change of it makes new files
+NAMES = ("ids", "lengths", "prompt_lens", "no_loss", "num_no_loss", "too_long")
 REMEDY = 'pass --cache_dir with a folder that can be, or --cache_dir "" for no cache'
 
 
@@ -31,8 +32,11 @@ def read_cache(path: Path) -> tuple[list[Document], TooLong] | None:
             return None
         with safe_open(path, "pt") as file:
             flat, metadata = {name: file.get_tensor(name) for name in NAMES}, file.metadata() or {}
-        ids = flat["ids"].split(flat["lengths"].tolist())
-        documents = [Document(i, p) for i, p in zip(ids, flat["prompt_lens"].tolist(), strict=True)]
+        ids, prompt_lens = flat["ids"].split(flat["lengths"].tolist()), flat["prompt_lens"].tolist()
+        spans = [
+            tuple(map(tuple, part.tolist())) for part in flat["no_loss"].split(flat["num_no_loss"].tolist())
+        ]
+        documents = [Document(*parts) for parts in zip(ids, prompt_lens, spans, strict=True)]
         too_long = TooLong(*flat["too_long"].tolist())
         if metadata.get("digest") == _digest(documents, too_long):
             return documents, too_long
@@ -49,6 +53,8 @@ def write_cache(path: Path, documents: list[Document], too_long: TooLong) -> Non
         "ids": torch.cat([torch.zeros(0, dtype=torch.int32), *(document.ids for document in documents)]),
         "lengths": torch.tensor([len(document) for document in documents], dtype=torch.int64),
         "prompt_lens": torch.tensor([document.prompt_len for document in documents], dtype=torch.int64),
+        "no_loss": torch.tensor([span for document in documents for span in document.no_loss]).reshape(-1, 2),
+        "num_no_loss": torch.tensor([len(document.no_loss) for document in documents], dtype=torch.int64),
         "too_long": torch.tensor(too_long),
     }
     try:

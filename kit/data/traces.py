@@ -11,91 +11,16 @@ Mixtures of long and short traces are those of kit/data/mixtures.py.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import replace
 
-from kit.data.generations import check_verify, generations_of, notes_on
+from kit.data.drop_counts import DropCounts
+from kit.data.formats import check_columns, parse_columns, recognise
+from kit.data.generations import check_verify, notes_on
 from kit.data.mixtures import check_mixture, mixed, with_short
-from kit.data.rows import ANSWER, PROBLEM, BadRows, read_rows, same_space, text_of
-from kit.grade.verdict import grade
+from kit.data.responses import Trace, trace_of
+from kit.data.rows import BadRows, read_rows, same_space, text_of
 from kit.progress import Progress
 from kit.run import digest
-from kit.turns import never_closes
-
-RESPONSE = ("trace", "solution")  # the fields in which a row with a single response keeps it
-
-NO_CORRECT = "have no correct trace"
-BY_LLAMA = "have a correct trace by Llama's verdict alone"
-NO_COMPLETE = "have no complete trace"
-UNVERIFIED = "could not be verified"
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A problem and the one response that the model is trained on."""
-
-    problem: str
-    response: str
-    where: str  # file:line, or data set[index]
-    short: Trace | None = None  # of a mixture: what is kept if no row holds the response
-
-
-@dataclass
-class DropCounts:
-    """How many rows were kept and dropped, by reason. Printed before training and stored with the run."""
-
-    kept: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    bad_rows: list[str] = field(default_factory=list)  # where: reason
-    noted: Counter = field(default_factory=Counter)  # what else is to be known of the rows that were read
-    wanted: int = 0  # traces asked for; 0 = all
-
-    def __str__(self) -> str:
-        few = f" ({self.wanted:,} were asked for, but no more qualify)" if self.kept < self.wanted else ""
-        text = f"{self.kept:,} traces kept{few}, {self.dropped.total():,} dropped"
-        for title, counts in ((": ", self.dropped), (". Of the rows read, ", self.noted)):
-            listed = "; ".join(f"{count:,} {what}" for what, count in counts.most_common() if count)
-            text += title + listed if listed else ""
-        return text
-
-
-def pick_response(row: dict, *, verify: str | bool = "llama") -> tuple[str | None, str]:
-    """Return (the row's first correct, complete response, ""), or (None, the reason why it has none).
-
-    A row in OpenR1's schema has `generations` with flags (see kit.data.generations): that of Math-Verify
-    decides. If it is not known, or if the row has a single response in `trace` or `solution`, our grader
-    decides by the row's answer.
-
-    verify: "math" = as above. "llama" (or True) = if no response is accepted so, the first that Llama accepts
-    is returned, with BY_LLAMA in place of "". "none" (or False) = the first complete response is returned,
-    correct or not. Raises ValueError for another `verify` and for a malformed row.
-    """
-    verify = check_verify(verify)
-    if row.get("generations") is None:
-        response = text_of(row, RESPONSE)
-        why = NO_COMPLETE if never_closes(response) else "" if verify == "none" else _verify(row, response)
-        return (None, why) if why else (response, "")
-
-    reasons, by_llama = set(), None
-    for response, complete, math, llama in generations_of(row):
-        if not complete:
-            why = NO_COMPLETE
-        elif verify == "none" or math:
-            return response, ""
-        else:
-            why = _verify(row, response) if math is None else NO_CORRECT
-            if not why:
-                return response, ""
-            by_llama = by_llama or (response if llama else None)
-        reasons.add(why)
-    if by_llama:
-        return (by_llama if verify == "llama" else None), BY_LLAMA
-    return None, next(why for why in (NO_CORRECT, UNVERIFIED, NO_COMPLETE) if why in reasons)
-
-
-def _verify(row: dict, response: str) -> str:
-    """Return why our grader does not call the response correct; "" if it does."""
-    verdict = grade(text_of(row, ANSWER), response).verdict
-    return {"correct": "", "wrong": NO_CORRECT, "unknown": UNVERIFIED}[verdict]
 
 
 def read_traces(
@@ -108,10 +33,11 @@ def read_traces(
     shuffle: bool = True,
     long_share: float = 1.0,
     short_traces: str = "",
+    columns: str = "",
 ) -> tuple[list[Trace], DropCounts]:
     """Read one trace per problem from `source` (see kit.data.rows), in the order that nests the subsets.
 
-    A problem that occurs twice is kept once.
+    A problem that occurs twice is kept once. kit.data.formats recognises the rows' format by their columns.
 
     limit: return, and keep in memory, only the first so many traces of that order (OpenR1-Math-220k is some
     gigabytes of text); 0 = all. verify: see pick_response.
@@ -119,37 +45,42 @@ def read_traces(
     long_share: share of the problems that keep their long trace. The others get a short one (see
     kit.data.mixtures): from the source `short_traces`, or, if that is "", the row's `solution`, which is not
     verified; a row without one is then malformed.
-    Raises ValueError for a share outside 0..1 and for more than max_bad_rows malformed rows, and names each.
+    columns: the names of the columns of another format, such as problem=question,trace=response.
+    Raises ValueError for a share outside 0..1, for columns of no known format, and for more than max_bad_rows
+    malformed rows, and names each.
     """
     check_mixture(long_share, short_traces)
     verify, solutions = check_verify(verify), long_share < 1 and not short_traces
+    named = parse_columns(columns)
 
-    def key_of(problem: str) -> str:
-        return digest(str(seed), same_space(problem))
+    def key_of(trace: Trace) -> str:
+        return digest(str(seed), same_space(trace.asked))
 
     bad = BadRows(max_bad_rows)
-    dropped, noted = Counter(), Counter()
+    dropped, noted, formats = Counter(), Counter(), Counter()
     kept: dict[str, Trace] = {}  # by key; the random order is that of the keys
     seen: set[str] = set()
     for where, row in Progress("reading traces", "rows").over(read_rows(source, bad)):
+        if not formats:
+            check_columns(source, row, named)
+        row, layout = recognise(row, named)
         try:
-            problem = text_of(row, PROBLEM)
-            response, why = pick_response(row, verify=verify)
-            short = Trace(problem, text_of(row, ["solution"]), where) if solutions else None
+            trace, why = trace_of(row, where, layout, verify)
+            short = text_of(row, ["solution"]) if solutions else None
         except ValueError as error:
             bad.add(where, str(error))
             continue
 
-        key = key_of(problem)
+        formats[layout.name] += 1
         noted.update(notes_on(row))
-        if response is None:
+        if trace is None:
             dropped[why] += 1
-        elif key in seen:
+        elif (key := key_of(trace)) in seen:
             dropped["repeat a problem"] += 1
         else:
             seen.add(key)
-            kept[key] = Trace(problem, response, where, short)
-            noted[BY_LLAMA] += why == BY_LLAMA
+            kept[key] = replace(trace, short=replace(trace, response=short)) if solutions else trace
+            noted.update([why] if why else [])
 
         if limit and not shuffle and len(kept) == limit:
             break
@@ -168,4 +99,4 @@ def read_traces(
     if bad.found:
         dropped["are malformed"] = len(bad.found)
     traces = list(kept.values()) if long_share == 1 else mixed(list(kept.values()), long_share)
-    return traces, DropCounts(len(traces), dropped, bad.found, noted)
+    return traces, DropCounts(len(traces), dropped, bad.found, noted, formats=formats)

@@ -158,6 +158,19 @@ def parse_benchmarks(text: str, *, limit: int = 0) -> list[Benchmark]:
     return [benchmark.read(limit=limit) for benchmark in find_benchmarks(text)]
 
 
+def problems_at_hand(read: Iterable[Benchmark]) -> dict[str, list[str] | None]:
+    """Return name -> problems, of the benchmarks that were read, and of the table's that need no download.
+
+    The value is None for the table's others.
+    """
+    found: dict[str, list[str] | None] = {b.name: [q.problem for q in b.questions] for b in read}
+    for name, benchmark in BENCHMARKS.items():
+        if name not in found:
+            is_here = not benchmark.source or Path(benchmark.source).is_file()
+            found[name] = [q.problem for q in benchmark.read().questions] if is_here else None
+    return found
+
+
 def _own(name: str, source: str) -> Benchmark:
     """Read your own questions, as a benchmark called `name`."""
     if not source or name.lower() in BENCHMARKS:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from kit.data.chat import PLAIN_TEMPLATE, ChatFormat
 from kit.data.documents import make_documents
-from kit.data.traces import Trace
+from kit.data.responses import Trace
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 from kit.grade.verdict import grade

@@ -5,8 +5,8 @@ import pytest
 from kit.data import lengths
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
+from kit.data.responses import Trace
 from kit.data.toy import make_tokenizer, write_rows
-from kit.data.traces import Trace
 
 LONG_TOKEN = "wxyz" * 10
 
@@ -39,7 +39,8 @@ def test_a_row_of_megabytes_is_counted_as_too_long_and_never_tokenised(tmp_path,
     rows[1][field] = "1+1=2;" * 500_000 + "\\boxed{2}"
     write_rows(tmp_path / "a.jsonl", rows)
     documents, counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1_000)
-    assert len(documents) == 2 and str(counts) == "2 traces kept, 1 dropped: 1 are longer than 1,000 tokens"
+    dropped = "2 traces kept, 1 dropped: 1 are longer than 1,000 tokens"
+    assert len(documents) == 2 and str(counts) == f"{dropped}. Format: problem, trace"
     assert chat.longest < 10_000
 
 
@@ -95,5 +96,5 @@ def test_a_trace_of_megabytes_in_a_mixture_keeps_its_short_one_unless_that_is_as
     endless = "1" * 900_000
     traces = [replace(trace(endless), short=trace(short)) for short in ("2", endless)]
     documents, too_long = tokenize(traces, chat, row_tokens=100)
-    assert [len(d) - d.prompt_len - 1 for d in documents] == [1] and too_long == (1, 1)
+    assert [len(d) - d.prompt_len - 1 for d in documents] == [1] and too_long == (1, 1, 0)
     assert chat.longest < 10_000

@@ -7,8 +7,9 @@ import pytest
 
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents
+from kit.data.responses import pick_response
 from kit.data.toy import make_pairs, make_tokenizer, num_tokens, write_rows
-from kit.data.traces import pick_response, read_traces
+from kit.data.traces import read_traces
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.evaluate.reflection_and_loops import reflects
 from kit.grade.verdict import grade

@@ -9,10 +9,12 @@ from conftest import real_data
 from kit.data import documents as data
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
+from kit.data.formats import NO_COMPLETE
 from kit.data.generations import PADDED, UNUSABLE
 from kit.data.mixtures import TooLong
+from kit.data.responses import BY_LLAMA, NO_CORRECT, Trace, pick_response
 from kit.data.toy import make_rows, make_tokenizer, write_rows
-from kit.data.traces import BY_LLAMA, NO_COMPLETE, NO_CORRECT, Trace, pick_response, read_traces
+from kit.data.traces import read_traces
 
 GOOD = "<think>1+1=2</think>\\boxed{2}"
 BAD = "<think>1+1=3</think>\\boxed{3}"
@@ -163,11 +165,12 @@ def test_what_llama_decided_and_which_lists_were_short_stands_in_the_drop_statis
     assert len(traces) == 7 and counts.dropped == {NO_CORRECT: 1} and not counts.bad_rows
     assert counts.noted == {BY_LLAMA: 4, PADDED: 3}
     assert str(counts) == (
-        f"7 traces kept, 1 dropped: 1 {NO_CORRECT}. Of the rows read, 4 {BY_LLAMA}; 3 {PADDED}"
+        f"7 traces kept, 1 dropped: 1 {NO_CORRECT}. Of the rows read, 4 {BY_LLAMA}; 3 {PADDED}. "
+        "Format: 7 OpenR1; 1 problem, trace"
     )
     traces, counts = read_traces(str(tmp_path / "a.jsonl"), verify="math")
     assert len(traces) == 3 and counts.dropped == {BY_LLAMA: 4, NO_CORRECT: 1}
-    assert str(counts).endswith(f". Of the rows read, 3 {PADDED}")
+    assert f". Of the rows read, 3 {PADDED}. Format: " in str(counts)
 
 
 def test_who_decides_changes_the_documents_though_they_share_a_cache(tmp_path, chat):
@@ -295,7 +298,8 @@ def test_what_is_too_long_is_counted_and_never_cut(tmp_path, chat):
     assert kept + dropped == 60 == drop_counts.kept + drop_counts.dropped.total()
     assert all(len(document) <= 100 for document in documents)
     assert all(document.ids[-1] == chat.tokenizer.eos_token_id for document in documents)
-    assert f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens" == str(drop_counts)
+    said = f"{kept} traces kept, {dropped} dropped: {dropped} are longer than 100 tokens"
+    assert str(drop_counts) == f"{said}. Format: problem, trace"
 
 
 def test_every_row_is_accounted_for_when_a_subset_is_taken(tmp_path, chat):
@@ -311,7 +315,8 @@ def test_a_number_of_traces_means_up_to_so_many_and_the_counts_say_how_many_ther
     for wanted in (21, 30, 220_000):
         found, counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=wanted)
         assert [document.ids.tolist() for document in found] == [d.ids.tolist() for d in everything]
-        assert str(counts) == (f"20 traces kept ({wanted:,} were asked for, but no more qualify), 0 dropped")
+        said = f"20 traces kept ({wanted:,} were asked for, but no more qualify), 0 dropped"
+        assert str(counts) == f"{said}. Format: problem, trace"
     for wanted in (0, 19, 20):
         _, counts = load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=1024, num_traces=wanted)
         assert "asked for" not in str(counts)

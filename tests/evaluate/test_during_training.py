@@ -10,8 +10,8 @@ import torch
 from kit.command import Stopped
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents
+from kit.data.responses import Trace
 from kit.data.toy import make_pairs, write_rows
-from kit.data.traces import Trace
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.evaluate.during_training import DuringTraining, mean_loss, slots_that_fit
 from kit.evaluate.results import read_result

@@ -62,6 +62,17 @@ def publish(scratch: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_space(path: Path, needed: int, what: str) -> None:
+    """Raise ValueError if fewer than `needed` bytes are free where `path` will be. what: for the error."""
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"{what} takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free in {there}; make "
+            "room, or pass an --out on a larger disk"
+        )
+
+
 def sync_file(path: Path) -> None:
     """Flush a file's content to the disk."""
     with path.open("rb+") as file:  # Windows flushes only what is open for writing

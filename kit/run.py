@@ -27,10 +27,11 @@ BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a
 DURING = "during"  # the folder of samples drawn while it was trained; DURING.jsonl: their figures by step
 ROLLOUTS = "rollouts.jsonl"  # the first group of every step of reinforcement learning
 BEGUN = ("metrics.jsonl", "checkpoints", "model", "cells")  # what a run writes once it has begun to train
+MACHINE = "machine.json"  # what a run is trained on
 INPUTS = "inputs.json"  # what a run reads -> where from, how much and its digest
 # what it writes before
 PREPARED = (
-    CONFIG, INPUTS, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json",
+    CONFIG, INPUTS, "drop_counts.json", "prompts.jsonl", "data", "study.json", "memory.json", MACHINE,
     ROLLOUTS, BEFORE, AFTER, SAMPLES, DURING, f"{DURING}.jsonl",
 )  # fmt: skip
 

@@ -24,6 +24,7 @@ from kit.extras import require
 from kit.models.attention import attention_name
 from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
+from kit.models.gguf_file import restore_rotation
 from kit.models.shipped import CONFIGS, SHIPPED
 from kit.models.weights import check_finite, check_loaded
 
@@ -167,6 +168,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
         loader.setLevel(level)
     config = packed.config
     family_of(config, path.name)
+    restore_rotation(path, config)
     if hasattr(config, "quantization_config"):
         # the weights are plain by now, and a model marked as quantised can be neither trained nor saved
         del config.quantization_config

@@ -19,12 +19,13 @@ from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.inputs import digest_of_questions
 from kit.journal import REWARD, ROLLOUT, Journal
+from kit.machine import describe_machine
 from kit.memory.measured import PeakMemory
 from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
 from kit.rl.episodes import Episode, by_group
 from kit.rl.grpo import Policy, rollout, update
-from kit.run import ROLLOUTS, RunFolder
+from kit.run import MACHINE, ROLLOUTS, RunFolder, write_json
 from kit.train import checkpoint
 from kit.train.weight_updates import NotFinite
 
@@ -60,6 +61,7 @@ def train(
     name = checkpoint.name_of_run(policy.model, digest_of_questions(questions), settings)
     if checkpoint.is_finished(finished, name):
         return finished
+    write_json(run.path / MACHINE, describe_machine())
     samples = Journal(run.path / ROLLOUTS, ROLLOUT)
     done = checkpoint.resume(checkpoints, policy.model, policy.optimizer, run=name, num_steps=steps)
     for journal in (run.metrics, samples):

@@ -18,11 +18,11 @@ import torch
 
 from kit.command import LetFinish, Stopped
 from kit.inputs import digest_of_documents
-from kit.machine import return_memory
+from kit.machine import describe_machine, return_memory
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
 from kit.progress import Progress
-from kit.run import RunFolder
+from kit.run import MACHINE, RunFolder, write_json
 from kit.train import checkpoint
 from kit.train.loss import LossOfRow
 from kit.train.optimizer import cosine_with_warmup
@@ -156,6 +156,7 @@ def train(
     name = checkpoint.name_of_run(model, digest_of_documents(documents), plan.steps, settings)
     if checkpoint.is_finished(finished, name):
         return finished
+    write_json(run.path / MACHINE, describe_machine())
 
     training_step = TrainingStep(
         model,

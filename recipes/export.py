@@ -1,0 +1,278 @@
+"""Take a trained model home: one plain folder, a GGUF file for llama.cpp and Ollama, and a model card.
+
+    python recipes/export.py --model runs/gemma3_1b_8k/001                a Hugging Face folder and its card
+    python recipes/export.py --model runs/gemma3_1b_8k/001 --gguf q8_0    and a GGUF file with a Modelfile
+    python recipes/export.py --model runs/gemma3_1b_8k/001 --benchmark math500=math500.jsonl
+    python recipes/export.py --smoke                                      the tiny model, seconds on any CPU
+
+Adapters are merged into the base that they were trained on. Then everything that was written is loaded again,
+and the greedy answers to twenty problems are graded and compared with those of the model as it was: "19 of 20
+the same". The card holds what the run measured, with intervals, what differs from the paper, and the machine.
+
+The GGUF file is read again by transformers. It was not tried in llama.cpp or Ollama. Left out on purpose:
+formats below 8 bits (llama.cpp's own llama-quantize makes them from an f16 file), uploads to the hub.
+
+Time: a 135M model takes minutes on one CPU core, most of them for the answers: --check 0 leaves them out.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kit import data, evaluate, models
+from kit.command import clean_up_if_refused, start
+from kit.command_line import command_of, shell_word
+from kit.config import Checked
+from kit.data.problems import Question
+from kit.disk import check_space, publish, scratch_beside
+from kit.evaluate.results import read_results
+from kit.evaluate.same_answers import Agreement, answer
+from kit.extras import require
+from kit.machine import GIB, one_thread_if_small
+from kit.memory.flops import Sizes
+from kit.models.folder import ADAPTER_CONFIG, save_model
+from kit.models.gguf_file import check_exportable, file_bytes, write_gguf
+from kit.models.loading import default_device, load_config
+from kit.models.shipped import SHIPPED
+from kit.paper import INSTRUCTION
+from kit.report import model_card
+from kit.run import AFTER, BEFORE, CONFIG, read_json
+
+STUDY = "study.json"  # in the folder of a study, whose models are in folders of their own
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    # model
+    model: str = ""  # run folder, model folder, folder of adapters, hub id, .gguf file, or "tiny"
+    dtype: str = "auto"  # of the folder's weights; auto: as the model's or its base's [auto | bf16 | fp32]
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
+    # what is written
+    gguf: str = ""  # also a GGUF file with matrices of this kind; "" = none [q8_0 | f16 | bf16]
+    temperature: float = 0.6  # in Ollama's Modelfile [0 | 0.001..1000]
+    top_p: float = 0.95  # in Ollama's Modelfile; 1 = off [> 0, <= 1]
+    # check
+    check: int = 20  # problems whose answers are compared; 0 = nothing is loaded again [0..1000]
+    benchmark: str = ""  # name or name=FILE; "" = what the run was measured on, without a run the toy's
+    max_new_tokens: int = 512  # tokens per answer; a longer one is cut off [>= 1]
+    device: str = "auto"  # where answers are computed; auto: on a card if there is one [auto | cuda | cpu]
+    # run
+    smoke: bool = False  # the tiny model with a GGUF file, seconds
+    out: str = ""  # folder to write; "" = exports/ and the name of the model
+
+
+SMOKE = {"model": "tiny", "gguf": "q8_0", "device": "cpu"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported."""
+
+    model: str  # as kit.models.load takes it
+    name: str
+    base: str  # what it was trained from; itself if it was not trained here
+    run: Path | None = None  # whose model it is
+
+
+@clean_up_if_refused
+def main(config: Config) -> Path:
+    source = find_source(config.model)
+    out = Path(config.out) if config.out else Path("exports") / source.name
+    if out.exists():
+        raise ValueError(f"{out} is there already; pass another --out, or delete it")
+    loaded = load_config(source.model)
+    if config.gguf:
+        require("--gguf", "gguf", "accelerate")
+        check_exportable(loaded, source.model)
+    dtype = DTYPES.get(config.dtype) or getattr(loaded, "dtype", None) or torch.bfloat16
+    num_weights = Sizes.of(loaded).weights
+    needed = num_weights * dtype.itemsize + (file_bytes(num_weights, config.gguf) if config.gguf else 0)
+    check_space(out, needed, f"{source.name} with {num_weights:,} weights")
+    questions, instruction = find_questions(config, source)
+    device = default_device() if config.device == "auto" else torch.device(config.device)
+    print(f"model       {source.model}: {num_weights:,} weights, {needed / GIB:.2f} GiB to write")
+
+    scratch = scratch_beside(out)
+    try:
+        write_all(config, source, scratch, dtype, device, questions, instruction)
+        publish(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # it is there only if something went wrong
+    print(f"written     {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if config.gguf:
+        modelfile = shell_word(str(out / "gguf" / "Modelfile"))
+        print(f"next   ollama create {source.name} -f {modelfile}    not tried here")
+    else:
+        print(f"next   {command_of('evaluate')} --model {shell_word(str(out))}    measure it again")
+    return out
+
+
+def write_all(
+    config: Config,
+    source: Source,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    questions: list[Question],
+    instruction: str,
+) -> None:
+    """Write the model, its GGUF file and its card into a folder, and compare what was written."""
+    how = {"template": config.chat_template, "instruction": instruction}
+
+    def answers(path: str, description: str, **kept):
+        model, tokenizer = kept["loaded"] if kept else models.load(path, device=device, dtype=dtype)
+        chat = data.ChatFormat(tokenizer, model, **(how if kept else how | {"template": ""}))
+        if not questions:
+            return []
+        return answer(model, chat, questions, max_new_tokens=config.max_new_tokens, description=description)
+
+    model, tokenizer = models.load(source.model, device=device, dtype=dtype)
+    one_thread_if_small(model)
+    original = answers("", "answers of the original", loaded=(model, tokenizer))
+    if has_adapters(source.model):
+        from kit.models.merge import merge  # peft takes seconds to import
+
+        merge(model, dtype)
+    model.to("cpu")
+    save_model(folder, model, tokenizer)
+    copies = {"the folder": str(folder)}
+    sections = (
+        model_card.of_run(source.run)
+        if source.run
+        else [f"{model_card.without_folders(source.base)}, exported.", ""]
+    )
+
+    if config.gguf:
+        file = folder / "gguf" / f"{source.name}-{config.gguf}.gguf"
+        file.parent.mkdir()
+        whole = write_gguf(file, model, tokenizer, config.gguf, name=source.name)
+        if whole:
+            print(f"            {len(whole)} matrices are f16: {whole[0]} has rows that q8_0 cannot split")
+        write_modelfile(file, model, tokenizer, config)
+        copies["the GGUF file"] = str(file)
+    del model
+
+    checked = []
+    for name, path in copies.items() if questions else ():
+        agreement = Agreement.of(original, answers(path, f"answers of {name}"))
+        checked.append(f"{name}: {agreement}")
+        print(f"checked     {checked[-1]}")
+    model_card.write(folder, source.name, source.base, [*sections, *card_of_files(config, source, checked)])
+
+
+def card_of_files(config: Config, source: Source, checked: list[str]) -> list[str]:
+    """Return the card's lines about the files: how they are used, and what was checked."""
+    lines = ["## Use", "", "    AutoModelForCausalLM.from_pretrained(FOLDER)", ""]
+    if config.gguf:
+        name = f"{source.name}-{config.gguf}.gguf"
+        lines += [f'    AutoModelForCausalLM.from_pretrained(FOLDER + "/gguf", gguf_file="{name}")']
+        lines += [f"    ollama create {source.name} -f FOLDER/gguf/Modelfile", ""]
+        lines += ["The GGUF file was read again by transformers, not by llama.cpp or Ollama.", ""]
+    if checked:
+        limit = f"greedy answers of up to {config.max_new_tokens} tokens"
+        lines += [f"Compared with the model as it was trained ({limit}):", ""]
+        lines += [*(f"- {line}" for line in checked), ""]
+    return lines
+
+
+def has_adapters(model: str) -> bool:
+    return (Path(model).expanduser() / ADAPTER_CONFIG).is_file()
+
+
+def find_source(name: str) -> Source:
+    """Find what --model means. Raises ValueError for anything that is no model, and for an unfinished run."""
+    if not name:
+        raise ValueError("model is empty; pass --model and a run folder, such as runs/gemma3_1b_8k/001")
+    path = Path(name).expanduser()
+    if name in SHIPPED or not path.is_dir():
+        models.loading.path_of(name)
+        return Source(name, path.stem, name)
+    run = path if is_run(path) else path.parent if path.name == "model" and is_run(path.parent) else None
+    if (path / STUDY).is_file():
+        cells = sorted(model.parent for model in path.glob("*/*/model"))
+        such = f", such as {cells[0]}" if cells else ""
+        raise ValueError(f"{path} is a study, which has many models; pass one of its folders{such}")
+    if run:
+        settings = read_json(run / CONFIG)
+        check_finished(run, settings)
+        parts = [part for part in run.resolve().parts[-2:] if part != "cells"]
+        return Source(str(run / "model"), "-".join(parts).replace(" ", "-"), str(settings["model"]), run)
+    if not any((path / file).is_file() for file in (CONFIG, ADAPTER_CONFIG)):
+        raise ValueError(
+            f"{path} is neither a run nor a model: it holds no {CONFIG} and no {ADAPTER_CONFIG}; pass a run "
+            "folder such as runs/gemma3_1b_8k/001, or a model's"
+        )
+    return Source(str(path), path.resolve().name, str(path))
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run's: a model's config.json names its type."""
+    return (path / CONFIG).is_file() and "model_type" not in read_json(path / CONFIG)
+
+
+def check_finished(run: Path, settings: dict) -> None:
+    """Raise ValueError, with the command to type, unless the run has its model and all its figures."""
+    study = run.resolve().parents[1]
+    if (study / STUDY).is_file():
+        word, resumed = ("sweep" if "preset" in read_json(study / CONFIG) else "demo"), study
+    elif "group_size" in settings or "num_traces" in settings:
+        word, resumed = ("grpo" if "group_size" in settings else "finetune"), run
+    else:
+        raise ValueError(
+            f"{run} is an evaluation, which trains nothing; pass the model that it measured: "
+            f"--model {settings.get('model')}"
+        )
+    before, after = (read_results(run / stage) for stage in (BEFORE, AFTER))
+    missing = [name for name in before if name not in after or len(after[name].rows) < len(before[name].rows)]
+    if not (run / "model").is_dir() or missing:
+        what = (
+            f"has not measured {', '.join(missing)} after it"
+            if (run / "model").is_dir()
+            else "has no model yet"
+        )
+        raise ValueError(
+            f"{run} is not finished: it {what}; go on with: {command_of(word)} --resume --out "
+            f"{shell_word(str(resumed))}"
+        )
+
+
+def find_questions(config: Config, source: Source) -> tuple[list[Question], str]:
+    """Return the problems to answer, and the line below each: the run's own unless others are asked for."""
+    settings = read_json(source.run / CONFIG) if source.run else {}
+    instruction = settings.get("instruction", "" if source.model in SHIPPED else INSTRUCTION)
+    if not config.check:
+        return [], instruction
+    if config.benchmark:
+        (benchmark, *more) = evaluate.parse_benchmarks(config.benchmark, limit=config.check)
+        if more:
+            raise ValueError(f"benchmark is {config.benchmark!r}, which is several; pass one")
+        return list(benchmark.questions), instruction
+    for result in read_results(source.run / AFTER).values() if source.run else ():
+        rows = {row["question"]: row for row in result.rows}
+        kept = sorted(rows)[: config.check]
+        return [Question(key, rows[key]["problem"], rows[key]["answer"]) for key in kept], instruction
+    return list(evaluate.BENCHMARKS["toy"].read(limit=config.check).questions), instruction
+
+
+def write_modelfile(gguf: Path, model, tokenizer, config: Config) -> None:
+    """Write Ollama's Modelfile beside a GGUF file."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.convert_ids_to_tokens([ends] if isinstance(ends, int) else ends)
+    lines = [
+        "# Not tried in Ollama. There is no TEMPLATE: Ollama takes the chat template of the GGUF file, if it",
+        "# knows it. Should `ollama show --template` print {{ .Prompt }} alone, it does not: write one here.",
+        f"FROM ./{gguf.name}",
+        f"PARAMETER temperature {config.temperature:g}",
+        f"PARAMETER top_p {config.top_p:g}",
+        *(f'PARAMETER stop "{end}"' for end in ends),
+    ]
+    (gguf.parent / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    start(main, Config, smoke=SMOKE)

@@ -41,6 +41,19 @@ STYLES = {
         f"{NEXT}{ASKED}<｜Assistant｜><think>\n{{% endif %}}",
         ["<｜end▁of▁sentence｜>"],
     ),
+    "qwen3": (  # which can think or not, and hides the thoughts of earlier turns
+        ["<|im_end|>", "<|endoftext|>", "<|im_start|>"],
+        ["<think>", "</think>"],
+        "{% set asked = namespace(at=-1) %}"
+        f"{LOOP}{USER}{{% set asked.at = loop.index0 %}}{{% endif %}}{NEXT}"
+        f"{LOOP}<|im_start|>{{{{ m['role'] + '\n' }}}}{{% set parts = m['content'].split('</think>') %}}"
+        "{% if m['role'] == 'assistant' and loop.index0 > asked.at %}<think>\n"
+        "{{ parts[0].split('<think>')[-1].strip('\n') if parts[1:] else '' }}\n</think>\n\n{% endif %}"
+        f"{{{{ parts[-1].lstrip('\n') }}}}<|im_end|>\n{NEXT}{ASKED}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+        "{% endif %}",
+        ["<|im_end|>", "<|endoftext|>"],
+    ),
     "base": (["</s>", "<s>", "<|done|>"], [], None, ["</s>", "<|done|>"]),
 }
 

@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models of the three families, and a skip that names the data that are missing."""
+"""Fixtures: tiny random models of the families, and a skip that names the data that are missing."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: more threads wou
 import pytest
 import torch
 from children import IN_THE_INTERPRETER, ROOT
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from kit.kernels.backend import INTERPRET
 from kit.models.attention import REGISTERED
@@ -44,6 +44,8 @@ FAMILIES = {
         tie_word_embeddings=True,
     ),
 }
+# Qwen3 is Llama with Gemma's norms of heads: tests of what a family computes run on it, others on the three
+ALL_FAMILIES = FAMILIES | {"qwen3": Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=True)}
 
 
 # tests that run only somewhere else -> whether this is the place
@@ -118,7 +120,9 @@ def tiny_model(request):
 def make_model(family: str, dtype: torch.dtype = torch.float32):
     """Make a random model whose logits are far from flat, so that greedy decoding has something to decide."""
     torch.manual_seed(0)
-    config = copy.deepcopy(FAMILIES[family])  # a model shares its config, and with it the kind of attention
+    config = copy.deepcopy(
+        ALL_FAMILIES[family]
+    )  # a model shares its config, and with it the kind of attention
     model = AutoModelForCausalLM.from_config(config, attn_implementation=REGISTERED["kit"], dtype=dtype)
     model.eval()
     with torch.no_grad():

@@ -26,6 +26,9 @@ PLAIN_TEMPLATE = (  # for base models, which have no template of their own
     "{% elif m['role'] == 'system' %}{{ m['content'] }}\n\n"
     "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
+NO_THINKING = "no_thinking"  # names the model's own template with its switch for thinking turned off
+SWITCH = "enable_thinking"  # that switch, as Qwen3's template calls it
+TURNED_OFF = f"{{% set {SWITCH} = false %}}"
 DATE = "26 Jul 2024"  # the default of Llama 3's template; with today's date a run would not repeat tomorrow
 MARK = "\ue000"  # a private-use character that shows where the template puts the assistant's words
 BREAK = "\ufdd0"  # a character that no text has: what is before it and what is after are tokenised apart
@@ -50,11 +53,12 @@ class ChatFormat:
     model: reads the ids. Its generation_config names more ends. All ends are written there, and end_of_turn
     and the template to the tokenizer, so that both are saved as they were trained. None = tokenizer alone.
     template: a Jinja file, "plain" = `Problem: ... Solution: ...` for base models, the name of one of the
-    tokenizer's own, "" = its default.
+    tokenizer's own, "" = its default, "no_thinking" = its default with thinking off.
     instruction: a line added below every problem, the same in training and evaluation; "" = none.
 
     end_of_turn: the token that training teaches. eos_token_ids: all that end a response: this one, the
     tokenizer's, those of the generation_config, and END_TOKENS. opening: the thought that the prompt opens.
+    empty_thought: what the template writes before a response without a thought; "" = nothing.
 
     Raises ValueError if there is no template, if it does not show the assistant's words exactly once or does
     not end (see kit.data.template_trial), and for an end that is not in the vocabulary.
@@ -69,7 +73,8 @@ class ChatFormat:
 
         if self.template not in (PLAIN_TEMPLATE, TEMPLATE):  # anybody's, whose end is not known
             check_ends(self.template, tokenizer.special_tokens_map | {"date_string": DATE})
-        rendered = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
+        question = [{"role": "user", "content": "?"}]
+        rendered = self._render([*question, {"role": "assistant", "content": MARK}])
         if rendered.count(MARK) != 1:
             raise ValueError(
                 "the chat template does not show an assistant's message exactly once; "
@@ -83,9 +88,13 @@ class ChatFormat:
         ends = tokenizer.convert_ids_to_tokens(self.eos_token_ids)
         self._ends = _any_of({*END_TOKENS, *ends})
         self._controls = _any_of({*special, *ends} - {*REASONING})
-        prompt = self.prompt("?")
+        prompt = self._render(question, add_generation_prompt=True)
         opens = prompt.rstrip().endswith(THOUGHT)
         self.opening = prompt[prompt.rindex(THOUGHT) :] if opens else ""
+        self.is_thinking_over = prompt.rstrip().endswith(THOUGHT_END)  # before the response begins
+        before = rendered.split(MARK)[0]
+        written = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        self.empty_thought = written if written.startswith(THOUGHT) else ""
         if model is not None:
             self._write_to(model)
 
@@ -181,16 +190,26 @@ class ChatFormat:
         return prompt
 
     def response(self, trace: str) -> str:
-        """Render a trace as it follows the prompt: in the thought that is open, and with one end of turn."""
+        """Render a trace as it follows the prompt: in the thought that is open, and with one end of turn.
+
+        Raises ValueError for a trace with a thought if the prompt has ended it.
+        """
         parts = self._ends.split(trace.strip())  # text and ends take turns
         while len(parts) > 1 and not parts[-1].strip():
             del parts[-2:]
         trace = "".join(parts).rstrip()
         before, opened, thought = trace.partition(THOUGHT)
+        if self.is_thinking_over and (opened or THOUGHT_END in trace):
+            raise ValueError(
+                f"thinking is off in the chat template but a trace has a thought: {trace[:80]!r}; pass "
+                "traces without thoughts, or a chat template with thinking on"
+            )
         if self.opening and opened:
             trace = before + thought.removeprefix(self.opening.removeprefix(THOUGHT))
         elif self.opening and THOUGHT_END not in trace:
             trace = f"{THOUGHT_END}\n\n{trace}"
+        elif not opened and THOUGHT_END not in trace:
+            trace = self.empty_thought + trace
         return self._words(trace) + self.end_of_turn
 
     def _words(self, text: str) -> str:
@@ -241,12 +260,18 @@ def find_template(tokenizer, name: str) -> str:
     named = own if isinstance(own, dict) else {"default": own} if own else {}
     if (name or "default") in named:
         return named[name or "default"]
+    if name == NO_THINKING and SWITCH in (default := named.get("default", "")):
+        return TURNED_OFF + default.removeprefix(TURNED_OFF)
     if name == "plain":
         return PLAIN_TEMPLATE
     if Path(name).is_file():
         return Path(name).read_text(encoding="utf-8")
 
     way = f"pass --chat_template {', '.join([*named, 'plain'])} or a Jinja file"
+    if name == NO_THINKING:
+        raise ValueError(
+            f"chat_template is {name!r} but the model's own template has no switch {SWITCH}; {way}"
+        )
     if name:
         raise ValueError(f"chat_template is {name!r} but there is no such file; {way}")
     what = "has several chat templates and no default" if named else "has no chat template (a base model?)"

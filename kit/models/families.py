@@ -2,7 +2,7 @@
 
 A row names what a decoder layer computes besides projections, attention and feed-forward. To add a family
 whose layers differ only in these points, add its row to FAMILIES and its sizes to tests/conftest.py. The
-tests compare every family with transformers.
+tests compare every family with transformers. recipes/bench/README.md says which families are one row more.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,40 @@ FAMILIES = {  # config.model_type -> its row
     ),
     "llama": Family(LlamaDecoderLayer),
     "qwen2": Family(Qwen2DecoderLayer),
+    "qwen3": Family(Qwen3DecoderLayer, head_norms=("q_norm", "k_norm")),
+}
+_EXPERTS = "its feed-forwards are mixtures of experts"
+_IMAGES = "it reads images, too"
+_LINEAR = "most of its layers have linear attention"
+REFUSED = {  # config.model_type -> why a row is not enough
+    "gemma2": "its attention caps scores by a tanh",
+    "gemma3": f"{_IMAGES}; pass one of the text-only sizes, google/gemma-3-270m-it or google/gemma-3-1b-it",
+    "gemma3n": f"{_IMAGES}, and its layers have four residual streams and embeddings of their own",
+    "gemma3n_text": "its layers have four residual streams and embeddings of their own",
+    "gpt_oss": f"{_EXPERTS}, and its attention has sinks",
+    "llama4": f"{_IMAGES}, and {_EXPERTS}",
+    "llama4_text": f"{_EXPERTS}, and its attention is in chunks, in some layers without a rotation",
+    "mixtral": _EXPERTS,
+    "phi3": "it keeps q, k and v in one matrix, and gate and up in another",
+    "qwen2_moe": _EXPERTS,
+    "qwen3_5": f"{_IMAGES}, and {_LINEAR}",
+    "qwen3_5_text": _LINEAR,
+    "qwen3_moe": _EXPERTS,
+    "qwen3_next": f"{_EXPERTS}, and {_LINEAR}",
+    "qwen3_vl": _IMAGES,
+    "smollm3": "some of its layers have no rotation",
 }
 
 
 def family_of(config: PreTrainedConfig, name: str = "the model") -> Family:
     """Return a config's family. Raises ValueError for an unknown one."""
     if config.model_type not in FAMILIES:
+        why, known = REFUSED.get(config.model_type), f"the kit knows {', '.join(FAMILIES)}"
+        if why:
+            raise ValueError(f"{name} is a {config.model_type} model, and {why}; {known}: pass one of these")
         raise ValueError(
-            f"{name} is a {config.model_type} model; the kit knows {', '.join(FAMILIES)} (of Gemma 3, the "
-            "text-only sizes). Pass one of these, or add a row to FAMILIES in kit/models/families.py"
+            f"{name} is a {config.model_type} model; {known} (of Gemma 3, the text-only sizes). Pass one of "
+            "these, or add a row to FAMILIES in kit/models/families.py"
         )
     return FAMILIES[config.model_type]
 

@@ -43,7 +43,7 @@ class Config(Checked):
     vocab_size: int = (
         0  # instead of model: a Llama of about 20M random weights with this vocabulary; 0 = off [>= 0]
     )
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
+    chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     # data
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens
     num_traces: int = 64  # documents [>= 1]

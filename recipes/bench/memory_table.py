@@ -1,7 +1,7 @@
 """Simulate what six models need at 16,384 tokens, in full and with QLoRA. No GPU, no weights, no download.
 
     python recipes/bench/memory_table.py                                   all six, in minutes
-    python recipes/bench/memory_table.py --models google/gemma-3-1b-it     one of them
+    python recipes/bench/memory_table.py --models google/gemma-3-1b-it     one of them, or any other
     python recipes/bench/memory_table.py --json memory.json                keep the figures, for posting
 
 Each figure is one real training step on fake tensors with every live byte counted, and what
@@ -22,7 +22,7 @@ import torch
 from kit.config import Checked, parse
 from kit.machine import GIB
 from kit.memory import Plan, plan
-from kit.models.shipped import CONFIGS
+from kit.paper import MODELS
 from kit.run import write_json
 from kit.train import Savings
 
@@ -41,7 +41,7 @@ ROWS = {  # name -> (savings, rank of the adapters)
 
 @dataclass(frozen=True)
 class Config(Checked):
-    models: str = ""  # hub ids, comma-separated; "" = the six whose configs ship with the kit
+    models: str = ""  # hub ids, comma-separated; "" = the paper's six
     row_tokens: int = 16_384  # tokens per row [>= 1]
     json: str = ""  # file for the figures; "" = none
     smoke: bool = False  # the tiny model that ships, in seconds
@@ -68,8 +68,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(config: Config) -> list[dict]:
-    shipped = sorted((path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")), key=str.lower)
-    models = config.models.split(",") if config.models else shipped
+    models = config.models.split(",") if config.models else list(MODELS)
     print(f"GiB that a card needs for rows of {config.row_tokens:,} tokens, simulated")
 
     rows = []

@@ -28,7 +28,7 @@ LAYERS |= {"kit::glu", "kit::glu_backward_"}  # our kernels that count as elemen
 
 @dataclass(frozen=True)
 class Config(Checked):
-    model: str = "google/gemma-3-1b-it"  # of the six whose configs ship with the kit, or a folder
+    model: str = "google/gemma-3-1b-it"  # one whose config ships with the kit, or a folder
     row_tokens: int = 16_384  # tokens of the step's only row [>= 1]
     tile_tokens: int = 0  # tokens of the feed-forward at one time; 0 = all [>= 0]
 

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE
+from conftest import ALL_FAMILIES, FAMILIES, SHAPE
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, OlmoConfig, Qwen3MoeConfig
 
 from kit.generate.decode import Decoder
 from kit.generate.kv_cache import SlotCache
@@ -20,6 +20,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 SETTINGS = {
     "llama": {"rms_norm_eps": 0.3, "rope_parameters": YARN},
     "qwen2": {"rms_norm_eps": 0.2},
+    "qwen3": {"rms_norm_eps": 0.2},
     "gemma3": {"rms_norm_eps": 0.1, "query_pre_attn_scalar": 5, "num_key_value_heads": 2},
 }
 
@@ -27,7 +28,7 @@ SETTINGS = {
 def make_model(family, dtype=torch.float32):
     """A model without default values that would hide a mistake: norms, biases, eps, score scale, rope."""
     torch.manual_seed(0)
-    config = copy.deepcopy(FAMILIES[family])
+    config = copy.deepcopy(ALL_FAMILIES[family])
     for name, value in SETTINGS[family].items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="kit").eval()
@@ -63,7 +64,7 @@ def random_ids():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_hidden_states_are_the_models_own(family, dtype):
     model, ids = make_model(family, dtype), random_ids()
     truth = whole(make_model(family, dtype).double(), ids)
@@ -86,7 +87,7 @@ def test_adapters_and_quantised_layers_do_here_what_they_do_in_the_models_forwar
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_rows_at_different_positions_are_told_apart_in_one_group_and_each_in_its_own(family, num_groups):
     model, lengths = make_model(family), [60, 37, 2]
     torch.manual_seed(1)
@@ -104,9 +105,22 @@ def test_rows_at_different_positions_are_told_apart_in_one_group_and_each_in_its
     torch.testing.assert_close(hidden, torch.stack(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_a_family_with_layers_of_its_own_is_refused():
-    config = Qwen3Config(**SHAPE, head_dim=8)
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            OlmoConfig(**SHAPE),
+            r"a olmo model; the kit knows gemma3_text, llama, qwen2, qwen3 .*add a row to FAMILIES in kit/",
+        ),
+        (
+            Qwen3MoeConfig(**SHAPE, num_experts=2, moe_intermediate_size=8, num_experts_per_tok=1),
+            r"a qwen3_moe model, and its feed-forwards are mixtures of experts; the kit knows gemma3_text.*: "
+            "pass one of these",
+        ),
+    ],
+    ids=["unknown", "never"],
+)
+def test_a_family_with_layers_of_its_own_is_refused_with_the_reason(config, said):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="kit")
-    known = r"a qwen3 model; the kit knows gemma3_text, llama, qwen2 .*add a row to FAMILIES in kit/models"
-    with pytest.raises(ValueError, match=known):
+    with pytest.raises(ValueError, match=said):
         generate(model, [[3, 4]], SamplingParams(max_new_tokens=2), num_slots=1, seed=0, eos_token_id=2)

@@ -2,7 +2,7 @@
 
 The plan (kit.memory.simulate) simulates the step; the formula adds up what the simulation should find, at
 each of the moments that can be the worst: the loss, one layer's backward pass, the blocks of the head. It
-agrees within a tenth for the six models whose configs ship with the kit.
+agrees within a tenth for all models whose configs ship with the kit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import FAMILIES, WINDOW, make_model
+from conftest import ALL_FAMILIES, WINDOW, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def attention_flops(config) -> int:
     return 4 * pairs * Sizes.of(config).q
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_rows_flops_are_those_of_a_real_step(family):
     """The counter does not see attention, and the last token, which has no target, costs no head."""
     config = tied_model(family).config

@@ -32,6 +32,8 @@ PARAMETERS = {  # as published with the models
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768, "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen/Qwen2.5-3B-Instruct": 3_085_938_688, "google/gemma-3-1b-it": 999_885_952,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400, "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976, "Qwen/Qwen3-4B": 4_022_468_096,
+    "google/gemma-3-270m-it": 268_098_176,
 }  # fmt: skip
 SMALL = {  # large enough that one owner does not drown in the others, small enough for seconds
     "vocab_size": 4_000,

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, random_documents
+from conftest import ALL_FAMILIES, make_model, random_documents
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_p
 SETTINGS = {
     "llama": {"rms_norm_eps": 0.3, "rope_parameters": YARN, "attention_bias": True, "mlp_bias": True},
     "qwen2": {"rms_norm_eps": 0.2},
+    "qwen3": {"rms_norm_eps": 0.2},
     "gemma3": {"rms_norm_eps": 0.1, "query_pre_attn_scalar": 5, "num_key_value_heads": 2},
 }
 
@@ -40,7 +41,7 @@ class ExactNorm(nn.Module):
 def unusual_model(family):
     """Make a float64 model without default values that would hide a mistake."""
     torch.manual_seed(0)
-    config = copy.deepcopy(FAMILIES[family])
+    config = copy.deepcopy(ALL_FAMILIES[family])
     for name, value in SETTINGS[family].items():
         setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="kit").double().eval()
@@ -76,7 +77,7 @@ def gradients_of(model, states):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_in_float64_a_pack_gets_what_transformers_computes_for_each_document(family, adapters):
     model, documents = unusual_model(family), random_documents(LENGTHS)
     if adapters:
@@ -91,7 +92,7 @@ def test_in_float64_a_pack_gets_what_transformers_computes_for_each_document(fam
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-8, msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_adapters_on_nf4_weights_give_a_pack_what_they_give_transformers_to_rounding(family):
     model, documents = unusual_model(family).float(), random_documents(LENGTHS)
     plain = with_transformers(model, documents)

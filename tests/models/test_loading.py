@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, random_documents
+from conftest import ALL_FAMILIES, make_model, random_documents
 from transformers import AutoModelForCausalLM
 
 from kit import models
@@ -30,7 +30,7 @@ def with_transformers(model, documents, dtype):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_logits_of_a_pack_are_the_logits_of_its_documents(family, checkpointing):
     documents = random_documents(LENGTHS)
     model = make_model(family)
@@ -124,7 +124,7 @@ def test_an_unknown_family_is_refused_by_name(tmp_path):
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a gpt2 model; the kit knows gemma3_text, llama, qwen2"):
+    with pytest.raises(ValueError, match=r"is a gpt2 model; the kit knows gemma3_text, llama, qwen2, qwen3 "):
         models.load(str(tmp_path), device="cpu")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from children import ROOT, call, train_unbroken_and_killed
-from conftest import FAMILIES, make_model, random_documents
+from conftest import ALL_FAMILIES, FAMILIES, make_model, random_documents
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_nf4 import allocated, held_tensors
@@ -93,9 +93,9 @@ def test_the_loss_falls_and_only_adapters_change(family, dtype, checkpointing):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_linear_layer_of_the_decoder_has_an_adapter_of_the_rank_asked_for(family):
-    c, rank = FAMILIES[family], 3
+    c, rank = ALL_FAMILIES[family], 3
     hidden, inner = c.hidden_size, c.intermediate_size
     D = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
     q, kv = c.num_attention_heads * D, c.num_key_value_heads * D
@@ -108,7 +108,7 @@ def test_every_linear_layer_of_the_decoder_has_an_adapter_of_the_rank_asked_for(
     assert isinstance(model, type(make_model(family)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_gradients_of_the_adapters_are_those_of_a_dense_model_with_the_same_weights(family):
     """Truth: float64, every layer written out as W x + (alpha / rank) B A x."""
     model = make_qlora(family, rank=3, alpha=5)

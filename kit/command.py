@@ -20,6 +20,7 @@ from pathlib import Path
 from kit.command_line import shell_word, started_as
 from kit.config import parse, show
 from kit.run import RunFolder
+from kit.versions import newer_than_tested
 
 # What a user can mend: wrong settings or data, a file or a disk, a missing package. Everything else is a bug
 # of the kit, and its traceback is printed.
@@ -69,7 +70,14 @@ def start(
     user can mend is one line on stderr and exit status 2; --traceback shows where it came from. Ctrl-C prints
     how to go on, and the status is 130.
     """
-    guard(lambda words: clean_up_if_refused(main)(parse(config_class, words, **choices)), argv)
+
+    def run(words: list[str]) -> None:
+        config = parse(config_class, words, **choices)
+        if line := newer_than_tested():
+            print(line)
+        clean_up_if_refused(main)(config)
+
+    guard(run, argv)
 
 
 def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> None:

@@ -59,13 +59,15 @@ def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
 
     import torch
 
-    if torch.cuda.is_available():
+    is_amd = torch.version.hip is not None  # torch calls AMD's cards "cuda", too
+    if torch.cuda.is_available() and not is_amd:
         require(what, "triton")
         return
 
+    here = "this torch is for AMD cards, where no kernel was ever tried" if is_amd else "none is here"
     width = max(map(len, instead))
     ways = [f"  {command:<{width}}    {effect}" for command, effect in instead.items()]
-    raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and none is here. What works here:", *ways]))
+    raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and {here}. What works here:", *ways]))
 
 
 def on_cpu(small: str) -> dict[str, str]:

@@ -89,6 +89,42 @@ def test_without_the_extra_a_plain_model_is_planned_trained_and_evaluated(comman
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
+# what Python reads first: two packages that are found and cannot be loaded, such as of another system
+BROKEN = """
+import sys
+from importlib.machinery import ModuleSpec
+
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, origin="here") if name in ("triton", "bitsandbytes") else None
+
+    def create_module(self, spec):
+        print("tried to load", spec.name, file=sys.stderr)
+        raise ImportError(f"{spec.name} is broken")
+
+    def exec_module(self, module):
+        pass
+
+
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["", "demo", "evaluate"])
+def test_a_triton_and_a_bitsandbytes_that_cannot_be_loaded_are_not_missed(command, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    words = [command, *WORKS[command]] if command else []
+    code = f"import sys; sys.argv[1:] = {words!r}; import kit.command_line as c; c.main()"
+    done = python(code, path=[tmp_path, ROOT], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "bitsandbytes" not in done.stderr
+    assert ("tried to load triton" in done.stderr) == (
+        command == "evaluate"
+    )  # torch asks, and so does the kit
+
+
 def refused(what: str, *packages: str) -> str:
     with pytest.raises(ValueError) as error:
         extras.require(what, *packages)

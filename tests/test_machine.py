@@ -44,6 +44,11 @@ def test_without_a_gpu_a_recipe_ends_with_what_works_instead_and_on_a_cpu_it_goe
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     require_gpu("cuda", "a 1B model", instead)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    with pytest.raises(
+        ValueError, match=r"a 1B model needs an NVIDIA GPU and this torch is for AMD cards, .*:"
+    ):
+        require_gpu("cuda", "a 1B model", instead)
 
 
 def files(root, texts):

@@ -121,7 +121,7 @@ def _without_its_code(where: str | Path) -> Iterator[None]:
             raise
         raise NeedsItsCode(
             f"{where} needs Python of its own, which could do anything here and is never run; pass a Qwen2, "
-            "Llama or Gemma 3 (text) model that works without"
+            "Qwen3, Llama or Gemma 3 (text) model that works without"
         ) from error
 
 

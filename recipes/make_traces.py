@@ -1,0 +1,198 @@
+"""Make traces of your own: sample a local model's answers to problems, and keep those that are right.
+
+    python recipes/make_traces.py --problems p.jsonl --model Qwen/Qwen3-1.7B    eight answers per problem
+    python recipes/make_traces.py --problems p.jsonl --first shortest           the short side of a mixture
+    python recipes/make_traces.py --resume                                      go on with the newest run
+    python recipes/make_traces.py --smoke                                       a tiny model, any CPU
+
+Rows of p.jsonl hold a problem and its answer: {"problem": "What is 2+3?", "answer": 5}. The traces are
+written to traces.jsonl in the run's folder, in the schema of OpenR1-Math-220k, for --traces and
+--short_traces of the training recipes. Each row says which model wrote it and how. An answer is kept if
+kit.grade finds it right and it ended by itself. The flag `correctness_math_verify` is left out, because
+Math-Verify was not asked: the kit grades the answers again when it reads the file.
+
+Every answer is logged as soon as it ends, in samples/. After a kill, --resume continues, and the traces are
+those of an uninterrupted run. `recipes/evaluate.py --plan --benchmarks mine=p.jsonl` says whether it fits.
+
+Time: not timed on a GPU; --smoke takes seconds. Left out on purpose: servers, problems without answers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit import data, evaluate, generate, models
+from kit.command import clean_up_if_refused, start
+from kit.command_line import command_of, shell_word, started_as
+from kit.config import Checked, show
+from kit.data.chat import INSTRUCTION, warn_of_instruction
+from kit.data.problems import Question, draw, read_prompts
+from kit.data.rows import BadRows
+from kit.data.toy import PROBLEMS
+from kit.disk import write_whole
+from kit.evaluate.benchmarks import Benchmark, ids_hash
+from kit.machine import one_thread_if_small, require_gpu
+from kit.run import SAMPLES, RunFolder
+
+TRACES = "traces.jsonl"
+ORDERS = {
+    "sampled": lambda row: 0,
+    "shortest": lambda row: row["tokens"],
+    "longest": lambda row: -row["tokens"],
+}
+DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    # model
+    model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
+    device: str = "cuda"  # [cuda | cpu]
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
+    chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
+    instruction: str = INSTRUCTION  # line added below every problem; "" = none
+    # problems
+    problems: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
+    num_problems: int = 1_000  # drawn in a random order, keyed by seed; 0 = all [>= 0]
+    max_bad_rows: int = 20  # without problem or answer, and left out; more stop the run [>= 0]
+    # answers
+    num_samples: int = 8  # answers per problem [1..10000]
+    first: str = (
+        "sampled"  # which right answer is trained on: the first of these [sampled | shortest | longest]
+    )
+    temperature: float = 0.6  # 0 = greedy: one answer per problem will do [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    top_k: int = 0  # 0 = off [>= 0]
+    max_new_tokens: int = 16_384  # tokens per answer; a longer one is not kept [>= 1]
+    num_slots: int = 16  # answers sampled at once; changes the speed only [>= 1]
+    # run
+    seed: int = 0  # of the problems and the answers [>= 0]
+    smoke: bool = False  # tiny model, toy problems, CPU, seconds
+    resume: bool = False  # continue the run in --out, or the newest one
+    out: str = ""  # run folder; "" = the next free one under runs/
+
+
+SMOKE = {
+    "model": "tiny", "device": "cpu", "instruction": "", "problems": str(PROBLEMS), "num_problems": 20,
+    "num_samples": 2, "temperature": 1.0, "max_new_tokens": 256, "num_slots": 40,
+}  # fmt: skip
+
+
+@clean_up_if_refused
+def main(config: Config) -> Path:
+    command = started_as()
+    small = "--num_problems 20 --num_samples 1 --max_new_tokens 512"
+    require_gpu(
+        config.device,
+        f"sampling {config.model} on --device cuda",
+        {
+            f"{command} --smoke": "the whole path on this CPU in seconds, with a tiny model",
+            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
+        },
+    )
+    questions = read_questions(config)
+    run = RunFolder.open(config)
+    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+
+    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
+    one_thread_if_small(model)
+    warn_of_instruction(config.model, config.instruction)
+    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
+    print(f"answers     {len(questions):,} problems x {config.num_samples}")
+    found = evaluate.evaluate(
+        model,
+        chat,
+        Benchmark(
+            "answers", config.problems, "", config.num_samples, len(questions), ids_hash(questions),
+            questions=tuple(questions),
+        ),
+        generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens),
+        run.path / SAMPLES,
+        num_samples=config.num_samples,
+        num_slots=config.num_slots,
+        seed=config.seed,
+    )  # fmt: skip
+
+    rows = list(traces_of(found, config))
+    print(summary(found.rows, len(questions), len(rows)))
+    if not rows:
+        raise ValueError(
+            f"no answer of {config.model} is right and whole, so there are no traces; the answers are in "
+            f"{run.path / SAMPLES}: pass an easier --problems, more --max_new_tokens or another --model"
+        )
+    path = run.path / TRACES
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    print(f"traces      {path}")
+    flag = "--long_share 0.5 --short_traces" if config.first == "shortest" else "--traces"
+    print(f"next        {command_of('finetune')} {flag} {shell_word(str(path))}    train on them")
+    return path
+
+
+def read_questions(config: Config) -> list[Question]:
+    """Draw the problems, each once. Raises ValueError for more than max_bad_rows rows that are none."""
+    bad = BadRows(config.max_bad_rows)
+    questions = list({question.id: question for question in read_prompts(config.problems, bad)}.values())
+    for line in bad.found:
+        print(f"left out    {line}")
+    count = min(config.num_problems or len(questions), len(questions))
+    if count < config.num_problems:
+        print(f"problems    {config.num_problems:,} were asked for, {config.problems} has {count:,}")
+    return draw(questions, 0, count, seed=config.seed)
+
+
+def is_kept(row: dict) -> bool:
+    return row["verdict"] == "correct" and row["finished"]
+
+
+def traces_of(found: evaluate.Result, config: Config) -> Iterator[dict]:
+    """Yield a row in OpenR1's schema for every problem with a right and whole answer, in the problems' order.
+
+    Its first generation, which training reads, is that of `config.first`.
+    """
+    answers: dict[str, list[dict]] = {}
+    for row in sorted(found.rows, key=lambda row: row["sample"]):
+        answers.setdefault(row["question"], []).append(row)
+    made_by = {"model": config.model, "weights": found.header["model"], "prompt": found.header["prompt"]}
+    made_by |= {name: found.header[name] for name in DECODING}
+
+    for name in sorted(answers):  # journals are in the order in which answers ended
+        kept = sorted(filter(is_kept, answers[name]), key=ORDERS[config.first])
+        if kept:
+            yield {
+                "problem": kept[0]["problem"],
+                "answer": kept[0]["answer"],
+                "uuid": name,
+                "source": config.problems,
+                "generations": [row["text"] for row in kept],
+                "finish_reasons": ["stop"] * len(kept),
+                "is_reasoning_complete": [True] * len(kept),
+                "num_tokens": [row["tokens"] for row in kept],
+                "num_sampled": len(answers[name]),
+                "made_by": made_by | {"samples": [row["sample"] for row in kept], "verified_by": "kit.grade"},
+            }
+
+
+def summary(rows: Iterable[dict], num_problems: int, num_kept: int) -> str:
+    """Return what was kept, and why the rest was not."""
+    rows = list(rows)
+    fates = Counter(
+        "right"
+        if is_kept(row)
+        else "cut off"
+        if not row["finished"]
+        else {"wrong": "wrong", "unknown": "undecided"}[row["verdict"]]
+        for row in rows
+    )
+    listed = ", ".join(f"{count:,} {fate}" for fate, count in fates.most_common())
+    return (
+        f"kept        {fates['right']:,} of {len(rows):,} answers ({fates['right'] / len(rows):.1%}), for "
+        f"{num_kept:,} of {num_problems:,} problems ({num_kept / num_problems:.1%}): {listed}"
+    )
+
+
+if __name__ == "__main__":
+    start(main, Config, smoke=SMOKE)

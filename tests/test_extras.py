@@ -120,9 +120,7 @@ def test_a_triton_and_a_bitsandbytes_that_cannot_be_loaded_are_not_missed(comman
     done = python(code, path=[tmp_path, ROOT], cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "bitsandbytes" not in done.stderr
-    assert ("tried to load triton" in done.stderr) == (
-        command == "evaluate"
-    )  # torch asks, and so does the kit
+    assert ("tried to load triton" in done.stderr) == bool(command)  # by torch, and by kit.kernels.backend
 
 
 def refused(what: str, *packages: str) -> str:

@@ -13,6 +13,7 @@ from kit.paper import MODELS as TABLED
 from kit.train.savings import Savings
 
 MODELS = sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json"))
+FAST = {*TABLED, "Qwen/Qwen3-0.6B"}  # the others are as these
 
 
 @pytest.fixture
@@ -75,7 +76,11 @@ WHOLE = "meta-llama/Llama-3.2-1B-Instruct"  # has the fewest layers
 LAYERS = 6  # a simulation takes as long as there are layers; the sixth is the first of Gemma without a window
 
 
-@pytest.mark.parametrize(("model", "qlora_rank"), [(model, 0) for model in MODELS] + [(MODELS[0], 16)])
+@pytest.mark.parametrize(
+    ("model", "qlora_rank"),
+    [pytest.param(model, 0, marks=[] if model in FAST else pytest.mark.slow) for model in MODELS]
+    + [(MODELS[0], 16)],
+)
 def test_the_plan_of_a_supported_model_agrees_with_the_formula(model, qlora_rank, tmp_path):
     """Plan 4,096 tokens in two tiles.
 

@@ -24,6 +24,7 @@ COMMANDS = {  # word -> (module, what it does)
     "evaluate": ("kit.recipes.evaluate", "measure a model on benchmarks"),
     "grpo": ("kit.recipes.grpo_qwen2_5_0_5b", "train a model by reinforcement learning"),
     "sweep": ("kit.recipes.valley_sweep", "the paper's whole figure: models x numbers of traces x seeds"),
+    "ask": ("kit.recipes.ask", "talk to a model, or to several side by side; tiny runs on any CPU"),
     "traces": ("kit.recipes.make_traces", "make traces of your own: a model's right answers to problems"),
     "export": ("kit.recipes.export", "one plain folder, a GGUF file and a model card of a trained model"),
     "report": ("kit.report", "write the report of a run again"),

@@ -166,6 +166,8 @@ def parse(
             hint = f"did you mean {near[0]}?" if near else "--help all lists the flags"
             parser.exit(2, f"error: there is no {typed}; {hint}\n")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if words := given.pop(WORDS, None):
+        given[config_class.WORDS] = " ".join(words)
 
     for flag in flags:  # the presets are looked up by one of them
         if flag.name in given:
@@ -188,9 +190,11 @@ def parse(
 # Flags that most people need: --help shows the first MOST_SHOWN that a recipe has
 USUAL = (
     "preset", "model", "models", "traces", "num_traces", "arms", "sizes", "prompts", "only", "gpu_gb", "plan",
-    "quick", "smoke", "resume", "benchmarks", "compare", "out",
+    "quick", "smoke", "resume", "benchmarks", "compare", "out", "question", "beside", "gold", "history",
+    "temperature", "max_new_tokens",
 )  # fmt: skip
 MOST_SHOWN = 8
+WORDS = "WORDS"  # attribute of a Config: the name of the setting that is typed without a flag
 
 
 def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> argparse.ArgumentParser:
@@ -207,6 +211,8 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if words := getattr(config_class, WORDS, ""):
+        parser.add_argument(WORDS, nargs="*", metavar=words, help=f"the {words}, without a flag")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in [*shown, *(flag for flag in flags if flag not in shown)]:
         kind = flag.kind

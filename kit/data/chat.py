@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,9 +142,15 @@ class ChatFormat:
         first, *others = dict.fromkeys([self.tokenizer.eos_token_id, *self.eos_token_ids])
         model.generation_config.eos_token_id = [first, *others] if others else first
 
-    def prompt(self, problem: str) -> str:
-        """Render a problem's prompt, up to the assistant's first word."""
-        return self._render([self._asked(problem)], add_generation_prompt=True)
+    def prompt(self, problem: str, before: Sequence[tuple[str, str]] = ()) -> str:
+        """Render a problem's prompt, up to the assistant's first word.
+
+        before: (problem, response) of the turns of the conversation so far.
+        """
+        messages = []
+        for asked, response in before:
+            messages += [self._asked(asked), {"role": "assistant", "content": self._words(response)}]
+        return self._render([*messages, self._asked(problem)], add_generation_prompt=True)
 
     def _asked(self, problem: str) -> dict:
         content = f"{problem}\n{self.instruction}" if self.instruction else problem

@@ -140,6 +140,7 @@ def generate(
     keys: Sequence[object] | None = None,
     decode: Callable[[list[int]], str] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
     description: str = "generating",
 ) -> list[Completion]:
     """Sample one completion per prompt, and return them in the order of the prompts.
@@ -147,7 +148,8 @@ def generate(
     model: a transformers model of kit.models.families.FAMILIES. prompts: token ids.
     num_slots: rows decoded at once. keys: with `seed` the name of each prompt's random stream, for example
     (question id, sample index); None = the prompt's index.
-    decode: ids -> text. on_finish(index, completion): called when a completion ends.
+    decode: ids -> text. on_finish(index, completion): called when a completion ends. on_token(index, token):
+    called for every token as it is drawn. description: of the progress; "" = show none.
     Raises ValueError for an unknown family, an empty prompt, and logits that are not finite, and if a prompt
     and max_new_tokens exceed the model's context.
     """
@@ -158,8 +160,9 @@ def generate(
     streams = [stream_key(seed, key) for key in keys]
 
     done: list[Completion | None] = [None] * len(prompts)
-    with _Samples(len(prompts), description) as progress:
-        responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress)
+    progress = _Samples(len(prompts), description)
+    with progress if description else nullcontext():
+        responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress, on_token)
         with closing(responses):  # also if on_finish raises
             for request, ids, logprobs, seconds in responses:
                 text = decode(ids) if decode else ""
@@ -180,6 +183,7 @@ def _run_slots(
     stop: set[int],
     num_slots: int,
     progress: _Samples,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, list[int], list[float], float]]:
     """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
     if not prompts:
@@ -195,6 +199,8 @@ def _run_slots(
             slot = slots[row]
             slot.ids.append(token)
             slot.logprobs.append(logprob)
+            if on_token:
+                on_token(slot.request, token)
             if token in stop or len(slot.ids) == params.max_new_tokens:
                 slots[row] = _Slot(-1)
                 yield slot.request, slot.ids, slot.logprobs, time.perf_counter() - slot.start

@@ -1,0 +1,231 @@
+"""Ask one model, or several side by side: both sides of the valley, or every model of a demo.
+
+    python recipes/ask.py "3+2-4+4?"                   the tiny model that ships with the kit, on any CPU
+    python recipes/ask.py --model runs/valley_demo/001 "3+2-4+4?"          every model of a demo
+    python recipes/ask.py --model runs/valley_demo/001 --only "base,64 long"    no question: a conversation
+    python recipes/ask.py --model runs/gemma3_1b_8k/001 "What is 15 % of 80?"   before and after fine-tuning
+    python recipes/ask.py --model runs/gemma3_1b_8k/001/model --beside google/gemma-3-1b-it "3+2-4+4?"
+    python recipes/ask.py --gold 5 "3+2-4+4?"                grades the answer against yours
+
+Right equations get a tick, wrong ones are struck through; the paper's reflection phrases and boxed answers
+stand out. A line below each answer has its tokens, its verdict (kit.grade; the value of plain arithmetic is
+computed) and its first wrong equation. Ctrl-C ends an answer; in a conversation you can then ask on.
+
+The prompt is that of evaluation: the model's chat template, the instruction of the run that the model comes
+from, and for plain arithmetic the words of the benchmark `arithmetic`, or of the toy. A question of a
+benchmark gets the answer that recipes/evaluate.py logs as its first sample, up to rounding in its batches.
+
+All models are in memory at once; if they do not fit, you are told before they are loaded. Columns, colours
+and ticks need a terminal; in a pipe or file the answers are plain text, one below the other. Never run on a
+GPU so far. Left out on purpose: servers, tools, pictures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kit import data, generate, memory, models
+from kit.command import INTERRUPTED, clean_up_if_refused, start
+from kit.command_line import command_of, shell_word, started_as
+from kit.config import Checked
+from kit.data.toy import read_chain
+from kit.machine import GIB, free_memory, one_thread_if_small, require_gpu
+from kit.models.shipped import SHIPPED
+from kit.paper import INSTRUCTION
+from kit.terminal import visible
+from kit.valley.models_of_run import Found, models_of, settings_of_model
+
+if TYPE_CHECKING:
+    from kit.evaluate.asking import Side
+
+
+@dataclass(frozen=True)
+class Config(Checked):
+    WORDS = "question"  # typed without its flag
+
+    question: str = ""  # "" = a conversation
+    # models
+    model: str = "tiny"  # hub id, folder (of a model, adapters, a run or a study), .gguf file, or "tiny"
+    beside: str = ""  # more of them, comma-separated, to be shown beside it; "" = none
+    only: str = ""  # ask those with one of these, comma-separated, in their title; "" = all
+    device: str = ""  # "" = the card if there is one [cuda | cpu]
+    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
+    # prompt
+    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
+    instruction: str = "auto"  # line below every question; auto: as the model was measured; "" = none
+    history: bool = False  # show the models the conversation so far, which no evaluation does
+    # answers
+    gold: str = ""  # the right answer to the question; "" = computed for plain arithmetic, else not known
+    temperature: float = 0.6  # 0 = greedy [0 | 0.001..1000]
+    top_p: float = 0.95  # 1 = off [> 0, <= 1]
+    top_k: int = 0  # 0 = off [>= 0]
+    max_new_tokens: int = 2_048  # tokens per answer; fewer if the model's context ends before [>= 1]
+    seed: int = 0  # of the answers [>= 0]
+
+
+HELP = """\
+  /again      another answer to the same question
+  /gold 5     grade the last answers, if the right one is 5
+  /new        forget the conversation so far (with --history)
+  /quit       end it, as Ctrl-D does"""
+
+
+@clean_up_if_refused
+def main(config: Config) -> None:
+    if config.gold and not config.question:
+        raise ValueError(
+            f"gold is {config.gold!r} but there is no question; pass one, or type /gold {config.gold} "
+            "in the conversation"
+        )
+    require_gpu(config.device, "--device cuda", {f"{started_as()} --device cpu": "the same on this CPU"})
+    found = chosen(config)
+    check_memory(found, config)
+    sides = [load(model, config) for model in found]
+    one_thread_if_small(max((side.model for side in sides), key=largest_matrix))
+    if config.question:
+        if not put(sides, config.question, config):
+            raise SystemExit(INTERRUPTED)
+    else:
+        converse(sides, config)
+    effect, command = next_command(config, found)
+    print(f"next   {command}    {effect}")
+
+
+def chosen(config: Config) -> list[Found]:
+    """Return the models to ask. Raises ValueError if --only leaves none."""
+    names = [config.model, *filter(None, map(str.strip, config.beside.split(",")))]
+    found = list(dict.fromkeys(model for name in names for model in models_of(name)))
+    parts = [part.strip() for part in config.only.split(",") if part.strip()]
+    kept = [model for model in found if not parts or any(part in model.title for part in parts)]
+    if not kept:
+        titles = "; ".join(model.title for model in found) or "none"
+        raise ValueError(f"only is {config.only!r} but no title has that in it; the titles are: {titles}")
+    return kept
+
+
+def check_memory(found: Sequence[Found], config: Config) -> None:
+    """Raise ValueError, naming each model's share, if the models do not fit in memory together."""
+    import torch
+
+    on_card = config.device != "cpu" and models.loading.default_device().type == "cuda"
+    free = torch.cuda.mem_get_info()[0] if on_card else free_memory()
+    needs = {model.title: needed(model.name, config.max_new_tokens, on_card=on_card) for model in found}
+    if free is not None and sum(needs.values()) > free:
+        shares = ", ".join(f"{title} {need / GIB:.2f} GiB" for title, need in needs.items())
+        fewer = "ask fewer models at once (--only, or without --beside)"
+        ways = f"{fewer}, or pass --device cpu" if on_card else fewer
+        raise ValueError(
+            f"the models need {sum(needs.values()) / GIB:.2f} GiB ({shares}) but {free / GIB:.2f} GiB of "
+            f"{'the card' if on_card else 'memory'} are free; {ways}"
+        )
+
+
+def needed(name: str, max_new_tokens: int, *, on_card: bool) -> int:
+    """Return the bytes of a model's weights and of the cache of one answer."""
+    folder = Path(name).expanduser()
+    has_adapters = (folder / models.folder.ADAPTER_CONFIG).is_file()
+    rank = models.folder.adapter_rank(name) if has_adapters and models.folder.trained_on_nf4(folder) else 0
+    fake, _ = memory.simulate.fake_model(models.loading.load_config(name), rank)
+    weights = sum(weight.numel() * weight.element_size() for weight in fake.parameters())
+    tokens = min(max_new_tokens, models.backbone.context_length(fake))
+    wider = 1 if on_card or rank else 2  # bf16 here, fp32 on a CPU
+    return wider * (weights + generate.cache_bytes(fake, 1, tokens))
+
+
+def load(found: Found, config: Config) -> Side:
+    """Load a model with the prompt that it was measured with, and print both."""
+    from kit.evaluate.asking import Side
+
+    model, tokenizer = models.load(found.name, device=config.device or None, attention=config.attention)
+    instruction = config.instruction
+    if instruction == "auto":
+        its_own = settings_of_model(found.name).get("instruction", INSTRUCTION)
+        instruction = "" if found.name in SHIPPED else its_own
+    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=instruction)
+    size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:,.1f} M parameters"
+    below = f"below each question: {instruction}" if instruction else "no instruction"
+    print(visible(f"model  {found.title} ({size}; {below})"))
+    return Side(found.title, model, chat)
+
+
+def largest_matrix(model) -> int:
+    return max(weight.numel() for weight in model.parameters())
+
+
+def put(sides: Sequence[Side], question: str, config: Config, *, sample: int = 0) -> bool:
+    """Ask the models a question. Return False after Ctrl-C, which ends the answers."""
+    from kit.evaluate.asking import ask
+
+    for side in sides:
+        if side.is_toy:
+            try:
+                read_chain(side.problem(question))
+            except ValueError:
+                print(
+                    f"note   {side.title} learned nothing but chains such as 7+5-3?, of up to eight "
+                    "digits from 1 to 9 with values from 0 to 99: what it says to this means nothing"
+                )
+                break
+    params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
+    return ask(
+        sides, question, params, seed=config.seed, sample=sample, gold=config.gold, history=config.history
+    )
+
+
+def converse(sides: Sequence[Side], config: Config) -> None:
+    """Ask what is typed, line by line, until the input ends."""
+    from kit.evaluate.marks import graded
+
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # absent on Windows, whose console edits lines itself
+            import readline  # noqa: F401  (input() has arrow keys and a history with it)
+        print("Type a question, /help for more; Ctrl-C ends an answer, Ctrl-D the conversation.")
+    question, asked = "", {}  # asked: question -> how often
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends the conversation")
+            continue
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        if word == "/new":
+            for side in sides:
+                side.history.clear()
+        elif word == "/gold" and rest.strip() and question:
+            for side in sides:
+                print(visible(f"{side.title}: {graded(side.text, rest.strip())}"))
+        elif (word == "/again" and question) or (line and not line.startswith("/")):
+            question = question if word == "/again" else line
+            sample = asked[question] = asked.get(question, -1) + 1
+            try:
+                put(sides, question, config, sample=sample)
+            except ValueError as error:
+                print(f"error: {error}")
+        elif line:
+            print(HELP)
+
+
+def next_command(config: Config, found: Sequence[Found]) -> tuple[str, str]:
+    """Return the effect of what to type next, and the command."""
+    if [model.name for model in found] == ["tiny"]:
+        return "trains models to ask beside it, in a minute", f"{command_of('demo')} --smoke"
+    if config.question:
+        flags = [f"--model {shell_word(config.model)}"]
+        flags += [f"--beside {shell_word(config.beside)}"] if config.beside else []
+        return "without a question: a conversation", " ".join([started_as(), *flags])
+    return "measure one of them", f"{command_of('evaluate')} --model {shell_word(found[-1].name)}"
+
+
+if __name__ == "__main__":
+    start(main, Config)

@@ -11,8 +11,8 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TextIO
+from functools import lru_cache
+from typing import NamedTuple, TextIO
 
 UNSETTLED = 120  # characters at the end of a growing text, whose marks may still change
 NARROWEST = 30  # characters of a column; with fewer, texts stand one below the other
@@ -21,8 +21,7 @@ STYLES = {"right": "32", "wrong": "9;31", "reflection": "1;33", "box": "1;7", "t
 HIDE_CURSOR, SHOW_CURSOR, CLEAR_BELOW = "\x1b[?25l", "\x1b[?25h", "\x1b[J"
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A part of a text that is shown in a style of STYLES, and what is written behind it."""
 
     start: int
@@ -31,8 +30,7 @@ class Mark:
     behind: str = ""
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What stands for one character of a text, on the screen."""
 
     shown: str
@@ -61,6 +59,7 @@ def visible(text: str) -> str:
     return "".join(_visible(character) for character in text)
 
 
+@lru_cache(maxsize=4096)
 def _visible(character: str) -> str:
     if character == "\t":
         return "    "
@@ -68,6 +67,7 @@ def _visible(character: str) -> str:
     return ascii(character)[1:-1] if hides and character != "\n" else character
 
 
+@lru_cache(maxsize=4096)
 def width_of(text: str) -> int:
     """Return how many columns of a terminal a text without line breaks takes."""
     return sum(
@@ -116,7 +116,7 @@ def wrap(cells: Sequence[Cell], width: int) -> list[list[Cell]]:
             rows.append([*row, cell])
             row, used = [], 0
             continue
-        if used + cell.width > width and cell.shown != " ":
+        while row and used + cell.width > width and cell.shown != " ":
             space = next((i for i in reversed(range(len(row))) if row[i].shown == " "), len(row) - 1)
             rows.append(row[: space + 1])
             row = row[space + 1 :]

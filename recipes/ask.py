@@ -26,7 +26,6 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit import data, generate, memory, models
@@ -127,7 +126,7 @@ def check_memory(found: Sequence[Found], config: Config) -> None:
 
 def needed(name: str, max_new_tokens: int, *, on_card: bool) -> int:
     """Return the bytes of a model's weights and of the cache of one answer."""
-    folder = Path(name).expanduser()
+    folder = models.loading.path_of(name)
     has_adapters = (folder / models.folder.ADAPTER_CONFIG).is_file()
     rank = models.folder.adapter_rank(name) if has_adapters and models.folder.trained_on_nf4(folder) else 0
     fake, _ = memory.simulate.fake_model(models.loading.load_config(name), rank)
@@ -222,7 +221,9 @@ def next_command(config: Config, found: Sequence[Found]) -> tuple[str, str]:
         return "trains models to ask beside it, in a minute", f"{command_of('demo')} --smoke"
     if config.question:
         flags = [f"--model {shell_word(config.model)}"]
-        flags += [f"--beside {shell_word(config.beside)}"] if config.beside else []
+        for name in ("beside", "only"):
+            value = getattr(config, name)
+            flags += [f"--{name} {shell_word(value)}"] if value else []
         return "without a question: a conversation", " ".join([started_as(), *flags])
     return "measure one of them", f"{command_of('evaluate')} --model {shell_word(found[-1].name)}"
 

@@ -195,3 +195,16 @@ def test_the_full_command_of_a_config_gives_it_back(model, flags):
     config = parse(Inheriting, ["--preset", "small", "--seed", "3", "--no_mask_truncated"], presets=presets)
     with_switches = full_command(config, "recipe", presets=presets)
     assert with_switches == "recipe --preset small --seed 3 --no_mask_truncated"
+
+
+@dataclass(frozen=True)
+class Asking(Child):
+    WORDS = "model"
+
+
+def test_one_setting_may_be_typed_without_its_flag_among_the_others():
+    for words in (["a b", "--lr", "0.5"], ["--lr", "0.5", "a", "b"], ["--lr=0.5", "--model", "a b"]):
+        assert parse(Asking, words) == Asking(model="a b", lr=0.5)
+    assert parse(Asking, []) == Asking()
+    with pytest.raises(SystemExit):
+        parse(Child, ["a"])

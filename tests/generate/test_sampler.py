@@ -411,3 +411,22 @@ def test_logits_that_are_not_finite_stop_the_sampler_and_what_ended_before_is_ke
         run(model, RANDOM, num_slots=1, prompts=broken, on_finish=lambda i, found: ended.append((i, found)))
     assert ended == list(enumerate(expected[:3]))
     assert model.training
+
+
+def test_every_token_is_passed_on_as_it_is_drawn_and_an_error_there_ends_the_sampling():
+    model, seen = make_model("llama"), {}
+    model.train()
+    done = run(model, RANDOM, on_token=lambda index, token: seen.setdefault(index, []).append(token))
+    assert seen == {index: completion.ids for index, completion in enumerate(done)}
+
+    def stop(index, token):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, RANDOM, on_token=stop)
+    assert model.training
+
+
+def test_without_a_description_no_progress_is_shown(capsys):
+    run(make_model("llama"), GREEDY, description="")
+    assert capsys.readouterr() == ("", "")

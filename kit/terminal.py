@@ -197,7 +197,7 @@ class Columns:
             if not over
         ]
         settled = min(growing, default=max(map(len, columns)))
-        above = f"\r\x1b[{self.rows_below}A" if self.rows_below else ""
+        above = f"\r\x1b[{self.rows_below}A" if self.rows_below else "\r"  # a typed ^C may stand there
         lines = [self._line_at(columns, i) for i in range(max(map(len, columns)))]
         shown = lines[settled:][-max(height - 3, 1) :]
         if growing:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -20,7 +20,7 @@ UNSTORED = {"resume", "out", "plan", "json"}
 FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
-    "offload_gradients", "eval_every", "eval_questions",
+    "offload_gradients", "eval_every", "eval_questions", "log",
 }  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
@@ -48,6 +48,7 @@ class RunFolder:
         self.is_locked = is_locked  # by this object; False = the process held the lock before
         self.before = {child.name for child in path.glob("*")} - {CONFIG}
         self.metrics = Journal(path / "metrics.jsonl", STEP)
+        self.at_end: list[Callable[[], object]] = []  # called when the recipe ends, however it does
 
     @classmethod
     def open(cls, config, *, may_grow: Sequence[str] = ()) -> RunFolder:
@@ -110,7 +111,9 @@ class RunFolder:
         return has_begun(self.path)
 
     def unlock(self) -> None:
-        """Let other processes write in the folder, such as a second notebook's."""
+        """Let other processes write in the folder, such as a second notebook's: the recipe has ended."""
+        while self.at_end:
+            self.at_end.pop()()
         if self.is_locked:
             release(self.path)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from kit import data, evaluate, memory, models, paper, report, train
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import RunSettings, part_of
+from kit.config import part_of
 from kit.data.chat import warn_of_instruction
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
@@ -34,10 +34,11 @@ from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train.savings import Savings
+from kit.watch import WatchSettings, watch
 
 
 @dataclass(frozen=True)
-class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings, RunSettings):
+class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSettings):
     """The settings of these classes are flags, too: kit/train/savings.py, kit/evaluate/settings.py."""
 
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
@@ -107,6 +108,7 @@ def main(config: Config) -> None:
         memory.measured.check_free_memory(planned)
     benchmarks = config.read_benchmarks()
     run = open_run(config)
+    run.metrics = watch(run, config, report.write_report)
 
     model, tokenizer = models.load_to_train(
         config.model,
@@ -122,7 +124,15 @@ def main(config: Config) -> None:
     documents, held_out, schedule = read_documents(config, chat, run, context, benchmarks)
     print_consequences(config, model, schedule, benchmarks)
     during = evaluate.during_training.of_run(
-        config, model, chat, benchmarks, config.params, run.path, held_out, report.write_report
+        config,
+        model,
+        chat,
+        benchmarks,
+        config.params,
+        run.path,
+        held_out,
+        report.write_report,
+        run.metrics.tracker,
     )
 
     how = {name: getattr(config, name) for name in ("num_samples", "num_slots", "seed")}

@@ -43,7 +43,7 @@ from pathlib import Path
 from kit import data, evaluate, generate, memory, models, paper, report, rl
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of
-from kit.config import RunSettings, part_of
+from kit.config import part_of
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows, write_rows
 from kit.evaluate.settings import BenchmarkSettings, ModelSettings
@@ -53,10 +53,11 @@ from kit.memory.settings import PlanSettings
 from kit.rl.settings import Settings, check_savings
 from kit.run import RunFolder
 from kit.train.savings import Savings
+from kit.watch import WatchSettings, watch
 
 
 @dataclass(frozen=True)
-class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings, RunSettings):
+class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings, WatchSettings):
     """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py, of how
     the model is asked and measured in kit/evaluate/settings.py."""
 
@@ -211,6 +212,7 @@ def main(config: Config) -> None:
         config = replace(config, prompts=default_prompts(config))
     benchmarks = config.read_benchmarks() if config.benchmarks else []
     run = open_run(config)
+    run.metrics = watch(run, config, report.rl.write_report)
     questions = read_questions(config, run)
     check_code(run, files)
     print(f"reward      {config.reward}: {rl.rewards.try_out(rewards, questions[0])}")

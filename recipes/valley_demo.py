@@ -33,7 +33,6 @@ from pathlib import Path
 from kit import report
 from kit.command import clean_up_if_refused, open_run, start
 from kit.command_line import started_as
-from kit.config import RunSettings
 from kit.data.mixtures import is_long
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.evaluate.benchmarks import BENCHMARKS
@@ -41,10 +40,11 @@ from kit.models.shipped import SHIPPED
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
+from kit.watch import WatchSettings
 
 
 @dataclass(frozen=True)
-class Config(RunSettings):
+class Config(WatchSettings):
     # model
     models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; all arms: the first
     # cells
@@ -166,6 +166,7 @@ def recipes_of(config: Config, data: Path) -> Recipes:
             "warmup_ratio": config.warmup_ratio,
             "beta2": 0.95,
             "recompute": False,
+            "log": config.log,
         }
 
     def reinforce(start: Cell) -> dict:
@@ -174,7 +175,12 @@ def recipes_of(config: Config, data: Path) -> Recipes:
             "max_new_tokens": min(RL_TOKENS, config.max_new_tokens),
             "eval_tokens": config.max_new_tokens,
         }
-        return common | REINFORCE | tokens | {"prompts": str(prompts), "steps": config.rl_steps}
+        return (
+            common
+            | REINFORCE
+            | tokens
+            | {"prompts": str(prompts), "steps": config.rl_steps, "log": config.log}
+        )
 
     return Recipes(evaluation, finetune, reinforce)
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from kit import data, memory, models, paper, report, valley
 from kit.command import clean_up_if_refused, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import RunSettings, full_command, parse
+from kit.config import full_command, parse
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings, ModelSettings
 from kit.machine import require_gpu
@@ -39,10 +39,11 @@ from kit.run import write_json
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
+from kit.watch import WatchSettings
 
 
 @dataclass(frozen=True)
-class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, RunSettings):
+class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
     models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
@@ -114,6 +115,7 @@ SMOKE = {
 OF_A_RUN = {"smoke", "resume", "out", "preset", "models", "qlora_rank"}
 OF_A_RUN |= {field.name for field in fields(TrainingPlanSettings)}
 RL_SHARED = [field.name for kind in (ModelSettings, BenchmarkSettings) for field in fields(kind)]
+RL_SHARED.append("log")
 GROWS = ("arms", "sizes", "control_sizes", "seeds")  # a resumed sweep may have more of these
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import Document, PackedBatch, plan_packs
 from kit.run import DURING
+from kit.watch import Guarded, NoTracker
 
 HELD_OUT = 64  # traces
 SPARE = 0.8  # of the free memory of a card may hold the sampler's cache: the model needs some, too
@@ -50,6 +51,7 @@ class DuringTraining:
     num_slots: int = 16
     seed: int = 0
     write_report: Callable[..., object] | None = None
+    tracker: NoTracker | Guarded = field(default_factory=NoTracker)
     has_begun: bool = False
 
     def __call__(self, step: int) -> None:
@@ -64,7 +66,9 @@ class DuringTraining:
         shutil.rmtree(folder, ignore_errors=True)
         results = {benchmark.name: self._ask(benchmark, folder) for benchmark in self.benchmarks}
         measured = {name: figures(result) for name, result in results.items()}
-        journal.append({"step": step, "held_out_loss": self._loss(), "benchmarks": measured})
+        row = {"step": step, "held_out_loss": self._loss(), "benchmarks": measured}
+        journal.append(row)
+        self.tracker.log(step, {"held_out_loss": row["held_out_loss"]} | measured)
         if self.write_report:
             self.write_report(self.run, goes_on=True)
 
@@ -101,11 +105,11 @@ def num_held_out(config) -> int:
 
 
 def of_run(
-    config, model, chat, benchmarks, params, run: Path, held_out, write_report
+    config, model, chat, benchmarks, params, run: Path, held_out, write_report, tracker=None
 ) -> DuringTraining | None:
     """Return what measures a run of recipes/gemma3_1b_8k.py, and print what it will do; None if it is off.
 
-    It asks the first config.eval_questions of every benchmark, the same ones each time.
+    It asks the first config.eval_questions of every benchmark, the same ones each time. tracker: kit.watch's.
     """
     if not config.eval_every:
         return None
@@ -114,9 +118,8 @@ def of_run(
     beside = f"the loss on {len(held_out)} held-out traces" if held_out else "no held-out traces"
     print(f"during      every {config.eval_every:,} steps: {asked}; {beside}")
     shared = {name: getattr(config, name) for name in ("row_tokens", "logit_rows", "num_slots", "seed")}
-    return DuringTraining(
-        model, chat, part, params, run, config.eval_every, held_out, write_report=write_report, **shared
-    )
+    shared |= {"write_report": write_report, "tracker": tracker or NoTracker()}
+    return DuringTraining(model, chat, part, params, run, config.eval_every, held_out, **shared)
 
 
 def figures(result: Result) -> dict[str, float]:

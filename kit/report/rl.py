@@ -37,10 +37,10 @@ BUILT_IN = "exact_answer"  # the recipe's default reward: right or wrong
 SHOWN = 6  # steps whose first group is shown, evenly spaced from the first to the last
 
 
-def write_report(path: Path) -> Path:
+def write_report(path: Path, *, goes_on: bool = False) -> Path:
     """Write rl.png, rl-more.png and report.html of the run in `path`, and return the report's path.
 
-    Raises ValueError if the folder holds no run.
+    goes_on: the run will write it again. Raises ValueError if the folder holds no run.
     """
     config, stages = read_run(path)
     kind = STEP.with_numbers("reward_mean", "rollout_seconds", "update_seconds")
@@ -61,7 +61,8 @@ def write_report(path: Path) -> Path:
     outcome = what_came_out(stages) if stages else summary(metrics)
     sentences = (what_was_done(config, metrics, asked_of(stages) if stages else ""), outcome)
     title = f"{config.get('model', path.name)}, reinforcement learning"
-    return pages.write(path, title, first_screen(sentences, same_problem(stages), figure), sections, config)
+    first = first_screen(sentences, same_problem(stages), figure)
+    return pages.write(path, title, first, sections, config, goes_on=goes_on)
 
 
 def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str) -> str:

@@ -36,10 +36,10 @@ from kit.valley.study import Cell, short_name
 SHOWN = 12  # problems in the browser
 
 
-def write_report(path: Path) -> Path:
+def write_report(path: Path, *, goes_on: bool = False) -> Path:
     """Write the figures and report.html of the study in `path`, and return the report.
 
-    Raises ValueError if there is no study.
+    goes_on: the study will write it again. Raises ValueError if there is no study.
     """
     results = StudyResults.read(path)
     first = next((model for model in results.models if _measured(results, model)), "")
@@ -54,7 +54,8 @@ def write_report(path: Path) -> Path:
         same_problem(results),
     ]
     title = f"Through the valley: {', '.join(map(short_name, results.models))}"
-    return pages.write(path, title, opening(path, results, first), sections, results.settings)
+    first_page = opening(path, results, first)
+    return pages.write(path, title, first_page, sections, results.settings, goes_on=goes_on)
 
 
 def opening(path: Path, results: StudyResults, model: str) -> str:

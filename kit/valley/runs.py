@@ -120,7 +120,7 @@ def run_study(
     *,
     deviations: Sequence[str],
     rl: Sequence[str],
-    write_report: Callable[[Path], Path],
+    write_report: Callable[..., Path],
     then: tuple[str, str],
 ) -> Path:
     """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
@@ -162,8 +162,8 @@ def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_repor
             if outcome.status == FAILED:
                 failed.append(outcome.job)
             if time.monotonic() - reported > REPORT_EVERY:
-                write_report(path)
-                reported = time.monotonic()
+                page, reported = write_report(path, goes_on=True), time.monotonic()
+                print_line(f"report so far: {page.resolve().as_uri()}")
     except KeyboardInterrupt:
         raise Stopped(f"after {ended} runs; the others keep what they have") from None
     return failed

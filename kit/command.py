@@ -140,5 +140,10 @@ class LetFinish:
 
 def finish(report: Path, effect: str, command: str, *words: str) -> None:
     """Print a recipe's last lines: a link to the report, and what to type next. effect: of the command."""
-    typed = " ".join([command, *map(shell_word, words)])
-    print(f"report {report.resolve().as_uri()}\nnext   {typed}    {effect}")
+    print(f"report {report.resolve().as_uri()}")
+    suggest(effect, command, *words)
+
+
+def suggest(effect: str, command: str, *words: str) -> None:
+    """Print what to type next, as the last line of a recipe. effect: of the command."""
+    print(f"next   {' '.join([command, *map(shell_word, words)])}    {effect}")

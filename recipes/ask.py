@@ -29,12 +29,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kit import data, generate, memory, models
-from kit.command import INTERRUPTED, clean_up_if_refused, start
-from kit.command_line import command_of, shell_word, started_as
+from kit.command import INTERRUPTED, clean_up_if_refused, start, suggest
+from kit.command_line import command_of, started_as
 from kit.config import Checked
-from kit.data.toy import read_chain
+from kit.data.toy import TEMPLATE, read_chain
 from kit.machine import GIB, free_memory, one_thread_if_small, require_gpu
-from kit.models.shipped import SHIPPED
 from kit.paper import INSTRUCTION
 from kit.terminal import visible
 from kit.valley.models_of_run import Found, models_of, settings_of_model
@@ -91,8 +90,7 @@ def main(config: Config) -> None:
             raise SystemExit(INTERRUPTED)
     else:
         converse(sides, config)
-    effect, command = next_command(config, found)
-    print(f"next   {command}    {effect}")
+    suggest(*next_command(config, found))
 
 
 def chosen(config: Config) -> list[Found]:
@@ -143,8 +141,8 @@ def load(found: Found, config: Config) -> Side:
     model, tokenizer = models.load(found.name, device=config.device or None, attention=config.attention)
     instruction = config.instruction
     if instruction == "auto":
-        its_own = settings_of_model(found.name).get("instruction", INSTRUCTION)
-        instruction = "" if found.name in SHIPPED else its_own
+        default = "" if tokenizer.chat_template == TEMPLATE else INSTRUCTION
+        instruction = settings_of_model(found.name).get("instruction", default)
     chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=instruction)
     size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:,.1f} M parameters"
     below = f"below each question: {instruction}" if instruction else "no instruction"
@@ -215,17 +213,15 @@ def converse(sides: Sequence[Side], config: Config) -> None:
             print(HELP)
 
 
-def next_command(config: Config, found: Sequence[Found]) -> tuple[str, str]:
-    """Return the effect of what to type next, and the command."""
+def next_command(config: Config, found: Sequence[Found]) -> tuple[str, ...]:
+    """Return the effect of what to type next, and its words."""
     if [model.name for model in found] == ["tiny"]:
-        return "trains models to ask beside it, in a minute", f"{command_of('demo')} --smoke"
+        return "trains models to ask beside it, in a minute", command_of("demo"), "--smoke"
     if config.question:
-        flags = [f"--model {shell_word(config.model)}"]
-        for name in ("beside", "only"):
-            value = getattr(config, name)
-            flags += [f"--{name} {shell_word(value)}"] if value else []
-        return "without a question: a conversation", " ".join([started_as(), *flags])
-    return "measure one of them", f"{command_of('evaluate')} --model {shell_word(found[-1].name)}"
+        given = {name: getattr(config, name) for name in ("model", "beside", "only")}
+        flags = [word for name, value in given.items() if value for word in (f"--{name}", value)]
+        return "without a question: a conversation", started_as(), *flags
+    return "measure one of them", command_of("evaluate"), "--model", found[-1].name
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import data, models, train
-from kit.command import clean_up_if_refused, start
+from kit.command import clean_up_if_refused, start, suggest
+from kit.command_line import command_of
 from kit.config import RunSettings
 from kit.data.toy import LONG_TRACES
 from kit.machine import one_thread_if_small
@@ -63,6 +64,8 @@ def main(config: Config) -> Path:
     settings = {"lr": config.lr, "warmup_ratio": 0.05}
     model_folder = train.train(model, tokenizer, documents, plan, run, **settings, loss_of=loss_of)
     print(f"model {model_folder}")
+    words = ("--model", str(model_folder), "--beside", "tiny", "3+2-4+4?")
+    suggest("what it says now, beside the model that it was", command_of("ask"), *words)
     return model_folder
 
 

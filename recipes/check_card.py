@@ -29,8 +29,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit.command import start
-from kit.command_line import started_as
+from kit.command import start, suggest
+from kit.command_line import command_of, started_as
 from kit.config import Checked
 from kit.lock import hold
 from kit.machine import describe_machine, require_gpu
@@ -92,6 +92,8 @@ def main(config: Config) -> Results:
     except KeyboardInterrupt:
         results.not_run("the rest", STOPPED)
     print(f"\n{results.table()}\n\n{sentence(results, machine)}")
+    flags = ("--plan", "--preset", "evening", "--gpu_gb", "auto" if card.is_cuda else "12")
+    suggest("does training fit, and how long does it take?", command_of("finetune"), *flags)
     return results
 
 

@@ -11,7 +11,8 @@ on purpose: a validation set (the benchmark is one), larger sizes.
 from dataclasses import dataclass
 
 from kit import data, evaluate, generate, models, train
-from kit.command import clean_up_if_refused, open_run, start
+from kit.command import clean_up_if_refused, open_run, start, suggest
+from kit.command_line import command_of
 from kit.config import RunSettings
 from kit.data.toy import make_rows, make_tokenizer, write_rows
 
@@ -96,6 +97,8 @@ def main(config: Config) -> None:
     settings = {"num_samples": 1, "num_slots": 64, "seed": config.seed}
     result = evaluate.evaluate(model, chat, benchmark, params, samples, **settings)
     print(f"{result}\n{tiny} holds what ships as kit/models/shipped/tiny")
+    words = ("--models", str(tiny), "--quick")
+    suggest("the valley of this model", command_of("demo"), *words)
 
 
 def tiny_llama(config: Config, tokenizer):

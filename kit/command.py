@@ -86,7 +86,8 @@ def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = N
     wants_traceback = "--traceback" in words
     RunFolder.newest = None
     if isinstance(sys.stdout, io.TextIOWrapper):  # it is None if it was closed
-        sys.stdout.reconfigure(line_buffering=True)  # also the log of a run that is killed is whole
+        # also the log of a run that is killed is whole, and no character of an answer ends it
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         program([word for word in words if word != "--traceback"])
         if sys.stdout is not None:

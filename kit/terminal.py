@@ -17,6 +17,8 @@ from typing import NamedTuple, TextIO
 UNSETTLED = 120  # characters at the end of a growing text, whose marks may still change
 NARROWEST = 30  # characters of a column; with fewer, texts stand one below the other
 GAP = " │ "
+RIGHT, WRONG = "✓", "✗"
+SIGNS = GAP + RIGHT + WRONG + "…"
 STYLES = {"right": "32", "wrong": "9;31", "reflection": "1;33", "box": "1;7", "title": "1;36", "note": "2"}
 HIDE_CURSOR, SHOW_CURSOR, CLEAR_BELOW = "\x1b[?25l", "\x1b[?25h", "\x1b[J"
 
@@ -40,8 +42,12 @@ class Cell(NamedTuple):
 
 
 def is_live(out: TextIO | None) -> bool:
-    """Return whether a stream is a terminal that draws again what it has drawn."""
+    """Return whether a stream is a terminal that draws again what it has drawn, and knows SIGNS."""
     if out is None or not out.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        SIGNS.encode(out.encoding or "utf-8")
+    except UnicodeEncodeError:
         return False
     return sys.platform != "win32" or "WT_SESSION" in os.environ  # the old console prints the codes
 

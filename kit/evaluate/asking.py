@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TextIO
 
+import torch
+
 from kit.data import toy
 from kit.data.arithmetic import PROMPT
 from kit.data.expressions import evaluate
@@ -96,17 +98,23 @@ class Side:
             after_token()
 
         limit = min(params.max_new_tokens, room)
-        (completion,) = generate(
-            self.model,
-            [prompt],
-            replace(params, max_new_tokens=limit),
-            num_slots=1,
-            seed=seed,
-            eos_token_id=self.chat.eos_token_ids,
-            keys=[[Question.of({"problem": problem, "answer": "?"}).id, sample]],
-            on_token=take,
-            description="",
-        )
+        try:
+            (completion,) = generate(
+                self.model,
+                [prompt],
+                replace(params, max_new_tokens=limit),
+                num_slots=1,
+                seed=seed,
+                eos_token_id=self.chat.eos_token_ids,
+                keys=[[Question.of({"problem": problem, "answer": "?"}).id, sample]],
+                on_token=take,
+                description="",
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{self.title}: memory ran out after {len(self.ids):,} of up to {limit:,} tokens; pass a "
+                "smaller --max_new_tokens, or ask fewer models at once"
+            ) from error
         self.has_ended = True
         if not completion.finished:
             is_asked = limit == params.max_new_tokens
@@ -120,8 +128,6 @@ class _View:
         self.sides, self.out = sides, out
         titles = [side.title for side in sides]
         self.columns = Columns(titles, out, colours=has_colours(out)) if is_live(out) else None
-        can_tick = _can_encode(marks.RIGHT + marks.WRONG, out)
-        self.signs = (marks.RIGHT, marks.WRONG) if can_tick else (" ok", " WRONG")
         self.next_drawing = 0.0
 
     def __enter__(self) -> _View:
@@ -144,10 +150,7 @@ class _View:
     def _draw(self) -> None:
         texts = [side.text for side in self.sides]
         ended = [side.has_ended for side in self.sides]
-        found = [
-            marks.marks_of(text, is_whole=over, signs=self.signs)
-            for text, over in zip(texts, ended, strict=True)
-        ]
+        found = [marks.marks_of(text, is_whole=over) for text, over in zip(texts, ended, strict=True)]
         tokens = [f"{len(side.ids):,} tokens" for side in self.sides]
         self.columns.draw(texts, found, ended, tokens)
 
@@ -161,14 +164,6 @@ class _View:
         for side, note in zip(self.sides, notes, strict=True):
             text = visible(f"== {side.title} ==\n{side.text.rstrip()}\n-- {note}\n")
             print(text, file=self.out, flush=True)
-
-
-def _can_encode(text: str, out: TextIO) -> bool:
-    try:
-        text.encode(getattr(out, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def ask(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from kit.data.equations import Equation, stated_equations
 from kit.evaluate.reflection_and_loops import REFLECTION, boxes
 from kit.grade import grade
-from kit.terminal import Mark
+from kit.terminal import RIGHT, WRONG, Mark
 
-RIGHT, WRONG = "✓", "✗"
 # Characters behind an equation, by which it is known to be whole: 7+5=1 may become 7+5=12, and 7/2 = 3 may be
 # followed by "remainder 1"
 SETTLED = 12
@@ -20,14 +19,14 @@ def equations_of(text: str, *, is_whole: bool) -> list[Equation]:
     return [found for found in stated_equations(text) if found.position + len(found.text) <= end]
 
 
-def marks_of(text: str, *, is_whole: bool, signs: tuple[str, str] = (RIGHT, WRONG)) -> list[Mark]:
-    """Return the marks of an answer. signs: what stands behind a right equation, and behind a wrong one."""
+def marks_of(text: str, *, is_whole: bool) -> list[Mark]:
+    """Return the marks of an answer."""
     marks = [
         Mark(
             found.position,
             found.position + len(found.text),
             "right" if found.is_right else "wrong",
-            signs[not found.is_right],
+            RIGHT if found.is_right else WRONG,
         )
         for found in equations_of(text, is_whole=is_whole)
     ]

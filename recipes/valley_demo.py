@@ -175,12 +175,8 @@ def recipes_of(config: Config, data: Path) -> Recipes:
             "max_new_tokens": min(RL_TOKENS, config.max_new_tokens),
             "eval_tokens": config.max_new_tokens,
         }
-        return (
-            common
-            | REINFORCE
-            | tokens
-            | {"prompts": str(prompts), "steps": config.rl_steps, "log": config.log}
-        )
+        own = {"prompts": str(prompts), "steps": config.rl_steps, "log": config.log}
+        return common | REINFORCE | tokens | own
 
     return Recipes(evaluation, finetune, reinforce)
 

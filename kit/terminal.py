@@ -147,9 +147,10 @@ def painted(row: Sequence[Cell], width: int, *, colours: bool) -> str:
 
 
 def num_columns(texts: int) -> int:
-    """Return how many of so many texts stand side by side in this terminal."""
+    """Return how many of so many texts stand side by side; if not all fit, they are shared out evenly."""
     fitting = (shutil.get_terminal_size().columns - 1 + len(GAP)) // (NARROWEST + len(GAP))
-    return max(1, min(texts, fitting))
+    groups = -(-texts // max(1, fitting))
+    return -(-texts // max(1, groups))
 
 
 def _noted(text: str) -> list[Cell]:

@@ -158,20 +158,24 @@ def put(sides: Sequence[Side], question: str, config: Config, *, sample: int = 0
     """Ask the models a question. Return False after Ctrl-C, which ends the answers."""
     from kit.evaluate.asking import ask
 
-    for side in sides:
-        if side.is_toy:
-            try:
-                read_chain(side.problem(question))
-            except ValueError:
-                print(
-                    f"note   {side.title} learned nothing but chains such as 7+5-3?, of up to eight "
-                    "digits from 1 to 9 with values from 0 to 99: what it says to this means nothing"
-                )
-                break
+    if toys := [side for side in sides if side.is_toy and (side.history or not is_chain(side, question))]:
+        knows = "chains such as 7+5-3?, one at a time, of up to eight digits from 1 to 9, with values 0 to 99"
+        print(
+            visible(f"note   {toys[0].title} knows nothing but {knows}: what it says to this means nothing")
+        )
     params = generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
     return ask(
         sides, question, params, seed=config.seed, sample=sample, gold=config.gold, history=config.history
     )
+
+
+def is_chain(side: Side, question: str) -> bool:
+    """Return whether a question is a problem of the toy, in its words."""
+    try:
+        read_chain(side.problem(question))
+    except ValueError:
+        return False
+    return True
 
 
 def converse(sides: Sequence[Side], config: Config) -> None:
@@ -203,7 +207,11 @@ def converse(sides: Sequence[Side], config: Config) -> None:
             for side in sides:
                 print(visible(f"{side.title}: {graded(side.text, rest.strip())}"))
         elif (word == "/again" and question) or (line and not line.startswith("/")):
-            question = question if word == "/again" else line
+            if word == "/again":
+                for side in sides:
+                    del side.history[-1:]  # the answer to the same question
+            else:
+                question = line
             sample = asked[question] = asked.get(question, -1) + 1
             try:
                 put(sides, question, config, sample=sample)

@@ -8,7 +8,18 @@ import pytest
 from screens import make_screen
 
 from kit import terminal
-from kit.terminal import Columns, Mark, cells_of, has_colours, is_live, shorten, visible, width_of, wrap
+from kit.terminal import (
+    Columns,
+    Mark,
+    cells_of,
+    has_colours,
+    is_live,
+    num_columns,
+    shorten,
+    visible,
+    width_of,
+    wrap,
+)
 
 STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\x00\x7f\u202ereversed\u2028\ud800"
 
@@ -84,6 +95,13 @@ def test_a_terminal_that_changes_its_width_loses_nothing(monkeypatch):
             view.draw([now, now], [[], []], [end >= len(text)] * 2, ["", ""])
     first = " ".join(f"{row} ".split(terminal.GAP)[0] for row in out.rows)
     assert set(text.split()) <= set(first.split())
+
+
+def test_texts_that_do_not_all_fit_are_shared_out_evenly(monkeypatch):
+    make_screen(monkeypatch, 110, 24)  # has room for three
+    assert [num_columns(texts) for texts in (0, 1, 2, 3, 4, 5, 7)] == [0, 1, 2, 3, 2, 3, 3]
+    make_screen(monkeypatch, 20, 24)
+    assert [num_columns(texts) for texts in (1, 3)] == [1, 1]
 
 
 def test_a_long_title_keeps_its_end():

@@ -41,12 +41,14 @@ class Bytes(ChatFormat):
 
 
 def test_an_answer_is_what_evaluation_logs_as_the_same_sample_of_the_question(side, tmp_path):
-    benchmark = BENCHMARKS["toy"].read(limit=3)
-    logged = evaluate(side.model, side.chat, benchmark, PARAMS, tmp_path, num_samples=2, seed=4)
+    benchmark, hot = BENCHMARKS["toy"].read(limit=2), SamplingParams(temperature=3.0, max_new_tokens=70)
+    how = {"num_samples": 2, "num_slots": 1, "seed": 4}
+    logged = evaluate(side.model, side.chat, benchmark, hot, tmp_path, **how)
+    assert len({row["text"] for row in logged.rows}) == 4
     for question in benchmark.questions:
         for sample in (0, 1):
             out = io.StringIO()
-            assert ask([side], question.problem, PARAMS, seed=4, sample=sample, out=out)
+            assert ask([side], question.problem, hot, seed=4, sample=sample, out=out)
             row = next(r for r in logged.rows if (r["question"], r["sample"]) == (question.id, sample))
             assert (side.text, len(side.ids)) == (row["text"], row["tokens"])
             assert f"== tiny ==\n{row['text']}\n-- {row['tokens']} tokens" in out.getvalue()

@@ -83,7 +83,7 @@ def test_a_conversation_asks_again_grades_forgets_and_ends(recipe, monkeypatch, 
     first, again = re.findall(r"== tiny ==\n(.*?)\n--", said, flags=re.DOTALL)[:2]
     assert first != again
     assert len(re.findall(r"tinier: (?:correct|wrong).*", said)) == 2
-    assert "note   tiny learned nothing but chains such as 7+5-3?" in said
+    assert "note   tiny knows nothing but chains such as 7+5-3?" in said
     assert said.count("/gold 5     grade the last answers") == 2  # /again without a question, and /nonsense
     assert "7+1" not in said
 
@@ -159,6 +159,19 @@ def test_what_a_model_needs_is_its_weights_and_the_cache_of_an_answer(recipe):
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert recipe.needed("tiny", 100, on_card=False) == weights + 100 * token
     assert recipe.needed("tiny", 10**6, on_card=True) == (weights + 1_024 * token) // 2
+
+
+def test_with_history_again_forgets_the_first_answer_and_new_forgets_all(recipe, monkeypatch, capsys):
+    prompts, prompt = [], asking.Side.answer
+
+    def spy(side, question, *arguments, **how):
+        prompts.append([asked for asked, _ in side.history])
+        prompt(side, question, *arguments, **how)
+
+    monkeypatch.setattr(asking.Side, "answer", spy)
+    talk(recipe, monkeypatch, ["1+1?", "2+2?", "/again", "/new", "3+3?"], history=True, max_new_tokens=9)
+    assert prompts == [[], ["1+1?"], ["1+1?"], []]
+    assert capsys.readouterr().out.count("one at a time") == 2
 
 
 @pytest.mark.slow

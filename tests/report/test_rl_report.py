@@ -2,8 +2,11 @@ import json
 
 import pytest
 
+from kit.report import valley
 from kit.report.rl import write_report
 from kit.run import Journal
+from kit.valley.finished import write_study
+from kit.valley.study import Cell
 
 HOSTILE = "<script>alert(1)</script> let me recheck \ud800 \\boxed{2}"
 STEP = {
@@ -57,3 +60,13 @@ def test_an_unfinished_run_has_a_report_and_a_folder_without_a_run_none(tmp_path
     )
     with pytest.raises(ValueError, match="holds no run"):
         write_report(tmp_path)
+
+
+def test_pages_of_runs_that_go_on_load_themselves_again_and_finished_ones_do_not(tmp_path):
+    rl, study = make_run(tmp_path / "rl", steps=3), tmp_path / "study"
+    study.mkdir()
+    write_study(study, [Cell("tiny", "full", 16, 0)], [])
+    for write, run in ((write_report, rl), (valley.write_report, study)):
+        refresh = "http-equiv=refresh content=60>"
+        assert refresh in write(run, goes_on=True).read_text().split("<title>")[0]
+        assert "http-equiv" not in write(run).read_text()

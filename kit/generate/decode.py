@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.generate.kv_cache import SlotCache
+from kit.kernels.decode_attention import decode_attention
 from kit.models.families import family_of, layer_kinds
 from kit.models.layers import PLAIN, Attention, layer_of, norm_of, rotations
 
@@ -42,13 +44,24 @@ def _attend(i: int, layer: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache
     """Compute the attention of layer i, (B, H), from its normed input (B, H); store its keys and values."""
     q, k, v = layer.heads(x, cos, sin)
     cache.write(i, k, v)
-
-    # the queries of a group are rows of one small matrix, so that K and V are read once
-    q = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, Hq / Hkv, D)
     scale = layer.attention.scaling
+    if cache.uses_kernel:
+        attended = decode_attention(q, *cache.rows(i), scale=scale)
+    elif q.is_cuda:
+        # not with cuDNN's attention, which compiles a plan per length and number of rows
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            attended = _attend_in_groups(i, q, cache, scale)
+    else:
+        attended = _attend_in_groups(i, q, cache, scale)
+    return layer.attention.o_proj(attended.flatten(1))
+
+
+def _attend_in_groups(i: int, q: Tensor, cache: SlotCache, scale: float) -> Tensor:
+    """Compute attention of q (B, Hq, D) with one call of torch's per group of rows."""
+    # the query heads of a group are rows of one small matrix, so that K and V are read once
+    q = q.unflatten(1, (cache.keys[i].shape[1], -1))  # (B, Hkv, Hq / Hkv, D)
     parts = [
         F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask, scale=scale)
         for rows, keys, values, mask in cache.groups(i)
     ]
-    attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return layer.attention.o_proj(attended.flatten(1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

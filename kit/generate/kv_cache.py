@@ -6,22 +6,27 @@ is negative, which is the case if s > q.
 
 One formula serves both kinds of layer: if W is the whole capacity, nothing ever wraps. Gemma-3-1B has a
 window of 512 in 22 of its 26 layers, so a row of 16,384 positions takes 75 MiB in bf16 instead of 416.
+
+On a card, kit/kernels/decode_attention.py reads each row to its own length, which stays on the device. Where
+it does not run (a CPU, a card without Triton or older than RTX 30), rows are read in groups, under a mask.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from transformers import Cache
 
+from kit.kernels.decode_attention import obstacle, runs_kernel
 from kit.models.families import head_dim, layer_windows
 
 BUCKET = 16  # positions; attended length is rounded up to a multiple of it, so that shapes repeat
 # On a CPU, one more call of attention takes as long as reading this many bytes of keys and values. A card
-# runs the rows of a call in parallel but several calls in sequence, so there all rows are read together.
+# runs the rows of a call in parallel but several calls in sequence, so there all rows are one group.
 CALL_BYTES = 2**18
 SORTED_BY = 256  # positions; grouped rows that differ by less stay unsorted: a move costs more than it saves
 MOVED_AT_ONCE = 1_024  # positions; bounds the copy that a move makes
@@ -45,9 +50,11 @@ class SlotCache(Cache):
         heads = torch.arange(num_slots * num_heads, device=weight.device).view(num_slots, -1)
         self.starts = {W: heads * W for W in self.sizes}
         self.zero = torch.zeros((), **like)
-        self.cleared = dict.fromkeys(self.sizes, 0)  # size -> places of every row that hold no garbage
+        self.uses_kernel = _takes_kernel(config, weight)
+        # size -> places of every row that hold no garbage; the kernel reads none
+        self.cleared = {W: W if self.uses_kernel else 0 for W in self.sizes}
 
-        grouping = weight.device.type == "cpu"
+        grouping = weight.device.type == "cpu" and not self.uses_kernel
         position_bytes = 2 * num_heads * width * weight.element_size()  # of one layer
         # places that another group must save, and by which unsorted rows may differ
         self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf
@@ -57,8 +64,9 @@ class SlotCache(Cache):
         self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # where each row and head writes its next position
         self.places: dict[int, torch.Tensor] = {}
-        # groups of rows that are read together: rows, places, mask
+        # groups of rows that are read together: rows, places, mask. Or, for the kernel, each row's length
         self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}
+        self.lengths: torch.Tensor | None = None
 
     def at_prefill(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
         """Prepare for a pack of whole prompts.
@@ -78,14 +86,19 @@ class SlotCache(Cache):
     def at_decode(self, positions: torch.Tensor, lengths: list[int]) -> None:
         """Prepare for one token in each of rows 0..B-1, at positions (B,). lengths: the same, on the host.
 
-        Neighbouring rows of similar length are read together, as far as the longest of them.
+        The kernel needs positions alone. Without it, neighbouring rows of similar length are read together,
+        as far as the longest of them.
         """
+        for W in self.cleared:
+            self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
+        if self.uses_kernel:
+            self.lengths = positions + 1
+            return
         for W in self.cleared:
             widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
             q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
             mask = self._added(s > q)[:, None, None]  # (B, 1, 1, places); all are seen from q = W on
             self._clear(W, max(widths))
-            self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
             self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
 
     def _clear(self, W: int, end: int) -> None:
@@ -111,6 +124,11 @@ class SlotCache(Cache):
         for rows, width, mask in self.readers[self.sizes[layer]]:
             yield rows, self.keys[layer][rows, :, :width], self.values[layer][rows, :, :width], mask
 
+    def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what the kernel reads: keys and values of rows 0..B-1, (B, Hkv, W, D), and lengths (B,)."""
+        B = len(self.lengths)
+        return self.keys[layer][:B], self.values[layer][:B], self.lengths
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Store the keys and values of a pack of prompts, (1, Hkv, T, D), in their rows, and return them.
 
@@ -131,6 +149,18 @@ class SlotCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # transformers asks before it reads a prompt
+
+
+def _takes_kernel(config, weight: torch.Tensor) -> bool:
+    """Return whether the kernel reads this cache. Warns if it would run here but does not take the model."""
+    if not runs_kernel(weight):
+        return False
+    why = obstacle(head_dim(config), config.num_attention_heads // config.num_key_value_heads)
+    if why:
+        warnings.warn(
+            f"tokens are sampled with torch's attention, as far as the longest row: {why}", stacklevel=2
+        )
+    return not why
 
 
 def grouped(widths: list[int], min_saved: float) -> list[tuple[slice, int]]:

@@ -5,9 +5,9 @@ prompt is left, the active rows are moved together and the batch shrinks. Prompt
 padding or masks, as training reads its rows; equal prompts that are read together are read once. Single
 tokens go through kit/generate/decode.py. LoRA and quantised layers work.
 
-On a CPU the rows are sorted by length, and attention reads rows of similar length together, only as far as
-the longest of them; on a card it reads all rows as far as the longest. Sliding layers never read further than
-their window (kit/generate/kv_cache.py).
+On a card, attention reads each row to its own length, which stays on the device. On a CPU the rows are sorted
+by length, and rows of similar length are read together, only as far as the longest of them. Sliding layers
+never read further than their window (kit/generate/kv_cache.py).
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.generate.decode import Decoder
 from kit.generate.kv_cache import SlotCache
@@ -109,8 +108,7 @@ class _Engine:
         """Draw one more token for each of rows 0..B-1. lengths: positions that each holds, B of them."""
         positions = self.positions[: len(lengths)]
         self.cache.at_decode(positions, lengths)
-        with _attention_of_one_token(self.device):
-            hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
+        hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
         drawn = self._draw(slice(len(lengths)), hidden)
         positions += 1
         return drawn
@@ -120,13 +118,6 @@ class _Engine:
         self.cache.move(index, into, length)
         for state in (self.positions, self.tokens, self.keys, self.drawn):
             state[into] = state[index]
-
-
-def _attention_of_one_token(device: torch.device) -> AbstractContextManager:
-    """On a card, keep torch from cuDNN's attention: it compiles a plan per length and number of rows."""
-    if device.type == "cuda":
-        return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-    return nullcontext()
 
 
 def generate(

@@ -154,8 +154,10 @@ def tile(head_dim: int, group: int, element_size: int) -> dict[str, int]:
 
 def splits(W: int) -> tuple[int, int]:
     """Return (keys of a split, splits) of a row that sees up to W keys."""
-    keys = max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(W, MAX_SPLITS)))
-    return keys, triton.cdiv(W, keys)
+    keys = MIN_SPLIT
+    while keys * MAX_SPLITS < W:
+        keys *= 2
+    return keys, -(-W // keys)
 
 
 @torch.library.custom_op("kit::decode_attention", mutates_args=())

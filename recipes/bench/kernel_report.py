@@ -25,6 +25,7 @@ from kit.config import Checked, parse
 from kit.kernels import (
     adamw8bit,
     cross_entropy,
+    decode_attention,
     glu,
     linear_cross_entropy_rows,
     packed_attention_tiles,
@@ -39,6 +40,7 @@ LOGIT_ROWS = ["_logprob_kernel", "_gradient_kernel", "_block_gradient_kernel"]
 HEAD_DIMS = [64, 128, 256]  # Qwen2.5 and Llama-3.2-1B; Llama-3.2-3B and Qwen2.5-3B; Gemma 3
 
 HEADS = [(14, 2, 64), (24, 8, 128), (4, 1, 256)]  # q, k, D: Qwen2.5-0.5B, Llama-3.2-3B, Gemma-3-1B
+GROUPS = [(7, 64), (3, 128), (4, 256)]  # query heads per head of keys, D: the same models
 NORMALISED = [128, 256, 1_152, 3_072]  # heads; rows of Gemma-3-1B and Llama-3.2-3B
 BOTH_WAYS = ["_forward_kernel", "_backward_kernel"]
 
@@ -71,6 +73,23 @@ def _attention(kernel: str, element: str, head_dim: int) -> Case:
         arguments=rows | {"T": "i32", "num_documents": "i32", "window": "i32", "scale": "fp32"},
         constants={"GROUP": 4, "D": head_dim} | {name: tile[name] for name in tile if name.isupper()},
         num_warps=tile["num_warps"], num_stages=tile["num_stages"], label=f"D {head_dim}",
+    )  # fmt: skip
+
+
+def _decode_attention(kernel: str, element: str, heads: tuple[int, int]) -> Case:
+    group, head_dim = heads
+    tile = decode_attention.tile(head_dim, group, 4 if element == "fp32" else 2)
+    is_join = kernel == "_join_kernel"
+    constants = {"D": head_dim, "BLOCK_D": tile["BLOCK_D"], "JOINED": decode_attention.JOINED}
+    if not is_join:
+        constants = {"GROUP": group, "D": head_dim} | {name: tile[name] for name in tile if name.isupper()}
+    rows = {"lengths_ptr": "*i64"} | dict.fromkeys(("parts_ptr", "logsumexps_ptr"), "*fp32")
+    return Case(
+        decode_attention, kernel, element,
+        arguments=rows | dict.fromkeys(decode_attention.SIZES, "i32") | {"scale": "fp32"},
+        constants=constants, label=f"D {head_dim}",
+        num_warps=decode_attention.JOIN_WARPS if is_join else tile["num_warps"],
+        num_stages=tile["num_stages"],
     )  # fmt: skip
 
 
@@ -130,6 +149,8 @@ def cases() -> list[Case]:
         *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
         *(_cross_entropy(*case) for case in product(BOTH_WAYS, ELEMENTS)),
         *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
+        *(_decode_attention("_split_kernel", *case) for case in product(ELEMENTS, GROUPS)),
+        *(_decode_attention("_join_kernel", "bf16", heads) for heads in GROUPS),
         *(_adamw8bit(*case, rest=False) for case in product(["i16", "fp32"], ["i16", "fp32"])),
         *(_adamw8bit("i16", gradient, rest=True) for gradient in ("i16", "fp32")),
         *(_packing(buffer) for buffer in ("i32", "i64")),

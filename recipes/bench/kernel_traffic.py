@@ -1,5 +1,6 @@
 """
 Bytes moved, flops and launches of a loss, forward and backward, ours and the peers': formulas and a table.
+Beside it, the work of packed attention and the bytes of decode attention.
 
     python recipes/bench/kernel_traffic.py                 three models, 16,384 tokens, bf16; packed attention
     python recipes/bench/kernel_traffic.py --ignored 0.1   a tenth of the targets are ignored
@@ -24,6 +25,7 @@ import torch
 from counting import Count
 
 from kit.config import Checked, parse
+from kit.kernels import decode_attention
 from kit.kernels.linear_cross_entropy_chunks import COPIED_ELEMENTS, halves, rows_per_chunk
 from kit.packing import plan_packs
 
@@ -234,6 +236,25 @@ def realistic_pack(
     return [lengths[i] for i in packs[len(packs) // 2]]
 
 
+def decode_bytes(
+    lengths: list[int], W: int, heads: tuple[int, int, int], e: int, window: int | None = None
+) -> Count:
+    """Count kit.kernels.decode_attention in one layer, without flops. heads: Hq, Hkv, D. W: places of a row.
+
+    Keys and values are those that the rows see, whatever the longest row is. Every program loads its row's
+    length, those past the row's end too.
+    """
+    Hq, Hkv, D = heads
+    largest = min(window or W, W)
+    split_keys, num_splits = decode_attention.splits(largest)
+    seen = [max(min(length, largest), 0) for length in lengths]
+    used = sum(math.ceil(keys / split_keys) for keys in seen)  # splits
+    parts = used * Hq * (D + 1) * WIDE
+    int64 = 8 * len(lengths) * (Hkv * num_splits + Hq)
+    loaded = 2 * sum(seen) * Hkv * D * e + used * Hq * D * e + parts + int64
+    return Count(2, loaded, parts + len(lengths) * Hq * D * e)
+
+
 MODELS = {
     "Gemma-3-1B": (262_144, 1_152),
     "Qwen2.5-3B": (151_936, 2_048),
@@ -290,6 +311,7 @@ def main(config: Config) -> list[dict]:
         if not importlib.util.find_spec(package):
             print(f"{name}: {package} is not installed here, so its formula was not checked on this machine")
     _show_attention(realistic_pack())
+    _show_decoding()
     return rows
 
 
@@ -303,6 +325,17 @@ def _show_attention(lengths: list[int]) -> None:
         for BLOCK_M, BLOCK_N in ((128, 64), (64, 64), (64, 32), (32, 32)):
             work = tiled_pairs(lengths, BLOCK_M, BLOCK_N, window) / needed
             print(f"        tiles of {BLOCK_M:>3} x {BLOCK_N}: {work:.3f} of them are multiplied")
+
+
+def _show_decoding() -> None:
+    heads, W, uneven = (14, 2, 64), 16_384, [16_000] + [200] * 31
+    print(f"\nDecode attention, one layer of Qwen2.5-0.5B in bf16, 32 rows of {W:,} places")
+    for name, lengths in (
+        ("[200] x 32", [200] * 32),
+        ("[16,000] + [200] x 31", uneven),
+        ("the same, each row read as far as the longest", [max(uneven)] * 32),
+    ):
+        print(f"    {decode_bytes(lengths, W, heads, 2).bytes / 1e6:>9.1f} MB  {name}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ def calls(monkeypatch):
     return counted
 
 
+def two_layers(model):
+    """Drop all layers but the first two, which are of both kinds: the interpreter is slow."""
+    model.model.layers, config = model.model.layers[:2], model.config
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    return model
+
+
 def sampled(model, lengths=(5, 19, 2)):
     """Sample from prompts of these lengths in two slots: one is refilled, and rows move at the end."""
     torch.manual_seed(5)
@@ -42,7 +51,7 @@ def sampled(model, lengths=(5, 19, 2)):
 def test_tokens_are_those_of_the_cpus_path_and_need_neither_lengths_on_the_host_nor_clean_memory(
     family, calls, monkeypatch
 ):
-    model = make_model(family)
+    model = two_layers(make_model(family))
     with monkeypatch.context() as patch:
         at_decode = SlotCache.at_decode
         patch.setattr(SlotCache, "at_decode", lambda cache, positions, _: at_decode(cache, positions, None))
@@ -50,7 +59,7 @@ def test_tokens_are_those_of_the_cpus_path_and_need_neither_lengths_on_the_host_
         by_kernel = sampled(model)
         torch.use_deterministic_algorithms(False)
     layer_steps = len(calls)
-    assert layer_steps and layer_steps % 4 == 0
+    assert layer_steps and layer_steps % 2 == 0
 
     monkeypatch.setattr(kv_cache, "runs_kernel", lambda like: False)
     in_groups = sampled(model)

@@ -161,7 +161,6 @@ def test_the_host_reads_no_length_and_launches_the_same_whatever_they_are(monkey
 
 
 def test_a_long_cache_is_cut_into_a_bounded_number_of_splits(monkeypatch):
-    pytest.importorskip("triton")
     monkeypatch.undo()
     assert kernels.splits(1) == kernels.splits(256) == (256, 1)
     assert kernels.splits(257) == (256, 2) and kernels.splits(16_384) == (256, 64)

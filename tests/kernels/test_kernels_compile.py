@@ -47,7 +47,7 @@ def matmul(**options):
 
 
 # products of an attention kernel's inner loop, each of BLOCK_M x BLOCK_N x D
-PRODUCTS = {"_forward_kernel": 2, "_dq_kernel": 3, "_dkdv_kernel": 4}
+PRODUCTS = {"_forward_kernel": 2, "_dq_kernel": 3, "_dkdv_kernel": 4, "_split_kernel": 2}
 MAX_SPILLED = 64  # bytes per thread, of attention: fewer than computing a product twice costs
 
 

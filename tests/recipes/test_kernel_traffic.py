@@ -18,6 +18,7 @@ from kernel_traffic import (
     attention_flops,
     attention_work,
     causal_pairs,
+    decode_bytes,
     liger,
     main,
     ours,
@@ -31,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kit.kernels.linear_cross_entropy_chunks as head
 from kit.kernels.backend import HAS_TRITON, INTERPRET
 from kit.kernels.cross_entropy import IGNORE_INDEX
+from kit.kernels.decode_attention import decode_attention
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.packed_attention import packed_attention
 from kit.memory.live_bytes import LiveBytes
@@ -306,6 +308,29 @@ def test_attention_flops_are_those_of_the_tiles(window):
         name: tiled_pairs(lengths, *block, window, by_keys=name == "dkdv") for name, block in blocks.items()
     }
     assert counter.total.flops == attention_flops(pairs, tile["forward"]["BLOCK_D"], Hq)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("window", [None, 300, 20])
+def test_decode_attention_loads_the_keys_that_its_rows_see_and_no_others(window):
+    lengths, W, (Hq, Hkv, D) = [300, 3, 600, 0, 16], 513, (4, 2, 8)
+    q, cache = torch.randn(5, Hq, D), torch.randn(5, Hkv, W, D)
+    with Counter() as counter:
+        decode_attention(q, cache, cache, torch.tensor(lengths), window=window)
+    expected = decode_bytes(lengths, W, (Hq, Hkv, D), 4, window)
+    found = counter.by_operator["kit::decode_attention"]
+    assert found - expected == Count(flops=found.flops)
+
+
+def test_one_long_row_beside_short_ones_adds_its_own_keys_alone():
+    heads, W = (14, 2, 64), 16_384
+    short, long, all_long = (
+        decode_bytes(lengths, W, heads, 2).bytes
+        for lengths in ([200] * 32, [16_000] + [200] * 31, [16_000] * 32)
+    )
+    keys = 2 * 2 * 64 * 2  # bytes per position
+    assert 0 <= long - short - 15_800 * keys <= 0.2 * 15_800 * keys  # and its splits, written and read
+    assert all_long > 15 * long
 
 
 def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypatch):

@@ -13,7 +13,7 @@ from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
-from kit.recipes.card import speed_attention
+from kit.recipes.card import speed_attention, speed_decode
 from kit.recipes.card.compare import attempt, normal
 from kit.recipes.card.memory import held_gib, measured
 from kit.recipes.card.peers import cce, cce_exact, liger, three_matmuls
@@ -40,6 +40,8 @@ def run(results: Results, card: Card) -> None:
         card.free()
     with results.case("attention"):
         speed_attention.run(results, card, limits)
+    with results.case("decode attention"):
+        speed_decode.run(results, card, limits)
     time_losses(results, card, limits)
 
 

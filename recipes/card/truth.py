@@ -11,7 +11,7 @@ from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_, row_logprobs
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, pack_rows
-from kit.recipes.card import truth_attention, truth_head, truth_layers
+from kit.recipes.card import truth_attention, truth_decode, truth_head, truth_layers
 from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
 from kit.recipes.card.results import Card, Results
 
@@ -27,6 +27,8 @@ def run(results: Results, card: Card) -> None:
         results.check("poison: fresh memory is NaN", bool(fresh.isnan().all()))
     with results.case("attention"):
         truth_attention.run(results, card)
+    with results.case("decode attention"):
+        truth_decode.run(results, card)
     if not card.arch:  # most of a linear head is cuBLAS, which Triton's target does not change
         truth_head.run(results, card)
     check_rows(results, card)

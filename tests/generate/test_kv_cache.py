@@ -66,7 +66,7 @@ def test_attention_reads_no_further_than_the_longest_row_of_a_group_and_than_the
     assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [200]  # no further than the cache
 
 
-def test_elsewhere_than_on_a_cpu_all_rows_are_one_group_and_are_not_sorted():
+def test_elsewhere_than_on_a_cpu_without_the_kernel_all_rows_are_one_group_and_are_not_sorted():
     cache = SlotCache(make_model("llama").to("meta"), 3, 4_000)
     cache.at_decode(torch.zeros(3, dtype=torch.int64, device="meta"), [3_999, 700, 2])
     assert [(rows, keys.shape[2]) for rows, keys, *_ in cache.groups(0)] == [(slice(0, 3), 4_000)]

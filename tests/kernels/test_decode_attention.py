@@ -81,6 +81,13 @@ def test_a_single_row_is_as_good_as_torchs(length):
     check(*problem([length]))
 
 
+@pytest.mark.parametrize("rising", [True, False])
+def test_the_largest_scores_may_come_first_or_last(rising):
+    q, k, v, lengths = problem([W, 2 * W])
+    factors = torch.linspace(0, 8, W)[:, None]
+    check(q, k * (factors if rising else factors.flip(0)), v, lengths)
+
+
 def test_no_rows_give_no_rows():
     assert decode_attention(*problem([])).shape == (0, 2, 16)
 

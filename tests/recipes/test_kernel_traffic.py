@@ -313,7 +313,7 @@ def test_attention_flops_are_those_of_the_tiles(window):
 @needs_interpreter
 @pytest.mark.parametrize("window", [None, 300, 20])
 def test_decode_attention_loads_the_keys_that_its_rows_see_and_no_others(window):
-    lengths, W, (Hq, Hkv, D) = [300, 3, 600, 0, 16], 513, (4, 2, 8)
+    lengths, W, (Hq, Hkv, D) = [300, 3, 600, 0, 5 - 2**32], 513, (4, 2, 8)
     q, cache = torch.randn(5, Hq, D), torch.randn(5, Hkv, W, D)
     with Counter() as counter:
         decode_attention(q, cache, cache, torch.tensor(lengths), window=window)

@@ -55,7 +55,6 @@ def softcap(model: PreTrainedModel) -> float | None:
 
 
 def next_token_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Compute the logits of hidden states (..., H), as (..., V) in fp32, for sampling."""
-    logits = F.linear(hidden, head_weight(model)).float()
-    cap = softcap(model)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    """Compute the logits (..., V) of hidden states (..., H), in the head's dtype, or in fp32 if capped."""
+    logits, cap = F.linear(hidden, head_weight(model)), softcap(model)
+    return logits if cap is None else cap * torch.tanh(logits.float() / cap)

@@ -27,6 +27,8 @@ from kit.kernels import (
     cross_entropy,
     decode_attention,
     glu,
+    gumbel,
+    gumbel_tiles,
     linear_cross_entropy_rows,
     packed_attention_tiles,
     packing,
@@ -143,6 +145,25 @@ def _glu(kernel: str, element: str) -> Case:
     )  # fmt: skip
 
 
+def _gumbel(kernel: str, element: str, is_cut: bool) -> Case:
+    """is_cut: with a threshold. 64 tiles hold 262,144 tokens."""
+    threshold = {"threshold_ptr": "*fp32"} if is_cut or kernel == "_cut_kernel" else {}
+    streams = {"keys_ptr": "*i64", "positions_ptr": "*i64", "tokens_ptr": "*i64", "values_ptr": f"*{element}"}
+    sizes = {"V": "i32:16", "num_tiles": "i32", "K": "i32:16", "top_k": "i32"}
+    rows = dict.fromkeys(("parts_ptr", "logprobs_ptr"), "*fp32")
+    numbers = dict.fromkeys(("temperature", "top_p", "noise"), "fp32")
+    constants = {
+        "_race_kernel": {},
+        "_join_kernel": {"TILES": 64},
+        "_cut_kernel": {"CANDIDATES": gumbel.CANDIDATES},
+    }[kernel]
+    constants |= {"BLOCK_V": gumbel.BLOCK_V} | ({} if threshold else {"threshold_ptr": None})
+    return Case(
+        gumbel_tiles, kernel, element, arguments=streams | sizes | rows | numbers | threshold,
+        constants=constants, num_warps=gumbel.NUM_WARPS, label="cut" if is_cut else "",
+    )  # fmt: skip
+
+
 def cases() -> list[Case]:
     """Return every kernel in every launch configuration. Add new kernels here; the test finds them."""
     return [
@@ -157,6 +178,8 @@ def cases() -> list[Case]:
         *(_rms_norm(*case) for case in product(BOTH_WAYS, ELEMENTS, NORMALISED)),
         *(_rope(*case) for case in product(BOTH_WAYS, ELEMENTS, HEADS)),
         *(_glu(*case) for case in product(BOTH_WAYS, ELEMENTS)),
+        *(_gumbel(*case) for case in product(["_race_kernel", "_join_kernel"], ELEMENTS, [False, True])),
+        *(_gumbel("_cut_kernel", element, is_cut=True) for element in ELEMENTS),
     ]
 
 

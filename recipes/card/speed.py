@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, init_state
+from kit.kernels.gumbel import draw, draw_reference
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
@@ -25,6 +26,7 @@ HEADS = {  # model -> V, H. quick takes the first
     "Qwen2.5-1.5B": (151_936, 1536),
     "Llama-3.2-3B": (128_256, 3072),
 }
+DRAWN_IN = 0.3  # ms per token of 64 rows, on an H100
 CHUNK = 1024  # rows of logits at once, in the matmuls alone and in torch's loss
 NEED_A_CARD = "bitsandbytes", "Liger", "CCE", "CCE exact"
 MATMULS = "its three matmuls"
@@ -33,7 +35,7 @@ MATMULS = "its three matmuls"
 def run(results: Results, card: Card) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     limits = measure_limits(results, card)
-    for name, measure in (("row kernel", time_rows), ("AdamW8bit", time_adamw)):
+    for name, measure in (("row kernel", time_rows), ("drawing", time_draw), ("AdamW8bit", time_adamw)):
         with results.case(name):
             results.need(seconds=5)
             measure(results, card, limits)
@@ -60,6 +62,19 @@ def time_rows(results: Results, card: Card, limits: Limits) -> None:
     share = gbs["gradient"] / limits.copy_gbs
     text = ", ".join(f"{label} {rate:,.0f} GB/s" for label, rate in gbs.items())
     claim(results, card, "row kernel: 75 % of copy bandwidth", share >= 0.75, f"{share:.0%}; {text}", gbs=gbs)
+
+
+def time_draw(results: Results, card: Card, limits: Limits) -> None:
+    """Time drawing a token in each of 64 rows, beside the same in torch's operators."""
+    rows, V = (4, 600) if card.small else (64, 151_936)
+    logits = normal(card, rows, V, scale=3.0)
+    streams = torch.arange(2 * rows, device=card.device).view(2, rows)
+    for label, settings in (("top_p 0.95", {"temperature": 0.6, "top_p": 0.95}), ("all tokens", {})):
+        calls = (partial(function, logits, *streams, **settings) for function in (draw, draw_reference))
+        ours, torchs = (milliseconds(card, call) for call in calls)
+        text = f"{ours:.3f} ms, {logits.nbytes / ours / 1e6:,.0f} GB/s; torch {torchs:.3f} ms"
+        name = f"drawing from {label}: at most {DRAWN_IN} ms"
+        claim(results, card, name, ours <= DRAWN_IN, text, ms=ours, torch_ms=torchs)
 
 
 def time_adamw(results: Results, card: Card, limits: Limits) -> None:

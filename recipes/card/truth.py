@@ -11,7 +11,7 @@ from kit.kernels.adamw8bit import adamw8bit_, init_state
 from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_, row_logprobs
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, pack_rows
-from kit.recipes.card import truth_attention, truth_decode, truth_head, truth_layers
+from kit.recipes.card import truth_attention, truth_decode, truth_draw, truth_head, truth_layers
 from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
 from kit.recipes.card.results import Card, Results
 
@@ -33,6 +33,7 @@ def run(results: Results, card: Card) -> None:
         truth_head.run(results, card)
     check_rows(results, card)
     truth_layers.run(results, card)
+    truth_draw.run(results, card)
     if card.arch:
         with results.case("PTX"):
             truth_attention.check_ptx(results, card)

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from kit.generate import sampling
-from kit.generate.sampling import SamplingParams, finite, gumbel, sample, stream_key
+from kit.generate.sampling import SamplingParams, finite, sample, stream_key
+from kit.kernels import gumbel as kernel
+from kit.kernels.gumbel import gumbel
 from kit.memory.live_bytes import LiveBytes
 
 N = 20_000
@@ -52,12 +53,20 @@ def test_temperature_top_k_and_top_p_cut_and_renormalise_in_that_order():
 
 
 def test_a_nucleus_larger_than_the_first_look_is_found_whole():
+    logits = torch.linspace(1, 0, 5000)
+    tokens, logprobs = draw(logits, n=1500, top_p=0.9)
+    p = logits.double().softmax(-1)
+    p = p * (p.cumsum(-1) - p < 0.9)
+    assert len(tokens.unique()) > 1024
+    torch.testing.assert_close(logprobs.double(), (p / p.sum()).log()[tokens], atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_that_are_equally_likely_are_kept_together():
     logits = torch.zeros(5000)
     logits[17] = 3.0
-    tokens, logprobs = draw(logits, n=4000, top_p=0.9)
-    kept = math.ceil((0.9 - math.exp(3) / (4999 + math.exp(3))) * (4999 + math.exp(3))) + 1
-    assert len(tokens.unique()) > 1024
-    assert logprobs.min().item() == pytest.approx(-math.log(math.exp(3) + kept - 1), rel=1e-4)
+    for cut in ({"top_p": 0.9}, {"top_k": 2}, {"top_k": 2, "top_p": 0.9}):
+        _, logprobs = draw(logits, n=50, **cut)
+        assert logprobs.min().item() == pytest.approx(-math.log(math.exp(3) + 4999), rel=1e-4)
 
 
 def test_greedy_takes_the_first_of_the_largest_and_needs_no_stream():
@@ -132,7 +141,7 @@ def test_drawing_from_whole_vocabularies_holds_no_more_for_more_rows_than_their_
     torch.manual_seed(0)
     logits, keys, positions = torch.randn(67, V), torch.arange(67), torch.zeros(67, dtype=torch.int64)
     whole = sample(logits, params, keys, positions)
-    monkeypatch.setattr(sampling, "RACED_AT_ONCE", 8 * V + 1)
+    monkeypatch.setattr(kernel, "RACED_AT_ONCE", 8 * V + 1)
     peaks = []
     for rows in (8, 67):
         with LiveBytes() as held:

@@ -1,0 +1,52 @@
+"""Drawing tokens: the card's tokens beside the CPU's from the same logits, and log-probs against float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import torch
+
+from kit.kernels.gumbel import draw, draw_reference
+from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned
+from kit.recipes.card.results import Card, Results
+
+DTYPES = torch.bfloat16, torch.float16, torch.float32
+SETTINGS = {  # the sixth row of each is flat, so that top_p searches all of its logits
+    "whole": {},
+    "greedy": {"temperature": 0.0},
+    "top_p": {"temperature": 0.6, "top_p": 0.95},
+    "top_k and top_p": {"temperature": 1.3, "top_k": 100, "top_p": 0.8},
+}
+
+
+def run(results: Results, card: Card) -> None:
+    cases = list(product(DTYPES, (530, 77) if card.small else (151_936, 262_144, 1_001), SETTINGS))
+    for dtype, V, label in cases[:: 5 if card.quick else 1]:
+        name = f"draw {label} {name_of(dtype)} V = {V:,}"
+        with results.case(name):
+            results.need(seconds=2)
+            check_draw(results, card, name, dtype, V, SETTINGS[label])
+    card.free()
+
+
+def check_draw(results: Results, card: Card, name: str, dtype: torch.dtype, V: int, settings: dict) -> None:
+    torch.manual_seed(9)
+    rows = 7 if card.small else 32
+    logits = normal(card, rows, V, dtype=dtype, scale=3.0)
+    logits[5], logits[6, : V // 2] = 0.01 * logits[5], -torch.inf
+    streams = torch.randint(-(2**62), 2**62, (rows,)), torch.arange(rows)
+    with poisoned():
+        tokens, logprobs = draw(logits, *(x.to(card.device) for x in streams), **settings)
+
+    on_cpu = logits.cpu()
+    expected, torchs = draw_reference(on_cpu, *streams, **settings)
+    judge_equal(results, f"{name}: tokens", {"tokens": (tokens.cpu(), expected)})
+    # of the tokens that were drawn, which are the same here
+    _, truth = draw_reference(on_cpu.double(), *streams, **settings)
+    same = tokens.cpu() == expected
+    floor = ROUNDING * truth.abs().max().item()
+    judge(
+        results,
+        f"{name}: log-probs",
+        {"logprob": Part(logprobs.cpu()[same], torchs[same], truth[same], floor)},
+    )

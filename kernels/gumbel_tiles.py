@@ -100,7 +100,7 @@ def _join_kernel(
     # These are ten times that, for both sides: a tile more costs microseconds.
     close = rough >= rough_best - (0.000244140625 + 9.5367431640625e-07 * tl.abs(rough_best))
 
-    token, best = 0, tl.full((), -float("inf"), tl.float64)
+    token, best = tl.full((), 0, tl.int32), tl.full((), -float("inf"), tl.float64)
     key, position = tl.load(keys_ptr + row), tl.load(positions_ptr + row)
     tile = tl.min(tl.where(close, tiles, TILES), 0)
     while tile < TILES:

@@ -8,6 +8,10 @@ tokens go through kit/generate/decode.py. LoRA and quantised layers work.
 On a card, attention reads each row to its own length, which stays on the device. On a CPU the rows are sorted
 by length, and rows of similar length are read together, only as far as the longest of them. Sliding layers
 never read further than their window (kit/generate/kv_cache.py).
+
+A card computes while the host reads: the next step is queued before the host waits for the tokens of the last
+one. So a row may run one token past its end. That token is cut, and its place in the cache lies inside the
+row, where the next text overwrites or hides it, like the text before.
 """
 
 from __future__ import annotations
@@ -15,18 +19,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 
-from kit.generate.decode import Decoder
-from kit.generate.kv_cache import SlotCache
-from kit.generate.sampling import SamplingParams, finite, sample, stream_key
+from kit.generate.engine import Drawn, Engine, steps_ahead
+from kit.generate.sampling import SamplingParams, finite, stream_key
 from kit.machine import return_memory
-from kit.models.backbone import context_length, hidden_states, next_token_logits
-from kit.packing import Document, PackedBatch
+from kit.models.backbone import context_length
 from kit.progress import Progress
 
 PREFILL_TOKENS = 8192  # of prompts that are packed and read together: bounds the activations of a prefill
@@ -48,8 +49,9 @@ class Completion:
 class _Slot:
     """A prompt in progress."""
 
-    request: int  # index of the prompt; -1 = free
+    request: int  # index of the prompt; -1 = free, or ended
     prompt_length: int = 0
+    drawn: int = 0  # tokens, of which the host has received `ids`
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     start: float = field(default_factory=time.perf_counter)
@@ -57,67 +59,7 @@ class _Slot:
     @property
     def length(self) -> int:
         """Positions in the cache, which does not hold the last drawn token yet."""
-        return self.prompt_length + len(self.ids) - 1
-
-
-class _Engine:
-    """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
-
-    def __init__(self, model, params: SamplingParams, num_slots: int, capacity: int):
-        self.model, self.params, self.decoder = model, params, Decoder(model)
-        self.device = model.get_input_embeddings().weight.device
-        self.cache = SlotCache(model, num_slots, capacity)
-
-        def state() -> torch.Tensor:
-            return torch.zeros(num_slots, dtype=torch.int64, device=self.device)
-
-        # of each row: where its next token is written, its last drawn token (not yet in the cache), the key
-        # of its random stream, and the number of tokens drawn so far
-        self.positions, self.tokens, self.keys, self.drawn = state(), state(), state(), state()
-
-    def _draw(self, rows: torch.Tensor | slice, hidden: torch.Tensor) -> tuple[list[int], list[float]]:
-        logits = next_token_logits(self.model, hidden)
-        tokens, logprobs = sample(logits, self.params, self.keys[rows], self.drawn[rows])
-        self.tokens[rows] = tokens
-        self.drawn[rows] += 1
-        return tokens.tolist(), finite(logprobs.tolist())
-
-    def prefill(
-        self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]
-    ) -> tuple[list[int], list[float]]:
-        """Read prompts into rows, equal ones once, and draw the first token of each row."""
-        distinct = list(dict.fromkeys(prompts))
-        # created outside of inference mode, where every layer would check the pack's bounds again
-        with torch.inference_mode(False):
-            documents = [Document(torch.tensor(prompt), 1) for prompt in distinct]
-            pack = PackedBatch.build(documents).to(self.device)
-        # where each prompt begins in the pack
-        first = dict(zip(distinct, accumulate(map(len, distinct), initial=0), strict=False))
-        starts, lengths = [first[prompt] for prompt in prompts], [len(prompt) for prompt in prompts]
-
-        index = torch.tensor(rows, device=self.device)
-        self.keys[index] = torch.tensor(keys, device=self.device)
-        self.positions[index] = torch.tensor(lengths, device=self.device)
-        self.drawn[index] = 0
-        self.cache.at_prefill(rows, starts, lengths)
-        hidden = hidden_states(self.model, pack, cache=self.cache)
-        ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
-        return self._draw(index, hidden[torch.tensor(ends, device=self.device)])
-
-    def decode(self, lengths: list[int]) -> tuple[list[int], list[float]]:
-        """Draw one more token for each of rows 0..B-1. lengths: positions that each holds, B of them."""
-        positions = self.positions[: len(lengths)]
-        self.cache.at_decode(positions, lengths)
-        hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
-        drawn = self._draw(slice(len(lengths)), hidden)
-        positions += 1
-        return drawn
-
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        index, into = (torch.tensor(rows, device=self.device) for rows in (sources, targets))
-        self.cache.move(index, into, length)
-        for state in (self.positions, self.tokens, self.keys, self.drawn):
-            state[into] = state[index]
+        return self.prompt_length + self.drawn - 1
 
 
 def generate(
@@ -180,42 +122,54 @@ def _run_slots(
     if not prompts:
         return
     slots = [_Slot(-1) for _ in range(min(num_slots, len(prompts)))]
-    engine = _Engine(model, params, len(slots), max(map(len, prompts)) + params.max_new_tokens)
-    waiting, arranged = deque(range(len(prompts))), []
+    engine = Engine(model, params, len(slots), max(map(len, prompts)) + params.max_new_tokens)
+    waiting, arranged, ahead = deque(range(len(prompts))), [], steps_ahead(engine.device)
+    queued: deque[tuple[list[_Slot], Drawn]] = deque()
 
-    def receive(rows, tokens, logprobs):
-        """Append the drawn tokens to their slots; free the slots that end, and yield their responses."""
-        progress.tokens += len(rows)
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            slot = slots[row]
-            slot.ids.append(token)
-            slot.logprobs.append(logprob)
-            if on_token:
-                on_token(slot.request, token)
-            if token in stop or len(slot.ids) == params.max_new_tokens:
-                slots[row] = _Slot(-1)
-                yield slot.request, slot.ids, slot.logprobs, time.perf_counter() - slot.start
+    def receive(num_left: int):
+        """Read queued steps until num_left are left. Free the slots that end, and yield their responses."""
+        while len(queued) > num_left:
+            owners, drawn = queued.popleft()
+            received = zip(owners, *drawn.read(), strict=True)
+            received = [each for each in received if each[0].request >= 0]  # else it had ended: cut
+            finite([logprob for _, _, logprob in received])
+            progress.tokens += len(received)
+            for slot, token, logprob in received:
+                slot.ids.append(token)
+                slot.logprobs.append(logprob)
+                if on_token:
+                    on_token(slot.request, token)
+                if token in stop or len(slot.ids) == params.max_new_tokens:
+                    request, slot.request = slot.request, -1
+                    yield request, slot.ids, slot.logprobs, time.perf_counter() - slot.start
 
     training = model.training
     model.eval()
     try:
-        while waiting or any(slot.request >= 0 for slot in slots):
+        while waiting or queued or any(slot.request >= 0 for slot in slots):
             while waiting and any(slot.request < 0 for slot in slots):
                 free = [row for row, slot in enumerate(slots) if slot.request < 0]
                 requests = _next_prompts(waiting, prompts, len(free))
                 rows = free[: len(requests)]
                 for row, request in zip(rows, requests, strict=True):
-                    slots[row] = _Slot(request, len(prompts[request]))
+                    slots[row] = _Slot(request, len(prompts[request]), 1)
                 keys = [streams[i] for i in requests]
-                yield from receive(rows, *engine.prefill(rows, [prompts[i] for i in requests], keys))
+                drawn = engine.prefill(rows, [prompts[i] for i in requests], keys)
+                queued.append(([slots[row] for row in rows], drawn))
+                yield from receive(ahead)
 
             if [slot.request for slot in slots] != arranged:
                 arrange(slots, engine, engine.cache.sorted_by)
                 arranged = [slot.request for slot in slots]
 
-            lengths = [slot.length for slot in slots if slot.request >= 0]
-            if lengths:
-                yield from receive(range(len(lengths)), *engine.decode(lengths))
+            active = [slot for slot in slots if slot.request >= 0]
+            if any(slot.drawn < params.max_new_tokens for slot in active):
+                queued.append((active, engine.decode([slot.length for slot in active])))
+                for slot in active:
+                    slot.drawn += 1
+                yield from receive(ahead)
+            else:  # all that is left to know has been drawn
+                yield from receive(0)
     finally:
         model.train(training)
         device, engine = engine.device, None

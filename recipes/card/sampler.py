@@ -19,7 +19,8 @@ import torch
 from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
-from kit.generate.sampler import PREFILL_TOKENS, _Engine
+from kit.generate.engine import Engine
+from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
 from kit.recipes.card import models
@@ -123,15 +124,20 @@ def profile_decoding(results: Results, card: Card, title: str, model, lengths: l
     """Read prompts of these lengths, then time and profile decode steps. lengths grow by the steps."""
     steps, seen = (4, 2) if card.small else (20, 10)
     card.free()
-    engine = _Engine(model, params(64), len(lengths), lengths[0] + 64)
+    engine = Engine(model, params(64), len(lengths), lengths[0] + 64)
     for length in sorted(set(lengths)):
         rows = [row for row, other in enumerate(lengths) if other == length]
         engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
 
     def decode(times: int) -> None:
+        """Decode as the sampler does: a step is read when the next one is queued."""
+        queued = []
         for _ in range(times):
-            engine.decode(lengths)
+            queued.append(engine.decode(lengths))
             lengths[:] = [length + 1 for length in lengths]
+            if len(queued) > 1:
+                queued.pop(0).read()
+        queued.pop().read()
 
     decode(3)  # compiles
     seconds = timed(card, lambda: decode(steps))[1] / steps
@@ -147,7 +153,7 @@ def check_reading(results: Results, card: Card, model) -> None:
     """Compare the memory that reading prompts takes, besides model and cache, with its plan."""
     rows, length = (2, 64) if card.small else (PREFILL_TOKENS // 1_024, 1_024)
     results.need(seconds=15)
-    engine = _Engine(model, params(16), rows, length + 16)
+    engine = Engine(model, params(16), rows, length + 16)
 
     places, prompts = list(range(rows)), random_prompts([length] * rows, model)
 

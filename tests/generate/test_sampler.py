@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from kit import models
 from kit.data.chat import ChatFormat
-from kit.generate import kv_cache
+from kit.generate import engine, kv_cache
 from kit.generate import sampler as generating
+from kit.generate.engine import Engine
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import Completion, arrange, generate
 from kit.generate.sampling import SamplingParams
@@ -129,7 +130,7 @@ def test_arranging_puts_active_rows_first_and_longer_before_shorter_and_moves_no
         slots = [generating._Slot(-1) for _ in range(rng.randint(1, 9))]
         for i in range(len(slots)):
             if rng.random() < 0.7:
-                slots[i] = generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), [1])
+                slots[i] = generating._Slot(i, rng.choice((3, 255, 257, 600, 900)), 1)
         before, active = list(slots), sorted(slot.request for slot in slots if slot.request >= 0)
         rows = Rows(slots)
         arrange(slots, rows, sorted_by)
@@ -214,7 +215,7 @@ class LargestTensor(TorchDispatchMode):
 def test_reading_a_long_prompt_makes_neither_a_mask_nor_scores_of_its_length_squared(tiny_model):
     prompt = [5] * 450  # beyond the window; the widest activation is 450 x 97
     with LargestTensor() as largest, torch.no_grad():
-        engine = generating._Engine(tiny_model, GREEDY, 2, 460)
+        engine = Engine(tiny_model, GREEDY, 2, 460)
         engine.prefill([0, 1], [tuple(prompt), (4, 3)], [0, 1])
     assert largest.numel < 450 * 450 // 2
 
@@ -224,7 +225,7 @@ def test_the_bounds_of_a_pack_of_prompts_are_not_created_in_inference_mode_where
 ):
     packs = []
     monkeypatch.setattr(
-        generating,
+        engine,
         "hidden_states",
         lambda model, pack, cache: packs.append(pack) or hidden_states(model, pack, cache=cache),
     )

@@ -18,7 +18,6 @@ from kit.data.chat import ChatFormat
 from kit.evaluate.benchmarks import Benchmark
 from kit.evaluate.measure import evaluate
 from kit.evaluate.results import Result
-from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampling import SamplingParams
 from kit.journal import MEASUREMENT, Journal
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
@@ -28,7 +27,6 @@ from kit.run import DURING
 from kit.watch import Guarded, NoTracker
 
 HELD_OUT = 64  # traces
-SPARE = 0.8  # of the free memory of a card may hold the sampler's cache: the model needs some, too
 
 
 @dataclass
@@ -48,7 +46,7 @@ class DuringTraining:
     held_out: Sequence[Document] = ()
     row_tokens: int = 16_384
     logit_rows: int = 0
-    num_slots: int = 16
+    num_slots: int = 0
     seed: int = 0
     write_report: Callable[..., object] | None = None
     tracker: NoTracker | Guarded = field(default_factory=NoTracker)
@@ -73,20 +71,8 @@ class DuringTraining:
             self.write_report(self.run, goes_on=True)
 
     def _ask(self, benchmark: Benchmark, folder: Path) -> Result:
-        longest = self.params.max_new_tokens + max(
-            len(ids) for ids in self.chat.encode([self.chat.prompt(q.problem) for q in benchmark.questions])
-        )
-        how = {"num_samples": 1, "num_slots": self._slots(longest), "seed": self.seed}
+        how = {"num_samples": 1, "num_slots": self.num_slots, "seed": self.seed}
         return evaluate(self.model, self.chat, benchmark, self.params, folder, **how)
-
-    def _slots(self, longest: int) -> int:
-        """Return how many answers the memory beside the training state holds at once."""
-        device = head_weight(self.model).device
-        if device.type != "cuda":
-            return self.num_slots
-        return slots_that_fit(
-            torch.cuda.mem_get_info(device)[0], cache_bytes(self.model, 1, longest), self.num_slots
-        )
 
     def _loss(self) -> float | None:
         if not self.held_out:
@@ -126,11 +112,6 @@ def figures(result: Result) -> dict[str, float]:
     """Return what is drawn of a measurement; shares are in 0..1."""
     names = ("accuracy", "interval", "paper_accuracy", "mean_tokens", "truncated", "reflection")
     return {name: getattr(result, name) for name in names}
-
-
-def slots_that_fit(free: int, slot_bytes: int, wanted: int) -> int:
-    """Return how many slots of slot_bytes fit into `free` bytes: at most `wanted`, and at least one."""
-    return max(1, min(wanted, int(SPARE * free) // slot_bytes))
 
 
 @torch.no_grad()

@@ -43,14 +43,15 @@ def evaluate(
     folder: Path,
     *,
     num_samples: int = 0,
-    num_slots: int = 16,
+    num_slots: int = 0,
     seed: int = 0,
 ) -> Result:
     """Sample and grade `benchmark`, whose questions have been read, and write folder/<name>.jsonl.
 
     Samples that the file already holds are kept.
 
-    num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once.
+    num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once; 0 =
+    as many as memory holds.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
     two headers are not one result; for NaN in weights or logits; if another process works in the run; and if
     memory runs out. Raises Stopped after Ctrl-C.
@@ -93,13 +94,14 @@ def evaluate(
         kept, asked = len(journal.read()) - 1, len(benchmark.questions) * num_samples
         raise Stopped(f"in {benchmark.name}, {kept:,} of {asked:,} answers kept") from None
     except torch.OutOfMemoryError as error:
-        at_once = min(num_slots, len(wanted))
+        at_once = min(num_slots or 1, len(wanted))
         longest = max(map(len, prompts.values())) + params.max_new_tokens
         cache = cache_bytes(model, at_once, longest) / GIB
+        many = f" with {at_once} answers at once, whose cache alone" if num_slots else "; an answer's cache"
         raise ValueError(
-            f"{benchmark.name}: memory ran out with {at_once} answers at once, whose cache alone takes "
-            f"{cache:.2f} GiB; pass a smaller --num_slots (or --gpu_gb, if that chose it; for one answer "
-            f"fewer --max_new_tokens) and --resume: the answers that are finished are in {journal.path}"
+            f"{benchmark.name}: memory ran out{many} takes {cache:.2f} GiB; pass a smaller --num_slots (or "
+            "--gpu_gb, if that chose it; for one answer fewer --max_new_tokens) and --resume: the answers "
+            f"that are finished are in {journal.path}"
         ) from error
     journal.sync()
     return read_result(journal.path)

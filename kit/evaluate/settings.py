@@ -61,7 +61,7 @@ class EvaluationSettings(BenchmarkSettings):
     temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
     top_p: float = 0.95  # 1 = off [> 0, <= 1]
     max_new_tokens: int = 16_384  # tokens per response [>= 1]
-    num_slots: int = 16  # responses sampled at once; changes the speed only [>= 1]
+    num_slots: int = 0  # responses sampled at once; changes the speed only; 0 = what memory holds [>= 0]
 
     @property
     def params(self) -> SamplingParams:

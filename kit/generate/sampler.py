@@ -26,6 +26,7 @@ import torch
 
 from kit.generate.engine import Drawn, Engine, steps_ahead
 from kit.generate.sampling import SamplingParams, finite, stream_key
+from kit.generate.slots import choose_slots
 from kit.machine import return_memory
 from kit.models.backbone import context_length
 from kit.progress import Progress
@@ -79,7 +80,8 @@ def generate(
     """Sample one completion per prompt, and return them in the order of the prompts.
 
     model: a transformers model of kit.models.families.FAMILIES. prompts: token ids.
-    num_slots: rows decoded at once. keys: with `seed` the name of each prompt's random stream, for example
+    num_slots: rows decoded at once; 0 = as many as memory holds. Fewer are used, and a line says so, if a
+    card does not hold them. keys: with `seed` the name of each prompt's random stream, for example
     (question id, sample index); None = the prompt's index.
     decode: ids -> text. on_finish(index, completion): called when a completion ends. on_token(index, token):
     called for every token as it is drawn. description: of the progress; "" = show none.
@@ -89,13 +91,16 @@ def generate(
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)
     _check(model, prompts, params, num_slots, keys)
+    capacity = max(map(len, prompts), default=0) + params.max_new_tokens
+    num_slots = choose_slots(model, num_slots, len(prompts), capacity) if prompts else 0
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     streams = [stream_key(seed, key) for key in keys]
 
     done: list[Completion | None] = [None] * len(prompts)
     progress = _Samples(len(prompts), description)
+    settings = params, streams, stop, num_slots, capacity
     with progress if description else nullcontext():
-        responses = _run_slots(model, prompts, params, streams, stop, num_slots, progress, on_token)
+        responses = _run_slots(model, prompts, *settings, progress, on_token)
         with closing(responses):  # also if on_finish raises
             for request, ids, logprobs, seconds in responses:
                 text = decode(ids) if decode else ""
@@ -115,14 +120,15 @@ def _run_slots(
     streams: list[int],
     stop: set[int],
     num_slots: int,
+    capacity: int,
     progress: _Samples,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, list[int], list[float], float]]:
     """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
     if not prompts:
         return
-    slots = [_Slot(-1) for _ in range(min(num_slots, len(prompts)))]
-    engine = Engine(model, params, len(slots), max(map(len, prompts)) + params.max_new_tokens)
+    slots = [_Slot(-1) for _ in range(num_slots)]
+    engine = Engine(model, params, num_slots, capacity)
     waiting, arranged, ahead = deque(range(len(prompts))), [], steps_ahead(engine.device)
     queued: deque[tuple[list[_Slot], Drawn]] = deque()
 
@@ -177,8 +183,10 @@ def _run_slots(
 
 
 def _check(model, prompts: list[tuple[int, ...]], params: SamplingParams, num_slots: int, keys: list) -> None:
-    if num_slots < 1:
-        raise ValueError(f"num_slots is {num_slots} but must be >= 1: so many rows are decoded at once")
+    if num_slots < 0:
+        raise ValueError(
+            f"num_slots is {num_slots} but must be >= 1, rows decoded at once, or 0: as many as memory holds"
+        )
     if len(keys) != len(prompts):
         raise ValueError(f"there are {len(keys)} keys for {len(prompts)} prompts; pass one key per prompt")
     if () in prompts:

@@ -16,6 +16,7 @@ import torch
 
 from kit.command_line import command_of
 from kit.config import as_flags
+from kit.generate.slots import USUAL_SLOTS
 from kit.journal import Journal
 from kit.machine import GIB, free_memory
 from kit.memory.flops import Sizes
@@ -172,7 +173,7 @@ def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: 
     """Describe how long sampling takes at most, if no response ends early, as training_time does."""
     if not card_name():
         return NO_CARD
-    speed = sampling_speed(model, num_slots, max_new_tokens)
+    speed = sampling_speed(model, num_slots or USUAL_SLOTS, max_new_tokens)
     longest = f"if every response takes all of {max_new_tokens:,} tokens"
     return f"at most {speed.time(num_samples * max_new_tokens)}, {longest}"
 

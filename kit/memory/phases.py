@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.generate.sampling import SamplingParams, sample
+from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB
 from kit.memory.live_bytes import Ledger
 from kit.memory.simulate import CARDS, Plan, fake_batch, fake_model, plan
@@ -134,7 +135,7 @@ class MeasuredRun(Run):
     """A run that is measured and, if row_tokens > 0, trained on traces."""
 
     params: SamplingParams
-    num_slots: int  # answers at once
+    num_slots: int  # answers at once; 0 = as many as the run finds room for, planned as USUAL_SLOTS
     row_tokens: int = 0  # 0 = nothing is trained
     rows: int = 1  # per step, unless it updates in the backward pass
 
@@ -148,11 +149,12 @@ class MeasuredRun(Run):
         return simulate_sampling(fake, mode, self.params, self.prompt_tokens, lasting)
 
     def simulate(self, savings: Savings) -> RunPlan:
+        num_slots = self.num_slots or min(USUAL_SLOTS, self.num_samples)
         if not self.row_tokens:
-            return RunPlan(None, self.at, self.num_slots, self)
+            return RunPlan(None, self.at, num_slots, self)
         rows = 1 if savings.update_in_backward else self.rows
         sizes = {"row_tokens": self.row_tokens, "qlora_rank": self.qlora_rank, "rows": rows}
-        return RunPlan(plan(self.model, savings=savings, **sizes), self.at, self.num_slots, self)
+        return RunPlan(plan(self.model, savings=savings, **sizes), self.at, num_slots, self)
 
     def smaller(self) -> Iterator[list[dict]]:
         shorter = range((self.row_tokens - 1) // SHORTER, 0, -1)

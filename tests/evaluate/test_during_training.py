@@ -13,7 +13,7 @@ from kit.data.documents import load_documents, make_documents
 from kit.data.responses import Trace
 from kit.data.toy import make_pairs, write_rows
 from kit.evaluate.benchmarks import BENCHMARKS
-from kit.evaluate.during_training import DuringTraining, mean_loss, slots_that_fit
+from kit.evaluate.during_training import DuringTraining, mean_loss
 from kit.evaluate.results import read_result
 from kit.generate.sampling import SamplingParams
 from kit.models import load
@@ -167,8 +167,3 @@ def test_held_out_traces_follow_those_that_are_trained_on_which_stay_the_same(tm
     assert len(set(texts)) == 26
     few, counts = load_documents(str(tmp_path / "a.jsonl"), chat, **options | {"num_traces": 28}, held_out=6)
     assert len(few) == 30 and counts.kept == 28  # two are left to hold out
-
-
-def test_as_many_answers_at_once_as_the_free_memory_holds():
-    assert slots_that_fit(1_000, 100, 16) == 8  # four fifths of it
-    assert slots_that_fit(1_000, 10, 16) == 16 and slots_that_fit(10, 100, 16) == 1

@@ -285,7 +285,7 @@ def test_no_prompts_give_no_completions_and_one_token_is_enough(tiny_model):
     ("options", "message"),
     [
         ({"prompts": [[5], []]}, "prompt 1 is empty"),
-        ({"num_slots": 0}, "num_slots is 0"),
+        ({"num_slots": -1}, "num_slots is -1 but must be >= 1"),
         ({"keys": [1, 2]}, "2 keys for 7 prompts"),
         (
             {"params": SamplingParams(max_new_tokens=510)},

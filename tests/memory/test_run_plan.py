@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams
+from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB
 from kit.memory import live_bytes
 from kit.memory.hours import SAMPLES, TOKENS, Work, estimate_run
@@ -179,3 +180,8 @@ def test_shorter_answers_are_no_way_out_for_a_card_that_the_weights_alone_fill()
         card = PlanSettings(gpu_gb=gpu_gb, desktop_gb=0.0)
         with pytest.raises(ValueError, match=f"pass {way_out}, or a larger card"):
             plan_run(measured("tiny", params=SamplingParams(max_new_tokens=100_000)), card)
+
+
+def test_slots_that_a_run_will_choose_are_planned_as_the_usual_number(small_model):  # noqa: F811
+    assert plan_run(measured(small_model, num_slots=0), ALONE).num_slots == USUAL_SLOTS
+    assert plan_run(measured(small_model, num_slots=0, num_samples=7), ALONE).num_slots == 7

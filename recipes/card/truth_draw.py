@@ -34,19 +34,24 @@ def check_draw(results: Results, card: Card, name: str, dtype: torch.dtype, V: i
     rows = 7 if card.small else 32
     logits = normal(card, rows, V, dtype=dtype, scale=3.0)
     logits[5], logits[6, : V // 2] = 0.01 * logits[5], -torch.inf
+    logits[4, V // 3] = torch.nan
     streams = torch.randint(-(2**62), 2**62, (rows,)), torch.arange(rows)
     with poisoned():
         tokens, logprobs = draw(logits, *(x.to(card.device) for x in streams), **settings)
 
     on_cpu = logits.cpu()
     expected, torchs = draw_reference(on_cpu, *streams, **settings)
-    judge_equal(results, f"{name}: tokens", {"tokens": (tokens.cpu(), expected)})
+    tokens, logprobs = tokens.cpu(), logprobs.cpu()
+    seen = not logprobs[4].isfinite() and bool(((tokens >= 0) & (tokens < V)).all())
+    results.check(f"{name}: a NaN is seen in its log-prob, and no token is outside the vocabulary", seen)
+    sound = torch.arange(rows) != 4
+    judge_equal(results, f"{name}: tokens", {"tokens": (tokens[sound], expected[sound])})
     # of the tokens that were drawn, which are the same here
     _, truth = draw_reference(on_cpu.double(), *streams, **settings)
-    same = tokens.cpu() == expected
-    floor = ROUNDING * truth.abs().max().item()
+    same = sound & (tokens == expected)
+    floor = ROUNDING * truth[same].abs().max().item()
     judge(
         results,
         f"{name}: log-probs",
-        {"logprob": Part(logprobs.cpu()[same], torchs[same], truth[same], floor)},
+        {"logprob": Part(logprobs[same], torchs[same], truth[same], floor)},
     )

@@ -172,6 +172,37 @@ def test_rough_noise_is_wrong_by_far_less_than_the_join_allows():
     assert (rough + (-u.log()).log()).abs().max() < 2**-12 / 20  # a card's log errs ten times as much as here
 
 
+@pytest.mark.interpreter
+def test_tokens_that_the_rough_noise_would_put_in_the_wrong_order_are_drawn_in_float64(monkeypatch):
+    """Two tokens of different tiles, whose sums in fp32 and in float64 disagree about the larger."""
+    monkeypatch.setattr(kernels, "BLOCK_V", 2048)
+    key, position, ids = torch.tensor([11]), torch.tensor([5]), torch.arange(4096)
+    exact, rough = gumbel(key, position, ids)[0], torch.empty(4096)
+    _rough_kernel[(1,)](_bits(key, position, ids), rough, BLOCK=4096)
+    error = rough.double() - exact
+    high, low = error[:2048].topk(40).indices, error[2048:].topk(40, largest=False).indices + 2048
+    first, second = (x.flatten() for x in torch.meshgrid(high, low, indexing="ij"))
+    z = (
+        exact[first] - exact[second] + (error[first] - error[second]) / 2
+    ).float()  # of the second; the first: 0
+    disagree = (z + exact[second] > exact[first]) & (z + rough[second] < rough[first])
+    assert disagree.sum() > 20
+    pairs = torch.stack([first, second], 1)[disagree][:5]
+    for (i, j), z_j in zip(pairs.tolist(), z[disagree], strict=False):
+        logits = torch.full((1, 4096), -torch.inf)
+        logits[0, i], logits[0, j] = 0, z_j
+        assert draw(logits, key, position)[0] == j == draw_reference(logits, key, position)[0]
+
+
+def _bits(keys, positions, ids):
+    return (
+        kernels._mix(
+            kernels._mix(keys + positions * -0x61C8864680B583EB)[:, None] + ids * -0x2917014799A6026D
+        )
+        >> 12
+    ) & ((1 << 52) - 1)
+
+
 def test_strided_rows_count_as_their_values():
     logits, keys, positions = problem(5, 70)
     wide = torch.full((5, 100), torch.nan)

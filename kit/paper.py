@@ -116,6 +116,7 @@ EVALUATION = (
 )
 FINE_TUNING = (
     Setting("qlora_rank", 0, words="all parameters"),
+    Setting("lora_rank", 0, words="all parameters"),
     Setting("traces", OPENR1, words="OpenR1-Math-220k"),
     Setting("row_tokens", 16_384),
     Setting("verify", "llama", words="correct traces; by whose verdict it does not say"),
@@ -133,6 +134,7 @@ FINE_TUNING = (
 )
 RL = (
     Setting("qlora_rank", 0, words="all parameters"),
+    Setting("lora_rank", 0, words="all parameters"),
     Setting("weaken", 0.0, words="no noise on the weights"),
     Setting("levels", "", words=f"MATH {MATH_LEVELS[0]} for 0.5B, {MATH_LEVELS[1]} above"),
     Setting("num_prompts", 0, words="all, about 8k"),

@@ -103,7 +103,7 @@ def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
         params=params,
         num_slots=config.num_slots,
         num_samples=num_samples,
-        qlora_rank=models.folder.adapter_rank(config.model),
+        **models.folder.adapter_ranks(config.model),
     )
     work = memory.hours.Work(num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1)
     config, _ = memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)

@@ -33,18 +33,18 @@ from kit.inputs import check_inputs, digest_of_documents
 from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.run import AFTER, BEFORE, RunFolder, write_json
+from kit.train.adapters import Adapters
 from kit.train.savings import Savings
 from kit.watch import WatchSettings, watch
 
 
 @dataclass(frozen=True)
-class Config(Savings, ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSettings):
+class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSettings):
     """The settings of these classes are flags, too: kit/train/savings.py, kit/evaluate/settings.py."""
 
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
-    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
     # data
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
     columns: str = ""  # of another format, as problem=question,trace=response; "" = kit/data/formats.py's
@@ -112,7 +112,7 @@ def main(config: Config) -> None:
 
     model, tokenizer = models.load_to_train(
         config.model,
-        qlora_rank=config.qlora_rank,
+        **config.ranks,
         seed=config.seed,
         device=config.device,
         attention=config.attention,
@@ -185,7 +185,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         num_samples=num_samples,
         row_tokens=config.row_tokens,
         rows=1 if config.batch_traces == 1 else 2,  # per step, at least: how many depends on the traces
-        qlora_rank=config.qlora_rank,
+        **config.ranks,
     )
     sizes = {name: getattr(config, name) for name in ("epochs", "batch_traces", "max_steps", "trace_tokens")}
     work = memory.hours.Work(
@@ -253,7 +253,12 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
 
     passes = 1 if config.baseline else 2  # before and after
     training = memory.hours.training_time(
-        config.model, part_of(config, Savings), config.qlora_rank, schedule.tokens, config.row_tokens
+        config.model,
+        part_of(config, Savings),
+        config.qlora_rank or config.lora_rank,
+        schedule.tokens,
+        config.row_tokens,
+        nf4=bool(config.qlora_rank),
     )
     sampling = memory.hours.sampling_time(
         config.model, passes * config.num_responses(benchmarks), config.max_new_tokens, config.num_slots
@@ -271,7 +276,7 @@ def copy_baseline(config: Config, model, chat, benchmarks, run: RunFolder):
         Path(config.baseline),
         wanted,
         model=config.model,
-        quantised=bool(config.qlora_rank),
+        quantised=bool(config.qlora_rank or config.lora_rank),
         folder=run.path / BEFORE,
     )
     print(f"before      taken from {config.baseline}")

@@ -52,12 +52,13 @@ from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.rl.settings import Settings, check_savings
 from kit.run import RunFolder
+from kit.train.adapters import Adapters
 from kit.train.savings import Savings
 from kit.watch import WatchSettings, watch
 
 
 @dataclass(frozen=True)
-class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings, WatchSettings):
+class Config(Settings, Savings, Adapters, BenchmarkSettings, ModelSettings, PlanSettings, WatchSettings):
     """The run. Settings of the algorithm are in kit/rl/settings.py, of memory in kit/train/savings.py, of how
     the model is asked and measured in kit/evaluate/settings.py."""
 
@@ -65,7 +66,6 @@ class Config(Settings, Savings, BenchmarkSettings, ModelSettings, PlanSettings, 
     # model
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # hub id, local folder, .gguf file, or "tiny"
     weaken: float = 0.0  # noise on the weights, in standard deviations: --smoke then has more to learn [>= 0]
-    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
     # data
     prompts: str = ""  # hub id[:part][@split], or a file; "" = SimpleRL-Zoo's MATH prompts, by levels
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
@@ -138,11 +138,12 @@ def weaken(model, amount: float, seed: int) -> None:
 def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     """Print the plan. Return (the settings, chosen for the card if gpu_gb is set; what they hold)."""
     samples = config.batch_prompts * config.group_size
+    ranks = config.ranks if any(config.ranks.values()) else models.folder.adapter_ranks(config.model)
     run = rl.memory_plan.RLRun(
         model=config.model,
         settings=part_of(config, Settings),
-        qlora_rank=config.qlora_rank or models.folder.adapter_rank(config.model),
         num_samples=samples,
+        **ranks,
     )
     answers, tokens = config.steps * samples, min(config.response_tokens, config.max_new_tokens)
     work = memory.hours.Work(
@@ -188,9 +189,9 @@ def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
 
 @clean_up_if_refused
 def main(config: Config) -> None:
-    if config.weaken and config.qlora_rank:
+    if config.weaken and (rank := config.qlora_rank or config.lora_rank):
         raise ValueError(
-            f"weaken is {config.weaken:g} but qlora_rank is {config.qlora_rank}: adapters are saved with the "
+            f"weaken is {config.weaken:g} but adapters of rank {rank} are trained, which are saved with the "
             "name of their base, which is then loaded without the noise; pass --weaken 0"
         )
     if config.benchmarks:
@@ -217,9 +218,7 @@ def main(config: Config) -> None:
     check_code(run, files)
     print(f"reward      {config.reward}: {rl.rewards.try_out(rewards, questions[0])}")
     where = {"device": config.device, "attention": config.attention}
-    model, tokenizer = models.load_to_train(
-        config.model, qlora_rank=config.qlora_rank, seed=config.seed, **where
-    )
+    model, tokenizer = models.load_to_train(config.model, **config.ranks, seed=config.seed, **where)
     one_thread_if_small(model)
     if config.weaken:
         weaken(model, config.weaken, config.seed)

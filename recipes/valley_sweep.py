@@ -1,4 +1,4 @@
-"""The paper's valley on a card: models x numbers of traces x (full | QLoRA) x seeds, in one report.
+"""The paper's valley on a card: models x numbers of traces x (full | QLoRA | LoRA) x seeds, in one report.
 
     python recipes/valley_sweep.py --plan                   what fits, how many hours, how much disk
     python recipes/valley_sweep.py --plan --preset rtx24    the same for what one card of 24 GB can finish
@@ -38,7 +38,7 @@ from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import write_json
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
-from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers
+from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers, ranks_of
 from kit.watch import WatchSettings
 
 
@@ -46,8 +46,8 @@ from kit.watch import WatchSettings
 class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
-    models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=qlora: its own methods
-    methods: str = "full"  # of the models that name none [full | qlora | full+qlora]
+    models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=full+lora: its own
+    methods: str = "full"  # of the others [full | qlora | lora | full+qlora | full+lora | full+qlora+lora]
     arms: str = "long"  # first: all sizes [long | short | quarter | mixed | most | growing | fixed, ...]
     sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs, batch: Table 2 [1..10000000, ...]
     control_sizes: str = ""  # traces, of the other arms; "" = all sizes [1..10000000, ...]
@@ -65,7 +65,7 @@ class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSetti
     warmup_ratio: float = 0.05  # share of the steps; 0 = none [0..1]
     max_steps: int = 0  # stop every schedule here; 0 = all epochs [>= 0]
     checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
-    qlora_rank: int = 16  # of the adapters [1..4096]
+    qlora_rank: int = 16  # of the adapters, QLoRA's and LoRA's [1..4096]
     # reinforcement learning
     rl_sizes: str = ""  # traces of its starts; 0 = the base model [lowest | most | 0..10000000, ...]
     rl_flags: str = ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed: --rl_flags="--preset rtx24"
@@ -133,8 +133,9 @@ def study_of(config: Config) -> Study:
 
 def deviations(config: Config, study: Study) -> list[str]:
     """Return what differs from the paper's setting, except for what follows from the card's size."""
-    full = any(FULL in methods for _, methods in study.models)
-    found = paper.deviations(vars(config) | {"qlora_rank": 0 if full else config.qlora_rank})
+    methods = [method for _, methods in study.models for method in methods]
+    ranks = ranks_of(FULL if FULL in methods else methods[0], config.qlora_rank)
+    found = paper.deviations(vars(config) | ranks)
     return found + study.deviations(config.qlora_rank)
 
 
@@ -161,7 +162,7 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
         shared(config, evaluate.Config) | {"gpu_gb": config.gpu_gb, "desktop_gb": config.desktop_gb},
         finetune,
         lambda start: learning,
-        qlora_rank=config.qlora_rank,
+        rank=config.qlora_rank,
         rl_flags=tuple(shlex.split(config.rl_flags)),
     )
 

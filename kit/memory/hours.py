@@ -122,22 +122,23 @@ def _rates(card: str, model: str, section: str) -> tuple[Card, str]:
 
 
 def training_speed(
-    model: str, savings: Savings, qlora_rank: int, row_tokens: int, *, card: str = ""
+    model: str, savings: Savings, rank: int, row_tokens: int, *, nf4: bool = True, card: str = ""
 ) -> Speed:
     """Return the speed of training in rows of row_tokens.
 
+    rank: of adapters, on weights in NF4 or, with nf4 False, as they are, which check_card does not measure.
     card: "" = the one that is here, whose measurements of this model count first: the newest with the
     settings nearest to `savings`. An estimate is for rows of one document, the most that attention can cost.
     """
     found = []
     for folder, row in _measured(model, "savings", card):
-        if bool(row["qlora_rank"]) == bool(qlora_rank):
+        if bool(row["qlora_rank"]) == bool(rank) and (nf4 or not rank):
             wanted = asdict(savings)
             differs = {name: value for name, value in row["savings"].items() if value != wanted.get(name)}
             found.append((row, folder, differs))
     if found:
         return Speed.measured(*min(found, key=lambda measured: len(measured[-1])))  # of equals the newest
-    flops = Sizes.of(load_config(model)).row_flops(row_tokens, savings, qlora_rank)
+    flops = Sizes.of(load_config(model)).row_flops(row_tokens, savings, rank)
     return Speed.estimated(*_rates(card, model, "steps"), row_tokens, flops)
 
 
@@ -162,11 +163,13 @@ def sampling_speed(
 NO_CARD = "not known: no card is here, and other processors are not in the table"
 
 
-def training_time(model: str, savings: Savings, qlora_rank: int, tokens: int, row_tokens: int) -> str:
+def training_time(
+    model: str, savings: Savings, rank: int, tokens: int, row_tokens: int, *, nf4: bool = True
+) -> str:
     """Describe how long training takes on the card that is here, for a recipe to print."""
     if not card_name():
         return NO_CARD
-    return training_speed(model, savings, qlora_rank, row_tokens).time(tokens)
+    return training_speed(model, savings, rank, row_tokens, nf4=nf4).time(tokens)
 
 
 def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int) -> str:
@@ -253,9 +256,10 @@ class Estimate:
 
 def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
     """Estimate hours and disk. card: as for training_speed."""
-    model, rank, step = found.sampling.model, found.sampling.qlora_rank, found.update
+    model, step, nf4 = found.sampling.model, found.update, bool(found.sampling.qlora_rank)
+    rank = found.sampling.qlora_rank or found.sampling.lora_rank
     answers = model, found.num_slots, work.response_tokens
-    sampling, baseline = (sampling_speed(*answers, nf4=nf4, card=card) for nf4 in (bool(rank), False))
+    sampling, baseline = (sampling_speed(*answers, nf4=kind, card=card) for kind in (nf4, False))
     sampled = work.num_samples * work.response_tokens
     estimate = Estimate(
         work,
@@ -272,7 +276,7 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
     rows = traces * length / step.row_tokens
     steps = rows if step.savings.update_in_backward else min(rows, traces / work.batch_traces)
     share = min(1.0, work.max_steps / steps) if work.max_steps else 1.0
-    training = training_speed(model, step.savings, rank, step.row_tokens, card=card)
+    training = training_speed(model, step.savings, rank, step.row_tokens, nf4=nf4, card=card)
     sizes = Sizes.of(load_config(model))
     trained = sizes.adapters(rank) if rank else sizes.weights
     in_checkpoint = 2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights  # bytes per trained weight

@@ -113,10 +113,19 @@ class Run:
 
     model: str  # as load_config takes it
     qlora_rank: int = 0
+    lora_rank: int = 0
     num_samples: int = MOST_SLOTS  # of an evaluation or a rollout: more slots would stay empty
     prompt_tokens: int = PROMPT_TOKENS
     without: ClassVar[tuple[str, ...]] = ()  # savings that it cannot have
     drops_unneeded: ClassVar[bool] = True  # savings of the ladder without which it fits, too
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {"qlora_rank": self.qlora_rank, "lora_rank": self.lora_rank}
+
+    @property
+    def has_adapters(self) -> bool:
+        return any(self.ranks.values())
 
     def simulate(self, savings: Savings) -> RunPlan:
         """Return what it holds; takes seconds."""
@@ -142,10 +151,11 @@ class MeasuredRun(Run):
     @cached_property
     def at(self) -> Sampling:
         """What sampling holds from a model that is not being trained."""
-        fake, mode = fake_model(load_config(self.model), self.qlora_rank)
+        fake, mode = fake_model(load_config(self.model), **self.ranks)
         weights = Ledger(fake)
         weights.close()
-        lasting = Plan(self.model, 0, self.qlora_rank, Savings(), 0, "", weights.owners, 0)
+        sizes = {"row_tokens": 0, "savings": Savings(), "peak": 0, "when": "", "host": 0}
+        lasting = Plan(self.model, owners=weights.owners, **sizes, **self.ranks)
         return simulate_sampling(fake, mode, self.params, self.prompt_tokens, lasting)
 
     def simulate(self, savings: Savings) -> RunPlan:
@@ -153,13 +163,13 @@ class MeasuredRun(Run):
         if not self.row_tokens:
             return RunPlan(None, self.at, num_slots, self)
         rows = 1 if savings.update_in_backward else self.rows
-        sizes = {"row_tokens": self.row_tokens, "qlora_rank": self.qlora_rank, "rows": rows}
+        sizes = {"row_tokens": self.row_tokens, "rows": rows} | self.ranks
         return RunPlan(plan(self.model, savings=savings, **sizes), self.at, num_slots, self)
 
     def smaller(self) -> Iterator[list[dict]]:
         shorter = range((self.row_tokens - 1) // SHORTER, 0, -1)
         yield [{"row_tokens": count * SHORTER} for count in shorter]
-        if self.row_tokens and not self.qlora_rank:
+        if self.row_tokens and not self.has_adapters:
             yield [{"qlora_rank": QLORA_RANK}]
 
 

@@ -60,16 +60,18 @@ def given_up(savings: Savings) -> str:
     return "; ".join(words for name, words in GIVES_UP.items() if name in savings.switched_on)
 
 
-def entries_for(config: PreTrainedConfig, qlora_rank: int = 0, without: Collection[str] = ()) -> list[Entry]:
+def entries_for(
+    config: PreTrainedConfig, adapted: bool = False, without: Collection[str] = ()
+) -> list[Entry]:
     """Return the entries of LADDER that this model can have. without: settings that stay off."""
-    excluded = {*without, *(FULL_ONLY if qlora_rank else ())}
+    excluded = {*without, *(FULL_ONLY if adapted else ())}
     if not config.tie_word_embeddings:  # only a tied head has blocks
         excluded.add("head_update")
     return [entry for entry in LADDER if entry[0] not in excluded]
 
 
 def entries_of(run: Run) -> list[Entry]:
-    return entries_for(load_config(run.model), run.qlora_rank, run.without)
+    return entries_for(load_config(run.model), run.has_adapters, run.without)
 
 
 def as_savings(entries: list[Entry]) -> Savings:

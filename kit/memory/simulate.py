@@ -51,6 +51,7 @@ class Plan:
     host: int  # bytes of CPU memory
     rows: int = 1  # that the simulated step took; 2 stands for more
     what: str = ""  # sampling, in words; "" = a training step
+    lora_rank: int = 0
 
     @classmethod
     def of_step(cls, ledger: Ledger, **sizes) -> Plan:
@@ -70,6 +71,7 @@ class Plan:
     @property
     def title(self) -> str:
         what = f"QLoRA of rank {self.qlora_rank}" if self.qlora_rank else "full fine-tuning"
+        what = f"LoRA of rank {self.lora_rank} in 16 bits" if self.lora_rank else what
         rows = "one row per step" if self.rows == 1 else "several rows per step"
         return f"{self.model}, {self.what or f'{what}, {self.row_tokens:,} tokens per row, {rows}'}"
 
@@ -105,10 +107,12 @@ def fake_batch(row_tokens: int) -> PackedBatch:
     return PackedBatch(ids, ids.long(), ids.clone(), cu_seqlens, row_tokens, row_tokens)
 
 
-def fake_model(config: PreTrainedConfig, qlora_rank: int) -> tuple[PreTrainedModel, FakeTensorMode]:
+def fake_model(
+    config: PreTrainedConfig, qlora_rank: int, lora_rank: int = 0
+) -> tuple[PreTrainedModel, FakeTensorMode]:
     """Return (the bf16 model that training would load, on fake tensors; their mode)."""
-    if qlora_rank:  # outside of the mode, in which any tensor that an import creates would be fake for good
-        require("qlora_rank", "bitsandbytes", "peft")
+    if qlora_rank or lora_rank:  # imported outside of the mode, in which their tensors would be fake for good
+        require("qlora_rank" if qlora_rank else "lora_rank", "bitsandbytes", "peft")
         from kit.models.nf4 import simulate_quantised_decoder
         from kit.models.qlora import add_adapters
 
@@ -120,7 +124,8 @@ def fake_model(config: PreTrainedConfig, qlora_rank: int) -> tuple[PreTrainedMod
         )
         if qlora_rank:
             simulate_quantised_decoder(model)
-            add_adapters(model, base="", rank=qlora_rank)
+        if qlora_rank or lora_rank:
+            add_adapters(model, base="", rank=qlora_rank or lora_rank, nf4=bool(qlora_rank))
     return model, mode
 
 
@@ -175,6 +180,7 @@ def plan(
     row_tokens: int,
     savings: Savings | None = None,
     qlora_rank: int = 0,
+    lora_rank: int = 0,
     rows: int = 1,
 ) -> Plan:
     """Simulate one training step of bf16 weights with rows of row_tokens; takes seconds.
@@ -184,9 +190,10 @@ def plan(
     Raises ValueError for a model without a config at hand and for savings that exclude one another.
     """
     savings = savings or Savings()
-    fake, mode = fake_model(load_config(model), qlora_rank)
+    ranks = {"qlora_rank": qlora_rank, "lora_rank": lora_rank}
+    fake, mode = fake_model(load_config(model), **ranks)
     with mode:
         ledger = measure(fake, savings, fake_batch(row_tokens), rows=rows)
 
-    sizes = {"row_tokens": row_tokens, "qlora_rank": qlora_rank, "savings": savings, "rows": rows}
-    return Plan.of_step(ledger, model=model, **sizes)
+    sizes = {"row_tokens": row_tokens, "savings": savings, "rows": rows}
+    return Plan.of_step(ledger, model=model, **sizes, **ranks)

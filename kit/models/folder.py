@@ -15,25 +15,27 @@ from kit.models.weights import check_finite, check_same, read_tensors
 
 ADAPTER = "default"  # peft's name for a model's only adapter
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names, too
-# peft's config cannot store that the base was quantised, so the weights' metadata does
-ADAPTER_METADATA = {"format": "pt", "base": "nf4"}
+NF4, PLAIN = "nf4", "plain"  # bases that the kit trains adapters on
 REMEDY = "pass the --model that it was trained from"
 
 
-def adapter_rank(model: str) -> int:
-    """Return the rank of a folder of adapters, 0 for any other model."""
-    file = Path(model).expanduser() / ADAPTER_CONFIG
-    return json.loads(file.read_text(encoding="utf-8"))["r"] if file.is_file() else 0
+def adapter_ranks(model: str) -> dict[str, int]:
+    """Return the rank of a folder of adapters, as qlora_rank or lora_rank; both are 0 for any other model."""
+    folder = Path(model).expanduser()
+    file = folder / ADAPTER_CONFIG
+    rank = json.loads(file.read_text(encoding="utf-8"))["r"] if file.is_file() else 0
+    in_nf4 = (folder / ADAPTER_WEIGHTS).is_file() and base_kind(folder) == NF4
+    return {"qlora_rank": rank if in_nf4 else 0, "lora_rank": 0 if in_nf4 else rank}
 
 
-def trained_on_nf4(folder: Path) -> bool:
-    """Return whether the adapters in a folder record an NF4 base, as those written here do.
+def base_kind(folder: Path) -> str:
+    """Return what the kit trained the adapters in a folder on, NF4 or PLAIN; "" = others trained them.
 
-    Raises ValueError if their file is damaged.
+    peft's config cannot store it, so the weights' metadata does. Raises ValueError if their file is damaged.
     """
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-            return (file.metadata() or {}).get("base") == ADAPTER_METADATA["base"]
+            return (file.metadata() or {}).get("base", "")
     except SafetensorError as error:
         raise ValueError(
             f"{folder / ADAPTER_WEIGHTS} is damaged: {error}; copy the adapters again"
@@ -55,7 +57,9 @@ def _write_model(path: Path, model, tokenizer) -> Path:
     if _adapter_config(model):
         _adapter_config(model).save_pretrained(str(scratch))
         weights = {name: tensor.detach().contiguous() for name, tensor in _adapter_weights(model).items()}
-        save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=ADAPTER_METADATA)
+        in_nf4 = any(tensor.dtype == torch.uint8 for tensor in model.parameters())  # two weights per byte
+        metadata = {"format": "pt", "base": NF4 if in_nf4 else PLAIN}
+        save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=metadata)
     else:
         model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)

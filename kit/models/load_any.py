@@ -21,8 +21,8 @@ def load(
 
     name: "tiny" or "tinier", a hub id, a folder, or a GGUF file (which is dequantised).
 
-    A folder of adapters is loaded with its base: in NF4 if the kit trained them on NF4 (kit.models.qlora),
-    plain otherwise (kit.models.lora).
+    A folder of adapters is loaded with its base: in NF4 if the kit trained them on NF4, plain otherwise
+    (kit.models.lora).
 
     device: None = the card if there is one. dtype: None = bf16 on a card, fp32 on a CPU. attention: one of
     kit.models.attention.CHOICES.
@@ -41,16 +41,19 @@ def load(
 
 
 def load_to_train(
-    name: str, *, qlora_rank: int = 0, seed: int = 0, **where
+    name: str, *, qlora_rank: int = 0, lora_rank: int = 0, seed: int = 0, **where
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model to train: as `load`, or an NF4 copy with fresh adapters.
+    """Load a model to train: as `load`, or with fresh adapters on a frozen copy.
 
-    qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`.
+    qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`, on weights in NF4. lora_rank: the
+    same on the weights as they are.
 
     where: device, dtype and attention, as for `load`. Raises ValueError as `load` does, and for adapters that
     the kit did not train: a checkpoint cannot store that their base is not NF4.
     """
-    if not qlora_rank:
+    if qlora_rank and lora_rank:
+        raise ValueError(f"qlora_rank is {qlora_rank} and lora_rank {lora_rank}; pass one of them")
+    if not (qlora_rank or lora_rank):
         model, tokenizer = load(name, **where)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
@@ -58,7 +61,7 @@ def load_to_train(
                 "further; merge them with peft's merge_and_unload and train the result"
             )
         return model, tokenizer
-    require("qlora_rank", "bitsandbytes", "peft")
+    require("qlora_rank" if qlora_rank else "lora_rank", "bitsandbytes", "peft")
     from kit.models import qlora  # bitsandbytes and peft take seconds to import
 
-    return qlora.load(name, rank=qlora_rank, seed=seed, **where)
+    return qlora.load(name, rank=qlora_rank or lora_rank, nf4=bool(qlora_rank), seed=seed, **where)

@@ -7,9 +7,9 @@ without adapters and keeps its class, so sampler and evaluation need no change. 
 DoRA, rank-stabilised scaling and modules saved whole mean the same here as there. The adapters are not
 merged: in bf16 that would round away the smaller part of B A.
 
-Adapters that the kit trained record that their base was NF4; kit.models.qlora loads them. peft's files cannot
-record this, so adapters trained elsewhere on a quantised base look like any others and are put on the plain
-base, as everywhere.
+Adapters that the kit trained record whether their base was NF4 or plain; kit.models.qlora loads them, to be
+trained further. peft's files cannot record this, so adapters trained elsewhere on a quantised base look like
+any others and are put on the plain base, as everywhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.extras import require
 from kit.models import loading
-from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, trained_on_nf4
+from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NF4, base_kind
 from kit.models.weights import check_finite
 
 # values of init_lora_weights that leave the base as it was published
@@ -44,8 +44,9 @@ def load(
     for a base that is not at hand, and for weights that do not fit it.
     """
     _check_weights(folder)
-    if trained_on_nf4(folder):
-        require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
+    if kind := base_kind(folder):
+        if kind == NF4:
+            require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
         from kit.models import qlora  # bitsandbytes takes seconds to import
 
         model, tokenizer = qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)

@@ -1,13 +1,15 @@
-"""QLoRA (Dettmers et al., 2023): linear layers frozen in NF4, with an adapter of low rank beside each.
+"""LoRA (Hu et al., 2021): frozen linear layers, with an adapter of low rank beside each.
 
-    y = x W_nf4^T + (alpha / rank) x A^T B^T
+    y = x W^T + (alpha / rank) x A^T B^T
 
-A (rank, in) starts random and B (out, rank) at zero, so training starts at the base.
+A (rank, in) starts random and B (out, rank) at zero, so training starts at the base. In QLoRA (Dettmers et
+al., 2023) W is in NF4; in LoRA it is as it was, in 16 bits on a card. What one of them loses and the other
+does not is due to the four bits; what both lose, to the low rank.
 
-A model is loaded as usual, quantised layer by layer, and gets its adapters in place. It keeps its class, so
-trainer, sampler and head need no change. Quantising after loading works for a hub id, a folder and a GGUF
-file alike. Meanwhile the whole model is in main memory (2 bytes per parameter in bf16) and one layer of it on
-the card.
+A model is loaded as usual, for QLoRA quantised layer by layer, and gets its adapters in place. It keeps its
+class, so trainer, sampler and head need no change. Quantising after loading works for a hub id, a folder and
+a GGUF file alike. Meanwhile the whole model is in main memory (2 bytes per parameter in bf16) and one layer
+of it on the card.
 
 peft's prepare_model_for_kbit_training is not used. It would cast whatever is not quantised to fp32: 0.6 to
 0.7 GiB more for the embedding and the head of a 1B to 3B model, and a gradient path through them that nothing
@@ -29,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.models import loading
 from kit.models.attention import attention_name
-from kit.models.folder import ADAPTER, ADAPTER_CONFIG, load_weights, save_model, trained_on_nf4
+from kit.models.folder import ADAPTER, ADAPTER_CONFIG, NF4, base_kind, load_weights, save_model
 from kit.models.nf4 import NF4Linear, quantise_decoder
 from kit.models.shipped import SHIPPED
 
@@ -43,13 +45,14 @@ def load(
     rank: int = RANK,
     alpha: int = ALPHA,
     seed: int = 0,
+    nf4: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     attention: str = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in NF4 with fresh adapters, drawn from `seed`, and its tokenizer.
+    """Load a model with fresh adapters, drawn from `seed`, and its tokenizer.
 
-    name, device, dtype and attention are as for kit.models.load.
+    nf4: False = the weights stay as they are. name, device, dtype and attention are as for kit.models.load.
     Raises ValueError as kit.models.load does, for a folder of adapters, and as add_adapters does.
     """
     path = loading.path_of(name)
@@ -60,29 +63,41 @@ def load(
         )
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)
-    model, tokenizer = loading.load_plain(path, device=torch.device("cpu"), dtype=dtype, attention="kit")
-    quantise_decoder(model, device)
-    model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
+    if nf4:
+        model, tokenizer = loading.load_plain(path, device=torch.device("cpu"), dtype=dtype, attention="kit")
+        quantise_decoder(model, device)
+        model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
+    else:
+        model, tokenizer = loading.load_plain(path, device=device, dtype=dtype, attention=attention)
     base = name if name in SHIPPED or not path.exists() else str(path.resolve())
-    add_adapters(model, base=base, rank=rank, alpha=alpha, seed=seed)
+    add_adapters(model, base=base, rank=rank, alpha=alpha, seed=seed, nf4=nf4)
     return model, tokenizer
 
 
 def add_adapters(
-    model: PreTrainedModel, *, base: str, rank: int = RANK, alpha: int = ALPHA, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    base: str,
+    rank: int = RANK,
+    alpha: int = ALPHA,
+    seed: int = 0,
+    nf4: bool = True,
 ) -> None:
-    """Add an adapter to every NF4 layer of `model`, in place and in the layer's dtype; freeze all else.
+    """Add an adapter to every linear layer of the decoder, in place and in its dtype; freeze all else.
 
-    base: the name under which kit.models.load finds the model; it is written beside the adapters.
-    Raises ValueError for a rank below 1 and for a model without NF4 layers.
+    nf4: the layers are in NF4; False = none is. base: the name under which kit.models.load finds the model;
+    it is written beside the adapters. Raises ValueError for a rank below 1 and for a model without such
+    layers.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank} but an adapter has at least one row; pass rank >= 1")
-    layers = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    kind = NF4Linear if nf4 else nn.Linear
+    layers = [name for name, module in model.model.named_modules() if type(module) is kind]
     names = sorted({name.rsplit(".", 1)[-1] for name in layers})
     if not names:
         raise ValueError(
-            f"{base} has no NF4 layer to adapt; call kit.models.nf4.quantise_decoder on the model first"
+            f"{base} has no {'NF4' if nf4 else 'plain'} layer to adapt; "
+            f"{'call kit.models.nf4.quantise_decoder on the model first' if nf4 else 'pass nf4=True'}"
         )
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", base_model_name_or_path=base
@@ -99,7 +114,8 @@ def add_adapters(
         a = torch.empty(rank, base.in_features)  # on the CPU: the same values whatever the device
         a.uniform_(-bound, bound, generator=generator)
         for linear, values in zip(pair, (a, torch.zeros(base.out_features, rank)), strict=True):
-            linear.weight = nn.Parameter(values.to(base.weight.device, base.compute_dtype))
+            dtype = base.compute_dtype if nf4 else base.weight.dtype
+            linear.weight = nn.Parameter(values.to(base.weight.device, dtype))
 
 
 def _adapted_layers(model: PreTrainedModel) -> list[LoraLayer]:
@@ -135,19 +151,20 @@ def load_adapter(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base and the adapters that kit.train.checkpoint wrote to a folder, to sample or train further.
 
-    Raises ValueError for adapters that the kit did not train on NF4, and for a base that is missing or does
-    not fit.
+    Raises ValueError for adapters that the kit did not train, and for a base that is missing or does not fit.
     """
-    if not trained_on_nf4(folder):
+    kind = base_kind(folder)
+    if not kind:
         raise ValueError(
-            f"{folder} holds adapters that do not say they were trained on an NF4 base, and on another base "
-            "they are another model; load them with kit.models.load"
+            f"{folder} holds adapters that do not say they were trained by the kit, on which kind of base, "
+            "and on another base they are another model; load them with kit.models.load"
         )
     config = LoraConfig.from_pretrained(str(folder))
     model, tokenizer = load(
         config.base_model_name_or_path,
         rank=config.r,
         alpha=config.lora_alpha,
+        nf4=kind == NF4,
         device=device,
         dtype=dtype,
         attention=attention,

@@ -88,7 +88,7 @@ class Policy:
             raise ValueError(
                 f"kl_coef is {settings.kl_coef:g} but the adapters have been trained already: the reference "
                 "would be their base, not the model that this training starts from; pass --kl_coef 0, or "
-                "start from what kit.models.qlora.export writes"
+                "start from what recipes/export.py writes"
             )
 
         optimization = {"lr": lr, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}

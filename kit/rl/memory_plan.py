@@ -46,15 +46,15 @@ class RLRun(Run):
         return self.settings.row_tokens
 
     def simulate(self, savings: Savings) -> RunPlan:
-        settings, rank = self.settings, self.qlora_rank
-        fake, mode = fake_model(load_config(self.model), rank)
-        has_copy = settings.uses_reference and not rank  # adapters' base is the reference itself
+        settings = self.settings
+        fake, mode = fake_model(load_config(self.model), **self.ranks)
+        has_copy = settings.uses_reference and not self.has_adapters  # whose base is the reference itself
         with mode:
             reference = [torch.empty_like(p) for p in fake.parameters()] if has_copy else []
             loss_of = grpo_loss(fake, settings, RunningStats(), savings.logit_rows)
             row = _fake_episodes(self.row_tokens)
             ledger = measure(fake, savings, row, rows=2, loss_of=loss_of, reference=reference)
-        sizes = {"row_tokens": self.row_tokens, "qlora_rank": rank, "savings": savings, "rows": 2}
+        sizes = {"row_tokens": self.row_tokens, "savings": savings, "rows": 2} | self.ranks
         update = Plan.of_step(ledger, model=self.model, **sizes)
 
         kept = (live_bytes.WEIGHTS, live_bytes.OPTIMIZER, live_bytes.REFERENCE)
@@ -81,7 +81,7 @@ class RLRun(Run):
         shortest_row = self.prompt_tokens + tokens
         if settings.row_tokens > shortest_row:
             yield [{"row_tokens": shortest_row}]
-        if settings.uses_reference and not self.qlora_rank:
+        if settings.uses_reference and not self.has_adapters:
             yield [{"kl_coef": 0.0, "row_tokens": min(settings.row_tokens, shortest_row)}]
 
         shorter = []
@@ -89,7 +89,7 @@ class RLRun(Run):
             row_tokens = min(settings.row_tokens, self.prompt_tokens + tokens)
             shorter.append({"max_new_tokens": tokens, "row_tokens": row_tokens})
         yield shorter
-        if not self.qlora_rank:
+        if not self.has_adapters:
             yield [{"qlora_rank": QLORA_RANK}]
 
     def changed(self, flags: dict) -> RLRun:

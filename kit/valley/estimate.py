@@ -20,7 +20,7 @@ from kit.memory.run_plan import given_up, plan_run
 from kit.memory.settings import PlanSettings
 from kit.run import write_json
 from kit.train.savings import Savings
-from kit.valley.study import FIXED_BATCH, QLORA, Cell, short_name
+from kit.valley.study import FIXED_BATCH, Cell, ranks_of, short_name
 
 ROWS = 2  # per step, at least: Table 2 has 8 traces or more
 FILE = "memory.json"  # the chosen settings in a sweep's folder, so that --resume need not simulate again
@@ -34,9 +34,9 @@ def plan_memory(cells: Sequence[Cell], *, qlora_rank: int, card: PlanSettings, *
     """Plan every model and method, and print a line for each. sizes: other fields of MeasuredRun."""
     found = {}
     for model, method in dict.fromkeys((cell.model, cell.method) for cell in cells):
-        rank = qlora_rank if method == QLORA else 0
+        ranks = ranks_of(method, qlora_rank)
         try:
-            planned = plan_run(MeasuredRun(model=model, qlora_rank=rank, rows=ROWS, **sizes), card)
+            planned = plan_run(MeasuredRun(model=model, rows=ROWS, **ranks, **sizes), card)
             parts = f"training {planned.update.total / GIB:.2f}, sampling {planned.sampling.total / GIB:.2f}"
             on = as_flags(planned.update.savings.switched_on | {"num_slots": planned.num_slots})
             words = f"{parts} GiB (simulated); {planned.fits_text(card.desktop_gb)}; with {on}"

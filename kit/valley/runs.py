@@ -16,7 +16,7 @@ from kit.run import AFTER, SAMPLES, read_json
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
 from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
 from kit.valley.sentences import sentences
-from kit.valley.study import ARMS, BASE, QLORA, Cell, Study
+from kit.valley.study import ARMS, BASE, Cell, Study, ranks_of
 
 LOWEST, MOST = "lowest", "most"  # starts of reinforcement learning that the results name
 # + the cell's seed: the lowest of several points is in part bad luck, so its questions are sampled again
@@ -31,11 +31,8 @@ class Recipes:
     evaluate: dict  # of evaluate.py
     finetune: Callable[[Cell], dict]  # of gemma3_1b_8k.py; raises ValueError for a cell that cannot be run
     reinforce: Callable[[Cell], dict]  # of grpo_qwen2_5_0_5b.py, for this start
-    qlora_rank: int = 0
+    rank: int = 0  # of adapters
     rl_flags: tuple[str, ...] = ()  # further flags of grpo_qwen2_5_0_5b.py, as typed
-
-    def rank(self, cell: Cell) -> int:
-        return self.qlora_rank if cell.method == QLORA else 0
 
 
 def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
@@ -52,7 +49,7 @@ def jobs_of(cells: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
         except ValueError as error:
             problem = str(error)
         own = {name: getattr(cell, name) for name in ("num_traces", "epochs", "batch_traces")}
-        own |= {"long_share": ARMS[cell.arm].long_share, "qlora_rank": recipes.rank(cell)}
+        own |= {"long_share": ARMS[cell.arm].long_share, **ranks_of(cell.method, recipes.rank)}
         settings = settings | common | own | {"baseline": str(baseline)}
         recipe, folder = "kit.recipes.gemma3_1b_8k", path / CELLS / cell.name
         found[cell.name] = Job(cell.name, recipe, settings, folder, (cell.baseline,), problem=problem)
@@ -64,7 +61,7 @@ def rl_jobs(starts: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
     found = []
     for start in starts:
         if start.arm == BASE:
-            settings, needs = {"model": start.model, "qlora_rank": recipes.rank(start)}, ()
+            settings, needs = {"model": start.model, **ranks_of(start.method, recipes.rank)}, ()
         else:  # adapters are trained on as they are
             settings, needs = {"model": str(path / CELLS / start.name / "model")}, (start.name,)
         settings = recipes.reinforce(start) | settings | {"seed": RL_SEED + start.seed}

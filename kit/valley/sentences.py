@@ -12,7 +12,7 @@ from kit.command_line import command_of
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import ByQuestion, Curve, difference, estimate, percent, points
 from kit.valley.finished import RLRun, StudyResults, shares, tokens
-from kit.valley.study import ARMS, QLORA, short_name
+from kit.valley.study import ARMS, TITLES, short_name
 
 BASE_START = "the base model"
 LISTED = 4  # numbers of traces named one by one; of more, the smallest and the largest
@@ -158,7 +158,7 @@ def by_start(rl_runs: Sequence[RLRun]) -> dict[str, dict[str, list[RLRun]]]:
     groups: dict[str, dict[str, list[RLRun]]] = {}
     for run in rl_runs:
         start = f"{run.start.num_traces:,} traces" if run.start.num_traces else BASE_START
-        name = short_name(run.start.model) + (", QLoRA" if run.start.method == QLORA else "")
+        name = short_name(run.start.model) + TITLES[run.start.method]
         groups.setdefault(name, {}).setdefault(start, []).append(run)
     return groups
 

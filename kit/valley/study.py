@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kit.paper import TABLE, Row
 
-FULL, QLORA = "full", "qlora"  # methods
+FULL, QLORA, LORA = "full", "qlora", "lora"  # methods
+TITLES = {FULL: "", QLORA: ", QLoRA", LORA: ", LoRA"}  # behind the name of a curve or model
 BASE, LONG, FIXED_BATCH = "base", "long", "fixed"  # arms that the code names; BASE is the base model's own
 
 
@@ -49,7 +50,7 @@ class Cell:
     """One model to measure: fine-tuned on num_traces traces of its arm, or the base model itself."""
 
     model: str  # hub id, folder, .gguf file, or "tiny"
-    method: str  # FULL or QLORA
+    method: str  # of TITLES
     num_traces: int  # 0 = the base model
     seed: int  # of the subset, the packs and the samples
     epochs: int = 0
@@ -76,7 +77,7 @@ class Cell:
     def curve(self) -> str:
         """The name of its curve within its model."""
         arm = "base model" if self.arm == BASE else ARMS[self.arm].title
-        return arm + (", QLoRA" if self.method == QLORA else "")
+        return arm + TITLES[self.method]
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ class Study:
             if arm not in ARMS:
                 raise ValueError(f"there is no arm {arm!r}; the arms are {', '.join(ARMS)}")
         for model, methods in self.models:
-            if not methods or len(set(methods)) < len(methods) or set(methods) - {FULL, QLORA}:
+            if not methods or len(set(methods)) < len(methods) or set(methods) - TITLES.keys():
                 raise ValueError(
                     f"methods of {model} are {'+'.join(methods) or 'none'}; "
-                    f"pass {FULL}, {QLORA} or {FULL}+{QLORA}, each once"
+                    f"pass {', '.join(TITLES)}, or several with + between them, each once"
                 )
 
         names = [short_name(model) for model, _ in self.models]
@@ -151,8 +152,8 @@ class Study:
                     found.setdefault(training, Cell(model, method, size, seed, epochs, batch, arm))
         return list(found.values())
 
-    def deviations(self, qlora_rank: int) -> list[str]:
-        """Return how the choice of cells differs from the paper."""
+    def deviations(self, rank: int) -> list[str]:
+        """Return how the choice of cells differs from the paper. rank: of the adapters."""
         table, found = {row.traces for row in TABLE}, []
         if own := [f"{size:,}" for size in self.sizes if size not in table]:
             found.append(
@@ -160,14 +161,21 @@ class Study:
             )
         if missing := [f"{size:,}" for size in sorted(table - {*self.sizes})]:
             found.append(f"without {', '.join(missing)} traces")
-        adapted = [short_name(model) for model, methods in self.models if QLORA in methods]
-        if adapted and any(FULL in methods for _, methods in self.models):
-            found.append(f"QLoRA of rank {qlora_rank} for {', '.join(adapted)} (paper: all parameters)")
+        for method in (QLORA, LORA):
+            adapted = [short_name(model) for model, methods in self.models if method in methods]
+            if adapted and any({*methods} - {method} for _, methods in self.models):
+                title = TITLES[method].removeprefix(", ")
+                found.append(f"{title} of rank {rank} for {', '.join(adapted)} (paper: all parameters)")
         if FIXED_BATCH in self.arms:
             found.append(f"a control arm with {self.batch_traces} traces per step at every size")
         if others := [ARMS[arm].title for arm in self.arms if ARMS[arm].long_share < 1]:
             found.append(f"training sets of its own: {'; '.join(others)}")
         return found
+
+
+def ranks_of(method: str, rank: int) -> dict[str, int]:
+    """Return the settings of a recipe for this method. rank: of the adapters, if it has any."""
+    return {"qlora_rank": rank if method == QLORA else 0, "lora_rank": rank if method == LORA else 0}
 
 
 def _grows(sizes: Sequence[int]) -> bool:

@@ -330,7 +330,7 @@ def test_a_gguf_file_is_dequantised_and_then_quantised():
 def test_adapters_that_were_trained_on_another_kind_of_base_are_refused(tmp_path):
     theirs = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"]))
     theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="do not say they were trained on an NF4 base"):
+    with pytest.raises(ValueError, match="do not say they were trained by the kit"):
         qlora.load_adapter(tmp_path / "theirs", device="cpu")
 
 
@@ -358,6 +358,9 @@ def test_what_cannot_be_adapted_is_refused():
         make_qlora(rank=0)
     with pytest.raises(ValueError, match="has no NF4 layer to adapt"):
         qlora.add_adapters(make_model("llama"), base="plain")
+    with pytest.raises(ValueError, match="has no plain layer to adapt; pass nf4=True"):
+        quantise_decoder(model := make_model("llama"), "cpu")
+        qlora.add_adapters(model, base="nf4", nf4=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -168,4 +168,6 @@ def test_the_recipe_trains_saves_and_measures_adapters(tmp_path):
 def test_noise_on_a_base_that_is_loaded_again_without_it_is_refused(tmp_path):
     done = recipe(cwd=tmp_path)
     assert done.returncode == 2
-    assert "weaken is 0.2 but qlora_rank is 4" in done.stderr and not (tmp_path / "runs").exists()
+    assert (
+        "weaken is 0.2 but adapters of rank 4 are trained" in done.stderr and not (tmp_path / "runs").exists()
+    )

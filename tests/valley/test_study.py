@@ -13,6 +13,7 @@ from kit.valley.study import (
     Study,
     parse_models,
     parse_numbers,
+    ranks_of,
     short_name,
 )
 
@@ -180,3 +181,23 @@ def test_what_differs_from_the_papers_cells_is_listed():
     assert Study(ONE, SIZES).deviations(16) == []
     both = Study((("a/x", ("full",)), ("b/y", ("qlora",))), SIZES)
     assert both.deviations(16) == ["QLoRA of rank 16 for y (paper: all parameters)"]
+
+
+def test_lora_beside_qlora_separates_low_rank_from_four_bits():
+    study = Study((("a/x", ("full", "lora", "qlora")),), (500,))
+    assert [cell.name for cell in study.cells()] == [
+        "x-full-500-seed0",
+        "x-lora-500-seed0",
+        "x-qlora-500-seed0",
+    ]
+    assert [cell.curve for cell in study.cells()] == [
+        "long traces",
+        "long traces, LoRA",
+        "long traces, QLoRA",
+    ]
+    assert {cell.baseline for cell in study.cells()} == {"x-full-0-seed0"}
+    assert ranks_of("lora", 16) == {"qlora_rank": 0, "lora_rank": 16}
+    assert ranks_of("qlora", 16) == {"qlora_rank": 16, "lora_rank": 0}
+    assert not any(ranks_of("full", 16).values())
+    for title in ("LoRA", "QLoRA"):
+        assert f"{title} of rank 16 for x (paper: all parameters)" in study.deviations(16)

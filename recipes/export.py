@@ -122,18 +122,12 @@ def write_all(
     instruction: str,
 ) -> None:
     """Write the model, its GGUF file and its card into a folder, and compare what was written."""
-    how = {"template": config.chat_template, "instruction": instruction}
-
-    def answers(path: str, description: str, **kept):
-        model, tokenizer = kept["loaded"] if kept else models.load(path, device=device, dtype=dtype)
-        chat = data.ChatFormat(tokenizer, model, **(how if kept else how | {"template": ""}))
-        if not questions:
-            return []
-        return answer(model, chat, questions, max_new_tokens=config.max_new_tokens, description=description)
-
     model, tokenizer = models.load(source.model, device=device, dtype=dtype)
     one_thread_if_small(model)
-    original = answers("", "answers of the original", loaded=(model, tokenizer))
+    # which writes the template and all ends to both: they are saved
+    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=instruction)
+    how = {"questions": questions, "max_new_tokens": config.max_new_tokens}
+    original = answer(model, chat, **how, description="answers of the original") if questions else []
     if has_adapters(source.model):
         from kit.models.merge import merge  # peft takes seconds to import
 
@@ -155,12 +149,12 @@ def write_all(
             print(f"            {len(whole)} matrices are f16: {whole[0]} has rows that q8_0 cannot split")
         write_modelfile(file, model, tokenizer, config)
         copies["the GGUF file"] = str(file)
-    del model
-
     checked = []
     for name, path in copies.items() if questions else ():
-        agreement = Agreement.of(original, answers(path, f"answers of {name}"))
-        checked.append(f"{name}: {agreement}")
+        model, tokenizer = models.load(path, device=device, dtype=dtype)
+        chat = data.ChatFormat(tokenizer, model, instruction=instruction)
+        copied = answer(model, chat, **how, description=f"answers of {name}")
+        checked.append(f"{name}: {Agreement.of(original, copied)}")
         print(f"checked     {checked[-1]}")
     model_card.write(folder, source.name, source.base, [*sections, *card_of_files(config, source, checked)])
 
@@ -191,7 +185,7 @@ def find_source(name: str) -> Source:
     path = Path(name).expanduser()
     if name in SHIPPED or not path.is_dir():
         models.loading.path_of(name)
-        return Source(name, path.stem, name)
+        return Source(name, path.name.removesuffix(".gguf"), name)
     run = path if is_run(path) else path.parent if path.name == "model" and is_run(path.parent) else None
     if (path / STUDY).is_file():
         cells = sorted(model.parent for model in path.glob("*/*/model"))

@@ -253,12 +253,7 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
 
     passes = 1 if config.baseline else 2  # before and after
     training = memory.hours.training_time(
-        config.model,
-        part_of(config, Savings),
-        config.qlora_rank or config.lora_rank,
-        schedule.tokens,
-        config.row_tokens,
-        nf4=bool(config.qlora_rank),
+        config.model, part_of(config, Savings), config.ranks, schedule.tokens, config.row_tokens
     )
     sampling = memory.hours.sampling_time(
         config.model, passes * config.num_responses(benchmarks), config.max_new_tokens, config.num_slots

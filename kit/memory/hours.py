@@ -8,7 +8,7 @@ so is that of a trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -164,12 +164,16 @@ NO_CARD = "not known: no card is here, and other processors are not in the table
 
 
 def training_time(
-    model: str, savings: Savings, rank: int, tokens: int, row_tokens: int, *, nf4: bool = True
+    model: str, savings: Savings, ranks: Mapping[str, int], tokens: int, row_tokens: int
 ) -> str:
-    """Describe how long training takes on the card that is here, for a recipe to print."""
+    """Describe how long training takes on the card that is here, for a recipe to print.
+
+    ranks: qlora_rank and lora_rank, one of which may be above 0.
+    """
     if not card_name():
         return NO_CARD
-    return training_speed(model, savings, rank, row_tokens, nf4=nf4).time(tokens)
+    nf4 = bool(ranks["qlora_rank"])
+    return training_speed(model, savings, sum(ranks.values()), row_tokens, nf4=nf4).time(tokens)
 
 
 def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: int) -> str:

@@ -208,6 +208,8 @@ def restore_rotation(path: Path, config: PreTrainedConfig) -> None:
 
     Raises ValueError if the factors are not Llama 3's.
     """
+    if not LAYOUTS[config.model_type].scales_rotation:  # a vocabulary takes seconds to read
+        return
     import gguf
 
     found = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == ROPE_FACTORS]

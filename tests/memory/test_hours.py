@@ -17,6 +17,7 @@ from kit.memory.hours import (
 )
 from kit.models.loading import load_config
 from kit.run import Journal
+from kit.train.adapters import Adapters
 from kit.train.savings import Savings
 
 T = 16_384
@@ -76,7 +77,7 @@ def test_the_newest_figure_of_this_card_and_model_with_the_nearest_settings_coun
 
 
 def test_hours_follow_from_what_was_measured_and_say_from_what(checks):
-    said = training_time(GEMMA, Savings(), 0, 36_000_000, T)
+    said = training_time(GEMMA, Savings(), Adapters().ranks, 36_000_000, T)
     assert said == f"10.0 hours at 1,000 tokens/s (measured here, {checks / '002'})"
     assert sampling_time(GEMMA, 10, 4_000, 32) == (
         f"at most 2.2 minutes at 300 tokens/s (measured here with --num_slots 16, {checks / '001'}), "

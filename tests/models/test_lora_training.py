@@ -157,6 +157,7 @@ MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 LEAN = Savings(optimizer="adamw8bit", tile_tokens=512)
 
 
+@pytest.mark.slow
 def test_the_plan_holds_the_weights_in_16_bits_and_the_rest_as_for_qlora(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, "vocab_size": 3_000}))
     model, sizes = str(tmp_path), Sizes.of(load_config(str(tmp_path)))
@@ -170,6 +171,7 @@ def test_the_plan_holds_the_weights_in_16_bits_and_the_rest_as_for_qlora(tmp_pat
     assert "LoRA of rank 4 in 16 bits, 1,024 tokens" in str(found)
 
 
+@pytest.mark.slow
 def test_a_planned_step_holds_the_bytes_of_a_real_one():
     peaks = []
     for fake in (True, False):

@@ -1,6 +1,7 @@
 """recipes/export.py: what it writes, what it says of it, and what it refuses."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from kit import models
 from kit.config import parse
 from kit.evaluate.same_answers import Agreement, Answer
 from kit.models import folder
+from kit.models.gguf_file import write_gguf
 from kit.report.model_card import without_folders
 
 TUNED = {"num_questions": 3, "num_samples": 2, "max_new_tokens": 60, "max_steps": 2, "qlora_rank": 3}
@@ -49,6 +51,19 @@ def test_smoke_writes_a_folder_and_a_gguf_file_whose_answers_are_the_same(tmp_pa
     ]
     assert AutoModelForCausalLM.from_pretrained(out / "gguf", gguf_file="tiny-q8_0.gguf").num_parameters() > 0
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["tiny"]
+
+
+def test_a_copy_that_answers_otherwise_is_seen(tmp_path, monkeypatch, capsys):
+    def write_another(path, model, *rest, **how):
+        with torch.no_grad():
+            model.model.norm.weight.neg_()
+        return write_gguf(path, model, *rest, **how)
+
+    monkeypatch.setattr(export, "write_gguf", write_another)
+    export.main(settings(model="tiny", gguf="f16", check=5, out=str(tmp_path / "out")))
+    said = capsys.readouterr().out
+    assert "the folder: 5 of 5 the same" in said
+    assert re.search(r"the GGUF file: 0 of 5 the same \(0 word for word\); right 5 before and 0 after", said)
 
 
 @pytest.mark.slow

@@ -135,11 +135,8 @@ def write_all(
     model.to("cpu")
     save_model(folder, model, tokenizer)
     copies = {"the folder": str(folder)}
-    sections = (
-        model_card.of_run(source.run)
-        if source.run
-        else [f"{model_card.without_folders(source.base)}, exported.", ""]
-    )
+    about = [f"{model_card.without_folders(source.base)}, exported.", ""]
+    sections = model_card.of_run(source.run) if source.run else about
 
     if config.gguf:
         file = folder / "gguf" / f"{source.name}-{config.gguf}.gguf"

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.models import loading
 from kit.models.attention import attention_name
-from kit.models.folder import ADAPTER, ADAPTER_CONFIG, NF4, base_kind, load_weights, save_model
+from kit.models.folder import ADAPTER, ADAPTER_CONFIG, NF4, base_kind, load_weights
 from kit.models.nf4 import NF4Linear, quantise_decoder
 from kit.models.shipped import SHIPPED
 
@@ -58,8 +58,8 @@ def load(
     path = loading.path_of(name)
     if (path / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{name} has adapters already; load it with kit.models.load, or export it and start from the "
-            "export"
+            f"{name} has adapters already; load it with kit.models.load, or merge it with recipes/export.py "
+            "and start from that"
         )
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)
@@ -196,14 +196,3 @@ def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     del model.peft_config
     model.to("cpu", dtype)
     model.requires_grad_(True)
-
-
-def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
-) -> None:
-    """Merge the model in place, and write it as a plain Hugging Face folder, whole or not at all.
-
-    dtype: see merge.
-    """
-    merge(model, dtype)
-    save_model(folder, model, tokenizer)

@@ -91,7 +91,7 @@ def test_the_kl_is_zero_before_a_step_and_above_after_it_and_only_adapters_chang
 def test_adapters_that_were_trained_before_are_refused_with_a_kl_and_accepted_without_one():
     model = make_qlora()
     update(make_policy(model, BASE, lr=1e-2), make_episodes(model))
-    message = r"kl_coef is 0.3 but the adapters have been trained .*--kl_coef 0, .*kit.models.qlora.export"
+    message = r"kl_coef is 0.3 but the adapters have been trained .*--kl_coef 0, .*recipes.export.py"
     with pytest.raises(ValueError, match=message):
         make_policy(model, WITH_KL)
     assert make_policy(model, BASE).frozen is None

@@ -41,8 +41,8 @@ from kit.models.shipped import SHIPPED
 from kit.paper import INSTRUCTION
 from kit.report import model_card
 from kit.run import AFTER, BEFORE, CONFIG, read_json
+from kit.valley.finished import STUDY
 
-STUDY = "study.json"  # in the folder of a study, whose models are in folders of their own
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -208,7 +208,7 @@ def is_run(path: Path) -> bool:
 
 def check_finished(run: Path, settings: dict) -> None:
     """Raise ValueError, with the command to type, unless the run has its model and all its figures."""
-    study = run.resolve().parents[1]
+    study = run.resolve().parent.parent
     if (study / STUDY).is_file():
         word, resumed = ("sweep" if "preset" in read_json(study / CONFIG) else "demo"), study
     elif "group_size" in settings or "num_traces" in settings:

@@ -1,4 +1,4 @@
-"""Load any model: a whole one, a base with its adapters, or an NF4 copy with fresh adapters to train."""
+"""Load any model: a whole one, a base with its adapters, or one with fresh adapters to train."""
 
 from __future__ import annotations
 

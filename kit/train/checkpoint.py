@@ -7,8 +7,8 @@ kill leaves the older one. The last two are kept: if the newest is found damaged
 and the run goes on from the other. The finished model has a trainer.json, too.
 
 Of a model with adapters (kit.models.qlora), only the adapters are written, as peft's own folder:
-adapter_config.json, which names the base model, and adapter_model.safetensors. Loading them reads and
-quantises the base model again.
+adapter_config.json, which names the base model, and adapter_model.safetensors. Loading them reads the base
+model again and, for QLoRA, quantises it.
 """
 
 from __future__ import annotations

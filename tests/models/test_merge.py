@@ -1,5 +1,6 @@
 """A merged model computes what base and adapters computed together."""
 
+import json
 import warnings
 
 import pytest
@@ -35,6 +36,9 @@ def test_a_merged_folder_computes_what_base_and_adapters_did(tmp_path, settings)
     base, _ = models.load("tiny", device="cpu")
     change = rms(expected - logits_of(base))
     assert rms(logits_of(again) - expected) < 1e-4 * change
+    apart = "lm_head" in str(settings) or "embed_tokens" in str(settings)
+    stored = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert stored["tie_word_embeddings"] == (not apart)
     # and anybody reads it without peft
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():

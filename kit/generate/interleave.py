@@ -1,7 +1,7 @@
 """Let several models answer at the same time: they take turns, a token each.
 
-Each model's answer is a thread, of which one runs at a time: between two of its tokens nothing of another
-model is under way in the sampler.
+Each model's answer is a thread, of which one runs at a time: it hands over where the sampler passes a token
+on. On a card the next token may be queued by then; all models share one stream, which keeps their order.
 """
 
 from __future__ import annotations

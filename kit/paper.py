@@ -32,6 +32,7 @@ MODELS = (  # those that the kit covers
     "meta-llama/Llama-3.2-1B-Instruct",
     "meta-llama/Llama-3.2-3B-Instruct",
 )
+REWARD = "exact_answer"  # the default of GRPO here, too: right or wrong
 LARGER_MODELS = ("qwen2.5-7b-instruct", "qwen2.5-14b-instruct", "llama-3.1-8b-instruct")
 SAMPLES = {"math500": (4, 500), "aime24": (8, 30), "amc23": (8, 40), "arithmetic": (4, 400)}  # k, questions
 BENCHMARKS = ("math500", "aime24", "amc23")  # whose unweighted mean is the accuracy
@@ -138,7 +139,7 @@ RL = (
     Setting("weaken", 0.0, words="no noise on the weights"),
     Setting("levels", "", words=f"MATH {MATH_LEVELS[0]} for 0.5B, {MATH_LEVELS[1]} above"),
     Setting("num_prompts", 0, words="all, about 8k"),
-    Setting("reward", "exact_answer", words="1 for a right answer, 0 for a wrong one"),
+    Setting("reward", REWARD, words="1 for a right answer, 0 for a wrong one"),
     Setting("batch_prompts", 1_024),
     Setting("group_size", 8),
     Setting("max_new_tokens", 8_192),

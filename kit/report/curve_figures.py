@@ -8,6 +8,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from kit.paper import REWARD
 from kit.report.figures import panels
 from kit.valley.curves import Curve, Estimate
 from kit.valley.error_accumulation import Decomposition, length_alone
@@ -92,13 +93,18 @@ def trace_axis(axes, sizes: Sequence[int]) -> None:
 def rl_figure(starts: Mapping[str, Sequence[RLRun]], narrow: bool) -> Figure:
     """Draw the mean reward of the rollouts against the step, a line per start; the band spans the seeds."""
     figure, (axes,) = panels(1, narrow)
+    named = sorted({run.reward for runs in starts.values() for run in runs})
+    is_accuracy = named == [REWARD]
+    scale = 100 if is_accuracy else 1
     for (name, runs), colour in zip(starts.items(), COLOURS, strict=False):
         columns = zip(*(run.rewards for run in runs), strict=False)
-        rewards = [[100 * reward for reward in column] for column in columns]
+        rewards = [[scale * reward for reward in column] for column in columns]
         steps, low, high = range(1, len(rewards) + 1), list(map(min, rewards)), list(map(max, rewards))
         axes.plot(steps, list(map(fmean, rewards)), color=colour, linewidth=2.5, label=name)
         axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.set(ylim=(0, 102), xlabel="step", ylabel="right answers, %")
+    axes.set(xlabel="step", ylabel="right answers, %" if is_accuracy else f"reward: {', '.join(named)}")
+    if is_accuracy:
+        axes.set_ylim(0, 102)
     axes.legend(title="start")
     return figure
 

@@ -33,7 +33,6 @@ OTHERS = (
     ("Ratio of new to old probability", ("ratio_mean", "ratio_min", "ratio_max")),
     ("KL to the start", ("kl",)),
 )
-BUILT_IN = "exact_answer"  # the recipe's default reward: right or wrong
 SHOWN = 6  # steps whose first group is shown, evenly spaced from the first to the last
 
 
@@ -45,7 +44,7 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
     config, stages = read_run(path)
     kind = STEP.with_numbers("reward_mean", "rollout_seconds", "update_seconds")
     metrics = Journal(path / "metrics.jsonl", kind).read()
-    title = "Mean reward (1: right)" if _reward(config) == BUILT_IN else "Mean reward"
+    title = "Mean reward (1: right)" if _reward(config) == paper.REWARD else "Mean reward"
     first = ((title, ("reward_mean", *_parts(metrics))), ("Tokens per answer", ("length",)))
     figure = embed(path / "rl.png", partial(_figure, metrics, first), "reward and length by step")
     more = "signal, entropy, ratio and KL by step"
@@ -70,7 +69,7 @@ def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str)
     model, steps, group = config.get("model", "The model"), len(metrics), config.get("group_size", "several")
     measured = f" It answers {asked} before and after." if asked else ""
     reward = _reward(config)
-    raised = "right answers" if reward == BUILT_IN else f"answers with a higher reward ({reward})"
+    raised = "right answers" if reward == paper.REWARD else f"answers with a higher reward ({reward})"
     return (
         f"{model} is trained by reinforcement learning (GRPO), {steps:,} steps so far: it answers a problem "
         f"{group} times, and the {raised} among them become more likely.{measured}"
@@ -78,7 +77,7 @@ def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str)
 
 
 def _reward(config: Mapping[str, object]) -> str:
-    return str(config.get("reward", BUILT_IN))
+    return str(config.get("reward", paper.REWARD))
 
 
 def _parts(metrics: list[dict]) -> list[str]:

@@ -17,7 +17,7 @@ from kit.evaluate.results import (
     read_results,
 )
 from kit.journal import STEP, Journal
-from kit.paper import LENGTH_BENCHMARK
+from kit.paper import LENGTH_BENCHMARK, REWARD
 from kit.run import AFTER, BEFORE, SAMPLES, kept_traces, read_json, write_json
 from kit.valley.curves import ByQuestion, Curve, Point
 from kit.valley.jobs import DONE, Outcome, read_outcomes
@@ -54,6 +54,7 @@ class RLRun:
     start: Cell
     stages: dict[str, Results]  # BEFORE and AFTER
     rewards: Sequence[float]  # mean reward of each step
+    reward: str = REWARD  # what is rewarded: the recipe's setting
 
     def accuracy(self, stage: str) -> float:
         return mean_accuracy(list(self.stages[stage].values()))
@@ -176,7 +177,9 @@ def read_rl(path: Path, start: Cell) -> RLRun:
     run = path / RL / start.name
     stages = {stage: read_results(run / stage) for stage in (BEFORE, AFTER)}
     metrics = Journal(run / "metrics.jsonl", STEP.with_numbers("reward_mean")).read()
-    return RLRun(start, stages, [row["reward_mean"] for row in metrics])
+    config = run / "config.json"
+    reward = read_json(config).get("reward", REWARD) if config.is_file() else REWARD
+    return RLRun(start, stages, [row["reward_mean"] for row in metrics], reward)
 
 
 def check_alike(before: Results, after: Results) -> None:

@@ -3,9 +3,10 @@ import json
 import pytest
 
 from kit.report import valley
+from kit.report.curve_figures import rl_figure
 from kit.report.rl import write_report
 from kit.run import Journal
-from kit.valley.finished import write_study
+from kit.valley.finished import RLRun, write_study
 from kit.valley.study import Cell
 
 HOSTILE = "<script>alert(1)</script> let me recheck \ud800 \\boxed{2}"
@@ -70,3 +71,15 @@ def test_pages_of_runs_that_go_on_load_themselves_again_and_finished_ones_do_not
         refresh = "http-equiv=refresh content=60>"
         assert refresh in write(run, goes_on=True).read_text().split("<title>")[0]
         assert "http-equiv" not in write(run).read_text()
+
+
+def test_rewards_that_are_not_right_or_wrong_are_not_drawn_as_a_share_of_right_answers():
+    exact = RLRun(None, {}, [0.25, 0.5])
+    (axes,) = rl_figure({"the base model": [exact]}, narrow=False).axes
+    assert axes.get_ylabel() == "right answers, %"
+    assert list(axes.lines[0].get_ydata()) == [25, 50]
+    short = RLRun(None, {}, [-1.5, -0.5], "mine.py:short")
+    (axes,) = rl_figure({"the base model": [short]}, narrow=True).axes
+    assert axes.get_ylabel() == "reward: mine.py:short"
+    assert list(axes.lines[0].get_ydata()) == [-1.5, -0.5]
+    assert axes.get_ylim()[0] < -1.5

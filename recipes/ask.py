@@ -2,7 +2,7 @@
 
     python recipes/ask.py "3+2-4+4?"                   the tiny model that ships with the kit, on any CPU
     python recipes/ask.py --model runs/valley_demo/001 "3+2-4+4?"          every model of a demo
-    python recipes/ask.py --model runs/valley_demo/001 --only "base,64 long"    no question: a conversation
+    python recipes/ask.py --model runs/valley_demo/001 --titles "base,64 long"    no question: a conversation
     python recipes/ask.py --model runs/gemma3_1b_8k/001 "What is 15 % of 80?"   before and after fine-tuning
     python recipes/ask.py --model runs/gemma3_1b_8k/001/model --beside google/gemma-3-1b-it "3+2-4+4?"
     python recipes/ask.py --gold 5 "3+2-4+4?"                grades the answer against yours
@@ -50,7 +50,7 @@ class Config(Checked):
     # models
     model: str = "tiny"  # hub id, folder (of a model, adapters, a run or a study), .gguf file, or "tiny"
     beside: str = ""  # more of them, comma-separated, to be shown beside it; "" = none
-    only: str = ""  # ask those with one of these, comma-separated, in their title; "" = all
+    titles: str = ""  # ask those with one of these, comma-separated, in their title; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
     attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # prompt
@@ -94,14 +94,14 @@ def main(config: Config) -> None:
 
 
 def chosen(config: Config) -> list[Found]:
-    """Return the models to ask. Raises ValueError if --only leaves none."""
+    """Return the models to ask. Raises ValueError if --titles leaves none."""
     names = [config.model, *filter(None, map(str.strip, config.beside.split(",")))]
     found = list(dict.fromkeys(model for name in names for model in models_of(name)))
-    parts = [part.strip() for part in config.only.split(",") if part.strip()]
+    parts = [part.strip() for part in config.titles.split(",") if part.strip()]
     kept = [model for model in found if not parts or any(part in model.title for part in parts)]
     if not kept:
         titles = "; ".join(model.title for model in found) or "none"
-        raise ValueError(f"only is {config.only!r} but no title has that in it; the titles are: {titles}")
+        raise ValueError(f"titles is {config.titles!r} but no title has that in it; the titles are: {titles}")
     return kept
 
 
@@ -114,7 +114,7 @@ def check_memory(found: Sequence[Found], config: Config) -> None:
     needs = {model.title: needed(model.name, config.max_new_tokens, on_card=on_card) for model in found}
     if free is not None and sum(needs.values()) > free:
         shares = ", ".join(f"{title} {need / GIB:.2f} GiB" for title, need in needs.items())
-        fewer = "ask fewer models at once (--only, or without --beside)"
+        fewer = "ask fewer models at once (--titles, or without --beside)"
         ways = f"{fewer}, or pass --device cpu" if on_card else fewer
         raise ValueError(
             f"the models need {sum(needs.values()) / GIB:.2f} GiB ({shares}) but {free / GIB:.2f} GiB of "
@@ -226,7 +226,7 @@ def next_command(config: Config, found: Sequence[Found]) -> tuple[str, ...]:
     if [model.name for model in found] == ["tiny"]:
         return "trains models to ask beside it, in a minute", command_of("demo"), "--smoke"
     if config.question:
-        given = {name: getattr(config, name) for name in ("model", "beside", "only")}
+        given = {name: getattr(config, name) for name in ("model", "beside", "titles")}
         flags = [word for name, value in given.items() if value for word in (f"--{name}", value)]
         return "without a question: a conversation", started_as(), *flags
     return "measure one of them", command_of("evaluate"), "--model", found[-1].name

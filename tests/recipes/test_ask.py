@@ -131,10 +131,10 @@ def test_all_models_of_a_study_are_asked_or_those_that_only_names(recipe, tmp_pa
     assert said.splitlines()[-1].startswith(
         f"next   {sys.orig_argv[0]} recipes/ask.py --model {tmp_path}    "
     )
-    recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), only="base, 64 long"))
+    recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), titles="base, 64 long"))
     assert re.findall("== (.*) ==", capsys.readouterr().out) == [titles[0], titles[2]]
-    with pytest.raises(ValueError, match=r"only is 'short' but no title has that .* tiny, 64 long traces"):
-        recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), only="short"))
+    with pytest.raises(ValueError, match=r"titles is 'short' but no title has that .* tiny, 64 long traces"):
+        recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), titles="short"))
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(recipe, monkeypatch):

@@ -26,17 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import data, evaluate, generate, models
-from kit.command import clean_up_if_refused, start
-from kit.command_line import command_of, shell_word, started_as
-from kit.config import Checked, show
-from kit.data.chat import INSTRUCTION, warn_of_instruction
+from kit.command import clean_up_if_refused, open_run, start
+from kit.command_line import command_of, shell_word
+from kit.config import RunSettings
+from kit.data.chat import warn_of_instruction
 from kit.data.problems import Question, draw, read_prompts
 from kit.data.rows import BadRows
 from kit.data.toy import PROBLEMS
 from kit.disk import write_whole
 from kit.evaluate.benchmarks import Benchmark, ids_hash
-from kit.machine import one_thread_if_small, require_gpu
-from kit.run import SAMPLES, RunFolder
+from kit.evaluate.settings import ModelSettings
+from kit.machine import on_cpu, one_thread_if_small, require_gpu
+from kit.run import SAMPLES
 
 TRACES = "traces.jsonl"
 ORDERS = {
@@ -48,13 +49,9 @@ DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", 
 
 
 @dataclass(frozen=True)
-class Config(Checked):
+class Config(ModelSettings, RunSettings):
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
-    device: str = "cuda"  # [cuda | cpu]
-    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
-    chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
-    instruction: str = INSTRUCTION  # line added below every problem; "" = none
     # problems
     problems: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
     num_problems: int = 1_000  # drawn in a random order, keyed by seed; 0 = all [>= 0]
@@ -72,8 +69,6 @@ class Config(Checked):
     # run
     seed: int = 0  # of the problems and the answers [>= 0]
     smoke: bool = False  # tiny model, toy problems, CPU, seconds
-    resume: bool = False  # continue the run in --out, or the newest one
-    out: str = ""  # run folder; "" = the next free one under runs/
 
 
 SMOKE = {
@@ -84,19 +79,10 @@ SMOKE = {
 
 @clean_up_if_refused
 def main(config: Config) -> Path:
-    command = started_as()
     small = "--num_problems 20 --num_samples 1 --max_new_tokens 512"
-    require_gpu(
-        config.device,
-        f"sampling {config.model} on --device cuda",
-        {
-            f"{command} --smoke": "the whole path on this CPU in seconds, with a tiny model",
-            f"{command} --device cpu": f"this model on this CPU: slow, so make it small, for example {small}",
-        },
-    )
+    require_gpu(config.device, f"sampling {config.model} on --device cuda", on_cpu(small))
     questions = read_questions(config)
-    run = RunFolder.open(config)
-    print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    run = open_run(config)
 
     model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
     one_thread_if_small(model)

@@ -200,7 +200,12 @@ def check_columns(source: str, row: dict, columns: Mapping[str, str]) -> None:
             f"{', '.join(row)}; name some of these"
         )
     if len(row) > 1 and not columns and format_of(row) is None:  # one column has no other to be named
-        names = ("OpenR1", "LIMO", *(found.name for found in (*THINKING, *CONVERSATIONS)))
+        names = (
+            "OpenR1",
+            "problem, trace, answer",
+            "LIMO",
+            *(found.name for found in (*THINKING, *CONVERSATIONS)),
+        )
         raise ValueError(
             f"{source} has the columns {', '.join(row)}, which are those of no known format "
             f"({'; '.join(names)}); name them, with --traces as --columns {_guess(list(row))}, or rename them"

@@ -1,4 +1,7 @@
-"""How many training problems share eight words in a row with a benchmark's: a usual sign of a leak."""
+"""How many training problems share eight words in a row with a benchmark's: a usual sign of a leak.
+
+It is no proof: stock phrases ("what is the sum of all possible values of") count, too.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kit.data.rows import same_space
 
-WORDS = 8  # in a row; a problem of no more than these has to be the same as a whole
+WORDS = 8  # in a row; a shorter problem has to be the same as a whole
 
 
 def runs_of_words(text: str) -> set[str]:
     """Return all runs of WORDS words of a text; of a shorter one, the text itself."""
     text = same_space(text.casefold())
     words = re.findall(r"\w+", text)
-    if len(words) <= WORDS:
+    if len(words) < WORDS:
         return {text}
     return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
 

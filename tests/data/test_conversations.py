@@ -101,7 +101,7 @@ def test_a_template_that_opens_the_thought_in_the_prompt_trains_the_last_answer_
     assert f"<｜Assistant｜>\n\n2{end}<｜User｜>And 2+2?<｜Assistant｜><think>\nhm" in text
 
 
-def test_how_many_conversations_were_rewritten_is_counted_with_and_without_the_cache(tmp_path):
+def test_how_many_conversations_were_rewritten_is_counted_with_and_without_the_cache(tmp_path, capsys):
     chat = chat_of("qwen", HIDING, tmp_path)
     rows = [
         {"messages": [{"role": r, "content": t} for r, t in turns]} for turns in (THOUGHT, TURNS, TURNS[:2])
@@ -115,6 +115,7 @@ def test_how_many_conversations_were_rewritten_is_counted_with_and_without_the_c
         found.append((digest_of_documents(documents), [document.no_loss for document in documents]))
     assert found[0] == found[1] and sum(map(len, found[0][1])) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert "cannot be used" not in capsys.readouterr().out
 
 
 def test_a_text_that_spells_control_tokens_neither_ends_a_turn_nor_begins_one():

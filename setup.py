@@ -76,6 +76,7 @@ setup(
             "kernels>=0.10",
             "nbclient>=0.10,<1",  # runs the lesson
             "ipykernel>=6.29,<8",
+            "tensorboard>=2.20,<3",
             *PEERS,
         ],
         "flash-attn": ["flash-attn>=2.7"],

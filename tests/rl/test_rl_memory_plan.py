@@ -231,6 +231,7 @@ def test_what_does_not_fit_either_is_not_proposed(small_model):
         choose_for(gib(leanest.larger) - 1e-7, small_model, SHORT)
 
 
+@pytest.mark.slow
 def test_where_nothing_that_is_tried_fits_only_a_larger_card_is_named(small_model):
     with pytest.raises(ValueError, match=r"gpu_gb is 0.5 but .*; pass a card of 6 GB$"):
         choose_for(0.5, small_model, SHORT)

@@ -115,6 +115,9 @@ def test_a_log_prob_that_is_not_finite_counts_only_if_its_token_does(monkeypatch
         run(model, monkeypatch, 1, num_slots=7, stop=[])
 
 
+ASKS = {f"aten::{name}" for name in ("item", "_local_scalar_dense", "is_nonzero", "nonzero", "equal")}
+
+
 class Waits(TorchDispatchMode):
     """Counts copies from a card to the host, and values that the host asks for at once."""
 
@@ -122,7 +125,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.values += func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal")
+        self.values += func._schema.name in ASKS
         if isinstance(result, torch.Tensor) and result.device.type == "cpu":
             self.copies += any(isinstance(x, torch.Tensor) and x.device.type != "cpu" for x in args)
         return result

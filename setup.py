@@ -75,7 +75,7 @@ setup(
             "ruff>=0.12",
             "kernels>=0.10",
             "nbclient>=0.10,<1",  # runs the lesson
-            "ipykernel>=6.29,<8",
+            "ipykernel>=7,<8",
             "tensorboard>=2.20,<3",
             *PEERS,
         ],

@@ -20,30 +20,24 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from kit import data, evaluate, models
+from kit import data, evaluate, memory, models, report
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word
 from kit.config import Checked
 from kit.data.problems import Question
 from kit.disk import check_space, publish, scratch_beside
 from kit.evaluate.results import read_results
-from kit.evaluate.same_answers import Agreement, answer
 from kit.extras import require
 from kit.machine import GIB, one_thread_if_small
-from kit.memory.flops import Sizes
-from kit.models.folder import ADAPTER_CONFIG, save_model
-from kit.models.gguf_file import check_exportable, file_bytes, write_gguf
-from kit.models.loading import default_device, load_config
 from kit.models.shipped import SHIPPED
 from kit.paper import INSTRUCTION
-from kit.report import model_card
 from kit.run import AFTER, BEFORE, CONFIG, read_json
 from kit.valley.finished import STUDY
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -85,16 +79,18 @@ def main(config: Config) -> Path:
     out = Path(config.out) if config.out else Path("exports") / source.name
     if out.exists():
         raise ValueError(f"{out} is there already; pass another --out, or delete it")
-    loaded = load_config(source.model)
+    loaded = models.loading.load_config(source.model)
     if config.gguf:
         require("--gguf", "gguf", "accelerate")
-        check_exportable(loaded, source.model)
-    dtype = DTYPES.get(config.dtype) or getattr(loaded, "dtype", None) or torch.bfloat16
-    num_weights = Sizes.of(loaded).weights
-    needed = num_weights * dtype.itemsize + (file_bytes(num_weights, config.gguf) if config.gguf else 0)
+        models.gguf_file.check_exportable(loaded, source.model)
+    dtype = dtype_of(config, loaded)
+    num_weights = memory.flops.Sizes.of(loaded).weights
+    needed = num_weights * dtype.itemsize
+    if config.gguf:
+        needed += models.gguf_file.file_bytes(num_weights, config.gguf)
     check_space(out, needed, f"{source.name} with {num_weights:,} weights")
     questions, instruction = find_questions(config, source)
-    device = default_device() if config.device == "auto" else torch.device(config.device)
+    device = models.loading.default_device() if config.device == "auto" else config.device
     print(f"model       {source.model}: {num_weights:,} weights, {needed / GIB:.2f} GiB to write")
 
     scratch = scratch_beside(out)
@@ -112,12 +108,20 @@ def main(config: Config) -> Path:
     return out
 
 
+def dtype_of(config: Config, loaded) -> torch.dtype:
+    """Return what weights are written in. loaded: the model's config."""
+    import torch  # here, so that flags are read at once
+
+    named = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    return named.get(config.dtype) or getattr(loaded, "dtype", None) or torch.bfloat16
+
+
 def write_all(
     config: Config,
     source: Source,
     folder: Path,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | str,
     questions: list[Question],
     instruction: str,
 ) -> None:
@@ -127,21 +131,23 @@ def write_all(
     # which writes the template and all ends to both: they are saved
     chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=instruction)
     how = {"questions": questions, "max_new_tokens": config.max_new_tokens}
-    original = answer(model, chat, **how, description="answers of the original") if questions else []
+    answer, original = evaluate.same_answers.answer, []
+    if questions:
+        original = answer(model, chat, **how, description="answers of the original")
     if has_adapters(source.model):
         from kit.models.merge import merge  # peft takes seconds to import
 
         merge(model, dtype)
     model.to("cpu")
-    save_model(folder, model, tokenizer)
+    models.folder.save_model(folder, model, tokenizer)
     copies = {"the folder": str(folder)}
-    about = [f"{model_card.without_folders(source.base)}, exported.", ""]
-    sections = model_card.of_run(source.run) if source.run else about
+    about = [f"{report.model_card.without_folders(source.base)}, exported.", ""]
+    sections = report.model_card.of_run(source.run) if source.run else about
 
     if config.gguf:
         file = folder / "gguf" / f"{source.name}-{config.gguf}.gguf"
         file.parent.mkdir()
-        whole = write_gguf(file, model, tokenizer, config.gguf, name=source.name)
+        whole = models.gguf_file.write_gguf(file, model, tokenizer, config.gguf, name=source.name)
         if whole:
             print(f"            {len(whole)} matrices are f16: {whole[0]} has rows that q8_0 cannot split")
         write_modelfile(file, model, tokenizer, config)
@@ -151,9 +157,10 @@ def write_all(
         model, tokenizer = models.load(path, device=device, dtype=dtype)
         chat = data.ChatFormat(tokenizer, model, instruction=instruction)
         copied = answer(model, chat, **how, description=f"answers of {name}")
-        checked.append(f"{name}: {Agreement.of(original, copied)}")
+        checked.append(f"{name}: {evaluate.same_answers.Agreement.of(original, copied)}")
         print(f"checked     {checked[-1]}")
-    model_card.write(folder, source.name, source.base, [*sections, *card_of_files(config, source, checked)])
+    sections = [*sections, *card_of_files(config, source, checked)]
+    report.model_card.write(folder, source.name, source.base, sections)
 
 
 def card_of_files(config: Config, source: Source, checked: list[str]) -> list[str]:
@@ -172,7 +179,7 @@ def card_of_files(config: Config, source: Source, checked: list[str]) -> list[st
 
 
 def has_adapters(model: str) -> bool:
-    return (Path(model).expanduser() / ADAPTER_CONFIG).is_file()
+    return (Path(model).expanduser() / models.folder.ADAPTER_CONFIG).is_file()
 
 
 def find_source(name: str) -> Source:
@@ -193,10 +200,11 @@ def find_source(name: str) -> Source:
         check_finished(run, settings)
         parts = [part for part in run.resolve().parts[-2:] if part != "cells"]
         return Source(str(run / "model"), "-".join(parts).replace(" ", "-"), str(settings["model"]), run)
-    if not any((path / file).is_file() for file in (CONFIG, ADAPTER_CONFIG)):
+    adapters = models.folder.ADAPTER_CONFIG
+    if not any((path / file).is_file() for file in (CONFIG, adapters)):
         raise ValueError(
-            f"{path} is neither a run nor a model: it holds no {CONFIG} and no {ADAPTER_CONFIG}; pass a run "
-            "folder such as runs/gemma3_1b_8k/001, or a model's"
+            f"{path} is neither a run nor a model: it holds no {CONFIG} and no {adapters}; pass a run folder "
+            "such as runs/gemma3_1b_8k/001, or a model's"
         )
     return Source(str(path), path.resolve().name, str(path))
 

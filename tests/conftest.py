@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network; read on import of huggingface_hub
@@ -109,6 +110,14 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_xdist_auto_num_workers(config):
     """Run the tests on a card in one process: they limit its memory and time it."""
     return 1 if config.option.markexpr == "gpu" else None
+
+
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Let SIGINT interrupt, which a process started in a shell's background ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -219,10 +219,10 @@ def transient(fake: nn.Module, call: Callable[[], object]) -> int:
 
 
 def _draw(fake: nn.Module, num_slots: int, params: SamplingParams) -> None:
-    """Draw one token in each slot. A nucleus (top_p < 1) may reach the whole vocabulary: count that."""
+    """Draw one token in each slot, as a CPU does: all tokens may be kept. A card needs less."""
     weight = fake.get_input_embeddings().weight
     hidden = torch.empty(num_slots, weight.shape[1], dtype=weight.dtype)
     keys = torch.zeros(num_slots, dtype=torch.int64)
-    if params.top_p < 1:
-        params = replace(params, top_k=params.top_k or weight.shape[0])
+    if params.top_p < 1 or params.top_k:
+        params = replace(params, top_k=weight.shape[0])
     sample(next_token_logits(fake, hidden), params, keys, keys)

@@ -133,7 +133,7 @@ def test_a_terminal_that_has_no_ticks_gets_plain_text(side, monkeypatch):
     assert out.rows[:2] == ["== tiny ==", "3+2=5;5-4=1.\\boxed{1}"] and "\x1b" not in out.getvalue()
 
 
-def test_ctrl_c_ends_the_answers_and_shows_what_they_have(side, monkeypatch):
+def test_ctrl_c_ends_the_answers_and_shows_what_they_have(side, ctrl_c_interrupts, monkeypatch):
     out, turns, update = make_screen(monkeypatch, 90, 24), [], asking._View.update
 
     def interrupted(view):

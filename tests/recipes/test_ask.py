@@ -88,7 +88,7 @@ def test_a_conversation_asks_again_grades_forgets_and_ends(recipe, monkeypatch, 
     assert "7+1" not in said
 
 
-def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(recipe, monkeypatch, capsys):
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(recipe, ctrl_c_interrupts, monkeypatch, capsys):
     turns, update = [], asking._View.update
 
     def interrupted(view):
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(recipe, monkeypatch,
 
 
 def test_ctrl_c_in_the_answer_to_one_question_shows_what_there_is_with_status_130(
-    recipe, monkeypatch, capsys
+    recipe, ctrl_c_interrupts, monkeypatch, capsys
 ):
     monkeypatch.setattr(asking._View, "update", lambda view: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as ended:

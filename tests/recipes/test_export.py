@@ -59,7 +59,7 @@ def test_a_copy_that_answers_otherwise_is_seen(tmp_path, monkeypatch, capsys):
             model.model.norm.weight.neg_()
         return write_gguf(path, model, *rest, **how)
 
-    monkeypatch.setattr(export, "write_gguf", write_another)
+    monkeypatch.setattr("kit.models.gguf_file.write_gguf", write_another)
     export.main(settings(model="tiny", gguf="f16", check=5, out=str(tmp_path / "out")))
     said = capsys.readouterr().out
     assert "the folder: 5 of 5 the same" in said

@@ -206,7 +206,7 @@ def test_a_card_too_small_for_a_model_is_told_before_any_download(tmp_path):
     )
     assert done.returncode == 2
     assert (
-        "gpu_gb is 0.5 and desktop_gb 0.7 but sampling one answer of tiny" in done.stderr
+        "gpu_gb is 0.5 and desktop_gb 0.7 but sampling from tiny, 1 answer of up to" in done.stderr
         and "largest owners are" in done.stderr
     )
 

@@ -257,7 +257,8 @@ def test_verdicts_and_rewards_of_a_log_are_escaped_like_its_texts():
         "finished": True,
         "tokens": 3,
         "verdict": '"><script>x',
-        "reward": "<b>",
+        "reward": 1.0,
+        "rewards": {"<b>": 1.0, "other": 0.0},
     }
     for shown in (answer("before", "mine", row), rl._answer(row)):
         assert "<script>" not in shown and "<b>" not in shown

@@ -162,7 +162,7 @@ def test_a_run_writes_metrics_samples_model_and_report_and_is_not_repeated(tmp_p
     assert re.fullmatch(line, log.out.splitlines()[1])
     assert re.fullmatch(rf"GRPO: 2 of 2 steps in 0:\d\d:\d\d; reward {number}, [\d,]+ tokens/s\n", log.err)
     names = {path.name for path in (tmp_path / "run").iterdir()} - {"checkpoints"}
-    assert names == {".lock", "config.json", "metrics.jsonl", "rollouts.jsonl", "model"}
+    assert names == {".lock", "config.json", "machine.json", "metrics.jsonl", "rollouts.jsonl", "model"}
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0].keys() >= {
         "reward_mean", "reward_std", "reward: correctness",

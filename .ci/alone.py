@@ -13,7 +13,9 @@ from tempfile import TemporaryDirectory
 
 PACKAGES = ["torch", "triton.language", "sympy", "pytest", "bitsandbytes"]
 PACKAGES += ["transformers.models.auto.tokenization_auto"]
-PACKAGES += [f"transformers.models.{family}.modeling_{family}" for family in ("gemma3", "llama", "qwen2")]
+PACKAGES += [
+    f"transformers.models.{family}.modeling_{family}" for family in ("gemma3", "llama", "qwen2", "qwen3")
+]
 EVERY_TEST_IS_SLOW = 5  # pytest's exit status if it selected none
 
 

@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import sys
 import textwrap
 import typing
@@ -165,9 +166,16 @@ def parse(
             near = difflib.get_close_matches(typed.replace("-", "_").replace("__", "--", 1), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "--help all lists the flags"
             parser.exit(2, f"error: there is no {typed}; {hint}\n")
+    words = getattr(config_class, WORDS, "")
+    for word, before in zip(argv, ["", *argv], strict=False):
+        if words and re.match(r"-[\d.]", word) and not before.startswith("-"):
+            parser.exit(2, f"error: {word!r} looks like a flag; pass --{words}={word}\n")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     if words := given.pop(WORDS, None):
-        given[config_class.WORDS] = " ".join(words)
+        name, words = config_class.WORDS, " ".join(words)
+        if name in given:
+            parser.exit(2, f"error: {name} is {given[name]!r} and also {words!r}; pass one of them\n")
+        given[name] = words
 
     for flag in flags:  # the presets are looked up by one of them
         if flag.name in given:

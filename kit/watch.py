@@ -112,18 +112,22 @@ def flat(figures: Mapping[str, object]) -> dict[str, float]:
     return found
 
 
-def make_tracker(name: str, run: Path) -> NoTracker | Guarded:
-    """Return the tracker of a run.
-
-    Raises ValueError with the pip command if its package is missing, and if it cannot start, such as without
-    a login.
-    """
-    if not name:
-        return NoTracker()
-    if not ((found := find_spec(name)) and found.origin):  # a folder of that name is not the package
+def check_tracker(name: str) -> None:
+    """Raise ValueError with the pip command if the tracker's package is missing."""
+    if name and not ((found := find_spec(name)) and found.origin):  # a folder of that name is no package
         raise ValueError(
             f"--log {name} needs {name}, which is not installed; run {sys.executable} -m pip install {name}"
         )
+
+
+def make_tracker(name: str, run: Path) -> NoTracker | Guarded:
+    """Return the tracker of a run.
+
+    Raises ValueError as check_tracker does, and if it cannot start, such as without a login.
+    """
+    check_tracker(name)
+    if not name:
+        return NoTracker()
     try:
         return Guarded(name, TensorBoard(run) if name == "tensorboard" else Service(name, run))
     except Exception as error:  # whatever its package raises

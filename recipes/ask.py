@@ -36,7 +36,7 @@ from kit.data.toy import TEMPLATE, read_chain
 from kit.machine import GIB, free_memory, one_thread_if_small, require_gpu
 from kit.paper import INSTRUCTION
 from kit.terminal import visible
-from kit.valley.models_of_run import Found, models_of, settings_of_model
+from kit.valley.models_of_run import Found, models_of
 
 if TYPE_CHECKING:
     from kit.evaluate.asking import Side
@@ -54,7 +54,7 @@ class Config(Checked):
     device: str = ""  # "" = the card if there is one [cuda | cpu]
     attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
     # prompt
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
+    chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = as measured
     instruction: str = "auto"  # line below every question; auto: as the model was measured; "" = none
     history: bool = False  # show the models the conversation so far, which no evaluation does
     # answers
@@ -124,9 +124,8 @@ def check_memory(found: Sequence[Found], config: Config) -> None:
 
 def needed(name: str, max_new_tokens: int, *, on_card: bool) -> int:
     """Return the bytes of a model's weights and of the cache of one answer."""
-    folder = models.loading.path_of(name)
-    has_adapters = (folder / models.folder.ADAPTER_CONFIG).is_file()
-    rank = models.folder.adapter_rank(name) if has_adapters and models.folder.trained_on_nf4(folder) else 0
+    models.loading.path_of(name)  # a name of nothing is refused with what to pass
+    rank = models.folder.adapter_ranks(name)["qlora_rank"]
     fake, _ = memory.simulate.fake_model(models.loading.load_config(name), rank)
     weights = sum(weight.numel() * weight.element_size() for weight in fake.parameters())
     tokens = min(max_new_tokens, models.backbone.context_length(fake))
@@ -142,8 +141,9 @@ def load(found: Found, config: Config) -> Side:
     instruction = config.instruction
     if instruction == "auto":
         default = "" if tokenizer.chat_template == TEMPLATE else INSTRUCTION
-        instruction = settings_of_model(found.name).get("instruction", default)
-    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=instruction)
+        instruction = default if found.instruction is None else found.instruction
+    template = config.chat_template or found.chat_template
+    chat = data.ChatFormat(tokenizer, model, template=template, instruction=instruction)
     size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:,.1f} M parameters"
     below = f"below each question: {instruction}" if instruction else "no instruction"
     print(visible(f"model  {found.title} ({size}; {below})"))
@@ -187,7 +187,7 @@ def converse(sides: Sequence[Side], config: Config) -> None:
         with contextlib.suppress(ImportError):  # absent on Windows, whose console edits lines itself
             import readline  # noqa: F401  (input() has arrow keys and a history with it)
         print("Type a question, /help for more; Ctrl-C ends an answer, Ctrl-D the conversation.")
-    question, asked = "", {}  # asked: question -> how often
+    question, asked, lengths = "", {}, []  # asked: question -> how often; lengths: of the histories before it
     while True:
         try:
             line = input("> " if typed else "").strip()
@@ -208,10 +208,11 @@ def converse(sides: Sequence[Side], config: Config) -> None:
                 print(visible(f"{side.title}: {graded(side.text, rest.strip())}"))
         elif (word == "/again" and question) or (line and not line.startswith("/")):
             if word == "/again":
-                for side in sides:
-                    del side.history[-1:]  # the answer to the same question
+                for side, length in zip(sides, lengths, strict=True):
+                    del side.history[length:]  # the answer to the same question, if there was one
             else:
                 question = line
+            lengths = [len(side.history) for side in sides]
             sample = asked[question] = asked.get(question, -1) + 1
             try:
                 put(sides, question, config, sample=sample)

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 
 from kit import data, evaluate, memory, models, report
 from kit.command import clean_up_if_refused, start
-from kit.command_line import command_of, shell_word
+from kit.command_line import command_of, shell_word, started_as
 from kit.config import Checked
 from kit.data.problems import Question
 from kit.disk import check_space, publish, scratch_beside
 from kit.evaluate.results import read_results
 from kit.extras import require
-from kit.machine import GIB, one_thread_if_small
+from kit.machine import GIB, one_thread_if_small, require_gpu
 from kit.models.shipped import SHIPPED
 from kit.paper import INSTRUCTION
 from kit.run import AFTER, BEFORE, CONFIG, read_json
@@ -45,7 +45,7 @@ class Config(Checked):
     # model
     model: str = ""  # run folder, model folder, folder of adapters, hub id, .gguf file, or "tiny"
     dtype: str = "auto"  # of the folder's weights; auto: as the model's or its base's [auto | bf16 | fp32]
-    chat_template: str = ""  # a Jinja file, "plain" for base models, or a name of the model's; "" = its own
+    chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     # what is written
     gguf: str = ""  # also a GGUF file with matrices of this kind; "" = none [q8_0 | f16 | bf16]
     temperature: float = 0.6  # in Ollama's Modelfile [0 | 0.001..1000]
@@ -90,6 +90,8 @@ def main(config: Config) -> Path:
         needed += models.gguf_file.file_bytes(num_weights, config.gguf)
     check_space(out, needed, f"{source.name} with {num_weights:,} weights")
     questions, instruction = find_questions(config, source)
+    if config.device == "cuda":
+        require_gpu("cuda", "the export", {f"{started_as()} --device auto": "here, on the CPU"})
     device = models.loading.default_device() if config.device == "auto" else config.device
     print(f"model       {source.model}: {num_weights:,} weights, {needed / GIB:.2f} GiB to write")
 
@@ -217,15 +219,15 @@ def is_run(path: Path) -> bool:
 def check_finished(run: Path, settings: dict) -> None:
     """Raise ValueError, with the command to type, unless the run has its model and all its figures."""
     study = run.resolve().parent.parent
-    if (study / STUDY).is_file():
-        word, resumed = ("sweep" if "preset" in read_json(study / CONFIG) else "demo"), study
-    elif "group_size" in settings or "num_traces" in settings:
-        word, resumed = ("grpo" if "group_size" in settings else "finetune"), run
-    else:
+    if "group_size" not in settings and "num_traces" not in settings:
         raise ValueError(
-            f"{run} is an evaluation, which trains nothing; pass the model that it measured: "
+            f"{run} only samples and measures, and trains nothing; pass the model that it measured: "
             f"--model {settings.get('model')}"
         )
+    if (study / STUDY).is_file():
+        word, resumed = ("sweep" if "preset" in read_json(study / CONFIG) else "demo"), study
+    else:
+        word, resumed = ("grpo" if "group_size" in settings else "finetune"), run
     before, after = (read_results(run / stage) for stage in (BEFORE, AFTER))
     missing = [name for name in before if name not in after or len(after[name].rows) < len(before[name].rows)]
     if not (run / "model").is_dir() or missing:

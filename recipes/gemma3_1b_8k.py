@@ -98,7 +98,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
     savings.check_rows(config.batch_traces)
-    data.mixtures.check_mixture(config.long_share, config.short_traces)
+    data.mixtures.check_mixture(config.long_share, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     what = f"{config.model} at {config.row_tokens:,} tokens"
@@ -171,7 +171,9 @@ def main(config: Config) -> None:
         flags = ("--preset", "evening", "--plan", "--gpu_gb", "12")
         finish(page, "what an evening on a card takes", started_as(), *flags)
     else:
-        words = (command_of("grpo"), "--model", str(trained), "--device", config.device)
+        words = [command_of("grpo"), "--model", str(trained), "--device", config.device]
+        if any(config.ranks.values()):
+            words += ["--kl_coef", "0"]  # the reference of trained adapters would be their base
         finish(page, "reinforcement learning from this model", *words)
 
 
@@ -271,7 +273,7 @@ def copy_baseline(config: Config, model, chat, benchmarks, run: RunFolder):
         Path(config.baseline),
         wanted,
         model=config.model,
-        quantised=bool(config.qlora_rank or config.lora_rank),
+        adapted=bool(config.qlora_rank or config.lora_rank),
         folder=run.path / BEFORE,
     )
     print(f"before      taken from {config.baseline}")

@@ -58,14 +58,12 @@ class Config(ModelSettings, RunSettings):
     max_bad_rows: int = 20  # without problem or answer, and left out; more stop the run [>= 0]
     # answers
     num_samples: int = 8  # answers per problem [1..10000]
-    first: str = (
-        "sampled"  # which right answer is trained on: the first of these [sampled | shortest | longest]
-    )
+    first: str = "sampled"  # right answer, to be trained on: the first one [sampled | shortest | longest]
     temperature: float = 0.6  # 0 = greedy: one answer per problem will do [0 | 0.001..1000]
     top_p: float = 0.95  # 1 = off [> 0, <= 1]
     top_k: int = 0  # 0 = off [>= 0]
     max_new_tokens: int = 16_384  # tokens per answer; a longer one is not kept [>= 1]
-    num_slots: int = 16  # answers sampled at once; changes the speed only [>= 1]
+    num_slots: int = 0  # answers sampled at once; changes the speed only; 0 = what memory holds [>= 0]
     # run
     seed: int = 0  # of the problems and the answers [>= 0]
     smoke: bool = False  # tiny model, toy problems, CPU, seconds

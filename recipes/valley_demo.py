@@ -40,7 +40,7 @@ from kit.models.shipped import SHIPPED
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
 from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
-from kit.watch import WatchSettings
+from kit.watch import WatchSettings, check_tracker
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,7 @@ def recipes_of(config: Config, data: Path) -> Recipes:
 @clean_up_if_refused
 def main(config: Config) -> Path:
     study, workers = study_of(config), workers_of("cpu", "", config.workers)
+    check_tracker(config.log)
     for model, _ in study.models:
         if model not in SHIPPED and not Path(model).is_dir():
             raise ValueError(

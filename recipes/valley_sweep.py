@@ -38,8 +38,18 @@ from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import write_json
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, run_study
-from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_models, parse_numbers, ranks_of
-from kit.watch import WatchSettings
+from kit.valley.study import (
+    ARMS,
+    FIXED_BATCH,
+    FULL,
+    Cell,
+    Study,
+    parse_models,
+    parse_numbers,
+    ranks_of,
+    short_name,
+)
+from kit.watch import WatchSettings, check_tracker
 
 
 @dataclass(frozen=True)
@@ -183,17 +193,25 @@ def check_before_hours(config: Config, study: Study) -> None:
     """Raise ValueError for what a run would refuse only when its turn comes."""
     for model, _ in study.models:
         models.loading.path_of(model)
+    check_tracker(config.log)
     recipe = grpo_qwen2_5_0_5b
     try:
-        parse(recipe.Config, shlex.split(config.rl_flags), smoke=recipe.SMOKE, presets=recipe.PRESETS)
+        flags = parse(recipe.Config, shlex.split(config.rl_flags), smoke=recipe.SMOKE, presets=recipe.PRESETS)
     except ValueError as error:
         raise ValueError(f"rl_flags is {config.rl_flags!r}, and in it {error}") from error
+    adapted = [model for model, methods in study.models if {*methods} - {FULL} and model in study.compared]
+    if adapted and flags.kl_coef and {*starts_of(config, study)} - {"0"}:
+        raise ValueError(
+            f"rl_sizes is {config.rl_sizes} and kl_coef {flags.kl_coef:g}, but {short_name(adapted[0])} is "
+            'trained with adapters, and their base would be the reference; pass --rl_flags="--kl_coef 0"'
+        )
 
 
 @clean_up_if_refused
 def main(config: Config) -> Path | None:
     study = study_of(config)
-    data.mixtures.check_mixture(min(ARMS[arm].long_share for arm in study.arms), config.short_traces)
+    least = min(ARMS[arm].long_share for arm in study.arms)
+    data.mixtures.check_mixture(least, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     what = {

@@ -208,3 +208,16 @@ def test_one_setting_may_be_typed_without_its_flag_among_the_others():
     assert parse(Asking, []) == Asking()
     with pytest.raises(SystemExit):
         parse(Child, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["a", "--model", "b"], "error: model is 'b' and also 'a'; pass one of them\n"),
+        (["-3+4?"], "error: '-3+4?' looks like a flag; pass --model=-3+4?\n"),
+    ],
+)
+def test_words_that_cannot_be_meant_so_are_refused_with_what_to_type(typed, said, capsys):
+    with pytest.raises(SystemExit):
+        parse(Asking, typed)
+    assert capsys.readouterr().err == said

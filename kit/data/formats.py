@@ -199,7 +199,8 @@ def check_columns(source: str, row: dict, columns: Mapping[str, str]) -> None:
             f"--columns names {', '.join(absent)} but the first row of {source} has the columns "
             f"{', '.join(row)}; name some of these"
         )
-    if len(row) > 1 and not columns and format_of(row) is None:  # one column has no other to be named
+    named = {name: "" if value is None else value for name, value in row.items()}  # a null is a bad row's
+    if len(row) > 1 and not columns and format_of(named) is None:  # one column has no other to be named
         names = (
             "OpenR1",
             "problem, trace, answer",

@@ -28,14 +28,22 @@ class TooLong(NamedTuple):
     rewritten: int = 0  # documents in which earlier answers carry no loss: see ChatFormat.conversation
 
 
-def check_mixture(long_share: float, short_traces: str) -> None:
-    """Raise ValueError for a share outside 0..1, and for short traces that no problem would get."""
+def check_mixture(long_share: float, short_traces: str, columns: str = "") -> None:
+    """Raise ValueError for a share outside 0..1, and for a mixture without short traces or without a use.
+
+    columns: the setting, which names the only columns of a row; "" = the data's own.
+    """
     if not 0 <= long_share <= 1:
         raise ValueError(f"long_share is {long_share} but must be in 0..1; pass 1 for long traces alone")
     if short_traces and long_share == 1:
         raise ValueError(
             f"short_traces is {short_traces} but long_share is 1, so no problem would get a short one; pass "
             "--long_share 0.25 for a quarter of long ones, or leave --short_traces out"
+        )
+    if long_share < 1 and columns and not short_traces and "solution=" not in columns.replace(" ", ""):
+        raise ValueError(
+            f"long_share is {long_share:g} but columns is {columns!r}, which names no short solution; add "
+            "solution=COLUMN to it, or pass --short_traces"
         )
 
 

@@ -16,14 +16,14 @@ def take_baseline(
     wanted: Sequence[tuple[Benchmark, dict]],
     *,
     model: str,
-    quantised: bool,
+    adapted: bool,
     folder: Path,
 ) -> dict[str, Result]:
     """Copy the samples of a finished run of recipes/evaluate.py into `folder`. Return benchmark -> result.
 
     wanted: the benchmarks, each with the header (kit.evaluate.measure.header_of) that this run's own
-    evaluation would have. quantised: the run's model is an NF4 copy, so its weights differ from the
-    baseline's, and the model is compared by its name `model` instead of by its weights.
+    evaluation would have. adapted: the run's model has adapters, maybe on an NF4 copy, so its weights are
+    not the baseline's, and the model is compared by its name `model` instead of by its weights.
     Raises ValueError if the baseline is of another model, prompt, decoding or version, lacks a benchmark, or
     is unfinished.
     """
@@ -34,7 +34,7 @@ def take_baseline(
             "pass a run folder of recipes/evaluate.py"
         )
     measured = read_json(stored).get("model")
-    if quantised and measured != model:
+    if adapted and measured != model:
         raise ValueError(
             f"baseline {baseline} measured {measured} but this run is of {model}; pass a baseline of {model}"
         )
@@ -48,7 +48,7 @@ def take_baseline(
                 f"baseline {baseline} holds no samples of {benchmark.name}; pass one that measured it"
             )
 
-        there = result.header | ({"model": header["model"]} if quantised else {})
+        there = result.header | ({"model": header["model"]} if adapted else {})
         other = [key for key in {**header, **there} if there.get(key) != header.get(key)]
         changed = [f"{key} was {there.get(key)!r}, is {header.get(key)!r}" for key in other]
         if "questions" in other:

@@ -1,7 +1,8 @@
 """The phases of a run, sampling and training. They alternate, so a card needs the larger.
 
 Sampling holds what lasts beside it, the KV cache, and a step that reads prompts or draws tokens. The step is
-what the sampler computes, on fake tensors; the cache is a product of sizes (cache_bytes).
+what the sampler computes in torch's operators, on fake tensors: the kernels of a card hold less. The cache is
+a product of sizes (cache_bytes).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class RunPlan:
     at: Sampling  # an evaluation's, or a rollout's
     num_slots: int  # answers at once
     run: Run | None = None  # that this is the plan of
+    is_flexible: bool = False  # the run samples fewer answers at once if the card holds fewer
 
     @property
     def sampling(self) -> Plan:
@@ -51,7 +53,9 @@ class RunPlan:
 
     @property
     def larger(self) -> Plan:
-        return max(filter(None, (self.update, self.sampling)), key=lambda phase: phase.peak)
+        """The phase that decides whether a card is large enough."""
+        sampling = self.at(1) if self.is_flexible else self.sampling
+        return max(filter(None, (self.update, sampling)), key=lambda phase: phase.peak)
 
     @property
     def host(self) -> int:
@@ -80,9 +84,10 @@ class RunPlan:
 
         for gb in CARDS:
             gib = gb - desktop_gb
-            if not self.sampling.fits(gib) and (self.update is None or self.update.fits(gib)):
-                slots = most_slots(self.at, gib, self.num_slots)
-                lines += [f"  with --num_slots {slots} sampling fits {gb} GB, too"] if slots else []
+            trains = self.update is None or self.update.fits(gib)
+            if trains and not self.sampling.fits(gib) and (slots := most_slots(self.at, gib, self.num_slots)):
+                on = f"{gb} GB: {slots} answers at once" if self.is_flexible else ""
+                lines.append(f"  {on or f'with --num_slots {slots} sampling fits {gb} GB, too'}")
         return "\n".join(lines)
 
     def switches(self, max_grad_norm: float) -> dict:
@@ -160,11 +165,12 @@ class MeasuredRun(Run):
 
     def simulate(self, savings: Savings) -> RunPlan:
         num_slots = self.num_slots or min(USUAL_SLOTS, self.num_samples)
+        sampling = {"at": self.at, "num_slots": num_slots, "run": self, "is_flexible": not self.num_slots}
         if not self.row_tokens:
-            return RunPlan(None, self.at, num_slots, self)
+            return RunPlan(None, **sampling)
         rows = 1 if savings.update_in_backward else self.rows
         sizes = {"row_tokens": self.row_tokens, "rows": rows} | self.ranks
-        return RunPlan(plan(self.model, savings=savings, **sizes), self.at, num_slots, self)
+        return RunPlan(plan(self.model, savings=savings, **sizes), **sampling)
 
     def smaller(self) -> Iterator[list[dict]]:
         shorter = range((self.row_tokens - 1) // SHORTER, 0, -1)

@@ -104,7 +104,8 @@ def plan_run(run: Run, card: PlanSettings, savings: Savings | None = None) -> Ru
             f"are {one.largest_owners()}; pass a smaller {smaller}, or a larger card"
         )
     found = choose(run, card) if run.row_tokens else run.simulate(Savings())
-    return replace(found, num_slots=most_slots(found.at, card.room, min(run.num_samples, MOST_SLOTS)))
+    slots = most_slots(found.at, card.room, min(run.num_samples, MOST_SLOTS))
+    return replace(found, num_slots=slots, is_flexible=False)
 
 
 def choose(run: Run, card: PlanSettings) -> RunPlan:

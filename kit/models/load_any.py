@@ -49,7 +49,7 @@ def load_to_train(
     same on the weights as they are.
 
     where: device, dtype and attention, as for `load`. Raises ValueError as `load` does, and for adapters that
-    the kit did not train: a checkpoint cannot store that their base is not NF4.
+    the kit did not train.
     """
     if qlora_rank and lora_rank:
         raise ValueError(f"qlora_rank is {qlora_rank} and lora_rank {lora_rank}; pass one of them")

@@ -115,7 +115,7 @@ def load_rewards(names: str, shipped: Path) -> tuple[dict[str, Reward], list[Pat
             modules[path] = _run_file(path)
         rewards_there = [key for key, value in vars(modules[path]).items() if _is_own(value, modules[path])]
         reward = getattr(modules[path], name, None)
-        if not callable(reward):
+        if not callable(reward) or isinstance(reward, type):
             near = difflib.get_close_matches(name, rewards_there, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(rewards_there) or 'none'}"
             hint += "" if file else f" ({OWN})"

@@ -12,10 +12,12 @@ from kit.valley.study import Cell, short_name
 
 
 class Found(NamedTuple):
-    """A model, and what it is called beside others."""
+    """A model, what it is called beside others, and how it was asked when it was measured."""
 
     name: str  # as kit.models.load takes it
     title: str
+    instruction: str | None = None  # None: not known
+    chat_template: str = ""  # "" = the model's own
 
 
 def models_of(name: str) -> list[Found]:
@@ -30,7 +32,7 @@ def models_of(name: str) -> list[Found]:
         return _of_study(folder)
     settings = settings_of(folder)
     if "model" not in settings:
-        return [Found(name, name)]
+        return [Found(name, name, settings_of_model(name).get("instruction"))]
     if not (folder / "model").is_dir():
         raise ValueError(
             f"{folder} has no model/ yet: the run has not ended, or it only measures; pass a model, "
@@ -38,7 +40,13 @@ def models_of(name: str) -> list[Found]:
         )
     made = f"after {kept_traces(folder):,} traces" if kept_traces(folder) else "after training"
     base = settings["model"]
-    return [Found(base, f"{base}, before"), Found(str(folder / "model"), f"{short_name(base)}, {made}")]
+    before = Found(base, f"{base}, before", *how_asked(settings))
+    return [before, Found(str(folder / "model"), f"{short_name(base)}, {made}", settings["instruction"])]
+
+
+def how_asked(settings: dict) -> tuple[str | None, str]:
+    """Return a base model's instruction and chat template; a trained model has its template saved."""
+    return settings.get("instruction"), settings.get("chat_template", "")
 
 
 def settings_of(folder: Path) -> dict:
@@ -59,9 +67,13 @@ def _of_study(folder: Path) -> list[Found]:
     cells = [Cell(**row) for row in read_json(folder / STUDY)["cells"]]
     first = min((cell.seed for cell in cells), default=0)
     cells = [cell for cell in cells if cell.seed == first]
-    found = [Found(name, f"{short_name(name)}, base model") for name in dict.fromkeys(c.model for c in cells)]
+    baselines = {cell.model: settings_of(folder / CELLS / cell.baseline) for cell in cells}
+    found = [
+        Found(name, f"{short_name(name)}, base model", *how_asked(settings))
+        for name, settings in baselines.items()
+    ]
     for cell in cells:
         if (model := folder / CELLS / cell.name / "model").is_dir():
             title = f"{short_name(cell.model)}, {cell.num_traces:,} {cell.curve}"
-            found.append(Found(str(model), title))
+            found.append(Found(str(model), title, settings_of_model(str(model)).get("instruction")))
     return found

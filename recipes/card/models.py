@@ -54,6 +54,8 @@ def model_config(name: str, *, small: bool = False, **changes) -> PreTrainedConf
     settings = json.loads((CONFIGS / f"{name.replace('/', '--')}.json").read_text(encoding="utf-8"))
     if small:
         settings |= {key: value for key, value in SMALL.items() if key in settings}
+        if kinds := settings.get("layer_types"):  # of each layer: the last ones have both kinds
+            settings["layer_types"] = kinds[-settings["num_hidden_layers"] :]
         settings["initializer_range"] = 0.075  # narrow layers then compute numbers as large as wide ones do
     return AutoConfig.for_model(**settings | changes)
 

@@ -83,6 +83,15 @@ def test_a_format_is_recognised_by_its_columns_and_named(tmp_path, name, suffix)
     assert counts.noted == ({} if checked else {UNCHECKED: len(rows)}) and not counts.dropped
 
 
+def test_a_null_in_the_first_row_is_a_bad_row_and_hides_no_format(tmp_path):
+    rows = [
+        {"problem": "x", "trace": None, "answer": "5"},
+        {"problem": "2+3?", "trace": "\\boxed{5}", "answer": "5"},
+    ]
+    traces, counts = read(tmp_path / "a.jsonl", rows, max_bad_rows=1)
+    assert [trace.problem for trace in traces] == ["2+3?"] and len(counts.bad_rows) == 1
+
+
 def test_the_formats_of_a_mixed_file_are_counted_and_a_problem_is_kept_once_whatever_its_format(tmp_path):
     rows = [row for pairs in FORMATS.values() for row, _ in pairs]
     traces, counts = read(tmp_path / "a.jsonl", rows)
@@ -176,7 +185,6 @@ def test_a_turn_with_half_a_surrogate_pair_is_a_malformed_row(tmp_path):
         ({"id": 1, "Question": "1+1?", "model_output": "2"}, "problem=Question,trace=COLUMN"),
         ({"a": "1+1?", "b": "2"}, "problem=COLUMN,trace=COLUMN"),
         ({"question": "1+1?", "answer": "2"}, "problem=question,trace=answer"),
-        ({"messages": None, "text": "1+1?"}, "problem=COLUMN,trace=COLUMN"),
     ],
 )
 def test_unknown_columns_are_refused_in_one_line_with_the_columns_that_would_help(tmp_path, row, guess):

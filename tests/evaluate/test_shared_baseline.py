@@ -30,9 +30,9 @@ def make_baseline(path, *, header=(), model="org/model", missing=0):
     return path
 
 
-def take(path, *, header=HEADER, model="org/model", quantised=False, benchmark=TOY):
+def take(path, *, header=HEADER, model="org/model", adapted=False, benchmark=TOY):
     folder = path.parent / "run" / "before"
-    return take_baseline(path, [(benchmark, header)], model=model, quantised=quantised, folder=folder)
+    return take_baseline(path, [(benchmark, header)], model=model, adapted=adapted, folder=folder)
 
 
 def test_a_baseline_with_the_same_settings_is_copied_and_read(tmp_path):
@@ -69,11 +69,11 @@ def test_a_file_of_questions_that_has_changed_is_named(tmp_path):
 def test_a_quantised_model_is_compared_by_its_name_and_everything_else_as_ever(tmp_path):
     path = make_baseline(tmp_path / "baseline")
     quantised = HEADER | {"model": "of NF4"}
-    assert take(path, header=quantised, quantised=True)["toy"].accuracy == 1.0
+    assert take(path, header=quantised, adapted=True)["toy"].accuracy == 1.0
     with pytest.raises(ValueError, match="measured org/model but this run is of org/other"):
-        take(path, header=quantised, quantised=True, model="org/other")
+        take(path, header=quantised, adapted=True, model="org/other")
     with pytest.raises(ValueError, match=r"temperature was 0\.6, is 1\.0"):
-        take(path, header=quantised | {"temperature": 1.0}, quantised=True)
+        take(path, header=quantised | {"temperature": 1.0}, adapted=True)
     with pytest.raises(ValueError, match="model was 'abc', is 'of NF4'"):
         take(path, header=quantised)
 

@@ -185,3 +185,10 @@ def test_shorter_answers_are_no_way_out_for_a_card_that_the_weights_alone_fill()
 def test_slots_that_a_run_will_choose_are_planned_as_the_usual_number(small_model):  # noqa: F811
     assert plan_run(measured(small_model, num_slots=0), ALONE).num_slots == USUAL_SLOTS
     assert plan_run(measured(small_model, num_slots=0, num_samples=7), ALONE).num_slots == 7
+
+
+def test_a_run_that_chooses_its_slots_fits_where_one_answer_fits():
+    update = of_size(6.0)
+    asked, flexible = (RunPlan(update, with_slots, 16, is_flexible=on) for on in (False, True))
+    assert not asked.fits(7.0) and flexible.fits(7.0) and flexible.larger is update
+    assert "8 GB: 7 answers at once" in flexible.describe(0.0) and "--num_slots" not in flexible.describe(0.0)

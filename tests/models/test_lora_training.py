@@ -3,7 +3,9 @@
 import contextlib
 import json
 
+import ask
 import gemma3_1b_8k
+import grpo_qwen2_5_0_5b
 import pytest
 import torch
 from conftest import FAMILIES, random_documents
@@ -181,7 +183,7 @@ def test_a_planned_step_holds_the_bytes_of_a_real_one():
             )
             qlora.add_adapters(model, base="", rank=4, nf4=False)
             batch = fake_batch(300) if fake else real_batch(300)
-            peaks.append(measure(model, Savings(tile_tokens=100), batch, steps=2).peak)
+            peaks.append(measure(model, Savings(tile_tokens=100), batch, rows=2).peak)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
@@ -191,3 +193,15 @@ def test_no_speed_that_was_measured_with_qlora_is_taken_for_lora(tmp_path, monke
     monkeypatch.setattr("kit.memory.hours.Speed.measured", lambda *_: "measured")
     found = [training_speed(MODEL, LEAN, 16, 1024, nf4=nf4, card="3060") for nf4 in (True, False)]
     assert found[0] == "measured" and found[1] != "measured"
+
+
+@pytest.mark.parametrize("kind", ["qlora_rank", "lora_rank"])
+def test_recipes_that_take_a_folder_of_adapters_know_which_they_are(kind, tmp_path):
+    model, tokenizer = models.load_to_train("tiny", device="cpu", **{kind: 4})
+    models.folder.save_model(tmp_path, model, tokenizer)
+    assert adapter_ranks(str(tmp_path))[kind] == 4
+    small, large = (ask.needed(name, 64, on_card=True) for name in (str(tmp_path), "tiny"))
+    assert 0 < small <= large * (1 if kind == "qlora_rank" else 1.5)
+    config = grpo_qwen2_5_0_5b.Config(model=str(tmp_path), device="cpu", kl_coef=0.01)
+    with pytest.raises(ValueError, match=r"kl_coef is 0\.01 but .* trained: .* pass --kl_coef 0, or start"):
+        grpo_qwen2_5_0_5b.main(config)

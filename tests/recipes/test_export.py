@@ -135,7 +135,7 @@ def test_what_is_no_model_is_refused_with_what_to_pass(tmp_path):
     (study / "study.json").write_text("{}")
     for path, fault in {
         "": "pass --model and a run folder",
-        evaluation: "an evaluation, which trains nothing; .* --model google/gemma-3-1b-it",
+        evaluation: "only samples and measures, and trains nothing; .* --model google/gemma-3-1b-it",
         study: "pass one of its folders, such as .*long 64",
         empty: "neither a run nor a model",
         "./nowhere": "nothing is there",

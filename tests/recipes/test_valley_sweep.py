@@ -270,3 +270,24 @@ def test_the_plan_is_printed_and_written_without_a_gpu_or_a_run_folder(recipe, m
         assert text in printed
     assert [row["num_traces"] for row in json.loads((tmp_path / "plan.json").read_text())] == [8_000, 220_000]
     assert not (tmp_path / "runs").exists()
+
+
+def test_reinforcement_learning_from_adapters_is_refused_before_the_first_run(recipe):
+    settings = {"models": "tiny=qlora", "sizes": "4", "control_sizes": "", "device": "cpu"}
+    with pytest.raises(ValueError, match=r"rl_sizes is 4 and kl_coef .* tiny is trained with adapters"):
+        recipe.main(recipe.Config(**settings, rl_sizes="4"))
+    study = recipe.study_of(recipe.Config(**settings))
+    for allowed in ({"rl_sizes": "0"}, {"rl_sizes": "4", "rl_flags": "--kl_coef 0"}, {}):
+        recipe.check_before_hours(recipe.Config(**settings, **allowed), study)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_first_run(recipe, monkeypatch):
+    monkeypatch.setattr("kit.watch.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--log wandb needs wandb, which is not installed"):
+        recipe.main(recipe.Config(models="tiny", sizes="4", device="cpu", log="wandb"))
+
+
+def test_a_mixture_whose_columns_name_no_short_solution_is_refused(recipe):
+    settings = {"models": "tiny", "sizes": "4", "device": "cpu", "arms": "long,mixed"}
+    with pytest.raises(ValueError, match="which names no short solution; add solution=COLUMN"):
+        recipe.main(recipe.Config(**settings, columns="problem=q,trace=r"))

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from kit.valley.models_of_run import models_of, settings_of_model
+from kit.valley.models_of_run import Found, models_of, settings_of_model
 from kit.valley.study import Cell
 
 
@@ -17,19 +17,24 @@ def write(path, **value):
 def test_a_name_stands_for_itself_unless_it_is_a_runs_folder(tmp_path):
     write(tmp_path / "model" / "config.json", model_type="llama")
     for name in ("tiny", "google/gemma-3-1b-it", str(tmp_path / "model"), str(tmp_path)):
-        assert models_of(name) == [(name, name)]
+        assert models_of(name) == [Found(name, name)]
         assert settings_of_model(name) == {}
 
 
 def test_a_fine_tuning_run_stands_for_both_sides(tmp_path):
     run = tmp_path / "001"
-    write(run / "config.json", model="org/base", instruction="Think.")
+    write(run / "config.json", model="org/base", instruction="Think.", chat_template="plain")
     with pytest.raises(ValueError, match=r"001 has no model/ yet"):
         models_of(str(run))
     write(run / "model" / "config.json", model_type="llama")
     write(run / "drop_counts.json", kept=1_234)
     made = str(run / "model")
-    assert models_of(str(run)) == [("org/base", "org/base, before"), (made, "base, after 1,234 traces")]
+    before, after = models_of(
+        str(run)
+    )  # the base is asked as it was measured; a trained model has its template
+    assert before == Found("org/base", "org/base, before", "Think.", "plain")
+    assert after == Found(made, "base, after 1,234 traces", "Think.", "")
+    assert models_of(made) == [Found(made, made, "Think.", "")]
     assert settings_of_model(made)["instruction"] == "Think."
     (run / "checkpoints" / "step_3").mkdir(parents=True)
     assert settings_of_model(str(run / "checkpoints" / "step_3"))["instruction"] == "Think."
@@ -42,6 +47,7 @@ def test_a_study_stands_for_its_base_models_and_all_that_are_trained_with_the_fi
         for size, arm in ((16, "long"), (64, "long"), (64, "short"))
     ]
     write(tmp_path / "study.json", cells=[asdict(cell) for cell in cells])
+    write(tmp_path / "cells" / "tiny-full-0-seed2" / "config.json", model="tiny", instruction="Add.")
     for cell in cells:
         if cell.arm != "short":
             write(tmp_path / "cells" / cell.name / "model" / "config.json", model_type="llama")
@@ -51,6 +57,7 @@ def test_a_study_stands_for_its_base_models_and_all_that_are_trained_with_the_fi
         "tiny, 16 long traces",
         "tiny, 64 long traces",
     ]
+    assert found[0].instruction == "Add."
     assert [model.name for model in found][:2] == [
         "tiny",
         str(tmp_path / "cells" / "tiny-full-16-seed2" / "model"),

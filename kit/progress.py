@@ -22,6 +22,7 @@ LINE_EVERY = 60.0  # seconds between two lines in a log
 REFRESH_EVERY = 1.0  # seconds between two updates of the text beside a bar
 Item = TypeVar("Item")
 _running: list[Progress] = []  # the outermost loop first
+_drawing = threading.Lock()  # held while bars are drawn
 
 
 class Progress:
@@ -73,10 +74,11 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        _running.remove(self)
-        if self.bar is not None:
-            self.bar.set_postfix_str(self.text, refresh=False)
-            self.bar.close()
+        with _drawing:  # or the thread would draw a bar again that has ended
+            _running.remove(self)
+            if self.bar is not None:
+                self.bar.set_postfix_str(self.text, refresh=False)
+                self.bar.close()
         if not _running:
             self.ended.set()
             self.thread.join()
@@ -113,10 +115,11 @@ class Progress:
 
 def show() -> None:
     """Update the text beside every bar, or write one line about all loops that are running."""
-    loops = list(_running)
-    for loop in loops:
-        if loop.bar is not None:
-            loop.bar.set_postfix_str(loop.text)
+    with _drawing:
+        loops = list(_running)
+        for loop in loops:
+            if loop.bar is not None:
+                loop.bar.set_postfix_str(loop.text)
     if lines := [loop.line(loop.rest()) for loop in loops if loop.bar is None]:
         _log(" | ".join(lines))
 

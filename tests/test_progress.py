@@ -239,3 +239,26 @@ def test_it_imports_nothing_that_takes_time():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert loaded.isdisjoint({"torch", "tqdm", "numpy", "transformers"}) and "kit" in loaded
+
+
+def test_a_bar_that_has_ended_is_not_drawn_again_by_the_thread_that_refreshes_it():
+    class Bar:
+        def __init__(self):
+            self.begun, self.is_closed, self.drawn_when_closed = threading.Event(), threading.Event(), []
+
+        def set_postfix_str(self, text, refresh=True):
+            if refresh:  # by the thread
+                self.begun.set()
+                self.drawn_when_closed.append(self.is_closed.wait(0.2))
+
+        def close(self):
+            self.is_closed.set()
+
+    loop = progress.Progress("training", "steps", 3)
+    with loop:
+        loop.bar = bar = Bar()
+        thread = threading.Thread(target=progress.show)
+        thread.start()
+        assert bar.begun.wait(10)
+    thread.join()
+    assert bar.is_closed.is_set() and bar.drawn_when_closed == [False]

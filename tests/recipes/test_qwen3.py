@@ -41,7 +41,7 @@ def run(recipe, *flags, cwd):
 def test_it_is_planned_trained_on_thoughts_and_measured_before_and_after(folder, rank):
     flags = [
         "--model=./model", "--traces=t.jsonl", "--benchmarks=mine=q.jsonl", *FEW, "--num_traces=0",
-        "--row_tokens=200", "--lr=0.03", "--epochs=3", "--tile_tokens=7", f"--qlora_rank={rank}", "--out=run",
+        "--row_tokens=200", "--lr=3e-3", "--epochs=3", "--tile_tokens=7", f"--qlora_rank={rank}", "--out=run",
     ]  # fmt: skip
     if not rank:
         assert "(simulated)" in run("gemma3_1b_8k", *flags, "--plan", cwd=folder)

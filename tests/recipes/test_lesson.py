@@ -61,4 +61,4 @@ def test_the_lesson_runs_its_checks_refuse_the_stubs_and_accept_the_teachers_sol
     assert "lowest: " in first and "rechecks per step of your traces: 0.00" in second
     pictures = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs]
     assert any("image/png" in output.get("data", {}) for output in pictures)
-    assert any("mark class=wrong" in output.get("data", {}).get("text/html", "") for output in pictures)
+    assert any("mark class=right" in output.get("data", {}).get("text/html", "") for output in pictures)

@@ -194,12 +194,7 @@ def main(config: Config) -> None:
             f"weaken is {config.weaken:g} but adapters of rank {rank} are trained, which are saved with the "
             "name of their base, which is then loaded without the noise; pass --weaken 0"
         )
-    if config.kl_coef and any(models.folder.adapter_ranks(config.model).values()):
-        raise ValueError(
-            f"kl_coef is {config.kl_coef:g} but {config.model} holds adapters that have been trained: the "
-            "reference would be their base, not the model that this training starts from; pass --kl_coef 0, "
-            f"or start from what {command_of('export')} writes"
-        )
+    config.check_reference(adapters_are_trained=any(models.folder.adapter_ranks(config.model).values()))
     if config.benchmarks:
         evaluate.benchmarks.find_benchmarks(config.benchmarks)  # a wrong name, before a minute's plan
     rewards, files = rl.load_rewards(config.reward, REWARDS)

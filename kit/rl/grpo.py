@@ -80,16 +80,12 @@ class Policy:
         self.drawn = 0  # the position in the data, and a part of every sample's random stream
         check_savings(self.savings)
 
+        trained = any(p.any() for name, p in model.named_parameters() if ".lora_B." in name)
+        settings.check_reference(adapters_are_trained=trained)
+
         self.frozen = None  # a copy of the model as training starts; new adapters have their base instead
-        has_adapters = hasattr(model, "peft_config")
-        if settings.uses_reference and not has_adapters:
+        if settings.uses_reference and not hasattr(model, "peft_config"):
             self.frozen = copy.deepcopy(model).requires_grad_(False).eval()
-        elif settings.uses_reference and any(p.any() for n, p in model.named_parameters() if ".lora_B." in n):
-            raise ValueError(
-                f"kl_coef is {settings.kl_coef:g} but the adapters have been trained already: the reference "
-                "would be their base, not the model that this training starts from; pass --kl_coef 0, or "
-                "start from what recipes/export.py writes"
-            )
 
         optimization = {"lr": lr, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
         self.training_step = TrainingStep(model, self.savings, **optimization, seed=settings.seed)

@@ -41,6 +41,15 @@ class Settings(Checked):
                 f"tokens; pass --row_tokens {longest}"
             )
 
+    def check_reference(self, *, adapters_are_trained: bool) -> None:
+        """Raise ValueError if the reference would not be the model that training starts from."""
+        if self.uses_reference and adapters_are_trained:
+            raise ValueError(
+                f"kl_coef is {self.kl_coef:g} but the adapters have been trained already: the reference "
+                "would be their base, not the model that this training starts from; pass --kl_coef 0, or "
+                "start from what recipes/export.py writes"
+            )
+
     @property
     def uses_reference(self) -> bool:
         return self.kl_coef > 0

@@ -203,5 +203,7 @@ def test_recipes_that_take_a_folder_of_adapters_know_which_they_are(kind, tmp_pa
     small, large = (ask.needed(name, 64, on_card=True) for name in (str(tmp_path), "tiny"))
     assert 0 < small <= large * (1 if kind == "qlora_rank" else 1.5)
     config = grpo_qwen2_5_0_5b.Config(model=str(tmp_path), device="cpu", kl_coef=0.01)
-    with pytest.raises(ValueError, match=r"kl_coef is 0\.01 but .* trained: .* pass --kl_coef 0, or start"):
+    with pytest.raises(
+        ValueError, match=r"kl_coef is 0\.01 but .* trained already: .* pass --kl_coef 0, or start"
+    ):
         grpo_qwen2_5_0_5b.main(config)

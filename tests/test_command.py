@@ -162,6 +162,7 @@ def interrupt(child: Child, journal: Path, lines: int) -> None:
 TRAINING = ["--smoke", "--num_traces", "64", "--epochs", "2", "--num_questions", "2", "--num_samples", "1"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_training_writes_a_checkpoint_and_resume_alone_goes_on(tmp_path):
     run = tmp_path / "runs" / "gemma3_1b_8k" / "001"
     child = start_recipe("gemma3_1b_8k", *TRAINING, "--max_new_tokens", "16", cwd=tmp_path)

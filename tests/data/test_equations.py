@@ -88,6 +88,7 @@ def test_an_expression_has_a_value_or_is_refused():
 BOUND = 30.0  # seconds: text that is read without bounds takes minutes, and a busy machine is slow
 
 
+@pytest.mark.slow
 def test_hostile_text_is_bounded():
     texts = [prediction for _, prediction in HOSTILE]
     texts += [

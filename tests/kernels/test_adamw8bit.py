@@ -171,6 +171,7 @@ def test_weight_and_rest_are_the_bits_of_an_fp32_weight_after_the_same_gradients
     assert not p.float().equal(truth)  # the rest is needed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRET, reason="6 million updates; the kernel's bits are the torch path's")
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_at_the_learning_rate_of_rl_rounding_is_as_large_as_the_move_and_with_a_rest_it_is_nothing(mean):

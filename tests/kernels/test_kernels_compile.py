@@ -196,6 +196,7 @@ def test_ptx_is_read_right():
     assert compiled.loads == {16: 3, 2: 1} and compiled.tensor_core == {"mma.sync": 1}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_command_prints_one_card_and_writes_json(tmp_path):
     flags = ["--card", "75", "--kernel", "cross_entropy._forward", "--json", str(tmp_path / "x")]

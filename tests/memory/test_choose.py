@@ -138,6 +138,7 @@ def test_what_changes_the_update_is_given_up_one_by_one_and_its_price_is_told(
     assert "price" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tiles_are_the_widest_that_fit(tmp_path, monkeypatch):
     """A narrow tile launches many small kernels."""
     small_model = make_model(tmp_path, num_hidden_layers=1, intermediate_size=4_096, vocab_size=300)

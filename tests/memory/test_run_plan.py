@@ -96,6 +96,7 @@ def test_for_a_card_as_many_slots_are_chosen_as_fit_and_no_more_than_there_are_s
         plan_run(measured(small_model), replace(ALONE, gpu_gb="0.5"))
 
 
+@pytest.mark.slow
 def test_what_a_desktop_uses_is_taken_from_the_card_and_said(small_model, capsys):  # noqa: F811
     found = RunPlan(None, lambda slots: of_size(6.9), 1)
     alone, shared = (PlanSettings(gpu_gb="8", desktop_gb=desktop_gb) for desktop_gb in (0.0, 0.7))

@@ -180,6 +180,7 @@ def test_a_planned_qlora_step_holds_the_bytes_of_a_real_one():
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_supported_model_names_its_owners():
     model, savings = "Qwen/Qwen2.5-0.5B-Instruct", Savings(optimizer="adamw8bit", tile_tokens=2048)
     found = plan(model, row_tokens=4096, savings=savings)

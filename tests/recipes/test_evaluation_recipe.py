@@ -46,6 +46,7 @@ def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
     assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
 
 
+@pytest.mark.slow
 def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
     for out, flags in (("a", []), ("b", ["--seed", "1"])):
         done = run_recipe("evaluate", *QUICK, "--out", out, *flags, cwd=tmp_path)

@@ -55,6 +55,7 @@ def test_the_plan_for_a_card_prints_flags_that_give_the_same_plan_again(adapters
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_card_too_small_is_refused_before_any_download_or_folder(model, tmp_path):
     done = run_recipe("grpo_qwen2_5_0_5b", "--gpu_gb", "0.5", *small(model), cwd=tmp_path)
     assert done.returncode == 2

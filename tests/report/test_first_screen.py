@@ -87,10 +87,20 @@ def parts_of(page):
     return screen, [screen.index(mark) for mark in marks]
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The report of a run of each kind."""
+    found = {}
+    for write in KINDS:
+        path = tmp_path_factory.mktemp(write.__name__)
+        write(path)
+        found[write] = write_report(path).read_text()
+    return found
+
+
 @pytest.mark.parametrize(("write", "outcome"), [*zip(KINDS, OUTCOMES, strict=True)])
-def test_every_report_opens_with_two_sentences_then_the_pair_then_the_figure(write, outcome, tmp_path):
-    write(tmp_path)
-    page = write_report(tmp_path).read_text()
+def test_every_report_opens_with_two_sentences_then_the_pair_then_the_figure(write, outcome, pages):
+    page = pages[write]
     screen, places = parts_of(page)
     assert page.index("</h1>") < page.index("<section id=first-screen>") < page.index("</section>")
     assert "<table" not in page.partition("</section>")[0]
@@ -118,12 +128,11 @@ def test_what_models_and_files_hold_is_escaped_and_the_page_needs_no_other_file(
         assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-@pytest.mark.parametrize("write", KINDS)
-def test_figures_have_a_version_for_a_phone_and_tables_scroll_in_their_own_box(write, tmp_path):
-    write(tmp_path)
-    page = write_report(tmp_path).read_text()
-    assert page.count("<img ") == page.count(f'<source media="(max-width: {NARROW}px)" srcset="data:') > 0
-    assert page.count("<table>") == page.count("<div class=wide><table>") > 0
+def test_figures_have_a_version_for_a_phone_and_tables_scroll_in_their_own_box(pages):
+    for page in pages.values():
+        source = f'<source media="(max-width: {NARROW}px)" srcset="data:'
+        assert page.count("<img ") == page.count(source) > 0
+        assert page.count("<table>") == page.count("<div class=wide><table>") > 0
 
 
 @pytest.mark.parametrize("write", KINDS)
@@ -201,13 +210,12 @@ def test_intervals_end_where_shares_do():
     assert " to 100.0) of 1 questions" in str(Result("toy", (sample("a", True),)))
 
 
-@pytest.mark.parametrize("write", KINDS)
-def test_no_interval_on_the_page_leaves_0_to_100_percent(write, tmp_path):
-    write(tmp_path)
-    page = write_report(tmp_path).read_text().replace("&nbsp;", " ")
-    ranges = re.findall(r"([+-]?\d+\.\d) to ([+-]?\d+\.\d)", page)
-    assert ranges and all(-100 <= float(low) <= float(high) <= 100 for low, high in ranges)
-    assert not re.search(r"\d % ±", page)
+def test_no_interval_on_the_page_leaves_0_to_100_percent(pages):
+    for page in pages.values():
+        page = page.replace("&nbsp;", " ")
+        ranges = re.findall(r"([+-]?\d+\.\d) to ([+-]?\d+\.\d)", page)
+        assert ranges and all(-100 <= float(low) <= float(high) <= 100 for low, high in ranges)
+        assert not re.search(r"\d % ±", page)
 
 
 def curve(*shares):
@@ -233,6 +241,7 @@ def test_curves_begin_at_the_base_model_and_bands_stay_within_0_and_100(narrow):
     assert list(stars.get_xdata()) == [0, 32_000]
 
 
+@pytest.mark.slow
 def test_after_smoke_the_sentence_says_that_quick_shows_the_climb(tmp_path):
     hint = "recipes/valley_demo.py --quick"
     for name, settings, told in (

@@ -145,6 +145,7 @@ def gib(found):
     return found.total / GIB
 
 
+@pytest.mark.slow
 def test_a_large_card_gets_the_fastest_settings_and_exactly_as_many_answers_as_fit(small_model):
     fastest = ladder_steps(small_model)[0]
     many = simulate(small_model, settings=replace(SHORT, num_slots=300), savings=fastest, **PROMPT)

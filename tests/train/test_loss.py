@@ -44,6 +44,7 @@ def test_the_recipe_counts_tokens_after_the_end_of_thinking_twice_in_each_docume
     torch.testing.assert_close(found, (losses * expected).sum() * 0.25)
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_a_model_and_the_readme_shows_its_loss(tmp_path):
     done = run_recipe("change_the_loss", "--num_traces", "12", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -279,6 +279,7 @@ def test_a_report_of_a_study_that_has_only_begun_can_be_written_and_a_folder_wit
         write_report(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_path):
     def lines(levels):
         path = make_study(tmp_path / str(levels), study(), {TABLE: [0.1, 0.5, 0.5]}, rl=levels)

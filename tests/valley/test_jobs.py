@@ -214,6 +214,7 @@ def run_one(recipe, folder):
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these settings are glibc's")
 def test_freed_memory_stays_with_a_run_and_its_environment_is_that_of_the_study(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
@@ -232,6 +233,7 @@ def run_two(recipe, go):
     run([job(recipe, "first"), job(recipe, "second", wait_for=go)], recipe.parent)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(recipe, tmp_path):
     go, alive = tmp_path / "go", tmp_path / "runs" / "second" / "alive"
     study = call(__file__, "run_two", str(recipe), str(go))

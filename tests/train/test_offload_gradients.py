@@ -64,9 +64,11 @@ def assert_same_bits(found, expected):
     assert not different
 
 
-@pytest.mark.parametrize(("tied", "max_grad_norm"), [(False, 1e-3), (True, 0.0), (True, 1e6)])
+@pytest.mark.parametrize(
+    ("family", "tied", "max_grad_norm"),
+    [*((family, False, 1e-3) for family in FAMILIES), ("llama", True, 0.0), ("gemma3", True, 1e6)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_several_rows_give_the_bits_of_gradients_that_stay_beside_the_weights(
     family, dtype, tied, max_grad_norm
 ):
@@ -82,16 +84,15 @@ def test_several_rows_give_the_bits_of_gradients_that_stay_beside_the_weights(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "changes"),
+    ("family", "dtype", "changes"),
     [
-        (torch.float32, {}),
-        (torch.bfloat16, {}),
-        (torch.bfloat16, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}),
-        (torch.bfloat16, {"exact_weights": True}),
+        *((family, torch.bfloat16, {}) for family in FAMILIES),
+        ("llama", torch.float32, {}),
+        ("gemma3", torch.bfloat16, {"recompute": False, "tile_tokens": 0, "offload_inputs": False}),
+        ("qwen2", torch.bfloat16, {"exact_weights": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_every_other_saving_composes_with_it_bit_by_bit(family, dtype, changes):
     settings = {**OTHERS, "optimizer": "adamw8bit", "offload_optimizer": True} | changes
     plain, ours = (
@@ -117,8 +118,7 @@ def test_adapters_on_nf4_weights_train_to_the_same_bits():
 @pytest.mark.parametrize(
     "savings", [{}, {"offload_gradients": True}, {**OTHERS, "offload_gradients": True}], ids=str
 )
-@pytest.mark.parametrize("where", ["loss", "backward"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "where"), [(True, "loss"), (False, "backward"), (True, "backward")])
 def test_a_step_that_stops_half_way_leaves_nothing_to_the_next_one(tied, where, savings):
     """It stops in its third row: at the loss, or when two of four layers have their gradients."""
     expected = trained(start(make("llama", torch.bfloat16, tied=tied), Savings(**savings)))

@@ -24,6 +24,11 @@ def require(what: str, *packages: str) -> None:
         )
 
 
+def require_for_adapters(*, nf4: bool) -> None:
+    """Raise ValueError as `require` does. nf4: for adapters on weights in NF4, which need bitsandbytes."""
+    require(*(("qlora_rank", "bitsandbytes", "peft") if nf4 else ("lora_rank", "peft")))
+
+
 def _requirement(package: str) -> str:
     """Return what pip installs, in quotes: the kit's own range of versions if the kit was installed."""
     name = "triton-windows" if (package, sys.platform) == ("triton", "win32") else package

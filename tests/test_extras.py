@@ -31,6 +31,7 @@ for call in (
     lambda: load_config("m.gguf"),
     lambda: models.load("./adapters", device="cpu"),
     lambda: models.load_to_train("tiny", qlora_rank=4, device="cpu"),
+    lambda: models.load_to_train("tiny", lora_rank=4, device="cpu"),
     lambda: memory.plan("tiny", row_tokens=64, qlora_rank=4),
     lambda: list(read_rows("owner/name", BadRows(0))),
     lambda: list(read_rows("t.parquet", BadRows(0))),
@@ -61,6 +62,7 @@ def test_without_the_extra_every_feature_names_what_it_lacks(tmp_path):
         "m.gguf, a GGUF file, needs gguf and accelerate",
         "./adapters, a folder of adapters, needs peft",
         "qlora_rank needs bitsandbytes and peft",
+        "lora_rank needs peft",
         "qlora_rank needs bitsandbytes and peft",
         "owner/name, a data set on the hub, needs datasets",
         "t.parquet, a .parquet file, needs pyarrow",
@@ -87,6 +89,44 @@ def test_without_the_extra_a_plain_model_is_planned_trained_and_evaluated(comman
     )
     done = python(code, path=[ROOT, site], cwd=tmp_path, flags=["-S"])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+LORA = """
+import pathlib, sys, torch
+from kit import memory, models
+from kit.models.merge import merge
+from kit.packing import Document, PackedBatch
+from kit.train.savings import Savings
+from kit.train.step import TrainingStep
+
+batch = PackedBatch.build([Document(torch.arange(20), 3)])
+model, tokenizer = models.load_to_train("tiny", lora_rank=2, device="cpu")
+before = models.hidden_states(model, batch)
+TrainingStep(model, Savings(), lr=0.1)([batch])
+models.folder.save_model(pathlib.Path("adapters"), model, tokenizer)
+again, _ = models.load("adapters", device="cpu")
+trained = models.hidden_states(model, batch)
+assert torch.equal(models.hidden_states(again, batch), trained) and not torch.equal(before, trained)
+merge(again, torch.float32)
+assert memory.plan("tiny", row_tokens=64, lora_rank=2).lora_rank == 2
+assert not {"bitsandbytes", "triton"} & sys.modules.keys()
+for call in (
+    lambda: models.load_to_train("tiny", qlora_rank=2, device="cpu"),
+    lambda: memory.plan("tiny", row_tokens=64, qlora_rank=2),
+):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_lora_in_16_bits_needs_no_bitsandbytes_and_qlora_says_what_to_install(tmp_path):
+    site = without({"triton", "bitsandbytes"}, tmp_path / "site")
+    done = python(LORA, path=[ROOT, site], cwd=tmp_path, flags=["-S"])
+    told = r'qlora_rank needs bitsandbytes, which is not installed; run .* install "bitsandbytes.*" or .*'
+    assert re.fullmatch(rf"({told}\n){{2}}", done.stdout), done.stdout + done.stderr
 
 
 # what Python reads first: two packages that are found and cannot be loaded, such as of another system

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kit.config import as_flags
-from kit.extras import require
+from kit.extras import require_for_adapters
 from kit.machine import CONTEXT, GIB
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
@@ -112,9 +112,10 @@ def fake_model(
 ) -> tuple[PreTrainedModel, FakeTensorMode]:
     """Return (the bf16 model that training would load, on fake tensors; their mode)."""
     if qlora_rank or lora_rank:  # imported outside of the mode, in which their tensors would be fake for good
-        require("qlora_rank" if qlora_rank else "lora_rank", "bitsandbytes", "peft")
-        from kit.models.nf4 import simulate_quantised_decoder
+        require_for_adapters(nf4=bool(qlora_rank))
         from kit.models.qlora import add_adapters
+    if qlora_rank:
+        from kit.models.nf4 import simulate_quantised_decoder
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:

@@ -42,6 +42,10 @@ def base_kind(folder: Path) -> str:
         ) from error
 
 
+def is_in_nf4(model) -> bool:
+    return any(tensor.dtype == torch.uint8 for tensor in model.parameters())  # two weights per byte
+
+
 def save_model(path: Path, model, tokenizer) -> None:
     """Write a model, or its adapters alone if it has any, as a Hugging Face folder, replacing what is there.
 
@@ -57,8 +61,7 @@ def _write_model(path: Path, model, tokenizer) -> Path:
     if _adapter_config(model):
         _adapter_config(model).save_pretrained(str(scratch))
         weights = {name: tensor.detach().contiguous() for name, tensor in _adapter_weights(model).items()}
-        in_nf4 = any(tensor.dtype == torch.uint8 for tensor in model.parameters())  # two weights per byte
-        metadata = {"format": "pt", "base": NF4 if in_nf4 else PLAIN}
+        metadata = {"format": "pt", "base": NF4 if is_in_nf4(model) else PLAIN}
         save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=metadata)
     else:
         model.save_pretrained(scratch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kit.extras import require
+from kit.extras import require, require_for_adapters
 from kit.models.folder import ADAPTER_CONFIG
 from kit.models.loading import default_device, default_dtype, load_plain, path_of
 
@@ -61,7 +61,7 @@ def load_to_train(
                 "further; merge them with peft's merge_and_unload and train the result"
             )
         return model, tokenizer
-    require("qlora_rank" if qlora_rank else "lora_rank", "bitsandbytes", "peft")
-    from kit.models import qlora  # bitsandbytes and peft take seconds to import
+    require_for_adapters(nf4=bool(qlora_rank))
+    from kit.models import qlora  # peft takes seconds to import
 
     return qlora.load(name, rank=qlora_rank or lora_rank, nf4=bool(qlora_rank), seed=seed, **where)

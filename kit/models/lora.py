@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.extras import require
-from kit.models import loading
+from kit.models import loading, qlora
 from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NF4, base_kind
 from kit.models.weights import check_finite
 
@@ -47,8 +47,6 @@ def load(
     if kind := base_kind(folder):
         if kind == NF4:
             require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
-        from kit.models import qlora  # bitsandbytes takes seconds to import
-
         model, tokenizer = qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
         return model, _own_tokenizer(folder) or tokenizer
     base = _base(folder)

@@ -15,8 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kit.models import qlora
-from kit.models.folder import ADAPTER
-from kit.models.nf4 import NF4Linear
+from kit.models.folder import ADAPTER, is_in_nf4
 
 
 @torch.no_grad()
@@ -26,7 +25,7 @@ def merge(model: PreTrainedModel, dtype: torch.dtype) -> None:
     The sum is computed in fp32 and rounded once, to dtype. If the head or the embedding alone has
     changed, the two are no longer tied.
     """
-    if any(isinstance(module, NF4Linear) for module in model.modules()):
+    if is_in_nf4(model):
         qlora.merge(model, dtype)
         return
     model.to("cpu", torch.float32)

@@ -32,7 +32,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kit.models import loading
 from kit.models.attention import attention_name
 from kit.models.folder import ADAPTER, ADAPTER_CONFIG, NF4, base_kind, load_weights
-from kit.models.nf4 import NF4Linear, quantise_decoder
 from kit.models.shipped import SHIPPED
 
 RANK = 16
@@ -64,6 +63,8 @@ def load(
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)
     if nf4:
+        from kit.models.nf4 import quantise_decoder  # imports bitsandbytes, which LoRA does without
+
         model, tokenizer = loading.load_plain(path, device=torch.device("cpu"), dtype=dtype, attention="kit")
         quantise_decoder(model, device)
         model.set_attn_implementation(attention_name(attention, model.config, device=device, dtype=dtype))
@@ -91,6 +92,8 @@ def add_adapters(
     """
     if rank < 1:
         raise ValueError(f"rank is {rank} but an adapter has at least one row; pass rank >= 1")
+    if nf4:
+        from kit.models.nf4 import NF4Linear  # as in load
     kind = NF4Linear if nf4 else nn.Linear
     layers = [name for name, module in model.model.named_modules() if type(module) is kind]
     names = sorted({name.rsplit(".", 1)[-1] for name in layers})

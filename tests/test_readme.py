@@ -12,7 +12,9 @@ from children import RECIPES
 from kit.config import parse
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, BENCH = (
+    (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "recipes/bench/README.md")
+)
 BLOCKS = re.findall(r"^```(?:sh|bash)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 COMMANDS = [
     shlex.split(command, comments=True)
@@ -22,6 +24,11 @@ COMMANDS = [
     if command.split("#")[0].strip()
 ]
 STARTED = [words for words in COMMANDS if any(word.startswith("recipes/") for word in words)]
+# within a sentence or a table; GB stands for a number
+INLINE = [
+    shlex.split(re.sub(r"\bGB\b", "12", command))
+    for command in sorted({*re.findall(r"`((?:\S*python )?recipes/\S+\.py[^`\n]*)`", README + BENCH)})
+]
 # the commands at the head of a recipe; what each does stands behind two spaces or more
 HEADS = [
     shlex.split(re.split(r" {2,}", line.strip())[0])
@@ -42,7 +49,7 @@ def test_the_readme_opens_with_one_sentence_and_two_commands():
 
 
 def test_there_are_recipe_commands_to_check():
-    assert len(STARTED) >= 3
+    assert len(STARTED) >= 3 and len(INLINE) >= 20
 
 
 def test_every_recipe_names_its_command_and_each_command_stands_on_a_line_of_its_own():
@@ -50,7 +57,7 @@ def test_every_recipe_names_its_command_and_each_command_stands_on_a_line_of_its
     assert not [words for words in HEADS if words[0] != "python" or "python" in words[1:]]
 
 
-@pytest.mark.parametrize("words", [*STARTED, *HEADS], ids=" ".join)
+@pytest.mark.parametrize("words", [*STARTED, *INLINE, *HEADS], ids=" ".join)
 def test_every_recipe_command_parses_against_the_recipes_own_flags(words, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))  # before recipes/bench, which pytest adds, too
     position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
@@ -71,9 +78,9 @@ def test_every_module_command_names_a_module_that_exists(words):
 
 
 def test_every_file_the_readme_links_to_exists():
-    for page in ("README.md", "recipes/bench/README.md"):
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+    for text, folder in ((README, ROOT), (BENCH, ROOT / "recipes" / "bench")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert target.startswith("https://") or folder.joinpath(target).exists(), target
 
 
 def test_the_readme_fits_two_screens_and_the_reading_path_an_afternoon():

@@ -57,9 +57,14 @@ def read_prompts(source: str, bad: BadRows, *, levels: str = "") -> list[Questio
             found.append(question)
 
     if not found:
-        wanted = levels or "any"
+        first = f"; the first bad row: {bad.found[0]}" if bad.found else ""
+        if levels:
+            raise ValueError(
+                f"{source} has {num_rows} rows but no prompt of levels {levels}; pass another file or "
+                f"--levels{first}"
+            )
         raise ValueError(
-            f"{source} has {num_rows} rows but no prompt of levels {wanted}; pass another file or --levels"
+            f"{source} has no row with a problem and its answer, such as {EXAMPLE}; pass another file{first}"
         )
     return found
 

@@ -50,6 +50,15 @@ def test_a_file_of_another_shape_says_what_it_has(tmp_path):
         read_prompts(source, BadRows(0))
 
 
+def test_a_file_without_answers_is_refused_with_a_row_that_would_do_and_what_its_first_row_lacks(tmp_path):
+    source = write(tmp_path / "p.jsonl", [{"problem": "2+3?"}, {"problem": "1?"}])
+    with pytest.raises(
+        ValueError, match=r'such as \{"problem": .*; the first bad row: .*:1: .*answer'
+    ) as refused:
+        read_prompts(source, BadRows(5))
+    assert "levels" not in str(refused.value)
+
+
 @pytest.mark.parametrize("levels", ["4", "4-1", "easy"])
 def test_malformed_levels_are_refused(levels, tmp_path):
     source = write(tmp_path / "p.jsonl", [{"problem": "1", "answer": "1"}])

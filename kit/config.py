@@ -28,7 +28,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import TypeVar
@@ -148,9 +148,9 @@ def parse(
     name them.
 
     With --resume, the settings are those of the run in --out, or of the newest one, before the other flags
-    are applied. Exits with status 2 and one line for an unknown flag (naming the nearest), a missing value or
-    a value of the wrong type. --help shows the usual flags, and --help all shows every one. Raises ValueError
-    for a value that is not allowed, on the command line or in the run, and if there is no run to resume.
+    are applied. Exits with status 2 and one line for an unknown flag (naming the nearest) or a missing value.
+    --help shows the usual flags, and --help all shows every one. Raises ValueError for a value that is not
+    allowed, on the command line or in the run, and if there is no run to resume.
     """
     argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
     flags = flags_of(config_class)
@@ -197,12 +197,25 @@ def parse(
 
 # Flags that most people need: --help shows the first MOST_SHOWN that a recipe has
 USUAL = (
-    "preset", "model", "models", "traces", "num_traces", "arms", "sizes", "prompts", "only", "gpu_gb", "plan",
-    "quick", "smoke", "resume", "benchmarks", "compare", "out", "question", "beside", "gold", "history",
-    "temperature", "max_new_tokens",
+    "preset", "model", "models", "traces", "num_traces", "arms", "sizes", "prompts", "problems", "gguf",
+    "only", "gpu_gb", "plan", "quick", "smoke", "resume", "benchmarks", "compare", "out", "question",
+    "beside", "gold", "history", "temperature", "max_new_tokens",
 )  # fmt: skip
 MOST_SHOWN = 8
 WORDS = "WORDS"  # attribute of a Config: the name of the setting that is typed without a flag
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def _read(kind: type, text: str):
+    """Return text as a value of a kind, or as it is, for Flag.check to refuse with what the setting means."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> argparse.ArgumentParser:
@@ -212,7 +225,7 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
     shown = flags if everything or len(flags) <= MOST_SHOWN else usual
     more = f"; --help all lists {len(flags)}" if len(shown) < len(flags) else ""
     about, script = sys.modules[config_class.__module__].__doc__ or "", recipe_name(config_class)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=started_as(),
         usage=f"%(prog)s [flags]{more}; --traceback shows where an error comes from",
         description=about.replace(f"python recipes/{script}.py", started_as()),
@@ -234,7 +247,7 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
             options["help"] = argparse.SUPPRESS
             group.add_argument(f"--no_{flag.name}", action="store_false", **options)
         elif kind in (int, float, str):
-            group.add_argument(flag.word, type=kind, metavar=kind.__name__, **options)
+            group.add_argument(flag.word, type=partial(_read, kind), metavar=kind.__name__, **options)
         else:
             raise TypeError(
                 f"{config_class.__name__}.{flag.name} is a {kind}; a flag is a bool, int, float or str"

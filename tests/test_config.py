@@ -62,8 +62,7 @@ def test_smoke_comes_first_and_flags_override_it_in_any_order():
     [
         (["--row_token", "1"], "did you mean --row_tokens"),
         (["--row-tokens", "1"], "did you mean --row_tokens"),
-        (["--row_tokens", "many"], "invalid int value: 'many'"),
-        (["--row_tokens"], "expected one argument"),
+        (["--row_tokens"], "error: argument --row_tokens: expected one argument; --help lists the flags\n"),
         (["--zzzz"], "--help all lists the flags"),
         (["stray"], "unrecognized arguments: stray"),
     ],
@@ -73,6 +72,15 @@ def test_a_mistyped_flag_is_refused_with_the_next_step(argv, message, capsys):
         parse(Config, argv)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_word_for_a_number_is_refused_in_one_line_that_says_what_the_setting_is():
+    with pytest.raises(
+        ValueError, match=r"^row_tokens is 'many' but must be a whole number \(tokens a pack\)$"
+    ):
+        parse(Config, ["--row_tokens", "many"])
+    with pytest.raises(ValueError, match=r"^lr is 'low' but must be a number "):
+        parse(Config, ["--lr", "low"])
 
 
 def test_help_shows_each_lines_comment_and_default(capsys):

@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 class Config(Checked):
     WORDS = "question"  # typed without its flag
 
-    question: str = ""  # "" = a conversation
+    question: str = ""  # what to ask; "" = a conversation
     # models
     model: str = "tiny"  # hub id, folder (of a model, adapters, a run or a study), .gguf file, or "tiny"
-    beside: str = ""  # more of them, comma-separated, to be shown beside it; "" = none
-    titles: str = ""  # ask those with one of these, comma-separated, in their title; "" = all
+    beside: str = ""  # more models, comma-separated, shown beside it; "" = none
+    titles: str = ""  # only models whose title has one of these, comma-separated; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
-    attention: str = "auto"  # auto: flash-attn if it is able, else kit [auto | kit | flash-attn | torch]
+    attention: str = "auto"  # auto: flash-attn where it can, else kit [auto | kit | flash-attn | torch]
     # prompt
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = as measured
     instruction: str = "auto"  # line below every question; auto: as the model was measured; "" = none

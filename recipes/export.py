@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 class Config(Checked):
     # model
     model: str = ""  # run folder, model folder, folder of adapters, hub id, .gguf file, or "tiny"
-    dtype: str = "auto"  # of the folder's weights; auto: as the model's or its base's [auto | bf16 | fp32]
+    dtype: str = "auto"  # type of the written weights; auto: the model's or its base's [auto | bf16 | fp32]
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     # what is written
     gguf: str = ""  # also a GGUF file with matrices of this kind; "" = none [q8_0 | f16 | bf16]

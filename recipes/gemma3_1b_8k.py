@@ -47,29 +47,29 @@ class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanS
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
     # data
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
-    columns: str = ""  # of another format, as problem=question,trace=response; "" = kit/data/formats.py's
-    num_traces: int = 8_000  # problems, one trace each, up to so many; 0 = all [>= 0]
+    columns: str = ""  # names in another format, such as problem=question,trace=response; "" = known ones
+    num_traces: int = 8_000  # traces at most, one per problem; 0 = all [>= 0]
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped [>= 1]
-    verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
-    long_share: float = 1.0  # of the problems that keep their long trace; the others get a short one [0..1]
-    short_traces: str = ""  # where those are, as for traces; "" = the data set's own `solution`
-    shuffle: bool = True  # a random order, keyed by seed; off: the first num_traces of the file
+    verify: str = "llama"  # keep traces that Math-Verify accepts, it or Llama, or all [math | llama | none]
+    long_share: float = 1.0  # share of problems with a long trace; the others get a short one [0..1]
+    short_traces: str = ""  # short traces, read like traces; "" = the data set's own `solution`
+    shuffle: bool = True  # a random order of problems, keyed by seed; off: the first num_traces of the file
     max_bad_rows: int = 20  # malformed rows that are listed and left out; more stop the run [>= 0]
-    cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces; "" = no cache
+    cache_dir: str = "~/.cache/through-the-valley"  # folder of tokenised traces; "" = no cache
     # optimisation: the paper's Table 2 (AdamW, cosine)
     epochs: int = 4  # passes over the traces [1..1000]
     batch_traces: int = 8  # traces per optimizer step, on average [>= 1]
     lr: float = 5e-5  # peak learning rate [> 0, <= 1]
     warmup_ratio: float = 0.05  # share of the steps; 0 = none [0..1]
-    beta2: float = 0.999  # of AdamW, torch's default; the paper does not state it [>= 0, < 1]
-    weight_decay: float = 0.0  # 0 = none; the paper does not state it [>= 0]
-    max_grad_norm: float = 1.0  # global norm; 0 = no clipping; the paper does not state it [>= 0]
-    max_tensor_norm: float = 0.0  # norm of each parameter, for update_in_backward; 0 = no clipping [>= 0]
+    beta2: float = 0.999  # AdamW's, torch's default; the paper does not state it [>= 0, < 1]
+    weight_decay: float = 0.0  # AdamW's; 0 = none; the paper does not state it [>= 0]
+    max_grad_norm: float = 1.0  # clip the global norm here; 0 = off; the paper does not state it [>= 0]
+    max_tensor_norm: float = 0.0  # clip each parameter's norm here, for update_in_backward; 0 = off [>= 0]
     max_steps: int = 0  # stop the schedule here; 0 = all epochs [>= 0]
-    checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
+    checkpoint_every: int = 200  # steps between checkpoints; 0 = only at the end [>= 0]
     # evaluation: the paper's protocol
     eval_every: int = 0  # steps between measurements during training; 0 = none; changes nothing in it [>= 0]
-    eval_questions: int = 50  # of each benchmark at such a step: the first, one sample each [>= 1]
+    eval_questions: int = 50  # questions per benchmark then: the first ones, one sample each [>= 1]
     baseline: str = ""  # run of recipes/evaluate.py that replaces the first measurement; "" = none
     # run
     seed: int = 0  # of the subset, the packing and the samples [>= 0]

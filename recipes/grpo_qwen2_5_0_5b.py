@@ -69,18 +69,18 @@ class Config(Settings, Savings, Adapters, BenchmarkSettings, ModelSettings, Plan
     # data
     prompts: str = ""  # hub id[:part][@split], or a file; "" = SimpleRL-Zoo's MATH prompts, by levels
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
-    num_prompts: int = 0  # the first so many of the file; 0 = all [>= 0]
-    max_bad_rows: int = 20  # without problem or gold answer, and left out; more stop the run [>= 0]
+    num_prompts: int = 0  # prompts: the first so many of the file; 0 = all [>= 0]
+    max_bad_rows: int = 20  # rows without problem or answer that are left out; more stop the run [>= 0]
     reward: str = (
         "exact_answer"  # of recipes/rewards.py, or FILE.py:FUNCTION; several add up, comma-separated
     )
     # optimisation
     batch_prompts: int = 1_024  # prompts per step [1..1000000]
     steps: int = 100  # rollouts; the paper does not state how many [>= 1]
-    lr: float = 5e-7  # constant [> 0, <= 1]
-    weight_decay: float = 0.01  # from verl; 0 = none [>= 0]
-    max_grad_norm: float = 1.0  # global norm, from verl; 0 = no clipping [>= 0]
-    checkpoint_every: int = 5  # steps; 0 = only at the end [>= 0]
+    lr: float = 5e-7  # learning rate, constant [> 0, <= 1]
+    weight_decay: float = 0.01  # AdamW's, from verl; 0 = none [>= 0]
+    max_grad_norm: float = 1.0  # clip the global norm here, from verl; 0 = off [>= 0]
+    checkpoint_every: int = 5  # steps between checkpoints; 0 = only at the end [>= 0]
     # evaluation: the paper's protocol
     benchmarks: str = BenchmarkSettings.benchmarks  # name, name=FILE or MINE=FILE, comma-separated; "" = none
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]

@@ -54,12 +54,12 @@ class Config(ModelSettings, RunSettings):
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
     # problems
     problems: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
-    num_problems: int = 1_000  # drawn in a random order, keyed by seed; 0 = all [>= 0]
-    max_bad_rows: int = 20  # without problem or answer, and left out; more stop the run [>= 0]
+    num_problems: int = 1_000  # problems, in a random order keyed by seed; 0 = all [>= 0]
+    max_bad_rows: int = 20  # rows without problem or answer that are left out; more stop the run [>= 0]
     # answers
     num_samples: int = 8  # answers per problem [1..10000]
-    first: str = "sampled"  # right answer, to be trained on: the first one [sampled | shortest | longest]
-    temperature: float = 0.6  # 0 = greedy: one answer per problem will do [0 | 0.001..1000]
+    first: str = "sampled"  # the right answer that stands first, to train on [sampled | shortest | longest]
+    temperature: float = 0.6  # 0 = greedy: then --num_samples 1 will do [0 | 0.001..1000]
     top_p: float = 0.95  # 1 = off [> 0, <= 1]
     top_k: int = 0  # 0 = off [>= 0]
     max_new_tokens: int = 16_384  # tokens per answer; a longer one is not kept [>= 1]

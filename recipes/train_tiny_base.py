@@ -25,13 +25,13 @@ class Config(RunSettings):
     num_heads: int = 4  # heads [>= 1]
     # data
     num_traces: int = 40_000  # short traces [1..1000000]
-    num_long_traces: int = 512  # for the --smoke of other recipes [0..1000000]
-    num_problems: int = 100  # held out: in no training set [1..1000000]
+    num_long_traces: int = 512  # long traces, for the --smoke of other recipes [0..1000000]
+    num_problems: int = 100  # problems held out of training, as a benchmark [1..1000000]
     row_tokens: int = 4_096  # tokens per row [>= 1]
     # optimisation
     epochs: int = 3  # passes over the traces [1..1000]
     batch_traces: int = 40  # fewer than a row holds, so that a step is one row [>= 1]
-    lr: float = 4e-3  # peak [> 0, <= 1]
+    lr: float = 4e-3  # peak learning rate [> 0, <= 1]
     warmup_ratio: float = 0.02  # share of all steps; 0 = none [0..1]
     weight_decay: float = 0.01  # 0 = none [>= 0]
     beta2: float = 0.95  # of AdamW: short memory, since there are few steps [>= 0, < 1]

@@ -46,20 +46,20 @@ from kit.watch import WatchSettings, check_tracker
 @dataclass(frozen=True)
 class Config(WatchSettings):
     # model
-    models: str = "tiny,tinier"  # shipped ones, or folders of others that know the toy; all arms: the first
+    models: str = "tiny,tinier"  # shipped, or folders of models that know the toy; the first gets all arms
     # cells
     arms: str = "long,short,mixed,growing"  # [long | short | quarter | mixed | most | growing | fixed, ...]
-    sizes: str = "16,64,256,1024,4096,8192"  # traces, of the first arm [1..1000000, ...]
-    control_sizes: str = "64,1024,4096"  # traces, of the other arms [1..1000000, ...]
-    seeds: int = 3  # of traces, packs and samples [1..1000]
+    sizes: str = "16,64,256,1024,4096,8192"  # numbers of traces, of the first arm [1..1000000, ...]
+    control_sizes: str = "64,1024,4096"  # numbers of traces, of the other arms [1..1000000, ...]
+    seeds: int = 3  # how many: of traces, packs and samples [1..1000]
     seed: int = 0  # the first of them; in a class, each student's own number [0..1000000]
     # optimisation
     epochs: int = 4  # passes over the traces [1..1000]
-    lr: float = 1e-3  # peak, cosine; why this one: above [> 0, <= 1]
+    lr: float = 1e-3  # peak learning rate, cosine; chosen as told at the top [> 0, <= 1]
     warmup_ratio: float = 0.05  # share of all steps; 0 = none [0..1]
-    batch_traces: int = 16  # traces per step; the growing batch: study_of below [>= 1]
+    batch_traces: int = 16  # traces per step; the growing arm's reaches 16 [>= 1]
     # evaluation
-    num_questions: int = 0  # of the 100 held-out problems; 0 = all [>= 0]
+    num_questions: int = 0  # questions, of the 100 held-out problems; 0 = all [>= 0]
     num_samples: int = 4  # samples per question [1..10000]
     temperature: float = 0.6  # 0 = greedy, which the paper avoids [0 | 0.001..1000]
     top_p: float = 0.95  # 1 = off [> 0, <= 1]

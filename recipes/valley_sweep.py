@@ -56,28 +56,28 @@ from kit.watch import WatchSettings, check_tracker
 class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening | rtx24]
     # cells
-    models: str = ",".join(paper.MODELS)  # as gemma3_1b_8k.py takes them; MODEL=full+lora: its own
-    methods: str = "full"  # of the others [full | qlora | lora | full+qlora | full+lora | full+qlora+lora]
-    arms: str = "long"  # first: all sizes [long | short | quarter | mixed | most | growing | fixed, ...]
+    models: str = ",".join(paper.MODELS)  # as in gemma3_1b_8k.py; MODEL=full+lora: methods of its own
+    methods: str = "full"  # of other models [full | qlora | lora | full+qlora | full+lora | full+qlora+lora]
+    arms: str = "long"  # the first: all sizes [long | short | quarter | mixed | most | growing | fixed, ...]
     sizes: str = "8000,16000,32000,64000,128000,220000"  # traces; epochs, batch: Table 2 [1..10000000, ...]
     control_sizes: str = ""  # traces, of the other arms; "" = all sizes [1..10000000, ...]
-    seeds: int = 1  # of subset, packs and samples; the paper's number is not stated [1..1000]
+    seeds: int = 1  # how many: of subset, packs and samples; the paper does not say [1..1000]
     fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = none [>= 0]
     # data
     traces: str = paper.OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
-    columns: str = ""  # of another format, as problem=question,trace=response; "" = kit/data/formats.py's
-    verify: str = "llama"  # traces accepted by Math-Verify, by it or Llama, or all [math | llama | none]
-    short_traces: str = ""  # as traces: of the arms that mix; "" = the data set's `solution`
+    columns: str = ""  # names in another format, such as problem=question,trace=response; "" = known ones
+    verify: str = "llama"  # keep traces that Math-Verify accepts, it or Llama, or all [math | llama | none]
+    short_traces: str = ""  # short traces of the arms that mix; "" = the data set's `solution`
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped [>= 1]
-    cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, which the methods share; "" = no cache
+    cache_dir: str = "~/.cache/through-the-valley"  # tokenised traces, shared by all methods; "" = no cache
     # optimisation
     lr: float = 5e-5  # peak learning rate [> 0, <= 1]
     warmup_ratio: float = 0.05  # share of the steps; 0 = none [0..1]
     max_steps: int = 0  # stop every schedule here; 0 = all epochs [>= 0]
-    checkpoint_every: int = 200  # steps; 0 = only at the end [>= 0]
+    checkpoint_every: int = 200  # steps between checkpoints; 0 = only at the end [>= 0]
     qlora_rank: int = 16  # of the adapters, QLoRA's and LoRA's [1..4096]
     # reinforcement learning
-    rl_sizes: str = ""  # traces of its starts; 0 = the base model [lowest | most | 0..10000000, ...]
+    rl_sizes: str = ""  # start from models of these sizes; 0 = the base [lowest | most | 0..10000000, ...]
     rl_flags: str = ""  # further flags of recipes/grpo_qwen2_5_0_5b.py, as typed: --rl_flags="--preset rtx24"
     # run
     gpus: str = ""  # numbers of the cards, one run on each at a time; "" = the first card [0..1023, ...]

@@ -17,7 +17,7 @@ class PlanSettings(Checked):
     # plan
     plan: bool = False  # print what fits, hours, disk and the command, and stop: no GPU, no download
     gpu_gb: str = (
-        ""  # GB of a card to choose settings for; auto: the one here; "" = none [auto | 0.0..1024.0]
+        ""  # choose settings that fit so many GB; auto: the card here; "" = do not [auto | 0.0..1024.0]
     )
     desktop_gb: float = 0.7  # GB of the card that a desktop shown on it uses; 0 = none [0..1024]
     card: str = ""  # with --plan: hours for this card, such as 3060; "" = the one here, else an RTX 3090
@@ -66,4 +66,4 @@ class TrainingPlanSettings(PlanSettings):
     """The same for a run that is trained on traces."""
 
     # plan
-    trace_tokens: int = 4_500  # with --plan: per trace; the mean of 291 R1 traces on AIME problems [>= 1]
+    trace_tokens: int = 4_500  # with --plan: tokens per trace; mean of 291 R1 traces on AIME problems [>= 1]

@@ -12,8 +12,8 @@ class Adapters(Checked):
     """At most one of the two is set; without either, all weights are trained."""
 
     # model
-    qlora_rank: int = 0  # > 0: train adapters of this rank on an NF4 copy of the model; 0 = full [0..4096]
-    lora_rank: int = 0  # > 0: the same on the model's own weights, 16 bits on a card; 0 = none [0..4096]
+    qlora_rank: int = 0  # > 0: train adapters of this rank on the model in NF4, 4 bits; 0 = none [0..4096]
+    lora_rank: int = 0  # > 0: the same on the model as it is, in 16 bits on a card; 0 = none [0..4096]
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,6 +3,7 @@
 import copy
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from transformers import (
 
 from kit import models
 from kit.data.toy import make_tokenizer
+from kit.models import shipped
 from kit.models.gguf_file import LAYOUTS, check_exportable, file_bytes, rotation_factors, write_gguf
 from kit.models.gguf_tokenizer import BY_WORDS, BYTE_LEVEL, CONTROL, UNUSED, USER_DEFINED, WORDS, Vocabulary
+from kit.models.loading import load_config
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -144,6 +147,13 @@ def test_a_rotation_that_is_not_llama_3s_is_refused_when_it_is_read(tmp_path):
 def test_a_model_that_a_reader_would_take_for_another_is_refused(config, fault):
     with pytest.raises(ValueError, match=f"{fault} of m is .* leave out --gguf"):
         check_exportable(config, "m")
+
+
+def test_every_model_whose_config_ships_can_be_written():
+    names = [path.stem.replace("--", "/") for path in Path(shipped.__file__).parent.glob("configs/*.json")]
+    assert {check_exportable(load_config(name), name).name for name in names} == {
+        layout.name for layout in LAYOUTS.values()
+    }
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known():

@@ -43,10 +43,10 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 def path_of(name: str) -> Path:
     """Return the path of a shipped model, a folder or a file; a hub id unchanged.
 
-    Raises ValueError for a name that looks like a path but does not exist.
+    Raises ValueError for a name that looks like a path but does not exist. A hub id has one slash at most.
     """
     path = SHIPPED.get(name, Path(name))
-    if name.endswith(".gguf") or name.startswith((".", "/", "~")):
+    if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         path = path.expanduser()
         if not path.exists():
             raise ValueError(
@@ -194,7 +194,7 @@ def load_config(model: str) -> PreTrainedConfig:
     if shipped.is_file():
         settings = json.loads(shipped.read_text(encoding="utf-8"))
         return AutoConfig.for_model(**settings)
-    folder = SHIPPED.get(model, Path(model).expanduser())
+    folder = path_of(model)
     if (folder / ADAPTER_CONFIG).is_file():
         adapters = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         return load_config(adapters["base_model_name_or_path"])

@@ -112,6 +112,7 @@ def test_the_shipped_tiny_model_loads_by_name_and_ties_its_head():
     [
         ("./nowhere", "nothing is there"),
         ("nowhere.gguf", "nothing is there"),
+        ("runs/valley_demo/999", "nothing is there"),  # two slashes: no hub id
         ("no-such-owner/no-such-model", "neither a local folder nor a model the hub gave us"),
     ],
 )

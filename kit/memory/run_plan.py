@@ -41,7 +41,9 @@ LADDER: tuple[Entry, ...] = (
     ("offload_optimizer", True),
     ("offload_gradients", True),
     ("logit_rows", 256),  # reads the head's weight twice as often
-    # from here on the update is another one
+    # From here on the update is another one. No switch puts these first, since they would save little time:
+    # offloaded states of Qwen2.5-3B move 24.9 GB per step both ways together (counted), a second at 25 GB/s,
+    # beside 31 s of computing (estimated for an RTX 4080: 36,000 tokens, the paper's batch).
     ("exact_weights", False),
     ("update_in_backward", True),
     ("head_update", "blocked"),

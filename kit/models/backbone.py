@@ -33,7 +33,9 @@ def hidden_states(
     """
     backbone, family = model.model, family_of(model.config)
     x = backbone.embed_tokens(batch.input_ids[None]) if inputs_embeds is None else inputs_embeds
-    bounds = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "past_key_values": cache}
+    bounds = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+    if cache is not None:  # transformers 5.24 warns of the name, even for None
+        bounds["past_key_values"] = cache
     angles = rotations(model, x, batch.position_ids[None])
     operations = PLAIN if cache is not None and x.device.type == "cpu" else FUSED
     for layer, kind in zip(backbone.layers, layer_kinds(model.config), strict=False):

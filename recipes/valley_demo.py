@@ -32,7 +32,7 @@ from pathlib import Path
 
 from kit import report
 from kit.command import clean_up_if_refused, open_run, start
-from kit.command_line import started_as
+from kit.command_line import command_of, shell_word
 from kit.data.mixtures import is_long
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.evaluate.benchmarks import BENCHMARKS
@@ -209,12 +209,14 @@ def main(config: Config) -> Path:
 
 
 def next_command(config: Config) -> tuple[str, str]:
-    """Return the effect of what to type next, and the command."""
+    """Return the effect of what to type next, and the command, which a notebook's reader can type, too."""
     if config.smoke:
-        return "the whole valley, with the climb out of it, in minutes", f"{started_as()} --quick"
+        return "the whole valley, with the climb out of it, in minutes", f"{command_of('demo')} --quick"
     if config.quick:
-        return "three seeds, more sizes and a smaller model, in half an hour", started_as()
-    return "reinforcement learning from three of the models", f"{started_as()} --resume --rl_steps 80"
+        return "three seeds, more sizes and a smaller model, in half an hour", command_of("demo")
+    run = f" --out {shell_word(config.out)}" if config.out else ""
+    effect = "reinforcement learning from three of the models"
+    return effect, f"{command_of('demo')} --resume{run} --rl_steps 80"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from kit import data, memory, models, paper, report, valley
 from kit.command import clean_up_if_refused, open_run, start
-from kit.command_line import command_of, started_as
+from kit.command_line import command_of, shell_word, started_as
 from kit.config import full_command, parse
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings, ModelSettings
@@ -236,6 +236,7 @@ def main(config: Config) -> Path | None:
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **what
     )
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
+    run = f" --out {shell_word(config.out)}" if config.out else ""
     return run_study(
         study,
         cells,
@@ -245,7 +246,10 @@ def main(config: Config) -> Path | None:
         deviations=deviations(config, study) + forced,
         rl=starts,
         write_report=report.valley.write_report,
-        then=("reinforcement learning from three sizes", f"{started_as()} --resume --rl_sizes 0,lowest,most"),
+        then=(
+            "reinforcement learning from three sizes",
+            f"{started_as()} --resume{run} --rl_sizes 0,lowest,most",
+        ),
     )
 
 

@@ -207,3 +207,13 @@ def test_every_run_of_the_toy_is_one_that_its_recipe_takes(recipe, tmp_path):
     assert (short.long_share, short.shuffle, short.beta2, short.recompute) == (0.0, False, 0.95, False)
     assert (short.num_traces, short.epochs, short.batch_traces, short.lr) == (64, 4, 16, 1e-3)
     assert short.baseline == str(tmp_path / "cells" / "tiny-full-0-seed0")
+
+
+def test_the_command_that_goes_on_names_the_recipe_and_the_run_whatever_program_asked_for_it(
+    recipe, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["/site-packages/ipykernel_launcher.py"])  # in a notebook
+    _, command = recipe.next_command(recipe.Config(out="runs/my lesson"))
+    assert command.endswith(" recipes/valley_demo.py --resume --out 'runs/my lesson' --rl_steps 80")
+    _, command = recipe.next_command(recipe.Config())
+    assert command.endswith(" recipes/valley_demo.py --resume --rl_steps 80")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,12 +11,11 @@ import export
 import gemma3_1b_8k
 import pytest
 import torch
-from test_gguf_file import CONFIGS, random_model
+from test_gguf_file import CONFIGS, SPLITS, by_words, byte_level, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit import models
 from kit.config import parse
-from kit.data.toy import make_tokenizer
 from kit.evaluate.same_answers import Agreement, Answer
 from kit.models import folder
 from kit.models.gguf_file import write_gguf
@@ -68,18 +68,23 @@ def test_a_copy_that_answers_otherwise_is_seen(tmp_path, monkeypatch, capsys):
     assert re.search(r"the GGUF file: 0 of 5 the same \(0 word for word\); right 5 before and 0 after", said)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3"])
+KIND_OF_TOKENIZER = {"gemma3_text": by_words, "qwen3": lambda: byte_level(SPLITS["qwen2"])}
+
+
+@pytest.mark.parametrize("family", KIND_OF_TOKENIZER)
 def test_folder_and_gguf_file_of_another_family_answer_word_for_word_as_the_model_did(
     family, tmp_path, capsys
 ):
-    """Its weights are random, so its answers depend on every one of them; none ends."""
-    folder.save_model(tmp_path / "random", random_model(CONFIGS[family]), make_tokenizer())
-    export.main(
-        settings(model=str(tmp_path / "random"), out=str(tmp_path / "out"), gguf="bf16", max_new_tokens=24)
-    )
+    """Its weights are random, so that answers depend on all of them."""
+    config, tokenizer = deepcopy(CONFIGS[family]), KIND_OF_TOKENIZER[family]()
+    config.vocab_size = len(tokenizer)
+    folder.save_model(tmp_path / "random", random_model(config), tokenizer)
+    given = {"model": str(tmp_path / "random"), "chat_template": "plain", "gguf": "bf16"}
+    export.main(settings(**given, out=str(tmp_path / "out"), max_new_tokens=24))
     said = capsys.readouterr().out
     for what in ("the folder", "the GGUF file"):
-        assert f"{what}: 4 of 4 the same (4 word for word); right 0 before and 0 after" in said
+        assert f"{what}: 4 of 4 the same (4 word for word); right 0 before and 0 after; cut off 4" in said
+    assert "other tokens" not in said
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ def test_what_update_in_backward_excludes_is_refused_before_anything_else_is_don
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--verify", "yes"], "'yes' but must be math, llama or none (traces accepted by"),
+        (["--verify", "yes"], "'yes' but must be math, llama or none (keep traces that Math-Verify accepts"),
         (["--no_verify"], "there is no --no_verify; did you mean --verify?"),
     ],
 )

@@ -1,5 +1,6 @@
 """Run the recipes as a person does: real processes, the shipped model and traces, no network."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -137,55 +138,41 @@ def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tm
     assert set(first) == {path.name for path in (ROOT / "kit" / "models" / "shipped" / "tiny").iterdir()}
 
 
-TIMED_ALONE = {  # each in a process of its own, if it needs no card
-    "_losses": ["the three matmuls alone", "ours", "Apple cut_cross_entropy"],
-    "_attentions": ["ours", "flash-attn"],
-}
-TIMED_HERE = {"_losses": "_loss_inputs", "_attentions": "_attention_inputs"}
-
-
-def bench_fewer(*flags):
+def bench(name, *flags):
     sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "bench")]
-    import everything as bench
+    module = importlib.import_module(name)
+    if name == "loss":
+        module.LOSSES = {loss: module.LOSSES[loss] for loss in TIMED_ALONE}
+    module.main(parse(module.Config, flags, smoke=module.SMOKE))
 
-    for kind, names in TIMED_ALONE.items():
-        every = getattr(bench.loss_and_attention, kind)()
-        setattr(bench.loss_and_attention, kind, lambda fewer={name: every[name] for name in names}: fewer)
-    bench.main(parse(bench.Config, flags, smoke=bench.SMOKE))
+
+TIMED_ALONE = ["the three matmuls alone", "ours"]  # each in a process of its own
 
 
 @pytest.mark.slow
-def test_the_bench_runs_every_part_and_names_the_peers_that_it_does_not_run(tmp_path):
-    done = call(__file__, "bench_fewer", "--smoke", "--json", str(tmp_path / "figures.json"))
+@pytest.mark.parametrize("name", ["packing", "loss", "finetune"])
+def test_a_bench_runs_and_writes_a_row_for_ours_and_for_each_peer_that_is_here(name, tmp_path):
+    done = call(__file__, "bench", name, "--smoke", "--json", str(tmp_path / "figures.json"))
     wait(done)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["name"] for row in figures["loss"]["loss"]] == ["the three matmuls alone", "ours"]
-    assert [row["name"] for row in figures["attention"]["attention"]] == ["ours"]
-    assert "flash-attn: " in done.stdout
-    assert "Apple cut_cross_entropy: " in done.stdout
     assert "nothing here was timed on a GPU" in figures["machine"]["gpu"]
-    [run] = figures["finetune"]
-    assert run[0]["leak"] == "no"
-    assert run[0]["steps"] > 1
-    assert len(run) == 2 or "TRL is not installed" in done.stdout
+    names = [row["name"] for row in figures["rows"]]
+    if name == "loss":
+        assert names == TIMED_ALONE
+    else:
+        ours = [row for row in names if row.startswith("ours")]
+        assert ours and (len(names) == len(ours) + 1 or "TRL is not installed" in done.stdout)
+    if name == "finetune":
+        assert figures["rows"][0]["leak"] == "no" and figures["rows"][0]["steps"] > 1
 
 
 @pytest.mark.slow
-def test_the_others_that_the_bench_times_on_a_cpu_run(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import loss_and_attention
+def test_the_others_that_the_bench_of_the_loss_times_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes" / "bench"))
+    import loss
 
-    config, ran = loss_and_attention.Config(**loss_and_attention.SMOKE), []
-    for kind, inputs in TIMED_HERE.items():
-        for name, (_, needs_card, _) in getattr(loss_and_attention, kind)().items():
-            if name not in TIMED_ALONE[kind] and not needs_card:
-                ran.append(loss_and_attention._measure(kind, inputs, name, config))
-    assert len(ran) == 4 and all(row["seconds"] > 0 for row in ran)
-
-
-def test_an_unknown_part_of_the_bench_is_refused_by_name(tmp_path):
-    done = run_recipe("bench/everything", "--what", "packing,speed", cwd=tmp_path)
-    assert "'speed' in it must be packing, loss, attention or finetune" in done.stderr
+    ran = [loss.measure(name, loss.Config(**loss.SMOKE)) for name in loss.LOSSES if name not in TIMED_ALONE]
+    assert len(ran) == 3 and all(row["seconds"] > 0 for row in ran)
 
 
 def test_the_plan_needs_no_gpu_and_no_download_and_says_what_fits(tmp_path):
@@ -330,15 +317,15 @@ def test_the_rl_bench_refuses_to_run_nothing(tmp_path):
     assert done.returncode != 0 and "repeats is 0 but must be >= 1" in done.stderr
 
 
-def test_a_torch_without_a_loss_of_its_own_is_named_and_the_kernel_bench_goes_on(monkeypatch):
+def test_a_torch_without_a_loss_of_its_own_is_named_and_the_bench_of_the_loss_goes_on(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes" / "bench"))
-    import loss_and_attention
+    import loss
 
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
-    for name, (_, needs_card, function) in loss_and_attention._losses().items():
+    for name, function in loss.LOSSES.items():
         if "F.linear_cross_entropy" in name:
             with pytest.raises(NotImplementedError, match=r"has no F\.linear_cross_entropy; 2\.13 has"):
                 function(hidden, weight, targets)
-        elif not needs_card:
+        else:
             function(hidden, weight, targets)

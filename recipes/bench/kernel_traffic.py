@@ -1,8 +1,8 @@
 """
 Bytes moved, flops and launches of a loss, forward and backward, ours and the peers': formulas and a table.
-Beside it, the work of packed attention and the bytes of decode attention.
+Beside it, the bytes of decode attention.
 
-    python recipes/bench/kernel_traffic.py                 three models, 16,384 tokens, bf16; packed attention
+    python recipes/bench/kernel_traffic.py                 three models, 16,384 tokens, bf16
     python recipes/bench/kernel_traffic.py --ignored 0.1   a tenth of the targets are ignored
 
 Each formula is exact in its launches and in every term with V or H in it; bytes of vectors, one number per
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import random
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +26,6 @@ from counting import Count
 from kit.config import Checked, parse
 from kit.kernels import decode_attention
 from kit.kernels.linear_cross_entropy_chunks import COPIED_ELEMENTS, halves, rows_per_chunk
-from kit.packing import plan_packs
 
 WIDE = 4  # bytes of an fp32 number
 
@@ -171,71 +169,6 @@ def total(terms: dict[str, Count]) -> Count:
     return sum(terms.values(), Count())
 
 
-def causal_pairs(lengths: list[int], window: int | None = None) -> int:
-    """Count the query-key pairs that packed attention needs: documents' causal areas, inside the window."""
-    pairs = 0
-    for n in lengths:
-        w = min(n, window or n)
-        pairs += w * (w + 1) // 2 + (n - w) * w
-    return pairs
-
-
-def tiled_pairs(
-    lengths: list[int], BLOCK_M: int, BLOCK_N: int, window: int | None = None, *, by_keys: bool = False
-) -> int:
-    """Count the same in whole tiles of BLOCK_M queries by BLOCK_N keys, which is what the kernels multiply.
-
-    Tiles start at each document's first token, and a program walks from its window's edge to its diagonal.
-    by_keys: one program per block of keys, as in the dK/dV kernel; else one per block of queries, as in the
-        forward and the dQ kernel.
-    """
-    num_tiles = 0
-    for n in lengths:
-        w = window or n
-        if by_keys:
-            for first in range(0, n, BLOCK_N):
-                num_tiles += math.ceil((min(first + BLOCK_N - 1 + w, n) - first) / BLOCK_M)
-        else:
-            for first in range(0, n, BLOCK_M):
-                num_tiles += math.ceil((min(first + BLOCK_M, n) - max(first - w + 1, 0)) / BLOCK_N)
-    return num_tiles * BLOCK_M * BLOCK_N
-
-
-DOTS = {"forward": 2, "dq": 3, "dkdv": 4}  # products of each kernel, every one 2 * head_dim flops per pair
-
-
-def attention_flops(pairs: dict[str, int], head_dim: int, num_heads: int) -> int:
-    """Return the flops of one layer, forward and backward, from the pairs that each kernel multiplies."""
-    return sum(2 * head_dim * num_heads * DOTS[kernel] * pairs[kernel] for kernel in DOTS)
-
-
-def attention_work(lengths: list[int], tiles: dict[str, dict[str, int]], window: int | None = None) -> float:
-    """Return flops of the tiled kernels / flops of exactly the pairs needed.
-
-    tiles: kernel -> {"BLOCK_M": .., "BLOCK_N": ..}.
-    """
-    needed, done = dict.fromkeys(DOTS, causal_pairs(lengths, window)), {}
-    for kernel in DOTS:
-        BLOCK_M, BLOCK_N = tiles[kernel]["BLOCK_M"], tiles[kernel]["BLOCK_N"]
-        done[kernel] = tiled_pairs(lengths, BLOCK_M, BLOCK_N, window, by_keys=kernel == "dkdv")
-    return attention_flops(done, 1, 1) / attention_flops(needed, 1, 1)
-
-
-def realistic_pack(
-    row_tokens: int = 16_384, median: int = 4_096, sigma: float = 0.8, seed: int = 0
-) -> list[int]:
-    """Return the document lengths of one packed row.
-
-    1,000 lengths are lognormal, like those of long chains of thought, and clipped to the row; plan_packs
-    packs them; the row with the median number of documents is returned.
-    """
-    rng = random.Random(seed)
-    drawn = [round(rng.lognormvariate(math.log(median), sigma)) for _ in range(1000)]
-    lengths = [min(row_tokens, max(1, length)) for length in drawn]
-    packs = sorted(plan_packs(lengths, row_tokens), key=lambda pack: (len(pack), pack))
-    return [lengths[i] for i in packs[len(packs) // 2]]
-
-
 def decode_bytes(
     lengths: list[int], W: int, heads: tuple[int, int, int], e: int, window: int | None = None
 ) -> Count:
@@ -310,21 +243,8 @@ def main(config: Config) -> list[dict]:
     for name, package in PEERS.items():
         if not importlib.util.find_spec(package):
             print(f"{name}: {package} is not installed here, so its formula was not checked on this machine")
-    _show_attention(realistic_pack())
     _show_decoding()
     return rows
-
-
-def _show_attention(lengths: list[int]) -> None:
-    T = sum(lengths)
-    documents = f"{len(lengths)} documents: {', '.join(map(str, sorted(lengths)))}"
-    print(f"\nPacked attention, one row of {T:,} tokens in {documents}")
-    for window in (None, 512):
-        needed = causal_pairs(lengths, window)
-        print(f"    window {window}: {needed:,} pairs are needed, {needed / T**2:.1%} of the masked square")
-        for BLOCK_M, BLOCK_N in ((128, 64), (64, 64), (64, 32), (32, 32)):
-            work = tiled_pairs(lengths, BLOCK_M, BLOCK_N, window) / needed
-            print(f"        tiles of {BLOCK_M:>3} x {BLOCK_N}: {work:.3f} of them are multiplied")
 
 
 def _show_decoding() -> None:

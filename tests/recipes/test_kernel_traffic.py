@@ -5,6 +5,8 @@ Peers that are not installed are skipped by name; our own part always runs.
 """
 
 import importlib.util
+import math
+import random
 
 import pytest
 import torch
@@ -15,15 +17,10 @@ from kernel_traffic import (
     Config,
     Loss,
     apple,
-    attention_flops,
-    attention_work,
-    causal_pairs,
     decode_bytes,
     liger,
     main,
     ours,
-    realistic_pack,
-    tiled_pairs,
     total,
     unfused,
 )
@@ -35,7 +32,9 @@ from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.decode_attention import decode_attention
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.packed_attention import packed_attention
+from kit.kernels.packed_attention_tiles import tiles as attention_tiles
 from kit.memory.live_bytes import LiveBytes
+from kit.packing import plan_packs
 
 MIB = 2**20
 DTYPES = [torch.float32, torch.float16]
@@ -233,6 +232,71 @@ def test_extra_memory_is_at_most_both_gradients_and_512_mib(model):
     assert extra <= loss.V * loss.H * 4 + loss.N * loss.H * 2 + 512 * MIB
 
 
+def causal_pairs(lengths: list[int], window: int | None = None) -> int:
+    """Count the query-key pairs that packed attention needs: documents' causal areas, inside the window."""
+    pairs = 0
+    for n in lengths:
+        w = min(n, window or n)
+        pairs += w * (w + 1) // 2 + (n - w) * w
+    return pairs
+
+
+def tiled_pairs(
+    lengths: list[int], BLOCK_M: int, BLOCK_N: int, window: int | None = None, *, by_keys: bool = False
+) -> int:
+    """Count the same in whole tiles of BLOCK_M queries by BLOCK_N keys, which is what the kernels multiply.
+
+    Tiles start at each document's first token, and a program walks from its window's edge to its diagonal.
+    by_keys: one program per block of keys, as in the dK/dV kernel; else one per block of queries, as in the
+        forward and the dQ kernel.
+    """
+    num_tiles = 0
+    for n in lengths:
+        w = window or n
+        if by_keys:
+            for first in range(0, n, BLOCK_N):
+                num_tiles += math.ceil((min(first + BLOCK_N - 1 + w, n) - first) / BLOCK_M)
+        else:
+            for first in range(0, n, BLOCK_M):
+                num_tiles += math.ceil((min(first + BLOCK_M, n) - max(first - w + 1, 0)) / BLOCK_N)
+    return num_tiles * BLOCK_M * BLOCK_N
+
+
+DOTS = {"forward": 2, "dq": 3, "dkdv": 4}  # products of each kernel, every one 2 * head_dim flops per pair
+
+
+def attention_flops(pairs: dict[str, int], head_dim: int, num_heads: int) -> int:
+    """Return the flops of one layer, forward and backward, from the pairs that each kernel multiplies."""
+    return sum(2 * head_dim * num_heads * DOTS[kernel] * pairs[kernel] for kernel in DOTS)
+
+
+def attention_work(lengths: list[int], tiles: dict[str, dict[str, int]], window: int | None = None) -> float:
+    """Return flops of the tiled kernels / flops of exactly the pairs needed.
+
+    tiles: kernel -> {"BLOCK_M": .., "BLOCK_N": ..}.
+    """
+    needed, done = dict.fromkeys(DOTS, causal_pairs(lengths, window)), {}
+    for kernel in DOTS:
+        BLOCK_M, BLOCK_N = tiles[kernel]["BLOCK_M"], tiles[kernel]["BLOCK_N"]
+        done[kernel] = tiled_pairs(lengths, BLOCK_M, BLOCK_N, window, by_keys=kernel == "dkdv")
+    return attention_flops(done, 1, 1) / attention_flops(needed, 1, 1)
+
+
+def realistic_pack(
+    row_tokens: int = 16_384, median: int = 4_096, sigma: float = 0.8, seed: int = 0
+) -> list[int]:
+    """Return the document lengths of one packed row.
+
+    1,000 lengths are lognormal, like those of long chains of thought, and clipped to the row; plan_packs
+    packs them; the row with the median number of documents is returned.
+    """
+    rng = random.Random(seed)
+    drawn = [round(rng.lognormvariate(math.log(median), sigma)) for _ in range(1000)]
+    lengths = [min(row_tokens, max(1, length)) for length in drawn]
+    packs = sorted(plan_packs(lengths, row_tokens), key=lambda pack: (len(pack), pack))
+    return [lengths[i] for i in packs[len(packs) // 2]]
+
+
 def seen_pairs(lengths, window):
     """Return (queries, keys) of a pack, True where a query sees a key."""
     blocks = [torch.ones(n, n).tril().bool() & ~torch.ones(n, n).tril(-(window or n)).bool() for n in lengths]
@@ -268,14 +332,6 @@ def test_tiles_cover_what_the_mask_shows_and_no_whole_tile_more_than_they_must(
             not missing.any()
             and tiled_pairs([n], BLOCK_M, BLOCK_N, window, by_keys=by_keys) == tiles * BLOCK_M * BLOCK_N
         )
-
-
-def attention_tiles(head_dim: int, element_size: int):
-    if not importlib.util.find_spec("kit.kernels.packed_attention_tiles"):
-        pytest.skip("kernels/packed_attention_tiles.py is not there yet: its tiles are NOT CHECKED")
-    from kit.kernels.packed_attention_tiles import tiles
-
-    return tiles(head_dim, element_size)
 
 
 def largest_work(head_dim: int, window: int | None) -> float:

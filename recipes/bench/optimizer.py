@@ -8,8 +8,7 @@
 3. nearest   bf16 weights, torch's AdamW, whose states are then bf16 too, rounded to nearest: plain bf16.
 
 Prints the loss of each run over the last tenth of the steps, its difference from fp32's, and the distance
-between its final weights and fp32's, as a share of the distance that fp32's weights moved. Writes loss.png
-and report.html.
+between its final weights and fp32's, as a share of the distance that fp32's weights moved.
 
 On a CPU matmuls run in fp32 (bf16 is several times slower there), on weights whose values are bf16, and
 gradients are rounded to bf16. With --compute bf16, and on a card, everything runs in bf16. Never run on a GPU
@@ -17,13 +16,11 @@ so far.
 Left out on purpose: clipping and schedules, which are the same in all three.
 """
 
-import html
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from matplotlib.figure import Figure
 
 from kit import models
 from kit.config import Checked, parse, show
@@ -34,12 +31,11 @@ from kit.machine import describe_machine
 from kit.models import backbone
 from kit.packing import PackedBatch
 from kit.progress import Progress
-from kit.report.figures import embed
 from kit.run import write_json
 from kit.train import TrainingPlan
 from kit.train.optimizer import AdamW8bit
 
-ARMS = {"fp32": "#333333", "kit": "#2a7f3f", "nearest": "#c0392b"}
+ARMS = ("fp32", "kit", "nearest")
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Config(Checked):
     lr: float = 1e-4  # constant [> 0, <= 1]
     seed: int = 0  # of the packs and the rounding [>= 0]
     smoke: bool = False  # 20 steps, in seconds
-    out: str = "runs/bench_optimizer"  # folder for optimizer.json, loss.png and report.html
+    json: str = ""  # file for the figures, with the loss of every step; "" = none
 
 
 SMOKE = {"num_steps": 20, "num_traces": 64, "row_tokens": 512}
@@ -113,8 +109,6 @@ def train(
 
 
 def main(config: Config) -> dict:
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     print(show(config))
     _, tokenizer = models.load(config.model, device="cpu")
     chat = ChatFormat(tokenizer, instruction="")
@@ -142,46 +136,14 @@ def main(config: Config) -> dict:
             f"{arm:<9} loss {losses[0]:.4f} at first, {last:.4f} at the end, {off:+.2%} from fp32's; "
             f"distance of the weights from fp32's {results[arm]['distance']:.1%} of how far those moved"
         )
-    write_json(out / "optimizer.json", {"machine": describe_machine(), **results})
-    print(f"report {_report(out, config, results)}")
+    if config.json:
+        what = {"machine": describe_machine(), "config": asdict(config)}
+        write_json(Path(config.json), {**what, **results})
     return results
 
 
 def _distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
     return sum((x - y).square().sum().item() for x, y in zip(a, b, strict=True)) ** 0.5
-
-
-def _report(path: Path, config: Config, results: dict) -> Path:
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    smooth = max(config.num_steps // 20, 1)
-    truth = results["fp32"]["losses"]
-    for arm, colour in ARMS.items():
-        losses = results[arm]["losses"]
-        means = [[fmean(x[max(i - smooth + 1, 0) : i + 1]) for i in range(len(x))] for x in (losses, truth)]
-        above.plot(means[0], color=colour, label=arm)
-        below.plot([100 * (a / b - 1) for a, b in zip(*means, strict=True)], color=colour)
-    above.set(ylabel=f"loss (mean of {smooth} steps)", title=f"{config.model}, lr {config.lr:g}")
-    above.legend()
-    below.axhspan(-1, 1, color="#dddddd", zorder=0)
-    below.set(xlabel="step", ylabel="% from fp32 (grey: within 1 %)")
-    image = embed(path / "loss.png", figure)
-    rows = "".join(
-        f"<tr><td>{arm}<td>{x['last']:.4f}<td>{x['off']:+.2%}<td>{x['distance']:.1%}"
-        for arm, x in results.items()
-    )
-    page = (
-        "<!doctype html><meta charset=utf-8><title>8-bit AdamW against fp32</title>"
-        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "td,th{padding:.3em 1em;text-align:right}img{max-width:100%}</style>"
-        f"<h1>8-bit AdamW with stochastic rounding against fp32</h1>{image}"
-        "<table><tr><th><th>final loss<th>difference from fp32's<th>distance of the weights, of how far "
-        f"fp32's moved</tr>{rows}</table><pre>{html.escape(show(config))}</pre>"
-        f"<pre>{html.escape(__doc__)}</pre><p>{html.escape(str(describe_machine()))}</p>"
-    )
-    report = path / "report.html"
-    report.write_text(page, encoding="utf-8")
-    return report
 
 
 if __name__ == "__main__":

@@ -154,16 +154,10 @@ def why_table(points: Sequence[Decomposition]) -> str:
         "operations": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
         "checks": lambda p: f"{p.checks:.1f}",
         "corrections": lambda p: f"{p.corrections:.1f}",
-        "rechecks, %": lambda p: pages.share_cell(p.reflection),
-        "tokens longer": lambda p: _tokens_longer(p.reflection_tokens),
         "cut off, %": lambda p: f"{100 * p.truncated:.0f}",
         "in a loop, %": lambda p: f"{100 * p.looping:.0f}",
     }
     return pages.table([*columns], [[cell(point) for cell in columns.values()] for point in points])
-
-
-def _tokens_longer(value: Estimate | None) -> str:
-    return "-" if value is None else f"{value.mean:+.0f} ± {value.half:.0f}"
 
 
 def rl_section(path: Path, results: StudyResults) -> str:
@@ -297,8 +291,7 @@ WHY_NOTE = f"""<p><small>p: the share of right steps among those with only right
 problem's steps. "Longer answers alone": the share that would be right if every operation of these answers,
 checks and all, were as reliable as the base model's. What goes wrong first, in this order: {{causes}}. Right
 by luck: something in the answer is wrong, its box is not. The paper, on its synthetic arithmetic:
-{paper.OPERATIONS_DONE}; on benchmarks, {paper.REFLECTION}, {paper.REFLECTION_LENGTH}. It counts a recheck
-only if a language model agrees; here a keyword is enough.</small></p>"""
+{paper.OPERATIONS_DONE}.</small></p>"""
 RL_NOTE = """<p><small>GRPO (kit/rl/grpo.py), reward 1 for a right answer and 0 otherwise. The curve is the
 reward of the rollouts; bands span the seeds. Before and after, the questions are answered with new samples,
 because the lowest of several points is in part bad luck. In the paper the start after 8k traces stays below

@@ -33,8 +33,6 @@ class Decomposition:
     counts: Sequence[int]  # operations of each answer
     causes: Mapping[str, float]  # share of all answers that are wrong and have this first, of CAUSES
     saved: float  # share of all answers that are right although something in them is wrong
-    reflection: Estimate  # share of answers with a recheck
-    reflection_tokens: Estimate | None  # mean length of those minus that of the others; None without both
     looping: float
     truncated: float
     corrections: float  # per answer
@@ -83,8 +81,6 @@ def decompose(
         counts=[found.num_operations for _, _, found in rows],
         causes={cause: wrong[cause] / len(rows) for cause in CAUSES},
         saved=fmean(row["verdict"] == "correct" and found.cause != "" for _, row, found in rows),
-        reflection=estimate(by_question(lambda _, found: found.reflects), (0.0, 0.0, 1.0, 1.0)),
-        reflection_tokens=reflection_tokens(rows),
         looping=fmean(found.looping for _, _, found in rows),
         truncated=fmean(not row["finished"] for _, row, _ in rows),
         corrections=fmean(found.num_corrections for _, _, found in rows),
@@ -101,7 +97,7 @@ def _sums(rows: Rows, value_of, *, mean: bool) -> dict[int, dict[str, float]]:
     return {seed: {q: total(values) for q, values in of_seed.items()} for seed, of_seed in groups.items()}
 
 
-def _deviations(rows: Rows, top_of, bottom_of) -> tuple[float, dict[int, ByQuestion]]:
+def deviations(rows: Rows, top_of, bottom_of) -> tuple[float, dict[int, ByQuestion]]:
     """Return sum(top) / sum(bottom), and by how much each question moves it (its linearisation).
 
     The ratio is 0 if bottom is 0 throughout.
@@ -116,25 +112,8 @@ def _deviations(rows: Rows, top_of, bottom_of) -> tuple[float, dict[int, ByQuest
 
 def ratio(rows: Rows, top_of, bottom_of) -> Estimate:
     """Return the ratio of two totals, such as right steps over steps, with its interval."""
-    share, deviations = _deviations(rows, top_of, bottom_of)
-    return Estimate(share, estimate(deviations).half)
-
-
-def reflection_tokens(rows: Rows) -> Estimate | None:
-    """Return by how many tokens reflective answers are longer than others; None without both kinds."""
-    if len({found.reflects for _, _, found in rows}) < 2:
-        return None
-
-    def of_kind(kind: bool) -> tuple[float, dict[int, ByQuestion]]:
-        return _deviations(
-            rows,
-            lambda row, found: row["tokens"] * (found.reflects == kind),
-            lambda _, found: found.reflects == kind,
-        )
-
-    (longer, moves), (shorter, others) = of_kind(True), of_kind(False)
-    both = {seed: {q: moves[seed][q] - others[seed][q] for q in moves[seed]} for seed in moves}
-    return Estimate(longer - shorter, estimate(both).half)
+    share, moves = deviations(rows, top_of, bottom_of)
+    return Estimate(share, estimate(moves).half)
 
 
 def length_alone(base: Decomposition, point: Decomposition) -> float:
@@ -153,7 +132,7 @@ def explain(base: Decomposition, points: Sequence[Decomposition]) -> list[str]:
         sentences.append(_length_sentence(base, low))
     if any(sum(point.causes.values()) for point in points):
         sentences.append(_cause_sentence(points))
-    return [*sentences, _reflection_sentence(base, points)]
+    return sentences
 
 
 def _fit_sentence(base: Decomposition, low: Decomposition) -> str:
@@ -200,18 +179,3 @@ def _cause_sentence(points: Sequence[Decomposition]) -> str:
         f"At any size at most {100 * cut:.0f} % of the answers are cut off, and at most "
         f"{100 * looping:.0f} % end in a loop."
     )
-
-
-def _reflection_sentence(base: Decomposition, points: Sequence[Decomposition]) -> str:
-    first, last = points[0], points[-1]
-    shares = (
-        f"Answers with a recheck: {percent(base.reflection)} before, {percent(first.reflection)} after "
-        f"{first.num_traces:,} traces, {percent(last.reflection)} after {last.num_traces:,}."
-    )
-    lengths = [
-        (point.num_traces, point.reflection_tokens) for point in points if point.reflection_tokens is not None
-    ]
-    if not lengths:
-        return f"{shares} No size has answers with and without one, so their lengths cannot be compared."
-    listed = ", ".join(f"{tokens.mean:+.0f} ± {tokens.half:.0f} at {size:,}" for size, tokens in lengths)
-    return f"{shares} By how many tokens those are longer than the others, at sizes that have both: {listed}."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from kit.data.equations import Equation, check_steps, stated_equations
 from kit.data.toy import read_chain, steps_of
-from kit.evaluate.reflection_and_loops import boxes, ends_in_loop, reflects
+from kit.evaluate.reflection_and_loops import boxes, ends_in_loop
 
 # the first thing wrong in an answer, in the order in which it is looked for; "" = nothing
 CAUSES = {
@@ -48,7 +48,6 @@ class Anatomy:
     num_checks: int
     num_corrections: int
     looping: bool
-    reflects: bool
 
 
 def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
@@ -103,7 +102,6 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
         num_checks=checks,
         num_corrections=corrections,
         looping=ends_in_loop(text),
-        reflects=reflects(text),
     )
 
 
@@ -128,7 +126,6 @@ def dissect_arithmetic(problem: str, text: str, *, finished: bool) -> Anatomy:
         num_checks=0,
         num_corrections=0,
         looping=ends_in_loop(text),
-        reflects=reflects(text),
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kit.evaluate.results import Result, confirmed
-from kit.valley.curves import Estimate
-from kit.valley.error_accumulation import ratio, reflection_tokens
+from kit.valley.curves import ByQuestion, Estimate, estimate
+from kit.valley.error_accumulation import deviations, ratio
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,25 @@ def reflection_of(num_traces: int, results: Mapping[int, Result]) -> Reflection:
         num_traces,
         ratio(rows, lambda row, _: row["verdict"] == "correct", lambda row, _: row["tokens"] / 1_000),
         ratio(rows, lambda _, kind: kind.reflects, lambda *_: 1),
-        reflection_tokens(rows),
+        tokens_longer(rows),
     )
+
+
+def tokens_longer(rows: Sequence[tuple[int, dict, _Kind]]) -> Estimate | None:
+    """Return by how many tokens reflective answers are longer than others; None without both kinds.
+
+    rows: (seed, row of the log, its kind).
+    """
+    if len({kind.reflects for _, _, kind in rows}) < 2:
+        return None
+
+    def of_kind(wanted: bool) -> tuple[float, dict[int, ByQuestion]]:
+        return deviations(
+            rows,
+            lambda row, kind: row["tokens"] * (kind.reflects == wanted),
+            lambda _, kind: kind.reflects == wanted,
+        )
+
+    (longer, moves), (shorter, others) = of_kind(True), of_kind(False)
+    both = {seed: {q: moves[seed][q] - others[seed][q] for q in moves[seed]} for seed in moves}
+    return Estimate(longer - shorter, estimate(both).half)

@@ -1,9 +1,8 @@
 """Reinforcement learning on the same toy task: ours and TRL's GRPOTrainer, by reward, time and peak memory.
 
-    python recipes/bench/grpo.py                                   the shipped tiny model with noise on it
-    python recipes/bench/grpo.py --hidden_size 264 --num_layers 5  a larger Llama, the same function at first
-    python recipes/bench/grpo.py --repeats 3                       three runs of each, for a busy machine
-    python recipes/bench/grpo.py --smoke                           two steps
+    python recipes/bench/grpo.py                 the shipped tiny model with noise on it
+    python recipes/bench/grpo.py --repeats 3     three runs of each, for a busy machine
+    python recipes/bench/grpo.py --smoke         two steps
 
 Both get the same start, prompts, rewards (kit.grade.verdict), group size, learning rate, AdamW, DAPO's token
 mean, advantages divided by the group's standard deviation, no KL, and one update per rollout. Everything else
@@ -26,7 +25,7 @@ from statistics import fmean
 
 import torch
 from apart import has_trl, in_a_process
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kit import models
 from kit.config import Checked, parse
@@ -35,7 +34,6 @@ from kit.data.problems import draw
 from kit.data.toy import make_rows
 from kit.grade import grade
 from kit.machine import GIB, describe_machine, peak_resident_bytes
-from kit.models.attention import REGISTERED
 from kit.models.folder import save_model
 from kit.rl import Policy, Settings, rollout, update
 from kit.run import digest, write_json
@@ -47,10 +45,6 @@ class Config(Checked):
     weaken: float = (
         0.2  # noise on the tiny model's weights, in standard deviations, to leave much to learn [>= 0]
     )
-    hidden_size: int = (
-        0  # grow the model to this width, a multiple of 24 from its own 96 on; 0 = as it is [>= 0]
-    )
-    num_layers: int = 4  # of the grown model, at least its own 3 [>= 1]
     # task
     min_operands: int = 3  # of the toy's problems [>= 2]
     max_operands: int = 6  # of the toy's problems [>= 2]
@@ -129,51 +123,8 @@ def _write_start(config: Config, folder: str) -> int:
     torch.manual_seed(config.seed)
     model, tokenizer = models.load("tiny", device="cpu")
     weaken(model, config.weaken, config.seed)
-    if config.hidden_size:
-        model = grown(model, config.hidden_size, config.num_layers)
     save_model(Path(folder) / "start", model, tokenizer)
     return sum(p.numel() for p in model.parameters())
-
-
-@torch.no_grad()
-def grown(model: LlamaForCausalLM, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
-    """Return a wider and deeper Llama that computes what `model` computes, up to rounding.
-
-    The old weights are the corners of the new ones. Weights that write to the residual stream start as zeros
-    outside of them, so nothing reaches its new places; the rest is random, and everything learns.
-    Raises ValueError for sizes that the model cannot grow to.
-    """
-    old, H = model.config, hidden_size
-    heads = H // old.head_dim
-    if old.hidden_size > H or num_layers < old.num_hidden_layers or H % old.head_dim:
-        width = max(-(-H // old.head_dim) * old.head_dim, old.hidden_size)
-        depth = max(num_layers, old.num_hidden_layers)
-        raise ValueError(
-            f"hidden_size is {H} and num_layers {num_layers} but the model has {old.hidden_size} and "
-            f"{old.num_hidden_layers}, and grows by heads of {old.head_dim}; pass --hidden_size {width} "
-            f"--num_layers {depth}"
-        )
-
-    shape = {
-        "hidden_size": H,
-        "intermediate_size": 3 * H,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "rms_norm_eps": old.rms_norm_eps * old.hidden_size / H,
-    }
-    settings = LlamaConfig(**old.to_diff_dict() | shape, attn_implementation=REGISTERED["kit"])
-    new = LlamaForCausalLM(settings)
-    corners = dict(model.named_parameters())
-    for name, weight in new.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
-            weight.zero_()
-        if (corner := corners.get(name)) is None:
-            continue
-        if weight.dim() == 1:  # a norm, whose mean is now over more places
-            corner = corner * (old.hidden_size / H) ** 0.5
-        weight[tuple(map(slice, corner.shape))] = corner
-    return new
 
 
 def _questions(config: Config) -> list[Question]:

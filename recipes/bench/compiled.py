@@ -3,9 +3,7 @@ Compile a kernel for a card that is not there, and read registers, spills, share
 
 How it works. Triton compiles a kernel ahead of time for any card it knows; no GPU and no driver are needed.
 ptxas then runs once more on the PTX with -v, which prints registers and spills. Loads and tensor-core
-instructions are counted in the PTX, so an instruction in a loop counts once. Occupancy follows from the
-card's limits per multiprocessor. It says how many warps a multiprocessor can hold, not how fast they are:
-nothing here is timed.
+instructions are counted in the PTX, so an instruction in a loop counts once. Nothing here is timed.
 """
 
 import os
@@ -21,37 +19,24 @@ from kit.kernels.backend import HAS_TRITON, INTERPRET, triton
 
 @dataclass(frozen=True)
 class Card:
-    """Limits of one multiprocessor.
+    """A target of the compiler.
 
-    Source: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". From 8.0
-    on, the system adds 1 KiB to the shared memory of each program.
+    Source: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
     """
 
     capability: int  # 89 = sm_89
     name: str
-    threads: int  # resident at once, per multiprocessor
-    programs: int  # resident at once, per multiprocessor
-    shared_kib: int  # per multiprocessor
-    shared_kib_program: int  # the most that one program can use
-
-    @property
-    def reserved(self) -> int:
-        """Return the bytes of shared memory that the system adds per program."""
-        return 1024 if self.capability >= 80 else 0
+    shared_kib: int  # of shared memory, the most that one program can use
 
 
 CARDS = [
-    Card(75, "RTX 20", threads=1024, programs=16, shared_kib=64, shared_kib_program=64),
-    Card(80, "A100", threads=2048, programs=32, shared_kib=164, shared_kib_program=163),
-    Card(86, "RTX 30", threads=1536, programs=16, shared_kib=100, shared_kib_program=99),
-    Card(89, "RTX 40", threads=1536, programs=24, shared_kib=100, shared_kib_program=99),
-    Card(90, "H100", threads=2048, programs=32, shared_kib=228, shared_kib_program=227),
-    Card(120, "RTX 50", threads=1536, programs=24, shared_kib=100, shared_kib_program=99),
+    Card(75, "RTX 20", 64),
+    Card(80, "A100", 163),
+    Card(86, "RTX 30", 99),
+    Card(89, "RTX 40", 99),
+    Card(90, "H100", 227),
+    Card(120, "RTX 50", 99),
 ]
-REGISTERS = 65_536  # per multiprocessor, on all of them
-REGISTER_UNIT = 256  # a warp gets registers in units of this many ...
-WARP_UNIT = 4  # ... from one of the four files of the multiprocessor
-SHARED_UNIT = 128  # bytes; shared memory is allocated in units of this size
 
 
 @dataclass(frozen=True)
@@ -117,25 +102,7 @@ class Compiled:
 
     @property
     def shared_limit(self) -> int:
-        return self.card.shared_kib_program * 1024
-
-    @property
-    def programs(self) -> int:
-        """Return how many of this program fit on one multiprocessor; 0 = it cannot run on this card."""
-        if self.shared > self.shared_limit:
-            return 0
-        warps = self.case.num_warps
-        by_threads = self.card.threads // (32 * warps)
-        registers = _round_up(self.registers * 32, REGISTER_UNIT)
-        by_registers = REGISTERS // registers // WARP_UNIT * WARP_UNIT // warps
-        shared = _round_up(self.shared, SHARED_UNIT) + self.card.reserved
-        by_shared = self.card.shared_kib * 1024 // shared if shared else self.card.programs
-        return min(by_threads, by_registers, by_shared, self.card.programs)
-
-    @property
-    def occupancy(self) -> float:
-        """Return resident warps / the most that the multiprocessor holds."""
-        return self.programs * self.case.num_warps * 32 / self.card.threads
+        return self.card.shared_kib * 1024
 
     @cached_property
     def tensor_core(self) -> dict[str, int]:
@@ -172,13 +139,9 @@ class Compiled:
             "kernel": self.case.name, "card": self.card.name, "target": f"sm_{self.card.capability}",
             "warps": self.case.num_warps, "stages": self.case.num_stages,
             "registers": self.registers, "spilled": self.spilled,
-            "shared": self.shared, "shared_limit": self.shared_limit, "occupancy": round(self.occupancy, 3),
+            "shared": self.shared, "shared_limit": self.shared_limit,
             "tensor_core": self.tensor_core, "has_dot": self.has_dot, "loads": self.loads,
         }  # fmt: skip
-
-
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
 
 
 def refuse_where_nothing_compiles() -> None:

@@ -7,7 +7,6 @@
 registers: per thread, at most 255.
 spilled: bytes per thread in memory because registers ran out; should be 0.
 shared: bytes of shared memory per program, and what the card allows.
-occupancy: warps that fit a multiprocessor / the most it holds.
 tensor cores: instructions that use them.
 loads: number of load instructions x bytes that each loads per thread; 16 is the widest.
 
@@ -211,7 +210,7 @@ def line(compiled: Compiled) -> str:
     loads = " ".join(f"{n}x{width}" for width, n in compiled.loads.items())
     return (
         f"    {compiled.case.name:<52}{compiled.registers:>9}{compiled.spilled:>8}  {used:>18}"
-        f"{compiled.occupancy:>10.0%}  {tensor_core if compiled.has_dot else 'no dot':<20}  {loads}"
+        f"  {tensor_core if compiled.has_dot else 'no dot':<20}  {loads}"
     )
 
 
@@ -222,7 +221,7 @@ def main(config: Config) -> list[dict]:
     for card in cards:
         limit = " - no tensor cores from this compiler" if card.capability < 80 else ""
         print(f"\n{card.name} (sm_{card.capability}){limit}")
-        head = f"    {'kernel':<52}{'registers':>9}{'spilled':>8}  {'shared, bytes':>18}{'occupancy':>10}"
+        head = f"    {'kernel':<52}{'registers':>9}{'spilled':>8}  {'shared, bytes':>18}"
         print(f"{head}  {'tensor cores':<20}  loads, n x bytes")
         for case in kernels:
             try:

@@ -132,39 +132,6 @@ def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str,
     }
 
 
-def apple(loss: Loss, *, kept_tiles: float = 1.0) -> dict[str, Count]:
-    """Count cut-cross-entropy 25.1.1, linear_cross_entropy, without softcap.
-
-    It holds no logits: one kernel computes tiles of them from tiles of the rows and of W, which it reads
-    again for every tile. This is counted; on a GPU most of it comes from the L2 cache. kept_tiles: backward
-    computes all tiles, but drops those whose probabilities are all below a threshold; 1 = none is dropped
-    (filter_eps=None), 0 = a bound that no data reach. Its forward kernel calls libdevice.log1p, which the
-    interpreter lacks: that term is from its source, not counted.
-    """
-    K, V, H, e = loss.K, loss.V, loss.H, loss.e
-    forward, backward = math.ceil(K / 256) * math.ceil(V / 128), math.ceil(K / 128) * math.ceil(V / 128)
-    per_row, per_column = math.ceil(V / 128), math.ceil(K / 128)  # tiles that need a row of hidden, or of W
-    partial = loss.K < loss.N
-    steps, back_steps = math.ceil(H / 32) * 32, math.ceil(H / 64) * 64
-    kept = round(kept_tiles * backward)
-    both = round(kept_tiles * (per_row * K + per_column * V) * H * e)  # rows and columns of the kept tiles
-    sums, blocks, back_blocks = per_row * K * 4, math.ceil(H / 256), math.ceil(H / 64)
-    tile = 256 * H * e  # 128 rows of hidden and 128 of W
-    forward_loads = forward * (384 * H * e + partial * 1024 + 8) + sums
-    targets_loaded = per_column * (tile + blocks * 128 * (8 + 4 * partial)) + blocks * K * 4
-    tiles_loaded = backward * (tile + 128 * (4 + 8 + 4 * partial))
-    return {
-        "logsumexp": Count(1, forward_loads, forward * 8 + sums, forward * 2 * 256 * 128 * steps),
-        "target logits": Count(1, targets_loaded, blocks * K * 4),
-        "zeros": Count(2, 0, (loss.N + V) * H * e),
-        "tiles again": Count(1, tiles_loaded, 0, backward * 2 * 128 * 128 * steps),
-        "dX and dW": Count(
-            0, 2 * both + kept * (4 + back_blocks * 16), both + kept * back_blocks * 16,
-            kept * 2 * 2 * 128 * 128 * back_steps,
-        ),
-    }  # fmt: skip
-
-
 def total(terms: dict[str, Count]) -> Count:
     return sum(terms.values(), Count())
 
@@ -193,7 +160,6 @@ MODELS = {
     "Qwen2.5-3B": (151_936, 2_048),
     "Llama-3.2-3B": (128_256, 3_072),
 }  # V, H
-PEERS = {"Liger": "liger_kernel", "Apple": "cut_cross_entropy"}
 
 
 @dataclass(frozen=True)
@@ -211,8 +177,6 @@ def table(num_tokens: int, ignored: float) -> list[dict]:
             "ours": ours(loss),
             "unfused, as transformers": unfused(loss),
             "Liger": liger(loss),
-            "Apple, no tile filtered": apple(loss),
-            "Apple, all tiles filtered (bound)": apple(loss, kept_tiles=0.0),
         }
         for name, terms in counts.items():
             count = total(terms)
@@ -237,12 +201,8 @@ def main(config: Config) -> list[dict]:
             f"{row['gigabytes']:>9.1f}{row['ratio']:>8.2f}{row['teraflops']:>9.1f}{row['launches']:>10,}"
         )
         print(f"    {row['name']:<36}{figures}")
-    print(
-        "\nApple's kernels load tiles again and again; on a GPU most of these loads come from its L2 cache."
-    )
-    for name, package in PEERS.items():
-        if not importlib.util.find_spec(package):
-            print(f"{name}: {package} is not installed here, so its formula was not checked on this machine")
+    if not importlib.util.find_spec("liger_kernel"):
+        print("\nLiger: liger_kernel is not installed here, so its formula was not checked on this machine")
     _show_decoding()
     return rows
 

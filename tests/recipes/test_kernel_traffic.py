@@ -16,7 +16,6 @@ from kernel_traffic import (
     MODELS,
     Config,
     Loss,
-    apple,
     decode_bytes,
     liger,
     main,
@@ -42,10 +41,6 @@ needs_interpreter = pytest.mark.interpreter
 needs_liger = pytest.mark.skipif(
     not importlib.util.find_spec("liger_kernel"),
     reason="liger-kernel is not installed: its formula is NOT CHECKED here",
-)
-needs_apple = pytest.mark.skipif(
-    not importlib.util.find_spec("cut_cross_entropy"),
-    reason="cut-cross-entropy is not installed: its formula is NOT CHECKED here",
 )
 SIZES = [
     (77, 19),
@@ -143,33 +138,6 @@ def test_liger_is_exact_in_what_it_does_on_a_cpu(N, K, scaled, dtype):
             counted - total(liger(loss, on_gpu=False, scaled=scaled)) - Count(0, upstream_loads)
         )
     assert_only_vectors_are_left(differences, N)
-
-
-@needs_interpreter
-@needs_apple
-@pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9), (150, 150)])
-@pytest.mark.parametrize(("V", "H"), [(77, 19), (301, 40), (128, 64)])
-def test_apples_kernels_are_exact_but_for_the_one_that_cannot_run_here(N, K, V, H):
-    from cut_cross_entropy.cce_backward import cce_backward_kernel
-    from cut_cross_entropy.cce_lse_forward import cce_lse_forward_kernel
-    from cut_cross_entropy.indexed_dot import indexed_neg_dot_forward_kernel
-    from triton.runtime.errors import InterpreterError
-
-    loss = Loss(N, K, V, H, torch.float16)
-    (hidden, weight, targets), terms = problem(loss), apple(loss)
-    valids = None if K == N else torch.arange(K, dtype=torch.int32)
-    hidden = hidden.detach()
-    with Counter() as counter:
-        indexed_neg_dot_forward_kernel(hidden, weight.detach(), targets, False, valids, None, torch.float32)
-    assert counter.by_operator["triton"] == terms["target logits"]
-    logsumexp = (hidden[:K] @ weight.T).float().logsumexp(1).detach()
-    upstream = torch.ones(())
-    with Counter() as counter:
-        cce_backward_kernel(upstream, hidden, weight, logsumexp, valids, None, None, targets=targets)
-    assert counter.by_operator["triton"] == terms["tiles again"] + terms["dX and dW"]
-    assert counter.by_operator["aten::zeros_like"] == terms["zeros"]
-    with pytest.raises(InterpreterError, match="NoneType"):  # libdevice.log1p; once this runs, count it
-        cce_lse_forward_kernel(hidden, weight.detach())
 
 
 def fake_problem(model: str, N: int = 16_384, dtype: torch.dtype = torch.bfloat16):
@@ -393,8 +361,8 @@ def test_the_command_prints_the_table_and_names_what_is_missing(capsys, monkeypa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     rows = main(Config(num_tokens=1000, ignored=0.1))
     out = capsys.readouterr().out
-    assert "Counted, not timed" in out and "cut_cross_entropy is not installed here" in out
-    assert len(rows) == 15 and [row["ratio"] for row in rows if row["name"] == "ours"] == [1, 1, 1]
+    assert "Counted, not timed" in out and "liger_kernel is not installed here" in out
+    assert len(rows) == 9 and [row["ratio"] for row in rows if row["name"] == "ours"] == [1, 1, 1]
     with pytest.raises(ValueError, match=r"ignored is 1\.5 but must be >= 0 and < 1"):
         main(Config(ignored=1.5))
 

@@ -209,7 +209,6 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
         ours, theirs = ([1e6 * getattr(pair, side) for pair in pairs] for side in (our, their))
         figures = {
             "our_median_us": statistics.median(ours),
-            "our_mean_us": statistics.fmean(ours),
             "our_worst_us": max(ours),
         }
         if simple:
@@ -224,11 +223,8 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
             our_hard, their_hard = ([getattr(pair, side) for pair in hard] for side in (our, their))
             figures |= {
                 "their_median_us": statistics.median(theirs),
-                "their_mean_us": statistics.fmean(theirs),
                 "their_worst_us": max(theirs),
                 "ratio_of_medians": statistics.median(theirs) / statistics.median(ours),
-                "median_of_ratios": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
-                "ratio_of_totals": sum(theirs) / sum(ours),
                 "ratio_of_medians_on_hardest": statistics.median(their_hard) / statistics.median(our_hard),
                 "ratio_of_totals_on_hardest": sum(their_hard) / sum(our_hard),
             }

@@ -163,7 +163,7 @@ def test_a_bench_runs_and_writes_a_row_for_ours_and_for_each_peer_that_is_here(n
         ours = [row for row in names if row.startswith("ours")]
         assert ours and (len(names) == len(ours) + 1 or "TRL is not installed" in done.stdout)
     if name == "finetune":
-        assert figures["rows"][0]["leak"] == "no" and figures["rows"][0]["steps"] > 1
+        assert figures["rows"][0]["steps"] > 1
 
 
 @pytest.mark.slow

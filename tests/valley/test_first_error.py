@@ -19,12 +19,7 @@ def test_a_problem_is_read_back_as_the_chain_it_was_made_from():
 def test_nothing_is_wrong_in_a_trace_to_learn_from_and_its_checks_and_corrections_are_counted():
     for chain in CHAINS:
         short = dissect(chain.problem, short_trace(chain), finished=True)
-        assert (short.cause, short.right_steps, short.wrong, short.reflects) == (
-            "",
-            len(chain.operands),
-            (),
-            False,
-        )
+        assert (short.cause, short.right_steps, short.wrong) == ("", len(chain.operands), ())
         assert (short.num_operations, short.num_false, short.num_checks, short.num_corrections) == (
             len(chain.operands),
             0,

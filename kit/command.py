@@ -54,9 +54,9 @@ def clean_up_if_refused(main: Callable[[object], object]) -> Callable[[object], 
     return cleaning
 
 
-def open_run(config, *, may_grow: Sequence[str] = ()) -> RunFolder:
+def open_run(config, *, may_grow: Sequence[str] = (), join: bool = False) -> RunFolder:
     """Open the folder of a run as RunFolder.open does, and print where it is and what is not by default."""
-    run = RunFolder.open(config, may_grow=may_grow)
+    run = RunFolder.open(config, may_grow=may_grow, join=join)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
     return run
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from kit.disk import remove_scratch, write_whole
 from kit.journal import CONFIG, STEP, Journal, type_of
-from kit.lock import hold, release
+from kit.lock import hold, is_shared, release
 
 UNSTORED = {"resume", "out", "plan", "json"}
 # settings that do not change what a run computes, or only what it computes last, or only the last bits
 FREE_TO_CHANGE = UNSTORED | {
-    "baseline", "workers", "gpus", "rl_steps", "num_slots", "desktop_gb", "card", "trace_tokens",
+    "baseline", "workers", "gpus", "rl_steps", "rl_sizes", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
     "offload_gradients", "eval_every", "eval_questions", "log",
 }  # fmt: skip
@@ -51,14 +51,16 @@ class RunFolder:
         self.at_end: list[Callable[[], object]] = []  # called when the recipe ends, however it does
 
     @classmethod
-    def open(cls, config, *, may_grow: Sequence[str] = ()) -> RunFolder:
+    def open(cls, config, *, may_grow: Sequence[str] = (), join: bool = False) -> RunFolder:
         """Return the run folder of a config, with its config.json written, locked until this process ends.
 
         config: a recipe's Config. If its `out` is "", the folder is the next free number under runs/RECIPE,
         or with `resume` the newest one there. may_grow: settings that may grow in a resumed run: a number
-        gets larger, a list gets more numbers, or more names at its end. Raises ValueError if the folder
-        already holds a run, if there is nothing to resume, if a resumed run's settings differ, naming them,
-        and if another process works in the folder.
+        gets larger, a list gets more numbers, or more names at its end. join: several processes may work in
+        the folder once the first of them has called kit.lock.share, and a run with the same settings that is
+        there already goes on, also without `resume`. Raises ValueError if the folder already holds a run, if
+        there is nothing to resume, if a resumed run's settings differ, naming them, and if another process
+        works in the folder.
         """
         parent = Path("runs") / recipe_name(type(config))
         if config.resume:
@@ -66,22 +68,25 @@ class RunFolder:
         else:
             path = Path(config.out) if config.out else make_next_folder(parent)
         is_created = not config.resume and (not config.out or not path.exists())
-        was_free = hold(path)
+        was_free = hold(path, join=join)
+        goes_on = config.resume or (join and (path / CONFIG).is_file())
+        may_grow = may_grow if config.resume and not is_shared(path) else ()
         try:
-            cls._write_settings(path, config, may_grow)
+            cls._write_settings(path, config, may_grow, goes_on=goes_on)
         except BaseException:
             if was_free:
                 release(path)
             raise
-        remove_scratch(path)
-        cls.newest = cls(path, is_new=not config.resume, is_created=is_created, is_locked=was_free)
+        if not is_shared(path):
+            remove_scratch(path)
+        cls.newest = cls(path, is_new=not goes_on, is_created=is_created, is_locked=was_free)
         return cls.newest
 
     @staticmethod
-    def _write_settings(path: Path, config, may_grow: Sequence[str]) -> None:
-        """Write config.json, if these settings may be those of the run in the folder."""
+    def _write_settings(path: Path, config, may_grow: Sequence[str], *, goes_on: bool) -> None:
+        """Write config.json, if these settings may be those of the run in the folder and nobody shares it."""
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
-        if config.resume:
+        if goes_on:
             before = read_json(path / CONFIG)
             defaults = {field.name: field.default for field in dataclasses.fields(config)}
             before = {name: before.get(name, defaults[name]) for name in settings} | before  # new settings
@@ -92,9 +97,13 @@ class RunFolder:
                 f"{k} was {old!r}, is {new!r}" for k, (old, new) in pairs.items() if old != new
             )
             if changed:
+                wait = "wait until the others there end, " if is_shared(path) else ""
                 raise ValueError(
-                    f"{path} was started with other settings: {changed}; pass the same, or another --out"
+                    f"{path} was started with other settings: {changed}; "
+                    f"{wait}pass the same, or another --out"
                 )
+            if is_shared(path):
+                return
         elif (path / CONFIG).exists():
             raise ValueError(f"{path} already holds a run; pass --resume to continue it, or another --out")
         elif has_begun(path):
@@ -152,7 +161,7 @@ def stored_settings(recipe: str, out: str) -> tuple[Path, dict]:
     if out:
         path, where = Path(out), f"{out} holds no run"
     else:
-        begun = [child for child in _numbered(parent) if has_begun(child)]
+        begun = [child for child in numbered(parent) if has_begun(child)]
         path, where = (begun[-1] if begun else parent), f"no run under {parent} has begun"
     if not (path / CONFIG).is_file():
         raise ValueError(f"--resume was given but {where}; drop --resume, or pass the --out of the run")
@@ -177,7 +186,7 @@ def recipe_name(config_class: type) -> str:
 
 def next_folder(parent: Path) -> Path:
     """Return the next free numbered folder under parent, 001 first."""
-    return parent / f"{max((int(child.name) for child in _numbered(parent)), default=0) + 1:03d}"
+    return parent / f"{max((int(child.name) for child in numbered(parent)), default=0) + 1:03d}"
 
 
 def make_next_folder(parent: Path) -> Path:
@@ -191,10 +200,10 @@ def make_next_folder(parent: Path) -> Path:
         return path
 
 
-def _numbered(parent: Path) -> list[Path]:
+def numbered(parent: Path) -> list[Path]:
     """Return the numbered folders under parent, in their order."""
-    numbered = (child for child in parent.glob("[0-9]*") if child.name.isdigit())
-    return sorted(numbered, key=lambda child: int(child.name))
+    found = (child for child in parent.glob("[0-9]*") if child.name.isdigit())
+    return sorted(found, key=lambda child: int(child.name))
 
 
 def kept_traces(run: Path) -> int:

@@ -15,7 +15,7 @@ import pytest
 from children import ROOT
 
 from kit import lock
-from kit.lock import LOCK, held, hold, release
+from kit.lock import LOCK, held, hold, is_held, is_shared, release
 
 HOLD = "import os, subprocess, sys, time; from pathlib import Path; from kit.lock import hold; "
 HOLD += "hold(Path('run')); "
@@ -156,11 +156,11 @@ def test_of_many_that_lock_and_release_no_two_are_inside_at_once():
 def test_a_file_that_its_holder_removes_just_before_it_is_locked_is_not_the_lock(monkeypatch):
     take, processes = lock._lock, []
 
-    def take_late(file, folder):
+    def take_late(file, folder, join):
         if not processes:  # meanwhile one process has released the lock, and another has taken it
             Path("run", LOCK).unlink()
             processes.append(start(HOLD + WAIT)[0])
-        take(file, folder)
+        return take(file, folder, join)
 
     monkeypatch.setattr(lock, "_lock", take_late)
     with pytest.raises(ValueError, match="is in use by process "):
@@ -177,6 +177,44 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed():
     assert Path("precious").read_text() == "mine"
 
 
+JOIN = HOLD.replace("hold(Path('run'))", "hold(Path('run'), join=True)")
+SHARE = "from kit.lock import share; share(Path('run')); "
+
+
+def test_a_folder_is_shared_once_its_first_holder_says_so_and_by_those_who_ask_for_it():
+    first, _ = start(JOIN + "print('ready', flush=True); sys.stdin.readline(); " + SHARE + "sys.stdin.read()")
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", JOIN + WAIT],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert f"waiting for process {first.pid} on " in waiting.stderr.readline()
+    first.stdin.write("\n")
+    first.stdin.flush()
+    assert waiting.stdout.readline() == "ready\n"
+    with pytest.raises(ValueError, match="is in use by"):
+        hold(Path("run"))
+    assert hold(Path("run"), join=True) and is_shared(Path("run"))
+    kill(first)
+    release(Path("run"))
+    with pytest.raises(ValueError, match="is in use by"):  # the other still holds it
+        hold(Path("run"))
+    waiting.stderr.close()
+    kill(waiting)
+    assert hold(Path("run"), join=True) and not is_shared(Path("run"))
+
+
+def test_whether_a_folder_is_held_is_found_out_without_taking_it():
+    assert not is_held(Path("run"))
+    process, _ = start(HOLD + WAIT)
+    assert is_held(Path("run"))
+    kill(process)
+    assert not is_held(Path("run")) and hold(Path("run"))
+
+
 def test_a_file_system_without_locks_is_warned_of_and_used(monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -184,4 +222,4 @@ def test_a_file_system_without_locks_is_warned_of_and_used(monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     assert hold(Path("run"))
     said = capsys.readouterr().err
-    assert "run: its file system has no locks (No locks available); let no other process write there" in said
+    assert "run: its file system has no locks; let no other process write there" in said

@@ -31,14 +31,14 @@ from functools import cache
 from pathlib import Path
 
 from kit import report
-from kit.command import clean_up_if_refused, open_run, start
+from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word
 from kit.data.mixtures import is_long
 from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.models.shipped import SHIPPED
 from kit.valley.jobs import workers_of
-from kit.valley.runs import LOWEST, MOST, Recipes, run_study
+from kit.valley.runs import LOWEST, MOST, Recipes, open_study, run_study
 from kit.valley.study import ARMS, Cell, Study, parse_models, parse_numbers
 from kit.watch import WatchSettings, check_tracker
 
@@ -191,7 +191,7 @@ def main(config: Config) -> Path:
                 f"models is {config.models!r} but there is no folder {model}; pass folders of models that "
                 f"know the toy, or some of {', '.join(SHIPPED)}, which ship with the kit"
             )
-    path = open_run(config, may_grow=GROWS).path.resolve()
+    path = open_study(config, GROWS)
     benchmark = BENCHMARKS["toy"].read(limit=config.num_questions)
     held_out = {question.problem for question in benchmark.questions}
     write_data(study, held_out, path / "data", rl=bool(config.rl_steps))

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kit.disk import write_whole
 from kit.models.shipped import TINY
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def _row(chain: Chain, trace: str) -> dict:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Write a file of rows, whole or not at all: several processes may prepare the same study."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

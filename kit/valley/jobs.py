@@ -1,5 +1,8 @@
 """Run a study's jobs, each in a process of its own: several at once, one per core or one per card.
 
+Several processes, on any machines, may do so in one study at once; kit/valley/claims.py says which of them
+runs what. Each stays until all jobs have ended, so that the jobs of a machine that dies are taken over.
+
 A run that fails costs nothing but itself. Its error and the last lines of its log go to the journal, the
 others go on, and what needs it is not started. Resuming keeps the runs that are done and starts the others
 again with --resume, so that they go on inside their folders.
@@ -21,7 +24,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, forkserver
@@ -30,15 +33,17 @@ from pathlib import Path
 from kit.command import start
 from kit.journal import NUMBER, Journal, Kind
 from kit.progress import Progress
+from kit.run import numbered
+from kit.valley.claims import JOURNAL, PROCESSES, Claims
 
-JOURNAL, LOG = "jobs.jsonl", "log.txt"
+LOG = "log.txt"
 DONE, FAILED = "done", "failed"
 # a job that is tried again ends again, so its name is not a key: its last row counts
 OUTCOME = Kind(
     "outcome", {"job": str, "status": str, "seconds": NUMBER, "error": str, "tail": list, "log": str}
 )
 TAIL = 12  # lines of the log that are kept with a failure
-LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, for the display
+LOOK_EVERY = 1.0  # seconds between two looks at how far the runs are, here and elsewhere
 END_WITHIN = 900.0  # seconds for a run to finish a step and write a checkpoint, before it is killed
 ORPHANED = 75  # exit status of a run whose study is gone; nobody is left to read it
 # what a traceback ends with
@@ -95,10 +100,20 @@ class Outcome:
     log: str = ""
 
 
-def read_outcomes(path: Path) -> dict[str, Outcome]:
-    """Read the last outcome of every job that has ended, by name."""
-    rows = ({name: row[name] for name in OUTCOME.fields} for row in Journal(path / JOURNAL, OUTCOME).read())
-    return {row["job"]: Outcome(**row | {"tail": tuple(row["tail"])}) for row in rows}
+def read_outcomes(path: Path, *, tried: Collection[Path] = ()) -> dict[str, Outcome]:
+    """Read the last outcome of every job that has ended, by name, from the journals of all processes.
+
+    tried: folders of journals whose failures do not count.
+    """
+    found: dict[str, Outcome] = {}
+    for folder in (path, *numbered(path / PROCESSES)):
+        for row in Journal(folder / JOURNAL, OUTCOME).read():
+            outcome = Outcome(**{name: row[name] for name in OUTCOME.fields} | {"tail": tuple(row["tail"])})
+            before = found.get(outcome.job)
+            # what is done is not started again, but another process may have tried it while it was running
+            if not (before and before.status == DONE) and not (outcome.status == FAILED and folder in tried):
+                found[outcome.job] = outcome
+    return found
 
 
 @dataclass(frozen=True)
@@ -129,45 +144,57 @@ def workers_of(device: str, gpus: str, workers: int) -> list[Worker]:
     return [Worker()] * (workers or os.cpu_count() or 1)
 
 
-def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker]) -> Iterator[Outcome]:
-    """Run every job that is not done yet, and yield each outcome as it comes.
+def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], claims: Claims) -> Iterator[Outcome]:
+    """Run every job that is neither done nor run by another process, and yield each outcome as it comes.
 
-    path: folder of the journal. Jobs start in their order; one whose needs are still running waits. The
-    processes end when this generator or this process does, however that comes.
+    path: the study's folder. Jobs start in their order; one whose needs are still running waits. What failed
+    is tried again if the process that saw it had ended before this one began. The runs end when this
+    generator or this process does, however that comes.
     """
-    journal = Journal(path / JOURNAL, OUTCOME)
-    state = {name: outcome.status for name, outcome in read_outcomes(path).items() if outcome.status == DONE}
-    waiting = [job for job in jobs if job.name not in state]
+    journal, tried = Journal(claims.folder / JOURNAL, OUTCOME), {path, *claims.ended}
     elsewhere = {name for job in jobs for name in job.needs} - {job.name for job in jobs}
-    state |= {name: FAILED for name in elsewhere if name not in state}  # nothing here will run them
 
-    idle, running, done = list(workers), [], len(jobs) - len(waiting)
-    context = _context(waiting, workers)
-    with Progress("study", "runs", len(jobs), done) as progress:
+    def ended_so_far() -> dict[str, str]:
+        found = {name: outcome.status for name, outcome in read_outcomes(path, tried=tried).items()}
+        return dict.fromkeys(elsewhere, FAILED) | found  # nothing here will run those
+
+    state, idle, running = ended_so_far(), list(workers), []
+    context = _context([job for job in jobs if job.name not in state], workers)
+    with Progress("study", "runs", len(jobs), sum(job.name in state for job in jobs)) as progress:
         try:
-            while waiting or running:
+            while waiting := [job for job in jobs if job.name not in state]:
+                started = {run.job.name for run in running}
+                waiting = [job for job in waiting if job.name not in started]
                 blocked = {job.name: why for job in waiting if (why := job.obstacle(state))}
-                waiting = [job for job in waiting if job.name not in blocked]
                 ended = [Outcome(name, FAILED, error=f"not started: {why}") for name, why in blocked.items()]
 
-                ready = [job for job in waiting if all(state.get(name) == DONE for name in job.needs)]
-                for job in ready[: len(idle)]:
-                    waiting.remove(job)
-                    running.append(_Running(job, idle.pop(0), context))
+                for job in waiting:
+                    ready = job.name not in blocked and all(state.get(name) == DONE for name in job.needs)
+                    if idle and ready and claims.take(job.folder) and job.name not in ended_so_far():
+                        running.append(_Running(job, idle.pop(0), context))
 
                 if running and not ended:
                     connection.wait([run.process.sentinel for run in running], LOOK_EVERY)
+                elif not ended:
+                    time.sleep(LOOK_EVERY)
                 for run in [run for run in running if not run.process.is_alive()]:
                     running.remove(run)
                     idle.append(run.worker)
                     ended.append(run.outcome())
-                progress.text = ", ".join(map(str, running))
+                for run in [run for run in running if claims.is_lost(run.job.folder)]:
+                    running.remove(run)
+                    idle.append(run.worker)
+                    run.process.kill()
+                    run.process.join()
 
                 for outcome in ended:
-                    state[outcome.job] = outcome.status
                     journal.append(asdict(outcome))
+                state = ended_so_far()
+                left = sum(job.name not in state for job in jobs)
+                progress.text = ", ".join(map(str, running)) or ("others still run" if left else "")
+                while progress.done < len(jobs) - left:
                     progress.update()
-                    yield outcome
+                yield from ended
         finally:
             _end(running)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from kit.journal import CONFIG, Journal
 from kit.lock import LOCK
 from kit.run import FREE_TO_CHANGE, read_json, write_json
+from kit.valley.claims import CLAIM, JOURNAL
 from kit.valley.finished import CELLS, StudyResults, write_study
-from kit.valley.jobs import JOURNAL, OUTCOME
+from kit.valley.jobs import OUTCOME
 
 MAY_DIFFER = FREE_TO_CHANGE | {"seed", "seeds"}
-LEFT_BEHIND = shutil.ignore_patterns("model", "checkpoints", LOCK)  # large, and not for a report
+LEFT_BEHIND = shutil.ignore_patterns("model", "checkpoints", LOCK, f"{CLAIM}*")  # large, and not for a report
 
 
 def pool(runs: Sequence[Path], folder: Path) -> None:

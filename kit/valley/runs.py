@@ -9,12 +9,14 @@ from pathlib import Path
 from statistics import fmean
 
 from kit import paper
-from kit.command import Stopped, finish
+from kit.command import Stopped, finish, open_run
 from kit.evaluate.results import read_results
+from kit.lock import is_shared, share
 from kit.progress import print_line
 from kit.run import AFTER, SAMPLES, read_json
+from kit.valley.claims import Claims, check_can_share, claiming
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
-from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, run_jobs
+from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, read_outcomes, run_jobs
 from kit.valley.sentences import sentences
 from kit.valley.study import ARMS, BASE, Cell, Study, ranks_of
 
@@ -108,6 +110,17 @@ def rl_starts(results: StudyResults, words: Sequence[str], models: Sequence[str]
     return found
 
 
+def open_study(config, may_grow: Sequence[str]) -> Path:
+    """Open the folder of a study as open_run does, and return it. Several processes may work on it.
+
+    The first holds it alone until `run_study` has prepared it; the others wait for that. One that is started
+    with the folder and the settings of a study that is there works on that, also without `resume`.
+    """
+    if config.out:
+        check_can_share(Path(config.out))
+    return open_run(config, may_grow=may_grow, join=True).path.resolve()
+
+
 def run_study(
     study: Study,
     cells: Sequence[Cell],
@@ -122,23 +135,28 @@ def run_study(
 ) -> Path:
     """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
-    cells: the study's, as they can be run here. What is done stays done. Several workers begin with the
-    longest runs, so that they end together. then: the effect of a command to type next, and the command.
-    Raises SystemExit naming the runs that failed, once all others are done.
+    cells: the study's, as they can be run here. What is done stays done. Several workers, and a process that
+    comes to help others, begin with the longest runs, so that all end together. Every process writes the
+    report, the last one all of it. then: the effect of a command to type next, and the command. Raises
+    SystemExit naming the runs that failed, once all others are done.
     """
+    joins = is_shared(path)
     write_study(path, cells, deviations)
+    (path / CELLS).mkdir(exist_ok=True)  # the study has begun: a refusal of this process does not remove it
+    share(path)
     jobs = jobs_of(cells, recipes, path)
-    if len(workers) > 1:
+    if len(workers) > 1 or joins:
         jobs.sort(key=lambda job: (bool(job.needs), job.settings["seed"], -job.settings.get("num_traces", 0)))
     print(f"runs        {len(cells)} cells, {len(jobs)} runs, {len(workers)} at once, each with its {LOG}")
     print(paper.describe(deviations))
 
-    failed = _run(jobs, path, workers, write_report)
-    if rl:
-        starts = rl_jobs(rl_starts(StudyResults.read(path), rl, study.compared), recipes, path)
-        check_steps(starts)
-        failed += _run(starts, path, workers, write_report)
-        jobs += starts
+    with claiming(path) as claims:
+        failed = _run(jobs, path, workers, claims, write_report)
+        if rl:
+            starts = rl_jobs(rl_starts(StudyResults.read(path), rl, study.compared), recipes, path)
+            check_steps(starts)
+            failed += _run(starts, path, workers, claims, write_report)
+            jobs += starts
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
@@ -149,21 +167,22 @@ def run_study(
     return report
 
 
-def _run(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], write_report) -> list[str]:
+def _run(
+    jobs: Sequence[Job], path: Path, workers: Sequence[Worker], claims: Claims, write_report
+) -> list[str]:
     """Run the jobs, print how each ends, and write a report now and then. Return the names of the failed."""
-    failed, reported, ended = [], time.monotonic(), 0
+    reported, ended = time.monotonic(), 0
     try:
-        for outcome in run_jobs(jobs, path, workers):
+        for outcome in run_jobs(jobs, path, workers, claims):
             ended += 1
             print_line(line(outcome))
-            if outcome.status == FAILED:
-                failed.append(outcome.job)
             if time.monotonic() - reported > REPORT_EVERY:
                 page, reported = write_report(path, goes_on=True), time.monotonic()
                 print_line(f"report so far: {page.resolve().as_uri()}")
     except KeyboardInterrupt:
         raise Stopped(f"after {ended} runs; the others keep what they have") from None
-    return failed
+    outcomes = read_outcomes(path)
+    return [job.name for job in jobs if outcomes[job.name].status == FAILED]
 
 
 def line(outcome: Outcome) -> str:

@@ -1,6 +1,5 @@
 """The toy study as a person starts it: real processes, kills in training and in sampling, its settings."""
 
-import json
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from kit.config import parse
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents
 from kit.valley.finished import StudyResults
+from kit.valley.jobs import read_outcomes
 from kit.valley.runs import jobs_of
 from kit.valley.study import ARMS, Cell
 
@@ -78,15 +78,15 @@ def test_killed_in_training_and_in_sampling_and_resumed_two_at_a_time_it_ends_as
             time.sleep(0.001)
         process.kill()
         time.sleep(1.0)  # in which the run sees it
-        journal = (broken / "jobs.jsonl").read_text()
-        assert where.split("/")[0] not in journal, "killed too late to test anything"
+        ended = read_outcomes(broken)
+        assert where.split("/")[0] not in ended, "killed too late to test anything"
         written = watched.read_text()
         time.sleep(1.0)
         assert watched.read_text() == written, "the run outlived its study"
 
     done = run_recipe("valley_demo", *flags, "--workers", "2", "--out", "broken", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (broken / "jobs.jsonl").read_text().startswith(journal)  # finished runs are kept
+    assert read_outcomes(broken).items() >= ended.items()  # finished runs are kept
     assert numbers(broken) == numbers(tmp_path / "whole")
     results = StudyResults.read(broken)
     base, smaller = "tiny-full-0-seed0", "tinier-full-0-seed0"
@@ -128,10 +128,7 @@ def test_a_finished_study_takes_more_sizes_and_then_reinforcement_learning(tmp_p
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "valley_demo" / "001"
 
-    def ended():
-        return {row["job"]: row for row in map(json.loads, (run / "jobs.jsonl").read_text().splitlines())}
-
-    first = ended()
+    first = read_outcomes(run)
     assert [*first] == ["tiny-full-0-seed0", "tiny-full-8-seed0"]
     assert {path.name for path in run.iterdir()} >= {
         "config.json",
@@ -148,7 +145,7 @@ def test_a_finished_study_takes_more_sizes_and_then_reinforcement_learning(tmp_p
     flags += ["--sizes", "4,8", "--resume"]
     again = run_recipe("valley_demo", *flags, "--rl_steps", "1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    then = ended()
+    then = read_outcomes(run)
     assert {name: then[name] for name in first} == first and "tiny-full-4-seed0" in then
     starts = [name for name in then if name.startswith("rl ")]
     assert {"rl tiny-full-0-seed0", "rl tiny-full-8-seed0"} <= {*starts}

@@ -5,19 +5,24 @@ import os
 import platform
 import re
 import signal
+import threading
 import time
+from dataclasses import asdict
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 from children import call, wait
 
+from kit.journal import Journal
+from kit.valley.claims import LEASE, claiming
 from kit.valley.jobs import (
     DONE,
     FAILED,
     KEEP_FREED_MEMORY,
     TAIL,
     Job,
+    Outcome,
     Worker,
     read_outcomes,
     reason,
@@ -89,8 +94,9 @@ def job(recipe, name, *, needs=(), problem="", **settings):
 ONE = (Worker(),)
 
 
-def run(jobs, path, workers=ONE):
-    return {outcome.job: outcome for outcome in run_jobs(jobs, path, workers)}
+def run(jobs, path, workers=ONE, lease=LEASE):
+    with claiming(path, lease) as claims:
+        return {outcome.job: outcome for outcome in run_jobs(jobs, path, workers, claims)}
 
 
 def starts(recipe):
@@ -145,6 +151,39 @@ def test_a_resumed_study_starts_only_what_is_not_done_and_what_needs_it(recipe, 
     ]
     assert {outcome.status for outcome in read_outcomes(tmp_path).values()} == {DONE}
     assert run(jobs, tmp_path) == {}
+
+
+def test_a_failure_is_not_tried_again_by_those_who_join_while_the_one_who_saw_it_is_at_work(recipe, tmp_path):
+    jobs = [job(recipe, "bad", fail="once"), job(recipe, "after", needs=["bad"])]
+    with claiming(tmp_path) as claims:
+        assert [outcome.status for outcome in run_jobs(jobs, tmp_path, ONE, claims)] == [FAILED, FAILED]
+        assert run(jobs, tmp_path) == {}
+    assert {name: outcome.status for name, outcome in run(jobs, tmp_path).items()} == {
+        "bad": DONE,
+        "after": DONE,
+    }
+
+
+def test_a_run_that_another_process_has_taken_over_is_killed_and_the_others_outcome_counts(recipe, tmp_path):
+    alive, other = tmp_path / "runs" / "lost" / "alive", tmp_path / "processes" / "002"
+
+    def take_over():
+        while not alive.exists():
+            time.sleep(0.01)
+        other.mkdir()
+        (other / "alive").write_text(json.dumps({"machine": "another"}))
+        (alive.parent / "claim-2").write_text(other.name)
+        before = None
+        while before != (written := alive.read_text()):  # it goes on writing until it is killed
+            before = written
+            time.sleep(0.3)
+        Journal(other / "jobs.jsonl").append(asdict(Outcome("lost", DONE)))
+
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    assert run([job(recipe, "lost", wait_for=str(tmp_path / "never"))], tmp_path) == {}
+    thread.join()
+    assert read_outcomes(tmp_path)["lost"].status == DONE
 
 
 def test_what_needs_a_run_that_is_neither_here_nor_done_is_not_waited_for(recipe, tmp_path):
@@ -263,18 +302,17 @@ def test_a_study_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(reci
 
 def test_leaving_a_study_early_ends_its_processes(recipe, tmp_path):
     jobs = [job(recipe, "first"), job(recipe, "second", wait_for=str(tmp_path / "never"))]
-    outcomes = run_jobs(jobs, tmp_path, [Worker()] * 2)
-    assert next(outcomes).job == "first"
     alive = tmp_path / "runs" / "second" / "alive"
-    while not alive.exists():
-        time.sleep(0.01)
-    outcomes.close()
+    with claiming(tmp_path) as claims:
+        outcomes = run_jobs(jobs, tmp_path, [Worker()] * 2, claims)
+        assert next(outcomes).job == "first"
+        while not alive.exists():
+            time.sleep(0.01)
+        outcomes.close()
     before = alive.read_text()
     time.sleep(0.3)
     assert alive.read_text() == before
-    assert [json.loads(line)["job"] for line in (tmp_path / "jobs.jsonl").read_text().splitlines()] == [
-        "first"
-    ]
+    assert list(read_outcomes(tmp_path)) == ["first"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ simulated and what is assumed. Reinforcement learning is not estimated.
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,8 @@ def describe(
     sampling = sum(found.sampling_hours for found in fitting)
     before = sum(baselines.values())
     hours = training + sampling + before
-    on_several = f", {hours / num_cards:,.1f} h on {num_cards} if they share evenly" if num_cards > 1 else ""
+    counts = sorted({2, 4, 8, num_cards} - {1})
+    several = (f"{hours_on(n, baselines, estimates):,.1f} h on {n}" for n in counts)
     kept = sum(found.disk_kept for found in fitting) / GIB
     checkpoints = num_cards * max(found.disk[CHECKPOINTS] for found in fitting) / GIB
 
@@ -98,7 +100,8 @@ def describe(
     lines += [
         f"{len(fitting)} of {len(cells)} cells can be planned; {len(baselines)} baselines",
         f"in all  {training:,.1f} h of training, {sampling:,.1f} h of sampling after it, {before:,.1f} h for "
-        f"the baselines: {hours:,.1f} h on one card{on_several}",
+        f"the baselines: {hours:,.1f} h on one card",
+        f"cards   {'; '.join(several)}; one run per card, those of the most traces first",
         f"disk    {kept:,.0f} GiB of models and samples, which stay, and at most {checkpoints:,.0f} GiB "
         "of checkpoints, which go; RL, the hub client's files and the cache of tokens are not counted",
         f"Estimates, not timings. Speeds: {'; '.join(sources)}. Assumed: traces of {work.trace_tokens:,} "
@@ -106,6 +109,22 @@ def describe(
         "rows, all slots always busy. Launch overhead and reinforcement learning are not counted.",
     ]
     return "\n".join(lines)
+
+
+def hours_on(num_cards: int, baselines: Mapping[str, float], estimates: Mapping[Cell, Estimate]) -> float:
+    """Return how long several cards take if each starts, whenever it is free, the first run that is left.
+
+    baselines: hours by name. They come first, then the cells as kit.valley.runs sorts them.
+    """
+    free, measured = [0.0] * num_cards, {}  # when each card is free, and each baseline done
+    for name, hours in baselines.items():
+        measured[name] = heapq.heappop(free) + hours
+        heapq.heappush(free, measured[name])
+    for cell in sorted(estimates, key=lambda cell: (cell.seed, -cell.num_traces)):
+        start = max(heapq.heappop(free), measured[cell.baseline])
+        found = estimates[cell]
+        heapq.heappush(free, start + found.training_hours + found.sampling_hours)
+    return max(free)
 
 
 def as_json(

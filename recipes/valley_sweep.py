@@ -4,7 +4,8 @@
     python recipes/valley_sweep.py --plan --preset rtx24    the same for what one card of 24 GB can finish
     python recipes/valley_sweep.py --preset rtx24           run it; what differs from the paper is printed
     python recipes/valley_sweep.py --gpus 0,1,2,3           the paper's setting, one run per GPU
-    python recipes/valley_sweep.py --resume                 go on after a kill, and try again what failed
+    python recipes/valley_sweep.py --resume                 go on after a kill, and try again what failed;
+                                                            or help the processes that are at it
     python recipes/valley_sweep.py --smoke                  the same path in about a minute on any CPU
 
 Every cell is a run of recipes/gemma3_1b_8k.py with epochs and batch from the paper's Table 2
@@ -17,7 +18,12 @@ the same problems (or `--short_traces FILE`), and mixtures, a quarter or half of
 from the base model, the lowest point and the largest size, on the MATH levels that follow from the model's
 size. A finished sweep takes more arms, sizes or seeds with --resume.
 
-Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs, several machines.
+Several processes, on one machine or on many, share a study: start each with the same settings and the same
+--out, on a disk that all of them see, or with --resume and that --out. Each takes the next run that nobody
+has, and stays until all have ended: those of a machine that dies are taken over five minutes later
+(kit/valley/claims.py). recipes/valley_sweep.slurm starts them on a cluster.
+
+Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from kit import data, memory, models, paper, report, valley
-from kit.command import clean_up_if_refused, open_run, start
+from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word, started_as
 from kit.config import full_command, parse
 from kit.data.toy import LONG_TRACES
@@ -37,7 +43,7 @@ from kit.memory.settings import TrainingPlanSettings
 from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import write_json
 from kit.valley.jobs import workers_of
-from kit.valley.runs import LOWEST, MOST, Recipes, run_study
+from kit.valley.runs import LOWEST, MOST, Recipes, open_study, run_study
 from kit.valley.study import (
     ARMS,
     FIXED_BATCH,
@@ -231,7 +237,7 @@ def main(config: Config) -> Path | None:
         f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
     }
     require_gpu(config.device, "a sweep", instead)
-    path = open_run(config, may_grow=GROWS).path.resolve()
+    path = open_study(config, GROWS)
     chosen = valley.estimate.choose_settings(
         study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **what
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from children import run_recipe, start_recipe
+from test_valley_demo import numbers
 
 from kit.config import parse
 from kit.models.shipped import TINY
@@ -63,7 +64,7 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     ]
     run = tmp_path / "runs" / "valley_sweep" / "001"
     cell, baseline = run / "cells" / "tiny-full-96-seed0", run / "cells" / "tiny-full-0-seed0"
-    journal = run / "jobs.jsonl"
+    journal, resumed_journal = (run / "processes" / name / "jobs.jsonl" for name in ("001", "002"))
     metrics = cell / "metrics.jsonl"
     sweep = start_recipe("valley_sweep", *flags, cwd=tmp_path)
     while sweep.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 5):
@@ -80,7 +81,7 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     assert "2 of 4 runs failed: short-full-0-seed0, short-full-96-seed0; --resume" in errors, errors
     # what was done is not done again
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    rows = [json.loads(line) for line in journal.read_text().splitlines()][1:]
+    rows = [json.loads(line) for line in resumed_journal.read_text().splitlines()]
     assert [(row["job"], row["status"]) for row in rows] == [
         ("tiny-full-96-seed0", "done"),
         ("short-full-0-seed0", "failed"),
@@ -108,6 +109,44 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
     page = (run / "report.html").read_text()
     assert "1 of 2 cells are done, 1 failed." in page and "<h3>short-full-96-seed0</h3>" in page
     assert "http" not in page and page.count("<img ") == 4
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_and_one_takes_over_the_cell_in_which_the_other_is_killed(tmp_path):
+    flags = ["--smoke", "--models", "tiny,tinier", "--sizes", "96", "--max_steps", "12", "--workers", "1"]
+    flags += [
+        "--checkpoint_every",
+        "4",
+        "--num_questions",
+        "4",
+        "--num_samples",
+        "1",
+        "--max_new_tokens",
+        "40",
+    ]
+    whole = run_recipe("valley_sweep", *flags, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+
+    shared, killed = tmp_path / "shared", ""
+    both = [start_recipe("valley_sweep", *flags, "--out", "shared", cwd=tmp_path) for _ in range(2)]
+    while not killed:
+        assert {child.poll() for child in both} == {None}, [child.stderr for child in both]
+        steps = {path: path.read_text().count("\n") for path in shared.glob("cells/*/metrics.jsonl")}
+        killed = next((path.parent for path, count in steps.items() if 5 <= count < 12), "")
+        time.sleep(0.01)
+    owner = shared / "processes" / (killed / "claim-1").read_text()
+    victim = next(c for c in both if f"process {c._process.pid} " in (owner / ".lock").read_text())
+    victim.kill()
+    survivor = both[1 - both.index(victim)]
+    assert survivor.wait() == 0, survivor.stderr
+
+    rows = [json.loads(line)["job"] for path in shared.glob("processes/*/jobs.jsonl") for line in path.open()]
+    assert sorted(rows) == sorted(path.name for path in (shared / "cells").iterdir()) and len(rows) == 4
+    assert (killed / "claim-2").is_file() and len([*shared.glob("cells/*/claim-2")]) == 1
+    assert numbers(shared) == numbers(tmp_path / "whole")
+    assert "2 of 2 cells are done." in (shared / "report.html").read_text()
+    other = run_recipe("valley_sweep", *flags, "--lr", "1", "--out", "shared", cwd=tmp_path)
+    assert "was started with other settings: lr was 0.003, is 1.0; pass the same" in other.stderr
 
 
 def test_the_default_is_the_papers_table_and_its_settings(recipe):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from children import call, wait
 
-from kit.lock import hold, release
+from kit.lock import LOCK, hold, release
 from kit.valley.claims import ALIVE, CLAIM, JOURNAL, PROCESSES, claiming
 
 
@@ -74,6 +74,7 @@ def elsewhere(study, *jobs):
     folder = study / PROCESSES / "001"
     folder.mkdir(parents=True)
     (folder / JOURNAL).touch()
+    (folder / LOCK).write_text("process 7 on another")
     (folder / ALIVE).write_text(json.dumps({"machine": "another", "beat": 1}))
     for job in jobs:
         job.mkdir(parents=True)
@@ -133,5 +134,8 @@ def test_locks_that_exclude_nobody_are_none(tmp_path, monkeypatch):
     with claiming(tmp_path):
         pass
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    with pytest.raises(ValueError, match="no locks"), claiming(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"in use by process 7 on another, and .* no locks"),
+        claiming(tmp_path),
+    ):
         pass

@@ -11,7 +11,7 @@ from children import ROOT
 from kit.command import clean_up_if_refused
 from kit.config import parse
 from kit.disk import scratch_beside
-from kit.lock import LOCK, held, release
+from kit.lock import LOCK, held, release, share
 from kit.run import RunFolder, next_folder, recipe_name
 
 
@@ -105,6 +105,27 @@ def test_a_folder_that_holds_a_run_is_not_overwritten():
     RunFolder.open(Config(out="here"))
     with pytest.raises(ValueError, match="already holds a run; pass --resume"):
         RunFolder.open(Config(out="here"))
+
+
+def test_a_run_that_may_be_shared_goes_on_with_the_same_settings_and_grows_while_nobody_shares_it():
+    run = RunFolder.open(Config(out="here"), join=True)
+    run.unlock()
+    again = RunFolder.open(Config(out="here", num_slots=4), join=True)  # without resume
+    assert run.is_new and not again.is_new
+    with pytest.raises(ValueError, match=r"other settings: lr was 1.0, is 2.0; pass the same"):
+        RunFolder.open(Config(2.0, out="here"), join=True)
+
+    grown = Config(seeds=2, resume=True, out="here")
+    with pytest.raises(ValueError, match="seeds was 1, is 2"):  # resume has to say so
+        RunFolder.open(replace(grown, resume=False), may_grow=["seeds"], join=True)
+    RunFolder.open(grown, may_grow=["seeds"], join=True)
+    share(run.path)
+    with pytest.raises(ValueError, match="seeds was 2, is 3; wait until the others there end"):
+        RunFolder.open(replace(grown, seeds=3), may_grow=["seeds"], join=True)
+    scratch = scratch_beside(run.path / "report.html")  # of another process
+    scratch.touch()
+    RunFolder.open(replace(grown, num_slots=8), join=True)
+    assert scratch.exists() and json.loads(Path("here/config.json").read_text())["num_slots"] == 16
 
 
 @pytest.mark.parametrize("name", ["model", "checkpoints", "metrics.jsonl"])

@@ -50,7 +50,7 @@ def test_of_two_processes_that_claim_the_same_jobs_each_job_has_one(tmp_path):
     for child in children:
         wait(child)
     taken = [job for name in "ab" for job in json.loads((tmp_path / name).read_text())]
-    assert sorted(taken) == [*range(300)]
+    assert len(taken) == len({*taken}) == 300
     with claiming(tmp_path) as claims:  # both have ended, and nothing has become of their claims
         assert claims.take(tmp_path / "cells" / "0") and not claims.take(tmp_path / "cells" / "0")
 

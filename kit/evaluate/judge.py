@@ -13,11 +13,8 @@ A key, if the server wants one, is read from the environment variable JUDGE_API_
 from __future__ import annotations
 
 import http.client
-import json
-import os
 import re
 import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +22,7 @@ from pathlib import Path
 
 from kit.evaluate.reflection_and_loops import REFLECTION
 from kit.evaluate.results import SAMPLE
+from kit.http_json import FAULTS, call, describe
 from kit.journal import Journal, replace_rows
 from kit.progress import Progress
 
@@ -61,10 +59,10 @@ class Judge:
         if not self.model:
             try:
                 self.model = str(self._call("/models")["data"][0]["id"])
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            except (*FAULTS, LookupError, TypeError) as error:
                 raise ValueError(
-                    f"the judge at {self.url} lists no models ({_name(error)}); start the server, check the "
-                    "URL, or pass --judge_model NAME"
+                    f"the judge at {self.url} lists no models ({describe(error)}); start the server, check "
+                    "the URL, or pass --judge_model NAME"
                 ) from error
 
     def reflects(self, text: str) -> tuple[bool | None, str]:
@@ -78,28 +76,18 @@ class Judge:
             self.unreachable = 0
             said = str(reply["choices"][0]["message"]["content"])
         except (ValueError, LookupError, TypeError) as error:
-            return None, f"the reply cannot be read ({_name(error)})"
+            return None, f"the reply cannot be read ({describe(error)})"
         except urllib.error.HTTPError as error:
             self.unreachable = 0
             return None, f"HTTP status {error.code}"
         except (OSError, http.client.HTTPException) as error:
             self.unreachable += 1
-            return None, f"no reply ({_name(error)})"
+            return None, f"no reply ({describe(error)})"
         match = VERDICT.match(said)
         return (match[1].lower() == "yes", "") if match else (None, "neither yes nor no")
 
     def _call(self, path: str, question: dict | None = None) -> dict:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("JUDGE_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        body = None if question is None else json.dumps(question).encode()
-        request = urllib.request.Request(self.url + path, body, headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-            return json.loads(reply.read())
-
-
-def _name(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+        return call(self.url + path, question, timeout=self.timeout, key="JUDGE_API_KEY")
 
 
 def passages_of(text: str) -> str:

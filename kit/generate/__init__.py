@@ -8,5 +8,6 @@ __getattr__, __all__ = hand_on(
         "sampling": ["SamplingParams", "sample"],
         "sampler": ["Completion", "generate"],
         "kv_cache": ["cache_bytes"],
+        "server": ["Server", "connect"],
     },
 )

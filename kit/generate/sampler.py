@@ -97,7 +97,7 @@ def generate(
     streams = [stream_key(seed, key) for key in keys]
 
     done: list[Completion | None] = [None] * len(prompts)
-    progress = _Samples(len(prompts), description)
+    progress = Samples(len(prompts), description)
     settings = params, streams, stop, num_slots, capacity
     with progress if description else nullcontext():
         responses = _run_slots(model, prompts, *settings, progress, on_token)
@@ -121,7 +121,7 @@ def _run_slots(
     stop: set[int],
     num_slots: int,
     capacity: int,
-    progress: _Samples,
+    progress: Samples,
     on_token: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, list[int], list[float], float]]:
     """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
@@ -236,7 +236,7 @@ def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
         slots[place] = slot
 
 
-class _Samples(Progress):
+class Samples(Progress):
     """The progress of samples: also tokens per second, mean length and how many were truncated."""
 
     def __init__(self, total: int, description: str):

@@ -12,6 +12,7 @@ __getattr__, __all__ = hand_on(
     __name__,
     {  # file -> names
         "load_any": ["load", "load_to_train"],
+        "loading": ["load_without_weights"],
         "backbone": ["head_weight", "hidden_states"],
     },
 )

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -213,3 +214,24 @@ def load_config(model: str) -> PreTrainedConfig:
             f"online for the hub's, or pass one of those that ship with the kit: {known}\n"
             f"{error}"
         ) from error
+
+
+def load_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what a prompt depends on: a tokenizer, and a model on the meta device, which has no numbers.
+
+    name: as for kit.models.load, of any architecture that transformers has. The model has shapes, and the
+    ends that its generation_config.json names. Raises ValueError as load_config does.
+    """
+    path = path_of(name)
+    where, file = path.as_posix(), {}
+    if path.suffix == ".gguf":
+        where, file = str(path.parent), {"gguf_file": path.name}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(name), trust_remote_code=False)
+    tokenizer = load_tokenizer(where, **file)
+    check_end_of_text(tokenizer, name)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(where)
+    except OSError:  # it has no such file: its config names the ends
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model, tokenizer

@@ -1,5 +1,6 @@
 import copy
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kit import models
 from kit.data.toy import make_tokenizer
 from kit.models import folder
 from kit.models.backbone import head_weight, hidden_states, next_token_logits
+from kit.models.shipped import TINY
 from kit.packing import Document, PackedBatch
 from kit.train.recompute import recompute_layers
 
@@ -136,3 +138,13 @@ def test_attention_dropout_is_refused_not_ignored():
     model.train()
     with pytest.raises(ValueError, match=r"attention dropout is 0.1"):
         logits_of(model, random_documents([3]))
+
+
+def test_without_weights_a_model_has_its_vocabulary_and_the_ends_that_its_files_name(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    model, tokenizer = models.load_without_weights(str(tmp_path))
+    assert model.get_input_embeddings().weight.is_meta and tokenizer.eos_token_id == 2
+    assert (len(model.get_input_embeddings().weight), model.generation_config.eos_token_id) == (67, 2)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    assert models.load_without_weights(str(tmp_path))[0].generation_config.eos_token_id == [2, 5]

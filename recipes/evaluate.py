@@ -7,12 +7,19 @@
     python recipes/evaluate.py --benchmarks arithmetic                        checks each step of an answer
     python recipes/evaluate.py --benchmarks mine=q.jsonl                      your own questions
     python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002  two finished runs, paired
+    python recipes/evaluate.py --server http://localhost:8000 --model Qwen/Qwen3-8B    vLLM, SGLang, llama.cpp
     python recipes/evaluate.py --smoke                                        a tiny model, seconds on any CPU
 
 A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Your
 own questions are a .jsonl, .json or .parquet file with rows such as {"problem": "What is 2+3?", "answer": 5};
 the name before the = is yours to choose. Every sample is logged as soon as it ends. After a kill, --resume
 continues, and the result is that of an uninterrupted run.
+
+With --server, an inference server samples and only the tokenizer and the config of --model are loaded here
+(kit/generate/server.py says which versions of which servers, and what they are asked). --num_slots is how
+many requests are open at once; 0 = 32. An answer that fails is asked for again, for up to an hour; then the
+run stops, and --resume asks for what is missing. The log names server and version, and its samples are never
+mixed with others. Tried against a small server of the tests only.
 
 Time: not timed on a GPU; SmolLM2-135M on 50 GSM8K questions, 2 samples each of up to 200 tokens, takes
 minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
@@ -23,20 +30,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kit import data, evaluate, generate, memory, models, paper, report
+from kit import evaluate, generate, memory, models, paper, report
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
 from kit.config import RunSettings
-from kit.data.chat import warn_of_instruction
-from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
+from kit.evaluate.settings import EVENING, EvaluationSettings, SampledModelSettings
 from kit.evaluate.uncertainty import in_percent
-from kit.machine import on_cpu, one_thread_if_small, require_gpu
+from kit.machine import on_cpu, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.run import AFTER, BEFORE, SAMPLES, write_json
 
 
 @dataclass(frozen=True)
-class Config(ModelSettings, EvaluationSettings, PlanSettings, RunSettings):
+class Config(SampledModelSettings, EvaluationSettings, PlanSettings, RunSettings):
     preset: str = "paper"  # settings that the other flags may change [paper | evening]
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
@@ -62,23 +68,28 @@ def main(config: Config) -> list[evaluate.Result]:
     if config.compare:
         return compare(config)
     params = replace(config.params, top_k=config.top_k)
+    if config.server and (config.plan or config.gpu_gb):
+        raise ValueError(
+            f"server is {config.server}, whose card is not planned for; leave out --plan and pass --gpu_gb ''"
+        )
     if config.gpu_gib or config.plan:
         config = plan_memory(config, params)
     if config.plan:
         return []
     small = "--benchmarks arithmetic --num_questions 20 --num_samples 1 --max_new_tokens 512"
     what = f"evaluating {config.model} on --device cuda"
-    require_gpu(config.device, what, on_cpu(small))
+    if not config.server:
+        require_gpu(config.device, what, on_cpu(small))
     benchmarks = config.read_benchmarks()
     run = open_run(config)
 
-    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
-    one_thread_if_small(model)
-    warn_of_instruction(config.model, config.instruction)
-    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
-
+    model, chat = config.load_model()
     num_responses = config.num_responses(benchmarks)
-    time = memory.hours.sampling_time(config.model, num_responses, config.max_new_tokens, config.num_slots)
+    time = "the server's"
+    if not config.server:
+        time = memory.hours.sampling_time(
+            config.model, num_responses, config.max_new_tokens, config.num_slots
+        )
     print(config.describe(benchmarks))
     print(paper.describe(paper.deviations(config)))
     print(f"time        {time}")

@@ -1,7 +1,8 @@
-"""Make traces of your own: sample a local model's answers to problems, and keep those that are right.
+"""Make traces of your own: sample a model's answers to problems, and keep those that are right.
 
     python recipes/make_traces.py --problems p.jsonl --model Qwen/Qwen3-1.7B    eight answers per problem
     python recipes/make_traces.py --problems p.jsonl --first shortest           the short side of a mixture
+    python recipes/make_traces.py --problems p.jsonl --model Qwen/QwQ-32B --server http://localhost:8000
     python recipes/make_traces.py --resume                                      go on with the newest run
     python recipes/make_traces.py --smoke                                       a tiny model, any CPU
 
@@ -13,8 +14,10 @@ Math-Verify was not asked: the kit grades the answers again when it reads the fi
 
 Every answer is logged as soon as it ends, in samples/. After a kill, --resume continues, and the traces are
 those of an uninterrupted run. `recipes/evaluate.py --plan --benchmarks mine=p.jsonl` says whether it fits.
+With --server, vLLM, SGLang or llama.cpp's server samples any model that they serve, and only the tokenizer
+and the config of --model are loaded here: see recipes/evaluate.py.
 
-Time: not timed on a GPU; --smoke takes seconds. Left out on purpose: servers, problems without answers.
+Time: not timed on a GPU; --smoke takes seconds. Left out on purpose: problems without answers.
 """
 
 from __future__ import annotations
@@ -25,18 +28,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kit import data, evaluate, generate, models
+from kit import evaluate, generate
 from kit.command import clean_up_if_refused, open_run, start
 from kit.command_line import command_of, shell_word
 from kit.config import RunSettings
-from kit.data.chat import warn_of_instruction
 from kit.data.problems import Question, draw, read_prompts
 from kit.data.rows import BadRows
 from kit.data.toy import PROBLEMS
 from kit.disk import write_whole
 from kit.evaluate.benchmarks import Benchmark, ids_hash
-from kit.evaluate.settings import ModelSettings
-from kit.machine import on_cpu, one_thread_if_small, require_gpu
+from kit.evaluate.settings import SampledModelSettings
+from kit.machine import on_cpu, require_gpu
 from kit.run import SAMPLES
 
 TRACES = "traces.jsonl"
@@ -49,7 +51,7 @@ DECODING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "dtype", 
 
 
 @dataclass(frozen=True)
-class Config(ModelSettings, RunSettings):
+class Config(SampledModelSettings, RunSettings):
     # model
     model: str = "google/gemma-3-1b-it"  # hub id, folder (of a model or adapters), .gguf file, or "tiny"
     # problems
@@ -78,14 +80,12 @@ SMOKE = {
 @clean_up_if_refused
 def main(config: Config) -> Path:
     small = "--num_problems 20 --num_samples 1 --max_new_tokens 512"
-    require_gpu(config.device, f"sampling {config.model} on --device cuda", on_cpu(small))
+    if not config.server:
+        require_gpu(config.device, f"sampling {config.model} on --device cuda", on_cpu(small))
     questions = read_questions(config)
     run = open_run(config)
 
-    model, tokenizer = models.load(config.model, device=config.device, attention=config.attention)
-    one_thread_if_small(model)
-    warn_of_instruction(config.model, config.instruction)
-    chat = data.ChatFormat(tokenizer, model, template=config.chat_template, instruction=config.instruction)
+    model, chat = config.load_model()
     print(f"answers     {len(questions):,} problems x {config.num_samples}")
     found = evaluate.evaluate(
         model,
@@ -140,8 +140,13 @@ def traces_of(found: evaluate.Result, config: Config) -> Iterator[dict]:
     answers: dict[str, list[dict]] = {}
     for row in sorted(found.rows, key=lambda row: row["sample"]):
         answers.setdefault(row["question"], []).append(row)
-    made_by = {"model": config.model, "weights": found.header["model"], "prompt": found.header["prompt"]}
-    made_by |= {name: found.header[name] for name in DECODING}
+    header = found.header
+    made_by = {"model": config.model, "weights": header["model"]}
+    if config.server:
+        made_by = {name: header[name] for name in ("model", "weights", "engine")} | {
+            "tokenizer": config.model
+        }
+    made_by |= {name: header[name] for name in ("prompt", *DECODING) if name in header}
 
     for name in sorted(answers):  # journals are in the order in which answers ended
         kept = sorted(filter(is_kept, answers[name]), key=ORDERS[config.first])

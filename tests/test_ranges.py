@@ -36,7 +36,7 @@ FREE = {
     "model", "models", "chat_template", "instruction", "traces", "short_traces", "columns", "cache_dir",
     "benchmarks", "baseline", "out",
     "json", "card", "compare", "prompts", "levels", "rl_flags", "reward", "as_", "kernel", "problems",
-    "question", "beside", "titles", "gold", "benchmark",
+    "question", "beside", "titles", "gold", "benchmark", "server",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -25,6 +26,7 @@ from kit.evaluate.results import SAMPLE, Result, kept_samples, read_result
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import Completion, generate
 from kit.generate.sampling import SamplingParams
+from kit.generate.server import Server
 from kit.grade.deciding import start_worker
 from kit.grade.verdict import verdict_fields
 from kit.journal import Journal
@@ -50,6 +52,7 @@ def evaluate(
 
     Samples that the file already holds are kept.
 
+    model: a transformers model, or a kit.generate.server.Server, which samples in its place.
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once; 0 =
     as many as memory holds.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
@@ -77,9 +80,9 @@ def evaluate(
         key = {"question": question.id, "sample": i, "prompt": digest(rendered[question.id])}
         journal.append({**key, **_row(question, completion), "cuts": _cuts(completion, chat)})
 
+    sample = model.generate if isinstance(model, Server) else partial(generate, model)
     try:
-        generate(
-            model,
+        sample(
             [prompts[question.id] for question, _ in wanted],
             params,
             num_slots=num_slots,
@@ -132,16 +135,18 @@ def header_of(
     num_samples: as for `evaluate`.
     """
     return {
-        "model": fingerprint(model),
         "prompt": chat.key,
         "questions": digest(*(question.problem + question.answer for question in benchmark.questions)),
         "num_samples": num_samples or benchmark.num_samples,
         "seed": seed,
         **asdict(params),
-        "dtype": str(model.dtype),
-        "engine": "kit",
-        **{name: version(name) for name in ("torch", "transformers")},
+        **(model.identity if isinstance(model, Server) else _identity(model)),
     }
+
+
+def _identity(model) -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {"model": fingerprint(model), "dtype": str(model.dtype), "engine": "kit", **versions}
 
 
 def _row(question: Question, completion: Completion) -> dict:

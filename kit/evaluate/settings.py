@@ -11,7 +11,11 @@ from kit.data.chat import INSTRUCTION
 from kit.evaluate.benchmarks import Benchmark, count_samples, parse_benchmarks
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kit.data.chat import ChatFormat
     from kit.generate.sampling import SamplingParams
+    from kit.generate.server import Server
 
 
 EVENING = {  # --preset evening: what a card measures in a part of an evening
@@ -32,6 +36,36 @@ class ModelSettings(Checked):
     attention: str = "auto"  # auto: flash-attn where it can, else kit [auto | kit | flash-attn | torch]
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
+
+
+@dataclass(frozen=True)
+class SampledModelSettings(ModelSettings):
+    """The same for a model that is sampled as it is, so that a server may have its weights."""
+
+    # model
+    server: str = ""  # URL of vLLM, SGLang or llama.cpp's server, which samples then; "" = this machine
+
+    def load_model(self) -> tuple[PreTrainedModel | Server, ChatFormat]:
+        """Load the model, or its tokenizer and config alone if a server has it; `model` is the recipe's.
+
+        Raises ValueError as kit.models.load and kit.generate.server.connect do.
+        """
+        from kit import generate, models
+        from kit.data.chat import ChatFormat, warn_of_instruction
+        from kit.machine import one_thread_if_small
+
+        if self.server:
+            model, tokenizer = models.load_without_weights(self.model)
+        else:
+            model, tokenizer = models.load(self.model, device=self.device, attention=self.attention)
+            one_thread_if_small(model)
+        warn_of_instruction(self.model, self.instruction)
+        chat = ChatFormat(tokenizer, model, template=self.chat_template, instruction=self.instruction)
+        if not self.server:
+            return model, chat
+        server = generate.connect(self.server, self.model, tokenizer)
+        print(f"server      {server.engine} samples {server.name}; its weights and dtype cannot be checked")
+        return server, chat
 
 
 @dataclass(frozen=True)

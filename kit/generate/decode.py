@@ -7,7 +7,6 @@ it runs in the fewest operators of torch.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,18 +49,14 @@ def _attend(i: int, layer: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache
     elif q.is_cuda:
         # not with cuDNN's attention, which compiles a plan per length and number of rows
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            attended = _attend_in_groups(i, q, cache, scale)
+            attended = _attend_under_mask(q, *cache.rows(i), scale)
     else:
-        attended = _attend_in_groups(i, q, cache, scale)
+        attended = _attend_under_mask(q, *cache.rows(i), scale)
     return layer.attention.o_proj(attended.flatten(1))
 
 
-def _attend_in_groups(i: int, q: Tensor, cache: SlotCache, scale: float) -> Tensor:
-    """Compute attention of q (B, Hq, D) with one call of torch's per group of rows."""
+def _attend_under_mask(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Compute attention of q (B, Hq, D) to keys and values (B, Hkv, places, D) with torch."""
     # the query heads of a group are rows of one small matrix, so that K and V are read once
-    q = q.unflatten(1, (cache.keys[i].shape[1], -1))  # (B, Hkv, Hq / Hkv, D)
-    parts = [
-        F.scaled_dot_product_attention(q[rows], keys, values, attn_mask=mask, scale=scale)
-        for rows, keys, values, mask in cache.groups(i)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    q = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, Hq / Hkv, D)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)

@@ -89,7 +89,7 @@ class Engine:
     def decode(self, lengths: list[int]) -> Drawn:
         """Draw one more token for each of rows 0..B-1. lengths: positions that each holds, B of them."""
         positions = self.positions[: len(lengths)]
-        self.cache.at_decode(positions, lengths)
+        self.cache.at_decode(positions, max(lengths))
         hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
         drawn = self._draw(slice(len(lengths)), hidden)
         positions += 1

@@ -8,15 +8,14 @@ One formula serves both kinds of layer: if W is the whole capacity, nothing ever
 window of 512 in 22 of its 26 layers, so a row of 16,384 positions takes 75 MiB in bf16 instead of 416.
 
 On a card, kit/kernels/decode_attention.py reads each row to its own length, which stays on the device. Where
-it does not run (a CPU, a card without Triton or older than RTX 30), rows are read in groups, under a mask.
+it does not run (a CPU, a card without Triton or older than RTX 30), all rows are read as far as the longest,
+under a mask.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 from transformers import Cache
@@ -25,10 +24,6 @@ from kit.kernels.decode_attention import obstacle, runs_kernel
 from kit.models.families import head_dim, layer_windows
 
 BUCKET = 16  # positions; attended length is rounded up to a multiple of it, so that shapes repeat
-# On a CPU, one more call of attention takes as long as reading this many bytes of keys and values. A card
-# runs the rows of a call in parallel but several calls in sequence, so there all rows are one group.
-CALL_BYTES = 2**18
-SORTED_BY = 256  # positions; grouped rows that differ by less stay unsorted: a move costs more than it saves
 MOVED_AT_ONCE = 1_024  # positions; bounds the copy that a move makes
 
 
@@ -54,19 +49,13 @@ class SlotCache(Cache):
         # size -> places of every row that hold no garbage; the kernel reads none
         self.cleared = {W: W if self.uses_kernel else 0 for W in self.sizes}
 
-        grouping = weight.device.type == "cpu" and not self.uses_kernel
-        position_bytes = 2 * num_heads * width * weight.element_size()  # of one layer
-        # places that another group must save, and by which unsorted rows may differ
-        self.min_saved = CALL_BYTES // position_bytes if grouping else math.inf
-        self.sorted_by = SORTED_BY if grouping else math.inf
-
         # by the size W of a layer: row, place and token in the pack of every position that the prompts leave
         self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         # where each row and head writes its next position
         self.places: dict[int, torch.Tensor] = {}
-        # groups of rows that are read together: rows, places, mask. Or, for the kernel, each row's length
-        self.readers: dict[int, list[tuple[slice, int, torch.Tensor]]] = {}
-        self.lengths: torch.Tensor | None = None
+        # how many places are read, and what each row sees of them: for the kernel its length, (B,), otherwise
+        # what is added to its scores, (B, 1, 1, places)
+        self.seen: dict[int, tuple[int, torch.Tensor]] = {}
 
     def at_prefill(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
         """Prepare for a pack of whole prompts.
@@ -83,23 +72,21 @@ class SlotCache(Cache):
             token = position + torch.tensor(starts).repeat_interleave(torch.tensor(kept))
             self.prompt_places[W] = row.to(device), (position % W).to(device), token.to(device)
 
-    def at_decode(self, positions: torch.Tensor, lengths: list[int]) -> None:
-        """Prepare for one token in each of rows 0..B-1, at positions (B,). lengths: the same, on the host.
+    def at_decode(self, positions: torch.Tensor, longest: int) -> None:
+        """Prepare for one token in each of rows 0..B-1, at positions (B,). longest: the largest of them.
 
-        The kernel needs positions alone. Without it, neighbouring rows of similar length are read together,
-        as far as the longest of them.
+        The kernel needs positions alone.
         """
+        lengths = positions + 1
         for W in self.cleared:
             self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
-        if self.uses_kernel:
-            self.lengths = positions + 1
-            return
-        for W in self.cleared:
-            widths = [min(-(-(length + 1) // BUCKET) * BUCKET, W) for length in lengths]
-            q, s = positions[:, None], torch.arange(max(widths), device=positions.device)
-            mask = self._added(s > q)[:, None, None]  # (B, 1, 1, places); all are seen from q = W on
-            self._clear(W, max(widths))
-            self.readers[W] = [(rows, n, mask[rows, ..., :n]) for rows, n in grouped(widths, self.min_saved)]
+            if self.uses_kernel:
+                self.seen[W] = W, lengths
+                continue
+            width = min(-(-(longest + 1) // BUCKET) * BUCKET, W)
+            unseen = torch.arange(width, device=positions.device) >= lengths[:, None]  # none from W on
+            self.seen[W] = width, self._added(unseen)[:, None, None]
+            self._clear(W, width)
 
     def _clear(self, W: int, end: int) -> None:
         """Write zeros to the places up to `end` that hold garbage: they are masked, but 0 * NaN is NaN."""
@@ -119,15 +106,11 @@ class SlotCache(Cache):
         for held, states in ((self.keys[layer], keys), (self.values[layer], values)):
             held.view(-1, held.shape[-1]).index_copy_(0, places, states.reshape(-1, held.shape[-1]))
 
-    def groups(self, layer: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield (rows, their keys and values (rows, Hkv, places, D), the mask to add to their scores)."""
-        for rows, width, mask in self.readers[self.sizes[layer]]:
-            yield rows, self.keys[layer][rows, :, :width], self.values[layer][rows, :, :width], mask
-
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return what the kernel reads: keys and values of rows 0..B-1, (B, Hkv, W, D), and lengths (B,)."""
-        B = len(self.lengths)
-        return self.keys[layer][:B], self.values[layer][:B], self.lengths
+        """Return keys and values of rows 0..B-1, (B, Hkv, places, D), and what each row sees of them."""
+        width, seen = self.seen[self.sizes[layer]]
+        B = len(seen)
+        return self.keys[layer][:B, :, :width], self.values[layer][:B, :, :width], seen
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Store the keys and values of a pack of prompts, (1, Hkv, T, D), in their rows, and return them.
@@ -140,7 +123,7 @@ class SlotCache(Cache):
         return key_states, value_states
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
-        """Copy rows `sources` to rows `targets`, up to position `length`. Rows may be in both."""
+        """Copy rows `sources` to rows `targets`, up to position `length`."""
         for tensor in (*self.keys, *self.values):
             end = min(length, tensor.shape[2])
             for start in range(0, end, MOVED_AT_ONCE):
@@ -161,28 +144,6 @@ def _takes_kernel(config, weight: torch.Tensor) -> bool:
             f"tokens are sampled with torch's attention, as far as the longest row: {why}", stacklevel=2
         )
     return not why
-
-
-def grouped(widths: list[int], min_saved: float) -> list[tuple[slice, int]]:
-    """Group neighbouring rows. Return (rows, places to read) of each group, for its widest row.
-
-    All rows start as one group. A group is cut in two as long as the cut saves reading more than min_saved
-    places.
-    """
-    runs, waiting = [], [(0, len(widths))]
-    while waiting:
-        start, end = waiting.pop()
-        run = widths[start:end]
-        widest = max(run)
-        if widest > min(run):
-            before, after = list(accumulate(run, max)), list(accumulate(reversed(run), max))[::-1]
-            areas = [(i * before[i - 1] + (len(run) - i) * after[i], i) for i in range(1, len(run))]
-            area, i = min(areas)
-            if len(run) * widest - area > min_saved:
-                waiting += [(start + i, end), (start, start + i)]
-                continue
-        runs.append((slice(start, end), widest))
-    return runs
 
 
 def cache_bytes(model, num_slots: int, capacity: int) -> int:

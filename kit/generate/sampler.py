@@ -5,9 +5,8 @@ prompt is left, the active rows are moved together and the batch shrinks. Prompt
 padding or masks, as training reads its rows; equal prompts that are read together are read once. Single
 tokens go through kit/generate/decode.py. LoRA and quantised layers work.
 
-On a card, attention reads each row to its own length, which stays on the device. On a CPU the rows are sorted
-by length, and rows of similar length are read together, only as far as the longest of them. Sliding layers
-never read further than their window (kit/generate/kv_cache.py).
+On a card, attention reads each row to its own length, which stays on the device; on a CPU, all rows as far as
+the longest. Sliding layers never read further than their window (kit/generate/kv_cache.py).
 
 A card computes while the host reads: the next step is queued before the host waits for the tokens of the last
 one. So a row may run one token past its end. That token is cut, and its place in the cache lies inside the
@@ -129,7 +128,7 @@ def _run_slots(
         return
     slots = [_Slot(-1) for _ in range(num_slots)]
     engine = Engine(model, params, num_slots, capacity)
-    waiting, arranged, ahead = deque(range(len(prompts))), [], steps_ahead(engine.device)
+    waiting, ahead = deque(range(len(prompts))), steps_ahead(engine.device)
     queued: deque[tuple[list[_Slot], Drawn]] = deque()
 
     def receive(num_left: int):
@@ -164,10 +163,7 @@ def _run_slots(
                 queued.append(([slots[row] for row in rows], drawn))
                 yield from receive(ahead)
 
-            if [slot.request for slot in slots] != arranged:
-                arrange(slots, engine, engine.cache.sorted_by)
-                arranged = [slot.request for slot in slots]
-
+            arrange(slots, engine)
             active = [slot for slot in slots if slot.request >= 0]
             if any(slot.drawn < params.max_new_tokens for slot in active):
                 queued.append((active, engine.decode([slot.length for slot in active])))
@@ -214,26 +210,16 @@ def _next_prompts(waiting: deque[int], prompts: list[tuple[int, ...]], num_free:
     return requests
 
 
-def arrange(slots: list[_Slot], engine, sorted_by: float) -> None:
-    """Move the active rows so that the batch is rows 0..B-1, the longest first.
-
-    sorted_by: positions by which rows may differ and still count as equally long. A row that is already among
-    those of its length stays where it is.
-    """
-    lengths = {row: slot.length // sorted_by for row, slot in enumerate(slots) if slot.request >= 0}
-    wanted = sorted(lengths.values(), reverse=True)  # of places 0..B-1
-    stay = {place for place, length in enumerate(wanted) if lengths.get(place) == length}
-    targets = [place for place in range(len(wanted)) if place not in stay]
-    sources = sorted((row for row in lengths if row not in stay), key=lengths.get, reverse=True)
-    if not targets:
+def arrange(slots: list[_Slot], engine) -> None:
+    """Move active rows so that the batch is rows 0..B-1. A row that is already among these stays there."""
+    active = [row for row, slot in enumerate(slots) if slot.request >= 0]
+    targets = [row for row in range(len(active)) if slots[row].request < 0]
+    sources = [row for row in active if row >= len(active)]
+    if not sources:
         return
-
     engine.move(sources, targets, max(slots[row].length for row in sources))
-    moved = [slots[row] for row in sources]
-    for row in sources:
-        slots[row] = _Slot(-1)
-    for place, slot in zip(targets, moved, strict=True):
-        slots[place] = slot
+    for source, target in zip(sources, targets, strict=True):
+        slots[source], slots[target] = slots[target], slots[source]
 
 
 class Samples(Progress):

@@ -1,11 +1,10 @@
 import math
-import random
 
 import pytest
 import torch
 from conftest import WINDOW, make_model
 
-from kit.generate.kv_cache import SlotCache, cache_bytes, grouped
+from kit.generate.kv_cache import SlotCache, cache_bytes
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 
@@ -23,20 +22,16 @@ def test_cache_bytes_counts_what_the_cache_holds_and_sliding_layers_hold_their_w
 
 def seen_by_row(cache, layer):
     """For each row the keys that its query sees, and their values."""
-    for rows, keys, values, mask in cache.groups(layer):
-        assert len(keys) == len(values) == len(mask) == rows.stop - rows.start
-        for row in range(len(keys)):
-            seen = mask[row, 0, 0] == 0
-            yield sorted(keys[row, 0, seen, 0].tolist()), values[row, 0, seen, 0].neg().sort().values.tolist()
+    for keys, values, mask in zip(*cache.rows(layer), strict=True):
+        seen = mask[0, 0] == 0
+        yield sorted(keys[0, seen, 0].tolist()), values[0, seen, 0].neg().sort().values.tolist()
 
 
-@pytest.mark.parametrize("min_saved", [0, 1_000_000])  # one group per row; all rows in one group
 @pytest.mark.parametrize("longest", [WINDOW, WINDOW + 1, 19])
-def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest, min_saved):
+def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(longest):
     """Against a plain list: write positions 0, 1, 2, ... and remember the last WINDOW of them."""
     model = make_model("gemma3")
     cache = SlotCache(model, 2, 40)
-    cache.min_saved = min_saved
     starts = torch.tensor([3, longest])
     states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])
     states = states[None, None, :, None].expand(1, 1, -1, 16)
@@ -45,7 +40,7 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
         cache.update(states, -states, layer)
     for step in range(20):
         positions = starts + step
-        cache.at_decode(positions, positions.tolist())
+        cache.at_decode(positions, max(positions.tolist()))
         for layer, kind in enumerate(model.config.layer_types):
             new = positions.float()[:, None, None].expand(2, 1, 16)
             cache.write(layer, new, -new)
@@ -54,46 +49,15 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
             assert list(seen_by_row(cache, layer)) == [(row, row) for row in held]
 
 
-def test_attention_reads_no_further_than_the_longest_row_of_a_group_and_than_the_window_of_sliding_layers():
+def test_attention_reads_no_further_than_the_longest_row_and_than_the_window_of_sliding_layers():
     model = make_model("gemma3")
     full, sliding = (model.config.layer_types.index(kind) for kind in ("full_attention", "sliding_attention"))
     cache = SlotCache(model, 3, 200)
-    cache.min_saved = 100
-    cache.at_decode(torch.tensor([170, 165, 2]), [170, 165, 2])
-    assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [176, 16]  # multiples of 16
-    assert [keys.shape[2] for _, keys, *_ in cache.groups(sliding)] == [WINDOW]
-    cache.at_decode(torch.tensor([199]), [199])
-    assert [keys.shape[2] for _, keys, *_ in cache.groups(full)] == [200]  # no further than the cache
-
-
-def test_elsewhere_than_on_a_cpu_without_the_kernel_all_rows_are_one_group_and_are_not_sorted():
-    cache = SlotCache(make_model("llama").to("meta"), 3, 4_000)
-    cache.at_decode(torch.zeros(3, dtype=torch.int64, device="meta"), [3_999, 700, 2])
-    assert [(rows, keys.shape[2]) for rows, keys, *_ in cache.groups(0)] == [(slice(0, 3), 4_000)]
-    assert 3_999 // cache.sorted_by == 2 // cache.sorted_by
-
-
-def cheapest(widths, min_saved):
-    """Return the least area over all ways to cut, each cut costing min_saved, by trying all."""
-    best = len(widths) * max(widths)
-    for i in range(1, len(widths)):
-        best = min(best, cheapest(widths[:i], min_saved) + cheapest(widths[i:], min_saved) + min_saved)
-    return best
-
-
-def test_groups_hold_every_row_once_reach_its_end_and_read_little_more_than_the_best_cuts_would():
-    rng = random.Random(0)
-    for _ in range(60):
-        widths = [rng.choice((16, 32, 48, 160, 320)) for _ in range(rng.randint(1, 9))]
-        runs = grouped(widths, 40)
-        assert [row for rows, _ in runs for row in range(rows.start, rows.stop)] == list(range(len(widths)))
-        assert all(width == max(widths[rows]) for rows, width in runs)
-        cost = sum((rows.stop - rows.start) * width for rows, width in runs) + 40 * (len(runs) - 1)
-        assert cost <= len(widths) * max(widths)
-        if widths == sorted(widths, reverse=True):
-            assert cost <= 1.1 * cheapest(widths, 40)
-    assert grouped([320] * 4 + [16] * 4, 40) == [(slice(0, 4), 320), (slice(4, 8), 16)]
-    assert grouped([320, 304, 304], 40) == [(slice(0, 3), 320)]  # a cut would save 32
+    for positions, places in (([2, 170, 165], 176), ([15], 16), ([199], 200)):  # multiples of 16 in the cache
+        cache.at_decode(torch.tensor(positions), max(positions))
+        shapes = [[len(x), x.shape[2]] for x in cache.rows(full)[:2]]
+        assert shapes == [[len(positions), places]] * 2
+        assert cache.rows(sliding)[0].shape[2] == WINDOW
 
 
 @pytest.fixture
@@ -123,7 +87,7 @@ def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_o
     cache = SlotCache(make_model("llama"), 3, 500)
     cache.at_prefill([2], [0], [5])
     cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
-    cache.at_decode(torch.tensor([7, 40]), [7, 40])
+    cache.at_decode(torch.tensor([7, 40]), 40)
     cache.move(torch.tensor([2]), torch.tensor([0]), 45)
     for tensor in (*cache.keys, *cache.values):
         assert not tensor[:, :, :48].isnan().any() and tensor[:, :, 48:].isnan().all()

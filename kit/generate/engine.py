@@ -1,16 +1,19 @@
 """The model with its slots on the device: prompts fill rows of the cache, and each row draws token by token.
 
-What rows need from step to step stays on the device: where they write, their last tokens, and the places in
-their random streams. The host needs the tokens themselves, to see which texts end, and reads them afterwards.
+What rows need from step to step stays on the device, in place: where they write, their last tokens, and the
+places in their random streams. So a card can replay a step (kit/generate/graph.py). The host needs the tokens
+themselves, to see which texts end, and reads copies of them afterwards.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import accumulate
 
 import torch
 
 from kit.generate.decode import Decoder
+from kit.generate.graph import Steps, steps_for
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams, sample
 from kit.models.backbone import hidden_states, next_token_logits
@@ -21,12 +24,12 @@ class Drawn:
     """Tokens that rows have drawn, with their log-probs, on their way to the host."""
 
     def __init__(self, tokens: torch.Tensor, logprobs: torch.Tensor):
-        self.arrived = None
-        if tokens.is_cuda:  # into pinned memory, which torch allocates for such a copy
-            tokens, logprobs = (x.to("cpu", non_blocking=True) for x in (tokens, logprobs))
-            self.arrived = torch.cuda.Event()
+        # copies, also on a CPU: the next step writes over these. From a card into pinned memory, which torch
+        # allocates for such a copy
+        self.tokens, self.logprobs = (x.to("cpu", non_blocking=True, copy=True) for x in (tokens, logprobs))
+        self.arrived = torch.cuda.Event() if tokens.is_cuda else None
+        if self.arrived is not None:
             self.arrived.record()
-        self.tokens, self.logprobs = tokens, logprobs
 
     def read(self) -> tuple[list[int], list[float]]:
         """Wait until they have arrived: the only wait of a step."""
@@ -43,28 +46,34 @@ def steps_ahead(device: torch.device) -> int:
 class Engine:
     """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
 
-    def __init__(self, model, params: SamplingParams, num_slots: int, capacity: int):
+    def __init__(
+        self, model, params: SamplingParams, num_slots: int, capacity: int, *, steps: Steps | None = None
+    ):
+        """steps: how token steps run; None = as graphs, where a card can replay them."""
         self.model, self.params, self.decoder = model, params, Decoder(model)
-        self.device = model.get_input_embeddings().weight.device
+        weight = model.get_input_embeddings().weight
+        self.device, self.num_slots = weight.device, num_slots
         self.cache = SlotCache(model, num_slots, capacity)
+        self.steps = steps or steps_for(self.device, self.cache.uses_kernel)
 
-        def state() -> torch.Tensor:
-            return torch.zeros(num_slots, dtype=torch.int64, device=self.device)
+        def state(dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(num_slots, dtype=dtype, device=self.device)
 
         # of each row: where its next token is written, its last drawn token (not yet in the cache), the key
         # of its random stream, and the number of tokens drawn so far
         self.positions, self.tokens, self.keys, self.drawn = state(), state(), state(), state()
+        self.logprobs = state(torch.promote_types(weight.dtype, torch.float32))  # of the last drawn tokens
 
     def _send(self, values: list[int]) -> torch.Tensor:
         """Copy integers to the device without waiting for what it computes."""
         return torch.tensor(values).to(self.device, non_blocking=True)
 
-    def _draw(self, rows: torch.Tensor | slice, hidden: torch.Tensor) -> Drawn:
+    def _draw(self, rows: torch.Tensor | slice, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = next_token_logits(self.model, hidden)
         tokens, logprobs = sample(logits, self.params, self.keys[rows], self.drawn[rows])
-        self.tokens[rows] = tokens
+        self.tokens[rows], self.logprobs[rows] = tokens, logprobs
         self.drawn[rows] += 1
-        return Drawn(tokens, logprobs)
+        return tokens, logprobs
 
     def prefill(self, rows: list[int], prompts: list[tuple[int, ...]], keys: list[int]) -> Drawn:
         """Read prompts into rows, equal ones once, and draw the first token of each row."""
@@ -84,16 +93,22 @@ class Engine:
         self.cache.at_prefill(rows, starts, lengths)
         hidden = hidden_states(self.model, pack, cache=self.cache)
         ends = [start + length - 1 for start, length in zip(starts, lengths, strict=True)]
-        return self._draw(index, hidden[self._send(ends)])
+        return Drawn(*self._draw(index, hidden[self._send(ends)]))
 
     def decode(self, lengths: list[int]) -> Drawn:
         """Draw one more token for each of rows 0..B-1. lengths: positions that each holds, B of them."""
-        positions = self.positions[: len(lengths)]
-        self.cache.at_decode(positions, max(lengths))
-        hidden = self.decoder(self.tokens[: len(lengths)], positions, self.cache)
-        drawn = self._draw(slice(len(lengths)), hidden)
+        num_rows = len(lengths)
+        size = self.steps.size(num_rows, self.num_slots)
+        if size > num_rows:  # free slots fill up the batch: they read one key, and write where nobody reads
+            self.positions[num_rows:size] = 0
+        self.steps(size, partial(self._step, size, max(lengths)))
+        return Drawn(self.tokens[:num_rows], self.logprobs[:num_rows])
+
+    def _step(self, size: int, longest: int) -> None:
+        positions = self.positions[:size]
+        self.cache.at_decode(positions, longest)
+        self._draw(slice(size), self.decoder(self.tokens[:size], positions, self.cache))
         positions += 1
-        return drawn
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         index, into = self._send(sources), self._send(targets)

@@ -3,7 +3,8 @@
 - greedy tokens of tiny fp32 models, sampled on the card, are those of transformers' generate on the CPU
 - tokens/s with 64, 256 and 16 rows of 512 new tokens, prompts of 200, temperature 0.6, top-p 0.95
 - beside transformers' generate and generate_batch on the same prompts: at least twice generate's speed
-- launches, kernels and copies to the host per decode step, also of one long row beside 31 short ones
+- launches, kernels and copies to the host per decode step, also of one long row beside 31 short ones; eagerly
+  and in CUDA graphs (kit/generate/graph.py), which must draw the same tokens
 - what reading 8 prompts of 1,024 tokens holds, beside the memory plan of reinforcement learning
 Random weights never end a text, so all rows are equally long. Left out: long-tailed lengths, which
 recipes/bench/sampler.py has, and vLLM.
@@ -20,6 +21,7 @@ from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.engine import Engine
+from kit.generate.graph import Eager, Steps
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
@@ -27,7 +29,7 @@ from kit.recipes.card import models
 from kit.recipes.card.compare import attempt
 from kit.recipes.card.memory import held_gib, measured, timed
 from kit.recipes.card.models import QWEN, build_to_sample, model_config
-from kit.recipes.card.profile import profiled
+from kit.recipes.card.profile import Profile, profiled
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.rl import plan_step
 from kit.recipes.card.transformers_generate import generate_batch, padded_generate
@@ -121,13 +123,39 @@ def measure_decoding(results: Results, card: Card, model) -> None:
 
 
 def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int]) -> None:
-    """Read prompts of these lengths, then time and profile decode steps. lengths grow by the steps."""
-    steps, seen = (4, 2) if card.small else (20, 10)
+    """Time and profile decode steps, run eagerly and as the sampler runs them: in graphs on a card."""
+    drawn, seconds, launches, seen = [], [], [], 2 if card.small else 10
+    for way, steps in (("eager", Eager()), ("graph", None)):
+        tokens, each, profile = decoded(card, model, lengths, seen, steps)
+        drawn.append(tokens)
+        seconds.append(each)
+        counts = {name: getattr(profile, name) / seen for name in ("launches", "kernels", "copies_to_host")}
+        launches.append(counts["launches"])
+        text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
+        text = f"{1000 * each:.2f} ms, {text}, the card busy for {profile.busy / seen / each:.0%}"
+        results.figure(f"{title}, {way}", text, **counts, seconds=each, longest=profile.longest)
+
+    same = sum(a == b for pair in zip(*drawn, strict=True) for a, b in zip(*pair, strict=True))
+    total = len(lengths) * len(drawn[0])
+    holds = same == total and (card.small or launches[1] < launches[0])  # a graph that failed is no graph
+    text = f"{same:,} of {total:,} tokens equal, {seconds[0] / seconds[1]:.2f}x as fast"
+    results.check(f"{title}, graph beside eager", holds, text, ratio=seconds[0] / seconds[1])
+
+
+def decoded(
+    card: Card, model, lengths: list[int], seen: int, steps: Steps | None
+) -> tuple[list, float, Profile]:
+    """Read prompts of these lengths, and decode. Return each step's tokens, seconds per step, a profile.
+
+    seen: steps in the profile. steps: of the engine.
+    """
     card.free()
-    engine = Engine(model, params(64), len(lengths), lengths[0] + 64)
+    lengths = list(lengths)
+    engine = Engine(model, params(64), len(lengths), lengths[0] + 64, steps=steps)
     for length in sorted(set(lengths)):
         rows = [row for row, other in enumerate(lengths) if other == length]
         engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
+    tokens = []
 
     def decode(times: int) -> None:
         """Decode as the sampler does: a step is read when the next one is queued."""
@@ -136,17 +164,12 @@ def profile_decoding(results: Results, card: Card, title: str, model, lengths: l
             queued.append(engine.decode(lengths))
             lengths[:] = [length + 1 for length in lengths]
             if len(queued) > 1:
-                queued.pop(0).read()
-        queued.pop().read()
+                tokens.append(queued.pop(0).read()[0])
+        tokens.append(queued.pop().read()[0])
 
-    decode(3)  # compiles
-    seconds = timed(card, lambda: decode(steps))[1] / steps
-    profile = profiled(card, lambda: decode(seen))
-
-    counts = {name: getattr(profile, name) / seen for name in ("launches", "kernels", "copies_to_host")}
-    text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
-    text = f"{1000 * seconds:.2f} ms, {text}, the card busy for {profile.busy / seen / seconds:.0%}"
-    results.figure(title, text, **counts, seconds=seconds, longest=profile.longest)
+    decode(3)  # compiles, and captures
+    seconds = timed(card, lambda: decode(2 * seen))[1] / (2 * seen)
+    return tokens, seconds, profiled(card, lambda: decode(seen))
 
 
 def check_reading(results: Results, card: Card, model) -> None:

@@ -1,8 +1,8 @@
 """The token step as one CUDA graph per number of rows. NOT RUN ON A GPU.
 
-A step of a model of 24 layers is hundreds of launches; a graph is one. It repeats the same kernels at the same
-addresses, so whatever a step reads and leaves has to stay in place between replays: weights, cache, and the
-state of the rows (kit/generate/engine.py). What lives within a step lies in the graphs' own memory, which
+A step of a model of 24 layers is hundreds of launches; a graph is one. It repeats the same kernels at the
+same addresses, so whatever a step reads and leaves has to stay in place between replays: weights, cache, and
+the state of the rows (kit/generate/engine.py). What lives within a step lies in the graphs' own memory, which
 they share: none reads what another left there.
 
 The first step with a number of rows runs eagerly, which compiles kernels and creates workspaces; the second

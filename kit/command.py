@@ -13,10 +13,13 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
+from kit import ranks
 from kit.command_line import shell_word, started_as
 from kit.config import parse, show
 from kit.run import RunFolder
@@ -25,7 +28,10 @@ from kit.versions import newer_than_tested
 # What a user can mend: wrong settings or data, a file or a disk, a missing package. Everything else is a bug
 # of the kit, and its traceback is printed.
 MISTAKES = (ValueError, OSError, ImportError)
-REFUSED, INTERRUPTED = 2, 130  # exit statuses: argparse's for a wrong flag, a shell's for Ctrl-C
+CRASHED, REFUSED, INTERRUPTED = 1, 2, 130  # exit statuses: Python's, argparse's, a shell's for Ctrl-C
+ONE_PROCESS = "this runs in one process; start it without torchrun"
+FOR_ONE = ("plan", "compare")  # settings with which a recipe only prints: under torchrun rank 0 does so
+Value = TypeVar("Value")
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,51 +64,82 @@ def open_run(config, *, may_grow: Sequence[str] = (), join: bool = False) -> Run
     """Open the folder of a run as RunFolder.open does, and print where it is and what is not by default."""
     run = RunFolder.open(config, may_grow=may_grow, join=join)
     print(f"{show(config)}\nrun folder {run.path} (its config.json lists all settings)")
+    if (count := ranks.here().count) > 1:
+        print(f"ranks       {count}, which share the rows and the samples; hours are those of one card")
     return run
 
 
 def start(
-    main: Callable[[object], object], config_class: type, argv: Sequence[str] | None = None, **choices
+    main: Callable[[object], object],
+    config_class: type,
+    argv: Sequence[str] | None = None,
+    *,
+    alone: str = "",
+    **choices,
 ) -> None:
-    """Parse the flags and run main(config).
+    """Parse the flags and run main(config), under torchrun in each of its processes (kit/ranks.py).
 
-    argv: None = sys.argv[1:]. choices: smoke, quick and presets, as for kit.config.parse. A mistake that the
-    user can mend is one line on stderr and exit status 2; --traceback shows where it came from. Ctrl-C prints
-    how to go on, and the status is 130.
+    argv: None = sys.argv[1:]. alone: why torchrun is refused, and what to do instead; "" = it is not.
+    choices: smoke, quick and presets, as for kit.config.parse. A mistake that the user can mend is one line
+    on stderr and exit status 2; --traceback shows where it came from. Ctrl-C prints how to go on, and the
+    status is 130.
     """
 
     def run(words: list[str]) -> None:
         config = parse(config_class, words, **choices)
+        if any(getattr(config, name, False) for name in FOR_ONE):
+            if not ranks.is_started_first():
+                return
+        else:
+            ranks.join(getattr(config, "device", "cpu"))
+            ranks.mute()
+            ranks.here().how_to_go_on = _clean_up
         if line := newer_than_tested():
             print(line)
         clean_up_if_refused(main)(config)
+        ranks.leave()
 
-    guard(run, argv)
+    guard(run, argv, alone=alone)
 
 
-def guard(program: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> None:
+def guard(
+    program: Callable[[list[str]], object], argv: Sequence[str] | None = None, *, alone: str = ONE_PROCESS
+) -> None:
     """Run program(argv) as `start` does, for commands that read their own flags."""
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words
     RunFolder.newest = None
+    ranks.mute(all_but_one_per_machine=True)
     if isinstance(sys.stdout, io.TextIOWrapper):  # it is None if it was closed
         # also the log of a run that is killed is whole, and no character of an answer ends it
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
+        if alone and ranks.num_started() > 1:
+            raise ValueError(alone)
         program([word for word in words if word != "--traceback"])
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `| head`, has all that it wanted
+    except BrokenPipeError as closed:  # the reader, such as `| head`, has all that it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        raise SystemExit(1) from None
-    except MISTAKES as error:
-        if wants_traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(REFUSED) from None
+        ranks.end(closed, "", CRASHED)
+        raise SystemExit(CRASHED) from None
     except KeyboardInterrupt as stop:
-        print(f"\n{_farewell(stop)}", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        _end(stop, f"\n{_farewell(stop)}", INTERRUPTED)
+    except SystemExit as ended:  # argparse has said why
+        if ended.code:
+            ranks.end(ended, "", ended.code)
+        raise
+    except BaseException as error:
+        if isinstance(error, MISTAKES) and not wants_traceback:
+            _end(error, f"error: {error}", REFUSED)
+        ranks.end(error, traceback.format_exc(), CRASHED)
+        raise
+
+
+def _end(error: BaseException, line: str, status: int) -> NoReturn:
+    ranks.end(error, line, status)
+    print(line, file=sys.stderr)
+    raise SystemExit(status) from None
 
 
 def _farewell(stop: KeyboardInterrupt) -> str:
@@ -110,13 +147,39 @@ def _farewell(stop: KeyboardInterrupt) -> str:
     if run is None or not run.has_begun:
         return "stopped before anything was trained or measured"
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"
-    return f"stopped{where}. Go on with: {started_as()} --resume --out {shell_word(str(run.path))}"
+    program, count = started_as(), ranks.num_started()
+    if count > 1:
+        flags = program.removeprefix(shell_word(sys.orig_argv[0]))
+        program = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count)}{flags}"
+    return f"stopped{where}. Go on with: {program} --resume --out {shell_word(str(run.path))}"
+
+
+def _clean_up() -> str:
+    """Do what is left to do when a rank is about to end because of another one. Return how to go on."""
+    if RunFolder.newest:
+        RunFolder.newest.discard_if_new()
+    return f"All {_farewell(KeyboardInterrupt())}"
+
+
+def together(work: Callable[[], Value]) -> Value:
+    """Return work(), once every rank has done its own. If Ctrl-C ends one, all raise KeyboardInterrupt."""
+    value, is_stopped = None, False
+    try:
+        value = work()
+    except KeyboardInterrupt:
+        is_stopped = True
+    with LetFinish("the wait for other ranks") as late:  # it must not be left half done
+        is_stopped = any(ranks.here().gather(is_stopped))
+    if is_stopped or late.asked:
+        raise KeyboardInterrupt
+    return value
 
 
 class LetFinish:
     """Within this context the first Ctrl-C only sets `asked`, so that a step can end and be saved.
 
     A second Ctrl-C stops at once. It has no effect outside the main thread, where Python handles signals.
+    Several ranks must stop after the same step: `agreed` tells.
     """
 
     def __init__(self, what: str):
@@ -133,6 +196,11 @@ class LetFinish:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print(f"\nfinishing {self.what}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def agreed(self) -> bool:
+        """Return whether Ctrl-C has reached any rank. All of them must call this, at the same place."""
+        self.asked = any(ranks.here().gather(self.asked))
+        return self.asked
 
     def __exit__(self, *_) -> None:
         if self.in_main:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kit.ranks import here
 from kit.run import INPUTS, RunFolder, digest, read_json, write_json
 
 if TYPE_CHECKING:
@@ -40,8 +41,13 @@ def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: s
     """Write down what a new run reads; in a run that is resumed, compare.
 
     what: such as "traces". found: their digest. Raises ValueError, naming both, if they are not those that
-    the run began with.
+    the run began with, or if another rank reads others.
     """
+    here().check_same({f"the digest of the {what} in {source}": found})
+    here().from_first(lambda: _compare(run, what, source, count, found))
+
+
+def _compare(run: RunFolder, what: str, source: str, count: int, found: str) -> None:
     path = run.path / INPUTS
     known = read_json(path) if path.is_file() else {}
     now = {"source": source, "count": count, "digest": found}

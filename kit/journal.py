@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kit.disk import sync_file, sync_folder, write_whole
 from kit.lock import hold
+from kit.ranks import here
 
 CONFIG = "config.json"  # what makes a folder that of a run
 NUMBER = (int, float)
@@ -69,10 +70,21 @@ class Journal:
 
     Reading changes nothing, and leaves out a last line that is half-written: the run may still be going.
     Whatever writes locks the run's folder first, and then cuts off such a line, which a kill has left.
+    Of several ranks only the first writes; of the others, writing does nothing.
     """
 
     def __init__(self, path: Path | str, kind: Kind | None = None):
         self.path, self.kind = Path(path), kind or Kind()
+
+    @property
+    def own(self) -> Path | None:
+        """The file that this rank writes; None = none."""
+        return self.path if here().is_first else None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the rows."""
+        return [self.path]
 
     def append(self, row: dict) -> None:
         """Write one row to the operating system at once, so that killing the process does not lose it.
@@ -80,11 +92,13 @@ class Journal:
         A power cut may lose the last rows, until `sync`: they are sampled or trained again. NaN and inf
         become text. Raises ValueError if another process works in the run's folder.
         """
+        if self.own is None:
+            return
         finite = {key: _finite(value) for key, value in row.items()}
         line = _line(finite, allow_nan=False)
         self.lock()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
+        self.own.parent.mkdir(parents=True, exist_ok=True)
+        with self.own.open("ab+") as file:
             if file.tell() and not _ends_line(file):
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
@@ -96,9 +110,9 @@ class Journal:
 
     def sync(self) -> None:
         """Flush all rows to the disk: nothing that counts on them, such as a checkpoint, may come before."""
-        if self.path.exists():
-            sync_file(self.path)
-            sync_folder(self.path.parent)
+        if self.own and self.own.exists():
+            sync_file(self.own)
+            sync_folder(self.own.parent)
 
     def read(self) -> list[dict]:
         """Return all rows, oldest first; none if the file does not exist.
@@ -107,7 +121,13 @@ class Journal:
         Raises ValueError naming file and line of the first that is not what it must be.
         """
         rows, keys, doubled = [], set(), []
-        for number, row in self._numbered():
+        for number, row in (numbered for file in self.files for numbered in self._numbered(file)):
+            if "header" in row and rows:  # of another rank
+                if row != rows[0]:
+                    raise ValueError(
+                        f"{self.path} and the files of other ranks beside it have other headers; delete those"
+                    )
+                continue
             key = tuple(row.get(name) for name in self.kind.key)
             if key and None not in key and key in keys:
                 doubled.append(number)
@@ -126,9 +146,9 @@ class Journal:
             _said.add(said)
         return rows
 
-    def _numbered(self) -> Iterator[tuple[int, dict]]:
-        """Yield (line number, row) for every whole line that is not blank."""
-        content = self.path.read_bytes() if self.path.exists() else b""
+    def _numbered(self, path: Path) -> Iterator[tuple[int, dict]]:
+        """Yield (line number, row) for every whole line of a file that is not blank."""
+        content = path.read_bytes() if path.exists() else b""
         is_first = True
         for number, line in enumerate(content.split(b"\n")[:-1], 1):
             if not line.strip():
@@ -136,7 +156,7 @@ class Journal:
             try:
                 row = self._parse(line, is_first)
             except ValueError as error:
-                raise ValueError(f"{self.path}:{number} {error}") from error
+                raise ValueError(f"{path}:{number} {error}") from error
             yield number, row
             is_first = False
 
@@ -166,6 +186,8 @@ class Journal:
 
     def keep(self, wanted: Callable[[dict], bool]) -> None:
         """Drop the rows that are not wanted, such as steps after the checkpoint that a run resumes from."""
+        if self.own is None:
+            return
         self.lock()
         rows = self.read()
         if not all(wanted(row) for row in rows):

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from kit.disk import scratch_beside
+from kit.ranks import here
 
 LOCK = ".lock"
 NAMED_WITHIN = 0.5  # seconds for whoever has just taken a lock to write its name in place of an earlier one
@@ -34,11 +35,13 @@ def hold(folder: Path, *, join: bool = False) -> bool:
     """Lock a folder until this process ends, and create it if need be. Return whether it was unlocked so far.
 
     It may be called again, for instance by two runs in one notebook. Processes that this one starts have to
-    lock their own folders. join: if others hold it, wait until they share it, and hold it with them; on
-    Windows nobody can.
+    lock their own folders. Of several ranks, the first holds the lock for all. join: if others hold it, wait
+    until they share it, and hold it with them; on Windows nobody can.
     Raises ValueError naming the other process that holds the lock. If the file system has no locks, a warning
     says so.
     """
+    if not here().is_first:
+        return False
     folder = folder.resolve()
     if folder in _held and _is_at(folder, _held[folder]):
         return False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kit.command_line import started_as
 from kit.extras import require
+from kit.ranks import here
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: it takes seconds, and flags are read before
@@ -36,6 +37,15 @@ def describe_machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def describe_machines() -> dict:
+    """Return describe_machine() of this process; of several ranks, that of the first, and all under `ranks`.
+
+    Every rank must call this.
+    """
+    first, *others = here().gather(describe_machine())
+    return first | ({"ranks": [first, *others]} if others else {})
 
 
 def limit_process(name: str, amount: int) -> None:

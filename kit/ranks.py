@@ -9,6 +9,10 @@ nothing.
 A rank that dies would leave the others waiting. So each rank counts up a number in a store that all of them
 see, and a thread of each watches: if a rank has failed or is silent, the others end too and say which. Values
 travel as JSON, tensors as they are.
+
+torchrun ends the other processes of a machine as soon as one of them has failed. It passes Ctrl-C on to all
+of them and waits for 30 seconds (--shutdown_timeout) before it kills what is left; a second Ctrl-C kills at
+once. SIGTERM, which schedulers send, ends them without waiting: have them send SIGINT instead.
 """
 
 from __future__ import annotations
@@ -16,10 +20,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,13 +36,15 @@ BEAT_EVERY = 2.0  # seconds
 LOST_AFTER = 40.0  # seconds without a beat; a rank that computes still beats, since a thread does it
 PATIENCE = timedelta(days=7)  # for a rank that is alive: it may have a longer share of the samples
 STORE_WAITS = timedelta(seconds=60)  # for a machine that has not joined yet, or no longer answers
-FAILED, DONE = "failed", "done"
+SAID_WITHIN = 10.0  # seconds for rank 0 to say why all end, before the rank that failed says it
+FAILED, JOINED, DONE = "failed", "joined", "done"
 ENDED = 1  # exit status of a rank that ends because another one has
+CUT_OFF = re.compile("gloo|NCCL|[Cc]onnection")  # in torch's errors if another rank is gone
 Value = TypeVar("Value")
 
 
-class EndedElsewhere(Exception):  # noqa: N818 - not an error of this rank
-    """Another rank has failed, and says why itself."""
+class EndedElsewhere(Exception):
+    """Rank 0 has failed, and says why itself."""
 
 
 class Alone:
@@ -84,19 +92,32 @@ class Ranks(Alone):
         import torch
         from torch import distributed
 
-        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.name = f"rank {self.rank} on {platform.node()}"
+        self.rank, self.count, self.name = int(os.environ["RANK"]), num_started(), _name()
         backend = "gloo"
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(_local_rank())
             backend = "cpu:gloo,cuda:nccl"
         store, _, _ = next(distributed.rendezvous("env://", timeout=STORE_WAITS))
+        self.store = distributed.PrefixStore("kit", store.clone())  # a connection that nothing else blocks
+        self._wait_for_all()
+        self.how_to_go_on = lambda: "Go on with --resume"  # is called when this rank ends for another's sake
+        self.watch = _Watch(self)
+        self.watch.start()
         distributed.init_process_group(
             backend, store=store, rank=self.rank, world_size=self.count, timeout=PATIENCE
         )
-        self.store = distributed.PrefixStore("kit", store.clone())  # a connection that nothing else blocks
-        self.watch = _Watch(self)
-        self.watch.start()
+
+    def _wait_for_all(self) -> None:
+        """Wait until every rank is here. Raises ValueError naming one that is not."""
+        self.store.set(f"{JOINED} {self.rank}", self.name)
+        for other in range(self.count):
+            try:
+                self.store.wait([f"{JOINED} {other}"], STORE_WAITS)
+            except RuntimeError:
+                raise ValueError(
+                    f"rank {other} of {self.count} has not started within {STORE_WAITS.seconds} s of "
+                    f"{self.name}; see what its machine says, and start all of them again"
+                ) from None
 
     def sum_(self, tensor: Tensor) -> None:
         from torch import distributed
@@ -114,9 +135,7 @@ class Ranks(Alone):
         padded = torch.nn.functional.pad(data, (0, longest - len(data)))
         found = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.count)]
         distributed.all_gather(found, padded)
-        return [
-            json.loads(x[: int(size)].numpy().tobytes()) for x, size in zip(found, sizes, strict=True)
-        ]
+        return [json.loads(x[: int(size)].numpy().tobytes()) for x, size in zip(found, sizes, strict=True)]
 
     def from_first(self, compute: Callable[[], Value]) -> Value:
         value, error = None, None
@@ -145,7 +164,8 @@ class Ranks(Alone):
                     )
 
     def fail(self, why: str) -> None:
-        self.store.compare_set(FAILED, "", f"{self.name}: {why}")
+        with suppress(RuntimeError):  # the machine of rank 0 is gone, which the others see
+            self.store.compare_set(FAILED, "", f"{self.name}: {why}")
         self.watch.stop()
 
     def leave(self) -> None:
@@ -196,8 +216,9 @@ class _Watch(threading.Thread):
 
     def _end(self, why: str) -> None:
         """Leave at once: the main thread may wait for a rank that is gone. Files are whole or not there."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine
-            print(f"error: {self.ranks.name} ends: {why}. Go on with --resume", file=sys.stderr, flush=True)
+        rest = self.ranks.how_to_go_on()
+        if _local_rank() == 0:  # one line per machine
+            print(f"error: {why}. {rest}", file=sys.__stderr__, flush=True)
         os._exit(ENDED)
 
 
@@ -211,13 +232,26 @@ def here() -> Alone:
 
 def num_started() -> int:
     """Return how many processes torchrun has started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_started_first() -> bool:
+    """Return whether this process will be rank 0."""
+    return num_started() == 1 or os.environ["RANK"] == "0"
+
+
+def _name() -> str:
+    return f"rank {os.environ['RANK']} on {platform.node()}"
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def join(device: str) -> Alone:
     """Join the other processes that torchrun has started, if there are any. device: "cuda" or "cpu".
 
-    Raises ValueError if this machine has fewer cards than processes.
+    Raises ValueError if this machine has fewer cards than processes, and if one of them does not start.
     """
     global _here
     if num_started() == 1 or isinstance(_here, Ranks):
@@ -225,11 +259,13 @@ def join(device: str) -> Alone:
     if device == "cuda":
         import torch
 
-        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= cards:
+        cards = torch.cuda.device_count()
+        if not cards:
+            device = "cpu"  # whatever needs a card says so, and what works without one
+        elif _local_rank() >= cards:
             raise ValueError(
-                f"--nproc_per_node is above {local} but {platform.node()} has {cards} cards; pass "
-                f"--nproc_per_node {max(cards, 1)}"
+                f"--nproc_per_node is above {_local_rank()} but {platform.node()} has {cards} cards; pass "
+                f"--nproc_per_node {cards}"
             )
     _here = Ranks(device)
     return _here
@@ -240,3 +276,35 @@ def leave() -> None:
     global _here
     _here.leave()
     _here = Alone()
+
+
+def mute(*, all_but_one_per_machine: bool = False) -> None:
+    """Print nothing from here on, unless this is rank 0 (or, where asked for, the first of its machine)."""
+    if not (is_started_first() or (all_but_one_per_machine and _local_rank() == 0)):
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+
+
+def end(error: BaseException, text: str, status: int) -> None:
+    """End this process after an error, and with it all ranks; do nothing if it is the only one.
+
+    text: what to print; "" = nothing. Mostly all ranks have the same error: rank 0 prints it, and torchrun
+    ends the others of its machine. If only another rank has failed, rank 0 says which and why. If it does
+    not, that rank prints the text itself, and a traceback at once. After Ctrl-C only rank 0 prints.
+    """
+    if num_started() == 1:
+        return
+    if isinstance(error, EndedElsewhere):
+        text = ""
+    elif isinstance(_here, Ranks):
+        if isinstance(error, RuntimeError) and CUT_OFF.search(str(error)):
+            _here.watch.join(LOST_AFTER + 2 * BEAT_EVERY)  # it learns which rank is gone, and ends this one
+        _here.fail(" ".join(f"{type(error).__name__}: {error}".split()))
+    if not is_started_first():
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(status)
+        if "Traceback" not in text:
+            time.sleep(SAID_WITHIN)
+        text = text and f"{_name()}: {text}"
+    if text:
+        print(text, file=sys.__stderr__, flush=True)
+    os._exit(status)  # not by SystemExit: threads of torch.distributed may abort a process that ends in order

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from kit.disk import remove_scratch, write_whole
 from kit.journal import CONFIG, STEP, Journal, type_of
-from kit.lock import hold, is_shared, release
+from kit.lock import LOCK, hold, is_shared, release
+from kit.ranks import here
+from kit.versions import running
 
 UNSTORED = {"resume", "out", "plan", "json"}
 # settings that do not change what a run computes, or only what it computes last, or only the last bits
@@ -61,7 +63,28 @@ class RunFolder:
         there already goes on, also without `resume`. Raises ValueError if the folder already holds a run, if
         there is nothing to resume, if a resumed run's settings differ, naming them, and if another process
         works in the folder.
+
+        Of several ranks, the first opens it for all. Raises ValueError, too, if one has other settings or
+        versions, or another disk.
         """
+        here().check_same(_settings(config) | running() if here().count > 1 else {})
+
+        def open_here() -> list[str]:
+            path = cls._open(config, may_grow, join).path.absolute()
+            return [str(path), (path / LOCK).read_text()]
+
+        path, holder = here().from_first(open_here)
+        if not here().is_first:
+            lock = Path(path, LOCK)
+            if not lock.is_file() or lock.read_text() != holder:
+                raise ValueError(
+                    f"{path} of rank 0 is not on a disk that {here().name} shares; pass an --out that is"
+                )
+            cls.newest = cls(Path(path))
+        return cls.newest
+
+    @classmethod
+    def _open(cls, config, may_grow: Sequence[str], join: bool) -> RunFolder:
         parent = Path("runs") / recipe_name(type(config))
         if config.resume:
             path = stored_settings(parent.name, config.out)[0]
@@ -85,7 +108,7 @@ class RunFolder:
     @staticmethod
     def _write_settings(path: Path, config, may_grow: Sequence[str], *, goes_on: bool) -> None:
         """Write config.json, if these settings may be those of the run in the folder and nobody shares it."""
-        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
+        settings = _settings(config)
         if goes_on:
             before = read_json(path / CONFIG)
             defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -138,6 +161,11 @@ class RunFolder:
             release(self.path)
             if self.is_created:
                 shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _settings(config) -> dict:
+    """Return the settings that make a run what it is."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
 
 
 def has_begun(path: Path) -> bool:
@@ -213,8 +241,9 @@ def kept_traces(run: Path) -> int:
 
 
 def write_json(path: Path, value) -> None:
-    """Write the file whole or not at all: a kill leaves the old file or the new one."""
-    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write the file whole or not at all: a kill leaves the old file or the new one. Only rank 0 writes."""
+    if here().is_first:
+        write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:

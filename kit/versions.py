@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import kit
 
 TESTED = {  # package -> the newest version that the tests have passed on; .ci/constraints.txt installs them
     "torch": "2.13.0",
@@ -35,6 +39,14 @@ def newer_than_tested() -> str:
         if _first_two(installed) > _first_two(tested):
             newer.append(f"{package} {installed} ({tested})")
     return f"versions    newer than tested: {', '.join(newer)}" if newer else ""
+
+
+def running() -> dict[str, str]:
+    """Return what every rank of a run must have alike: versions, and a digest of the kit's own files."""
+    files = sorted(file for folder in kit.__path__ for file in Path(folder, "kernels").glob("*.py"))
+    files += sorted(Path(kit.__file__).parent.rglob("*.py"))
+    content = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=6).hexdigest()
+    return {name: version(name) for name in ("torch", "transformers")} | {"the code of the kit": content}
 
 
 def _first_two(text: str) -> tuple[int, ...]:

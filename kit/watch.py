@@ -20,6 +20,7 @@ from pathlib import Path
 from kit.config import RunSettings
 from kit.journal import CONFIG, STEP, Journal
 from kit.progress import print_line
+from kit.ranks import here
 from kit.run import RunFolder, digest, read_json
 
 REPORT_EVERY = 60.0  # seconds, at least, between two reports of a run that goes on
@@ -146,6 +147,8 @@ class WatchedMetrics(Journal):
         self.next_report, self.was_announced = time.monotonic() + REPORT_EVERY, False
 
     def append(self, row: dict) -> None:
+        if not here().is_first:
+            return
         super().append(row)
         self.tracker.log(row["step"], row)
         if time.monotonic() >= self.next_report:
@@ -170,6 +173,6 @@ def watch(run: RunFolder, config: WatchSettings, write_report: Callable[..., Pat
 
     Raises ValueError as make_tracker does.
     """
-    tracker = make_tracker(config.log, run.path)
+    tracker = make_tracker(config.log if here().is_first else "", run.path)
     run.at_end.append(tracker.close)
     return WatchedMetrics(run.path, tracker, write_report)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kit import data, generate, memory, models
-from kit.command import INTERRUPTED, clean_up_if_refused, start, suggest
+from kit.command import INTERRUPTED, ONE_PROCESS, clean_up_if_refused, start, suggest
 from kit.command_line import command_of, started_as
 from kit.config import Checked
 from kit.data.toy import TEMPLATE, read_chain
@@ -234,4 +234,4 @@ def next_command(config: Config, found: Sequence[Found]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    start(main, Config)
+    start(main, Config, alone=ONE_PROCESS)

@@ -29,7 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit.command import start, suggest
+from kit.command import ONE_PROCESS, start, suggest
 from kit.command_line import command_of, started_as
 from kit.config import Checked
 from kit.lock import hold
@@ -136,4 +136,4 @@ def check(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    start(check, Config, quick=QUICK)
+    start(check, Config, alone=ONE_PROCESS, quick=QUICK)

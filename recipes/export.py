@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit import data, evaluate, memory, models, report
-from kit.command import clean_up_if_refused, start
+from kit.command import ONE_PROCESS, clean_up_if_refused, start
 from kit.command_line import command_of, shell_word, started_as
 from kit.config import Checked
 from kit.data.problems import Question
@@ -276,4 +276,4 @@ def write_modelfile(gguf: Path, model, tokenizer, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, alone=ONE_PROCESS, smoke=SMOKE)

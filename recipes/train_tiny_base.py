@@ -11,7 +11,7 @@ on purpose: a validation set (the benchmark is one), larger sizes.
 from dataclasses import dataclass
 
 from kit import data, evaluate, generate, models, train
-from kit.command import clean_up_if_refused, open_run, start, suggest
+from kit.command import ONE_PROCESS, clean_up_if_refused, open_run, start, suggest
 from kit.command_line import command_of
 from kit.config import RunSettings
 from kit.data.toy import make_rows, make_tokenizer, write_rows
@@ -125,4 +125,4 @@ def tiny_llama(config: Config, tokenizer):
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE)
+    start(main, Config, alone=ONE_PROCESS, smoke=SMOKE)

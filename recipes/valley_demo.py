@@ -220,4 +220,5 @@ def next_command(config: Config) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE, quick=QUICK)
+    alone = "the demo trains several models at once by itself (--workers); start it without torchrun"
+    start(main, Config, alone=alone, smoke=SMOKE, quick=QUICK)

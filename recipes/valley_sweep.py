@@ -279,4 +279,5 @@ def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
 
 
 if __name__ == "__main__":
-    start(main, Config, smoke=SMOKE, presets=PRESETS)
+    alone = "the sweep starts a process per card itself; start it without torchrun, with --gpus 0,1"
+    start(main, Config, alone=alone, smoke=SMOKE, presets=PRESETS)

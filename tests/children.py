@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,21 @@ def run_recipe(recipe: str, *flags: str, cwd: Path) -> Child:
 def call(file: str, function: str, *arguments, **keywords) -> Child:
     """Start `function` of the test file `file` in a new process."""
     return Child(_run_function, file, function, arguments, keywords)
+
+
+def start_ranks(count: int, file: str, function: str, *arguments, cwd=".") -> list[Child]:
+    """Start `function` of the test file `file` in each of `count` ranks, as torchrun does on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [Child(_run_rank, shared | each, file, function, arguments, cwd=cwd) for each in own]
+
+
+def _run_rank(environment, file, function, arguments):
+    os.environ |= environment
+    _run_function(file, function, arguments, {})
 
 
 def wait(child: Child) -> None:

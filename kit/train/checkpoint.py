@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from kit.command import LetFinish, Stopped
 from kit.models.folder import _publish, _write_model, load_weights
 from kit.models.weights import check_same, fingerprint, read_tensors
+from kit.ranks import here
 from kit.run import digest, read_json, write_json
 from kit.train.optimizer import flat_states, states_of
 
@@ -46,6 +47,8 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
     run: as name_of_run returns it.
     """
     path = path_of(folder, step)
+    if not here().is_first:
+        return path
     scratch = _write_model(folder / "writing", model, tokenizer)
     tensors = {name: tensor.contiguous() for name, tensor in states_of(optimizer).items()}
     save_file(tensors, scratch / OPTIMIZER)
@@ -83,12 +86,16 @@ def finish(finished: Path, model, tokenizer, checkpoints: Path, step: int, run: 
 
     step, run: as for save. Raises Stopped after Ctrl-C, once the folder is written.
     """
-    with LetFinish("the model's folder") as interrupt:
+
+    def write() -> None:
         scratch = _write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
         _record(scratch, step, run)
         _publish(scratch, finished)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    if interrupt.asked:
+
+    with LetFinish("the model's folder") as interrupt:
+        here().from_first(write)
+    if interrupt.agreed():
         raise Stopped("after the last step, with the model saved")
 
 

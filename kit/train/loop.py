@@ -18,7 +18,7 @@ import torch
 
 from kit.command import LetFinish, Stopped
 from kit.inputs import digest_of_documents
-from kit.machine import describe_machine, return_memory
+from kit.machine import describe_machines, return_memory
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
 from kit.progress import Progress
@@ -156,7 +156,7 @@ def train(
     name = checkpoint.name_of_run(model, digest_of_documents(documents), plan.steps, settings)
     if checkpoint.is_finished(finished, name):
         return finished
-    write_json(run.path / MACHINE, describe_machine())
+    write_json(run.path / MACHINE, describe_machines())
 
     training_step = TrainingStep(
         model,
@@ -236,12 +236,13 @@ def train(
             speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
             peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
             progress.update(f"loss {loss:.3f}, {speed}{peak}")
-            if after_step and not interrupt.asked:
+            if after_step and not interrupt.agreed():
                 measure(step + 1)
             due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
-            if due or interrupt.asked:
+            stops = interrupt.agreed()
+            if due or stops:
                 save(step + 1)
-            if interrupt.asked:
+            if stops:
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
     training_step.close()

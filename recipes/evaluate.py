@@ -9,6 +9,7 @@
     python recipes/evaluate.py --compare runs/evaluate/001,runs/evaluate/002  two finished runs, paired
     python recipes/evaluate.py --server http://localhost:8000 --model Qwen/Qwen3-8B    vLLM, SGLang, llama.cpp
     python recipes/evaluate.py --smoke                                        a tiny model, seconds on any CPU
+    torchrun --nproc_per_node 2 recipes/evaluate.py                           on two cards
 
 A folder of LoRA adapters, ours or peft's (adapter_config.json), is loaded with the base that it names. Your
 own questions are a .jsonl, .json or .parquet file with rows such as {"problem": "What is 2+3?", "answer": 5};
@@ -22,7 +23,7 @@ run stops, and --resume asks for what is missing. The log names server and versi
 mixed with others. Tried against a small server of the tests only.
 
 Time: not timed on a GPU; SmolLM2-135M on 50 GSM8K questions, 2 samples each of up to 200 tokens, takes
-minutes on one CPU core. Left out on purpose: several GPUs, tools, few-shot prompts.
+minutes on one CPU core. Left out on purpose: tools, few-shot prompts.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from kit.evaluate.settings import EVENING, EvaluationSettings, SampledModelSetti
 from kit.evaluate.uncertainty import in_percent
 from kit.machine import on_cpu, require_gpu
 from kit.memory.settings import PlanSettings
+from kit.ranks import here
 from kit.run import AFTER, BEFORE, SAMPLES, write_json
 
 
@@ -97,6 +99,8 @@ def main(config: Config) -> list[evaluate.Result]:
     how = {name: getattr(config, name) for name in ("num_samples", "num_slots", "seed")}
     found = evaluate.evaluate_all(model, chat, benchmarks, params, run.path / SAMPLES, **how)
     results = list(found.values())
+    if not here().is_first:
+        return results
     print(table(results))
     print_steps({SAMPLES: found})
     write_json(run.path / "results.json", [result.summary() for result in results])
@@ -172,7 +176,7 @@ def compare(config: Config) -> list[evaluate.Result]:
     folders = [run / SAMPLES for run in runs]
     if len(folders) != 2:
         raise ValueError(f"compare is {config.compare!r} but it takes two run folders, comma-separated")
-    first, second = ({path.stem: path for path in sorted(folder.glob("*.jsonl"))} for folder in folders)
+    first, second = ({path.stem: path for path in evaluate.sample_log.logs_in(folder)} for folder in folders)
     shared = [name for name in first if name in second]
     if not shared:
         raise ValueError(

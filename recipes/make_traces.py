@@ -5,6 +5,7 @@
     python recipes/make_traces.py --problems p.jsonl --model Qwen/QwQ-32B --server http://localhost:8000
     python recipes/make_traces.py --resume                                      go on with the newest run
     python recipes/make_traces.py --smoke                                       a tiny model, any CPU
+    torchrun --nproc_per_node 2 recipes/make_traces.py                          on two cards
 
 Rows of p.jsonl hold a problem and its answer: {"problem": "What is 2+3?", "answer": 5}. The traces are
 written to traces.jsonl in the run's folder, in the schema of OpenR1-Math-220k, for --traces and
@@ -39,6 +40,7 @@ from kit.disk import write_whole
 from kit.evaluate.benchmarks import Benchmark, ids_hash
 from kit.evaluate.settings import SampledModelSettings
 from kit.machine import on_cpu, require_gpu
+from kit.ranks import here
 from kit.run import SAMPLES
 
 TRACES = "traces.jsonl"
@@ -109,6 +111,8 @@ def main(config: Config) -> Path:
             f"{run.path / SAMPLES}: pass an easier --problems, more --max_new_tokens or another --model"
         )
     path = run.path / TRACES
+    if not here().is_first:
+        return path
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     print(f"traces      {path}")
     flag = "--long_share 0.5 --short_traces" if config.first == "shortest" else "--traces"

@@ -23,6 +23,7 @@ from kit.journal import MEASUREMENT, Journal
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import Document, PackedBatch, plan_packs
+from kit.ranks import here
 from kit.run import DURING
 from kit.watch import Guarded, NoTracker
 
@@ -54,20 +55,25 @@ class DuringTraining:
 
     def __call__(self, step: int) -> None:
         journal = Journal(self.run / f"{DURING}.jsonl", MEASUREMENT)
-        if not self.has_begun:  # what a run that was killed had measured after its last checkpoint
-            journal.keep(lambda row: row["step"] <= step)
-        self.has_begun = True
-        if step % self.every or any(row["step"] == step for row in journal.read()):
-            return
-
         folder = self.run / DURING / f"step_{step:06d}"
-        shutil.rmtree(folder, ignore_errors=True)
+
+        def is_due() -> bool:
+            if not self.has_begun:  # what a run that was killed had measured after its last checkpoint
+                journal.keep(lambda row: row["step"] <= step)
+            self.has_begun = True
+            due = not step % self.every and all(row["step"] != step for row in journal.read())
+            if due:
+                shutil.rmtree(folder, ignore_errors=True)
+            return due
+
+        if not here().from_first(is_due):
+            return
         results = {benchmark.name: self._ask(benchmark, folder) for benchmark in self.benchmarks}
         measured = {name: figures(result) for name, result in results.items()}
         row = {"step": step, "held_out_loss": self._loss(), "benchmarks": measured}
         journal.append(row)
         self.tracker.log(step, {"held_out_loss": row["held_out_loss"]} | measured)
-        if self.write_report:
+        if self.write_report and here().is_first:
             self.write_report(self.run, goes_on=True)
 
     def _ask(self, benchmark: Benchmark, folder: Path) -> Result:
@@ -118,15 +124,18 @@ def figures(result: Result) -> dict[str, float]:
 def mean_loss(model, documents: Sequence[Document], row_tokens: int, *, logit_rows: int = 0) -> float:
     """Return the mean cross-entropy of the documents' target tokens, in nats.
 
-    logit_rows: as in kit.train.savings. The model is left in the mode that it was in.
+    logit_rows: as in kit.train.savings. The model is left in the mode that it was in. Of several ranks, each
+    computes its share of the rows, and the sum is added up in their order: it is that of one process.
     """
     training, weight = model.training, head_weight(model)
     model.eval()
-    total, num_targets = 0.0, 0
-    for pack in plan_packs([len(document) for document in documents], row_tokens):
+    losses = []  # of each row: (its number, the sum over its targets, how many they are)
+    packs = plan_packs([len(document) for document in documents], row_tokens)
+    for number, pack in here().share(list(enumerate(packs))):
         batch = PackedBatch.build([documents[i] for i in pack]).to(weight.device)
         options = {"reduction": "sum", "softcap": softcap(model), "max_rows": logit_rows}
         loss = linear_cross_entropy(hidden_states(model, batch), weight, batch.targets, **options)
-        total, num_targets = total + loss.item(), num_targets + batch.num_targets
+        losses.append((number, loss.item(), batch.num_targets))
     model.train(training)
-    return total / num_targets
+    losses = sorted(row for found in here().gather(losses) for row in found)
+    return sum(loss for _, loss, _ in losses) / sum(num_targets for _, _, num_targets in losses)

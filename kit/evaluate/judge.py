@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kit.evaluate.reflection_and_loops import REFLECTION
-from kit.evaluate.results import SAMPLE
+from kit.evaluate.sample_log import SampleLog
 from kit.http_json import FAULTS, call, describe
-from kit.journal import Journal, replace_rows
+from kit.journal import replace_rows
 from kit.progress import Progress
 
 QUESTION = """Below are passages of an answer to a mathematics problem. Does the writer, in any of them, go
@@ -106,7 +106,7 @@ def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
     """
     counts: dict[str, int] = {}
     for file in files:
-        journal = Journal(file, SAMPLE)
+        journal = SampleLog(file)
         journal.lock()
         rows = journal.read()
         matching = [row for row in rows if REFLECTION.search(row.get("text", ""))]

@@ -2,7 +2,8 @@
 
 kit/evaluate/results.py turns the log into figures. Every sample is appended to a journal as soon as it ends,
 below a header that names model, prompt, decoding and versions. An evaluation that is killed continues where
-it was. Each sample has its own random stream, so the result is that of an uninterrupted run.
+it was. Each sample has its own random stream, so the result is that of an uninterrupted run, on any number of
+ranks (kit/ranks.py): each takes its share of the samples that are missing.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ from statistics import fmean
 
 import torch
 
-from kit.command import Stopped
+from kit.command import Stopped, together
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.evaluate.benchmarks import Benchmark
-from kit.evaluate.results import SAMPLE, Result, kept_samples, read_result
+from kit.evaluate.results import Result, read_result
+from kit.evaluate.sample_log import SampleLog, kept_samples
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import Completion, generate
 from kit.generate.sampling import SamplingParams
 from kit.generate.server import Server
 from kit.grade.deciding import start_worker
 from kit.grade.verdict import verdict_fields
-from kit.journal import Journal
 from kit.machine import GIB
 from kit.models.weights import fingerprint
+from kit.ranks import here
 from kit.run import digest
 
 FIRST_CUT = 16  # a row stores where its text stands after 16, 32, 64, ... tokens, for smaller limits
@@ -56,21 +58,25 @@ def evaluate(
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once; 0 =
     as many as memory holds.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
-    two headers are not one result; for NaN in weights or logits; if another process works in the run; and if
-    memory runs out. Raises Stopped after Ctrl-C.
+    two headers are not one result; for NaN in weights or logits; if another process works in the run; if
+    ranks differ in any of these; and if memory runs out. Raises Stopped after Ctrl-C.
     """
     num_samples = num_samples or benchmark.num_samples
     # importing sympy takes seconds, which would count against the time limit of the first hard answer
     threading.Thread(target=start_worker, daemon=True, name="start-grader").start()
 
-    journal = Journal(folder / f"{benchmark.name}.jsonl", SAMPLE)
+    journal = SampleLog(folder / f"{benchmark.name}.jsonl")
     journal.lock()  # before it is read: another process must not sample the same
     header = header_of(model, chat, benchmark, params, num_samples=num_samples, seed=seed)
-    done = {(row["question"], row["sample"]) for row in kept_samples(journal, header, benchmark.source)}
-    wanted = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
+    here().check_same(header)
+    kept = here().from_first(lambda: kept_samples(journal, header, benchmark.source))
+    done = set(map(tuple, kept))  # JSON makes lists of tuples
+    missing = [(q, i) for q in benchmark.questions for i in range(num_samples) if (q.id, i) not in done]
+    wanted = here().share(missing)
+    journal.begin(header)
 
     if done:
-        print(f"{benchmark.name}: {len(done):,} answers are kept, {len(wanted):,} are to come")
+        print(f"{benchmark.name}: {len(done):,} answers are kept, {len(missing):,} are to come")
 
     rendered = {question.id: chat.prompt(question.problem) for question in benchmark.questions}
     prompts = dict(zip(rendered, chat.encode(list(rendered.values())), strict=True))
@@ -80,9 +86,10 @@ def evaluate(
         key = {"question": question.id, "sample": i, "prompt": digest(rendered[question.id])}
         journal.append({**key, **_row(question, completion), "cuts": _cuts(completion, chat)})
 
-    sample = model.generate if isinstance(model, Server) else partial(generate, model)
-    try:
-        sample(
+    generate_with = model.generate if isinstance(model, Server) else partial(generate, model)
+
+    def sample() -> None:
+        generate_with(
             [prompts[question.id] for question, _ in wanted],
             params,
             num_slots=num_slots,
@@ -93,9 +100,12 @@ def evaluate(
             on_finish=log,
             description=f"{benchmark.name} ({folder.name})",
         )
+
+    try:
+        together(sample)
     except KeyboardInterrupt:
-        kept, asked = len(journal.read()) - 1, len(benchmark.questions) * num_samples
-        raise Stopped(f"in {benchmark.name}, {kept:,} of {asked:,} answers kept") from None
+        num_kept, asked = len(journal.read()) - 1, len(benchmark.questions) * num_samples
+        raise Stopped(f"in {benchmark.name}, {num_kept:,} of {asked:,} answers kept") from None
     except torch.OutOfMemoryError as error:
         at_once = min(num_slots or 1, len(wanted))
         longest = max(map(len, prompts.values())) + params.max_new_tokens
@@ -106,7 +116,7 @@ def evaluate(
             "--gpu_gb, if that chose it; for one answer fewer --max_new_tokens) and --resume: the answers "
             f"that are finished are in {journal.path}"
         ) from error
-    journal.sync()
+    here().from_first(journal.join)
     return read_result(journal.path)
 
 

@@ -13,28 +13,13 @@ from pathlib import Path
 from statistics import fmean
 
 from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
+from kit.evaluate.sample_log import SampleLog, logs_in
 from kit.evaluate.uncertainty import Lengths, half_width, in_percent, pass_at_k
 from kit.grade.verdict import grade
-from kit.journal import Journal, Kind
 from kit.paper import BENCHMARKS
 
 STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; some logs lack the second
 NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k for a limit of 16k tokens
-SAMPLE = Kind(
-    "sample",
-    {
-        "question": str,
-        "sample": int,
-        "problem": str,
-        "answer": str,
-        "tokens": int,
-        "finished": bool,
-        "verdict": str,
-        "prediction": (str, type(None)),  # None: no answer was found
-        "text": str,
-    },
-    key=("question", "sample"),
-)
 MAY_DIFFER = ("model",)  # keys of two headers that may differ: what the comparison is about
 
 
@@ -52,7 +37,7 @@ class Result:
 
         Raises ValueError naming a line that is not a sample.
         """
-        rows = Journal(path, SAMPLE).read()
+        rows = SampleLog(path).read()
         header = rows[0].get("header", {}) if rows else {}
         return cls(path.stem, tuple(row for row in rows if "header" not in row), header)
 
@@ -239,30 +224,6 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def kept_samples(journal: Journal, header: dict, source: str) -> list[dict]:
-    """Return the samples in a journal; write the header if it is empty. source: of the questions.
-
-    Raises ValueError if it has another header.
-    """
-    rows = journal.read()
-    if not rows:
-        journal.append({"header": header})
-        return []
-    stored = rows[0].get("header", {})
-    if stored.get("questions", header["questions"]) != header["questions"]:
-        raise ValueError(
-            f"the questions or answers in {source} are no longer those of the samples in {journal.path}; "
-            "restore the file, or begin a new run in another --out"
-        )
-    changed = [f"{k} was {stored.get(k)!r}, is {header[k]!r}" for k in header if stored.get(k) != header[k]]
-    if changed:
-        raise ValueError(
-            f"{journal.path} holds samples with other settings: {'; '.join(changed)}; "
-            "use another folder or delete the file"
-        )
-    return rows[1:]
-
-
 def _share_by_question(rows: Sequence[dict], true_of) -> dict[str, float]:
     samples: dict[str, list[bool]] = {}
     for row in rows:
@@ -335,5 +296,5 @@ def mean_accuracy(results: Sequence[Result]) -> float:
 
 def read_results(folder: Path) -> dict[str, Result]:
     """Read a folder of samples: benchmark -> its result, for those that have any."""
-    results = (Result.read(file) for file in sorted(folder.glob("*.jsonl")))
+    results = map(Result.read, logs_in(folder))
     return {result.benchmark: result for result in results if result.rows}

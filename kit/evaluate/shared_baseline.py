@@ -8,6 +8,8 @@ from pathlib import Path
 from kit.disk import write_whole
 from kit.evaluate.benchmarks import Benchmark
 from kit.evaluate.results import Result
+from kit.evaluate.sample_log import SampleLog
+from kit.ranks import here
 from kit.run import SAMPLES, read_json
 
 
@@ -66,7 +68,8 @@ def take_baseline(
                 f"baseline {source} is unfinished, {num_missing} samples are missing; finish it with --resume"
             )
 
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / source.name, source.read_bytes())
+        for file in SampleLog(source).files if here().is_first else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / file.name, file.read_bytes())
         found[benchmark.name] = result
     return found

@@ -21,6 +21,7 @@ from kit import report
 from kit.command import guard
 from kit.command_line import started_as
 from kit.evaluate.judge import Judge, judge_logs
+from kit.evaluate.sample_log import logs_in
 from kit.run import AFTER, BEFORE, SAMPLES, read_json
 from kit.valley.finished import STUDY
 from kit.valley.pool import pool
@@ -57,7 +58,8 @@ def main(arguments: list[str]) -> None:
     page = write_report(run)  # a folder without a run is refused before anything is judged
     if config.judge:
         judge = Judge(config.judge, config.judge_model)
-        logs = sorted(file for stage in STAGES for file in run.glob(f"**/{stage}/*.jsonl"))
+        folders = sorted(folder for stage in STAGES for folder in run.glob(f"**/{stage}"))
+        logs = [file for folder in folders for file in logs_in(folder)]
         for outcome, count in judge_logs(logs, judge).items():
             print(f"judge       {count:,} answers: {outcome}")
         page = write_report(run)

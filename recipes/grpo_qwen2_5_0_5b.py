@@ -8,6 +8,7 @@
     python recipes/grpo_qwen2_5_0_5b.py --gpu_gb 12       choose memory settings for a card of 12 GB
     python recipes/grpo_qwen2_5_0_5b.py --smoke           the same in about a minute on any CPU: a tiny model
     python recipes/grpo_qwen2_5_0_5b.py --reward mine.py:short  raise what a function of yours returns
+    torchrun --nproc_per_node 2 recipes/grpo_qwen2_5_0_5b.py    the same on two cards: recipes/bench/README.md
 
 Measures the model, trains it by comparing answers to the same prompt, right or wrong, and measures it again.
 recipes/rewards.py holds the rewards that ship with the kit and says how to write your own.
@@ -21,7 +22,7 @@ dual clip 3.0, k3, weight decay 0.01, reward 0 for what cannot be graded. Left o
 4. Estimators of the KL other than k3 (verl also clamps it at 10), and the KL as a part of the reward.
 5. New prompts in place of those whose answers all get the same reward (DAPO): they stay, for their KL alone.
 6. A penalty on the answers' length (DAPO), and the constant normaliser of Dr. GRPO.
-7. Several passes over one rollout, a schedule of the learning rate, sampling while training, several GPUs.
+7. Several passes over one rollout, a schedule of the learning rate, and sampling while training.
 8. Updates inside the backward pass: --update_in_backward and --head_update blocked are refused.
 
 There, but off: GRPO's own mean over answers (--normaliser sequences), Dr. GRPO's advantages
@@ -50,6 +51,7 @@ from kit.evaluate.settings import BenchmarkSettings, ModelSettings
 from kit.inputs import check_code, check_inputs, digest_of_questions
 from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
+from kit.ranks import here
 from kit.rl.settings import Settings, check_savings
 from kit.run import RunFolder
 from kit.train.adapters import Adapters
@@ -257,6 +259,8 @@ def main(config: Config) -> None:
     model, _ = models.load(str(trained), **where)
     measure("after")
     print(f"model {trained}")
+    if not here().is_first:
+        return
     page = report.rl.write_report(run.path)
     words = (command_of("evaluate"), "--model", str(trained), "--device", config.device)
     finish(page, "measure it on more benchmarks", *words)

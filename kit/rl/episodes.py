@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
 import torch
 
 from kit.generate.sampler import Completion
 from kit.packing import IGNORE_INDEX, Document, PackedBatch
+from kit.ranks import here
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ def by_group(episodes: Sequence[Episode]) -> list[list[Episode]]:
     for episode in episodes:
         groups.setdefault(episode.group, []).append(episode)
     return list(groups.values())
+
+
+def gathered(episodes: Sequence[Episode]) -> list[Episode]:
+    """Return the episodes of all ranks, prompt by prompt."""
+    if here().count == 1:
+        return list(episodes)
+    rows = [row for found in here().gather(list(map(asdict, episodes))) for row in found]
+    found = [Episode(**row | {"completion": Completion(**row["completion"])}) for row in rows]
+    return sorted(found, key=lambda episode: episode.group)
 
 
 def undecided_as_wrong(episodes: Sequence[Episode]) -> list[Episode]:

@@ -18,6 +18,9 @@ compute the softmax in fp32. Before the first optimizer step of an update, the r
 rounding: within 1e-4 in fp32 on a CPU, and further off in bf16, where the kernels of the two round in
 different places (recipes/check_card.py measures how far). The metrics sampler_ratio_* record it.
 
+Several ranks (kit/ranks.py) share the prompts of a rollout. Then each gets all episodes, so advantages and
+rows are the same everywhere, and TrainingStep takes each rank's share of the rows.
+
 What this GRPO leaves out is listed at the top of recipes/grpo_qwen2_5_0_5b.py.
 """
 
@@ -34,6 +37,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
+from kit.command import together
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.generate.sampler import generate
@@ -44,7 +48,8 @@ from kit.kernels.linear_cross_entropy_chunks import kept_rows
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import IGNORE_INDEX, plan_packs
 from kit.progress import Progress
-from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group, undecided_as_wrong
+from kit.ranks import here
+from kit.rl.episodes import Episode, EpisodeBatch, WeightedEpisode, by_group, gathered, undecided_as_wrong
 from kit.rl.objective import RunningStats, group_advantages, has_signal, token_losses, token_weight
 from kit.rl.rewards import Reward, correctness, judge, total
 from kit.rl.settings import Settings, check_savings
@@ -127,28 +132,33 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
 
     policy.optimizer.zero_grad(set_to_none=True)  # frees the last update's gradients while sampling
     groups = range(policy.drawn, policy.drawn + len(prompts))
-    wanted = [(i, sample) for i in range(len(prompts)) for sample in range(settings.group_size)]
-    completions = generate(
-        policy.model,
-        [encoded[i] for i, _ in wanted],
-        SamplingParams(settings.temperature, top_p=1.0, top_k=0, max_new_tokens=settings.max_new_tokens),
-        num_slots=settings.num_slots,
-        seed=settings.seed,
-        eos_token_id=chat.eos_token_ids,
-        keys=[[prompts[i].id, groups[i], sample] for i, sample in wanted],
-        decode=chat.decode,
-        description="rollout",
-    )
-    policy.drawn += len(prompts)
+    share, size = here().share(range(len(prompts))), settings.group_size
 
-    episodes, size = [], settings.group_size
-    for i, prompt in enumerate(prompts):
-        group = completions[i * size : (i + 1) * size]
-        judged = judge(policy.rewards, prompt, group)
-        episodes += [
-            Episode(groups[i], prompt.id, encoded[i], completion, total(rewards), rewards)
-            for completion, rewards in zip(group, judged, strict=True)
-        ]
+    def sample_and_judge() -> list[Episode]:
+        wanted = [(i, sample) for i in share for sample in range(size)]
+        completions = generate(
+            policy.model,
+            [encoded[i] for i, _ in wanted],
+            SamplingParams(settings.temperature, top_p=1.0, top_k=0, max_new_tokens=settings.max_new_tokens),
+            num_slots=settings.num_slots,
+            seed=settings.seed,
+            eos_token_id=chat.eos_token_ids,
+            keys=[[prompts[i].id, groups[i], sample] for i, sample in wanted],
+            decode=chat.decode,
+            description="rollout",
+        )
+        episodes = []
+        for n, i in enumerate(share):
+            group = completions[n * size : (n + 1) * size]
+            judged = judge(policy.rewards, prompts[i], group)
+            episodes += [
+                Episode(groups[i], prompts[i].id, encoded[i], completion, total(rewards), rewards)
+                for completion, rewards in zip(group, judged, strict=True)
+            ]
+        return episodes
+
+    episodes = gathered(together(sample_and_judge))
+    policy.drawn += len(prompts)
     return episodes
 
 
@@ -201,7 +211,7 @@ def update(policy: Policy, episodes: Sequence[Episode]) -> dict[str, float]:
 
 
 def rows_of(policy: Policy, groups: Sequence[Sequence[Episode]]) -> list[EpisodeBatch]:
-    """Pack what an optimizer step learns from these groups into rows; for a KL, score them."""
+    """Pack what an optimizer step learns from these groups into rows; for a KL, score this rank's share."""
     settings = policy.settings
     weighted = weighted_episodes(groups, settings)
     packs = plan_packs([x.num_tokens for x in weighted], settings.row_tokens, seed=settings.seed)
@@ -209,8 +219,10 @@ def rows_of(policy: Policy, groups: Sequence[Sequence[Episode]]) -> list[Episode
     if not settings.uses_reference:
         return rows
     with policy.reference() as model:
-        logprobs = [score(model, row, settings.temperature, policy.savings.logit_rows) for row in rows]
-    return [replace(row, reference_logprobs=found) for row, found in zip(rows, logprobs, strict=True)]
+        for i in here().share(range(len(rows))):
+            found = score(model, rows[i], settings.temperature, policy.savings.logit_rows)
+            rows[i] = replace(rows[i], reference_logprobs=found)
+    return rows
 
 
 def weighted_episodes(groups: Sequence[Sequence[Episode]], settings: Settings) -> list[WeightedEpisode]:

@@ -19,7 +19,7 @@ from kit.command import LetFinish, Stopped
 from kit.data.problems import Question, draw
 from kit.inputs import digest_of_questions
 from kit.journal import REWARD, ROLLOUT, Journal
-from kit.machine import describe_machine
+from kit.machine import describe_machines
 from kit.memory.measured import PeakMemory
 from kit.models.backbone import head_weight
 from kit.progress import Progress, print_line
@@ -61,7 +61,7 @@ def train(
     name = checkpoint.name_of_run(policy.model, digest_of_questions(questions), settings)
     if checkpoint.is_finished(finished, name):
         return finished
-    write_json(run.path / MACHINE, describe_machine())
+    write_json(run.path / MACHINE, describe_machines())
     samples = Journal(run.path / ROLLOUTS, ROLLOUT)
     done = checkpoint.resume(checkpoints, policy.model, policy.optimizer, run=name, num_steps=steps)
     for journal in (run.metrics, samples):
@@ -70,8 +70,11 @@ def train(
     if done:
         print(f"training    goes on after step {done} of {steps}")
     memory = PeakMemory(head_weight(policy.model).device, planned, run.path / "memory.json")
+    saved = done
 
     def save(step: int) -> None:
+        nonlocal saved
+        saved = step
         run.metrics.sync()
         samples.sync()
         checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, name)
@@ -81,7 +84,7 @@ def train(
         try:
             return rollout(policy, prompts)
         except KeyboardInterrupt:
-            if step > 1 and checkpoint.latest(checkpoints) != checkpoint.path_of(checkpoints, step - 1):
+            if step - 1 > saved:
                 with LetFinish("a checkpoint"):
                     save(step - 1)
             kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
@@ -134,12 +137,12 @@ def train(
                 with LetFinish("this update, then a checkpoint") as interrupt:
                     progress.update(learn(step, prompts[0], episodes, seconds))
                     due = checkpoint_every and step % checkpoint_every == 0 and step < steps
-                    if due or interrupt.asked:
+                    if interrupt.agreed() or due:
                         save(step)
             except torch.OutOfMemoryError as error:
                 raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-            if interrupt.asked:
-                raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
+            if interrupt.agreed():
+                raise Stopped(f"at step {step} of {steps}, checkpoint {saved} kept")
 
     policy.close()
     run.metrics.sync()

@@ -22,6 +22,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
+from kit.ranks import here
 from kit.rl.settings import Settings
 
 STD_FLOOR = 1e-4  # TRL's, so that the two can be compared; verl has 1e-6
@@ -95,7 +96,8 @@ def token_losses(
 
 
 class RunningStats:
-    """Means and extremes over tokens, kept on the device: reading one there would make the CPU wait."""
+    """Means and extremes over the tokens of all ranks, kept on the device: reading one there would make the
+    CPU wait."""
 
     def __init__(self):
         self.num_tokens = 0
@@ -114,9 +116,16 @@ class RunningStats:
         self.extremes = extremes if self.extremes is None else torch.maximum(self.extremes, extremes)
 
     def read(self) -> dict[str, float]:
-        """Return the means, and the smallest and largest ratio; nothing if there were no tokens."""
-        if self.extremes is None:
+        """Return the means, and the smallest and largest ratio; nothing if there were no tokens.
+
+        Every rank must call this.
+        """
+        sums = {name: total.item() for name, total in self.sums.items()}
+        extremes = [] if self.extremes is None else self.extremes.tolist()
+        of_ranks = [found for found in here().gather([self.num_tokens, sums, extremes]) if found[0]]
+        if not of_ranks:
             return {}
-        means = {name: total.item() / self.num_tokens for name, total in self.sums.items()}
-        negative_low, high = self.extremes.tolist()
+        counts, sums, extremes = zip(*of_ranks, strict=True)
+        means = {name: sum(found[name] for found in sums) / sum(counts) for name in sums[0]}
+        negative_low, high = map(max, zip(*extremes, strict=True))
         return means | {"ratio_min": -negative_low, "ratio_max": high}

@@ -5,6 +5,7 @@
     python recipes/gemma3_1b_8k.py --gpu_gb 12       with settings that fit a card of 12 GB
     python recipes/gemma3_1b_8k.py --preset evening  what a card finishes in an evening: fewer, shorter traces
     python recipes/gemma3_1b_8k.py --smoke           all stages on any CPU in a minute: tiny model, no network
+    torchrun --nproc_per_node 2 recipes/gemma3_1b_8k.py    on two cards: recipes/bench/README.md
 
 Measure the model on MATH-500, AIME24 and AMC23, fine-tune it on packed traces of OpenR1-Math-220k, measure it
 again and report the difference. The paper finds that accuracy falls to about a quarter. Every stage resumes
@@ -13,8 +14,8 @@ again and report the difference. The paper finds that accuracy falls to about a 
 Time: not timed on a GPU. Hours are printed before the first stage: from recipes/check_card.py's measurements
 if there are any, else as an estimate for well-known cards. Memory: 8 bytes per parameter (weights and
 gradients in bf16, 8-bit optimizer states, the 16 bits that bf16 lacks) and activations. --plan prints the
-sum, and what would lower it. Left out on purpose: several GPUs, a validation set (the paper has none),
-weight decay (the paper does not state it), other numbers of traces (recipes/valley_sweep.py).
+sum, and what would lower it. Left out on purpose: a validation set (the paper has none), weight decay (the
+paper does not state it), other numbers of traces (recipes/valley_sweep.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
 from kit.inputs import check_inputs, digest_of_documents
 from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import TrainingPlanSettings
+from kit.ranks import here
 from kit.run import AFTER, BEFORE, RunFolder, write_json
 from kit.train.adapters import Adapters
 from kit.train.savings import Savings
@@ -164,6 +166,8 @@ def main(config: Config) -> None:
     del model, during  # measure what was saved
     model, _ = models.load(str(trained), device=config.device, attention=config.attention)
     after = evaluate.evaluate_all(model, chat, benchmarks, config.params, run.path / AFTER, **how)
+    if not here().is_first:
+        return
     page = report.write_report(run.path)
     print("\n".join(report.before_after.findings({BEFORE: before, AFTER: after})))
     print(f"model {trained}")

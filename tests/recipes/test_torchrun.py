@@ -1,0 +1,123 @@
+"""Recipes under torchrun, as a person starts them: killed or stopped, and resumed with another number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from children import ROOT, run_recipe
+
+from kit.evaluate.results import read_results
+from kit.journal import Journal
+
+FLAGS = ["--smoke", "--num_questions", "3", "--out", "run"]
+TUNING = [*FLAGS, "--num_traces", "24", "--epochs", "2", "--max_new_tokens", "64", "--checkpoint_every", "1"]
+TUNING += ["--eval_every", "2", "--eval_questions", "3"]
+RL = [*FLAGS, "--steps", "3", "--batch_prompts", "3", "--group_size", "4", "--minibatch_prompts", "2"]
+
+
+class Torchrun:
+    """A recipe in two processes."""
+
+    def __init__(self, recipe: str, *flags: str, cwd: Path):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.files = [(cwd / name).open("w+") for name in ("stdout", "stderr")]
+        streams = dict(zip(("stdout", "stderr"), self.files, strict=True))
+        script = str(ROOT / "recipes" / f"{recipe}.py")
+        self.process = subprocess.Popen([*command, script, *flags], cwd=cwd, env=os.environ | own, **streams)
+        self.metrics = Journal(cwd / "run" / "metrics.jsonl")
+
+    def wait_for_steps(self, number: int) -> None:
+        while self.process.poll() is None and len(self.metrics.read()) < number:
+            time.sleep(0.01)
+
+    def kill_rank_1(self) -> None:
+        own = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (second,) = (pid for pid in own if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(int(second), signal.SIGKILL)
+
+    def end(self) -> tuple[int, str, str]:
+        """Return the exit status, and what was printed."""
+        status = self.process.wait()
+        for file in self.files:
+            file.seek(0)
+        printed = [file.read() for file in self.files]
+        for file in self.files:
+            file.close()
+        return status, *printed
+
+
+@pytest.fixture
+def torchrun():
+    """Start a recipe under torchrun; it is ended with the test."""
+    started = []
+    yield lambda *words, cwd: started.append(Torchrun(*words, cwd=cwd)) or started[-1]
+    for run in started:
+        if run.process.poll() is None:
+            run.process.terminate()  # it ends its workers
+            run.process.wait()
+
+
+def steps_of(run: Path) -> list[int]:
+    return [row["step"] for row in Journal(run / "metrics.jsonl").read()]
+
+
+@pytest.mark.slow
+def test_fine_tuning_killed_on_two_ranks_goes_on_in_one_process_and_a_finished_run_on_two(torchrun, tmp_path):
+    run = tmp_path / "run"
+    two = torchrun("gemma3_1b_8k", *TUNING, cwd=tmp_path)
+    two.wait_for_steps(3)
+    two.kill_rank_1()
+    status, printed, _ = two.end()
+    assert status == 1
+    assert printed.count("run folder run") == 1  # rank 0's
+    assert "ranks       2" in printed
+    assert len(json.loads((run / "machine.json").read_text())["ranks"]) == 2
+    assert not (run / "model").exists()
+    before = read_results(run / "before")["toy"].rows
+
+    one = run_recipe("gemma3_1b_8k", *TUNING, "--resume", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert "training    goes on after step" in one.stdout
+    steps = steps_of(run)
+    assert steps == list(range(1, len(steps) + 1))
+    assert read_results(run / "before")["toy"].rows == before
+    measured = [row["step"] for row in Journal(run / "during.jsonl").read()]
+    assert measured == [step for step in range(len(steps) + 1) if step % 2 == 0]
+
+    again = torchrun("gemma3_1b_8k", *TUNING, "--resume", cwd=tmp_path)
+    status, printed, errors = again.end()
+    assert status == 0, errors
+    samples = {name: read_results(run / name)["toy"] for name in ("before", "after")}
+    assert [result.num_samples for result in samples.values()] == [2, 2]
+    assert [line for line in printed.splitlines() if line.startswith(("before", "after"))] == [
+        f"{name:<12}{result}" for name, result in samples.items()
+    ]
+    assert printed.count("report file://") == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_grpo_stopped_by_ctrl_c_on_two_ranks_keeps_its_step_and_goes_on_in_one_process(torchrun, tmp_path):
+    run = tmp_path / "run"
+    two = torchrun("grpo_qwen2_5_0_5b", *RL, cwd=tmp_path)
+    two.wait_for_steps(1)
+    two.process.send_signal(signal.SIGINT)  # which torchrun passes on
+    _, _, errors = two.end()
+    stopped = [line for line in errors.splitlines() if line.startswith("stopped ")]
+    assert len(stopped) == 1, errors
+    done = steps_of(run)
+    assert f"checkpoint {done[-1]} kept. Go on with: torchrun --nproc_per_node 2" in stopped[0]
+    assert stopped[0].endswith(" --resume --out run")
+    assert (run / "checkpoints" / f"step_{done[-1]:07d}").is_dir()
+
+    one = run_recipe("grpo_qwen2_5_0_5b", *RL, "--resume", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    assert steps_of(run) == [1, 2, 3]
+    assert [row["step"] for row in Journal(run / "rollouts.jsonl").read()] == [1] * 4 + [2] * 4 + [3] * 4
+    assert read_results(run / "after")["toy"].num_samples == 2

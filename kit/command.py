@@ -199,8 +199,9 @@ class LetFinish:
 
     def agreed(self) -> bool:
         """Return whether Ctrl-C has reached any rank. All of them must call this, at the same place."""
-        self.asked = any(ranks.here().gather(self.asked))
-        return self.asked
+        is_agreed = any(ranks.here().gather(self.asked))
+        self.asked = self.asked or is_agreed  # Ctrl-C while this rank waited counts the next time
+        return is_agreed
 
     def __exit__(self, *_) -> None:
         if self.in_main:

@@ -43,7 +43,7 @@ def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: s
     what: such as "traces". found: their digest. Raises ValueError, naming both, if they are not those that
     the run began with, or if another rank reads others.
     """
-    here().check_same({f"the digest of the {what} in {source}": found})
+    here().check_same({f"the digest of the {what}": found})
     here().from_first(lambda: _compare(run, what, source, count, found))
 
 

@@ -139,10 +139,13 @@ def train(
                     due = checkpoint_every and step % checkpoint_every == 0 and step < steps
                     if interrupt.agreed() or due:
                         save(step)
+                    is_stopped = interrupt.agreed()  # also by a Ctrl-C that came while ranks waited
+                    if is_stopped and saved < step:
+                        save(step)
             except torch.OutOfMemoryError as error:
                 raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-            if interrupt.agreed():
-                raise Stopped(f"at step {step} of {steps}, checkpoint {saved} kept")
+            if is_stopped:
+                raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
     policy.close()
     run.metrics.sync()

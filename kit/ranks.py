@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Work
 
 BEAT_EVERY = 2.0  # seconds
 LOST_AFTER = 40.0  # seconds without a beat; a rank that computes still beats, since a thread does it
@@ -63,6 +64,10 @@ class Alone:
 
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over the ranks. All of them must call this, in the same order."""
+
+    def to_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return on rank 0 its tensors, and in CPU memory those that it lacks and another rank has."""
+        return tensors
 
     def gather(self, value: Value) -> list[Value]:
         """Return the value that each rank passes, in their order. It must be JSON's."""
@@ -123,6 +128,39 @@ class Ranks(Alone):
         from torch import distributed
 
         distributed.all_reduce(tensor)
+
+    def start_sum(self, tensor: Tensor, *, only_on: int | None = None) -> Work:
+        """Start sum_, and return at once. Call wait() of what is returned before the sum is read.
+
+        only_on: the one rank that gets the sum; the others' tensors are undefined then. None = all get it.
+        """
+        from torch import distributed
+
+        if only_on is None:
+            return distributed.all_reduce(tensor, async_op=True)
+        return distributed.reduce(tensor, dst=only_on, async_op=True)
+
+    def start_copy(self, tensor: Tensor, source: int) -> Work:
+        """Start replacing a tensor by the one of rank `source`, as start_sum does."""
+        from torch import distributed
+
+        return distributed.broadcast(tensor, src=source, async_op=True)
+
+    def to_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+        from torch import distributed
+
+        layouts = {name: [str(x.dtype).split(".")[1], list(x.shape)] for name, x in tensors.items()}
+        first, *others = self.gather(layouts)
+        found = dict(tensors)
+        for rank, layouts in enumerate(others, 1):
+            for name, (dtype, shape) in layouts.items():
+                if self.is_first and name not in first:
+                    found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                    distributed.recv(found[name], src=rank)
+                elif self.rank == rank and name not in first:
+                    distributed.send(tensors[name].cpu().contiguous(), dst=0)
+        return found
 
     def gather(self, value: Value) -> list[Value]:
         import torch

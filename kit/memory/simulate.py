@@ -24,6 +24,7 @@ from kit.memory.live_bytes import Ledger
 from kit.models.attention import REGISTERED
 from kit.models.loading import load_config
 from kit.packing import PackedBatch
+from kit.ranks import Alone
 from kit.train.loss import LossOfRow
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
@@ -149,7 +150,7 @@ def measure(
 
     with ledger:
         ledger.owner = live_bytes.OPTIMIZER
-        step = TrainingStep(model, savings, lr=1e-5)
+        step = TrainingStep(model, savings, lr=1e-5, ranks=Alone())
         if savings.offload_gradients:
             ledger.enter(step.updates.gradients.slab, live_bytes.GRADIENTS)
         _follow_updates(step, ledger)

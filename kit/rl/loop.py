@@ -58,7 +58,7 @@ def train(
     group = policy.optimizer.param_groups[0]
     fixed = replace(policy.settings, num_slots=1)  # how many are sampled at once may change
     settings = (fixed, group["lr"], group["weight_decay"], steps, batch_prompts)
-    name = checkpoint.name_of_run(policy.model, digest_of_questions(questions), settings)
+    name = checkpoint.name_of_run(policy.model, questions=digest_of_questions(questions), settings=settings)
     if checkpoint.is_finished(finished, name):
         return finished
     write_json(run.path / MACHINE, describe_machines())

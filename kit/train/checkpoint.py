@@ -9,6 +9,9 @@ and the run goes on from the other. The finished model has a trainer.json, too.
 Of a model with adapters (kit.models.qlora), only the adapters are written, as peft's own folder:
 adapter_config.json, which names the base model, and adapter_model.safetensors. Loading them reads the base
 model again and, for QLoRA, quantises it.
+
+Under torchrun every rank calls these functions, rank 0 writes while the others wait, and all read the same
+folder. The files do not depend on the number of ranks, so a run may go on with another one.
 """
 
 from __future__ import annotations
@@ -26,37 +29,41 @@ from kit.models.folder import _publish, _write_model, load_weights
 from kit.models.weights import check_same, fingerprint, read_tensors
 from kit.ranks import here
 from kit.run import digest, read_json, write_json
-from kit.train.optimizer import flat_states, states_of
+from kit.train.optimizer import flat_states, owned, states_of
 
 KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 CHUNK = 2**20  # bytes of a file that are hashed at once
 
 
-def name_of_run(model, *settings: object) -> str:
+def name_of_run(model, **settings: object) -> str:
     """Name a training run by what it computes from: the weights before training, and settings as text.
 
-    Raises ValueError for NaN in the weights.
+    Raises ValueError for NaN in the weights, and, naming the difference, if another rank has others.
     """
-    return digest(fingerprint(model), *map(str, settings))
+    facts = {"weights": fingerprint(model)} | {name: str(value) for name, value in settings.items()}
+    here().check_same({name: x if len(x) < 200 else f"digest {digest(x)[:12]}" for name, x in facts.items()})
+    return digest(*facts.values())
 
 
 def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step: int, run: str = "") -> Path:
     """Write the checkpoint after `step` steps, and delete all but the last two. Return its path.
 
-    run: as name_of_run returns it.
+    run: as name_of_run returns it. While it is written, rank 0 has the states of all ranks in CPU memory.
     """
     path = path_of(folder, step)
-    if not here().is_first:
-        return path
-    scratch = _write_model(folder / "writing", model, tokenizer)
-    tensors = {name: tensor.contiguous() for name, tensor in states_of(optimizer).items()}
-    save_file(tensors, scratch / OPTIMIZER)
-    _record(scratch, step, run)
-    _publish(scratch, path)
-    older = sorted(other for other in folder.glob("step_*") if other != path)
-    for useless in older[: len(older) - (KEPT - 1)]:
-        shutil.rmtree(useless)
+    tensors = here().to_first({name: x.contiguous() for name, x in states_of(optimizer).items()})
+
+    def write() -> None:
+        scratch = _write_model(folder / "writing", model, tokenizer)
+        save_file(tensors, scratch / OPTIMIZER)
+        _record(scratch, step, run)
+        _publish(scratch, path)
+        older = sorted(other for other in folder.glob("step_*") if other != path)
+        for useless in older[: len(older) - (KEPT - 1)]:
+            shutil.rmtree(useless)
+
+    here().from_first(write)
     return path
 
 
@@ -95,7 +102,8 @@ def finish(finished: Path, model, tokenizer, checkpoints: Path, step: int, run: 
 
     with LetFinish("the model's folder") as interrupt:
         here().from_first(write)
-    if interrupt.agreed():
+        is_stopped = interrupt.agreed()
+    if is_stopped:
         raise Stopped("after the last step, with the model saved")
 
 
@@ -104,6 +112,10 @@ def is_finished(finished: Path, run: str) -> bool:
 
     Raises ValueError if the folder is there but another run has written it.
     """
+    return here().from_first(lambda: _is_finished(finished, run))
+
+
+def _is_finished(finished: Path, run: str) -> bool:
     if not finished.is_dir():
         return False
     file = finished / TRAINER
@@ -125,12 +137,14 @@ def latest(folder: Path) -> Path | None:
 def resume(folder: Path, model, optimizer: torch.optim.Optimizer, *, run: str, num_steps: int) -> int:
     """Load the newest checkpoint, as `load` does. Return the number of steps done; 0 if there is none.
 
-    Raises ValueError as `load` does, and for a checkpoint of another run or beyond the schedule's num_steps.
+    Raises ValueError as `load` does, for a checkpoint of another run or beyond the schedule's num_steps, and
+    if another rank finds another one.
     """
     path = latest(folder)
+    record = path and _read_record(path)
+    here().check_same({"the newest checkpoint": path and path.name, "its digest": digest(str(record))})
     if path is None:
         return 0
-    record = _read_record(path)
     if record["run"] != run:
         raise ValueError(
             f"{path} was written by the run {record['run'][:12]}, and this is {run[:12]} (a run is named by "
@@ -184,13 +198,17 @@ def _load_tensors(path: Path, model, optimizer: torch.optim.Optimizer) -> None:
             f"{path} was written with exact_weights {was} but exact_weights is {now} here; pass "
             f"--{'' if was else 'no_'}exact_weights"
         )
+    groups = optimizer.param_groups
+    own = {parameter for group in groups for parameter in owned(group)}
+    parameters = dict(enumerate(parameter for group in groups for parameter in group["params"]))
+    parameters = {index: parameter for index, parameter in parameters.items() if parameter in own}
+    tensors = {key: x for key, x in tensors.items() if int(key.split(".")[0]) in parameters}
     wanted = states_of(optimizer)
     if tensors and not wanted:  # torch's AdamW has no state before its first update
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         first = torch.tensor(0.0)
         wanted = flat_states({
             index: {"step": first, "exp_avg": parameter, "exp_avg_sq": parameter}
-            for index, parameter in enumerate(parameters)
+            for index, parameter in parameters.items()
         })  # fmt: skip
     remedy = "pass the --model and the optimizer's flags that it was trained with"
     check_same(tensors, wanted, path / OPTIMIZER, remedy=remedy)

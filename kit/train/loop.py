@@ -3,7 +3,7 @@
 Each optimizer step trains on a few rows (packs) with one backward pass per row. The loss is the sum of token
 losses divided by the number of targets in the whole step, so that it does not matter which documents share a
 row. The plan of the steps depends on lengths and seed alone: a run that resumes at step n sees the same rows
-as one that was not interrupted.
+as one that was not interrupted. Several ranks (kit/ranks.py) run this loop together, and share the rows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kit.machine import describe_machines, return_memory
 from kit.models.backbone import head_weight
 from kit.packing import Document, fill, pack_rows, plan_packs, plan_steps
 from kit.progress import Progress
+from kit.ranks import here
 from kit.run import MACHINE, RunFolder, write_json
 from kit.train import checkpoint
 from kit.train.loss import LossOfRow
@@ -145,15 +146,17 @@ def train(
     after_step: is called with the number of steps done, first when training begins or goes on, such as
         kit.evaluate.during_training; None = nothing is.
 
-    If run.path holds a checkpoint, training continues from it (bit for bit on a CPU). If it holds the
-    finished model, that folder is returned at once. Raises ValueError if another run has written them.
+    If run.path holds a checkpoint, training continues from it (bit for bit on a CPU), also with another
+    number of ranks. If it holds the finished model, that folder is returned at once. Raises ValueError if
+    another run has written them, or if ranks have different weights, data or settings.
     Raises ValueError if the loss or the gradient norm is not finite, or if memory runs out. It names the last
     checkpoint, which is intact. Raises Stopped after Ctrl-C, once the step has ended and a checkpoint is
     written.
     """
     finished, checkpoints = run.path / "model", run.path / "checkpoints"
     settings = (lr, warmup_ratio, weight_decay, beta2, max_grad_norm, max_tensor_norm, seed)
-    name = checkpoint.name_of_run(model, digest_of_documents(documents), plan.steps, settings)
+    data = {"documents": digest_of_documents(documents), "plan": plan.steps}
+    name = checkpoint.name_of_run(model, **data, settings=settings)
     if checkpoint.is_finished(finished, name):
         return finished
     write_json(run.path / MACHINE, describe_machines())
@@ -188,6 +191,8 @@ def train(
         try:
             after_step(step)
         except BaseException as error:
+            if here().count > 1:  # perhaps this rank alone has failed, and only all together can save
+                raise
             if step > done:
                 save(step)
             if isinstance(error, KeyboardInterrupt):

@@ -208,11 +208,14 @@ class HostGradients(SideStream):
         self.leaving.clear()
         self.norms.clear()
 
-    @torch.no_grad()
     def add(self, parameter: nn.Parameter) -> None:
         """Add parameter.grad to its sum, and free it as soon as in_flight allows."""
-        gradient, parameter.grad = parameter.grad.reshape(-1), None
-        total = self.sums[parameter]
+        gradient, parameter.grad = parameter.grad, None
+        self.add_to_sum(parameter, gradient)
+
+    @torch.no_grad()
+    def add_to_sum(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        gradient, total = gradient.reshape(-1), self.sums[parameter]
         with self._beside():
             if parameter in self.norms:
                 for part, earlier in zip(gradient.split(PIECE), total.split(PIECE), strict=True):

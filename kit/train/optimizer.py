@@ -26,8 +26,10 @@ from torch import Tensor
 from kit.kernels.adamw8bit import adamw8bit_, check_settings, init_state, state_slice
 from kit.models.weights import check_same
 from kit.train.offload import host_empty
+from kit.train.sum_gradients import share_out
 
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
+TRAINED = ({torch.float32}, {torch.bfloat16})  # dtypes of weights
 
 
 def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
@@ -121,7 +123,7 @@ class AdamW8bit(torch.optim.Optimizer):
         check_settings(**{name: settings[name] for name in ("lr", "betas", "eps", "weight_decay")})
         super().add_param_group(param_group)
         self._find_places()
-        for parameter in param_group["params"]:
+        for parameter in owned(param_group):
             self._state_of(parameter)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -131,7 +133,7 @@ class AdamW8bit(torch.optim.Optimizer):
         Its hooks see no states. Raises ValueError, before anything is changed, for states of another
         optimizer or of other parameters.
         """
-        for parameter in self.place:
+        for parameter in (parameter for group in self.param_groups for parameter in owned(group)):
             self._state_of(parameter)  # if it was cleared
         keys = dict.fromkeys(key for group in state_dict["param_groups"] for key in group["params"])
         loaded = dict(enumerate(state_dict["state"].get(key, {}) for key in keys))
@@ -260,6 +262,12 @@ class AdamW8bit(torch.optim.Optimizer):
         self.slabs.write_back(on_host, on_card)
 
 
+def owned(group: Mapping) -> list[torch.nn.Parameter]:
+    """Return the parameters of a group whose states this process keeps: all, or its share among ranks."""
+    parameters = group["params"]
+    return [parameters[i] for i in group["owned"]] if "owned" in group else parameters
+
+
 def states_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the states of all parameters by name: "0.exp_avg" is one of the first parameter's."""
     return flat_states(optimizer.state_dict()["state"])
@@ -279,11 +287,13 @@ def make_optimizer(
     seed: int = 0,
     offload: bool = False,
     exact_weights: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> torch.optim.Optimizer:
     """Return AdamW for the model's trainable parameters.
 
     name: one of OPTIMIZERS. offload: keep adamw8bit's states in CPU memory. exact_weights: keep the rest of
-    bf16 weights; fp32 weights have none.
+    bf16 weights; fp32 weights have none. share: (rank, number of ranks) that share the states
+    (kit.train.sum_gradients): this one keeps those of the parameters that it owns, and updates no others.
     Raises ValueError for an unknown name, for parameters of several dtypes or none, and for adamw with bf16
     weights or with offload.
     """
@@ -291,7 +301,7 @@ def make_optimizer(
     dtypes = {parameter.dtype for parameter in parameters}
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer is {name!r}; pass one of {', '.join(OPTIMIZERS)}")
-    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+    if dtypes not in TRAINED:
         raise ValueError(
             f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or "
             "bfloat16"
@@ -299,8 +309,13 @@ def make_optimizer(
     if name == "auto":
         name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
     settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    group: dict = {"params": parameters}
+    rank, count = share
+    if count > 1:
+        owners = share_out([parameter.numel() for parameter in parameters], count)
+        group["owned"] = [i for i, owner in enumerate(owners) if owner == rank]
     if name == "adamw8bit":
-        return AdamW8bit(parameters, **settings, seed=seed, offload=offload, exact=exact_weights)
+        return AdamW8bit([group], **settings, seed=seed, offload=offload, exact=exact_weights)
 
     if offload:
         raise ValueError(
@@ -312,4 +327,4 @@ def make_optimizer(
             "optimizer is adamw but the weights are bfloat16, and rounding to nearest would drop small "
             "updates; pass adamw8bit, which keeps them, or load the model in float32"
         )
-    return torch.optim.AdamW(parameters, **settings, fused=True)
+    return torch.optim.AdamW([group], **settings, fused=True)

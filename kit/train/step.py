@@ -13,6 +13,7 @@ import torch
 
 from kit.models.backbone import head_weight
 from kit.packing import PackedBatch
+from kit.ranks import Alone, here
 from kit.train.head import make_head
 from kit.train.loss import LossOfRow
 from kit.train.optimizer import make_optimizer
@@ -41,9 +42,11 @@ class TrainingStep:
         max_grad_norm=0.0,
         max_tensor_norm=0.0,
         seed=0,
+        ranks: Alone | None = None,
     ):
         savings.check_clipping(max_grad_norm, max_tensor_norm)
-        self.model = model
+        self.model, self.ranks = model, ranks or here()
+        self.ranks.check_same(vars(savings))
         optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
         self.optimizer = make_optimizer(
             model,
@@ -54,11 +57,12 @@ class TrainingStep:
             seed=seed,
             offload=savings.offload_optimizer,
             exact_weights=savings.exact_weights,
+            share=(self.ranks.rank, self.ranks.count) if savings.offload_gradients else (0, 1),
         )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
-        norms = {"max_grad_norm": max_grad_norm, "max_tensor_norm": max_tensor_norm}
-        self.updates = make_updates(model, savings, self.optimizer, **norms)
+        options = {"max_grad_norm": max_grad_norm, "max_tensor_norm": max_tensor_norm, "ranks": self.ranks}
+        self.updates = make_updates(model, savings, self.optimizer, **options)
         self.head = make_head(model, savings, self.optimizer, self.updates)
         model.train()
 
@@ -68,6 +72,7 @@ class TrainingStep:
         """Train on the rows of one step. Return (loss, gradient norm before clipping), fp32 scalars on the
         device.
 
+        batches: the same on all ranks, each of which trains on its share.
         loss_of: a row's share of the step's loss (kit.train.loss); None = mean token cross-entropy.
         Raises NotFinite, with the weights as they were (but see kit.train.weight_updates), if either is not.
         """
@@ -75,7 +80,7 @@ class TrainingStep:
         device = head_weight(self.model).device
         self.updates.begin(len(batches))
         loss = torch.zeros((), device=device)
-        for batch in batches:
+        for batch in self.ranks.share(batches):
             loss += self.head.backward(batch.to(device), scale, loss_of)
         self.head.finish()
         return loss, self.updates.finish(loss)

@@ -15,20 +15,27 @@ state: they read loss and norm before the update, and the card waits once per st
 UpdateInBackward can do so for the loss, before the backward pass. A gradient that overflows during it is seen
 too late: by then, the layers above are updated. So the model in memory has lost the step before; go on from
 the last checkpoint.
+
+Under torchrun, SumAtEnd and SumFromHost take the places of the first two: the same on the gradients' sums
+over all ranks.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 
+from kit.models.backbone import head_weight
+from kit.ranks import Alone, Ranks
 from kit.train.offload import PIECE, HostGradients
 from kit.train.optimizer import AdamW8bit
 from kit.train.savings import Savings
+from kit.train.sum_gradients import GradientSums, SharedHostGradients
 
 
 class NotFinite(ValueError):
@@ -60,7 +67,8 @@ class Updates(Protocol):
     during a row, and use after the last one.
     """
 
-    def begin(self, num_rows: int) -> None: ...
+    def begin(self, num_rows: int) -> None:
+        """Forget the step before. num_rows: of this step, on all ranks."""
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Raise NotFinite if the row's loss is not finite and its backward pass would update weights."""
@@ -77,6 +85,7 @@ class Updates(Protocol):
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
         """Finish updating all weights. Return the gradient's norm before clipping, an fp32 scalar.
 
+        loss: this rank's part, which is replaced by the step's.
         Raises NotFinite if the norm or the step's loss is not finite.
         """
 
@@ -91,12 +100,25 @@ def make_updates(
     *,
     max_grad_norm: float,
     max_tensor_norm: float,
+    ranks: Alone,
 ) -> Updates:
-    """Choose when weights are updated. Savings.check_clipping has checked the norms."""
+    """Choose when weights are updated. Savings.check_clipping has checked the norms.
+
+    Raises ValueError for updates in the backward pass on several ranks.
+    """
     if savings.update_in_backward:
+        if ranks.count > 1:
+            raise ValueError(
+                f"update_in_backward is on but {ranks.count} ranks sum their gradients before any is used; "
+                "pass --no_update_in_backward --offload_gradients, which keeps about as little on the card"
+            )
         return UpdateInBackward(optimizer, max_tensor_norm=max_tensor_norm)
     if savings.offload_gradients:
+        if ranks.count > 1:
+            return SumFromHost(optimizer, model, ranks, max_grad_norm=max_grad_norm)
         return UpdateFromHost(optimizer, model.model.layers, max_grad_norm=max_grad_norm)
+    if ranks.count > 1:
+        return SumAtEnd(optimizer, ranks, max_grad_norm=max_grad_norm)
     return UpdateAtEnd(optimizer, max_grad_norm=max_grad_norm)
 
 
@@ -128,21 +150,58 @@ class UpdateAtEnd(Updates):
         self.optimizer.zero_grad(set_to_none=True)
 
 
+class SumAtEnd(UpdateAtEnd):
+    """UpdateAtEnd on several ranks: sum the gradients while the last row's backward pass goes on.
+
+    Every rank keeps all optimizer states and updates all weights. Call close() to remove the hooks.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, ranks: Ranks, *, max_grad_norm: float):
+        super().__init__(optimizer, max_grad_norm=max_grad_norm)
+        self.sums = GradientSums(self.parameters, ranks)
+        self.hooks = [p.register_post_accumulate_grad_hook(self.use) for p in self.parameters]
+
+    def begin(self, num_rows: int) -> None:
+        super().begin(num_rows)
+        self.sums.begin(num_rows)
+
+    def before_backward(self, loss: torch.Tensor) -> None:
+        self.sums.begin_row()
+
+    def use(self, parameter: torch.nn.Parameter) -> None:
+        self.sums.ready(parameter)
+
+    def finish(self, loss: torch.Tensor) -> torch.Tensor:
+        self.sums.finish(loss)
+        return super().finish(loss)
+
+    def close(self) -> None:
+        super().close()
+        for hook in self.hooks:
+            hook.remove()
+
+
 class UpdateFromHost(Updates):
     """Add up gradients in CPU memory, clip them by their global norm and apply them one after another.
 
     The weights are those of UpdateAtEnd, bit for bit on a CPU. max_grad_norm: as there. layers: of the model;
-    the gradients of one of them may be on the card while they are copied. Call close() to remove the hooks.
+    the gradients of one of them may be on the card while they are copied. keep: what adds gradients up. Call
+    close() to remove the hooks.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, layers: Sequence[torch.nn.Module], *, max_grad_norm: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        layers: Sequence[torch.nn.Module],
+        *,
+        max_grad_norm: float,
+        keep: Callable[[Sequence[torch.nn.Parameter], int], HostGradients] = HostGradients,
     ):
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
         parameters = parameters_of(optimizer)
         trained = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-        self.gradients = HostGradients(parameters, max(sum(p.nbytes for p in layer) for layer in trained))
+        self.gradients = keep(parameters, max(sum(p.nbytes for p in layer) for layer in trained))
         self.hooks = [
             parameter.register_post_accumulate_grad_hook(self.set_aside) for parameter in parameters
         ]
@@ -180,6 +239,32 @@ class UpdateFromHost(Updates):
         self.begin(0)
         for hook in self.hooks:
             hook.remove()
+
+
+class SumFromHost(UpdateFromHost):
+    """UpdateFromHost on several ranks: each adds up the gradients of the parameters that it owns.
+
+    It updates these, and gets the other weights from their owners.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model, ranks: Ranks, *, max_grad_norm: float):
+        weight = head_weight(model)
+        is_tied = weight is model.get_input_embeddings().weight and weight.requires_grad
+        keep = partial(SharedHostGradients, ranks=ranks, tied=weight if is_tied else None)
+        super().__init__(optimizer, model.model.layers, max_grad_norm=max_grad_norm, keep=keep)
+
+    def begin(self, num_rows: int) -> None:
+        super().begin(num_rows)
+        self.gradients.begin(num_rows)
+
+    def before_backward(self, loss: torch.Tensor) -> None:
+        self.gradients.begin_row()
+
+    def finish(self, loss: torch.Tensor) -> torch.Tensor:
+        self.gradients.sum_(loss)
+        norm = super().finish(loss)
+        self.gradients.spread()
+        return norm
 
 
 class UpdateInBackward(Updates):

@@ -259,7 +259,7 @@ def test_on_a_card_the_rows_of_a_step_are_packed_there_and_nothing_comes_back(tm
     monkeypatch.setattr("kit.train.step.make_head", lambda *_: SimpleNamespace(backward=backward))
     # the run is named by its weights' values, which fake tensors do not have
     monkeypatch.setattr("kit.train.loop.digest_of_documents", lambda documents: "")
-    monkeypatch.setattr("kit.train.checkpoint.name_of_run", lambda *_: "")
+    monkeypatch.setattr("kit.train.checkpoint.name_of_run", lambda *_, **__: "")
     documents = random_documents(LENGTHS)
     training_plan = TrainingPlan.make(LENGTHS, row_tokens=40, batch_traces=8, epochs=1)
     run = RunFolder.open(Config(str(tmp_path / "run")))

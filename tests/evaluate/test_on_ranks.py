@@ -42,6 +42,7 @@ def texts(result):
     return {(row["question"], row["sample"]): row["text"] for row in result.rows}
 
 
+@pytest.mark.slow
 def test_samples_depend_neither_on_the_number_of_ranks_nor_on_one_that_is_killed(tmp_path):
     measure(tmp_path / "whole")
     whole = texts(read_result(tmp_path / "whole" / "toy.jsonl"))

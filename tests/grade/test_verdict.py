@@ -281,6 +281,7 @@ def assert_bounded(results):
     assert {verdict for _, verdict in results} <= {"correct", "wrong", "unknown"}
 
 
+@pytest.mark.slow
 def test_hostile_input_from_the_main_thread():
     assert len(HOSTILE) >= 60
     results = run_hostile(0.25)

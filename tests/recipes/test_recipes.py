@@ -126,6 +126,7 @@ def test_a_trace_longer_than_the_models_context_is_refused_and_a_row_of_several_
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_tiny_base_recipe_writes_what_ships_and_the_same_bytes_every_time(tmp_path):
     written = []
     for number in ("001", "002"):

@@ -149,8 +149,14 @@ def _farewell(stop: KeyboardInterrupt) -> str:
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"
     program, count = started_as(), ranks.num_started()
     if count > 1:
-        flags = program.removeprefix(shell_word(sys.orig_argv[0]))
-        program = f"torchrun --nproc_per_node {os.environ.get('LOCAL_WORLD_SIZE', count)}{flags}"
+        python, each = f"{shell_word(sys.orig_argv[0])} ", os.environ.get("LOCAL_WORLD_SIZE", str(count))
+        started = program.removeprefix(python)
+        if started == program:  # `valley WORD`, without an interpreter
+            started = f"-m kit {program.split()[-1]}"
+        on_each = "torchrun on each machine, as before, with"
+        program = (
+            f"torchrun --nproc_per_node {each} {started}" if each == str(count) else f"{on_each} {started}"
+        )
     return f"stopped{where}. Go on with: {program} --resume --out {shell_word(str(run.path))}"
 
 
@@ -163,14 +169,17 @@ def _clean_up() -> str:
 
 def together(work: Callable[[], Value]) -> Value:
     """Return work(), once every rank has done its own. If Ctrl-C ends one, all raise KeyboardInterrupt."""
+    if ranks.here().count == 1:
+        return work()
     value, is_stopped = None, False
     try:
         value = work()
     except KeyboardInterrupt:
         is_stopped = True
     with LetFinish("the wait for other ranks") as late:  # it must not be left half done
-        is_stopped = any(ranks.here().gather(is_stopped))
-    if is_stopped or late.asked:
+        ranks.here().gather("done")  # is the wait; whoever is stopped meanwhile says so to all
+        is_stopped = any(ranks.here().gather(is_stopped or late.asked))
+    if is_stopped:
         raise KeyboardInterrupt
     return value
 

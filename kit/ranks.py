@@ -254,10 +254,12 @@ class _Watch(threading.Thread):
 
     def _end(self, why: str) -> None:
         """Leave at once: the main thread may wait for a rank that is gone. Files are whole or not there."""
-        rest = self.ranks.how_to_go_on()
-        if _local_rank() == 0:  # one line per machine
-            print(f"error: {why}. {rest}", file=sys.__stderr__, flush=True)
-        os._exit(ENDED)
+        try:
+            rest = self.ranks.how_to_go_on()
+            if _local_rank() == 0:  # one line per machine
+                print(f"error: {why}. {rest}", file=sys.__stderr__, flush=True)
+        finally:
+            os._exit(ENDED)
 
 
 _here = Alone()
@@ -336,13 +338,17 @@ def end(error: BaseException, text: str, status: int) -> None:
     elif isinstance(_here, Ranks):
         if isinstance(error, RuntimeError) and CUT_OFF.search(str(error)):
             _here.watch.join(LOST_AFTER + 2 * BEAT_EVERY)  # it learns which rank is gone, and ends this one
+        if isinstance(error, KeyboardInterrupt) and not _here.is_first:
+            time.sleep(SAID_WITHIN)  # all have it, and rank 0 may have a tracker to close
         _here.fail(" ".join(f"{type(error).__name__}: {error}".split()))
-    if not is_started_first():
-        if isinstance(error, KeyboardInterrupt):
-            os._exit(status)
-        if "Traceback" not in text:
-            time.sleep(SAID_WITHIN)
-        text = text and f"{_name()}: {text}"
-    if text:
-        print(text, file=sys.__stderr__, flush=True)
-    os._exit(status)  # not by SystemExit: threads of torch.distributed may abort a process that ends in order
+    try:
+        if not is_started_first():
+            if isinstance(error, KeyboardInterrupt):
+                return
+            if "Traceback" not in text:
+                time.sleep(SAID_WITHIN)
+            text = text and f"{_name()}: {text}"
+        if text:
+            print(text, file=sys.__stderr__, flush=True)
+    finally:  # not by SystemExit: threads of torch.distributed may abort a process that ends in order
+        os._exit(status)

@@ -93,7 +93,6 @@ class RunFolder:
         is_created = not config.resume and (not config.out or not path.exists())
         was_free = hold(path, join=join)
         goes_on = config.resume or (join and (path / CONFIG).is_file())
-        may_grow = may_grow if config.resume and not is_shared(path) else ()
         try:
             cls._write_settings(path, config, may_grow, goes_on=goes_on)
         except BaseException:
@@ -113,7 +112,8 @@ class RunFolder:
             before = read_json(path / CONFIG)
             defaults = {field.name: field.default for field in dataclasses.fields(config)}
             before = {name: before.get(name, defaults[name]) for name in settings} | before  # new settings
-            grown = {k for k in may_grow if k in before and _has_grown(before[k], settings[k])}
+            grows = may_grow if config.resume and not is_shared(path) else ()
+            grown = {k for k in grows if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
             pairs = {k: (before.get(k), settings.get(k)) for k in fixed}
             changed = "; ".join(
@@ -121,9 +121,11 @@ class RunFolder:
             )
             if changed:
                 wait = "wait until the others there end, " if is_shared(path) else ""
+                only_more = all(old == new or k in may_grow for k, (old, new) in pairs.items())
+                grow = "--resume, which lets it grow, " if only_more and not config.resume else ""
                 raise ValueError(
                     f"{path} was started with other settings: {changed}; "
-                    f"{wait}pass the same, or another --out"
+                    f"{wait}pass {grow}the same, or another --out"
                 )
             if is_shared(path):
                 return
@@ -158,9 +160,9 @@ class RunFolder:
             self.is_new = False
             for made in (self.path / name for name in PREPARED if name not in self.before):
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
-            release(self.path)
-            if self.is_created:
+            if self.is_created:  # while it is locked: a process that waits for it would have files there
                 shutil.rmtree(self.path, ignore_errors=True)
+            release(self.path)
 
 
 def _settings(config) -> dict:

@@ -178,7 +178,8 @@ def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
     source = config.prompts
     if source == "toy":
         source = str(run.path / "prompts.jsonl")
-        write_rows(Path(source), make_rows("short", 2_000, seed=config.seed + 2, min_operands=3))
+        rows = make_rows("short", 2_000, seed=config.seed + 2, min_operands=3)
+        here().from_first(lambda: write_rows(Path(source), rows))
     questions = data.problems.read_prompts(source, bad, levels=config.levels)[: config.num_prompts or None]
     content = digest_of_questions(questions)
     check_inputs(run, "prompts", source, count=len(questions), found=content)

@@ -142,6 +142,12 @@ def stop():
         together(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9) if here.rank else "done")
     except KeyboardInterrupt:
         print(num_steps)
+    interrupt_soon = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        together(lambda: time.sleep(0.5) if here.rank else interrupt_soon.start())
+    except KeyboardInterrupt:
+        print("also if it comes while a rank waits")
+    here.gather("whoever went on alone would not be here")
     ranks.leave()
 
 
@@ -149,6 +155,7 @@ def test_ctrl_c_in_one_rank_stops_all_after_the_same_step():
     statuses, printed, errors = run(2, "stop")
     assert statuses == [0, 0], errors
     assert printed[0] == printed[1] != "999\n"
+    assert "also if" in printed[0]
 
 
 def write_in_turn(folder):

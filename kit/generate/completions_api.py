@@ -5,8 +5,10 @@ A question holds the fields of all three; a server ignores those that it does no
     prompt            token ids, so that nothing is tokenised twice
     return_token_ids  vLLM from 0.10.2 on and SGLang from July 2026 on (pull request 30917): token_ids
     logprobs          1: llama.cpp returns none for 0. vLLM and SGLang: logprobs.token_logprobs; llama.cpp:
-                      logprobs.content, whose entries have an id, too. The distribution is the model's own,
-                      before temperature and top_p (of vLLM unless --logprobs-mode says otherwise).
+                      logprobs.content, whose entries have an id, too. It has none for tokens that end within
+                      a character: the ids of such an answer are those of its text. The distribution is the
+                      model's own, before temperature and top_p (of vLLM unless --logprobs-mode says
+                      otherwise).
     stop_token_ids    vLLM, SGLang; llama.cpp stops at the ends that its file names. Every answer is cut
                       behind its first end here.
     seed              SGLang heeds it if it was started with --enable-deterministic-inference
@@ -19,7 +21,7 @@ An answer that does not say enough to be checked, or not what was asked for, is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kit.generate.sampling import SamplingParams
@@ -44,7 +46,7 @@ class Reply:
     """What a server wrote."""
 
     ids: list[int]  # up to the first end
-    logprobs: list[float]  # of each id
+    logprobs: list[float]  # of each id that the server names
     has_ended: bool  # False: cut off at max_new_tokens
     text: str  # of all ids that it wrote, without special tokens
     written: list[int]  # all ids that it wrote
@@ -77,25 +79,30 @@ def check_ended(answer: object) -> None:
         raise ConnectionError(f"the answer was given up, finish_reason is {reasons[0]!r}")
 
 
-def read(question: dict, answer: object) -> Reply:
-    """Read the answer to a question. Raises NoAnswer, saying what is missing or does not fit."""
+def read(question: dict, answer: object, encode: Callable[[str], list[int]]) -> Reply:
+    """Read the answer to a question. Raises NoAnswer, saying what is missing or does not fit.
+
+    encode: returns the token ids of a text, without special tokens.
+    """
     try:
         (choice,), model, usage = answer["choices"], answer["model"], answer["usage"]
         text, reason = choice["text"], choice["finish_reason"]
         prompt_tokens, tokens = usage["prompt_tokens"], usage["completion_tokens"]
-    except (LookupError, TypeError, ValueError) as error:
+        ids, logprobs = _ids_and_logprobs(choice)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise NoAnswer(f"sent an answer that lacks a part ({describe(error)})") from error
     if model != question["model"]:
         raise NoAnswer(f"was asked for the model {question['model']} and answered as {model}")
 
-    ids, logprobs = _ids_and_logprobs(choice)
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in logprobs) or not logprobs:
         raise NoAnswer("sent log-probs that are missing, NaN or infinite; they are asked for with logprobs=1")
     if not ids or None in ids:
         raise NoAnswer(
             "sent no token ids; start vLLM >= 0.10.2, SGLang of July 2026 or later, or llama.cpp's server"
         )
-    if not len(ids) == len(logprobs) == tokens:
+    if "content" in choice["logprobs"] and len(ids) < tokens:
+        ids = encode(text)
+    elif not len(ids) == len(logprobs) == tokens:
         raise NoAnswer(f"sent {len(ids)} ids and {len(logprobs)} log-probs, and counts {tokens} tokens")
     if prompt_tokens != len(question["prompt"]):
         raise NoAnswer(f"counts {prompt_tokens} tokens in a prompt of {len(question['prompt'])}")
@@ -107,7 +114,7 @@ def read(question: dict, answer: object) -> Reply:
             f"cut an answer off at {tokens:,} of {question['max_tokens']:,} tokens; start it with a longer "
             "context, or pass a smaller --max_new_tokens"
         )
-    length = length or tokens
+    length = length or len(ids)
     has_ended = reason == "stop" or ids[length - 1] in ends
     return Reply(ids[:length], logprobs[:length], has_ended, text, ids)
 

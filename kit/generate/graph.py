@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-USES_GRAPHS = True  # False: every step runs eagerly on a card, too, with the same tokens
+USES_GRAPHS = True  # on a card; False: every step runs eagerly. A capture that fails switches them off, too
 
 
 class Eager:
@@ -62,6 +62,8 @@ class Graphs:
         try:
             self.graphs[size] = self.recorder.capture(step)
         except RuntimeError as error:
+            global USES_GRAPHS  # torch may keep the memory of a failed capture: there must not be another
+            USES_GRAPHS = False
             self.recorder = None
             self.graphs.clear()
             why = " ".join(str(error).split())[:200]
@@ -98,5 +100,6 @@ Steps = Eager | Graphs
 
 def steps_for(device: torch.device, uses_kernel: bool) -> Steps:
     """Return how steps run. uses_kernel: the lengths of rows are read on the device alone."""
-    captures = USES_GRAPHS and uses_kernel and device.type == "cuda"
-    return Graphs(Recorder(device)) if captures else Eager()
+    if not uses_kernel or device.type != "cuda":
+        return Eager()
+    return Graphs(Recorder(device) if USES_GRAPHS else None)  # of the same sizes, which decide the last bits

@@ -108,7 +108,7 @@ class Server:
         with Samples(len(prompts), description) as progress, closing(found):  # also if on_finish raises
             try:
                 for index, answer, seconds in found:
-                    reply = read(questions[index], answer)
+                    reply = read(questions[index], answer, self._encode)
                     self._check_tokenizer(reply, eos_token_id)
                     text = decode(reply.ids)
                     completion = Completion(reply.ids, reply.logprobs, reply.has_ended, text, seconds)
@@ -173,6 +173,9 @@ class Server:
                     f"last one: {said}"
                 )
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _check_tokenizer(self, reply: Reply, ends: Sequence[int]) -> None:
         """Raise NoAnswer if the first answer with words in it reads otherwise here.

@@ -193,7 +193,8 @@ def simulate_sampling(
     def sampling(num_slots: int) -> Plan:
         with mode:
             drawing = transient(fake, lambda: _draw(fake, num_slots, params))
-            step = max(drawing, reading(min(PREFILL_TOKENS, num_slots * prompt_tokens)))
+            # both: a card's graphs of the steps that draw keep their memory (kit/generate/graph.py)
+            step = drawing + reading(min(PREFILL_TOKENS, num_slots * prompt_tokens))
 
         owners = lasting.owners | {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
         answers = "1 answer" if num_slots == 1 else f"{num_slots} answers"

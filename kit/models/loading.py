@@ -196,9 +196,8 @@ def load_config(model: str) -> PreTrainedConfig:
         settings = json.loads(shipped.read_text(encoding="utf-8"))
         return AutoConfig.for_model(**settings)
     folder = path_of(model)
-    if (folder / ADAPTER_CONFIG).is_file():
-        adapters = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return load_config(adapters["base_model_name_or_path"])
+    if base := _base_of(folder):
+        return load_config(base)
     if folder.suffix == ".gguf":
         require(f"{folder}, a GGUF file,", "gguf", "accelerate")
     try:
@@ -216,6 +215,12 @@ def load_config(model: str) -> PreTrainedConfig:
         ) from error
 
 
+def _base_of(folder: Path) -> str:
+    """Return the model that a folder's adapters are for; "" if it holds none."""
+    file = folder / ADAPTER_CONFIG
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else ""
+
+
 def load_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what a prompt depends on: a tokenizer, and a model on the meta device, which has no numbers.
 
@@ -224,6 +229,10 @@ def load_without_weights(name: str) -> tuple[PreTrainedModel, PreTrainedTokenize
     """
     path = path_of(name)
     where, file = path.as_posix(), {}
+    if base := _base_of(path):
+        model, tokenizer = load_without_weights(base)
+        has_own = (path / "tokenizer_config.json").is_file()
+        return model, load_tokenizer(where) if has_own else tokenizer
     if path.suffix == ".gguf":
         where, file = str(path.parent), {"gguf_file": path.name}
     with torch.device("meta"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -53,9 +53,19 @@ def gathered(episodes: Sequence[Episode]) -> list[Episode]:
     """Return the episodes of all ranks, prompt by prompt."""
     if here().count == 1:
         return list(episodes)
-    rows = [row for found in here().gather(list(map(asdict, episodes))) for row in found]
+    groups, rows = by_group(episodes), []
+    for i in range(max(here().gather(len(groups)))):  # one by one: a rank that writes or reads JSON is silent
+        own = [_plain(episode) for group in groups[i : i + 1] for episode in group]
+        rows += [row for found in here().gather(own) for row in found]
     found = [Episode(**row | {"completion": Completion(**row["completion"])}) for row in rows]
     return sorted(found, key=lambda episode: episode.group)
+
+
+def _plain(episode: Episode) -> dict:
+    """Return an episode's fields, as asdict does, but without copying every number."""
+    found = {part.name: getattr(episode, part.name) for part in fields(Episode)}
+    completion = {part.name: getattr(episode.completion, part.name) for part in fields(Completion)}
+    return found | {"completion": completion}
 
 
 def undecided_as_wrong(episodes: Sequence[Episode]) -> list[Episode]:

@@ -37,7 +37,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
-from kit.command import together
+from kit.command import LetFinish, together
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.generate.sampler import generate
@@ -127,14 +127,13 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
             f"{len(without_gold)} of {len(prompts)} prompts have no gold answer to grade by: "
             f"{without_gold[:5]}; give them one, or leave them out"
         )
-    encoded = chat.encode([chat.prompt(question.problem) for question in prompts])
-    settings.check_prompts(encoded)
-
     policy.optimizer.zero_grad(set_to_none=True)  # frees the last update's gradients while sampling
     groups = range(policy.drawn, policy.drawn + len(prompts))
     share, size = here().share(range(len(prompts))), settings.group_size
 
     def sample_and_judge() -> list[Episode]:
+        encoded = chat.encode([chat.prompt(question.problem) for question in prompts])
+        settings.check_prompts(encoded)
         wanted = [(i, sample) for i in share for sample in range(size)]
         completions = generate(
             policy.model,
@@ -157,7 +156,12 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
             ]
         return episodes
 
-    episodes = gathered(together(sample_and_judge))
+    episodes = together(sample_and_judge)
+    with LetFinish("this rollout") as interrupt:
+        episodes = gathered(episodes)
+        is_stopped = interrupt.agreed()
+    if is_stopped:
+        raise KeyboardInterrupt
     policy.drawn += len(prompts)
     return episodes
 

@@ -188,12 +188,13 @@ def train(
         """Call after_step, with the step's memory given back. If it fails or is stopped, the step is kept."""
         optimizer.zero_grad(set_to_none=True)
         return_memory(device)
+        alone = here().count == 1
+        if not alone and step > done:  # perhaps one rank will fail, and only all together can save
+            save(step)
         try:
             after_step(step)
         except BaseException as error:
-            if here().count > 1:  # perhaps this rank alone has failed, and only all together can save
-                raise
-            if step > done:
+            if alone and step > done:
                 save(step)
             if isinstance(error, KeyboardInterrupt):
                 raise Stopped(f"while step {step} was measured, whose checkpoint is kept") from None
@@ -247,7 +248,7 @@ def train(
             stops = interrupt.agreed()
             if due or stops:
                 save(step + 1)
-            if stops:
+            if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
     training_step.close()

@@ -45,12 +45,13 @@ class Claims:
         self.processes, self.lease, self.num_beats = study / PROCESSES, lease, 0
         self.own: dict[Path, int] = {}  # folder of a job -> number of the claim
         self.seen: dict[Path, tuple[bytes, float]] = {}  # file -> its content, and since when it is the same
-        # processes that had ended before this one began: what failed for them is tried again. One without a
-        # journal may be about to begin.
-        journals = [folder for folder in numbered(self.processes) if (folder / JOURNAL).exists()]
-        self.ended = {folder for folder in journals if not self._is_alive(folder.name)}
+        others = numbered(self.processes)
         self.folder = make_next_folder(self.processes)
         hold(self.folder)
+        self.beat()
+        # processes that had ended before this one began: what failed for them is tried again. One without a
+        # journal may be about to begin.
+        self.ended = {folder for folder in others if (folder / JOURNAL).exists() and self._had_ended(folder)}
 
     def beat(self) -> None:
         """Show other processes that this one is alive."""
@@ -82,6 +83,16 @@ class Claims:
         # "": its process has just created it, or died before it could write its name
         return self._is_alive(name) if name else self._changes(claim, b"")
 
+    def _had_ended(self, process: Path) -> bool:
+        """Return whether a process had ended when this one began. The disk's clock has timed both beats."""
+        if not self._is_alive(process.name):
+            return True
+        try:
+            last = (process / ALIVE).stat().st_mtime
+        except OSError:  # it has just ended, or replaced the file
+            return False
+        return (self.folder / ALIVE).stat().st_mtime - last > self.lease
+
     def _is_alive(self, name: str) -> bool:
         alive = self.processes / name / ALIVE
         try:
@@ -92,8 +103,8 @@ class Claims:
             if error.errno != errno.ESTALE:
                 raise
             return True  # on NFS: it has replaced it just now
-        if json.loads(content)["machine"] == platform.node() and not is_held(alive.parent):
-            return False
+        if json.loads(content)["machine"] == platform.node():
+            return is_held(alive.parent)
         return self._changes(alive, content)
 
     def _changes(self, file: Path, content: bytes) -> bool:
@@ -117,7 +128,6 @@ def claiming(study: Path, lease: float = LEASE) -> Iterator[Claims]:
             with suppress(OSError):  # a disk that is full or away may be back for the next
                 claims.beat()
 
-    claims.beat()
     thread = threading.Thread(target=show_life, daemon=True, name="beats")
     thread.start()
     try:

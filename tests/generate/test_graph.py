@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kit.generate import decode, kv_cache, sampler
+from kit.generate import decode, graph, kv_cache, sampler
 from kit.generate.engine import Engine
 from kit.generate.graph import Eager, Graphs
 from kit.generate.sampling import SamplingParams
@@ -114,9 +114,11 @@ def test_a_step_that_cannot_be_captured_is_named_once_and_sampling_goes_on_with_
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(recorder, "capture", capture)
+    monkeypatch.setattr(graph, "USES_GRAPHS", True)
     with pytest.warns(UserWarning, match=r"without CUDA graphs.*: operation not permitted when") as warned:
         assert sampled(model, monkeypatch, Graphs(recorder)) == expected
     assert len(tried) == len(warned) == 1
+    assert not graph.USES_GRAPHS  # nor is it tried in the next call
 
 
 def test_a_step_is_rounded_up_to_few_sizes_and_never_beyond_the_slots():

@@ -7,6 +7,7 @@ from small_server import serve
 
 from kit import models
 from kit.data.chat import ChatFormat
+from kit.generate.completions_api import NoAnswer, question_of, read
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
 from kit.generate.server import Server, connect
@@ -98,6 +99,18 @@ def test_an_answer_that_does_not_fit_is_refused_at_once_with_its_fault(tiny, fau
         with pytest.raises(ValueError, match=f"the server at {small.url} .*{message}.*--resume asks for the"):
             sample(chat, server.generate)
     assert len(small.asked) <= 2  # the thread may have begun the next
+
+
+def test_where_llama_cpp_names_no_token_within_a_character_the_ids_are_those_of_the_text():
+    question = question_of("m", [5, 6], GREEDY, stream=0, stop=[2])
+    entries = [{"id": 7, "logprob": -0.5}, {"id": 9, "logprob": -0.25}]
+    choice = {"text": "7\U0001f600", "finish_reason": "stop", "logprobs": {"content": entries}}
+    usage = {"prompt_tokens": 2, "completion_tokens": 5}
+    reply = read(question, {"choices": [choice], "model": "m", "usage": usage}, lambda text: [*text.encode()])
+    assert (len(reply.ids), reply.logprobs, reply.has_ended) == (5, [-0.5, -0.25], True)
+    choice["logprobs"] = [entries]
+    with pytest.raises(NoAnswer, match="lacks a part"):
+        read(question, {"choices": [choice], "model": "m", "usage": usage}, list)
 
 
 def test_a_server_that_stays_away_ends_the_run_with_what_it_said_last(tiny):

@@ -1,5 +1,6 @@
 import copy
 import os
+import json
 import shutil
 
 import pytest
@@ -148,3 +149,8 @@ def test_without_weights_a_model_has_its_vocabulary_and_the_ends_that_its_files_
     assert (len(model.get_input_embeddings().weight), model.generation_config.eos_token_id) == (67, 2)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     assert models.load_without_weights(str(tmp_path))[0].generation_config.eos_token_id == [2, 5]
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    model, tokenizer = models.load_without_weights(str(adapters))
+    assert model.generation_config.eos_token_id == [2, 5] and tokenizer.eos_token_id == 2

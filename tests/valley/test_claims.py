@@ -97,6 +97,15 @@ def test_the_jobs_of_another_machine_are_taken_over_once_it_is_silent_for_a_leas
         assert (job / f"{CLAIM}2").read_text() == claims.folder.name
 
 
+def test_what_failed_on_a_machine_that_has_been_silent_for_a_lease_is_tried_again(tmp_path):
+    alive = elsewhere(tmp_path)
+    with claiming(tmp_path) as claims:
+        assert claims.ended == set()
+    os.utime(alive, (0, 0))
+    with claiming(tmp_path) as claims:
+        assert alive.parent in claims.ended
+
+
 def test_a_process_that_was_taken_for_dead_sees_that_its_job_is_lost(tmp_path):
     job = tmp_path / "cells" / "a"
     with claiming(tmp_path) as claims:

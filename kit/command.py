@@ -153,10 +153,8 @@ def _farewell(stop: KeyboardInterrupt) -> str:
         started = program.removeprefix(python)
         if started == program:  # `valley WORD`, without an interpreter
             started = f"-m kit {program.split()[-1]}"
-        on_each = "torchrun on each machine, as before, with"
-        program = (
-            f"torchrun --nproc_per_node {each} {started}" if each == str(count) else f"{on_each} {started}"
-        )
+        how = f"--nproc_per_node {each}" if each == str(count) else "on each machine, as before, with"
+        program = f"torchrun {how} {started}"
     return f"stopped{where}. Go on with: {program} --resume --out {shell_word(str(run.path))}"
 
 

@@ -1,6 +1,6 @@
 import copy
-import os
 import json
+import os
 import shutil
 
 import pytest

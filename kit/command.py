@@ -169,14 +169,15 @@ def together(work: Callable[[], Value]) -> Value:
     """Return work(), once every rank has done its own. If Ctrl-C ends one, all raise KeyboardInterrupt."""
     if ranks.here().count == 1:
         return work()
-    value, is_stopped = None, False
+    value, is_stopped = None, LetFinish.unheard
     try:
-        value = work()
+        value = None if is_stopped else work()
     except KeyboardInterrupt:
         is_stopped = True
-    with LetFinish("the wait for other ranks") as late:  # it must not be left half done
+    with LetFinish("the wait for other ranks") as interrupt:  # it must not be left half done
+        interrupt.asked = interrupt.asked or is_stopped
         ranks.here().gather("done")  # is the wait; whoever is stopped meanwhile says so to all
-        is_stopped = any(ranks.here().gather(is_stopped or late.asked))
+        is_stopped = interrupt.agreed()
     if is_stopped:
         raise KeyboardInterrupt
     return value
@@ -186,14 +187,18 @@ class LetFinish:
     """Within this context the first Ctrl-C only sets `asked`, so that a step can end and be saved.
 
     A second Ctrl-C stops at once. It has no effect outside the main thread, where Python handles signals.
-    Several ranks must stop after the same step: `agreed` tells.
+    Several ranks must stop after the same step: `agreed` tells. What comes while they agree, they agree on
+    the next time.
     """
+
+    unheard = False  # whether Ctrl-C has reached this rank, and no other rank knows
 
     def __init__(self, what: str):
         self.what = what  # is finished first, such as "step 4 and its checkpoint"
-        self.asked = False
+        self.asked = self.is_agreed = False
 
     def __enter__(self) -> LetFinish:
+        self.asked, LetFinish.unheard = LetFinish.unheard, False
         self.in_main = threading.current_thread() is threading.main_thread()
         if self.in_main:
             self.before = signal.signal(signal.SIGINT, self._ask)
@@ -206,11 +211,11 @@ class LetFinish:
 
     def agreed(self) -> bool:
         """Return whether Ctrl-C has reached any rank. All of them must call this, at the same place."""
-        is_agreed = any(ranks.here().gather(self.asked))
-        self.asked = self.asked or is_agreed  # Ctrl-C while this rank waited counts the next time
-        return is_agreed
+        self.is_agreed = any(ranks.here().gather(self.asked))
+        return self.is_agreed
 
     def __exit__(self, *_) -> None:
+        LetFinish.unheard = self.asked and not self.is_agreed and ranks.here().count > 1
         if self.in_main:
             signal.signal(signal.SIGINT, self.before)
 

@@ -23,6 +23,7 @@ def samples(run):
     return {(row["question"], row["sample"]): row["text"] for row in rows}
 
 
+@pytest.mark.slow
 def test_smoke_measures_tables_and_reports_and_a_resume_repeats_it(tmp_path):
     done = run_recipe("evaluate", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -124,6 +125,7 @@ def test_what_cannot_run_says_what_to_do(flags, message, tmp_path):
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_the_samplers_bench_checks_every_engines_answers(tmp_path):
     done = run_recipe("bench/sampler", "--smoke", "--json", "figures.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

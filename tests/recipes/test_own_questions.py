@@ -29,6 +29,7 @@ def run(recipe, *flags, cwd):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_evaluate_reports_compares_and_resumes_them_and_refuses_a_file_that_has_changed(tmp_path, benchmarks):
     told = run("evaluate", *benchmarks, "--out=run", cwd=tmp_path)
     assert f"{NAME} {QUESTIONS} x {SAMPLES} samples" in told
@@ -52,6 +53,7 @@ def test_evaluate_reports_compares_and_resumes_them_and_refuses_a_file_that_has_
     assert refused.returncode and "in q.jsonl are no longer those of the samples" in refused.stderr
 
 
+@pytest.mark.slow
 def test_finetuning_measures_them_before_and_after(tmp_path, benchmarks):
     run("gemma3_1b_8k", *benchmarks, "--num_traces=8", "--max_steps=1", "--out=run", cwd=tmp_path)
     for stage in ("before", "after"):
@@ -59,6 +61,7 @@ def test_finetuning_measures_them_before_and_after(tmp_path, benchmarks):
     assert NAME in (tmp_path / "run" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_measures_them_before_and_after(tmp_path, benchmarks):
     small = ("--steps=1", "--batch_prompts=2", "--minibatch_prompts=2", "--out=run")
     run("grpo_qwen2_5_0_5b", *benchmarks, *small, cwd=tmp_path)

@@ -113,6 +113,7 @@ def test_the_default_is_the_papers_setting(monkeypatch):
     assert config.benchmarks == "math500,aime24,amc23"
 
 
+@pytest.mark.slow
 def test_a_trace_longer_than_the_models_context_is_refused_and_a_row_of_several_is_not(tmp_path):
     rows = [{"problem": "7+5?", "trace": "7+5=12." * n + "\\boxed{12}", "answer": "12"} for n in (1, 160)]
     rows[0]["problem"] = "5+7?"

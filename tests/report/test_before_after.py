@@ -116,6 +116,7 @@ def test_an_unfinished_run_has_a_report_of_what_there_is(tmp_path):
     assert page.count("<img ") == 2
 
 
+@pytest.mark.slow
 def test_a_report_of_a_run_that_goes_on_loads_itself_anew_and_draws_what_was_measured(tmp_path):
     path = make_run(tmp_path / "run", metrics=[2.0, 1.0])
     assert "http-equiv" not in write_report(path).read_text() and not (path / "steps.png").exists()

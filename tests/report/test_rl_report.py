@@ -54,6 +54,7 @@ def test_the_page_says_what_changed_with_its_interval_and_escapes_what_models_wr
     assert page.count("reward 0, 7 tokens (cut off)") == page.count("reward 1, 7 tokens<") == 6
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_has_a_report_and_a_folder_without_a_run_none(tmp_path):
     assert "No step is finished yet." in write_report(make_run(tmp_path / "empty")).read_text()
     assert (
@@ -63,6 +64,7 @@ def test_an_unfinished_run_has_a_report_and_a_folder_without_a_run_none(tmp_path
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_pages_of_runs_that_go_on_load_themselves_again_and_finished_ones_do_not(tmp_path):
     rl, study = make_run(tmp_path / "rl", steps=3), tmp_path / "study"
     study.mkdir()

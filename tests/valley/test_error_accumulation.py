@@ -72,6 +72,7 @@ def test_what_goes_wrong_with_the_format_is_left_over():
     assert "box differs at 64" in lines[2]
 
 
+@pytest.mark.slow
 def test_longer_answers_by_themselves_are_distinguished_from_worse_steps():
     """The base model errs in one equation in a hundred. Thirty times as many, no worse each, cost it."""
     base = decompose(0, results(lambda chain, rng: answer(chain, rng, 0.99)))

@@ -49,7 +49,7 @@ class Engine:
     def __init__(
         self, model, params: SamplingParams, num_slots: int, capacity: int, *, steps: Steps | None = None
     ):
-        """steps: how token steps run; None = as graphs, where a card can replay them."""
+        """steps: how token steps run; None = as kit.generate.graph.steps_for says."""
         self.model, self.params, self.decoder = model, params, Decoder(model)
         weight = model.get_input_embeddings().weight
         self.device, self.num_slots = weight.device, num_slots

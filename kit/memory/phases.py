@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kit.generate import graph
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.generate.sampling import SamplingParams, sample
@@ -193,8 +194,8 @@ def simulate_sampling(
     def sampling(num_slots: int) -> Plan:
         with mode:
             drawing = transient(fake, lambda: _draw(fake, num_slots, params))
-            # both: a card's graphs of the steps that draw keep their memory (kit/generate/graph.py)
-            step = drawing + reading(min(PREFILL_TOKENS, num_slots * prompt_tokens))
+            both = (drawing, reading(min(PREFILL_TOKENS, num_slots * prompt_tokens)))
+            step = sum(both) if graph.USES_GRAPHS else max(both)  # graphs keep their memory
 
         owners = lasting.owners | {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
         answers = "1 answer" if num_slots == 1 else f"{num_slots} answers"

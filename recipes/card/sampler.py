@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.engine import Engine
-from kit.generate.graph import Eager, Steps
+from kit.generate.graph import Eager, Graphs, Recorder, Steps
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
@@ -123,9 +123,10 @@ def measure_decoding(results: Results, card: Card, model) -> None:
 
 
 def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int]) -> None:
-    """Time and profile decode steps, run eagerly and as the sampler runs them: in graphs on a card."""
+    """Time and profile decode steps, run eagerly and in graphs."""
     drawn, seconds, launches, seen = [], [], [], 2 if card.small else 10
-    for way, steps in (("eager", Eager()), ("graph", None)):
+    recorder = Recorder(card.device) if card.device.type == "cuda" else None
+    for way, steps in (("eager", Eager()), ("graph", Graphs(recorder))):
         tokens, each, profile = decoded(card, model, lengths, seen, steps)
         drawn.append(tokens)
         seconds.append(each)
@@ -142,9 +143,7 @@ def profile_decoding(results: Results, card: Card, title: str, model, lengths: l
     results.check(f"{title}, graph beside eager", holds, text, ratio=seconds[0] / seconds[1])
 
 
-def decoded(
-    card: Card, model, lengths: list[int], seen: int, steps: Steps | None
-) -> tuple[list, float, Profile]:
+def decoded(card: Card, model, lengths: list[int], seen: int, steps: Steps) -> tuple[list, float, Profile]:
     """Read prompts of these lengths, and decode. Return each step's tokens, seconds per step, a profile.
 
     seen: steps in the profile. steps: of the engine.

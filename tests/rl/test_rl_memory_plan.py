@@ -111,7 +111,7 @@ def test_more_answers_at_once_need_more_when_sampling_and_the_same_when_updating
     assert few.sampling.peak < many.sampling.peak and few.update.peak == many.update.peak
 
 
-def test_the_sampler_needs_what_drawing_and_reading_prompts_take(small_model):
+def test_the_sampler_needs_what_drawing_or_reading_prompts_takes_whichever_is_more(small_model):
     owned = {}
     for prompt_tokens in (1, 100, 200, 400):
         settings = replace(SETTINGS, num_slots=64)

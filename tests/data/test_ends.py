@@ -74,6 +74,7 @@ def test_samples_with_other_ends_are_other_samples():
     assert chat_of("base")[0].key != chat_of("base", ends=[])[0].key == chat_of("base", ends=[])[0].key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_what_is_trained_as_the_end_is_saved_as_the_end(style, tmp_path):
     file = tmp_path / "t.jinja"

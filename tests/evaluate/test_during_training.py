@@ -78,6 +78,7 @@ def assert_equal(a, b):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bf16 weights are rounded at random
 def test_the_weights_are_bit_equal_with_and_without(tmp_path, dtype):
     savings = Savings(tile_tokens=64)

@@ -34,6 +34,7 @@ def moved(tmp_path, V, T, layers, *both, rows=1):
     return planned[1] - planned[0], expected[1] - expected[0], planned[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value", "V", "T", "layers"),  # sizes with which the saving's owner is a good part of the peak
     [

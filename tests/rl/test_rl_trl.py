@@ -106,6 +106,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatch):
     """TRL's whole path: its rollout hook, its advantages, its loss, its backward pass."""
@@ -141,6 +142,7 @@ def test_one_step_on_policy_from_rewards_to_gradients(name, tmp_path, monkeypatc
     assert abs(found["loss"] - row["loss"]) < 1e-5 * max(terms, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["GRPO", "no std", "DAPO", "GSPO", "masked", "temperature"])
 def test_off_policy_with_the_same_old_and_reference_log_probs(name, kl_coef, tmp_path, monkeypatch):

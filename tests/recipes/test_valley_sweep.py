@@ -19,6 +19,8 @@ from kit.valley.runs import jobs_of, rl_jobs
 from kit.valley.study import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--sizes", "96", "--max_steps", "12", "--checkpoint_every", "4", "--workers", "1"]
+SMALL += ["--num_questions", "4", "--num_samples", "1", "--max_new_tokens", "40"]
 
 
 @pytest.fixture
@@ -43,25 +45,7 @@ def short_context(tmp_path):
 def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_fails(
     short_context, tmp_path
 ):
-    flags = [
-        "--smoke",
-        "--models",
-        f"tiny,{short_context}",
-        "--sizes",
-        "96",
-        "--max_steps",
-        "12",
-        "--checkpoint_every",
-        "4",
-        "--num_questions",
-        "4",
-        "--num_samples",
-        "1",
-        "--max_new_tokens",
-        "40",
-        "--workers",
-        "1",
-    ]
+    flags = ["--smoke", "--models", f"tiny,{short_context}", *SMALL]
     run = tmp_path / "runs" / "valley_sweep" / "001"
     cell, baseline = run / "cells" / "tiny-full-96-seed0", run / "cells" / "tiny-full-0-seed0"
     journal, resumed_journal = (run / "processes" / name / "jobs.jsonl" for name in ("001", "002"))
@@ -113,17 +97,7 @@ def test_killed_in_a_cell_and_resumed_it_finishes_what_is_left_and_reports_what_
 
 @pytest.mark.slow
 def test_two_processes_share_a_study_and_one_takes_over_the_cell_in_which_the_other_is_killed(tmp_path):
-    flags = ["--smoke", "--models", "tiny,tinier", "--sizes", "96", "--max_steps", "12", "--workers", "1"]
-    flags += [
-        "--checkpoint_every",
-        "4",
-        "--num_questions",
-        "4",
-        "--num_samples",
-        "1",
-        "--max_new_tokens",
-        "40",
-    ]
+    flags = ["--smoke", "--models", "tiny,tinier", *SMALL]
     whole = run_recipe("valley_sweep", *flags, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import pytest
 from small_server import serve
@@ -44,7 +45,7 @@ def test_after_a_server_has_died_a_resume_asks_for_what_is_missing_and_the_log_i
     assert {row["tokens"] for row in whole.rows} > {40}  # some end by themselves
 
     with serve(model, chat.tokenizer, faults=[""] * 5 + ["die"]) as small:
-        server = connect(small.url, "served", chat.tokenizer, timeout=20.0, deadline=0.3, pause=0.01)
+        server = connect(small.url, "served", chat.tokenizer, timeout=20.0, deadline=3.0, pause=0.01)
         with pytest.raises(ValueError, match=r"the last one: (URLError|Remote).* --resume asks for the rest"):
             ask(server, chat, tmp_path / "broken", num_slots=2)
     kept = read_result(tmp_path / "broken" / "toy.jsonl")
@@ -74,6 +75,8 @@ def test_ctrl_c_does_not_wait_for_the_server_and_says_what_is_kept(tiny, tmp_pat
 
         def interrupt():
             small.stalls.wait(60)
+            while len((tmp_path / "toy.jsonl").read_text().splitlines()) < 2:  # the header, the first answer
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
 
         threading.Thread(target=interrupt, daemon=True).start()

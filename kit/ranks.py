@@ -62,9 +62,6 @@ class Alone:
         """Return this rank's items: every count-th one."""
         return items[self.rank :: self.count]
 
-    def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks. All of them must call this, in the same order."""
-
     def to_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return on rank 0 its tensors, and in CPU memory those that it lacks and another rank has."""
         return tensors
@@ -82,9 +79,6 @@ class Alone:
 
     def check_same(self, facts: Mapping[str, object]) -> None:
         """Raise ValueError, naming the difference, if another rank has other facts. They must be JSON's."""
-
-    def fail(self, why: str) -> None:
-        """Let the other ranks end, too. why: as one line."""
 
     def leave(self) -> None:
         """Wait until all ranks have ended their work."""
@@ -125,9 +119,8 @@ class Ranks(Alone):
                 ) from None
 
     def sum_(self, tensor: Tensor) -> None:
-        from torch import distributed
-
-        distributed.all_reduce(tensor)
+        """Replace a tensor by its sum over the ranks. All of them must call this, in the same order."""
+        self.start_sum(tensor).wait()
 
     def start_sum(self, tensor: Tensor, *, only_on: int | None = None) -> Work:
         """Start sum_, and return at once. Call wait() of what is returned before the sum is read.
@@ -202,6 +195,7 @@ class Ranks(Alone):
                     )
 
     def fail(self, why: str) -> None:
+        """Let the other ranks end, too. why: as one line."""
         with suppress(RuntimeError):  # the machine of rank 0 is gone, which the others see
             self.store.compare_set(FAILED, "", f"{self.name}: {why}")
         self.watch.stop()

@@ -186,23 +186,23 @@ def rename_argument(a: Node, b: Node) -> Node:
 
 def unwrap(node: Node) -> tuple[Node, dict[str, str]]:
     """Return (the bare expression, its marks): "percent" and "deg" for the signs, "unit" with its text."""
-    return _unwrap(node, {})
+    marks: dict[str, str] = {}
+    while True:
+        while node[0] in ("percent", "deg", "unit"):
+            if node[0] == "unit" and UNITS.get(node[2].lower()) == "degree":
+                marks["deg"] = ""
+            else:
+                marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
+            node = node[1]
 
+        flat = product([node])
+        words = [part for part in flat[1:] if is_word(part)] if flat[0] == "mul" else []
+        if not 0 < len(words) < len(flat) - 1:
+            break
+        # USD 12, and 5 \frac{\text{m}}{\text{s}}
+        marks.setdefault("unit", " ".join(part[1] if part[0] == "text" else part[1][1] for part in words))
+        node = product([part for part in flat[1:] if part not in words])
 
-def _unwrap(node: Node, marks: dict[str, str]) -> tuple[Node, dict[str, str]]:
-    while node[0] in ("percent", "deg", "unit"):
-        if node[0] == "unit" and UNITS.get(node[2].lower()) == "degree":
-            marks["deg"] = ""
-        else:
-            marks.setdefault(node[0], node[2] if node[0] == "unit" else "")
-        node = node[1]
-
-    if node[0] == "mul":
-        parts = product([node])[1:]
-        words = [part for part in parts if is_word(part)]
-        if 0 < len(words) < len(parts):  # USD 12, and 5 \frac{\text{m}}{\text{s}}
-            marks.setdefault("unit", " ".join(part[1] if part[0] == "text" else part[1][1] for part in words))
-            return _unwrap(product([part for part in parts if part not in words]), marks)
     if node[0] == "mul" and sum(part[0] == "deg" for part in node[1:]) == 1:  # 3 sqrt(2)^\circ
         marks["deg"] = ""
         node = ("mul", *(part[1] if part[0] == "deg" else part for part in node[1:]))

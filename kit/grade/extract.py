@@ -199,29 +199,10 @@ def last_box(text: str) -> tuple[int, int, str] | None:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
-    end = _closing_brace(text, start + 7) if text.startswith("\\boxed{", start) else -1
-    content = text[start + 7 : end].strip() if end >= 0 else ""
-    boxes = [(start, end + 1, content)] if content else _boxes(text, start)
+    boxes = _boxes(text, start)  # a long text is not read whole
     if not boxes or "}" in text[boxes[-1][1] :]:  # a brace after it may close an earlier box
         boxes = _boxes(text)
     return boxes[-1] if boxes else None
-
-
-def _closing_brace(text: str, position: int) -> int:
-    """Return where the group that is open at `position` closes.
-
-    Return -1 if it does not close, or if a brace after it is escaped.
-    """
-    if text.find("\\{", position) >= 0 or text.find("\\}", position) >= 0:
-        return -1
-    level = 1
-    while level:
-        end = text.find("}", position)
-        if end < 0:
-            return -1
-        level += text.count("{", position, end) - 1
-        position = end + 1
-    return end
 
 
 def _boxes(text: str, position: int = 0) -> list[tuple[int, int, str]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from kit.grade.choices import bare_choice
@@ -222,13 +222,4 @@ def verdict_fields(answer: str, text: str, *, deadline: float = DEADLINE) -> dic
     deadline: seconds for both together.
     """
     verdict, paper = grade_both(answer, text, deadline=deadline)
-    return {
-        "verdict": verdict.verdict,
-        "paper_verdict": paper.verdict,
-        "tier": verdict.tier,
-        "rule": verdict.rule,
-        "gold": verdict.gold,
-        "prediction": verdict.prediction,
-        "extracted": verdict.extracted,
-        "extraction": verdict.extraction,
-    }
+    return {"verdict": verdict.verdict, "paper_verdict": paper.verdict, **asdict(verdict)}

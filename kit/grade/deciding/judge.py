@@ -15,7 +15,6 @@ from kit.grade.deciding.intervals import RealSets, condition_name, flip, is_conj
 from kit.grade.deciding.meaning import (
     as_rows,
     as_selection,
-    as_vector,
     has_names,
     is_name,
     kind,
@@ -187,9 +186,8 @@ class Judge(ScalarJudge):
         if rows[0] is None or rows[1] is None:
             if {a[0], b[0]} == {"seq", "matrix"}:
                 seq, matrix = (a, b) if a[0] == "seq" else (b, a)
-                nested = tuple(as_vector(part) for part in seq[3:])
-                if all(part is not None for part in nested):  # [[1, 2], [3, 4]]
-                    return self.same_sequence(("matrix", *nested), matrix)
+                if all(part[0] == "seq" for part in seq[3:]):  # [[1, 2], [3, 4]]
+                    return self.same_sequence(("matrix", *(part[3:] for part in seq[3:])), matrix)
             if "matrix" in (a[0], b[0]):
                 return self.same_scalar(a, b)
             return self.decide(Rule.NO_TUPLE, False)

@@ -228,11 +228,6 @@ def plain_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def as_vector(node: Node) -> tuple | None:
-    """Return the entries of a tuple, or None for any other node."""
-    return node[3:] if node[0] == "seq" else None
-
-
 def as_rows(node: Node) -> tuple | None:
     """Return the rows of a matrix, or of a tuple as a column, or None for any other node."""
     if node[0] == "matrix":

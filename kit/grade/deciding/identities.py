@@ -20,16 +20,6 @@ PRECISIONS = (50, 120, 400, 900)  # decimal digits; most pairs are decided by th
 POINTS = 8
 
 
-def _difference(left: Node, right: Node, digits: int, budget: Budget, binding: dict | None):
-    """Return (|left - right|, |left| + |right|, whether a zero is trusted); Fractions if both are exact."""
-    evaluator = Evaluator(digits, budget, binding)
-    a, b = evaluator(left), evaluator(right)
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return abs(a - b), abs(a) + abs(b), True
-    a, b = evaluator.real(a), evaluator.real(b)
-    return abs(a - b), abs(a) + abs(b), not evaluator.absorbed
-
-
 def same_number(left: Node, right: Node, budget: Budget, binding: dict[str, Fraction] | None = None) -> bool:
     """Whether two expressions without symbols, or two at the point `binding`, have the same value.
 
@@ -38,17 +28,19 @@ def same_number(left: Node, right: Node, budget: Budget, binding: dict[str, Frac
     previous = None
     for step, digits in enumerate(PRECISIONS):
         budget.spend(digits // 10)
-        difference, scale, trusted = _difference(left, right, digits, budget, binding)
-        if isinstance(difference, Fraction):
-            return difference == 0
+        evaluator = Evaluator(digits, budget, binding)
+        a, b = evaluator(left), evaluator(right)
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return a == b
 
-        mp = context(digits)
+        mp, a, b = evaluator.mp, evaluator.real(a), evaluator.real(b)
+        difference = abs(a - b)
         if previous is not None:
             if difference and abs(difference - previous) <= difference * mp.mpf(10) ** -10:
                 return False  # two precisions agree on a difference that is not zero
-            floor = max(previous, scale * mp.mpf(10) ** -PRECISIONS[step - 1])
+            floor = max(previous, (abs(a) + abs(b)) * mp.mpf(10) ** -PRECISIONS[step - 1])
             fall = digits - PRECISIONS[step - 1]
-            if step >= 2 and trusted and difference <= floor * mp.mpf(10) ** (20 - fall):
+            if step >= 2 and not evaluator.absorbed and difference <= floor * mp.mpf(10) ** (20 - fall):
                 return True  # the difference fell with the precision: it is rounding error
         previous = difference
     raise Undecided("not decided within 900 digits")

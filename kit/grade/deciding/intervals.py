@@ -83,18 +83,14 @@ class RealSets:
                 for part in map(resolve, node[2:] if node[0] == "list" else node[1:])
             ]
             return None if None in parts else [piece for part in parts for piece in part]
-        if is_conjunction(node):
+        if node[0] == "meet" or is_conjunction(node):
             pieces = [Interval(MINUS_INFINITY, INFINITY, False, False)]
-            for part in map(self.raw_pieces, map(resolve, node[2:])):
-                if part is None:
+            for part in node[1:] if node[0] == "meet" else node[2:]:
+                others = self.raw_pieces(resolve(part))
+                if others is None:
                     return None
-                pieces = [piece for x in pieces for y in part for piece in self.overlap(x, y)]
+                pieces = [piece for x in pieces for y in others for piece in self.overlap(x, y)]
             return pieces
-        if node[0] == "meet":
-            sides = [self.raw_pieces(resolve(part)) for part in node[1:]]
-            if None in sides:
-                return None
-            return [piece for x in sides[0] for y in sides[1] for piece in self.overlap(x, y)]
         if node[0] == "minus":
             whole, holes = (self.raw_pieces(resolve(part)) for part in node[1:])
             return None if whole is None or holes is None else self.punch(whole, holes)

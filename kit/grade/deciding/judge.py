@@ -219,14 +219,13 @@ class Judge(ScalarJudge):
                 return self.same_condition(a, b)
             return self.decide(Rule.OTHER_SET, False)
 
-        if len(pieces[0]) != len(pieces[1]):
-            return self.decide(Rule.INTERVAL, False)
-        for x, y in zip(*pieces, strict=True):
-            if (x.low_closed, x.high_closed) != (y.low_closed, y.high_closed):
-                return self.decide(Rule.INTERVAL, False)
-            if not (self.sets.same_end(x.low, y.low) and self.sets.same_end(x.high, y.high)):
-                return self.decide(Rule.INTERVAL, False)
-        return self.decide(Rule.INTERVAL, True)
+        verdict = len(pieces[0]) == len(pieces[1]) and all(
+            (x.low_closed, x.high_closed) == (y.low_closed, y.high_closed)
+            and self.sets.same_end(x.low, y.low)
+            and self.sets.same_end(x.high, y.high)
+            for x, y in zip(*pieces, strict=True)
+        )
+        return self.decide(Rule.INTERVAL, verdict)
 
     def same_condition(self, a: Node, b: Node) -> bool:
         """Compare conditions that describe no interval, such as 2x + y < 3 or x = 2 (mod 5)."""

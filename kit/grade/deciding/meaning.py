@@ -8,13 +8,17 @@ from fractions import Fraction
 from kit.grade.trees import Node, contains, product, rename, substitute_sign, symbols
 from kit.grade.vocabulary import COMPOUND_UNITS, UNITS
 
-ALL_REALS = frozenset(
-    ("all real numbers", "all reals", "real numbers", "the real numbers", "the set of all real numbers")
-)
-ALL_INTEGERS = frozenset(
-    ("all integers", "the integers", "integers", "the set of all integers", "the set of integers")
-)
-NO_SOLUTION = frozenset(f"no {real}solution{s}" for real in ("", "real ") for s in ("", "s"))
+KINDS = {
+    "list": "collection", "set": "collection", "seq": "sequence", "matrix": "sequence", "union": "real set",
+    "minus": "real set", "meet": "real set", "reals": "real set", "equation": "equation",
+    "condition": "condition", "text": "text",
+}  # fmt: skip
+SETS_IN_WORDS = {
+    ("reals",): "all real numbers|all reals|real numbers|the real numbers|the set of all real numbers",
+    ("sym", "Z"): "all integers|the integers|integers|the set of all integers|the set of integers",
+    ("set",): "no solution|no solutions|no real solution|no real solutions",
+}
+_MEANT = {words: node for node, texts in SETS_IN_WORDS.items() for words in texts.split("|")}
 _UNIT_WORDS = re.compile(r"(?!in +[a-z])\b[a-z]+")  # "7 in all" is not a length
 _HALF_OF_DAY = re.compile(r"\b([ap])\.? ?m\b")  # 3:45 p.m
 
@@ -49,10 +53,7 @@ def is_name(node: Node) -> bool:
 
 def kind(node: Node) -> str:
     """Return the kind of a resolved node, which selects the rule."""
-    kinds = {"list": "collection", "set": "collection", "seq": "sequence", "matrix": "sequence"}
-    kinds |= {"union": "real set", "minus": "real set", "meet": "real set", "reals": "real set"}
-    kinds |= {"equation": "equation", "condition": "condition", "text": "text"}
-    return kinds.get(node[0], "scalar")
+    return KINDS.get(node[0], "scalar")
 
 
 def resolve(node: Node) -> Node:
@@ -79,12 +80,8 @@ def resolve(node: Node) -> Node:
         return (*head, *_tuples(parts))
     if node[0] == "unit" and kind(node[1]) != "scalar":  # (3, 5) only
         return resolve(node[1])
-    if node[0] == "text" and plain_words(node[1]) in ALL_REALS:
-        return ("reals",)
-    if node[0] == "text" and plain_words(node[1]) in ALL_INTEGERS:
-        return ("sym", "Z")
-    if node[0] == "text" and plain_words(node[1]) in NO_SOLUTION:
-        return ("set",)
+    if node[0] == "text":
+        return _MEANT.get(plain_words(node[1]), node)
     if node[0] == "mul" and len(node) == 3 and node[2][0] == "seq" and is_point_name(node[1]):
         return ("equation", node[1], node[2])
     if node[0] == "apply" and len(node) > 3 and is_point_name(("sym", node[1])):
@@ -260,11 +257,7 @@ def times_of_day(node: Node, half: str | None) -> set[tuple]:
 
 def is_clock(node: Node) -> bool:
     """Whether a:b may be a time of day."""
-    values = [part[1] for part in node[1:] if part[0] == "num" and part[1].denominator == 1]
-    if len(node) != 3 or len(values) != 2:
-        return False
-    hour, minute = values
-    return 0 <= hour <= 24 and (10 <= minute < 60 or minute == 0)  # 3:5 is not a time
+    return any(minute >= 10 or minute == 0 for _, minute in times_of_day(node, None))  # 3:5 is not a time
 
 
 def matrix_value(node: Node) -> Node | None:

@@ -62,8 +62,7 @@ def is_bare(text: str) -> bool:
         lower = word.lower()
         if lower in _PROSE or not word.isascii():
             return False
-        known = lower in _MATH_WORDS or lower in UNITS or word in _MATH_WORDS
-        if len(word) >= 4 and not word.isupper() and not known:
+        if len(word) >= 4 and not (word.isupper() or lower in _MATH_WORDS or lower in UNITS):
             return False
     return True
 

@@ -12,12 +12,7 @@ FUNCTIONS = names(
     "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log lg exp gcd lcm max min floor ceil abs"
 )
 OPAQUE = frozenset("fghFGH")  # f(2) is never a product
-CONSTANTS = {
-    "pi": ("const", "pi"),
-    "infty": ("const", "inf"),
-    "infinity": ("const", "inf"),
-    "inf": ("const", "inf"),
-}
+CONSTANTS = {"pi": ("const", "pi"), **dict.fromkeys(("infty", "infinity", "inf"), ("const", "inf"))}
 GREEK = names(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma "
     "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar"
@@ -69,11 +64,4 @@ for _group in UNIT_GROUPS:
             UNITS[_name + "s"] = UNITS[_name + "es"] = _group.split()[0]
 # upright after a number; e, i and d mean something else there
 SI_LETTERS = names("m g s h L l J N V W K A T")
-CURRENCIES = {
-    "$": "dollars",
-    "textdollar": "dollars",
-    "euro": "euros",
-    "pounds": "pounds",
-    "yen": "yen",
-    "cent": "cents",
-}
+CURRENCIES = {"textdollar": "dollars", "euro": "euros", "pounds": "pounds", "yen": "yen", "cent": "cents"}

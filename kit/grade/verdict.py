@@ -60,11 +60,7 @@ def _prepare(answer: str) -> tuple[str, tuple | None, tuple]:
     return text, plain_number(text), bare_choice(text)
 
 
-@lru_cache(maxsize=4096)
-def _tree(answer: str):
-    return parse(answer)
-
-
+_tree = lru_cache(maxsize=4096)(parse)
 _BOX_OPENING = re.compile(r"\\{1,4}(?:boxed|fbox)\s*\{")
 
 

@@ -26,7 +26,7 @@ from kit.grade.deciding import Judge, Options, prove
 from kit.grade.extract import extract_answer
 from kit.grade.limits import Budget, NotNumeric, ParseError, TooLarge, Undecided, Undefined
 from kit.grade.paper import PaperVerdict, grade_as_paper
-from kit.grade.plain_text import INTEGER, normal, only_letters, plain_number
+from kit.grade.plain_text import normal, only_letters, plain_number
 from kit.grade.prose import is_bare
 from kit.grade.reading import parse
 from kit.grade.rules import Rule
@@ -116,10 +116,7 @@ def grade(
     prepared_gold = _prepare(reference)
     gold_text, _, (gold_letter, _) = prepared_gold
 
-    if INTEGER.fullmatch(prediction):
-        answer, place = prediction, "whole text"
-    else:
-        answer, place = extract_answer(prediction, choice=gold_letter is not None)
+    answer, place = extract_answer(prediction, choice=gold_letter is not None)
     if answer is None:
         return Verdict("wrong", 0, place, gold_text, None, None, place)
 

@@ -7,8 +7,8 @@ import re
 import time
 from fractions import Fraction
 
-from kit.grade.limits import MAX_CHARS, ParseError, TooLarge, Undecided
-from kit.grade.reading.numerals import repeating
+from kit.grade.limits import MAX_CHARS, TooLarge, Undecided
+from kit.grade.reading.numerals import in_base, repeating
 from kit.grade.vocabulary import (
     CONSTANTS,
     CURRENCIES,
@@ -164,9 +164,7 @@ def tokenize(text: str, deadline_at: float = math.inf) -> list[tuple[str, object
             tokens.append(("exact", Fraction(int(value, 0)), spaced))
         elif kind == "based":
             digits, _, base = re.sub("[(){}]", "", value).partition("_")
-            if any(int(digit, 16) >= int(base) for digit in digits):
-                raise ParseError(f"{digits!r} has a digit that base {base} does not have")
-            tokens.append(("exact", Fraction(int(digits, int(base))), spaced))
+            tokens.append(("exact", in_base((digits, 0), base)[1], spaced))
         elif kind == "row":
             tokens.append(("row", "\\\\", spaced))
         elif kind == "esc":
@@ -276,11 +274,6 @@ def _text_command(
     return end + 1
 
 
-def _is_unit(word: str, tokens: list) -> bool:
-    """Whether a function's name means a unit here: the minutes of "40 min"."""
-    return word in FUNCTIONS and word in UNITS and bool(tokens) and tokens[-1][0] == "num"
-
-
 def _multiply(word: str, tokens: list, spaced: bool) -> None:
     """Append a multiplier as a factor: 5 million is 5 times a million."""
     tokens += [("cmd", "times", spaced), ("exact", Fraction(MULTIPLIERS[word]), False)]
@@ -292,9 +285,9 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
     It is a connective, a function, a constant, a unit, another word, or a product of symbols.
     """
     lower = word.lower()
-    glued = None  # 1orW(x)=-1
-    if tokens and tokens[-1][0] == "num":
-        glued = re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word)
+    after_number = bool(tokens) and tokens[-1][0] == "num"
+    half_of_day = lower in ("am", "pm") and len(tokens) > 1 and tokens[-2][1] == ":"
+    glued = re.match(r"(or|and)(?=[A-Z]|[a-z]$)", word) if after_number else None  # 1orW(x)=-1
 
     if word in _JOINING:
         tokens.append(("sep", word, spaced))
@@ -302,9 +295,9 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
         _multiply(lower, tokens, spaced)
     elif word == "mod" or (word == "choose" and tokens):
         tokens.append(("cmd", word, spaced))
-    elif word == "to" and tokens and tokens[-1][0] == "num":
+    elif word == "to" and after_number:
         tokens.append(("op", ":", spaced))
-    elif _is_unit(word, tokens) or (lower in ("am", "pm") and [token[1] for token in tokens[-2:-1]] == [":"]):
+    elif half_of_day or (word in ("min", "sec") and after_number):  # units, not functions: 40 min
         tokens.append(("text", word, spaced))
     elif word in FUNCTIONS or word in CONSTANTS or word in ("sqrt", "cbrt", "binom"):
         tokens.append(("cmd", word, spaced))
@@ -324,9 +317,7 @@ def _word(word: str, tokens: list, spaced: bool) -> None:
     elif len(word) > 2 and (word[:-1] in FUNCTIONS or word[:-1] in CONSTANTS):  # sinx, pir
         tokens.append(("cmd", word[:-1], spaced))
         tokens.append(("sym", word[-1], False))
-    elif (len(word) >= 4 and not word.isupper()) or (
-        spaced and tokens and tokens[-1][0] == "num" and _SHORT_WORD.fullmatch(word)
-    ):
+    elif (len(word) >= 4 and not word.isupper()) or (spaced and after_number and _SHORT_WORD.fullmatch(word)):
         tokens.append(("text", word, spaced))
     else:
         for index, letter in enumerate(word):

@@ -164,14 +164,7 @@ def _decide_by_value(
     a: str, b: str, text_a: str, text_b: str, options: Options, deadline_at: float
 ) -> tuple[str, int, str]:
     """Return (verdict, tier, rule) by the values of both answers."""
-    tier = 1
-
-    def prove_in_worker(left, right) -> bool:
-        nonlocal tier
-        tier = 2
-        return prove(left, right, deadline_at)
-
-    judge = Judge(options, Budget(deadline_at), prove_in_worker)
+    judge = Judge(options, Budget(deadline_at), lambda left, right: prove(left, right, deadline_at))
     try:
         trees = [_tree_or_none(text, deadline_at) for text in (a, b)]
         if None in trees:
@@ -179,14 +172,14 @@ def _decide_by_value(
             return ("correct", 0, Rule.SAME_TEXT.value) if same else ("wrong", 0, Rule.TEXT_DIFFERS.value)
         verdict = "correct" if judge.same(*trees) else "wrong"
     except (NotNumeric, Undefined) as error:
-        return "wrong", tier, f"{Rule.NOT_COMPARABLE.value}: {error}"
+        return "wrong", judge.tier, f"{Rule.NOT_COMPARABLE.value}: {error}"
     except TooLarge as error:
-        return "unknown", tier, f"{Rule.TOO_LARGE.value}: {error}"
+        return "unknown", judge.tier, f"{Rule.TOO_LARGE.value}: {error}"
     except Undecided as error:
-        return "unknown", tier, str(error)
+        return "unknown", judge.tier, str(error)
     except RecursionError:
-        return "unknown", tier, f"{Rule.TOO_LARGE.value}: nested too deeply"
-    return verdict, tier, judge.rule
+        return "unknown", judge.tier, f"{Rule.TOO_LARGE.value}: nested too deeply"
+    return verdict, judge.tier, judge.rule
 
 
 def _tree_or_none(answer: str, deadline_at: float):

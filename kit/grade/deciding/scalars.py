@@ -57,6 +57,7 @@ class ScalarJudge:
         self.budget = budget
         self.prove = prove
         self.rule = ""
+        self.tier = 1  # 2 once sympy was asked
 
     def decide(self, rule: Rule, verdict: bool) -> bool:
         """Name the rule and return its verdict."""
@@ -67,6 +68,11 @@ class ScalarJudge:
         """Name the rule, followed by the one that decided the part that was compared just before."""
         self.rule = f"{rule.value}, {self.rule}"
         return verdict
+
+    def ask_sympy(self, a: Node, b: Node) -> bool:
+        """Decide by the proof, which may raise Undecided."""
+        self.tier = 2
+        return self.decide(Rule.SYMPY, self.prove(a, b))
 
     def same(self, a: Node, b: Node) -> bool:
         """Whether two answers of any kind are the same. Judge implements it."""
@@ -133,7 +139,7 @@ class ScalarJudge:
                 return self.decide(Rule.NOT_A_NUMBER, False)
         except Undefined:
             return self.decide(Rule.UNDEFINED, False)
-        return self.decide(Rule.SYMPY, self.prove(a, b))
+        return self.ask_sympy(a, b)
 
     def same_closed(self, a: Node, b: Node) -> bool:
         """Compare two expressions without symbols; a decimal inside one may be rounded."""
@@ -158,7 +164,7 @@ class ScalarJudge:
         """Compare two expressions with symbols, by their values at random points or by sympy."""
         verdict = same_function(a, b, self.budget)
         if verdict is None:
-            return self.decide(Rule.SYMPY, self.prove(a, b))
+            return self.ask_sympy(a, b)
         if not verdict and (contains(a, "dec") or contains(b, "dec")):
             verdict = self.similar(a, b)
         if not verdict:

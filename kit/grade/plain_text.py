@@ -16,32 +16,23 @@ def normal(text: str) -> str:
     if INTEGER.fullmatch(text):
         return str(int(text))
     text = clean(text).strip()
-    if "\\" in text or "$" in text:
+    if "\\" in text:
         for _ in range(4):
             unwrapped = _UNWRAP.sub(r"\1", text)
             if unwrapped == text:
                 break
             text = unwrapped
-        if "," in text or "\\," in text:
-            text = _ungroup(text)
+    # 1,234 and 1{,}234 are 1234; a comma inside brackets separates entries
+    if "," in text and not any(bracket in text for bracket in ("(", "[", "\\{")):
+        text = _GROUPED.sub(lambda match: match[1] + re.sub("[^0-9]", "", match[2]), text)
+    if "\\" in text or "$" in text:
         text = _NOISE.sub(" ", text).replace("\\%", "%")
         if "frac" in text:
             text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")
-    elif "," in text:
-        text = _ungroup(text)
     text = " ".join(text.split())  # keep one space: 1  1/2 must not become 11/2
     if " " in text:
         text = _SPACES.sub("", text)
-    while text[-1:] in (".", ",", ";"):
-        text = text[:-1]
-    return text
-
-
-def _ungroup(text: str) -> str:
-    """Write 1,234 and 1{,}234 as 1234. A comma inside brackets separates entries and stays."""
-    if not any(sign in text for sign in "([") and "\\{" not in text:
-        return _GROUPED.sub(lambda match: match[1] + re.sub("[^0-9]", "", match[2]), text)
-    return text
+    return text.rstrip(".,;")
 
 
 def plain_number(text: str) -> tuple[int, int, bool] | None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from kit.grade.limits import ParseError
+from kit.grade.reading.cursor import Cursor
 from kit.grade.reading.latex import read_command, read_indexed_selection, read_selection, selection
 from kit.grade.reading.numerals import continued, in_base, number_node
 from kit.grade.trees import Node
 from kit.grade.vocabulary import OPAQUE
-
-if TYPE_CHECKING:
-    from kit.grade.reading.cursor import Cursor
-
 
 _DIGITS = re.compile(r"(?=[0-9A-F]{2})[0-9]*[A-F][0-9A-F]*")  # of a base beyond ten
 

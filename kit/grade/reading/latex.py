@@ -3,15 +3,12 @@ r"""Read the LaTeX commands of an answer: fractions, roots, functions, sums and 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 from kit.grade.limits import ParseError
+from kit.grade.reading.cursor import Cursor
 from kit.grade.reading.numerals import number_node
 from kit.grade.trees import Node, invert, negate, product, rename
 from kit.grade.vocabulary import CONSTANTS, FUNCTIONS, GREEK, MATRICES, STRUCTURAL
-
-if TYPE_CHECKING:
-    from kit.grade.reading.cursor import Cursor
 
 
 def read_command(parser: Cursor, name: str) -> Node:

@@ -266,11 +266,7 @@ class Parser(Cursor):
             raise ParseError("a prime that does not follow a symbol")
         return ("sym", node[1] + "'")
 
-    def atom(self) -> Node:
-        return read_atom(self)
-
-    def symbol(self, name: str) -> Node:
-        return read_symbol(self, name)
+    atom, symbol = read_atom, read_symbol
 
     def argument(self) -> Node:
         """Read a command's argument: a group, or one token, or one digit of a number (\frac12 is a half)."""

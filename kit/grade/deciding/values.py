@@ -96,13 +96,10 @@ class Evaluator:
             exact = isinstance(total, Fraction) and isinstance(term, Fraction)
             if not exact and total and term:
                 # 60 bits beyond the precision: a term that is rounding error, like cos 90 degrees, is nearer
-                distance = abs(self._magnitude(total) - self._magnitude(term))
+                distance = abs(self.mp.mag(self.real(total)) - self.mp.mag(self.real(term)))
                 self.absorbed |= distance > self.mp.prec + 60
             total = self._pair(total, term, lambda a, b: a + b)
         return total
-
-    def _magnitude(self, value) -> int:
-        return self.mp.mag(self.real(value))
 
     def _mul(self, node):
         total = Fraction(1)

@@ -50,6 +50,9 @@ def judge(a, b, **options):
         (r"\log_1 5", Undefined),
         (r"\infty", NotNumeric),
         ("x", NotNumeric),
+        ("(i^2)!", Undefined),
+        ("abs(1, 2)", NotNumeric),
+        ("floor(1, 2)", NotNumeric),
         ("(1,2)", NotNumeric),
     ],
 )

@@ -112,6 +112,7 @@ def proportional(left: Node, right: Node, budget: Budget, positive: bool) -> boo
             ratio = evaluator.real(top) / evaluator.real(bottom)
             if evaluator.mp.im(ratio) != 0:
                 continue
+            ratio = evaluator.mp.re(ratio)
         if positive and ratio < 0:
             return False
         if constant is None:

@@ -72,6 +72,8 @@ class Evaluator:
                 return self.real(value)
         elif not self.mp.isfinite(value):
             raise Undefined("not finite")
+        elif self.mp.im(value) == 0:  # i^2: complex numbers have no order, not even such ones
+            return self.mp.re(value)
         return value
 
     def _num(self, node):
@@ -189,7 +191,10 @@ class Evaluator:
         value = self.real(value)
         if self.mp.mag(value) > 64:
             raise TooLarge("a factorial beyond every cap")
-        return self.mp.gamma(value + 1)
+        try:
+            return self.mp.gamma(value + 1)
+        except ValueError as error:  # (i^2)!
+            raise Undefined("a factorial of a negative integer") from error
 
     def _binom(self, node):
         top, bottom = self(node[1]), self(node[2])
@@ -206,6 +211,8 @@ class Evaluator:
 
     def _call(self, node):
         name, arguments = node[1], [self(argument) for argument in node[2:]]
+        if len(arguments) != 1 and name not in ("gcd", "lcm", "max", "min", "ln", "log", "lg"):
+            raise NotNumeric(f"{name} of {len(arguments)} values")
         if name in ("abs", "floor", "ceil", "gcd", "lcm", "max", "min"):
             return self._exact_call(name, arguments)
         numbers = [self.real(argument) for argument in arguments]
@@ -217,8 +224,6 @@ class Evaluator:
             if base is not None and (base == 0 or base == 1):
                 raise Undefined("a logarithm to the base 0 or 1")
             return self.mp.log(first) if base is None else self.mp.log(first) / self.mp.log(base)
-        if len(numbers) != 1:
-            raise NotNumeric(f"{name} of {len(numbers)} values")
         self._check_size(first)
         name = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}.get(name, name)
         try:
@@ -227,17 +232,15 @@ class Evaluator:
             raise Undefined(f"{name} has a pole here") from error
 
     def _exact_call(self, name: str, arguments: list):
-        if name == "abs" and len(arguments) == 1:
+        exact = all(isinstance(argument, Fraction) for argument in arguments)
+        if name == "abs":
             return abs(arguments[0])
-        if name in ("floor", "ceil") and len(arguments) == 1:
-            if isinstance(arguments[0], Fraction):
-                return Fraction(math.floor(arguments[0]) if name == "floor" else math.ceil(arguments[0]))
-            return getattr(self.mp, name)(arguments[0])
-        if all(isinstance(argument, Fraction) for argument in arguments):
-            if name in ("max", "min"):
-                return max(arguments) if name == "max" else min(arguments)
-            if all(argument.denominator == 1 for argument in arguments):
-                return Fraction(getattr(math, name)(*(argument.numerator for argument in arguments)))
+        if name in ("floor", "ceil"):
+            return Fraction(getattr(math, name)(*arguments)) if exact else getattr(self.mp, name)(*arguments)
+        if exact and name in ("max", "min"):
+            return max(arguments) if name == "max" else min(arguments)
+        if exact and all(argument.denominator == 1 for argument in arguments):
+            return Fraction(getattr(math, name)(*(argument.numerator for argument in arguments)))
         raise NotNumeric(f"{name} of values that are not rational")
 
     def _big(self, node):

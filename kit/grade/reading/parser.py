@@ -224,16 +224,13 @@ class Parser(Cursor):
             elif self.accept("%"):
                 node = ("percent", node)
             elif self.accept("^"):
-                kind, value = self.peek()
-                if (kind, value) in (("cmd", "circ"), ("cmd", "degree")):
-                    self.index += 1
+                if self.accept("circ", "degree"):
                     node = ("deg", node)
-                elif kind == "op" and value == "{" and self.peek(1) == ("cmd", "circ"):
-                    self.index += 2
+                elif self.peek(1) == ("cmd", "circ") and self.accept("{"):
+                    self.index += 1
                     self.expect("}")
                     node = ("deg", node)
-                elif kind == "cmd" and value == "prime":
-                    self.index += 1
+                elif self.accept("prime"):
                     node = self._prime(node)
                 else:
                     node = ("pow", node, self._exponent())

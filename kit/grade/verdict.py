@@ -4,11 +4,16 @@ r"""Grade an answer: correct, wrong or unknown, with the tier and the rule that 
     grade(r"\frac{1}{2}", r"... so the answer is $\boxed{0.5}$.")
     # Verdict(verdict="correct", tier=0, rule="number", ...)
 
-Tier 0 normalises both texts and compares strings and exact fractions, in microseconds. Tier 1 parses both and
-compares their exact values (kit/grade/reading, kit/grade/deciding); nothing is executed, and every operation
-is capped. Tier 2 asks sympy in a worker process about the few pairs that tier 1 leaves open. A response
-without an answer is wrong. `unknown` means undecided: the deadline passed, a cap was exceeded, or sympy could
-not tell.
+The steps, in order; the first that decides ends it:
+
+    extract.py              find the answer in the response; a response without one is wrong
+    tier 0  plain_text.py   normalise both texts; compare strings, choices and fractions, in microseconds
+    tier 1  reading/        parse both texts to trees (trees.py); what cannot be read stays a text
+            deciding/       compare the trees by their kinds (judge.py), in the end as numbers (scalars.py)
+    tier 2  deciding/       ask sympy in a worker process about the few pairs that are still open
+
+Nothing is executed, and every operation is capped. `unknown` means undecided: the deadline passed, a cap was
+exceeded, or sympy could not tell.
 
     python -m kit.grade "gold" "prediction"
     python -m kit.grade regrade samples.jsonl          kit/grade/regrade.py

@@ -66,7 +66,10 @@ class Evaluator:
         method = getattr(self, "_" + node[0], None)
         if method is None:
             raise NotNumeric(f"no number: {node[0]}")
-        value = method(node)
+        try:
+            value = method(node)
+        except ZeroDivisionError as error:  # 0^{i^2}
+            raise Undefined("a division by zero") from error
         if isinstance(value, Fraction):
             if _bits(value) > MAX_BITS:
                 return self.real(value)

@@ -83,6 +83,7 @@ _CONTRAST = re.compile(  # what follows explains the answer, or says what it is 
     r"|pas|et non|y no|und nicht|而不是|不是|因为|因為"
     r"|dont|其中|car|porque|weil|denn|即)(?![A-Za-z])"
 )
+_LEADING_SPAN = re.compile(r"\$([^$]*)\$|\\\((.*?)\\\)", re.DOTALL)  # $18$ of "$18$ is what 9 + 9 gives"
 _LEADING_WORD = re.compile(r"\W{0,4}(yes|no|true|false)[,.;:!]", re.IGNORECASE)
 _PREDICATE = re.compile(r"\b(?:is|are|was)\s(?:an?\s|the\s)?(\w+)\W*\Z")  # the day is Friday
 _SPECIAL = re.compile(r"<\|[a-z_]{1,30}\|>(?:user|assistant)?")
@@ -269,16 +270,9 @@ def statement(text: str, choice: bool, final: bool) -> str | None:
             sentence = head
     if is_bare(sentence) and (not final or any(sign.isdigit() or sign in "$\\" for sign in sentence)):
         return sentence
-    found = _leading_span(sentence) or last_value(sentence)[0]
+    span = _LEADING_SPAN.match(sentence)
+    is_answer = span and is_bare(span[1] or span[2] or "")
+    found = span[0] if is_answer else last_value(sentence)[0]
     if found is not None:
         return found
     return sentence if not final and len(sentence) <= 60 else None
-
-
-def _leading_span(sentence: str) -> str | None:
-    r"""Return the mathematics that a sentence opens with, or None: $18$ of "$18$ is what 9 + 9 gives"."""
-    for opening, closing in (("$", "$"), ("\\(", "\\)")):
-        end = sentence.find(closing, len(opening)) if sentence.startswith(opening) else -1
-        if end > 0 and is_bare(sentence[len(opening) : end]):
-            return sentence[: end + len(closing)]
-    return None

@@ -31,7 +31,6 @@ _TEXT_GROUP = re.compile(
 )
 _WORDS = re.compile(r"[^\W\d_]+")
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
-_CONNECTIVES = frozenset(("and", "or"))
 _PROSE = names(
     "the is are was be it its of so we he she you they not no but can for has had to as at by if on that "
     "this thus hence an"
@@ -39,9 +38,8 @@ _PROSE = names(
 _MATH_WORDS = (
     FUNCTIONS
     | GREEK
-    | _CONNECTIVES
     | frozenset(MULTIPLIERS)
-    | {"sqrt", "cbrt", "binom", "infinity", "infty", "inf", "pi", "percent", "pct"}
+    | names("and or sqrt cbrt binom infinity infty inf pi percent pct")
 )
 _LONE_SYMBOL = re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)\s*")
 

@@ -43,7 +43,9 @@ def read_atom(parser: Cursor) -> Node:
         if value == "\\{":
             return _read_set(parser)
         if value in ("|", "\\|"):
-            return _read_absolute(parser, str(value))
+            inside = parser.sum()
+            parser.expect(value)
+            return ("call", "abs", inside)
     if kind == "cmd":
         return read_command(parser, str(value))
     raise ParseError(f"cannot read {value!r}")
@@ -135,14 +137,6 @@ def _read_set(parser: Cursor) -> Node:
     if not parser.accept("\\}", "}"):
         raise ParseError("a set that is not closed")
     return ("set", *found)
-
-
-def _read_absolute(parser: Cursor, bar: str) -> Node:
-    """Read the content of an absolute value after its first bar."""
-    inside = parser.sum()
-    if not parser.accept(bar):
-        raise ParseError("an absolute value that is not closed")
-    return ("call", "abs", inside)
 
 
 def read_subscript(parser: Cursor, node: Node) -> Node:

@@ -12,7 +12,6 @@ the samples that a run has written so far are graded.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -113,10 +112,8 @@ def _regrade(config: argparse.Namespace, peer: Callable[[str, str], bool] | None
     before = Journal(config.file, GRADABLE).read()
     after = [row if "header" in row else regrade_row(row, deadline=config.deadline) for row in before]
     samples = [(old, new) for old, new in zip(before, after, strict=True) if "header" not in old]
-    counts = Counter((old.get("verdict"), new["verdict"]) for old, new in samples)
-    paper = Counter((old.get("paper_verdict"), new["paper_verdict"]) for old, new in samples)
-    changed = sum(n for (old, new), n in counts.items() if old != new)
-    paper_changed = sum(n for (old, new), n in paper.items() if old != new)
+    changed = sum(old.get("verdict") != new["verdict"] for old, new in samples)
+    paper_changed = sum(old.get("paper_verdict") != new["paper_verdict"] for old, new in samples)
     print(
         f"{config.file}: {len(samples)} samples, {changed} verdicts changed, {paper_changed} of the paper's"
     )

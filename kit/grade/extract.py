@@ -42,6 +42,7 @@ def _openings(word: str, tail: str) -> list[str]:
 
 
 _BRACES = re.compile(r"\\{1,4}(?:boxed|fbox)(?![A-Za-z])|\\[\\{}]|[{}]")
+_PLAIN_BOX = re.compile(r"\\boxed\{([^{}\\]*)\}")  # most boxes: no braces inside and no commands
 # a letter alone: "the \boxed notation" is not a box
 _BOX_TOKEN = re.compile(r"\s*(\\[A-Za-z]+|-?[0-9]+(?:\.[0-9]+)?|[A-Za-z](?!\s?\w))")
 MAX_GAP = 60  # characters between two boxes of one list
@@ -200,7 +201,9 @@ def last_box(text: str) -> tuple[int, int, str] | None:
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
-    boxes = _boxes(text, start)  # a long text is not read whole
+    plain = _PLAIN_BOX.match(text, start)
+    content = plain[1].strip() if plain else ""
+    boxes = [(start, plain.end(), content)] if content else _boxes(text, start)
     if not boxes or "}" in text[boxes[-1][1] :]:  # a brace after it may close an earlier box
         boxes = _boxes(text)
     return boxes[-1] if boxes else None

@@ -15,13 +15,12 @@ from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.models.families import family_of
 from kit.packing import PackedBatch
 from kit.train.loss import LossOfRow, cross_entropy
-from kit.train.optimizer import AdamW8bit
 from kit.train.saved_tensors import catch_gradient
 from kit.train.savings import Savings
-from kit.train.weight_updates import UpdateInBackward, Updates
+from kit.train.weight_updates import Updates
 
 
-def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates: Updates):
+def make_head(model, savings: Savings, updates: Updates) -> AutogradHead:
     """Choose how the head is trained.
 
     Raises ValueError if head_update is "blocked" and the model has no tied, trained head.
@@ -34,7 +33,7 @@ def make_head(model, savings: Savings, optimizer: torch.optim.Optimizer, updates
                 f"head_update is blocked but the head is {'frozen' if tied else 'not tied'}: blocks need a "
                 "trained embedding that is its own head; pass --head_update whole"
             )
-        return BlockedHead(model, optimizer, updates, savings.logit_rows)
+        return BlockedHead(model, updates, savings.logit_rows)
     if tied and weight.requires_grad:
         return TiedHead(model, updates, savings.logit_rows)
     return AutogradHead(model, updates, savings.logit_rows)
@@ -82,7 +81,7 @@ class _Lookup:
         return dlookup
 
 
-class TiedHead:
+class TiedHead(AutogradHead):
     """Add the lookup's rows to the head's gradient: head and embedding are one trained weight.
 
     Autograd would allocate the lookup's gradient at the size of the weight, and their sum as a third tensor:
@@ -91,11 +90,7 @@ class TiedHead:
     run.
     """
 
-    def __init__(self, model, updates: Updates, logit_rows: int):
-        self.model, self.updates, self.logit_rows = model, updates, logit_rows
-
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
-        """Return the row's loss after its backward pass. loss_of: None = mean token cross-entropy."""
         loss_of = loss_of or cross_entropy(self.model, self.logit_rows)
         lookup = _Lookup(self.model, batch.input_ids)
         weight = head_weight(self.model)
@@ -137,16 +132,14 @@ def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> No
     total.index_copy_(0, ids, (total[ids] + sums[first]).to(total.dtype))  # equal ids write equal rows
 
 
-class BlockedHead:
+class BlockedHead(AutogradHead):
     """Never hold the weight's gradient as a whole.
 
     After the backward pass, the head's part and the lookup's are computed and applied one block of the
     vocabulary at a time. The norm is known only then, too late to clip by it (Savings.check_clipping). On a
     GPU, index_add_ adds the lookup's part in no fixed order, so the last bits may differ from run to run.
+    updates: UpdateInBackward.
     """
-
-    def __init__(self, model, optimizer: AdamW8bit, updates: UpdateInBackward, logit_rows: int):
-        self.model, self.optimizer, self.updates, self.logit_rows = model, optimizer, updates, logit_rows
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
         """Return the row's loss after its backward pass. Raises ValueError for any loss but cross-entropy."""
@@ -181,7 +174,7 @@ class BlockedHead:
         for first, dweight in dweight_blocks(*arguments, softcap=cap):
             _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
             square += dweight.square().sum()
-            self.optimizer.update(weight, dweight, first=first * weight.shape[1])
+            self.updates.optimizer.update(weight, dweight, first=first * weight.shape[1])
         self.updates.squares.append(square)
 
 

@@ -77,11 +77,16 @@ class SideStream:
 
     def _free_oldest(self) -> None:
         """Free the tensor that has been leaving for longest, once it has been copied."""
-        x, event = self.leaving.popleft()
-        if event is not None:
-            torch.cuda.current_stream(x.device).wait_event(event)
+        _, event = self.leaving[0]
+        self.wait_for(event)
+        self.leaving.popleft()
 
-    def _wait_for_copies(self) -> None:
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Make the compute stream wait for an event of the side stream; None = for nothing."""
+        if event is not None:
+            torch.cuda.current_stream(self.stream.device).wait_event(event)
+
+    def wait_for_copies(self) -> None:
         """Make the compute stream wait for all that is queued on the side stream."""
         if self.stream is not None:
             torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
@@ -132,8 +137,7 @@ class HostInputs(SideStream):
             )
         if kept.on_device is None:
             self._stage(kept)
-        if kept.loaded is not None:
-            torch.cuda.current_stream(kept.device).wait_event(kept.loaded)
+        self.wait_for(kept.loaded)
         return kept.on_device
 
     def prefetch(self, kept: KeptInput) -> None:
@@ -160,26 +164,33 @@ class HostInputs(SideStream):
 
     def _stage(self, kept: KeptInput) -> None:
         while len(self.staged) >= STAGING:  # left over from a backward pass that stopped half-way
-            self._wait_for_copies()
+            self.wait_for_copies()
             self.staged.pop(0).on_device = None
         kept.on_device = torch.empty_like(kept.on_host, device=kept.device)
         kept.loaded = self._copy(kept.on_device, kept.on_host)
         self.staged.append(kept)
 
 
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
 class HostGradients(SideStream):
     """Add up gradients in CPU memory over the rows of a step, and bring them back for the update.
 
-    Call add when a gradient is complete; after the step's last row, norm and then returned; clear before each
-    step. The sums lie in one piece of CPU memory of exactly their size, in the parameters' dtype.
+    Call begin before a step, begin_row before each backward pass, add when a gradient is complete, norm and
+    then returned after the last row, and after_update once the weights are updated. The sums lie in one piece
+    of CPU memory of exactly their size, in the parameters' dtype.
 
     The sum so far comes back to the device in pieces, is added there, and leaves again: from a step's second
     row on, a gradient crosses the bus twice per row. In return the sum is autograd's, grad += new, to the
     bit. A CPU would add bf16 slowly, and fp32 sums would take twice the memory and be other numbers. A tied
     head's gradient leaves twice per row: after the loss, and after the lookup's part was added to it.
 
-    in_flight: the most bytes of gradients on the device while they are copied. A larger gradient, such as the
-    head's, is waited for at once.
+    At most in_flight bytes of gradients are on the device while they are copied: those of one layer. A larger
+    gradient, such as the head's, is waited for at once.
+
+    parameters: whose gradients are added up; None = all that are trained.
 
     Why the order of the streams is right:
     - The side stream alone touches the sums in CPU memory, so every copy follows the ones queued before it.
@@ -191,10 +202,11 @@ class HostGradients(SideStream):
     - Gradients that come back do so as inputs do.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], in_flight: int):
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter] | None = None):
+        parameters = parameters or trained(model)
         device, dtype = parameters[0].device, parameters[0].dtype
         super().__init__(device)
-        self.in_flight = in_flight
+        self.in_flight = max(sum(p.nbytes for p in trained(layer)) for layer in model.model.layers)
         sizes = [parameter.numel() for parameter in parameters]
         num_bytes = sum(parameter.nbytes for parameter in parameters)
         self.memory = host_empty(num_bytes, for_card=device.type == "cuda").view(dtype)
@@ -202,11 +214,14 @@ class HostGradients(SideStream):
         self.slab = torch.empty(min(PIECE, max(sizes)), dtype=dtype, device=device)
         self.norms: dict[nn.Parameter, Tensor] = {}  # of the sums so far; no entry = no gradient so far
 
-    def clear(self) -> None:
-        """Forget all sums, also those of a step that stopped half-way."""
-        self._wait_for_copies()
+    def begin(self, num_rows: int) -> None:
+        """Forget all sums, also those of a step that stopped half-way. num_rows: as in Updates.begin."""
+        self.wait_for_copies()
         self.leaving.clear()
         self.norms.clear()
+
+    def begin_row(self) -> None:
+        """No-op: one process adds up every row in the same way."""
 
     def add(self, parameter: nn.Parameter) -> None:
         """Add parameter.grad to its sum, and free it as soon as in_flight allows."""
@@ -227,9 +242,12 @@ class HostGradients(SideStream):
         while sum(leaving.nbytes for leaving, _ in self.leaving) > self.in_flight:
             self._free_oldest()
 
-    def norm(self) -> Tensor:
-        """Return the norm of all sums, as torch.nn.utils.clip_grad_norm_ computes it."""
-        self._wait_for_copies()
+    def norm(self, loss: Tensor) -> Tensor:
+        """Return the norm of all sums, as torch.nn.utils.clip_grad_norm_ computes it.
+
+        loss: of this rank, which is replaced by the step's.
+        """
+        self.wait_for_copies()
         self.leaving.clear()
         return torch.nn.utils.get_total_norm(self.norms[p] for p in self.sums if p in self.norms)
 
@@ -238,7 +256,7 @@ class HostGradients(SideStream):
         del self.norms[parameter]
         gradient = torch.empty_like(parameter)
         self._copy(gradient.view(-1), self.sums[parameter])
-        self._wait_for_copies()
+        self.wait_for_copies()
         return gradient
 
     def returned(self, most: int) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
@@ -257,9 +275,11 @@ class HostGradients(SideStream):
         while arriving:
             yield self._arrived(*arriving.popleft())
 
+    def after_update(self) -> None:
+        """No-op: one process updates all weights itself."""
+
     def _arrived(self, parameter, first: int, gradient: Tensor, event) -> tuple:
-        if event is not None:
-            torch.cuda.current_stream(gradient.device).wait_event(event)
+        self.wait_for(event)
         return parameter, first, gradient
 
 

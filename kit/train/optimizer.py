@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kit.kernels.adamw8bit import adamw8bit_, check_settings, init_state, state_slice
 from kit.models.weights import check_same
-from kit.train.offload import host_empty
-from kit.train.sum_gradients import share_out
+from kit.train.offload import SideStream, host_empty
 
 OPTIMIZERS = ("auto", "adamw", "adamw8bit")
 TRAINED = ({torch.float32}, {torch.bfloat16})  # dtypes of weights
@@ -40,7 +39,7 @@ def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(num_steps - warmup, 1)))
 
 
-class Slabs:
+class Slabs(SideStream):
     """Two slabs of a card's memory for offloaded optimizer states, which are copied to the card piece by
     piece.
 
@@ -54,10 +53,10 @@ class Slabs:
     """
 
     def __init__(self, num_elements: int, device: torch.device, *, exact: bool = False):
+        super().__init__(device)
         like = torch.empty((), device=device).expand(num_elements)
         self.num_elements = num_elements
         self.slabs, self.turn = [init_state(like, exact=exact) for _ in range(2)], 0
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fetch(self, on_host: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Start copying states to the card. Return their copies, and the event that marks their arrival."""
@@ -66,20 +65,13 @@ class Slabs:
         with torch.cuda.stream(self.stream):  # None on a CPU, where a copy is complete when it returns
             for name, x in on_host.items():
                 on_card[name].copy_(x, non_blocking=True)
-        return on_card, self.stream and self.stream.record_event()
+        return on_card, self._event()
 
     def write_back(self, on_host: dict[str, Tensor], on_card: dict[str, Tensor]) -> None:
         """Start copying updated states back."""
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
+        with self._beside():
             for name, x in on_host.items():
                 x.copy_(on_card[name], non_blocking=True)
-
-    def wait(self) -> None:
-        """Make the compute stream wait for every copy so far."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -220,7 +212,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def wait(self) -> None:
         """Make the card wait until offloaded states are back in CPU memory."""
         if self.slabs is not None:
-            self.slabs.wait()
+            self.slabs.wait_for_copies()
 
     def _pieces(self, parameter: torch.nn.Parameter, gradient: Tensor, first: int) -> Iterator[tuple]:
         """Yield (numbers, gradient, states, settings) of each kernel call, and count the step at the end."""
@@ -256,8 +248,7 @@ class AdamW8bit(torch.optim.Optimizer):
             self._update_on_card(*arrived.popleft())
 
     def _update_on_card(self, numbers, gradient, on_host, settings, on_card, loaded) -> None:
-        if loaded is not None:
-            torch.cuda.current_stream(numbers.device).wait_event(loaded)
+        self.slabs.wait_for(loaded)
         adamw8bit_(numbers, gradient, on_card, **settings)
         self.slabs.write_back(on_host, on_card)
 
@@ -266,6 +257,18 @@ def owned(group: Mapping) -> list[torch.nn.Parameter]:
     """Return the parameters of a group whose states this process keeps: all, or its share among ranks."""
     parameters = group["params"]
     return [parameters[i] for i in group["owned"]] if "owned" in group else parameters
+
+
+def share_out(sizes: Sequence[int], count: int) -> list[int]:
+    """Return which of `count` ranks owns each parameter: the largest first, each to the rank with the least.
+
+    sizes: numbers per parameter. No parameter is cut, so one share is at least the embedding's size.
+    """
+    owners, loads = [0] * len(sizes), [0] * count
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += sizes[i]
+    return owners
 
 
 def states_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ from kit.packing import PackedBatch
 from kit.ranks import Alone, here
 from kit.train.head import make_head
 from kit.train.loss import LossOfRow
+from kit.train.offload import HostGradients
 from kit.train.optimizer import make_optimizer
 from kit.train.recompute import keep_activations, recompute_layers
 from kit.train.savings import Savings
-from kit.train.weight_updates import make_updates
+from kit.train.sum_gradients import SharedHostGradients, SumAtEnd
+from kit.train.weight_updates import UpdateAtEnd, UpdateFromHost, UpdateInBackward, Updates
 
 
 class TrainingStep:
@@ -61,9 +63,8 @@ class TrainingStep:
         )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
-        options = {"max_grad_norm": max_grad_norm, "max_tensor_norm": max_tensor_norm, "ranks": self.ranks}
-        self.updates = make_updates(model, savings, self.optimizer, **options)
-        self.head = make_head(model, savings, self.optimizer, self.updates)
+        self.updates = self._make_updates(savings, max_grad_norm, max_tensor_norm)
+        self.head = make_head(model, savings, self.updates)
         model.train()
 
     def __call__(
@@ -84,6 +85,26 @@ class TrainingStep:
             loss += self.head.backward(batch.to(device), scale, loss_of)
         self.head.finish()
         return loss, self.updates.finish(loss)
+
+    def _make_updates(self, savings: Savings, max_grad_norm: float, max_tensor_norm: float) -> Updates:
+        """Choose when weights are updated. Raises ValueError for several ranks that cannot sum gradients."""
+        ranks, optimizer = self.ranks, self.optimizer
+        if savings.update_in_backward:
+            if ranks.count > 1:
+                raise ValueError(
+                    f"update_in_backward is on but {ranks.count} ranks sum their gradients before any is "
+                    "used; pass --no_update_in_backward --offload_gradients, which keeps about as little on "
+                    "the card"
+                )
+            return UpdateInBackward(optimizer, max_tensor_norm=max_tensor_norm)
+        if savings.offload_gradients:
+            gradients = (
+                HostGradients(self.model) if ranks.count == 1 else SharedHostGradients(self.model, ranks)
+            )
+            return UpdateFromHost(optimizer, gradients, max_grad_norm=max_grad_norm)
+        if ranks.count > 1:
+            return SumAtEnd(optimizer, ranks, max_grad_norm=max_grad_norm)
+        return UpdateAtEnd(optimizer, max_grad_norm=max_grad_norm)
 
     def close(self) -> None:
         self.updates.close()

@@ -28,23 +28,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from kit.models.backbone import head_weight
 from kit.ranks import Ranks
-from kit.train.offload import HostGradients
+from kit.train.offload import HostGradients, trained
+from kit.train.optimizer import share_out
+from kit.train.weight_updates import UpdateAtEnd
 
 BUCKET = 2**25  # bytes of gradients that are summed together: each sum costs some 50 us, whatever its size
 IN_FLIGHT = 2  # buckets that are copied and summed at once, besides the gradients themselves
-
-
-def share_out(sizes: Sequence[int], count: int) -> list[int]:
-    """Return which of `count` ranks owns each parameter: the largest first, each to the rank with the least.
-
-    sizes: numbers per parameter. No parameter is cut, so one share is at least the embedding's size.
-    """
-    owners, loads = [0] * len(sizes), [0] * count
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += sizes[i]
-    return owners
 
 
 class InOrder:
@@ -118,45 +109,45 @@ def in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-class GradientSums:
-    """Replace the gradients of a step by their sums, while the backward pass of the last row goes on.
+class SumAtEnd(UpdateAtEnd):
+    """UpdateAtEnd with the gradients' sums, which are computed while the last row's backward pass goes on.
 
-    Call begin before a step's first row, begin_row before each backward pass, ready when a parameter's
-    gradient is complete, and finish after the last row.
+    Every rank keeps all optimizer states and updates all weights.
 
     A tied embedding is the first parameter, so it is in the last bucket, and it is complete only when
     kit.train.head says so, after the last row. Sums of one parameter are in place. Other gradients are copied
     together and back, which takes room for IN_FLIGHT + 1 buckets.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks):
+    def __init__(self, optimizer: torch.optim.Optimizer, ranks: Ranks, *, max_grad_norm: float):
+        super().__init__(optimizer, max_grad_norm=max_grad_norm, hook=self.use)
         self.ranks = ranks
-        self.facts = _Facts(parameters, ranks)
-        self.order = InOrder(in_buckets(parameters), self._start)
+        self.facts = _Facts(self.parameters, ranks)
+        self.order = InOrder(in_buckets(self.parameters), self._start)
         self.running: deque[tuple] = deque()  # (bucket, its gradients, the sum)
 
     def begin(self, num_rows: int) -> None:
-        """num_rows: of the step, on all ranks."""
+        super().begin(num_rows)
         self.rows_left = len(self.ranks.share(range(num_rows)))
         self.facts.with_gradient.clear()
         self.running.clear()
         self.order.restart()
 
-    def begin_row(self) -> None:
+    def before_backward(self, loss: Tensor) -> None:
         self.rows_left -= 1
 
-    def ready(self, parameter: nn.Parameter) -> None:
-        """Say that autograd has added to parameter.grad. Only in the last row is it complete."""
+    def use(self, parameter: nn.Parameter) -> None:
+        """Take parameter.grad, to which autograd has added. Only in the last row is it complete."""
         if not self.rows_left:
             self.order.ready(parameter)
 
-    def finish(self, loss: Tensor) -> None:
-        """Wait for all sums. loss: this rank's; it is replaced by the step's."""
+    def finish(self, loss: Tensor) -> Tensor:
         self.order.flush()
         while self.running:
             self._end_oldest()
         for parameter in self.facts.sum_(loss)[1]:
             parameter.grad = None
+        return super().finish(loss)
 
     @torch.no_grad()
     def _start(self, bucket: Sequence[nn.Parameter]) -> None:
@@ -185,22 +176,18 @@ class GradientSums:
 class SharedHostGradients(HostGradients):
     """Add up each gradient in the CPU memory of its owner alone.
 
-    Call begin before a step, begin_row before each backward pass, add when a row's gradient is complete, sum_
-    after the last row, norm and returned as in HostGradients, and spread after the update.
-
     Each row's gradients are summed over the ranks and go to their owners. So the ranks share as many rounds
     of sums as rank 0 has rows, which is at least as many as any other; a rank that has run out of rows gives
     zeros. The card holds HostGradients' gradients and as much again, in sums that are under way. Without
     recompute it may hold one more layer's, which wait for their turn.
 
-    tied: the embedding that is its own head, or None. Its gradient has two parts per row, the head's before
-    the layers' gradients and the lookup's after them. Both go to the owner at once, so in bf16 their sum is
-    rounded once more than in one process.
+    The gradient of an embedding that is its own head has two parts per row, the head's before the layers'
+    gradients and the lookup's after them. Both go to the owner at once, so in bf16 their sum is rounded once
+    more than in one process.
     """
 
-    def __init__(
-        self, parameters: Sequence[nn.Parameter], in_flight: int, ranks: Ranks, tied: nn.Parameter | None
-    ):
+    def __init__(self, model: nn.Module, ranks: Ranks):
+        parameters = trained(model)
         self.ranks, self.facts = ranks, _Facts(parameters, ranks)
         owners = share_out([parameter.numel() for parameter in parameters], ranks.count)
         self.owners = dict(zip(parameters, owners, strict=True))
@@ -209,14 +196,16 @@ class SharedHostGradients(HostGradients):
                 f"{ranks.count} ranks share {len(parameters)} trained tensors, but with offload_gradients "
                 "each owns at least one; start fewer ranks, or pass --no_offload_gradients"
             )
-        super().__init__([p for p in parameters if self.owners[p] == ranks.rank], in_flight)
-        order = [[parameter] for parameter in reversed(parameters)]
-        self.order = InOrder(order if tied is None else [[tied], *order], self._start)
+        super().__init__(model, [p for p in parameters if self.owners[p] == ranks.rank])
+        order, weight = [[parameter] for parameter in reversed(parameters)], head_weight(model)
+        if weight is model.get_input_embeddings().weight and weight.requires_grad:
+            order.insert(0, [weight])
+        self.order = InOrder(order, self._start)
         self.running: deque[tuple] = deque()  # (parameter, its gradient, the sum)
         self.in_round = self.ends = False  # whether a row has begun, and whether its backward pass is over
 
     def begin(self, num_rows: int) -> None:
-        """num_rows: of the step, on all ranks."""
+        super().begin(num_rows)
         self.rounds_left = -(-num_rows // self.ranks.count)
         self.in_round = self.ends = False
         self.facts.with_gradient.clear()
@@ -241,24 +230,20 @@ class SharedHostGradients(HostGradients):
         self.ends = True
         return torch.zeros_like(parameter)
 
-    def sum_(self, loss: Tensor) -> None:
-        """Wait for all sums. loss: this rank's; it is replaced by the step's."""
+    def norm(self, loss: Tensor) -> Tensor:
+        """Wait for all sums, and return the norm of those of all ranks."""
         while self.rounds_left:
             self.begin_row()
         self.order.flush()
         while self.running:
             self._end_oldest()
-        norm = super().norm()
+        norm = super().norm(loss)
         square, without = self.facts.sum_(loss, norm.double().square())
-        self.total = square.sqrt().to(torch.promote_types(norm.dtype, torch.float32))
         for parameter in without:
             self.norms.pop(parameter, None)
+        return square.sqrt().to(torch.promote_types(norm.dtype, torch.float32))
 
-    def norm(self) -> Tensor:
-        """Return the norm of all ranks' sums."""
-        return self.total
-
-    def spread(self) -> None:
+    def after_update(self) -> None:
         """Copy every updated weight from its owner to the other ranks."""
         copies = [self.ranks.start_copy(p.detach(), owner) for p, owner in self.owners.items()]
         for copy in copies:

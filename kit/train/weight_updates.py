@@ -16,26 +16,20 @@ UpdateInBackward can do so for the loss, before the backward pass. A gradient th
 too late: by then, the layers above are updated. So the model in memory has lost the step before; go on from
 the last checkpoint.
 
-Under torchrun, SumAtEnd and SumFromHost take the places of the first two: the same on the gradients' sums
-over all ranks.
+Several ranks apply their gradients' sums instead: kit.train.sum_gradients.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from kit.models.backbone import head_weight
-from kit.ranks import Alone, Ranks
 from kit.train.offload import PIECE, HostGradients
 from kit.train.optimizer import AdamW8bit
-from kit.train.savings import Savings
-from kit.train.sum_gradients import GradientSums, SharedHostGradients
 
 
 class NotFinite(ValueError):
@@ -60,26 +54,34 @@ def check_finite(loss: torch.Tensor, norm: torch.Tensor | None = None) -> None:
         raise NotFinite(f"loss is {loss.item()}{said}")
 
 
-class Updates(Protocol):
+class Updates:
     """Apply the gradients of a step. Call begin before its first backward pass and finish after the last.
 
     A tied head computes its gradient itself, so no hook is called for it. It calls set_aside and bring_back
-    during a row, and use after the last one.
+    during a row, and use after the last one. Call close() to remove all hooks and gradients from the model.
+
+    hook: is called with each parameter when a backward pass has added to its gradient; None = nothing is.
     """
 
+    def __init__(self, optimizer: torch.optim.Optimizer, hook: Callable[[nn.Parameter], None] | None = None):
+        self.optimizer = optimizer
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.hooks = [p.register_post_accumulate_grad_hook(hook) for p in self.parameters if hook]
+
     def begin(self, num_rows: int) -> None:
-        """Forget the step before. num_rows: of this step, on all ranks."""
+        """Forget the step before, or what is left of it. num_rows: of this step, on all ranks."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Raise NotFinite if the row's loss is not finite and its backward pass would update weights."""
 
-    def set_aside(self, parameter: torch.nn.Parameter) -> None:
+    def set_aside(self, parameter: nn.Parameter) -> None:
         """parameter.grad is not needed until bring_back or the end. No-op unless gradients leave the card."""
 
-    def bring_back(self, parameter: torch.nn.Parameter) -> None:
+    def bring_back(self, parameter: nn.Parameter) -> None:
         """Undo set_aside: parameter.grad is the sum of all gradients that were set aside."""
 
-    def use(self, parameter: torch.nn.Parameter) -> None:
+    def use(self, parameter: nn.Parameter) -> None:
         """Apply parameter.grad, which is complete. No-op if gradients are applied together in finish()."""
 
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
@@ -88,57 +90,23 @@ class Updates(Protocol):
         loss: this rank's part, which is replaced by the step's.
         Raises NotFinite if the norm or the step's loss is not finite.
         """
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Remove all hooks and gradients from the model."""
-
-
-def make_updates(
-    model,
-    savings: Savings,
-    optimizer: torch.optim.Optimizer,
-    *,
-    max_grad_norm: float,
-    max_tensor_norm: float,
-    ranks: Alone,
-) -> Updates:
-    """Choose when weights are updated. Savings.check_clipping has checked the norms.
-
-    Raises ValueError for updates in the backward pass on several ranks.
-    """
-    if savings.update_in_backward:
-        if ranks.count > 1:
-            raise ValueError(
-                f"update_in_backward is on but {ranks.count} ranks sum their gradients before any is used; "
-                "pass --no_update_in_backward --offload_gradients, which keeps about as little on the card"
-            )
-        return UpdateInBackward(optimizer, max_tensor_norm=max_tensor_norm)
-    if savings.offload_gradients:
-        if ranks.count > 1:
-            return SumFromHost(optimizer, model, ranks, max_grad_norm=max_grad_norm)
-        return UpdateFromHost(optimizer, model.model.layers, max_grad_norm=max_grad_norm)
-    if ranks.count > 1:
-        return SumAtEnd(optimizer, ranks, max_grad_norm=max_grad_norm)
-    return UpdateAtEnd(optimizer, max_grad_norm=max_grad_norm)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.optimizer.zero_grad(set_to_none=True)
+        for hook in self.hooks:
+            hook.remove()
 
 
 class UpdateAtEnd(Updates):
     """Keep all gradients, clip them by their global norm and apply them together.
 
-    max_grad_norm: the norm to clip to; 0 = no clipping.
+    max_grad_norm: the norm to clip to; 0 = no clipping. hook: as in Updates.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float):
-        self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float, hook=None):
+        super().__init__(optimizer, hook)
         self.max_grad_norm = max_grad_norm
-        self.parameters = parameters_of(optimizer)
-
-    def begin(self, num_rows: int) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
@@ -146,79 +114,34 @@ class UpdateAtEnd(Updates):
         self.optimizer.step()
         return norm
 
-    def close(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-class SumAtEnd(UpdateAtEnd):
-    """UpdateAtEnd on several ranks: sum the gradients while the last row's backward pass goes on.
-
-    Every rank keeps all optimizer states and updates all weights. Call close() to remove the hooks.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, ranks: Ranks, *, max_grad_norm: float):
-        super().__init__(optimizer, max_grad_norm=max_grad_norm)
-        self.sums = GradientSums(self.parameters, ranks)
-        self.hooks = [p.register_post_accumulate_grad_hook(self.use) for p in self.parameters]
-
-    def begin(self, num_rows: int) -> None:
-        super().begin(num_rows)
-        self.sums.begin(num_rows)
-
-    def before_backward(self, loss: torch.Tensor) -> None:
-        self.sums.begin_row()
-
-    def use(self, parameter: torch.nn.Parameter) -> None:
-        self.sums.ready(parameter)
-
-    def finish(self, loss: torch.Tensor) -> torch.Tensor:
-        self.sums.finish(loss)
-        return super().finish(loss)
-
-    def close(self) -> None:
-        super().close()
-        for hook in self.hooks:
-            hook.remove()
-
 
 class UpdateFromHost(Updates):
     """Add up gradients in CPU memory, clip them by their global norm and apply them one after another.
 
-    The weights are those of UpdateAtEnd, bit for bit on a CPU. max_grad_norm: as there. layers: of the model;
-    the gradients of one of them may be on the card while they are copied. keep: what adds gradients up. Call
-    close() to remove the hooks.
+    The weights are those of UpdateAtEnd, bit for bit on a CPU. max_grad_norm: as there. gradients: of the
+    optimizer's parameters.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        layers: Sequence[torch.nn.Module],
-        *,
-        max_grad_norm: float,
-        keep: Callable[[Sequence[torch.nn.Parameter], int], HostGradients] = HostGradients,
-    ):
-        self.optimizer = optimizer
-        self.max_grad_norm = max_grad_norm
-        parameters = parameters_of(optimizer)
-        trained = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-        self.gradients = keep(parameters, max(sum(p.nbytes for p in layer) for layer in trained))
-        self.hooks = [
-            parameter.register_post_accumulate_grad_hook(self.set_aside) for parameter in parameters
-        ]
+    def __init__(self, optimizer: torch.optim.Optimizer, gradients: HostGradients, *, max_grad_norm: float):
+        super().__init__(optimizer, self.set_aside)
+        self.gradients, self.max_grad_norm = gradients, max_grad_norm
 
     def begin(self, num_rows: int) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.gradients.clear()
+        super().begin(num_rows)
+        self.gradients.begin(num_rows)
 
-    def set_aside(self, parameter: torch.nn.Parameter) -> None:
+    def before_backward(self, loss: torch.Tensor) -> None:
+        self.gradients.begin_row()
+
+    def set_aside(self, parameter: nn.Parameter) -> None:
         self.gradients.add(parameter)
 
-    def bring_back(self, parameter: torch.nn.Parameter) -> None:
+    def bring_back(self, parameter: nn.Parameter) -> None:
         parameter.grad = self.gradients.pop(parameter)
 
     @torch.no_grad()
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
-        norm = self.gradients.norm()
+        norm = self.gradients.norm(loss)
         check_finite(loss, norm)
         factor = ((self.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         in_pieces = isinstance(self.optimizer, AdamW8bit)
@@ -233,54 +156,25 @@ class UpdateFromHost(Updates):
             del gradient  # before the next one is allocated
         if in_pieces:
             self.optimizer.wait()
+        self.gradients.after_update()
         return norm
 
     def close(self) -> None:
-        self.begin(0)
-        for hook in self.hooks:
-            hook.remove()
-
-
-class SumFromHost(UpdateFromHost):
-    """UpdateFromHost on several ranks: each adds up the gradients of the parameters that it owns.
-
-    It updates these, and gets the other weights from their owners.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, model, ranks: Ranks, *, max_grad_norm: float):
-        weight = head_weight(model)
-        is_tied = weight is model.get_input_embeddings().weight and weight.requires_grad
-        keep = partial(SharedHostGradients, ranks=ranks, tied=weight if is_tied else None)
-        super().__init__(optimizer, model.model.layers, max_grad_norm=max_grad_norm, keep=keep)
-
-    def begin(self, num_rows: int) -> None:
-        super().begin(num_rows)
-        self.gradients.begin(num_rows)
-
-    def before_backward(self, loss: torch.Tensor) -> None:
-        self.gradients.begin_row()
-
-    def finish(self, loss: torch.Tensor) -> torch.Tensor:
-        self.gradients.sum_(loss)
-        norm = super().finish(loss)
-        self.gradients.spread()
-        return norm
+        super().close()
+        self.gradients.begin(0)
 
 
 class UpdateInBackward(Updates):
     """Update every parameter in a hook on it, and free its gradient.
 
     optimizer: one with `update(parameter)` and `wait()`. max_tensor_norm: each parameter's gradient is
-    clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of several rows. Call close()
-    to remove the hooks.
+    clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of several rows.
     """
 
     def __init__(self, optimizer, *, max_tensor_norm: float = 0.0):
-        self.optimizer = optimizer
+        super().__init__(optimizer, self.use)
         self.max_tensor_norm = max_tensor_norm
         self.squares: list[torch.Tensor] = []
-        parameters = parameters_of(optimizer)
-        self.hooks = [parameter.register_post_accumulate_grad_hook(self.use) for parameter in parameters]
 
     def begin(self, num_rows: int) -> None:
         if num_rows != 1:
@@ -289,11 +183,11 @@ class UpdateInBackward(Updates):
                 "row; pass --batch_traces 1 (a step is then one row of packed traces), or "
                 "--no_update_in_backward to add gradients up"
             )
-        self.optimizer.zero_grad(set_to_none=True)  # what a step that stopped half-way has left
+        super().begin(num_rows)
         self.squares = []
 
     @torch.no_grad()
-    def use(self, parameter: torch.nn.Parameter) -> None:
+    def use(self, parameter: nn.Parameter) -> None:
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self.squares.append(norm.square())
         if self.max_tensor_norm:
@@ -309,7 +203,3 @@ class UpdateInBackward(Updates):
         norm = torch.stack(self.squares).sum().sqrt()
         check_finite(loss, norm)
         return norm
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()

@@ -210,8 +210,7 @@ def train(
     if host is not None:
         recompute_layers(model, offload=host, tile_tokens=savings.tile_tokens)
     if late_gradients is not None:
-        punctual = step.updates.gradients
-        step.updates.gradients = LateGradients(list(punctual.sums), punctual.in_flight, **late_gradients)
+        step.updates.gradients = LateGradients(model, **late_gradients)
     done = checkpoint.load(resume_from, model, step.optimizer) if resume_from else 0
     losses = torch.stack([step(batches)[0] for batches in rows[done:]])
     card.synchronize()

@@ -101,11 +101,11 @@ def test_the_loss_writes_the_gradient_of_hidden_over_it():
 
 def test_the_head_is_chosen_by_tied_and_trained_weights():
     savings = Savings()
-    assert isinstance(make_head(tied("llama"), savings, None, None), TiedHead)
-    assert isinstance(make_head(make_model("llama"), savings, None, None), AutogradHead)
+    assert isinstance(make_head(tied("llama"), savings, None), TiedHead)
+    assert isinstance(make_head(make_model("llama"), savings, None), AutogradHead)
     frozen = tied("llama")
     head_weight(frozen).requires_grad_(False)
-    assert isinstance(make_head(frozen, savings, None, None), AutogradHead)
+    assert isinstance(make_head(frozen, savings, None), AutogradHead)
 
 
 def test_a_block_gets_the_looked_up_rows_of_its_own_ids_and_no_others():

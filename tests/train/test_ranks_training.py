@@ -21,10 +21,10 @@ from kit.packing import PackedBatch
 from kit.run import RunFolder
 from kit.train import checkpoint, optimizer, sum_gradients
 from kit.train.loop import TrainingPlan, train
-from kit.train.optimizer import AdamW8bit, owned, states_of
+from kit.train.optimizer import AdamW8bit, owned, share_out, states_of
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
-from kit.train.sum_gradients import InOrder, in_buckets, share_out
+from kit.train.sum_gradients import InOrder, in_buckets
 from kit.train.weight_updates import NotFinite
 
 LR, NUM_STEPS = 1e-2, 3

@@ -11,6 +11,7 @@ import torch
 from kit.machine import CONTEXT, GIB, free_memory, return_memory
 from kit.progress import print_line
 from kit.run import write_json
+from kit.train.loop import Unwatched
 
 if TYPE_CHECKING:
     from kit.memory.phases import RunPlan
@@ -41,7 +42,7 @@ def check_free_memory(planned: RunPlan) -> None:
         )
 
 
-class PeakMemory:
+class PeakMemory(Unwatched):
     """The most memory that training has held so far, in GiB; None on a CPU, where nothing is measured.
 
     gib: allocated in tensors, which is what the plan simulates. reserved_gib: what the allocator has reserved

@@ -51,7 +51,7 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
 
     run: as name_of_run returns it. While it is written, rank 0 has the states of all ranks in CPU memory.
     """
-    path = path_of(folder, step)
+    path = folder / f"step_{step:07d}"
     tensors = here().to_first({name: x.contiguous() for name, x in states_of(optimizer).items()})
 
     def write() -> None:
@@ -81,11 +81,6 @@ def _digests(folder: Path) -> dict[str, str]:
                 state.update(chunk)
         found[file.name] = state.hexdigest()
     return found
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Return where the checkpoint after `step` steps is."""
-    return folder / f"step_{step:07d}"
 
 
 def finish(finished: Path, model, tokenizer, checkpoints: Path, step: int, run: str) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -32,29 +31,20 @@ from kit.train.step import TrainingStep
 from kit.train.weight_updates import NotFinite
 
 
-class Memory(Protocol):
-    """Watch a card's memory during training. gib, reserved_gib: the peaks so far; None = not measured."""
-
-    gib: float | None
-    reserved_gib: float | None
-
-    def look(self, step: int, num_steps: int) -> None: ...
-
-    def leave_out(self) -> None: ...
-
-    def exhausted(self, step: int, newest: Path | None) -> ValueError: ...
-
-
 class Unwatched:
-    """Measure nothing: the default."""
+    """Measure nothing of a card's memory. kit.memory.PeakMemory measures.
 
-    gib = reserved_gib = None
+    gib, reserved_gib: the peaks so far; None = not measured.
+    """
+
+    gib: float | None = None
+    reserved_gib: float | None = None
 
     def look(self, step: int, num_steps: int) -> None:
-        """No-op: nothing is measured."""
+        """Measure after step 1, 2, ... of num_steps."""
 
     def leave_out(self) -> None:
-        """No-op: there is no peak."""
+        """Leave out of the peaks what was held since the last step."""
 
     def exhausted(self, step: int, newest: Path | None) -> ValueError:
         """Return the error of a step that ran out of memory. newest: the last checkpoint."""
@@ -130,7 +120,7 @@ def train(
     max_tensor_norm: float = 0.0,
     savings: Savings | None = None,
     loss_of: LossOfRow | None = None,
-    memory: Memory | None = None,
+    memory: Unwatched | None = None,
     checkpoint_every: int = 0,
     after_step: Callable[[int], object] | None = None,
     seed: int = 0,

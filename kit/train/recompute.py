@@ -139,7 +139,7 @@ class _Recomputed:
         return h
 
     def backward(
-        self, x, arguments: dict, dout, needs_dx: bool, when_lean: Callable[[], None]
+        self, x, arguments: dict, dout, needs_dx: bool, when_lean: Callable[[], None] | None
     ) -> tuple[torch.Tensor | None, Gradients]:
         """Return dx, or None if it is not needed, and the gradients of the trainable parameters in use.
 
@@ -174,7 +174,8 @@ class _Recomputed:
         self.tiles.differentiate(self.layer.feed_forward, h, dout, h if needs_dh else None, gradients)
         if self.layer.has_norm_after:
             self.tiles.differentiate(after, a, h, a if needs_da else None, gradients)
-        when_lean()
+        if when_lean is not None:
+            when_lean()
 
         # the attention and the norm before it
         if needs_da:
@@ -206,12 +207,8 @@ class _LayerFunction(torch.autograd.Function):
     def backward(ctx, dout: torch.Tensor):
         host = ctx.layer.host
         x = ctx.saved_tensors[0] if host is None else host.fetch(ctx.kept)
-        when_lean = _nothing if host is None else partial(host.prefetch, ctx.kept)
+        when_lean = None if host is None else partial(host.prefetch, ctx.kept)
         dx, gradients = ctx.layer.backward(x, ctx.arguments, dout, ctx.needs_input_grad[2], when_lean)
         if host is not None:
             host.done(ctx.kept)
         return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)
-
-
-def _nothing() -> None:
-    """No-op: nothing is prefetched."""

@@ -43,19 +43,9 @@ class Sizes:
         )
 
     @property
-    def mlp(self) -> int:
-        """Weights of one layer's feed-forward."""
-        return 3 * self.H * self.intermediate
-
-    @property
-    def attention(self) -> int:
-        """Weights of one layer's four projections."""
-        return self.H * (2 * self.q + 2 * self.kv)
-
-    @property
     def linears(self) -> int:
-        """Weights of the linear layers of all decoder layers."""
-        return self.L * (self.mlp + self.attention)
+        """Weights of the linear layers of all decoder layers: four of the attention, three of the rest."""
+        return self.L * self.H * (2 * self.q + 2 * self.kv + 3 * self.intermediate)
 
     @property
     def weights(self) -> int:

@@ -24,10 +24,12 @@ class LiveBytes(TorchDispatchMode):
     """A with-block that counts the bytes of storages created inside it: now alive, and at most.
 
     Run a function on fake tensors (torch's FakeTensorMode) in it to measure shapes that fit no machine.
+    rounding: bytes; a storage counts as a multiple of this.
     """
 
-    def __init__(self):
+    def __init__(self, rounding: int = 1):
         super().__init__()
+        self.rounding = rounding
         self.now = self.peak = 0
         self.live: dict[int, int] = {}  # storage -> bytes
 
@@ -48,13 +50,18 @@ class LiveBytes(TorchDispatchMode):
 
     def created(self, func, x: Tensor) -> None:
         """Count a storage that an operator returned and that is neither its argument's nor known."""
-        storage = x.untyped_storage()
-        self.live[storage._cdata] = storage.nbytes()
-        self.now += storage.nbytes()
+        self.now += self.follow(x)
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._freed, storage._cdata)
 
-    def _freed(self, key: int) -> None:
+    def follow(self, x: Tensor) -> int:
+        """Enter a new storage among the live ones, until it is freed. Return its bytes."""
+        storage = x.untyped_storage()
+        num_bytes = -(-storage.nbytes() // self.rounding) * self.rounding
+        self.live[storage._cdata] = num_bytes
+        weakref.finalize(storage, self.freed, storage._cdata)
+        return num_bytes
+
+    def freed(self, key: int) -> None:
         self.now -= self.live.pop(key)
 
 
@@ -81,7 +88,7 @@ class Ledger(LiveBytes):
     """
 
     def __init__(self, model: nn.Module):
-        super().__init__()
+        super().__init__(ROUNDING)
         self.V, self.H = model.get_output_embeddings().weight.shape
         self.owner_of: dict[int, str] = {}  # storage -> owner
         self.totals: Counter[str] = Counter()  # owner -> bytes now
@@ -100,29 +107,21 @@ class Ledger(LiveBytes):
 
     def enter(self, tensor: Tensor, owner: str) -> None:
         """Count a tensor that was created before the block, or give a counted one another owner."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = tensor.untyped_storage()._cdata
         if key in self.live:
             self.totals[self.owner_of[key]] -= self.live[key]
-            self.totals[owner] += self.live[key]
-            self.owner_of[key] = owner
-            return
-
-        num_bytes = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        self.live[key], self.owner_of[key] = num_bytes, owner
-        self.totals[owner] += num_bytes
-        if owner == HOST:
-            self.host_peak = max(self.host_peak, self.totals[HOST])
         else:
-            self.now += num_bytes
-            if self.now > self.peak:
-                self.peak, self.when, self.owners = self.now, self.phase, dict(self.totals)
-        weakref.finalize(storage, self._freed, key)
+            self.follow(tensor)
+        self.owner_of[key] = owner
+        self.totals[owner] += self.live[key]
+        self.host_peak = max(self.host_peak, self.totals[HOST])
+        self.now = self.totals.total() - self.totals[HOST]
+        if self.now > self.peak:
+            self.peak, self.when, self.owners = self.now, self.phase, dict(self.totals)
 
-    def _freed(self, key: int) -> None:
-        num_bytes, owner = self.live.pop(key), self.owner_of.pop(key)
-        self.totals[owner] -= num_bytes
-        self.now -= num_bytes * (owner != HOST)
+    def freed(self, key: int) -> None:
+        self.totals[self.owner_of.pop(key)] -= self.live.pop(key)
+        self.now = self.totals.total() - self.totals[HOST]
 
     def created(self, func, x: Tensor) -> None:
         """Count a new storage under its owner.

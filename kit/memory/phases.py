@@ -23,10 +23,11 @@ from kit.generate.sampler import PREFILL_TOKENS
 from kit.generate.sampling import SamplingParams, sample
 from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB
-from kit.memory.live_bytes import Ledger
+from kit.memory.live_bytes import ROUNDING, Ledger, LiveBytes
 from kit.memory.simulate import CARDS, Plan, fake_batch, fake_model, plan
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.loading import load_config
+from kit.train.adapters import Adapters
 from kit.train.savings import Savings
 
 CACHE, SAMPLER = "sampler's cache", "sampler's step"
@@ -114,20 +115,14 @@ class RunPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Adapters):
     """What a plan is made for: MeasuredRun, or reinforcement learning (kit.rl.memory_plan)."""
 
     model: str  # as load_config takes it
-    qlora_rank: int = 0
-    lora_rank: int = 0
     num_samples: int = MOST_SLOTS  # of an evaluation or a rollout: more slots would stay empty
     prompt_tokens: int = PROMPT_TOKENS
     without: ClassVar[tuple[str, ...]] = ()  # savings that it cannot have
     drops_unneeded: ClassVar[bool] = True  # savings of the ladder without which it fits, too
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {"qlora_rank": self.qlora_rank, "lora_rank": self.lora_rank}
 
     @property
     def has_adapters(self) -> bool:
@@ -218,12 +213,9 @@ def most_slots(sampling: Sampling, gib: float, bound: int = MOST_SLOTS) -> int:
 def transient(fake: nn.Module, call: Callable[[], object]) -> int:
     """Return the most bytes that a call without gradients holds besides the model."""
     fake.eval()
-    ledger = Ledger(fake)
-    before = ledger.now
-    with torch.no_grad(), ledger:
+    with torch.no_grad(), LiveBytes(ROUNDING) as held:
         call()
-    ledger.close()
-    return ledger.peak - before
+    return held.peak
 
 
 def _draw(fake: nn.Module, num_slots: int, params: SamplingParams) -> None:

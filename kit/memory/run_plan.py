@@ -79,11 +79,10 @@ def entries_of(run: Run) -> list[Entry]:
 def as_savings(entries: list[Entry]) -> Savings:
     """Return the settings with these entries switched on; the last one counts for each field.
 
-    What is updated in the backward pass leaves no gradient to offload.
+    What is updated in the backward pass leaves no gradient to offload. Blocks of the head are updated there.
     """
     settings = dict(entries)
-    if settings.get("update_in_backward"):
-        settings["offload_gradients"] = False
+    settings.pop("offload_gradients" if settings.get("update_in_backward") else "head_update", None)
     return Savings(**settings)
 
 
@@ -151,8 +150,6 @@ def _needed(entries: list[Entry], fits: Callable[[list[Entry]], bool]) -> list[E
     """Remove every entry without which the others still fit, the last one first. The optimizer stays."""
     for entry in reversed(entries[1:]):
         others = [other for other in entries if other != entry]
-        if entry[0] == "update_in_backward" and "head_update" in dict(others):
-            continue  # blocks of the head are updated in the backward pass
         if fits(others):
             entries = others
     return entries
@@ -183,8 +180,6 @@ def for_less(found: RunPlan) -> Iterator[str]:
     for name, value in [("recompute", True), *entries_of(found.run)]:  # others need recomputation
         if before.total < found.sampling.total:  # for which there are fewer slots: see RunPlan.describe
             return
-        if name == "head_update" and not before.savings.update_in_backward:
-            continue  # as in _needed
         savings = as_savings([*asdict(before.savings).items(), (name, value)])
         if savings == before.savings:
             continue

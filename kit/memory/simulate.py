@@ -33,11 +33,6 @@ SLACK = 0.06  # share of the peak that the allocator loses to gaps between block
 CARDS = (6, 8, 12, 16, 24)  # GiB
 
 
-def card_bytes(peak: int) -> int:
-    """Return the bytes a card needs for a peak of tensors, with slack and CUDA's own memory."""
-    return round(peak * (1 + SLACK)) + CONTEXT
-
-
 @dataclass(frozen=True)
 class Plan:
     """What one training step holds."""
@@ -63,7 +58,7 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes a card needs: tensors, slack and CUDA's own memory."""
-        return card_bytes(self.peak)
+        return round(self.peak * (1 + SLACK)) + CONTEXT
 
     def fits(self, gib: float) -> bool:
         """Return whether a card fits this. gib: GiB of it that nothing else uses."""

@@ -79,5 +79,6 @@ def _layer(sizes: Sizes, T: int, savings: Savings, qlora_rank: int) -> int:
     if qlora_rank:
         weights = 2 * sizes.H * sizes.intermediate  # one weight, dequantised
     else:  # gradients; of tiles, sums in fp32 besides
-        weights = 2 * sizes.attention + sizes.mlp * (6 if tile < T else 2)
+        feed_forward_bytes = 6 if tile < T else 2
+        weights = sizes.H * (4 * (sizes.q + sizes.kv) + 3 * sizes.intermediate * feed_forward_bytes)
     return feed_forward + attention + 2 * T * sizes.H * 2 + weights

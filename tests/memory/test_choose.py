@@ -13,7 +13,7 @@ from kit.memory import run_plan as fitting
 from kit.memory.phases import MeasuredRun, RunPlan
 from kit.memory.run_plan import as_savings, choose, entries_for, for_less
 from kit.memory.settings import PlanSettings
-from kit.memory.simulate import Plan, card_bytes, plan
+from kit.memory.simulate import Plan, plan
 from kit.models.loading import load_config
 from kit.train.savings import Savings
 
@@ -93,7 +93,8 @@ def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_
         return Plan(model, savings=savings, peak=peak * GIB, when="", owners={}, host=0, **sizes)
 
     monkeypatch.setattr(phases, "plan", fake_plan)
-    gpu_gb = card_bytes((20 - gib_to_save) * GIB) / GIB
+    needed = Plan("", 0, 0, Savings(), (20 - gib_to_save) * GIB, "", {}, 0)
+    gpu_gb = needed.total / GIB
     found = choose_for(gpu_gb, fine_tuning("google/gemma-3-1b-it", rows=2))
     assert found.update.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
 

@@ -155,8 +155,7 @@ class MeasuredRun(Run):
         fake, mode = fake_model(load_config(self.model), **self.ranks)
         weights = Ledger(fake)
         weights.close()
-        sizes = {"row_tokens": 0, "savings": Savings(), "peak": 0, "when": "", "host": 0}
-        lasting = Plan(self.model, owners=weights.owners, **sizes, **self.ranks)
+        lasting = Plan.of_step(weights, model=self.model, row_tokens=0, savings=Savings(), **self.ranks)
         return simulate_sampling(fake, mode, self.params, self.prompt_tokens, lasting)
 
     def simulate(self, savings: Savings) -> RunPlan:

@@ -114,14 +114,19 @@ def sums_start_in_the_backward_pass() -> None:
     """At the end of the backward pass, each rank that has a row has started every sum."""
     sum_gradients.BUCKET = 20_000
     step = TrainingStep(make_model("llama"), Savings(), lr=LR)
-    sums, started = step.updates.sums, []
-    finish = sums.finish
-    sums.finish = lambda loss: (started.append(sums.order.next), finish(loss))
+    updates, order, started = step.updates, step.updates.order, []
+    finish = updates.finish
+
+    def recorded(loss):
+        started.append(order.next)
+        return finish(loss)
+
+    updates.finish = recorded
     step(rows(0, 5))
     step(rows(0, 1))
     step.close()
-    assert len(sums.order.buckets) > 5
-    assert started == [len(sums.order.buckets), 0 if ranks.here().rank else len(sums.order.buckets)]
+    assert len(order.buckets) > 5
+    assert started == [len(order.buckets), 0 if ranks.here().rank else len(order.buckets)]
     assert not step.model.lm_head.weight._post_accumulate_grad_hooks
 
 

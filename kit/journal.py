@@ -90,12 +90,11 @@ class Journal:
         """Write one row to the operating system at once, so that killing the process does not lose it.
 
         A power cut may lose the last rows, until `sync`: they are sampled or trained again. NaN and inf
-        become text. Raises ValueError if another process works in the run's folder.
+        become text, at any depth. Raises ValueError if another process works in the run's folder.
         """
         if self.own is None:
             return
-        finite = {key: _finite(value) for key, value in row.items()}
-        line = _line(finite, allow_nan=False)
+        line = _line(_finite(row), allow_nan=False)
         self.lock()
         self.own.parent.mkdir(parents=True, exist_ok=True)
         with self.own.open("ab+") as file:
@@ -219,4 +218,9 @@ def _ends_line(file) -> bool:
 
 
 def _finite(value):
+    """Return a value with text in the place of NaN and inf, also inside lists and objects."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

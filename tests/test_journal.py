@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,12 @@ def test_rows_are_read_back_in_order(tmp_path):
     assert journal.read() == []
     journal.append({"step": 1, "text": "π \u2028 \n"})
     journal.append({"step": 2, "loss": float("nan")})
-    assert journal.read() == [{"step": 1, "text": "π \u2028 \n"}, {"step": 2, "loss": "nan"}]
+    journal.append({"step": 3, "losses": [1.0, math.inf], "dq": {"error": math.nan, "size": 2.0}})
+    assert journal.read() == [
+        {"step": 1, "text": "π \u2028 \n"},
+        {"step": 2, "loss": "nan"},
+        {"step": 3, "losses": [1.0, "inf"], "dq": {"error": "nan", "size": 2.0}},
+    ]
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\xff\xfe"])

@@ -46,6 +46,7 @@ class Slabs(SideStream):
     While the states in one slab are updated, the previous ones are copied back and the next ones copied in.
 
     NOT RUN ON A GPU. One side stream does the copies. The order that makes this right:
+    - slabs are created, and filled with zeros, by the compute stream, for which the side stream waits once.
     - a slab is filled after it was emptied: both copies are on the side stream, in this order.
     - states are updated after they arrived: the compute stream waits for the event of their copy.
     - states are copied back after they were updated: the side stream waits for the compute stream.
@@ -57,6 +58,8 @@ class Slabs(SideStream):
         like = torch.empty((), device=device).expand(num_elements)
         self.num_elements = num_elements
         self.slabs, self.turn = [init_state(like, exact=exact) for _ in range(2)], 0
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def fetch(self, on_host: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Start copying states to the card. Return their copies, and the event that marks their arrival."""

@@ -163,7 +163,7 @@ def check_blocks(results: Results, card: Card, rows: Rows) -> None:
     rest = sum(apart[name].sum().item() for name in others) / sum(apart[name].numel() for name in others)
     loss = abs(blocked["loss"][0] / whole["loss"][0] - 1).item()
     text = f"{share:.2%} of the embedding differ, at most {worst:.0%} of a row; loss by {loss:.0e}"
-    text += f"; {rest:.2%} of all other tensors"
+    text += f"; {rest:.2%} of all other numbers"
     holds = rest < 0.01 and share < 0.02 and worst < 0.5 and loss < 1e-4
     results.check("head in blocks = whole, one step", holds, text, share=share)
 

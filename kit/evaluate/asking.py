@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,8 +17,7 @@ from kit.data.arithmetic import PROMPT
 from kit.data.expressions import evaluate
 from kit.data.problems import Question
 from kit.evaluate import marks
-from kit.generate.interleave import take_turns
-from kit.generate.sampler import generate
+from kit.generate.sampler import stream
 from kit.generate.sampling import SamplingParams
 from kit.models.backbone import context_length
 from kit.terminal import Columns, has_colours, is_live, num_columns, visible
@@ -76,10 +76,8 @@ class Side:
             return f"{expression}?" if expression else question
         return PROMPT + expression if expression else question
 
-    def answer(
-        self, question: str, params: SamplingParams, *, seed: int, sample: int, after_token: Callable
-    ) -> None:
-        """Draw the answer, token by token: the one that evaluation logs as this sample of the question.
+    def answer(self, question: str, params: SamplingParams, *, seed: int, sample: int) -> Generator[None]:
+        """Draw the answer, and yield after every token. It is evaluation's answer for this sample.
 
         params.max_new_tokens is lowered to what the model's context leaves.
         Raises ValueError if it leaves nothing, and if memory runs out.
@@ -93,32 +91,47 @@ class Side:
                 f"{context_length(self.model):,}; forget it with /new, or ask without --history"
             )
 
-        def take(_, token: int) -> None:
-            self.ids.append(token)
-            after_token()
-
         limit = min(params.max_new_tokens, room)
+        steps = stream(
+            self.model,
+            [prompt],
+            replace(params, max_new_tokens=limit),
+            num_slots=1,
+            seed=seed,
+            eos_token_id=self.chat.eos_token_ids,
+            keys=[[Question.of({"problem": problem, "answer": "?"}).id, sample]],
+        )
+        is_whole = False
         try:
-            (completion,) = generate(
-                self.model,
-                [prompt],
-                replace(params, max_new_tokens=limit),
-                num_slots=1,
-                seed=seed,
-                eos_token_id=self.chat.eos_token_ids,
-                keys=[[Question.of({"problem": problem, "answer": "?"}).id, sample]],
-                on_token=take,
-                description="",
-            )
+            with closing(steps):
+                for step in steps:
+                    for _, token, completion in step:
+                        self.ids.append(token)
+                        is_whole = completion is not None and completion.finished
+                    yield
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"{self.title}: memory ran out after {len(self.ids):,} of up to {limit:,} tokens; pass a "
                 "smaller --max_new_tokens, or ask fewer models at once"
             ) from error
         self.has_ended = True
-        if not completion.finished:
+        if not is_whole:
             is_asked = limit == params.max_new_tokens
             self.ending = "cut off by max_new_tokens" if is_asked else "cut off: its context is full"
+
+
+def take_turns(works: Sequence[Generator], after_turn: Callable[[], object]) -> None:
+    """Run all works to their end, by turns, and call after_turn when each has had its turn.
+
+    Whatever is raised, also Ctrl-C, closes the others. On a card the next token may be queued by then; all
+    models share one stream, which keeps their order.
+    """
+    ended = object()
+    with ExitStack() as stack:
+        running = [stack.enter_context(closing(work)) for work in works]
+        while running:
+            running = [work for work in running if next(work, ended) is not ended]
+            after_turn()
 
 
 class _View:
@@ -129,15 +142,6 @@ class _View:
         titles = [side.title for side in sides]
         self.columns = Columns(titles, out, colours=has_colours(out)) if is_live(out) else None
         self.next_drawing = 0.0
-
-    def __enter__(self) -> _View:
-        if self.columns:
-            self.columns.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.columns:
-            self.columns.__exit__(*error)
 
     def update(self) -> None:
         start = time.perf_counter()
@@ -191,12 +195,11 @@ def ask(
     for first in range(0, len(sides), at_once):
         group = sides[first : first + at_once]
 
-        def work_of(side: Side) -> Callable:
-            return lambda pause: side.answer(question, params, seed=seed, sample=sample, after_token=pause)
-
-        with _View(group, out) as view:
+        view = _View(group, out)
+        with view.columns or nullcontext():
             try:
-                take_turns([work_of(side) for side in group], view.update)
+                answers = [side.answer(question, params, seed=seed, sample=sample) for side in group]
+                take_turns(answers, view.update)
             except KeyboardInterrupt:
                 goes_on = False
             for side in group:

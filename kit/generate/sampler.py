@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from kit.generate.engine import Drawn, Engine, steps_ahead
-from kit.generate.sampling import SamplingParams, finite, stream_key
+from kit.generate.sampling import SamplingParams, check_finite, stream_key
 from kit.generate.slots import choose_slots
 from kit.machine import return_memory
 from kit.models.backbone import context_length
@@ -73,7 +73,6 @@ def generate(
     keys: Sequence[object] | None = None,
     decode: Callable[[list[int]], str] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
     description: str = "generating",
 ) -> list[Completion]:
     """Sample one completion per prompt, and return them in the order of the prompts.
@@ -82,10 +81,44 @@ def generate(
     num_slots: rows decoded at once; 0 = as many as memory holds. Fewer are used, and a line says so, if a
     card does not hold them. keys: with `seed` the name of each prompt's random stream, for example
     (question id, sample index); None = the prompt's index.
-    decode: ids -> text. on_finish(index, completion): called when a completion ends. on_token(index, token):
-    called for every token as it is drawn. description: of the progress; "" = show none.
+    decode: ids -> text. on_finish(index, completion): called when a completion ends. description: of the
+    progress; "" = show none.
     Raises ValueError for an unknown family, an empty prompt, and logits that are not finite, and if a prompt
     and max_new_tokens exceed the model's context.
+    """
+    done: list[Completion | None] = [None] * len(prompts)
+    how = {"num_slots": num_slots, "seed": seed, "eos_token_id": eos_token_id, "keys": keys, "decode": decode}
+    steps = stream(model, prompts, params, **how)
+    progress = Samples(len(prompts), description)
+    with progress if description else nullcontext(), closing(steps):  # also if on_finish raises
+        for step in steps:
+            progress.tokens += len(step)
+            for index, _, completion in step:
+                if completion:
+                    done[index] = completion
+                    progress.finish(completion)
+                    if on_finish:
+                        on_finish(index, completion)
+    return done
+
+
+Step = list[tuple[int, int, Completion | None]]  # of each row: index of its prompt, token, what it ends
+
+
+def stream(
+    model,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    *,
+    num_slots: int,
+    seed: int,
+    eos_token_id: int | Sequence[int],
+    keys: Sequence[object] | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+) -> Generator[Step]:
+    """Sample as `generate` does, and yield after every step, for example to let another model take one.
+
+    The arguments and errors are those of `generate`. Close what it returns if you leave it early.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)
@@ -94,20 +127,7 @@ def generate(
     num_slots = choose_slots(model, num_slots, len(prompts), capacity) if prompts else 0
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     streams = [stream_key(seed, key) for key in keys]
-
-    done: list[Completion | None] = [None] * len(prompts)
-    progress = Samples(len(prompts), description)
-    settings = params, streams, stop, num_slots, capacity
-    with progress if description else nullcontext():
-        responses = _run_slots(model, prompts, *settings, progress, on_token)
-        with closing(responses):  # also if on_finish raises
-            for request, ids, logprobs, seconds in responses:
-                text = decode(ids) if decode else ""
-                done[request] = Completion(ids, logprobs, ids[-1] in stop, text, seconds)
-                progress.finish(done[request])
-                if on_finish:
-                    on_finish(request, done[request])
-    return done
+    return _run_slots(model, prompts, params, streams, stop, num_slots, capacity, decode)
 
 
 # without inference mode, 10 % of the time of a small model's many tiny operations is autograd's bookkeeping
@@ -120,10 +140,8 @@ def _run_slots(
     stop: set[int],
     num_slots: int,
     capacity: int,
-    progress: Samples,
-    on_token: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[int, list[int], list[float], float]]:
-    """Yield (index of the prompt, ids, their log-probs, seconds) of each response as it ends."""
+    decode: Callable[[list[int]], str] | None,
+) -> Generator[Step]:
     if not prompts:
         return
     slots = [_Slot(-1) for _ in range(num_slots)]
@@ -131,22 +149,24 @@ def _run_slots(
     waiting, ahead = deque(range(len(prompts))), steps_ahead(engine.device)
     queued: deque[tuple[list[_Slot], Drawn]] = deque()
 
-    def receive(num_left: int):
-        """Read queued steps until num_left are left. Free the slots that end, and yield their responses."""
+    def receive(num_left: int) -> Iterator[Step]:
+        """Read queued steps until num_left are left, and free the slots whose responses end."""
         while len(queued) > num_left:
             owners, drawn = queued.popleft()
             received = zip(owners, *drawn.read(), strict=True)
             received = [each for each in received if each[0].request >= 0]  # else it had ended: cut
-            finite([logprob for _, _, logprob in received])
-            progress.tokens += len(received)
+            check_finite([logprob for _, _, logprob in received])
+            step = []
             for slot, token, logprob in received:
                 slot.ids.append(token)
                 slot.logprobs.append(logprob)
-                if on_token:
-                    on_token(slot.request, token)
+                index, completion = slot.request, None
                 if token in stop or len(slot.ids) == params.max_new_tokens:
-                    request, slot.request = slot.request, -1
-                    yield request, slot.ids, slot.logprobs, time.perf_counter() - slot.start
+                    slot.request, seconds = -1, time.perf_counter() - slot.start
+                    text = decode(slot.ids) if decode else ""
+                    completion = Completion(slot.ids, slot.logprobs, token in stop, text, seconds)
+                step.append((index, token, completion))
+            yield step
 
     training = model.training
     model.eval()

@@ -49,17 +49,15 @@ def sample(
     return draw(logits, keys, positions, **settings)
 
 
-def finite(logprobs: list[float]) -> list[float]:
-    """Return log-probs of drawn tokens unchanged. Raises ValueError if one is NaN or infinite.
+def check_finite(logprobs: list[float]) -> None:
+    """Raise ValueError if the log-prob of a drawn token is NaN or infinite.
 
     A NaN or +inf among a row's logits makes the log-prob of its token NaN. The numbers are in Python already,
     so a card does not wait for this.
     """
-    if not all(map(math.isfinite, logprobs)):
-        count = sum(not math.isfinite(logprob) for logprob in logprobs)
+    if count := sum(not math.isfinite(logprob) for logprob in logprobs):
         raise ValueError(
             f"the model's logits are NaN or infinite for {count} of {len(logprobs)} responses, so its tokens "
             "mean nothing. If its weights are finite, a sum overflows: load it in float32 or bfloat16; after "
             "training, go back to an earlier checkpoint and lower --lr"
         )
-    return logprobs

@@ -14,9 +14,10 @@ from kit import models as kit_models
 from kit.data.arithmetic import PROMPT
 from kit.data.chat import ChatFormat
 from kit.evaluate import asking
-from kit.evaluate.asking import Side, ask, computed_gold, expression_of
+from kit.evaluate.asking import Side, ask, computed_gold, expression_of, take_turns
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.evaluate.measure import evaluate
+from kit.generate import sampler
 from kit.generate.sampling import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=70)
@@ -149,3 +150,58 @@ def test_ctrl_c_ends_the_answers_and_shows_what_they_have(side, ctrl_c_interrupt
     assert sum("tokens, stopped" in row for row in out.rows) == 1  # both on one row
     monkeypatch.undo()
     assert ask([side, other], "3+2?", PARAMS, out=io.StringIO())
+
+
+def counting(log: list, name: str, number: int):
+    try:
+        for i in range(number):
+            log.append(f"{name}{i}")
+            yield
+    finally:
+        log.append(f"{name}.")
+
+
+def test_works_take_turns_and_the_longer_one_goes_on_alone():
+    log = []
+    take_turns([counting(log, "a", 2), counting(log, "b", 4), counting(log, "c", 0)], lambda: log.append("|"))
+    assert "".join(log) == "a0b0c.|a1b1|a.b2|b3|b.|"
+    take_turns([], lambda: log.append("never"))
+    assert log[-1] == "|"
+
+
+def test_an_error_of_one_work_is_raised_and_ends_the_others():
+    log = []
+
+    def fails():
+        yield
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        take_turns([counting(log, "a", 99), fails(), counting(log, "b", 99)], lambda: None)
+    assert log == ["a0", "b0", "a1", "b.", "a."]
+
+
+def test_what_is_raised_between_turns_ends_all_works_and_they_clean_up():
+    log = []
+
+    def stop():
+        if len(log) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take_turns([counting(log, "a", 99)], stop)
+    assert log == ["a0", "a1", "a2", "a."]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_models_that_take_turns_answer_as_they_do_alone(side, ahead, monkeypatch):
+    monkeypatch.setattr(sampler, "steps_ahead", lambda _: ahead)
+    model, tokenizer = kit_models.load("tinier", device="cpu")
+    sides = [side, Side("tinier", model, ChatFormat(tokenizer, model, instruction=""))]
+    hot, out = SamplingParams(temperature=2.0, max_new_tokens=40), io.StringIO()
+    alone = []
+    for one in sides:
+        ask([one], "3+2-4+4?", hot, seed=3, out=out)
+        alone.append(list(one.ids))
+    assert ask(sides, "3+2-4+4?", hot, seed=3, out=make_screen(monkeypatch, 200, 24))
+    assert [one.ids for one in sides] == alone and alone[0] != alone[1]

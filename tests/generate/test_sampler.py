@@ -19,7 +19,7 @@ from kit.generate import engine, kv_cache
 from kit.generate import sampler as generating
 from kit.generate.engine import Engine
 from kit.generate.kv_cache import SlotCache
-from kit.generate.sampler import Completion, arrange, generate
+from kit.generate.sampler import Completion, arrange, generate, stream
 from kit.generate.sampling import SamplingParams
 from kit.models import backbone
 from kit.models.backbone import hidden_states
@@ -404,17 +404,25 @@ def test_logits_that_are_not_finite_stop_the_sampler_and_what_ended_before_is_ke
     assert model.training
 
 
-def test_every_token_is_passed_on_as_it_is_drawn_and_an_error_there_ends_the_sampling():
-    model, seen = make_model("llama"), {}
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_stream_hands_over_every_token_as_it_is_drawn_and_can_be_left(ahead, monkeypatch):
+    monkeypatch.setattr(generating, "steps_ahead", lambda _: ahead)
+    model, seen, ends = make_model("llama"), {}, {}
     model.train()
-    done = run(model, RANDOM, on_token=lambda index, token: seen.setdefault(index, []).append(token))
-    assert seen == {index: completion.ids for index, completion in enumerate(done)}
+    how = {"num_slots": 3, "seed": 0, "eos_token_id": range(2, 30)}
+    done = generate(model, prompts(), RANDOM, **how)
+    for step in stream(model, prompts(), RANDOM, **how):
+        for index, token, completion in step:
+            seen.setdefault(index, []).append(token)
+            ends |= {index: completion} if completion else {}
+    assert [ends[index] for index in range(len(done))] == done
+    assert [seen[index] for index in range(len(done))] == [completion.ids for completion in done]
+    assert model.training
 
-    def stop(index, token):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(model, RANDOM, on_token=stop)
+    steps = stream(model, prompts(), RANDOM, **how)
+    next(steps)
+    assert not model.training and not torch.is_inference_mode_enabled()
+    steps.close()
     assert model.training
 
 

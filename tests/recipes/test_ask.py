@@ -166,7 +166,7 @@ def test_with_history_again_forgets_the_first_answer_and_new_forgets_all(recipe,
 
     def spy(side, question, *arguments, **how):
         prompts.append([asked for asked, _ in side.history])
-        prompt(side, question, *arguments, **how)
+        return prompt(side, question, *arguments, **how)
 
     monkeypatch.setattr(asking.Side, "answer", spy)
     talk(recipe, monkeypatch, ["1+1?", "2+2?", "/again", "/new", "3+3?"], history=True, max_new_tokens=9)

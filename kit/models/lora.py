@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.extras import require
 from kit.models import loading, qlora
-from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NF4, base_kind
+from kit.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, NF4, base_kind, load_weights
 from kit.models.weights import check_finite
 
 # values of init_lora_weights that leave the base as it was published
@@ -34,12 +34,10 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 MERGE = "merge them with peft's merge_and_unload where they were trained, and pass the folder of the result"
 
 
-def load(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, attention: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(folder: Path, **where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base with a folder's adapters, frozen, and the tokenizer (the folder's, if it has one).
 
-    The other arguments are as for kit.models.load.
+    where: device, dtype and attention, as for kit.models.load.
     Raises ValueError for pickled weights, for adapters that are not LoRA or that change more than LoRA does,
     for a base that is not at hand, and for weights that do not fit it.
     """
@@ -47,19 +45,21 @@ def load(
     if kind := base_kind(folder):
         if kind == NF4:
             require(f"{folder}, adapters of a model in NF4,", "bitsandbytes")
-        model, tokenizer = qlora.load_adapter(folder, device=device, dtype=dtype, attention=attention)
+        config = LoraConfig.from_pretrained(str(folder))
+        how = {"rank": config.r, "alpha": config.lora_alpha, "nf4": kind == NF4}
+        model, tokenizer = qlora.load(config.base_model_name_or_path, **how, **where)
+        load_weights(folder, model, dtypes=False)
         return model, _own_tokenizer(folder) or tokenizer
     base = _base(folder)
     try:
-        path = loading.path_of(base)
-        model, tokenizer = loading.load_plain(path, device=device, dtype=dtype, attention=attention)
+        model, tokenizer = loading.load_plain(loading.path_of(base), **where)
     except ValueError as error:
         raise ValueError(
             f"{folder} holds adapters of {base}, which cannot be loaded; write where the base is as "
             f"base_model_name_or_path in {folder / ADAPTER_CONFIG}\n"
             f"{error}"
         ) from error
-    model = _adapt(model, folder, base, device)
+    model = _adapt(model, folder, base, where["device"])
     check_finite({name: x for name, x in model.named_parameters() if ".lora_" in name}, folder)
     return model.eval(), _own_tokenizer(folder) or tokenizer
 

@@ -111,11 +111,6 @@ class NF4Linear(nn.Linear):
             )
         return _DequantisedMatmul.apply(x, self)
 
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        )
-
 
 class _DequantisedMatmul(torch.autograd.Function):
     @staticmethod

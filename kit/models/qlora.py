@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -31,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.models import loading
 from kit.models.attention import attention_name
-from kit.models.folder import ADAPTER, ADAPTER_CONFIG, NF4, base_kind, load_weights
+from kit.models.folder import ADAPTER, ADAPTER_CONFIG
 from kit.models.shipped import SHIPPED
 
 RANK = 16
@@ -143,37 +142,6 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-def load_adapter(
-    folder: Path,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    attention: str = "auto",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a base and the adapters that kit.train.checkpoint wrote to a folder, to sample or train further.
-
-    Raises ValueError for adapters that the kit did not train, and for a base that is missing or does not fit.
-    """
-    kind = base_kind(folder)
-    if not kind:
-        raise ValueError(
-            f"{folder} holds adapters that do not say they were trained by the kit, on which kind of base, "
-            "and on another base they are another model; load them with kit.models.load"
-        )
-    config = LoraConfig.from_pretrained(str(folder))
-    model, tokenizer = load(
-        config.base_model_name_or_path,
-        rank=config.r,
-        alpha=config.lora_alpha,
-        nf4=kind == NF4,
-        device=device,
-        dtype=dtype,
-        attention=attention,
-    )
-    load_weights(folder, model, dtypes=False)
-    return model, tokenizer
 
 
 @torch.no_grad()

@@ -16,12 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SHOWN = 3  # tensors that an error names
-BITS = {
-    1: torch.int8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # bytes of a number -> type of its bits
+# bytes of a number -> type of its bits
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PIECE = 2**22  # numbers whose bits are multiplied at once, in 8 bytes each
 
 

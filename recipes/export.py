@@ -159,7 +159,7 @@ def write_all(
         model, tokenizer = models.load(path, device=device, dtype=dtype)
         chat = data.ChatFormat(tokenizer, model, instruction=instruction)
         copied = answer(model, chat, **how, description=f"answers of {name}")
-        checked.append(f"{name}: {evaluate.same_answers.Agreement.of(original, copied)}")
+        checked.append(f"{name}: {evaluate.same_answers.agreement(original, copied)}")
         print(f"checked     {checked[-1]}")
     sections = [*sections, *card_of_files(config, source, checked)]
     report.model_card.write(folder, source.name, source.base, sections)

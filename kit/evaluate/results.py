@@ -6,7 +6,8 @@ fall.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +57,7 @@ class Result:
     @property
     def interval(self) -> float:
         """Half the width of the 95 % interval of accuracy, over questions (samples are not independent)."""
-        return half_width(list(self.by_question().values()))
+        return half_width(self.by_question().values())
 
     @property
     def paper_accuracy(self) -> float | None:
@@ -66,7 +67,7 @@ class Result:
 
     def by_question(self, column: str = STRICT) -> dict[str, float]:
         """Return each question's share of correct samples, by one of the two columns of verdicts."""
-        return _share_by_question(self.rows, lambda row: row[column] == "correct")
+        return _share_by_question(self.rows, lambda row: row[column])
 
     def pass_at(self, k: int) -> float:
         """Estimate pass@k without bias, as a mean over questions: the chance that one of k samples is
@@ -81,18 +82,13 @@ class Result:
         return half_width(self._pass_by_question(k))
 
     def _pass_by_question(self, k: int) -> list[float]:
-        samples: dict[str, list[bool]] = {}
-        for row in self.rows:
-            samples.setdefault(row["question"], []).append(row[STRICT] == "correct")
-        return [pass_at_k(len(correct), sum(correct), k) for correct in samples.values()]
+        right = _right_by_question(self.rows, lambda row: row[STRICT])
+        return [pass_at_k(len(found), sum(found), k) for found in right.values()]
 
     @property
     def num_samples(self) -> int:
         """Samples that every question has; while a run is in progress, some questions have more."""
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row["question"]] = counts.get(row["question"], 0) + 1
-        return min(counts.values())
+        return min(Counter(row["question"] for row in self.rows).values())
 
     def lengths(self, verdict: str = "") -> Lengths:
         """Return the lengths of the responses with this verdict, in tokens; "" = all."""
@@ -119,10 +115,8 @@ class Result:
         A question whose samples were all cut off does not count. Those are often the hard ones, so read this
         figure together with `truncated`.
         """
-        shares = _share_by_question(
-            [row for row in self.rows if row["finished"]], lambda row: row[STRICT] == "correct"
-        )
-        return fmean(shares.values()) if shares else None
+        finished = [row for row in self.rows if row["finished"]]
+        return fmean(_share_by_question(finished, lambda row: row[STRICT]).values()) if finished else None
 
     @property
     def unknown(self) -> int:
@@ -179,10 +173,10 @@ class Result:
 
     def interval_at(self, cap: int) -> float:
         """Return half the width of the 95 % interval of accuracy_at."""
-        return half_width(list(self._by_question_at(cap).values()))
+        return half_width(self._by_question_at(cap).values())
 
     def _by_question_at(self, cap: int) -> dict[str, float]:
-        return _share_by_question(self.rows, lambda row: _verdict_at(row, cap) == "correct")
+        return _share_by_question(self.rows, lambda row: _verdict_at(row, cap))
 
     def summary(self) -> dict:
         """Return every figure, ready for JSON."""
@@ -224,11 +218,15 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def _share_by_question(rows: Sequence[dict], true_of) -> dict[str, float]:
-    samples: dict[str, list[bool]] = {}
+def _right_by_question(rows: Sequence[dict], verdict_of: Callable[[dict], str]) -> dict[str, list[bool]]:
+    right: dict[str, list[bool]] = {}
     for row in rows:
-        samples.setdefault(row["question"], []).append(true_of(row))
-    return {question: fmean(found) for question, found in samples.items()}
+        right.setdefault(row["question"], []).append(verdict_of(row) == "correct")
+    return right
+
+
+def _share_by_question(rows: Sequence[dict], verdict_of: Callable[[dict], str]) -> dict[str, float]:
+    return {question: fmean(found) for question, found in _right_by_question(rows, verdict_of).items()}
 
 
 def _verdict_at(row: dict, cap: int) -> str:

@@ -50,36 +50,21 @@ def answer(
     return answers
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How the answers of a copy agree with those of the original. All are numbers of problems."""
+def agreement(original: Sequence[Answer], copy: Sequence[Answer]) -> str:
+    """Say how the answers of a copy agree with those of the original.
 
-    problems: int
-    same: int  # the same answer was found in both texts, or none in either
-    same_text: int
-    same_prompt: int  # that both tokenisers and templates make the same ids of
-    right: tuple[int, int]  # of the original, of the copy
-    cut: tuple[int, int]  # answers that were cut off
-
-    @classmethod
-    def of(cls, original: Sequence[Answer], copy: Sequence[Answer]) -> Agreement:
-        pairs = list(zip(original, copy, strict=True))
-        return cls(
-            len(pairs),
-            sum(a.found == b.found for a, b in pairs),
-            sum(a.text == b.text for a, b in pairs),
-            sum(a.prompt == b.prompt for a, b in pairs),
-            tuple(sum(one.is_right for one in answers) for answers in (original, copy)),
-            tuple(sum(not one.is_finished for one in answers) for answers in (original, copy)),
-        )
-
-    def __str__(self) -> str:
-        text = (
-            f"{self.same} of {self.problems} the same ({self.same_text} word for word); "
-            f"right {self.right[0]} before and {self.right[1]} after"
-        )
-        if any(self.cut):
-            text += f"; cut off {self.cut[0]} before and {self.cut[1]} after"
-        if self.same_prompt < self.problems:
-            text += f"; {self.problems - self.same_prompt} prompts have other tokens, a fault of the copy"
-        return text
+    The same are two in which the same answer was found, or none. Prompts with other token ids are a fault of
+    the copy's tokeniser or template.
+    """
+    pairs = list(zip(original, copy, strict=True))
+    same = sum(a.found == b.found for a, b in pairs)
+    same_text = sum(a.text == b.text for a, b in pairs)
+    other_prompts = sum(a.prompt != b.prompt for a, b in pairs)
+    right, right_after = (sum(one.is_right for one in answers) for answers in (original, copy))
+    cut, cut_after = (sum(not one.is_finished for one in answers) for answers in (original, copy))
+    return (
+        f"{same} of {len(pairs)} the same ({same_text} word for word); "
+        f"right {right} before and {right_after} after"
+        + (f"; cut off {cut} before and {cut_after} after" if cut or cut_after else "")
+        + (f"; {other_prompts} prompts have other tokens, a fault of the copy" if other_prompts else "")
+    )

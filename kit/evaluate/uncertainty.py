@@ -7,12 +7,12 @@ interval here is over questions, and each question counts as one number, its sha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, pstdev
 
 
-def half_width(values: Sequence[float], added: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> float:
+def half_width(values: Iterable[float], added: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> float:
     """Return half the width of the 95 % interval of a mean over questions: 1.96 standard errors.
 
     values: one number per question, for example its share of correct samples or the difference of two such

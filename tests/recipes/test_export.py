@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit import models
 from kit.config import parse
-from kit.evaluate.same_answers import Agreement, Answer
+from kit.evaluate.same_answers import Answer, agreement
 from kit.models import folder
 from kit.models.gguf_file import write_gguf
 from kit.report.model_card import without_folders
@@ -201,7 +201,7 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path):
 def test_answers_agree_by_what_was_found_and_other_prompts_are_a_fault():
     first = [Answer((1,), "so 4", "4", True, True), Answer((2,), "x", None, False, False)]
     second = [replace(first[0], text="thus 4"), replace(first[1], prompt=(3,), found="7")]
-    assert str(Agreement.of(first, second)) == (
+    assert agreement(first, second) == (
         "1 of 2 the same (1 word for word); right 1 before and 1 after; cut off 1 before and 1 after; "
         "1 prompts have other tokens, a fault of the copy"
     )

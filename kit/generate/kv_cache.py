@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from transformers import Cache
 
 from kit.kernels.decode_attention import obstacle, runs_kernel
 from kit.models.families import head_dim, layer_windows
@@ -27,14 +26,12 @@ BUCKET = 16  # positions; attended length is rounded up to a multiple of it, so 
 MOVED_AT_ONCE = 1_024  # positions; bounds the copy that a move makes
 
 
-class SlotCache(Cache):
+class SlotCache:
     """Keys and values, (S, Hkv, W, D) per layer. at_prefill and at_decode prepare it for a forward pass."""
 
     def __init__(self, model, num_slots: int, capacity: int):
-        super().__init__(layers=[])
         config, weight = model.config, model.get_input_embeddings().weight
-        self.windows = layer_windows(config)
-        self.sizes = [min(window or capacity, capacity) for window in self.windows]
+        self.sizes = _sizes(config, capacity)
         num_heads, width = config.num_key_value_heads, head_dim(config)
         like = {"dtype": weight.dtype, "device": weight.device}
         # not zeros: a CPU allocates memory on first write, and most answers end long before the capacity
@@ -85,7 +82,8 @@ class SlotCache(Cache):
                 continue
             width = min(-(-(longest + 1) // BUCKET) * BUCKET, W)
             unseen = torch.arange(width, device=positions.device) >= lengths[:, None]  # none from W on
-            self.seen[W] = width, self._added(unseen)[:, None, None]
+            # added to the scores: a boolean mask would be converted in every layer
+            self.seen[W] = width, torch.where(unseen, -torch.inf, self.zero)[:, None, None]
             self._clear(W, width)
 
     def _clear(self, W: int, end: int) -> None:
@@ -95,10 +93,6 @@ class SlotCache(Cache):
                 self.keys[i][:, :, self.cleared[W] : end] = 0
                 self.values[i][:, :, self.cleared[W] : end] = 0
             self.cleared[W] = end
-
-    def _added(self, unseen: torch.Tensor) -> torch.Tensor:
-        """Return what is added to the scores, 0 or -inf. A boolean mask would be converted in every layer."""
-        return torch.where(unseen, -torch.inf, self.zero)
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the new tokens' keys and values, (B, Hkv, D), to their places."""
@@ -112,15 +106,11 @@ class SlotCache(Cache):
         B = len(seen)
         return self.keys[layer][:B, :, :width], self.values[layer][:B, :, :width], seen
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """Store the keys and values of a pack of prompts, (1, Hkv, T, D), in their rows, and return them.
-
-        This is transformers' interface. The pack attends to itself alone.
-        """
-        row, place, token = self.prompt_places[self.sizes[layer_idx]]
-        for held, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
-            held[row, :, place] = states[0, :, token].transpose(0, 1)  # (positions, Hkv, D)
-        return key_states, value_states
+    def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store the keys and values of a pack of prompts, (T, Hkv, D), in their rows."""
+        row, place, token = self.prompt_places[self.sizes[layer]]
+        for held, states in ((self.keys[layer], keys), (self.values[layer], values)):
+            held[row, :, place] = states[token]  # (positions, Hkv, D)
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copy rows `sources` to rows `targets`, up to position `length`."""
@@ -130,8 +120,10 @@ class SlotCache(Cache):
                 places = slice(start, min(start + MOVED_AT_ONCE, end))
                 tensor[targets, :, places] = tensor[sources, :, places]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # transformers asks before it reads a prompt
+
+def _sizes(config, capacity: int) -> list[int]:
+    """Return the places of a row in each layer: W."""
+    return [min(window or capacity, capacity) for window in layer_windows(config)]
 
 
 def _takes_kernel(config, weight: torch.Tensor) -> bool:
@@ -149,7 +141,6 @@ def _takes_kernel(config, weight: torch.Tensor) -> bool:
 def cache_bytes(model, num_slots: int, capacity: int) -> int:
     """Return the bytes of a KV cache of num_slots rows. capacity: positions, prompt and response alike."""
     config = model.config
-    positions = sum(min(window or capacity, capacity) for window in layer_windows(config))
     element_bytes = model.get_input_embeddings().weight.element_size()
     position_bytes = 2 * config.num_key_value_heads * head_dim(config) * element_bytes
-    return num_slots * positions * position_bytes
+    return num_slots * sum(_sizes(config, capacity)) * position_bytes

@@ -22,12 +22,17 @@ import urllib.error
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from kit.generate.completions_api import NoAnswer, Reply, check_ended, question_of, read
 from kit.generate.sampler import Completion, Samples
 from kit.generate.sampling import SamplingParams, stream_key
 from kit.http_json import FAULTS, call, describe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AT_ONCE = 32  # requests that are open, unless num_slots says how many
 # seconds without a byte: no answer is streamed, so 16,384 tokens at 9 per second, and the wait for a slot
@@ -44,29 +49,19 @@ VERSIONS = {
 }
 
 
+@dataclass
 class Server:
-    """A model behind a server, found by `connect`.
+    """A model behind a server, found by `connect`."""
 
-    name: of the model, as the server calls it. engine: the server's kind and version. context: tokens of
-    prompt and answer together, at most; None = the server does not tell. tokenizer: the model's.
-    timeout, deadline, pause: seconds, see TIMEOUT, DEADLINE and FIRST_PAUSE.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        engine: str,
-        context: int | None,
-        tokenizer,
-        *,
-        timeout: float = TIMEOUT,
-        deadline: float = DEADLINE,
-        pause: float = FIRST_PAUSE,
-    ):
-        self.url, self.name, self.engine, self.context, self.tokenizer = url, name, engine, context, tokenizer
-        self.timeout, self.deadline, self.pause = timeout, deadline, pause
-        self.tokenizer_fits = False  # so far as an answer has shown
+    url: str
+    name: str  # of the model, as the server calls it
+    engine: str  # the server's kind and version
+    context: int | None  # tokens of prompt and answer together, at most; None = the server does not tell
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    timeout: float = TIMEOUT  # these three in seconds
+    deadline: float = DEADLINE
+    pause: float = FIRST_PAUSE
+    tokenizer_fits: bool = False  # so far as an answer has shown
 
     @property
     def identity(self) -> dict[str, str]:

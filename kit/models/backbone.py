@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kit.models.families import family_of, layer_kinds
 from kit.models.layers import FUSED, PLAIN, layer_of, norm_of, rotations
@@ -21,28 +21,26 @@ def hidden_states(
     batch: PackedBatch,
     *,
     inputs_embeds: torch.Tensor | None = None,
-    cache: Cache | None = None,
+    cache=None,
 ) -> torch.Tensor:
     """Compute the backbone's last hidden states of a packed row, (T, H), without the head.
 
     kit/models/layers.py holds what a layer computes. Attention learns from cu_seqlens and max_seqlen where
     the documents begin and end, so there is no mask.
 
-    inputs_embeds: the embeddings of batch.input_ids, (1, T, H); None = look them up. cache: stores the keys
-    and values of every layer; None = they are not kept.
+    inputs_embeds: the embeddings of batch.input_ids, (1, T, H); None = look them up. cache: a
+    kit.generate.kv_cache.SlotCache, which stores the keys and values of every layer; None = none does.
     """
     backbone, family = model.model, family_of(model.config)
     x = backbone.embed_tokens(batch.input_ids[None]) if inputs_embeds is None else inputs_embeds
-    bounds = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
-    if cache is not None:  # transformers 5.24 warns of the name, even for None
-        bounds["past_key_values"] = cache
+    arguments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "cache": cache}
     angles = rotations(model, x, batch.position_ids[None])
     operations = PLAIN if cache is not None and x.device.type == "cpu" else FUSED
     for layer, kind in zip(backbone.layers, layer_kinds(model.config), strict=False):
         # kit.train.recompute goes in through the layer of transformers
         recomputes = layer.training and layer.gradient_checkpointing
         compute = layer if recomputes else layer_of(layer, operations)
-        x = compute(x, position_embeddings=angles[kind], **bounds)
+        x = compute(x, position_embeddings=angles[kind], **arguments)
     return norm_of(backbone.norm, family, operations)(x).squeeze(0)
 
 

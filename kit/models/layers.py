@@ -107,19 +107,19 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        past_key_values=None,
+        cache=None,
         **_,
     ) -> Tensor:
         """Attend within the documents of a pack: normed inputs (1, T, H) -> (1, T, H).
 
-        The arguments are those of transformers' layers: position_embeddings are cos and sin, (1, T, D);
-        past_key_values, a cache that stores keys and values; others have no use in a pack.
+        position_embeddings: cos and sin, (1, T, D). cache: stores k and v, as the sampler's SlotCache does.
+        Others that transformers' layers take have no use in a pack.
         """
         module = self.attention
         # squeezed, not x[0]: the gradient of an index is a tensor of zeros to copy into
         q, k, v = self.heads(x.squeeze(0), *(angles.squeeze(0) for angles in position_embeddings))
-        if past_key_values is not None:
-            past_key_values.update(*(states.transpose(0, 1)[None] for states in (k, v)), module.layer_idx)
+        if cache is not None:
+            cache.store(module.layer_idx, k, v)
         return module.o_proj(attend(module, q, k, v, cu_seqlens, max_seqlen).flatten(1))[None]
 
 

@@ -34,10 +34,10 @@ def test_a_ring_sees_its_window_whatever_the_row_and_never_what_is_not_written(l
     cache = SlotCache(model, 2, 40)
     starts = torch.tensor([3, longest])
     states = torch.cat([torch.arange(3.0), torch.arange(float(longest))])
-    states = states[None, None, :, None].expand(1, 1, -1, 16)
+    states = states[:, None, None].expand(-1, 1, 16)
     cache.at_prefill([0, 1], [0, 3], starts.tolist())
     for layer in range(4):
-        cache.update(states, -states, layer)
+        cache.store(layer, states, -states)
     for step in range(20):
         positions = starts + step
         cache.at_decode(positions, max(positions.tolist()))

@@ -142,28 +142,3 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-@torch.no_grad()
-def merge(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-    """Merge the adapters into a plain model, in place and on the CPU: dequantised NF4 weight + (alpha / rank)
-    B A.
-
-    The sum is rounded once. dtype: None = the model's. In bf16 the part of B A below 1/256 of its weight is
-    rounded away; float32 keeps it. The base is the NF4 one on which the adapters were trained. They have also
-    learnt to make up for its rounding, so on the original weights they would correct errors that are not
-    there.
-    """
-    dtype = dtype or model.dtype
-    for path, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, LoraLayer)]:
-        base = layer.get_base_layer()
-        a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
-        delta = layer.scaling[ADAPTER] * (b @ a)
-        plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        plain.weight = nn.Parameter((base.dequantise().float() + delta).to("cpu", dtype))
-        if base.bias is not None:
-            plain.bias = nn.Parameter(base.bias.to("cpu", dtype))
-        model.set_submodule(path, plain)
-    del model.peft_config
-    model.to("cpu", dtype)
-    model.requires_grad_(True)

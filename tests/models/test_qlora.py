@@ -26,6 +26,7 @@ from kit.memory.live_bytes import LiveBytes
 from kit.models import qlora
 from kit.models.backbone import head_weight, hidden_states, next_token_logits
 from kit.models.folder import load_weights, save_model
+from kit.models.merge import merge
 from kit.models.nf4 import NF4Linear, quantise_decoder, simulate_quantised_decoder
 from kit.packing import Document, PackedBatch
 from kit.run import RunFolder
@@ -219,7 +220,7 @@ def test_a_merged_model_is_the_unmerged_one_to_rounding(tmp_path, family):
     take_steps(model, 10)
     twin, _ = dense_twin(model, torch.float64)
     truth, unmerged = logits_of(twin), logits_of(model)
-    qlora.merge(model)
+    merge(model, model.dtype)
     save(tmp_path / "plain", model)
     loaded, _ = models.load(str(tmp_path / "plain"), device="cpu")
     assert {type(m) for m in loaded.modules()} == {type(m) for m in make_model(family).modules()}
@@ -244,7 +245,7 @@ def test_merging_rounds_once_and_to_the_dtype_it_is_given():
     merged = {}
     for dtype in (torch.bfloat16, torch.float32):
         twin = copy.deepcopy(model)
-        qlora.merge(twin, dtype)
+        merge(twin, dtype)
         assert {p.dtype for p in twin.parameters()} == {dtype}
         assert all(p.requires_grad for p in twin.parameters())
         merged[dtype] = twin.model.layers[1].mlp.down_proj.weight.detach()

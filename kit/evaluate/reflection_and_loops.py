@@ -30,30 +30,12 @@ def ends_in_loop(text: str) -> bool:
     and over at least LOOP_CHARACTERS characters; the last unit may be cut off. A loop that the model left
     again does not count.
     """
-    length = max(LOOP_UNIT * LOOP_TIMES, LOOP_CHARACTERS)
-    tail = text[: -1 - length : -1]  # backwards, so that a loop is a periodic prefix
-    matches = _matches_with_start(tail)
-    for period in range(1, min(LOOP_UNIT, len(tail) - 1) + 1):
-        if period + matches[period] >= max(LOOP_TIMES * period, LOOP_CHARACTERS):
+    for period in range(1, LOOP_UNIT + 1):
+        length = max(LOOP_TIMES * period, LOOP_CHARACTERS)
+        end = text[-length:]
+        if len(end) == length and end[period:] == end[:-period]:
             return True
     return False
-
-
-def _matches_with_start(text: str) -> list[int]:
-    """Return, for every place, how many characters from there on equal the text's beginning.
-
-    This is the Z function, in linear time.
-    """
-    matches = [0] * len(text)
-    left = right = 0  # the match that reaches furthest
-    for i in range(1, len(text)):
-        length = min(right - i, matches[i - left]) if i < right else 0
-        while i + length < len(text) and text[length] == text[i + length]:
-            length += 1
-        matches[i] = length
-        if i + length > right:
-            left, right = i, i + length
-    return matches
 
 
 def boxes(text: str) -> list[tuple[int, int]]:

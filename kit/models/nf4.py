@@ -38,20 +38,22 @@ class NF4Linear(nn.Linear):
     full-size weight is kept between the passes.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device=None):
-        """Allocate a layer without filling it, on fake tensors too; see `quantise`."""
+    def __init__(self, linear: nn.Linear, device: torch.device | str | None = None):
+        """Allocate a layer like `linear`, in shape and dtype, without filling it. device: None = its own."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate the full weight
-        self.in_features, self.out_features = in_features, out_features
-        self.compute_dtype = dtype  # peft gives an adapter the dtype it finds under this name
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.compute_dtype = linear.weight.dtype  # peft gives an adapter the dtype it finds under this name
+        device = device or linear.weight.device
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        num_weights = in_features * out_features
+        num_weights = linear.weight.numel()
         num_scales = math.ceil(num_weights / BLOCK)
         packed = empty(math.ceil(num_weights / 2), 1, dtype=torch.uint8)  # two weights per byte
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = nn.Parameter(empty(out_features, dtype=dtype), requires_grad=False) if bias else None
+        bias = None if linear.bias is None else empty(self.out_features, dtype=self.compute_dtype)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_buffer("scale_bytes", empty(num_scales, dtype=torch.uint8))
         num_blocks = math.ceil(num_scales / SCALE_BLOCK)
         self.register_buffer("scale_scales", empty(num_blocks, dtype=torch.float32))
@@ -59,21 +61,10 @@ class NF4Linear(nn.Linear):
         self.register_buffer("scale_offset", empty(dtype=torch.float32))
 
     @classmethod
-    def like(cls, linear: nn.Linear, device: torch.device | str | None = None) -> NF4Linear:
-        """Allocate a layer like `linear`, in shape and dtype, without filling it. device: None = its own."""
-        return cls(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device=device or linear.weight.device,
-        )
-
-    @classmethod
     @torch.no_grad()
     def quantise(cls, linear: nn.Linear, device: torch.device | str) -> NF4Linear:
         """Quantise `linear` to NF4 on `device`, which holds its full weight meanwhile."""
-        layer = cls.like(linear, device)
+        layer = cls(linear, device)
         weight = linear.weight.to(device)
         packed, state = bnb.quantize_4bit(
             weight, blocksize=BLOCK, quant_type=QUANT_TYPE, compress_statistics=True
@@ -142,7 +133,7 @@ def simulate_quantised_decoder(model: nn.Module) -> None:
     The layers stay empty.
     """
     for parent, name in _decoder_linears(model):
-        setattr(parent, name, NF4Linear.like(getattr(parent, name)))
+        setattr(parent, name, NF4Linear(getattr(parent, name)))
 
 
 def _decoder_linears(model: nn.Module) -> list[tuple[nn.Module, str]]:

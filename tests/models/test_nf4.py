@@ -168,7 +168,7 @@ def test_a_layer_on_fake_tensors_holds_and_allocates_what_the_real_one_and_bitsa
     linear = make_linear(shape, dtype)
     real, theirs = NF4Linear.quantise(linear, "cpu"), make_bitsandbytes_linear(linear)
     with FakeTensorMode():
-        fake = NF4Linear.like(nn.Linear(shape[1], shape[0], dtype=dtype))
+        fake = NF4Linear(nn.Linear(shape[1], shape[0], dtype=dtype))
         x = torch.empty(1, T, shape[1], dtype=dtype, requires_grad=True)
         d_out = torch.empty(1, T, shape[0], dtype=dtype)
         with LiveBytes() as counted:

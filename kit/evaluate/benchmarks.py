@@ -60,9 +60,11 @@ class Benchmark:
 
         wanted = self.row_filter
         kept = ((place, row) for place, row in rows if not wanted or wanted in str(row.get("url", wanted)))
-        placed = [(place, self._question(row, place)) for place, row in kept]
-        _check_once(placed)
-        questions = [question for _, question in placed]
+        questions, places = [], {}
+        for place, row in kept:
+            questions.append(question := self._question(row, place))
+            if (first := places.setdefault(question.id, place)) != place:  # they would share keys in the log
+                raise ValueError(f"{place}: the same problem as in {first}; delete one of the two")
         if not questions:
             raise ValueError(f"{where} holds no question for {self.name}; check the file")
 
@@ -95,14 +97,6 @@ class Benchmark:
         if not match:
             raise ValueError(f"{place}: no {self.answer_pattern!r} in the answer {question.answer[-80:]!r}")
         return replace(question, answer=match.group(1).strip())
-
-
-def _check_once(placed: Iterable[tuple[str, Question]]) -> None:
-    """Raise ValueError for a problem that is there twice: its samples would share their keys in the log."""
-    places: dict[str, str] = {}
-    for place, question in placed:
-        if places.setdefault(question.id, place) != place:
-            raise ValueError(f"{place}: the same problem as in {places[question.id]}; delete one of the two")
 
 
 def ids_hash(questions: Iterable[Question]) -> str:

@@ -68,22 +68,18 @@ class DuringTraining:
 
         if not here().from_first(is_due):
             return
-        results = {benchmark.name: self._ask(benchmark, folder) for benchmark in self.benchmarks}
-        measured = {name: figures(result) for name, result in results.items()}
-        row = {"step": step, "held_out_loss": self._loss(), "benchmarks": measured}
-        journal.append(row)
-        self.tracker.log(step, {"held_out_loss": row["held_out_loss"]} | measured)
+        how = {"num_samples": 1, "num_slots": self.num_slots, "seed": self.seed}
+        measured = {
+            benchmark.name: figures(evaluate(self.model, self.chat, benchmark, self.params, folder, **how))
+            for benchmark in self.benchmarks
+        }
+        loss = None
+        if self.held_out:
+            loss = mean_loss(self.model, self.held_out, self.row_tokens, logit_rows=self.logit_rows)
+        journal.append({"step": step, "held_out_loss": loss, "benchmarks": measured})
+        self.tracker.log(step, {"held_out_loss": loss} | measured)
         if self.write_report and here().is_first:
             self.write_report(self.run, goes_on=True)
-
-    def _ask(self, benchmark: Benchmark, folder: Path) -> Result:
-        how = {"num_samples": 1, "num_slots": self.num_slots, "seed": self.seed}
-        return evaluate(self.model, self.chat, benchmark, self.params, folder, **how)
-
-    def _loss(self) -> float | None:
-        if not self.held_out:
-            return None
-        return mean_loss(self.model, self.held_out, self.row_tokens, logit_rows=self.logit_rows)
 
 
 def num_held_out(config) -> int:

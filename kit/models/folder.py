@@ -47,9 +47,9 @@ def is_in_nf4(model) -> bool:
 
 
 def save_model(path: Path, model, tokenizer) -> None:
-    """Write a model, or its adapters alone if it has any, as a Hugging Face folder, replacing what is there.
+    """Write a model, or its adapters alone if it has any, as a Hugging Face folder: whole or not at all.
 
-    It is written whole or not at all, and flushed to the disk.
+    It replaces what is there, and is flushed to the disk.
     """
     _publish(_write_model(path, model, tokenizer), path)
 
@@ -58,8 +58,8 @@ def _write_model(path: Path, model, tokenizer) -> Path:
     """Write a model into a new folder beside `path`, which gets its name later, and return it."""
     scratch = scratch_beside(path)
     scratch.mkdir(parents=True)
-    if _adapter_config(model):
-        _adapter_config(model).save_pretrained(str(scratch))
+    if config := _adapter_config(model):
+        config.save_pretrained(str(scratch))
         weights = {name: tensor.detach().contiguous() for name, tensor in _adapter_weights(model).items()}
         metadata = {"format": "pt", "base": NF4 if is_in_nf4(model) else PLAIN}
         save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=metadata)

@@ -73,13 +73,11 @@ def check_exportable(config: PreTrainedConfig, name: str) -> Layout:
         "sliding_attention" if every and (place + 1) % every else "full_attention"
         for place in range(config.num_hidden_layers)
     ]
-    fixed = {"layer_types": (kinds, expected), "softcap": (_get(config, "final_logit_softcapping"), None)}
-    fixed |= {name: (_get(config, name) or False, False) for name in ("attention_bias", "mlp_bias")}
-    types = ("default", "llama3") if layout.scales_rotation else ("default",)
-    fixed["rope_type"] = (
-        rotation["rope_type"],
-        next((t for t in types if t == rotation["rope_type"]), types),
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    fixed = {"layer_types": (kinds, expected), "softcap": (softcap, None)}
+    fixed |= {bias: (getattr(config, bias, None) or False, False) for bias in ("attention_bias", "mlp_bias")}
+    kind, types = rotation["rope_type"], ("default", "llama3") if layout.scales_rotation else ("default",)
+    fixed["rope_type"] = (kind, kind if kind in types else types)
     if every:
         fixed["query_pre_attn_scalar"] = (config.query_pre_attn_scalar, head_dim(config))
         local = config.rope_parameters["sliding_attention"]
@@ -92,10 +90,6 @@ def check_exportable(config: PreTrainedConfig, name: str) -> Layout:
                 "file would compute something else; leave out --gguf"
             )
     return layout
-
-
-def _get(config: PreTrainedConfig, name: str):
-    return getattr(config, name, None)
 
 
 def _rotation(config: PreTrainedConfig) -> dict:

@@ -64,8 +64,12 @@ class Vocabulary:
         tokens = [by_id.get(i, f"[PAD{i}]") for i in range(num_rows)]
         types = [_type(i, by_id, added, kind, model.get("unk_token")) for i in range(num_rows)]
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ())]
-        if kind == BY_WORDS:
-            return cls(kind, split, _spaced(tokens, types), types, scores=_scores(tokens, pairs))
+        if kind == BY_WORDS:  # what is found in the text as it is has plain spaces
+            stored = [
+                token.replace(SPACE, " ") if of == USER_DEFINED else token
+                for token, of in zip(tokens, types, strict=True)
+            ]
+            return cls(kind, split, stored, types, scores=_scores(tokens, pairs))
         if model["type"] == "WordLevel":
             spelling = bytes_to_unicode()
             tokens = [
@@ -157,14 +161,6 @@ def _type(i: int, by_id: Mapping[int, str], added: Mapping, kind: str, unknown: 
     if kind == BY_WORDS and by_id[i] == unknown:
         return UNKNOWN
     return BYTE if kind == BY_WORDS and IS_BYTE.fullmatch(by_id[i]) else NORMAL
-
-
-def _spaced(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
-    """Return the tokens of BY_WORDS; those that are found in the text as it is have plain spaces."""
-    return [
-        token.replace(SPACE, " ") if of == USER_DEFINED else token
-        for token, of in zip(tokens, types, strict=True)
-    ]
 
 
 def _scores(tokens: Sequence[str], pairs: Sequence[Sequence[str]]) -> list[float]:

@@ -19,11 +19,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
-    name: "tiny" or "tinier", a hub id, a folder, or a GGUF file (which is dequantised).
-
-    A folder of adapters is loaded with its base: in NF4 if the kit trained them on NF4, plain otherwise
-    (kit.models.lora).
-
+    name: "tiny" or "tinier", a hub id, a folder, or a GGUF file (which is dequantised). A folder of adapters
+    is loaded with its base: in NF4 if the kit trained them on NF4, plain otherwise (kit.models.lora).
     device: None = the card if there is one. dtype: None = bf16 on a card, fp32 on a CPU. attention: one of
     kit.models.attention.CHOICES.
     Raises ValueError for a path that does not exist, for an unknown family, for weights that are missing or
@@ -46,10 +43,8 @@ def load_to_train(
     """Load a model to train: as `load`, or with fresh adapters on a frozen copy.
 
     qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`, on weights in NF4. lora_rank: the
-    same on the weights as they are.
-
-    where: device, dtype and attention, as for `load`. Raises ValueError as `load` does, and for adapters that
-    the kit did not train.
+    same on the weights as they are. where: device, dtype and attention, as for `load`.
+    Raises ValueError as `load` does, and for adapters that the kit did not train.
     """
     if qlora_rank and lora_rank:
         raise ValueError(f"qlora_rank is {qlora_rank} and lora_rank {lora_rank}; pass one of them")

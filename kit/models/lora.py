@@ -92,11 +92,7 @@ def _base(folder: Path) -> str:
         )
 
     none = (None,)
-    allowed = {
-        "layer_replication": none,
-        "alora_invocation_tokens": none,
-        "init_lora_weights": PLAIN_STARTS,
-    }
+    allowed = {"layer_replication": none, "alora_invocation_tokens": none, "init_lora_weights": PLAIN_STARTS}
     for name, plain in allowed.items():
         value = getattr(config, name)
         if value not in plain:

@@ -115,12 +115,9 @@ class _DequantisedMatmul(torch.autograd.Function):
 
 
 def quantise_decoder(model: nn.Module, device: torch.device | str) -> None:
-    """Move a model to `device`, with all linear layers of its decoder in NF4.
+    """Move a model to `device`, with all linear layers of its decoder in NF4; all else keeps its dtype.
 
-    Norms, embedding and head keep their dtype.
-
-    This happens layer by layer: the device never holds more than one full weight, which is freed when it is
-    replaced.
+    This happens layer by layer: the device never holds more than one full weight.
     """
     for parent, name in _decoder_linears(model):
         setattr(parent, name, NF4Linear.quantise(getattr(parent, name), device))
@@ -128,10 +125,7 @@ def quantise_decoder(model: nn.Module, device: torch.device | str) -> None:
 
 
 def simulate_quantised_decoder(model: nn.Module) -> None:
-    """Do what quantise_decoder does, to a model on fake tensors, whose weights cannot be read.
-
-    The layers stay empty.
-    """
+    """Do what quantise_decoder does, to a model on fake tensors, which cannot be read: layers stay empty."""
     for parent, name in _decoder_linears(model):
         setattr(parent, name, NF4Linear(getattr(parent, name)))
 

@@ -12,9 +12,8 @@ a GGUF file alike. Meanwhile the whole model is in main memory (2 bytes per para
 of it on the card.
 
 peft's prepare_model_for_kbit_training is not used. It would cast whatever is not quantised to fp32: 0.6 to
-0.7 GiB more for the embedding and the head of a 1B to 3B model, and a gradient path through them that nothing
-needs. All else that it does is to freeze the base, which peft also does when it adds adapters. Layers need no
-preparation to be checkpointed, because the kit's checkpointing is not reentrant.
+0.7 GiB more for the embedding and the head of a 1B to 3B model, and a gradient path that nothing needs. peft
+freezes the base when it adds adapters. The kit's checkpointing is not reentrant, so it needs no preparation.
 """
 
 from __future__ import annotations
@@ -126,9 +125,7 @@ def _adapted_layers(model: PreTrainedModel) -> list[LoraLayer]:
 
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """Switch the adapters off within a `with` block.
-
-    So the reference of a policy costs no second copy of the model.
+    """Switch the adapters off within a `with` block: the reference of a policy, without a second copy.
 
     Run a forward pass and its backward pass both inside or both outside: a checkpointed layer is recomputed
     with what is switched on at that moment.

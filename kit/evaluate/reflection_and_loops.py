@@ -24,11 +24,10 @@ def reflects(text: str) -> bool:
 
 
 def ends_in_loop(text: str) -> bool:
-    """Return whether the text ends in a repetition loop.
+    """Return whether the last characters repeat one unit; the last unit may be cut off.
 
-    It does if its last characters repeat one unit of at most LOOP_UNIT characters, at least LOOP_TIMES times
-    and over at least LOOP_CHARACTERS characters; the last unit may be cut off. A loop that the model left
-    again does not count.
+    A unit has at most LOOP_UNIT characters, and is repeated at least LOOP_TIMES times and over at least
+    LOOP_CHARACTERS characters. A loop that the model left again does not count.
     """
     for period in range(1, LOOP_UNIT + 1):
         length = max(LOOP_TIMES * period, LOOP_CHARACTERS)

@@ -70,8 +70,7 @@ class Result:
         return _share_by_question(self.rows, lambda row: row[column])
 
     def pass_at(self, k: int) -> float:
-        """Estimate pass@k without bias, as a mean over questions: the chance that one of k samples is
-        correct.
+        """Estimate pass@k without bias: the chance that one of k samples is correct, a mean over questions.
 
         Raises ValueError if a question has fewer than k samples.
         """
@@ -260,8 +259,7 @@ def check_comparable(before: Result, after: Result) -> None:
 def paired_difference(before: Result, after: Result, *, force: bool = False) -> tuple[float, float]:
     """Return (accuracy after - before, half the width of its 95 % interval).
 
-    Paired by question, so that how hard the questions are cancels: narrower than the intervals of the two
-    accuracies.
+    Paired by question, so that how hard the questions are cancels: narrower than the two accuracies' own.
     Raises ValueError if the two did not answer the same questions and, unless forced, if their headers
     differ.
     """
@@ -278,10 +276,7 @@ def paired_difference(before: Result, after: Result, *, force: bool = False) -> 
 
 
 def headline(results: Mapping[str, Result]) -> dict[str, Result]:
-    """Return the results whose unweighted mean is the headline: of the paper's benchmarks, if there is one.
-
-    If there is none, all. results: benchmark -> samples.
-    """
+    """Return the results of the paper's benchmarks, whose unweighted mean is the headline; if none, all."""
     of_paper = {name: result for name, result in results.items() if name in BENCHMARKS}
     return of_paper or dict(results)
 

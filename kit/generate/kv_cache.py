@@ -55,10 +55,9 @@ class SlotCache:
         self.seen: dict[int, tuple[int, torch.Tensor]] = {}
 
     def at_prefill(self, rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> None:
-        """Prepare for a pack of whole prompts.
+        """Prepare for a pack of whole prompts, which several rows may share.
 
-        Row rows[i] gets the lengths[i] tokens that begin at starts[i] in the pack. Several rows may share one
-        prompt.
+        Row rows[i] gets the lengths[i] tokens that begin at starts[i] in the pack.
         """
         device = self.starts[self.sizes[0]].device
         for W in self.cleared:

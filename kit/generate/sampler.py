@@ -5,9 +5,6 @@ prompt is left, the active rows are moved together and the batch shrinks. Prompt
 padding or masks, as training reads its rows; equal prompts that are read together are read once. Single
 tokens go through kit/generate/decode.py. LoRA and quantised layers work.
 
-On a card, attention reads each row to its own length, which stays on the device; on a CPU, all rows as far as
-the longest. Sliding layers never read further than their window (kit/generate/kv_cache.py).
-
 A card computes while the host reads: the next step is queued before the host waits for the tokens of the last
 one. So a row may run one token past its end. That token is cut, and its place in the cache lies inside the
 row, where the next text overwrites or hides it, like the text before.
@@ -118,7 +115,7 @@ def stream(
 ) -> Generator[Step]:
     """Sample as `generate` does, and yield after every step, for example to let another model take one.
 
-    The arguments and errors are those of `generate`. Close what it returns if you leave it early.
+    Arguments and errors are those of `generate`. Close what it returns if you leave it early.
     """
     prompts = [tuple(prompt) for prompt in prompts]
     keys = list(range(len(prompts))) if keys is None else list(keys)

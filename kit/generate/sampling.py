@@ -38,9 +38,7 @@ def stream_key(seed: int, key: object) -> int:
 def sample(
     logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row. Return (token ids (B,) int64, log-probs (B,) fp32).
-
-    The log-probs are those of the distribution that was sampled.
+    """Draw one token per row. Return (token ids (B,) int64, their log-probs (B,) fp32 when they were drawn).
 
     logits: (B, V). keys, positions: (B,) int64, each sample's random stream and the number of tokens that it
     has. Greedy decoding (temperature 0) returns the log-probs of the model's own distribution.

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -84,14 +84,15 @@ def generate(
     and max_new_tokens exceed the model's context.
     """
     done: list[Completion | None] = [None] * len(prompts)
-    how = {"num_slots": num_slots, "seed": seed, "eos_token_id": eos_token_id, "keys": keys, "decode": decode}
+    how = {"num_slots": num_slots, "seed": seed, "eos_token_id": eos_token_id, "keys": keys}
     steps = stream(model, prompts, params, **how)
     progress = Samples(len(prompts), description)
     with progress if description else nullcontext(), closing(steps):  # also if on_finish raises
         for step in steps:
             progress.tokens += len(step)
-            for index, _, completion in step:
-                if completion:
+            for index, _, ended in step:
+                if ended:
+                    completion = replace(ended, text=decode(ended.ids) if decode else "")
                     done[index] = completion
                     progress.finish(completion)
                     if on_finish:
@@ -99,7 +100,7 @@ def generate(
     return done
 
 
-Step = list[tuple[int, int, Completion | None]]  # of each row: index of its prompt, token, what it ends
+Step = list[tuple[int, int, Completion | None]]  # of each row: index of its prompt, token, what that ends
 
 
 def stream(
@@ -111,7 +112,6 @@ def stream(
     seed: int,
     eos_token_id: int | Sequence[int],
     keys: Sequence[object] | None = None,
-    decode: Callable[[list[int]], str] | None = None,
 ) -> Generator[Step]:
     """Sample as `generate` does, and yield after every step, for example to let another model take one.
 
@@ -124,7 +124,7 @@ def stream(
     num_slots = choose_slots(model, num_slots, len(prompts), capacity) if prompts else 0
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     streams = [stream_key(seed, key) for key in keys]
-    return _run_slots(model, prompts, params, streams, stop, num_slots, capacity, decode)
+    return _run_slots(model, prompts, params, streams, stop, num_slots, capacity)
 
 
 # without inference mode, 10 % of the time of a small model's many tiny operations is autograd's bookkeeping
@@ -137,7 +137,6 @@ def _run_slots(
     stop: set[int],
     num_slots: int,
     capacity: int,
-    decode: Callable[[list[int]], str] | None,
 ) -> Generator[Step]:
     if not prompts:
         return
@@ -160,8 +159,7 @@ def _run_slots(
                 index, completion = slot.request, None
                 if token in stop or len(slot.ids) == params.max_new_tokens:
                     slot.request, seconds = -1, time.perf_counter() - slot.start
-                    text = decode(slot.ids) if decode else ""
-                    completion = Completion(slot.ids, slot.logprobs, token in stop, text, seconds)
+                    completion = Completion(slot.ids, slot.logprobs, token in stop, seconds=seconds)
                 step.append((index, token, completion))
             yield step
 

@@ -187,14 +187,3 @@ def _own(name: str, source: str) -> Benchmark:
     return Benchmark(
         name, source, Path(source).name, OWN_SAMPLES, len(questions), ids_hash(questions), questions=questions
     )
-
-
-def count_samples(text: str, *, num_questions: int, num_samples: int) -> int:
-    """Count the samples of one pass over the benchmarks that a setting names, as find_benchmarks takes them.
-
-    Only your own questions are read. num_questions, num_samples: 0 = all questions, the table's samples.
-    """
-    table = find_benchmarks(text)
-    questions = (min(num_questions or b.num_questions, b.num_questions) for b in table)
-    samples = (num_samples or b.num_samples for b in table)
-    return sum(n * k for n, k in zip(questions, samples, strict=True))

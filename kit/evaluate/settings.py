@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from kit.config import Checked
 from kit.data.chat import INSTRUCTION
-from kit.evaluate.benchmarks import Benchmark, count_samples, parse_benchmarks
+from kit.evaluate.benchmarks import Benchmark, find_benchmarks, parse_benchmarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,8 +83,10 @@ class BenchmarkSettings(Checked):
 
     def count_samples(self) -> int:
         """Count the samples of one pass over the benchmarks; only your own questions are read."""
-        sizes = {"num_questions": self.num_questions, "num_samples": self.num_samples}
-        return count_samples(self.benchmarks, **sizes)
+        return sum(
+            min(self.num_questions or b.num_questions, b.num_questions) * (self.num_samples or b.num_samples)
+            for b in find_benchmarks(self.benchmarks)
+        )
 
 
 @dataclass(frozen=True)

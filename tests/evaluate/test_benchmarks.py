@@ -6,7 +6,8 @@ import pytest
 from conftest import real_data
 
 from kit import paper
-from kit.evaluate.benchmarks import BENCHMARKS, count_samples, ids_hash, parse_benchmarks
+from kit.evaluate.benchmarks import BENCHMARKS, ids_hash, parse_benchmarks
+from kit.evaluate.settings import BenchmarkSettings
 from kit.grade.verdict import grade
 
 
@@ -143,16 +144,16 @@ def test_an_unknown_benchmark_is_refused_with_the_known_ones():
 
 
 def test_the_papers_evaluation_is_its_questions_times_its_samples():
-    assert count_samples("math500,aime24,amc23", num_questions=0, num_samples=0) == 500 * 4 + 30 * 8 + 40 * 8
-    few = count_samples("math500=math500.jsonl, aime24", num_questions=100, num_samples=2)
-    assert few == 100 * 2 + 30 * 2
+    assert BenchmarkSettings("math500,aime24,amc23").count_samples() == 500 * 4 + 30 * 8 + 40 * 8
+    few = BenchmarkSettings("math500=math500.jsonl, aime24", num_questions=100, num_samples=2)
+    assert few.count_samples() == 100 * 2 + 30 * 2
 
 
 def test_your_own_questions_count_as_many_as_the_file_holds(tmp_path):
     own = tmp_path / "q.jsonl"
     own.write_text("".join(f'{{"problem": "{i}+1?", "answer": {i + 1}}}\n' for i in range(7)))
     for limit, expected in ((0, 7), (5, 5)):
-        found = count_samples(f"toy,mine={own}", num_questions=limit, num_samples=0)
+        found = BenchmarkSettings(f"toy,mine={own}", num_questions=limit).count_samples()
         assert found == 4 * (limit or 100) + 4 * expected
 
 
@@ -248,8 +249,8 @@ def test_a_benchmark_named_twice_in_the_same_words_is_one(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "q.jsonl", OWN)
     assert [found.name for found in parse_benchmarks("toy, mine=q.jsonl,toy,mine=q.jsonl")] == ["toy", "mine"]
-    counted = count_samples("toy,toy", num_questions=5, num_samples=2)
-    assert counted == count_samples("toy", num_questions=5, num_samples=2) == 10
+    assert BenchmarkSettings("toy,toy", num_questions=5, num_samples=2).count_samples() == 10
+    assert BenchmarkSettings("toy", num_questions=5, num_samples=2).count_samples() == 10
 
 
 @pytest.mark.parametrize("limit", [0, 1])

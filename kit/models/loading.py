@@ -30,6 +30,8 @@ from kit.models.shipped import CONFIGS, SHIPPED
 from kit.models.weights import check_finite, check_loaded
 
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
+# it warns that the weights of a GGUF file are dequantised, which we ask for
+logging.getLogger("transformers.quantizers.quantizer_gguf").setLevel(logging.ERROR)
 
 
 def default_device() -> torch.device:
@@ -159,14 +161,8 @@ def check_end_of_text(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: str):
     require(f"{path}, a GGUF file,", "gguf", "accelerate")
-    loader = logging.getLogger("transformers.quantizers.quantizer_gguf")
-    level = loader.level
-    loader.setLevel(logging.ERROR)  # it warns that the weights are dequantised, which we ask for
-    try:
-        packed = _read_model(str(path), str(path.parent), gguf_file=path.name, dtype=dtype)
-        tokenizer = load_tokenizer(str(path.parent), gguf_file=path.name)
-    finally:
-        loader.setLevel(level)
+    packed = _read_model(str(path), str(path.parent), gguf_file=path.name, dtype=dtype)
+    tokenizer = load_tokenizer(str(path.parent), gguf_file=path.name)
     config = packed.config
     family_of(config, path.name)
     restore_rotation(path, config)

@@ -77,7 +77,7 @@ class Side:
         return PROMPT + expression if expression else question
 
     def answer(self, question: str, params: SamplingParams, *, seed: int, sample: int) -> Generator[None]:
-        """Draw the answer, and yield after every token. It is evaluation's answer for this sample.
+        """Draw the answer that evaluation logs as this sample of the question, and yield after every token.
 
         params.max_new_tokens is lowered to what the model's context leaves.
         Raises ValueError if it leaves nothing, and if memory runs out.

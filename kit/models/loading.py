@@ -131,7 +131,10 @@ def _without_its_code(where: str | Path) -> Iterator[None]:
 def load_tokenizer(where: str, **how) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or a hub id. how: as for from_pretrained. Raises NeedsItsCode."""
     with _without_its_code(where):
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **how)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **how)
+    if "gguf_file" in how:  # transformers names it after the folder; errors should name the file
+        tokenizer.name_or_path = str(Path(where) / how["gguf_file"])
+    return tokenizer
 
 
 def _read_config(where: str | Path, **how) -> PreTrainedConfig:

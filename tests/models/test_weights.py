@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from kit import models
+from kit.data.chat import ChatFormat
 from kit.data.toy import make_tokenizer
 from kit.models.folder import load_weights, save_model
 from kit.models.shipped import SHIPPED
@@ -141,6 +142,14 @@ def test_a_gguf_file_is_loaded_whole_or_not_at_all(tmp_path):
     write_gguf(path, model, left_out=UP)
     with pytest.raises(ValueError, match=f"m.gguf are not .* its file lacks {UP}"):
         models.load(path, device="cpu")
+
+
+def test_a_gguf_file_without_a_chat_template_is_refused_by_its_own_name(tmp_path):
+    pytest.importorskip("gguf")
+    write_gguf(str(tmp_path / "m.gguf"), make_model("llama"))
+    _, tokenizer = models.load(str(tmp_path / "m.gguf"), device="cpu")
+    with pytest.raises(ValueError, match=r"m\.gguf has no chat template \(a base model\?\)"):
+        ChatFormat(tokenizer)
 
 
 def test_adapters_that_are_not_finite_or_truncated_are_refused(tmp_path):

@@ -86,7 +86,7 @@ def test_garbage_in_places_that_were_never_written_reaches_nothing(family, garba
 def test_places_beyond_the_longest_row_stay_as_they_were_and_so_take_no_memory_on_a_cpu(garbage):
     cache = SlotCache(make_model("llama"), 3, 500)
     cache.at_prefill([2], [0], [5])
-    cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
+    cache.store(0, torch.ones(5, 2, 8), torch.ones(5, 2, 8))
     cache.at_decode(torch.tensor([7, 40]), 40)
     cache.move(torch.tensor([2]), torch.tensor([0]), 45)
     for tensor in (*cache.keys, *cache.values):

@@ -176,8 +176,9 @@ def test_an_error_of_one_work_is_raised_and_ends_the_others():
         yield
         raise ValueError("no room")
 
+    works = [counting(log, "a", 99), fails(), counting(log, "b", 99)]  # held here: nothing else closes them
     with pytest.raises(ValueError, match="no room"):
-        take_turns([counting(log, "a", 99), fails(), counting(log, "b", 99)], lambda: None)
+        take_turns(works, lambda: None)
     assert log == ["a0", "b0", "a1", "b.", "a."]
 
 
@@ -188,8 +189,9 @@ def test_what_is_raised_between_turns_ends_all_works_and_they_clean_up():
         if len(log) == 3:
             raise KeyboardInterrupt
 
+    works = [counting(log, "a", 99)]
     with pytest.raises(KeyboardInterrupt):
-        take_turns([counting(log, "a", 99)], stop)
+        take_turns(works, stop)
     assert log == ["a0", "a1", "a2", "a."]
 
 

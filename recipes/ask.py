@@ -227,7 +227,7 @@ def next_command(config: Config, found: Sequence[Found]) -> tuple[str, ...]:
     if [model.name for model in found] == ["tiny"]:
         return "trains models to ask beside it, in a minute", command_of("demo"), "--smoke"
     if config.question:
-        given = {name: getattr(config, name) for name in ("model", "beside", "titles")}
+        given = {name: getattr(config, name) for name in ("model", "beside", "titles", "chat_template")}
         flags = [word for name, value in given.items() if value for word in (f"--{name}", value)]
         return "without a question: a conversation", started_as(), *flags
     return "measure one of them", command_of("evaluate"), "--model", found[-1].name

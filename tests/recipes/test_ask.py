@@ -161,6 +161,12 @@ def test_what_a_model_needs_is_its_weights_and_the_cache_of_an_answer(recipe):
     assert recipe.needed("tiny", 10**6, on_card=True) == (weights + 1_024 * token) // 2
 
 
+def test_the_command_for_a_conversation_keeps_the_template_without_which_a_base_model_is_refused(recipe):
+    config = recipe.Config(question="1+1?", model="base.gguf", chat_template="plain")
+    words = recipe.next_command(config, [])
+    assert words[2:] == ("--model", "base.gguf", "--chat_template", "plain")
+
+
 def test_with_history_again_forgets_the_first_answer_and_new_forgets_all(recipe, monkeypatch, capsys):
     prompts, prompt = [], asking.Side.answer
 

@@ -39,24 +39,38 @@ CARDS = [
 ]
 
 
+# The types of the arguments with these names, unless a case gives another. "i32:16" = a multiple of 16, as
+# nearly all strides are, which lets the compiler load 16 bytes at once.
+NAMES = {
+    "*i32": "cu_seqlens_ptr input_ids_ptr position_ids_ptr",
+    "*i64": "keys_ptr lengths_ptr offsets_ptr positions_ptr prompt_lens_ptr targets_ptr tokens_ptr",
+    "*fp32": "delta_ptr dloss_ptr entropy_ptr logprobs_ptr logsumexp_ptr logsumexps_ptr loss_ptr parts_ptr "
+    "r_ptr threshold_ptr",
+    "i32": "Hkv Hq N T W bad_token ignore_index num_documents num_splits num_tiles split_keys steps top_k "
+    "window",
+    "i32:16": "H K V first width",
+    "fp32": "cube eps inv_temperature noise offset scale slope temperature top_p",
+}
+TYPES = {name: kind for kind, names in NAMES.items() for name in names.split()}
+OPTIONS = "num_warps", "num_stages", "enable_fp_fusion"  # of a launch
+
+
 @dataclass(frozen=True)
 class Case:
     """One kernel with one launch configuration, everything its compilation depends on.
 
-    arguments: Triton's type of each argument that is not a tl.constexpr: "*bf16", "i32", "fp32"; "i32:16" = a
-    multiple of 16, as nearly all strides are, which lets the compiler load 16 bytes at once. If a name is
-    missing, one that ends in `_ptr` is a pointer to `element`, and one with `stride` in it is "i32:16".
+    launch: OPTIONS and tl.constexpr arguments, as a launch has them. The warps and the constants that are
+    missing are those of the module, NUM_WARPS and what has the argument's name; superfluous ones are ignored.
+    arguments: Triton's type of arguments, "*bf16", "i32", "fp32". If a name is missing here and in TYPES, one
+    that ends in `_ptr` is a pointer to `element`, and one with `stride` in it is "i32:16".
     """
 
     module: ModuleType
     kernel: str  # its name in module
     element: str  # of the big tensors: "bf16", "fp16", "fp32"
-    arguments: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, object] = field(default_factory=dict)  # the tl.constexpr arguments
-    num_warps: int = 4
-    num_stages: int = 3  # Triton's own default
-    options: dict[str, object] = field(default_factory=dict)  # other launch options: enable_fp_fusion=False
     label: str = ""  # what distinguishes it from the kernel's other cases
+    launch: dict[str, object] = field(default_factory=dict)
+    arguments: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -64,15 +78,21 @@ class Case:
         return " ".join(filter(None, (kernel, self.element, self.label)))
 
     def argument_type(self, name: str) -> str:
-        if name in self.arguments:
-            return self.arguments[name]
+        if found := (TYPES | self.arguments).get(name):
+            return found
         if name.endswith("_ptr"):
             return f"*{self.element}"
         if "stride" in name:
             return "i32:16"
         raise ValueError(
-            f"{self.name}: argument {name!r} has neither a type nor a value; add it to arguments or constants"
+            f"{self.name}: argument {name!r} has neither a type nor a value; add it to arguments or launch"
         )
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return OPTIONS; Triton's own default are three stages."""
+        options = {"num_warps": getattr(self.module, "NUM_WARPS", 4), "num_stages": 3}
+        return options | {name: value for name, value in self.launch.items() if name in OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -119,7 +139,7 @@ class Compiled:
         pattern = r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async)\S*?\.m(\d+)n(\d+)k(\d+)"
         found = re.findall(pattern, self.ptx, re.MULTILINE)
         macs = (int(m) * int(n) * int(k) / (1 if kind == "mma.sync" else 4) for kind, m, n, k in found)
-        return round(sum(macs) * self.case.num_warps)
+        return round(sum(macs) * self.case.options["num_warps"])
 
     @cached_property
     def loads(self) -> dict[int, int]:
@@ -137,7 +157,7 @@ class Compiled:
         """Return the figures for the JSON file."""
         return {
             "kernel": self.case.name, "card": self.card.name, "target": f"sm_{self.card.capability}",
-            "warps": self.case.num_warps, "stages": self.case.num_stages,
+            "warps": self.case.options["num_warps"], "stages": self.case.options["num_stages"],
             "registers": self.registers, "spilled": self.spilled,
             "shared": self.shared, "shared_limit": self.shared_limit,
             "tensor_core": self.tensor_core, "has_dot": self.has_dot, "loads": self.loads,
@@ -168,17 +188,20 @@ def compile_case(case: Case, card: Card) -> Compiled:
     from triton.compiler import ASTSource
 
     fn = getattr(case.module, case.kernel)
+    fixed = {parameter.name for parameter in fn.params if parameter.is_constexpr}
+    values = {name: value for name, value in vars(case.module).items() if name in fixed} | case.launch
     signature, attrs = {}, {}
     for i, name in enumerate(fn.arg_names):
-        declared = "constexpr" if name in case.constants else case.argument_type(name)
+        declared = "constexpr" if name in values else case.argument_type(name)
         kind, _, divisor = declared.partition(":")
         signature[name] = kind
         if divisor or kind.startswith("*"):  # torch's allocations are aligned
             attrs[i,] = [["tt.divisibility", int(divisor or 16)]]
+    constants = {name: values[name] for name, kind in signature.items() if kind == "constexpr"}
     compiled = triton.compile(
-        ASTSource(fn=fn, signature=signature, constexprs=case.constants, attrs=attrs),
+        ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attrs),
         target=GPUTarget("cuda", card.capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages} | case.options,
+        options=case.options,
     )
     ptx = compiled.asm["ptx"]
     target = re.search(r"\.target (\w+)", ptx).group(1)

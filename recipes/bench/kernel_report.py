@@ -47,127 +47,63 @@ BOTH_WAYS = ["_forward_kernel", "_backward_kernel"]
 
 
 def _logit_rows(kernel: str, element: str, softcap: float) -> Case:
-    rows = {"targets_ptr": "*i64"} | dict.fromkeys(("logprobs_ptr", "entropy_ptr", "logsumexp_ptr"), "*fp32")
-    return Case(
-        linear_cross_entropy_rows, kernel, element,
-        arguments=rows | {"V": "i32:16", "first": "i32:16", "inv_temperature": "fp32"},
-        constants={"BLOCK_V": linear_cross_entropy_rows.BLOCK_V, "SOFTCAP": softcap},
-        num_warps=linear_cross_entropy_rows.NUM_WARPS, label="softcap" if softcap else "",
-    )  # fmt: skip
-
-
-def _cross_entropy(kernel: str, element: str) -> Case:
-    rows = {"targets_ptr": "*i64", "loss_ptr": "*fp32", "logsumexp_ptr": "*fp32", "dloss_ptr": "*fp32"}
-    return Case(
-        cross_entropy, kernel, element,
-        arguments=rows | {"V": "i32:16", "ignore_index": "i32"},
-        constants={"BLOCK_V": cross_entropy.BLOCK_V},
-        num_warps=cross_entropy.NUM_WARPS,
-    )  # fmt: skip
+    label = "softcap" if softcap else ""
+    return Case(linear_cross_entropy_rows, kernel, element, label, {"SOFTCAP": softcap})
 
 
 def _attention(kernel: str, element: str, head_dim: int) -> Case:
     tile = packed_attention_tiles.tiles(head_dim, 4 if element == "fp32" else 2)[kernel]
-    rows = {"logsumexp_ptr": "*fp32", "delta_ptr": "*fp32", "cu_seqlens_ptr": "*i32"}
-    return Case(
-        packed_attention_tiles, f"_{kernel}_kernel", element,
-        arguments=rows | {"T": "i32", "num_documents": "i32", "window": "i32", "scale": "fp32"},
-        constants={"GROUP": 4, "D": head_dim} | {name: tile[name] for name in tile if name.isupper()},
-        num_warps=tile["num_warps"], num_stages=tile["num_stages"], label=f"D {head_dim}",
-    )  # fmt: skip
+    launch = tile | {"GROUP": 4, "D": head_dim}
+    return Case(packed_attention_tiles, f"_{kernel}_kernel", element, f"D {head_dim}", launch)
 
 
 def _decode_attention(kernel: str, element: str, heads: tuple[int, int]) -> Case:
     group, head_dim = heads
     tile = decode_attention.tile(head_dim, group, 4 if element == "fp32" else 2)
-    is_join = kernel == "_join_kernel"
-    constants = {"D": head_dim, "BLOCK_D": tile["BLOCK_D"], "JOINED": decode_attention.JOINED}
-    if not is_join:
-        constants = {"GROUP": group, "D": head_dim} | {name: tile[name] for name in tile if name.isupper()}
-    rows = {"lengths_ptr": "*i64"} | dict.fromkeys(("parts_ptr", "logsumexps_ptr"), "*fp32")
-    return Case(
-        decode_attention, kernel, element,
-        arguments=rows | dict.fromkeys(decode_attention.SIZES, "i32") | {"scale": "fp32"},
-        constants=constants, label=f"D {head_dim}",
-        num_warps=decode_attention.JOIN_WARPS if is_join else tile["num_warps"],
-        num_stages=tile["num_stages"],
-    )  # fmt: skip
+    launch = tile | {"GROUP": group, "D": head_dim}
+    if kernel == "_join_kernel":
+        launch["num_warps"] = decode_attention.JOIN_WARPS
+    return Case(decode_attention, kernel, element, f"D {head_dim}", launch)
 
 
 def _adamw8bit(weight: str, gradient: str, rest: bool) -> Case:
     """bf16 is passed as int16. rest: of exact bf16 weights."""
-    numbers = ("gradient_scale", "keep1", "take1", "keep2", "take2", "correction", "eps", "rate", "shrink")
+    numbers = ("gradient_scale", "keep1", "take1", "keep2", "take2", "correction", "rate", "shrink")
     states = {"m_ptr": "*i8", "m_scale_ptr": "*fp32", "v_ptr": "*u8", "v_scale_ptr": "*fp32"}
     integers = {"N": "i32:16", "first_element": "i64:16", "key": "i64"}
-    constants = {name: getattr(adamw8bit, name) for name in ("BLOCK", "BLOCKS", "M_LEVELS", "V_LEVELS")}
     return Case(
-        adamw8bit, "_update_kernel", weight,
-        arguments=states | integers | {"g_ptr": f"*{gradient}"} | dict.fromkeys(numbers, "fp32"),
-        constants=constants if rest else constants | {"rest_ptr": None}, num_warps=adamw8bit.NUM_WARPS,
-        options={"enable_fp_fusion": False}, label=f"gradient {gradient}" + ", rest" * rest,
+        adamw8bit, "_update_kernel", weight, f"gradient {gradient}" + ", rest" * rest,
+        {"enable_fp_fusion": False} | ({} if rest else {"rest_ptr": None}),
+        states | integers | {"g_ptr": f"*{gradient}"} | dict.fromkeys(numbers, "fp32"),
     )  # fmt: skip
 
 
 def _packing(buffer: str) -> Case:
-    outputs = {"input_ids_ptr": "*i32", "targets_ptr": "*i64", "position_ids_ptr": "*i32"}
-    plan = {"offsets_ptr": "*i64", "prompt_lens_ptr": "*i64", "cu_seqlens_ptr": "*i32"}
-    sizes = dict.fromkeys(("D", "T", "ignore_index", "bad_token"), "i32")
-    return Case(
-        packing, "_pack_kernel", "fp32", arguments=outputs | plan | sizes | {"buffer_ptr": f"*{buffer}"},
-        constants={"BLOCK": packing.BLOCK}, num_warps=packing.NUM_WARPS, label=f"buffer {buffer}",
-    )  # fmt: skip
+    arguments = {"D": "i32", "buffer_ptr": f"*{buffer}"}
+    return Case(packing, "_pack_kernel", "fp32", f"buffer {buffer}", arguments=arguments)
 
 
 def _rms_norm(kernel: str, element: str, H: int) -> Case:
-    sizes = {"N": "i32", "H": "i32:16", "steps": "i32", "eps": "fp32", "offset": "fp32"}
-    held = rms_norm.tile(H)
-    return Case(
-        rms_norm, kernel, element, arguments=sizes | dict.fromkeys(("r_ptr", "parts_ptr"), "*fp32"),
-        constants={name: held[name] for name in held if name.isupper()},
-        num_warps=held["num_warps"], label=f"H {H}",
-    )  # fmt: skip
+    return Case(rms_norm, kernel, element, f"H {H}", rms_norm.tile(H))
 
 
 def _rope(kernel: str, element: str, heads: tuple[int, int, int]) -> Case:
-    held = rope.tile(*heads)
-    return Case(
-        rope, kernel, element, arguments={"Hq": "i32", "Hkv": "i32", "D": "i32:16"},
-        constants={name: held[name] for name in held if name.isupper()},
-        num_warps=held["num_warps"], label=f"D {heads[-1]}",
-    )  # fmt: skip
-
-
-def _glu(kernel: str, element: str) -> Case:
-    return Case(
-        glu, kernel, element, arguments={"width": "i32:16", "slope": "fp32", "cube": "fp32"},
-        constants={"BLOCK": glu.BLOCK}, num_warps=glu.NUM_WARPS,
-    )  # fmt: skip
+    return Case(rope, kernel, element, f"D {heads[-1]}", rope.tile(*heads), {"D": "i32:16"})
 
 
 def _gumbel(kernel: str, element: str, is_cut: bool) -> Case:
     """is_cut: with a threshold. 64 tiles hold 262,144 tokens."""
-    threshold = {"threshold_ptr": "*fp32"} if is_cut or kernel == "_cut_kernel" else {}
-    streams = {"keys_ptr": "*i64", "positions_ptr": "*i64", "tokens_ptr": "*i64", "values_ptr": f"*{element}"}
-    sizes = {"V": "i32:16", "num_tiles": "i32", "K": "i32:16", "top_k": "i32"}
-    rows = dict.fromkeys(("parts_ptr", "logprobs_ptr"), "*fp32")
-    numbers = dict.fromkeys(("temperature", "top_p", "noise"), "fp32")
-    constants = {
-        "_race_kernel": {},
-        "_join_kernel": {"TILES": 64},
-        "_cut_kernel": {"CANDIDATES": gumbel.CANDIDATES},
-    }[kernel]
-    constants |= {"BLOCK_V": gumbel.BLOCK_V} | ({} if threshold else {"threshold_ptr": None})
-    return Case(
-        gumbel_tiles, kernel, element, arguments=streams | sizes | rows | numbers | threshold,
-        constants=constants, num_warps=gumbel.NUM_WARPS, label="cut" if is_cut else "",
-    )  # fmt: skip
+    launch = {"num_warps": gumbel.NUM_WARPS, "BLOCK_V": gumbel.BLOCK_V, "CANDIDATES": gumbel.CANDIDATES}
+    if not is_cut and kernel != "_cut_kernel":
+        launch["threshold_ptr"] = None
+    return Case(gumbel_tiles, kernel, element, "cut" if is_cut else "", launch | {"TILES": 64})
 
 
 def cases() -> list[Case]:
     """Return every kernel in every launch configuration. Add new kernels here; the test finds them."""
     return [
         *(_logit_rows(*case) for case in product(LOGIT_ROWS, ELEMENTS, [0.0, 30.0])),
-        *(_cross_entropy(*case) for case in product(BOTH_WAYS, ELEMENTS)),
+        *(Case(cross_entropy, *case) for case in product(BOTH_WAYS, ELEMENTS)),
         *(_attention(*case) for case in product(["forward", "dq", "dkdv"], ELEMENTS, HEAD_DIMS)),
         *(_decode_attention("_split_kernel", *case) for case in product(ELEMENTS, GROUPS)),
         *(_decode_attention("_join_kernel", "bf16", heads) for heads in GROUPS),
@@ -176,7 +112,7 @@ def cases() -> list[Case]:
         *(_packing(buffer) for buffer in ("i32", "i64")),
         *(_rms_norm(*case) for case in product(BOTH_WAYS, ELEMENTS, NORMALISED)),
         *(_rope(*case) for case in product(BOTH_WAYS, ELEMENTS, HEADS)),
-        *(_glu(*case) for case in product(BOTH_WAYS, ELEMENTS)),
+        *(Case(glu, *case) for case in product(BOTH_WAYS, ELEMENTS)),
         *(_gumbel(*case) for case in product(["_race_kernel", "_join_kernel"], ELEMENTS, [False, True])),
         *(_gumbel("_cut_kernel", element, is_cut=True) for element in ELEMENTS),
     ]

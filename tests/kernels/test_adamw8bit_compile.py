@@ -35,7 +35,7 @@ def bytes_of_accesses(ptx, pointer, kind):
 
 def check_accesses():
     updates = [case for case in cases() if case.kernel == "_update_kernel"]
-    rests = [case for case in updates if "rest_ptr" not in case.constants]
+    rests = [case for case in updates if "rest_ptr" not in case.launch]
     assert len(updates) == 6 and len(rests) == 2
     for case in updates:
         for card in (card for card in CARDS if card.capability in (80, 89, 120)):

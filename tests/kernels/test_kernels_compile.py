@@ -41,9 +41,8 @@ def _hoarding_kernel(x_ptr, BLOCK: tl.constexpr):
 
 
 def matmul(**options):
-    return Case(
-        sys.modules[__name__], "_matmul_kernel", "bf16", {"num_steps": "i32"}, {"BLOCK": 64}, **options
-    )
+    launch = {"BLOCK": 64, **options}
+    return Case(sys.modules[__name__], "_matmul_kernel", "bf16", "", launch, {"num_steps": "i32"})
 
 
 # products of an attention kernel's inner loop, each of BLOCK_M x BLOCK_N x D
@@ -57,7 +56,7 @@ def complaints(compiled: Compiled) -> list[str]:
     if compiled.spilled > MAX_SPILLED * is_attention:
         found.append(f"{compiled.spilled} bytes per thread spill to memory")
     if is_attention and compiled.tensor_core:
-        sizes = compiled.case.constants
+        sizes = compiled.case.launch
         needed = PRODUCTS[compiled.case.kernel] * sizes["BLOCK_M"] * sizes["BLOCK_N"] * sizes["BLOCK_D"]
         if compiled.tensor_core_macs != needed:
             found.append(
@@ -126,16 +125,17 @@ def check_dots():
 
 def check_bad():
     card = next(card for card in CARDS if card.capability == 89)
-    hoarding = Case(
-        sys.modules[__name__], "_hoarding_kernel", "fp32", constants={"BLOCK": 16_384}, num_warps=1
-    )
+    launch = {"BLOCK": 16_384, "num_warps": 1}
+    hoarding = Case(sys.modules[__name__], "_hoarding_kernel", "fp32", "", launch)
     assert "spill" in complaints(compile_case(hoarding, card))[0]
     twice = next(case for case in cases() if case.name == "packed_attention_tiles._forward_kernel bf16 D 256")
-    assert "are needed" in complaints(compile_case(replace(twice, num_warps=8), card))[0]
+    twice = replace(twice, launch=twice.launch | {"num_warps": 8})
+    assert "are needed" in complaints(compile_case(twice, card))[0]
     deep = matmul(num_stages=9)  # 8 KiB per tile, two tiles per stage
     assert any("does not fit" in complaint for complaint in complaints(compile_case(deep, card)))
-    with pytest.raises(ValueError, match="'num_steps' has neither"):
-        compile_case(replace(matmul(), arguments={}), card)
+    for missing in ("launch", "arguments"):
+        with pytest.raises(ValueError, match=r"'(BLOCK|num_steps)' has neither"):
+            compile_case(replace(matmul(), **{missing: {}}), card)
 
 
 def run_child(*args, **environment):

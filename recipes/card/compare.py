@@ -6,7 +6,6 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,31 +43,49 @@ def rms(x: Tensor) -> float:
     return rms_error(x, x.new_zeros(()).expand(x.shape))
 
 
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a result. peer: what torch computes in the same dtype, or None."""
+def judge(results: Results, name: str, labels, ours, torchs, truths, floors, text: str = "") -> None:
+    """Record one check. It holds if the rms error of each tensor is at most twice torch's plus the floor.
 
-    ours: Tensor
-    peer: Tensor | None
-    truth: Tensor
-    floor: float  # error allowed beyond twice torch's, whose own error may be zero by chance
-
-
-def judge(results: Results, name: str, parts: dict[str, Part], text: str = "") -> None:
-    """Record one check. It holds if the rms error of each part is at most twice torch's plus the floor."""
+    labels, ours, torchs, truths, floors: of each tensor of a result. torchs: computed by torch in the same
+    dtype, or None. floors: allowed beyond twice torch's error, which may be zero by chance.
+    """
     numbers, words, holds = {}, [], True
-    for label, part in parts.items():
-        error, size = rms_error(part.ours, part.truth), rms(part.truth)
-        torch_error = None if part.peer is None else rms_error(part.peer, part.truth)
+    for label, x, peer, truth, floor in zip(labels, ours, torchs, truths, floors, strict=True):
+        error, size = rms_error(x, truth), rms(truth)
+        torch_error = None if peer is None else rms_error(peer, truth)
         allowed = torch_error if torch_error is not None and math.isfinite(torch_error) else 0.0
-        fine = error <= 2 * allowed + part.floor  # False for NaN
+        fine = error <= 2 * allowed + floor  # False for NaN
         holds &= fine
-        numbers[label] = {"error": error, "torch_error": torch_error, "size": size, "floor": part.floor}
+        numbers[label] = {"error": error, "torch_error": torch_error, "size": size, "floor": floor}
 
         relative = f"{error / size:.1e}" if size > 1e-9 else f"{error:.1e} absolute"
         beside = f" ({error / torch_error:.2f}x)" if torch_error else ""
         words.append(f"{label} {relative}{beside}" + ("" if fine else " WRONG"))
     results.check(name, holds, ", ".join([*words, text] if text else words), numbers=numbers)
+
+
+Tensors = list[Tensor]
+
+
+def beside_float64(ours: Callable, reference: Callable, inputs: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+    """Return outputs and gradients of ours, of the reference on the same inputs, and on float64 ones."""
+    truth = outputs_and_gradients(reference, [x.double() for x in inputs])
+    torchs = outputs_and_gradients(reference, inputs)
+    with poisoned():
+        return outputs_and_gradients(ours, inputs), torchs, truth
+
+
+def outputs_and_gradients(function: Callable, inputs: Tensors) -> Tensors:
+    """Return the outputs, then the inputs' gradients. The upstream gradients are the same in every dtype."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    read = [output.detach().clone() for output in outputs]  # before backward overwrites what it may
+    upstream = [
+        torch.linspace(-1, 2, x.numel(), device=x.device).reshape(x.shape).to(x.dtype) for x in outputs
+    ]
+    torch.autograd.backward(outputs, upstream)
+    return [*read, *(leaf.grad for leaf in leaves)]
 
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

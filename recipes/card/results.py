@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +142,14 @@ class Results:
             self.card.free()
             if self.card.is_lost():
                 raise CardLost(name) from None
+
+    def run(
+        self, name: str, check: Callable, *arguments, seconds: float, gib: float = 0.0, **options
+    ) -> None:
+        """Run check(self, card, name, ...) as one case, if it is within what `need` allows."""
+        with self.case(name):
+            self.need(seconds=seconds, gib=gib)
+            check(self, self.card, name, *arguments, **options)
 
     def need(self, *, seconds: float = 0.0, gib: float = 0.0) -> None:
         """Raise Skip if the card has less memory or the budget less time. Both are estimates for a card."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import torch
@@ -12,7 +13,16 @@ from kit.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradients_, row_logprobs
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, pack_rows
 from kit.recipes.card import truth_attention, truth_decode, truth_draw, truth_head, truth_layers
-from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
+from kit.recipes.card.compare import (
+    ROUNDING,
+    beside_float64,
+    judge,
+    judge_equal,
+    name_of,
+    normal,
+    poisoned,
+    rms,
+)
 from kit.recipes.card.results import Card, Results
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -66,9 +76,7 @@ def check_rows(results: Results, card: Card) -> None:
     cases = list(product(DTYPES, vocabularies, ((0.7, 30.0), (1.0, 0.0))))
     for dtype, V, (temperature, softcap) in cases[:: 3 if card.quick else 1]:
         name = f"rows of logits {name_of(dtype)} V = {V:,} temperature {temperature} softcap {softcap:g}"
-        with results.case(name):
-            results.need(seconds=2)
-            check_row_kernels(results, card, name, dtype, V, 1 / temperature, softcap)
+        results.run(name, check_row_kernels, dtype, V, 1 / temperature, softcap, seconds=2)
     card.free()
 
 
@@ -92,46 +100,31 @@ def check_row_kernels(results, card, name, dtype, V, inv_temperature, softcap) -
     eps = torch.finfo(dtype).eps
     if dtype == FP32:
         eps *= 16  # exp of an fp32 number near -16 has lost four bits
-    parts = {
-        "logprob": Part(logprobs, torchs[0], truth[0], logprob_floor),
-        "logprob with gradient": Part(again, torchs[0], truth[0], logprob_floor),
-        "entropy": Part(entropy, torchs[1], truth[1], 2 * logprob_floor),
-    }
-    gradients = (gradient, torchs[3], truth[3]), (block, torchs[3][:, columns], truth[3][:, columns])
-    for label, (ours, peer, true) in zip(("gradient", "block"), gradients, strict=True):
-        parts[label] = Part(ours, peer, true, eps * rms(true) + 1e-8)
-    judge(results, name, parts)
+    labels = "logprob", "logprob with gradient", "entropy", "gradient", "block"
+    ours = logprobs, again, entropy, gradient, block
+    torchs, truth = ((x[0], x[0], x[1], x[3], x[3][:, columns]) for x in (torchs, truth))
+    floors = [logprob_floor, logprob_floor, 2 * logprob_floor, *(eps * rms(x) + 1e-8 for x in truth[3:])]
+    judge(results, name, labels, ours, torchs, truth, floors)
 
 
 def check_cross_entropy(results: Results, card: Card) -> None:
-    """Check the loss of given logits and the gradient written over them."""
-    N, V = (30, 530) if card.small else (200, 262_144)
     for dtype, reduction in list(product(DTYPES, ("mean", "none")))[:: 3 if card.quick else 1]:
-        name = f"cross_entropy {name_of(dtype)} {reduction}"
-        with results.case(name):
-            results.need(seconds=2)
-            torch.manual_seed(1)
-            logits = normal(card, N, V, dtype=dtype, scale=2.0)
-            targets = torch.randint(V, (N,), device=card.device)
-            targets[::7] = IGNORE_INDEX
-            upstream = torch.linspace(-1, 2, N, device=card.device) if reduction == "none" else None
-
-            settings = {"targets": targets, "reduction": reduction}
-            truth = loss_and_gradient(cross_entropy_reference, logits.double(), upstream, settings)
-            torchs = loss_and_gradient(cross_entropy_reference, logits, upstream, settings)
-            with poisoned():
-                ours = loss_and_gradient(cross_entropy, logits, upstream, settings)
-            floors = ROUNDING * rms(truth[0]), torch.finfo(dtype).eps * rms(truth[1])
-            sides = zip(("loss", "dlogits"), ours, torchs, truth, floors, strict=True)
-            judge(results, name, {label: Part(*side) for label, *side in sides})
+        results.run(f"cross_entropy {name_of(dtype)} {reduction}", check_loss, dtype, reduction, seconds=2)
     card.free()
 
 
-def loss_and_gradient(function, logits, upstream, settings) -> tuple[Tensor, Tensor]:
-    leaf = logits.clone().requires_grad_()
-    loss = function(leaf, **settings)
-    loss.backward(None if upstream is None else upstream.to(loss.dtype))
-    return loss.detach(), leaf.grad
+def check_loss(results: Results, card: Card, name: str, dtype: torch.dtype, reduction: str) -> None:
+    """Check the loss of given logits and the gradient written over them."""
+    N, V = (30, 530) if card.small else (200, 262_144)
+    torch.manual_seed(1)
+    logits, targets = normal(card, N, V, dtype=dtype, scale=2.0), torch.randint(V, (N,), device=card.device)
+    targets[::7] = IGNORE_INDEX
+    both = (
+        partial(f, targets=targets, reduction=reduction) for f in (cross_entropy, cross_entropy_reference)
+    )
+    sides = beside_float64(*both, [logits])
+    floors = ROUNDING * rms(sides[2][0]), torch.finfo(dtype).eps * rms(sides[2][1])
+    judge(results, name, ("loss", "dlogits"), *sides, floors)
 
 
 def check_packing(results: Results, card: Card) -> None:

@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
 from kit.recipes.card.compare import (
-    Part,
     attempt,
     judge,
     judge_equal,
@@ -49,26 +48,20 @@ def run(results: Results, card: Card) -> None:
     for dtype, D, Hq, Hkv in CASES[: 5 if card.quick else 8 if card.arch else None]:
         for cut in (None, window, 1):
             name = f"attention {name_of(dtype)} D{D} group {Hq // Hkv} window {cut or 'none'}"
-            with results.case(name):
-                results.need(seconds=3)
-                check_case(results, card, name, (dtype, D, Hq, Hkv), lengths, cut, repeats)
+            results.run(name, check_case, (dtype, D, Hq, Hkv), lengths, cut, repeats, seconds=3)
         card.free()
 
     name = f"attention, many short documents, window {window}"
-    with results.case(name):
-        results.need(seconds=3)
-        torch.manual_seed(3)
-        short = torch.randint(1, 9 if card.small else 90, (20 if card.small else 200,)).tolist()
-        check_case(results, card, name, (BF16, 128, 8, 2), short, window, repeats)
+    torch.manual_seed(3)
+    short = torch.randint(1, 9 if card.small else 90, (20 if card.small else 200,)).tolist()
+    results.run(name, check_case, (BF16, 128, 8, 2), short, window, repeats, seconds=3)
     if repeats:
         changed = [name for name, same in repeats.items() if not same]
         text = f"{len(repeats) - len(changed)} of {len(repeats)} cases give the same bits"
         results.check("attention, run twice", not changed, ", ".join([text, *changed]))
 
     for D, Hq, Hkv in ((64, 14, 2), (256, 4, 1))[: 1 if card.quick else None]:
-        with results.case(f"attention layouts D{D}"):
-            results.need(seconds=2)
-            check_layouts(results, card, D, Hq, Hkv, lengths)
+        results.run(f"attention layouts D{D}", check_layouts, D, Hq, Hkv, lengths, seconds=2)
 
 
 def make_inputs(card: Card, dtype: torch.dtype, D: int, Hq: int, Hkv: int, T: int) -> list[Tensor]:
@@ -91,10 +84,8 @@ def check_case(results, card, name, shape, lengths, window, repeats) -> None:
     peer, why = attempt(card, sdpa, q, k, v, dout, lengths, window)
     eps = torch.finfo(q.dtype).eps
     absolute = (2e-6 if q.dtype == FP32 else 1e-5) * rms(dout)  # dq and dk of window 1 are 0 in truth
-    parts = {}
-    for label, x, y, true in zip(PARTS, ours, peer or [None] * 4, truth, strict=True):
-        parts[label] = Part(x, y, true, eps * rms(true) + absolute)
-    judge(results, name, parts, f"no SDPA: {why}" if why else "")
+    floors = [eps * rms(true) + absolute for true in truth]
+    judge(results, name, PARTS, ours, peer or [None] * 4, truth, floors, f"no SDPA: {why}" if why else "")
 
 
 def our_attention(q, k, v, dout, cu_seqlens, longest, window=None) -> tuple[Tensor, ...]:
@@ -150,7 +141,7 @@ def sdpa(q, k, v, dout, lengths, window) -> tuple[Tensor, ...]:
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
 
 
-def check_layouts(results, card, D, Hq, Hkv, lengths) -> None:
+def check_layouts(results, card, name, D, Hq, Hkv, lengths) -> None:
     """Check that strides and the dtype of cu_seqlens change no bit."""
     q, k, v, dout = make_inputs(card, BF16, D, Hq, Hkv, sum(lengths))
     cu_seqlens, longest = running_sum(card, lengths), max(lengths)

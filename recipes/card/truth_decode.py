@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kit.kernels.decode_attention import MIN_SPLIT, decode_attention, decode_attention_reference
-from kit.recipes.card.compare import Part, judge, judge_equal, name_of, normal, poisoned, rms
+from kit.recipes.card.compare import judge, judge_equal, name_of, normal, poisoned, rms
 from kit.recipes.card.results import Card, Results, Skip
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32
@@ -23,9 +23,7 @@ def run(results: Results, card: Card) -> None:
         for cut in (None, window):
             name = f"decode attention {name_of(dtype)} D{heads[-1]} group {heads[0] // heads[1]} "
             name += f"window {cut or 'none'}"
-            with results.case(name):
-                results.need(seconds=1, gib=4)
-                check_case(results, name, *make_inputs(card, dtype, heads, W, lengths), cut)
+            results.run(name, check_case, dtype, heads, W, lengths, cut, seconds=1, gib=4)
         card.free()
     with results.case("decode attention in a CUDA graph"):
         check_graph(results, card, W, lengths)
@@ -44,13 +42,14 @@ def make_inputs(
     return q, k, v, torch.tensor(lengths, device=card.device)
 
 
-def check_case(results: Results, name: str, q, k, v, lengths, window: int | None) -> None:
+def check_case(results, card, name, dtype, heads, W, lengths, window) -> None:
+    q, k, v, lengths = make_inputs(card, dtype, heads, W, lengths)
     written = [q, k.nan_to_num(0), v.nan_to_num(0)]
     truth = decode_attention_reference(*(x.double() for x in written), lengths, window=window)
     peer = decode_attention_reference(*written, lengths, window=window)
     with poisoned():
         ours = decode_attention(q, k, v, lengths, window=window)
-    judge(results, name, {"out": Part(ours, peer, truth, torch.finfo(q.dtype).eps * rms(truth))})
+    judge(results, name, ["out"], [ours], [peer], [truth], [torch.finfo(dtype).eps * rms(truth)])
 
 
 def check_graph(results: Results, card: Card, W: int, lengths: list[int]) -> None:

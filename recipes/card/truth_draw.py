@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from kit.kernels.gumbel import draw, draw_reference
-from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned
+from kit.recipes.card.compare import ROUNDING, judge, judge_equal, name_of, normal, poisoned
 from kit.recipes.card.results import Card, Results
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32
@@ -23,9 +23,7 @@ def run(results: Results, card: Card) -> None:
     cases = list(product(DTYPES, (530, 77) if card.small else (151_936, 262_144, 1_001), SETTINGS))
     for dtype, V, label in cases[:: 5 if card.quick else 1]:
         name = f"draw {label} {name_of(dtype)} V = {V:,}"
-        with results.case(name):
-            results.need(seconds=2)
-            check_draw(results, card, name, dtype, V, SETTINGS[label])
+        results.run(name, check_draw, dtype, V, SETTINGS[label], seconds=2)
     card.free()
 
 
@@ -50,8 +48,5 @@ def check_draw(results: Results, card: Card, name: str, dtype: torch.dtype, V: i
     _, truth = draw_reference(on_cpu.double(), *streams, **settings)
     same = sound & (tokens == expected)
     floor = ROUNDING * truth[same].abs().max().item()
-    judge(
-        results,
-        f"{name}: log-probs",
-        {"logprob": Part(logprobs[same], torchs[same], truth[same], floor)},
-    )
+    sides = [logprobs[same]], [torchs[same]], [truth[same]], [floor]
+    judge(results, f"{name}: log-probs", ["logprob"], *sides)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
 from kit.machine import GIB
 from kit.packing import IGNORE_INDEX
-from kit.recipes.card.compare import ROUNDING, Part, judge, judge_equal, name_of, normal, poisoned, rms
+from kit.recipes.card.compare import ROUNDING, judge, judge_equal, name_of, normal, poisoned, rms
 from kit.recipes.card.results import Card, Results
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -56,23 +55,19 @@ def plain_head(
     reduction="mean",
     token_weight=None,
     objective=None,
-    softcap=None,
-    temperature=1.0,
     upstream=None,
     trains_head=True,
+    **score,
 ) -> Plain:
-    """Compute loss and gradients by torch's autograd in dtype, so many rows of logits at once."""
+    """Compute loss and gradients by torch's autograd in dtype, so many rows of logits at once.
+
+    score: softcap and temperature.
+    """
     h, w = hidden.detach().to(dtype).requires_grad_(), weight.detach().to(dtype).requires_grad_(trains_head)
     kept, pieces = targets != IGNORE_INDEX, []
     D = max(int(kept.sum()), 1) if reduction == "mean" else 1
     for part in torch.arange(len(h), device=h.device).split(rows):
-        logits = h[part] @ w.T
-        logits = logits if dtype == FP64 else logits.float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if temperature != 1:
-            logits = logits / temperature
-        losses = F.cross_entropy(logits, targets[part], reduction="none", ignore_index=IGNORE_INDEX)
+        losses = linear_cross_entropy_reference(h[part], w, targets[part], reduction="none", **score)
         if objective is not None:
             losses = objective(-losses, part).masked_fill(~kept[part], 0)
         if token_weight is not None:
@@ -81,7 +76,7 @@ def plain_head(
         total = losses if upstream is None else losses * upstream[part].to(losses.dtype)
         (total.sum() / D).backward()
         pieces.append(losses.detach())
-        del logits, losses, total
+        del losses, total
     losses = torch.cat(pieces)
     if reduction == "none":
         return Plain(losses, h.grad, w.grad, rms(losses))
@@ -97,15 +92,16 @@ def our_head(hidden, weight, targets, *, upstream=None, trains_head=True, **opti
     return loss.detach(), h.grad, w.grad
 
 
-def compare(ours: tuple, torchs: Plain, truth: Plain, dtype: torch.dtype) -> dict[str, Part]:
-    """Return loss, dX and dW side by side."""
+def compare(results, name, ours: tuple, torchs: Plain, truth: Plain, dtype: torch.dtype, text="") -> None:
+    """Judge loss, dX and dW; no dW if the head is frozen."""
     eps, N = torch.finfo(dtype).eps, len(truth.dhidden)
     loss_eps = eps
     if not truth.loss.dim():
         loss_eps = max(eps * N**-0.5, ROUNDING)  # in a sum, the roundings of N tokens mostly cancel
-    floors = [loss_eps * truth.spread, *(0.0 if x is None else eps * rms(x) for x in truth[1:3])]
-    sides = zip(("loss", "dX", "dW"), ours, torchs[:3], truth[:3], floors, strict=True)
-    return {label: Part(*side) for label, *side in sides if side[2] is not None}
+    count = 2 if truth.dweight is None else 3
+    floors = [loss_eps * truth.spread, *(eps * rms(x) for x in truth[1:count])]
+    sides = (side[:count] for side in (("loss", "dX", "dW"), ours, torchs, truth))
+    judge(results, name, *sides, floors, text)
 
 
 def check_vocabularies(results: Results, card: Card) -> None:
@@ -113,10 +109,9 @@ def check_vocabularies(results: Results, card: Card) -> None:
     cases = [(262_144, BF16), (151_936, FP32), (151_936, BF16), (262_144, FP32)]
     for V, dtype in cases[: 1 if card.quick else None]:
         name = f"linear_cross_entropy mean {name_of(dtype)} V = {V:,}"
-        with results.case(name):
-            N, V, H = (40, 530, 24) if card.small else largest_head(card, V)
-            results.need(seconds=12, gib=0 if N >= 40 else 6)  # for float64
-            check_head(results, card, name, N, V, H, dtype)
+        sizes = (40, 530, 24) if card.small else largest_head(card, V)
+        gib = 0 if sizes[0] >= 40 else 6  # for float64
+        results.run(name, check_head, *sizes, dtype, seconds=12, gib=gib)
         card.free()
 
 
@@ -136,7 +131,7 @@ def check_head(results, card, name, N, V, H, dtype, *, ignored=True, ours_only=N
     truth = plain_head(hidden, weight, targets, FP64, max(1, LOGITS // V), **options)
     ours = our_head(hidden, weight, targets, **options, **(ours_only or {}))
     torchs = plain_head(hidden, weight, targets, dtype, N, **options)
-    judge(results, name, compare(ours, torchs, truth, dtype), f"N = {N:,}, V = {V:,}, H = {H:,}")
+    compare(results, name, ours, torchs, truth, dtype, f"N = {N:,}, V = {V:,}, H = {H:,}")
 
 
 def clipped_surrogate(card: Card, N: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -174,9 +169,7 @@ def check_options(results: Results, card: Card) -> None:
     ]  # fmt: skip
     for label, dtype, options in cases[: 4 if card.quick else None]:
         name = f"linear_cross_entropy {label} {name_of(dtype)}"
-        with results.case(name):
-            results.need(seconds=3)
-            check_head(results, card, name, N, V, H, dtype, **{"ours_only": chunks, **options})
+        results.run(name, check_head, N, V, H, dtype, seconds=3, **{"ours_only": chunks, **options})
 
     name = "linear_cross_entropy, all ignored"
     with results.case(name):
@@ -189,24 +182,25 @@ def check_options(results: Results, card: Card) -> None:
 
 
 def check_blocked_head(results: Results, card: Card) -> None:
+    for dtype, softcap in ((BF16, 30.0), (BF16, None), (FP32, None))[: 1 if card.quick else None]:
+        name = f"blocked head {name_of(dtype)} softcap {softcap or 'none'}"
+        results.run(name, check_blocks, dtype, softcap, seconds=3)
+        card.free()
+
+
+def check_blocks(results: Results, card: Card, name: str, dtype: torch.dtype, softcap: float | None) -> None:
     """Check the weight gradient that is computed block by block of the vocabulary."""
     N, V, H = (40, 530, 24) if card.small else (1000, 151_936, 256)
     scale, size = 1 / 800, {"block_bytes": 1} if card.small else {}
-    for dtype, softcap in ((BF16, 30.0), (BF16, None), (FP32, None))[: 1 if card.quick else None]:
-        name = f"blocked head {name_of(dtype)} softcap {softcap or 'none'}"
-        with results.case(name):
-            results.need(seconds=3)
-            hidden, weight, targets = make_inputs(card, N, V, H, dtype)
-            upstream = torch.full((N,), scale, device=card.device)
-            options = {"reduction": "sum", "softcap": softcap, "upstream": upstream}
-            truth = plain_head(hidden, weight, targets, FP64, max(1, LOGITS // V), **options)
-            torchs = plain_head(hidden, weight, targets, dtype, N, **options)
+    inputs = make_inputs(card, N, V, H, dtype)
+    upstream = torch.full((N,), scale, device=card.device)
+    options = {"reduction": "sum", "softcap": softcap, "upstream": upstream}
+    truth = plain_head(*inputs, FP64, max(1, LOGITS // V), **options)
+    torchs = plain_head(*inputs, dtype, N, **options)
 
-            dweight = torch.full(weight.shape, torch.nan, device=card.device)
-            with torch.no_grad(), poisoned():
-                inputs = hidden, weight, targets
-                loss, dhidden, *sums = loss_without_dweight(*inputs, scale, softcap=softcap)
-                for first, part in dweight_blocks(*inputs, *sums, scale, softcap=softcap, **size):
-                    dweight[first : first + len(part)] = part
-            judge(results, name, compare((loss / scale, dhidden, dweight), torchs, truth, dtype))
-        card.free()
+    dweight = torch.full((V, H), torch.nan, device=card.device)
+    with torch.no_grad(), poisoned():
+        loss, dhidden, *sums = loss_without_dweight(*inputs, scale, softcap=softcap)
+        for first, part in dweight_blocks(*inputs, *sums, scale, softcap=softcap, **size):
+            dweight[first : first + len(part)] = part
+    compare(results, name, (loss / scale, dhidden, dweight), torchs, truth, dtype)

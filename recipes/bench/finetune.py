@@ -15,22 +15,20 @@ packing included. Takes minutes on two CPU cores. Left out on purpose: evaluatio
 import math
 import tempfile
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from apart import has_trl, in_a_process
+from contest import TRL, has_trl, in_a_process, peak_gib, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit import models
 from kit.config import Checked, parse
 from kit.data import ChatFormat, load_documents
 from kit.data.chat import INSTRUCTION
-from kit.machine import GIB, describe_machine, peak_resident_bytes
+from kit.machine import GIB
 from kit.models import loading
 from kit.models.attention import attention_name
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, plan_packs
-from kit.run import write_json
 from kit.train import Savings, TrainingStep
 from kit.train.optimizer import cosine_with_warmup
 
@@ -78,8 +76,7 @@ def main(config: Config) -> list[dict]:
     if len(rows) == 2:
         speed, memory = (rows[0][key] / rows[1][key] for key in ("targets_per_second", "peak_gib"))
         print(f"  ours / TRL: {speed:.2f}x the target tokens per second, {memory:.2f}x the peak memory")
-    if config.json:
-        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
+    save(config, rows=rows)
     return rows
 
 
@@ -121,13 +118,13 @@ def _llama(config: Config) -> LlamaForCausalLM:
 
 def _result(seconds: float, losses: list[float], documents: list[Document]) -> dict:
     targets = sum(len(document) - max(document.prompt_len, 1) for document in documents)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+    on_gpu = torch.cuda.is_available()
     return {
         "seconds": seconds,
         "steps": len(losses),
         "targets": targets,
         "targets_per_second": targets / seconds,
-        "peak_gib": math.nan if peak is None else peak / GIB,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else peak_gib(),
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }
@@ -152,7 +149,6 @@ def _ours(config: Config) -> dict:
 
 def _trl(config: Config) -> dict:
     import datasets
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer, documents = _model_and_documents(config)
@@ -162,12 +158,6 @@ def _trl(config: Config) -> dict:
     labels = [[IGNORE_INDEX] * n + tokens[n:] for n, tokens in zip(prompts, ids, strict=True)]
     dataset = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
     datasets.disable_progress_bars()
-    losses = []
-
-    class Losses(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
-            losses.extend([logs["loss"]] if "loss" in (logs or {}) else [])
-
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
@@ -183,15 +173,12 @@ def _trl(config: Config) -> dict:
             warmup_steps=0.05,
             bf16=on_gpu,
             use_cpu=not on_gpu,
-            save_strategy="no",
-            logging_steps=1,
-            report_to="none",
             seed=config.seed,
-            disable_tqdm=True,
+            **TRL,
         )
-        parts = {"train_dataset": dataset, "processing_class": tokenizer, "callbacks": [Losses()]}
-        trainer = SFTTrainer(model, settings, **parts)
+        trainer = SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer)
         trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         return _result(time.perf_counter() - start, losses, documents)
 
 

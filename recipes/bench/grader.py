@@ -27,12 +27,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from contest import save
+
 from kit.config import Checked, parse
 from kit.evaluate import BENCHMARKS
 from kit.grade import grade
 from kit.grade.deciding import start_worker
 from kit.machine import describe_machine
-from kit.run import write_json
 
 # answers of the kinds that MATH has, written for this file
 ANSWERS = r"""
@@ -90,8 +91,7 @@ class Pair:
 
 def main(config: Config) -> dict:
     """Time both graders on all pairs, print the figures, and return them."""
-    machine = describe_machine()
-    print("\n".join(f"{key:<10} {value}" for key, value in machine.items()))
+    print("\n".join(f"{key:<10} {value}" for key, value in describe_machine().items()))
     pairs = make_pairs(read_answers(config), random.Random(config.seed))
     start_worker()  # importing sympy takes seconds, which must not count for the first hard pair
     time_all(pairs, "our", _kit, config.repeats)
@@ -102,11 +102,7 @@ def main(config: Config) -> dict:
         print("Math-Verify is not installed (pip install 'math-verify[antlr4_13_2]'): ours alone")
     result = {"num_pairs": len(pairs), **summarise(pairs, config.hardest, peer=peer)}
     show(result, pairs, config.num_shown, peer=peer)
-    if config.json:
-        write_json(
-            Path(config.json),
-            {"machine": machine, "config": asdict(config), **result, "pairs": [asdict(p) for p in pairs]},
-        )
+    save(config, **result, pairs=[asdict(pair) for pair in pairs])
     return result
 
 

@@ -19,12 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from apart import has_trl, in_a_process
+from contest import TRL, has_trl, in_a_process, peak_gib, save
 from transformers import AutoModelForCausalLM
 
 from kit import models
@@ -33,10 +33,10 @@ from kit.data import ChatFormat, Question
 from kit.data.problems import draw
 from kit.data.toy import make_rows
 from kit.grade import grade
-from kit.machine import GIB, describe_machine, peak_resident_bytes
+from kit.machine import GIB, peak_resident_bytes
 from kit.models.folder import save_model
 from kit.rl import Policy, Settings, rollout, update
-from kit.run import digest, write_json
+from kit.run import digest
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def main(config: Config) -> list[dict]:
             f"  ours / TRL: {seconds:.2f}x the time, {peak:.2f}x the peak memory (libraries alone: "
             f"{libraries / rows[1]['peak_gib']:.2f}x), {rise:.2f}x what training added to it"
         )
-    if config.json:
-        what = {"machine": describe_machine(), "config": asdict(config)}
-        write_json(Path(config.json), {**what, "libraries_gib": libraries, "rows": rows})
+    save(config, libraries_gib=libraries, rows=rows)
     return rows
 
 
@@ -134,15 +132,14 @@ def _questions(config: Config) -> list[Question]:
 
 
 def _result(seconds: float, rewards: list[float], before: int | None) -> dict:
-    quarter, peak = max(len(rewards) // 4, 1), peak_resident_bytes()
-    known = peak is not None and before is not None
+    quarter = max(len(rewards) // 4, 1)
     return {
         "seconds": seconds,
         "first": fmean(rewards[:quarter]),
         "last": fmean(rewards[-quarter:]),
         "rewards": rewards,
-        "peak_gib": peak / GIB if known else math.nan,
-        "rise_gib": (peak - before) / GIB if known else math.nan,
+        "peak_gib": peak_gib(),
+        "rise_gib": peak_gib(before),
     }
 
 
@@ -169,13 +166,13 @@ def _ours(config: Config, folder: str) -> dict:
 
 def _trl(config: Config, folder: str) -> dict:
     import datasets
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import PrinterCallback
     from trl import GRPOConfig, GRPOTrainer
 
     _, tokenizer = models.load("tiny", device="cpu")
     start = Path(folder) / "start"
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, trust_remote_code=False)
-    chat, golds, rewards = ChatFormat(tokenizer, instruction=""), {}, []
+    chat, golds = ChatFormat(tokenizer, instruction=""), {}
     for question in _questions(config):
         golds[chat.prompt(question.problem)] = question.answer
     asked = draw(_questions(config), 0, config.steps * config.batch_prompts, seed=config.seed)
@@ -188,18 +185,10 @@ def _trl(config: Config, folder: str) -> dict:
             for p, ids in zip(prompts, completion_ids, strict=True)
         ]
 
-    class Rewards(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
-            rewards.extend([logs["reward"]] if "reward" in (logs or {}) else [])
-
     settings = GRPOConfig(
         output_dir=folder,
         use_cpu=True,
         bf16=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
         per_device_train_batch_size=config.batch_prompts * config.group_size,
         num_generations=config.group_size,
         max_completion_length=config.max_new_tokens,
@@ -210,14 +199,15 @@ def _trl(config: Config, folder: str) -> dict:
         lr_scheduler_type="constant",
         shuffle_dataset=False,
         seed=config.seed,
+        **TRL,
     )
-    trainer = GRPOTrainer(
-        model, reward, settings, train_dataset=dataset, processing_class=tokenizer, callbacks=[Rewards()]
-    )
+    trainer = GRPOTrainer(model, reward, settings, train_dataset=dataset, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)  # a line of figures per step
     before, start = peak_resident_bytes(), time.perf_counter()
     trainer.train()
-    return _result(time.perf_counter() - start, rewards, before)
+    seconds = time.perf_counter() - start
+    rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    return _result(seconds, rewards, before)
 
 
 if __name__ == "__main__":

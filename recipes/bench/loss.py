@@ -13,23 +13,20 @@ sizes of real models.
 """
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from apart import in_a_process
+from contest import in_a_process, peak_gib, save
 
 from kit.config import Checked, parse
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.machine import GIB, describe_machine, peak_resident_bytes, resident_bytes
+from kit.machine import resident_bytes
 from kit.recipes.card.peers import three_matmuls
-from kit.run import write_json
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,7 @@ def main(config: Config) -> list[dict]:
             continue
         rows[-1]["ratio"] = rows[-1]["seconds"] / rows[0]["seconds"]
         print("  {name:<42}{seconds:9.3f} s  x{ratio:6.3f}  {extra_gib:7.2f} GiB".format(**rows[-1]))
-    if config.json:
-        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
+    save(config, rows=rows)
     return rows
 
 
@@ -103,11 +99,7 @@ def measure(name: str, config: Config) -> dict:
             loss.backward()
         del loss
         times.append(time.perf_counter() - start)
-    peak = peak_resident_bytes()
-    return {
-        "seconds": statistics.median(times[1:]),
-        "extra_gib": math.nan if peak is None else (peak - before) / GIB,
-    }
+    return {"seconds": statistics.median(times[1:]), "extra_gib": peak_gib(before)}
 
 
 if __name__ == "__main__":

@@ -16,22 +16,20 @@ so far.
 Left out on purpose: clipping and schedules, which are the same in all three.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
+from contest import save
 
 from kit import models
 from kit.config import Checked, parse, show
 from kit.data import ChatFormat, load_documents
 from kit.data.toy import LONG_TRACES
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
-from kit.machine import describe_machine
 from kit.models import backbone
 from kit.packing import PackedBatch
 from kit.progress import Progress
-from kit.run import write_json
 from kit.train import TrainingPlan
 from kit.train.optimizer import AdamW8bit
 
@@ -136,9 +134,7 @@ def main(config: Config) -> dict:
             f"{arm:<9} loss {losses[0]:.4f} at first, {last:.4f} at the end, {off:+.2%} from fp32's; "
             f"distance of the weights from fp32's {results[arm]['distance']:.1%} of how far those moved"
         )
-    if config.json:
-        what = {"machine": describe_machine(), "config": asdict(config)}
-        write_json(Path(config.json), {**what, **results})
+    save(config, **results)
     return results
 
 

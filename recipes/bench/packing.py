@@ -9,17 +9,13 @@ built when a step needs them, so building them is timed as well. If TRL is not i
 
 import math
 import random
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from apart import has_trl
+from contest import has_trl, save, timed
 
 from kit.config import Checked, parse
-from kit.machine import describe_machine
 from kit.packing import Document, PackedBatch, fill, plan_packs
-from kit.run import write_json
 
 
 @dataclass(frozen=True)
@@ -64,16 +60,8 @@ def main(config: Config) -> list[dict]:
             "  {name:<36}{seconds:8.2f} s  CPU {cpu_seconds:8.2f} s  fill {fill:.2%}  "
             "{rows_per_second:>9,.0f} rows/s".format(**row)
         )
-    if config.json:
-        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
+    save(config, rows=rows)
     return rows
-
-
-def timed(function, *arguments, **options) -> tuple:
-    """Return (what a function returns, seconds, CPU seconds, which a busy machine changes less)."""
-    start, cpu = time.perf_counter(), time.process_time()
-    result = function(*arguments, **options)
-    return result, time.perf_counter() - start, time.process_time() - cpu
 
 
 def _trl_packing(tokens: torch.Tensor, lengths: list[int], row_tokens: int) -> dict:

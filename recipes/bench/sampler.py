@@ -14,21 +14,18 @@ other samplers (vLLM needs a card), and log-probs, which only ours returns.
 
 import math
 import random
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
+from contest import save, timed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit.config import Checked, parse
 from kit.generate import SamplingParams, generate
-from kit.machine import describe_machine
 from kit.models.attention import attention_name
 from kit.models.loading import default_device, default_dtype
 from kit.recipes.card.transformers_generate import Answers, generate_batch, padded_generate
-from kit.run import write_json
 
 EOS = 0  # which ends an answer that counts down to it; no prompt holds it
 
@@ -72,10 +69,7 @@ def main(config: Config) -> list[dict]:
 
     rows = []
     for name in config.engines.replace(" ", "").split(","):
-        start, cpu = time.perf_counter(), time.process_time()
-        answers = engines[name](model, prompts)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-
+        answers, seconds, cpu = timed(engines[name], model, prompts)
         right, speed = sum(map(list.__eq__, answers, expected)), total / seconds
         rows.append(
             {"name": name, "seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": speed}
@@ -89,8 +83,7 @@ def main(config: Config) -> list[dict]:
     for row in rows[1:]:
         by_clock, by_cpu = (row[key] / rows[0][key] for key in ("seconds", "cpu_seconds"))
         print(f"  {rows[0]['name']} against {row['name']}: {by_clock:.2f} x, by CPU time {by_cpu:.2f} x")
-    if config.json:
-        write_json(Path(config.json), {"machine": describe_machine(), "config": asdict(config), "rows": rows})
+    save(config, rows=rows)
     return rows
 
 

@@ -131,17 +131,6 @@ class Compiled:
         return dict(Counter(re.findall(pattern, self.ptx, re.MULTILINE)))
 
     @cached_property
-    def tensor_core_macs(self) -> int:
-        """Count the multiply-adds of a program's tensor-core instructions, those in a loop once.
-
-        mma.sync is an instruction of a warp, wgmma of four.
-        """
-        pattern = r"^\s*(?:@\S+ )?(mma\.sync|wgmma\.mma_async)\S*?\.m(\d+)n(\d+)k(\d+)"
-        found = re.findall(pattern, self.ptx, re.MULTILINE)
-        macs = (int(m) * int(n) * int(k) / (1 if kind == "mma.sync" else 4) for kind, m, n, k in found)
-        return round(sum(macs) * self.case.options["num_warps"])
-
-    @cached_property
     def loads(self) -> dict[int, int]:
         """Count global loads, asynchronous ones too: bytes per thread -> number of instructions."""
         widths = Counter()

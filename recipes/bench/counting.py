@@ -6,11 +6,10 @@ Count what a call moves and multiplies, on a CPU: bytes loaded and stored, flops
     counter.total, counter.by_operator["aten::mm"]
 
 How it works. Every torch operator is one launch that reads each of its inputs once and writes each of its
-outputs once; views and allocations are free; flops are those of torch.utils.flop_counter. A Triton kernel
-(TRITON_INTERPRET=1) is one launch, and each of its loads, stores and atomics counts whenever it runs, with
-the elements that its mask selects. For an operator of torch.library, what its implementation calls is
-counted and not the operator itself. (Fake tensors run no implementation: the operator then counts like any
-other, each input read once, each result and each mutated argument written once.)
+outputs once; views and allocations are free; flops are those of torch.utils.flop_counter. For an operator of
+torch.library, what its implementation calls is counted and not the operator itself. (Fake tensors run no
+implementation: the operator then counts like any other, each input read once, each result and each mutated
+argument written once.) Triton kernels are counted by tests/recipes/triton_counting.py alone.
 
 What the count means: the traffic if nothing stayed in a cache between two kernels. A torch operator is
 assumed to be perfect: cuBLAS reads a matrix several times, a log-softmax reads a long row twice, and both
@@ -30,8 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kit.kernels.backend import INTERPRET
-
 
 @dataclass(frozen=True)
 class Count:
@@ -50,11 +47,6 @@ class Count:
     def __sub__(self, other: Count) -> Count:
         return Count(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    def __mul__(self, times: int) -> Count:
-        return Count(*(a * times for a in astuple(self)))
-
-    __rmul__ = __mul__
-
 
 # Operators that read only as many elements of an argument as another one, or the result ("out"), has.
 PARTIAL_READS = {
@@ -72,16 +64,12 @@ FREE |= {"item", "_local_scalar_dense", "promote_types", "lift_fresh"}  # these 
 
 
 class Counter(TorchDispatchMode):
-    """Count inside a with-block. Read `total` and `by_operator` inside or after it.
-
-    Triton kernels are counted in the interpreter only.
-    """
+    """Count inside a with-block. Read `total` and `by_operator` inside or after it."""
 
     def __init__(self):
         super().__init__()
         self.by_operator: dict[str, Count] = defaultdict(Count)
         self._inside: list[str] = []  # operators of torch.library that are open
-        self._restore = None
 
     @property
     def total(self) -> Count:
@@ -89,17 +77,6 @@ class Counter(TorchDispatchMode):
 
     def add(self, name: str, count: Count) -> None:
         self.by_operator[self._inside[0] if self._inside else name] += count
-
-    def __enter__(self):
-        if INTERPRET and self._restore is None:
-            self._restore = _count_triton(self.add)
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        super().__exit__(*exception)
-        if self._restore is not None and not self._inside:
-            self._restore()
-            self._restore = None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -180,57 +157,3 @@ def _bytes(x: Tensor) -> int:
     for length, stride in zip(x.shape, x.stride(), strict=True):
         size *= length if stride else min(length, 1)
     return size
-
-
-def _count_triton(add):
-    """Replace the interpreter's builder by one that counts, and return a function that undoes it.
-
-    No class is changed.
-    """
-    import triton.runtime.interpreter as interpreter
-
-    class CountingBuilder(interpreter.InterpreterBuilder):
-        def set_grid_dim(self, *grid):
-            super().set_grid_dim(*grid)
-            add("triton", Count(launches=1))
-
-        def create_masked_load(self, ptrs, mask, *rest):
-            add("triton", Count(bytes_loaded=_masked_bytes(ptrs, mask)))
-            return super().create_masked_load(ptrs, mask, *rest)
-
-        def create_masked_store(self, ptrs, value, mask, *rest):
-            add("triton", Count(bytes_stored=_masked_bytes(ptrs, mask)))
-            return super().create_masked_store(ptrs, value, mask, *rest)
-
-        def create_atomic_rmw(self, op, ptr, val, mask, *rest):
-            n = _masked_bytes(ptr, mask)
-            add("triton", Count(bytes_loaded=n, bytes_stored=n))
-            return super().create_atomic_rmw(op, ptr, val, mask, *rest)
-
-        def create_atomic_cas(self, ptr, *rest):
-            n = ptr.data.size * _element_bytes(ptr)
-            add("triton", Count(bytes_loaded=n, bytes_stored=n))
-            return super().create_atomic_cas(ptr, *rest)
-
-        def create_dot(self, a, b, d, *rest):
-            add("triton", Count(flops=2 * d.data.size * a.data.shape[-1]))
-            return super().create_dot(a, b, d, *rest)
-
-    before = interpreter.interpreter_builder
-    counting = CountingBuilder()
-    counting.options = before.options
-
-    def put(builder):
-        interpreter.interpreter_builder = interpreter.interpreter_semantic.builder = builder
-
-    put(counting)
-    return lambda: put(before)
-
-
-def _masked_bytes(ptrs, mask) -> int:
-    """Return the bytes at the pointers that the mask, broadcast over them, selects."""
-    return int(mask.data.sum()) * (ptrs.data.size // mask.data.size) * _element_bytes(ptrs)
-
-
-def _element_bytes(ptrs) -> int:
-    return max(1, ptrs.get_element_ty().primitive_bitwidth // 8)

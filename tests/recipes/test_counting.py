@@ -3,8 +3,9 @@
 import pytest
 import torch
 from children import pass_in_the_interpreter
-from counting import Count, Counter
+from counting import Count
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_counting import Counter
 
 from kit.kernels.backend import HAS_TRITON, INTERPRET, tl, triton
 from kit.memory.live_bytes import LiveBytes
@@ -95,8 +96,8 @@ def test_backward_is_counted_and_nothing_after_the_block():
     assert before.flops == 2 * 210 and (X + X).sum() and counter.total == before
 
 
-def test_counts_add_subtract_and_multiply():
-    assert Count(1, 2, 3, 4) + 2 * Count(1, 1, 1, 1) - Count(0, 1, 0, 0) == Count(3, 3, 5, 6)
+def test_counts_add_and_subtract():
+    assert Count(1, 2, 3, 4) + Count(2, 2, 2, 2) - Count(0, 1, 0, 0) == Count(3, 3, 5, 6)
     assert Count(1, 2, 3, 4).bytes == 5
 
 

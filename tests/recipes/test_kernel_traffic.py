@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 from children import pass_in_the_interpreter
-from counting import Count, Counter
+from counting import Count
 from kernel_traffic import (
     MODELS,
     Config,
@@ -24,6 +24,7 @@ from kernel_traffic import (
     unfused,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_counting import Counter
 
 import kit.kernels.linear_cross_entropy_chunks as head
 from kit.kernels.backend import HAS_TRITON, INTERPRET

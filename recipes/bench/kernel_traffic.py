@@ -168,39 +168,23 @@ class Config(Checked):
     ignored: float = 0.0  # share of the targets that are ignored [>= 0, < 1]
 
 
-def table(num_tokens: int, ignored: float) -> list[dict]:
-    """Return one row per model and implementation, in bf16; ratio = bytes / ours."""
-    rows = []
-    for model, (V, H) in MODELS.items():
-        loss = Loss(num_tokens, num_tokens - round(ignored * num_tokens), V, H, torch.bfloat16)
-        counts = {
-            "ours": ours(loss),
-            "unfused, as transformers": unfused(loss),
-            "Liger": liger(loss),
-        }
-        for name, terms in counts.items():
-            count = total(terms)
-            rows.append(
-                {"model": model, "name": name, "launches": count.launches, "gigabytes": count.bytes / 1e9,
-                 "ratio": count.bytes / total(counts["ours"]).bytes, "teraflops": count.flops / 1e12}
-            )  # fmt: skip
-    return rows
-
-
 def main(config: Config) -> list[dict]:
-    rows_text = f"N = {config.num_tokens:,} ({config.ignored:.0%} ignored)"
-    print(f"Linear cross-entropy, forward and backward, {rows_text}, bf16.")
+    """Print and return one row per model and implementation, in bf16; ratio = bytes / ours."""
+    N, rows = config.num_tokens, []
+    print(f"Linear cross-entropy, forward and backward, N = {N:,} ({config.ignored:.0%} ignored), bf16.")
     print("Counted, not timed: tests compare the formulas with counts at small shapes; ratio = bytes / ours.")
-    rows, model = table(config.num_tokens, config.ignored), None
-    for row in rows:
-        if row["model"] != model:
-            model = row["model"]
-            print("\n{}: V = {:,}, H = {:,}".format(model, *MODELS[model]))
-            print(f"    {'':<36}{'GB':>9}{'ratio':>8}{'Tflop':>9}{'launches':>10}")
-        figures = (
-            f"{row['gigabytes']:>9.1f}{row['ratio']:>8.2f}{row['teraflops']:>9.1f}{row['launches']:>10,}"
-        )
-        print(f"    {row['name']:<36}{figures}")
+    for model, (V, H) in MODELS.items():
+        print(f"\n{model}: V = {V:,}, H = {H:,}")
+        print(f"    {'':<36}{'GB':>9}{'ratio':>8}{'Tflop':>9}{'launches':>10}")
+        loss = Loss(N, N - round(config.ignored * N), V, H, torch.bfloat16)
+        for name, formula in (("ours", ours), ("unfused, as transformers", unfused), ("Liger", liger)):
+            count = total(formula(loss))
+            gigabytes, teraflops = count.bytes / 1e9, count.flops / 1e12
+            row = {"model": model, "name": name, "launches": count.launches, "gigabytes": gigabytes}
+            row |= {"ratio": count.bytes / total(ours(loss)).bytes, "teraflops": teraflops}
+            figures = "{gigabytes:>9.1f}{ratio:>8.2f}{teraflops:>9.1f}{launches:>10,}".format(**row)
+            print(f"    {name:<36}{figures}")
+            rows.append(row)
     if not importlib.util.find_spec("liger_kernel"):
         print("\nLiger: liger_kernel is not installed here, so its formula was not checked on this machine")
     _show_decoding()

@@ -117,9 +117,8 @@ def measure_decoding(results: Results, card: Card, model) -> None:
     long, brief = (600, 20) if card.small else (16_000, 200)
     for lengths in ([brief] * 64, [brief] * 32, [long] + [brief] * 31):
         title = f"decode step, [{lengths[0]:,}] + [{brief}] x {len(lengths) - 1}"
-        with results.case(title):
-            results.need(seconds=5, gib=gib_to_sample(card, model, len(lengths), lengths[0] + 64))
-            profile_decoding(results, card, title, model, lengths)
+        gib = gib_to_sample(card, model, len(lengths), lengths[0] + 64)
+        results.run(title, profile_decoding, model, lengths, seconds=5, gib=gib)
 
 
 def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int]) -> None:

@@ -140,10 +140,9 @@ def time_losses(results: Results, card: Card, limits: Limits) -> None:
             V = shrink(results, card, name, N, V, H)
         if not V:
             continue
-        with results.case(name):
-            runs = 6 * 4  # of six contestants
-            results.need(seconds=10 + runs * 6 * N * V * H / limits.matmul_tflops / 1e12)
-            time_loss(results, card, name, (N, V, H), ratios)
+        runs = 6 * 4  # of six contestants
+        seconds = 10 + runs * 6 * N * V * H / limits.matmul_tflops / 1e12
+        results.run(name, time_loss, (N, V, H), ratios, seconds=seconds)
         card.free()
     if card.is_cuda and ratios:
         text = f"{min(ratios):.2f}x to {max(ratios):.2f}x the time of its three matmuls"

@@ -24,36 +24,34 @@ def run(results: Results, card: Card, limits: Limits) -> None:
     for heads in HEADS[: 1 if card.quick else None]:
         name = f"decode attention {heads[0]}/{heads[1]} heads D{heads[2]}, "
         name += f"[{long:,}] + [{brief}] x {rows - 1} against [{brief}] x {rows}"
-        with results.case(name):
-            bytes_held = 2 * rows * heads[1] * (long + 64) * heads[2] * 2
-            results.need(seconds=3, gib=held_gib(card) + 2 * bytes_held / GIB + 0.5)
-            time_rows(results, card, limits, name, heads, [long] + [brief] * (rows - 1), [brief] * rows)
+        bytes_held = 2 * rows * heads[1] * (long + 64) * heads[2] * 2
+        gib = held_gib(card) + 2 * bytes_held / GIB + 0.5
+        lengths = {"even": [brief] * rows, "uneven": [long] + [brief] * (rows - 1)}
+        results.run(name, time_rows, limits, heads, lengths, seconds=3, gib=gib)
         card.free()
 
 
-def time_rows(results, card, limits, name, heads, uneven: list[int], even: list[int]) -> None:
+def time_rows(results, card, name, limits, heads, lengths: dict[str, list[int]]) -> None:
     """Time one layer at both sets of lengths, in the same cache."""
-    (Hq, Hkv, D), B, W = heads, len(even), max(uneven) + 64
+    (Hq, Hkv, D), B, W = heads, len(lengths["even"]), max(lengths["uneven"]) + 64
     q = normal(card, B, Hq, D)
     k, v = (normal(card, B, Hkv, W, D) for _ in range(2))
     times: dict[str, dict[str, float]] = {"ours": {}, PEER: {}}
-    words = []
-    for label, lengths in (("even", even), ("uneven", uneven)):
-        held = torch.tensor(lengths, device=card.device)
-        times["ours"][label] = milliseconds(card, lambda held=held: decode_attention(q, k, v, held))
-        found, why = attempt(card, milliseconds, card, masked(q, k, v, held, max(lengths)))
-        if found is None:
-            words.append(f"{PEER}, {label}: {why}")
-        else:
-            times[PEER][label] = found
-
-    for label, lengths in (("even", even), ("uneven", uneven)):
-        ours, theirs = times["ours"][label], times[PEER].get(label)
-        gbs = 2 * sum(lengths) * Hkv * D * q.element_size() / ours / 1e6
+    failed, words = [], []
+    for label, each in lengths.items():
+        held = torch.tensor(each, device=card.device)
+        ours = times["ours"][label] = milliseconds(card, lambda held=held: decode_attention(q, k, v, held))
+        gbs = 2 * sum(each) * Hkv * D * q.element_size() / ours / 1e6
         text = f"{label} {ours:.3f} ms, {gbs / limits.copy_gbs:.0%} of copy bandwidth"
-        words.append(text + (f", {theirs / ours:.2f}x as fast as {PEER}" if theirs else ""))
+        theirs, why = attempt(card, milliseconds, card, masked(q, k, v, held, max(each)))
+        if theirs is None:
+            failed.append(f"{PEER}, {label}: {why}")
+        else:
+            times[PEER][label] = theirs
+            text += f", {theirs / ours:.2f}x as fast as {PEER}"
+        words.append(text)
     words.append(f"uneven / even {times['ours']['uneven'] / times['ours']['even']:.2f}")
-    results.figure(name, "; ".join(words), milliseconds=times)
+    results.figure(name, "; ".join([*failed, *words]), milliseconds=times)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int):

@@ -20,12 +20,12 @@ import importlib.util
 import json
 import random
 import re
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from contest import save
 
@@ -111,14 +111,10 @@ def read_answers(config: Config) -> list[str]:
     if config.problems:
         path = Path(config.problems)
         benchmark = next((b for b in BENCHMARKS.values() if b.file == path.name), BENCHMARKS["math500"])
-        answers = [
-            question.answer for question in benchmark.read(str(path), limit=config.num_answers).questions
-        ]
-    else:
-        answers = [
-            answer.strip() for line in ANSWERS.strip().splitlines() for answer in re.split(r" \| ", line)
-        ]
-    return answers[: config.num_answers or None]
+        questions = benchmark.read(str(path), limit=config.num_answers).questions
+        return [question.answer for question in questions][: config.num_answers or None]
+    answers = re.split(r" \| |\n", ANSWERS.strip())
+    return [answer.strip() for answer in answers][: config.num_answers or None]
 
 
 def make_pairs(answers: list[str], rng: random.Random) -> list[Pair]:
@@ -166,7 +162,7 @@ def time_all(pairs: list[Pair], side: str, judge: Callable[[str, str], str], rep
     for pair in pairs:
         first, verdict = _timed(judge, pair)
         setattr(pair, f"{side}_first", first)
-        setattr(pair, f"{side}s" if side == "our" else "theirs", verdict)
+        setattr(pair, f"{side}s", verdict)
     for pair in pairs:
         setattr(pair, f"{side}_again", min(_timed(judge, pair)[0] for _ in range(repeats)))
 
@@ -201,34 +197,26 @@ def summarise(pairs: list[Pair], hardest: float, *, peer: bool) -> dict:
     decided = [pair for pair in pairs if {pair.ours, pair.theirs} <= {"correct", "wrong"}]
     result: dict = {"num_simple": len(simple)}
     for when in ("first", "again"):
-        our, their = f"our_{when}", f"their_{when}"
-        ours, theirs = ([1e6 * getattr(pair, side) for pair in pairs] for side in (our, their))
-        figures = {
-            "our_median_us": statistics.median(ours),
-            "our_worst_us": max(ours),
-        }
+
+        def micros(side: str, chosen: list[Pair] = pairs, when: str = when) -> list[float]:
+            return [1e6 * getattr(pair, f"{side}_{when}") for pair in chosen]
+
+        figures = result[when] = {"our_median_us": median(micros("our")), "our_worst_us": max(micros("our"))}
         if simple:
-            figures["our_median_us_on_simple"] = statistics.median(
-                1e6 * getattr(pair, our) for pair in simple
-            )
+            figures["our_median_us_on_simple"] = median(micros("our", simple))
         if peer:
-            slower = sorted(
-                decided, key=lambda pair, sides=(our, their): max(getattr(pair, s) for s in sides)
-            )
-            hard = slower[-max(1, round(hardest * len(slower))) :]
-            our_hard, their_hard = ([getattr(pair, side) for pair in hard] for side in (our, their))
+            times = zip(micros("our", decided), micros("their", decided), strict=True)
+            hard = sorted(times, key=max)[-max(1, round(hardest * len(decided))) :]
+            ours, theirs = zip(*hard, strict=True)
             figures |= {
-                "their_median_us": statistics.median(theirs),
-                "their_worst_us": max(theirs),
-                "ratio_of_medians": statistics.median(theirs) / statistics.median(ours),
-                "ratio_of_medians_on_hardest": statistics.median(their_hard) / statistics.median(our_hard),
-                "ratio_of_totals_on_hardest": sum(their_hard) / sum(our_hard),
+                "their_median_us": median(micros("their")),
+                "their_worst_us": max(micros("their")),
+                "ratio_of_medians": median(micros("their")) / median(micros("our")),
+                "ratio_of_medians_on_hardest": median(theirs) / median(ours),
+                "ratio_of_totals_on_hardest": sum(theirs) / sum(ours),
             }
-        result[when] = figures
-    result["verdicts"] = {
-        f"{a}, {b}": n for (a, b), n in Counter((p.ours, p.theirs) for p in pairs).most_common()
-    }
-    return result
+    verdicts = Counter(f"{pair.ours}, {pair.theirs}" for pair in pairs)
+    return result | {"verdicts": dict(verdicts.most_common())}
 
 
 def show(result: dict, pairs: list[Pair], num_shown: int, *, peer: bool) -> None:

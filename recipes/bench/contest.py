@@ -7,7 +7,7 @@ import importlib.util
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -51,6 +51,12 @@ def peak_gib(before: int | None = 0) -> float:
     """Return the peak of this process's memory less so many bytes, in GiB; nan if one of them is unknown."""
     peak = peak_resident_bytes()
     return math.nan if peak is None or before is None else (peak - before) / GIB
+
+
+def table(heading: str, rows: Mapping[str, Sequence[str]]) -> str:
+    """Return a table in Markdown. heading: "| | a | b". rows: name -> the cells below a and b."""
+    lines = [f"{heading} |", f"|---|{'---:|' * heading.count(' | ')}"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
 
 
 def save(config, **figures) -> None:

@@ -12,6 +12,8 @@ Time: seconds. Left out on purpose: what of a sum the backward pass hides, and w
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from contest import table
+
 from kit.config import Checked, parse
 from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB
@@ -46,56 +48,53 @@ def sent(num_cards: int, num_bytes: float) -> float:
     return 2 * (num_cards - 1) / num_cards * num_bytes
 
 
-def of_one_step(training: Mapping[str, float]) -> list[list[str]]:
+def of_one_step(training: Mapping[str, float]) -> str:
     """Return what a step moves beside how long a row takes. training: tokens per second of one card."""
     over = f"over PCIe 4.0 x16 ({PCIE} GB/s) | NVLink of an H100 ({NVLINK:g}) | 100 Gb/s ({NETWORK})"
     cards = " | ".join(f"optimizer in CPU memory, GiB per card: {n}" if n == 1 else str(n) for n in CARDS)
-    rows = [f"| | one row, s | a sum on {CARDS[1]} cards: GB per card | s {over} | {cards}".split(" | ")]
+    heading, rows = f"| | one row, s | a sum on {CARDS[1]} cards: GB per card | s {over} | {cards}", {}
     for model, speed in training.items():
         weights = Sizes.of(load_config(model)).weights
         num_bytes = sent(CARDS[1], GRADIENTS * weights) / 1e9
         seconds = [ROW_TOKENS / speed, num_bytes, *(num_bytes / rate for rate in (PCIE, NVLINK, NETWORK))]
         kept = (OPTIMIZER_BYTES + RESTS + GRADIENTS) * weights / GIB
-        rows.append([f"| {short_name(model)}", *(f"{x:.2f}" for x in (*seconds, *(kept / n for n in CARDS)))])
-    return rows
+        rows[short_name(model)] = [f"{x:.2f}" for x in (*seconds, *(kept / n for n in CARDS))]
+    return table(heading, rows)
 
 
-def of_the_figure(training: Mapping[str, float], answers: Mapping[str, float]) -> list[list[str]]:
+def of_the_figure(training: Mapping[str, float], answers: Mapping[str, float]) -> str:
     """Return the hours of the paper's figure. training, answers: tokens per second of one card."""
     estimates, baselines, together = {}, {}, dict.fromkeys(CARDS, 0.0)
     for cell in Study(tuple((m, ("full",)) for m in MODELS), tuple(row.traces for row in TABLE)).cells():
         sampling = ANSWERS * ANSWER_TOKENS / answers[cell.model] / 3600
         hours = cell.epochs * cell.num_traces * TRACE_TOKENS / training[cell.model] / 3600
-        estimates[cell] = Estimate(
-            Work(ANSWERS, ANSWER_TOKENS), training_hours=hours, sampling_hours=sampling
-        )
+        work = Work(ANSWERS, ANSWER_TOKENS)
+        estimates[cell] = Estimate(work, training_hours=hours, sampling_hours=sampling)
         for n in CARDS:
             rows_per_step = cell.batch_traces * TRACE_TOKENS / ROW_TOKENS
             new = cell.baseline not in baselines
             together[n] += hours / min(n, rows_per_step) + (1 + new) * sampling / n
         baselines[cell.baseline] = sampling
     dealt = [hours_on(n, baselines, estimates) for n in CARDS]
-    heading = [f"| {len(estimates)} cells and {len(baselines)} baselines, hours on", *map(str, CARDS)]
-    rows = {"one run per card": dealt, "one run after another, each on all cards": together.values()}
-    return [heading, *([f"| {name}", *(f"{x:,.0f}" for x in row)] for name, row in rows.items())]
-
-
-def largest() -> list[list[str]]:
-    """Return the size of the largest models that a card of 24 GB holds whole."""
     heading = (
-        "| on a card of 24 GB | bytes per weight | billion weights, at most | GiB in the CPU memory of all"
+        f"| {len(estimates)} cells and {len(baselines)} baselines, hours on | {' | '.join(map(str, CARDS))}"
     )
-    rows, room = [heading.split(" | ")], (24 - DESKTOP - BESIDES) * GIB
+    rows = {"one run per card": dealt, "one run after another, each on all cards": together.values()}
+    return table(heading, {name: [f"{x:,.0f}" for x in row] for name, row in rows.items()})
+
+
+def largest() -> str:
+    """Return the size of the largest models that a card of 24 GB holds whole."""
+    rows, room = {}, (24 - DESKTOP - BESIDES) * GIB
     for name, moved in (
         ("full fine-tuning", 0),
         ("`--offload_optimizer`", OPTIMIZER_BYTES + RESTS),
         ("`--offload_optimizer --offload_gradients`", OPTIMIZER_BYTES + RESTS + GRADIENTS),
     ):
         each = WEIGHTS + GRADIENTS + OPTIMIZER_BYTES + RESTS - moved
-        rows.append(
-            [f"| {name}", f"{each:.2f}", f"{room / each / 1e9:.1f}", f"{moved * room / each / GIB:.0f}"]
-        )
-    return rows
+        rows[name] = [f"{each:.2f}", f"{room / each / 1e9:.1f}", f"{moved * room / each / GIB:.0f}"]
+    heading = "bytes per weight | billion weights, at most | GiB in the CPU memory of all"
+    return table(f"| on a card of 24 GB | {heading}", rows)
 
 
 def tables(config: Config) -> str:
@@ -105,11 +104,8 @@ def tables(config: Config) -> str:
     sampled = {m: sampling_speed(m, USUAL_SLOTS, ANSWER_TOKENS, card=config.card) for m in MODELS}
     sources = dict.fromkeys(speed.source.split(";")[0] for speed in (*trained.values(), *sampled.values()))
     training, answers = ({m: s.tokens_per_second for m, s in both.items()} for both in (trained, sampled))
-    parts = [f"One card: {'; '.join(sources)}."]
-    for rows in (of_one_step(training), of_the_figure(training, answers), largest()):
-        lines = [" | ".join(row) + " |" for row in rows]
-        parts.append("\n".join([lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]))
-    return "\n\n".join(parts)
+    parts = of_one_step(training), of_the_figure(training, answers), largest()
+    return "\n\n".join([f"One card: {'; '.join(sources)}.", *parts])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from contest import table
 
 from kit.config import Checked, parse
 from kit.machine import GIB
@@ -57,16 +58,6 @@ def simulate(model: str, name: str, row_tokens: int) -> Plan:
     return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=rank, rows=rows)
 
 
-def table(rows: list[dict]) -> str:
-    """Return the figures as the README has them, with one column per model."""
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    lines = [f"| | {' | '.join(model.split('/')[-1] for model in models)} |", f"|---|{'---:|' * len(models)}"]
-    for name in ROWS:
-        totals = {row["model"]: row["total"] / GIB for row in rows if row["row"] == name}
-        lines.append(f"| {name} | {' | '.join(f'{totals[model]:.2f}' for model in models)} |")
-    return "\n".join(lines)
-
-
 def main(config: Config) -> list[dict]:
     models = config.models.split(",") if config.models else list(MODELS)
     print(f"GiB that a card needs for rows of {config.row_tokens:,} tokens, simulated")
@@ -89,7 +80,8 @@ def main(config: Config) -> list[dict]:
                 )
                 rows.append({"row": name, **found.as_json()})
 
-    print(table(rows))
+    gib = {name: [f"{row['total'] / GIB:.2f}" for row in rows if row["row"] == name] for name in ROWS}
+    print(table(f"| | {' | '.join(model.split('/')[-1] for model in models)}", gib))  # as the README has it
     if config.json:
         write_json(Path(config.json), rows)
     return rows

@@ -16,16 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
-from kit.recipes.card.compare import (
-    attempt,
-    judge,
-    judge_equal,
-    name_of,
-    normal,
-    poisoned,
-    rms,
-    running_sum,
-)
+from kit.recipes.card.compare import attempt, judge, judge_equal, name_of, normal, poisoned, rms, running_sum
 from kit.recipes.card.results import Card, Results, Skip
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -38,10 +38,9 @@ from kit.run import write_json
 
 ELEMENTS = ["bf16", "fp16", "fp32"]
 LOGIT_ROWS = ["_logprob_kernel", "_gradient_kernel", "_block_gradient_kernel"]
-HEAD_DIMS = [64, 128, 256]  # Qwen2.5 and Llama-3.2-1B; Llama-3.2-3B and Qwen2.5-3B; Gemma 3
-
 HEADS = [(14, 2, 64), (24, 8, 128), (4, 1, 256)]  # q, k, D: Qwen2.5-0.5B, Llama-3.2-3B, Gemma-3-1B
-GROUPS = [(7, 64), (3, 128), (4, 256)]  # query heads per head of keys, D: the same models
+HEAD_DIMS = [D for *_, D in HEADS]
+GROUPS = [(Hq // Hkv, D) for Hq, Hkv, D in HEADS]  # query heads per head of keys, D
 NORMALISED = [128, 256, 1_152, 3_072]  # heads; rows of Gemma-3-1B and Llama-3.2-3B
 BOTH_WAYS = ["_forward_kernel", "_backward_kernel"]
 

@@ -24,13 +24,7 @@ def liger(hidden, weight, targets) -> Tensor:
     return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
 
 
-def cce(hidden, weight, targets) -> Tensor:
+def cce(hidden, weight, targets, **options) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
-    return cut_cross_entropy(hidden, weight, targets)
-
-
-def cce_exact(hidden, weight, targets) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
-
-    return cut_cross_entropy(hidden, weight, targets, filter_eps=None)  # leaves no small gradient out
+    return cut_cross_entropy(hidden, weight, targets, **options)

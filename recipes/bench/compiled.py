@@ -90,7 +90,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, int]:
-        """Return OPTIONS; Triton's own default are three stages."""
+        """Return the options of the launch. Three stages are Triton's own default."""
         options = {"num_warps": getattr(self.module, "NUM_WARPS", 4), "num_stages": 3}
         return options | {name: value for name, value in self.launch.items() if name in OPTIONS}
 

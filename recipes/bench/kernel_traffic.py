@@ -5,10 +5,10 @@ Beside it, the bytes of decode attention.
     python recipes/bench/kernel_traffic.py                 three models, 16,384 tokens, bf16
     python recipes/bench/kernel_traffic.py --ignored 0.1   a tenth of the targets are ignored
 
-Each formula is exact in its launches and in every term with V or H in it; bytes of vectors, one number per
-row, are left out. tests/recipes/test_kernel_traffic.py compares them with counts of real calls at small
-shapes (counting.py says what a count is: no cache between two kernels, and no time). K of N rows have a
-target that counts; e = bytes per element.
+The unfused loss is counted on fake tensors; counting.py says what a count is: no cache between two kernels,
+and no time. Each formula is exact in its launches and in every term with V or H in it; bytes of vectors, one
+number per row, are left out. tests/recipes/test_kernel_traffic.py compares them with counts of real calls at
+small shapes. K of N rows have a target that counts; e = bytes per element.
 
 If a peer's code works differently on a GPU than on the CPU where it is counted, or cannot run on a CPU, the
 formula comes from its source, and its docstring says so.
@@ -19,9 +19,12 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from counting import Count
+from counting import Count, Counter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from kit.config import Checked, parse
 from kit.kernels import decode_attention
@@ -78,23 +81,16 @@ def ours(loss: Loss, *, scaled: bool = True) -> dict[str, Count]:
     }
 
 
-def unfused(loss: Loss) -> dict[str, Count]:
-    """Count what transformers does: lm_head, then ForCausalLMLoss, which casts the logits to fp32 and calls
-    F.cross_entropy. Ignored rows are computed too.
-    """
-    N, V, H, e = loss.N, loss.V, loss.H, loss.e
-    X, L, W, wide = N * H * e, N * V * e, V * H * e, N * V * WIDE
-    cast = e < WIDE
-    return {
-        "logits": Count(1, X + W, L, 2 * N * V * H),
-        "cast to fp32": Count(1, L, wide) if cast else Count(),
-        "log-softmax": Count(1, wide, wide),
-        "loss, forward and backward": Count(2, 0, wide),
-        "log-softmax back": Count(1, 2 * wide, wide),
-        "cast back": Count(1, wide, L) if cast else Count(),
-        "dX": Count(1, L + W, X, 2 * N * V * H),
-        "dW": Count(1, L + X, W, 2 * N * V * H),
-    }
+def unfused(loss: Loss) -> Count:
+    """Count transformers' operators: lm_head, then ForCausalLMLoss. Ignored rows are computed too."""
+    with FakeTensorMode():
+        matrix = partial(torch.empty, dtype=loss.dtype, requires_grad=True)
+        hidden, weight = matrix(loss.N, loss.H), matrix(loss.V, loss.H)
+        targets, upstream = torch.empty(loss.N, dtype=torch.int64), torch.ones(())
+        with Counter() as counter:
+            logits = hidden @ weight.T
+            ForCausalLMLoss(logits, None, loss.V, shift_labels=targets).backward(upstream)
+    return counter.total
 
 
 def liger_chunk(loss: Loss) -> int:
@@ -177,11 +173,11 @@ def main(config: Config) -> list[dict]:
         print(f"\n{model}: V = {V:,}, H = {H:,}")
         print(f"    {'':<36}{'GB':>9}{'ratio':>8}{'Tflop':>9}{'launches':>10}")
         loss = Loss(N, N - round(config.ignored * N), V, H, torch.bfloat16)
-        for name, formula in (("ours", ours), ("unfused, as transformers", unfused), ("Liger", liger)):
-            count = total(formula(loss))
+        counts = {"ours": total(ours(loss)), "unfused, as transformers": unfused(loss)}
+        for name, count in (counts | {"Liger": total(liger(loss))}).items():
             gigabytes, teraflops = count.bytes / 1e9, count.flops / 1e12
             row = {"model": model, "name": name, "launches": count.launches, "gigabytes": gigabytes}
-            row |= {"ratio": count.bytes / total(ours(loss)).bytes, "teraflops": teraflops}
+            row |= {"ratio": count.bytes / counts["ours"].bytes, "teraflops": teraflops}
             figures = "{gigabytes:>9.1f}{ratio:>8.2f}{teraflops:>9.1f}{launches:>10,}".format(**row)
             print(f"    {name:<36}{figures}")
             rows.append(row)

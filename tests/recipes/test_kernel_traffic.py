@@ -114,11 +114,10 @@ def transformers_loss(hidden, weight, targets):
 @pytest.mark.skipif(INTERPRET, reason="runs no kernel")
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (13, 9)])
-def test_the_unfused_path_is_exact(N, K, dtype):
-    losses = [Loss(N, K, V, H, dtype) for V, H in SIZES]
-    assert_only_vectors_are_left(
-        [count(transformers_loss, loss).total - total(unfused(loss)) for loss in losses], N
-    )
+def test_fake_tensors_count_the_unfused_path_as_real_ones_do(N, K, dtype):
+    for V, H in SIZES:
+        loss = Loss(N, K, V, H, dtype)
+        assert unfused(loss) == count(transformers_loss, loss).total
 
 
 @needs_interpreter
@@ -170,7 +169,7 @@ def test_gemmas_loss_moves_at_most_three_quarters_of_the_unfused_path_and_a_thir
     N, (V, H) = 16_384, MODELS["Gemma-3-1B"]
     loss = Loss(N, N - round(ignored * N), V, H, torch.bfloat16)
     bytes_moved = total(ours(loss)).bytes
-    assert bytes_moved <= 0.75 * total(unfused(loss)).bytes
+    assert bytes_moved <= 0.75 * unfused(loss).bytes
     assert bytes_moved <= 0.35 * total(liger(loss)).bytes
 
 

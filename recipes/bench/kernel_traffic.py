@@ -93,11 +93,6 @@ def unfused(loss: Loss) -> Count:
     return counter.total
 
 
-def liger_chunk(loss: Loss) -> int:
-    """Return the rows per chunk: about as many logits as hidden states."""
-    return min(1 << (math.ceil(loss.N / math.ceil(loss.V / loss.H)) - 1).bit_length(), loss.N)
-
-
 def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str, Count]:
     """Count liger-kernel 0.8.5, fused_linear_cross_entropy with its defaults: dW is summed in the weight's
     dtype.
@@ -108,7 +103,8 @@ def liger(loss: Loss, *, on_gpu: bool = True, scaled: bool = False) -> dict[str,
     scaled: backward multiplies the gradients if the upstream gradient is not 1.
     """
     N, K, V, H, e = loss.N, loss.K, loss.V, loss.H, loss.e
-    chunks = math.ceil(N / liger_chunk(loss))
+    rows = math.ceil(N / math.ceil(V / H))  # of a chunk: about as many logits as hidden states
+    chunks = math.ceil(N / min(1 << (rows - 1).bit_length(), N))
     X, L, W = N * H * e, N * V * e, V * H * e
     if on_gpu:
         dX, dW = Count(), Count(chunks, L + X + chunks * W, chunks * W, 2 * N * V * H)

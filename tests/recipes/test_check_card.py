@@ -114,10 +114,8 @@ def test_a_case_that_does_not_fit_the_time_or_the_card_is_named_not_failed(monke
     monkeypatch.setattr(Card, "gib", 8.0)
     monkeypatch.setattr(Card, "synchronize", lambda self: None)
     results = Results(Card(torch.device("cuda"), quick=True), seconds=5.0)
-    for name, needs in (("short", {"seconds": 1}), ("long", {"seconds": 60}), ("large", {"gib": 8.25})):
-        with results.case(name):
-            results.need(**needs)
-            results.check(name, True)
+    for name, seconds, gib in (("short", 1, 0), ("long", 60, 0), ("large", 1, 8.25)):
+        results.run(name, lambda results, card, name: results.check(name, True), seconds=seconds, gib=gib)
     assert [(row["name"], row["status"]) for row in results.rows] == [
         ("short", PASS), ("long", NOT_RUN), ("large", NOT_RUN),
     ]  # fmt: skip

@@ -1,16 +1,17 @@
 """Packs: documents of many lengths laid end to end in rows of at most `capacity` tokens, without padding.
 
 `plan_packs` decides which documents share a row: best-fit decreasing (longest document first, each into the
-fullest row that still has room) over the whole set at once. The rows with room are kept in a bitset over the
-free space, so "the fullest row with room for n tokens" is the lowest set bit at or above n: O(log capacity)
-per document, O(n log n) in all for the sort. `PackedBatch` is one row as the model reads it; attention must
-stop at the boundaries in `cu_seqlens`. `pack_rows` builds the rows of a step on the device that trains on
-them.
+fullest row that still has room) over the whole set at once. The free spaces of the rows with room are kept in
+order, so "the fullest row with room for n tokens" is found by bisection. `PackedBatch` is one row as the
+model reads it; attention must stop at the boundaries in `cu_seqlens`. `pack_rows` builds the rows of a step
+on the device that trains on them.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -20,42 +21,6 @@ import torch
 
 from kit.kernels.cross_entropy import IGNORE_INDEX
 from kit.kernels.packing import pack as pack_row
-
-BITS = 128  # free spaces per word of the bitset: two machine words keep Python's integers in their fast case
-
-
-class _FreeSpace:
-    """A sorted multiset of the free space of open rows, over 0..capacity: two levels of integer bitsets."""
-
-    def __init__(self, capacity: int):
-        self.rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # free space -> rows that have it
-        self.words = [0] * (capacity // BITS + 1)
-        self.summary = 0  # bit i: words[i] is not empty
-
-    def add(self, space: int, row: int) -> None:
-        if not self.rows[space]:
-            self.words[space // BITS] |= 1 << (space % BITS)
-            self.summary |= 1 << (space // BITS)
-        self.rows[space].append(row)
-
-    def take_best(self, length: int) -> tuple[int, int] | None:
-        """Remove and return (space, row) of the smallest free space >= length, or None."""
-        word, bit = divmod(length, BITS)
-        found = self.words[word] >> bit << bit if word < len(self.words) else 0
-        if not found:
-            above = self.summary >> (word + 1) << (word + 1)
-            if not above:
-                return None
-            word = (above & -above).bit_length() - 1
-            found = self.words[word]
-        bit = (found & -found).bit_length() - 1
-        space = word * BITS + bit
-        row = self.rows[space].pop()
-        if not self.rows[space]:
-            self.words[word] &= ~(1 << bit)
-            if not self.words[word]:
-                self.summary &= ~(1 << word)
-        return space, row
 
 
 def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[list[int]]:
@@ -79,18 +44,24 @@ def plan_packs(lengths: Sequence[int], capacity: int, *, seed: int = 0) -> list[
     order = list(range(len(lengths)))
     rng.shuffle(order)
     order.sort(key=lengths.__getitem__, reverse=True)  # stable: the shuffle breaks ties
-    free = _FreeSpace(capacity)
     packs: list[list[int]] = []
+    spaces: list[int] = []  # tokens that rows have free, in order, each number once
+    rows_with: defaultdict[int, list[int]] = defaultdict(list)  # free space -> rows
     for i in order:
-        best = free.take_best(lengths[i])
-        if best is None:
+        place = bisect_left(spaces, lengths[i])
+        if place == len(spaces):
             space, row = capacity, len(packs)
             packs.append([])
         else:
-            space, row = best
+            space = spaces[place]
+            row = rows_with[space].pop()
+            if not rows_with[space]:
+                del spaces[place]
         packs[row].append(i)
-        if space > lengths[i]:
-            free.add(space - lengths[i], row)
+        if left := space - lengths[i]:
+            if not rows_with[left]:
+                insort(spaces, left)
+            rows_with[left].append(row)
     for pack in packs:
         rng.shuffle(pack)
     rng.shuffle(packs)

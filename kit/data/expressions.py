@@ -61,36 +61,28 @@ _TOKEN = re.compile(
       | (?P<word>\\[A-Za-z]+|[^\W\d_]+|.)""",
     re.VERBOSE | re.DOTALL,
 )
-_OPERATORS = {"times": "*", "over": "/", "minus": "-", "plus": "+"}
+# name in _TOKEN -> the token's kind, and its value if that is not the text
+_KINDS = {
+    "times": ("op", "*"), "over": ("op", "/"), "minus": ("op", "-"), "plus": ("op", "+"),
+    "open": ("(", ""), "close": (")", ""), "equals": ("=", "="), "bullet": ("gap", ""), "row": ("gap", "\n"),
+}  # fmt: skip
 
 
 def tokens_of(text: str) -> list[Token]:
     """Split a text into tokens. A line break is no token if an equation continues behind it."""
     found: list[Token] = []
     for match in _TOKEN.finditer(text):
-        kind, value, start, end = match.lastgroup, match[0], match.start(), match.end()
-        if kind == "skip":
+        name, before = match.lastgroup, found[-1] if found else Token("", "", 0, 0)
+        if name == "skip" or (name == "row" and (before.kind == "=" or before.value == "\n")):
             continue
-        if kind == "row" and found and found[-1].kind == "=":
-            continue
+        if name == "equals" and before.value == "\n":
+            found.pop()
+        kind, value = _KINDS.get(name, (name, ""))
+        value = value or match[0]
         if kind == "number":
             digits = re.sub(r"[^0-9.]", "", value)
             kind, value = ("number", _number(digits)) if len(digits) <= MAX_DIGITS else ("word", value)
-        elif kind == "equals":
-            if found and found[-1].kind == "gap" and found[-1].value == "\n":
-                found.pop()
-            kind, value = "=", "="
-        elif kind in _OPERATORS:
-            kind, value = "op", _OPERATORS[kind]
-        elif kind in ("open", "close"):
-            kind = "(" if kind == "open" else ")"
-        elif kind == "bullet":
-            kind = "gap"
-        elif kind == "row":
-            if found and found[-1].value == "\n":
-                continue
-            kind, value = "gap", "\n"
-        found.append(Token(kind, value, start, end))
+        found.append(Token(kind, value, match.start(), match.end()))
     return found
 
 
@@ -101,7 +93,6 @@ def _number(digits: str) -> Fraction | int:
 class Computed(NamedTuple):
     value: Fraction | int
     num_operations: int
-    is_whole: bool  # whether every intermediate is an integer
 
 
 class _Reader:
@@ -109,10 +100,7 @@ class _Reader:
 
     def __init__(self, tokens: Sequence[Token]):
         self.tokens = tokens
-        self.index = 0
-        self.depth = 0
-        self.num_operations = 0
-        self.is_whole = True
+        self.index = self.depth = self.num_operations = 0
 
     def peek(self) -> tuple[str, object]:
         return self.tokens[self.index][:2] if self.index < len(self.tokens) else ("end", "")
@@ -121,7 +109,7 @@ class _Reader:
         value = self.sum()
         if self.index < len(self.tokens):
             raise ValueError("something is left")
-        return Computed(value, self.num_operations, self.is_whole)
+        return Computed(value, self.num_operations)
 
     def sum(self):
         value = self.product()
@@ -168,7 +156,6 @@ class _Reader:
 
     def operate(self, value):
         self.num_operations += 1
-        self.is_whole &= value == int(value)
         return value
 
 

@@ -21,6 +21,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,13 +114,12 @@ def make_rows(
     """
     if kind not in ("short", "long"):
         raise ValueError(f"kind is {kind!r} but a toy trace is 'short' or 'long'")
-    rng, seen, rows = random.Random(f"{kind} {seed}"), set(exclude), []
-    while len(rows) < num_rows:
-        chain = make_chain(rng, rng.randint(min_operands, max_operands))
-        if chain.problem not in seen:
-            seen.add(chain.problem)
-            rows.append(_row(chain, short_trace(chain) if kind == "short" else long_trace(chain, rng)))
-    return rows
+    rng = random.Random(f"{kind} {seed}")
+    chains = _chains(rng, exclude, min_operands, max_operands)
+    return [
+        _row(chain, short_trace(chain) if kind == "short" else long_trace(chain, rng))
+        for chain in islice(chains, num_rows)
+    ]
 
 
 def make_pairs(
@@ -136,14 +136,23 @@ def make_pairs(
     number are a prefix of those of a larger one, so that subsets are nested. checked, corrected: as for
     long_trace.
     """
-    rng, seen, rows = random.Random(f"problems {seed}"), set(exclude), []
-    while len(rows) < num_rows:
-        chain = make_chain(rng, rng.randint(2, 8))
+    rows = []
+    for chain in islice(_chains(random.Random(f"problems {seed}"), exclude), num_rows):
+        rng = random.Random(f"trace {seed} {chain.problem}")
+        rows.append(_row(chain, long_trace(chain, rng, checked=checked, corrected=corrected)))
+    return rows
+
+
+def _chains(
+    rng: random.Random, exclude: Iterable[str], min_operands: int = 2, max_operands: int = 8
+) -> Iterator[Chain]:
+    """Draw chains without end, each as it is asked for. No problem occurs twice, and none is in `exclude`."""
+    seen = set(exclude)
+    while True:
+        chain = make_chain(rng, rng.randint(min_operands, max_operands))
         if chain.problem not in seen:
             seen.add(chain.problem)
-            of_trace = random.Random(f"trace {seed} {chain.problem}")
-            rows.append(_row(chain, long_trace(chain, of_trace, checked=checked, corrected=corrected)))
-    return rows
+            yield chain
 
 
 def _row(chain: Chain, trace: str) -> dict:
@@ -183,11 +192,9 @@ def read_chain(problem: str) -> Chain:
     """Read the chain of a toy problem such as 7+5-3?. Raises ValueError for any other text."""
     if not re.fullmatch(r"[1-9](?:[+-][1-9])+\?", problem):
         raise ValueError(f"{problem!r} is not a problem of the toy; pass one such as 7+5-3?")
-    operators, operands = re.findall(r"[+-]", problem), [int(x) for x in re.findall(r"\d", problem)]
-    values = operands[:1]
-    for operator, operand in zip(operators, operands[1:], strict=True):
-        values.append(values[-1] + operand if operator == "+" else values[-1] - operand)
-    return Chain(tuple(values), tuple(operators), tuple(operands[1:]))
+    first, *operands = map(int, re.findall(r"\d", problem))
+    values = accumulate(map(int, re.findall(r"[+-]\d", problem)), initial=first)
+    return Chain(tuple(values), tuple(re.findall(r"[+-]", problem)), tuple(operands))
 
 
 def steps_of(chain: Chain) -> list[str]:

@@ -51,7 +51,7 @@ class EndedElsewhere(Exception):
 class Alone:
     """The only process of a run."""
 
-    rank, count = 0, 1
+    rank, count, name = 0, 1, ""  # name: of the rank and its machine
 
     @property
     def is_first(self) -> bool:
@@ -75,10 +75,30 @@ class Alone:
 
         If it raises there, the other ranks raise EndedElsewhere.
         """
-        return compute()
+        value, error = None, None
+        if self.is_first:
+            try:
+                value = compute()
+            except BaseException as raised:
+                error = raised
+        value, has_failed = self.gather([value, error is not None])[0]
+        if error is not None:
+            raise error
+        if has_failed:
+            raise EndedElsewhere
+        return value
 
     def check_same(self, facts: Mapping[str, object]) -> None:
         """Raise ValueError, naming the difference, if another rank has other facts. They must be JSON's."""
+        first, *others = self.gather({"name": self.name, "facts": dict(facts)})
+        for other in others:
+            for fact in sorted({*first["facts"], *other["facts"]}):
+                ours, theirs = first["facts"].get(fact), other["facts"].get(fact)
+                if ours != theirs:
+                    raise ValueError(
+                        f"{fact} is {ours!r} on {first['name']} but {theirs!r} on {other['name']}; start all "
+                        "ranks with the same flags, data and versions"
+                    )
 
     def leave(self) -> None:
         """Wait until all ranks have ended their work."""
@@ -168,43 +188,17 @@ class Ranks(Alone):
         distributed.all_gather(found, padded)
         return [json.loads(x[: int(size)].numpy().tobytes()) for x, size in zip(found, sizes, strict=True)]
 
-    def from_first(self, compute: Callable[[], Value]) -> Value:
-        value, error = None, None
-        if self.is_first:
-            try:
-                value = compute()
-            except BaseException as raised:
-                error = raised
-        value, has_failed = self.gather([value, error is not None])[0]
-        if error is not None:
-            raise error
-        if has_failed:
-            raise EndedElsewhere
-        return value
-
-    def check_same(self, facts: Mapping[str, object]) -> None:
-        found = self.gather({"name": self.name, "facts": dict(facts)})
-        first = found[0]
-        for other in found[1:]:
-            for fact in sorted({*first["facts"], *other["facts"]}):
-                ours, theirs = first["facts"].get(fact), other["facts"].get(fact)
-                if ours != theirs:
-                    raise ValueError(
-                        f"{fact} is {ours!r} on {first['name']} but {theirs!r} on {other['name']}; start all "
-                        "ranks with the same flags, data and versions"
-                    )
-
     def fail(self, why: str) -> None:
         """Let the other ranks end, too. why: as one line."""
         with suppress(RuntimeError):  # the machine of rank 0 is gone, which the others see
             self.store.compare_set(FAILED, "", f"{self.name}: {why}")
-        self.watch.stop()
+        self.watch.stopped.set()
 
     def leave(self) -> None:
         from torch import distributed
 
         self.gather(DONE)
-        self.watch.stop()
+        self.watch.stopped.set()
         distributed.destroy_process_group()
 
 
@@ -216,9 +210,6 @@ class _Watch(threading.Thread):
         self.ranks, self.store, self.stopped = ranks, ranks.store, threading.Event()
         watched = range(ranks.count) if ranks.is_first else [0]
         self.heard = {other: (b"", time.monotonic()) for other in watched if other != ranks.rank}
-
-    def stop(self) -> None:
-        self.stopped.set()
 
     def run(self) -> None:
         beats = 0

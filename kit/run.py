@@ -214,15 +214,11 @@ def recipe_name(config_class: type) -> str:
     return Path(getattr(sys.modules[config_class.__module__], "__file__", "notebook")).stem
 
 
-def next_folder(parent: Path) -> Path:
-    """Return the next free numbered folder under parent, 001 first."""
-    return parent / f"{max((int(child.name) for child in numbered(parent)), default=0) + 1:03d}"
-
-
 def make_next_folder(parent: Path) -> Path:
-    """Create the next free numbered folder under parent, and return it: no other process gets it."""
+    """Create the next free numbered folder under parent, 001 first. Return it: no other process gets it."""
     while True:
-        path = next_folder(parent)
+        number = max((int(child.name) for child in numbered(parent)), default=0) + 1
+        path = parent / f"{number:03d}"
         try:
             path.mkdir(parents=True)
         except FileExistsError:  # by another run that starts now

@@ -12,7 +12,7 @@ from kit.command import clean_up_if_refused
 from kit.config import parse
 from kit.disk import scratch_beside
 from kit.lock import LOCK, held, release, share
-from kit.run import RunFolder, next_folder, recipe_name
+from kit.run import RunFolder, make_next_folder, recipe_name
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ def test_runs_are_numbered_under_the_recipes_name_and_resume_takes_the_newest():
     for begun in ("001", "002"):
         (Path("runs/test_run") / begun / "metrics.jsonl").touch()
     assert str(RunFolder.open(Config(resume=True)).path) == "runs/test_run/002"  # 003 has not begun
-    assert str(next_folder(Path("runs/test_run"))) == "runs/test_run/004"
+    assert str(make_next_folder(Path("runs/test_run"))) == "runs/test_run/004"
 
 
 def test_the_tenth_hundred_of_runs_comes_after_the_ninth():
     for number in ("998", "999", "1000"):
         (Path("runs/test_run") / number).mkdir(parents=True)
-    assert str(next_folder(Path("runs/test_run"))) == "runs/test_run/1001"
+    assert str(make_next_folder(Path("runs/test_run"))) == "runs/test_run/1001"
 
 
 def test_resume_alone_takes_the_settings_of_the_run_and_flags_come_on_top():

@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple, TextIO
 
 UNSETTLED = 120  # characters at the end of a growing text, whose marks may still change
@@ -153,8 +154,8 @@ def num_columns(texts: int) -> int:
     return -(-texts // max(1, groups))
 
 
-def _noted(text: str) -> list[Cell]:
-    return cells_of(text, [Mark(0, len(text), "note")])
+def _in_style(text: str, style: str) -> list[Cell]:
+    return cells_of(text, [Mark(0, len(text), style)])
 
 
 class Columns:
@@ -171,8 +172,8 @@ class Columns:
     def __enter__(self) -> Columns:
         self.out.write(HIDE_CURSOR)
         self._fit()
-        titles = [cells_of(title, [Mark(0, len(title), "title")]) for title in self._short_titles()]
-        self.out.write(self._line(titles))
+        titles = [shorten(title, self.width) for title in self.titles]
+        self.out.write(self._line([_in_style(title, "title") for title in titles]))
         return self
 
     def __exit__(self, *_) -> None:
@@ -203,12 +204,12 @@ class Columns:
             for rows, text, over in zip(columns, texts, ended, strict=True)
             if not over
         ]
-        settled = min(growing, default=max(map(len, columns)))
+        lines = self._lines(columns)
+        settled = min(growing, default=len(lines))
         above = f"\r\x1b[{self.rows_below}A" if self.rows_below else "\r"  # a typed ^C may stand there
-        lines = [self._line_at(columns, i) for i in range(max(map(len, columns)))]
         shown = lines[settled:][-max(height - 3, 1) :]
         if growing:
-            shown.append(self._line([_noted(status)[: self.width] for status in statuses]))
+            shown.append(self._line([_in_style(status, "note")[: self.width] for status in statuses]))
         self.out.write(above + CLEAR_BELOW + "".join(lines[:settled] + shown))
         self.out.flush()
         self.rows_below = len(shown)
@@ -218,19 +219,16 @@ class Columns:
 
     def notes(self, notes: Sequence[str]) -> None:
         """Write a note below each text."""
-        rows = [wrap(_noted(note), self.width) for note in notes]
-        self.out.write("".join(self._line_at(rows, i) for i in range(max(map(len, rows)))) + "\n")
+        rows = [wrap(_in_style(note, "note"), self.width) for note in notes]
+        self.out.write("".join(self._lines(rows)) + "\n")
 
     def _fit(self) -> None:
         self.total = shutil.get_terminal_size().columns
         gaps = len(GAP) * (len(self.titles) - 1)
         self.width = max(1, (self.total - 1 - gaps) // len(self.titles))
 
-    def _short_titles(self) -> list[str]:
-        return [shorten(title, self.width) for title in self.titles]
-
-    def _line_at(self, columns: Sequence[Sequence[Sequence[Cell]]], i: int) -> str:
-        return self._line([rows[i] if i < len(rows) else () for rows in columns])
+    def _lines(self, columns: Sequence[Sequence[Sequence[Cell]]]) -> list[str]:
+        return [self._line(rows) for rows in zip_longest(*columns, fillvalue=())]
 
     def _line(self, rows: Sequence[Sequence[Cell]]) -> str:
         parts = [painted(row, self.width, colours=self.colours) for row in rows]

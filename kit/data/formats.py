@@ -45,49 +45,47 @@ class Dropped(ValueError):
     """A row that is no conversation to train on. Its text is the reason, for the drop statistics."""
 
 
-Reader = Callable[[dict], list[tuple[object, object]]]  # row -> (role, text) of its turns, unchecked
+Unchecked = list[tuple[object, object]]  # (role, text) of the turns that a row seems to hold
 
 
 class Format(NamedTuple):
     name: str
     columns: tuple[str, ...] = ()  # by which a row is recognised
-    read: Reader | None = None  # None: kit.data.responses.pick_response reads it
+    read: Callable[..., Unchecked] | None = None  # values of all its columns -> turns; None: pick_response's
+    optional: tuple[str, ...] = ()  # further columns that are read
 
 
-def _thinking(problem: str, thoughts: str, answer: str) -> Reader:
-    """Return the reader of rows that keep the chain of thought and the answer in columns of their own."""
-
-    def read(row: dict) -> list[tuple[object, object]]:
-        thought, answered = row[thoughts], row[answer]
-        if isinstance(thought, list):  # s1K lists one
-            thought = thought[0] if thought else ""
-        response = None
-        if isinstance(thought, str) and isinstance(answered, str):
-            thought, answered = thought.strip(), answered.strip()
-            is_whole = thought and answered
-            response = f"{THOUGHT}\n{thought}\n{THOUGHT_END}\n\n{answered}" if is_whole else ""
-        return [(USER, row[problem]), (ASSISTANT, response)]
-
-    return read
+def _asked_and_answered(asked: object, answer: object) -> Unchecked:
+    return [(USER, asked), (ASSISTANT, answer)]
 
 
-def _alpaca(row: dict) -> list[tuple[object, object]]:
-    asked, given = row["instruction"], row.get("input")
+def _thinking(asked: object, thought: object, answer: object) -> Unchecked:
+    """Read a row that keeps the chain of thought and the answer in columns of their own."""
+    if isinstance(thought, list):  # s1K lists one
+        thought = thought[0] if thought else ""
+    response = None
+    if isinstance(thought, str) and isinstance(answer, str):
+        thought, answer = thought.strip(), answer.strip()
+        response = f"{THOUGHT}\n{thought}\n{THOUGHT_END}\n\n{answer}" if thought and answer else ""
+    return _asked_and_answered(asked, response)
+
+
+def _alpaca(asked: object, answer: object, given: object) -> Unchecked:
     if isinstance(asked, str) and isinstance(given, str) and given.strip():
         asked = f"{asked}\n\n{given}"
-    return [(USER, asked), (ASSISTANT, row["output"])]
+    return _asked_and_answered(asked, answer)
 
 
-def _prompt_and_completion(row: dict) -> list[tuple[object, object]]:
-    if not isinstance(row["prompt"], list):
-        return [(USER, row["prompt"]), (ASSISTANT, row["completion"])]
-    asked = _messages(row["prompt"])
+def _prompt_and_completion(prompt: object, completion: object) -> Unchecked:
+    if not isinstance(prompt, list):
+        return _asked_and_answered(prompt, completion)
+    asked = _messages(prompt)
     if ASSISTANT in dict(asked):
         raise Dropped(GIVEN)
-    return asked + _messages(row["completion"])
+    return asked + _messages(completion)
 
 
-def _messages(turns: object) -> list[tuple[object, object]]:
+def _messages(turns: object) -> Unchecked:
     """Return (role, text) of a list of turns, whichever of the two pairs of names they use."""
     if not isinstance(turns, list) or not turns:
         raise Dropped(NO_TURNS)
@@ -99,20 +97,14 @@ def _messages(turns: object) -> list[tuple[object, object]]:
 
 
 THINKING = (
-    Format("s1K", names := ("question", "thinking_trajectories", "attempt"), _thinking(*names)),
-    Format(
-        "s1K-1.1",
-        names := ("question", "deepseek_thinking_trajectory", "deepseek_attempt"),
-        _thinking(*names),
-    ),
-    Format(
-        "OpenThoughts", names := ("problem", "deepseek_reasoning", "deepseek_solution"), _thinking(*names)
-    ),
+    Format("s1K", ("question", "thinking_trajectories", "attempt"), _thinking),
+    Format("s1K-1.1", ("question", "deepseek_thinking_trajectory", "deepseek_attempt"), _thinking),
+    Format("OpenThoughts", ("problem", "deepseek_reasoning", "deepseek_solution"), _thinking),
 )
 CONVERSATIONS = (
-    Format("messages", ("messages",), lambda row: _messages(row["messages"])),
-    Format("ShareGPT", ("conversations",), lambda row: _messages(row["conversations"])),
-    Format("Alpaca", ("instruction", "output"), _alpaca),
+    Format("messages", ("messages",), _messages),
+    Format("ShareGPT", ("conversations",), _messages),
+    Format("Alpaca", ("instruction", "output"), _alpaca, optional=("input",)),
     Format("prompt, completion", ("prompt", "completion"), _prompt_and_completion),
 )
 
@@ -138,7 +130,7 @@ def turns_of(row: dict, found: Format) -> list[Turn]:
 
     Raises Dropped, with the reason, if they are not that, and ValueError for text that nothing can read.
     """
-    turns = found.read(row)
+    turns = found.read(*(row.get(name) for name in found.columns + found.optional))
     if turns[0][0] != SYSTEM and isinstance(row.get("system"), str):
         turns = [(SYSTEM, row["system"]), *turns]
     if not all(isinstance(text, str) for _, text in turns):
@@ -183,12 +175,10 @@ def recognise(row: dict, columns: Mapping[str, str]) -> tuple[dict, Format | Non
     if not columns:
         return row, format_of(row)
     row = {name: field_of(row, column) for name, column in columns.items()}
-    read = CONVERSATIONS[0].read if "messages" in columns else _named
-    return row, Format(", ".join(f"{name}={column}" for name, column in columns.items()), read=read)
-
-
-def _named(row: dict) -> list[tuple[object, object]]:
-    return [(USER, row["problem"]), (ASSISTANT, row["trace"])]
+    name = ", ".join(f"{name}={column}" for name, column in columns.items())
+    if "messages" in columns:
+        return row, Format(name, ("messages",), _messages)
+    return row, Format(name, ("problem", "trace"), _asked_and_answered)
 
 
 def check_columns(source: str, row: dict, columns: Mapping[str, str]) -> None:
@@ -201,15 +191,11 @@ def check_columns(source: str, row: dict, columns: Mapping[str, str]) -> None:
         )
     named = {name: "" if value is None else value for name, value in row.items()}  # a null is a bad row's
     if len(row) > 1 and not columns and format_of(named) is None:  # one column has no other to be named
-        names = (
-            "OpenR1",
-            "problem, trace, answer",
-            "LIMO",
-            *(found.name for found in (*THINKING, *CONVERSATIONS)),
-        )
+        others = (found.name for found in (*THINKING, *CONVERSATIONS))
+        names = "; ".join(["OpenR1", "problem, trace, answer", "LIMO", *others])
         raise ValueError(
             f"{source} has the columns {', '.join(row)}, which are those of no known format "
-            f"({'; '.join(names)}); name them, with --traces as --columns {_guess(list(row))}, or rename them"
+            f"({names}); name them, with --traces as --columns {_guess(list(row))}, or rename them"
         )
 
 

@@ -98,9 +98,7 @@ def _flags(row: dict, name: str, count: int) -> list[bool | None]:
 
 def _parallel(row: dict, name: str, count: int) -> list:
     """Return a list parallel to `generations`, of which there are `count`; None for what it does not have."""
-    value = row.get(name)
-    if value is None:
-        value = []
+    value = [] if row.get(name) is None else row[name]
     if not isinstance(value, list) or len(value) > count:
         found = f"{len(value)} entries" if isinstance(value, list) else f"a {type(value).__name__}"
         raise ValueError(f"field {name} has {found} but generations has {count} entries")

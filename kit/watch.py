@@ -33,16 +33,6 @@ class WatchSettings(RunSettings):
     log: str = ""  # also send each step's figures there; "" = nowhere [trackio | tensorboard | wandb]
 
 
-class NoTracker:
-    """The tracker of a run without one."""
-
-    def log(self, step: int, figures: Mapping[str, object]) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 class TensorBoard:
     """Event files in the run's folder."""
 
@@ -81,24 +71,25 @@ class Service:
         self.module.finish()
 
 
-class Guarded:
-    """A tracker whose failure ends itself, not the run that it watches."""
+class Tracker:
+    """Where a run's figures also go, if anywhere. One that fails ends itself, not the run that it watches."""
 
-    def __init__(self, name: str, tracker: TensorBoard | Service):
-        self.name, self.tracker = name, tracker
+    def __init__(self, name: str = "", service: TensorBoard | Service | None = None):
+        self.name, self.service = name, service
 
     def log(self, step: int, figures: Mapping[str, object]) -> None:
-        self._try(lambda: self.tracker.log(step, flat(figures)))
+        self._try(lambda service: service.log(step, flat(figures)))
 
     def close(self) -> None:
-        self._try(self.tracker.close)
+        self._try(lambda service: service.close())
 
-    def _try(self, call: Callable[[], object]) -> None:
+    def _try(self, call: Callable[[TensorBoard | Service], object]) -> None:
         try:
-            call()
+            if self.service is not None:
+                call(self.service)
         except Exception as error:  # whatever its package raises; the run's own record is metrics.jsonl
             print_line(f"log         {self.name} failed and is left out from here on: {error!r}")
-            self.tracker = NoTracker()
+            self.service = None
 
 
 def flat(figures: Mapping[str, object]) -> dict[str, float]:
@@ -121,16 +112,16 @@ def check_tracker(name: str) -> None:
         )
 
 
-def make_tracker(name: str, run: Path) -> NoTracker | Guarded:
-    """Return the tracker of a run.
+def make_tracker(name: str, run: Path) -> Tracker:
+    """Return the tracker of a run. name: "" = none.
 
     Raises ValueError as check_tracker does, and if it cannot start, such as without a login.
     """
     check_tracker(name)
     if not name:
-        return NoTracker()
+        return Tracker()
     try:
-        return Guarded(name, TensorBoard(run) if name == "tensorboard" else Service(name, run))
+        return Tracker(name, TensorBoard(run) if name == "tensorboard" else Service(name, run))
     except Exception as error:  # whatever its package raises
         raise ValueError(f"--log {name} could not start: {error!r}; run without it, or mend that") from error
 
@@ -141,7 +132,7 @@ class WatchedMetrics(Journal):
     write_report(path, goes_on=True): writes a page that loads itself again.
     """
 
-    def __init__(self, run: Path, tracker: NoTracker | Guarded, write_report: Callable[..., Path]):
+    def __init__(self, run: Path, tracker: Tracker, write_report: Callable[..., Path]):
         super().__init__(run / "metrics.jsonl", STEP)
         self.run, self.tracker, self.write_report = run, tracker, write_report
         self.next_report, self.was_announced = time.monotonic() + REPORT_EVERY, False

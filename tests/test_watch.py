@@ -15,7 +15,7 @@ import pytest
 from kit import watch as watching
 from kit.command import clean_up_if_refused
 from kit.run import RunFolder
-from kit.watch import Guarded, NoTracker, WatchSettings, flat, make_tracker, watch
+from kit.watch import Tracker, WatchSettings, flat, make_tracker, watch
 
 ROW = {"step": 1, "loss": 0.5, "compiles": True, "peak_gib": None, "norm": math.inf}
 
@@ -64,7 +64,7 @@ def test_without_a_tracker_nothing_is_imported_and_the_rows_are_the_same():
     assert packages & {name.partition(".")[0] for name in sys.modules} == before
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": step, "loss": 1 / step, "peak_gib": None} for step in (1, 2)]
-    assert isinstance(make_tracker("", run), NoTracker)
+    assert make_tracker("", run).service is None
 
 
 @pytest.mark.parametrize("name", ["trackio", "tensorboard", "wandb"])
@@ -95,7 +95,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(capsys):
         def log(self, step, figures):
             raise OSError(28, "disk full")
 
-    tracker = Guarded("full", Full())
+    tracker = Tracker("full", Full())
     for step in (1, 2, 3):
         tracker.log(step, ROW)
     tracker.close()

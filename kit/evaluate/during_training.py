@@ -25,7 +25,7 @@ from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import Document, PackedBatch, plan_packs
 from kit.ranks import here
 from kit.run import DURING
-from kit.watch import Guarded, NoTracker
+from kit.watch import Tracker
 
 HELD_OUT = 64  # traces
 
@@ -50,7 +50,7 @@ class DuringTraining:
     num_slots: int = 0
     seed: int = 0
     write_report: Callable[..., object] | None = None
-    tracker: NoTracker | Guarded = field(default_factory=NoTracker)
+    tracker: Tracker = field(default_factory=Tracker)
     has_begun: bool = False
 
     def __call__(self, step: int) -> None:
@@ -106,7 +106,7 @@ def of_run(
     beside = f"the loss on {len(held_out)} held-out traces" if held_out else "no held-out traces"
     print(f"during      every {config.eval_every:,} steps: {asked}; {beside}")
     shared = {name: getattr(config, name) for name in ("row_tokens", "logit_rows", "num_slots", "seed")}
-    shared |= {"write_report": write_report, "tracker": tracker or NoTracker()}
+    shared |= {"write_report": write_report, "tracker": tracker or Tracker()}
     return DuringTraining(model, chat, part, params, run, config.eval_every, held_out, **shared)
 
 

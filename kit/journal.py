@@ -190,7 +190,7 @@ class Journal:
         self.lock()
         rows = self.read()
         if not all(wanted(row) for row in rows):
-            replace_rows(self.path, [row for row in rows if wanted(row)])
+            write_rows(self.path, [row for row in rows if wanted(row)])
 
 
 def run_of(file: Path) -> Path:
@@ -200,7 +200,7 @@ def run_of(file: Path) -> Path:
     return next((path for path in around if (path / CONFIG).is_file()), folder)
 
 
-def replace_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: list[dict]) -> None:
     """Write a file of these rows, whole or not at all."""
     write_whole(path, b"".join(map(_line, rows)))
 

@@ -46,9 +46,10 @@ from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of
 from kit.config import part_of
 from kit.data.rows import BadRows
-from kit.data.toy import make_rows, write_rows
+from kit.data.toy import make_rows
 from kit.evaluate.settings import BenchmarkSettings, ModelSettings
 from kit.inputs import check_code, check_inputs, digest_of_questions
+from kit.journal import write_rows
 from kit.machine import on_cpu, one_thread_if_small, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.ranks import here

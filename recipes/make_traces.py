@@ -23,7 +23,6 @@ Time: not timed on a GPU; --smoke takes seconds. Left out on purpose: problems w
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -36,9 +35,9 @@ from kit.config import RunSettings
 from kit.data.problems import Question, draw, read_prompts
 from kit.data.rows import BadRows
 from kit.data.toy import PROBLEMS
-from kit.disk import write_whole
 from kit.evaluate.benchmarks import Benchmark, ids_hash
 from kit.evaluate.settings import SampledModelSettings
+from kit.journal import write_rows
 from kit.machine import on_cpu, require_gpu
 from kit.ranks import here
 from kit.run import SAMPLES
@@ -113,7 +112,7 @@ def main(config: Config) -> Path:
     path = run.path / TRACES
     if not here().is_first:
         return path
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_rows(path, rows)
     print(f"traces      {path}")
     flag = "--long_share 0.5 --short_traces" if config.first == "shortest" else "--traces"
     print(f"next        {command_of('finetune')} {flag} {shell_word(str(path))}    train on them")

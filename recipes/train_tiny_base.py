@@ -14,7 +14,8 @@ from kit import data, evaluate, generate, models, train
 from kit.command import ONE_PROCESS, clean_up_if_refused, open_run, start, suggest
 from kit.command_line import command_of
 from kit.config import RunSettings
-from kit.data.toy import make_rows, make_tokenizer, write_rows
+from kit.data.toy import make_rows, make_tokenizer
+from kit.journal import write_rows
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ from kit import report
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word
 from kit.data.mixtures import is_long
-from kit.data.toy import make_pairs, make_rows, num_tokens, write_rows
+from kit.data.toy import make_pairs, make_rows, num_tokens
 from kit.evaluate.benchmarks import BENCHMARKS
+from kit.journal import write_rows
 from kit.models.shipped import SHIPPED
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, open_study, run_study

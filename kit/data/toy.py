@@ -16,16 +16,13 @@ measured with it is about the toy, not about a language model.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kit.disk import write_whole
 from kit.models.shipped import TINY
 
 if TYPE_CHECKING:
@@ -78,20 +75,17 @@ def short_trace(chain: Chain) -> str:
     return ";".join(steps_of(chain)) + f".\\boxed{{{chain.answer}}}"
 
 
-def long_trace(
-    chain: Chain, rng: random.Random, *, checked: float = CHECKED, corrected: float = CORRECTED
-) -> str:
-    """checked, corrected: shares of the steps that are rechecked, and that are first stated wrong."""
+def long_trace(chain: Chain, rng: random.Random) -> str:
     steps = []
     for a, o, x, b in _operations(chain):
         inverse, sign = ("-", -1) if o == "+" else ("+", 1)
         step, check = f"{a}{o}{x}={b}", f"{b}{inverse}{x}={a} ok"
         luck = rng.random()
-        if luck < corrected:
+        if luck < CORRECTED:
             wrong = rng.choice([value for value in (b - 10, b - 1, b + 1, b + 10) if value >= max(0, x)])
             found = f"{wrong}{inverse}{x}={wrong + sign * x}"
             step = f"{a}{o}{x}={wrong}, recheck: {found}, no: {step}, {check}"
-        elif luck < corrected + checked:
+        elif luck < CORRECTED + CHECKED:
             step += f", recheck: {check}"
         steps.append(step)
     return f"<think>{';'.join(steps)}</think>\\boxed{{{chain.answer}}}"
@@ -122,25 +116,16 @@ def make_rows(
     ]
 
 
-def make_pairs(
-    num_rows: int,
-    *,
-    seed: int,
-    exclude: Iterable[str] = (),
-    checked: float = CHECKED,
-    corrected: float = CORRECTED,
-) -> list[dict]:
+def make_pairs(num_rows: int, *, seed: int, exclude: Iterable[str] = ()) -> list[dict]:
     """Draw rows {problem, trace, solution, answer}, each with a long trace and a short solution.
 
     The problems depend on the seed alone; none is in `exclude`, and none occurs twice. Those of a smaller
-    number are a prefix of those of a larger one, so that subsets are nested. checked, corrected: as for
-    long_trace.
+    number are a prefix of those of a larger one, so that subsets are nested.
     """
-    rows = []
-    for chain in islice(_chains(random.Random(f"problems {seed}"), exclude), num_rows):
-        rng = random.Random(f"trace {seed} {chain.problem}")
-        rows.append(_row(chain, long_trace(chain, rng, checked=checked, corrected=corrected)))
-    return rows
+    return [
+        _row(chain, long_trace(chain, random.Random(f"trace {seed} {chain.problem}")))
+        for chain in islice(_chains(random.Random(f"problems {seed}"), exclude), num_rows)
+    ]
 
 
 def _chains(
@@ -157,11 +142,6 @@ def _chains(
 
 def _row(chain: Chain, trace: str) -> dict:
     return {"problem": chain.problem, "trace": trace, "solution": short_trace(chain), "answer": chain.answer}
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write a file of rows, whole or not at all: several processes may prepare the same study."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -23,7 +23,7 @@ from pathlib import Path
 from kit.evaluate.reflection_and_loops import REFLECTION
 from kit.evaluate.sample_log import SampleLog
 from kit.http_json import FAULTS, call, describe
-from kit.journal import replace_rows
+from kit.journal import write_rows
 from kit.progress import Progress
 
 QUESTION = """Below are passages of an answer to a mathematics problem. Does the writer, in any of them, go
@@ -119,5 +119,5 @@ def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
             outcome = problem or ("yes" if verdict else "no")
             counts[outcome] = counts.get(outcome, 0) + 1
         if open_rows:
-            replace_rows(file, rows)
+            write_rows(file, rows)
     return counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from kit.journal import Journal, Kind, replace_rows
+from kit.journal import Journal, Kind, write_rows
 from kit.ranks import here
 
 OF_RANK = ".rank"  # math500.rank1.jsonl beside math500.jsonl
@@ -51,7 +51,7 @@ class SampleLog(Journal):
         """Make one file of all ranks' files, once all have written their last row."""
         self.sync()
         if others := self.files[1:]:
-            replace_rows(self.path, self.read())
+            write_rows(self.path, self.read())
             for other in others:
                 other.unlink()
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kit.command_line import started_as
 from kit.grade.verdict import DEADLINE, verdict_fields
-from kit.journal import Journal, Kind, replace_rows, run_of
+from kit.journal import Journal, Kind, run_of, write_rows
 from kit.lock import held
 
 PEERS = ("math-verify",)
@@ -137,7 +137,7 @@ def _regrade(config: argparse.Namespace, peer: Callable[[str, str], bool] | None
 
     target = config.file if config.in_place else config.out
     if target:
-        replace_rows(target, after)
+        write_rows(target, after)
         print(f"wrote {target}")
     else:
         print(f"{config.file} is unchanged; --out FILE writes the new verdicts, --in_place replaces the file")

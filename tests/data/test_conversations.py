@@ -8,8 +8,8 @@ from kit.data.chat import PLAIN_TEMPLATE, ChatFormat
 from kit.data.documents import load_documents, make_documents
 from kit.data.mixtures import REWRITTEN
 from kit.data.responses import Trace
-from kit.data.toy import write_rows
 from kit.inputs import digest_of_documents
+from kit.journal import write_rows
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, _pack_on_device
 
 # which shows the thought of the last answer alone, as Qwen3's does

@@ -10,8 +10,8 @@ import pytest
 from kit.data import formats
 from kit.data.formats import EMPTY, GIVEN, NO_COMPLETE, NO_TURNS, NOT_TEXT, ORDER, parse_columns
 from kit.data.responses import NO_CORRECT, UNCHECKED
-from kit.data.toy import write_rows
 from kit.data.traces import read_traces
+from kit.journal import write_rows
 
 THOUGHT = "<think>\n1+1 is 2.\n</think>\n\n\\boxed{2}"
 SYSTEM = "You add."

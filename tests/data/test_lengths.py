@@ -6,7 +6,8 @@ from kit.data import lengths
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
 from kit.data.responses import Trace
-from kit.data.toy import make_tokenizer, write_rows
+from kit.data.toy import make_tokenizer
+from kit.journal import write_rows
 
 LONG_TOKEN = "wxyz" * 10
 

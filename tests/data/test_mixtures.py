@@ -8,11 +8,12 @@ import pytest
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents
 from kit.data.responses import pick_response
-from kit.data.toy import make_pairs, make_tokenizer, num_tokens, write_rows
+from kit.data.toy import make_pairs, make_tokenizer, num_tokens
 from kit.data.traces import read_traces
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.evaluate.reflection_and_loops import reflects
 from kit.grade.verdict import grade
+from kit.journal import write_rows
 
 SHORT = "so it is \\boxed{{{}}}"
 SHARES = {1.0: 40, 0.75: 30, 0.5: 20, 0.25: 10, 0.0: 0}  # -> long traces of 40

@@ -13,8 +13,9 @@ from kit.data.formats import NO_COMPLETE
 from kit.data.generations import PADDED, UNUSABLE
 from kit.data.mixtures import TooLong
 from kit.data.responses import BY_LLAMA, NO_CORRECT, Trace, pick_response
-from kit.data.toy import make_rows, make_tokenizer, write_rows
+from kit.data.toy import make_rows, make_tokenizer
 from kit.data.traces import read_traces
+from kit.journal import write_rows
 
 GOOD = "<think>1+1=2</think>\\boxed{2}"
 BAD = "<think>1+1=3</think>\\boxed{3}"

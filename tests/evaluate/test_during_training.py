@@ -11,11 +11,12 @@ from kit.command import Stopped
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents
 from kit.data.responses import Trace
-from kit.data.toy import make_pairs, write_rows
+from kit.data.toy import make_pairs
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.evaluate.during_training import DuringTraining, mean_loss
 from kit.evaluate.results import read_result
 from kit.generate.sampling import SamplingParams
+from kit.journal import write_rows
 from kit.models import load
 from kit.models.backbone import head_weight, hidden_states
 from kit.packing import PackedBatch

@@ -15,7 +15,7 @@ import pytest
 from children import ROOT
 
 from kit.config import Checked, flags_of, parse
-from kit.data.generations import VERIFY
+from kit.data.responses import VERIFY
 from kit.generate.sampling import SamplingParams
 from kit.memory.settings import TrainingPlanSettings
 from kit.models.attention import CHOICES

@@ -15,9 +15,8 @@ from dataclasses import replace
 
 from kit.data.drop_counts import DropCounts
 from kit.data.formats import check_columns, parse_columns, recognise
-from kit.data.generations import check_verify, notes_on
 from kit.data.mixtures import check_mixture, mixed, with_short
-from kit.data.responses import Trace, trace_of
+from kit.data.responses import Trace, check_verify, notes_on, trace_of
 from kit.data.rows import BadRows, read_rows, same_space, text_of
 from kit.progress import Progress
 from kit.run import digest

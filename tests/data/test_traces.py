@@ -10,9 +10,8 @@ from kit.data import documents as data
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents, make_documents, tokenize
 from kit.data.formats import NO_COMPLETE
-from kit.data.generations import PADDED, UNUSABLE
 from kit.data.mixtures import TooLong
-from kit.data.responses import BY_LLAMA, NO_CORRECT, Trace, pick_response
+from kit.data.responses import BY_LLAMA, NO_CORRECT, PADDED, UNUSABLE, Trace, pick_response
 from kit.data.toy import make_rows, make_tokenizer
 from kit.data.traces import read_traces
 from kit.journal import write_rows

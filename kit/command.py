@@ -22,7 +22,7 @@ from typing import NoReturn, TypeVar
 from kit import ranks
 from kit.command_line import shell_word, started_as
 from kit.config import parse, show
-from kit.run import RunFolder
+from kit.run import RunFolder, has_begun
 from kit.versions import newer_than_tested
 
 # What a user can mend: wrong settings or data, a file or a disk, a missing package. Everything else is a bug
@@ -144,7 +144,7 @@ def _end(error: BaseException, line: str, status: int) -> NoReturn:
 
 def _farewell(stop: KeyboardInterrupt) -> str:
     run = RunFolder.newest
-    if run is None or not run.has_begun:
+    if run is None or not has_begun(run.path):
         return "stopped before anything was trained or measured"
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"
     program, count = started_as(), ranks.num_started()

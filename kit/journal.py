@@ -18,8 +18,6 @@ from kit.ranks import here
 CONFIG = "config.json"  # what makes a folder that of a run
 NUMBER = (int, float)
 UNDECIDED = (*NUMBER, type(None))  # null: the grader could not decide
-
-
 DELETE = "delete that line to continue"
 _said: set[str] = set()  # about doubled rows, by this process
 

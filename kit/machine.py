@@ -74,10 +74,10 @@ def require_gpu(device: str, what: str, instead: Mapping[str, str]) -> None:
         require(what, "triton")
         return
 
-    here = "this torch is for AMD cards, where no kernel was ever tried" if is_amd else "none is here"
+    found = "this torch is for AMD cards, where no kernel was ever tried" if is_amd else "none is here"
     width = max(map(len, instead))
     ways = [f"  {command:<{width}}    {effect}" for command, effect in instead.items()]
-    raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and {here}. What works here:", *ways]))
+    raise ValueError("\n".join([f"{what} needs an NVIDIA GPU and {found}. What works here:", *ways]))
 
 
 def on_cpu(small: str) -> dict[str, str]:

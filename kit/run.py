@@ -139,11 +139,6 @@ class RunFolder:
             )
         write_json(path / CONFIG, settings)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the run has trained or measured anything."""
-        return has_begun(self.path)
-
     def unlock(self) -> None:
         """Let other processes write in the folder, such as a second notebook's: the recipe has ended."""
         while self.at_end:
@@ -156,7 +151,7 @@ class RunFolder:
 
         In a folder that was there before, all that was in it stays.
         """
-        if self.is_new and not self.has_begun:
+        if self.is_new and not has_begun(self.path):
             self.is_new = False
             for made in (self.path / name for name in PREPARED if name not in self.before):
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)

@@ -115,16 +115,14 @@ class RunFolder:
             grows = may_grow if config.resume and not is_shared(path) else ()
             grown = {k for k in grows if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
-            pairs = {k: (before.get(k), settings.get(k)) for k in fixed}
-            changed = "; ".join(
-                f"{k} was {old!r}, is {new!r}" for k, (old, new) in pairs.items() if old != new
-            )
+            changed = [k for k in fixed if before.get(k) != settings.get(k)]
             if changed:
+                each = "; ".join(f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in changed)
                 wait = "wait until the others there end, " if is_shared(path) else ""
-                only_more = all(old == new or k in may_grow for k, (old, new) in pairs.items())
+                only_more = set(changed) <= {*may_grow}
                 grow = "--resume, which lets it grow, " if only_more and not config.resume else ""
                 raise ValueError(
-                    f"{path} was started with other settings: {changed}; "
+                    f"{path} was started with other settings: {each}; "
                     f"{wait}pass {grow}the same, or another --out"
                 )
             if is_shared(path):

@@ -97,5 +97,5 @@ def read_traces(
         kept = with_short(kept, short, key_of=key_of, seen=seen, noted=noted, dropped=dropped)
     if bad.found:
         dropped["are malformed"] = len(bad.found)
-    traces = list(kept.values()) if long_share == 1 else mixed(list(kept.values()), long_share)
+    traces = mixed(list(kept.values()), long_share)
     return traces, DropCounts(len(traces), dropped, bad.found, noted, formats=formats)

@@ -143,16 +143,14 @@ class PackedBatch:
         lengths = _lengths(documents)
         cu_seqlens = list(accumulate(lengths, initial=0))
         input_ids, position_ids = np.empty((2, cu_seqlens[-1]), dtype=np.int32)
-        targets = np.empty(cu_seqlens[-1], dtype=np.int64)
+        targets = np.full(cu_seqlens[-1], IGNORE_INDEX, dtype=np.int64)
         positions = np.arange(max(lengths), dtype=np.int32)
         for document, start, end in zip(documents, cu_seqlens, cu_seqlens[1:], strict=False):
             ids = document.ids.numpy()
             # the last prompt token predicts the first response token
             first = start + min(max(document.prompt_len, 1), len(ids)) - 1
             input_ids[start:end] = ids
-            targets[start:first] = IGNORE_INDEX
             targets[first : end - 1] = ids[first + 1 - start :]
-            targets[end - 1] = IGNORE_INDEX
             position_ids[start:end] = positions[: len(ids)]
         for begin, end in _later_prompts(documents, cu_seqlens):
             targets[begin:end] = IGNORE_INDEX

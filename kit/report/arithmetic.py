@@ -8,78 +8,34 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
-from statistics import fmean, median
 
 from kit.data.equations import check_steps
-from kit.evaluate.results import Result
 from kit.paper import OPERATIONS_DONE
 from kit.report.figures import Stages
 from kit.report.page import findings, share_cell, table
 from kit.valley.curves import percent, points
 from kit.valley.error_accumulation import Decomposition, decompose, length_alone
-from kit.valley.first_error import Anatomy, dissect_arithmetic
+from kit.valley.first_error import dissect_arithmetic
 
 NAME = "arithmetic"  # of the benchmark
 SHOWN = 12  # first wrong steps listed per evaluation
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The answers of one evaluation and the operations that they perform."""
-
-    decomposition: Decomposition
-    rows: tuple[dict, ...]  # of the log
-    found: tuple[Anatomy, ...]  # what the answer of each row shows
-
-    @property
-    def num_needed(self) -> float:
-        """Mean operations of a problem."""
-        return fmean(found.num_steps for found in self.found)
-
-    @property
-    def with_wrong(self) -> float:
-        """Share of the answers with a wrong operation."""
-        return fmean(bool(found.wrong) for found in self.found)
-
-    @property
-    def right_all_the_same(self) -> float:
-        """Share of the answers that are right although an operation in them is wrong."""
-        pairs = zip(self.rows, self.found, strict=True)
-        return fmean(row["verdict"] == "correct" and bool(found.wrong) for row, found in pairs)
-
-    @property
-    def first_wrong(self) -> float | None:
-        """Which operation of an answer is the first wrong one, as a median over answers; None without any."""
-        places = [found.right_steps + 1 for found in self.found if found.wrong]
-        return median(places) if places else None
-
-    @property
-    def has_steps(self) -> bool:
-        return any(found.num_equations for found in self.found)
+def check_answers(stages: Stages) -> dict[str, Decomposition]:
+    """Check the operations of every answer to `arithmetic`, for each stage in which it was measured."""
+    return {
+        stage: decompose(0, {0: results[NAME]}, dissect_arithmetic)
+        for stage, results in stages.items()
+        if NAME in results
+    }
 
 
-def check_answers(stages: Stages) -> dict[str, Answers]:
-    """Find the operations of every answer to `arithmetic`, for each stage in which it was measured."""
-    return {stage: _answers(results[NAME]) for stage, results in stages.items() if NAME in results}
-
-
-def _answers(result: Result) -> Answers:
-    keys = [(row["problem"], row["text"], row["finished"]) for row in result.rows]
-    found = {key: dissect_arithmetic(*key[:2], finished=key[2]) for key in keys}  # once: it takes a while
-
-    def look_up(problem: str, text: str, *, finished: bool) -> Anatomy:
-        return found[problem, text, finished]
-
-    return Answers(decompose(0, {0: result}, look_up), result.rows, tuple(found[key] for key in keys))
-
-
-def sentences(answers: Mapping[str, Answers]) -> list[str]:
+def sentences(answers: Mapping[str, Decomposition]) -> list[str]:
     """Return a sentence per stage; for two stages also what longer answers by themselves would have cost."""
     several = len(answers) > 1
     lines = [_sentence(f"{NAME} {stage}" if several else NAME, of) for stage, of in answers.items()]
     if len(answers) == 2 and all(of.has_steps for of in answers.values()):
-        before, after = (of.decomposition for of in answers.values())
+        before, after = answers.values()
         lines.append(
             f"{NAME}: if every operation were as reliable as before "
             f"({100 * before.equation_accuracy.mean:.1f} % of the equations are true), answers with as many "
@@ -89,60 +45,35 @@ def sentences(answers: Mapping[str, Answers]) -> list[str]:
     return lines
 
 
-def _sentence(label: str, answers: Answers) -> str:
-    found = answers.decomposition
-    if not answers.has_steps:
+def _sentence(label: str, found: Decomposition) -> str:
+    if not found.has_steps:
         return f"{label}: no answer states an equation, so there are no steps to check."
     first = "none is wrong"
-    if answers.first_wrong is not None:
-        share, place = f"{100 * answers.with_wrong:.1f} %", f"operation {answers.first_wrong:g} (median)"
+    if found.first_wrong is not None:
+        share, place = f"{100 * found.with_wrong:.1f} %", f"operation {found.first_wrong:g} (median)"
         first = f"{share} of the answers have a wrong one, first at {place}"
     return (
         f"{label}: answers perform {found.operations.mean:.1f} operations (± {found.operations.half:.1f}), "
-        f"the problems need {answers.num_needed:.1f}; an operation is right with "
+        f"the problems need {found.num_needed:.1f}; an operation is right with "
         f"p = {percent(found.step_accuracy)}, {first}; p^n is {percent(found.predicted)}, measured "
         f"{percent(found.accuracy)}: a residual of {points(found.residual)}."
     )
 
 
-def section(answers: Mapping[str, Answers]) -> str:
+def section(answers: Mapping[str, Decomposition]) -> str:
     """Return the report's section as HTML: a row of figures per stage, and where answers first go wrong."""
     if not answers:
         return ""
     parts = [f"<h2>{NAME.capitalize()}, step by step</h2>{MEANING}", findings(sentences(answers))]
-    parts += [_table(answers), NOTE]
+    rows = [[stage, *(cell(found) for cell in COLUMNS.values())] for stage, found in answers.items()]
+    parts += [table(("", *COLUMNS), rows), NOTE]
     for stage, of in answers.items():
         parts.append(_first_wrong_steps(stage, of))
     return "".join(parts)
 
 
-def _table(answers: Mapping[str, Answers]) -> str:
-    rows = []
-    for stage, of in answers.items():
-        found = of.decomposition
-        fit = (share_cell(found.step_accuracy), share_cell(found.predicted), share_cell(found.residual, "+"))
-        cells = (
-            stage,
-            share_cell(found.accuracy),
-            *(fit if of.has_steps else "---"),
-            f"{found.operations.mean:.1f} ± {found.operations.half:.1f}",
-            f"{of.num_needed:.1f}",
-            f"{100 * of.with_wrong:.1f}",
-            "-" if of.first_wrong is None else f"{of.first_wrong:g}",
-            f"{100 * of.right_all_the_same:.1f}",
-        )
-        rows.append(cells)
-    heads = (
-        "", "accuracy, %", "p, %", "p^n, %", "residual: accuracy - p^n", "operations per answer",
-        "of the problem (n)", "answers with a wrong one, %", "first wrong one (median)",
-        "right all the same, %",
-    )  # fmt: skip
-    return table(heads, rows)
-
-
-def _first_wrong_steps(stage: str, answers: Answers) -> str:
-    pairs = zip(answers.rows, answers.found, strict=True)
-    wrong = [(row, found) for row, found in pairs if found.wrong]
+def _first_wrong_steps(stage: str, answers: Decomposition) -> str:
+    wrong = [(row, found) for _, row, found in answers.rows if found.wrong]
     rows = ""
     for row, found in wrong[:SHOWN]:
         step = check_steps(row["problem"], row["text"]).first_wrong
@@ -161,6 +92,17 @@ def _first_wrong_steps(stage: str, answers: Answers) -> str:
     )
 
 
+COLUMNS = {  # of a stage
+    "accuracy, %": lambda p: share_cell(p.accuracy),
+    "p, %": lambda p: share_cell(p.step_accuracy) if p.has_steps else "-",
+    "p^n, %": lambda p: share_cell(p.predicted) if p.has_steps else "-",
+    "residual: accuracy - p^n": lambda p: share_cell(p.residual, "+") if p.has_steps else "-",
+    "operations per answer": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
+    "of the problem (n)": lambda p: f"{p.num_needed:.1f}",
+    "answers with a wrong one, %": lambda p: f"{100 * p.with_wrong:.1f}",
+    "first wrong one (median)": lambda p: "-" if p.first_wrong is None else f"{p.first_wrong:g}",
+    "right all the same, %": lambda p: f"{100 * p.right_all_the_same:.1f}",
+}
 MEANING = """<p>If every operation were right with the same chance p and nothing else went wrong, a problem
 of n operations would be solved with probability p^n: p times itself, n times.</p>"""
 NOTE = f"""<p><small>p: the share of right operations among those up to and including the first wrong one of

@@ -22,7 +22,6 @@ from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
 from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
 from kit.report.page import percent
-from kit.report.steps import steps_figure
 from kit.run import AFTER, BEFORE, DURING, SAMPLES, kept_traces, read_json
 from kit.valley.curves import Estimate, points
 from kit.valley.curves import percent as with_interval
@@ -49,7 +48,7 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
     if any(result.caps for found in stages.values() for result in found.values()):
         drawn += figures.embed(path / "caps.png", partial(figures.caps_figure, stages)) + pages.CAPS_NOTE
     if measured := Journal(path / f"{DURING}.jsonl", MEASUREMENT).read():
-        draw = partial(steps_figure, measured, metrics)
+        draw = partial(figures.steps_figure, measured, metrics)
         drawn += figures.embed(path / "steps.png", draw, "accuracy, loss, length, reflection by step")
     elif metrics:
         drawn += figures.embed(path / "loss.png", partial(figures.loss_figure, metrics))

@@ -1,4 +1,4 @@
-"""Figures of a run's report: accuracy and length, loss, lengths, accuracy against the limit on length.
+"""Figures of a run's report: accuracy, length and loss, and what was measured during training.
 
 A figure is drawn twice: with two panels per row for a wide screen, and with one for a narrow screen, on which
 text in the wide one would be too small to read.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -19,9 +19,14 @@ from kit.disk import write_whole
 from kit.evaluate.results import Result
 
 Stages = dict[str, dict[str, Result]]  # stage -> benchmark -> result
-COLOURS = ("#4c72b0", "#dd8452")  # of the first stage and the second
+COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")  # of stages, or of benchmarks
 FONT = 12  # points; a wide panel of 5.4 inches fills half of a page, a narrow one of 4.4 inches a phone
 NARROW = 640  # pixels of a screen up to which the narrow version is shown
+DURING = {  # title of a panel -> (figure of a benchmark, factor)
+    "Accuracy during training, %": ("accuracy", 100),
+    "Tokens per answer": ("mean_tokens", 1),
+    "Answers with a reflection keyword, %": ("reflection", 100),
+}
 
 
 def embed(path: Path, draw: Callable[[bool], Figure], alt: str = "") -> str:
@@ -130,9 +135,7 @@ def caps_figure(stages: Stages, narrow: bool) -> Figure:
             shares = [found[name].accuracy_at(cap) for cap in caps]
             widths = [found[name].interval_at(cap) for cap in caps]
             axes.plot(caps, [100 * x for x in shares], "o-", color=colour, label=stage)
-            low = [100 * max(0, share - half) for share, half in zip(shares, widths, strict=True)]
-            high = [100 * min(1, share + half) for share, half in zip(shares, widths, strict=True)]
-            axes.fill_between(caps, low, high, color=colour, alpha=0.15, linewidth=0)
+            _band(axes, caps, shares, widths, colour)
             ticks |= set(caps)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(ticks), [f"{cap:,}" for cap in sorted(ticks)])
@@ -143,10 +146,47 @@ def caps_figure(stages: Stages, narrow: bool) -> Figure:
     return figure
 
 
+def steps_figure(measured: Sequence[dict], metrics: Sequence[dict], narrow: bool) -> Figure:
+    """Draw accuracy, length, reflection and loss against the step, as measured during training.
+
+    measured: rows of during.jsonl. metrics: one row per step of training.
+    """
+    figure, panes = panels(len(DURING) + 1, narrow, 3.4)
+    steps = [row["step"] for row in measured]
+    names = list(dict.fromkeys(name for row in measured for name in row["benchmarks"]))
+    for axes, (title, (figure_name, factor)) in zip(panes, DURING.items(), strict=False):
+        for name, colour in zip(names, COLOURS * len(names), strict=False):
+            rows = [row["benchmarks"][name] for row in measured]
+            values = [factor * row[figure_name] for row in rows]
+            axes.plot(steps, values, "o-", color=colour, label=name)
+            if figure_name == "accuracy":
+                shares, widths = ([row[key] for row in rows] for key in ("accuracy", "interval"))
+                _band(axes, steps, shares, widths, colour)
+        axes.set(title=title, xlabel="optimizer step", ylim=(0, None))
+        _legend(axes, names)
+
+    loss = panes[-1]
+    trained = [row["step"] for row in metrics], [row["loss"] for row in metrics]
+    loss.plot(*trained, color="#999999", linewidth=1, label="of each step")
+    held_out = [(row["step"], row["held_out_loss"]) for row in measured if row["held_out_loss"] is not None]
+    if held_out:
+        loss.plot(*zip(*held_out, strict=True), "o-", color="#333333", label="of held-out traces")
+    loss.set(title="Loss (mean over targets)", xlabel="optimizer step")
+    loss.legend()
+    return figure
+
+
+def _band(axes, places: Sequence[int], shares: Sequence[float], halves: Sequence[float], colour: str) -> None:
+    """Draw the intervals of shares, in percent, as a band."""
+    low = [100 * max(0, share - half) for share, half in zip(shares, halves, strict=True)]
+    high = [100 * min(1, share + half) for share, half in zip(shares, halves, strict=True)]
+    axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
 def _benchmarks(stages: Stages) -> list[str]:
     return list(dict.fromkeys(name for found in stages.values() for name in found))
 
 
-def _legend(axes, stages: Stages) -> None:
-    if len(stages) > 1:
+def _legend(axes, lines: Collection[str]) -> None:
+    if len(lines) > 1:
         axes.legend()

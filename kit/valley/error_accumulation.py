@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from kit.evaluate.results import Result
 from kit.valley.curves import ByQuestion, Estimate, estimate, percent, points
 from kit.valley.first_error import CAUSES, Anatomy, dissect
 
 WRONG_STEP = ("a sum is wrong", "another step")  # of CAUSES: what p counts
+Rows = Sequence[tuple[int, dict, Anatomy]]  # (seed, row of the log, what its answer shows)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Decomposition:
     residual: Estimate  # accuracy - predicted
     equation_accuracy: Estimate  # share of true equations, including checks and what was taken back
     operations: Estimate  # per answer, including checks
-    counts: Sequence[int]  # operations of each answer
+    rows: Rows  # what all of this is computed from
     causes: Mapping[str, float]  # share of all answers that are wrong and have this first, of CAUSES
     saved: float  # share of all answers that are right although something in them is wrong
     looping: float
@@ -38,8 +39,30 @@ class Decomposition:
     corrections: float  # per answer
     checks: float  # per answer
 
+    @property
+    def num_needed(self) -> float:
+        """Mean operations of a problem."""
+        return fmean(found.num_steps for _, _, found in self.rows)
 
-Rows = Sequence[tuple[int, dict, Anatomy]]  # (seed, row of the log, what its answer shows)
+    @property
+    def with_wrong(self) -> float:
+        """Share of the answers with a wrong operation."""
+        return fmean(bool(found.wrong) for _, _, found in self.rows)
+
+    @property
+    def right_all_the_same(self) -> float:
+        """Share of the answers that are right although an operation in them is wrong."""
+        return fmean(row["verdict"] == "correct" and bool(found.wrong) for _, row, found in self.rows)
+
+    @property
+    def first_wrong(self) -> float | None:
+        """Which operation of an answer is the first wrong one, as a median over answers; None without any."""
+        places = [found.right_steps + 1 for _, _, found in self.rows if found.wrong]
+        return median(places) if places else None
+
+    @property
+    def has_steps(self) -> bool:
+        return any(found.num_equations for _, _, found in self.rows)
 
 
 def decompose(
@@ -78,7 +101,7 @@ def decompose(
         residual=estimate(rest, (-1.0, 1.0)),
         equation_accuracy=ratio(rows, true_equations, lambda _, found: found.num_equations),
         operations=estimate(by_question(lambda _, found: found.num_operations)),
-        counts=[found.num_operations for _, _, found in rows],
+        rows=rows,
         causes={cause: wrong[cause] / len(rows) for cause in CAUSES},
         saved=fmean(row["verdict"] == "correct" and found.cause != "" for _, row, found in rows),
         looping=fmean(found.looping for _, _, found in rows),
@@ -121,7 +144,7 @@ def length_alone(base: Decomposition, point: Decomposition) -> float:
 
     That is what longer answers by themselves would make of it.
     """
-    return fmean(base.equation_accuracy.mean**count for count in point.counts)
+    return fmean(base.equation_accuracy.mean**found.num_operations for _, _, found in point.rows)
 
 
 def explain(base: Decomposition, points: Sequence[Decomposition]) -> list[str]:

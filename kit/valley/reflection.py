@@ -11,11 +11,6 @@ from kit.valley.error_accumulation import deviations, ratio
 
 
 @dataclass(frozen=True)
-class _Kind:
-    reflects: bool
-
-
-@dataclass(frozen=True)
 class Reflection:
     """What the answers of one point of a curve show."""
 
@@ -27,28 +22,28 @@ class Reflection:
 
 def reflection_of(num_traces: int, results: Mapping[int, Result]) -> Reflection:
     """Measure reflection. results: seed -> samples of one benchmark."""
-    rows = [(seed, row, _Kind(confirmed(row))) for seed, result in results.items() for row in result.rows]
+    rows = [(seed, row, confirmed(row)) for seed, result in results.items() for row in result.rows]
     return Reflection(
         num_traces,
         ratio(rows, lambda row, _: row["verdict"] == "correct", lambda row, _: row["tokens"] / 1_000),
-        ratio(rows, lambda _, kind: kind.reflects, lambda *_: 1),
+        ratio(rows, lambda _, reflects: reflects, lambda *_: 1),
         tokens_longer(rows),
     )
 
 
-def tokens_longer(rows: Sequence[tuple[int, dict, _Kind]]) -> Estimate | None:
+def tokens_longer(rows: Sequence[tuple[int, dict, bool]]) -> Estimate | None:
     """Return by how many tokens reflective answers are longer than others; None without both kinds.
 
-    rows: (seed, row of the log, its kind).
+    rows: (seed, row of the log, whether it reflects).
     """
-    if len({kind.reflects for _, _, kind in rows}) < 2:
+    if len({reflects for _, _, reflects in rows}) < 2:
         return None
 
     def of_kind(wanted: bool) -> tuple[float, dict[int, ByQuestion]]:
         return deviations(
             rows,
-            lambda row, kind: row["tokens"] * (kind.reflects == wanted),
-            lambda _, kind: kind.reflects == wanted,
+            lambda row, reflects: row["tokens"] * (reflects == wanted),
+            lambda _, reflects: reflects == wanted,
         )
 
     (longer, moves), (shorter, others) = of_kind(True), of_kind(False)

@@ -38,12 +38,11 @@ def result(*rows):
 
 def test_p_and_p_to_the_n_and_the_residual_are_those_computed_by_hand():
     found = check_answers({SAMPLES: result(*ROWS)})[SAMPLES]
-    points = found.decomposition
-    assert points.step_accuracy.mean == pytest.approx(P)
-    assert points.predicted.mean == pytest.approx((P**3 + P**2) / 2)  # n is 3 and 2
-    assert points.accuracy.mean == 0.75
-    assert points.residual.mean == pytest.approx(0.75 - (P**3 + P**2) / 2)
-    assert points.operations.mean == (3 + 3 + 3 + 4) / 4
+    assert found.step_accuracy.mean == pytest.approx(P)
+    assert found.predicted.mean == pytest.approx((P**3 + P**2) / 2)  # n is 3 and 2
+    assert found.accuracy.mean == 0.75
+    assert found.residual.mean == pytest.approx(0.75 - (P**3 + P**2) / 2)
+    assert found.operations.mean == (3 + 3 + 3 + 4) / 4
     assert found.right_all_the_same == 1 / 4
     assert (found.num_needed, found.with_wrong, found.first_wrong) == (2.5, 0.5, 1.5)
 

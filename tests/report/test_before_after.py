@@ -7,8 +7,8 @@ import pytest
 from kit.evaluate.results import Result
 from kit.report.answers import SHOWN, browser, marked
 from kit.report.before_after import findings, write_report
+from kit.report.figures import steps_figure
 from kit.report.page import figures_table
-from kit.report.steps import steps_figure
 from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
 

@@ -130,7 +130,12 @@ def flags_of(config_class: type) -> tuple[Flag, ...]:
 
 def part_of(config, kind: type[Config]) -> Config:
     """Return the part of a config that is a `kind`, one of the classes that it extends."""
-    return kind(**{field.name: getattr(config, field.name) for field in dataclasses.fields(kind)})
+    return kind(**some_of(config, *(field.name for field in dataclasses.fields(kind))))
+
+
+def some_of(config, *names: str) -> dict:
+    """Return these settings of a config by name, to be passed on as they are."""
+    return {name: getattr(config, name) for name in names}
 
 
 def parse(

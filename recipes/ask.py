@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 from kit import data, generate, memory, models
 from kit.command import INTERRUPTED, ONE_PROCESS, clean_up_if_refused, start, suggest
 from kit.command_line import command_of, started_as
-from kit.config import Checked
+from kit.config import Checked, some_of
 from kit.data.toy import TEMPLATE, read_chain
 from kit.machine import GIB, free_memory, one_thread_if_small, require_gpu
 from kit.paper import INSTRUCTION
@@ -227,7 +227,7 @@ def next_command(config: Config, found: Sequence[Found]) -> tuple[str, ...]:
     if [model.name for model in found] == ["tiny"]:
         return "trains models to ask beside it, in a minute", command_of("demo"), "--smoke"
     if config.question:
-        given = {name: getattr(config, name) for name in ("model", "beside", "titles", "chat_template")}
+        given = some_of(config, "model", "beside", "titles", "chat_template")
         flags = [word for name, value in given.items() if value for word in (f"--{name}", value)]
         return "without a question: a conversation", started_as(), *flags
     return "measure one of them", command_of("evaluate"), "--model", found[-1].name

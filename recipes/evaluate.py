@@ -34,7 +34,7 @@ from pathlib import Path
 from kit import evaluate, generate, memory, models, paper, report
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import RunSettings
+from kit.config import RunSettings, some_of
 from kit.evaluate.settings import EVENING, EvaluationSettings, SampledModelSettings
 from kit.evaluate.uncertainty import in_percent
 from kit.machine import on_cpu, require_gpu
@@ -96,7 +96,7 @@ def main(config: Config) -> list[evaluate.Result]:
     print(paper.describe(paper.deviations(config)))
     print(f"time        {time}")
 
-    how = {name: getattr(config, name) for name in ("num_samples", "num_slots", "seed")}
+    how = some_of(config, "num_samples", "num_slots", "seed")
     found = evaluate.evaluate_all(model, chat, benchmarks, params, run.path / SAMPLES, **how)
     results = list(found.values())
     if not here().is_first:

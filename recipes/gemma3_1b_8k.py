@@ -26,7 +26,7 @@ from pathlib import Path
 from kit import data, evaluate, memory, models, paper, report, train
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of, started_as
-from kit.config import part_of
+from kit.config import part_of, some_of
 from kit.data.chat import warn_of_instruction
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, EvaluationSettings, ModelSettings
@@ -113,11 +113,7 @@ def main(config: Config) -> None:
     run.metrics = watch(run, config, report.write_report)
 
     model, tokenizer = models.load_to_train(
-        config.model,
-        **config.ranks,
-        seed=config.seed,
-        device=config.device,
-        attention=config.attention,
+        config.model, **config.ranks, **some_of(config, "seed", "device", "attention")
     )
     one_thread_if_small(model)
     warn_of_instruction(config.model, config.instruction)
@@ -137,8 +133,7 @@ def main(config: Config) -> None:
         run.metrics.tracker,
     )
 
-    how = {name: getattr(config, name) for name in ("num_samples", "num_slots", "seed")}
-
+    how = some_of(config, "num_samples", "num_slots", "seed")
     if config.baseline:
         before = copy_baseline(config, model, chat, benchmarks, run)
     else:
@@ -150,17 +145,11 @@ def main(config: Config) -> None:
         documents,
         schedule,
         run,
-        lr=config.lr,
-        warmup_ratio=config.warmup_ratio,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        max_tensor_norm=config.max_tensor_norm,
+        **some_of(config, "lr", "warmup_ratio", "beta2", "weight_decay", "max_grad_norm", "max_tensor_norm"),
+        **some_of(config, "checkpoint_every", "seed"),
         savings=savings,
         memory=memory.PeakMemory(model.device, planned and planned.update, run.path / "memory.json"),
-        checkpoint_every=config.checkpoint_every,
         after_step=during,
-        seed=config.seed,
     )
 
     del model, during  # measure what was saved
@@ -187,19 +176,17 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
     run = memory.phases.MeasuredRun(
         model=config.model,
         params=config.params,
-        num_slots=config.num_slots,
         num_samples=num_samples,
-        row_tokens=config.row_tokens,
+        **some_of(config, "num_slots", "row_tokens"),
         rows=1 if config.batch_traces == 1 else 2,  # per step, at least: how many depends on the traces
         **config.ranks,
     )
-    sizes = {name: getattr(config, name) for name in ("epochs", "batch_traces", "max_steps", "trace_tokens")}
     work = memory.hours.Work(
         num_samples,
         min(config.response_tokens, config.max_new_tokens),
         num_traces=config.num_traces or paper.TABLE[-1].traces,
         evaluations=1 if config.baseline else 2,
-        **sizes,
+        **some_of(config, "epochs", "batch_traces", "max_steps", "trace_tokens"),
     )
     return memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
 
@@ -212,18 +199,10 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
     documents, drop_counts = data.load_documents(
         config.traces,
         chat,
-        row_tokens=config.row_tokens,
-        num_traces=config.num_traces,
+        **some_of(config, "num_traces", "row_tokens", "verify", "shuffle", "seed", "max_bad_rows", "columns"),
+        **some_of(config, "long_share", "short_traces", "cache_dir"),
         held_out=evaluate.during_training.num_held_out(config),
-        seed=config.seed,
-        max_bad_rows=config.max_bad_rows,
-        verify=config.verify,
-        shuffle=config.shuffle,
-        long_share=config.long_share,
-        short_traces=config.short_traces,
-        columns=config.columns,
         benchmarks=evaluate.benchmarks.problems_at_hand(benchmarks),
-        cache_dir=config.cache_dir,
     )
     documents, held_out = documents[: drop_counts.kept], documents[drop_counts.kept :]
     content = digest_of_documents(documents)
@@ -242,11 +221,7 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         )
     schedule = train.TrainingPlan.make(
         [len(document) for document in documents],
-        row_tokens=config.row_tokens,
-        batch_traces=config.batch_traces,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        seed=config.seed,
+        **some_of(config, "row_tokens", "batch_traces", "epochs", "max_steps", "seed"),
     )
     return documents, held_out, schedule
 
@@ -271,7 +246,7 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
 
 def copy_baseline(config: Config, model, chat, benchmarks, run: RunFolder):
     """Return the results of --baseline, and copy its samples into the run's folder."""
-    options = {"num_samples": config.num_samples, "seed": config.seed}
+    options = some_of(config, "num_samples", "seed")
     wanted = [(b, evaluate.measure.header_of(model, chat, b, config.params, **options)) for b in benchmarks]
     before = evaluate.shared_baseline.take_baseline(
         Path(config.baseline),

@@ -44,7 +44,7 @@ from pathlib import Path
 from kit import data, evaluate, generate, memory, models, paper, report, rl
 from kit.command import clean_up_if_refused, finish, open_run, start
 from kit.command_line import command_of
-from kit.config import part_of
+from kit.config import part_of, some_of
 from kit.data.rows import BadRows
 from kit.data.toy import make_rows
 from kit.evaluate.settings import BenchmarkSettings, ModelSettings
@@ -222,7 +222,7 @@ def main(config: Config) -> None:
     questions = read_questions(config, run)
     check_code(run, files)
     print(f"reward      {config.reward}: {rl.rewards.try_out(rewards, questions[0])}")
-    where = {"device": config.device, "attention": config.attention}
+    where = some_of(config, "device", "attention")
     model, tokenizer = models.load_to_train(config.model, **config.ranks, seed=config.seed, **where)
     one_thread_if_small(model)
     if config.weaken:
@@ -252,10 +252,10 @@ def main(config: Config) -> None:
         evaluate.evaluate_all(model, chat, benchmarks, params, run.path / stage, **how)
 
     measure("before")
-    optimizer = {name: getattr(config, name) for name in ("lr", "weight_decay", "max_grad_norm")}
+    optimizer = some_of(config, "lr", "weight_decay", "max_grad_norm")
     savings = part_of(config, Savings)
     policy = rl.Policy(model, chat, settings, savings=savings, reward=rewards, **optimizer)
-    schedule = {name: getattr(config, name) for name in ("steps", "batch_prompts", "checkpoint_every")}
+    schedule = some_of(config, "steps", "batch_prompts", "checkpoint_every")
     trained = rl.train(policy, questions, run, **schedule, planned=planned and planned.larger)
     del policy, model  # what is measured next is what was saved
     model, _ = models.load(str(trained), **where)

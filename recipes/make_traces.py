@@ -31,7 +31,7 @@ from pathlib import Path
 from kit import evaluate, generate
 from kit.command import clean_up_if_refused, open_run, start
 from kit.command_line import command_of, shell_word
-from kit.config import RunSettings
+from kit.config import RunSettings, some_of
 from kit.data.problems import Question, draw, read_prompts
 from kit.data.rows import BadRows
 from kit.data.toy import PROBLEMS
@@ -97,9 +97,7 @@ def main(config: Config) -> Path:
         ),
         generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens),
         run.path / SAMPLES,
-        num_samples=config.num_samples,
-        num_slots=config.num_slots,
-        seed=config.seed,
+        **some_of(config, "num_samples", "num_slots", "seed"),
     )  # fmt: skip
 
     rows = list(traces_of(found, config))
@@ -170,15 +168,9 @@ def traces_of(found: evaluate.Result, config: Config) -> Iterator[dict]:
 
 def summary(rows: Iterable[dict], num_problems: int, num_kept: int) -> str:
     """Return what was kept, and why the rest was not."""
+    names = {"correct": "right", "wrong": "wrong", "unknown": "undecided"}
     rows = list(rows)
-    fates = Counter(
-        "right"
-        if is_kept(row)
-        else "cut off"
-        if not row["finished"]
-        else {"wrong": "wrong", "unknown": "undecided"}[row["verdict"]]
-        for row in rows
-    )
+    fates = Counter(names[row["verdict"]] if row["finished"] else "cut off" for row in rows)
     listed = ", ".join(f"{count:,} {fate}" for fate, count in fates.most_common())
     return (
         f"kept        {fates['right']:,} of {len(rows):,} answers ({fates['right'] / len(rows):.1%}), for "

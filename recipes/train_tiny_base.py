@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kit import data, evaluate, generate, models, train
 from kit.command import ONE_PROCESS, clean_up_if_refused, open_run, start, suggest
 from kit.command_line import command_of
-from kit.config import RunSettings
+from kit.config import RunSettings, some_of
 from kit.data.toy import make_rows, make_tokenizer
 from kit.journal import write_rows
 
@@ -65,10 +65,7 @@ def main(config: Config) -> None:
     model = tiny_llama(config, tokenizer)
     plan = train.TrainingPlan.make(
         [len(document) for document in documents],
-        row_tokens=config.row_tokens,
-        batch_traces=config.batch_traces,
-        epochs=config.epochs,
-        seed=config.seed,
+        **some_of(config, "row_tokens", "batch_traces", "epochs", "seed"),
     )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(documents):,} traces\n{plan}")
     train.train(
@@ -77,13 +74,9 @@ def main(config: Config) -> None:
         documents,
         plan,
         run,
-        lr=config.lr,
-        warmup_ratio=config.warmup_ratio,
-        weight_decay=config.weight_decay,
-        beta2=config.beta2,
+        **some_of(config, "lr", "warmup_ratio", "weight_decay", "beta2", "seed"),
         savings=train.Savings(recompute=False),
         checkpoint_every=500,
-        seed=config.seed,
     )
 
     tiny = run.path / "tiny"

@@ -33,6 +33,7 @@ from pathlib import Path
 from kit import report
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word
+from kit.config import some_of
 from kit.data.mixtures import is_long
 from kit.data.toy import make_pairs, make_rows, num_tokens
 from kit.evaluate.benchmarks import BENCHMARKS
@@ -148,9 +149,8 @@ def row_tokens(cell: Cell, rows: list[dict]) -> int:
 def recipes_of(config: Config, data: Path) -> Recipes:
     """Return the recipes with the settings of the toy. data: folder of the traces and prompts."""
     common = {"device": "cpu", "instruction": "", "benchmarks": "toy"}
-    common |= {name: getattr(config, name) for name in ("num_questions", "num_samples")}
-    sampling = ("temperature", "top_p", "max_new_tokens", "num_slots")
-    evaluation = common | {name: getattr(config, name) for name in sampling}
+    common |= some_of(config, "num_questions", "num_samples")
+    evaluation = common | some_of(config, "temperature", "top_p", "max_new_tokens", "num_slots")
 
     @cache  # all sizes of a seed are parts of one file
     def rows_in(traces: Path) -> list[dict]:
@@ -158,17 +158,9 @@ def recipes_of(config: Config, data: Path) -> Recipes:
 
     def finetune(cell: Cell) -> dict:
         traces = data / f"traces-seed{cell.seed}.jsonl"
-        return evaluation | {
-            "traces": str(traces),
-            "shuffle": False,
-            "cache_dir": "",
-            "row_tokens": row_tokens(cell, rows_in(traces)),
-            "lr": config.lr,
-            "warmup_ratio": config.warmup_ratio,
-            "beta2": 0.95,
-            "recompute": False,
-            "log": config.log,
-        }
+        own = {"traces": str(traces), "row_tokens": row_tokens(cell, rows_in(traces))}
+        own |= {"shuffle": False, "cache_dir": "", "beta2": 0.95, "recompute": False}
+        return evaluation | own | some_of(config, "lr", "warmup_ratio", "log")
 
     def reinforce(start: Cell) -> dict:
         prompts = data / f"prompts-seed{start.seed}.jsonl"

@@ -36,7 +36,7 @@ from pathlib import Path
 from kit import data, memory, models, paper, report, valley
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word, started_as
-from kit.config import full_command, parse
+from kit.config import full_command, parse, some_of
 from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings, ModelSettings
 from kit.machine import require_gpu
@@ -158,15 +158,13 @@ def deviations(config: Config, study: Study) -> list[str]:
 
 def shared(config: Config, other: type) -> dict:
     """Return the settings that the sweep and one of its recipes both have, except those of a run itself."""
-    names = [
-        field.name for field in fields(other) if hasattr(config, field.name) and field.name not in OF_A_RUN
-    ]
-    return {name: getattr(config, name) for name in names}
+    names = {field.name for field in fields(other)} - OF_A_RUN
+    return some_of(config, *(name for name in vars(config) if name in names))
 
 
 def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
     """Return the recipes with the sweep's settings. chosen: the memory settings of each model and method."""
-    learning = {name: getattr(config, name) for name in RL_SHARED} | {"eval_tokens": config.max_new_tokens}
+    learning = some_of(config, *RL_SHARED) | {"eval_tokens": config.max_new_tokens}
 
     def finetune(cell: Cell) -> dict:
         settings, problem = chosen[cell.model, cell.method]
@@ -222,11 +220,9 @@ def main(config: Config) -> Path | None:
     data.formats.parse_columns(config.columns)
     starts, workers = starts_of(config, study), workers_of(config.device, config.gpus, config.workers)
     what = {
+        **some_of(config, "num_slots", "row_tokens", "qlora_rank"),
         "params": config.params,
-        "num_slots": config.num_slots,
         "num_samples": config.count_samples(),
-        "row_tokens": config.row_tokens,
-        "qlora_rank": config.qlora_rank,
         "card": config,
     }
     check_before_hours(config, study)

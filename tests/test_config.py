@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.config import as_flags, flags_of, full_command, parse, part_of, show
+from kit.config import as_flags, flags_of, full_command, parse, part_of, show, some_of
 from kit.rl.settings import Settings
 from kit.train.savings import Savings
 
@@ -145,6 +145,7 @@ def test_a_part_of_the_settings_is_an_object_of_the_class_that_is_passed_on():
     config = Inheriting(group_size=4, recompute=False, seed=5)
     assert part_of(config, Savings) == Savings(recompute=False)
     assert part_of(config, Settings) == Settings(group_size=4, seed=5)
+    assert some_of(config, "seed", "group_size") == {"seed": 5, "group_size": 4}
 
 
 def test_a_class_lists_its_own_settings_first_then_those_it_inherits_class_by_class():

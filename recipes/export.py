@@ -230,16 +230,11 @@ def check_finished(run: Path, settings: dict) -> None:
         word, resumed = ("grpo" if "group_size" in settings else "finetune"), run
     before, after = (read_results(run / stage) for stage in (BEFORE, AFTER))
     missing = [name for name in before if name not in after or len(after[name].rows) < len(before[name].rows)]
-    if not (run / "model").is_dir() or missing:
-        what = (
-            f"has not measured {', '.join(missing)} after it"
-            if (run / "model").is_dir()
-            else "has no model yet"
-        )
-        raise ValueError(
-            f"{run} is not finished: it {what}; go on with: {command_of(word)} --resume --out "
-            f"{shell_word(str(resumed))}"
-        )
+    lacks = f"has not measured {', '.join(missing)} after it" if missing else ""
+    lacks = lacks if (run / "model").is_dir() else "has no model yet"
+    if lacks:
+        command = f"{command_of(word)} --resume --out {shell_word(str(resumed))}"
+        raise ValueError(f"{run} is not finished: it {lacks}; go on with: {command}")
 
 
 def find_questions(config: Config, source: Source) -> tuple[list[Question], str]:

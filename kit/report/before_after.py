@@ -1,10 +1,4 @@
-"""The report of a run: its metrics and samples become PNG plots and one self-contained report.html.
-
-    python -m kit.report runs/gemma3_1b_8k/001
-
-Everything is computed from the files in the folder, so a report can be written again at any time, even of an
-unfinished run.
-"""
+"""The report of a run that fine-tunes or evaluates: PNG plots and one self-contained report.html."""
 
 from __future__ import annotations
 
@@ -40,11 +34,10 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
     kind = STEP.with_numbers("loss", "tokens", "seconds")
     metrics, lines = Journal(path / "metrics.jsonl", kind).read(), findings(stages)
     what = "an evaluation" if SAMPLES in stages else "before and after long chains of thought"
-    draw = partial(figures.accuracy_figure, stages)
-    figure = figures.embed(path / "accuracy.png", draw) if stages else ""
-    drawn = ""
+    figure = drawn = ""
     if stages:
-        drawn += figures.embed(path / "length.png", partial(figures.length_figure, stages))
+        figure = figures.embed(path / "accuracy.png", partial(figures.accuracy_figure, stages))
+        drawn = figures.embed(path / "length.png", partial(figures.length_figure, stages))
     if any(result.caps for found in stages.values() for result in found.values()):
         drawn += figures.embed(path / "caps.png", partial(figures.caps_figure, stages)) + pages.CAPS_NOTE
     if measured := Journal(path / f"{DURING}.jsonl", MEASUREMENT).read():

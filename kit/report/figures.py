@@ -101,19 +101,14 @@ def length_figure(stages: Stages, narrow: bool) -> Figure:
     names = _benchmarks(stages)
     figure, panes = panels(len(names), narrow, 3.0)
     for axes, name in zip(panes, names, strict=True):
-        groups = {
-            stage: [row["tokens"] for row in found[name].rows]
-            for stage, found in stages.items()
-            if name in found
-        }
-        if len(groups) == 1:
-            (stage,) = groups
-            rows = stages[stage][name].rows
-            groups = {
-                kind: [row["tokens"] for row in rows if (row["verdict"] == "correct") == (kind == "right")]
-                for kind in ("not right", "right")
-            }
-        longest = max(max(lengths, default=0) for lengths in groups.values())
+        results = {stage: found[name] for stage, found in stages.items() if name in found}
+        groups = {stage: [row["tokens"] for row in result.rows] for stage, result in results.items()}
+        longest = max(max(lengths) for lengths in groups.values())
+        if len(results) == 1:
+            (result,) = results.values()
+            groups = {"not right": [], "right": []}
+            for row in result.rows:
+                groups["right" if row["verdict"] == "correct" else "not right"].append(row["tokens"])
         for (kind, lengths), colour in zip(groups.items(), COLOURS, strict=False):
             label = f"{kind} ({len(lengths):,})"
             axes.hist(lengths, bins=30, range=(0, longest), alpha=0.6, color=colour, label=label)

@@ -32,7 +32,13 @@ def section(path: Path, results: StudyResults, model: str) -> str:
     draw, alt = partial(reflection_figure, measured, name), "token efficiency and reflection by size"
     drawn = embed(path / f"{short_name(model)}-reflection.png", draw, alt)
     rows = [
-        [label, f"{p.num_traces:,}", _plain(p.efficiency, ".3f"), pages.share_cell(p.share), longer(p)]
+        [
+            label,
+            f"{p.num_traces:,}",
+            _plain(p.efficiency, ".3f"),
+            pages.share_cell(p.share),
+            _plain(p.tokens_longer, "+,.0f"),
+        ]
         for label, points in measured.items()
         for p in points
     ]
@@ -41,12 +47,8 @@ def section(path: Path, results: StudyResults, model: str) -> str:
     return title + drawn + pages.table(heads, rows) + NOTE
 
 
-def longer(point: Reflection) -> str:
-    return "-" if point.tokens_longer is None else _plain(point.tokens_longer, "+,.0f")
-
-
-def _plain(value: Estimate, form: str) -> str:
-    return f"{value.mean:{form}} ± {value.half:{form.removeprefix('+')}}"
+def _plain(value: Estimate | None, form: str) -> str:
+    return "-" if value is None else f"{value.mean:{form}} ± {value.half:{form.removeprefix('+')}}"
 
 
 def reflection_figure(curves: Mapping[str, Sequence[Reflection]], length_of: str, narrow: bool) -> Figure:

@@ -1,10 +1,4 @@
-"""Write the report of a reinforcement learning run: two figures and one self-contained report.html.
-
-    python -m kit.report runs/grpo_qwen2_5_0_5b/001
-
-Everything is computed from the files in the folder, so the command works at any time, also for an unfinished
-run.
-"""
+"""The report of a run of reinforcement learning: two figures and one self-contained report.html."""
 
 from __future__ import annotations
 

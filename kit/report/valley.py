@@ -1,10 +1,7 @@
-"""Report of a study: its run folders -> figures, sentences and one self-contained report.html.
+"""The report of a study: its run folders -> figures, sentences and one self-contained report.html.
 
-    python -m kit.report runs/valley_demo/001
-
-Everything is computed from the files in the folder, so a report can be written at any time, even of an
-unfinished study. Accuracy is the paper's headline, the unweighted mean over the benchmarks. Differences are
-paired by question and seed.
+Accuracy is the paper's headline, the unweighted mean over the benchmarks. Differences are paired by question
+and seed.
 """
 
 from __future__ import annotations
@@ -182,27 +179,21 @@ def rl_section(path: Path, results: StudyResults) -> str:
 def table(results: StudyResults) -> str:
     """Return one row per point, over its finished seeds, the base model first; then what is not done."""
     benchmarks = list(dict.fromkeys(name for found in results.finished for name in found.results))
-    benchmarks = benchmarks if len(benchmarks) > 1 else []  # one alone is the headline
-    length_of, rows = results.length_benchmark, []
+    length_of, rows, of_benchmarks = results.length_benchmark, [], []
     for model in results.models:
-        bases, curves = list(results.bases(model).values()), results.curves(model)
-        if bases:
-            base = Curve("", point_of(bases, length_of), [])
-            rows.append([*_columns(bases[0].cell), *_numbers(bases, base, length_of, benchmarks)])
-        for curve, sizes in zip(curves, results.points(model)[0].values(), strict=True):
-            for seeds in sizes.values():
-                rows.append([*_columns(seeds[0].cell), *_numbers(seeds, curve, length_of, benchmarks)])
+        bases, curves = list(results.bases(model).values()), results.points(model)[0].values()
+        for seeds in filter(None, (bases, *(seeds for sizes in curves for seeds in sizes.values()))):
+            columns = _columns(seeds[0].cell)
+            rows.append([*columns, *_numbers(seeds, bases, length_of)])
+            of_benchmarks.append([*columns[:3], *(_of_benchmark(seeds, name) for name in benchmarks)])
     for cell in results.cells:
         outcome = results.outcomes.get(cell.name)
         if outcome is None or outcome.status == FAILED:
             state = "not ended yet" if outcome is None else "FAILED"
             rows.append([*_columns(cell), f"seed {cell.seed}: {state}"])
-    width = len(HEADS)
-    found = pages.table(HEADS, [row[:width] for row in rows]) + NOTES.format(length=html.escape(length_of))
-    if benchmarks:
-        each = pages.table(
-            (*HEADS[:3], *benchmarks), [[*row[:3], *row[width:]] for row in rows if len(row) > width]
-        )
+    found = pages.table(HEADS, rows) + NOTES.format(length=html.escape(length_of))
+    if len(benchmarks) > 1:  # one alone is the headline
+        each = pages.table((*HEADS[:3], *benchmarks), of_benchmarks)
         found += f"<h3>Accuracy by benchmark, %</h3>{each}"
     return found
 
@@ -219,30 +210,31 @@ def _columns(cell: Cell) -> list[str]:
     return [short_name(cell.model), cell.curve, f"{cell.num_traces:,}", str(cell.batch_traces or "-")]
 
 
-def _numbers(seeds: Sequence[Finished], curve: Curve, length_of: str, benchmarks: Sequence[str]) -> list[str]:
-    """Return the columns from "seeds" on. curve: whose base model the point is compared with."""
-    cell, point = seeds[0].cell, point_of(seeds, length_of)
+def _numbers(seeds: Sequence[Finished], bases: Sequence[Finished], length_of: str) -> list[str]:
+    """Return the columns from "seeds" on. bases: the base model's seeds, which the point is compared with."""
+    cell, point, base = seeds[0].cell, point_of(seeds, length_of), point_of(bases, length_of)
     trained = cell.num_traces > 0
     every = [result for found in seeds for result in headline(found.results).values()]
     hours = fmean(found.training_seconds for found in seeds) / 3600
-    columns = [
+    return [
         str(len(seeds)),
         f"{len(seeds[0].metrics):,}" if trained else "-",
         pages.share_cell(point.accuracy),
-        pages.share_cell(difference(point.shares, curve.base.shares), "+") if trained else "-",
+        pages.share_cell(difference(point.shares, base.shares), "+") if trained else "-",
         pages.share_cell(point.paper_accuracy) if point.paper_accuracy else "-",
         paper.ACCURACY.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
+        *(f"{100 * fmean(getattr(r, n) for r in every):.0f}" for n in ("truncated", "looping", "reflection")),
+        f"{hours:.2f}" if trained else "-",
     ]
-    for name in ("truncated", "looping", "reflection"):
-        columns.append(f"{100 * fmean(getattr(result, name) for result in every):.0f}")
-    columns.append(f"{hours:.2f}" if trained else "-")
-    for name in benchmarks:
-        found = [of_seed.results[name] for of_seed in seeds if name in of_seed.results]
-        mean = fmean(result.accuracy for result in found) if found else 0.0
-        alone = found and pages.share_cell(Estimate(mean, found[0].interval))
-        columns.append(alone if len(found) == 1 else f"{100 * mean:.1f}" if found else "-")
-    return columns
+
+
+def _of_benchmark(seeds: Sequence[Finished], name: str) -> str:
+    """Return the accuracy on one benchmark, with an interval if there is one seed."""
+    found = [of_seed.results[name] for of_seed in seeds if name in of_seed.results]
+    if len(found) == 1:
+        return pages.share_cell(Estimate(found[0].accuracy, found[0].interval))
+    return f"{100 * fmean(result.accuracy for result in found):.1f}" if found else "-"
 
 
 def failures(results: StudyResults) -> str:
@@ -262,22 +254,17 @@ def same_problem(results: StudyResults) -> str:
     """Return one seed's first sample of the same problems at every size, for the first model."""
     found = [done for done in results.finished if done.cell.model == results.models[0]]
     seed = min((done.cell.seed for done in found), default=0)
-    columns = [done for done in found if done.cell.seed == seed]
-    samples = [
-        {
-            (name, row["question"]): row
-            for name, result in done.results.items()
-            for row in result.rows
-            if row["sample"] == 0
-        }
-        for done in columns
-    ]
-    common = [key for key in samples[0] if all(key in rows for rows in samples)] if samples else []
+    columns: dict[Cell, dict] = {}  # cell -> (benchmark, question) -> its first sample
+    for done in found:
+        if done.cell.seed == seed:
+            every = [(name, row) for name, result in done.results.items() for row in result.rows]
+            columns[done.cell] = {(name, row["question"]): row for name, row in every if row["sample"] == 0}
+    first = next(iter(columns.values()), {})
+    common = [key for key in first if all(key in rows for rows in columns.values())]
     parts = []
     for key in common[:SHOWN]:
-        row = samples[0][key]
-        pairs = zip(columns, samples, strict=True)
-        shown = "".join(answer(_title(done.cell), key[0], rows[key]) for done, rows in pairs)
+        row = first[key]
+        shown = "".join(answer(_title(cell), key[0], rows[key]) for cell, rows in columns.items())
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
         parts.append(f"<details><summary>{summary}</summary><div class=pair>{shown}</div></details>")
     return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""

@@ -23,9 +23,7 @@ class Arm:
     """What the models of one curve are trained on, and with which batch. All arms have the same problems."""
 
     title: str
-    long_share: float = (
-        1.0  # share of the problems that keep their long trace; the others get a short solution
-    )
+    long_share: float = 1.0  # share of the problems with a long trace; the others get a short solution
     grows: bool | None = None  # the batch grows with the data; None: as the study says
 
 

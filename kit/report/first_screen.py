@@ -49,41 +49,39 @@ def choose(
         return None
     most = max(common, key=lambda name: before[name].num_questions)
     name = next((name for name in STEPWISE if name in common), most)
-    first, second = before[name].rows, after[name].rows
-    shared = sorted(_questions(first) & _questions(second))
+    first, second = _by_question(before[name]), _by_question(after[name])
+    shared = sorted(first.keys() & second.keys())
     if not shared:
         return None
 
     right = change is None or change.below_zero()  # of the first answer
     if right or change.above_zero():
-        fitting = _questions(first, right) & _questions(second, not right)
-        if found := [question for question in shared if question in fitting]:
+        pairs = [
+            (_answer(first[question], right), _answer(second[question], not right)) for question in shared
+        ]
+        if found := [pair for pair in pairs if all(pair)]:
             kinds = ("a right answer", "a wrong one") if right else ("a wrong answer", "a right one")
             where = ["" if change is None else f" ({title})" for title in titles]
             chosen = f"Chosen: of the problems with {kinds[0]}{where[0]} and {kinds[1]}{where[1]}, "
             chosen += f"{len(found):,} of {len(shared):,}, the first by its id."
-            rows = (_answer(first, found[0], right), _answer(second, found[0], not right))
-            return Pair(name, dict(zip(titles, rows, strict=True)), chosen)
+            return Pair(name, dict(zip(titles, found[0], strict=True)), chosen)
 
-    rows = [_answer(first, shared[0]), _answer(second, shared[0])][: 1 if change is None else 2]
-    return Pair(
-        name, dict(zip(titles, rows, strict=False)), f"Chosen: the first of {len(shared):,} by its id."
-    )
+    rows = [first[shared[0]][0], second[shared[0]][0]][: 1 if change is None else 2]
+    chosen = f"Chosen: the first of {len(shared):,} by its id."
+    return Pair(name, dict(zip(titles, rows, strict=False)), chosen)
 
 
-def _fitting(rows: Sequence[dict], right: bool | None) -> list[dict]:
-    """Return the rows whose verdict is as wanted; all of them if any will do."""
-    return [row for row in rows if right is None or (row["verdict"] == "correct") == right]
+def _by_question(result: Result) -> dict[str, list[dict]]:
+    """Return each question's answers, the first sample first."""
+    found: dict[str, list[dict]] = {}
+    for row in sorted(result.rows, key=lambda row: row["sample"]):
+        found.setdefault(row["question"], []).append(row)
+    return found
 
 
-def _questions(rows: Sequence[dict], right: bool | None = None) -> set[str]:
-    return {row["question"] for row in _fitting(rows, right)}
-
-
-def _answer(rows: Sequence[dict], question: str, right: bool | None = None) -> dict:
-    """Return the first sample that answers the question as wanted."""
-    found = [row for row in _fitting(rows, right) if row["question"] == question]
-    return min(found, key=lambda row: row["sample"])
+def _answer(rows: Sequence[dict], right: bool) -> dict | None:
+    """Return the first answer that is right, or that is not; None if there is none."""
+    return next((row for row in rows if (row["verdict"] == "correct") == right), None)
 
 
 def _same_problem(pair: Pair) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kit import paper
-from kit.evaluate.results import Result
 from kit.evaluate.uncertainty import in_percent
 from kit.report.before_after import findings, read_run, what_came_out
 from kit.report.figures import Stages
@@ -47,18 +46,11 @@ def _table(stages: Stages) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for name, after in stages[AFTER].items():
         if before := stages[BEFORE].get(name):
-            cells = (
-                name,
-                _accuracy(before),
-                _accuracy(after),
-                *(f"{r.mean_tokens:,.0f}" for r in (before, after)),
-            )
-            lines.append("| " + " | ".join((*cells, f"{after.num_questions} x {after.num_samples}")) + " |")
+            shares = (in_percent(result.accuracy, result.interval) for result in (before, after))
+            tokens = (f"{result.mean_tokens:,.0f}" for result in (before, after))
+            counts = f"{after.num_questions} x {after.num_samples}"
+            lines.append("| " + " | ".join((name, *shares, *tokens, counts)) + " |")
     return lines
-
-
-def _accuracy(result: Result) -> str:
-    return in_percent(result.accuracy, result.interval)
 
 
 def _bullets(lines: Sequence[str]) -> list[str]:

@@ -126,26 +126,17 @@ class StudyResults:
                 except ValueError as error:
                     refused.append(f"{found.cell.name} is left out: {error}")
                 else:
-                    groups.setdefault(found.cell.curve, {}).setdefault(found.cell.num_traces, []).append(
-                        found
-                    )
-        return {
-            name: {size: sizes[size] for size in sorted(sizes)} for name, sizes in groups.items()
-        }, refused
+                    sizes = groups.setdefault(found.cell.curve, {})
+                    sizes.setdefault(found.cell.num_traces, []).append(found)
+        return {name: dict(sorted(sizes.items())) for name, sizes in groups.items()}, refused
 
     def curves(self, model: str) -> list[Curve]:
         """Return one curve per method and arm of a model."""
-        bases = self.bases(model)
-        if not bases:
-            return []
-        length_of = self.length_benchmark
-        base = point_of(list(bases.values()), length_of)
-        return [
-            Curve(
-                f"{short_name(model)}, {name}", base, [point_of(seeds, length_of) for seeds in sizes.values()]
-            )
-            for name, sizes in self.points(model)[0].items()
-        ]
+        bases, length_of, curves = list(self.bases(model).values()), self.length_benchmark, []
+        for name, sizes in self.points(model)[0].items():
+            points = [point_of(seeds, length_of) for seeds in sizes.values()]
+            curves.append(Curve(f"{short_name(model)}, {name}", point_of(bases, length_of), points))
+        return curves
 
     @property
     def length_benchmark(self) -> str:

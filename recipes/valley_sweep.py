@@ -45,17 +45,7 @@ from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
 from kit.run import write_json
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, open_study, run_study
-from kit.valley.study import (
-    ARMS,
-    FIXED_BATCH,
-    FULL,
-    Cell,
-    Study,
-    parse_models,
-    parse_numbers,
-    ranks_of,
-    short_name,
-)
+from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_numbers, short_name
 from kit.watch import WatchSettings, check_tracker
 
 
@@ -139,7 +129,7 @@ GROWS = ("arms", "sizes", "control_sizes", "seeds")  # a resumed sweep may have 
 def study_of(config: Config) -> Study:
     arms = [word.strip() for word in config.arms.split(",")]
     return Study(
-        models=parse_models(config.models, config.methods),
+        models=valley.study.parse_models(config.models, config.methods),
         arms=tuple(dict.fromkeys([*arms, *([FIXED_BATCH] if config.fixed_batch else [])])),
         sizes=parse_numbers("sizes", config.sizes),
         control_sizes=parse_numbers("control_sizes", config.control_sizes),
@@ -151,7 +141,7 @@ def study_of(config: Config) -> Study:
 def deviations(config: Config, study: Study) -> list[str]:
     """Return what differs from the paper's setting, except for what follows from the card's size."""
     methods = [method for _, methods in study.models for method in methods]
-    ranks = ranks_of(FULL if FULL in methods else methods[0], config.qlora_rank)
+    ranks = valley.study.ranks_of(FULL if FULL in methods else methods[0], config.qlora_rank)
     found = paper.deviations(vars(config) | ranks)
     return found + study.deviations(config.qlora_rank)
 

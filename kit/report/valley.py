@@ -22,7 +22,7 @@ from kit.report.curve_figures import causes_figure, rl_figure, steps_figure, val
 from kit.report.figures import embed
 from kit.report.first_screen import choose, first_screen
 from kit.run import AFTER, BEFORE
-from kit.valley.curves import Curve, Estimate, difference, widened
+from kit.valley.curves import Curve, Estimate, difference, estimate, widened
 from kit.valley.error_accumulation import Decomposition, decompose, explain
 from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
 from kit.valley.first_error import CAUSES, STEPWISE
@@ -169,7 +169,7 @@ def rl_section(path: Path, results: StudyResults) -> str:
     rows = []
     for run in results.rl:
         before, after = ({run.start.seed: shares(run.stages[stage])} for stage in (BEFORE, AFTER))
-        accuracies = [f"{100 * run.accuracy(stage):.1f}" for stage in (BEFORE, AFTER)]
+        accuracies = [f"{100 * estimate(found).mean:.1f}" for found in (before, after)]
         change = pages.share_cell(difference(after, before), "+")
         rows.append([run.start.name, *accuracies, change, f"{RL}/{run.start.name}/report.html"])
     heads = ("start", "before, %", "after, %", "change, points", "its report")

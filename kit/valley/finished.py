@@ -7,15 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from kit.evaluate.results import (
-    AS_THE_PAPER,
-    STRICT,
-    Result,
-    check_comparable,
-    headline,
-    mean_accuracy,
-    read_results,
-)
+from kit.evaluate.results import AS_THE_PAPER, STRICT, Result, check_comparable, headline, read_results
 from kit.journal import STEP, Journal
 from kit.paper import LENGTH_BENCHMARK, REWARD
 from kit.run import AFTER, BEFORE, SAMPLES, kept_traces, read_json, write_json
@@ -40,7 +32,7 @@ class Finished:
     @property
     def accuracy(self) -> float:
         """The paper's headline: the unweighted mean over its benchmarks, or over all without any of them."""
-        return mean_accuracy(list(self.results.values()))
+        return fmean(result.accuracy for result in headline(self.results).values())
 
     @property
     def training_seconds(self) -> float:
@@ -55,9 +47,6 @@ class RLRun:
     stages: dict[str, Results]  # BEFORE and AFTER
     rewards: Sequence[float]  # mean reward of each step
     reward: str = REWARD  # what is rewarded: the recipe's setting
-
-    def accuracy(self, stage: str) -> float:
-        return mean_accuracy(list(self.stages[stage].values()))
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def study_of(config: Config) -> Study:
     return Study(
         models=parse_models(config.models),
         arms=tuple(config.arms.split(",")),
-        sizes=parse_numbers("sizes", config.sizes),
-        control_sizes=parse_numbers("control_sizes", config.control_sizes),
+        sizes=parse_numbers(config.sizes),
+        control_sizes=parse_numbers(config.control_sizes),
         control_models=1,
         seeds=config.seeds,
         first_seed=config.seed,

@@ -131,8 +131,8 @@ def study_of(config: Config) -> Study:
     return Study(
         models=valley.study.parse_models(config.models, config.methods),
         arms=tuple(dict.fromkeys([*arms, *([FIXED_BATCH] if config.fixed_batch else [])])),
-        sizes=parse_numbers("sizes", config.sizes),
-        control_sizes=parse_numbers("control_sizes", config.control_sizes),
+        sizes=parse_numbers(config.sizes),
+        control_sizes=parse_numbers(config.control_sizes),
         seeds=config.seeds,
         batch_traces=config.fixed_batch or paper.TABLE[-1].batch_traces,
     )
@@ -175,8 +175,8 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
 def starts_of(config: Config, study: Study) -> list[str]:
     """Return where reinforcement learning starts. Raises ValueError for a size that the study lacks."""
     words = [word.strip() for word in config.rl_sizes.split(",") if word.strip()]
-    sizes = parse_numbers("rl_sizes", ",".join(word for word in words if word not in (LOWEST, MOST)))
-    if unknown := sorted({*sizes} - {0, *study.sizes}):
+    sizes = {int(word) for word in words if word not in (LOWEST, MOST)}
+    if unknown := sorted(sizes - {0, *study.sizes}):
         raise ValueError(
             f"rl_sizes is {config.rl_sizes} but no model is trained on {unknown[0]} traces; "
             f"pass some of --sizes, 0, {LOWEST} or {MOST}"

@@ -139,8 +139,6 @@ def workers_of(device: str, gpus: str, workers: int) -> list[Worker]:
         return [Worker(True, card.strip()) for card in gpus.split(",")]
     if gpus:
         raise ValueError(f"gpus is {gpus!r} but device is {device}; pass --device cuda, or --workers instead")
-    if workers < 0:
-        raise ValueError(f"workers is {workers} but must be at least 1; pass --workers 0 for one per core")
     return [Worker()] * (workers or os.cpu_count() or 1)
 
 

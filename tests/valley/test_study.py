@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kit.paper import ACCURACY, MODELS, TABLE, Row, stars
+from kit.recipes import valley_demo, valley_sweep
 from kit.valley.study import (
     ARMS,
     BASE,
@@ -163,9 +164,11 @@ def test_models_name_their_own_methods_or_take_the_common_ones():
         ("b/y", ("qlora",)),
         ("/z/c", ("full", "qlora")),
     )
-    assert parse_numbers("sizes", "8, 16,") == (8, 16) and parse_numbers("sizes", "") == ()
-    with pytest.raises(ValueError, match="sizes is '8k' but must be whole numbers"):
-        parse_numbers("sizes", "8k")
+    assert parse_numbers("8, 16,") == (8, 16) and parse_numbers("") == ()
+    for recipe in (valley_demo, valley_sweep):
+        for settings in ({"sizes": "8,8k"}, {"control_sizes": "8k"}, {"workers": -1}):
+            with pytest.raises(ValueError, match=f"{next(iter(settings))} is .*must be .*"):
+                recipe.Config(**settings)
 
 
 def test_what_differs_from_the_papers_cells_is_listed():

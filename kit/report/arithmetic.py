@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 
-from kit.data.equations import check_steps
 from kit.paper import OPERATIONS_DONE
 from kit.report.figures import Stages
 from kit.report.page import findings, share_cell, table
@@ -76,8 +75,7 @@ def _first_wrong_steps(stage: str, answers: Decomposition) -> str:
     wrong = [(row, found) for _, row, found in answers.rows if found.wrong]
     rows = ""
     for row, found in wrong[:SHOWN]:
-        step = check_steps(row["problem"], row["text"]).first_wrong
-        verdict = html.escape(str(row["verdict"]))
+        step, verdict = found.wrong[0], html.escape(str(row["verdict"]))
         rows += (
             f"<tr><td>{html.escape(row['problem'].rpartition(':')[2])}<td>{html.escape(step.text)}"
             f'<td>{step.true}<td>{found.right_steps + 1}<td class="{verdict}">{verdict}'

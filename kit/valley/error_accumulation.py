@@ -62,7 +62,7 @@ class Decomposition:
 
     @property
     def has_steps(self) -> bool:
-        return any(found.num_equations for _, _, found in self.rows)
+        return any(found.equations for _, _, found in self.rows)
 
 
 def decompose(
@@ -85,9 +85,6 @@ def decompose(
     def tried_steps(_, found: Anatomy) -> int:
         return found.right_steps + (found.cause in WRONG_STEP)
 
-    def true_equations(_, found: Anatomy) -> int:
-        return found.num_equations - found.num_false
-
     step_accuracy = ratio(rows, lambda _, found: found.right_steps, tried_steps)
     right = by_question(lambda row, _: row["verdict"] == "correct")
     guess = by_question(lambda _, found: step_accuracy.mean**found.num_steps)
@@ -99,7 +96,9 @@ def decompose(
         step_accuracy=step_accuracy,
         predicted=estimate(guess),
         residual=estimate(rest, (-1.0, 1.0)),
-        equation_accuracy=ratio(rows, true_equations, lambda _, found: found.num_equations),
+        equation_accuracy=ratio(
+            rows, lambda _, found: found.num_right, lambda _, found: len(found.equations)
+        ),
         operations=estimate(by_question(lambda _, found: found.num_operations)),
         rows=rows,
         causes={cause: wrong[cause] / len(rows) for cause in CAUSES},

@@ -9,6 +9,7 @@ counts as a step.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kit.data.equations import Equation, check_steps, stated_equations
@@ -29,9 +30,6 @@ CAUSES = {
 STEPS_END = re.compile(r"</think>|\\boxed")
 
 
-Spans = tuple[tuple[int, int], ...]  # (start, end) in an answer's text
-
-
 @dataclass(frozen=True)
 class Anatomy:
     """What one answer shows, step by step."""
@@ -39,15 +37,23 @@ class Anatomy:
     cause: str  # of CAUSES, or "" if nothing is wrong
     right_steps: int  # before the first wrong one
     num_steps: int  # of the problem
-    right: Spans  # equations in force that are the problem's step at their place
-    wrong: Spans  # equations in force that are not
-    taken_back: Spans  # false equations that the answer itself takes back
-    num_operations: int  # that the answer performs, including checks
-    num_false: int  # of its equations, taken back or not
-    num_equations: int
-    num_checks: int
-    num_corrections: int
     looping: bool
+    equations: Sequence[Equation]  # all of them, also checks and what was taken back
+    right: Sequence[Equation]  # in force, and the problem's step at their place
+    wrong: Sequence[Equation]  # in force, but not that step
+    taken_back: Sequence[Equation] = ()  # false, and the answer itself takes them back
+    num_checks: int = 0
+    num_corrections: int = 0
+
+    @property
+    def num_operations(self) -> int:
+        """Operations that the answer performs."""
+        return sum(equation.num_operations for equation in self.equations)
+
+    @property
+    def num_right(self) -> int:
+        """Equations that are true."""
+        return sum(equation.is_right for equation in self.equations)
 
 
 def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
@@ -93,15 +99,13 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
         cause=cause,
         right_steps=right,
         num_steps=len(wanted),
-        right=tuple(_span(e) for e, fit in zip(in_force, fits, strict=True) if fit),
-        wrong=tuple(_span(e) for e, fit in zip(in_force, fits, strict=True) if not fit),
-        taken_back=tuple(_span(e) for e in taken_back),
-        num_operations=sum(equation.num_operations for equation in equations),
-        num_false=sum(not equation.is_right for equation in equations),
-        num_equations=len(equations),
+        looping=ends_in_loop(text),
+        equations=equations,
+        right=[e for e, fit in zip(in_force, fits, strict=True) if fit],
+        wrong=[e for e, fit in zip(in_force, fits, strict=True) if not fit],
+        taken_back=taken_back,
         num_checks=checks,
         num_corrections=corrections,
-        looping=ends_in_loop(text),
     )
 
 
@@ -111,21 +115,17 @@ def dissect_arithmetic(problem: str, text: str, *, finished: bool) -> Anatomy:
     In free text checks and corrections look like steps, so none are counted.
     """
     steps = check_steps(problem, text)
+    right = [equation for equation in steps.equations if equation.is_right]
     false = [equation for equation in steps.equations if not equation.is_right]
     cause = "a sum is wrong" if false else "no steps" if not steps.equations else ""
     return Anatomy(
         cause=cause if finished or false else "cut off",
         right_steps=steps.num_before_wrong,
         num_steps=steps.num_needed,
-        right=tuple(_span(equation) for equation in steps.equations if equation.is_right),
-        wrong=tuple(map(_span, false)),
-        taken_back=(),
-        num_operations=steps.num_operations,
-        num_false=len(false),
-        num_equations=len(steps.equations),
-        num_checks=0,
-        num_corrections=0,
         looping=ends_in_loop(text),
+        equations=steps.equations,
+        right=right,
+        wrong=false,
     )
 
 
@@ -134,7 +134,3 @@ STEPWISE = {"toy": dissect, "arithmetic": dissect_arithmetic}  # benchmarks whos
 
 def _plain(equation: Equation) -> str:
     return equation.text.replace(" ", "")
-
-
-def _span(equation: Equation) -> tuple[int, int]:
-    return equation.position, equation.position + len(equation.text)

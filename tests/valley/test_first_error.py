@@ -19,13 +19,9 @@ def test_a_problem_is_read_back_as_the_chain_it_was_made_from():
 def test_nothing_is_wrong_in_a_trace_to_learn_from_and_its_checks_and_corrections_are_counted():
     for chain in CHAINS:
         short = dissect(chain.problem, short_trace(chain), finished=True)
-        assert (short.cause, short.right_steps, short.wrong) == ("", len(chain.operands), ())
-        assert (short.num_operations, short.num_false, short.num_checks, short.num_corrections) == (
-            len(chain.operands),
-            0,
-            0,
-            0,
-        )
+        assert (short.cause, short.right_steps, short.wrong) == ("", len(chain.operands), [])
+        assert short.num_operations == short.num_right == len(short.equations) == len(chain.operands)
+        assert (short.num_checks, short.num_corrections) == (0, 0)
         text = long_trace(chain, random.Random(1))
         long = dissect(chain.problem, text, finished=True)
         assert (long.cause, long.right_steps, long.num_steps) == (
@@ -33,12 +29,17 @@ def test_nothing_is_wrong_in_a_trace_to_learn_from_and_its_checks_and_correction
             len(chain.operands),
             len(chain.operands),
         )
-        assert long.num_corrections == text.count("no:") == long.num_false == len(long.taken_back)
+        assert (
+            long.num_corrections
+            == text.count("no:")
+            == len(long.taken_back)
+            == len(long.equations) - long.num_right
+        )
         # a correction: the wrong sum, its check, the right sum, its check
         assert long.num_checks == text.count("recheck") + text.count("no:")
         assert (
             long.num_operations
-            == long.num_equations
+            == len(long.equations)
             == len(chain.operands) + long.num_checks + long.num_corrections
         )
 
@@ -74,7 +75,7 @@ def test_nothing_is_wrong_in_a_trace_to_learn_from_and_its_checks_and_correction
 def test_the_first_thing_wrong_is_found_and_wrong_steps_are_marked(text, cause, right, wrong):
     found = dissect(PROBLEM, text, finished=True)
     assert (found.cause, found.right_steps) == (cause, right)
-    assert [text[start:end] for start, end in found.wrong] == wrong
+    assert [equation.text for equation in found.wrong] == wrong
     assert cause in ("", *CAUSES)
 
 
@@ -91,8 +92,8 @@ def test_an_arithmetic_answer_is_checked_equation_by_equation():
     assert (right.cause, right.right_steps, right.num_steps, right.num_operations) == ("", 3, 3, 3)
     text = "6*7=42. 42+8=51. 51-5=46"
     wrong = dissect_arithmetic(problem, text, finished=False)
-    assert (wrong.cause, wrong.right_steps, wrong.num_false) == ("a sum is wrong", 1, 1)
-    assert [text[start:end] for start, end in wrong.wrong] == ["42+8=51"]
+    assert (wrong.cause, wrong.right_steps, wrong.num_right) == ("a sum is wrong", 1, 2)
+    assert [equation.text for equation in wrong.wrong] == ["42+8=51"]
     assert dissect_arithmetic(problem, "45", finished=True).cause == "no steps"
     assert dissect_arithmetic(problem, "6*7=42", finished=False).cause == "cut off"
     assert {"toy": dissect, "arithmetic": dissect_arithmetic} == STEPWISE

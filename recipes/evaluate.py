@@ -105,8 +105,7 @@ def main(config: Config) -> list[evaluate.Result]:
     print_steps({SAMPLES: found})
     write_json(run.path / "results.json", [result.summary() for result in results])
     page = report.write_report(run.path)
-    effect = "two models on the same questions"
-    finish(page, effect, started_as(), "--compare", f"{run.path},ANOTHER_RUN")
+    finish(page, "two models on the same questions", started_as(), "--compare", f"{run.path},ANOTHER_RUN")
     return results
 
 

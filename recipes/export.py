@@ -90,8 +90,7 @@ def main(config: Config) -> Path:
         needed += models.gguf_file.file_bytes(num_weights, config.gguf)
     check_space(out, needed, f"{source.name} with {num_weights:,} weights")
     questions, instruction = find_questions(config, source)
-    if config.device == "cuda":
-        require_gpu("cuda", "the export", {f"{started_as()} --device auto": "here, on the CPU"})
+    require_gpu(config.device, "the export", {f"{started_as()} --device auto": "here, on the CPU"})
     device = models.loading.default_device() if config.device == "auto" else config.device
     print(f"model       {source.model}: {num_weights:,} weights, {needed / GIB:.2f} GiB to write")
 

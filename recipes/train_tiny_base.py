@@ -91,8 +91,7 @@ def main(config: Config) -> None:
     settings = {"num_samples": 1, "num_slots": 64, "seed": config.seed}
     result = evaluate.evaluate(model, chat, benchmark, params, samples, **settings)
     print(f"{result}\n{tiny} holds what ships as kit/models/shipped/tiny")
-    words = ("--models", str(tiny), "--quick")
-    suggest("the valley of this model", command_of("demo"), *words)
+    suggest("the valley of this model", command_of("demo"), "--models", str(tiny), "--quick")
 
 
 def tiny_llama(config: Config, tokenizer):

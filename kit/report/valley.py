@@ -215,6 +215,8 @@ def _numbers(seeds: Sequence[Finished], bases: Sequence[Finished], length_of: st
     cell, point, base = seeds[0].cell, point_of(seeds, length_of), point_of(bases, length_of)
     trained = cell.num_traces > 0
     every = [result for found in seeds for result in headline(found.results).values()]
+    names = ("truncated", "looping", "reflection")
+    means = [fmean(getattr(result, name) for result in every) for name in names]
     hours = fmean(found.training_seconds for found in seeds) / 3600
     return [
         str(len(seeds)),
@@ -224,7 +226,7 @@ def _numbers(seeds: Sequence[Finished], bases: Sequence[Finished], length_of: st
         pages.share_cell(point.paper_accuracy) if point.paper_accuracy else "-",
         paper.ACCURACY.get((short_name(cell.model).lower(), cell.num_traces), "-"),
         f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
-        *(f"{100 * fmean(getattr(r, n) for r in every):.0f}" for n in ("truncated", "looping", "reflection")),
+        *(f"{100 * mean:.0f}" for mean in means),
         f"{hours:.2f}" if trained else "-",
     ]
 

@@ -79,10 +79,7 @@ QUICK = {
     "models": "tiny", "arms": "long,short,mixed", "sizes": "16,64,256,1024,4096", "control_sizes": "64,1024",
     "seeds": 1, "num_samples": 2,
 }  # fmt: skip
-SMOKE = {
-    "models": "tiny", "arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "seeds": 1,
-    "num_questions": 50, "num_samples": 2,
-}  # fmt: skip
+SMOKE = QUICK | {"arms": "long,short", "sizes": "16,64,256", "control_sizes": "64", "num_questions": 50}
 GROWS = ("models", "arms", "sizes", "control_sizes", "seeds")  # a resumed run may have more of these
 MAX_ROW_TOKENS = 2_048  # per pack: larger ones are no faster on a CPU
 # The learning rate of reinforcement learning is the better of two that were tried, one seed, 60 steps, %

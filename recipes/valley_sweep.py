@@ -37,7 +37,6 @@ from kit import data, memory, models, paper, report, valley
 from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word, started_as
 from kit.config import full_command, parse, some_of
-from kit.data.toy import LONG_TRACES
 from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings, ModelSettings
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
@@ -101,21 +100,12 @@ PRESETS = {
         "max_new_tokens": 8_192,
     },
 }
-SMOKE = {
+SMOKE = {  # that of one run, for several
+    **{name: value for name, value in gemma3_1b_8k.SMOKE.items() if name not in ("model", "num_traces")},
     "models": "tiny",
     "sizes": "24,96",
-    "device": "cpu",
-    "gpu_gb": "",
-    "instruction": "",
-    "traces": str(LONG_TRACES),
-    "row_tokens": 1_024,
-    "lr": 3e-3,
-    "cache_dir": "",
-    "benchmarks": "toy",
     "num_questions": 25,
-    "num_samples": 2,
     "max_new_tokens": 300,
-    "num_slots": 50,
     "trace_tokens": 119,
     "response_tokens": 100,
 }

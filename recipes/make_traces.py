@@ -129,10 +129,6 @@ def read_questions(config: Config) -> list[Question]:
     return draw(questions, 0, count, seed=config.seed)
 
 
-def is_kept(row: dict) -> bool:
-    return row["verdict"] == "correct" and row["finished"]
-
-
 def traces_of(found: evaluate.Result, config: Config) -> Iterator[dict]:
     """Yield a row in OpenR1's schema for every problem with a right and whole answer, in the problems' order.
 
@@ -150,7 +146,8 @@ def traces_of(found: evaluate.Result, config: Config) -> Iterator[dict]:
     made_by |= {name: header[name] for name in ("prompt", *DECODING) if name in header}
 
     for name in sorted(answers):  # journals are in the order in which answers ended
-        kept = sorted(filter(is_kept, answers[name]), key=ORDERS[config.first])
+        kept = [row for row in answers[name] if row["verdict"] == "correct" and row["finished"]]
+        kept.sort(key=ORDERS[config.first])
         if kept:
             yield {
                 "problem": kept[0]["problem"],

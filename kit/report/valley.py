@@ -256,24 +256,21 @@ def same_problem(results: StudyResults) -> str:
     """Return one seed's first sample of the same problems at every size, for the first model."""
     found = [done for done in results.finished if done.cell.model == results.models[0]]
     seed = min((done.cell.seed for done in found), default=0)
-    columns: dict[Cell, dict] = {}  # cell -> (benchmark, question) -> its first sample
+    columns: dict[str, dict] = {}  # title of a cell -> (benchmark, question) -> its first sample
     for done in found:
         if done.cell.seed == seed:
             every = [(name, row) for name, result in done.results.items() for row in result.rows]
-            columns[done.cell] = {(name, row["question"]): row for name, row in every if row["sample"] == 0}
+            title = done.cell.curve + (f", {done.cell.num_traces:,}" if done.cell.num_traces else "")
+            columns[title] = {(name, row["question"]): row for name, row in every if row["sample"] == 0}
     first = next(iter(columns.values()), {})
     common = [key for key in first if all(key in rows for rows in columns.values())]
     parts = []
     for key in common[:SHOWN]:
         row = first[key]
-        shown = "".join(answer(_title(cell), key[0], rows[key]) for cell, rows in columns.items())
+        shown = "".join(answer(title, key[0], rows[key]) for title, rows in columns.items())
         summary = f"{html.escape(row['problem'])} <small>(answer {html.escape(row['answer'])})</small>"
         parts.append(f"<details><summary>{summary}</summary><div class=pair>{shown}</div></details>")
     return f"<h2>The same problem at every size</h2>{BROWSER_NOTE}{''.join(parts)}" if parts else ""
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.curve}, {cell.num_traces:,}" if cell.num_traces else cell.curve
 
 
 WHY_NOTE = f"""<p><small>p: the share of right steps among those with only right ones before them; n: the

@@ -22,7 +22,7 @@ from kit.report.curve_figures import causes_figure, rl_figure, steps_figure, val
 from kit.report.figures import embed
 from kit.report.first_screen import choose, first_screen
 from kit.run import AFTER, BEFORE
-from kit.valley.curves import Curve, Estimate, difference, estimate, widened
+from kit.valley.curves import Estimate, difference, estimate, widened
 from kit.valley.error_accumulation import Decomposition, decompose, explain
 from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
 from kit.valley.first_error import CAUSES, STEPWISE
@@ -39,7 +39,7 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
     goes_on: the study will write it again. Raises ValueError if there is no study.
     """
     results = StudyResults.read(path)
-    first = next((model for model in results.models if _measured(results, model)), "")
+    first = next((model for model in results.models if results.curves(model)), "")
     sections = [f"<p><small>{html.escape(progress(results))}</small></p>"]
     for model in results.models:
         sections += [of_model(path, results, model, drawn=model == first), why(path, results, model)]
@@ -57,7 +57,7 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
 
 def opening(path: Path, results: StudyResults, model: str) -> str:
     """Return the first screen: the first curve of the first model that has one ("" = none has)."""
-    curve = next(iter(_measured(results, model)), None)
+    curve = next(iter(results.curves(model)), None)
     outcome = what_came_out(curve, is_short=results.is_short) if curve else NOTHING
     sentences = (what_was_done(results), outcome)
     if curve is None:
@@ -71,10 +71,6 @@ def opening(path: Path, results: StudyResults, model: str) -> str:
     widest = Estimate(change.mean, widened(looks) * change.half)
     pair = choose(base.results, tuned.results, widest, titles)
     return first_screen(sentences, pair, drawing(path, results, model))
-
-
-def _measured(results: StudyResults, model: str) -> list[Curve]:
-    return [curve for curve in results.curves(model) if curve.points]
 
 
 def drawing(path: Path, results: StudyResults, model: str) -> str:
@@ -101,9 +97,9 @@ def progress(results: StudyResults) -> str:
 
 def of_model(path: Path, results: StudyResults, model: str, *, drawn: bool) -> str:
     """Return the section of one model. drawn: its figure and its first sentence are on the first screen."""
-    heading, notes = f"<h2>{html.escape(short_name(model))}</h2>", results.points(model)[1]
-    curves = results.curves(model)
-    if not _measured(results, model):
+    heading = f"<h2>{html.escape(short_name(model))}</h2>"
+    curves, notes = results.curves(model), results.points(model)[1]
+    if not curves:
         return f"{heading}{pages.findings(notes)}<p>Nothing to compare yet.</p>"
     lines, figure = findings(curves), "" if drawn else drawing(path, results, model)
     others = pages.bullets("The other training sets", lines[2:], level=3)

@@ -73,7 +73,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """One arm of one model: the base model and a point per size, smallest first."""
+    """One arm of one model: the base model and a point per size, at least one, smallest first."""
 
     name: str  # as a sentence's subject: "tiny, long traces"
     base: Point

@@ -120,7 +120,7 @@ class StudyResults:
         return {name: dict(sorted(sizes.items())) for name, sizes in groups.items()}, refused
 
     def curves(self, model: str) -> list[Curve]:
-        """Return one curve per method and arm of a model."""
+        """Return one curve per method and arm of a model of which a size is done."""
         bases, length_of, curves = list(self.bases(model).values()), self.length_benchmark, []
         for name, sizes in self.points(model)[0].items():
             points = [point_of(seeds, length_of) for seeds in sizes.values()]

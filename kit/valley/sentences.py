@@ -62,14 +62,8 @@ def _listed(words: Sequence[str]) -> str:
 
 def findings(curves: Sequence[Curve]) -> list[str]:
     """Return two sentences per arm of one model, then how the other arms compare with the first."""
-    lines = []
-    for curve in curves:
-        if curve.points:
-            lines += [accuracy_sentence(curve), length_sentence(curve)]
-    for other in curves[1:]:
-        if curves[0].points and other.points:
-            lines.append(comparison_sentence(curves[0], other))
-    return lines
+    lines = [line for curve in curves for line in (accuracy_sentence(curve), length_sentence(curve))]
+    return lines + [comparison_sentence(curves[0], other) for other in curves[1:]]
 
 
 def _capital(text: str) -> str:

@@ -121,18 +121,7 @@ def main(config: Config) -> None:
     context = models.backbone.context_length(model)
     documents, held_out, schedule = read_documents(config, chat, run, context, benchmarks)
     print_consequences(config, model, schedule, benchmarks)
-    during = evaluate.during_training.of_run(
-        config,
-        model,
-        chat,
-        benchmarks,
-        config.params,
-        run.path,
-        held_out,
-        report.write_report,
-        run.metrics.tracker,
-    )
-
+    during = evaluate.during_training.of_run(config, model, chat, benchmarks, run, held_out)
     how = some_of(config, "num_samples", "num_slots", "seed")
     if config.baseline:
         before = copy_baseline(config, model, chat, benchmarks, run)

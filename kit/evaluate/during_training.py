@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from kit.config import some_of
 from kit.data.chat import ChatFormat
 from kit.evaluate.benchmarks import Benchmark
 from kit.evaluate.measure import evaluate
@@ -24,7 +25,7 @@ from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
 from kit.packing import Document, PackedBatch, plan_packs
 from kit.ranks import here
-from kit.run import DURING
+from kit.run import DURING, RunFolder
 from kit.watch import Tracker
 
 HELD_OUT = 64  # traces
@@ -92,12 +93,11 @@ def num_held_out(config) -> int:
     return HELD_OUT if config.eval_every and config.num_traces and not in_order else 0
 
 
-def of_run(
-    config, model, chat, benchmarks, params, run: Path, held_out, write_report, tracker=None
-) -> DuringTraining | None:
+def of_run(config, model, chat, benchmarks, run: RunFolder, held_out) -> DuringTraining | None:
     """Return what measures a run of recipes/gemma3_1b_8k.py, and print what it will do; None if it is off.
 
-    It asks the first config.eval_questions of every benchmark, the same ones each time. tracker: kit.watch's.
+    It asks the first config.eval_questions of every benchmark, the same ones each time. run: one whose
+    metrics are watched (kit/watch.py); a measurement goes where they go.
     """
     if not config.eval_every:
         return None
@@ -105,9 +105,9 @@ def of_run(
     asked = ", ".join(f"{b.name} {len(b.questions)} x 1" for b in part)
     beside = f"the loss on {len(held_out)} held-out traces" if held_out else "no held-out traces"
     print(f"during      every {config.eval_every:,} steps: {asked}; {beside}")
-    shared = {name: getattr(config, name) for name in ("row_tokens", "logit_rows", "num_slots", "seed")}
-    shared |= {"write_report": write_report, "tracker": tracker or Tracker()}
-    return DuringTraining(model, chat, part, params, run, config.eval_every, held_out, **shared)
+    shared = some_of(config, "row_tokens", "logit_rows", "num_slots", "seed")
+    shared |= {"write_report": run.metrics.write_report, "tracker": run.metrics.tracker}
+    return DuringTraining(model, chat, part, config.params, run.path, config.eval_every, held_out, **shared)
 
 
 def figures(result: Result) -> dict[str, float]:

@@ -66,6 +66,7 @@ def main(config: Config) -> Results:
 
     import torch  # here, so that flags are read at once
 
+    from kit.recipes.card.bars import judge
     from kit.recipes.card.results import FAIL, Card, CardLost, Results
     from kit.recipes.card.steps import chosen_models
 
@@ -86,6 +87,9 @@ def main(config: Config) -> Results:
         for name in (name for name in SECTIONS if name in names):
             results.section = name
             run_section(name, results, models)
+        results.section = "bars"
+        with results.case("bars"):
+            judge(results, card, names)
     except CardLost as error:
         text = f"a CUDA error in {error} made the card unusable; the checks after it did not run"
         results.add(FAIL, "card", text)

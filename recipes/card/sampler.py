@@ -26,6 +26,7 @@ from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
 from kit.recipes.card import models
+from kit.recipes.card.bars import EVEN, UNEVEN, USUAL
 from kit.recipes.card.compare import attempt
 from kit.recipes.card.memory import held_gib, measured, timed
 from kit.recipes.card.models import QWEN, build_to_sample, model_config
@@ -114,16 +115,17 @@ def gib_to_sample(card: Card, model, rows: int, tokens: int) -> float:
 @torch.inference_mode()
 def measure_decoding(results: Results, card: Card, model) -> None:
     """Profile a decode step of even and uneven rows. Rows of one length share a prompt, read once."""
-    long, brief = (600, 20) if card.small else (16_000, 200)
-    for lengths in ([brief] * 64, [brief] * 32, [long] + [brief] * 31):
-        title = f"decode step, [{lengths[0]:,}] + [{brief}] x {len(lengths) - 1}"
+    long, usual, brief = (600, 60, 20) if card.small else (16_000, 1_024, 200)
+    for label, lengths in ((USUAL, [usual] * 64), (EVEN, [brief] * 32), (UNEVEN, [long] + [brief] * 31)):
+        title = f"decode step, [{lengths[0]:,}] + [{lengths[-1]:,}] x {len(lengths) - 1}"
         gib = gib_to_sample(card, model, len(lengths), lengths[0] + 64)
-        results.run(title, profile_decoding, model, lengths, seconds=5, gib=gib)
+        results.run(title, profile_decoding, model, lengths, label, seconds=5, gib=gib)
 
 
-def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int]) -> None:
-    """Time and profile decode steps, run eagerly and in graphs."""
+def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int], label: str) -> None:
+    """Time and profile decode steps, run eagerly and in graphs. label: of the lengths."""
     drawn, seconds, launches, seen = [], [], [], 2 if card.small else 10
+    numbers = {"lengths": label, "floor_bytes": bytes_to_move(model, lengths)}
     recorder = Recorder(card.device) if card.device.type == "cuda" else None
     for way, steps in (("eager", Eager()), ("graph", Graphs(recorder))):
         tokens, each, profile = decoded(card, model, lengths, seen, steps)
@@ -133,13 +135,21 @@ def profile_decoding(results: Results, card: Card, title: str, model, lengths: l
         launches.append(counts["launches"])
         text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
         text = f"{1000 * each:.2f} ms, {text}, the card busy for {profile.busy / seen / each:.0%}"
-        results.figure(f"{title}, {way}", text, **counts, seconds=each, longest=profile.longest)
+        numbers["seconds_per_decode_step"] = each
+        results.figure(f"{title}, {way}", text, **counts, **numbers, longest=profile.longest)
 
     same = sum(a == b for pair in zip(*drawn, strict=True) for a, b in zip(*pair, strict=True))
     total = len(lengths) * len(drawn[0])
     holds = same == total and (card.small or launches[1] < launches[0])  # a graph that failed is no graph
     text = f"{same:,} of {total:,} tokens equal, {seconds[0] / seconds[1]:.2f}x as fast"
     results.check(f"{title}, graph beside eager", holds, text, ratio=seconds[0] / seconds[1])
+
+
+def bytes_to_move(model, lengths: list[int]) -> int:
+    """Return the bytes that a decode step must move: weights, the rows' keys and values, their logits."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    logits = len(lengths) * model.config.vocab_size * model.dtype.itemsize
+    return weights + sum(cache_bytes(model, 1, length) for length in lengths) + logits
 
 
 def decoded(card: Card, model, lengths: list[int], seen: int, steps: Steps) -> tuple[list, float, Profile]:
@@ -210,10 +220,11 @@ def compare_peers(results: Results, card: Card, model) -> None:
             results.not_run(title, f"{name} failed: {why}")
             continue
         text = f"{ours:,.0f} beside {theirs:,.0f} tokens/s: {ours / theirs:.2f} x"
+        numbers = {"ratio": ours / theirs, "peer": name}
         if card.is_cuda and name == "generate":
-            results.check(title, ours >= 2 * theirs, f"{text}, at least 2", ratio=ours / theirs)
+            results.check(title, ours >= 2 * theirs, f"{text}, at least 2", **numbers)
         else:
-            results.figure(title, text, ratio=ours / theirs)
+            results.figure(title, text, **numbers)
 
 
 def time_peer(card: Card, peer: Callable, model, prompts: list[list[int]], new_tokens: int) -> float:

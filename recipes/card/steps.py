@@ -96,7 +96,7 @@ def record(results: Results, title: str, savings: Savings, profile: Profile, sec
     copies, shares = profile.copies_to_host, (profile.busy / profile.seconds, profile.busy / seconds)
     text = f"{profile.launches:,} launches, {profile.kernels:,} kernels, {copies} copies to the host; "
     text += "busy for {:.0%} of the profiled step, {:.0%} of the timed one".format(*shares)
-    numbers = {"launches": profile.launches, "kernels": profile.kernels, "busy_seconds": profile.busy}
+    numbers = {"launches": profile.launches, "kernels": profile.kernels, "busy": shares[1]}
     results.figure(f"{title}, profile", text, **numbers, longest=profile.longest)
     for kernel, milliseconds, times in profile.longest[:5]:
         print(f"{milliseconds:16.2f} ms {times:>6} x {kernel[:80]}")

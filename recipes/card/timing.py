@@ -30,7 +30,7 @@ def measure_limits(results: Results, card: Card) -> Limits:
         x = torch.randn(2**16 if card.small else 2**28, device=card.device)  # 1 GiB
         y = torch.empty_like(x)
         limits.copy_gbs = 2 * x.nbytes / milliseconds(card, lambda: y.copy_(x)) / 1e6
-        results.figure("copy bandwidth", f"{limits.copy_gbs:,.0f} GB/s", gbs=limits.copy_gbs)
+        results.figure("copy bandwidth", f"{limits.copy_gbs:,.0f} GB/s", copy_gbs=limits.copy_gbs)
     with results.case("matmul"):
         limits.matmul_tflops = matmul_flops(card) / 1e12
         text = f"{limits.matmul_tflops:,.1f} TFLOP/s of a large bf16 matmul"

@@ -1,6 +1,7 @@
 """Rehearse check_card on a CPU as a user would run it. On a card, `pytest -m gpu` runs the same checks."""
 
 import json
+import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -9,11 +10,22 @@ import torch
 from children import run_recipe
 
 from kit.machine import GIB
+from kit.recipes.card.bars import BARS, EVEN, MATMULS, UNEVEN, USUAL, judge
 from kit.recipes.card.memory import measured
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from kit.recipes.check_card import QUICK, SECTIONS, Config, main, sentence
 
 CPU = Card(torch.device("cpu"), quick=True)
+BARS_OF_A_CARD = {  # which a rehearsal in its quick form does not measure
+    "loss, time over Liger's and CCE's",
+    "loss, memory over Liger's and CCE's",
+    "attention forward, share of flash's speed",
+    "attention backward, share of flash's speed",
+    "Qwen2.5-1.5B, MFU",
+    "Gemma-3-1B, MFU",
+    "share of a step that the card is busy",
+    "times generate_batch's speed",
+}
 
 
 @pytest.mark.slow
@@ -25,6 +37,8 @@ def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sectio
     folder = tmp_path / "runs/check_card/001"
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert {row["section"] for row in rows} == set(sections.split(","))
+    bars = [bar for bar in BARS if bar.section in sections and bar.name not in BARS_OF_A_CARD]
+    assert all(0 < bar.value(rows) < math.inf for bar in bars)
     assert not [row for row in rows if row["status"] == FAIL]
     assert {row["section"] for row in rows if row["status"] == PASS} >= set(sections.split(",")) - {"speed"}
     result, what_next = done.stdout.rstrip().splitlines()[-2:]
@@ -145,6 +159,62 @@ def test_a_rehearsal_runs_whatever_a_card_would_need_and_ends_with_its_time():
     Results(CPU, seconds=5.0).need(seconds=60.0, gib=100.0)
     with pytest.raises(Skip, match="0 s left"):
         Results(CPU, seconds=-1.0).need()
+
+
+H100_ROWS = [  # what every bar is judged by, each just good enough
+    {"draw_ms": 0.2},
+    {"draw_ms": 0.3},
+    {"milliseconds_and_gib": {"ours": (12.0, 1.0), MATMULS: (10.0, 1.0), "Liger": (12.0, 2.0)}},
+    {"milliseconds_and_gib": {"ours": (11.0, 1.0), MATMULS: (10.0, 1.0), "CCE exact": (15.0, 1.0)}},
+    {
+        "head_dim": 64,
+        "milliseconds": {"ours": (1.0, 2.0), "SDPA flash": (0.9, 1.0), "torch varlen": (0.6, 0.9)},
+    },
+    {"head_dim": 128, "milliseconds": {"ours": (1.0, 2.0), "SDPA flash": (0.6, 0.9)}},
+    {"head_dim": 256, "milliseconds": {"ours": (9.0, 9.0), "SDPA flash": (0.1, 0.1)}},
+    {"mfu": 0.1, "model": "Qwen/Qwen2.5-1.5B-Instruct"},
+    {"mfu": 0.4, "model": "Qwen/Qwen2.5-1.5B-Instruct"},
+    {"mfu": 0.3, "model": "google/gemma-3-1b-it"},
+    {"busy": 0.9},
+    {"copy_gbs": 3000.0},
+    {"lengths": USUAL, "seconds_per_decode_step": 0.0025, "floor_bytes": 2.26e9},
+    {"lengths": USUAL, "seconds_per_decode_step": 0.0100, "floor_bytes": 2.26e9},
+    {"lengths": EVEN, "seconds_per_decode_step": 0.002},
+    {"lengths": UNEVEN, "seconds_per_decode_step": 0.0032},
+    {"ratio": 6.0, "peer": "generate"},
+    {"ratio": 4.0, "peer": "generate_batch"},
+    {"ratio": 1.0},  # of graphs beside eager steps
+]
+
+
+def judged(rows, monkeypatch, card=CPU, name="NVIDIA H100 80GB HBM3"):
+    """Return status by bar."""
+    monkeypatch.setattr(Card, "name", name)
+    results = Results(card)
+    results.rows = [dict(row) for row in rows]
+    judge(results, card, SECTIONS)
+    return {row["name"]: row["status"] for row in results.rows[len(rows) :]}
+
+
+def test_on_an_h100_every_bar_holds_at_its_bound_and_fails_behind_it(monkeypatch):
+    assert judged(H100_ROWS, monkeypatch) == dict.fromkeys([bar.name for bar in BARS], PASS)
+    worse = {"draw_ms": 0.31, "mfu": 0.0, "busy": 0.89, "ratio": 3.9, "floor_bytes": 2.25e9}
+    slower = [{key: worse.get(key, value) for key, value in row.items()} for row in H100_ROWS]
+    for row in slower:
+        if "seconds_per_decode_step" in row and row["lengths"] != EVEN:
+            row["seconds_per_decode_step"] *= 1.03
+        for times in (row.get("milliseconds"), row.get("milliseconds_and_gib")):
+            if times:
+                times["ours"] = tuple(1.03 * value for value in times["ours"])
+    found = judged(slower, monkeypatch)
+    assert found == dict.fromkeys([bar.name for bar in BARS], FAIL)
+
+
+def test_bars_of_an_h100_need_what_they_are_judged_by_and_that_card(monkeypatch):
+    assert set(judged([{"name": "row kernel"}], monkeypatch).values()) == {NOT_RUN}
+    assert judged(H100_ROWS, monkeypatch, name="NVIDIA GeForce RTX 3060") == {}
+    other_code = Card(torch.device("cpu"), quick=True, arch="sm89")
+    assert judged(H100_ROWS, monkeypatch, card=other_code) == {}
 
 
 @pytest.mark.gpu

@@ -5,7 +5,9 @@ One program owns one tile of one document: BLOCK_M queries (forward, dQ) or BLOC
 the document's first token, so that a tile never spans two documents. It walks the keys (queries) that its
 tile can see, which are one range: from the tile's window to its diagonal, inside the document. Nothing else
 is ever loaded, so the work is the sum of the documents' causal areas rounded up to tiles, whatever the pack
-looks like.
+looks like. The tiles that a mask cuts lie at the two ends of the range and are walked first. Those between
+need neither a mask nor bounds on their loads: 18 to 40 % fewer instructions than mma's own beside them (bf16
+on sm_89, by kernel and D; counted, not timed).
 
 How a program finds its document. A grid of (documents x blocks of the longest) would be mostly empty if one
 document is long and many are short; a table of blocks would be one more tensor to build and pass. Instead
@@ -48,7 +50,7 @@ def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
 TILES = {
     (2, 64): {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
     (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
-    (2, 256): {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
+    (2, 256): {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 2)},
     (4, 64): {"forward": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 8, 1)},
     (4, 128): {"forward": (32, 16, 8, 1), "dkdv": (16, 16, 8, 2), "dq": (16, 16, 8, 2)},
     (4, 256): {"forward": (16, 16, 8, 1), "dkdv": (16, 16, 8, 1), "dq": (16, 16, 8, 3)},
@@ -76,11 +78,20 @@ def _find_tile(cu_seqlens_ptr, T, num_documents, program, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(ptr, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load (rows, BLOCK_D), zeros past the document's end and past D."""
+def _unmasked(begin, end, first, last, BLOCK: tl.constexpr):
+    """Return (begin, end) of the tiles that lie within [first, last), of those that cover [begin, end)."""
+    begin = tl.minimum(begin + tl.cdiv(tl.maximum(first - begin, 0), BLOCK) * BLOCK, end)
+    return begin, begin + tl.maximum(last - begin, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def _load_rows(ptr, rows, n, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, INSIDE: tl.constexpr = False):
+    """Load (rows, BLOCK_D), zeros past the document's end and past D. INSIDE: no row is past the end."""
     columns = tl.arange(0, BLOCK_D)
-    mask = (rows < n)[:, None] & (columns < D)[None, :]
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    pointers = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    if INSIDE and D == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(rows < n)[:, None] & (columns < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -115,20 +126,26 @@ def _forward_kernel(
     s = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, end = tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n)
-    for first_key in range(begin, end, BLOCK_N):
-        keys = first_key + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
-        v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
-        distance = queries[:, None] - keys[None, :]
-        # times log2(e), because exp2 is cheap
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-        scores = tl.where((distance >= 0) & (distance < window), scores, -float("inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        shrink = tl.exp2(m - m_new)
-        p = tl.exp2(scores - m_new[:, None])
-        s = s * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = m_new
+    whole, diagonal = _unmasked(begin, end, first_query + BLOCK_M - window, first_query + 1, BLOCK_N)
+    end -= diagonal - whole
+    for WHOLE in tl.static_range(2):  # is the tile seen as a whole, by every query? First those that are not
+        for first_key in range(whole if WHOLE else begin, diagonal if WHOLE else end, BLOCK_N):
+            if not WHOLE:
+                first_key += tl.where(first_key < whole, 0, diagonal - whole)
+            keys = first_key + tl.arange(0, BLOCK_N)
+            k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D, WHOLE)
+            v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D, WHOLE)
+            # times log2(e), because exp2 is cheap
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+            if not WHOLE:
+                distance = queries[:, None] - keys[None, :]
+                scores = tl.where((distance >= 0) & (distance < window), scores, -float("inf"))
+            m_new = tl.maximum(m, tl.max(scores, 1))
+            shrink = tl.exp2(m - m_new)
+            p = tl.exp2(scores - m_new[:, None])
+            s = s * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            m = m_new
 
     _store_rows(out_ptr + (start * Hq + head) * D, acc / s[:, None], queries, n, Hq * D, D, BLOCK_D)
     logsumexp = (m + tl.log2(s)) * 0.6931471805599453  # times ln(2): back to natural logarithms
@@ -163,16 +180,23 @@ def _dq_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, end = tl.maximum(first_query - window + 1, 0), tl.minimum(first_query + BLOCK_M, n)
-    for first_key in range(begin, end, BLOCK_N):
-        keys = first_key + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D)
-        v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D)
-        distance = queries[:, None] - keys[None, :]
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-        p = tl.where((distance >= 0) & (distance < window), tl.exp2(scores - logsumexp[:, None]), 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        dscores = p * (dp - delta[:, None])
-        acc = tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
+    whole, diagonal = _unmasked(begin, end, first_query + BLOCK_M - window, first_query + 1, BLOCK_N)
+    end -= diagonal - whole
+    for WHOLE in tl.static_range(2):
+        for first_key in range(whole if WHOLE else begin, diagonal if WHOLE else end, BLOCK_N):
+            if not WHOLE:
+                first_key += tl.where(first_key < whole, 0, diagonal - whole)
+            keys = first_key + tl.arange(0, BLOCK_N)
+            k = _load_rows(k_ptr, keys, n, k_stride_t, D, BLOCK_D, WHOLE)
+            v = _load_rows(v_ptr, keys, n, v_stride_t, D, BLOCK_D, WHOLE)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+            p = tl.exp2(scores - logsumexp[:, None])
+            if not WHOLE:
+                distance = queries[:, None] - keys[None, :]
+                p = tl.where((distance >= 0) & (distance < window), p, 0.0)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            dscores = p * (dp - delta[:, None])
+            acc = tl.dot(dscores.to(k.dtype), k, acc, input_precision="ieee")
     _store_rows(dq_ptr + (start * Hq + head) * D, acc * scale, queries, n, Hq * D, D, BLOCK_D)
 
 
@@ -198,22 +222,32 @@ def _dkdv_kernel(
     v = _load_rows(v_ptr + start * v_stride_t + kv_head * v_stride_h, keys, n, v_stride_t, D, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
-        for first_query in range(first_key, tl.minimum(first_key + BLOCK_N - 1 + window, n), BLOCK_M):
-            queries = first_query + tl.arange(0, BLOCK_M)
-            numbers = head * T + start + queries
-            q = _load_rows(q_ptr + start * q_stride_t + head * q_stride_h, queries, n, q_stride_t, D, BLOCK_D)
-            dout_start = dout_ptr + start * dout_stride_t + head * dout_stride_h
-            dout = _load_rows(dout_start, queries, n, dout_stride_t, D, BLOCK_D)
-            logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
-            delta = tl.load(delta_ptr + numbers, mask=queries < n, other=0.0)
-            distance = queries[None, :] - keys[:, None]
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
-            p = tl.where((distance >= 0) & (distance < window), tl.exp2(scores - logsumexp[None, :]), 0.0)
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-            dscores = p * (dp - delta[None, :])
-            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+    end = tl.minimum(first_key + BLOCK_N - 1 + window, n)
+    last = tl.minimum(first_key + window, n)
+    whole, edge = _unmasked(first_key, end, first_key + BLOCK_N - 1, last, BLOCK_M)
+    end -= edge - whole
+    for WHOLE in tl.static_range(2):
+        for head in range(kv_head * GROUP, (kv_head + 1) * GROUP):
+            for first_query in range(whole if WHOLE else first_key, edge if WHOLE else end, BLOCK_M):
+                if not WHOLE:
+                    first_query += tl.where(first_query < whole, 0, edge - whole)
+                queries = first_query + tl.arange(0, BLOCK_M)
+                numbers = head * T + start + queries
+                q_start = q_ptr + start * q_stride_t + head * q_stride_h
+                q = _load_rows(q_start, queries, n, q_stride_t, D, BLOCK_D, WHOLE)
+                dout_start = dout_ptr + start * dout_stride_t + head * dout_stride_h
+                dout = _load_rows(dout_start, queries, n, dout_stride_t, D, BLOCK_D, WHOLE)
+                logsumexp = tl.load(logsumexp_ptr + numbers, mask=queries < n, other=0.0) * 1.4426950408889634
+                delta = tl.load(delta_ptr + numbers, mask=queries < n, other=0.0)
+                scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * 1.4426950408889634)
+                p = tl.exp2(scores - logsumexp[None, :])
+                if not WHOLE:
+                    distance = queries[None, :] - keys[:, None]
+                    p = tl.where((distance >= 0) & (distance < window), p, 0.0)
+                dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+                dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+                dscores = p * (dp - delta[None, :])
+                dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
     _store_rows(dk_ptr + (start * Hkv + kv_head) * D, dk * scale, keys, n, Hkv * D, D, BLOCK_D)
     _store_rows(dv_ptr + (start * Hkv + kv_head) * D, dv, keys, n, Hkv * D, D, BLOCK_D)
 

@@ -46,8 +46,8 @@ def matmul(**options):
     return Case(sys.modules[__name__], "_matmul_kernel", "bf16", "", launch, {"num_steps": "i32"})
 
 
-# products of an attention kernel's inner loop, each of BLOCK_M x BLOCK_N x D
-PRODUCTS = {"_forward_kernel": 2, "_dq_kernel": 3, "_dkdv_kernel": 4, "_split_kernel": 2}
+# loops x products of an attention kernel, each of BLOCK_M x BLOCK_N x D; of two loops, one masks its tiles
+PRODUCTS = {"_forward_kernel": 2 * 2, "_dq_kernel": 2 * 3, "_dkdv_kernel": 2 * 4, "_split_kernel": 2}
 MAX_SPILLED = 64  # bytes per thread, of attention: fewer than computing a product twice costs
 
 

@@ -79,7 +79,6 @@ setup(
             "tensorboard>=2.20,<3",
             *PEERS,
         ],
-        "flash-attn": ["flash-attn>=2.7"],
         "peers": PEERS,
     },
 )

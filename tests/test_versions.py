@@ -16,11 +16,7 @@ from kit.config import Checked
 
 CONSTRAINTS = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
 PINNED = dict(line.split("==") for line in CONSTRAINTS.splitlines() if not line.startswith("#"))
-NO_UPPER_BOUND = {
-    "ruff",
-    "kernels",
-    "flash-attn",
-}  # tools of the developers, and one that is chosen where used
+NO_UPPER_BOUND = {"ruff", "kernels"}  # tools of the developers
 
 
 @dataclass(frozen=True)
@@ -48,16 +44,14 @@ def test_every_package_is_allowed_up_to_its_next_major_version():
 
 def test_the_constraints_name_a_version_within_its_bounds_for_every_package_and_no_other():
     found = {requirement.name: requirement.specifier for requirement in requirements()}
-    assert PINNED.keys() == found.keys() - {"triton-windows", "flash-attn"}  # which do not run in CI
+    assert PINNED.keys() == found.keys() - {"triton-windows"}  # which does not run in CI
     assert [name for name, version in PINNED.items() if version not in found[name]] == []
 
 
 def test_the_versions_that_a_recipe_compares_with_are_those_of_the_constraints():
     assert {name: PINNED[name] for name in versions.TESTED} == versions.TESTED
     names = {requirement.name for requirement in requirements()}
-    assert versions.TESTED.keys() == names - {"triton-windows", "flash-attn"} - names_after(
-        "# for the tests alone"
-    )
+    assert versions.TESTED.keys() == names - {"triton-windows"} - names_after("# for the tests alone")
 
 
 def names_after(line: str) -> set[str]:

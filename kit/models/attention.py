@@ -3,39 +3,48 @@
 It serves packed rows, which it knows by the keyword arguments cu_seqlens and max_seqlen. Without them it
 raises: read as one sequence, a pack would silently let its documents attend to each other.
 
-    kit         kit.kernels.packed_attention: our kernels on a card, torch on a CPU; the same bits every run
-    flash-attn  flash_attn_varlen_func: 16-bit, on a card; the last bits of gradients differ from run to run
-    torch       one scaled_dot_product_attention per document, on any device
-    auto        flash-attn if it is installed and can run the model, else kit
+    kit     kit.kernels.packed_attention: our kernels on a card, torch on a CPU; the same bits every run
+    varlen  the FlashAttention-2 that torch brings, torch.nn.attention.varlen: 16-bit, on a card, from torch
+            2.12 on; the last bits of gradients differ from run to run. Not run on a GPU so far
+    torch   one scaled_dot_product_attention per document, on any device
+    auto    varlen if recipes/check_card.py measured it to be faster on this card than kit, else kit
+
+The memory plan simulates kit. The backward pass of varlen holds more for a moment: dq in fp32, and dk and dv
+of every query head if heads share keys; 64, 32 and 32 MiB in a layer of Gemma-3-1B with 16,384 tokens.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from kit.kernels.packed_attention import documents_attention, packed_attention
+from kit.machine import measured_here
 from kit.models.families import head_dim
+from kit.progress import print_line
 
-CHOICES = ("auto", "kit", "flash-attn", "torch")
+CHOICES = ("auto", "kit", "varlen", "torch")
 # Take such a name from here and not as a string, so that the import that registers it cannot be forgotten.
 # transformers treats names with "flash" in them specially.
-REGISTERED = {"kit": "kit", "flash-attn": "kit_varlen", "torch": "kit_torch"}
-MAX_FLASH_HEAD_DIM = 256  # of flash-attn 2
+REGISTERED = {"kit": "kit", "varlen": "kit_varlen", "torch": "kit_torch"}
+MAX_FLASH_HEAD_DIM = 256  # of FlashAttention-2
+OPTIONS = ("scale", "window_size", "enable_gqa")  # of varlen_attn; torch 2.12 has all of them, 2.10 none
 
 
-def _flash_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None) -> torch.Tensor:
-    """Compute packed_attention with flash-attn, whose window counts the keys left of the query's own."""
-    from flash_attn import flash_attn_varlen_func
+def varlen_attention(q, k, v, cu_seqlens, max_seqlen, *, window=None, scale=None) -> torch.Tensor:
+    """Compute packed_attention with torch's, whose window counts the keys left of the query's own, -1 = all.
 
-    edges = (-1, -1) if window is None else (window - 1, 0)
-    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scale, causal=True, window_size=edges)
+    cu_seqlens is int32 here.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # takes seconds to import
+
+    bounds, left = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), -1 if window is None else window - 1
+    return varlen_attn(q, k, v, *bounds, scale=scale, window_size=(left, 0), enable_gqa=True)
 
 
-PACK_ATTENTION = {"kit": packed_attention, "flash-attn": _flash_attention, "torch": documents_attention}
+PACK_ATTENTION = {"kit": packed_attention, "varlen": varlen_attention, "torch": documents_attention}
 BY_NAME = {REGISTERED[choice]: function for choice, function in PACK_ATTENTION.items()}
 
 
@@ -86,30 +95,53 @@ def attention_name(
 ) -> str:
     """Return the registered name of a choice for a model on this device.
 
-    Raises ValueError for an unknown choice, and for flash-attn, with the reason, if it is not installed or
-    cannot run.
+    Raises ValueError for an unknown choice, and for varlen, with the reason, if it cannot run the model here.
     """
     if choice not in CHOICES:
         raise ValueError(f"attention is {choice!r}; pass one of {', '.join(CHOICES)}")
-    obstacle = _flash_obstacle(config, torch.device(device), dtype)
-    if choice == "flash-attn" and obstacle:
-        raise ValueError(f"attention is flash-attn but {obstacle}; pass --attention kit")
+    width = head_dim(config) if config else 0
+    obstacle = varlen_obstacle(width, torch.device(device), dtype)
+    if choice == "varlen" and obstacle:
+        raise ValueError(f"attention is varlen but {obstacle}; pass --attention kit")
     if choice == "auto":
-        choice = "kit" if obstacle else "flash-attn"
+        choice = "kit" if obstacle else _fastest(width)
     return REGISTERED[choice]
 
 
-def _flash_obstacle(config, device: torch.device, dtype: torch.dtype) -> str:
-    """Return why flash-attn cannot run this model here; "" if it can."""
-    width = head_dim(config) if config else 0
-    if importlib.util.find_spec("flash_attn") is None:
-        return "it is not installed (pip install flash-attn)"
+def _fastest(width: int) -> str:
+    """Return varlen if check_card's newest times of heads this wide on this card are shorter, else kit."""
+    found = [
+        (folder, row["milliseconds"])
+        for folder, row in measured_here("head_dim")
+        if row["head_dim"] == width and "torch varlen" in row["milliseconds"]
+    ]
+    newest = [times for folder, times in found if folder == found[0][0]]
+    ours, torchs = (sum(sum(times[name]) for times in newest) for name in ("ours", "torch varlen"))
+    if torchs >= ours:
+        return "kit"
+    print_line(
+        f"attention   varlen: {torchs:.1f} ms for all of check_card's cases with heads {width} wide, kit "
+        f"{ours:.1f} (measured here, {found[0][0]})"
+    )
+    return "varlen"
+
+
+def varlen_obstacle(width: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Return why varlen cannot run a model with heads of this width here; "" if it can."""
     if device.type != "cuda":
         return f"it runs on a CUDA card and the model is on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 or bfloat16 and the model is in {dtype}"
-    if width > MAX_FLASH_HEAD_DIM:
-        return f"its heads are at most {MAX_FLASH_HEAD_DIM} wide and the model's are {width}"
+    if width > MAX_FLASH_HEAD_DIM or width % 8:
+        return f"its heads are multiples of 8 up to {MAX_FLASH_HEAD_DIM} wide and the model's are {width}"
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "it needs compute capability 8.0 (RTX 30 and later)"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return f"torch {torch.__version__} was built without FlashAttention"
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    missing = [name for name in OPTIONS if name not in inspect.signature(varlen_attn).parameters]
+    if missing:
+        return f"that of torch {torch.__version__} lacks {', '.join(missing)} (pip install 'torch>=2.12')"
     return ""

@@ -1,9 +1,7 @@
-"""Packed attention beside torch's attention and flash-attn, forward and backward."""
+"""Packed attention beside torch's, forward and backward. --attention auto picks by what is measured here."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
+from kit.models.attention import varlen_attention
 from kit.recipes.card.compare import attempt, normal, running_sum
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.timing import Limits, milliseconds
@@ -49,14 +48,14 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
         torch.manual_seed(0)
         q, k, v = (normal(card, T, heads, D) for heads in (Hq, Hkv, Hkv))
         cu_seqlens = running_sum(card, lengths)
-        ours = forward_and_backward(card, *packed(q, k, v, cu_seqlens, length, window))
+        ours = forward_and_backward(card, *packed(packed_attention)(q, k, v, cu_seqlens, length, window))
         rates = flops / ours[0] / 1e9, 2.5 * flops / ours[1] / 1e9
         words = [f"ours {ours[0]:.2f} + {ours[1]:.2f} ms, {rates[0]:.0f} and {rates[1]:.0f} TFLOP/s"]
 
         times = {"ours": ours}
         for peer, prepare in PEERS.items():
-            found, why = None, refusal(peer, window)
-            if not why:
+            found, why = None, "has no window"
+            if window is None or not peer.startswith("SDPA"):
                 found, why = with_either_layout(card, prepare, q, k, v, cu_seqlens, length, window)
             if found is None:
                 words.append(f"{peer}: {why}")
@@ -65,14 +64,7 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
             words.append(f"{peer} {found[0]:.2f} + {found[1]:.2f} ms{why}")
         if "SDPA flash" in times:
             ratios.append(sum(ours) / sum(times["SDPA flash"]))
-        results.figure(name, "; ".join(words), milliseconds=times, tflops=rates)
-
-
-def refusal(peer: str, window: int | None) -> str:
-    """Return why a peer cannot run at all, or nothing."""
-    if peer == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
-        return "not installed"
-    return "has no window" if peer.startswith("SDPA") and window is not None else ""
+        results.figure(name, "; ".join(words), milliseconds=times, tflops=rates, gpu=card.name, head_dim=D)
 
 
 def with_either_layout(card, prepare, q, k, v, cu_seqlens, length, window) -> tuple[tuple | None, str]:
@@ -100,9 +92,14 @@ def forward_and_backward(card, leaves, call) -> tuple[float, float]:
     return forward, backward
 
 
-def packed(q, k, v, cu_seqlens, length, window) -> Prepared:
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    return leaves, lambda: packed_attention(*leaves, cu_seqlens, length, window=window)
+def packed(function: Callable) -> Callable[..., Prepared]:
+    """Return a contestant that takes the documents as a pack."""
+
+    def prepare(q, k, v, cu_seqlens, length, window) -> Prepared:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return leaves, lambda: function(*leaves, cu_seqlens, length, window=window)
+
+    return prepare
 
 
 def sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
@@ -123,34 +120,8 @@ def sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
     return prepare
 
 
-def varlen(q, k, v, cu_seqlens, length, window) -> Prepared:
-    from torch.nn.attention.varlen import varlen_attn
-
-    accepted, options = inspect.signature(varlen_attn).parameters, {}
-    if "window_size" in accepted:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        options["is_causal"] = True
-    else:
-        raise ValueError("has no window in this release of torch")
-    if k.shape[1] != q.shape[1] and "enable_gqa" in accepted:
-        options["enable_gqa"] = True
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    return leaves, lambda: varlen_attn(*leaves, cu_seqlens, cu_seqlens, length, length, **options)
-
-
-def flash_attn(q, k, v, cu_seqlens, length, window) -> Prepared:
-    from flash_attn import flash_attn_varlen_func
-
-    size = (-1 if window is None else window - 1, 0)
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    bounds = cu_seqlens, cu_seqlens, length, length
-    return leaves, lambda: flash_attn_varlen_func(*leaves, *bounds, causal=True, window_size=size)
-
-
 PEERS = {
     "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "torch varlen": varlen,
-    "flash-attn": flash_attn,
+    "torch varlen": packed(varlen_attention),
 }

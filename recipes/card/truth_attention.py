@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
+from kit.models.attention import varlen_attention, varlen_obstacle
 from kit.recipes.card.compare import attempt, judge, judge_equal, name_of, normal, poisoned, rms, running_sum
 from kit.recipes.card.results import Card, Results, Skip
 
@@ -54,6 +55,11 @@ def run(results: Results, card: Card) -> None:
     for D, Hq, Hkv in ((64, 14, 2), (256, 4, 1))[: 1 if card.quick else None]:
         results.run(f"attention layouts D{D}", check_layouts, D, Hq, Hkv, lengths, seconds=2)
 
+    for dtype, *heads in CASES[: 1 if card.quick else 3]:
+        for cut in (None, window):
+            name = f"torch's varlen {name_of(dtype)} D{heads[0]} window {cut or 'none'}"
+            results.run(name, check_varlen, (dtype, *heads), lengths, cut, seconds=3)
+
 
 def make_inputs(card: Card, dtype: torch.dtype, D: int, Hq: int, Hkv: int, T: int) -> list[Tensor]:
     """Return q, k, v, dout."""
@@ -71,18 +77,38 @@ def check_case(results, card, name, shape, lengths, window, repeats) -> None:
     repeats[name] = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     del again
 
+    judge_parts(results, card, name, ours, (q, k, v, dout), lengths, window)
+
+
+def check_varlen(results, card, name, shape, lengths, window) -> None:
+    """Check that the attention which torch brings means the same as ours. Raises Skip if it does not run."""
+    if why := varlen_obstacle(shape[1], card.device, shape[0]):
+        raise Skip(why)
+    inputs = make_inputs(card, *shape, sum(lengths))
+    arguments = *inputs, running_sum(card, lengths), max(lengths), window
+    judge_parts(results, card, name, gradients(varlen_attention, *arguments), inputs, lengths, window)
+
+
+def judge_parts(results, card, name, found, inputs, lengths, window) -> None:
+    """Record one check of out, dq, dk, dv. inputs: q, k, v, dout."""
+    q, k, v, dout = inputs
     truth = true_attention(q, k, v, dout, lengths, window)
     peer, why = attempt(card, sdpa, q, k, v, dout, lengths, window)
     eps = torch.finfo(q.dtype).eps
     absolute = (2e-6 if q.dtype == FP32 else 1e-5) * rms(dout)  # dq and dk of window 1 are 0 in truth
     floors = [eps * rms(true) + absolute for true in truth]
-    judge(results, name, PARTS, ours, peer or [None] * 4, truth, floors, f"no SDPA: {why}" if why else "")
+    judge(results, name, PARTS, found, peer or [None] * 4, truth, floors, f"no SDPA: {why}" if why else "")
 
 
 def our_attention(q, k, v, dout, cu_seqlens, longest, window=None) -> tuple[Tensor, ...]:
     """Return out, dq, dk, dv."""
+    return gradients(packed_attention, q, k, v, dout, cu_seqlens, longest, window)
+
+
+def gradients(attention, q, k, v, dout, cu_seqlens, longest, window) -> tuple[Tensor, ...]:
+    """Return out, dq, dk, dv of a function that computes packed attention."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = packed_attention(q, k, v, cu_seqlens, longest, window=window)
+    out = attention(q, k, v, cu_seqlens, longest, window=window)
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), dout))
 
 

@@ -1,10 +1,12 @@
-import sys
 import types
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from conftest import FAMILIES, make_model, random_documents
 
+from kit import machine
+from kit.journal import Journal
 from kit.kernels.packed_attention import packed_attention_reference
 from kit.models import attention, load
 from kit.models.attention import CHOICES, attention_name
@@ -15,11 +17,11 @@ CPU = {"device": "cpu", "dtype": torch.float32}
 LENGTHS = [9, 1, 23, 4]
 
 
-def test_on_a_cpu_auto_is_ours_and_flash_attn_is_refused_with_the_reason():
+def test_on_a_cpu_auto_is_ours_and_varlen_is_refused_with_the_reason():
     assert attention_name("auto", **CPU) == "kit"
-    with pytest.raises(ValueError, match=r"attention is flash-attn but it .* pass --attention kit"):
-        attention_name("flash-attn", **CPU)
-    with pytest.raises(ValueError, match=r"attention is 'eager'; pass one of auto, kit, flash-attn, torch"):
+    with pytest.raises(ValueError, match=r"attention is varlen but it .* is on cpu; pass --attention kit"):
+        attention_name("varlen", **CPU)
+    with pytest.raises(ValueError, match=r"attention is 'eager'; pass one of auto, kit, varlen, torch"):
         attention_name("eager", **CPU)
 
 
@@ -37,29 +39,47 @@ def test_every_attention_that_runs_here_gives_a_pack_the_same_hidden_states(fami
 def test_load_switches_the_model_to_the_attention_it_was_asked_for():
     loaded = [load("tiny", device="cpu", attention=choice)[0] for choice in ("kit", "torch")]
     assert [model.config._attn_implementation for model in loaded] == ["kit", "kit_torch"]
-    with pytest.raises(ValueError, match="flash-attn"):
-        load("tiny", device="cpu", attention="flash-attn")
+    with pytest.raises(ValueError, match="attention is varlen"):
+        load("tiny", device="cpu", attention="varlen")
 
 
-def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size):
-    """Compute what flash-attn documents: query i sees key j if i - left <= j <= i + right, -1 = no limit."""
+def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """Compute what torch documents: query i sees key j if i - left <= j <= i + right, -1 = no limit."""
     left, right = window_size
-    assert causal and right in (-1, 0) and torch.equal(cu_q, cu_k) and max_q == max_k == max(LENGTHS)
+    assert enable_gqa and right == 0 and torch.equal(cu_q, cu_k) and max_q == max_k == max(LENGTHS)
+    assert cu_q.dtype == torch.int32
     return packed_attention_reference(
-        q, k, v, cu_q, max_q, window=None if left == -1 else left + 1, scale=softmax_scale
+        q, k, v, cu_q, max_q, window=None if left == -1 else left + 1, scale=scale
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_flash_attn_is_called_with_means_the_same_as_ours(family, monkeypatch):
-    """The package needs a card, so a function with its documented meaning stands in for it."""
-    package = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
+def test_what_varlen_is_called_with_means_the_same_as_ours(family, monkeypatch):
+    """It needs a card, so a function with its documented meaning stands in for it."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     batch = PackedBatch.build(random_documents(LENGTHS))
     model = make_model(family, torch.float64)
     ours = hidden_states(model, batch)
-    model.set_attn_implementation(attention.REGISTERED["flash-attn"])
+    model.set_attn_implementation(attention.REGISTERED["varlen"])
     torch.testing.assert_close(hidden_states(model, batch), ours, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A function that pretends a card of this capability is here, on which nothing was measured."""
+
+    def pretend(capability=(8, 9)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+        monkeypatch.setattr(machine, "CHECKS", tmp_path)
+
+    return pretend
+
+
+def older_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """Have the parameters that torch 2.10 documents."""
 
 
 @pytest.mark.parametrize(
@@ -67,18 +87,68 @@ def test_what_flash_attn_is_called_with_means_the_same_as_ours(family, monkeypat
     [
         ((8, 9), torch.bfloat16, 256, ""),
         ((8, 9), torch.float32, 64, "float16 or bfloat16"),
-        ((8, 9), torch.float16, 288, "at most 256 wide and the model's are 288"),
+        ((8, 9), torch.float16, 288, "up to 256 wide and the model's are 288"),
+        ((8, 9), torch.float16, 100, "multiples of 8 .* the model's are 100"),
         ((7, 5), torch.float16, 64, "compute capability 8.0"),
     ],
 )
-def test_flash_attn_is_chosen_only_if_it_can_run_the_model(capability, dtype, head_dim, reason, monkeypatch):
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+def test_varlen_is_refused_with_the_reason_if_it_cannot_run_the_model(
+    card, capability, dtype, head_dim, reason
+):
+    card(capability)
+    where = {"device": "cuda", "dtype": dtype}
     config = types.SimpleNamespace(head_dim=head_dim)
-    assert attention_name("auto", config, device="cuda", dtype=dtype) == ("kit" if reason else "kit_varlen")
-    if reason:
-        with pytest.raises(ValueError, match=reason):
-            attention_name("flash-attn", config, device="cuda", dtype=dtype)
+    assert attention_name("auto", config, **where) == "kit"
+    if not reason:
+        assert attention_name("varlen", config, **where) == "kit_varlen"
+        return
+    with pytest.raises(ValueError, match=f"attention is varlen but .*{reason}"):
+        attention_name("varlen", config, **where)
+
+
+def test_varlen_of_an_older_torch_or_of_one_without_it_is_refused(card, monkeypatch):
+    card()
+    where = {"device": "cuda", "dtype": torch.bfloat16}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.attention.varlen, "varlen_attn", older_varlen_attn)
+        with pytest.raises(
+            ValueError, match=r"lacks scale, window_size, enable_gqa \(pip install 'torch>=2.12'"
+        ):
+            attention_name("varlen", **where)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    with pytest.raises(ValueError, match="built without FlashAttention"):
+        attention_name("varlen", **where)
+
+
+def test_auto_is_what_check_card_measured_to_be_faster_on_this_card_for_such_heads(card, tmp_path, capsys):
+    card()
+
+    def measured(run, ours, varlen, head_dim, gpu="this card"):
+        times = {"ours": [ours, ours], "SDPA flash": [0.1, 0.1]} | (
+            {"torch varlen": [varlen] * 2} if varlen else {}
+        )
+        row = {"gpu": gpu, "head_dim": head_dim, "milliseconds": times}
+        Journal(tmp_path / run / "results.jsonl").append(row)
+
+    def chosen(head_dim, dtype=torch.bfloat16):
+        config = types.SimpleNamespace(head_dim=head_dim)
+        return attention_name("auto", config, device="cuda", dtype=dtype)
+
+    measured("001", 9.0, 1.0, 128)
+    measured("002", 1.0, 2.0, 128)
+    measured("002", 4.0, 2.0, 128)
+    for head_dim in (64, 128, 256):
+        measured("003", 9.0, 1.0, head_dim, "another card")
+    measured("003", 9.0, None, 256)
+    assert chosen(64) == chosen(256) == "kit"
+    assert not capsys.readouterr().out
+    assert chosen(128) == "kit_varlen"  # 8 ms in the newest run that measured both, ours 10
+    printed = capsys.readouterr().out
+    assert "varlen: 8.0 ms for all of check_card's cases with heads 128 wide, kit 10.0 (measured" in printed
+    assert str(tmp_path / "002") in printed
+    assert chosen(128, torch.float32) == "kit"
+    measured("004", 1.0, 2.0, 128)
+    assert chosen(128) == "kit"
 
 
 def test_every_choice_is_explained_where_a_person_looks():

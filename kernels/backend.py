@@ -46,6 +46,20 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
 
 @cache
+def compute_capability(device: torch.device) -> int:
+    """Return what the kernels are compiled for: 89 for compute capability 8.9, 0 for a CPU.
+
+    TRITON_OVERRIDE_ARCH=sm89 has Triton compile for another card than the one that is here.
+    """
+    if device.type != "cuda":
+        return 0
+    if override := os.environ.get("TRITON_OVERRIDE_ARCH"):
+        return int(override.strip("sma"))
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
 def has_tensor_cores(device: torch.device) -> bool:
     """Return whether Triton's tl.dot uses this card's tensor cores: from compute capability 8.0 on.
 

@@ -25,19 +25,24 @@ heads of the group.
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import tl, triton
+from kit.kernels.backend import compute_capability, tl, triton
 
 MAX_HEAD_DIM = 256  # a wider tile leaves too few registers and too little shared memory
 # these differ from pack to pack: one compiled kernel must serve all of their values
 SHAPES = ["T", "num_documents", "window"]
 
 
-def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
-    """Return the launch configuration of each kernel, for a head_dim and bytes per element."""
+def tiles(head_dim: int, element_size: int, capability: int = 0) -> dict[str, dict[str, int]]:
+    """Return the launch configuration of each kernel, for a head_dim, bytes per element and card.
+
+    capability: 90 for an H100, as compute_capability returns it.
+    """
     # tl.dot needs sides of at least 16; the rest is masked
     BLOCK_D = max(16, triton.next_power_of_2(head_dim))
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     rows = TILES[element_size, max(BLOCK_D, 64)]
+    if capability == 90:
+        rows = rows | HOPPER_TILES.get((element_size, BLOCK_D), {})
     return {kernel: {"BLOCK_D": BLOCK_D} | dict(zip(names, row, strict=True)) for kernel, row in rows.items()}
 
 
@@ -45,15 +50,24 @@ def tiles(head_dim: int, element_size: int) -> dict[str, dict[str, int]]:
 # reports, not timed on a GPU: up to 101,376 bytes of shared memory (RTX 30, 40, 50), at most 64 bytes of
 # registers spilled on sm_80 to sm_120 with Triton 3.9, and no tensor-core work twice. Where one product feeds
 # another, Triton lays all warps along the rows: with twice the warps, D = 256 computes the first product
-# twice, half as much work again. fp32 multiplies without tensor cores, whose tf32 keeps 10 bits of a factor:
-# it is for checking, not for speed (its configuration was checked on sm_89 only).
+# twice, half as much work again. For the same reason dK/dV of D = 256 has one stage: two, with 16 queries
+# each, do half as much work again, and with 32 spill 88 to 296 bytes. fp32 multiplies without tensor cores,
+# whose tf32 keeps 10 bits of a factor: it is for checking, not for speed (its configuration was checked on
+# sm_89 only).
 TILES = {
     (2, 64): {"forward": (128, 64, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
-    (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (64, 32, 4, 2)},
+    (2, 128): {"forward": (128, 32, 8, 2), "dkdv": (32, 64, 4, 2), "dq": (128, 32, 8, 2)},
     (2, 256): {"forward": (64, 32, 4, 2), "dkdv": (32, 32, 4, 1), "dq": (32, 32, 4, 2)},
     (4, 64): {"forward": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 8, 1)},
     (4, 128): {"forward": (32, 16, 8, 1), "dkdv": (16, 16, 8, 2), "dq": (16, 16, 8, 2)},
     (4, 256): {"forward": (16, 16, 8, 1), "dkdv": (16, 16, 8, 1), "dq": (16, 16, 8, 3)},
+}  # fmt: skip
+# The same for sm_90, where they differ: 232,448 bytes of shared memory, and wgmma, which multiplies at least
+# 64 rows. dK/dV of 128 with 4 warps spills 72 bytes there. dQ of 256 with 32 rows would use mma.sync: 1.55
+# instructions of a warp per pair of a query and a key instead of 0.85. dK/dV of 256 has no registers for 64.
+HOPPER_TILES = {
+    (2, 128): {"dkdv": (32, 128, 8, 2)},
+    (2, 256): {"dq": (128, 32, 8, 2)},
 }  # fmt: skip
 
 
@@ -262,7 +276,7 @@ def forward(
     """Return (out (T, Hq, D), logsumexp (Hq, T) fp32) of tensors whose last dimension has stride 1."""
     (T, Hq, D), Hkv, num_documents = q.shape, k.shape[1], len(cu_seqlens) - 1
     out, logsumexp = q.new_empty(T, Hq, D), q.new_empty(Hq, T, dtype=torch.float32)
-    tile = tiles(D, q.element_size())["forward"]
+    tile = tiles(D, q.element_size(), compute_capability(q.device))["forward"]
     if q.numel():
         with torch.cuda.device_of(q):
             _forward_kernel[(T // tile["BLOCK_M"] + num_documents, Hq)](
@@ -281,7 +295,7 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(logsumexp)
     sizes = T, num_documents, window, scale, *_strides(q, k, v, dout)
-    tile = tiles(D, q.element_size())
+    tile = tiles(D, q.element_size(), compute_capability(q.device))
     if q.numel():
         with torch.cuda.device_of(q):
             _dq_kernel[(T // tile["dq"]["BLOCK_M"] + num_documents, Hq)](

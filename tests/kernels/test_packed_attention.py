@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kit.kernels.packed_attention as pa
 from kit.kernels import backend
+from kit.kernels import packed_attention_tiles as tiles
 from kit.kernels.packed_attention import packed_attention, packed_attention_reference
 
 LENGTHS = [1, 13, 7, 1, 8, 20]  # single tokens, a window of 7 and one more, longer than two windows
@@ -247,6 +248,21 @@ def test_a_card_without_tensor_cores_gets_one_warning(monkeypatch):
         assert not backend.has_tensor_cores(torch.device("cuda", 0))
         assert backend.has_tensor_cores(torch.device("cuda", 1))
     backend.has_tensor_cores.cache_clear()
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed (macOS)")
+def test_an_h100_has_tiles_of_its_own_unless_it_runs_another_cards_code(monkeypatch):
+    found = {}
+    for override in ("", "sm89"):
+        monkeypatch.setenv("TRITON_OVERRIDE_ARCH", override)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        backend.compute_capability.cache_clear()
+        found[override] = tiles.tiles(256, 2, backend.compute_capability(torch.device("cuda", 0)))
+    backend.compute_capability.cache_clear()
+    assert backend.compute_capability(torch.device("cpu")) == 0
+    assert found["sm89"] == tiles.tiles(256, 2) != found[""]
+    assert found[""]["dkdv"] == found["sm89"]["dkdv"]  # what has no tile of its own has the others'
+    assert all(tiles.tiles(D, 4, 90) == tiles.tiles(D, 4) for D in (64, 128, 256))
 
 
 def test_without_triton_the_module_imports_and_uses_the_torch_path():

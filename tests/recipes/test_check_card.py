@@ -9,7 +9,10 @@ import pytest
 import torch
 from children import run_recipe
 
+from kit.kernels import packed_attention_tiles
+from kit.kernels.backend import HAS_TRITON
 from kit.machine import GIB
+from kit.recipes.card import speed_tiles
 from kit.recipes.card.bars import BARS, EVEN, MATMULS, UNEVEN, USUAL, judge
 from kit.recipes.card.memory import measured
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
@@ -63,6 +66,25 @@ def test_another_cards_code_is_compiled_into_a_cache_of_its_own_and_read_there(t
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "PTX of sm89: mma.sync, no wgmma" in done.stdout
     assert (tmp_path / "check" / "triton_sm89").is_dir()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (macOS)")
+def test_a_tile_is_launched_instead_of_the_one_in_use_until_it_was_timed():
+    in_use = {D: packed_attention_tiles.tiles(D, 2) for D in (64, 256)}
+    for kernel, D in (("forward", 64), ("dkdv", 256)):
+        with speed_tiles.instead(CPU, kernel, D, (16, 48, 2, 5)):
+            found = packed_attention_tiles.tiles(D, 2)
+            assert found.pop(kernel) == {
+                "BLOCK_D": D,
+                "BLOCK_M": 16,
+                "BLOCK_N": 48,
+                "num_warps": 2,
+                "num_stages": 5,
+            }
+            assert found.items() <= in_use[D].items()
+    assert in_use == {D: packed_attention_tiles.tiles(D, 2) for D in (64, 256)}
+    for (kernel, D), candidates in speed_tiles.CANDIDATES.items():
+        assert speed_tiles.tile_in_use(CPU, kernel, D) not in candidates
 
 
 NO_GPU = "recipes/check_card.py --device cpu    a rehearsal of every check"

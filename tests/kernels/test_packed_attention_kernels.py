@@ -96,6 +96,13 @@ def test_kernels_are_as_good_as_torch_for_every_window_and_group(small_tiles, he
 
 
 @in_the_interpreter
+@pytest.mark.parametrize("window", [63, 64, 79])
+def test_no_tile_is_taken_for_whole_that_a_mask_cuts_by_one_token(small_tiles, window):
+    """Of windows a token longer or shorter, other tiles are seen as a whole."""
+    check(problem([3, 100], 2, 1, 16, torch.float32), [3, 100], window=window)
+
+
+@in_the_interpreter
 @pytest.mark.parametrize(
     ("D", "dtype"),
     [(5, torch.float32), (48, torch.float16), (64, torch.float32), (80, torch.float16), (256, torch.float32)],

@@ -16,8 +16,9 @@
 
 Models are built from the shipped configs with random weights, so nothing is downloaded. Every result is
 printed and appended to results.jsonl as soon as it is known. The exit status is 1 if a check failed. Recipes
-read the tokens/s measured here to estimate their hours. To have every memory access checked, run this under
-`compute-sanitizer --tool memcheck` or `--tool racecheck`, with `--only truth --quick`.
+read the tokens/s measured here to estimate their hours, and with --attention auto they run the attention that
+was faster here. To have every memory access checked, run this under `compute-sanitizer --tool memcheck` or
+`--tool racecheck`, with `--only truth --quick`.
 Left out on purpose: several cards, and cards other than NVIDIA's. Never run on a GPU so far.
 """
 

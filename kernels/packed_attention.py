@@ -109,19 +109,6 @@ def _rows(x: Tensor, rows: slice) -> Tensor:
     return x.narrow(2, rows.start, rows.stop - rows.start)  # (1, heads, n, D), a view
 
 
-def _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale) -> Tensor:
-    """Compute attention on any device; torch differentiates it."""
-    outputs, heads_first = [], _heads_first(q, k, v)
-    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, q.shape[0], max_seqlen), window):
-        piece = map(_rows, heads_first, (queries, keys, keys))
-        mask = _window_mask(queries, keys, window, q) if is_cut else None
-        outputs.append(
-            F.scaled_dot_product_attention(*piece, attn_mask=mask, is_causal=mask is None, **options)
-        )
-    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0
-
-
 # What F.scaled_dot_product_attention calls on a CPU. It gives its logsumexp only by these names.
 _cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -275,12 +262,13 @@ def packed_attention(
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not _runs_in_operators(q):
+        return documents_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scale)
+
     _check(q, k, v, cu_seqlens, max_seqlen, window)
     T, _, D = q.shape
     window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
     scale = D**-0.5 if scale is None else scale
-    if not _runs_in_operators(q):
-        return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale)
     if uses_triton(q) and (D > tiles.MAX_HEAD_DIM or T > WHOLE_DOCUMENT):
         raise ValueError(
             f"q is (T, Hq, D) = {tuple(q.shape)}; the kernels take D up to {tiles.MAX_HEAD_DIM} and T up to "
@@ -295,9 +283,17 @@ def documents_attention(
 ) -> Tensor:  # fmt: skip
     """Compute packed_attention as one `scaled_dot_product_attention` per document.
 
-    Runs on any device and with any head_dim, without a kernel of ours.
+    Runs on any device and with any head_dim, without a kernel of ours; torch differentiates it.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, window)
-    window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    return _documents_attention(q, k, v, cu_seqlens, max_seqlen, window, scale)
+    outputs, heads_first = [], _heads_first(q, k, v)
+    options = {"enable_gqa": q.shape[1] != k.shape[1]}
+    options["scale"] = q.shape[2] ** -0.5 if scale is None else scale
+    window = WHOLE_DOCUMENT if window is None else window
+    for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, q.shape[0], max_seqlen), window):
+        piece = map(_rows, heads_first, (queries, keys, keys))
+        mask = _window_mask(queries, keys, window, q) if is_cut else None
+        outputs.append(
+            F.scaled_dot_product_attention(*piece, attn_mask=mask, is_causal=mask is None, **options)
+        )
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0

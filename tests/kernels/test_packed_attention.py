@@ -134,9 +134,7 @@ def test_mixed_dtypes_and_devices_are_refused(change, message):
         packed_attention(**tensors, max_seqlen=20)
 
 
-@pytest.mark.parametrize(
-    "function", [packed_attention, lambda *a: pa._documents_attention(*a, pa.WHOLE_DOCUMENT, 0.25)]
-)
+@pytest.mark.parametrize("function", [packed_attention, pa.documents_attention])
 def test_a_pack_without_tokens_returns_none_and_has_gradients(function):
     tensors = [torch.zeros(0, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
     out = function(*tensors, torch.tensor([0]), 0)
@@ -170,11 +168,7 @@ def test_every_pack_agrees_with_the_masked_square(data):
 def test_the_path_without_operators_gives_the_same_to_the_last_bit(window):
     tensors = problem(4, 2, torch.float32)
     ours = run(packed_attention, tensors, window=window)
-    other = run(
-        lambda *a, window: pa._documents_attention(*a, window or pa.WHOLE_DOCUMENT, 0.25),
-        tensors,
-        window=window,
-    )
+    other = run(pa.documents_attention, tensors, window=window)
     for name in ours:
         assert torch.equal(ours[name], other[name]), name
 

@@ -34,8 +34,7 @@ def uneven_over_even(rows: Rows) -> float:
 
 def share_of_floor(rows: Rows) -> float:
     """Return what moving a decode step's bytes once would take, over what the step takes."""
-    gbs, num_bytes = max(numbers(rows, "copy_gbs")), max(numbers(rows, "floor_bytes", lengths=USUAL))
-    return num_bytes / gbs / 1e9 / decode_seconds(rows, USUAL)
+    return max(numbers(rows, "floor_seconds", lengths=USUAL)) / decode_seconds(rows, USUAL)
 
 
 def beside_losses(place: int, *peers: str) -> Callable[[Rows], float]:

@@ -33,6 +33,7 @@ from kit.recipes.card.models import QWEN, build_to_sample, model_config
 from kit.recipes.card.profile import Profile, profiled
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.rl import plan_step
+from kit.recipes.card.timing import copy_gbs
 from kit.recipes.card.transformers_generate import generate_batch, padded_generate
 from kit.rl import Settings
 
@@ -125,7 +126,7 @@ def measure_decoding(results: Results, card: Card, model) -> None:
 def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int], label: str) -> None:
     """Time and profile decode steps, run eagerly and in graphs. label: of the lengths."""
     drawn, seconds, launches, seen = [], [], [], 2 if card.small else 10
-    numbers = {"lengths": label, "floor_bytes": bytes_to_move(model, lengths)}
+    numbers = {"lengths": label, "floor_seconds": bytes_to_move(model, lengths) / copy_gbs(card) / 1e9}
     recorder = Recorder(card.device) if card.device.type == "cuda" else None
     for way, steps in (("eager", Eager()), ("graph", Graphs(recorder))):
         tokens, each, profile = decoded(card, model, lengths, seen, steps)

@@ -27,16 +27,22 @@ class Limits:
 def measure_limits(results: Results, card: Card) -> Limits:
     limits = Limits()
     with results.case("copy bandwidth"):
-        x = torch.randn(2**16 if card.small else 2**28, device=card.device)  # 1 GiB
-        y = torch.empty_like(x)
-        limits.copy_gbs = 2 * x.nbytes / milliseconds(card, lambda: y.copy_(x)) / 1e6
-        results.figure("copy bandwidth", f"{limits.copy_gbs:,.0f} GB/s", copy_gbs=limits.copy_gbs)
+        limits.copy_gbs = copy_gbs(card)
+        results.figure("copy bandwidth", f"{limits.copy_gbs:,.0f} GB/s", gbs=limits.copy_gbs)
     with results.case("matmul"):
         limits.matmul_tflops = matmul_flops(card) / 1e12
         text = f"{limits.matmul_tflops:,.1f} TFLOP/s of a large bf16 matmul"
         results.figure("matmul", text, tflops=limits.matmul_tflops)
     card.free()
     return limits
+
+
+@cache
+def copy_gbs(card: Card) -> float:
+    """Measure the GB/s, read and written, of one large copy."""
+    x = torch.randn(2**16 if card.small else 2**28, device=card.device)  # 1 GiB
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / milliseconds(card, lambda: y.copy_(x)) / 1e6
 
 
 @cache

@@ -117,7 +117,9 @@ class ChatFormat:
                 f"the chat template ends a turn with {unknown[0]}, which is not in the tokenizer's "
                 "vocabulary and could not stop the sampler; pass a --chat_template for this model, or plain"
             )
-        return self.tokenizer.eos_token  # the template writes nothing, or words, which could not stop it
+        return (
+            self.tokenizer.eos_token
+        )  # the template writes nothing, or words, which could not stop it either
 
     def _named_ends(self, model) -> set[int]:
         """Return the ids that template, tokenizer and generation_config name as ends."""
@@ -166,16 +168,17 @@ class ChatFormat:
         for role, content in trace.turns:
             if role == USER:
                 messages.append(self._asked(content))
-            elif role == SYSTEM:
+                continue
+            if role == SYSTEM:
                 messages.append({"role": role, "content": self._words(content)})
-            else:
-                prompt = self._prompt_after(messages, trace.where)
-                said = self.response(content)
-                if not prompt.startswith(text):  # rewritten
-                    texts, text = [], ""
-                texts += [prompt[len(text) :], said]
-                text = prompt + said
-                messages.append({"role": role, "content": said.removesuffix(self.end_of_turn)})
+                continue
+            prompt = self._prompt_after(messages, trace.where)
+            said = self.response(content)
+            if not prompt.startswith(text):  # rewritten
+                texts, text = [], ""
+            texts += [prompt[len(text) :], said]
+            text = prompt + said
+            messages.append({"role": role, "content": said.removesuffix(self.end_of_turn)})
         return texts
 
     def _prompt_after(self, messages: list[dict], where: str) -> str:

@@ -10,10 +10,11 @@ from types import MappingProxyType
 import torch
 
 from kit.data.chat import ChatFormat
-from kit.data.drop_counts import DropCounts, count_overlaps
+from kit.data.drop_counts import DropCounts
 from kit.data.formats import ASSISTANT
 from kit.data.lengths import bounded, chunks
 from kit.data.mixtures import NO_SHORT, REWRITTEN, SHORTENED, TooLong
+from kit.data.overlap import count_overlaps
 from kit.data.responses import Trace
 from kit.data.token_cache import KIND, read_cache, write_cache
 from kit.data.traces import read_traces
@@ -94,17 +95,22 @@ def load_documents(
     row_tokens: int,
     num_traces: int = 0,
     held_out: int = 0,
+    seed: int = 0,
+    max_bad_rows: int = 0,
+    verify: str | bool = "llama",
+    shuffle: bool = True,
+    long_share: float = 1.0,
+    short_traces: str = "",
+    columns: str = "",
     benchmarks: Mapping[str, Sequence[str] | None] = MappingProxyType({}),
     cache_dir: str = "",
-    **reading,
 ) -> tuple[list[Document], DropCounts]:
     """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`; count what was dropped.
 
     If there are fewer than num_traces, all are returned, and the counts say so. held_out: so many more are
     returned behind these, if there are; `kept` of the counts does not count them.
 
-    source, and in `reading` seed, max_bad_rows, verify, shuffle, long_share, short_traces, columns: see
-    read_traces.
+    source, seed, max_bad_rows, verify, shuffle, long_share, short_traces, columns: see read_traces.
     benchmarks: name -> its problems, None if they are not at hand; the counts say how many of the problems
     that were tokenised overlap them. cache_dir: see tokenize.
     Raises ValueError if no trace survives.
@@ -113,7 +119,17 @@ def load_documents(
     # read some more than needed: with the paper's row length less than 1 % of the traces are too long
     limit = num_wanted + num_wanted // 8 + 64 if num_wanted else 0
     while True:
-        traces, counts = read_traces(source, limit=limit, **reading)
+        traces, counts = read_traces(
+            source,
+            seed=seed,
+            limit=limit,
+            max_bad_rows=max_bad_rows,
+            verify=verify,
+            shuffle=shuffle,
+            long_share=long_share,
+            short_traces=short_traces,
+            columns=columns,
+        )
         documents, too_long = tokenize(
             traces, chat, row_tokens=row_tokens, num_traces=num_wanted, cache_dir=cache_dir
         )

@@ -3,7 +3,7 @@ from conftest import real_data
 
 from kit.data.chat import ChatFormat
 from kit.data.documents import load_documents
-from kit.data.drop_counts import count_overlaps, runs_of_words
+from kit.data.overlap import count_overlaps, runs_of_words
 from kit.data.toy import make_tokenizer
 from kit.evaluate.benchmarks import BENCHMARKS, parse_benchmarks, problems_at_hand
 from kit.journal import write_rows

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit.command_line import started_as
 from kit.extras import require
-from kit.journal import Journal
 from kit.ranks import here
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA and its libraries use; 
 # cores save it no memory traffic, and each must wait for the slowest at the end of every short product, which
 # beside another job is one that is not running.
 SMALL_MATRIX = 2**18
-CHECKS = Path("runs/check_card")  # a numbered folder per run of check_card
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -48,26 +46,6 @@ def describe_machines() -> dict:
     """
     first, *others = here().gather(describe_machine())
     return first | ({"ranks": [first, *others]} if others else {})
-
-
-def card_name() -> str:
-    """Return the name of the card that is here; "" if none is."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def measured_here(key: str) -> Iterator[tuple[Path, dict]]:
-    """Yield (folder, row) of what check_card measured on this card and that has `key`, the newest run first.
-
-    Without a card there is nothing: check_card rehearses with tiny models there.
-    """
-    if not (here := card_name()):
-        return
-    for folder in sorted(CHECKS.glob("[0-9]*"), reverse=True):
-        for row in Journal(folder / "results.jsonl").read():
-            if row.get("gpu") == here and key in row:
-                yield folder, row
 
 
 def limit_process(name: str, amount: int) -> None:

@@ -83,7 +83,10 @@ class Alone:
                 error = raised
         value, has_failed = self.gather([value, error is not None])[0]
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame, and whatever compute holds
         if has_failed:
             raise EndedElsewhere
         return value

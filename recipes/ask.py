@@ -52,7 +52,7 @@ class Config(Checked):
     beside: str = ""  # more models, comma-separated, shown beside it; "" = none
     titles: str = ""  # only models whose title has one of these, comma-separated; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
-    attention: str = "auto"  # auto: measured, else kit; varlen not run on a GPU [auto | kit | varlen | torch]
+    attention: str = "auto"  # auto: kit; varlen: torch's own, untested on a GPU [auto | kit | varlen | torch]
     # prompt
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = as measured
     instruction: str = "auto"  # line below every question; auto: as the model was measured; "" = none

@@ -13,12 +13,12 @@
     sampler  tokens/s by the number of rows, beside transformers' generate
     rl       one rollout and one update of GRPO: the sampler's log-probs against the trainer's
     resume   the same bits after a checkpoint, with offloading and with updates in the backward pass
+    tiles    attention's tiles beside others: is one faster on this card? only if time is left, for developers
 
 Models are built from the shipped configs with random weights, so nothing is downloaded. Every result is
 printed and appended to results.jsonl as soon as it is known. The exit status is 1 if a check failed. Recipes
-read the tokens/s measured here to estimate their hours, and with --attention auto they run the attention that
-was faster here. To have every memory access checked, run this under `compute-sanitizer --tool memcheck` or
-`--tool racecheck`, with `--only truth --quick`.
+read the tokens/s measured here to estimate their hours. To have every memory access checked, run this under
+`compute-sanitizer --tool memcheck` or `--tool racecheck`, with `--only truth --quick`.
 Left out on purpose: several cards, and cards other than NVIDIA's. Never run on a GPU so far.
 """
 
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from kit.recipes.card.results import Results
 
 STOPPED = "stopped with Ctrl-C"
-SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume")  # files of recipes/card
+SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume", "tiles")  # files of recipes/card
 
 
 @dataclass(frozen=True)
 class Config(Checked):
-    only: str = ""  # sections; "" = all [truth | speed | steps | fits | sampler | rl | resume, ...]
+    only: str = ""  # sections; "" = all [truth | speed | steps | fits | sampler | rl | resume | tiles, ...]
     quick: bool = False  # fewer cases, in 90 seconds
     seconds: float = 290.0  # time budget; checks that do not fit are named; 0 = no limit [>= 0]
     models: str = ""  # of steps and fits, comma-separated names of shipped configs; "all"; "" = three of them
@@ -67,7 +67,7 @@ def main(config: Config) -> Results:
 
     import torch  # here, so that flags are read at once
 
-    from kit.recipes.card.bars import judge
+    from kit.recipes.card import bars
     from kit.recipes.card.results import FAIL, Card, CardLost, Results
     from kit.recipes.card.steps import chosen_models
 
@@ -90,7 +90,7 @@ def main(config: Config) -> Results:
             run_section(name, results, models)
         results.section = "bars"
         with results.case("bars"):
-            judge(results, card, names)
+            bars.report(results, card, names)
     except CardLost as error:
         text = f"a CUDA error in {error} made the card unusable; the checks after it did not run"
         results.add(FAIL, "card", text)

@@ -75,17 +75,20 @@ def short_trace(chain: Chain) -> str:
     return ";".join(steps_of(chain)) + f".\\boxed{{{chain.answer}}}"
 
 
-def long_trace(chain: Chain, rng: random.Random) -> str:
+def long_trace(
+    chain: Chain, rng: random.Random, *, checked: float = CHECKED, corrected: float = CORRECTED
+) -> str:
+    """checked, corrected: shares of the steps that are rechecked, and that are first stated wrong."""
     steps = []
     for a, o, x, b in _operations(chain):
         inverse, sign = ("-", -1) if o == "+" else ("+", 1)
         step, check = f"{a}{o}{x}={b}", f"{b}{inverse}{x}={a} ok"
         luck = rng.random()
-        if luck < CORRECTED:
+        if luck < corrected:
             wrong = rng.choice([value for value in (b - 10, b - 1, b + 1, b + 10) if value >= max(0, x)])
             found = f"{wrong}{inverse}{x}={wrong + sign * x}"
             step = f"{a}{o}{x}={wrong}, recheck: {found}, no: {step}, {check}"
-        elif luck < CORRECTED + CHECKED:
+        elif luck < corrected + checked:
             step += f", recheck: {check}"
         steps.append(step)
     return f"<think>{';'.join(steps)}</think>\\boxed{{{chain.answer}}}"
@@ -116,16 +119,25 @@ def make_rows(
     ]
 
 
-def make_pairs(num_rows: int, *, seed: int, exclude: Iterable[str] = ()) -> list[dict]:
+def make_pairs(
+    num_rows: int,
+    *,
+    seed: int,
+    exclude: Iterable[str] = (),
+    checked: float = CHECKED,
+    corrected: float = CORRECTED,
+) -> list[dict]:
     """Draw rows {problem, trace, solution, answer}, each with a long trace and a short solution.
 
     The problems depend on the seed alone; none is in `exclude`, and none occurs twice. Those of a smaller
-    number are a prefix of those of a larger one, so that subsets are nested.
+    number are a prefix of those of a larger one, so that subsets are nested. checked, corrected: as for
+    long_trace, which exercise 1 of recipes/valley.ipynb changes.
     """
-    return [
-        _row(chain, long_trace(chain, random.Random(f"trace {seed} {chain.problem}")))
-        for chain in islice(_chains(random.Random(f"problems {seed}"), exclude), num_rows)
-    ]
+    rows = []
+    for chain in islice(_chains(random.Random(f"problems {seed}"), exclude), num_rows):
+        rng = random.Random(f"trace {seed} {chain.problem}")
+        rows.append(_row(chain, long_trace(chain, rng, checked=checked, corrected=corrected)))
+    return rows
 
 
 def _chains(

@@ -96,8 +96,8 @@ def num_held_out(config) -> int:
 def of_run(config, model, chat, benchmarks, run: RunFolder, held_out) -> DuringTraining | None:
     """Return what measures a run of recipes/gemma3_1b_8k.py, and print what it will do; None if it is off.
 
-    It asks the first config.eval_questions of every benchmark, the same ones each time. run: one whose
-    metrics are watched (kit/watch.py); a measurement goes where they go.
+    It asks the first config.eval_questions of every benchmark, the same ones each time. run: its `metrics`
+    must be what kit.watch.watch returned, whose tracker and report get the measurements, too.
     """
     if not config.eval_every:
         return None

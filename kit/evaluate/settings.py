@@ -33,7 +33,7 @@ class ModelSettings(Checked):
 
     # model
     device: str = "cuda"  # [cuda | cpu]
-    attention: str = "auto"  # auto: measured, else kit; varlen not run on a GPU [auto | kit | varlen | torch]
+    attention: str = "auto"  # auto: kit; varlen: torch's own, untested on a GPU [auto | kit | varlen | torch]
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
 

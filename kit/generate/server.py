@@ -49,7 +49,7 @@ VERSIONS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """A model behind a server, found by `connect`."""
 

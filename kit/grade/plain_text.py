@@ -16,6 +16,7 @@ def normal(text: str) -> str:
     if INTEGER.fullmatch(text):
         return str(int(text))
     text = clean(text).strip()
+    is_marked_up = "\\" in text or "$" in text
     if "\\" in text:
         for _ in range(4):
             unwrapped = _UNWRAP.sub(r"\1", text)
@@ -25,7 +26,7 @@ def normal(text: str) -> str:
     # 1,234 and 1{,}234 are 1234; a comma inside brackets separates entries
     if "," in text and not any(bracket in text for bracket in ("(", "[", "\\{")):
         text = _GROUPED.sub(lambda match: match[1] + re.sub("[^0-9]", "", match[2]), text)
-    if "\\" in text or "$" in text:
+    if is_marked_up:
         text = _NOISE.sub(" ", text).replace("\\%", "%")
         if "frac" in text:
             text = text.replace("dfrac", "frac").replace("tfrac", "frac").replace("cfrac", "frac")

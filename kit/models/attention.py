@@ -7,7 +7,7 @@ raises: read as one sequence, a pack would silently let its documents attend to 
     varlen  the FlashAttention-2 that torch brings, torch.nn.attention.varlen: 16-bit, on a card, from torch
             2.12 on; the last bits of gradients differ from run to run. Not run on a GPU so far
     torch   one scaled_dot_product_attention per document, on any device
-    auto    varlen if recipes/check_card.py measured it to be faster on this card than kit, else kit
+    auto    kit, until varlen has run on a card. recipes/check_card.py times both
 
 The memory plan simulates kit. The backward pass of varlen holds more for a moment: dq in fp32, and dk and dv
 of every query head if heads share keys; 64, 32 and 32 MiB in a layer of Gemma-3-1B with 16,384 tokens.
@@ -21,9 +21,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from kit.kernels.packed_attention import documents_attention, packed_attention
-from kit.machine import measured_here
 from kit.models.families import head_dim
-from kit.progress import print_line
 
 CHOICES = ("auto", "kit", "varlen", "torch")
 # Take such a name from here and not as a string, so that the import that registers it cannot be forgotten.
@@ -99,31 +97,11 @@ def attention_name(
     """
     if choice not in CHOICES:
         raise ValueError(f"attention is {choice!r}; pass one of {', '.join(CHOICES)}")
-    width = head_dim(config) if config else 0
-    obstacle = varlen_obstacle(width, torch.device(device), dtype)
-    if choice == "varlen" and obstacle:
-        raise ValueError(f"attention is varlen but {obstacle}; pass --attention kit")
-    if choice == "auto":
-        choice = "kit" if obstacle else _fastest(width)
-    return REGISTERED[choice]
-
-
-def _fastest(width: int) -> str:
-    """Return varlen if check_card's newest times of heads this wide on this card are shorter, else kit."""
-    found = [
-        (folder, row["milliseconds"])
-        for folder, row in measured_here("head_dim")
-        if row["head_dim"] == width and "torch varlen" in row["milliseconds"]
-    ]
-    newest = [times for folder, times in found if folder == found[0][0]]
-    ours, torchs = (sum(sum(times[name]) for times in newest) for name in ("ours", "torch varlen"))
-    if torchs >= ours:
-        return "kit"
-    print_line(
-        f"attention   varlen: {torchs:.1f} ms for all of check_card's cases with heads {width} wide, kit "
-        f"{ours:.1f} (measured here, {found[0][0]})"
-    )
-    return "varlen"
+    if choice == "varlen":
+        width = head_dim(config) if config else 0
+        if obstacle := varlen_obstacle(width, torch.device(device), dtype):
+            raise ValueError(f"attention is varlen but {obstacle}; pass --attention kit")
+    return REGISTERED["kit" if choice == "auto" else choice]
 
 
 def varlen_obstacle(width: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -7,7 +7,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from kit.evaluate.results import AS_THE_PAPER, STRICT, Result, check_comparable, headline, read_results
+from kit.evaluate.results import (
+    AS_THE_PAPER,
+    STRICT,
+    Result,
+    check_comparable,
+    headline,
+    mean_accuracy,
+    read_results,
+)
 from kit.journal import STEP, Journal
 from kit.paper import LENGTH_BENCHMARK, REWARD
 from kit.run import AFTER, BEFORE, SAMPLES, kept_traces, read_json, write_json
@@ -32,7 +40,7 @@ class Finished:
     @property
     def accuracy(self) -> float:
         """The paper's headline: the unweighted mean over its benchmarks, or over all without any of them."""
-        return fmean(result.accuracy for result in headline(self.results).values())
+        return mean_accuracy(list(self.results.values()))
 
     @property
     def training_seconds(self) -> float:
@@ -120,7 +128,7 @@ class StudyResults:
         return {name: dict(sorted(sizes.items())) for name, sizes in groups.items()}, refused
 
     def curves(self, model: str) -> list[Curve]:
-        """Return one curve per method and arm of a model of which a size is done."""
+        """Return one curve for each method and arm of a model that has a finished size."""
         bases, length_of, curves = list(self.bases(model).values()), self.length_benchmark, []
         for name, sizes in self.points(model)[0].items():
             points = [point_of(seeds, length_of) for seeds in sizes.values()]

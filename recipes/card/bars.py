@@ -1,6 +1,7 @@
-"""What the kit aims at on an H100, judged by what the sections measured. Other cards are not judged.
+"""What the kit aims at on an H100, beside what the sections measured there. A missed aim is no failed check.
 
-Left out: flex_attention as a peer, which compiles for too long.
+Qwen2.5-1.5B has to be asked for: --models Qwen/Qwen2.5-1.5B-Instruct,google/gemma-3-1b-it. Left out:
+flex_attention as a peer, which compiles for too long.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ BARS = (
 )
 
 
-def judge(results: Results, card: Card, sections: Iterable[str]) -> None:
-    """Judge the bars of these sections on an H100. One for which nothing was measured is named as not run."""
+def report(results: Results, card: Card, sections: Iterable[str]) -> None:
+    """Record the bars of these sections, on an H100. One for which nothing was measured is not run."""
     if CARD not in card.name or card.arch:
         return
     rows = list(results.rows)
@@ -108,4 +109,6 @@ def judge(results: Results, card: Card, sections: Iterable[str]) -> None:
         except ValueError:  # of min and max: nothing was measured
             results.not_run(bar.name, f"nothing that {bar.section} measured tells")
             continue
-        results.check(bar.name, bar.least <= value <= bar.most, f"{value:,.2f}, {bound}", value=value)
+        reached = bar.least <= value <= bar.most
+        word = "reached" if reached else "MISSED"
+        results.figure(bar.name, f"{word}: {value:,.2f}, {bound}", value=value, reached=reached)

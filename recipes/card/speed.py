@@ -14,7 +14,7 @@ from kit.kernels.gumbel import draw, draw_reference
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
-from kit.recipes.card import speed_attention, speed_decode, speed_tiles
+from kit.recipes.card import speed_attention, speed_decode
 from kit.recipes.card.bars import MATMULS
 from kit.recipes.card.compare import attempt, normal
 from kit.recipes.card.memory import held_gib, measured
@@ -44,8 +44,6 @@ def run(results: Results, card: Card) -> None:
     with results.case("decode attention"):
         speed_decode.run(results, card, limits)
     time_losses(results, card, limits)
-    if not card.quick:
-        speed_tiles.run(results, card)
 
 
 def time_rows(results: Results, card: Card, limits: Limits) -> None:

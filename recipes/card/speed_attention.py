@@ -1,4 +1,4 @@
-"""Packed attention beside torch's, forward and backward. --attention auto picks by what is measured here."""
+"""Packed attention beside torch's, forward and backward. If varlen wins: --attention varlen."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
-from kit.models.attention import varlen_attention
+from kit.models.attention import varlen_attention, varlen_obstacle
 from kit.recipes.card.compare import attempt, normal, running_sum
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.timing import Limits, milliseconds
 
 SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
+VARLEN = "torch varlen"
 Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that computes the output from them
 
 
@@ -43,7 +44,7 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
     n = min(window or length, length)
     pairs = len(lengths) * (n * (n + 1) // 2 + (length - n) * n)  # of a query and a key that it sees
     flops = 4 * D * Hq * pairs  # forward; backward has 2.5 times as many
-    with results.case(name):  # 5 contestants, 40 forward passes' worth each
+    with results.case(name):  # 4 contestants, 50 forward passes' worth each
         results.need(seconds=5 + 200 * flops / limits.matmul_tflops / 1e12)
         torch.manual_seed(0)
         q, k, v = (normal(card, T, heads, D) for heads in (Hq, Hkv, Hkv))
@@ -54,8 +55,8 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
 
         times = {"ours": ours}
         for peer, prepare in PEERS.items():
-            found, why = None, "has no window"
-            if window is None or not peer.startswith("SDPA"):
+            found, why = None, refusal(card, peer, D, window)
+            if not why:
                 found, why = with_either_layout(card, prepare, q, k, v, cu_seqlens, length, window)
             if found is None:
                 words.append(f"{peer}: {why}")
@@ -64,7 +65,14 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
             words.append(f"{peer} {found[0]:.2f} + {found[1]:.2f} ms{why}")
         if "SDPA flash" in times:
             ratios.append(sum(ours) / sum(times["SDPA flash"]))
-        results.figure(name, "; ".join(words), milliseconds=times, tflops=rates, gpu=card.name, head_dim=D)
+        results.figure(name, "; ".join(words), milliseconds=times, tflops=rates, head_dim=D)
+
+
+def refusal(card: Card, peer: str, head_dim: int, window: int | None) -> str:
+    """Return why a peer cannot run at all; "" if it can."""
+    if peer == VARLEN:
+        return varlen_obstacle(head_dim, card.device, torch.bfloat16)
+    return "has no window" if window is not None else ""
 
 
 def with_either_layout(card, prepare, q, k, v, cu_seqlens, length, window) -> tuple[tuple | None, str]:
@@ -123,5 +131,5 @@ def sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
 PEERS = {
     "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "torch varlen": packed(varlen_attention),
+    VARLEN: packed(varlen_attention),
 }

@@ -115,24 +115,9 @@ FORMS = (
     r"\begin{{pmatrix}} {} \\ {} \end{{pmatrix}}",
 )  # fmt: skip
 LEAVES = (
-    "0",
-    "1",
-    "2",
-    "-1",
-    "0.5",
-    "1.234",
-    "x",
-    "y",
-    "k",
-    "i",
-    "i^2",
-    "e",
-    r"\pi",
-    r"\infty",
-    r"5\%",
-    "f(x)",
-    r"5\text{ cm}",
-)
+    "0", "1", "2", "-1", "0.5", "1.234", "x", "y", "k", "i", "i^2", "e",
+    r"\pi", r"\infty", r"5\%", "f(x)", r"5\text{ cm}",
+)  # fmt: skip
 FORMULAS = st.recursive(
     st.sampled_from(LEAVES),
     lambda parts: st.builds(str.format, st.sampled_from(FORMS), parts, parts),

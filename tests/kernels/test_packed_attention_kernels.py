@@ -4,7 +4,7 @@ TRITON_INTERPRET is read when Triton is imported.
 """
 
 import mmap
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 import pytest
 import torch
@@ -119,10 +119,18 @@ def test_kernels_are_as_good_as_torch_for_every_pack(small_tiles, lengths):
 
 
 @in_the_interpreter
-@pytest.mark.parametrize("D", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_kernels_are_as_good_as_torch_with_the_tiles_of_a_card(D, dtype):
-    rows = tiles.TILES[dtype.itemsize, D].values()
+@pytest.mark.parametrize(
+    ("D", "dtype", "own"),
+    [
+        *product([64, 128, 256], [torch.float16, torch.float32], [{}]),
+        *((D, torch.float16, own) for (_, D), own in tiles.HOPPER_TILES.items()),
+    ],
+    ids=str,
+)
+def test_kernels_are_as_good_as_torch_with_the_tiles_of_a_card(D, dtype, own, monkeypatch):
+    shape = dtype.itemsize, D
+    monkeypatch.setitem(tiles.TILES, shape, tiles.TILES[shape] | own)
+    rows = tiles.TILES[shape].values()
     lengths = [9, max(max(BLOCK_M, BLOCK_N) for BLOCK_M, BLOCK_N, *_ in rows) + 3]  # longer than a tile
     check(problem(lengths, 2, 1, D, dtype), lengths, window=lengths[1] // 2)
 

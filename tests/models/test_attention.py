@@ -5,8 +5,6 @@ import torch
 import torch.nn.attention.varlen
 from conftest import FAMILIES, make_model, random_documents
 
-from kit import machine
-from kit.journal import Journal
 from kit.kernels.packed_attention import packed_attention_reference
 from kit.models import attention, load
 from kit.models.attention import CHOICES, attention_name
@@ -65,15 +63,13 @@ def test_what_varlen_is_called_with_means_the_same_as_ours(family, monkeypatch):
 
 
 @pytest.fixture
-def card(monkeypatch, tmp_path):
-    """A function that pretends a card of this capability is here, on which nothing was measured."""
+def card(monkeypatch):
+    """A function that pretends a card of this capability is here."""
 
     def pretend(capability=(8, 9)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this card")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-        monkeypatch.setattr(machine, "CHECKS", tmp_path)
 
     return pretend
 
@@ -118,37 +114,6 @@ def test_varlen_of_an_older_torch_or_of_one_without_it_is_refused(card, monkeypa
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     with pytest.raises(ValueError, match="built without FlashAttention"):
         attention_name("varlen", **where)
-
-
-def test_auto_is_what_check_card_measured_to_be_faster_on_this_card_for_such_heads(card, tmp_path, capsys):
-    card()
-
-    def measured(run, ours, varlen, head_dim, gpu="this card"):
-        times = {"ours": [ours, ours], "SDPA flash": [0.1, 0.1]} | (
-            {"torch varlen": [varlen] * 2} if varlen else {}
-        )
-        row = {"gpu": gpu, "head_dim": head_dim, "milliseconds": times}
-        Journal(tmp_path / run / "results.jsonl").append(row)
-
-    def chosen(head_dim, dtype=torch.bfloat16):
-        config = types.SimpleNamespace(head_dim=head_dim)
-        return attention_name("auto", config, device="cuda", dtype=dtype)
-
-    measured("001", 9.0, 1.0, 128)
-    measured("002", 1.0, 2.0, 128)
-    measured("002", 4.0, 2.0, 128)
-    for head_dim in (64, 128, 256):
-        measured("003", 9.0, 1.0, head_dim, "another card")
-    measured("003", 9.0, None, 256)
-    assert chosen(64) == chosen(256) == "kit"
-    assert not capsys.readouterr().out
-    assert chosen(128) == "kit_varlen"  # 8 ms in the newest run that measured both, ours 10
-    printed = capsys.readouterr().out
-    assert "varlen: 8.0 ms for all of check_card's cases with heads 128 wide, kit 10.0 (measured" in printed
-    assert str(tmp_path / "002") in printed
-    assert chosen(128, torch.float32) == "kit"
-    measured("004", 1.0, 2.0, 128)
-    assert chosen(128) == "kit"
 
 
 def test_every_choice_is_explained_where_a_person_looks():

@@ -62,13 +62,13 @@ def _count_triton(add):
             return super().create_dot(a, b, d, *rest)
 
     before = interpreter.interpreter_builder
-    counting = CountingBuilder()
-    counting.options = before.options
+    builder = CountingBuilder()
+    builder.options = before.options
 
-    def put(builder):
-        interpreter.interpreter_builder = interpreter.interpreter_semantic.builder = builder
+    def put(one):
+        interpreter.interpreter_builder = interpreter.interpreter_semantic.builder = one
 
-    put(counting)
+    put(builder)
     return lambda: put(before)
 
 

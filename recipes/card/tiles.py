@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kit.kernels import packed_attention_tiles as tiles
+from kit.kernels import packed_attention_tiles
 from kit.kernels.backend import compute_capability, has_tensor_cores, uses_triton
 from kit.recipes.card.compare import attempt, normal, running_sum
 from kit.recipes.card.results import Card, Results, Skip
@@ -31,6 +31,8 @@ CANDIDATES: dict[tuple[str, int], list[Tile]] = {
 
 def run(results: Results, card: Card) -> None:
     """Time all candidates. One that does not fit the card's shared memory is named as such."""
+    if card.quick:
+        raise Skip("not with --quick")
     for (kernel, D), candidates in CANDIDATES.items():
         name = f"tiles of attention's {kernel}, D{D}"
         with results.case(name):
@@ -63,21 +65,22 @@ def prepared(card: Card, kernel: str, D: int) -> Callable[[], object]:
     if not uses_triton(q) or (card.is_cuda and not has_tensor_cores(card.device)):
         raise Skip("the kernels do not run here")
     rest = running_sum(card, [T // 4] * 4), T, D**-0.5
-    out, logsumexp = tiles.forward(q, k, v, *rest)
+    out, logsumexp = packed_attention_tiles.forward(q, k, v, *rest)
     if kernel == "forward":
-        return lambda: tiles.forward(q, k, v, *rest)
-    return lambda: tiles.backward(dout, q, k, v, out, logsumexp, *rest)
+        return lambda: packed_attention_tiles.forward(q, k, v, *rest)
+    return lambda: packed_attention_tiles.backward(dout, q, k, v, out, logsumexp, *rest)
 
 
 def tile_in_use(card: Card, kernel: str, D: int) -> Tile:
-    held = tiles.tiles(D, 2, compute_capability(card.device))[kernel]
+    held = packed_attention_tiles.tiles(D, 2, compute_capability(card.device))[kernel]
     return held["BLOCK_M"], held["BLOCK_N"], held["num_warps"], held["num_stages"]
 
 
 @contextmanager
 def instead(card: Card, kernel: str, D: int, tile: Tile) -> Iterator[None]:
     """Launch a kernel with another tile."""
-    table = tiles.HOPPER_TILES if compute_capability(card.device) == 90 else tiles.TILES
+    is_hopper = compute_capability(card.device) == 90
+    table = packed_attention_tiles.HOPPER_TILES if is_hopper else packed_attention_tiles.TILES
     before = table.get((2, D), {})
     table[2, D] = before | {kernel: tile}
     try:

@@ -3,7 +3,15 @@ import re
 
 import pytest
 
-from kit.data.toy import CHARACTERS, long_trace, make_chain, make_rows, make_tokenizer, short_trace
+from kit.data.toy import (
+    CHARACTERS,
+    long_trace,
+    make_chain,
+    make_pairs,
+    make_rows,
+    make_tokenizer,
+    short_trace,
+)
 from kit.grade.verdict import grade
 
 CHAINS = [make_chain(random.Random(seed), 2 + seed % 7) for seed in range(200)]
@@ -58,3 +66,15 @@ def test_the_tokenizer_gives_back_every_character_it_knows():
     assert tokenizer.decode(ids) == text
     assert len(ids) == len(CHARACTERS) - 1 + 2 + 5 + 1 + 2  # the alphabet holds the word "no"
     assert tokenizer("é", add_special_tokens=False).input_ids == [tokenizer.unk_token_id]
+
+
+def test_a_long_trace_rechecks_the_share_of_its_steps_that_it_is_given():
+    shares = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)]  # checked, corrected
+    plain, checked, corrected = (
+        [row["trace"] for row in make_pairs(20, seed=3, checked=checked, corrected=corrected)]
+        for checked, corrected in shares
+    )
+    assert not any("recheck" in trace for trace in plain)
+    assert all(trace.count(" ok") == trace.count(";") + 1 for trace in checked + corrected)
+    assert all(trace.count("no: ") == trace.count(";") + 1 for trace in corrected)
+    assert not any("no: " in trace for trace in checked)

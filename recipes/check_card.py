@@ -67,7 +67,6 @@ def main(config: Config) -> Results:
 
     import torch  # here, so that flags are read at once
 
-    from kit.recipes.card import bars
     from kit.recipes.card.results import FAIL, Card, CardLost, Results
     from kit.recipes.card.steps import chosen_models
 
@@ -90,6 +89,8 @@ def main(config: Config) -> Results:
             run_section(name, results, models)
         results.section = "bars"
         with results.case("bars"):
+            from kit.recipes.card import bars  # which imports the sections, each of which may fail alone
+
             bars.report(results, card, names)
     except CardLost as error:
         text = f"a CUDA error in {error} made the card unusable; the checks after it did not run"

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kit.recipes.card.results import Card, Results
+from kit.recipes.card.sampler import EVEN, UNEVEN, USUAL
+from kit.recipes.card.speed import MATMULS
+from kit.recipes.card.speed_attention import FLASH, VARLEN
 
 CARD = "H100"
-EVEN, UNEVEN, USUAL = "even", "uneven", "usual"  # lengths of the rows of a decode step
-MATMULS = "its three matmuls"
-FLASH = ("torch varlen", "SDPA flash")  # the first that was timed
 Rows = list[dict]
 
 
@@ -54,7 +54,7 @@ def beside_flash(place: int) -> Callable[[Rows], float]:
 
     def least(rows: Rows) -> float:
         cases = [times for D in (64, 128) for times in numbers(rows, "milliseconds", head_dim=D)]
-        flash = [next((times[name] for name in FLASH if name in times), None) for times in cases]
+        flash = [next((times[name] for name in (VARLEN, FLASH) if name in times), None) for times in cases]
         pairs = [(times["ours"], theirs) for times, theirs in zip(cases, flash, strict=True) if theirs]
         return min(theirs[place] / ours[place] for ours, theirs in pairs)
 

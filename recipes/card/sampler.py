@@ -26,7 +26,6 @@ from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
 from kit.recipes.card import models
-from kit.recipes.card.bars import EVEN, UNEVEN, USUAL
 from kit.recipes.card.compare import attempt
 from kit.recipes.card.memory import held_gib, measured, timed
 from kit.recipes.card.models import QWEN, build_to_sample, model_config
@@ -38,6 +37,7 @@ from kit.recipes.card.transformers_generate import generate_batch, padded_genera
 from kit.rl import Settings
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
+EVEN, UNEVEN, USUAL = "even", "uneven", "usual"  # lengths of the rows of a decode step
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's
 
 

@@ -15,7 +15,6 @@ from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.kernels.linear_cross_entropy_rows import row_gradients_, row_logprobs
 from kit.machine import GIB
 from kit.recipes.card import speed_attention, speed_decode
-from kit.recipes.card.bars import MATMULS
 from kit.recipes.card.compare import attempt, normal
 from kit.recipes.card.memory import held_gib, measured
 from kit.recipes.card.peers import cce, liger, three_matmuls
@@ -28,6 +27,7 @@ HEADS = {  # model -> V, H. quick takes the first
     "Llama-3.2-3B": (128_256, 3072),
 }
 CHUNK = 1024  # rows of logits at once, in the matmuls alone and in torch's loss
+MATMULS = "its three matmuls"
 NEED_A_CARD = "bitsandbytes", "Liger", "CCE", "CCE exact"
 
 

@@ -16,7 +16,7 @@ from kit.recipes.card.results import Card, Results
 from kit.recipes.card.timing import Limits, milliseconds
 
 SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
-VARLEN = "torch varlen"
+FLASH, VARLEN = "SDPA flash", "torch varlen"
 Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that computes the output from them
 
 
@@ -63,8 +63,8 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
                 continue
             times[peer] = found
             words.append(f"{peer} {found[0]:.2f} + {found[1]:.2f} ms{why}")
-        if "SDPA flash" in times:
-            ratios.append(sum(ours) / sum(times["SDPA flash"]))
+        if FLASH in times:
+            ratios.append(sum(ours) / sum(times[FLASH]))
         results.figure(name, "; ".join(words), milliseconds=times, tflops=rates, head_dim=D)
 
 
@@ -129,7 +129,7 @@ def sdpa(backend: SDPBackend) -> Callable[..., Prepared]:
 
 
 PEERS = {
-    "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    FLASH: sdpa(SDPBackend.FLASH_ATTENTION),
     "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
     VARLEN: packed(varlen_attention),
 }

@@ -13,9 +13,11 @@ from kit.kernels import packed_attention_tiles
 from kit.kernels.backend import HAS_TRITON
 from kit.machine import GIB
 from kit.recipes.card import tiles
-from kit.recipes.card.bars import BARS, EVEN, MATMULS, UNEVEN, USUAL, report
+from kit.recipes.card.bars import BARS, report
 from kit.recipes.card.memory import measured
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
+from kit.recipes.card.sampler import EVEN, UNEVEN, USUAL
+from kit.recipes.card.speed import MATMULS
 from kit.recipes.check_card import QUICK, SECTIONS, Config, main, sentence
 
 CPU = Card(torch.device("cpu"), quick=True)

@@ -128,7 +128,7 @@ def print_line(line: str) -> None:
     """Print a line at once, above the bars if there are any."""
     bar = next((loop.bar for loop in _running), None)
     if bar is None:
-        print(line)
+        _print_whole(line, sys.stdout)
     else:
         bar.write(line)
     _flush()
@@ -141,7 +141,12 @@ def _flush() -> None:
 
 def _log(line: str) -> None:
     _flush()
-    print(line, file=sys.stderr, flush=True)
+    _print_whole(line, sys.stderr)
+
+
+def _print_whole(line: str, file) -> None:
+    """Print a line in one write: what another thread writes or flushes meanwhile comes before or after it."""
+    print(f"{line}\n", end="", file=file, flush=True)
 
 
 def _clock(seconds: float) -> str:

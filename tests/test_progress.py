@@ -262,3 +262,19 @@ def test_a_bar_that_has_ended_is_not_drawn_again_by_the_thread_that_refreshes_it
         assert bar.begun.wait(10)
     thread.join()
     assert bar.is_closed.is_set() and bar.drawn_when_closed == [False]
+
+
+def test_a_line_is_one_write_that_another_threads_line_cannot_cut(monkeypatch):
+    class Writes(io.StringIO):
+        def write(self, text):
+            written.append(text)
+            return super().write(text)
+
+    written = []
+    monkeypatch.setattr(sys, "stdout", Writes())
+    monkeypatch.setattr(sys, "stderr", Writes())
+    with progress.Progress("training", "steps", 1):
+        progress.print_line("step 1: reward 0.5")
+        progress.show()
+    assert len([text for text in written if text]) == 3
+    assert all(text.endswith("\n") for text in written if text)

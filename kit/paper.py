@@ -129,7 +129,6 @@ FINE_TUNING = (
     Setting("beta2", 0.999, LLAMA_FACTORY),
     Setting("weight_decay", 0.0, LLAMA_FACTORY),
     Setting("max_grad_norm", 1.0, LLAMA_FACTORY, "1.0, of all gradients together"),
-    Setting("max_tensor_norm", 0.0, LLAMA_FACTORY, "no clipping parameter by parameter"),
     Setting("max_steps", 0, words="all"),
     *EVALUATION,
 )

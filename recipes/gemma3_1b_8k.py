@@ -66,7 +66,6 @@ class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanS
     beta2: float = 0.999  # AdamW's, torch's default; the paper does not state it [>= 0, < 1]
     weight_decay: float = 0.0  # AdamW's; 0 = none; the paper does not state it [>= 0]
     max_grad_norm: float = 1.0  # clip the global norm here; 0 = off; the paper does not state it [>= 0]
-    max_tensor_norm: float = 0.0  # clip each parameter's norm here, for update_in_backward; 0 = off [>= 0]
     max_steps: int = 0  # stop the schedule here; 0 = all epochs [>= 0]
     checkpoint_every: int = 200  # steps between checkpoints; 0 = only at the end [>= 0]
     # evaluation: the paper's protocol
@@ -98,7 +97,7 @@ def main(config: Config) -> None:
         return
 
     savings = part_of(config, Savings)
-    savings.check_clipping(config.max_grad_norm, config.max_tensor_norm)
+    savings.check_clipping(config.max_grad_norm)
     savings.check_rows(config.batch_traces)
     data.mixtures.check_mixture(config.long_share, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
@@ -134,7 +133,7 @@ def main(config: Config) -> None:
         documents,
         schedule,
         run,
-        **some_of(config, "lr", "warmup_ratio", "beta2", "weight_decay", "max_grad_norm", "max_tensor_norm"),
+        **some_of(config, "lr", "warmup_ratio", "beta2", "weight_decay", "max_grad_norm"),
         **some_of(config, "checkpoint_every", "seed"),
         savings=savings,
         memory=memory.PeakMemory(model.device, planned and planned.update, run.path / "memory.json"),

@@ -215,9 +215,7 @@ def main(config: Config) -> Path | None:
     }
     require_gpu(config.device, "a sweep", instead)
     path = open_study(config, GROWS)
-    chosen = valley.estimate.choose_settings(
-        study.cells(), path, max_grad_norm=gemma3_1b_8k.Config.max_grad_norm, **what
-    )
+    chosen = valley.estimate.choose_settings(study.cells(), path, **what)
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
     run = f" --out {shell_word(config.out)}" if config.out else ""
     return run_study(
@@ -239,7 +237,7 @@ def main(config: Config) -> Path | None:
 def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
     planned = valley.estimate.plan_memory(study.cells(), **what)
-    chosen = valley.estimate.settings_of(planned, gemma3_1b_8k.Config.max_grad_norm)
+    chosen = valley.estimate.settings_of(planned)
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
     response_tokens = min(config.response_tokens, config.max_new_tokens)
     work = memory.hours.Work(

@@ -92,21 +92,16 @@ class RunPlan:
                 lines.append(f"  {on or f'with --num_slots {slots} sampling fits {gb} GB, too'}")
         return "\n".join(lines)
 
-    def switches(self, max_grad_norm: float) -> dict:
+    def switches(self) -> dict:
         """Return what was chosen as a recipe's settings, with those that follow from it.
 
-        Updating in the backward pass takes one row per step, and clips each parameter by its own norm instead
-        of all by their common norm. Blocks of the head's gradient cannot be clipped. max_grad_norm: the
-        recipe's own.
+        Updating in the backward pass takes one row per step, and knows no norm to clip by.
         """
         if self.update is None:
             return {"num_slots": self.num_slots}
         savings = self.update.savings
-        found = asdict(savings) | {"num_slots": self.num_slots}
-        if savings.update_in_backward:
-            max_tensor_norm = 0.0 if savings.head_update == "blocked" else max_grad_norm
-            found |= {"batch_traces": 1, "max_grad_norm": 0.0, "max_tensor_norm": max_tensor_norm}
-        return found
+        one_row = {"batch_traces": 1, "max_grad_norm": 0.0} if savings.update_in_backward else {}
+        return asdict(savings) | {"num_slots": self.num_slots} | one_row
 
     def as_json(self, desktop_gb: float) -> dict:
         parts = {"sampling": self.sampling, "update": self.update, "larger": self.larger}

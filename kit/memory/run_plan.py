@@ -1,8 +1,8 @@
 """The plan of a whole run: does it fit, with which settings, how long does it take, what does it write?
 
 LADDER is one ordered list of memory settings. choose() switches its entries on one after another until a run
-fits, then switches off those that turn out not to be needed, the last one first. So nothing that changes the
-update is on while settings that only cost time would do.
+fits, then switches off those that turn out not to be needed, the last one first. None of them changes the
+update, but by rounding. --faster adds two that do, in the place of those that copy most.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kit.memory.phases import CACHE, MOST_SLOTS, MeasuredRun, Run, RunPlan, most
 from kit.memory.settings import Config, PlanSettings
 from kit.memory.simulate import CARDS
 from kit.models.loading import load_config
+from kit.ranks import here
 from kit.run import write_json
 from kit.train.savings import Savings
 
 Entry = tuple[str, object]  # a field of Savings, and its value
 
-# Settings that compute the same update come before those that do not, and among them what costs least comes
-# first. The order stands here and nowhere else.
+# What costs least comes first. The order stands here and nowhere else.
 LADDER: tuple[Entry, ...] = (
     ("optimizer", "adamw8bit"),
     ("tile_tokens", 8192),  # of a row of 16,384: narrow tiles launch many small kernels. Gemma-3-1B launches
@@ -41,20 +41,19 @@ LADDER: tuple[Entry, ...] = (
     ("offload_optimizer", True),
     ("offload_gradients", True),
     ("logit_rows", 256),  # reads the head's weight twice as often
-    # From here on the update is another one. No switch puts these first, since they would save little time:
-    # offloaded states of Qwen2.5-3B move 24.9 GB per step both ways together (counted), a second at 25 GB/s,
-    # beside 31 s of computing (estimated for an RTX 4080: 36,000 tokens, the paper's batch).
-    ("exact_weights", False),
-    ("update_in_backward", True),
-    ("head_update", "blocked"),
+    ("head_update", "blocked"),  # computes the logits once more
 )
+# With --faster these come before the optimizer's states cross the bus. It saves little: those of Qwen2.5-3B
+# move 24.9 GB per step both ways together (counted), a second at 25 GB/s, beside 31 s of computing (estimated
+# for an RTX 4080: 36,000 tokens, the paper's batch). And it saves no memory: once gradients and states are in
+# CPU memory, the two take 0.2 GiB or less off the card (simulated, the paper's six models).
+FASTER: tuple[Entry, ...] = (("exact_weights", False), ("update_in_backward", True))
 GIVES_UP = {  # settings that change the update -> what they give up
     "exact_weights": "bf16 weights are rounded stochastically",
-    "update_in_backward": "one row per step and no global gradient norm",
-    "head_update": "no clipping at all",
+    "update_in_backward": "one row per step, and no clipping",
 }
 # Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
-FULL_ONLY = {"offload_optimizer", "offload_gradients", *GIVES_UP}
+FULL_ONLY = {"offload_optimizer", "offload_gradients", "head_update", *GIVES_UP}
 
 
 def given_up(savings: Savings) -> str:
@@ -63,26 +62,33 @@ def given_up(savings: Savings) -> str:
 
 
 def entries_for(
-    config: PreTrainedConfig, adapted: bool = False, without: Collection[str] = ()
+    config: PreTrainedConfig, adapted: bool = False, without: Collection[str] = (), *, faster: bool = False
 ) -> list[Entry]:
     """Return the entries of LADDER that this model can have. without: settings that stay off."""
     excluded = {*without, *(FULL_ONLY if adapted else ())}
     if not config.tie_word_embeddings:  # only a tied head has blocks
         excluded.add("head_update")
-    return [entry for entry in LADDER if entry[0] not in excluded]
+    if here().count > 1:  # several ranks sum whole gradients after the backward pass
+        excluded |= {"head_update", "update_in_backward"}
+    place = LADDER.index(("offload_optimizer", True)) if faster else len(LADDER)
+    entries = LADDER[:place] + (FASTER if faster else ()) + LADDER[place:]
+    return [entry for entry in entries if entry[0] not in excluded]
 
 
-def entries_of(run: Run) -> list[Entry]:
-    return entries_for(load_config(run.model), run.has_adapters, run.without)
+def entries_of(run: Run, *, faster: bool = False) -> list[Entry]:
+    return entries_for(load_config(run.model), run.has_adapters, run.without, faster=faster)
 
 
 def as_savings(entries: list[Entry]) -> Savings:
     """Return the settings with these entries switched on; the last one counts for each field.
 
-    What is updated in the backward pass leaves no gradient to offload. Blocks of the head are updated there.
+    What is updated in the backward pass leaves no gradient to offload. The head has blocks with either.
     """
     settings = dict(entries)
-    settings.pop("offload_gradients" if settings.get("update_in_backward") else "head_update", None)
+    if settings.get("update_in_backward"):
+        settings.pop("offload_gradients", None)
+    elif not settings.get("offload_gradients"):
+        settings.pop("head_update", None)
     return Savings(**settings)
 
 
@@ -126,23 +132,21 @@ def choose(run: Run, card: PlanSettings) -> RunPlan:
     def fits(entries: list[Entry]) -> bool:
         return simulated(as_savings(entries)).fits(card.room)
 
-    entries = entries_of(run)
+    entries = entries_of(run, faster=getattr(card, "faster", False))
     for count in range(1, len(entries) + 1):
         if fits(entries[:count]):
             needed = _needed(entries[:count], fits) if run.drops_unneeded else entries[:count]
             chosen = simulated(as_savings(needed))
             if price := given_up(chosen.update.savings):
-                kept = simulated(as_savings([entry for entry in entries if entry[0] not in GIVES_UP]))
-                ways = _ways_out(kept, card, adapters=False)
-                print(f"  to keep the update takes {kept.larger.total / GIB:.2f} GiB: pass {ways}")
-                print(f"  {chosen.update.total / GIB:.2f} GiB at this price: {price}", flush=True)
+                print(f"  faster, at this price: {price}", flush=True)
             return chosen
 
-    leanest = simulated(as_savings(entries))
-    least = leanest.larger
+    leanest, other = (simulated(as_savings(found)) for found in (entries, entries_of(run, faster=True)))
+    least, price = leanest.larger, given_up(other.update.savings)
+    faster = f"--faster ({price}), or " if other.fits(card.room) else ""
     raise ValueError(
         f"{card.size} but {least.title}, needs {least.total / GIB:.2f} GiB with every saving on; its largest "
-        f"owners are {least.largest_owners()}; pass {_ways_out(leanest, card, adapters=True)}"
+        f"owners are {least.largest_owners()}; pass {faster}{_ways_out(leanest, card)}"
     )
 
 
@@ -155,10 +159,10 @@ def _needed(entries: list[Entry], fits: Callable[[list[Entry]], bool]) -> list[E
     return entries
 
 
-def _ways_out(leanest: RunPlan, card: PlanSettings, *, adapters: bool) -> str:
+def _ways_out(leanest: RunPlan, card: PlanSettings) -> str:
     """List what fits the card if the leanest settings do not: of each kind of change the smallest.
 
-    Each is simulated. adapters: whether they may be one.
+    Each is simulated.
     """
     run = leanest.run
 
@@ -168,7 +172,7 @@ def _ways_out(leanest: RunPlan, card: PlanSettings, *, adapters: bool) -> str:
             savings = as_savings(entries_of(changed))
         return replace(changed.simulate(savings), num_slots=1).fits(card.room)
 
-    kinds = [kind for kind in run.smaller() if kind and (adapters or "qlora_rank" not in kind[0])]
+    kinds = filter(None, run.smaller())
     ways = [as_flags(kind[bisect_left(kind[:-1], True, key=fits)]) for kind in kinds if fits(kind[-1])]
     sizes = (f"a card of {gb} GB" for gb in CARDS if leanest.fits(gb - card.desktop_gb))
     return ", or ".join([*ways, next(sizes, "a smaller --model")])
@@ -185,9 +189,7 @@ def for_less(found: RunPlan) -> Iterator[str]:
             continue
         smaller = found.run.simulate(savings).update
         if smaller.peak < before.peak:
-            price = given_up(smaller.savings)
-            note = f", at the price of: {price}" if price != given_up(before.savings) else ""
-            yield f"    {as_flags({name: value}):<24}{smaller.total / GIB:7.2f} GiB{note}"
+            yield f"    {as_flags({name: value}):<24}{smaller.total / GIB:7.2f} GiB"
             before = smaller
 
 
@@ -201,7 +203,7 @@ def plan_recipe(
     savings = part_of(config, Savings) if isinstance(config, Savings) else Savings()
     found = plan_run(run, config, savings)
     if config.gpu_gib:
-        chosen = found.switches(getattr(config, "max_grad_norm", 0.0))
+        chosen = found.switches()
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")
     print(found.describe(config.desktop_gb))

@@ -66,4 +66,13 @@ class TrainingPlanSettings(PlanSettings):
     """The same for a run that is trained on traces."""
 
     # plan
+    faster: bool = False  # with --gpu_gb, full fine-tuning: change the update rather than offload states
     trace_tokens: int = 4_500  # with --plan: tokens per trace; mean of 291 R1 traces on AIME problems [>= 1]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.faster and not self.gpu_gb:
+            raise ValueError(
+                "faster is on but gpu_gb is not set, so no settings are chosen; pass --gpu_gb auto, or leave "
+                "--faster out"
+            )

@@ -158,17 +158,19 @@ def measure(
 
 def _follow_updates(step: TrainingStep, ledger: Ledger) -> None:
     """Let a step tell the ledger when it updates weights."""
-    finish, finish_head = step.updates.finish, step.head.finish
 
-    def update_head():
-        ledger.phase, ledger.owner = "update of the head", live_bytes.HEAD
-        finish_head()
+    def follow(holder: object, method: str, phase: str, owner: str) -> None:
+        call = getattr(holder, method)
 
-    def update(loss):
-        ledger.phase, ledger.owner = "update of the weights", live_bytes.OPTIMIZER
-        return finish(loss)
+        def followed(*arguments):
+            ledger.phase, ledger.owner = phase, owner
+            return call(*arguments)
 
-    step.updates.finish, step.head.finish = update, update_head
+        setattr(holder, method, followed)
+
+    follow(step.updates, "use_parts", "blocks of the head", live_bytes.HEAD)
+    follow(step.head, "finish", "update of the head", live_bytes.HEAD)
+    follow(step.updates, "finish", "update of the weights", live_bytes.OPTIMIZER)
 
 
 def plan(

@@ -3,12 +3,15 @@
 Call backward(batch, scale, loss_of) once per row, then finish() once per step. There are three ways:
 - AutogradHead, if head and embedding are two weights, or the head is frozen
 - TiedHead, if they are one trained weight: its gradient is computed as a whole
-- BlockedHead, for the same weight: a block of the vocabulary at a time
+- BlockedHead, for the same weight: a block of the vocabulary at a time, which costs one more matmul
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from kit.kernels.linear_cross_entropy_blocks import dweight_blocks, loss_without_dweight
 from kit.models.backbone import head_weight, hidden_states, softcap
@@ -135,10 +138,9 @@ def _add_rows_(total: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> No
 class BlockedHead(AutogradHead):
     """Never hold the weight's gradient as a whole.
 
-    After the backward pass, the head's part and the lookup's are computed and applied one block of the
-    vocabulary at a time. The norm is known only then, too late to clip by it (Savings.check_clipping). On a
-    GPU, index_add_ adds the lookup's part in no fixed order, so the last bits may differ from run to run.
-    updates: UpdateInBackward.
+    After a row's backward pass, the head's part and the lookup's are computed one block of the vocabulary at
+    a time. Each block is applied at once, or leaves the card. On a GPU, index_add_ adds the lookup's part in
+    no fixed order, so the last bits may differ from run to run.
     """
 
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
@@ -155,27 +157,26 @@ class BlockedHead(AutogradHead):
             loss, dhidden, kept, logsumexp = loss_without_dweight(
                 hidden, weight, batch.targets, scale, softcap=cap, max_rows=self.logit_rows
             )
-        self.pending = (hidden.detach(), weight, batch.targets, kept, logsumexp, scale), cap, lookup
         self.updates.before_backward(loss)
         torch.autograd.backward(hidden, dhidden)
+        hidden, dhidden = hidden.detach(), None
+        blocks = dweight_blocks(hidden, weight, batch.targets, kept, logsumexp, scale, softcap=cap)
+        self.updates.use_parts(weight, _with_lookup(blocks, lookup))
         return loss
 
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Compute and apply the weight's gradient, block by block."""
-        arguments, cap, lookup = self.pending
-        self.pending = None
-        weight, dlookup = arguments[1], lookup.gradient()
-        sorted_ids, order = lookup.ids.sort()
-        # copied once, instead of asking the card for each block's first and last id
-        places = sorted_ids.cpu()
-        square = torch.zeros((), device=weight.device)
 
-        for first, dweight in dweight_blocks(*arguments, softcap=cap):
-            _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
-            square += dweight.square().sum()
-            self.updates.optimizer.update(weight, dweight, first=first * weight.shape[1])
-        self.updates.squares.append(square)
+@torch.no_grad()
+def _with_lookup(blocks: Iterator[tuple[int, Tensor]], lookup: _Lookup) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first element, gradient) of each block of the weight, with the lookup's rows added.
+
+    blocks: (first row, the head's gradient).
+    """
+    dlookup = lookup.gradient()
+    sorted_ids, order = lookup.ids.sort()
+    places = sorted_ids.cpu()  # copied once, instead of asking the card for each block's first and last id
+    for first, dweight in blocks:
+        _add_lookup_(dweight, first, sorted_ids, order, places, dlookup)
+        yield first * dweight.shape[1], dweight
 
 
 @torch.library.custom_op("kit::add_lookup_", mutates_args=("block",))

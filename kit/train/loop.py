@@ -117,7 +117,6 @@ def train(
     weight_decay: float = 0.0,
     beta2: float = 0.999,
     max_grad_norm: float = 1.0,
-    max_tensor_norm: float = 0.0,
     savings: Savings | None = None,
     loss_of: LossOfRow | None = None,
     memory: Unwatched | None = None,
@@ -128,7 +127,7 @@ def train(
     """Fine-tune `model` in place, write one line per step to run.metrics, and return the finished model's
     folder.
 
-    max_grad_norm, max_tensor_norm: as in TrainingStep.
+    max_grad_norm: as in TrainingStep.
     savings: None = Savings().
     loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy.
     memory: watches the card, such as kit.memory.PeakMemory; None = nothing does.
@@ -144,7 +143,7 @@ def train(
     written.
     """
     finished, checkpoints = run.path / "model", run.path / "checkpoints"
-    settings = (lr, warmup_ratio, weight_decay, beta2, max_grad_norm, max_tensor_norm, seed)
+    settings = (lr, warmup_ratio, weight_decay, beta2, max_grad_norm, seed)
     data = {"documents": digest_of_documents(documents), "plan": plan.steps}
     name = checkpoint.name_of_run(model, **data, settings=settings)
     if checkpoint.is_finished(finished, name):
@@ -158,7 +157,6 @@ def train(
         weight_decay=weight_decay,
         betas=(0.9, beta2),
         max_grad_norm=max_grad_norm,
-        max_tensor_norm=max_tensor_norm,
         seed=seed,
     )
     optimizer, device, num_steps = training_step.optimizer, head_weight(model).device, len(plan.steps)

@@ -26,7 +26,8 @@ import mmap
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,8 @@ class HostGradients(SideStream):
     The sum so far comes back to the device in pieces, is added there, and leaves again: from a step's second
     row on, a gradient crosses the bus twice per row. In return the sum is autograd's, grad += new, to the
     bit. A CPU would add bf16 slowly, and fp32 sums would take twice the memory and be other numbers. A tied
-    head's gradient leaves twice per row: after the loss, and after the lookup's part was added to it.
+    head's gradient leaves twice per row: after the loss, and after the lookup's part was added to it. In
+    blocks, it leaves once.
 
     At most in_flight bytes of gradients are on the device while they are copied: those of one layer. A larger
     gradient, such as the head's, is waited for at once.
@@ -212,7 +214,7 @@ class HostGradients(SideStream):
         self.memory = host_empty(num_bytes, for_card=device.type == "cuda").view(dtype)
         self.sums = dict(zip(parameters, self.memory.split(sizes), strict=True))
         self.slab = torch.empty(min(PIECE, max(sizes)), dtype=dtype, device=device)
-        self.norms: dict[nn.Parameter, Tensor] = {}  # of the sums so far; no entry = no gradient so far
+        self.norms: dict[nn.Parameter, list[Tensor]] = {}  # of the sums' parts; no entry = no gradient so far
 
     def begin(self, num_rows: int) -> None:
         """Forget all sums, also those of a step that stopped half-way. num_rows: as in Updates.begin."""
@@ -226,21 +228,26 @@ class HostGradients(SideStream):
     def add(self, parameter: nn.Parameter) -> None:
         """Add parameter.grad to its sum, and free it as soon as in_flight allows."""
         gradient, parameter.grad = parameter.grad, None
-        self.add_to_sum(parameter, gradient)
+        self.add_to_sum(parameter, [(0, gradient)])
 
     @torch.no_grad()
-    def add_to_sum(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        gradient, total = gradient.reshape(-1), self.sums[parameter]
-        with self._beside():
-            if parameter in self.norms:
-                for part, earlier in zip(gradient.split(PIECE), total.split(PIECE), strict=True):
-                    part.add_(self.slab[: len(part)].copy_(earlier, non_blocking=True))
-            self.norms[parameter] = torch.nn.utils.get_total_norm([gradient])
-            total.copy_(gradient, non_blocking=True)
+    def add_to_sum(self, parameter: nn.Parameter, parts: Iterable[tuple[int, Tensor]]) -> None:
+        """parts: as for Updates.use_parts, in the parameter's dtype. Each row may cut them elsewhere."""
+        has_sum, norms = parameter in self.norms, []
+        for first, gradient in parts:
+            gradient = gradient.reshape(-1)
+            total = self.sums[parameter][first : first + len(gradient)]
+            with self._beside():
+                if has_sum:
+                    for part, earlier in zip(gradient.split(PIECE), total.split(PIECE), strict=True):
+                        part.add_(self.slab[: len(part)].copy_(earlier, non_blocking=True))
+                norms.append(torch.nn.utils.get_total_norm([gradient]))
+                total.copy_(gradient, non_blocking=True)
 
-        self.leaving.append((gradient, self._event()))
-        while sum(leaving.nbytes for leaving, _ in self.leaving) > self.in_flight:
-            self._free_oldest()
+            self.leaving.append((gradient, self._event()))
+            while sum(leaving.nbytes for leaving, _ in self.leaving) > self.in_flight:
+                self._free_oldest()
+        self.norms[parameter] = norms
 
     def norm(self, loss: Tensor) -> Tensor:
         """Return the norm of all sums, as torch.nn.utils.clip_grad_norm_ computes it.
@@ -249,7 +256,7 @@ class HostGradients(SideStream):
         """
         self.wait_for_copies()
         self.leaving.clear()
-        return torch.nn.utils.get_total_norm(self.norms[p] for p in self.sums if p in self.norms)
+        return torch.nn.utils.get_total_norm(chain.from_iterable(self.norms.get(p, ()) for p in self.sums))
 
     def pop(self, parameter: nn.Parameter) -> Tensor:
         """Return a sum on the device, in the parameter's shape, and start a new one."""

@@ -29,10 +29,11 @@ class Savings(Checked):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.head_update == "blocked" and not self.update_in_backward:
+        if self.head_update == "blocked" and not (self.offload_gradients or self.update_in_backward):
             raise ValueError(
-                "head_update is blocked but update_in_backward is off, and blocks are updated as soon as "
-                "they are computed; pass both, or --head_update whole"
+                "head_update is blocked but offload_gradients and update_in_backward are off: a block's "
+                "gradient leaves the card, or is used up, before the next one is computed; pass "
+                "--offload_gradients, or --head_update whole"
             )
         if (self.tile_tokens or self.offload_inputs) and not self.recompute:
             raise ValueError(
@@ -56,27 +57,14 @@ class Savings(Checked):
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value != getattr(Savings(), name)}
 
-    def check_clipping(self, max_grad_norm: float, max_tensor_norm: float) -> None:
-        """Raise ValueError for a norm to clip that is negative, or never known with these savings."""
-        for name, norm in (("max_grad_norm", max_grad_norm), ("max_tensor_norm", max_tensor_norm)):
-            if not norm >= 0:  # it would turn the gradient round
-                raise ValueError(f"{name} is {norm} but must be >= 0; pass 0 for no clipping")
+    def check_clipping(self, max_grad_norm: float) -> None:
+        """Raise ValueError for a norm to clip to that is negative, or never known with these savings."""
+        if not max_grad_norm >= 0:  # it would turn the gradient round
+            raise ValueError(f"max_grad_norm is {max_grad_norm} but must be >= 0; pass 0 for no clipping")
         if max_grad_norm and self.update_in_backward:
-            per_tensor = f", and --max_tensor_norm {max_grad_norm:g} to clip each parameter"
-            per_tensor = "" if self.head_update == "blocked" else per_tensor
             raise ValueError(
                 f"max_grad_norm is {max_grad_norm:g} but update_in_backward frees each gradient before the "
-                f"norm of all is known; pass --max_grad_norm 0{per_tensor}, or --no_update_in_backward"
-            )
-        if max_tensor_norm and not self.update_in_backward:
-            raise ValueError(
-                f"max_tensor_norm is {max_tensor_norm:g} but update_in_backward is off, and the norm of all "
-                f"gradients is known; pass --max_grad_norm {max_tensor_norm:g} and --max_tensor_norm 0"
-            )
-        if max_tensor_norm and self.head_update == "blocked":
-            raise ValueError(
-                f"max_tensor_norm is {max_tensor_norm:g} but head_update is blocked, which never has the "
-                "embedding's whole gradient to measure; pass --max_tensor_norm 0, or --head_update whole"
+                "norm of all is known; pass --max_grad_norm 0, or --no_update_in_backward"
             )
 
     def check_rows(self, batch_traces: int) -> None:

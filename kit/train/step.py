@@ -28,8 +28,7 @@ class TrainingStep:
     """A model prepared for training, and its optimizer. Call it with the rows of a step; close it after
     training.
 
-    max_grad_norm: clip the gradient's global norm to this. max_tensor_norm: clip the norm of each parameter's
-    gradient to this, only with update_in_backward. 0 = do not clip.
+    max_grad_norm: clip the gradient's global norm to this; 0 = do not clip.
     Raises ValueError for settings that exclude one another or do not fit the model.
     """
 
@@ -42,11 +41,10 @@ class TrainingStep:
         weight_decay=0.0,
         betas=(0.9, 0.999),
         max_grad_norm=0.0,
-        max_tensor_norm=0.0,
         seed=0,
         ranks: Alone | None = None,
     ):
-        savings.check_clipping(max_grad_norm, max_tensor_norm)
+        savings.check_clipping(max_grad_norm)
         self.model, self.ranks = model, ranks or here()
         self.ranks.check_same(vars(savings))
         optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
@@ -63,7 +61,7 @@ class TrainingStep:
         )
         if savings.recompute:
             recompute_layers(model, offload=savings.offload_inputs, tile_tokens=savings.tile_tokens)
-        self.updates = self._make_updates(savings, max_grad_norm, max_tensor_norm)
+        self.updates = self._make_updates(savings, max_grad_norm)
         self.head = make_head(model, savings, self.updates)
         model.train()
 
@@ -86,7 +84,7 @@ class TrainingStep:
         self.head.finish()
         return loss, self.updates.finish(loss)
 
-    def _make_updates(self, savings: Savings, max_grad_norm: float, max_tensor_norm: float) -> Updates:
+    def _make_updates(self, savings: Savings, max_grad_norm: float) -> Updates:
         """Choose when weights are updated. Raises ValueError for several ranks that cannot sum gradients."""
         ranks, optimizer = self.ranks, self.optimizer
         if savings.update_in_backward:
@@ -96,7 +94,12 @@ class TrainingStep:
                     "used; pass --no_update_in_backward --offload_gradients, which keeps about as little on "
                     "the card"
                 )
-            return UpdateInBackward(optimizer, max_tensor_norm=max_tensor_norm)
+            return UpdateInBackward(optimizer)
+        if savings.head_update == "blocked" and ranks.count > 1:
+            raise ValueError(
+                f"head_update is blocked but {ranks.count} ranks sum whole gradients; pass --head_update "
+                "whole"
+            )
         if savings.offload_gradients:
             gradients = (
                 HostGradients(self.model) if ranks.count == 1 else SharedHostGradients(self.model, ranks)

@@ -266,4 +266,4 @@ class SharedHostGradients(HostGradients):
         parameter, gradient, work = self.running.popleft()
         work.wait()
         if self.owners[parameter] == self.ranks.rank:
-            self.add_to_sum(parameter, gradient)
+            self.add_to_sum(parameter, [(0, gradient)])

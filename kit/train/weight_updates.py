@@ -4,8 +4,8 @@
 - UpdateFromHost does the same with gradients in CPU memory: several rows, a global norm, and on the card the
   gradients of one layer or two
 - UpdateInBackward saves the traffic and the CPU memory, too. A gradient exists from its layer's backward pass
-  to its update. The price: the other gradients are not known yet, so there is no global norm to clip by (each
-  parameter's own norm can be clipped instead), and no gradient can wait for a second row of the same step
+  to its update. The price: the other gradients are not known yet, so there is no global norm to clip by, and
+  no gradient can wait for a second row of the same step
 
 A tied embedding is one parameter with two gradients, the head's and the lookup's: kit.train.head passes their
 sum on, once.
@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from kit.train.offload import PIECE, HostGradients
 from kit.train.optimizer import AdamW8bit
+
+Parts = Iterable[tuple[int, torch.Tensor]]
 
 
 class NotFinite(ValueError):
@@ -83,6 +85,13 @@ class Updates:
 
     def use(self, parameter: nn.Parameter) -> None:
         """Apply parameter.grad, which is complete. No-op if gradients are applied together in finish()."""
+
+    def use_parts(self, parameter: nn.Parameter, parts: Parts) -> None:
+        """Take a row's gradient of a parameter that never exists as a whole.
+
+        parts: pairs (first, gradient of the flattened elements from `first` on), in order and complete.
+        """
+        raise NotImplementedError
 
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
         """Finish updating all weights. Return the gradient's norm before clipping, an fp32 scalar.
@@ -139,6 +148,10 @@ class UpdateFromHost(Updates):
     def bring_back(self, parameter: nn.Parameter) -> None:
         parameter.grad = self.gradients.pop(parameter)
 
+    def use_parts(self, parameter: nn.Parameter, parts: Parts) -> None:
+        rounded = ((first, part.to(parameter.dtype)) for first, part in parts)
+        self.gradients.add_to_sum(parameter, rounded)
+
     @torch.no_grad()
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
         norm = self.gradients.norm(loss)
@@ -167,13 +180,12 @@ class UpdateFromHost(Updates):
 class UpdateInBackward(Updates):
     """Update every parameter in a hook on it, and free its gradient.
 
-    optimizer: one with `update(parameter)` and `wait()`. max_tensor_norm: each parameter's gradient is
-    clipped to this norm; 0 = no clipping. `begin` raises ValueError for a step of several rows.
+    optimizer: one with `update(parameter)` and `wait()`. `begin` raises ValueError for a step of several
+    rows.
     """
 
-    def __init__(self, optimizer, *, max_tensor_norm: float = 0.0):
+    def __init__(self, optimizer):
         super().__init__(optimizer, self.use)
-        self.max_tensor_norm = max_tensor_norm
         self.squares: list[torch.Tensor] = []
 
     def begin(self, num_rows: int) -> None:
@@ -190,10 +202,16 @@ class UpdateInBackward(Updates):
     def use(self, parameter: nn.Parameter) -> None:
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         self.squares.append(norm.square())
-        if self.max_tensor_norm:
-            parameter.grad.mul_((self.max_tensor_norm / (norm + 1e-6)).clamp(max=1.0))
         self.optimizer.update(parameter)
         parameter.grad = None
+
+    @torch.no_grad()
+    def use_parts(self, parameter: nn.Parameter, parts: Parts) -> None:
+        square = torch.zeros((), device=parameter.device)
+        for first, gradient in parts:
+            square += gradient.square().sum()
+            self.optimizer.update(parameter, gradient, first=first)
+        self.squares.append(square)
 
     def before_backward(self, loss: torch.Tensor) -> None:
         check_finite(loss)

@@ -141,17 +141,15 @@ def as_json(
     return rows
 
 
-def settings_of(memory: Memory, max_grad_norm: float) -> Chosen:
-    """Return the settings of every model and method. max_grad_norm: the recipe's own."""
+def settings_of(memory: Memory) -> Chosen:
+    """Return the settings of every model and method."""
     return {
-        pair: ({}, planned) if isinstance(planned, str) else (planned.switches(max_grad_norm), "")
+        pair: ({}, planned) if isinstance(planned, str) else (planned.switches(), "")
         for pair, planned in memory.items()
     }
 
 
-def choose_settings(
-    cells: Sequence[Cell], path: Path, *, max_grad_norm: float, card: PlanSettings, **sizes
-) -> Chosen:
+def choose_settings(cells: Sequence[Cell], path: Path, *, card: PlanSettings, **sizes) -> Chosen:
     """Return settings that fit the card, kept in path/memory.json; none without gpu_gb.
 
     sizes: as for plan_memory.
@@ -160,7 +158,7 @@ def choose_settings(
     if not stored.is_file():
         if not card.gpu_gib:
             return {(cell.model, cell.method): ({}, "") for cell in cells}
-        found = settings_of(plan_memory(cells, card=card, **sizes), max_grad_norm)
+        found = settings_of(plan_memory(cells, card=card, **sizes))
         write_json(stored, [[*pair, *chosen] for pair, chosen in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))
     return {(model, method): (settings, problem) for model, method, settings, problem in rows}
@@ -181,5 +179,5 @@ def with_settings(cells: Sequence[Cell], chosen: Chosen) -> tuple[list[Cell], li
             found.append(replace(cell, batch_traces=settings["batch_traces"]))
         savings = {name: value for name, value in settings.items() if name in vars(Savings())}
         if price := given_up(Savings(**savings)):
-            forced[f"{short_name(cell.model)}, {cell.method}: {price}, to fit the card"] = None
+            forced[f"{short_name(cell.model)}, {cell.method}: {price}, as --faster chose"] = None
     return found, list(forced)

@@ -28,15 +28,16 @@ from kit.run import write_json
 from kit.train import Savings
 
 LEAN = Savings(optimizer="adamw8bit", tile_tokens=2048, offload_inputs=True, logit_rows=256)
+IN_CPU_MEMORY = replace(LEAN, offload_optimizer=True, offload_gradients=True)
 ONE_ROW = replace(LEAN, update_in_backward=True, exact_weights=False)
 ROWS = {  # name -> (savings, rank of the adapters)
     "QLoRA r = 16": (LEAN, 16),
     "full": (LEAN, 0),
     "full, states on CPU": (replace(LEAN, offload_optimizer=True), 0),
-    "full, gradients too": (replace(LEAN, offload_optimizer=True, offload_gradients=True), 0),
+    "full, gradients too": (IN_CPU_MEMORY, 0),
+    "full, head blocked": (replace(IN_CPU_MEMORY, head_update="blocked"), 0),
     "one row per step": (ONE_ROW, 0),
     "one row, states on CPU": (replace(ONE_ROW, offload_optimizer=True), 0),
-    "one row, head blocked": (replace(ONE_ROW, offload_optimizer=True, head_update="blocked"), 0),
 }
 
 

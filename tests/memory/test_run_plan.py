@@ -90,7 +90,7 @@ def test_for_a_card_as_many_slots_are_chosen_as_fit_and_no_more_than_there_are_s
     card = PlanSettings(gpu_gb=f"{sampling(40).total / GIB + 0.1 + 1e-6:.9f}", desktop_gb=0.1)
     found = plan_run(measured(small_model, row_tokens=256), card)
     assert found.num_slots == 40 and found.fits(card.room) and not sampling(41).fits(card.room)
-    assert found.switches(1.0)["num_slots"] == 40
+    assert found.switches()["num_slots"] == 40
     assert plan_run(measured(small_model, num_samples=7), card).num_slots == 7
     with pytest.raises(ValueError, match=r"gpu_gb is 0\.5 .* 1 answer .* needs 0\..* pass a smaller --model"):
         plan_run(measured(small_model), replace(ALONE, gpu_gb="0.5"))

@@ -213,7 +213,7 @@ def test_the_memory_table_simulates_every_row_and_prints_it_as_the_readme_has_it
 
 def test_what_update_in_backward_excludes_is_refused_before_anything_else_is_done(tmp_path):
     done = run_recipe("gemma3_1b_8k", "--smoke", "--update_in_backward", cwd=tmp_path)
-    assert "max_grad_norm is 1 but update_in_backward" in done.stderr and "--max_tensor_norm 1" in done.stderr
+    assert "max_grad_norm is 1 but update_in_backward" in done.stderr and "--max_grad_norm 0" in done.stderr
     done = run_recipe("gemma3_1b_8k", "--smoke", "--update_in_backward", "--max_grad_norm", "0", cwd=tmp_path)
     assert "batch_traces is 8 but update_in_backward" in done.stderr and "--batch_traces 1" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -20,6 +20,7 @@ AT_THE_END = {
     "8-bit states": Savings(optimizer="adamw8bit"),
     "gradients in CPU memory": Savings(offload_gradients=True),
     "all in CPU memory": Savings(offload_gradients=True, offload_optimizer=True),
+    "in CPU memory, in blocks": Savings(offload_gradients=True, head_update="blocked"),
 }
 ALL = AT_THE_END | {"in the backward pass": IN_BACKWARD, "in blocks": BLOCKED}
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
+from kit.kernels.linear_cross_entropy_blocks import dweight_blocks
 from kit.memory import live_bytes, simulate
 from kit.packing import PackedBatch
 from kit.train.savings import Savings
@@ -100,6 +101,37 @@ def test_every_other_saving_composes_with_it_bit_by_bit(family, dtype, changes):
         for on in (False, True)
     )
     assert_same_bits(ours, plain)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 2**-20), (torch.bfloat16, 2**-6)], ids=str)
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+def test_a_head_in_blocks_adds_up_the_gradient_of_a_whole_one(family, dtype, share, monkeypatch):
+    """Short rows are cut into larger blocks than long ones, so that their sums meet at other places."""
+    monkeypatch.setattr("kit.kernels.linear_cross_entropy_blocks.VOCABULARY_UNIT", 8)
+    monkeypatch.setattr("kit.kernels.linear_cross_entropy_blocks.BLOCK_BYTES", 5_000)
+    blocks, found = [], []
+
+    def counted(*arguments, **options):
+        parts = list(dweight_blocks(*arguments, **options))
+        blocks.append(len(parts))
+        return parts
+
+    monkeypatch.setattr("kit.train.head.dweight_blocks", counted)
+    for head_update in ("whole", "blocked"):
+        savings = Savings(offload_gradients=True, head_update=head_update)
+        step = start(make(family, dtype, tied=True), savings)
+        for i in range(2):  # nothing of the first step may be left in the second
+            before = {p: p.detach().clone() for p in step.model.parameters()}
+            loss, norm = step(rows(i))
+            for parameter, value in before.items():
+                parameter.data.copy_(value)
+        gradients = step.updates.gradients
+        found.append([loss, norm, *(gradients.sums[parameter] for parameter in gradients.norms)])
+    assert len(blocks) == 2 * len(LENGTHS) and min(blocks) > 1 and len(set(blocks)) > 1
+    for whole, blocked in zip(*found, strict=True):
+        largest = whole.abs().max().item()
+        torch.testing.assert_close(blocked, whole, atol=share * largest, rtol=0)
+        assert largest > 0
 
 
 def test_adapters_on_nf4_weights_train_to_the_same_bits():

@@ -108,6 +108,8 @@ def refused() -> None:
         checkpoint.name_of_run(model, documents="same")
     with pytest.raises(ValueError, match=r"update_in_backward is on but \d ranks .*--offload_gradients"):
         TrainingStep(model, Savings(update_in_backward=True), lr=LR)
+    with pytest.raises(ValueError, match=r"head_update is blocked but \d ranks sum whole gradients"):
+        TrainingStep(model, Savings(offload_gradients=True, head_update="blocked"), lr=LR)
 
 
 def sums_start_in_the_backward_pass() -> None:

@@ -130,18 +130,18 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
     tiny, unknown = (line for line in printed if line.startswith("  "))
     assert "tiny, full: training 0." in tiny and "(simulated); fits 6 GB" in tiny
     assert unknown.startswith("  such-model, full: NO: model is no/such-model and no config")
-    chosen = settings_of(found, 1.0)
+    chosen = settings_of(found)
     assert chosen["no/such-model", "full"] == ({}, found["no/such-model", "full"])
     assert chosen["tiny", "full"][0]["recompute"] is True
 
     cells = [cell for cell in cells if cell.model == "tiny"]
-    settings, small = {"max_grad_norm": 1.0, **what}, PlanSettings(gpu_gb="6", desktop_gb=0.0)
-    chosen = choose_settings(cells, tmp_path, card=small, **settings)
+    small = PlanSettings(gpu_gb="6", desktop_gb=0.0)
+    chosen = choose_settings(cells, tmp_path, card=small, **what)
     assert chosen["tiny", "full"][0]["optimizer"] == "adamw8bit"
     assert chosen["tiny", "full"][0]["num_slots"] > what["num_slots"]
     monkeypatch.setattr("kit.valley.estimate.plan_memory", None)  # a resumed sweep has it on disk
-    assert choose_settings(cells, tmp_path, card=small, **settings) == chosen
-    assert choose_settings(cells, tmp_path / "none", card=PlanSettings(), **settings) == {
+    assert choose_settings(cells, tmp_path, card=small, **what) == chosen
+    assert choose_settings(cells, tmp_path / "none", card=PlanSettings(), **what) == {
         ("tiny", "full"): ({}, "")
     }
 
@@ -150,7 +150,7 @@ def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():
     models = ((GEMMA, ("full",)), (QWEN, ("full",)))
     cells = Study(models, (8_000, 16_000), arms=("long", FIXED_BATCH), batch_traces=8).cells()
     chosen = {
-        **settings_of({(GEMMA, "full"): planned(savings=replace(LEAN, update_in_backward=True))}, 1.0),
+        **settings_of({(GEMMA, "full"): planned(savings=replace(LEAN, update_in_backward=True))}),
         (QWEN, "full"): ({}, ""),
     }
     found, told = with_settings(cells, chosen)
@@ -160,9 +160,9 @@ def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():
     ]
     assert [cell for cell in found if cell.model == QWEN] == [cell for cell in cells if cell.model == QWEN]
     assert any(cell.arm == FIXED_BATCH for cell in found)
-    price = "one row per step and no global gradient norm, to fit the card"
+    price = "one row per step, and no clipping, as --faster chose"
     assert told == [f"gemma-3-1b-it, full: {price}"]
     assert with_settings(found[2:], {(QWEN, "full"): ({}, "")})[1] == []
-    rounded = settings_of({(QWEN, "full"): planned(savings=replace(LEAN, exact_weights=False))}, 1.0)
+    rounded = settings_of({(QWEN, "full"): planned(savings=replace(LEAN, exact_weights=False))})
     same, told = with_settings(found[2:], rounded)  # which changes no batch
     assert same == found[2:] and len(told) == 1 and "rounded stochastically" in told[0]

@@ -23,7 +23,8 @@ dual clip 3.0, k3, weight decay 0.01, reward 0 for what cannot be graded. Left o
 5. New prompts in place of those whose answers all get the same reward (DAPO): they stay, for their KL alone.
 6. A penalty on the answers' length (DAPO), and the constant normaliser of Dr. GRPO.
 7. Several passes over one rollout, a schedule of the learning rate, and sampling while training.
-8. Updates inside the backward pass: --update_in_backward and --head_update blocked are refused.
+8. Updates inside the backward pass and blocks of the head: --update_in_backward and --head_update blocked are
+   refused.
 
 There, but off: GRPO's own mean over answers (--normaliser sequences), Dr. GRPO's advantages
 (--advantage_scale none), DAPO's upper clip (--clip_high 0.28), and GSPO's ratio (--ratio sequence). What

@@ -56,9 +56,14 @@ class Settings(Checked):
 
 
 def check_savings(savings: Savings) -> None:
-    """Raise ValueError for savings that update inside the backward pass: a mini-batch has several rows."""
+    """Raise ValueError for savings that need one row per step, or cross-entropy as the loss."""
     if savings.update_in_backward:
         raise ValueError(
             "update_in_backward is on but a mini-batch has several rows, whose gradients must be added up "
             "first; pass --no_update_in_backward (and --qlora_rank 16 if memory is short)"
+        )
+    if savings.head_update == "blocked":
+        raise ValueError(
+            "head_update is blocked but blocks compute cross-entropy alone, not this run's loss; pass "
+            "--head_update whole"
         )

@@ -391,9 +391,12 @@ def test_a_batch_of_truncated_completions_takes_no_step_and_is_counted(kl_coef):
     assert not policy.optimizer.state
 
 
-def test_savings_that_update_inside_the_backward_pass_are_refused():
+def test_savings_that_need_one_row_or_another_loss_are_refused():
     with pytest.raises(ValueError, match="update_in_backward is on but a mini-batch has several rows"):
         make_policy(make_model("llama"), BASE, savings=Savings(update_in_backward=True))
+    with pytest.raises(ValueError, match=r"head_update is blocked but .*cross-entropy.*--head_update whole"):
+        blocked = Savings(offload_gradients=True, head_update="blocked")
+        make_policy(make_model("llama"), BASE, savings=blocked)
 
 
 @pytest.fixture(scope="module")

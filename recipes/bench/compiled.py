@@ -46,8 +46,8 @@ NAMES = {
     "*i64": "keys_ptr lengths_ptr offsets_ptr positions_ptr prompt_lens_ptr targets_ptr tokens_ptr",
     "*fp32": "delta_ptr dloss_ptr entropy_ptr logprobs_ptr logsumexp_ptr logsumexps_ptr loss_ptr parts_ptr "
     "r_ptr threshold_ptr",
-    "i32": "Hkv Hq N T W bad_token ignore_index num_documents num_splits num_tiles split_keys steps top_k "
-    "window",
+    "i32": "Hkv Hq N T W bad_token ignore_index num_documents num_parts num_splits num_tiles split_keys "
+    "steps top_k window",
     "i32:16": "H K V first width",
     "fp32": "cube eps inv_temperature noise offset scale slope temperature top_p",
 }

@@ -112,7 +112,7 @@ def cases(capability: int = 89) -> list[Case]:
         *(_adamw8bit(*case, rest=False) for case in product(["i16", "fp32"], ["i16", "fp32"])),
         *(_adamw8bit("i16", gradient, rest=True) for gradient in ("i16", "fp32")),
         *(_packing(buffer) for buffer in ("i32", "i64")),
-        *(_rms_norm(*case) for case in product(BOTH_WAYS, ELEMENTS, NORMALISED)),
+        *(_rms_norm(*case) for case in product([*BOTH_WAYS, "_sum_kernel"], ELEMENTS, NORMALISED)),
         *(_rope(*case) for case in product(BOTH_WAYS, ELEMENTS, HEADS)),
         *(Case(glu, *case) for case in product(BOTH_WAYS, ELEMENTS)),
         *(_gumbel(*case) for case in product(["_race_kernel", "_join_kernel"], ELEMENTS, [False, True])),

@@ -8,6 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_counting import Counter
 
 from kit.kernels.backend import HAS_TRITON, INTERPRET, tl, triton
+from kit.kernels.decode_attention import decode_attention
+from kit.kernels.glu import glu
+from kit.kernels.packed_attention import packed_attention
+from kit.kernels.rms_norm import rms_norm
+from kit.kernels.rope import rope
 from kit.memory.live_bytes import LiveBytes
 
 
@@ -156,6 +161,31 @@ def test_dots_and_atomics_count():
         _dot_kernel[(1,)](a, b, c, lock, 4, 16, 8)
     assert counter.total == Count(1, 4 * 8 * 2 + 5 * 16 * 2 + 3 * 16 * 4 + 4, 3 * 16 * 4 + 4, 2 * 4 * 8 * 16)
     assert (c[:3] == 5).all() and (c[3] == 0).all()  # the kernel still computes
+
+
+def a_layers_kernels():
+    """Run each kernel of a layer, forward and backward, and that of a token step."""
+    x, weight = torch.ones(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    y = rms_norm(x, weight, 1e-6)
+    glu(y * 1, y * 1).sum().backward()
+    heads, angles = torch.ones(5, 2, 16, requires_grad=True), torch.ones(5, 16)
+    q, k = rope(heads, heads, angles, angles)
+    packed_attention(q, k, heads, torch.tensor([0, 5]), 5).sum().backward()
+    cache = torch.ones(5, 2, 4, 16)
+    decode_attention(heads.detach(), cache, cache, torch.full((5,), 3))
+
+
+@needs_interpreter
+def test_on_fake_tensors_an_operator_has_as_many_launches_as_its_kernels():
+    with Counter() as real:
+        a_layers_kernels()
+    with FakeTensorMode(), Counter() as fake:
+        a_layers_kernels()
+    launches, expected = (
+        {name: count.launches for name, count in counter.by_operator.items() if name.startswith("kit::")}
+        for counter in (fake, real)
+    )
+    assert launches == expected and len(launches) == 9
 
 
 @needs_interpreter

@@ -1,5 +1,7 @@
 """What one training step moves and launches, against bars: a layer that falls apart into operators fails."""
 
+import math
+
 import pytest
 from counting import Count
 from step_traffic import Config, count_step, grouped
@@ -7,11 +9,16 @@ from step_traffic import Config, count_step, grouped
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "most_gb", "most_launches"),
-    [("google/gemma-3-1b-it", 175, 4_000), ("Qwen/Qwen2.5-1.5B-Instruct", 200, 3_600)],
+    ("model", "tile_tokens", "most_gb", "most_launches"),
+    [
+        ("google/gemma-3-1b-it", 0, 175, 4_000),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 0, 200, 3_600),
+        ("google/gemma-3-1b-it", 2_048, math.inf, 14_000),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 2_048, math.inf, 14_000),
+    ],
 )
-def test_a_step_of_16384_tokens_stays_below_its_bars(model, most_gb, most_launches):
-    groups = count_step(Config(model=model))
+def test_a_step_of_16384_tokens_stays_below_its_bars(model, tile_tokens, most_gb, most_launches):
+    groups = count_step(Config(model=model, tile_tokens=tile_tokens))
     assert groups["elementwise"].bytes <= most_gb * 1e9
     assert sum(groups.values(), Count()).launches <= most_launches
 

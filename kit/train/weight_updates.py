@@ -21,7 +21,6 @@ Several ranks apply their gradients' sums instead: kit.train.sum_gradients.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable
 
@@ -118,8 +117,10 @@ class UpdateAtEnd(Updates):
         self.max_grad_norm = max_grad_norm
 
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
         check_finite(loss, norm)
+        if self.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.step()
         return norm
 
@@ -156,10 +157,11 @@ class UpdateFromHost(Updates):
     def finish(self, loss: torch.Tensor) -> torch.Tensor:
         norm = self.gradients.norm(loss)
         check_finite(loss, norm)
-        factor = ((self.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
+        factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         in_pieces = isinstance(self.optimizer, AdamW8bit)
         for parameter, first, gradient in self.gradients.returned(PIECE if in_pieces else sys.maxsize):
-            gradient.mul_(factor)
+            if self.max_grad_norm:
+                gradient.mul_(factor)
             if in_pieces:
                 self.optimizer.update(parameter, gradient, first=first)
             else:  # a step of torch's AdamW updates the parameters that have a gradient

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kit.models.backbone import head_weight
 from kit.packing import PackedBatch
@@ -139,6 +140,29 @@ def test_settings_that_exclude_one_another_are_refused_with_the_way_out():
         Savings(update_in_backward=True).check_rows(8)
     Savings(update_in_backward=True).check_rows(1)
     Savings().check_rows(8)
+
+
+class Products(TorchDispatchMode):
+    """Count the tensors that are multiplied in place."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.count += len(args[0]) if name == "aten::_foreach_mul_" else name == "aten::mul_"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_gradients_are_multiplied_only_to_clip_them(offloaded):
+    model, counts = make_model("llama"), []
+    for max_grad_norm in (0.0, 0.1):
+        step = TrainingStep(model, Savings(offload_gradients=offloaded), lr=0.0, max_grad_norm=max_grad_norm)
+        with Products() as products:
+            step([PackedBatch.build(random_documents(LENGTHS))])
+        step.close()
+        counts.append(products.count)
+    assert counts[1] - counts[0] == len(list(model.parameters()))
 
 
 def test_closing_removes_every_hook():

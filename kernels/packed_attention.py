@@ -22,7 +22,9 @@ behind the same two operators. On other devices without tensor cores that Triton
 is one `scaled_dot_product_attention` per document.
 """
 
+import warnings
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -229,15 +231,28 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
         )
 
 
+@cache
+def _takes(head_dim: int) -> bool:
+    """Return whether the kernels take heads of this width. Warns once if not."""
+    if head_dim > tiles.MAX_HEAD_DIM:
+        warnings.warn(
+            f"heads are {head_dim} wide and the attention kernels take up to {tiles.MAX_HEAD_DIM}, so "
+            "attention runs in plain torch: slower, and with more memory",
+            stacklevel=2,
+        )
+    return head_dim <= tiles.MAX_HEAD_DIM
+
+
 def _runs_in_operators(q: Tensor) -> bool:
     """Return whether the two operators can compute this.
 
-    They run the kernels if these are fast here, torch's flash attention on a CPU, and nothing at all on fake
-    tensors.
+    They run the kernels if these take it and are fast here, torch's flash attention on a CPU, and nothing at
+    all on fake tensors.
     """
-    if q.device.type in ("cpu", "meta") or isinstance(q, FakeTensor):
+    on_host = q.device.type in ("cpu", "meta")
+    if (on_host and not uses_triton(q)) or isinstance(q, FakeTensor):
         return True
-    return uses_triton(q) and has_tensor_cores(q.device)
+    return uses_triton(q) and _takes(q.shape[2]) and (on_host or has_tensor_cores(q.device))
 
 
 def packed_attention(
@@ -248,7 +263,7 @@ def packed_attention(
 
     q: (T, Hq, D); k, v: (T, Hkv, D) with Hq a multiple of Hkv, of any strides; fp16, bf16, fp32 or float64,
         one dtype and device (under torch.autocast they are cast to its dtype). The kernels take any D up to
-        256, the torch paths any D.
+        256; wider heads run without them, after a warning.
     cu_seqlens: (documents + 1,) int32 or int64, 0 first, T last, rising. A pack of no tokens, T = 0, has
         cu_seqlens = [0].
     max_seqlen: tokens of the longest document, or more.
@@ -262,17 +277,17 @@ def packed_attention(
     """
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    _check(q, k, v, cu_seqlens, max_seqlen, window)
     if not _runs_in_operators(q):
         return documents_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scale)
 
-    _check(q, k, v, cu_seqlens, max_seqlen, window)
     T, _, D = q.shape
     window = WHOLE_DOCUMENT if window is None else min(window, WHOLE_DOCUMENT)
     scale = D**-0.5 if scale is None else scale
-    if uses_triton(q) and (D > tiles.MAX_HEAD_DIM or T > WHOLE_DOCUMENT):
+    if uses_triton(q) and T > WHOLE_DOCUMENT:
         raise ValueError(
-            f"q is (T, Hq, D) = {tuple(q.shape)}; the kernels take D up to {tiles.MAX_HEAD_DIM} and T up to "
-            f"{WHOLE_DOCUMENT}; for wider heads use the model's own attention"
+            f"q is (T, Hq, D) = {tuple(q.shape)}; the kernels take T up to {WHOLE_DOCUMENT}: pass fewer "
+            "documents at once"
         )
     return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, float(scale))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import torch
 
 from kit.machine import GIB
 from kit.recipes.card.results import Card
+
+SHORT = 2.0  # seconds; a longer call is timed once
 
 
 class Usage(NamedTuple):
@@ -42,6 +45,16 @@ def timed(card: Card, call: Callable[[], object]) -> tuple[object, float]:
     result = call()
     card.synchronize()
     return result, time.perf_counter() - start
+
+
+def median_seconds(card: Card, call: Callable[[], object], *, first: float | None = None) -> float:
+    """Return the median of three times of a call; on a CPU, and of a long call, its only time.
+
+    first: seconds that the call took before; None = not known.
+    """
+    first = timed(card, call)[1] if first is None else first
+    more = 2 if card.is_cuda and first < SHORT else 0
+    return statistics.median([first, *(timed(card, call)[1] for _ in range(more))])
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ recipes/bench/sampler.py has, and vLLM.
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -27,7 +28,7 @@ from kit.machine import GIB
 from kit.memory.phases import SAMPLER
 from kit.recipes.card import models
 from kit.recipes.card.compare import attempt
-from kit.recipes.card.memory import held_gib, measured, timed
+from kit.recipes.card.memory import held_gib, measured, median_seconds, timed
 from kit.recipes.card.models import QWEN, build_to_sample, model_config
 from kit.recipes.card.profile import Profile, profiled
 from kit.recipes.card.results import Card, Results
@@ -38,6 +39,7 @@ from kit.rl import Settings
 
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 EVEN, UNEVEN, USUAL = "even", "uneven", "usual"  # lengths of the rows of a decode step
+DECODED = 96  # the most tokens that a row gets while decode steps are timed
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's
 
 
@@ -91,7 +93,7 @@ def sampled(card: Card, model, prompts: list[tuple[int, ...]], new_tokens: int) 
         generate(model, prompts, params(tokens), num_slots=len(prompts), seed=0, eos_token_id=NEVER)
 
     sample(3)
-    return len(prompts) * new_tokens / timed(card, lambda: sample(new_tokens))[1]
+    return len(prompts) * new_tokens / median_seconds(card, lambda: sample(new_tokens))
 
 
 def measure_speed(results: Results, card: Card, model) -> None:
@@ -119,7 +121,7 @@ def measure_decoding(results: Results, card: Card, model) -> None:
     long, usual, brief = (600, 60, 20) if card.small else (16_000, 1_024, 200)
     for label, lengths in ((USUAL, [usual] * 64), (EVEN, [brief] * 32), (UNEVEN, [long] + [brief] * 31)):
         title = f"decode step, [{lengths[0]:,}] + [{lengths[-1]:,}] x {len(lengths) - 1}"
-        gib = gib_to_sample(card, model, len(lengths), lengths[0] + 64)
+        gib = gib_to_sample(card, model, len(lengths), lengths[0] + DECODED)
         results.run(title, profile_decoding, model, lengths, label, seconds=5, gib=gib)
 
 
@@ -160,7 +162,7 @@ def decoded(card: Card, model, lengths: list[int], seen: int, steps: Steps) -> t
     """
     card.free()
     lengths = list(lengths)
-    engine = Engine(model, params(64), len(lengths), lengths[0] + 64, steps=steps)
+    engine = Engine(model, params(DECODED), len(lengths), lengths[0] + DECODED, steps=steps)
     for length in sorted(set(lengths)):
         rows = [row for row, other in enumerate(lengths) if other == length]
         engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
@@ -177,7 +179,7 @@ def decoded(card: Card, model, lengths: list[int], seen: int, steps: Steps) -> t
         tokens.append(queued.pop().read()[0])
 
     decode(3)  # compiles, and captures
-    seconds = timed(card, lambda: decode(2 * seen))[1] / (2 * seen)
+    seconds = statistics.median(timed(card, lambda: decode(2 * seen))[1] for _ in range(3)) / (2 * seen)
     return tokens, seconds, profiled(card, lambda: decode(seen))
 
 
@@ -237,4 +239,4 @@ def time_peer(card: Card, peer: Callable, model, prompts: list[list[int]], new_t
     total, wanted = sum(map(len, answers)), len(prompts) * new_tokens
     if total != wanted:
         raise ValueError(f"{total} tokens came back, {wanted} were asked for")
-    return total / seconds
+    return total / median_seconds(card, partial(answer, new_tokens=new_tokens), first=seconds)

@@ -1,8 +1,9 @@
 """Training steps at 16,384 tokens, from plain to lean settings: are the losses the same, where does time go?
 
 Every model that fits the card is trained three steps with each setting, from the same random weights, on rows
-of four documents. The second step is timed; the third runs under torch.profiler. Settings may change speed
-and memory, not the losses; without offloading, at most 6 copies to the host per row may make the CPU wait.
+of four documents. The second step is timed; the third runs under torch.profiler. If the second was short, two
+more are timed after them, and the median counts. Settings may change speed and memory, not the losses;
+without offloading, at most 6 copies to the host per row may make the CPU wait.
 Left out: how much memory a step takes (section fits; here --cap_gb only decides what runs), and several rows
 per step.
 """
@@ -13,7 +14,7 @@ import math
 from dataclasses import replace
 
 from kit.memory.run_plan import as_savings, entries_for
-from kit.recipes.card.memory import timed
+from kit.recipes.card.memory import median_seconds, timed
 from kit.recipes.card.models import NO_BF16, ROW_TOKENS, Training, build, model_config, shipped
 from kit.recipes.card.plans import plan_of, planned
 from kit.recipes.card.profile import Profile, profiled
@@ -73,13 +74,14 @@ def settings(name: str, card: Card) -> dict[str, Savings]:
 
 
 def train(results: Results, card: Card, title: str, training: Training) -> list[float]:
-    """Train three steps and record speed and profile. Returns the losses."""
+    """Train, and record speed and profile. Returns the losses of the first three steps."""
     rows = [training.row(DOCUMENTS, seed) for seed in range(3)]
     step = TrainingStep(build(card, training.config), training.savings, lr=1e-5)
     first = step([rows[0]])[0]  # compiles
     second, seconds = timed(card, lambda: step([rows[1]])[0])
     losses = [first, second]
     profile = profiled(card, lambda: losses.append(step([rows[2]])[0]))
+    seconds = median_seconds(card, lambda: step([rows[1]]), first=seconds)
     step.close()
 
     numbers, text = training.speed(card, rows[1], seconds)

@@ -12,9 +12,9 @@ from children import run_recipe
 from kit.kernels import packed_attention_tiles
 from kit.kernels.backend import HAS_TRITON
 from kit.machine import GIB
-from kit.recipes.card import tiles
+from kit.recipes.card import memory, tiles
 from kit.recipes.card.bars import BARS, report
-from kit.recipes.card.memory import measured
+from kit.recipes.card.memory import measured, median_seconds
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from kit.recipes.card.sampler import EVEN, UNEVEN, USUAL
 from kit.recipes.card.speed import MATMULS
@@ -52,6 +52,21 @@ def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sectio
     result, what_next = done.stdout.rstrip().splitlines()[-2:]
     assert result.startswith("CPU rehearsal, tiny shapes: ") and what_next.startswith("next   ")
     assert json.loads((folder / "config.json").read_text())["machine"]["torch"] == torch.__version__
+
+
+def test_on_a_card_the_median_of_three_short_calls_counts_and_a_long_one_runs_once(monkeypatch):
+    card = SimpleNamespace(is_cuda=True)
+    for times, first, expected in (
+        ([1.0, 1.8, 0.5], None, 1.0),
+        ([1.8, 0.5], 1.0, 1.0),
+        ([9.0, 1.0], None, 9.0),
+        ([], 9.0, 9.0),
+    ):
+        left = iter(times)
+        monkeypatch.setattr(memory, "timed", lambda *_, left=left: (None, next(left)))
+        assert median_seconds(card, print, first=first) == expected
+    left = iter([1.0, 2.0])
+    assert median_seconds(CPU, print) == 1.0
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ Qwen2.5-Math's, and its Table 3 is the published command of SimpleRL-Zoo, which 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,12 +199,9 @@ def table_of(settings: Mapping[str, object]) -> tuple[Setting, ...]:
 
 def _methods(settings: Mapping[str, object]) -> Iterator[str]:
     """Describe what is done otherwise and is not the value of one setting."""
-    model = str(settings.get("model", ""))
-    known = {Path(name).name.lower() for name in MODELS} | {*LARGER_MODELS}
-    if model and Path(model).name.lower() not in known:
-        yield f"model {model}, whose name is not one of the paper's (or one that was fine-tuned)"
-    if model.endswith(".gguf"):
-        yield "weights that a GGUF file has rounded (paper: bf16)"
+    yield from deviations_of_model(str(settings.get("model", "")))
+    if settings.get("server"):
+        yield "a server samples, whose weights and dtype cannot be checked (paper: bf16)"
     if settings.get("instruction"):
         yield f"the instruction stands below the problem ({QWEN_MATH}: in the system turn)"
     if "lr" in settings:
@@ -212,16 +210,26 @@ def _methods(settings: Mapping[str, object]) -> Iterator[str]:
         yield from _reinforcing(settings)
 
 
+def deviations_of_model(model: str) -> Iterator[str]:
+    """List what a model says by its name; nothing for "" and for the paper's own."""
+    if model and not _is_the_papers(model):
+        yield f"model {model}, whose name is not one of the paper's (or one that was fine-tuned)"
+    if model.endswith(".gguf"):
+        yield "weights that a GGUF file has rounded (paper: bf16)"
+
+
+def _is_the_papers(model: str) -> bool:
+    return Path(model).name.lower() in {*(Path(name).name.lower() for name in MODELS), *LARGER_MODELS}
+
+
 def _training(settings: Mapping[str, object]) -> Iterator[str]:
     bf16 = settings.get("device") == "cuda"
+    rests = {True: ", bf16 weights with their fp32 rests", False: ", bf16 weights rounded stochastically"}
     if settings.get("qlora_rank"):
         yield "the frozen weights are rounded to NF4 (paper: bf16)"
-    elif bf16 and "exact_weights" not in settings:
-        yield "AdamW with 8-bit states (paper: AdamW, bf16)"
-    elif bf16 and settings["exact_weights"]:
-        yield "AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"
-    elif bf16:
-        yield "AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)"
+    if bf16 or settings.get("optimizer") == "adamw8bit" or settings.get("offload_optimizer"):
+        weights = rests.get(settings.get("exact_weights"), "") if bf16 else ""  # a CPU has fp32 weights
+        yield f"AdamW with 8-bit states{weights} (paper: AdamW, bf16)"
     if settings.get("update_in_backward"):
         yield "each step is one row of packed traces, updated without a norm of all gradients"
     if "traces" in settings:
@@ -232,9 +240,19 @@ def _training(settings: Mapping[str, object]) -> Iterator[str]:
 def _reinforcing(settings: Mapping[str, object]) -> Iterator[str]:
     if (prompts := str(settings.get("prompts", ""))) and FOLDERS not in prompts:
         yield f"prompts {prompts} (paper: SimpleRL-Zoo's)"
+    levels, model = _levels_in(prompts), str(settings.get("model", ""))
+    wanted = MATH_LEVELS["0.5b" not in Path(model).name.lower()]
+    if levels and _is_the_papers(model) and levels != wanted:
+        yield f"prompts of MATH levels {levels} (paper: {wanted} for this model)"
     yield f"no entropy bonus ({SIMPLERL_ZOO}: coefficient 0.001)"
     yield f"old log-probs are the sampler's ({VERL}: computed again by the trainer)"
     yield f"a group's standard deviation + 1e-4 ({VERL}: + 1e-6), and no clamp of k3 ({VERL}: at 10)"
+
+
+def _levels_in(prompts: str) -> str:
+    """Return the MATH levels that the name of SimpleRL-Zoo's folder states, such as 1-4; "" if none does."""
+    found = re.search(FOLDERS + r"([0-9]+)to([0-9]+)", prompts)
+    return f"{found[1]}-{found[2]}" if found else ""
 
 
 def _written(value: object) -> str:

@@ -133,7 +133,8 @@ def deviations(config: Config, study: Study) -> list[str]:
     methods = [method for _, methods in study.models for method in methods]
     ranks = valley.study.ranks_of(FULL if FULL in methods else methods[0], config.qlora_rank)
     found = paper.deviations(vars(config) | ranks)
-    return found + study.deviations(config.qlora_rank)
+    of_models = (line for model, _ in study.models for line in paper.deviations_of_model(model))
+    return [*found, *dict.fromkeys(of_models), *study.deviations(config.qlora_rank)]
 
 
 def shared(config: Config, other: type) -> dict:

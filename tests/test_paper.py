@@ -92,11 +92,30 @@ def test_what_is_no_single_setting_is_said_too():
     adapted = deviations(config_of("finetune", qlora_rank=8))
     assert "qlora_rank 8 (paper: all parameters)" in adapted
     assert "the frozen weights are rounded to NF4 (paper: bf16)" in adapted
-    assert not [line for line in adapted if "AdamW" in line]
+    assert RESTS in adapted  # the adapters are in bf16, too
     on_cpu = deviations(config_of("finetune", device="cpu"))
     assert "device cpu (paper: bf16 on 8 H100)" in on_cpu and not [x for x in on_cpu if "AdamW" in x]
+    for savings in ({"optimizer": "adamw8bit"}, {"offload_optimizer": True}):
+        in_8_bits = deviations(config_of("finetune", device="cpu", **savings))
+        assert "AdamW with 8-bit states (paper: AdamW, bf16)" in in_8_bits
+    served = "a server samples, whose weights and dtype cannot be checked (paper: bf16)"
+    assert deviations(config_of("evaluate", server="http://localhost:8000")) == [served, INSTRUCTION]
     for name in ("/data/Qwen2.5-0.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"):
         assert not [line for line in deviations({"model": name}) if line.startswith("model")]
+
+
+@pytest.mark.parametrize(
+    ("model", "levels", "told"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instruct", "3to5", ["prompts of MATH levels 3-5 (paper: 1-4 for this model)"]),
+        ("Qwen/Qwen2.5-1.5B-Instruct", "1to4", ["prompts of MATH levels 1-4 (paper: 3-5 for this model)"]),
+        ("Qwen/Qwen2.5-1.5B-Instruct", "3to5", []),
+        ("runs/gemma3_1b_8k/001/model", "1to4", []),  # its size is not in its name
+    ],
+)
+def test_a_folder_of_prompts_with_other_levels_than_the_paper_gave_the_model_is_said(model, levels, told):
+    found = deviations(config_of("grpo", model=model, prompts=f"zoo:simplelr_qwen_level{levels}"))
+    assert [line for line in found if line.startswith("prompts")] == told
 
 
 def test_a_run_folders_settings_are_compared_as_its_config_was_and_unknown_ones_are_not():

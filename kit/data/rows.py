@@ -203,6 +203,7 @@ def _read_data_set(source: str) -> Iterator[tuple[str, object]]:
     require(f"{source}, a data set on the hub,", "datasets")
     path, _, split = source.partition("@")
     name, _, part = path.partition(":")
+    part = part.rstrip("/") or part  # a shell completes a folder with a slash
     # no narrower error: the hub client has no base class for "not found", "no network" and "no such split"
     try:
         rows = _load(name, part, split or "train")

@@ -44,7 +44,10 @@ def section(path: Path, results: StudyResults, model: str) -> str:
     ]
     heads = ("training set", "traces", "right per 1,000 tokens", "reflection, %", "tokens longer")
     title = f"<h3>Token efficiency and reflection ({html.escape(name)})</h3>"
-    return title + drawn + pages.table(heads, rows) + NOTE
+    judged = [found.results[name] for found in results.finished if found.cell.model == model]
+    left = sum(result.unjudged for result in judged if result.judged_reflection is not None)
+    left_open = LEFT_OPEN.format(left=left) if left else ""
+    return title + drawn + pages.table(heads, rows) + left_open + NOTE
 
 
 def _plain(value: Estimate | None, form: str) -> str:
@@ -74,6 +77,8 @@ def reflection_figure(curves: Mapping[str, Sequence[Reflection]], length_of: str
     return figure
 
 
+LEFT_OPEN = """<p>The judge gave no verdict on {left:,} answers with a keyword. They count as reflective, so
+the shares are still an upper bound; the same command asks again.</p>"""
 NOTE = f"""<p><small>Reflection: one of the paper's keywords, an upper bound, since the paper also has a
 language model confirm each; here that is done if a judge was asked (kit/evaluate/judge.py). Tokens longer:
 reflective answers minus the others. The paper states {paper.REFLECTION}, {paper.REFLECTION_LENGTH}.

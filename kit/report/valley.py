@@ -76,8 +76,14 @@ def opening(path: Path, results: StudyResults, model: str) -> str:
 def drawing(path: Path, results: StudyResults, model: str) -> str:
     """Write the figure of a model's curves, with the paper's numbers, and return it as HTML."""
     name, curves = short_name(model), results.curves(model)
-    draw = partial(valley_figure, curves, results.length_benchmark, paper.stars(name.lower()))
+    draw = partial(valley_figure, curves, results.length_benchmark, stars(results, model))
     return embed(path / f"{name}.png", draw, f"{model}: accuracy and length against the number of traces")
+
+
+def stars(results: StudyResults, model: str) -> dict[int, float]:
+    """Return the paper's numbers for a model; none if the study measures other benchmarks."""
+    measured = {name for found in results.finished for name in headline(found.results)}
+    return paper.stars(short_name(model).lower()) if measured == {*paper.BENCHMARKS} else {}
 
 
 def progress(results: StudyResults) -> str:
@@ -281,7 +287,8 @@ the base model throughout, and the one after 128k ends above it.</small></p>"""
 NOTES = """<p><small>Accuracy is by the strict grader, the mean of the paper's three benchmarks (or of all, if
 none of them was measured), each counting the same; differences are paired by question and seed. A column of a
 benchmark has an interval if there is one seed. Reflection: a keyword alone, an upper bound. ¹ Full
-fine-tuning, in percent; what its text states as a number, its curves carry none. ² Mean tokens of the
+fine-tuning, in percent: the mean of its three benchmarks, which the figure shows (as stars) only if all three
+were measured. What its text states as a number; its curves carry none. ² Mean tokens of the
 responses to {length}. ³ Measured: the sum of the steps, without sampling; the mean over the seeds. A QLoRA
 model is compared with the base model in its own precision, so what rounding to NF4 does is part of the
 difference.</small></p>"""

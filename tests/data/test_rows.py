@@ -83,6 +83,7 @@ def questions(source):
 def test_a_data_set_without_configs_is_read_folder_by_folder(data_set, folder):
     assert questions(f"{data_set}:{folder}") == [f"{folder} train {i}" for i in range(3)]
     assert questions(f"{data_set}:{folder}@test") == [f"{folder} test {i}" for i in range(3)]
+    assert questions(f"{data_set}:{folder}/") == questions(f"{data_set}:{folder}")
     (where, _), *_ = read_rows(f"{data_set}:{folder}", BadRows(0))
     assert where == f"{data_set}:{folder}[0]"
 

@@ -148,6 +148,15 @@ def test_the_default_is_the_papers_table_and_its_settings(recipe):
     assert {name: value for name, value in shared.items() if value != getattr(one, name)} == {}
 
 
+def test_models_that_are_not_the_papers_are_said(recipe):
+    config = recipe.Config(models="tiny,Qwen/Qwen2.5-3B-Instruct,m.gguf=qlora")
+    listed = recipe.deviations(config, recipe.study_of(config))
+    for model in ("tiny", "m.gguf"):
+        assert f"model {model}, whose name is not one of the paper's (or one that was fine-tuned)" in listed
+    assert listed.count("weights that a GGUF file has rounded (paper: bf16)") == 1
+    assert not [line for line in listed if line.startswith("model Qwen")]
+
+
 def test_a_preset_lists_every_one_of_its_deviations(recipe):
     config = parse(recipe.Config, ["--preset", "rtx24"], smoke=recipe.SMOKE, presets=recipe.PRESETS)
     listed = "\n".join(recipe.deviations(config, recipe.study_of(config)))

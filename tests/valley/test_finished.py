@@ -6,7 +6,7 @@ import random
 import pytest
 
 from kit.report.curve_figures import valley_figure
-from kit.report.valley import write_report
+from kit.report.valley import stars, write_report
 from kit.run import Journal
 from kit.valley.finished import StudyResults, write_study
 from kit.valley.jobs import DONE, FAILED
@@ -224,6 +224,27 @@ def test_beside_the_papers_stars_accuracy_is_by_its_grading_and_the_strict_one_i
     )
     page = write_report(path).read_text()
     assert "<td>50.0<br>(" in page and "as the paper graded, %" in page
+
+
+def test_the_papers_stars_are_beside_the_mean_of_its_three_benchmarks_alone(tmp_path, monkeypatch):
+    two = make_study(tmp_path / "two", study(sizes=(8_000,)), {TABLE: [0.2]})
+    assert stars(StudyResults.read(two), GEMMA) == {}
+    monkeypatch.setitem(QUESTIONS, "amc23", 20)
+    three = make_study(tmp_path / "three", study(sizes=(8_000,)), {TABLE: [0.2]})
+    assert stars(StudyResults.read(three), GEMMA) == {0: 24.0, 220_000: 15.0}
+
+
+def test_a_study_counts_the_answers_that_the_judge_left_open(tmp_path):
+    path = make_study(tmp_path, study(sizes=(8_000,)), {TABLE: [1.0]})
+    edit_rows(path, lambda _, row: row | {"text": "let me double-check"})
+    assert "gave no verdict" not in write_report(path).read_text()  # nobody was asked
+
+    def judged(benchmark, row):
+        is_open = benchmark == "math500" and row["question"] in ("q0", "q1")
+        return row | {"judged": None if is_open else True}
+
+    edit_rows(path, judged)  # two samples each, before and after
+    assert "The judge gave no verdict on 8 answers with a keyword." in write_report(path).read_text()
 
 
 def test_the_headline_is_of_the_papers_benchmarks_and_the_others_stand_apart(tmp_path, monkeypatch):

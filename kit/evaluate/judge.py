@@ -25,6 +25,7 @@ from kit.evaluate.sample_log import SampleLog
 from kit.http_json import FAULTS, call, describe
 from kit.journal import write_rows
 from kit.progress import Progress
+from kit.turns import THOUGHT_END
 
 QUESTION = """Below are passages of an answer to a mathematics problem. Does the writer, in any of them, go
 back to check, doubt or redo an earlier step of the answer? A mere mention of such a word does not count.
@@ -33,6 +34,7 @@ Reply with one word, yes or no.
 {passages}"""
 AROUND = 400  # characters of the answer on each side of a keyword
 PASSAGES = 3  # of one answer, at most: the first
+REPLY_TOKENS = 1_024  # one word, and room for a model that thinks first
 AT_ONCE = 8  # questions
 TIMEOUT = 60.0  # seconds for one reply
 GIVE_UP = 8  # questions in a row without a connection: the others are then not asked
@@ -70,7 +72,7 @@ class Judge:
         if self.unreachable >= GIVE_UP:
             return None, "not asked: the judge cannot be reached"
         message = {"role": "user", "content": QUESTION.format(passages=passages_of(text))}
-        question = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": 16}
+        question = {"model": self.model, "messages": [message], "temperature": 0, "max_tokens": REPLY_TOKENS}
         try:
             reply = self._call("/chat/completions", question)
             self.unreachable = 0
@@ -83,7 +85,7 @@ class Judge:
         except (OSError, http.client.HTTPException) as error:
             self.unreachable += 1
             return None, f"no reply ({describe(error)})"
-        match = VERDICT.match(said)
+        match = VERDICT.match(said.rpartition(THOUGHT_END)[2])
         return (match[1].lower() == "yes", "") if match else (None, "neither yes nor no")
 
     def _call(self, path: str, question: dict | None = None) -> dict:

@@ -25,6 +25,7 @@ REPLIES = {  # word of an answer -> what the server does: a reply's text, a stat
     "zeta": b'{"choices": []}',
     "eta": "hang up",
     "theta": "sleep",
+    "iota": f"<think>No, {'or ' * 100}maybe.</think>\n\nYes",
 }
 
 
@@ -65,8 +66,10 @@ class Handler(BaseHTTPRequestHandler):
         elif isinstance(reply, int):
             self._send(b"{}", reply)
         else:
-            text = {"choices": [{"message": {"content": reply}}]}
-            self._send(reply if isinstance(reply, bytes) else json.dumps(text).encode())
+            if isinstance(reply, str):
+                words = " ".join(reply.split()[: question["max_tokens"]])
+                reply = json.dumps({"choices": [{"message": {"content": words}}]}).encode()
+            self._send(reply)
 
 
 @contextmanager
@@ -99,7 +102,7 @@ def test_yes_and_no_are_verdicts_and_every_fault_is_counted_and_named_and_never_
     for problem, count in counts.items():
         problems[problem.split(" (")[0]] += count
     assert problems == {
-        "yes": 1,
+        "yes": 2,
         "no": 1,
         "neither yes nor no": 1,
         "HTTP status 500": 1,
@@ -110,9 +113,9 @@ def test_yes_and_no_are_verdicts_and_every_fault_is_counted_and_named_and_never_
     assert Journal(log).read()[0] == header
     result = read_result(log)
     judged = {row["text"].split()[1]: row["judged"] for row in result.rows if row["text"] != "plain"}
-    assert judged == dict.fromkeys(REPLIES) | {"alpha": True, "beta": False}
+    assert judged == dict.fromkeys(REPLIES) | {"alpha": True, "beta": False, "iota": True}
     assert "judged" not in result.rows[-1]  # it has no keyword, so it was not asked about
-    assert (result.reflection, result.judged_reflection, result.unjudged) == (8 / 9, 7 / 9, 6)
+    assert (result.reflection, result.judged_reflection, result.unjudged) == (0.9, 0.8, 6)
 
 
 def test_the_next_call_asks_again_about_those_without_a_verdict_alone(tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ from children import run_recipe
 
 from kit.kernels import packed_attention_tiles
 from kit.kernels.backend import HAS_TRITON
+from kit.kernels.gumbel import draw_reference
 from kit.machine import GIB
-from kit.recipes.card import memory, tiles
+from kit.recipes.card import memory, tiles, truth_draw
 from kit.recipes.card.bars import BARS, report
 from kit.recipes.card.memory import measured, median_seconds
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
@@ -139,6 +140,20 @@ def test_a_case_that_fails_ends_alone_and_its_reason_is_kept(tmp_path, capsys):
     assert rows[0]["where"][-1].startswith("test_check_card.py:")
     assert "FAIL    truth   first: RuntimeError: no such kernel" in capsys.readouterr().out
     assert "1 of 2 kernel checks right; 1 checks FAILED" in sentence(results, {"gpu": "none"})
+
+
+def test_where_every_drawn_token_is_wrong_the_tokens_fail_and_no_log_prob_is_judged(monkeypatch):
+    def draw_neighbours(logits, *streams, **settings):
+        tokens, logprobs = draw_reference(logits, *streams, **settings)
+        return (tokens + 1) % logits.shape[1], logprobs
+
+    monkeypatch.setattr(truth_draw, "draw", draw_neighbours)
+    results = Results(CPU)
+    results.run("draw", truth_draw.check_draw, torch.float32, 77, {"temperature": 0.0}, seconds=0)
+    assert [(row["name"], row["status"]) for row in results.rows[1:]] == [
+        ("draw: tokens", FAIL), ("draw", NOT_RUN),
+    ]  # fmt: skip
+    assert results.rows[-1]["text"].startswith("no token is the same")
 
 
 def test_a_lost_card_ends_the_run_with_the_table_of_what_is_known(tmp_path, monkeypatch, capsys):

@@ -53,6 +53,7 @@ class Config(Checked):
     titles: str = ""  # only models whose title has one of these, comma-separated; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
     attention: str = "auto"  # auto: kit; varlen: torch's own, untested on a GPU [auto | kit | varlen | torch]
+    cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph; changes the speed only
     # prompt
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = as measured
     instruction: str = "auto"  # line below every question; auto: as the model was measured; "" = none
@@ -147,7 +148,7 @@ def load(found: Found, config: Config) -> Side:
     size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:,.1f} M parameters"
     below = f"below each question: {instruction}" if instruction else "no instruction"
     print(visible(f"model  {found.title} ({size}; {below})"))
-    return Side(found.title, model, chat)
+    return Side(found.title, model, chat, cuda_graphs=config.cuda_graphs)
 
 
 def largest_matrix(model) -> int:

@@ -96,7 +96,7 @@ def main(config: Config) -> list[evaluate.Result]:
     print(paper.describe(paper.deviations(config)))
     print(f"time        {time}")
 
-    how = some_of(config, "num_samples", "num_slots", "seed")
+    how = some_of(config, "num_samples", "num_slots", "cuda_graphs", "seed")
     found = evaluate.evaluate_all(model, chat, benchmarks, params, run.path / SAMPLES, **how)
     results = list(found.values())
     if not here().is_first:
@@ -117,6 +117,7 @@ def plan_memory(config: Config, params: generate.SamplingParams) -> Config:
         params=params,
         num_slots=config.num_slots,
         num_samples=num_samples,
+        cuda_graphs=config.plans_graphs,
         **models.folder.adapter_ranks(config.model),
     )
     work = memory.hours.Work(num_samples, min(config.response_tokens, config.max_new_tokens), evaluations=1)

@@ -121,7 +121,7 @@ def main(config: Config) -> None:
     documents, held_out, schedule = read_documents(config, chat, run, context, benchmarks)
     print_consequences(config, model, schedule, benchmarks)
     during = evaluate.during_training.of_run(config, model, chat, benchmarks, run, held_out)
-    how = some_of(config, "num_samples", "num_slots", "seed")
+    how = some_of(config, "num_samples", "num_slots", "cuda_graphs", "seed")
     if config.baseline:
         before = copy_baseline(config, model, chat, benchmarks, run)
     else:
@@ -166,6 +166,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         params=config.params,
         num_samples=num_samples,
         **some_of(config, "num_slots", "row_tokens"),
+        cuda_graphs=config.plans_graphs,
         rows=1 if config.batch_traces == 1 else 2,  # per step, at least: how many depends on the traces
         **config.ranks,
     )

@@ -147,6 +147,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         model=config.model,
         settings=part_of(config, Settings),
         num_samples=samples,
+        cuda_graphs=config.plans_graphs,
         **ranks,
     )
     answers, tokens = config.steps * samples, min(config.response_tokens, config.max_new_tokens)
@@ -249,13 +250,13 @@ def main(config: Config) -> None:
     slots = rl.memory_plan.eval_slots(settings, eval_tokens)
 
     def measure(stage: str) -> None:
-        how = {"num_samples": config.num_samples, "num_slots": slots, "seed": config.seed}
+        how = some_of(config, "num_samples", "cuda_graphs", "seed") | {"num_slots": slots}
         evaluate.evaluate_all(model, chat, benchmarks, params, run.path / stage, **how)
 
     measure("before")
-    optimizer = some_of(config, "lr", "weight_decay", "max_grad_norm")
+    how = some_of(config, "lr", "weight_decay", "max_grad_norm", "cuda_graphs")
     savings = part_of(config, Savings)
-    policy = rl.Policy(model, chat, settings, savings=savings, reward=rewards, **optimizer)
+    policy = rl.Policy(model, chat, settings, savings=savings, reward=rewards, **how)
     schedule = some_of(config, "steps", "batch_prompts", "checkpoint_every")
     trained = rl.train(policy, questions, run, **schedule, planned=planned and planned.larger)
     del policy, model  # what is measured next is what was saved

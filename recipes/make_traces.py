@@ -97,7 +97,7 @@ def main(config: Config) -> Path:
         ),
         generate.SamplingParams(config.temperature, config.top_p, config.top_k, config.max_new_tokens),
         run.path / SAMPLES,
-        **some_of(config, "num_samples", "num_slots", "seed"),
+        **some_of(config, "num_samples", "num_slots", "cuda_graphs", "seed"),
     )  # fmt: skip
 
     rows = list(traces_of(found, config))

@@ -204,6 +204,7 @@ def main(config: Config) -> Path | None:
         **some_of(config, "num_slots", "row_tokens", "qlora_rank"),
         "params": config.params,
         "num_samples": config.count_samples(),
+        "cuda_graphs": config.plans_graphs,
         "card": config,
     }
     check_before_hours(config, study)

@@ -54,6 +54,7 @@ class Side:
     title: str
     model: PreTrainedModel
     chat: ChatFormat
+    cuda_graphs: bool = True  # as kit.generate.generate takes it
     history: list[tuple[str, str]] = field(default_factory=list)  # (problem, answer) of the turns before
     ids: list[int] = field(default_factory=list)
     has_ended: bool = False
@@ -99,6 +100,7 @@ class Side:
             num_slots=1,
             seed=seed,
             eos_token_id=self.chat.eos_token_ids,
+            cuda_graphs=self.cuda_graphs,
             keys=[[Question.of({"problem": problem, "answer": "?"}).id, sample]],
         )
         is_whole = False

@@ -49,6 +49,7 @@ class DuringTraining:
     row_tokens: int = 16_384
     logit_rows: int = 0
     num_slots: int = 0
+    cuda_graphs: bool = True
     seed: int = 0
     write_report: Callable[..., object] | None = None
     tracker: Tracker = field(default_factory=Tracker)
@@ -69,7 +70,7 @@ class DuringTraining:
 
         if not here().from_first(is_due):
             return
-        how = {"num_samples": 1, "num_slots": self.num_slots, "seed": self.seed}
+        how = {"num_samples": 1, **some_of(self, "num_slots", "cuda_graphs", "seed")}
         measured = {
             benchmark.name: figures(evaluate(self.model, self.chat, benchmark, self.params, folder, **how))
             for benchmark in self.benchmarks
@@ -105,7 +106,7 @@ def of_run(config, model, chat, benchmarks, run: RunFolder, held_out) -> DuringT
     asked = ", ".join(f"{b.name} {len(b.questions)} x 1" for b in part)
     beside = f"the loss on {len(held_out)} held-out traces" if held_out else "no held-out traces"
     print(f"during      every {config.eval_every:,} steps: {asked}; {beside}")
-    shared = some_of(config, "row_tokens", "logit_rows", "num_slots", "seed")
+    shared = some_of(config, "row_tokens", "logit_rows", "num_slots", "cuda_graphs", "seed")
     shared |= {"write_report": run.metrics.write_report, "tracker": run.metrics.tracker}
     return DuringTraining(model, chat, part, config.params, run.path, config.eval_every, held_out, **shared)
 

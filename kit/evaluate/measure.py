@@ -48,6 +48,7 @@ def evaluate(
     *,
     num_samples: int = 0,
     num_slots: int = 0,
+    cuda_graphs: bool = True,
     seed: int = 0,
 ) -> Result:
     """Sample and grade `benchmark`, whose questions have been read, and write folder/<name>.jsonl.
@@ -56,7 +57,7 @@ def evaluate(
 
     model: a transformers model, or a kit.generate.server.Server, which samples in its place.
     num_samples: k, samples per question; 0 = the benchmark's own. num_slots: responses sampled at once; 0 =
-    as many as memory holds.
+    as many as memory holds. cuda_graphs: as for kit.generate.generate; a server has its own.
     Raises ValueError if the file belongs to another model, prompt, decoding or version, since samples below
     two headers are not one result; for NaN in weights or logits; if another process works in the run; if
     ranks differ in any of these; and if memory runs out. Raises Stopped after Ctrl-C.
@@ -86,7 +87,9 @@ def evaluate(
         key = {"question": question.id, "sample": i, "prompt": digest(rendered[question.id])}
         journal.append({**key, **_row(question, completion), "cuts": _cuts(completion, chat)})
 
-    generate_with = model.generate if isinstance(model, Server) else partial(generate, model)
+    generate_with = (
+        model.generate if isinstance(model, Server) else partial(generate, model, cuda_graphs=cuda_graphs)
+    )
 
     def sample() -> None:
         generate_with(

@@ -34,8 +34,14 @@ class ModelSettings(Checked):
     # model
     device: str = "cuda"  # [cuda | cpu]
     attention: str = "auto"  # auto: kit; varlen: torch's own, untested on a GPU [auto | kit | varlen | torch]
+    cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph; changes the speed only
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
+
+    @property
+    def plans_graphs(self) -> bool:
+        """Whether a memory plan counts the sampler's CUDA graphs."""
+        return self.cuda_graphs and self.device == "cuda"
 
 
 @dataclass(frozen=True)

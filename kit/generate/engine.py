@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from kit.generate.decode import Decoder
-from kit.generate.graph import Steps, steps_for
+from kit.generate.graph import steps_for
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams, sample
 from kit.models.backbone import hidden_states, next_token_logits
@@ -47,14 +47,14 @@ class Engine:
     """The model with its slots: `prefill` fills rows, `decode` advances rows 0..B-1 by one token."""
 
     def __init__(
-        self, model, params: SamplingParams, num_slots: int, capacity: int, *, steps: Steps | None = None
+        self, model, params: SamplingParams, num_slots: int, capacity: int, *, cuda_graphs: bool = True
     ):
-        """steps: how token steps run; None = as kit.generate.graph.steps_for says."""
+        """cuda_graphs: replay token steps, on a card whose kernel reads the cache."""
         self.model, self.params, self.decoder = model, params, Decoder(model)
         weight = model.get_input_embeddings().weight
         self.device, self.num_slots = weight.device, num_slots
         self.cache = SlotCache(model, num_slots, capacity)
-        self.steps = steps or steps_for(self.device, self.cache.uses_kernel)
+        self.steps = steps_for(self.device, self.cache.uses_kernel, cuda_graphs)
 
         def state(dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.zeros(num_slots, dtype=dtype, device=self.device)
@@ -63,6 +63,8 @@ class Engine:
         # of its random stream, and the number of tokens drawn so far
         self.positions, self.tokens, self.keys, self.drawn = state(), state(), state(), state()
         self.logprobs = state(torch.promote_types(weight.dtype, torch.float32))  # of the last drawn tokens
+        self.state = {"positions": self.positions, "tokens": self.tokens, "keys": self.keys}
+        self.state |= {"draws": self.drawn, "log-probs": self.logprobs}
 
     def _send(self, values: list[int]) -> torch.Tensor:
         """Copy integers to the device without waiting for what it computes."""
@@ -101,7 +103,7 @@ class Engine:
         size = self.steps.size(num_rows, self.num_slots)
         if size > num_rows:  # free slots fill up the batch: they read one key, and write where nobody reads
             self.positions[num_rows:size] = 0
-        self.steps(size, partial(self._step, size, max(lengths)))
+        self.steps(size, partial(self._step, size, max(lengths)), self.state)
         return Drawn(self.tokens[:num_rows], self.logprobs[:num_rows])
 
     def _step(self, size: int, longest: int) -> None:

@@ -6,20 +6,26 @@ the state of the rows (kit/generate/engine.py). What lives within a step lies in
 they share: none reads what another left there.
 
 The first step with a number of rows runs eagerly, which compiles kernels and creates workspaces; the second
-is captured. Numbers of rows are rounded up, so that a batch that shrinks needs few graphs. The rows added
-are free slots.
+is captured, and runs eagerly, too. The third proves the graph: it is replayed, and run eagerly from the same
+state. The captured step has changed that state, so a value or an address that the graph holds fast shows as
+another token or log-prob. Both must leave the same bits: the eager step runs on the stream of the capture,
+with the same workspace, so cuBLAS has no reason to choose another algorithm. If they differ, a warning says
+so, the eager step counts, and this process replays no graph any more. What a wrong graph writes elsewhere
+than a step does is neither seen nor undone. From the fourth step on, steps are replayed.
+
+Numbers of rows are rounded up, so that a batch that shrinks needs few graphs. The rows added are free slots.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import ClassVar
 
 import torch
 
-# True: a card replays its steps. To be switched on once check_card, which runs both ways, has shown on a card
-# that they draw the same tokens. A capture that fails switches it off
-USES_GRAPHS = False
+State = Mapping[str, torch.Tensor]  # what a step changes in place besides the cache, by name
 
 
 class Eager:
@@ -29,58 +35,99 @@ class Eager:
         """Return the rows that a step computes for num_rows."""
         return num_rows
 
-    def __call__(self, size: int, step: Callable[[], None]) -> None:
-        """Run a step of `size` rows."""
+    def __call__(self, size: int, step: Callable[[], None], state: State) -> None:
+        """Run a step of `size` rows, which changes `state`."""
         step()
 
 
 class Graphs:
-    """Steps are captured once per size and replayed: it is the second step of a size that is replayed.
+    """Steps are captured once per size, proved once, and then replayed.
 
-    If a capture fails, a warning says so, and all steps run eagerly.
+    If that fails, a warning says why, and all steps run eagerly.
     """
+
+    # in this process: torch may keep the memory of a failed capture, and a graph that differs once may again
+    have_failed: ClassVar[bool] = False
 
     def __init__(self, recorder):
         """recorder: a Recorder, or another with its two methods; None = run all steps eagerly."""
         self.recorder = recorder
         self.graphs = {}  # size -> its graph; None: warmed up
+        self.proved = set()  # sizes whose graph has left what an eager step leaves
 
     def size(self, num_rows: int, num_slots: int) -> int:
         """Return 8, 16, 24, 32, 48, 64, 96, 128, ...: by at most half more than num_rows from 17 on."""
         unit = max(8, 2 ** (num_rows - 1).bit_length() // 4)
         return min(-(-num_rows // unit) * unit, num_slots)
 
-    def __call__(self, size: int, step: Callable[[], None]) -> None:
+    def __call__(self, size: int, step: Callable[[], None], state: State) -> None:
         if self.recorder is None:
             step()
+        elif size in self.proved:
+            self.graphs[size].replay()
         elif size not in self.graphs:
             self.graphs[size] = None
-            self.recorder.warm_up(step)
+            self.recorder.run(step)
+        elif self.graphs[size] is None:
+            self._capture(size, step)
+            step()
         else:
-            graph = self.graphs[size] or self._capture(size, step)
-            graph.replay() if graph else step()
+            self._prove(size, step, state)
 
-    def _capture(self, size: int, step: Callable[[], None]):
+    def _capture(self, size: int, step: Callable[[], None]) -> None:
         try:
             self.graphs[size] = self.recorder.capture(step)
         except RuntimeError as error:
-            global USES_GRAPHS  # torch may keep the memory of a failed capture: there must not be another
-            USES_GRAPHS = False
-            self.recorder = None
-            self.graphs.clear()
-            why = " ".join(str(error).split())[:200]
-            warnings.warn(f"tokens are sampled without CUDA graphs, with more launches: {why}", stacklevel=2)
-        return self.graphs.get(size)
+            self._give_up(" ".join(str(error).split())[:200])
+
+    def _prove(self, size: int, step: Callable[[], None], state: State) -> None:
+        """Replay a step, then run it eagerly from the same state.
+
+        The eager one comes last, so that what it leaves counts, also in the cache. And the replay finds no
+        keys of this step there: if it writes its own elsewhere, its tokens attend to others.
+        """
+        before = {name: values.clone() for name, values in state.items()}
+        self.graphs[size].replay()
+        replayed = {name: values.clone() for name, values in state.items()}
+        for name, values in state.items():
+            values.copy_(before[name])
+        self.recorder.run(step)
+
+        different = [name for name, values in state.items() if not _same_bits(values, replayed[name])]
+        if different:
+            self._give_up(
+                f"the graph of {size} rows left other {' and '.join(different)} than the same step run "
+                "eagerly, which counts"
+            )
+        else:
+            self.proved.add(size)
+
+    def _give_up(self, why: str) -> None:
+        Graphs.have_failed = True
+        self.recorder = None
+        self.graphs.clear()
+        warnings.warn(f"tokens are sampled without CUDA graphs, with more launches: {why}", stacklevel=2)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors hold the same bits, NaN included. The host waits for the device."""
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures on a device: for each stream, cuBLAS keeps a workspace for good."""
+    return torch.cuda.Stream(device)
 
 
 class Recorder:
     """Captures steps on a stream of its own, as torch.cuda.graph asks for."""
 
     def __init__(self, device: torch.device):
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.stream, self.pool = _stream(device), torch.cuda.graph_pool_handle()
 
-    def warm_up(self, step: Callable[[], None]) -> None:
-        """Run a step on the stream, which has a workspace of cuBLAS of its own."""
+    def run(self, step: Callable[[], None]) -> None:
+        """Run a step eagerly on the stream, which has a workspace of cuBLAS of its own."""
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -100,7 +147,7 @@ class Recorder:
 Steps = Eager | Graphs
 
 
-def steps_for(device: torch.device, uses_kernel: bool) -> Steps:
+def steps_for(device: torch.device, uses_kernel: bool, cuda_graphs: bool) -> Steps:
     """Return how steps run. uses_kernel: the lengths of rows are read on the device alone."""
-    captures = USES_GRAPHS and uses_kernel and device.type == "cuda"
-    return Graphs(Recorder(device)) if captures else Eager()
+    replays = cuda_graphs and uses_kernel and device.type == "cuda" and not Graphs.have_failed
+    return Graphs(Recorder(device)) if replays else Eager()

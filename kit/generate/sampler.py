@@ -68,6 +68,7 @@ def generate(
     seed: int,
     eos_token_id: int | Sequence[int],
     keys: Sequence[object] | None = None,
+    cuda_graphs: bool = True,
     decode: Callable[[list[int]], str] | None = None,
     on_finish: Callable[[int, Completion], None] | None = None,
     description: str = "generating",
@@ -78,6 +79,7 @@ def generate(
     num_slots: rows decoded at once; 0 = as many as memory holds. Fewer are used, and a line says so, if a
     card does not hold them. keys: with `seed` the name of each prompt's random stream, for example
     (question id, sample index); None = the prompt's index.
+    cuda_graphs: on a card, replay the step of a token (kit/generate/graph.py); off: launch its kernels.
     decode: ids -> text. on_finish(index, completion): called when a completion ends. description: of the
     progress; "" = show none.
     Raises ValueError for an unknown family, an empty prompt, and logits that are not finite, and if a prompt
@@ -85,7 +87,7 @@ def generate(
     """
     done: list[Completion | None] = [None] * len(prompts)
     how = {"num_slots": num_slots, "seed": seed, "eos_token_id": eos_token_id, "keys": keys}
-    steps = stream(model, prompts, params, **how)
+    steps = stream(model, prompts, params, **how, cuda_graphs=cuda_graphs)
     progress = Samples(len(prompts), description)
     with progress if description else nullcontext(), closing(steps):  # also if on_finish raises
         for step in steps:
@@ -112,6 +114,7 @@ def stream(
     seed: int,
     eos_token_id: int | Sequence[int],
     keys: Sequence[object] | None = None,
+    cuda_graphs: bool = True,
 ) -> Generator[Step]:
     """Sample as `generate` does, and yield after every step, for example to let another model take one.
 
@@ -124,7 +127,7 @@ def stream(
     num_slots = choose_slots(model, num_slots, len(prompts), capacity) if prompts else 0
     stop = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     streams = [stream_key(seed, key) for key in keys]
-    return _run_slots(model, prompts, params, streams, stop, num_slots, capacity)
+    return _run_slots(model, prompts, params, streams, stop, num_slots, capacity, cuda_graphs)
 
 
 # without inference mode, 10 % of the time of a small model's many tiny operations is autograd's bookkeeping
@@ -137,11 +140,12 @@ def _run_slots(
     stop: set[int],
     num_slots: int,
     capacity: int,
+    cuda_graphs: bool,
 ) -> Generator[Step]:
     if not prompts:
         return
     slots = [_Slot(-1) for _ in range(num_slots)]
-    engine = Engine(model, params, num_slots, capacity)
+    engine = Engine(model, params, num_slots, capacity, cuda_graphs=cuda_graphs)
     waiting, ahead = deque(range(len(prompts))), steps_ahead(engine.device)
     queued: deque[tuple[list[_Slot], Drawn]] = deque()
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kit.generate import graph
 from kit.generate.kv_cache import cache_bytes
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.generate.sampling import SamplingParams, sample
@@ -116,6 +115,7 @@ class Run(Adapters):
     model: str  # as load_config takes it
     num_samples: int = MOST_SLOTS  # of an evaluation or a rollout: more slots would stay empty
     prompt_tokens: int = PROMPT_TOKENS
+    cuda_graphs: bool = True  # the sampler replays its steps
     without: ClassVar[tuple[str, ...]] = ()  # savings that it cannot have
     drops_unneeded: ClassVar[bool] = True  # savings of the ladder without which it fits, too
 
@@ -151,7 +151,8 @@ class MeasuredRun(Run):
         weights = Ledger(fake)
         weights.close()
         lasting = Plan.of_step(weights, model=self.model, row_tokens=0, savings=Savings(), **self.ranks)
-        return simulate_sampling(fake, mode, self.params, self.prompt_tokens, lasting)
+        sizes = self.prompt_tokens, self.cuda_graphs
+        return simulate_sampling(fake, mode, self.params, *sizes, lasting)
 
     def simulate(self, savings: Savings) -> RunPlan:
         num_slots = self.num_slots or min(USUAL_SLOTS, self.num_samples)
@@ -170,7 +171,12 @@ class MeasuredRun(Run):
 
 
 def simulate_sampling(
-    fake: nn.Module, mode: FakeTensorMode, params: SamplingParams, prompt_tokens: int, lasting: Plan
+    fake: nn.Module,
+    mode: FakeTensorMode,
+    params: SamplingParams,
+    prompt_tokens: int,
+    cuda_graphs: bool,
+    lasting: Plan,
 ) -> Sampling:
     """Return what sampling holds on fake tensors. lasting: its owners are on the card all the time."""
     positions = min(prompt_tokens + params.max_new_tokens, fake.config.max_position_embeddings)
@@ -184,7 +190,7 @@ def simulate_sampling(
         with mode:
             drawing = transient(fake, lambda: _draw(fake, num_slots, params))
             both = (drawing, reading(min(PREFILL_TOKENS, num_slots * prompt_tokens)))
-            step = sum(both) if graph.USES_GRAPHS else max(both)  # graphs keep their memory
+            step = sum(both) if cuda_graphs else max(both)  # graphs keep their memory
 
         owners = lasting.owners | {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
         answers = "1 answer" if num_slots == 1 else f"{num_slots} answers"

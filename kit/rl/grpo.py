@@ -61,9 +61,9 @@ from kit.train.step import TrainingStep
 class Policy:
     """A model in training, its chat format, and how many prompts it has rolled out. Close it after training.
 
-    max_grad_norm: as in TrainingStep. reward: one, or several by name, which add up. Raises ValueError for
-    savings that update inside the backward pass, and for a KL on adapters that have been trained before,
-    since the model that they start from is not at hand.
+    max_grad_norm: as in TrainingStep. reward: one, or several by name, which add up. cuda_graphs: as for
+    kit.generate.generate. Raises ValueError for savings that update inside the backward pass, and for a KL on
+    adapters that have been trained before, since the model that they start from is not at hand.
     """
 
     def __init__(
@@ -77,8 +77,10 @@ class Policy:
         max_grad_norm: float = 1.0,
         savings: Savings | None = None,
         reward: Reward | Mapping[str, Reward] = correctness,
+        cuda_graphs: bool = True,
     ):
         self.model, self.chat, self.settings = model, chat, settings
+        self.cuda_graphs = cuda_graphs
         name = getattr(reward, "__name__", "reward")
         self.rewards = reward if isinstance(reward, Mapping) else {name: reward}
         self.savings = savings or Savings()
@@ -140,6 +142,7 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
             [encoded[i] for i, _ in wanted],
             SamplingParams(settings.temperature, top_p=1.0, top_k=0, max_new_tokens=settings.max_new_tokens),
             num_slots=settings.num_slots,
+            cuda_graphs=policy.cuda_graphs,
             seed=settings.seed,
             eos_token_id=chat.eos_token_ids,
             keys=[[prompts[i].id, groups[i], sample] for i, sample in wanted],

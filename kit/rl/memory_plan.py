@@ -69,7 +69,7 @@ class RLRun(Run):
 
         params = SamplingParams(settings.temperature, 1.0, 0, settings.max_new_tokens)
         longest_prompt = capacity(settings, self.prompt_tokens) - settings.max_new_tokens
-        sampling = simulate_sampling(fake, mode, params, longest_prompt, lasting)
+        sampling = simulate_sampling(fake, mode, params, longest_prompt, self.cuda_graphs, lasting)
         return RunPlan(update, sampling, settings.num_slots, self)
 
     def smaller(self) -> Iterator[list[dict]]:

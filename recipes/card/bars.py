@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kit.recipes.card.results import Card, Results
-from kit.recipes.card.sampler import EVEN, UNEVEN, USUAL
+from kit.recipes.card.sampler import EVEN, GRAPH, UNEVEN, USUAL
 from kit.recipes.card.speed import MATMULS
 from kit.recipes.card.speed_attention import FLASH, VARLEN
 
@@ -25,8 +25,8 @@ def numbers(rows: Rows, key: str, **wanted) -> list:
 
 
 def decode_seconds(rows: Rows, lengths: str) -> float:
-    """Return the seconds of a decode step, eager or in a graph."""
-    return min(numbers(rows, "seconds_per_decode_step", lengths=lengths))
+    """Return the seconds of a decode step, as the sampler runs it."""
+    return min(numbers(rows, "seconds_per_decode_step", lengths=lengths, way=GRAPH))
 
 
 def uneven_over_even(rows: Rows) -> float:

@@ -53,13 +53,14 @@ def run(results: Results, card: Card) -> None:
         train(results, card, plan, settings, chat, questions)
 
 
-def plan_step(card: Card, settings: Settings, prompt_tokens: int) -> RunPlan:
+def plan_step(card: Card, settings: Settings, prompt_tokens: int, *, cuda_graphs: bool = True) -> RunPlan:
     """Plan a step on Qwen2.5-0.5B, or on a rehearsal's small one. prompt_tokens: of the longest prompt."""
     with TemporaryDirectory() as folder:
         if card.small:
             config_to_sample(card).save_pretrained(folder)
         model = folder if card.small else QWEN
-        return RLRun(model=model, settings=settings, prompt_tokens=prompt_tokens).simulate(Savings())
+        what = {"settings": settings, "prompt_tokens": prompt_tokens, "cuda_graphs": cuda_graphs}
+        return RLRun(model=model, **what).simulate(Savings())
 
 
 def train(

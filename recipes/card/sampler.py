@@ -22,7 +22,6 @@ from transformers import GenerationConfig
 
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.engine import Engine
-from kit.generate.graph import Eager, Graphs, Recorder, Steps
 from kit.generate.sampler import PREFILL_TOKENS
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
@@ -40,6 +39,7 @@ from kit.rl import Settings
 NEVER = 10**9  # an end of text beyond every vocabulary: no row draws it
 EVEN, UNEVEN, USUAL = "even", "uneven", "usual"  # lengths of the rows of a decode step
 DECODED = 96  # the most tokens that a row gets while decode steps are timed
+EAGER, GRAPH = "eager", "graph"  # how it runs: the graph is what the sampler does unless told otherwise
 SPREAD = 5.0  # standard deviation of the logits: a nucleus like a trained model's
 
 
@@ -126,12 +126,15 @@ def measure_decoding(results: Results, card: Card, model) -> None:
 
 
 def profile_decoding(results: Results, card: Card, title: str, model, lengths: list[int], label: str) -> None:
-    """Time and profile decode steps, run eagerly and in graphs. label: of the lengths."""
+    """Time and profile decode steps, run eagerly and in graphs. label: of the lengths.
+
+    Graphs that could not be captured, or that the sampler itself found to differ, launch as much as eager
+    steps, and fail the check.
+    """
     drawn, seconds, launches, seen = [], [], [], 2 if card.small else 10
     numbers = {"lengths": label, "floor_seconds": bytes_to_move(model, lengths) / copy_gbs(card) / 1e9}
-    recorder = Recorder(card.device) if card.device.type == "cuda" else None
-    for way, steps in (("eager", Eager()), ("graph", Graphs(recorder))):
-        tokens, each, profile = decoded(card, model, lengths, seen, steps)
+    for way in (EAGER, GRAPH):
+        tokens, each, profile = decoded(card, model, lengths, seen, cuda_graphs=way == GRAPH)
         drawn.append(tokens)
         seconds.append(each)
         counts = {name: getattr(profile, name) / seen for name in ("launches", "kernels", "copies_to_host")}
@@ -139,7 +142,7 @@ def profile_decoding(results: Results, card: Card, title: str, model, lengths: l
         text = ", ".join(f"{count:.1f} {name.replace('_', ' ')}" for name, count in counts.items())
         text = f"{1000 * each:.2f} ms, {text}, the card busy for {profile.busy / seen / each:.0%}"
         numbers["seconds_per_decode_step"] = each
-        results.figure(f"{title}, {way}", text, **counts, **numbers, longest=profile.longest)
+        results.figure(f"{title}, {way}", text, way=way, **counts, **numbers, longest=profile.longest)
 
     same = sum(a == b for pair in zip(*drawn, strict=True) for a, b in zip(*pair, strict=True))
     total = len(lengths) * len(drawn[0])
@@ -155,14 +158,16 @@ def bytes_to_move(model, lengths: list[int]) -> int:
     return weights + sum(cache_bytes(model, 1, length) for length in lengths) + logits
 
 
-def decoded(card: Card, model, lengths: list[int], seen: int, steps: Steps) -> tuple[list, float, Profile]:
+def decoded(
+    card: Card, model, lengths: list[int], seen: int, *, cuda_graphs: bool
+) -> tuple[list, float, Profile]:
     """Read prompts of these lengths, and decode. Return each step's tokens, seconds per step, a profile.
 
-    seen: steps in the profile. steps: of the engine.
+    seen: steps in the profile. cuda_graphs: as for the engine.
     """
     card.free()
     lengths = list(lengths)
-    engine = Engine(model, params(DECODED), len(lengths), lengths[0] + DECODED, steps=steps)
+    engine = Engine(model, params(DECODED), len(lengths), lengths[0] + DECODED, cuda_graphs=cuda_graphs)
     for length in sorted(set(lengths)):
         rows = [row for row, other in enumerate(lengths) if other == length]
         engine.prefill(rows, random_prompts([length], model, length) * len(rows), rows)
@@ -178,7 +183,7 @@ def decoded(card: Card, model, lengths: list[int], seen: int, steps: Steps) -> t
                 tokens.append(queued.pop(0).read()[0])
         tokens.append(queued.pop().read()[0])
 
-    decode(3)  # compiles, and captures
+    decode(3)  # compiles and captures, proves the graph, replays it
     seconds = statistics.median(timed(card, lambda: decode(2 * seen))[1] for _ in range(3)) / (2 * seen)
     return tokens, seconds, profiled(card, lambda: decode(seen))
 
@@ -199,7 +204,7 @@ def check_reading(results: Results, card: Card, model) -> None:
         usage = measured(card, read, held=held_gib(card))
 
     settings = Settings(max_new_tokens=16, num_slots=rows, row_tokens=4 * length)
-    planned = plan_step(card, settings, length).sampling.owners[SAMPLER] / GIB
+    planned = plan_step(card, settings, length, cuda_graphs=False).sampling.owners[SAMPLER] / GIB
     held, speed = usage.allocated, rows * length / usage.seconds
     text = f"{held:.2f} GiB besides model and cache, planned {planned:.2f}; {speed:,.0f} tokens/s"
     holds = not card.is_cuda or held <= 1.1 * planned

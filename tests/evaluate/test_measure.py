@@ -1,3 +1,4 @@
+import io
 import json
 import time
 
@@ -7,9 +8,13 @@ from children import call, wait
 
 from kit import models
 from kit.data.chat import ChatFormat
+from kit.evaluate.asking import Side, ask
 from kit.evaluate.benchmarks import parse_benchmarks
+from kit.evaluate.during_training import DuringTraining
 from kit.evaluate.measure import _cuts, evaluate, fingerprint
 from kit.evaluate.results import read_result
+from kit.generate import engine
+from kit.generate.graph import Eager
 from kit.generate.sampler import Completion
 from kit.generate.sampling import SamplingParams
 from kit.grade.verdict import grade
@@ -163,3 +168,26 @@ def test_killed_and_resumed_with_other_slots_it_equals_an_unbroken_run(tmp_path)
     assert rows("whole") == rows("broken")
     assert len(rows("whole")) == 60
     assert len({row["text"] for row in rows("whole")}) > 30  # some of the 30 questions have two answers
+
+
+def test_an_evaluation_without_graphs_says_so_to_the_sampler_and_its_log_is_the_same(
+    tiny, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(engine, "steps_for", lambda *how: asked.append(how[-1]) or Eager())
+    for i, switch in enumerate(({}, {"cuda_graphs": False})):
+        evaluate(*tiny, toy(1), PARAMS, tmp_path / str(i), num_samples=1, **switch)
+    assert asked == [True, False]
+    logs = [(tmp_path / str(i) / "toy.jsonl").read_text().splitlines() for i in (0, 1)]
+    assert logs[0][0] == logs[1][0]  # so a run may go on without them
+
+
+def test_a_measurement_during_training_and_a_model_that_is_asked_hand_the_switch_on(
+    tiny, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(engine, "steps_for", lambda *how: asked.append(how[-1]) or Eager())
+    off = {"cuda_graphs": False}
+    DuringTraining(*tiny, [toy(1)], PARAMS, tmp_path, 1, **off)(0)
+    ask([Side("tiny", *tiny, **off)], "1+2?", PARAMS, out=io.StringIO())
+    assert asked == [False, False]

@@ -1,6 +1,6 @@
 """The token step as a card replays it: to run the captured step again stands for a replay of its kernels."""
 
-from functools import partial
+import warnings
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kit.generate import decode, graph, kv_cache, sampler
+from kit.generate import decode, engine, graph, kv_cache, sampler
 from kit.generate.engine import Engine
-from kit.generate.graph import Eager, Graphs
+from kit.generate.graph import Eager, Graphs, steps_for
 from kit.generate.sampling import SamplingParams
 from kit.models.nf4 import quantise_decoder
 
@@ -23,6 +23,7 @@ SLOTS = 11  # of which a step computes 8 or all
 def lengths_stay_on_the_device(monkeypatch):
     """Let the cache be read as on a card; decode_attention computes it in torch here."""
     monkeypatch.setattr(kv_cache, "_takes_kernel", lambda *_: True)
+    monkeypatch.setattr(Graphs, "have_failed", False)
 
 
 class Addresses(TorchDispatchMode):
@@ -62,20 +63,20 @@ class Replay:
 class Rerun:
     """Takes the place of a card's recorder: a capture runs nothing, and its result cannot be used."""
 
-    def __init__(self):
-        self.captured = []
+    def __init__(self, replay=Replay):
+        self.replay, self.captured = replay, []
 
-    def warm_up(self, step):
+    def run(self, step):
         step()
 
     def capture(self, step):
-        self.captured.append(Replay(step))
+        self.captured.append(self.replay(step))
         return self.captured[-1]
 
 
 def sampled(model, monkeypatch, steps):
     """Answer prompts that end at different times: rows are refilled, move, and get fewer than 8."""
-    monkeypatch.setattr(sampler, "Engine", partial(Engine, steps=steps))
+    monkeypatch.setattr(engine, "steps_for", lambda *_: steps)
     torch.manual_seed(3)
     prompts = [torch.randint(3, 97, (1 + 5 * i % 13,)).tolist() for i in range(24)]
     options = {"num_slots": SLOTS, "seed": 0, "eos_token_id": range(2, 9)}
@@ -114,11 +115,150 @@ def test_a_step_that_cannot_be_captured_is_named_once_and_sampling_goes_on_with_
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(recorder, "capture", capture)
-    monkeypatch.setattr(graph, "USES_GRAPHS", True)
     with pytest.warns(UserWarning, match=r"without CUDA graphs.*: operation not permitted when") as warned:
         assert sampled(model, monkeypatch, Graphs(recorder)) == expected
     assert len(tried) == len(warned) == 1
-    assert not graph.USES_GRAPHS  # nor is it tried in the next call
+    assert Graphs.have_failed  # so it is not tried in the next call either
+
+
+class WithStale(Replay):
+    """A graph that computes with what `name` of the engine held when it was captured, `left` apart."""
+
+    name, left = "", True
+
+    def __init__(self, step):
+        super().__init__(step)
+        self.tensor = getattr(step.func.__self__, self.name)
+        self.stale = self.tensor.clone()
+
+    def replay(self):
+        now = self.tensor.clone()
+        self.tensor.copy_(self.stale)
+        self.step()
+        self.times += 1
+        if self.left:  # leaves what a right one leaves, where a step adds one
+            self.tensor.copy_(now + 1)
+
+
+class StaleDrawn(WithStale):
+    """Draws again with the random numbers of the captured step."""
+
+    name = "drawn"
+
+
+class StaleTokens(WithStale):
+    """Reads the tokens from where they lay."""
+
+    name, left = "tokens", False
+
+
+class StalePlaces(Replay):
+    """Writes keys and values where the captured step wrote them; all else is right."""
+
+    def __init__(self, step):
+        super().__init__(step)
+        self.cache = step.func.__self__.cache
+        self.stale = dict(self.cache.places)
+
+    def replay(self):
+        at_decode = self.cache.at_decode
+
+        def misled(positions, longest):
+            at_decode(positions, longest)
+            self.cache.places |= self.stale
+
+        self.cache.at_decode = misled
+        self.step()
+        self.cache.at_decode = at_decode
+        self.times += 1
+
+
+class NeverAdvances(Replay):
+    """Draws the right tokens, and does not count them."""
+
+    def replay(self):
+        drawn = self.step.func.__self__.drawn
+        before = drawn.clone()
+        self.step()
+        drawn.copy_(before)
+        self.times += 1
+
+
+@pytest.mark.parametrize("broken", [StaleDrawn, StaleTokens, StalePlaces, NeverAdvances])
+def test_a_graph_that_differs_from_its_step_is_named_once_and_never_replayed_again(broken, monkeypatch):
+    model, recorder = make_model("llama"), Rerun(broken)
+    expected = sampled(model, monkeypatch, Graphs(None))
+    left = "draws" if broken is NeverAdvances else "(tokens and )?log-probs"
+    with pytest.warns(UserWarning, match=rf"the graph of 11 rows left other {left} than the same") as warned:
+        found = sampled(model, monkeypatch, Graphs(recorder))
+    assert len(warned) == 1 and [graph.times for graph in recorder.captured] == [1]
+    assert Graphs.have_failed
+    if broken is not StalePlaces:  # which has written over keys of the step before
+        assert found == expected
+
+
+def test_a_graph_is_proved_by_a_step_whose_rows_are_not_those_of_its_capture(monkeypatch):
+    """Right after the capture even a graph that holds all its values fast would leave the right ones."""
+    seen = []
+
+    class Logged(Replay):
+        def __init__(self, step):
+            super().__init__(step)
+            self.drawn = step.func.__self__.drawn[0].item()
+
+        def replay(self):
+            seen.append(self.step.func.__self__.drawn[0].item() - self.drawn)
+            super().replay()
+
+    with torch.inference_mode():
+        made = engine_of("llama", Graphs(Rerun(Logged)), monkeypatch)
+        for step in range(4):
+            made.decode([9 + step] * SLOTS)
+    assert seen == [1, 2]
+
+
+def test_logits_that_are_not_finite_are_no_fault_of_a_graph(monkeypatch):
+    model = make_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with warnings.catch_warnings(action="error"), torch.inference_mode():
+        made = engine_of(model, Graphs(Rerun()), monkeypatch)
+        for step in range(4):
+            _, logprobs = made.decode([9 + step] * SLOTS).read()
+    assert all(x != x for x in logprobs) and not Graphs.have_failed
+
+
+def test_a_step_that_is_replayed_and_run_again_leaves_every_key_of_a_ring_as_one_eager_step(monkeypatch):
+    held = []
+    for steps in (Graphs(Rerun()), Graphs(None)):
+        with torch.inference_mode():
+            made = engine_of("gemma3", steps, monkeypatch, length=30)
+            window = min(made.cache.sizes)
+            assert window < 30 < max(made.cache.sizes)  # the proof overwrites what the window has left
+            drawn = [made.decode([30 + step] * SLOTS).read() for step in range(4)]
+            rings = [x for x in (*made.cache.keys, *made.cache.values) if x.shape[2] == window]
+            rows = [x[:, :, :34] for x in (*made.cache.keys, *made.cache.values) if x.shape[2] > window]
+            held.append((drawn, [x.clone() for x in rings + rows]))
+    (drawn, cache), (expected, expected_cache) = held
+    assert drawn == expected and all(map(torch.equal, cache, expected_cache))
+
+
+def test_steps_are_replayed_on_a_card_whose_kernel_reads_the_cache_unless_it_is_switched_off(monkeypatch):
+    monkeypatch.setattr(graph, "Recorder", lambda device: Rerun())
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert isinstance(steps_for(cuda, True, True), Graphs)
+    eager = (cpu, True, True), (cuda, False, True), (cuda, True, False)
+    assert all(isinstance(steps_for(*how), Eager) for how in eager)
+    Graphs.have_failed = True
+    assert isinstance(steps_for(cuda, True, True), Eager)
+
+
+def test_generate_hands_the_switch_to_what_decides(monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "steps_for", lambda *how: asked.append(how) or Eager())
+    options = {"num_slots": 1, "seed": 0, "eos_token_id": 2}
+    for switch in ({}, {"cuda_graphs": False}):
+        sampler.generate(make_model("llama"), [[5]], PARAMS, **options, **switch)
+    assert [cuda_graphs for _, _, cuda_graphs in asked] == [True, False]
 
 
 def test_a_step_is_rounded_up_to_few_sizes_and_never_beyond_the_slots():
@@ -126,6 +266,15 @@ def test_a_step_is_rounded_up_to_few_sizes_and_never_beyond_the_slots():
     assert sorted(set(sizes)) == [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 300]
     assert all(rows <= size <= 1.5 * rows for rows, size in enumerate(sizes, 1) if rows > 16)
     assert [Graphs(None).size(rows, 5) for rows in (1, 5)] == [5, 5]
+
+
+def engine_of(model, steps, monkeypatch, length=9):
+    """Return an engine whose slots have all read the same prompt."""
+    monkeypatch.setattr(engine, "steps_for", lambda *_: steps)
+    model = make_model(model) if isinstance(model, str) else model
+    made = Engine(model, PARAMS, SLOTS, 40)
+    made.prefill(list(range(SLOTS)), [(5,) * length] * SLOTS, list(range(SLOTS)))
+    return made
 
 
 def test_rows_that_only_fill_up_a_step_read_one_key_whatever_they_held_before(monkeypatch):
@@ -137,8 +286,7 @@ def test_rows_that_only_fill_up_a_step_read_one_key_whatever_they_held_before(mo
 
     monkeypatch.setattr(decode, "decode_attention", logged)
     with torch.inference_mode():
-        engine = Engine(make_model("llama"), PARAMS, SLOTS, 40, steps=Graphs(Rerun()))
-        engine.prefill(list(range(SLOTS)), [(5,) * 9] * SLOTS, list(range(SLOTS)))
+        made = engine_of("llama", Graphs(Rerun()), monkeypatch)
         for step in range(4):
-            engine.decode([9 + step] * 3)
+            made.decode([9 + step] * 3)
             assert read[-1] == [10 + step] * 3 + [1] * 5

@@ -10,6 +10,7 @@ from test_simulate import SMALL
 from transformers import AutoModelForCausalLM
 
 from kit.generate.kv_cache import SlotCache
+from kit.evaluate.settings import ModelSettings
 from kit.generate.sampling import SamplingParams
 from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB
@@ -193,3 +194,19 @@ def test_a_run_that_chooses_its_slots_fits_where_one_answer_fits():
     asked, flexible = (RunPlan(update, with_slots, 16, is_flexible=on) for on in (False, True))
     assert not asked.fits(7.0) and flexible.fits(7.0) and flexible.larger is update
     assert "8 GB: 7 answers at once" in flexible.describe(0.0) and "--num_slots" not in flexible.describe(0.0)
+
+
+def test_graphs_keep_a_steps_memory_beside_that_of_reading_prompts(small_model):  # noqa: F811
+    wide, long = {"prompt_tokens": 1}, {"prompt_tokens": 256}
+    with_graphs, eager = (
+        [measured(small_model, cuda_graphs=on, **size).at(64).owners[SAMPLER] for size in (wide, long)]
+        for on in (True, False)
+    )
+    drawing = eager[0]  # the larger part if prompts are short
+    assert drawing < with_graphs[0] < 1.1 * drawing  # reading 64 tokens is little
+    assert eager[1] < with_graphs[1] <= drawing + eager[1]
+
+
+def test_a_plan_counts_graphs_for_a_card_that_may_replay_its_steps():
+    settings = {"device": "cuda"}, {"device": "cuda", "cuda_graphs": False}, {"device": "cpu"}
+    assert [ModelSettings(**how).plans_graphs for how in settings] == [True, False, False]

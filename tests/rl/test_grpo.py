@@ -11,6 +11,8 @@ from conftest import make_model
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.data.toy import make_rows, make_tokenizer
+from kit.generate import engine
+from kit.generate.graph import Eager
 from kit.generate.sampler import Completion
 from kit.kernels import linear_cross_entropy as lce
 from kit.kernels.linear_cross_entropy_chunks import logit_chunks
@@ -569,3 +571,15 @@ def test_no_pass_over_the_tokens_computes_more_rows_of_logits_at_once_than_logit
     assert all(max(sizes) == 7 and sum(sizes) == sum(whole[0]) for sizes in parts)
     assert found[0]["kl"] == pytest.approx(found[1]["kl"], abs=1e-6)
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)
+
+
+def test_a_policy_that_samples_without_graphs_says_so_to_the_sampler(monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "steps_for", lambda *how: asked.append(how[-1]) or Eager())
+    model, tokenizer = load("tiny", device="cpu")
+    chat, questions = ChatFormat(tokenizer, instruction=""), [Question("q", "1+2?", "3")]
+    for switch in ({}, {"cuda_graphs": False}):
+        policy = Policy(model, chat, BASE, lr=1e-3, **switch)
+        rollout(policy, questions)
+        policy.close()
+    assert asked == [True, False]

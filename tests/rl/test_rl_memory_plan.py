@@ -259,3 +259,11 @@ def test_a_folder_of_adapters_is_planned_by_its_base(small_model, tmp_path):
     assert adapter_ranks(str(folder)) == {"qlora_rank": 0, "lora_rank": 4}  # nothing says that it is in NF4
     assert not any({**adapter_ranks(small_model), **adapter_ranks("tiny")}.values())
     assert load_config(str(folder)).to_dict() == load_config(small_model).to_dict()
+
+
+def test_the_sampler_of_a_rollout_holds_its_graphs_unless_they_are_off(small_model):
+    sizes = {"settings": SETTINGS, "savings": LEAN, "prompt_tokens": 50}
+    on, off = (
+        simulate(small_model, cuda_graphs=on, **sizes).sampling.owners[SAMPLER] for on in (True, False)
+    )
+    assert off < on <= 2 * off

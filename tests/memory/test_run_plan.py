@@ -9,8 +9,8 @@ from test_choose import choose_for, fine_tuning, make_model, small_model  # noqa
 from test_simulate import SMALL
 from transformers import AutoModelForCausalLM
 
-from kit.generate.kv_cache import SlotCache
 from kit.evaluate.settings import ModelSettings
+from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams
 from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB

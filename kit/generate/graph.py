@@ -43,10 +43,11 @@ class Eager:
 class Graphs:
     """Steps are captured once per size, proved once, and then replayed.
 
-    If that fails, a warning says why, and all steps run eagerly.
+    If either fails, a warning says why, and all steps run eagerly.
     """
 
-    # in this process: torch may keep the memory of a failed capture, and a graph that differs once may again
+    # in this process, whatever is sampled next: torch may keep the memory of a capture that failed, and what
+    # made one graph differ may make others differ where no step shows it
     have_failed: ClassVar[bool] = False
 
     def __init__(self, recorder):

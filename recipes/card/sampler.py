@@ -4,7 +4,7 @@
 - tokens/s with 64, 256 and 16 rows of 512 new tokens, prompts of 200, temperature 0.6, top-p 0.95
 - beside transformers' generate and generate_batch on the same prompts: at least twice generate's speed
 - launches, kernels and copies to the host per decode step, also of one long row beside 31 short ones; eagerly
-  and in CUDA graphs (kit/generate/graph.py), which must draw the same tokens
+  and in CUDA graphs (kit/generate/graph.py), the default, which must draw the same tokens in fewer launches
 - what reading 8 prompts of 1,024 tokens holds, beside the memory plan of reinforcement learning
 Random weights never end a text, so all rows are equally long. Left out: long-tailed lengths, which
 recipes/bench/sampler.py has, and vLLM.
@@ -183,7 +183,7 @@ def decoded(
                 tokens.append(queued.pop(0).read()[0])
         tokens.append(queued.pop().read()[0])
 
-    decode(3)  # compiles and captures, proves the graph, replays it
+    decode(3)  # compiles, captures, and proves the graph
     seconds = statistics.median(timed(card, lambda: decode(2 * seen))[1] for _ in range(3)) / (2 * seen)
     return tokens, seconds, profiled(card, lambda: decode(seen))
 

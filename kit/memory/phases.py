@@ -190,7 +190,9 @@ def simulate_sampling(
         with mode:
             drawing = transient(fake, lambda: _draw(fake, num_slots, params))
             both = (drawing, reading(min(PREFILL_TOKENS, num_slots * prompt_tokens)))
-            step = sum(both) if cuda_graphs else max(both)  # graphs keep their memory
+            # Graphs keep their memory. The eager step that proves one is not added: its logits and the
+            # graph's, in bf16, are less than what a CPU's draw holds
+            step = sum(both) if cuda_graphs else max(both)
 
         owners = lasting.owners | {CACHE: cache_bytes(fake, num_slots, positions), SAMPLER: step}
         answers = "1 answer" if num_slots == 1 else f"{num_slots} answers"

@@ -115,7 +115,7 @@ class RunFolder:
             grows = may_grow if config.resume and not is_shared(path) else ()
             grown = {k for k in grows if k in before and _has_grown(before[k], settings[k])}
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
-            changed = [k for k in fixed if before.get(k) != settings.get(k)]
+            changed = [k for k in fixed if _meaning(k, before.get(k)) != _meaning(k, settings.get(k))]
             if changed:
                 each = "; ".join(f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in changed)
                 wait = "wait until the others there end, " if is_shared(path) else ""
@@ -161,6 +161,11 @@ class RunFolder:
 def _settings(config) -> dict:
     """Return the settings that make a run what it is."""
     return {key: value for key, value in dataclasses.asdict(config).items() if key not in UNSTORED}
+
+
+def _meaning(name: str, value: object) -> object:
+    """Return what a setting is in a run that has begun: auto is then the kit's attention."""
+    return "kit" if (name, value) == ("attention", "auto") else value
 
 
 def has_begun(path: Path) -> bool:

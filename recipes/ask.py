@@ -52,7 +52,7 @@ class Config(Checked):
     beside: str = ""  # more models, comma-separated, shown beside it; "" = none
     titles: str = ""  # only models whose title has one of these, comma-separated; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
-    attention: str = "auto"  # auto: kit; varlen: torch's own, untested on a GPU [auto | kit | varlen | torch]
+    attention: str = "auto"  # auto: kit, or varlen (untested) if checked [auto | kit | varlen | torch]
     cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph; changes the speed only
     # prompt
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = as measured
@@ -138,7 +138,10 @@ def load(found: Found, config: Config) -> Side:
     """Load a model with the prompt that it was measured with, and print both."""
     from kit.evaluate.asking import Side
 
-    model, tokenizer = models.load(found.name, device=config.device or None, attention=config.attention)
+    device, attention = config.device or models.loading.default_device().type, config.attention
+    if attention == "auto":
+        attention = models.pick_attention.pick_attention([found.name], device)
+    model, tokenizer = models.load(found.name, device=device, attention=attention)
     instruction = config.instruction
     if instruction == "auto":
         default = "" if tokenizer.chat_template == TEMPLATE else INSTRUCTION

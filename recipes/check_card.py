@@ -14,11 +14,13 @@
     rl       one rollout and one update of GRPO: the sampler's log-probs against the trainer's
     resume   the same bits after a checkpoint, with offloading and with updates in the backward pass
     tiles    attention's tiles beside others: is one faster on this card? only if time is left, for developers
+    flex     attention with a window beside torch's flex_attention, which compiles long: only if time is left
 
 Models are built from the shipped configs with random weights, so nothing is downloaded. Every result is
 printed and appended to results.jsonl as soon as it is known. The exit status is 1 if a check failed. Recipes
-read the tokens/s measured here to estimate their hours. To have every memory access checked, run this under
-`compute-sanitizer --tool memcheck` or `--tool racecheck`, with `--only truth --quick`.
+read the tokens/s measured here to estimate their hours. Their `--attention auto` is torch's varlen where that
+was right and faster here; --quick checks it for heads 64 wide alone. To have every memory access checked, run
+this under `compute-sanitizer --tool memcheck` or `--tool racecheck`, with `--only truth --quick`.
 Left out on purpose: several cards, and cards other than NVIDIA's. Never run on a GPU so far.
 """
 
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
     from kit.recipes.card.results import Results
 
 STOPPED = "stopped with Ctrl-C"
-SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume", "tiles")  # files of recipes/card
+SECTIONS = "truth speed steps fits sampler rl resume tiles flex".split()  # files of recipes/card
 
 
 @dataclass(frozen=True)
 class Config(Checked):
-    only: str = ""  # sections; "" = all [truth | speed | steps | fits | sampler | rl | resume | tiles, ...]
+    only: str = (
+        ""  # sections; "" = all [truth | speed | steps | fits | sampler | rl | resume | tiles | flex, ...]
+    )
     quick: bool = False  # fewer cases, in 90 seconds
     seconds: float = 290.0  # time budget; checks that do not fit are named; 0 = no limit [>= 0]
     models: str = ""  # of steps and fits, comma-separated names of shipped configs; "all"; "" = three of them

@@ -82,6 +82,7 @@ def main(config: Config) -> list[evaluate.Result]:
     what = f"evaluating {config.model} on --device cuda"
     if not config.server:
         require_gpu(config.device, what, on_cpu(small))
+        config = config.with_attention(config.model)
     benchmarks = config.read_benchmarks()
     run = open_run(config)
 

@@ -90,7 +90,7 @@ SMOKE = {
 
 @clean_up_if_refused
 def main(config: Config) -> None:
-    planned = None
+    config, planned = config.with_attention(config.model), None
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     if config.plan:
@@ -165,7 +165,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         model=config.model,
         params=config.params,
         num_samples=num_samples,
-        **some_of(config, "num_slots", "row_tokens"),
+        **some_of(config, "num_slots", "row_tokens", "attention"),
         cuda_graphs=config.plans_graphs,
         rows=1 if config.batch_traces == 1 else 2,  # per step, at least: how many depends on the traces
         **config.ranks,

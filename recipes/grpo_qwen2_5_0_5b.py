@@ -147,6 +147,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         model=config.model,
         settings=part_of(config, Settings),
         num_samples=samples,
+        attention=config.attention,
         cuda_graphs=config.plans_graphs,
         **ranks,
     )
@@ -204,7 +205,7 @@ def main(config: Config) -> None:
     if config.benchmarks:
         evaluate.benchmarks.find_benchmarks(config.benchmarks)  # a wrong name, before a minute's plan
     rewards, files = rl.load_rewards(config.reward, REWARDS)
-    planned = None
+    config, planned = config.with_attention(config.model), None
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     if config.plan:

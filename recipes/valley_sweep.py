@@ -21,7 +21,8 @@ size. A finished sweep takes more arms, sizes or seeds with --resume.
 Several processes, on one machine or on many, share a study: start each with the same settings and the same
 --out, on a disk that all of them see, or with --resume and that --out. Each takes the next run that nobody
 has, and stays until all have ended: those of a machine that dies are taken over five minutes later
-(kit/valley/claims.py). The first one's plan counts for all: if cards differ, pass --gpu_gb of the smallest.
+(kit/valley/claims.py). The first one's plan counts for all, and so does its attention: if cards differ, pass
+--gpu_gb of the smallest.
 recipes/valley_sweep.slurm starts them on a cluster.
 
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs.
@@ -145,6 +146,8 @@ def shared(config: Config, other: type) -> dict:
 
 def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
     """Return the recipes with the sweep's settings. chosen: the memory settings of each model and method."""
+    if config.attention == "auto":
+        config = replace(config, attention="kit")  # or each run would pick for itself
     learning = some_of(config, *RL_SHARED) | {"eval_tokens": config.max_new_tokens}
 
     def finetune(cell: Cell) -> dict:
@@ -193,6 +196,13 @@ def check_before_hours(config: Config, study: Study) -> None:
         )
 
 
+def check_attention(config: Config, study: Study) -> None:
+    """Raise ValueError if varlen, which a study that this process joins may have, cannot run a model here."""
+    where = {"device": config.device, "dtype": models.loading.default_dtype(config.device)}
+    for model, _ in study.models if config.attention == "varlen" else ():
+        models.attention.attention_name("varlen", models.loading.load_config(model), **where)
+
+
 @clean_up_if_refused
 def main(config: Config) -> Path | None:
     study = study_of(config)
@@ -208,6 +218,8 @@ def main(config: Config) -> Path | None:
         "card": config,
     }
     check_before_hours(config, study)
+    config = config.with_attention(*(model for model, _ in study.models))
+    what |= some_of(config, "attention")
     if config.plan:
         return make_plan(config, study, what, len(workers))
     instead = {
@@ -216,6 +228,7 @@ def main(config: Config) -> Path | None:
         f"{command_of('demo')} --quick": "the valley of a toy, in minutes",
     }
     require_gpu(config.device, "a sweep", instead)
+    check_attention(config, study)
     path = open_study(config, GROWS)
     chosen = valley.estimate.choose_settings(study.cells(), path, **what)
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)

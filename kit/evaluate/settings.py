@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from kit.config import Checked
 from kit.data.chat import INSTRUCTION
 from kit.evaluate.benchmarks import Benchmark, find_benchmarks, parse_benchmarks
+from kit.journal import CONFIG
+from kit.run import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from kit.generate.sampling import SamplingParams
     from kit.generate.server import Server
 
+Config = TypeVar("Config", bound="ModelSettings")
 
 EVENING = {  # --preset evening: what a card measures in a part of an evening
     "benchmarks": "math500",
@@ -33,10 +37,25 @@ class ModelSettings(Checked):
 
     # model
     device: str = "cuda"  # [cuda | cpu]
-    attention: str = "auto"  # auto: kit; varlen: torch's own, untested on a GPU [auto | kit | varlen | torch]
+    attention: str = "auto"  # auto: kit, or varlen (untested) if checked [auto | kit | varlen | torch]
     cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph; changes the speed only
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
+
+    def with_attention(self: Config, *names: str) -> Config:
+        """Return the settings with what attention `auto` is for these models in a run that begins.
+
+        A run that goes on keeps what it began with: in its config.json, auto is kit's. Raises ValueError as
+        kit.models.loading.load_config does.
+        """
+        if self.attention != "auto" or getattr(self, "resume", False):
+            return self
+        out = getattr(self, "out", "")
+        if out and (begun := Path(out, CONFIG)).is_file():  # of a study that this process joins
+            return replace(self, attention=read_json(begun).get("attention", "auto"))
+        from kit.models.pick_attention import pick_attention  # imports torch: not before flags are read
+
+        return replace(self, attention=pick_attention(names, self.device))
 
     @property
     def plans_graphs(self) -> bool:

@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-
+from kit.card_checks import card_name, rows_of_this_card
 from kit.command_line import command_of
 from kit.config import as_flags
 from kit.generate.slots import USUAL_SLOTS
-from kit.journal import Journal
 from kit.machine import GIB, free_memory
 from kit.memory.flops import Sizes
 from kit.memory.phases import RunPlan
@@ -25,7 +23,6 @@ from kit.models.loading import load_config
 from kit.train.checkpoint import KEPT
 from kit.train.savings import Savings
 
-CHECKS = Path("runs/check_card")  # a numbered folder per run of check_card
 EFFICIENCY = 0.4  # share of a datasheet's rates that a run reaches; an assumption
 TEXT_BYTES = 5  # of a log per sampled token: about four characters, and what is written with them
 OPTIMIZER_BYTES = 2 + 8 / 256  # per trained weight: two 8-bit states and their scales; 2 more if exact
@@ -92,11 +89,6 @@ class Speed:
 
 def in_words(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 0.1 else f"{60 * hours:,.1f} minutes"
-
-
-def card_name() -> str:
-    """Return the name of the card that is here; "" if none is."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def card_named(name: str) -> Card | None:
@@ -187,15 +179,11 @@ def sampling_time(model: str, num_samples: int, max_new_tokens: int, num_slots: 
 
 def _measured(model: str, key: str, card: str) -> Iterator[tuple[Path, dict]]:
     """Yield (folder, row) of this card's and model's measurements that have `key`, the newest run first."""
-    here = card_name()
-    # without a card, check_card rehearses with tiny models
-    if not here or (card and card_named(card).name != here):
+    if card and card_named(card).name != card_name():
         return
-    for folder in sorted(CHECKS.glob("[0-9]*"), reverse=True):
-        for row in Journal(folder / "results.jsonl").read():
-            matches = row.get("model") == model and row.get("gpu") == here and key in row
-            if matches and row.get("tokens_per_second"):
-                yield folder, row
+    for folder, row in rows_of_this_card():
+        if row.get("model") == model and key in row and row.get("tokens_per_second"):
+            yield folder, row
 
 
 @dataclass(frozen=True)

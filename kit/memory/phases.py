@@ -24,12 +24,13 @@ from kit.generate.slots import USUAL_SLOTS
 from kit.machine import GIB
 from kit.memory.live_bytes import ROUNDING, Ledger, LiveBytes
 from kit.memory.simulate import CARDS, Plan, fake_batch, fake_model, plan
+from kit.models.attention import varlen_extra_bytes
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.loading import load_config
 from kit.train.adapters import Adapters
 from kit.train.savings import Savings
 
-CACHE, SAMPLER = "sampler's cache", "sampler's step"
+CACHE, SAMPLER, VARLEN = "sampler's cache", "sampler's step", "torch's varlen"
 PROMPT_TOKENS = 1_024  # the longest prompt, which sets all rows of a cache; MATH's reach 800 (mean: 75)
 MOST_SLOTS = 2_048  # answers at once: so many share the reading of the weights that more gain nothing
 SHORTER = 1024  # tokens: shorter rows are tried in multiples of this
@@ -113,6 +114,7 @@ class Run(Adapters):
     """What a plan is made for: MeasuredRun, or reinforcement learning (kit.rl.memory_plan)."""
 
     model: str  # as load_config takes it
+    attention: str = "auto"  # of kit.models.attention
     num_samples: int = MOST_SLOTS  # of an evaluation or a rollout: more slots would stay empty
     prompt_tokens: int = PROMPT_TOKENS
     cuda_graphs: bool = True  # the sampler replays its steps
@@ -122,6 +124,13 @@ class Run(Adapters):
     @property
     def has_adapters(self) -> bool:
         return any(self.ranks.values())
+
+    def with_varlen(self, update: Plan) -> Plan:
+        """Return a step's plan with what varlen holds and kit does not, as if it did at the worst moment."""
+        if self.attention != "varlen":
+            return update
+        extra = varlen_extra_bytes(load_config(self.model), update.row_tokens)
+        return replace(update, peak=update.peak + extra, owners=update.owners | {VARLEN: extra})
 
     def simulate(self, savings: Savings) -> RunPlan:
         """Return what it holds; takes seconds."""
@@ -161,7 +170,7 @@ class MeasuredRun(Run):
             return RunPlan(None, **sampling)
         rows = 1 if savings.update_in_backward else self.rows
         sizes = {"row_tokens": self.row_tokens, "rows": rows} | self.ranks
-        return RunPlan(plan(self.model, savings=savings, **sizes), **sampling)
+        return RunPlan(self.with_varlen(plan(self.model, savings=savings, **sizes)), **sampling)
 
     def smaller(self) -> Iterator[list[dict]]:
         shorter = range((self.row_tokens - 1) // SHORTER, 0, -1)

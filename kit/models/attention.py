@@ -7,10 +7,12 @@ raises: read as one sequence, a pack would silently let its documents attend to 
     varlen  the FlashAttention-2 that torch brings, torch.nn.attention.varlen: 16-bit, on a card, from torch
             2.12 on; the last bits of gradients differ from run to run. Not run on a GPU so far
     torch   one scaled_dot_product_attention per document, on any device
-    auto    kit, until varlen has run on a card. recipes/check_card.py times both
+    auto    kit. A recipe that begins a run makes it varlen where recipes/check_card.py found varlen right and
+            faster on this card (kit/models/pick_attention.py). A run keeps what it began with
 
-The memory plan simulates kit. The backward pass of varlen holds more for a moment: dq in fp32, and dk and dv
-of every query head if heads share keys; 64, 32 and 32 MiB in a layer of Gemma-3-1B with 16,384 tokens.
+The memory plan simulates kit. For varlen it adds what the backward pass holds more for a moment: dq in fp32,
+and dk and dv of every query head if heads share keys; 64, 32 and 32 MiB in a layer of Gemma-3-1B with 16,384
+tokens.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ CHOICES = ("auto", "kit", "varlen", "torch")
 # transformers treats names with "flash" in them specially.
 REGISTERED = {"kit": "kit", "varlen": "kit_varlen", "torch": "kit_torch"}
 MAX_FLASH_HEAD_DIM = 256  # of FlashAttention-2
+OURS, VARLEN = "ours", "torch varlen"  # what check_card's results call kit and varlen
 OPTIONS = ("scale", "window_size", "enable_gqa")  # of varlen_attn; torch 2.12 has all of them, 2.10 none
 
 
@@ -123,3 +126,10 @@ def varlen_obstacle(width: int, device: torch.device, dtype: torch.dtype) -> str
     if missing:
         return f"that of torch {torch.__version__} lacks {', '.join(missing)} (pip install 'torch>=2.12')"
     return ""
+
+
+def varlen_extra_bytes(config: PreTrainedConfig, num_tokens: int) -> int:
+    """Return what a layer's backward pass holds for a moment with varlen and not with kit."""
+    shares_keys = config.num_attention_heads != config.num_key_value_heads
+    bytes_per_number = 4 + (2 * 2 if shares_keys else 0)  # dq in fp32; dk and dv in 16 bits
+    return bytes_per_number * num_tokens * config.num_attention_heads * head_dim(config)

@@ -55,7 +55,7 @@ class RLRun(Run):
             row = _fake_episodes(self.row_tokens)
             ledger = measure(fake, savings, row, rows=2, loss_of=loss_of, reference=reference)
         sizes = {"row_tokens": self.row_tokens, "savings": savings, "rows": 2} | self.ranks
-        update = Plan.of_step(ledger, model=self.model, **sizes)
+        update = self.with_varlen(Plan.of_step(ledger, model=self.model, **sizes))
 
         kept = (live_bytes.WEIGHTS, live_bytes.OPTIMIZER, live_bytes.REFERENCE)
         owners = {owner: update.owners[owner] for owner in kept if owner in update.owners}

@@ -43,11 +43,11 @@ def rms(x: Tensor) -> float:
     return rms_error(x, x.new_zeros(()).expand(x.shape))
 
 
-def judge(results: Results, name: str, labels, ours, torchs, truths, floors, text: str = "") -> None:
+def judge(results: Results, name: str, labels, ours, torchs, truths, floors, text: str = "", **more) -> None:
     """Record one check. It holds if the rms error of each tensor is at most twice torch's plus the floor.
 
     labels, ours, torchs, truths, floors: of each tensor of a result. torchs: computed by torch in the same
-    dtype, or None. floors: allowed beyond twice torch's error, which may be zero by chance.
+    dtype, or None. floors: allowed beyond twice torch's error, which may be zero by chance. more: of the row.
     """
     numbers, words, holds = {}, [], True
     for label, x, peer, truth, floor in zip(labels, ours, torchs, truths, floors, strict=True):
@@ -61,7 +61,7 @@ def judge(results: Results, name: str, labels, ours, torchs, truths, floors, tex
         relative = f"{error / size:.1e}" if size > 1e-9 else f"{error:.1e} absolute"
         beside = f" ({error / torch_error:.2f}x)" if torch_error else ""
         words.append(f"{label} {relative}{beside}" + ("" if fine else " WRONG"))
-    results.check(name, holds, ", ".join([*words, text] if text else words), numbers=numbers)
+    results.check(name, holds, ", ".join([*words, text] if text else words), numbers=numbers, **more)
 
 
 Tensors = list[Tensor]

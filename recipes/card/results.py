@@ -55,6 +55,11 @@ class Card:
         return torch.cuda.get_device_name(self.device) if self.is_cuda else ""
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What a recipe looks a measurement up by; none if the code of another architecture was measured."""
+        return {} if self.arch else {"gpu": self.name, "torch": torch.__version__}
+
+    @property
     def gib(self) -> float:
         """Memory of the card that the checks count with, in GiB; 0 on a CPU."""
         if not self.is_cuda:

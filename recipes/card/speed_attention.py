@@ -1,4 +1,4 @@
-"""Packed attention beside torch's, forward and backward. If varlen wins: --attention varlen."""
+"""Packed attention beside torch's, forward and backward. --attention auto picks by these times."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.packed_attention import packed_attention
-from kit.models.attention import varlen_attention, varlen_obstacle
+from kit.models.attention import OURS, VARLEN, varlen_attention, varlen_obstacle
 from kit.recipes.card.compare import attempt, normal, running_sum
 from kit.recipes.card.results import Card, Results
 from kit.recipes.card.timing import Limits, milliseconds
 
 SHAPES = [(14, 2, 64), (12, 2, 128), (4, 1, 256), (24, 8, 128)]  # Hq, Hkv, D; quick takes the first three
-FLASH, VARLEN = "SDPA flash", "torch varlen"
+FLASH = "SDPA flash"
 Prepared = tuple[list[Tensor], Callable[[], Tensor]]  # leaves, and a call that computes the output from them
 
 
@@ -53,7 +53,7 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
         rates = flops / ours[0] / 1e9, 2.5 * flops / ours[1] / 1e9
         words = [f"ours {ours[0]:.2f} + {ours[1]:.2f} ms, {rates[0]:.0f} and {rates[1]:.0f} TFLOP/s"]
 
-        times = {"ours": ours}
+        times = {OURS: ours}
         for peer, prepare in PEERS.items():
             found, why = None, refusal(card, peer, D, window)
             if not why:
@@ -65,7 +65,8 @@ def time_case(results, card, limits, shape, length, window, ratios) -> None:
             words.append(f"{peer} {found[0]:.2f} + {found[1]:.2f} ms{why}")
         if FLASH in times:
             ratios.append(sum(ours) / sum(times[FLASH]))
-        results.figure(name, "; ".join(words), milliseconds=times, tflops=rates, head_dim=D)
+        found = {"milliseconds": times, "tflops": rates, "head_dim": D, "window": window}
+        results.figure(name, "; ".join(words), **found, **card.facts)
 
 
 def refusal(card: Card, peer: str, head_dim: int, window: int | None) -> str:

@@ -86,18 +86,24 @@ def check_varlen(results, card, name, shape, lengths, window) -> None:
         raise Skip(why)
     inputs = make_inputs(card, *shape, sum(lengths))
     arguments = *inputs, running_sum(card, lengths), max(lengths), window
-    judge_parts(results, card, name, gradients(varlen_attention, *arguments), inputs, lengths, window)
+    facts = {"attention": "varlen", "head_dim": shape[1], "window": window, **card.facts}
+    found, why = attempt(card, gradients, varlen_attention, *arguments)
+    if found is None:
+        results.check(name, False, why, **facts)
+    else:
+        judge_parts(results, card, name, found, inputs, lengths, window, **facts)
 
 
-def judge_parts(results, card, name, found, inputs, lengths, window) -> None:
-    """Record one check of out, dq, dk, dv. inputs: q, k, v, dout."""
+def judge_parts(results, card, name, found, inputs, lengths, window, **more) -> None:
+    """Record one check of out, dq, dk, dv. inputs: q, k, v, dout. more: as judge's."""
     q, k, v, dout = inputs
     truth = true_attention(q, k, v, dout, lengths, window)
     peer, why = attempt(card, sdpa, q, k, v, dout, lengths, window)
     eps = torch.finfo(q.dtype).eps
     absolute = (2e-6 if q.dtype == FP32 else 1e-5) * rms(dout)  # dq and dk of window 1 are 0 in truth
     floors = [eps * rms(true) + absolute for true in truth]
-    judge(results, name, PARTS, found, peer or [None] * 4, truth, floors, f"no SDPA: {why}" if why else "")
+    text = f"no SDPA: {why}" if why else ""
+    judge(results, name, PARTS, found, peer or [None] * 4, truth, floors, text, **more)
 
 
 def our_attention(q, k, v, dout, cu_seqlens, longest, window=None) -> tuple[Tensor, ...]:

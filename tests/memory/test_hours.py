@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from kit.memory import hours
+from kit import card_checks
 from kit.memory.flops import Sizes
 from kit.memory.hours import (
     CARDS,
@@ -38,7 +38,7 @@ def put_in(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_checks(monkeypatch, tmp_path):
     """Nothing was measured."""
-    monkeypatch.setattr(hours, "CHECKS", tmp_path)
+    monkeypatch.setattr(card_checks, "CHECKS", tmp_path)
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ from children import run_recipe
 from kit.kernels import packed_attention_tiles
 from kit.kernels.backend import HAS_TRITON
 from kit.kernels.gumbel import draw_reference
+from kit.kernels.packed_attention import packed_attention
 from kit.machine import GIB
-from kit.recipes.card import memory, tiles, truth_draw
+from kit.recipes.card import flex, memory, tiles, truth_draw
 from kit.recipes.card.bars import BARS, report
+from kit.recipes.card.flex import FLEX
 from kit.recipes.card.memory import measured, median_seconds
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from kit.recipes.card.sampler import EAGER, EVEN, GRAPH, UNEVEN, USUAL
@@ -31,11 +33,12 @@ BARS_OF_A_CARD = {  # which a rehearsal in its quick form does not measure
     "Gemma-3-1B, MFU",
     "share of a step that the card is busy",
     "times generate_batch's speed",
+    "attention with a window, D = 256, times flex_attention's speed",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sections", ["truth,speed", "steps,fits", "sampler,rl,resume,tiles"])
+@pytest.mark.parametrize("sections", ["truth,speed", "steps,fits", "sampler,rl,resume,tiles,flex"])
 def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sections):
     flags = ["--device", "cpu", "--quick", "--seconds", "0", "--only", sections]
     done = run_recipe("check_card", *flags, cwd=tmp_path)
@@ -49,6 +52,7 @@ def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sectio
     assert {row["section"] for row in rows if row["status"] == PASS} >= set(sections.split(",")) - {
         "speed",
         "tiles",
+        "flex",
     }
     result, what_next = done.stdout.rstrip().splitlines()[-2:]
     assert result.startswith("CPU rehearsal, tiny shapes: ") and what_next.startswith("next   ")
@@ -108,9 +112,31 @@ def test_a_tile_is_launched_instead_of_the_one_in_use_until_it_was_timed():
         assert tiles.tile_in_use(CPU, kernel, D) not in candidates
 
 
+def test_beside_flex_attention_its_mask_is_right_and_what_a_cpu_lacks_is_named(tmp_path):
+    found = main(Config(only="flex", device="cpu", out=str(tmp_path)))
+    mask, both = found.rows
+    assert (mask["name"], mask["status"]) == ("the mask of flex_attention", PASS)
+    assert both["status"] == NOT_RUN and "flex_attention: NotImplementedError" in both["text"]
+
+
+def test_a_flex_attention_that_runs_is_timed_beside_ours(monkeypatch):
+    """A CPU has no backward pass of it, so ours stands in."""
+
+    def stand_in(q, k, v, cu_seqlens, window, *, compiled):
+        assert not compiled
+        return lambda: packed_attention(q, k, v, cu_seqlens, 16, window=window)
+
+    monkeypatch.setattr(flex, "flex", stand_in)
+    results = Results(CPU)
+    flex.time_both(results, CPU, "both", 64, 8)
+    (row,) = results.rows
+    assert row["status"] == FIGURE and set(row["milliseconds"]) == {"ours", FLEX} and row["window"] == 8
+    assert row["text"].endswith("their outputs are 0.0e+00 apart") and not {"gpu", "torch"} & row.keys()
+
+
 NO_GPU = "recipes/check_card.py --device cpu    a rehearsal of every check"
 NO_SECTION = (
-    "'sped' in it must be truth, speed, steps, fits, sampler, rl, resume or tiles; did you mean speed?"
+    "'sped' in it must be truth, speed, steps, fits, sampler, rl, resume, tiles or flex; did you mean speed?"
 )
 REFUSED = {
     "no GPU": ([], NO_GPU),
@@ -231,6 +257,7 @@ H100_ROWS = [  # what every bar is judged by, each just good enough
     },
     {"head_dim": 128, "milliseconds": {"ours": (1.0, 2.0), "SDPA flash": (0.6, 0.9)}},
     {"head_dim": 256, "milliseconds": {"ours": (9.0, 9.0), "SDPA flash": (0.1, 0.1)}},
+    {"head_dim": 256, "milliseconds": {"ours": (1.0, 2.0), FLEX: (0.5, 2.5)}},
     {"mfu": 0.1, "model": "Qwen/Qwen2.5-1.5B-Instruct"},
     {"mfu": 0.4, "model": "Qwen/Qwen2.5-1.5B-Instruct"},
     {"mfu": 0.3, "model": "google/gemma-3-1b-it"},
@@ -279,7 +306,8 @@ def test_bars_of_an_h100_need_what_they_are_judged_by_and_that_card(monkeypatch)
 @pytest.mark.gpu
 @pytest.mark.parametrize("section", SECTIONS)
 def test_the_checks_pass_on_this_card(section, tmp_path):
-    found = main(Config(only=section, quick=True, seconds=0.0, out=str(tmp_path)))
+    leaves_out = section in ("tiles", "flex")  # with --quick
+    found = main(Config(only=section, quick=not leaves_out, seconds=0.0, out=str(tmp_path)))
     assert found.count(PASS) + found.count(FIGURE) > 0
     assert not [(row["name"], row["text"]) for row in found.rows if row["status"] == FAIL]
 

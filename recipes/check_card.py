@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from kit.recipes.card.results import Results
 
 STOPPED = "stopped with Ctrl-C"
-SECTIONS = "truth speed steps fits sampler rl resume tiles flex".split()  # files of recipes/card
+# files of recipes/card
+SECTIONS = ("truth", "speed", "steps", "fits", "sampler", "rl", "resume", "tiles", "flex")
 
 
 @dataclass(frozen=True)

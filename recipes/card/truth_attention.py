@@ -91,11 +91,11 @@ def check_varlen(results, card, name, shape, lengths, window) -> None:
     if found is None:
         results.check(name, False, why, **facts)
     else:
-        judge_parts(results, card, name, found, inputs, lengths, window, **facts)
+        judge_parts(results, card, name, found, inputs, lengths, window, facts)
 
 
-def judge_parts(results, card, name, found, inputs, lengths, window, **more) -> None:
-    """Record one check of out, dq, dk, dv. inputs: q, k, v, dout. more: as judge's."""
+def judge_parts(results, card, name, found, inputs, lengths, window, facts=None) -> None:
+    """Record one check of out, dq, dk, dv. inputs: q, k, v, dout. facts: of the row, besides."""
     q, k, v, dout = inputs
     truth = true_attention(q, k, v, dout, lengths, window)
     peer, why = attempt(card, sdpa, q, k, v, dout, lengths, window)
@@ -103,7 +103,7 @@ def judge_parts(results, card, name, found, inputs, lengths, window, **more) -> 
     absolute = (2e-6 if q.dtype == FP32 else 1e-5) * rms(dout)  # dq and dk of window 1 are 0 in truth
     floors = [eps * rms(true) + absolute for true in truth]
     text = f"no SDPA: {why}" if why else ""
-    judge(results, name, PARTS, found, peer or [None] * 4, truth, floors, text, **more)
+    judge(results, name, PARTS, found, peer or [None] * 4, truth, floors, text, **(facts or {}))
 
 
 def our_attention(q, k, v, dout, cu_seqlens, longest, window=None) -> tuple[Tensor, ...]:

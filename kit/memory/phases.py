@@ -187,7 +187,10 @@ def simulate_sampling(
     cuda_graphs: bool,
     lasting: Plan,
 ) -> Sampling:
-    """Return what sampling holds on fake tensors. lasting: its owners are on the card all the time."""
+    """Return what sampling holds on fake tensors.
+
+    cuda_graphs: steps are replayed, in memory of the graphs. lasting: its owners are on the card all the time.
+    """
     positions = min(prompt_tokens + params.max_new_tokens, fake.config.max_position_embeddings)
 
     @cache

@@ -189,7 +189,7 @@ def simulate_sampling(
 ) -> Sampling:
     """Return what sampling holds on fake tensors.
 
-    cuda_graphs: steps are replayed, in memory of the graphs. lasting: its owners are on the card all the time.
+    cuda_graphs: steps are replayed, in the graphs' memory. lasting: its owners are on the card all the time.
     """
     positions = min(prompt_tokens + params.max_new_tokens, fake.config.max_position_embeddings)
 

@@ -61,17 +61,17 @@ def test_every_section_runs_on_a_cpu_and_each_result_is_on_disk(tmp_path, sectio
 
 def test_on_a_card_the_median_of_three_short_calls_counts_and_a_long_one_runs_once(monkeypatch):
     card = SimpleNamespace(is_cuda=True)
-    for times, first, expected in (
-        ([1.0, 1.8, 0.5], None, 1.0),
-        ([1.8, 0.5], 1.0, 1.0),
-        ([9.0, 1.0], None, 9.0),
-        ([], 9.0, 9.0),
+    for where, times, first, expected in (
+        (card, [1.0, 1.8, 0.5], None, 1.0),
+        (card, [1.8, 0.5], 1.0, 1.0),
+        (card, [9.0], None, 9.0),
+        (card, [], 9.0, 9.0),
+        (CPU, [1.0], None, 1.0),
     ):
         left = iter(times)
         monkeypatch.setattr(memory, "timed", lambda *_, left=left: (None, next(left)))
-        assert median_seconds(card, print, first=first) == expected
-    left = iter([1.0, 2.0])
-    assert median_seconds(CPU, print) == 1.0
+        assert median_seconds(where, print, first=first) == expected
+        assert not list(left)
 
 
 @pytest.mark.slow

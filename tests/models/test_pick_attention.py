@@ -259,12 +259,14 @@ def test_a_varlen_that_raises_has_failed_its_check(monkeypatch):
     def raises(*arguments, **options):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", raises)
     rehearsal = Card(torch.device("cpu"), quick=True)
     results = Results(rehearsal)
     shape = torch.bfloat16, 256, 4, 1
-    truth_attention.check_varlen(results, rehearsal, "truth", shape, [9, 1, 23, 4], None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.attention.varlen, "varlen_attn", raises)
+        truth_attention.check_varlen(results, rehearsal, "truth", shape, [9, 1, 23, 4], None)
     assert results.rows[0]["text"] == "RuntimeError: no such kernel"
     write(*GOOD)
+    assert pick_attention([GEMMA], "cuda") == "varlen"
     write(results.rows[0], number="002")
     assert pick_attention([GEMMA], "cuda") == "auto"

@@ -23,6 +23,7 @@ FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "rl_sizes", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
     "offload_gradients", "eval_every", "eval_questions", "log", "server", "cuda_graphs",
+    "save_fp32",
 }  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run

@@ -68,6 +68,7 @@ class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanS
     max_grad_norm: float = 1.0  # clip the global norm here; 0 = off; the paper does not state it [>= 0]
     max_steps: int = 0  # stop the schedule here; 0 = all epochs [>= 0]
     checkpoint_every: int = 200  # steps between checkpoints; 0 = only at the end [>= 0]
+    save_fp32: bool = False  # of the finished model, the bits that bf16 lacks too: twice as large; off: bf16
     # evaluation: the paper's protocol
     eval_every: int = 0  # steps between measurements during training; 0 = none; changes nothing in it [>= 0]
     eval_questions: int = 50  # questions per benchmark then: the first ones, one sample each [>= 1]
@@ -134,7 +135,7 @@ def main(config: Config) -> None:
         schedule,
         run,
         **some_of(config, "lr", "warmup_ratio", "beta2", "weight_decay", "max_grad_norm"),
-        **some_of(config, "checkpoint_every", "seed"),
+        **some_of(config, "checkpoint_every", "save_fp32", "seed"),
         savings=savings,
         memory=memory.PeakMemory(model.device, planned and planned.update, run.path / "memory.json"),
         after_step=during,
@@ -175,7 +176,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         min(config.response_tokens, config.max_new_tokens),
         num_traces=config.num_traces or paper.TABLE[-1].traces,
         evaluations=1 if config.baseline else 2,
-        **some_of(config, "epochs", "batch_traces", "max_steps", "trace_tokens"),
+        **some_of(config, "epochs", "batch_traces", "max_steps", "trace_tokens", "save_fp32"),
     )
     return memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
 

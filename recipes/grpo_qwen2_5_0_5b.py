@@ -85,6 +85,7 @@ class Config(Settings, Savings, Adapters, BenchmarkSettings, ModelSettings, Plan
     weight_decay: float = 0.01  # AdamW's, from verl; 0 = none [>= 0]
     max_grad_norm: float = 1.0  # clip the global norm here, from verl; 0 = off [>= 0]
     checkpoint_every: int = 5  # steps between checkpoints; 0 = only at the end [>= 0]
+    save_fp32: bool = False  # of the finished model, the bits that bf16 lacks too: twice as large; off: bf16
     # evaluation: the paper's protocol
     benchmarks: str = BenchmarkSettings.benchmarks  # name, name=FILE or MINE=FILE, comma-separated; "" = none
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]
@@ -160,6 +161,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         trace_tokens=tokens,
         evaluations=1,
         trained_on="answers",
+        save_fp32=config.save_fp32,
     )
     config, planned = memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
     if config.plan:
@@ -258,7 +260,7 @@ def main(config: Config) -> None:
     how = some_of(config, "lr", "weight_decay", "max_grad_norm", "cuda_graphs")
     savings = part_of(config, Savings)
     policy = rl.Policy(model, chat, settings, savings=savings, reward=rewards, **how)
-    schedule = some_of(config, "steps", "batch_prompts", "checkpoint_every")
+    schedule = some_of(config, "steps", "batch_prompts", "checkpoint_every", "save_fp32")
     trained = rl.train(policy, questions, run, **schedule, planned=planned and planned.larger)
     del policy, model  # what is measured next is what was saved
     model, _ = models.load(str(trained), **where)

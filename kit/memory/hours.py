@@ -199,6 +199,7 @@ class Work:
     max_steps: int = 0  # training stops there; 0 = all epochs
     evaluations: int = 2  # before and after; 1 if nothing is trained or a baseline is taken
     trained_on: str = "traces"
+    save_fp32: bool = False  # the finished model; off: bf16
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
     trained = sizes.adapters(rank) if rank else sizes.weights
     in_checkpoint = 2 + OPTIMIZER_BYTES + 2 * step.savings.exact_weights  # bytes per trained weight
     disk = {
-        MODEL: 2 * trained,
+        MODEL: (4 if work.save_fp32 else 2) * trained,
         **estimate.disk,
         TOKENS: ID_BYTES * work.num_traces * length * (work.trained_on == "traces"),
         CHECKPOINTS: round((KEPT + 1) * trained * in_checkpoint),  # one is written beside those that are kept

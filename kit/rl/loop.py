@@ -41,12 +41,14 @@ def train(
     steps: int,
     batch_prompts: int,
     checkpoint_every: int = 0,
+    save_fp32: bool = False,
     planned: Plan | None = None,
 ) -> Path:
     """Train for `steps` steps of batch_prompts prompts. Returns the folder of the finished model.
 
-    checkpoint_every: steps; 0 = none before the end. planned: the larger of the plans of sampling and update;
-    on a card, it is printed after ten steps beside what was measured, and both are stored in memory.json.
+    checkpoint_every: steps; 0 = none before the end. save_fp32: as for kit.train.train. planned: the larger
+    of the plans of sampling and update; on a card, it is printed after ten steps beside what was measured,
+    and both are stored in memory.json.
 
     Writes run.metrics, the first group of every step to rollouts.jsonl, and checkpoints. If run.path holds a
     checkpoint, training continues from it; if it holds the finished model, nothing is done. Raises ValueError
@@ -147,10 +149,11 @@ def train(
             if is_stopped:
                 raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
+    weights = checkpoint.whole_weights(policy.optimizer) if save_fp32 else None
     policy.close()
     run.metrics.sync()
     samples.sync()
-    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name)
+    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name, weights)
     return finished
 
 

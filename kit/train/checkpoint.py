@@ -19,12 +19,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from kit.command import LetFinish, Stopped
+from kit.kernels.adamw8bit import exact_weight
 from kit.models.folder import _publish, _write_model, load_weights
 from kit.models.weights import check_same, fingerprint, read_tensors
 from kit.ranks import here
@@ -34,6 +37,7 @@ from kit.train.optimizer import flat_states, owned, states_of
 KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 CHUNK = 2**20  # bytes of a file that are hashed at once
+Weights = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def name_of_run(model, **settings: object) -> str:
@@ -83,14 +87,44 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def finish(finished: Path, model, tokenizer, checkpoints: Path, step: int, run: str) -> None:
+def whole_weights(optimizer: torch.optim.Optimizer) -> Weights:
+    """Return trained weights in fp32 on the CPU, with the 16 bits that exact_weights keeps of bf16 ones.
+
+    Ranks other than 0 get none.
+    """
+    rests = here().to_first({name: x for name, x in states_of(optimizer).items() if name.endswith(".rest")})
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = {}
+    for i, parameter in enumerate(trained if here().is_first else ()):
+        weight, rest = parameter.detach().cpu(), rests.get(f"{i}.rest")
+        found[parameter] = weight.float() if rest is None else exact_weight(weight, rest.cpu())
+    return found
+
+
+@contextmanager
+def _with_weights(weights: Weights) -> Iterator[None]:
+    own = {parameter: parameter.data for parameter in weights}
+    try:
+        for parameter, whole in weights.items():
+            parameter.data = whole
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
+def finish(
+    finished: Path, model, tokenizer, checkpoints: Path, step: int, run: str, weights: Weights | None = None
+) -> None:
     """Write the finished model's folder, and delete the checkpoints, which are larger and now useless.
 
-    step, run: as for save. Raises Stopped after Ctrl-C, once the folder is written.
+    step, run: as for save. weights: as whole_weights returns them, written instead of the model's own; None =
+    the model's. Raises Stopped after Ctrl-C, once the folder is written.
     """
 
     def write() -> None:
-        scratch = _write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
+        with _with_weights(weights or {}):
+            scratch = _write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
         _record(scratch, step, run)
         _publish(scratch, finished)
         shutil.rmtree(checkpoints, ignore_errors=True)

@@ -121,6 +121,7 @@ def train(
     loss_of: LossOfRow | None = None,
     memory: Unwatched | None = None,
     checkpoint_every: int = 0,
+    save_fp32: bool = False,
     after_step: Callable[[int], object] | None = None,
     seed: int = 0,
 ) -> Path:
@@ -132,6 +133,7 @@ def train(
     loss_of: the loss of a row (kit.train.loss); None = mean token cross-entropy.
     memory: watches the card, such as kit.memory.PeakMemory; None = nothing does.
     checkpoint_every: steps; 0 = no checkpoint before the end.
+    save_fp32: write the finished model in fp32, with the bits that bf16 weights lack; off: as it was loaded.
     after_step: is called with the number of steps done, first when training begins or goes on, such as
         kit.evaluate.during_training; None = nothing is.
 
@@ -239,9 +241,10 @@ def train(
             if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
+    weights = checkpoint.whole_weights(optimizer) if save_fp32 else None
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
     run.metrics.sync()
-    checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name)
+    checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name, weights)
     return finished

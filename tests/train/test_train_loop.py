@@ -7,8 +7,10 @@ import pytest
 import torch
 from children import call, train_unbroken_and_killed
 from conftest import make_model, random_documents
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
 
 from kit.data.toy import make_tokenizer
 from kit.machine import GIB
@@ -106,6 +108,26 @@ def test_the_loss_falls_and_a_line_is_written_per_step(tmp_path, capsys):
     assert re.fullmatch(shown, capsys.readouterr().err)
     assert (folder / "model.safetensors").is_file()
     assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("exact_weights", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])  # untied and tied head
+def test_a_model_is_saved_in_fp32_on_demand_with_the_bits_that_bf16_lacks(tmp_path, family, exact_weights):
+    options = {"dtype": torch.bfloat16, "steps": 3, "savings": Savings(exact_weights=exact_weights)}
+    model, plain = run_training(tmp_path / "bf16", family, **options)
+    same, folder = run_training(tmp_path / "fp32", family, **options, save_fp32=True)
+    in_bf16, in_fp32 = (load_file(path / "model.safetensors") for path in (plain, folder))
+    assert {x.dtype for x in in_bf16.values()} == {torch.bfloat16} and in_bf16.keys() == in_fp32.keys()
+    for name, parameter in same.named_parameters():  # which stay as they are, for whoever goes on with them
+        whole, rounded = in_fp32[name], in_bf16[name]
+        assert whole.dtype == torch.float32 and parameter.dtype == torch.bfloat16
+        nearest = (whole.view(torch.int32) + 0x8000 >> 16).to(torch.int16).view(torch.bfloat16)
+        assert torch.equal(parameter, rounded) and torch.equal(nearest, rounded)
+        assert torch.equal(whole, rounded.float()) == (not exact_weights), name
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.get_input_embeddings().weight, in_fp32["model.embed_tokens.weight"])
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -230,7 +230,7 @@ def main(config: Config) -> Path | None:
     require_gpu(config.device, "a sweep", instead)
     check_attention(config, study)
     path = open_study(config, GROWS)
-    chosen = valley.estimate.choose_settings(study.cells(), path, **what)
+    chosen = valley.estimate.choose_settings(study.cells(), path, at_once=len(workers), **what)
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
     run = f" --out {shell_word(config.out)}" if config.out else ""
     return run_study(

@@ -31,12 +31,17 @@ def check_free_memory(planned: RunPlan) -> None:
             f"--gpu_gb {floor(10 * free / GIB) / 10} --desktop_gb 0 to choose settings that fit, or close "
             "what uses the card"
         )
+    check_cpu_memory(planned)
 
-    free = free_memory()
-    if planned.host and free is not None and planned.host > free:
+
+def check_cpu_memory(planned: RunPlan, at_once: int = 1) -> None:
+    """Raise ValueError if the CPU has less memory free than so many runs at once need."""
+    needed, free = at_once * planned.host, free_memory()
+    if free is not None and needed > free:
         on = [name for name in planned.update.savings.switched_on if name.startswith("offload_")]
+        runs = f" for {at_once} runs at once" if at_once > 1 else ""
         raise ValueError(
-            f"the plan keeps {planned.host / GIB:.2f} GiB in CPU memory ({', '.join(on)}) but "
+            f"the plan keeps {needed / GIB:.2f} GiB in CPU memory{runs} ({', '.join(on)}) but "
             f"{free / GIB:.2f} GiB are free; close what uses it, raise a container's limit, or leave a part "
             f"of it on the card: --no_{on[-1]}, without --gpu_gb"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from kit.config import as_flags
 from kit.machine import GIB
 from kit.memory.hours import CHECKPOINTS, Estimate, Work, estimate_run
+from kit.memory.measured import check_cpu_memory
 from kit.memory.phases import MeasuredRun, RunPlan
 from kit.memory.run_plan import given_up, plan_run
 from kit.memory.settings import PlanSettings
@@ -149,16 +150,23 @@ def settings_of(memory: Memory) -> Chosen:
     }
 
 
-def choose_settings(cells: Sequence[Cell], path: Path, *, card: PlanSettings, **sizes) -> Chosen:
+def choose_settings(
+    cells: Sequence[Cell], path: Path, *, card: PlanSettings, at_once: int = 1, **sizes
+) -> Chosen:
     """Return settings that fit the card, kept in path/memory.json; none without gpu_gb.
 
-    sizes: as for plan_memory.
+    at_once: runs that share the CPU's memory. sizes: as for plan_memory. Raises ValueError if it is too small
+    for them.
     """
     stored = path / FILE
     if not stored.is_file():
         if not card.gpu_gib:
             return {(cell.model, cell.method): ({}, "") for cell in cells}
-        found = settings_of(plan_memory(cells, card=card, **sizes))
+        plans = plan_memory(cells, card=card, **sizes)
+        for planned in plans.values():
+            if isinstance(planned, RunPlan):
+                check_cpu_memory(planned, at_once)
+        found = settings_of(plans)
         write_json(stored, [[*pair, *chosen] for pair, chosen in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))
     return {(model, method): (settings, problem) for model, method, settings, problem in rows}

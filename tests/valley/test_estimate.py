@@ -146,6 +146,20 @@ def test_each_model_and_method_is_simulated_once_and_one_that_cannot_be_planned_
     }
 
 
+def test_cpu_memory_that_runs_at_once_would_not_have_is_refused_before_the_first_of_them(
+    monkeypatch, tmp_path
+):
+    cells = Study(((GEMMA, ("full",)),), (8_000,)).cells()
+    plan = planned(savings=replace(LEAN, offload_optimizer=True))
+    plan = replace(plan, update=replace(plan.update, host=2 * 2**30))
+    monkeypatch.setattr("kit.valley.estimate.plan_memory", lambda cells, card: {(GEMMA, "full"): plan})
+    monkeypatch.setattr("kit.memory.measured.free_memory", lambda: 3 * 2**30)
+    card = PlanSettings(gpu_gb="6")
+    with pytest.raises(ValueError, match=r"keeps 4\.00 GiB .* for 2 runs at once .* 3\.00 GiB are free"):
+        choose_settings(cells, tmp_path, card=card, at_once=2)
+    assert list(choose_settings(cells, tmp_path, card=card)) == [(GEMMA, "full")]
+
+
 def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():
     models = ((GEMMA, ("full",)), (QWEN, ("full",)))
     cells = Study(models, (8_000, 16_000), arms=("long", FIXED_BATCH), batch_traces=8).cells()

@@ -95,6 +95,7 @@ def test_a_card_with_too_little_free_memory_is_refused_before_anything_is_loaded
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "one without measurements")
     config = parse(recipe.Config, [*small(model), *flags, "--benchmarks", "toy"])
     needed = recipe.plan_memory(config)[1].larger.total - CONTEXT
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (needed - 1, 8 * GIB))

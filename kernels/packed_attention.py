@@ -79,6 +79,16 @@ def _accept(cu_seqlens: Tensor, T: int, max_seqlen: int) -> None:
         _accepted[cu_seqlens] = claim
 
 
+def accept_copy(copy: Tensor, cu_seqlens: Tensor, T: int, max_seqlen: int) -> None:
+    """Check cu_seqlens on the host for its copy on a card, which then need not be waited for to be read.
+
+    T, max_seqlen: as packed_attention will take them. Raises ValueError as it does.
+    """
+    _bounds(cu_seqlens, T, max_seqlen)
+    if not copy.is_inference():
+        _accepted[copy] = T, max_seqlen, copy._version
+
+
 def _pieces(bounds: list[int], window: int) -> Iterator[tuple[slice, slice, bool]]:
     """Yield (queries, keys they see, whether the window cuts them), for the torch paths.
 

@@ -165,6 +165,10 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the same row on another device; copies do not wait for one another."""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.TENSORS}
+        if moved["cu_seqlens"].is_cuda and not self.cu_seqlens.is_cuda:
+            from kit.kernels.packed_attention import accept_copy  # imports Triton
+
+            accept_copy(moved["cu_seqlens"], self.cu_seqlens, len(self), self.max_seqlen)
         return replace(self, **moved)
 
     TENSORS = ("input_ids", "targets", "position_ids", "cu_seqlens")

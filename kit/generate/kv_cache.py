@@ -66,7 +66,8 @@ class SlotCache:
             row = torch.tensor(rows).repeat_interleave(torch.tensor(kept))
             position = torch.cat([torch.arange(n - k, n) for n, k in zip(lengths, kept, strict=True)])
             token = position + torch.tensor(starts).repeat_interleave(torch.tensor(kept))
-            self.prompt_places[W] = row.to(device), (position % W).to(device), token.to(device)
+            places = row, position % W, token
+            self.prompt_places[W] = tuple(x.to(device, non_blocking=True) for x in places)
 
     def at_decode(self, positions: torch.Tensor, longest: int) -> None:
         """Prepare for one token in each of rows 0..B-1, at positions (B,). longest: the largest of them.

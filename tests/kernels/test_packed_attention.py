@@ -271,3 +271,20 @@ assert q.grad.isfinite().all()
 """
     child = subprocess.run([sys.executable, "-c", code], env=os.environ, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+
+
+def test_a_copy_that_was_checked_on_the_host_is_not_read_again_until_it_changes(monkeypatch):
+    copy, other = CU_SEQLENS.clone(), CU_SEQLENS.clone()
+    pa.accept_copy(copy, CU_SEQLENS, T, max(LENGTHS))
+    read = []
+    monkeypatch.setattr(pa, "_bounds", lambda *arguments: read.append(arguments))
+    pa._accept(copy, T, max(LENGTHS))
+    assert read == []
+    pa._accept(other, T, max(LENGTHS))  # another tensor of the same values
+    pa._accept(copy, T, max(LENGTHS) + 1)  # another claim
+    copy += 0
+    pa._accept(copy, T, max(LENGTHS))
+    assert len(read) == 3
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"rise from 0 to T = {T + 1}"):
+        pa.accept_copy(other, CU_SEQLENS, T + 1, max(LENGTHS))

@@ -230,6 +230,8 @@ def _training(settings: Mapping[str, object]) -> Iterator[str]:
     if bf16 or settings.get("optimizer") == "adamw8bit" or settings.get("offload_optimizer"):
         weights = rests.get(settings.get("exact_weights"), "") if bf16 else ""  # a CPU has fp32 weights
         yield f"AdamW with 8-bit states{weights} (paper: AdamW, bf16)"
+    if bf16:
+        yield f"gradients are bf16, also while a step's rows add up ({OPEN})"
     if settings.get("update_in_backward"):
         yield "each step is one row of packed traces, updated without a norm of all gradients"
     if "traces" in settings:

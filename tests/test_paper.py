@@ -12,6 +12,7 @@ from kit.paper import deviations, table_of
 INSTRUCTION = "the instruction stands below the problem (from Qwen2.5-Math: in the system turn)"
 ROUNDED = "AdamW with 8-bit states, bf16 weights rounded stochastically (paper: AdamW, bf16)"
 RESTS = "AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"
+SUMS = "gradients are bf16, also while a step's rows add up (the paper does not say; ours)"
 TRACES = [
     "a trace is too long by the model's own tokenizer (the paper does not say; ours)",
     "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)",
@@ -25,11 +26,11 @@ def config_of(word, **settings):
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_defaults_of_fine_tuning_and_evaluation_differ_from_the_paper_in_what_no_setting_can_mend(exact):
     states = RESTS if exact else ROUNDED
-    assert deviations(config_of("finetune", exact_weights=exact)) == [INSTRUCTION, states, *TRACES]
+    assert deviations(config_of("finetune", exact_weights=exact)) == [INSTRUCTION, states, SUMS, *TRACES]
     for row in paper.TABLE:
         sizes = {"num_traces": row.traces, "epochs": row.epochs, "batch_traces": row.batch_traces}
         assert deviations(config_of("finetune", exact_weights=exact, **sizes)) == [
-            INSTRUCTION, states, *TRACES
+            INSTRUCTION, states, SUMS, *TRACES
         ]  # fmt: skip
     assert deviations(config_of("evaluate")) == [INSTRUCTION]
 
@@ -38,6 +39,7 @@ def test_reinforcement_learning_is_the_papers_with_what_it_leaves_open_from_verl
     assert deviations(config_of("grpo")) == [
         INSTRUCTION,
         RESTS,
+        SUMS,
         "no entropy bonus (from SimpleRL-Zoo: coefficient 0.001)",
         "old log-probs are the sampler's (from verl: computed again by the trainer)",
         "a group's standard deviation + 1e-4 (from verl: + 1e-6), and no clamp of k3 (from verl: at 10)",

@@ -140,6 +140,7 @@ def test_the_default_is_the_papers_table_and_its_settings(recipe):
     assert recipe.deviations(config, study) == [
         "the instruction stands below the problem (from Qwen2.5-Math: in the system turn)",
         "AdamW with 8-bit states (paper: AdamW, bf16)",
+        "gradients are bf16, also while a step's rows add up (the paper does not say; ours)",
         "a trace is too long by the model's own tokenizer (the paper does not say; ours)",
         "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)",
     ]

@@ -1,8 +1,8 @@
 """One token per row through a model's layers, with the keys and values of the tokens before in a cache.
 
 At one token per row a product takes microseconds, and the casts, views and copies between two products take
-as long again; on a card each is a kernel launch. What a layer computes stands in kit/models/layers.py; here
-it runs in the fewest operators of torch.
+as long again; on a card each is a kernel. What a layer computes stands in kit/models/layers.py: here it runs
+in the fewest kernels, on a CPU in the fewest operators of torch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kit.generate.kv_cache import SlotCache
 from kit.kernels.decode_attention import decode_attention
 from kit.models.families import family_of, layer_kinds
-from kit.models.layers import PLAIN, Attention, layer_of, norm_of, rotations
+from kit.models.layers import Attention, Operations, layer_of, norm_of, rotations, to_sample
 
 
 class Decoder:
     """A model as the sampler runs it after the prompts."""
 
-    def __init__(self, model):
-        """Raises ValueError for an unknown family, whose layers may compute more than the kit's."""
+    def __init__(self, model, operations: Operations | None = None):
+        """operations: None = the device's. Raises ValueError for an unknown family.
+
+        Its layers may compute more than the kit's.
+        """
+        operations = operations or to_sample(model.get_input_embeddings().weight.device)
         self.model, self.kinds = model, layer_kinds(model.config)
-        self.layers = [layer_of(layer, PLAIN) for layer in model.model.layers[: len(self.kinds)]]
-        self.norm = norm_of(model.model.norm, family_of(model.config), PLAIN)
+        self.layers = [layer_of(layer, operations) for layer in model.model.layers[: len(self.kinds)]]
+        self.norm = norm_of(model.model.norm, family_of(model.config), operations)
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         """Compute the hidden states (B, H) of tokens (B,) at positions (B,). Call cache.at_decode first."""

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from kit.models.families import family_of, layer_kinds
-from kit.models.layers import FUSED, PLAIN, layer_of, norm_of, rotations
+from kit.models.layers import FUSED, layer_of, norm_of, rotations, to_sample
 from kit.packing import PackedBatch
 
 
@@ -35,7 +35,7 @@ def hidden_states(
     x = backbone.embed_tokens(batch.input_ids[None]) if inputs_embeds is None else inputs_embeds
     arguments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "cache": cache}
     angles = rotations(model, x, batch.position_ids[None])
-    operations = PLAIN if cache is not None and x.device.type == "cpu" else FUSED
+    operations = FUSED if cache is None else to_sample(x.device)
     for layer, kind in zip(backbone.layers, layer_kinds(model.config), strict=False):
         # kit.train.recompute goes in through the layer of transformers
         recomputes = layer.training and layer.gradient_checkpointing

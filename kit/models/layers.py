@@ -6,10 +6,10 @@
 A row of kit/models/families.py says which norms a family has; the others are left out. The weights stay in
 transformers' modules. Projections are called as modules, so adapters and NF4 weights are included.
 
-Norms, rotation and gate are kernels of our own (FUSED), which read and write every element once. One token
-per row, or a short prompt on a CPU, is so little work that launching them would cost more than they compute:
-the sampler uses the fewest operators of torch there (PLAIN, without a graph). Both compute in fp32 and round
-once, so that the sampler's log-probs differ from the trainer's no more than two orders of summation do.
+Norms, rotation and gate are kernels of our own (FUSED), which read and write every element once. On a CPU
+they compute in torch what a gradient needs; the sampler uses the fewest operators there (PLAIN, without a
+graph). Both compute in fp32 and round once, so that the sampler's log-probs differ from the trainer's no more
+than two orders of summation do.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class Operations(NamedTuple):
 
 
 FUSED, PLAIN = Operations(), Operations(plain_norm, plain_rope, plain_glu)
+
+
+def to_sample(device: torch.device) -> Operations:
+    """Return how the sampler computes them, prompts and tokens alike."""
+    return PLAIN if device.type == "cpu" else FUSED
 
 
 class Norm(nn.Module):

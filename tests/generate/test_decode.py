@@ -12,6 +12,7 @@ from kit.generate.decode import Decoder
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
+from kit.models.layers import FUSED, PLAIN
 from kit.models.nf4 import quantise_decoder
 
 T = 19  # positions, more than twice conftest's window of 7
@@ -37,9 +38,9 @@ def make_model(family, dtype=torch.float32):
     return model.to(dtype)
 
 
-def token_by_token(model, ids):
+def token_by_token(model, ids, operations=None):
     """Compute the hidden states (rows, T, H) one token at a time."""
-    cache, decoder = SlotCache(model, len(ids), T), Decoder(model)
+    cache, decoder = SlotCache(model, len(ids), T), Decoder(model, operations)
     hidden = []
     with torch.no_grad():
         for t in range(T):
@@ -64,11 +65,13 @@ def random_ids():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_hidden_states_are_the_models_own(family, dtype):
+@pytest.mark.parametrize("operations", [PLAIN, FUSED], ids=["plain", "fused"])  # on a CPU, on a card
+def test_hidden_states_are_the_models_own(family, dtype, operations):
     model, ids = make_model(family, dtype), random_ids()
     truth = whole(make_model(family, dtype).double(), ids)
     ours, theirs = (
-        (states.double() - truth).norm() for states in (token_by_token(model, ids), whole(model, ids))
+        (states.double() - truth).norm()
+        for states in (token_by_token(model, ids, operations), whole(model, ids))
     )
     assert ours <= 2 * theirs
 

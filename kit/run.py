@@ -22,8 +22,7 @@ UNSTORED = {"resume", "out", "plan", "json"}
 FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "rl_sizes", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
-    "offload_gradients", "eval_every", "eval_questions", "log", "server", "cuda_graphs",
-    "save_fp32",
+    "offload_gradients", "head_update", "eval_every", "eval_questions", "log", "server", "cuda_graphs",
 }  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
@@ -118,7 +117,10 @@ class RunFolder:
             fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
             changed = [k for k in fixed if _meaning(k, before.get(k)) != _meaning(k, settings.get(k))]
             if changed:
-                each = "; ".join(f"{k} was {before.get(k)!r}, is {settings.get(k)!r}" for k in changed)
+                now = {
+                    k: f"is {settings[k]!r}" if k in settings else "is no setting any more" for k in changed
+                }
+                each = "; ".join(f"{k} was {before.get(k)!r}, {now[k]}" for k in changed)
                 wait = "wait until the others there end, " if is_shared(path) else ""
                 only_more = set(changed) <= {*may_grow}
                 grow = "--resume, which lets it grow, " if only_more and not config.resume else ""

@@ -1,6 +1,6 @@
 """Check the kit on your NVIDIA card: are the kernels right, how fast are they, does the memory plan hold?
 
-    python recipes/check_card.py                       everything, in under five minutes
+    python recipes/check_card.py                       what fits into five minutes, the most important first
     python recipes/check_card.py --quick               the most important part, in 90 seconds
     python recipes/check_card.py --only fits --cap_gb 8    use a larger card as if it had 8 GB
     python recipes/check_card.py --only truth --as sm89    run the code that Triton generates for an RTX 40

@@ -100,6 +100,8 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm)
     savings.check_rows(config.batch_traces)
+    savings.check_ranks(here().count)
+    savings.check_saving(config.save_fp32)
     data.mixtures.check_mixture(config.long_share, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"

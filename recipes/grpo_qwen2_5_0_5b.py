@@ -95,6 +95,7 @@ class Config(Settings, Savings, Adapters, BenchmarkSettings, ModelSettings, Plan
     def __post_init__(self):
         super().__post_init__()
         check_savings(self)
+        self.check_saving(self.save_fp32)
 
 
 CONSUMER = {

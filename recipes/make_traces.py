@@ -83,6 +83,7 @@ def main(config: Config) -> Path:
     small = "--num_problems 20 --num_samples 1 --max_new_tokens 512"
     if not config.server:
         require_gpu(config.device, f"sampling {config.model} on --device cuda", on_cpu(small))
+        config = config.with_attention(config.model)
     questions = read_questions(config)
     run = open_run(config)
 

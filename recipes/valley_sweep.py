@@ -261,7 +261,7 @@ def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     estimates = valley.estimate.estimate_cells(cells, planned, work, card=config.card)
     print(valley.estimate.describe(cells, planned, estimates, num_cards=num_cards))
     print(paper.describe(deviations(config, study) + forced))
-    started = replace(config.to_start(), gpu_gb=config.gpu_gb, desktop_gb=config.desktop_gb)
+    started = replace(config.to_start(), **some_of(config, "gpu_gb", "faster", "desktop_gb"))
     print(f"start       {full_command(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
     if config.json:
         rows = valley.estimate.as_json(cells, planned, estimates, config.desktop_gb)

@@ -36,7 +36,7 @@ AROUND = 400  # characters of the answer on each side of a keyword
 PASSAGES = 3  # of one answer, at most: the first
 REPLY_TOKENS = 1_024  # one word, and room for a model that thinks first
 AT_ONCE = 8  # questions
-TIMEOUT = 60.0  # seconds for one reply
+TIMEOUT = 300.0  # seconds for one reply
 GIVE_UP = 8  # questions in a row without a connection: the others are then not asked
 VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 JUDGED, PROBLEM = "judged", "judge_problem"  # fields of a row
@@ -76,7 +76,8 @@ class Judge:
         try:
             reply = self._call("/chat/completions", question)
             self.unreachable = 0
-            said = str(reply["choices"][0]["message"]["content"])
+            (choice, *_) = reply["choices"]
+            said = str(choice["message"]["content"])
         except (ValueError, LookupError, TypeError) as error:
             return None, f"the reply cannot be read ({describe(error)})"
         except urllib.error.HTTPError as error:
@@ -85,6 +86,8 @@ class Judge:
         except (OSError, http.client.HTTPException) as error:
             self.unreachable += 1
             return None, f"no reply ({describe(error)})"
+        if choice.get("finish_reason") == "length":  # what stands there may be a part of a thought
+            return None, f"cut off after {REPLY_TOKENS} tokens"
         match = VERDICT.match(said.rpartition(THOUGHT_END)[2])
         return (match[1].lower() == "yes", "") if match else (None, "neither yes nor no")
 

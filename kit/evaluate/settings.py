@@ -11,6 +11,7 @@ from kit.config import Checked
 from kit.data.chat import INSTRUCTION
 from kit.evaluate.benchmarks import Benchmark, find_benchmarks, parse_benchmarks
 from kit.journal import CONFIG
+from kit.ranks import here
 from kit.run import read_json
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class ModelSettings(Checked):
     # model
     device: str = "cuda"  # [cuda | cpu]
     attention: str = "auto"  # auto: kit, or varlen (untested) if checked [auto | kit | varlen | torch]
-    cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph; changes the speed only
+    cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph: faster, more memory
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none
 
@@ -55,7 +56,7 @@ class ModelSettings(Checked):
             return replace(self, attention=read_json(begun).get("attention", "auto"))
         from kit.models.pick_attention import pick_attention  # imports torch: not before flags are read
 
-        return replace(self, attention=pick_attention(names, self.device))
+        return replace(self, attention=here().from_first(lambda: pick_attention(names, self.device)))
 
     @property
     def plans_graphs(self) -> bool:

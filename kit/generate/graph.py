@@ -46,9 +46,9 @@ class Graphs:
     If either fails, a warning says why, and all steps run eagerly.
     """
 
-    # in this process, whatever is sampled next: torch may keep the memory of a capture that failed, and what
-    # made one graph differ may make others differ where no step shows it
-    have_failed: ClassVar[bool] = False
+    # why none is used in this process any more, whatever is sampled next; "" = they are. torch may keep the
+    # memory of a capture that failed, and what made one graph differ may make others differ unseen
+    failure: ClassVar[str] = ""
 
     def __init__(self, recorder):
         """recorder: a Recorder, or another with its two methods; None = run all steps eagerly."""
@@ -62,7 +62,7 @@ class Graphs:
         return min(-(-num_rows // unit) * unit, num_slots)
 
     def __call__(self, size: int, step: Callable[[], None], state: State) -> None:
-        if self.recorder is None:
+        if self.recorder is None or Graphs.failure:
             step()
         elif size in self.proved:
             self.graphs[size].replay()
@@ -79,7 +79,7 @@ class Graphs:
         try:
             self.graphs[size] = self.recorder.capture(step)
         except RuntimeError as error:
-            self._give_up(" ".join(str(error).split())[:200])
+            self._give_up(_named(error.__context__ or error))  # what ended the capture comes before its end
 
     def _prove(self, size: int, step: Callable[[], None], state: State) -> None:
         """Replay a step, then run it eagerly from the same state.
@@ -88,11 +88,16 @@ class Graphs:
         keys of this step there: if it writes its own elsewhere, its tokens attend to others.
         """
         before = {name: values.clone() for name, values in state.items()}
-        self.graphs[size].replay()
+        try:
+            self.graphs[size].replay()
+        except RuntimeError as error:
+            self._give_up(_named(error))
         replayed = {name: values.clone() for name, values in state.items()}
         for name, values in state.items():
             values.copy_(before[name])
         self.recorder.run(step)
+        if Graphs.failure:
+            return
 
         different = [name for name, values in state.items() if not _same_bits(values, replayed[name])]
         if different:
@@ -104,10 +109,17 @@ class Graphs:
             self.proved.add(size)
 
     def _give_up(self, why: str) -> None:
-        Graphs.have_failed = True
-        self.recorder = None
+        Graphs.failure = why
         self.graphs.clear()
-        warnings.warn(f"tokens are sampled without CUDA graphs, with more launches: {why}", stacklevel=2)
+        warnings.warn(
+            f"tokens are sampled without CUDA graphs, with more launches: {why}. If memory runs out later, "
+            "start again with --no_cuda_graphs: torch may keep what a failed graph held",
+            stacklevel=2,
+        )
+
+
+def _named(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -150,5 +162,5 @@ Steps = Eager | Graphs
 
 def steps_for(device: torch.device, uses_kernel: bool, cuda_graphs: bool) -> Steps:
     """Return how steps run. uses_kernel: the lengths of rows are read on the device alone."""
-    replays = cuda_graphs and uses_kernel and device.type == "cuda" and not Graphs.have_failed
+    replays = cuda_graphs and uses_kernel and device.type == "cuda" and not Graphs.failure
     return Graphs(Recorder(device)) if replays else Eager()

@@ -34,16 +34,22 @@ def check_free_memory(planned: RunPlan) -> None:
     check_cpu_memory(planned)
 
 
-def check_cpu_memory(planned: RunPlan, at_once: int = 1) -> None:
-    """Raise ValueError if the CPU has less memory free than so many runs at once need."""
-    needed, free = at_once * planned.host, free_memory()
+def check_cpu_memory(planned: RunPlan, at_once: int = 0) -> None:
+    """Raise ValueError if the CPU has less memory free than a run needs.
+
+    at_once: runs of a study that share it; 0 = this is a run of its own.
+    """
+    needed, free = max(at_once, 1) * planned.host, free_memory()
     if free is not None and needed > free:
         on = [name for name in planned.update.savings.switched_on if name.startswith("offload_")]
         runs = f" for {at_once} runs at once" if at_once > 1 else ""
+        leave = f", or leave a part of it on the card: --no_{on[-1]}, without --gpu_gb"
+        leave = (", run fewer at once with --gpus" if runs else "") if at_once else leave
+        is_full = planned.run is not None and not planned.run.has_adapters
+        faster = ", or pass --faster" if is_full and "update_in_backward" not in planned.run.without else ""
         raise ValueError(
             f"the plan keeps {needed / GIB:.2f} GiB in CPU memory{runs} ({', '.join(on)}) but "
-            f"{free / GIB:.2f} GiB are free; close what uses it, raise a container's limit, or leave a part "
-            f"of it on the card: --no_{on[-1]}, without --gpu_gb"
+            f"{free / GIB:.2f} GiB are free; close what uses it, raise a container's limit{leave}{faster}"
         )
 
 

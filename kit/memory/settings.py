@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from kit.config import Checked
+from kit.train.adapters import Adapters
 
 Config = TypeVar("Config", bound="PlanSettings")
 
@@ -75,4 +76,8 @@ class TrainingPlanSettings(PlanSettings):
             raise ValueError(
                 "faster is on but gpu_gb is not set, so no settings are chosen; pass --gpu_gb auto, or leave "
                 "--faster out"
+            )
+        if self.faster and isinstance(self, Adapters) and any(self.ranks.values()):
+            raise ValueError(
+                "faster is on but adapters are trained, whose few states stay on the card; leave --faster out"
             )

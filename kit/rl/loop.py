@@ -56,6 +56,7 @@ def train(
     Raises ValueError, naming the last checkpoint, if loss or gradient is not finite or memory runs out; and
     Stopped after Ctrl-C, with a checkpoint of the last step that ended.
     """
+    policy.savings.check_saving(save_fp32)
     finished, checkpoints = run.path / "model", run.path / "checkpoints"
     group = policy.optimizer.param_groups[0]
     fixed = replace(policy.settings, num_slots=1)  # how many are sampled at once may change
@@ -149,11 +150,11 @@ def train(
             if is_stopped:
                 raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
-    weights = checkpoint.whole_weights(policy.optimizer) if save_fp32 else None
+    rests = checkpoint.rests_of(policy.optimizer) if save_fp32 else None
     policy.close()
     run.metrics.sync()
     samples.sync()
-    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name, weights)
+    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name, rests)
     return finished
 
 

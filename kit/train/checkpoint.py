@@ -37,7 +37,7 @@ from kit.train.optimizer import flat_states, owned, states_of
 KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 CHUNK = 2**20  # bytes of a file that are hashed at once
-Weights = dict[torch.nn.Parameter, torch.Tensor]
+Rests = dict[torch.nn.Parameter, torch.Tensor]
 
 
 def name_of_run(model, **settings: object) -> str:
@@ -87,43 +87,38 @@ def _digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def whole_weights(optimizer: torch.optim.Optimizer) -> Weights:
-    """Return trained weights in fp32 on the CPU, with the 16 bits that exact_weights keeps of bf16 ones.
-
-    Ranks other than 0 get none.
-    """
+def rests_of(optimizer: torch.optim.Optimizer) -> Rests:
+    """Return the 16 bits that exact_weights keeps of each bf16 weight. Ranks other than 0 get none."""
     rests = here().to_first({name: x for name, x in states_of(optimizer).items() if name.endswith(".rest")})
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    found = {}
-    for i, parameter in enumerate(trained if here().is_first else ()):
-        weight, rest = parameter.detach().cpu(), rests.get(f"{i}.rest")
-        found[parameter] = weight.float() if rest is None else exact_weight(weight, rest.cpu())
-    return found
+    return {trained[int(name.split(".")[0])]: x for name, x in rests.items()} if here().is_first else {}
 
 
 @contextmanager
-def _with_weights(weights: Weights) -> Iterator[None]:
-    own = {parameter: parameter.data for parameter in weights}
+def _in_fp32(model, rests: Rests) -> Iterator[None]:
+    """Let weights be what they are with their rests, in CPU memory: 4 bytes of each. Empties rests."""
+    own, dtype = {parameter: parameter.data for parameter in rests}, model.config.dtype
     try:
-        for parameter, whole in weights.items():
-            parameter.data = whole
+        for parameter, weight in own.items():
+            parameter.data = exact_weight(weight.cpu(), rests.pop(parameter).cpu())
         yield
     finally:
-        for parameter, data in own.items():
-            parameter.data = data
+        for parameter, weight in own.items():
+            parameter.data = weight
+        model.config.dtype = dtype  # save_pretrained sets it
 
 
 def finish(
-    finished: Path, model, tokenizer, checkpoints: Path, step: int, run: str, weights: Weights | None = None
+    finished: Path, model, tokenizer, checkpoints: Path, step: int, run: str, rests: Rests | None = None
 ) -> None:
     """Write the finished model's folder, and delete the checkpoints, which are larger and now useless.
 
-    step, run: as for save. weights: as whole_weights returns them, written instead of the model's own; None =
-    the model's. Raises Stopped after Ctrl-C, once the folder is written.
+    step, run: as for save. rests: as rests_of returns them, to be written in fp32; None = as the model is.
+    Raises Stopped after Ctrl-C, once the folder is written.
     """
 
     def write() -> None:
-        with _with_weights(weights or {}):
+        with _in_fp32(model, rests or {}):
             scratch = _write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
         _record(scratch, step, run)
         _publish(scratch, finished)

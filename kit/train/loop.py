@@ -144,6 +144,8 @@ def train(
     checkpoint, which is intact. Raises Stopped after Ctrl-C, once the step has ended and a checkpoint is
     written.
     """
+    savings = savings or Savings()
+    savings.check_saving(save_fp32)
     finished, checkpoints = run.path / "model", run.path / "checkpoints"
     settings = (lr, warmup_ratio, weight_decay, beta2, max_grad_norm, seed)
     data = {"documents": digest_of_documents(documents), "plan": plan.steps}
@@ -154,7 +156,7 @@ def train(
 
     training_step = TrainingStep(
         model,
-        savings or Savings(),
+        savings,
         lr=lr,
         weight_decay=weight_decay,
         betas=(0.9, beta2),
@@ -241,10 +243,10 @@ def train(
             if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
                 raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
-    weights = checkpoint.whole_weights(optimizer) if save_fp32 else None
+    rests = checkpoint.rests_of(optimizer) if save_fp32 else None
     training_step.close()
     training_step = optimizer = None
     return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
     run.metrics.sync()
-    checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name, weights)
+    checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name, rests)
     return finished

@@ -67,6 +67,26 @@ class Savings(Checked):
                 "norm of all is known; pass --max_grad_norm 0, or --no_update_in_backward"
             )
 
+    def check_ranks(self, count: int) -> None:
+        """Raise ValueError if so many ranks cannot sum their gradients."""
+        if count > 1 and self.update_in_backward:
+            raise ValueError(
+                f"update_in_backward is on but {count} ranks sum their gradients before any is used; pass "
+                "--no_update_in_backward --offload_gradients, which keeps about as little on the card"
+            )
+        if count > 1 and self.head_update == "blocked":
+            raise ValueError(
+                f"head_update is blocked but {count} ranks sum whole gradients; pass --head_update whole"
+            )
+
+    def check_saving(self, save_fp32: bool) -> None:
+        """Raise ValueError if a model cannot be saved with more bits than bf16 has."""
+        if save_fp32 and not self.exact_weights:
+            raise ValueError(
+                "save_fp32 is on but exact_weights is off, so there are no bits beyond bf16; leave out "
+                "--save_fp32 or --no_exact_weights (which --faster may have chosen)"
+            )
+
     def check_rows(self, batch_traces: int) -> None:
         """Raise ValueError if a step of so many traces may need gradients to be added over its rows."""
         if self.update_in_backward and batch_traces > 1:

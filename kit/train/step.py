@@ -46,6 +46,7 @@ class TrainingStep:
     ):
         savings.check_clipping(max_grad_norm)
         self.model, self.ranks = model, ranks or here()
+        savings.check_ranks(self.ranks.count)
         self.ranks.check_same(vars(savings))
         optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
         self.optimizer = make_optimizer(
@@ -85,21 +86,10 @@ class TrainingStep:
         return loss, self.updates.finish(loss)
 
     def _make_updates(self, savings: Savings, max_grad_norm: float) -> Updates:
-        """Choose when weights are updated. Raises ValueError for several ranks that cannot sum gradients."""
+        """Choose when weights are updated."""
         ranks, optimizer = self.ranks, self.optimizer
         if savings.update_in_backward:
-            if ranks.count > 1:
-                raise ValueError(
-                    f"update_in_backward is on but {ranks.count} ranks sum their gradients before any is "
-                    "used; pass --no_update_in_backward --offload_gradients, which keeps about as little on "
-                    "the card"
-                )
             return UpdateInBackward(optimizer)
-        if savings.head_update == "blocked" and ranks.count > 1:
-            raise ValueError(
-                f"head_update is blocked but {ranks.count} ranks sum whole gradients; pass --head_update "
-                "whole"
-            )
         if savings.offload_gradients:
             gradients = (
                 HostGradients(self.model) if ranks.count == 1 else SharedHostGradients(self.model, ranks)

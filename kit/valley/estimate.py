@@ -150,23 +150,29 @@ def settings_of(memory: Memory) -> Chosen:
     }
 
 
+def _checked(planned: RunPlan | str, at_once: int) -> RunPlan | str:
+    if isinstance(planned, RunPlan):
+        try:
+            check_cpu_memory(planned, at_once)
+        except ValueError as error:
+            return str(error)
+    return planned
+
+
 def choose_settings(
     cells: Sequence[Cell], path: Path, *, card: PlanSettings, at_once: int = 1, **sizes
 ) -> Chosen:
     """Return settings that fit the card, kept in path/memory.json; none without gpu_gb.
 
-    at_once: runs that share the CPU's memory. sizes: as for plan_memory. Raises ValueError if it is too small
-    for them.
+    at_once: runs that share the CPU's memory; a pair for which it is too small has no plan. sizes: as for
+    plan_memory.
     """
     stored = path / FILE
     if not stored.is_file():
         if not card.gpu_gib:
             return {(cell.model, cell.method): ({}, "") for cell in cells}
         plans = plan_memory(cells, card=card, **sizes)
-        for planned in plans.values():
-            if isinstance(planned, RunPlan):
-                check_cpu_memory(planned, at_once)
-        found = settings_of(plans)
+        found = settings_of({pair: _checked(planned, at_once) for pair, planned in plans.items()})
         write_json(stored, [[*pair, *chosen] for pair, chosen in found.items()])
     rows = json.loads(stored.read_text(encoding="utf-8"))
     return {(model, method): (settings, problem) for model, method, settings, problem in rows}

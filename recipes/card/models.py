@@ -157,7 +157,7 @@ class Training:
     def speed(self, card: Card, row: PackedBatch, seconds: float) -> tuple[dict, str]:
         """Return what recipes look up in results.jsonl to estimate their hours, and the same in words."""
         numbers = {"model": self.model, "row_tokens": len(row), "savings": asdict(self.savings)}
-        numbers |= {"qlora_rank": self.rank, "gpu": card.name}
+        numbers |= {"qlora_rank": self.rank, **card.facts}
         numbers |= {"seconds_per_step": seconds, "tokens_per_second": len(row) / seconds}
         text = f"{seconds:.2f} s per step, {len(row) / seconds:,.0f} tokens/s"
         if card.is_cuda:

@@ -23,7 +23,7 @@ SLOTS = 11  # of which a step computes 8 or all
 def lengths_stay_on_the_device(monkeypatch):
     """Let the cache be read as on a card; decode_attention computes it in torch here."""
     monkeypatch.setattr(kv_cache, "_takes_kernel", lambda *_: True)
-    monkeypatch.setattr(Graphs, "have_failed", False)
+    monkeypatch.setattr(Graphs, "failure", "")
 
 
 class Addresses(TorchDispatchMode):
@@ -110,15 +110,47 @@ def test_a_step_that_cannot_be_captured_is_named_once_and_sampling_goes_on_with_
     expected = sampled(model, monkeypatch, Graphs(None))
     tried = []
 
+    class Capturing:  # as torch.cuda.graph: to end such a capture fails, too
+        def __enter__(self):
+            """Begin."""
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
     def capture(step):
         tried.append(step)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        with Capturing():
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(recorder, "capture", capture)
     with pytest.warns(UserWarning, match=r"without CUDA graphs.*: operation not permitted when") as warned:
         assert sampled(model, monkeypatch, Graphs(recorder)) == expected
     assert len(tried) == len(warned) == 1
-    assert Graphs.have_failed  # so it is not tried in the next call either
+    assert Graphs.failure  # so it is not tried in the next call either
+
+
+def test_a_replay_that_raises_is_named_once_and_ends_graphs_everywhere_but_no_call(
+    monkeypatch,
+):
+    class Raises(Replay):
+        def replay(self):
+            raise RuntimeError("CUDA error: out of memory")
+
+    model = make_model("llama")
+    expected = sampled(model, monkeypatch, Graphs(None))
+    other = Rerun()
+    with torch.inference_mode():
+        beside = engine_of(model, Graphs(other), monkeypatch)
+        drawn = [beside.decode([9 + step] * SLOTS).read() for step in range(4)]
+        assert [graph.times for graph in other.captured] == [2]
+        with pytest.warns(UserWarning, match="without CUDA graphs.*: CUDA error: out of memory.*--no_cuda_"):
+            assert sampled(model, monkeypatch, Graphs(Rerun(Raises))) == expected
+        drawn += [beside.decode([13 + step] * SLOTS).read() for step in range(2)]
+        assert [graph.times for graph in other.captured] == [2]  # which goes on without its graphs
+
+        Graphs.failure = ""
+        eager = engine_of(model, Graphs(None), monkeypatch)
+        assert drawn == [eager.decode([9 + step] * SLOTS).read() for step in range(6)]
 
 
 class WithStale(Replay):
@@ -195,7 +227,7 @@ def test_a_graph_that_differs_from_its_step_is_named_once_and_never_replayed_aga
     with pytest.warns(UserWarning, match=rf"the graph of 11 rows left other {left} than the same") as warned:
         found = sampled(model, monkeypatch, Graphs(recorder))
     assert len(warned) == 1 and [graph.times for graph in recorder.captured] == [1]
-    assert Graphs.have_failed
+    assert Graphs.failure
     if broken is not StalePlaces:  # which has written over keys of the step before
         assert found == expected
 
@@ -227,7 +259,7 @@ def test_logits_that_are_not_finite_are_no_fault_of_a_graph(monkeypatch):
         made = engine_of(model, Graphs(Rerun()), monkeypatch)
         for step in range(4):
             _, logprobs = made.decode([9 + step] * SLOTS).read()
-    assert all(x != x for x in logprobs) and not Graphs.have_failed
+    assert all(x != x for x in logprobs) and not Graphs.failure
 
 
 def test_a_step_that_is_replayed_and_run_again_leaves_every_key_of_a_ring_as_one_eager_step(monkeypatch):
@@ -251,7 +283,7 @@ def test_steps_are_replayed_on_a_card_whose_kernel_reads_the_cache_unless_it_is_
     assert isinstance(steps_for(cuda, True, True), Graphs)
     eager = (cpu, True, True), (cuda, False, True), (cuda, True, False)
     assert all(isinstance(steps_for(*how), Eager) for how in eager)
-    Graphs.have_failed = True
+    Graphs.failure = "a graph before"
     assert isinstance(steps_for(cuda, True, True), Eager)
 
 

@@ -1,6 +1,7 @@
 """Estimates of a sweep: what is counted, what is counted once, and what a card's size changes."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -155,9 +156,11 @@ def test_cpu_memory_that_runs_at_once_would_not_have_is_refused_before_the_first
     monkeypatch.setattr("kit.valley.estimate.plan_memory", lambda cells, card: {(GEMMA, "full"): plan})
     monkeypatch.setattr("kit.memory.measured.free_memory", lambda: 3 * 2**30)
     card = PlanSettings(gpu_gb="6")
-    with pytest.raises(ValueError, match=r"keeps 4\.00 GiB .* for 2 runs at once .* 3\.00 GiB are free"):
-        choose_settings(cells, tmp_path, card=card, at_once=2)
-    assert list(choose_settings(cells, tmp_path, card=card)) == [(GEMMA, "full")]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    refused = choose_settings(cells, tmp_path / "two", card=card, at_once=2)[GEMMA, "full"][1]
+    assert re.search(r"keeps 4\.00 GiB .* for 2 runs at once .* 3\.00 GiB are free.*fewer .* --gpus", refused)
+    assert choose_settings(cells, tmp_path / "one", card=card)[GEMMA, "full"][1] == ""
 
 
 def test_one_row_per_step_is_what_the_cell_says_and_leaves_no_control_arm():

@@ -26,7 +26,7 @@ def fine_tuning(model, row_tokens=T, rows=1, **others) -> MeasuredRun:
 
 
 def choose_for(gpu_gb, run, **others) -> RunPlan:
-    return choose(run, TrainingPlanSettings(gpu_gb=str(gpu_gb), desktop_gb=0.0, **others))
+    return choose(run, TrainingPlanSettings(**{"gpu_gb": str(gpu_gb), "desktop_gb": 0.0, **others}))
 
 
 def ladder_steps(model, qlora_rank=0, *, faster=False) -> list[Savings]:

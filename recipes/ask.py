@@ -52,7 +52,7 @@ class Config(Checked):
     beside: str = ""  # more models, comma-separated, shown beside it; "" = none
     titles: str = ""  # only models whose title has one of these, comma-separated; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
-    attention: str = "auto"  # auto: kit, or varlen (untested) if checked [auto | kit | varlen | torch]
+    attention: str = "auto"  # auto: kit, or varlen if it won in check_card [auto | kit | varlen | torch]
     cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph: faster, more memory
     # prompt
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = as measured

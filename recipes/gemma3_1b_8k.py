@@ -68,7 +68,7 @@ class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanS
     max_grad_norm: float = 1.0  # clip the global norm here; 0 = off; the paper does not state it [>= 0]
     max_steps: int = 0  # stop the schedule here; 0 = all epochs [>= 0]
     checkpoint_every: int = 200  # steps between checkpoints; 0 = only at the end [>= 0]
-    save_fp32: bool = False  # of the finished model, the bits that bf16 lacks too: twice as large; off: bf16
+    save_fp32: bool = False  # save the finished model in fp32, with the bits that bf16 lacks; off: bf16
     # evaluation: the paper's protocol
     eval_every: int = 0  # steps between measurements during training; 0 = none; changes nothing in it [>= 0]
     eval_questions: int = 50  # questions per benchmark then: the first ones, one sample each [>= 1]

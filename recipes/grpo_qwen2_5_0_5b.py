@@ -85,7 +85,7 @@ class Config(Settings, Savings, Adapters, BenchmarkSettings, ModelSettings, Plan
     weight_decay: float = 0.01  # AdamW's, from verl; 0 = none [>= 0]
     max_grad_norm: float = 1.0  # clip the global norm here, from verl; 0 = off [>= 0]
     checkpoint_every: int = 5  # steps between checkpoints; 0 = only at the end [>= 0]
-    save_fp32: bool = False  # of the finished model, the bits that bf16 lacks too: twice as large; off: bf16
+    save_fp32: bool = False  # save the finished model in fp32, with the bits that bf16 lacks; off: bf16
     # evaluation: the paper's protocol
     benchmarks: str = BenchmarkSettings.benchmarks  # name, name=FILE or MINE=FILE, comma-separated; "" = none
     eval_tokens: int = 16_384  # tokens per response; at most half of the model's context [>= 1]

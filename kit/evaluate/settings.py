@@ -38,7 +38,7 @@ class ModelSettings(Checked):
 
     # model
     device: str = "cuda"  # [cuda | cpu]
-    attention: str = "auto"  # auto: kit, or varlen (untested) if checked [auto | kit | varlen | torch]
+    attention: str = "auto"  # auto: kit, or varlen if it won in check_card [auto | kit | varlen | torch]
     cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph: faster, more memory
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     instruction: str = INSTRUCTION  # line added below every problem; "" = none

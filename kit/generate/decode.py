@@ -21,9 +21,9 @@ class Decoder:
     """A model as the sampler runs it after the prompts."""
 
     def __init__(self, model, operations: Operations | None = None):
-        """operations: None = the device's. Raises ValueError for an unknown family.
+        """operations: None = the sampler's own on the model's device.
 
-        Its layers may compute more than the kit's.
+        Raises ValueError for an unknown family, whose layers may compute more than the kit's.
         """
         operations = operations or to_sample(model.get_input_embeddings().weight.device)
         self.model, self.kinds = model, layer_kinds(model.config)

@@ -7,7 +7,7 @@ they share: none reads what another left there.
 
 The first step with a number of rows runs eagerly, which compiles kernels and creates workspaces; the second
 is captured, and runs eagerly, too. The third proves the graph: it is replayed, and run eagerly from the same
-state. The captured step has changed that state, so a value or an address that the graph holds fast shows as
+state. The captured step has changed that state, so a value or an address that the graph has frozen shows as
 another token or log-prob. Both must leave the same bits: the eager step runs on the stream of the capture,
 with the same workspace, so cuBLAS has no reason to choose another algorithm. If they differ, a warning says
 so, the eager step counts, and this process replays no graph any more. What a wrong graph writes elsewhere

@@ -43,13 +43,16 @@ def check_cpu_memory(planned: RunPlan, at_once: int = 0) -> None:
     if free is not None and needed > free:
         on = [name for name in planned.update.savings.switched_on if name.startswith("offload_")]
         runs = f" for {at_once} runs at once" if at_once > 1 else ""
-        leave = f", or leave a part of it on the card: --no_{on[-1]}, without --gpu_gb"
-        leave = (", run fewer at once with --gpus" if runs else "") if at_once else leave
-        is_full = planned.run is not None and not planned.run.has_adapters
-        faster = ", or pass --faster" if is_full and "update_in_backward" not in planned.run.without else ""
+        ways = ["close what uses it", "raise a container's limit"]
+        if at_once > 1:
+            ways.append("run fewer at once with --gpus")
+        elif not at_once:
+            ways.append(f"leave a part of it on the card (--no_{on[-1]}, without --gpu_gb)")
+        if planned.run and not planned.run.has_adapters and "update_in_backward" not in planned.run.without:
+            ways.append("pass --gpu_gb with --faster, which keeps less there")
         raise ValueError(
             f"the plan keeps {needed / GIB:.2f} GiB in CPU memory{runs} ({', '.join(on)}) but "
-            f"{free / GIB:.2f} GiB are free; close what uses it, raise a container's limit{leave}{faster}"
+            f"{free / GIB:.2f} GiB are free; {', or '.join(ways)}"
         )
 
 

@@ -41,15 +41,16 @@ def rms_norm_reference(x, weight, eps, *, offset=0.0):
 @triton.jit
 def _forward_kernel(
     x_ptr, weight_ptr, y_ptr, r_ptr,
-    N, H, eps, offset,
+    N, K, x_stride, H, eps, offset,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # rows * H may pass 2**31
     cols = tl.arange(0, BLOCK_H)
     inside = (rows < N)[:, None] & (cols < H)[None, :]
     places = rows[:, None] * H + cols[None, :]  # (BLOCK_N, BLOCK_H)
+    starts = rows // K * x_stride + rows % K * H  # in x, where every K rows are in one piece
 
-    x = tl.load(x_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + starts[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
     scale = offset + tl.load(weight_ptr + cols, mask=cols < H, other=0.0).to(tl.float32)
     y = x * r[:, None] * scale[None, :]
@@ -103,18 +104,20 @@ def tile(H: int) -> dict[str, int]:
 
 @torch.library.custom_op("kit::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """Return (y, r) of contiguous x (N, H)."""
-    N, H = x.shape
+    """Return y (N, H) and r (N,) of x (N / K, K, H), whose K rows are in one piece."""
+    (N, K, H), x_stride = x.shape, x.stride(0)
+    N *= K
     wide = torch.promote_types(x.dtype, torch.float32)
-    y, r = torch.empty_like(x), x.new_empty(N, dtype=wide)
+    y, r = x.new_empty(N, H), x.new_empty(N, dtype=wide)
     if uses_triton(x):
         held = tile(H)
         programs = triton.cdiv(N, held["BLOCK_N"])
         if N:
             with torch.cuda.device_of(x):
-                _forward_kernel[(programs,)](x, weight, y, r, N, H, eps, offset, **held)
+                _forward_kernel[(programs,)](x, weight, y, r, N, K, x_stride, H, eps, offset, **held)
         return y, r
 
+    x = x.reshape(N, H)
     scale = offset + weight.to(wide)
     for rows in row_blocks(x):
         z = x[rows].to(wide)
@@ -152,7 +155,8 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, offset: float) -
 
 @_forward.register_fake
 def _(x, weight, eps, offset):
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    N, H = x.shape[0] * x.shape[1], x.shape[2]
+    return x.new_empty(N, H), x.new_empty(N, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 @_backward.register_fake
@@ -172,8 +176,9 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, r = ctx.saved_tensors
-        dx, dweight = _backward(dy.contiguous(), x, weight, r, ctx.offset)
-        return dx, dweight if ctx.needs_input_grad[1] else None, None, None
+        rows = x.reshape(dy.shape).contiguous()
+        dx, dweight = _backward(dy.contiguous(), rows, weight, r, ctx.offset)
+        return dx.view(x.shape), dweight if ctx.needs_input_grad[1] else None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -181,7 +186,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
 
     x and weight: any floating dtype, which may differ. Computed in fp32 (float64 for float64) and rounded
     once to x's dtype; transformers' Llama and Qwen2 round a second time, before the scale. Differentiable
-    once, in x and weight. x is copied if it is not contiguous. Source: Zhang & Sennrich, 2019, equation 4;
+    once, in x and weight. Heads (T, K, H) may be a slice of a projection's output; other strides cost a copy.
+    Source: Zhang & Sennrich, 2019, equation 4;
     Gemma's offset: transformers' Gemma3RMSNorm.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for H above 16,384.
@@ -198,5 +204,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     if not 1 <= x.shape[-1] <= MAX_H:
         raise ValueError(f"x has vectors of {x.shape[-1]:,} elements; from 1 to {MAX_H:,} can be normalised")
 
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    return _RMSNorm.apply(flat, weight.contiguous(), eps, offset).reshape(x.shape)
+    H = x.shape[-1]
+    rows = x.reshape(-1, 1, H) if x.is_contiguous() or x.dim() != 3 else x
+    rows = rows if rows.stride()[1:] == (H, 1) else rows.contiguous()
+    return _RMSNorm.apply(rows, weight.contiguous(), eps, offset).reshape(x.shape)

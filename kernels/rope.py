@@ -59,29 +59,29 @@ def _turn(
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    Hq, Hkv, D,
+    q_stride, k_stride, Hq, Hkv, D,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)  # t * Hq * D may pass 2**31
+    t = tl.program_id(0).to(tl.int64)  # t * q_stride may pass 2**31
     cos1, cos2 = _halves(cos_ptr + t * D, D, BLOCK_HALF)
     sin1, sin2 = _halves(sin_ptr + t * D, D, BLOCK_HALF)
-    q, k = t * Hq * D, t * Hkv * D  # the token's first element
-    _turn(q_ptr + q, q_out_ptr + q, Hq, cos1, cos2, sin1, sin2, D, BLOCK_Q, BLOCK_HALF)
-    _turn(k_ptr + k, k_out_ptr + k, Hkv, cos1, cos2, sin1, sin2, D, BLOCK_K, BLOCK_HALF)
+    q, k = q_ptr + t * q_stride, k_ptr + t * k_stride  # the token's first element
+    _turn(q, q_out_ptr + t * Hq * D, Hq, cos1, cos2, sin1, sin2, D, BLOCK_Q, BLOCK_HALF)
+    _turn(k, k_out_ptr + t * Hkv * D, Hkv, cos1, cos2, sin1, sin2, D, BLOCK_K, BLOCK_HALF)
 
 
 @triton.jit
 def _backward_kernel(
     dq_out_ptr, dk_out_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr,
-    Hq, Hkv, D,
+    q_stride, k_stride, Hq, Hkv, D,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     cos1, cos2 = _halves(cos_ptr + t * D, D, BLOCK_HALF)
     sin1, sin2 = _halves(sin_ptr + t * D, D, BLOCK_HALF)
-    q, k = t * Hq * D, t * Hkv * D
-    _turn(dq_out_ptr + q, dq_ptr + q, Hq, cos1, cos2, -sin2, -sin1, D, BLOCK_Q, BLOCK_HALF)
-    _turn(dk_out_ptr + k, dk_ptr + k, Hkv, cos1, cos2, -sin2, -sin1, D, BLOCK_K, BLOCK_HALF)
+    dq_out, dk_out = dq_out_ptr + t * q_stride, dk_out_ptr + t * k_stride
+    _turn(dq_out, dq_ptr + t * Hq * D, Hq, cos1, cos2, -sin2, -sin1, D, BLOCK_Q, BLOCK_HALF)
+    _turn(dk_out, dk_ptr + t * Hkv * D, Hkv, cos1, cos2, -sin2, -sin1, D, BLOCK_K, BLOCK_HALF)
 
 
 def _turn_in_torch(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
@@ -109,11 +109,12 @@ def tile(Hq: int, Hkv: int, D: int) -> dict[str, int]:
 
 
 def _launch(kernel, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     (T, Hq, D), Hkv = q.shape, k.shape[1]
     if T:
+        sizes = q.stride(0), k.stride(0), Hq, Hkv, D
         with torch.cuda.device_of(q):
-            kernel[(T,)](q, k, cos, sin, q_out, k_out, Hq, Hkv, D, **tile(Hq, Hkv, D))
+            kernel[(T,)](q, k, cos, sin, q_out, k_out, *sizes, **tile(Hq, Hkv, D))
     return q_out, k_out
 
 
@@ -134,7 +135,12 @@ def _backward(dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor) -> tuple
 @_forward.register_fake
 @_backward.register_fake
 def _(q, k, cos, sin):
-    return torch.empty_like(q), torch.empty_like(k)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """Return x (T, H, D) with the heads of a token in one piece, a copy if they are not."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 class _Rope(torch.autograd.Function):
@@ -147,7 +153,7 @@ class _Rope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq_out, dk_out):
         # new tensors: the gradients that come in may be another operation's, too
-        return *_backward(dq_out.contiguous(), dk_out.contiguous(), *ctx.saved_tensors), None, None
+        return *_backward(_side_by_side(dq_out), _side_by_side(dk_out), *ctx.saved_tensors), None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +161,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     cos, sin: (T, D), the cosines and sines of the angles; transformers' two halves are the same, but need not
     be. Returns new tensors of the shapes and dtype of q and k, computed in fp32 (float64 for float64) and
-    rounded once. Differentiable once, in q and k. Tensors that are not contiguous are copied.
+    rounded once. Differentiable once, in q and k. Both may be slices of one projection's output; other
+    strides cost a copy.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, an odd D, and cos or sin that require a
     gradient.
@@ -177,4 +184,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(f"q, k, cos and sin are on {', '.join(devices)}; move them to one device")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos or sin requires a gradient, which rope does not compute; pass them detached")
-    return _Rope.apply(q.contiguous(), k.contiguous(), cos.contiguous(), sin.contiguous())
+    return _Rope.apply(_side_by_side(q), _side_by_side(k), cos.contiguous(), sin.contiguous())

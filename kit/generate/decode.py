@@ -8,13 +8,14 @@ in the fewest kernels, on a CPU in the fewest operators of torch.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.generate.kv_cache import SlotCache
 from kit.kernels.decode_attention import decode_attention
 from kit.models.families import family_of, layer_kinds
-from kit.models.layers import Attention, Operations, layer_of, norm_of, rotations, to_sample
+from kit.models.joined import join
+from kit.models.layers import FUSED, Operations, layer_of, norm_of, rotations, to_sample
 
 
 class Decoder:
@@ -29,6 +30,13 @@ class Decoder:
         self.model, self.kinds = model, layer_kinds(model.config)
         self.layers = [layer_of(layer, operations) for layer in model.model.layers[: len(self.kinds)]]
         self.norm = norm_of(model.model.norm, family_of(model.config), operations)
+        # of each layer, its projections of one input as one product; None = as several. On a CPU, one product
+        # takes as long as the several
+        self.qkv = self.gate_up = [None] * len(self.layers)
+        if operations is FUSED:
+            parts = [(layer.attention.attention, layer.feed_forward.mlp) for layer in self.layers]
+            self.qkv = [join([part.q_proj, part.k_proj, part.v_proj]) for part, _ in parts]
+            self.gate_up = [join([part.gate_proj, part.up_proj]) for _, part in parts]
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         """Compute the hidden states (B, H) of tokens (B,) at positions (B,). Call cache.at_decode first."""
@@ -38,16 +46,22 @@ class Decoder:
             for kind, (cos, sin) in rotations(self.model, x, positions[:, None]).items()
         }
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
-            x = x + layer.after(_attend(i, layer.attention, layer.before(x), *angles[kind], cache))
-            x = layer.feed_forward(x)
+            q, k, v = layer.attention.heads(layer.before(x), *angles[kind], self.qkv[i])
+            cache.write(i, k, v)
+            x = x + layer.after(_attend(i, layer.attention.attention, q, cache))
+            x = layer.feed_forward(x, self.gate_up[i])
         return self.norm(x)
 
+    def close(self) -> None:
+        """Separate the layers that were joined. The decoder cannot be called afterwards."""
+        for joined in (*self.qkv, *self.gate_up):
+            if joined:
+                joined.separate()
 
-def _attend(i: int, layer: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache: SlotCache) -> Tensor:
-    """Compute the attention of layer i, (B, H), from its normed input (B, H); store its keys and values."""
-    q, k, v = layer.heads(x, cos, sin)
-    cache.write(i, k, v)
-    scale = layer.attention.scaling
+
+def _attend(i: int, attention: nn.Module, q: Tensor, cache: SlotCache) -> Tensor:
+    """Compute the output of a layer's attention, (B, H), from its queries (B, Hq, D)."""
+    scale = attention.scaling
     if cache.uses_kernel:
         attended = decode_attention(q, *cache.rows(i), scale=scale)
     elif q.is_cuda:
@@ -56,7 +70,7 @@ def _attend(i: int, layer: Attention, x: Tensor, cos: Tensor, sin: Tensor, cache
             attended = _attend_under_mask(q, *cache.rows(i), scale)
     else:
         attended = _attend_under_mask(q, *cache.rows(i), scale)
-    return layer.attention.o_proj(attended.flatten(1))
+    return attention.o_proj(attended.flatten(1))
 
 
 def _attend_under_mask(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -38,9 +38,7 @@ class SlotCache:
         self.keys = [torch.empty(num_slots, num_heads, W, width, **like) for W in self.sizes]
         self.values = [torch.empty_like(keys) for keys in self.keys]
 
-        # where each row's heads begin, (S, Hkv), in a layer seen as (S * Hkv * W, D)
-        heads = torch.arange(num_slots * num_heads, device=weight.device).view(num_slots, -1)
-        self.starts = {W: heads * W for W in self.sizes}
+        self.numbers = torch.arange(num_slots, device=weight.device)
         self.zero = torch.zeros((), **like)
         self.uses_kernel = _takes_kernel(config, weight)
         # size -> places of every row that hold no garbage; the kernel reads none
@@ -48,7 +46,7 @@ class SlotCache:
 
         # by the size W of a layer: row, place and token in the pack of every position that the prompts leave
         self.prompt_places: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        # where each row and head writes its next position
+        # where each row writes its next position, (B,)
         self.places: dict[int, torch.Tensor] = {}
         # how many places are read, and what each row sees of them: for the kernel its length, (B,), otherwise
         # what is added to its scores, (B, 1, 1, places)
@@ -59,7 +57,6 @@ class SlotCache:
 
         Row rows[i] gets the lengths[i] tokens that begin at starts[i] in the pack.
         """
-        device = self.starts[self.sizes[0]].device
         for W in self.cleared:
             self._clear(W, min(max(lengths), W))
             kept = [min(length, W) for length in lengths]  # a ring holds a prompt's last W positions
@@ -67,7 +64,7 @@ class SlotCache:
             position = torch.cat([torch.arange(n - k, n) for n, k in zip(lengths, kept, strict=True)])
             token = position + torch.tensor(starts).repeat_interleave(torch.tensor(kept))
             places = row, position % W, token
-            self.prompt_places[W] = tuple(x.to(device, non_blocking=True) for x in places)
+            self.prompt_places[W] = tuple(x.to(self.zero.device, non_blocking=True) for x in places)
 
     def at_decode(self, positions: torch.Tensor, longest: int) -> None:
         """Prepare for one token in each of rows 0..B-1, at positions (B,). longest: the largest of them.
@@ -76,7 +73,7 @@ class SlotCache:
         """
         lengths = positions + 1
         for W in self.cleared:
-            self.places[W] = (self.starts[W][: len(positions)] + (positions % W)[:, None]).flatten()
+            self.places[W] = positions % W
             if self.uses_kernel:
                 self.seen[W] = W, lengths
                 continue
@@ -95,10 +92,11 @@ class SlotCache:
             self.cleared[W] = end
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write the new tokens' keys and values, (B, Hkv, D), to their places."""
+        """Write the new tokens' keys and values, (B, Hkv, D) of any strides, to their places."""
         places = self.places[self.sizes[layer]]
-        for held, states in ((self.keys[layer], keys), (self.values[layer], values)):
-            held.view(-1, held.shape[-1]).index_copy_(0, places, states.reshape(-1, held.shape[-1]))
+        rows = self.numbers[: len(places)]
+        self.keys[layer][rows, :, places] = keys
+        self.values[layer][rows, :, places] = values
 
     def rows(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys and values of rows 0..B-1, (B, Hkv, places, D), and what each row sees of them."""

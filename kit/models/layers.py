@@ -26,6 +26,7 @@ from kit.kernels.rms_norm import rms_norm
 from kit.kernels.rope import rope
 from kit.models.attention import attend
 from kit.models.families import FAMILIES, Family, layer_kinds
+from kit.models.joined import Joined
 
 LAYERS = {family.layer: family for family in FAMILIES.values()}
 # a config's name of the activation -> ours
@@ -97,11 +98,16 @@ class Attention(nn.Module):
         # of q and k; in a tuple, since a module that is registered twice does not survive functional_call
         self.norms = tuple(_norm(attention, name, family, operations) for name in family.head_norms)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute q (T, Hq, D), k and v (T, Hkv, D) of normed inputs (T, H). cos, sin: (T, D)."""
+    def heads(
+        self, x: Tensor, cos: Tensor, sin: Tensor, joined: Joined | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute q (T, Hq, D), k and v (T, Hkv, D) of normed inputs (T, H). cos, sin: (T, D).
+
+        joined: the layers of q, k and v, if they are.
+        """
         module = self.attention
-        projections = (module.q_proj, module.k_proj, module.v_proj)
-        q, k, v = (project(x).unflatten(-1, (-1, module.head_dim)) for project in projections)
+        projected = joined(x) if joined else (module.q_proj(x), module.k_proj(x), module.v_proj(x))
+        q, k, v = (states.unflatten(-1, (-1, module.head_dim)) for states in projected)
         norm_q, norm_k = self.norms
         return *self.turn(norm_q(q), norm_k(k), cos, sin), v
 
@@ -141,10 +147,11 @@ class FeedForward(nn.Module):
             raise ValueError(f"{family.activation} is {name!r}; the kit knows {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[name]
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, joined: Joined | None = None) -> Tensor:
+        """joined: the layers of gate and up, if they are."""
         mlp, m = self.mlp, self.before(h)
-        gated = self.gated(mlp.gate_proj(m), mlp.up_proj(m), activation=self.activation)
-        return h + self.after(mlp.down_proj(gated))
+        gate, up = joined(m) if joined else (mlp.gate_proj(m), mlp.up_proj(m))
+        return h + self.after(mlp.down_proj(self.gated(gate, up, activation=self.activation)))
 
 
 class DecoderLayer(nn.Module):

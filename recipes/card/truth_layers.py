@@ -32,14 +32,23 @@ def cases(card: Card) -> dict[str, Callable]:
         sides = (partial(function, eps=1e-6, offset=offset) for function in (rms_norm, rms_norm_reference))
         return *sides, [normal(card, T, H, dtype=torch.float32, scale=3.0), normal(card, H)]
 
+    def head_norm(D: int) -> tuple:
+        ours, reference, (_, weight) = norm(D, 0.0)
+        sides = (lambda heads, weight, f=f: f(heads[:, 1:3], weight) for f in (ours, reference))
+        return *sides, [normal(card, T, 4, D, scale=3.0), weight]
+
     def rotation(Hq: int, Hkv: int, D: int) -> tuple:
         angles = 10 * torch.rand(T, D, device=card.device)
 
         def in_its_dtype(function: Callable) -> Callable:
-            return lambda q, k: function(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
+            def turn(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                q, k, _ = heads.split([Hq, Hkv, Hkv], dim=1)
+                return function(q, k, angles.cos().to(q.dtype), angles.sin().to(q.dtype))
+
+            return turn
 
         sides = map(in_its_dtype, (rope, rope_reference))
-        return *sides, [normal(card, T, Hq, D), normal(card, T, Hkv, D)]
+        return *sides, [normal(card, T, Hq + 2 * Hkv, D)]
 
     def gate(activation: str) -> tuple:
         sides = (partial(function, activation=activation) for function in (glu, glu_reference))
@@ -48,6 +57,7 @@ def cases(card: Card) -> dict[str, Callable]:
     return {
         "rms_norm H = 1,152 offset 1": partial(norm, 1_152, 1.0),
         "rms_norm H = 77 offset 0": partial(norm, 77, 0.0),
+        "rms_norm of heads, D = 77": partial(head_norm, 77),
         **{f"rope D = {heads[-1]}": partial(rotation, *heads) for heads in HEADS},
         **{f"glu {activation}": partial(gate, activation) for activation in ACTIVATIONS},
     }

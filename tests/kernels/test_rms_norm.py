@@ -7,6 +7,7 @@ import pytest
 import torch
 from accuracy import check, far_memory, poisoned, run_as_program  # noqa: F401
 from children import pass_in_the_interpreter
+from counting import Counter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -100,6 +101,20 @@ def test_strided_and_expanded_inputs_count_as_their_values():
     torch.testing.assert_close(leaf.grad, alone.grad)
 
 
+@pytest.mark.parametrize("heads", [slice(2, 5), slice(0, 1)], ids=["three", "one"])
+def test_heads_of_a_wider_projection_count_as_their_values_and_are_not_copied(heads):
+    x, weight, dy = problem(5, 7, 6)
+    leaves = [x.clone().requires_grad_(), x[:, heads].clone().requires_grad_()]
+    found, expected = (rms_norm(vectors, weight, 1e-6) for vectors in (leaves[0][:, heads], leaves[1]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for y in (found, expected):
+        y.backward(dy[:, heads])
+    torch.testing.assert_close(leaves[0].grad[:, heads], leaves[1].grad, rtol=0, atol=0)
+    with FakeTensorMode(), torch.no_grad(), Counter() as counter:
+        rms_norm(torch.empty(5, 7, 6)[:, heads], torch.empty(6), 1e-6)
+    assert counter.total.launches == 1
+
+
 def test_a_frozen_weight_gets_no_gradient():
     x, weight, dy = problem(3, 7)
     rms_norm(x.requires_grad_(), weight, 1e-6).backward(dy)
@@ -109,7 +124,9 @@ def test_a_frozen_weight_gets_no_gradient():
 def test_the_operators_and_their_fake_implementations_agree():
     x, weight, dy = problem(13, 77)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels._forward, (x, weight, 1e-6, 1.0), test_utils=tests)
+    heads = torch.randn(5, 9, 77)[:, 3:7]  # of a projection that computes others beside them
+    for vectors in (x[:, None], heads):
+        torch.library.opcheck(kernels._forward, (vectors, weight, 1e-6, 1.0), test_utils=tests)
     torch.library.opcheck(kernels._backward, (dy, x, weight, torch.ones(13), 1.0), test_utils=tests)
     with FakeTensorMode():
         x = torch.empty(13, 77, dtype=torch.bfloat16, requires_grad=True)
@@ -140,7 +157,7 @@ def test_rows_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
     r, parts = far_memory(row + 1, torch.float32), far_memory((row + 1) * H, torch.float32)
     x[-H:] = torch.randn(H)
     values, ones = x[-H:].float().requires_grad_(), torch.ones(H)
-    kernels._forward_kernel[(1,)](x, ones, y, r, row + 1, H, 1e-6, 0.0, BLOCK_N=1, BLOCK_H=H)
+    kernels._forward_kernel[(1,)](x, ones, y, r, row + 1, 1, H, H, 1e-6, 0.0, BLOCK_N=1, BLOCK_H=H)
     expected = rms_norm_reference(values, ones, 1e-6)
     torch.testing.assert_close(y[-H:].float(), expected.detach(), atol=2e-3, rtol=2e-3)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accuracy import check, far_memory, poisoned, run_as_program  # noqa: F401
 from children import pass_in_the_interpreter
+from counting import Counter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -87,6 +88,19 @@ def test_transposed_inputs_count_as_their_values():
         assert torch.equal(ours, expected)
 
 
+def test_heads_of_one_projection_count_as_their_values_and_are_not_copied():
+    q, k, cos, sin = problem(5, 3, 1, 10)
+    projected = torch.cat([q, k, torch.full_like(k, torch.nan)], dim=1)
+    for ours, expected in zip(
+        rope(projected[:, :3], projected[:, 3:4], cos, sin), rope(q, k, cos, sin), strict=True
+    ):
+        assert torch.equal(ours, expected) and ours.is_contiguous()
+    with FakeTensorMode(), Counter() as counter:
+        heads = torch.empty(5, 5, 10)
+        rope(heads[:, :3], heads[:, 3:4], torch.empty(5, 10), torch.empty(5, 10))
+    assert counter.total.launches == 1
+
+
 def test_the_operators_and_their_fake_implementations_agree():
     inputs = problem(5, 3, 1, 10)
     for operator in (kernels._forward, kernels._backward):
@@ -124,7 +138,7 @@ def test_tokens_past_2_to_the_31_elements_do_not_overflow(monkeypatch):
         x[-heads * D :] = torch.randn(heads * D)
     last = [q[-Hq * D :].view(1, Hq, D), k[-D:].view(1, 1, D), cos[-D:].view(1, D), sin[-D:].view(1, D)]
     for kernel, operator in ((kernels._forward_kernel, rope), (kernels._backward_kernel, kernels._backward)):
-        kernel[(1,)](q, k, cos, sin, q_out, k_out, Hq, 1, D, Hq, 1, D // 2)
+        kernel[(1,)](q, k, cos, sin, q_out, k_out, Hq * D, D, Hq, 1, D, Hq, 1, D // 2)
         expected_q, expected_k = operator(*(x.double() for x in last))
         torch.testing.assert_close(q_out[-Hq * D :].double(), expected_q.flatten(), atol=1e-2, rtol=1e-2)
         torch.testing.assert_close(k_out[-D:].double(), expected_k.flatten(), atol=1e-2, rtol=1e-2)

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kit.generate.kv_cache import SlotCache
 from kit.kernels.decode_attention import decode_attention
 from kit.models.families import family_of, layer_kinds
-from kit.models.joined import join
-from kit.models.layers import FUSED, Operations, layer_of, norm_of, rotations, to_sample
+from kit.models.joined import joined, siblings
+from kit.models.layers import Operations, layer_of, norm_of, rotations, to_sample
 
 
 class Decoder:
@@ -30,13 +30,8 @@ class Decoder:
         self.model, self.kinds = model, layer_kinds(model.config)
         self.layers = [layer_of(layer, operations) for layer in model.model.layers[: len(self.kinds)]]
         self.norm = norm_of(model.model.norm, family_of(model.config), operations)
-        # of each layer, its projections of one input as one product; None = as several. On a CPU, one product
-        # takes as long as the several
-        self.qkv = self.gate_up = [None] * len(self.layers)
-        if operations is FUSED:
-            parts = [(layer.attention.attention, layer.feed_forward.mlp) for layer in self.layers]
-            self.qkv = [join([part.q_proj, part.k_proj, part.v_proj]) for part, _ in parts]
-            self.gate_up = [join([part.gate_proj, part.up_proj]) for _, part in parts]
+        # of each layer: those of q, k and v, and those of gate and up, if they are side by side
+        self.joined = [[joined(group) for group in siblings(layer)] for layer in model.model.layers]
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: SlotCache) -> Tensor:
         """Compute the hidden states (B, H) of tokens (B,) at positions (B,). Call cache.at_decode first."""
@@ -46,17 +41,12 @@ class Decoder:
             for kind, (cos, sin) in rotations(self.model, x, positions[:, None]).items()
         }
         for i, (layer, kind) in enumerate(zip(self.layers, self.kinds, strict=True)):
-            q, k, v = layer.attention.heads(layer.before(x), *angles[kind], self.qkv[i])
+            qkv, gate_up = self.joined[i]
+            q, k, v = layer.attention.heads(layer.before(x), *angles[kind], qkv)
             cache.write(i, k, v)
             x = x + layer.after(_attend(i, layer.attention.attention, q, cache))
-            x = layer.feed_forward(x, self.gate_up[i])
+            x = layer.feed_forward(x, gate_up)
         return self.norm(x)
-
-    def close(self) -> None:
-        """Separate the layers that were joined. The decoder cannot be called afterwards."""
-        for joined in (*self.qkv, *self.gate_up):
-            if joined:
-                joined.separate()
 
 
 def _attend(i: int, attention: nn.Module, q: Tensor, cache: SlotCache) -> Tensor:

@@ -66,10 +66,6 @@ class Engine:
         self.state = {"positions": self.positions, "tokens": self.tokens, "keys": self.keys}
         self.state |= {"draws": self.drawn, "log-probs": self.logprobs}
 
-    def close(self) -> None:
-        """Leave the model's weights as they were. The engine cannot be used afterwards."""
-        self.decoder.close()
-
     def _send(self, values: list[int]) -> torch.Tensor:
         """Copy integers to the device without waiting for what it computes."""
         return torch.tensor(values).to(self.device, non_blocking=True)

@@ -193,7 +193,6 @@ def _run_slots(
                 yield from receive(0)
     finally:
         model.train(training)
-        engine.close()
         device, engine = engine.device, None
         return_memory(device)  # of the cache: training needs it
 

@@ -64,9 +64,23 @@ def _write_model(path: Path, model, tokenizer) -> Path:
         metadata = {"format": "pt", "base": NF4 if is_in_nf4(model) else PLAIN}
         save_file(weights, scratch / ADAPTER_WEIGHTS, metadata=metadata)
     else:
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, state_dict=_in_cpu_memory(model))
     tokenizer.save_pretrained(scratch)
     return scratch
+
+
+def _in_cpu_memory(model) -> dict[str, torch.Tensor]:
+    """Return a model's weights in CPU memory, where they are written from; tied ones are one tensor.
+
+    transformers would first copy on the card those that share a buffer (kit/models/joined.py).
+    """
+    copies, state = {}, {}
+    for name, tensor in model.state_dict().items():
+        key = tensor.data_ptr(), tensor.shape
+        if key not in copies:
+            copies[key] = tensor.cpu()
+        state[name] = copies[key]
+    return state
 
 
 def _adapter_config(model):

@@ -1,8 +1,8 @@
-"""Linear layers that read the same input, such as those of q, k and v, computed as one product.
+"""Linear layers that read the same input, q, k and v or gate and up, computed as one product.
 
 At one token per row, a product of a few hundred outputs leaves most of a card idle, and takes a launch. The
-layers stay transformers': joined, their parameters are views of one buffer, which costs no memory. Separate
-them before the model is trained or saved: a file of views would first copy them all.
+layers stay transformers': their parameters are views of one buffer, which costs no memory if they get there
+as the model is loaded. Joined later, they would leave holes behind that fit no other tensor.
 """
 
 from __future__ import annotations
@@ -17,41 +17,60 @@ from torch import Tensor, nn
 class Joined:
     """Linear layers of one input, with weights in one buffer: x (..., H) -> the output of each, in order."""
 
-    def __init__(self, layers: Sequence[nn.Linear]):
-        self.widths = [layer.out_features for layer in layers]
-        self.weights = [layer.weight for layer in layers]
-        self.biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.weight, self.bias = _in_one(self.weights), _in_one(self.biases)
+    def __init__(self, layers: Sequence[nn.Linear], weight: Tensor, bias: Tensor | None):
+        self.widths, self.weight, self.bias = [layer.out_features for layer in layers], weight, bias
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         return F.linear(x, self.weight, self.bias).split(self.widths, -1)
 
-    def separate(self) -> None:
-        """Give every parameter memory of its own. Do not call this object afterwards."""
-        self.weight = self.bias = None
-        with torch.inference_mode(False), torch.no_grad():  # the parameters will be trained
-            for parameter in (*self.weights, *self.biases):
-                parameter.data = parameter.data.clone()
+
+def siblings(layer: nn.Module) -> list[list[nn.Module]]:
+    """Return the projections of a decoder layer of transformers that read the same input."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
 
 
-def join(layers: Sequence[nn.Module]) -> Joined | None:
-    """Join layers. None, and they stay apart, if one has an adapter, NF4 weights, hooks or alone a bias."""
-    plain = all(type(layer) is nn.Linear and not _hooks(layer) for layer in layers)
-    if plain and len({(x.bias is None, x.weight.dtype, x.weight.device) for x in layers}) == 1:
-        return Joined(layers)
-    return None
-
-
-def _hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def _in_one(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Move parameters (N_i, ...) into one tensor (sum of N_i, ...), of which they become views."""
-    if not parameters:
+def joined(layers: Sequence[nn.Module]) -> Joined | None:
+    """Return layers as one product; None if they are not side by side, or have adapters, NF4 or hooks."""
+    if not _are_plain(layers):
         return None
-    with torch.inference_mode(False), torch.no_grad():
-        whole = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, whole.split([len(x) for x in parameters]), strict=True):
-            parameter.data = part
-    return whole
+    weight = _whole([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = _whole(biases) if len(biases) == len(layers) else None
+    is_whole = weight is not None and (bias is not None or not biases)
+    return Joined(layers, weight, bias) if is_whole else None
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device. On a card, the projections of one input come to lie side by side there."""
+    if device.type == "cuda":
+        join(model, device)
+    return model.to(device)
+
+
+@torch.no_grad()
+def join(model: nn.Module, device: torch.device) -> None:
+    """Move the plain projections of each layer to a device, those of one input side by side."""
+    for layers in (group for layer in model.model.layers for group in siblings(layer)):
+        if not _are_plain(layers):
+            continue
+        for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
+            if None in parameters or len({parameter.dtype for parameter in parameters}) > 1:
+                continue
+            whole = torch.cat([parameter.data for parameter in parameters]).to(device)
+            for parameter, part in zip(parameters, whole.split([*map(len, parameters)]), strict=True):
+                parameter.data = part
+
+
+def _are_plain(layers: Sequence[nn.Module]) -> bool:
+    return all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in layers)
+
+
+def _whole(parts: Sequence[Tensor]) -> Tensor | None:
+    """Return the tensor (sum of N_i, ...) of parts (N_i, ...); None if they are not one behind the other."""
+    first, end = parts[0].detach(), parts[0].data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.data_ptr() != end:
+            return None
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

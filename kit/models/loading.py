@@ -26,6 +26,7 @@ from kit.models.attention import attention_name
 from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
 from kit.models.gguf_file import restore_rotation
+from kit.models.joined import place
 from kit.models.shipped import CONFIGS, SHIPPED
 from kit.models.weights import check_finite, check_loaded
 
@@ -75,7 +76,7 @@ def load_plain(
         model = _read_model(name, name, config=config, dtype=dtype, attn_implementation=kind)
         tokenizer = load_tokenizer(name)
     check_end_of_text(tokenizer, name)
-    model = model.to(device).eval()
+    model = place(model, device).eval()
     check_finite(model.state_dict(), name)
     return model, tokenizer
 

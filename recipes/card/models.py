@@ -18,6 +18,7 @@ from kit.extras import require
 from kit.memory.flops import Sizes
 from kit.models.attention import REGISTERED
 from kit.models.families import family_of
+from kit.models.joined import place
 from kit.models.shipped import CONFIGS
 from kit.packing import Document, PackedBatch
 from kit.recipes.card.results import Card
@@ -97,7 +98,8 @@ def build_to_sample(card: Card, spread: float, dtype: torch.dtype = torch.bfloat
     """Build Qwen2.5-0.5B for sampling. spread: as in sharpen. dtype: what its bf16 weights are cast to."""
     model = build(card, config_to_sample(card)).eval().requires_grad_(False)
     sharpen(model, spread)
-    return model if dtype == model.dtype else model.to(dtype)  # to(bf16) rounds the rotation's frequencies
+    model = model if dtype == model.dtype else model.to(dtype)  # to(bf16) rounds the rotation's frequencies
+    return place(model.to("cpu"), card.device)  # as kit.models.load does
 
 
 @torch.no_grad()

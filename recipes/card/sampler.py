@@ -188,9 +188,7 @@ def decoded(
 
     decode(3)  # compiles, captures, and proves the graph
     seconds = statistics.median(timed(card, lambda: decode(2 * seen))[1] for _ in range(3)) / (2 * seen)
-    profile = profiled(card, lambda: decode(seen))
-    engine.close()
-    return tokens, seconds, profile
+    return tokens, seconds, profiled(card, lambda: decode(seen))
 
 
 def check_reading(results: Results, card: Card, model) -> None:
@@ -207,7 +205,6 @@ def check_reading(results: Results, card: Card, model) -> None:
     with torch.inference_mode():
         read()  # compiles and allocates workspaces
         usage = measured(card, read, held=held_gib(card))
-    engine.close()
 
     settings = Settings(max_new_tokens=16, num_slots=rows, row_tokens=4 * length)
     planned = plan_step(card, settings, length, cuda_graphs=False).sampling.owners[SAMPLER] / GIB

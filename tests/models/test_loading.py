@@ -6,12 +6,14 @@ import shutil
 import pytest
 import torch
 from conftest import ALL_FAMILIES, make_model, random_documents
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from kit import models
 from kit.data.toy import make_tokenizer
 from kit.models import folder
 from kit.models.backbone import head_weight, hidden_states, next_token_logits
+from kit.models.joined import join
 from kit.models.shipped import TINY
 from kit.packing import Document, PackedBatch
 from kit.train.recompute import recompute_layers
@@ -86,6 +88,18 @@ def test_a_folder_is_loaded_as_it_was_saved(tiny_model, tmp_path):
     assert not loaded.training
     documents = random_documents(LENGTHS)
     assert torch.equal(logits_of(loaded, documents), logits_of(tiny_model, documents))
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)  # with a tied head and without
+def test_a_model_is_saved_alike_whether_its_projections_are_joined_or_not(family, tmp_path):
+    model = make_model(family)
+    for name in ("apart", "joined"):
+        folder.save_model(tmp_path / name, model, make_tokenizer())
+        join(model, torch.device("cpu"))
+    files = [tmp_path / name / "model.safetensors" for name in ("apart", "joined")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with safe_open(files[1], "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not model.config.tie_word_embeddings  # noqa: SIM118
 
 
 def test_a_gguf_file_becomes_a_plain_model_that_can_be_trained_and_saved(tmp_path):

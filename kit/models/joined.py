@@ -55,7 +55,8 @@ def join(model: nn.Module, device: torch.device) -> None:
         if not _are_plain(layers):
             continue
         for parameters in ([layer.weight for layer in layers], [layer.bias for layer in layers]):
-            if None in parameters or len({parameter.dtype for parameter in parameters}) > 1:
+            kinds = {None if parameter is None else parameter.dtype for parameter in parameters}
+            if len(kinds) > 1 or None in kinds:  # torch.cat would cast other dtypes
                 continue
             whole = torch.cat([parameter.data for parameter in parameters]).to(device)
             for parameter, part in zip(parameters, whole.split([*map(len, parameters)]), strict=True):
@@ -69,8 +70,9 @@ def _are_plain(layers: Sequence[nn.Module]) -> bool:
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
     """Return the tensor (sum of N_i, ...) of parts (N_i, ...); None if they are not one behind the other."""
     first, end = parts[0].detach(), parts[0].data_ptr()
+    memory = first.untyped_storage().data_ptr()
     for part in parts:
-        if part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or part.data_ptr() != end:
+        if (part.untyped_storage().data_ptr(), part.data_ptr()) != (memory, end) or not part.is_contiguous():
             return None
         end += part.nbytes
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

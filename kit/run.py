@@ -86,12 +86,17 @@ class RunFolder:
     @classmethod
     def _open(cls, config, may_grow: Sequence[str], join: bool) -> RunFolder:
         parent = Path("runs") / recipe_name(type(config))
-        if config.resume:
-            path = stored_settings(parent.name, config.out)[0]
-        else:
-            path = Path(config.out) if config.out else make_next_folder(parent)
-        is_created = not config.resume and (not config.out or not path.exists())
-        was_free = hold(path, join=join)
+        path = Path(config.out or parent)
+        try:
+            if config.resume:
+                path = stored_settings(parent.name, config.out)[0]
+            is_created = not config.resume and (not config.out or not path.exists())
+            path = path if config.resume or config.out else make_next_folder(parent)
+            was_free = hold(path, join=join)
+        except OSError as error:  # a file is in the way, or the disk is read-only, or not ours
+            raise ValueError(
+                f"{path} cannot be a run folder ({error.strerror}); pass an --out that you may write in"
+            ) from error
         goes_on = config.resume or (join and (path / CONFIG).is_file())
         try:
             cls._write_settings(path, config, may_grow, goes_on=goes_on)

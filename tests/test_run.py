@@ -107,6 +107,16 @@ def test_a_folder_that_holds_a_run_is_not_overwritten():
         RunFolder.open(Config(out="here"))
 
 
+@pytest.mark.parametrize("out", ["notes.txt", "notes.txt/mine", ""])
+def test_a_file_in_the_way_of_a_run_folder_is_named_with_what_to_pass(out):
+    Path("notes.txt").touch()
+    Path("runs").touch()
+    with pytest.raises(
+        ValueError, match=rf"{out or 'runs.test_run'} cannot be a run folder \(.*pass an --out"
+    ):
+        RunFolder.open(Config(out=out))
+
+
 def test_a_run_that_may_be_shared_goes_on_with_the_same_settings_and_grows_while_nobody_shares_it():
     run = RunFolder.open(Config(out="here"), join=True)
     run.unlock()

@@ -104,6 +104,7 @@ def main(config: Config) -> None:
     savings.check_saving(config.save_fp32)
     data.mixtures.check_mixture(config.long_share, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
+    data.rows.check_source(config.traces)  # before the benchmarks are downloaded
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     what = f"{config.model} at {config.row_tokens:,} tokens"
     require_gpu(config.device, what, on_cpu(small))

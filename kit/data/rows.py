@@ -107,6 +107,19 @@ def field_of(row: dict, name: str) -> object:
     return value
 
 
+def check_source(source: str) -> None:
+    """Raise ValueError if `source` names a local file that is missing or of an unknown kind. Read nothing."""
+    path = Path(source)
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            here = Path.cwd()
+            raise ValueError(
+                f"no file {source} here (working directory {here}); pass an existing file or a hub id"
+            )
+    elif path.is_file():
+        raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
+
+
 def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     """Yield (where, row) for every readable row of `source`, and add the others to `bad`.
 
@@ -117,17 +130,11 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     Raises ValueError for a missing or empty file, for a part that the data set lacks, and for too many bad
     rows.
     """
+    check_source(source)
     path = Path(source)
     if path.suffix in SUFFIXES:
-        if not path.is_file():
-            here = Path.cwd()
-            raise ValueError(
-                f"no file {source} here (working directory {here}); pass an existing file or a hub id"
-            )
         reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
         rows = reader(path, bad)
-    elif path.is_file():
-        raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
     else:
         rows = _read_data_set(source)
 
@@ -210,6 +217,11 @@ def _read_data_set(source: str) -> Iterator[tuple[str, object]]:
     except NoSuchPart:
         raise
     except Exception as error:
+        if Path(name).is_dir():
+            raise ValueError(
+                f"{name} is a folder that does not read as one data set ({type(error).__name__}: {error}); "
+                f"pass one {', '.join(SUFFIXES)} file of it"
+            ) from error
         raise ValueError(
             f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "
             f"({type(error).__name__}: {error}); check name, split and network, or pass a local copy"

@@ -119,6 +119,13 @@ def test_a_hub_id_that_gives_nothing_says_what_to_check():
         list(read_rows("no-such-owner/no-such-data:config@test", BadRows(0)))
 
 
+def test_a_folder_of_files_that_are_no_data_set_asks_for_one_of_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "1+1?"}\n')
+    (tmp_path / "b.jsonl").write_text('{"question": 2}\n')
+    with pytest.raises(ValueError, match=r"not read as one data set .*; pass one .jsonl, .json, .parquet"):
+        list(read_rows(str(tmp_path), BadRows(0)))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
 @pytest.mark.parametrize("rows", [None, []])
 def test_a_file_without_rows_is_said_to_be_empty(tmp_path, name, rows):

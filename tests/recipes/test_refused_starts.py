@@ -55,6 +55,13 @@ CASES = {
 }
 
 
+def test_a_file_of_traces_that_is_missing_is_named_before_benchmarks_are_fetched():
+    recipe = importlib.import_module("kit.recipes.gemma3_1b_8k")
+    flags = ["--smoke", "--traces=absent.jsonl", "--benchmarks=mine=nowhere.jsonl"]
+    with pytest.raises(ValueError, match=r"no file absent\.jsonl here"):
+        recipe.main(parse(recipe.Config, flags, smoke=recipe.SMOKE))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_corrected_settings_run_in_the_folder_that_a_refused_start_was_given(name, tmp_path, monkeypatch):

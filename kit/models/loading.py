@@ -147,12 +147,12 @@ def _config(where: str) -> PreTrainedConfig:
     try:
         return _read_config(where)
     except OSError as error:
+        why = str(error).partition("\n")[0]  # what transformers advises below it is said here
         raise ValueError(
-            f"model is {where} but it is neither a local folder nor a model the hub gave us; check the name "
-            "and the network; for a gated model (Gemma, Llama) accept the licence on its page and log in "
-            f"with `hf auth login`; for adapters on the hub pass their folder (hf download {where} "
-            "--local-dir DIR)\n"
-            f"{error}"
+            f"model is {where} but it is neither a local folder nor a model the hub gave us ({why}); check "
+            f"the name (the kit ships {' and '.join(SHIPPED)}) and the network; for a gated model (Gemma, "
+            "Llama) accept the licence on its page and log in with `hf auth login`; for adapters on the hub "
+            f"pass their folder (hf download {where} --local-dir DIR)"
         ) from error
 
 

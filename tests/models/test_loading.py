@@ -138,6 +138,12 @@ def test_a_model_that_is_not_there_says_what_to_pass(name, message):
         models.load(name, device="cpu")
 
 
+def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line_that_names_the_shipped_ones():
+    with pytest.raises(ValueError, match="the kit ships tiny and tinier") as refused:
+        models.load("tyni", device="cpu")
+    assert "\n" not in str(refused.value)
+
+
 def test_an_unknown_family_is_refused_by_name(tmp_path):
     from transformers import GPT2Config
 

@@ -230,7 +230,9 @@ class ChatFormat:
         """
         pieces = [text.split(BREAK) for text in texts]
         flat = [piece for parts in pieces for piece in parts]
-        found = iter(self.tokenizer(flat, add_special_tokens=False).input_ids if flat else ())
+        # verbose: transformers would warn of texts beyond the model's context, which are dropped or refused
+        ids = self.tokenizer(flat, add_special_tokens=False, verbose=False).input_ids if flat else ()
+        found = iter(ids)
         encoded = [list(chain.from_iterable(islice(found, len(parts)))) for parts in pieces]
         for text, ids in zip(texts, encoded, strict=True) if self.beyond else ():
             if lacking := self.beyond.keys() & ids:

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 
 from kit.data.chat import ChatFormat
@@ -64,6 +66,18 @@ def test_a_template_that_writes_the_date_does_not_change_from_day_to_day(tmp_pat
     file = tmp_path / "t.jinja"
     file.write_text("{{ date_string }}{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert chat(str(file), instruction="").prompt("x") == "26 Jul 2024x"
+
+
+def test_a_text_longer_than_the_models_context_is_tokenised_without_a_warning(caplog):
+    form = chat()
+    form.tokenizer.model_max_length = 10
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        assert len(form.encode(["3+2-4+4?" * 10])[0]) == 80
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.messages
 
 
 def test_decoding_leaves_out_the_end_and_keeps_thinking():

@@ -135,6 +135,7 @@ def load_documents(
         )
         if len(documents) >= num_wanted or len(traces) + counts.dropped[NO_SHORT] < limit:
             break
+        print(f"            {len(documents)} of the first {limit} fit --row_tokens {row_tokens}: reading on")
         limit *= 4  # many were too long: look further down the order
 
     counts.dropped[f"are longer than {row_tokens:,} tokens"] = too_long.dropped

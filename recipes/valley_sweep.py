@@ -21,8 +21,8 @@ size. A finished sweep takes more arms, sizes or seeds with --resume.
 Several processes, on one machine or on many, share a study: start each with the same settings and the same
 --out, on a disk that all of them see, or with --resume and that --out. Each takes the next run that nobody
 has, and stays until all have ended: those of a machine that dies are taken over five minutes later
-(kit/valley/claims.py). The first one's plan counts for all, and so does its attention: if cards differ, pass
---gpu_gb of the smallest.
+(kit/valley/claims.py). The first one's plan counts for all, and so does its choice of attention: if cards
+differ, pass --gpu_gb of the smallest.
 recipes/valley_sweep.slurm starts them on a cluster.
 
 Time: not timed on a GPU; --plan estimates. Left out on purpose: one model on several GPUs.

@@ -55,9 +55,10 @@ CASES = {
 }
 
 
-def test_a_file_of_traces_that_is_missing_is_named_before_benchmarks_are_fetched():
-    recipe = importlib.import_module("kit.recipes.gemma3_1b_8k")
-    flags = ["--smoke", "--traces=absent.jsonl", "--benchmarks=mine=nowhere.jsonl"]
+@pytest.mark.parametrize(("name", "flag"), [("gemma3_1b_8k", "traces"), ("grpo_qwen2_5_0_5b", "prompts")])
+def test_a_file_to_learn_from_that_is_missing_is_named_before_benchmarks_are_fetched(name, flag):
+    recipe = importlib.import_module(f"kit.recipes.{name}")
+    flags = ["--smoke", f"--{flag}=absent.jsonl", "--benchmarks=math500=nowhere.jsonl"]
     with pytest.raises(ValueError, match=r"no file absent\.jsonl here"):
         recipe.main(parse(recipe.Config, flags, smoke=recipe.SMOKE))
 

@@ -1,5 +1,6 @@
 """What a person meets at the command line: one-line errors, Ctrl-C, closed pipes, a fast start."""
 
+import errno
 import json
 import os
 import pty
@@ -54,6 +55,16 @@ def test_a_mistake_is_one_line_with_status_2_and_leaves_no_numbered_folder(error
     said = capsys.readouterr().err
     assert said == f"error: {error}\n"
     assert list(Path("runs/test_command").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_file_that_the_system_denies_says_what_to_do(number, capsys):
+    def main(config):
+        raise OSError(number, "denied", "exports")
+
+    assert status_of(main) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*'exports'; pass a path that you may read and write.*\n", said)
 
 
 def test_traceback_shows_where_the_mistake_was_found():

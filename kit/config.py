@@ -106,8 +106,10 @@ def flags_of(config_class: type) -> tuple[Flag, ...]:
 
     A field may take several lines, as when the formatter has put its value in parentheses. A class that was
     typed into an interpreter has no source: its fields keep the comments of the classes that it extends.
+    `typed` is no flag: parse writes there which of the others were typed.
     """
-    fields, kinds = dataclasses.fields(config_class), typing.get_type_hints(config_class)
+    fields = [field for field in dataclasses.fields(config_class) if field.name != "typed"]
+    kinds = typing.get_type_hints(config_class)
     defaults = {field.name: field.default for field in fields}
     found: dict[str, Flag] = {}
     for base in filter(dataclasses.is_dataclass, config_class.__mro__):
@@ -156,6 +158,8 @@ def parse(
     are applied. Exits with status 2 and one line for an unknown flag (naming the nearest) or a missing value.
     --help shows the usual flags, and --help all shows every one. Raises ValueError for a value that is not
     allowed, on the command line or in the run, and if there is no run to resume.
+
+    A Config with a field `typed` learns there which settings were typed, rather than default or preset.
     """
     argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
     flags = flags_of(config_class)
@@ -197,7 +201,8 @@ def parse(
         except ValueError as error:
             raise ValueError(f"{folder} cannot be resumed, since in its settings {error}") from None
         given["out"] = str(folder)
-    return config_class(**{**base, **given})
+    typed = {"typed": tuple(given)} if hasattr(config_class, "typed") else {}
+    return config_class(**{**base, **given, **typed})
 
 
 # Flags that most people need: --help shows the first MOST_SHOWN that a recipe has

@@ -17,7 +17,7 @@ from kit.lock import LOCK, hold, is_shared, release
 from kit.ranks import here
 from kit.versions import running
 
-UNSTORED = {"resume", "out", "plan", "json"}
+UNSTORED = {"resume", "out", "plan", "json", "typed"}
 # settings that do not change what a run computes, or only what it computes last, or only the last bits
 FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "rl_sizes", "num_slots", "desktop_gb", "card", "trace_tokens",

@@ -94,14 +94,14 @@ def main(config: Config) -> None:
     config, planned = config.with_attention(config.model), None
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
-    if config.plan:
-        return
-
     savings = part_of(config, Savings)
     savings.check_clipping(config.max_grad_norm)
     savings.check_rows(config.batch_traces)
     savings.check_ranks(here().count)
     savings.check_saving(config.save_fp32)
+    if config.plan:
+        return
+
     data.mixtures.check_mixture(config.long_share, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
     data.rows.check_source(config.traces)  # before the benchmarks are downloaded

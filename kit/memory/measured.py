@@ -47,7 +47,7 @@ def check_cpu_memory(planned: RunPlan, at_once: int = 0) -> None:
         if at_once > 1:
             ways.append("run fewer at once with --gpus")
         elif not at_once:
-            ways.append(f"leave a part of it on the card: --no_{on[-1]}, without --gpu_gb")
+            ways.append(f"leave a part of it on the card: --no_{on[-1]}")
         if planned.run and not planned.run.has_adapters and "update_in_backward" not in planned.run.without:
             ways.append("pass --gpu_gb with --faster, which keeps less there")
         raise ValueError(

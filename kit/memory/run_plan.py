@@ -2,13 +2,14 @@
 
 LADDER is one ordered list of memory settings. choose() switches its entries on one after another until a run
 fits, then switches off those that turn out not to be needed, the last one first. None of them changes the
-update, but by rounding. --faster adds two that do, in the place of those that copy most.
+update, but by rounding. --faster adds two that do, in the place of those that copy most. Settings that were
+typed stay as they are.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,10 @@ GIVES_UP = {  # settings that change the update -> what they give up
 }
 # Of no use to adapters, which have few gradients and optimizer states and no gradient of the head.
 FULL_ONLY = {"offload_optimizer", "offload_gradients", "head_update", *GIVES_UP}
+EXCLUDES: dict[Entry, set[str]] = {  # a setting that was typed -> others that it excludes: see Savings
+    ("recompute", False): {"tile_tokens", "offload_inputs"},
+    ("offload_gradients", True): {"update_in_backward"},
+}
 
 
 def given_up(savings: Savings) -> str:
@@ -62,21 +67,40 @@ def given_up(savings: Savings) -> str:
 
 
 def entries_for(
-    config: PreTrainedConfig, adapted: bool = False, without: Collection[str] = (), *, faster: bool = False
+    config: PreTrainedConfig,
+    adapted: bool = False,
+    without: Collection[str] = (),
+    *,
+    faster: bool = False,
+    held: Sequence[Entry] = (),
 ) -> list[Entry]:
-    """Return the entries of LADDER that this model can have. without: settings that stay off."""
-    excluded = {*without, *(FULL_ONLY if adapted else ())}
+    """Return the entries of LADDER that this model can have, after those of `held`, which were typed.
+
+    without: settings that stay off.
+    """
+    first = dict([*LADDER[:1], *held])
+    excluded = {*without, *first, *(FULL_ONLY if adapted else ())}
+    for entry in held:
+        excluded |= EXCLUDES.get(entry, set())
     if not config.tie_word_embeddings:  # only a tied head has blocks
         excluded.add("head_update")
     if here().count > 1:  # several ranks sum whole gradients after the backward pass
         excluded |= {"head_update", "update_in_backward"}
     place = LADDER.index(("offload_optimizer", True)) if faster else len(LADDER)
     entries = LADDER[:place] + (FASTER if faster else ()) + LADDER[place:]
-    return [entry for entry in entries if entry[0] not in excluded]
+    return [*first.items(), *(entry for entry in entries if entry[0] not in excluded)]
 
 
-def entries_of(run: Run, *, faster: bool = False) -> list[Entry]:
-    return entries_for(load_config(run.model), run.has_adapters, run.without, faster=faster)
+def entries_of(run: Run, **options) -> list[Entry]:
+    return entries_for(load_config(run.model), run.has_adapters, run.without, **options)
+
+
+def held_by(card: PlanSettings) -> list[Entry]:
+    """Return the savings that were typed. A batch and a norm to clip by need all gradients at once."""
+    held = [entry for entry in card.held.items() if entry[0] in vars(Savings())]
+    if card.held.get("batch_traces", 1) > 1 or card.held.get("max_grad_norm"):
+        held.insert(0, ("update_in_backward", False))
+    return held
 
 
 def as_savings(entries: list[Entry]) -> Savings:
@@ -95,22 +119,28 @@ def as_savings(entries: list[Entry]) -> Savings:
 def plan_run(run: Run, card: PlanSettings, savings: Savings | None = None) -> RunPlan:
     """Plan a run; takes seconds per setting that is tried.
 
-    card: with gpu_gb, the savings and as many slots as fit are chosen; otherwise they are those that are
-    passed. Raises ValueError if nothing fits, with a way out, and for a card without known rates.
+    card: with gpu_gb, the savings and as many slots as fit are chosen, except for what was typed; otherwise
+    they are those that are passed. Raises ValueError if nothing fits, with a way out, and for a card without
+    known rates.
     """
     card_named(card.card)  # a wrong name is refused now, not in a minute
     print(f"memory plan: simulating {run.model} takes seconds per setting that is tried", flush=True)
     if not card.gpu_gib:
         return run.simulate(savings or Savings())
-    if isinstance(run, MeasuredRun) and not run.at(1).fits(card.room):  # whatever savings training has
-        one = run.at(1)
-        without_cache = replace(one, peak=one.peak - one.owners[CACHE])
+    asked = card.held.get("num_slots", 1)
+    if isinstance(run, MeasuredRun) and not run.at(asked).fits(card.room):  # whatever savings training has
+        least = run.at(asked)
+        without_cache = replace(least, peak=least.peak - least.owners[CACHE])
         smaller = "--max_new_tokens" if without_cache.fits(card.room) else "--model"
+        fewer = most_slots(run.at, card.room, asked)
         raise ValueError(
-            f"{card.size} but sampling from {one.title}, needs {one.total / GIB:.2f} GiB; its largest owners "
-            f"are {one.largest_owners()}; pass a smaller {smaller}, or a larger card"
+            f"{card.size} but sampling from {least.title}, needs {least.total / GIB:.2f} GiB; its largest "
+            f"owners are {least.largest_owners()}; pass "
+            f"{f'--num_slots {fewer}' if fewer else f'a smaller {smaller}'}, or a larger card"
         )
     found = choose(run, card) if run.row_tokens else run.simulate(Savings())
+    if "num_slots" in card.held:
+        return found
     slots = most_slots(found.at, card.room, min(run.num_samples, MOST_SLOTS))
     return replace(found, num_slots=slots, is_flexible=False)
 
@@ -124,7 +154,7 @@ def choose(run: Run, card: PlanSettings) -> RunPlan:
 
     @cache
     def simulated(savings: Savings) -> RunPlan:
-        found = replace(run.simulate(savings), num_slots=1)
+        found = _fewest_slots(run.simulate(savings), card)
         flags = as_flags(savings.switched_on) or "the defaults"
         print(f"  {found.update.total / GIB:6.2f} GiB with {flags}", flush=True)
         return found
@@ -132,31 +162,52 @@ def choose(run: Run, card: PlanSettings) -> RunPlan:
     def fits(entries: list[Entry]) -> bool:
         return simulated(as_savings(entries)).fits(card.room)
 
-    entries = entries_of(run, faster=getattr(card, "faster", False))
-    for count in range(1, len(entries) + 1):
-        if fits(entries[:count]):
-            needed = _needed(entries[:count], fits) if run.drops_unneeded else entries[:count]
+    held = held_by(card)
+    always = len({"optimizer", *dict(held)})
+    entries = entries_of(run, faster=getattr(card, "faster", False), held=held)
+    steps = [entries[:count] for count in range(always, len(entries) + 1)]
+    for step in steps:
+        if fits(step):
+            needed = _needed(step, always, fits) if run.drops_unneeded else step
             chosen = simulated(as_savings(needed))
             if price := given_up(chosen.update.savings):
                 print(f"  faster, at this price: {price}", flush=True)
             return chosen
 
-    leanest, other = (simulated(as_savings(found)) for found in (entries, entries_of(run, faster=True)))
+    leanest = min((simulated(as_savings(step)) for step in steps), key=lambda found: found.larger.peak)
+    other = simulated(as_savings(entries_of(run, faster=True, held=held)))
     least, price = leanest.larger, given_up(other.update.savings)
     faster = f"--faster ({price}), or " if hasattr(card, "faster") and other.fits(card.room) else ""
     raise ValueError(
-        f"{card.size} but {least.title}, needs {least.total / GIB:.2f} GiB with every saving on; its largest "
-        f"owners are {least.largest_owners()}; pass {faster}{_ways_out(leanest, card)}"
+        f"{card.size} but {least.title}, needs {least.total / GIB:.2f} GiB even with "
+        f"{as_flags(leanest.update.savings.switched_on)}; its largest owners are {least.largest_owners()}; "
+        f"{_without_typed(run, card)}pass {faster}{_ways_out(leanest, card)}"
     )
 
 
-def _needed(entries: list[Entry], fits: Callable[[list[Entry]], bool]) -> list[Entry]:
-    """Remove every entry without which the others still fit, the last one first. The optimizer stays."""
-    for entry in reversed(entries[1:]):
+def _fewest_slots(found: RunPlan, card: PlanSettings) -> RunPlan:
+    return found if "num_slots" in card.held else replace(found, num_slots=1)
+
+
+def _needed(entries: list[Entry], always: int, fits: Callable[[list[Entry]], bool]) -> list[Entry]:
+    """Remove every entry without which the others still fit, the last one first. The first `always` stay."""
+    for entry in reversed(entries[always:]):
         others = [other for other in entries if other != entry]
         if fits(others):
             entries = others
     return entries
+
+
+def _without_typed(run: Run, card: PlanSettings) -> str:
+    """Name the typed setting that keeps the run from fitting, or all that do together; "" if none does."""
+    for names in filter(None, [*([name] for name in card.held), [*card.held]]):
+        free = replace(card, typed=tuple(name for name in card.typed if name not in names))
+        entries = entries_of(run, faster=getattr(card, "faster", False), held=held_by(free))
+        found = _fewest_slots(run.simulate(as_savings(entries)), free)
+        if found.fits(card.room):
+            typed = as_flags({name: card.held[name] for name in names})
+            return f"leave out {typed} (then {found.larger.total / GIB:.2f} GiB), or "
+    return ""
 
 
 def _ways_out(leanest: RunPlan, card: PlanSettings) -> str:
@@ -169,8 +220,8 @@ def _ways_out(leanest: RunPlan, card: PlanSettings) -> str:
     def fits(flags: dict) -> bool:
         changed, savings = run.changed(flags), leanest.update.savings
         if changed.qlora_rank != run.qlora_rank:
-            savings = as_savings(entries_of(changed))
-        return replace(changed.simulate(savings), num_slots=1).fits(card.room)
+            savings = as_savings(entries_of(changed, held=held_by(card)))
+        return _fewest_slots(changed.simulate(savings), card).fits(card.room)
 
     kinds = filter(None, run.smaller())
     ways = [as_flags(kind[bisect_left(kind[:-1], True, key=fits)]) for kind in kinds if fits(kind[-1])]
@@ -204,6 +255,7 @@ def plan_recipe(
     found = plan_run(run, config, savings)
     if config.gpu_gib:
         chosen = found.switches()
+        chosen |= {name: value for name, value in config.held.items() if name in chosen}
         config = replace(config, **chosen)
         print(f"for a card of {config.gpu_gib:.3g} GB: {as_flags(chosen)}")
     print(found.describe(config.desktop_gb))

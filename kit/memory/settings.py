@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 from kit.config import Checked
 from kit.train.adapters import Adapters
+from kit.train.savings import Savings
 
 Config = TypeVar("Config", bound="PlanSettings")
+CHOSEN = {*vars(Savings()), "num_slots", "batch_traces", "max_grad_norm"}  # settings that gpu_gb chooses
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,13 @@ class PlanSettings(Checked):
     card: str = ""  # with --plan: hours for this card, such as 3060; "" = the one here, else an RTX 3090
     response_tokens: int = 4_000  # with --plan: tokens per response, on average; assumed [>= 1]
     json: str = ""  # with --plan: file for the plan; "" = none
+    typed: tuple[str, ...] = field(default=(), compare=False, repr=False)  # kit.config.parse fills it
+
+    @property
+    def held(self) -> dict:
+        """Return what gpu_gb would choose but was typed, and so stays; num_slots 0 leaves it open."""
+        typed = {name: getattr(self, name) for name in self.typed if name in CHOSEN}
+        return {name: value for name, value in typed.items() if name != "num_slots" or value}
 
     @property
     def gpu_gib(self) -> float:

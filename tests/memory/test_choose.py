@@ -1,16 +1,17 @@
 import json
+from dataclasses import dataclass
 
 import pytest
 from test_closed_form import small_heads  # noqa: F401  a fixture
 from test_simulate import SMALL
 
-from kit.config import as_flags
+from kit.config import as_flags, parse
 from kit.generate.sampling import SamplingParams
 from kit.machine import GIB
 from kit.memory import phases
 from kit.memory import run_plan as fitting
 from kit.memory.phases import MeasuredRun, RunPlan
-from kit.memory.run_plan import as_savings, choose, entries_for, for_less
+from kit.memory.run_plan import as_savings, choose, entries_for, for_less, held_by
 from kit.memory.settings import TrainingPlanSettings
 from kit.memory.simulate import Plan, plan
 from kit.models.loading import load_config
@@ -27,6 +28,16 @@ def fine_tuning(model, row_tokens=T, rows=1, **others) -> MeasuredRun:
 
 def choose_for(gpu_gb, run, **others) -> RunPlan:
     return choose(run, TrainingPlanSettings(**{"gpu_gb": str(gpu_gb), "desktop_gb": 0.0, **others}))
+
+
+@dataclass(frozen=True)
+class Typed(Savings, TrainingPlanSettings):
+    max_grad_norm: float = 1.0
+    batch_traces: int = 8
+
+
+def typed(gpu_gb, *flags) -> Typed:
+    return parse(Typed, ["--gpu_gb", f"{gpu_gb + 1e-8:.9f}", "--desktop_gb", "0", *flags])
 
 
 def ladder_steps(model, qlora_rank=0, *, faster=False) -> list[Savings]:
@@ -76,6 +87,42 @@ def test_no_switch_that_was_chosen_can_be_left_out(small_model):
 
 
 @pytest.mark.parametrize(
+    ("flags", "has_it"),
+    [
+        ("", True),
+        ("--batch_traces 1", True),
+        ("--batch_traces 8", False),
+        ("--max_grad_norm 1", False),
+        ("--offload_gradients", False),
+        ("--batch_traces 8 --update_in_backward", True),
+    ],
+)
+def test_faster_leaves_the_batch_the_norm_and_the_gradients_that_were_typed(flags, has_it):
+    held = held_by(typed(8, "--faster", *flags.split()))
+    assert as_savings(entries_for(load_config("tiny"), faster=True, held=held)).update_in_backward == has_it
+
+
+SAVED_GIB = {"tile_tokens": 2, "logit_rows": 2, "offload_inputs": 2, "offload_optimizer": 8}
+
+
+def gib_without(gib_to_save: float) -> float:
+    """Return the size of a card for which a step of 20 GiB must save so many."""
+    return Plan("", 0, 0, Savings(), round((20 - gib_to_save) * GIB), "", {}, 0).total / GIB
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Pretend that a step holds 20 GiB less what SAVED_GIB says."""
+
+    def fake_plan(model, *, savings, **sizes):
+        peak = 20 - sum(SAVED_GIB.get(name, 0) for name in savings.switched_on)
+        return Plan(model, savings=savings, peak=peak * GIB, when="", owners={}, host=0, **sizes)
+
+    monkeypatch.setattr(phases, "plan", fake_plan)
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(
     ("gib_to_save", "chosen"),
     [
         (0, {}),
@@ -84,18 +131,44 @@ def test_no_switch_that_was_chosen_can_be_left_out(small_model):
         (9, {"tile_tokens": 8192, "offload_optimizer": True}),
     ],
 )
-def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_to_save, chosen, monkeypatch):
-    saved_gib = {"tile_tokens": 2, "logit_rows": 2, "offload_inputs": 2, "offload_optimizer": 8}
-
-    def fake_plan(model, *, savings, **sizes):
-        peak = 20 - sum(saved_gib.get(name, 0) for name in savings.switched_on)
-        return Plan(model, savings=savings, peak=peak * GIB, when="", owners={}, host=0, **sizes)
-
-    monkeypatch.setattr(phases, "plan", fake_plan)
-    needed = Plan("", 0, 0, Savings(), (20 - gib_to_save) * GIB, "", {}, 0)
-    gpu_gb = needed.total / GIB
-    found = choose_for(gpu_gb, fine_tuning("google/gemma-3-1b-it", rows=2))
+def test_what_turns_out_not_to_be_needed_is_switched_off_the_last_one_first(gib_to_save, chosen):
+    found = choose_for(gib_without(gib_to_save), fine_tuning("google/gemma-3-1b-it", rows=2))
     assert found.update.savings.switched_on == {"optimizer": "adamw8bit"} | chosen
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize(
+    ("gib_to_save", "flags", "chosen"),
+    [
+        (9, "--tile_tokens 64", {"tile_tokens": 64, "offload_optimizer": True}),
+        (6, "--no_offload_inputs", {"offload_optimizer": True}),
+        (1, "--tile_tokens 0 --optimizer auto", {"optimizer": "auto", "logit_rows": 512}),
+        (1, "--no_recompute", {"recompute": False, "logit_rows": 512}),
+        (0, "--logit_rows 7", {"logit_rows": 7}),
+    ],
+)
+def test_what_was_typed_stays_and_the_ladder_adds_only_what_was_left_open(gib_to_save, flags, chosen):
+    card = typed(gib_without(gib_to_save), *flags.split())
+    found = choose(fine_tuning("google/gemma-3-1b-it", rows=2), card).update.savings
+    assert found == Savings(**{"optimizer": "adamw8bit", **chosen})
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_typed_setting_that_keeps_a_run_from_fitting_is_named_with_what_the_run_needs_without_it():
+    size = gib_without(sum(SAVED_GIB.values()))
+    with pytest.raises(ValueError) as refused:
+        choose(fine_tuning("google/gemma-3-1b-it"), typed(size, "--logit_rows", "9", "--tile_tokens", "0"))
+    said = str(refused.value)
+    assert f"gpu_gb is {size:g} but " in said and f"needs {gib_without(12):.2f} GiB even with --" in said
+    assert f"; leave out --tile_tokens 0 (then {size:.2f} GiB), or pass " in said
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_run_that_fits_with_nothing_names_the_settings_with_which_it_needs_least(monkeypatch):
+    """The end of the ladder may need more than an earlier step: tiles of a short row, for example."""
+    monkeypatch.setitem(SAVED_GIB, "head_update", -1)
+    with pytest.raises(ValueError, match=rf"needs {gib_without(14):.2f} GiB even with (?!.*head_update)"):
+        choose_for(1, fine_tuning("google/gemma-3-1b-it"))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The plan of a run: the cache beside training, a desktop's share, what needs less, hours and disk."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -26,6 +26,11 @@ from kit.train.savings import Savings
 PARAMS = SamplingParams(max_new_tokens=300)
 LEAN = Savings(optimizer="adamw8bit")
 ALONE = PlanSettings(desktop_gb=0.0)
+
+
+@dataclass(frozen=True)
+class WithSlots(PlanSettings):
+    num_slots: int = 0
 
 
 def measured(model, num_slots=1, params=PARAMS, **others) -> MeasuredRun:
@@ -95,6 +100,18 @@ def test_for_a_card_as_many_slots_are_chosen_as_fit_and_no_more_than_there_are_s
     assert plan_run(measured(small_model, num_samples=7), card).num_slots == 7
     with pytest.raises(ValueError, match=r"gpu_gb is 0\.5 .* 1 answer .* needs 0\..* pass a smaller --model"):
         plan_run(measured(small_model), replace(ALONE, gpu_gb="0.5"))
+
+
+def test_as_many_answers_at_once_as_were_typed_are_planned_or_refused_with_how_many_fit(small_model):  # noqa: F811
+    room = measured(small_model).at(40).total / GIB + 1e-6
+    for num_slots, row_tokens in ((7, 0), (7, 256), (0, 256)):
+        card = WithSlots(gpu_gb=f"{room:.9f}", desktop_gb=0.0, num_slots=num_slots, typed=("num_slots",))
+        found = plan_run(measured(small_model, num_slots, row_tokens=row_tokens), card)
+        assert found.num_slots == (num_slots or 40) and not found.is_flexible
+    with pytest.raises(
+        ValueError, match=r"41 answers of .* needs 0\..* pass --num_slots 40, or a larger card"
+    ):
+        plan_run(measured(small_model, 41), replace(card, num_slots=41))
 
 
 @pytest.mark.slow

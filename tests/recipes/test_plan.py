@@ -9,7 +9,7 @@ import pytest
 from children import run_recipe
 
 from kit import paper
-from kit.config import parse
+from kit.config import as_flags, parse, some_of
 from kit.train.savings import Savings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,16 @@ def test_the_command_that_the_plan_prints_parses_to_the_settings_that_it_chose(r
         assert chosen["num_slots"] > config.num_slots and chosen.get("optimizer", "adamw8bit") == "adamw8bit"
     assert started == replace(config.to_start(), **chosen)
     assert "(assumed)" in printed and "disk  " in printed and "the paper   " in printed
+
+
+def test_what_is_typed_beside_gpu_gb_holds(recipe, capsys):
+    typed = {"num_slots": 3, "tile_tokens": 128, "logit_rows": 0, "recompute": True, "optimizer": "auto"}
+    typed = {name: value for name, value in typed.items() if hasattr(recipe.Config, name)}
+    flags = ["--plan", "--gpu_gb", "6", "--model", "tiny", *as_flags(typed).split()]
+    recipe.main(parse(recipe.Config, [*SMALL[recipe.__name__], *flags]))
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("start  "))
+    started = parse(recipe.Config, shlex.split("--" + command.partition(" --")[2]))
+    assert some_of(started, *typed) == typed
 
 
 def test_auto_without_a_card_is_one_line(tmp_path):

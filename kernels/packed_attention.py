@@ -55,7 +55,12 @@ def packed_attention_reference(q, k, v, cu_seqlens, max_seqlen, *, window=None, 
 
 
 def _bounds(cu_seqlens: Tensor, T: int, max_seqlen: int) -> list[int]:
-    """Return the values of cu_seqlens after checking them. On a GPU this waits for the device."""
+    """Return the values of cu_seqlens after checking them. On a GPU this waits for the device.
+
+    A fake tensor has no values: the documents are then as long as max_seqlen allows.
+    """
+    if isinstance(cu_seqlens, FakeTensor):
+        return [*range(0, T, max_seqlen), T]
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0 or bounds[-1] != T or min(lengths, default=1) < 1:
@@ -256,11 +261,13 @@ def _takes(head_dim: int) -> bool:
 def _runs_in_operators(q: Tensor) -> bool:
     """Return whether the two operators can compute this.
 
-    They run the kernels if these take it and are fast here, torch's flash attention on a CPU, and nothing at
-    all on fake tensors.
+    They run the kernels if these take it and are fast here, and torch's flash attention on a CPU. A fake
+    tensor stands for one on a card that runs the kernels.
     """
+    if isinstance(q, FakeTensor):
+        return _takes(q.shape[2])
     on_host = q.device.type in ("cpu", "meta")
-    if (on_host and not uses_triton(q)) or isinstance(q, FakeTensor):
+    if on_host and not uses_triton(q):
         return True
     return uses_triton(q) and _takes(q.shape[2]) and (on_host or has_tensor_cores(q.device))
 
@@ -302,6 +309,16 @@ def packed_attention(
     return _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen, window, float(scale))
 
 
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """Call torch's attention. Fake tensors hold what those of a card do.
+
+    torch's fused kernels take no heads that are wider than 256 and share keys, so all scores exist, in fp32.
+    """
+    if isinstance(q, FakeTensor) and options["enable_gqa"]:
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, **options)[0]
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 def documents_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
     window: int | None = None, scale: float | None = None,
@@ -318,7 +335,5 @@ def documents_attention(
     for queries, keys, is_cut in _pieces(_bounds(cu_seqlens, q.shape[0], max_seqlen), window):
         piece = map(_rows, heads_first, (queries, keys, keys))
         mask = _window_mask(queries, keys, window, q) if is_cut else None
-        outputs.append(
-            F.scaled_dot_product_attention(*piece, attn_mask=mask, is_causal=mask is None, **options)
-        )
+        outputs.append(_sdpa(*piece, attn_mask=mask, is_causal=mask is None, **options))
     return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1) if outputs else q * 0.0

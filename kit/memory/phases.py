@@ -195,7 +195,8 @@ def simulate_sampling(
 
     @cache
     def reading(num_tokens: int) -> int:
-        return transient(fake, lambda: hidden_states(fake, fake_batch(num_tokens)))
+        prompts = replace(fake_batch(num_tokens), max_seqlen=prompt_tokens)
+        return transient(fake, lambda: hidden_states(fake, prompts))
 
     @cache
     def sampling(num_slots: int) -> Plan:

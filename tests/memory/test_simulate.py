@@ -7,11 +7,15 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kit.generate.sampling import SamplingParams
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
+from kit.memory.phases import SAMPLER, MeasuredRun
 from kit.memory.simulate import fake_batch, measure, plan
+from kit.models.attention import REGISTERED
 from kit.models.loading import load_config
 from kit.models.nf4 import quantise_decoder, simulate_quantised_decoder
 from kit.models.qlora import add_adapters
@@ -96,6 +100,40 @@ def test_a_planned_step_holds_the_bytes_of_a_real_one(family, savings):
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01) and hosts[0] == hosts[1]
     assert owners[0].keys() == owners[1].keys()
     assert (hosts[0] > 0) == ("offload_inputs" in savings)
+
+
+WIDE = pytest.mark.filterwarnings("ignore:heads are 288 wide")
+
+
+@WIDE
+@pytest.mark.parametrize(("family", "kv_heads"), [("llama", 2), ("gemma3_text", 1)])
+def test_the_plan_counts_the_scores_that_torch_computes_whole_for_heads_wider_than_256(family, kv_heads):
+    """No fused attention of torch takes them on a card if they share keys. Here it is told to use none."""
+    wide = SMALL | {"num_hidden_layers": 2, "head_dim": 288, "num_key_value_heads": kv_heads}
+    config, peaks = AutoConfig.for_model(family, **wide, sliding_window=128, pad_token_id=0), {}
+    for fake in (True, False):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else sdpa_kernel(SDPBackend.MATH):
+            how = {"attn_implementation": REGISTERED["kit" if fake else "torch"], "dtype": torch.bfloat16}
+            model = AutoModelForCausalLM.from_config(config, **how)
+            batch = fake_batch(500) if fake else real_batch(500)
+            gc.collect()
+            ledger = measure(model, Savings(optimizer="adamw8bit"), batch)
+        peaks[fake] = ledger.peak
+    assert peaks[True] == pytest.approx(peaks[False], rel=0.01)
+    assert (
+        ledger.owners[live_bytes.LAYER] > 2 * 4 * 4 * 500**2
+    )  # scores of 4 heads in fp32, and their gradient
+
+
+@WIDE
+def test_prompts_read_by_wide_heads_see_no_more_than_one_prompt(tmp_path):
+    model = AutoConfig.for_model("llama", **SMALL | {"num_hidden_layers": 1, "head_dim": 288})
+    (tmp_path / "config.json").write_text(model.to_json_string())
+    sizes = {"params": SamplingParams(max_new_tokens=8), "prompt_tokens": 1024, "num_slots": 1}
+    run = MeasuredRun(model=str(tmp_path), **sizes)
+    one, four = (run.at(slots).owners[SAMPLER] for slots in (1, 4))
+    scores = 4 * 4 * 1024**2
+    assert scores < one < four < one + 3 * scores
 
 
 def test_a_planned_step_of_two_rows_holds_the_bytes_of_a_real_one_and_more_than_a_step_of_one():

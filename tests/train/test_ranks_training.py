@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import call
+from children import call, start_ranks, wait
 from conftest import make_model, random_documents
 from safetensors.torch import load_file, save_file
 from test_train_loop import LENGTHS, Config
+from transformers import AutoModelForCausalLM
 
 from kit import ranks
 from kit.command import Stopped
@@ -259,6 +260,32 @@ def test_a_run_killed_with_two_ranks_and_interrupted_with_three_ends_as_one_proc
     ]
     counted = [[(row["step"], row["tokens"], row["targets"], row["traces"]) for row in log] for log in logs]
     assert counted[0] == counted[1] and len(counted[0]) == 10
+
+
+def save_in_fp32(out: str) -> None:
+    """Train bf16 weights with one row per step, and save them. Each one's rest lies on one rank only."""
+    ranks.join("cpu")
+    documents, model = random_documents(LENGTHS), make_model("qwen2", torch.bfloat16)
+    plan = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=1, epochs=1, max_steps=NUM_STEPS)
+    run = RunFolder.open(Config(out, resume=False))
+    how = {"savings": LEAN, "warmup_ratio": 0.0, "max_grad_norm": 0.0, "save_fp32": True}
+    train(model, make_tokenizer(), documents, plan, run, lr=LR, **how)
+    ranks.leave()
+
+
+@pytest.mark.slow
+def test_two_ranks_save_the_same_file_in_fp32_as_one_process(tmp_path):
+    save_in_fp32(str(tmp_path / "alone"))
+    for child in start_ranks(2, __file__, "save_in_fp32", str(tmp_path / "shared")):
+        wait(child)
+    alone, shared = (tmp_path / name / "model" / "model.safetensors" for name in ("alone", "shared"))
+    assert alone.read_bytes() == shared.read_bytes()
+    weights = load_file(shared)
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+    assert all(not torch.equal(x, x.bfloat16().float()) for x in weights.values())
+    loaded = AutoModelForCausalLM.from_pretrained(shared.parent)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded.get_input_embeddings().weight, weights["model.embed_tokens.weight"])
 
 
 def test_a_bucket_that_is_complete_early_waits_for_its_turn_and_the_end_starts_the_rest():

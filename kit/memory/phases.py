@@ -175,7 +175,7 @@ class MeasuredRun(Run):
     def smaller(self) -> Iterator[list[dict]]:
         shorter = range((self.row_tokens - 1) // SHORTER, 0, -1)
         yield [{"row_tokens": count * SHORTER} for count in shorter]
-        if self.row_tokens and not self.has_adapters:
+        if not self.has_adapters:
             yield [{"qlora_rank": QLORA_RANK}]
 
 

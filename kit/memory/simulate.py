@@ -193,6 +193,4 @@ def plan(
     fake, mode = fake_model(load_config(model), **ranks)
     with mode:
         ledger = measure(fake, savings, fake_batch(row_tokens), rows=rows)
-
-    sizes = {"row_tokens": row_tokens, "savings": savings, "rows": rows}
-    return Plan.of_step(ledger, model=model, **sizes, **ranks)
+    return Plan.of_step(ledger, model=model, row_tokens=row_tokens, savings=savings, rows=rows, **ranks)

@@ -1,6 +1,6 @@
 import importlib
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,17 @@ SMOKE = {"row_tokens": 64, "model": "tiny"}
 def test_flags_set_fields_by_type():
     assert parse(Config, ["--row_tokens", "4096", "--lr=1e-3", "--no_clip"]) == Config(4096, 1e-3, clip=False)
     assert parse(Config, []) == Config()
+
+
+@dataclass(frozen=True)
+class Learning(Config):
+    typed: tuple[str, ...] = field(default=(), compare=False, repr=False)
+
+
+def test_a_config_may_learn_which_settings_were_typed_even_as_their_default_and_not_by_smoke():
+    found = parse(Learning, ["--smoke", "--clip", "--lr=1e-3"], smoke=SMOKE)
+    assert set(replace(found, clip=False).typed) == {"smoke", "clip", "lr"}
+    assert [flag.name for flag in flags_of(Learning)] == [flag.name for flag in flags_of(Config)]
 
 
 def test_smoke_comes_first_and_flags_override_it_in_any_order():

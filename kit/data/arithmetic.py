@@ -6,8 +6,9 @@ open is decided here: the four operators are equally likely; a sum or difference
 parentheses with probability 0.2; the operands of a product or quotient are all drawn again until its
 intermediates are integers.
 
-    rows = make_rows(400, seed=0)                        # {"problem", "answer"}
-    steps = check_steps(rows[0]["problem"], response)    # kit/data/equations.py: where a response goes wrong
+    rows = make_rows(400, seed=0)    # {"problem", "answer"}
+
+kit.valley.first_error.dissect_arithmetic finds where a response goes wrong.
 """
 
 from __future__ import annotations

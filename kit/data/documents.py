@@ -95,41 +95,24 @@ def load_documents(
     row_tokens: int,
     num_traces: int = 0,
     held_out: int = 0,
-    seed: int = 0,
-    max_bad_rows: int = 0,
-    verify: str | bool = "llama",
-    shuffle: bool = True,
-    long_share: float = 1.0,
-    short_traces: str = "",
-    columns: str = "",
     benchmarks: Mapping[str, Sequence[str] | None] = MappingProxyType({}),
     cache_dir: str = "",
+    **reading,
 ) -> tuple[list[Document], DropCounts]:
     """Load num_traces documents (0 = all) of at most row_tokens tokens from `source`; count what was dropped.
 
     If there are fewer than num_traces, all are returned, and the counts say so. held_out: so many more are
     returned behind these, if there are; `kept` of the counts does not count them.
 
-    source, seed, max_bad_rows, verify, shuffle, long_share, short_traces, columns: see read_traces.
     benchmarks: name -> its problems, None if they are not at hand; the counts say how many of the problems
-    that were tokenised overlap them. cache_dir: see tokenize.
+    that were tokenised overlap them. cache_dir: see tokenize. source, reading: as for read_traces.
     Raises ValueError if no trace survives.
     """
     num_wanted = num_traces + held_out
     # read some more than needed: with the paper's row length less than 1 % of the traces are too long
     limit = num_wanted + num_wanted // 8 + 64 if num_wanted else 0
     while True:
-        traces, counts = read_traces(
-            source,
-            seed=seed,
-            limit=limit,
-            max_bad_rows=max_bad_rows,
-            verify=verify,
-            shuffle=shuffle,
-            long_share=long_share,
-            short_traces=short_traces,
-            columns=columns,
-        )
+        traces, counts = read_traces(source, limit=limit, **reading)
         documents, too_long = tokenize(
             traces, chat, row_tokens=row_tokens, num_traces=num_wanted, cache_dir=cache_dir
         )

@@ -9,12 +9,10 @@ executed, and every length is capped.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import takewhile
 from typing import NamedTuple
 
-from kit.data.expressions import MAX_TOKENS, Token, compute, solve, tokens_of
+from kit.data.expressions import MAX_TOKENS, Token, compute, tokens_of
 
 
 class Equation(NamedTuple):
@@ -146,37 +144,3 @@ def _first_expression(tokens: list[Token], start: int, end: int) -> tuple[int, i
         symbol = following.kind == "word" and not str(following.value).isalpha()
         return None if following.kind in ("op", "fraction") or glued or symbol else (start, stop)
     return None
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The arithmetic of one response, in its order."""
-
-    equations: tuple[Equation, ...]
-    num_needed: int  # operations of the problem
-
-    @property
-    def first_wrong(self) -> Equation | None:
-        return next((equation for equation in self.equations if not equation.is_right), None)
-
-    @property
-    def num_operations(self) -> int:
-        """Operations performed, rechecks and repetitions included."""
-        return sum(equation.num_operations for equation in self.equations)
-
-    @property
-    def num_before_wrong(self) -> int:
-        """Operations performed before the first wrong equation; all of them if none is wrong."""
-        right = takewhile(lambda equation: equation.is_right, self.equations)
-        return sum(equation.num_operations for equation in right)
-
-
-def check_steps(problem: str, response: str) -> Steps:
-    """Find the operations that a response to an arithmetic problem performs, and the first one that is wrong.
-
-    Each equation is checked by itself. A right computation with a number miscopied from the problem is a
-    right operation.
-    Raises ValueError for any other kind of problem.
-    """
-    solved = solve(problem.rstrip(" ?=.\n"))
-    return Steps(tuple(stated_equations(response)), solved.num_operations)

@@ -24,9 +24,11 @@ def evaluate(expression: str) -> Fraction | int:
 
 
 def solve(problem: str) -> Computed:
-    """Compute the expression that a problem ends with, and count its operations. Raises ValueError as
-    evaluate.
+    """Compute the expression that a problem ends with, but for "= ?", and count its operations.
+
+    Raises ValueError as evaluate.
     """
+    problem = problem.rstrip(" ?=.\n")
     tokens = [token for token in tokens_of(problem.rpartition(":")[2]) if token.kind != "gap"]
     found = compute(tokens)
     if found is None:

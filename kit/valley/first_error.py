@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from kit.data.equations import Equation, check_steps, stated_equations
+from kit.data.equations import Equation, stated_equations
+from kit.data.expressions import solve
 from kit.data.toy import read_chain, steps_of
 from kit.evaluate.reflection_and_loops import boxes, ends_in_loop
 
@@ -112,20 +114,22 @@ def dissect(problem: str, text: str, *, finished: bool) -> Anatomy:
 def dissect_arithmetic(problem: str, text: str, *, finished: bool) -> Anatomy:
     """Check the equations of an answer to a problem of kit.data.arithmetic, as `dissect` does for the toy.
 
-    In free text checks and corrections look like steps, so none are counted.
+    In free text checks and corrections look like steps, so none are counted. Each equation is checked by
+    itself: a right computation with a number miscopied from the problem is right. A step is an operation.
+    Raises ValueError for any other kind of problem.
     """
-    steps = check_steps(problem, text)
-    right = [equation for equation in steps.equations if equation.is_right]
-    false = [equation for equation in steps.equations if not equation.is_right]
-    cause = "a sum is wrong" if false else "no steps" if not steps.equations else ""
+    equations = stated_equations(text)
+    wrong = [equation for equation in equations if not equation.is_right]
+    cause = "a sum is wrong" if wrong else "no steps" if not equations else ""
+    before_wrong = takewhile(lambda equation: equation.is_right, equations)
     return Anatomy(
-        cause=cause if finished or false else "cut off",
-        right_steps=steps.num_before_wrong,
-        num_steps=steps.num_needed,
+        cause=cause if finished or wrong else "cut off",
+        right_steps=sum(equation.num_operations for equation in before_wrong),
+        num_steps=solve(problem).num_operations,
         looping=ends_in_loop(text),
-        equations=steps.equations,
-        right=right,
-        wrong=false,
+        equations=equations,
+        right=[equation for equation in equations if equation.is_right],
+        wrong=wrong,
     )
 
 

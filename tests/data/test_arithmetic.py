@@ -1,4 +1,4 @@
-"""Problems by the paper's rules, the same for a seed everywhere; the steps of a response, checked."""
+"""Problems by the paper's rules, the same for a seed everywhere."""
 
 import ast
 import operator
@@ -6,11 +6,8 @@ import random
 from collections import Counter
 from fractions import Fraction
 
-import pytest
-
-from kit.data import toy
 from kit.data.arithmetic import MAX_OPERATIONS, MIN_OPERATIONS, NUM_PROBLEMS, PROMPT, make_rows
-from kit.data.equations import check_steps, stated_equations
+from kit.data.equations import stated_equations
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: Fraction}
 ROWS = make_rows()
@@ -64,57 +61,6 @@ def test_a_seed_names_the_problems():
     make_rows(3)
     assert random.getstate() == state
     assert ROWS[0]["problem"] == PROMPT + "71-83+40+98*11*71+51/17/(11-14)+33*21"  # the same on every Python
-
-
-PROBLEM = PROMPT + "93/3+77+(12-32)-11+61*78+44*39+55"
-
-
-def test_the_papers_example_is_solved_and_counted():
-    steps = check_steps(
-        PROBLEM,
-        "93/3 = 31, 12-32 = -20, 61*78 = 4758, 44*39 = 1716. Then 31+77 = 108, 108-20 = 88, 88-11 = 77, "
-        "77+4758 = 4835, 4835+1716 = 6551, 6551+55 = 6606. The answer is 6606.",
-    )
-    assert (steps.num_operations, steps.num_needed) == (10, 10)
-    assert steps.first_wrong is None
-    assert steps.equations[-1].stated == 6606
-
-
-def test_the_first_wrong_intermediate_is_found():
-    response = "93/3 = 31, so 31+77 = 118. 118-20 = 98 and 98 - 11 = 86."
-    steps = check_steps(PROBLEM, response)
-    wrong = steps.first_wrong
-    assert (wrong.position, wrong.text) == (response.index("31+77"), "31+77 = 118")
-    assert (wrong.stated, wrong.true) == (118, 108)
-    assert (steps.num_before_wrong, steps.num_needed) == (1, 10)
-    assert (steps.num_operations, wrong_of(steps)) == (4, 2)
-
-
-def wrong_of(steps):
-    return sum(not equation.is_right for equation in steps.equations)
-
-
-def test_a_response_that_computes_nothing_has_no_equation_and_another_problem_is_refused():
-    assert check_steps(PROBLEM, "6606").equations == ()
-    with pytest.raises(ValueError, match="arithmetic expression"):
-        check_steps("How many eggs?", "5+3=8")
-
-
-def test_toy_traces_are_read_step_by_step_with_their_planted_mistakes():
-    rng = random.Random(0)
-    for num_operands in (2, 5, 8):
-        for _ in range(50):
-            chain = toy.make_chain(rng, num_operands)
-            short = check_steps(chain.problem, toy.short_trace(chain))
-            assert short.num_operations == short.num_before_wrong == short.num_needed == num_operands - 1
-            assert wrong_of(short) == 0
-            assert str(short.equations[-1].stated) == chain.answer
-            trace = toy.long_trace(chain, rng)
-            long = check_steps(chain.problem, trace)
-            assert len(long.equations) == trace.count("=")
-            # a long trace states a wrong value, rechecks it and says no
-            assert wrong_of(long) == trace.count("no")
-            assert all(trace.startswith(equation.text, equation.position) for equation in long.equations)
 
 
 def test_traces_of_real_models_rarely_look_wrong_where_they_are_right():

@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from kit.data.arithmetic import PROMPT
 from kit.data.toy import long_trace, make_chain, read_chain, short_trace
 from kit.valley.first_error import CAUSES, STEPWISE, dissect, dissect_arithmetic
 
@@ -97,3 +98,45 @@ def test_an_arithmetic_answer_is_checked_equation_by_equation():
     assert dissect_arithmetic(problem, "45", finished=True).cause == "no steps"
     assert dissect_arithmetic(problem, "6*7=42", finished=False).cause == "cut off"
     assert {"toy": dissect, "arithmetic": dissect_arithmetic} == STEPWISE
+
+
+LONG = PROMPT + "93/3+77+(12-32)-11+61*78+44*39+55"
+
+
+def test_the_papers_example_is_solved_and_counted():
+    text = (
+        "93/3 = 31, 12-32 = -20, 61*78 = 4758, 44*39 = 1716. Then 31+77 = 108, 108-20 = 88, 88-11 = 77, "
+        "77+4758 = 4835, 4835+1716 = 6551, 6551+55 = 6606. The answer is 6606."
+    )
+    steps = dissect_arithmetic(LONG, text, finished=True)
+    assert (steps.num_operations, steps.num_steps, steps.wrong) == (10, 10, [])
+    assert steps.equations[-1].stated == 6606
+
+
+def test_the_first_wrong_intermediate_is_found():
+    response = "93/3 = 31, so 31+77 = 118. 118-20 = 98 and 98 - 11 = 86."
+    steps = dissect_arithmetic(LONG, response, finished=True)
+    wrong = steps.wrong[0]
+    assert (wrong.position, wrong.text) == (response.index("31+77"), "31+77 = 118")
+    assert (wrong.stated, wrong.true) == (118, 108)
+    assert (steps.right_steps, steps.num_steps) == (1, 10)
+    assert (steps.num_operations, len(steps.wrong)) == (4, 2)
+
+
+def test_a_response_that_computes_nothing_has_no_equation_and_another_problem_is_refused():
+    assert dissect_arithmetic(LONG, "6606", finished=True).equations == []
+    with pytest.raises(ValueError, match="arithmetic expression"):
+        dissect_arithmetic("How many eggs?", "5+3=8", finished=True)
+
+
+def test_toy_traces_are_read_equation_by_equation_with_their_planted_mistakes():
+    for chain in CHAINS:
+        short = dissect_arithmetic(chain.problem, short_trace(chain), finished=True)
+        assert short.num_operations == short.right_steps == short.num_steps == len(chain.operands)
+        assert short.wrong == [] and str(short.equations[-1].stated) == chain.answer
+        trace = long_trace(chain, random.Random(0))
+        long = dissect_arithmetic(chain.problem, trace, finished=True)
+        assert len(long.equations) == trace.count("=")
+        # a long trace states a wrong value, rechecks it and says no
+        assert len(long.wrong) == trace.count("no")
+        assert all(trace.startswith(equation.text, equation.position) for equation in long.equations)

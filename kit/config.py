@@ -265,12 +265,14 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
     return parser
 
 
+def as_flag(name: str, value: object, joined: str = " ") -> str:
+    """Write a setting as it is typed on the command line. joined: "=" makes one word of it for certain."""
+    return f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name}{joined}{value}"
+
+
 def as_flags(settings: dict) -> str:
     """Write settings as they are typed on the command line."""
-    return " ".join(
-        f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name} {value}"
-        for name, value in settings.items()
-    )
+    return " ".join(as_flag(name, value) for name, value in settings.items())
 
 
 def full_command(config, program: str, *, smoke: dict | None = None, presets: dict | None = None) -> str:
@@ -284,7 +286,7 @@ def full_command(config, program: str, *, smoke: dict | None = None, presets: di
             text = str(value)
             joined = "=" if text.startswith("-") or not text else " "  # or another word would be read
             typed = flag.word + joined + (shell_word(text) if text else "")
-            words.append(as_flags({flag.name: value}) if isinstance(value, bool) else typed)
+            words.append(as_flag(flag.name, value) if isinstance(value, bool) else typed)
     return " ".join(words)
 
 

@@ -155,7 +155,7 @@ def table(results: list[evaluate.Result]) -> str:
     text = "\n".join("  ".join(f"{cell:>{width}}" for cell, width in row) for row in rows)
     counted = evaluate.results.headline({result.benchmark: result for result in results})
     if len(counted) > 1:
-        mean = report.page.percent(evaluate.results.mean_accuracy(results))
+        mean = report.page.percent(evaluate.results.mean_accuracy(counted))
         text += f"\nmean accuracy {mean}, {', '.join(counted)} with the same weight each"
     return text + "\n* keywords alone: an upper bound"
 

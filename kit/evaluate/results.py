@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
+from typing import TypeVar
 
 from kit.evaluate.reflection_and_loops import ends_in_loop, reflects
 from kit.evaluate.sample_log import SampleLog, logs_in
@@ -21,6 +22,7 @@ from kit.paper import BENCHMARKS
 
 STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; some logs lack the second
 NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k for a limit of 16k tokens
+Value = TypeVar("Value")
 MAY_DIFFER = ("model",)  # keys of two headers that may differ: what the comparison is about
 
 
@@ -81,7 +83,7 @@ class Result:
         return half_width(self._pass_by_question(k))
 
     def _pass_by_question(self, k: int) -> list[float]:
-        right = _right_by_question(self.rows, lambda row: row[STRICT])
+        right = by_question(self.rows, lambda row: row[STRICT] == "correct")
         return [pass_at_k(len(found), sum(found), k) for found in right.values()]
 
     @property
@@ -217,15 +219,17 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def _right_by_question(rows: Sequence[dict], verdict_of: Callable[[dict], str]) -> dict[str, list[bool]]:
-    right: dict[str, list[bool]] = {}
+def by_question(rows: Sequence[dict], value_of: Callable[[dict], Value]) -> dict[str, list[Value]]:
+    """Return the value of every row, by question, in the rows' order."""
+    found: dict[str, list[Value]] = {}
     for row in rows:
-        right.setdefault(row["question"], []).append(verdict_of(row) == "correct")
-    return right
+        found.setdefault(row["question"], []).append(value_of(row))
+    return found
 
 
 def _share_by_question(rows: Sequence[dict], verdict_of: Callable[[dict], str]) -> dict[str, float]:
-    return {question: fmean(found) for question, found in _right_by_question(rows, verdict_of).items()}
+    right = by_question(rows, lambda row: verdict_of(row) == "correct")
+    return {question: fmean(found) for question, found in right.items()}
 
 
 def _verdict_at(row: dict, cap: int) -> str:
@@ -281,10 +285,9 @@ def headline(results: Mapping[str, Result]) -> dict[str, Result]:
     return of_paper or dict(results)
 
 
-def mean_accuracy(results: Sequence[Result]) -> float:
+def mean_accuracy(results: Mapping[str, Result]) -> float:
     """Return the paper's headline figure: the unweighted mean over the benchmarks of `headline`."""
-    of_paper = [result for result in results if result.benchmark in BENCHMARKS]
-    return fmean(result.accuracy for result in of_paper or results)
+    return fmean(result.accuracy for result in headline(results).values())
 
 
 def read_results(folder: Path) -> dict[str, Result]:

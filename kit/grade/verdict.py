@@ -36,8 +36,6 @@ from kit.grade.prose import is_bare
 from kit.grade.reading import parse
 from kit.grade.rules import Rule
 
-__all__ = ["Options", "Verdict", "equal", "extract_answer", "grade", "normal"]
-
 DEADLINE = 5.0
 DEFAULTS = Options()
 
@@ -85,26 +83,11 @@ def gold_answer(gold: str) -> str:
     return gold
 
 
-def grade(
-    gold: str,
-    prediction: str,
-    *,
-    deadline: float = DEADLINE,
-    percent: str = "either",
-    units: str = "known",
-    order: str = "free",
-    rounding: int | None = 4,
-) -> Verdict:
+def grade(gold: str, prediction: str, *, deadline: float = DEADLINE, **options) -> Verdict:
     """Grade a prediction (a whole response, or a bare answer) against a reference answer.
 
-    `deadline`: seconds for everything together; a pair that needs longer is `unknown`.
-    `percent`: "either" (10 % is 10 or 0.1) or "value" (10 % is 0.1 only).
-    `units`: "known" (two different known units differ, a missing unit is forgiven), "ignore", or "required"
-        (both sides have the unit, or neither).
-    `order`: "free" (a bare list is a set) or "strict" (its order counts). Tuples are always ordered, sets
-        never.
-    `rounding`: a decimal with at least this many significant digits stands for every exact value that rounds
-        to it; None: for its own value only.
+    deadline: seconds for everything together; a pair that needs longer is `unknown`. options: what counts as
+    the same answer, such as percent="value": the fields of kit.grade.deciding.Options, which explains them.
 
     Raises ValueError for a gold that is empty or no text, a prediction that is no text, or an unknown option.
     Nothing that a model wrote raises.
@@ -113,9 +96,7 @@ def grade(
         raise ValueError(
             f"gold={gold!r}, prediction={prediction!r}: a prediction must be a text; pass str(prediction)"
         )
-    options = DEFAULTS
-    if not (percent == "either" and units == "known" and order == "free" and rounding == 4):
-        options = Options(percent, units, order, rounding)
+    options = Options(**options) if options else DEFAULTS
 
     reference = gold_answer(gold)
     prepared_gold = _prepare(reference)

@@ -11,6 +11,7 @@ from kit.evaluate.results import (
     AS_THE_PAPER,
     STRICT,
     Result,
+    by_question,
     check_comparable,
     headline,
     mean_accuracy,
@@ -40,7 +41,7 @@ class Finished:
     @property
     def accuracy(self) -> float:
         """The paper's headline: the unweighted mean over its benchmarks, or over all without any of them."""
-        return mean_accuracy(list(self.results.values()))
+        return mean_accuracy(self.results)
 
     @property
     def training_seconds(self) -> float:
@@ -212,7 +213,5 @@ def paper_shares(seeds: Sequence[Finished]) -> dict[int, ByQuestion] | None:
 
 def tokens(results: Results, benchmark: str) -> ByQuestion:
     """Return (benchmark, question) -> mean tokens of the responses."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for row in results[benchmark].rows:
-        found.setdefault((benchmark, row["question"]), []).append(row["tokens"])
-    return {question: fmean(counts) for question, counts in found.items()}
+    counts = by_question(results[benchmark].rows, lambda row: row["tokens"])
+    return {(benchmark, question): fmean(found) for question, found in counts.items()}

@@ -31,6 +31,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 
 from kit.command import start
+from kit.config import as_flag
 from kit.journal import NUMBER, Journal, Kind
 from kit.progress import Progress
 from kit.run import numbered
@@ -74,18 +75,13 @@ class Job:
     def command(self) -> list[str]:
         """Return the flags of the recipe."""
         resume = ["--resume"] if (self.folder / "config.json").is_file() else []
-        flags = [as_flag(name, value) for name, value in self.settings.items()]
+        flags = [as_flag(name, value, "=") for name, value in self.settings.items()]
         return [*flags, *self.flags, f"--out={self.folder}", *resume]
 
     def obstacle(self, state: Mapping[str, str]) -> str:
         """Return why it can never start; "" = it can, at the latest when its needs are done."""
         broken = [name for name in self.needs if state.get(name) == FAILED]
         return self.problem or (f"it needs {', '.join(broken)}, which failed" if broken else "")
-
-
-def as_flag(name: str, value: object) -> str:
-    """Return one word of a command line, whatever the value holds."""
-    return f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name}={value}"
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,13 @@ class Options:
     """What counts as the same answer; the defaults are tolerant of notation and strict about values."""
 
     percent: str = "either"  # "either": 10 % is 10 or 0.1; "value": 10 % is 0.1 only
-    # "known": two different known units differ; "ignore": units never matter; "required": both or neither
+    # "known": two different known units differ, a missing one is forgiven; "ignore": units never matter;
+    # "required": both sides have the unit, or neither
     units: str = "known"
-    order: str = "free"  # "free": a bare list is a set; "strict": its order counts (a tuple's always does)
-    # a decimal with at least this many significant digits matches whatever rounds to it; None: never
+    # "free": a bare list is a set; "strict": its order counts (that of a tuple always does, of a set never)
+    order: str = "free"
+    # a decimal with at least this many significant digits stands for every exact value that rounds to it;
+    # None: for its own value only
     rounding: int | None = 4
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit.ranks import here
-from kit.run import INPUTS, RunFolder, digest, read_json, write_json
+from kit.run import INPUTS, RunFolder, digest, read_json_if_any, write_json
 
 if TYPE_CHECKING:
     from kit.packing import Document
@@ -49,7 +49,7 @@ def check_inputs(run: RunFolder, what: str, source: str, *, count: int, found: s
 
 def _compare(run: RunFolder, what: str, source: str, count: int, found: str) -> None:
     path = run.path / INPUTS
-    known = read_json(path) if path.is_file() else {}
+    known = read_json_if_any(path)
     now = {"source": source, "count": count, "digest": found}
     before = now if run.is_new else known.get(what, now)
     if before["digest"] != found:

@@ -240,8 +240,7 @@ def numbered(parent: Path) -> list[Path]:
 
 def kept_traces(run: Path) -> int:
     """Return on how many traces a run is trained; 0 if that is not known."""
-    counts = run / "drop_counts.json"
-    return read_json(counts).get("kept", 0) if counts.is_file() else 0
+    return read_json_if_any(run / "drop_counts.json").get("kept", 0)
 
 
 def write_json(path: Path, value) -> None:
@@ -259,6 +258,11 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds {type_of(value)}, not an object; restore it, or begin a new run")
     return value
+
+
+def read_json_if_any(path: Path) -> dict:
+    """Return the object in a JSON file as read_json does; {} if there is no such file."""
+    return read_json(path) if path.is_file() else {}
 
 
 def digest(*parts: str) -> str:

@@ -117,9 +117,8 @@ class ChatFormat:
                 f"the chat template ends a turn with {unknown[0]}, which is not in the tokenizer's "
                 "vocabulary and could not stop the sampler; pass a --chat_template for this model, or plain"
             )
-        return (
-            self.tokenizer.eos_token
-        )  # the template writes nothing, or words, which could not stop it either
+        # the template writes nothing, or words, which could not stop it either
+        return self.tokenizer.eos_token
 
     def _named_ends(self, model) -> set[int]:
         """Return the ids that template, tokenizer and generation_config name as ends."""

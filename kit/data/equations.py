@@ -25,6 +25,11 @@ class Equation(NamedTuple):
     num_operations: int  # performed by it: those on the left minus those that remain on the right
     is_right: bool  # both sides are equal, or the right side is a decimal to which the true value rounds
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where it begins and ends in the text."""
+        return self.position, self.position + len(self.text)
+
 
 def stated_equations(text: str) -> list[Equation]:
     """Return the equations between numbers that a text states, in their order."""
@@ -81,7 +86,7 @@ def _is_stated(
     computes = [compute(tokens[slice(*side)]).num_operations > 0 for side in (left, right)]
     if equation.is_right:
         return any(computes)
-    if _REMAINDER.match(text, equation.position + len(equation.text)):
+    if _REMAINDER.match(text, equation.span[1]):
         return False
     first, second = ([token.value for token in tokens[slice(*side)]] for side in (left, right))
     if computes[1] and first[: len(second)] == second:  # 1+2+3 = 1+2 = 3, and so on

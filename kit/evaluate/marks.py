@@ -16,20 +16,13 @@ SHOWN = 40  # characters of an equation or an answer in a summary
 def equations_of(text: str, *, is_whole: bool) -> list[Equation]:
     """Return the equations of a text, without those that may go on if it is not whole yet."""
     end = len(text) if is_whole else len(text) - SETTLED
-    return [found for found in stated_equations(text) if found.position + len(found.text) <= end]
+    return [found for found in stated_equations(text) if found.span[1] <= end]
 
 
 def marks_of(text: str, *, is_whole: bool) -> list[Mark]:
     """Return the marks of an answer."""
-    marks = [
-        Mark(
-            found.position,
-            found.position + len(found.text),
-            "right" if found.is_right else "wrong",
-            RIGHT if found.is_right else WRONG,
-        )
-        for found in equations_of(text, is_whole=is_whole)
-    ]
+    signs = {True: ("right", RIGHT), False: ("wrong", WRONG)}
+    marks = [Mark(*found.span, *signs[found.is_right]) for found in equations_of(text, is_whole=is_whole)]
     marks += [Mark(*match.span(), "reflection") for match in REFLECTION.finditer(text)]
     return marks + [Mark(start, end, "box") for start, end in boxes(text)]
 

@@ -2,9 +2,4 @@
 
 from kit.front_door import hand_on
 
-__getattr__, __all__ = hand_on(
-    __name__,
-    {  # file -> names
-        "verdict": ["Verdict", "grade"],
-    },
-)
+__getattr__, __all__ = hand_on(__name__, {"verdict": ["Verdict", "grade"]})

@@ -22,7 +22,8 @@ from kit.command import guard
 from kit.command_line import started_as
 from kit.evaluate.judge import Judge, judge_logs
 from kit.evaluate.sample_log import logs_in
-from kit.run import AFTER, BEFORE, SAMPLES, read_json
+from kit.journal import CONFIG
+from kit.run import AFTER, BEFORE, SAMPLES, read_json_if_any
 from kit.valley.finished import STUDY
 from kit.valley.pool import pool
 
@@ -33,8 +34,7 @@ def write_report(path: Path) -> Path:
     """Write the report of the run in `path`, and return it. Raises ValueError if there is no run."""
     if (path / STUDY).is_file():
         return report.valley.write_report(path)
-    config = path / "config.json"
-    if config.is_file() and "group_size" in read_json(config):
+    if "group_size" in read_json_if_any(path / CONFIG):
         return report.rl.write_report(path)
     return report.before_after.write_report(path)
 

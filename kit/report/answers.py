@@ -37,11 +37,7 @@ def answer(title: str, benchmark: str, row: dict, *, note: str = "", shorten: bo
         right = f" after {steps.right_steps} right step{'s' * (steps.right_steps > 1)}"
         ends += f": {steps.cause or 'no wrong step'}{right if steps.cause and steps.right_steps else ''}"
         spans = {"right": steps.right, "wrong": steps.wrong, "taken-back": steps.taken_back}
-        marks = {
-            (step.position, step.position + len(step.text)): f"mark class={kind}"
-            for kind, found in spans.items()
-            for step in found
-        }
+        marks = {step.span: f"mark class={kind}" for kind, found in spans.items() for step in found}
     elif shorten:
         text, marks = around_answer(text), {}
     verdict = html.escape(str(row["verdict"]))

@@ -16,9 +16,10 @@ from kit.report import answers, arithmetic, figures
 from kit.report import page as pages
 from kit.report.first_screen import SAMPLES_OF_ONE, Pair, choose, first_screen
 from kit.report.page import percent
-from kit.run import AFTER, BEFORE, DURING, SAMPLES, kept_traces, read_json
+from kit.run import AFTER, BEFORE, DURING, SAMPLES, kept_traces, read_json, read_json_if_any
 from kit.valley.curves import Estimate, points
 from kit.valley.curves import percent as with_interval
+from kit.valley.sentences import listed
 
 Results = Mapping[str, Result]  # benchmark -> its samples
 NOTHING = "Nothing has been measured yet."
@@ -83,8 +84,7 @@ def what_was_done(config: Mapping[str, object], stages: figures.Stages) -> str:
 def asked_of(stages: figures.Stages) -> str:
     """Describe the problems: 500 problems of math500 and 30 of aime24."""
     counts = {name: found.num_questions for results in stages.values() for name, found in results.items()}
-    parts = [f"{count:,} problems of {name}" for name, count in counts.items()]
-    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:]))) or "problems"
+    return listed([f"{count:,} problems of {name}" for name, count in counts.items()]) or "problems"
 
 
 def what_came_out(stages: figures.Stages) -> str:
@@ -196,8 +196,8 @@ def _training(metrics: list[dict], path: Path) -> str:
     tokens, seconds = sum(row["tokens"] for row in metrics), sum(row["seconds"] for row in metrics)
     timed = [row for row in metrics if not row.get("compiles")] or metrics
     speed = sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed)
-    drop_counts = path / "drop_counts.json"
-    data = read_json(drop_counts).get("text", "") + ". " if drop_counts.is_file() else ""
+    counts = read_json_if_any(path / "drop_counts.json")
+    data = counts.get("text", "") + ". " if counts else ""
     return (
         f"<p>{html.escape(data)}{len(metrics):,} steps, {tokens:,} tokens in {seconds:,.0f} s "
         f"({speed:,.0f} tokens/s, without steps that compiled kernels); "

@@ -17,9 +17,9 @@ from kit.evaluate.results import (
     mean_accuracy,
     read_results,
 )
-from kit.journal import STEP, Journal
+from kit.journal import CONFIG, STEP, Journal
 from kit.paper import LENGTH_BENCHMARK, REWARD
-from kit.run import AFTER, BEFORE, SAMPLES, kept_traces, read_json, write_json
+from kit.run import AFTER, BEFORE, SAMPLES, kept_traces, read_json, read_json_if_any, write_json
 from kit.valley.curves import ByQuestion, Curve, Point
 from kit.valley.jobs import DONE, Outcome, read_outcomes
 from kit.valley.study import Cell, short_name
@@ -78,7 +78,7 @@ class StudyResults:
             )
         stored = read_json(path / STUDY)
         cells = [Cell(**row) for row in stored["cells"]]
-        outcomes, config = read_outcomes(path), path / "config.json"
+        outcomes = read_outcomes(path)
         done = {name for name, outcome in outcomes.items() if outcome.status == DONE}
 
         bases = dict.fromkeys(Cell.of_base(cell.model, cell.seed, cell.method) for cell in cells)
@@ -91,7 +91,7 @@ class StudyResults:
             outcomes,
             finished,
             [run for run in rl_runs if all(run.stages.values())],
-            read_json(config) if config.is_file() else {},
+            read_json_if_any(path / CONFIG),
         )
 
     @property
@@ -166,8 +166,7 @@ def read_rl(path: Path, start: Cell) -> RLRun:
     run = path / RL / start.name
     stages = {stage: read_results(run / stage) for stage in (BEFORE, AFTER)}
     metrics = Journal(run / "metrics.jsonl", STEP.with_numbers("reward_mean")).read()
-    config = run / "config.json"
-    reward = read_json(config).get("reward", REWARD) if config.is_file() else REWARD
+    reward = read_json_if_any(run / CONFIG).get("reward", REWARD)
     return RLRun(start, stages, [row["reward_mean"] for row in metrics], reward)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit.journal import CONFIG
-from kit.run import kept_traces, read_json
+from kit.run import kept_traces, read_json, read_json_if_any
 from kit.valley.finished import CELLS, STUDY
 from kit.valley.study import Cell, short_name
 
@@ -51,8 +51,7 @@ def how_asked(settings: dict) -> tuple[str | None, str]:
 
 def settings_of(folder: Path) -> dict:
     """Return a run's settings; {} for a folder that is not a run's, such as that of a model."""
-    config = folder / CONFIG
-    settings = read_json(config) if config.is_file() else {}
+    settings = read_json_if_any(folder / CONFIG)
     return settings if "instruction" in settings else {}
 
 

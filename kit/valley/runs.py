@@ -11,9 +11,10 @@ from statistics import fmean
 from kit import paper
 from kit.command import Stopped, finish, open_run
 from kit.evaluate.results import read_results
+from kit.journal import CONFIG
 from kit.lock import is_shared, share
 from kit.progress import print_line
-from kit.run import AFTER, SAMPLES, read_json
+from kit.run import AFTER, SAMPLES, read_json_if_any
 from kit.valley.claims import Claims, check_can_share, claiming
 from kit.valley.finished import CELLS, RL, StudyResults, rl_name, write_study
 from kit.valley.jobs import FAILED, LOG, Job, Outcome, Worker, read_outcomes, run_jobs
@@ -75,8 +76,8 @@ def rl_jobs(starts: Sequence[Cell], recipes: Recipes, path: Path) -> list[Job]:
 def check_steps(jobs: Sequence[Job]) -> None:
     """Raise ValueError if a start was trained for another number of steps: one report must not mix them."""
     for job in jobs:
-        stored, steps = job.folder / "config.json", job.settings.get("steps")
-        before = read_json(stored).get("steps") if stored.is_file() else steps
+        steps = job.settings.get("steps")
+        before = read_json_if_any(job.folder / CONFIG).get("steps", steps)
         if steps not in (None, before):
             raise ValueError(
                 f"rl_steps is {steps} but {job.folder} was trained for {before}; pass that, or another --out"

@@ -27,17 +27,17 @@ def sentences(results: StudyResults) -> list[str]:
 
 def what_was_done(results: StudyResults) -> str:
     """Describe a study in a sentence."""
-    cells, models = results.cells, _listed([short_name(model) for model in results.models])
+    cells, models = results.cells, listed([short_name(model) for model in results.models])
     sizes = sorted({cell.num_traces for cell in cells if cell.arm == cells[0].arm})
     counts = f"{sizes[0]:,} to {sizes[-1]:,}"
     if len(sizes) <= LISTED:
-        counts = _listed([f"{size:,}" for size in sizes])
+        counts = listed([f"{size:,}" for size in sizes])
     be = "was" if len(results.models) == 1 else "were"
     if not {found.cell for found in results.finished}.issuperset(cells):
         be = "is being" if be == "was" else "are being"
     num_seeds = len({cell.seed for cell in cells})
     seeds = f", {num_seeds} times with other random choices (seeds)" if num_seeds > 1 else ""
-    arms = _listed([f"“{ARMS[arm].title}”" for arm in dict.fromkeys(cell.arm for cell in cells)])
+    arms = listed([f"“{ARMS[arm].title}”" for arm in dict.fromkeys(cell.arm for cell in cells)])
     base = results.finished[0].results.values() if results.finished else ()
     asked = f" {sum(result.num_questions for result in base):,}" if base else ""
     return (
@@ -56,8 +56,9 @@ def what_came_out(curve: Curve, *, is_short: bool) -> str:
     return accuracy_sentence(curve) + (f" {smoke_hint()}" if is_short else "")
 
 
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+def listed(words: Sequence[str]) -> str:
+    """Return words as they stand in a sentence: a, b and c."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def findings(curves: Sequence[Curve]) -> list[str]:

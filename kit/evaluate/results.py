@@ -83,7 +83,7 @@ class Result:
         return half_width(self._pass_by_question(k))
 
     def _pass_by_question(self, k: int) -> list[float]:
-        right = by_question(self.rows, lambda row: row[STRICT] == "correct")
+        right = group_by_question(self.rows, lambda row: row[STRICT] == "correct")
         return [pass_at_k(len(found), sum(found), k) for found in right.values()]
 
     @property
@@ -219,7 +219,7 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def by_question(rows: Sequence[dict], value_of: Callable[[dict], Value]) -> dict[str, list[Value]]:
+def group_by_question(rows: Sequence[dict], value_of: Callable[[dict], Value]) -> dict[str, list[Value]]:
     """Return the value of every row, by question, in the rows' order."""
     found: dict[str, list[Value]] = {}
     for row in rows:
@@ -228,7 +228,7 @@ def by_question(rows: Sequence[dict], value_of: Callable[[dict], Value]) -> dict
 
 
 def _share_by_question(rows: Sequence[dict], verdict_of: Callable[[dict], str]) -> dict[str, float]:
-    right = by_question(rows, lambda row: verdict_of(row) == "correct")
+    right = group_by_question(rows, lambda row: verdict_of(row) == "correct")
     return {question: fmean(found) for question, found in right.items()}
 
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kit.evaluate.results import Result, by_question
+from kit.evaluate.results import Result, group_by_question
 from kit.report.answers import STEP_MARKS, answer, check_steps
 from kit.report.page import findings
 from kit.run import AFTER, BEFORE
@@ -73,7 +73,7 @@ def choose(
 
 def _by_question(result: Result) -> dict[str, list[dict]]:
     """Return each question's answers, the first sample first."""
-    return by_question(sorted(result.rows, key=lambda row: row["sample"]), lambda row: row)
+    return group_by_question(sorted(result.rows, key=lambda row: row["sample"]), lambda row: row)
 
 
 def _answer(rows: Sequence[dict], right: bool) -> dict | None:

@@ -14,7 +14,7 @@ from kit.report import page as pages
 from kit.report.curve_figures import draw_line, trace_axis
 from kit.report.figures import embed, panels
 from kit.valley.curves import Estimate
-from kit.valley.finished import StudyResults
+from kit.valley.finished import StudyResults, of_seeds
 from kit.valley.reflection import Reflection, reflection_of
 from kit.valley.study import short_name
 
@@ -23,10 +23,7 @@ def section(path: Path, results: StudyResults, model: str) -> str:
     """Write the figure of a model whose base model and some cell are done, and return the section."""
     name, base = results.length_benchmark, list(results.bases(model).values())
     measured = {
-        label: [
-            reflection_of(seeds[0].cell.num_traces, {found.cell.seed: found.results[name] for found in seeds})
-            for seeds in (base, *sizes.values())
-        ]
+        label: [reflection_of(*of_seeds(seeds, name)) for seeds in (base, *sizes.values())]
         for label, sizes in results.points(model)[0].items()
     }
     draw, alt = partial(reflection_figure, measured, name), "token efficiency and reflection by size"

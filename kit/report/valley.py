@@ -24,7 +24,7 @@ from kit.report.first_screen import choose, first_screen
 from kit.run import AFTER, BEFORE
 from kit.valley.curves import Estimate, difference, estimate, widened
 from kit.valley.error_accumulation import Decomposition, decompose, explain
-from kit.valley.finished import RL, Finished, StudyResults, point_of, shares
+from kit.valley.finished import RL, Finished, StudyResults, of_seeds, point_of, shares
 from kit.valley.first_error import CAUSES, STEPWISE
 from kit.valley.jobs import DONE, FAILED
 from kit.valley.sentences import by_start, findings, rl_findings, what_came_out, what_was_done
@@ -121,14 +121,7 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     if not sizes or not common:
         return ""
     benchmark = next(name for name in STEPWISE if name in common)
-    base, *rest = (
-        decompose(
-            seeds[0].cell.num_traces,
-            {found.cell.seed: found.results[benchmark] for found in seeds},
-            STEPWISE[benchmark],
-        )
-        for seeds in points
-    )
+    base, *rest = (decompose(*of_seeds(seeds, benchmark), STEPWISE[benchmark]) for seeds in points)
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
     parts = [
         f"<h3>Why: {html.escape(name)}, answers step by step ({benchmark})</h3>",

@@ -11,8 +11,8 @@ from kit.evaluate.results import (
     AS_THE_PAPER,
     STRICT,
     Result,
-    by_question,
     check_comparable,
+    group_by_question,
     headline,
     mean_accuracy,
     read_results,
@@ -190,6 +190,11 @@ def point_of(seeds: Sequence[Finished], length_of: str) -> Point:
     )
 
 
+def of_seeds(seeds: Sequence[Finished], benchmark: str) -> tuple[int, dict[int, Result]]:
+    """Return (the number of traces of these seeds, seed -> its samples of one benchmark)."""
+    return seeds[0].cell.num_traces, {found.cell.seed: found.results[benchmark] for found in seeds}
+
+
 def shares(results: Results, column: str = STRICT) -> ByQuestion:
     """Return (benchmark, question) -> share of right samples, of the headline's benchmarks.
 
@@ -212,5 +217,5 @@ def paper_shares(seeds: Sequence[Finished]) -> dict[int, ByQuestion] | None:
 
 def tokens(results: Results, benchmark: str) -> ByQuestion:
     """Return (benchmark, question) -> mean tokens of the responses."""
-    counts = by_question(results[benchmark].rows, lambda row: row["tokens"])
+    counts = group_by_question(results[benchmark].rows, lambda row: row["tokens"])
     return {(benchmark, question): fmean(found) for question, found in counts.items()}

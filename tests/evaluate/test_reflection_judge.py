@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from sample_rows import sample, write_samples
 
 from kit.evaluate import judge as judging
 from kit.evaluate.judge import AROUND, Judge, judge_logs, passages_of
@@ -84,14 +85,9 @@ def server():
 
 def write_log(path, words):
     """Write a log with one answer per word; those that are not in REPLIES have no keyword."""
-    journal = Journal(path)
-    journal.append({"header": {"max_new_tokens": 64}})
-    for i, word in enumerate(words):
-        text = f"so {word} let me double-check" if word in REPLIES else "plain"
-        graded = {"verdict": "correct", "prediction": "1", "gold": "1", "answer": "1", "rule": "text"}
-        row = {"question": f"q{i}", "sample": 0, "problem": "?", "text": text, "tokens": 5, "finished": True}
-        journal.append(row | graded)
-    return path
+    texts = [f"so {word} let me double-check" if word in REPLIES else "plain" for word in words]
+    rows = [sample(f"q{i}", text=text) for i, text in enumerate(texts)]
+    return write_samples(path, rows, {"max_new_tokens": 64})
 
 
 def test_yes_and_no_are_verdicts_and_every_fault_is_counted_and_named_and_never_a_no(tmp_path):

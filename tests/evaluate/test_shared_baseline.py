@@ -4,29 +4,21 @@ import json
 from dataclasses import replace
 
 import pytest
+from sample_rows import sample, write_samples
 
 from kit.evaluate.benchmarks import BENCHMARKS
 from kit.evaluate.shared_baseline import take_baseline
-from kit.run import Journal
 
 TOY = BENCHMARKS["toy"].read(limit=3)
 SETTINGS = {"num_samples": 2, "seed": 0, "temperature": 0.6, "torch": "2.13"}
-ANSWERED = {"problem": "?", "answer": "1", "tokens": 3, "finished": True, "prediction": "1", "text": "1"}
 HEADER = {"model": "abc", "prompt": "p", "questions": "q", **SETTINGS}
 
 
 def make_baseline(path, *, header=(), model="org/model", missing=0):
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model": model}))
-    journal = Journal(path / "samples" / "toy.jsonl")
-    journal.append({"header": HEADER | dict(header)})
-    rows = [
-        {"question": question.id, "sample": i, "verdict": "correct", **ANSWERED}
-        for question in TOY.questions
-        for i in range(2)
-    ]
-    for row in rows[: len(rows) - missing]:
-        journal.append(row)
+    rows = [sample(question.id, sample=i) for question in TOY.questions for i in range(2)]
+    write_samples(path / "samples" / "toy.jsonl", rows[: len(rows) - missing], HEADER | dict(header))
     return path
 
 

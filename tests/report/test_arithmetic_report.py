@@ -4,6 +4,7 @@ import json
 from itertools import count
 
 import pytest
+from sample_rows import sample
 
 from kit.data.arithmetic import PROMPT
 from kit.evaluate.results import Result
@@ -16,11 +17,7 @@ A, B = PROMPT + "93/3+77-8", PROMPT + "2*3+4"  # of 3 operations, 100, and of 2,
 
 
 def row(problem, text, verdict):
-    return {
-        "question": problem, "problem": problem, "sample": next(NUMBERS), "answer": "1",
-        "text": text, "verdict": verdict, "finished": True,
-        "tokens": len(text), "prediction": "1", "gold": "1", "rule": "text",
-    }  # fmt: skip
+    return sample(problem, verdict, sample=next(NUMBERS), problem=problem, text=text, tokens=len(text))
 
 
 ROWS = (

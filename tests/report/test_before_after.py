@@ -3,6 +3,7 @@ import re
 import struct
 
 import pytest
+from sample_rows import sample, write_samples
 
 from kit.evaluate.results import Result
 from kit.report.answers import SHOWN, browser, marked
@@ -14,21 +15,11 @@ from kit.run import AFTER, BEFORE, SAMPLES, Journal
 
 def rows(shares, tokens=10, text="so \\boxed{1}"):
     """Ten samples per question, of which a share is correct."""
-    fixed = {
-        "finished": True,
-        "prediction": "1",
-        "gold": "1",
-        "answer": "1",
-        "rule": "text",
-        "tokens": tokens,
-        "text": text,
-    }
     made = []
     for i, share in enumerate(shares):
-        for sample in range(10):
-            verdict = "correct" if sample < 10 * share else "wrong"
-            key = {"question": f"q{i}", "problem": f"{i} < 1?", "sample": sample}
-            made.append(fixed | key | {"verdict": verdict})
+        for k in range(10):
+            verdict = "correct" if k < 10 * share else "wrong"
+            made.append(sample(f"q{i}", verdict, sample=k, problem=f"{i} < 1?", tokens=tokens, text=text))
     return made
 
 
@@ -62,10 +53,7 @@ def make_run(path, *, before=None, after=None, metrics=()):
     (path / "drop_counts.json").write_text(json.dumps({"text": "8 traces kept, 2 dropped"}))
     for stage, found in ((BEFORE, before), (AFTER, after)):
         if found:
-            journal = Journal(path / stage / "toy.jsonl")
-            journal.append({"header": {}})
-            for row in found:
-                journal.append(row)
+            write_samples(path / stage / "toy.jsonl", found)
     for step, loss in enumerate(metrics, 1):
         Journal(path / "metrics.jsonl").append({"step": step, "loss": loss, "tokens": 10, "seconds": 1.0})
     return path

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import sample_rows
 
 from kit.evaluate.results import Result
 from kit.evaluate.uncertainty import in_percent
@@ -25,17 +26,13 @@ FELL, ROSE, SAME = Estimate(-0.5, 0.1), Estimate(0.5, 0.1), Estimate(-0.05, 0.1)
 
 
 def sample(question, correct, *, number=0, text="", problem="7+5-3?"):
-    return {
-        "question": question, "sample": number, "problem": problem, "answer": "9", "gold": "9", "rule": "r",
-        "prediction": "9", "verdict": "correct" if correct else "wrong", "finished": True, "tokens": 20,
-        "text": text or (RIGHT if correct else WRONG),
-    }  # fmt: skip
+    verdict, text = "correct" if correct else "wrong", text or (RIGHT if correct else WRONG)
+    nine = dict.fromkeys(("answer", "gold", "prediction"), "9")
+    return sample_rows.sample(question, verdict, sample=number, problem=problem, text=text, **nine)
 
 
 def write_samples(folder, rows, benchmark="toy"):
-    journal = Journal(folder / f"{benchmark}.jsonl")
-    for row in ({"header": {}}, *rows):
-        journal.append(row)
+    sample_rows.write_samples(folder / f"{benchmark}.jsonl", rows)
 
 
 def write_all(folder, right, benchmark="toy", **options):
@@ -69,8 +66,7 @@ def study(path, benchmark="toy", *, settings=(), **options):
     for cell in (cells[0].baseline, *(cell.name for cell in cells)):
         base = cell == cells[0].baseline
         write_all(path / "cells" / cell / ("samples" if base else "after"), base, benchmark, **options)
-        done = {"job": cell, "status": "done", "seconds": 1.0, "error": "", "tail": [], "log": ""}
-        Journal(path / "jobs.jsonl").append(done)
+        Journal(path / "jobs.jsonl").append(sample_rows.outcome(cell))
     for cell in cells:
         Journal(path / "cells" / cell.name / "metrics.jsonl").append({"step": 1, "seconds": 1.0})
     write_study(path, cells, [])

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from sample_rows import outcome
 
 from kit.command import guard
 from kit.report.__main__ import main, write_report
@@ -54,7 +55,7 @@ def kinds_of_runs(folder):
     (learning / "config.json").write_text('{"group_size": 8}')
     cell, *_ = Study(models=(("tiny", ("full",)),), sizes=(8_000,)).cells()
     write_study(study, [cell], [])
-    done = {"job": cell.name, "status": "done", "seconds": 1.0, "error": "", "tail": [], "log": ""}
+    done = outcome(cell.name)
     return [
         (fine_tuning, "metrics.jsonl", STEP, ("step", "loss", "tokens", "seconds")),
         (learning, "metrics.jsonl", STEP, ("step", "reward_mean", "rollout_seconds", "update_seconds")),

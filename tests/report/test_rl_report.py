@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from sample_rows import sample, write_samples
 
 from kit.report import valley
 from kit.report.curve_figures import rl_figure
@@ -21,14 +22,13 @@ def make_run(path, *, steps=0, shares=None):
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model": "some <model>", "lr": 1e-6, "group_size": 8}))
     for stage, share in (shares or {}).items():
-        journal = Journal(path / stage / "toy.jsonl")
-        journal.append({"header": {}})
-        for question in range(4):
-            for sample in range(10):
-                verdict = "correct" if sample < 10 * share else "wrong"
-                graded = {"verdict": verdict, "prediction": "1", "gold": "1", "answer": "1", "rule": "text"}
-                row = {"question": f"q{question}", "problem": "1?", "sample": sample, "tokens": 9}
-                journal.append({**row, **graded, "finished": True, "text": HOSTILE})
+        verdicts = ["correct" if k < 10 * share else "wrong" for k in range(10)]
+        rows = [
+            sample(f"q{question}", verdict, sample=k, text=HOSTILE)
+            for question in range(4)
+            for k, verdict in enumerate(verdicts)
+        ]
+        write_samples(path / stage / "toy.jsonl", rows)
     for step in range(1, steps + 1):
         row = {"step": step, **STEP, "kl": 1e-3, "rejected: undecided": 2, "undecided": 0.125}
         Journal(path / "metrics.jsonl").append(row)

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from sample_rows import sample
 
 from kit.data.toy import Chain, make_chain, short_trace
 from kit.evaluate.results import Result
@@ -29,21 +30,11 @@ def results(make, *, seeds=2, questions=60, operands=None):
         rows = []
         for q in range(questions):
             chain, rng = make_chain(random.Random(q), operands or 4 + q % 5), random.Random(f"{seed} {q}")
-            for sample in range(4):
+            for k in range(4):
                 text = make(chain, rng)
-                correct = text.endswith(f"{{{chain.answer}}}")
-                rows.append(
-                    {
-                        "question": str(q),
-                        "sample": sample,
-                        "problem": chain.problem,
-                        "answer": chain.answer,
-                        "text": text,
-                        "finished": True,
-                        "verdict": "correct" if correct else "wrong",
-                        "tokens": len(text),
-                    }
-                )
+                verdict = "correct" if text.endswith(f"{{{chain.answer}}}") else "wrong"
+                of_text = {"problem": chain.problem, "text": text, "tokens": len(text)}
+                rows.append(sample(str(q), verdict, sample=k, **of_text))
         found[seed] = Result("toy", tuple(rows))
     return found
 

@@ -4,6 +4,8 @@ import json
 import random
 
 import pytest
+import sample_rows
+from sample_rows import sample
 
 from kit.report.curve_figures import valley_figure
 from kit.report.valley import stars, write_report
@@ -27,21 +29,15 @@ def write_samples(folder, accuracy, *, tokens=600, seed=0, header=(), finished=T
     for name, count in QUESTIONS.items():
         level = accuracy[name] if isinstance(accuracy, dict) else accuracy
         rng = random.Random(f"{luck or '/'.join(folder.parts[-3:])} {name}")
-        journal = Journal(folder / f"{name}.jsonl")
-        journal.append({"header": {"seed": seed, "prompt": "p", **dict(header)}})
-        for i in range(count):
-            for sample in range(2):
-                verdict = "correct" if rng.random() < level else "wrong"
-                length = tokens if name == "math500" else 9_999
-                row = {
-                    "question": f"q{i}",
-                    "problem": f"{i}+1?",
-                    "answer": "1",
-                    "sample": sample,
-                    "text": "x",
-                }
-                row |= {"verdict": verdict, "prediction": "1", "tokens": length, "finished": finished}
-                journal.append(row)
+        shared = {"tokens": tokens if name == "math500" else 9_999, "finished": finished, "text": "x"}
+        verdicts = ["correct" if rng.random() < level else "wrong" for _ in range(2 * count)]
+        rows = [
+            sample(f"q{i // 2}", verdict, sample=i % 2, problem=f"{i // 2}+1?", **shared)
+            for i, verdict in enumerate(verdicts)
+        ]
+        sample_rows.write_samples(
+            folder / f"{name}.jsonl", rows, {"seed": seed, "prompt": "p", **dict(header)}
+        )
 
 
 def make_study(path, study, accuracies, *, base=0.5, skip=(), failed=(), tokens=600, rl=None, **samples):
@@ -49,9 +45,7 @@ def make_study(path, study, accuracies, *, base=0.5, skip=(), failed=(), tokens=
     outcomes, cells = Journal(path / "jobs.jsonl"), study.cells()
 
     def ended(name, status=DONE, **fields):
-        outcomes.append(
-            {"job": name, "status": status, "seconds": 1.0, "error": "", "tail": [], "log": ""} | fields
-        )
+        outcomes.append(sample_rows.outcome(name, status, **fields))
 
     for cell in cells:
         write = path / "cells" / cell.baseline / "samples"

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from kit.grade.limits import Undecided
@@ -77,10 +78,8 @@ class Worker:
         """End the process and close its pipe."""
         self.process.kill()
         self.process.wait()
-        try:
+        with suppress(BrokenPipeError):  # it did not read the last question
             self.process.stdin.close()
-        except BrokenPipeError:  # it did not read the last question
-            return
 
 
 class Pool:

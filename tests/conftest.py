@@ -113,6 +113,11 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture
+def fresh_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def ctrl_c_interrupts():
     """Let SIGINT interrupt, which a process started in a shell's background ignores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

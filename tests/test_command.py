@@ -32,9 +32,7 @@ class Config:
     out: str = ""
 
 
-@pytest.fixture(autouse=True)
-def _in_a_fresh_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
 def status_of(main, *flags: str) -> int:

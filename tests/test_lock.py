@@ -21,10 +21,7 @@ HOLD = "import os, subprocess, sys, time; from pathlib import Path; from kit.loc
 HOLD += "hold(Path('run')); "
 WAIT = "print('ready', flush=True); sys.stdin.read()"
 
-
-@pytest.fixture(autouse=True)
-def _in_a_fresh_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
 def start(code):

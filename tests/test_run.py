@@ -26,9 +26,7 @@ class Config:
     out: str = ""
 
 
-@pytest.fixture(autouse=True)
-def _in_a_fresh_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
 def test_runs_are_numbered_under_the_recipes_name_and_resume_takes_the_newest():

@@ -23,13 +23,9 @@ ROW = {"step": 1, "loss": 0.5, "compiles": True, "peak_gib": None, "norm": math.
 @dataclass(frozen=True)
 class Config(WatchSettings):
     lr: float = 1.0
-    resume: bool = False
-    out: str = ""
 
 
-@pytest.fixture(autouse=True)
-def _in_a_fresh_directory(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("fresh_directory")
 
 
 def write_page(path: Path, *, goes_on: bool) -> Path:

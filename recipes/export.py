@@ -135,7 +135,7 @@ def write_all(
     answer, original = evaluate.same_answers.answer, []
     if questions:
         original = answer(model, chat, **how, description="answers of the original")
-    if has_adapters(source.model):
+    if any(models.folder.adapter_ranks(source.model).values()):
         from kit.models.merge import merge  # peft takes seconds to import
 
         merge(model, dtype)
@@ -177,10 +177,6 @@ def card_of_files(config: Config, source: Source, checked: list[str]) -> list[st
         lines += [f"Compared with the model as it was trained ({limit}):", ""]
         lines += [*(f"- {line}" for line in checked), ""]
     return lines
-
-
-def has_adapters(model: str) -> bool:
-    return (Path(model).expanduser() / models.folder.ADAPTER_CONFIG).is_file()
 
 
 def find_source(name: str) -> Source:

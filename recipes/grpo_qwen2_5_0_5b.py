@@ -75,9 +75,7 @@ class Config(Settings, Savings, Adapters, BenchmarkSettings, ModelSettings, Plan
     levels: str = ""  # MATH levels to keep, such as 1-4; "" = all; of SimpleRL-Zoo's, by the model's size
     num_prompts: int = 0  # prompts: the first so many of the file; 0 = all [>= 0]
     max_bad_rows: int = 20  # rows without problem or answer that are left out; more stop the run [>= 0]
-    reward: str = (
-        "exact_answer"  # of recipes/rewards.py, or FILE.py:FUNCTION; several add up, comma-separated
-    )
+    reward: str = "exact_answer"  # of recipes/rewards.py, or FILE.py:FUNCTION; comma-separated ones add up
     # optimisation
     batch_prompts: int = 1_024  # prompts per step [1..1000000]
     steps: int = 100  # rollouts; the paper does not state how many [>= 1]

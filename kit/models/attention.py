@@ -65,8 +65,7 @@ def attend(
     if cu_seqlens is None:
         raise ValueError(
             "this model was loaded for packed rows; run it with kit.models.hidden_states or "
-            "kit.generate.sampler, "
-            'or call model.set_attn_implementation("sdpa") before using it on its own'
+            'kit.generate.sampler, or call model.set_attn_implementation("sdpa") before using it on its own'
         )
     window = getattr(module, "sliding_window", None)
     function = BY_NAME.get(module.config._attn_implementation, packed_attention)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -115,11 +113,10 @@ class NeedsItsCode(ValueError):
     """A model or tokenizer cannot be loaded without running Python that lies beside it."""
 
 
-@contextmanager
-def _without_its_code(where: str | Path) -> Iterator[None]:
-    """Raise NeedsItsCode where transformers would ask for trust_remote_code."""
+def _read(kind: type, where: str | Path, **how):
+    """Return kind.from_pretrained(where). Raises NeedsItsCode if it would ask for trust_remote_code."""
     try:
-        yield
+        return kind.from_pretrained(where, trust_remote_code=False, **how)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -131,21 +128,15 @@ def _without_its_code(where: str | Path) -> Iterator[None]:
 
 def load_tokenizer(where: str, **how) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or a hub id. how: as for from_pretrained. Raises NeedsItsCode."""
-    with _without_its_code(where):
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **how)
+    tokenizer = _read(AutoTokenizer, where, **how)
     if "gguf_file" in how:  # transformers names it after the folder; errors should name the file
         tokenizer.name_or_path = str(Path(where) / how["gguf_file"])
     return tokenizer
 
 
-def _read_config(where: str | Path, **how) -> PreTrainedConfig:
-    with _without_its_code(where):
-        return AutoConfig.from_pretrained(where, trust_remote_code=False, **how)
-
-
 def _config(where: str) -> PreTrainedConfig:
     try:
-        return _read_config(where)
+        return _read(AutoConfig, where)
     except OSError as error:
         why = str(error).partition("\n")[0]  # what transformers advises below it is said here
         raise ValueError(
@@ -202,8 +193,8 @@ def load_config(model: str) -> PreTrainedConfig:
         require(f"{folder}, a GGUF file,", "gguf", "accelerate")
     try:
         if folder.suffix == ".gguf":
-            return _read_config(folder.parent, gguf_file=folder.name)
-        return _read_config(folder if folder.is_dir() else model)
+            return _read(AutoConfig, folder.parent, gguf_file=folder.name)
+        return _read(AutoConfig, folder if folder.is_dir() else model)
     except NeedsItsCode:
         raise
     except (OSError, ValueError) as error:

@@ -62,7 +62,8 @@ def _evidence(config: PreTrainedConfig, rows: Iterable[Row]) -> set[Path]:
         truths = _newest((folder, row) for folder, row in fitting if row.get("attention") == "varlen")
         times = _newest((folder, row) for folder, row in fitting if "milliseconds" in row)
         is_right = truths and all(row["status"] == "pass" for _, row in truths)
-        is_faster = times and all(_is_faster(row["milliseconds"]) for _, row in times)
+        pairs = [(row["milliseconds"][OURS], row["milliseconds"].get(VARLEN)) for _, row in times]
+        is_faster = times and all(theirs and sum(theirs) < sum(ours) for ours, theirs in pairs)
         if not (is_right and is_faster):
             return set()
         folders |= {truths[0][0], times[0][0]}
@@ -73,8 +74,3 @@ def _newest(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of the first folder, which is the newest."""
     rows = list(rows)
     return [(folder, row) for folder, row in rows if folder == rows[0][0]]
-
-
-def _is_faster(milliseconds: dict[str, Sequence[float]]) -> bool:
-    """Return whether varlen took less than kit's, forward and backward together; False if it did not run."""
-    return VARLEN in milliseconds and sum(milliseconds[VARLEN]) < sum(milliseconds[OURS])

@@ -64,8 +64,7 @@ def gathered(episodes: Sequence[Episode]) -> list[Episode]:
 def _plain(episode: Episode) -> dict:
     """Return an episode's fields, as asdict does, but without copying every number."""
     found = {part.name: getattr(episode, part.name) for part in fields(Episode)}
-    completion = {part.name: getattr(episode.completion, part.name) for part in fields(Completion)}
-    return found | {"completion": completion}
+    return found | {"completion": vars(episode.completion)}
 
 
 def undecided_as_wrong(episodes: Sequence[Episode]) -> list[Episode]:

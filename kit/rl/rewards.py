@@ -113,11 +113,13 @@ def load_rewards(names: str, shipped: Path) -> tuple[dict[str, Reward], list[Pat
             raise ValueError(f"reward is {names!r} but there is no file {path}; pass FILE.py:FUNCTION")
         if path not in modules:
             modules[path] = _run_file(path)
-        rewards_there = [key for key, value in vars(modules[path]).items() if _is_own(value, modules[path])]
-        reward = getattr(modules[path], name, None)
+        module = modules[path]
+        functions = inspect.getmembers(module, inspect.isfunction)
+        own = [key for key, value in functions if value.__module__ == module.__name__ and key[0] != "_"]
+        reward = getattr(module, name, None)
         if not callable(reward) or isinstance(reward, type):
-            near = difflib.get_close_matches(name, rewards_there, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(rewards_there) or 'none'}"
+            near = difflib.get_close_matches(name, own, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(own) or 'none'}"
             hint += "" if file else f" ({OWN})"
             raise ValueError(f"reward is {names!r} but {path} has no function {name!r}; {hint}")
         if name in rewards:
@@ -138,15 +140,6 @@ def _run_file(path: Path) -> ModuleType:
     except Exception as error:
         raise ValueError(f"{path} cannot be run: {_describe(error)}; correct it") from error
     return module
-
-
-def _is_own(value: object, module: ModuleType) -> bool:
-    """Return whether a value is a function that the module defines for others."""
-    return (
-        inspect.isfunction(value)
-        and value.__module__ == module.__name__
-        and not value.__name__.startswith("_")
-    )
 
 
 def _describe(error: Exception) -> str:

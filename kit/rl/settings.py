@@ -64,6 +64,5 @@ def check_savings(savings: Savings) -> None:
         )
     if savings.head_update == "blocked":
         raise ValueError(
-            "head_update is blocked but blocks compute cross-entropy alone, not this run's loss; pass "
-            "--head_update whole"
+            "head_update is blocked but blocks compute cross-entropy alone; pass --head_update whole"
         )

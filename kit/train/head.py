@@ -147,8 +147,7 @@ class BlockedHead(AutogradHead):
         """Return the row's loss after its backward pass. Raises ValueError for any loss but cross-entropy."""
         if loss_of is not None:
             raise ValueError(
-                "head_update is blocked but this step's loss is not cross-entropy, the only one that blocks "
-                "compute; pass --head_update whole"
+                "head_update is blocked but blocks compute cross-entropy alone; pass --head_update whole"
             )
         lookup = _Lookup(self.model, batch.input_ids)
         hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())

@@ -309,8 +309,7 @@ def make_optimizer(
         raise ValueError(f"optimizer is {name!r}; pass one of {', '.join(OPTIMIZERS)}")
     if dtypes not in TRAINED:
         raise ValueError(
-            f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load the model in float32 or "
-            "bfloat16"
+            f"trainable parameters are {sorted(map(str, dtypes)) or 'none'}; load float32 or bfloat16 weights"
         )
     if name == "auto":
         name = "adamw8bit" if dtypes == {torch.bfloat16} or offload else "adamw"
@@ -325,8 +324,7 @@ def make_optimizer(
 
     if offload:
         raise ValueError(
-            "offload_optimizer is on but optimizer is adamw, whose states stay beside the weights; pass "
-            "adamw8bit"
+            "offload_optimizer is on but optimizer is adamw, whose states cannot move; pass adamw8bit"
         )
     if dtypes == {torch.bfloat16}:
         raise ValueError(

@@ -31,9 +31,8 @@ class Savings(Checked):
         super().__post_init__()
         if self.head_update == "blocked" and not (self.offload_gradients or self.update_in_backward):
             raise ValueError(
-                "head_update is blocked but offload_gradients and update_in_backward are off: a block's "
-                "gradient leaves the card, or is used up, before the next one is computed; pass "
-                "--offload_gradients, or --head_update whole"
+                "head_update is blocked but offload_gradients and update_in_backward are off, so a block's "
+                "gradient can go nowhere; pass --offload_gradients, or --head_update whole"
             )
         if (self.tile_tokens or self.offload_inputs) and not self.recompute:
             raise ValueError(
@@ -42,9 +41,8 @@ class Savings(Checked):
             )
         if self.offload_gradients and self.update_in_backward:
             raise ValueError(
-                "offload_gradients and update_in_backward are both on, but one keeps gradients until the end "
-                "of the step and the other uses them up at once; pass --no_update_in_backward (for several "
-                "rows and a global norm), or --no_offload_gradients"
+                "offload_gradients and update_in_backward are both on, but one keeps what the other uses up; "
+                "pass --no_update_in_backward (for several rows, a global norm), or --no_offload_gradients"
             )
         if self.update_in_backward and self.optimizer == "adamw":
             raise ValueError(

@@ -194,8 +194,7 @@ class UpdateInBackward(Updates):
         if num_rows != 1:
             raise ValueError(
                 f"this step has {num_rows} rows but update_in_backward uses each gradient up before the next "
-                "row; pass --batch_traces 1 (a step is then one row of packed traces), or "
-                "--no_update_in_backward to add gradients up"
+                "row; pass --batch_traces 1, or --no_update_in_backward"
             )
         super().begin(num_rows)
         self.squares = []

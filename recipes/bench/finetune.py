@@ -37,9 +37,7 @@ from kit.train.optimizer import cosine_with_warmup
 class Config(Checked):
     # model
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
-    vocab_size: int = (
-        0  # instead of model: a Llama of about 20M random weights with this vocabulary; 0 = off [>= 0]
-    )
+    vocab_size: int = 0  # > 0: a Llama of 20M random weights with this vocabulary; 0 = `model` [>= 0]
     chat_template: str = ""  # "plain", "no_thinking", a Jinja file or a name of the model's; "" = its own
     # data
     traces: str = ""  # hub id[:config][@split] or file; "" = random tokens

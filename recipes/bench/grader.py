@@ -20,14 +20,13 @@ import importlib.util
 import json
 import random
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from contest import save
+from contest import save, timed
 
 from kit.config import Checked, parse
 from kit.evaluate import BENCHMARKS
@@ -94,7 +93,7 @@ def main(config: Config) -> dict:
     print("\n".join(f"{key:<10} {value}" for key, value in describe_machine().items()))
     pairs = make_pairs(read_answers(config), random.Random(config.seed))
     start_worker()  # importing sympy takes seconds, which must not count for the first hard pair
-    time_all(pairs, "our", _kit, config.repeats)
+    time_all(pairs, "our", lambda gold, response: grade(gold, response).verdict, config.repeats)
     peer = importlib.util.find_spec("math_verify") is not None
     if peer:
         time_all(pairs, "their", _math_verify(), config.repeats)
@@ -160,21 +159,12 @@ def time_all(pairs: list[Pair], side: str, judge: Callable[[str, str], str], rep
     for gold, response in WARM_UP:
         judge(gold, response)
     for pair in pairs:
-        first, verdict = _timed(judge, pair)
+        verdict, first, _ = timed(judge, pair.gold, pair.response)
         setattr(pair, f"{side}_first", first)
         setattr(pair, f"{side}s", verdict)
     for pair in pairs:
-        setattr(pair, f"{side}_again", min(_timed(judge, pair)[0] for _ in range(repeats)))
-
-
-def _timed(judge: Callable[[str, str], str], pair: Pair) -> tuple[float, str]:
-    start = time.perf_counter()
-    verdict = judge(pair.gold, pair.response)
-    return time.perf_counter() - start, verdict
-
-
-def _kit(gold: str, response: str) -> str:
-    return grade(gold, response).verdict
+        again = (timed(judge, pair.gold, pair.response)[1] for _ in range(repeats))
+        setattr(pair, f"{side}_again", min(again))
 
 
 def _math_verify() -> Callable[[str, str], str]:

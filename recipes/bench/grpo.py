@@ -42,9 +42,7 @@ from kit.run import digest
 @dataclass(frozen=True)
 class Config(Checked):
     # model
-    weaken: float = (
-        0.2  # noise on the tiny model's weights, in standard deviations, to leave much to learn [>= 0]
-    )
+    weaken: float = 0.2  # noise on the weights, in standard deviations, to leave much to learn [>= 0]
     # task
     min_operands: int = 3  # of the toy's problems [>= 2]
     max_operands: int = 6  # of the toy's problems [>= 2]
@@ -53,9 +51,7 @@ class Config(Checked):
     batch_prompts: int = 2  # prompts per step [>= 1]
     group_size: int = 8  # completions per prompt [>= 2]
     max_new_tokens: int = 64  # tokens per completion [>= 1]
-    row_tokens: int = (
-        512  # tokens per row of ours, the unit of its activations; TRL's is all completions, padded [>= 1]
-    )
+    row_tokens: int = 512  # tokens per row of ours; TRL's only row is all completions, padded [>= 1]
     lr: float = 1e-4  # constant [> 0, <= 1]
     seed: int = 0  # of everything [>= 0]
     # run

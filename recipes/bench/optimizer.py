@@ -40,9 +40,7 @@ ARMS = ("fp32", "kit", "nearest")
 class Config(Checked):
     model: str = "tiny"  # hub id, local folder, .gguf file, or "tiny"
     device: str = "cpu"  # [cpu | cuda]
-    compute: str = (
-        "auto"  # of the two bf16 runs' matmuls; auto: bf16 on a card, else fp32 [auto | fp32 | bf16]
-    )
+    compute: str = "auto"  # of the bf16 runs' matmuls; auto: bf16 on a card, else fp32 [auto | fp32 | bf16]
     traces: str = str(LONG_TRACES)  # hub id[:config][@split], or a .jsonl, .json or .parquet file
     num_traces: int = 0  # traces; 0 = all [>= 0]
     row_tokens: int = 1_024  # tokens per pack; longer traces are dropped [>= 1]

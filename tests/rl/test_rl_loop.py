@@ -3,12 +3,13 @@ import os
 import re
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from children import call, train_unbroken_and_killed, wait
+from test_train_loop import Config
 
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question, draw
@@ -31,12 +32,6 @@ QUESTIONS = [
 SIZES = {"group_size": 3, "max_new_tokens": 30, "row_tokens": 128, "minibatch_prompts": 2, "num_slots": 5}
 SETTINGS = Settings(**SIZES, temperature=2.0, kl_coef=0.05)
 STEPS = 8
-
-
-@dataclass(frozen=True)
-class Config:
-    out: str
-    resume: bool = False
 
 
 def make_policy(settings=SETTINGS, **options):

@@ -54,6 +54,12 @@ def copies(parameters):
     return [parameter.detach().clone() for parameter in parameters]
 
 
+@torch.no_grad()
+def overwrite(parameters, others):
+    for p, q in zip(parameters, others, strict=True):
+        p.copy_(q)
+
+
 def assert_equal(optimizer, parameters, other, other_parameters):
     """Compare parameters and states, to the bit and in dtype."""
     for p, q in zip(parameters, other_parameters, strict=True):
@@ -162,14 +168,10 @@ def test_a_loaded_state_goes_on_to_the_bit_with_the_learning_rate_it_was_saved_w
     optimizer = make(kind, [{"params": parameters[:1]}, {"params": parameters[1:], "lr": 0.3}])
     for seed in range(3):
         step(optimizer, parameters, seed)
-    with torch.no_grad():
-        for p, q in zip(parameters, others, strict=True):
-            q.copy_(p)
+    overwrite(others, parameters)
     other = make(kind, [{"params": others[:1], "lr": 0.7}, {"params": others[1:], "lr": 0.8}])
     step(other, others, seed=9)  # its own states and weights are replaced
-    with torch.no_grad():
-        for p, q in zip(parameters, others, strict=True):
-            q.copy_(p)
+    overwrite(others, parameters)
 
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert_equal(optimizer, parameters, other, others)
@@ -198,9 +200,7 @@ def test_states_that_were_cleared_start_again(kind):
     optimizer, other = make(kind, parameters), make(kind, others)
     step(optimizer, parameters)
     optimizer.state.clear()
-    with torch.no_grad():
-        for p, q in zip(parameters, others, strict=True):
-            q.copy_(p)
+    overwrite(others, parameters)
     step(optimizer, parameters, seed=1)
     step(other, others, seed=1)
     assert_equal(optimizer, parameters, other, others)
@@ -347,9 +347,7 @@ def test_a_state_may_move_to_an_optimizer_that_keeps_it_elsewhere(first, second)
     parameters, others = parameters_of(first), parameters_of(second)
     optimizer = make(first, parameters)
     step(optimizer, parameters)
-    with torch.no_grad():
-        for p, q in zip(parameters, others, strict=True):
-            q.copy_(p)
+    overwrite(others, parameters)
     other = make(second, others)
     other.load_state_dict(optimizer.state_dict())
     assert other.offload == (second == "offloaded")

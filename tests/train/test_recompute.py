@@ -3,7 +3,6 @@ import weakref
 from functools import partial
 from itertools import product
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from conftest import FAMILIES, make_model, random_documents
@@ -14,6 +13,7 @@ from transformers import BertConfig, BertModel
 
 from kit.kernels.linear_cross_entropy import linear_cross_entropy
 from kit.models.backbone import head_weight, hidden_states, softcap
+from kit.models.nf4 import NF4Linear, quantise_decoder
 from kit.packing import PackedBatch
 from kit.train.offload import HostInputs
 from kit.train.recompute import keep_activations, recompute_layers
@@ -232,40 +232,26 @@ def test_adapters_get_their_gradients_and_frozen_weights_none(tiny_model, tile_t
     assert made.products & {weight, weight[::-1]}
 
 
-def quantise(model):
-    """Replace the layers' linear weights by NF4 with double quantisation."""
-    kind = {"quant_type": "nf4", "compress_statistics": True}
-    for module in list(model.model.layers.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                size = child.in_features, child.out_features
-                linear = bnb.nn.Linear4bit(*size, bias=False, compute_dtype=torch.bfloat16)
-                weight = child.weight.detach().bfloat16()
-                linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, **kind)
-                linear.bias = child.bias
-                setattr(module, name, linear.to("cpu"))  # the move quantises
-    return model
-
-
-def dequantise(model):
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, bnb.nn.Linear4bit):
-                linear = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-                weight = bnb.functional.dequantize_4bit(child.weight, child.weight.quant_state)
-                linear.weight.data = weight.float()
-                linear.bias = child.bias
-                setattr(module, name, linear.requires_grad_(False))
+def dequantised(model):
+    """Return a copy whose frozen layers in NF4 are written out."""
+    model = copy.deepcopy(model)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, NF4Linear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            linear.weight.data, linear.bias = layer.dequantise(), layer.bias
+            model.set_submodule(path, linear.requires_grad_(False))
     return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_on_real_nf4_weights(family):
-    model = add_adapters(quantise(make_model(family)))
+    model = make_model(family)
+    quantise_decoder(model, "cpu")
+    model = add_adapters(model)
     assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.uint8
     plain = gradients_of(copy.deepcopy(model))
     assert all("lora" in name for name in plain)
-    truth = gradients_of(exact_model(dequantise(copy.deepcopy(model))))
+    truth = gradients_of(exact_model(dequantised(model)))
     recompute_layers(model, offload=True, tile_tokens=5)
     assert relative_error(gradients_of(model), truth) <= 2 * relative_error(plain, truth)
     assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)

@@ -75,7 +75,7 @@ def main(config: Config) -> Results:
     from kit.recipes.card.results import FAIL, Card, CardLost, Results
     from kit.recipes.card.steps import chosen_models
 
-    models = chosen_models(config.models)
+    models = tuple(chosen_models(config.models))
     folder = Path(config.out) if config.out else make_next_folder(Path("runs/check_card"))
     hold(folder)
     if config.as_:  # Triton reads both when it compiles
@@ -83,7 +83,7 @@ def main(config: Config) -> Results:
         cache = folder / f"triton_{config.as_}"  # in the usual one, Triton would find the card's own code
         os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
 
-    card = Card(torch.device(config.device), config.quick, config.cap_gb, config.as_)
+    card = Card(torch.device(config.device), config.quick, config.cap_gb, config.as_, models)
     results = Results(card, folder / "results.jsonl", seconds=config.seconds or float("inf"))
     machine = describe_machine()
     write_json(folder / "config.json", asdict(config) | {"machine": machine})
@@ -91,7 +91,7 @@ def main(config: Config) -> Results:
     try:
         for name in (name for name in SECTIONS if name in names):
             results.section = name
-            run_section(name, results, models)
+            run_section(name, results)
         results.section = "bars"
         with results.case("bars"):
             from kit.recipes.card import bars  # which imports the sections, each of which may fail alone
@@ -108,14 +108,10 @@ def main(config: Config) -> Results:
     return results
 
 
-def run_section(name: str, results: Results, models: list[str]) -> None:
+def run_section(name: str, results: Results) -> None:
     """Run one section as a case of its own, so that errors between its cases are caught, too."""
     with results.case(name):
-        run = import_module(f"kit.recipes.card.{name}").run
-        if name in ("steps", "fits"):
-            run(results, results.card, models)
-        else:
-            run(results, results.card)
+        import_module(f"kit.recipes.card.{name}").run(results, results.card)
     results.card.free()
 
 

@@ -87,12 +87,9 @@ def main(config: Config) -> list[evaluate.Result]:
     run = open_run(config)
 
     model, chat = config.load_model()
-    num_responses = config.num_responses(benchmarks)
-    time = "the server's"
+    time, answers = "the server's", config.num_responses(benchmarks)
     if not config.server:
-        time = memory.hours.sampling_time(
-            config.model, num_responses, config.max_new_tokens, config.num_slots
-        )
+        time = memory.hours.sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
     print(config.describe(benchmarks))
     print(paper.describe(paper.deviations(config)))
     print(f"time        {time}")

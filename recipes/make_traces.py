@@ -141,9 +141,8 @@ def traces_of(found: evaluate.Result, config: Config) -> Iterator[dict]:
     header = found.header
     made_by = {"model": config.model, "weights": header["model"]}
     if config.server:
-        made_by = {name: header[name] for name in ("model", "weights", "engine")} | {
-            "tokenizer": config.model
-        }
+        made_by = {name: header[name] for name in ("model", "weights", "engine")}
+        made_by["tokenizer"] = config.model
     made_by |= {name: header[name] for name in ("prompt", *DECODING) if name in header}
 
     for name in sorted(answers):  # journals are in the order in which answers ended

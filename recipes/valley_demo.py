@@ -161,12 +161,9 @@ def recipes_of(config: Config, data: Path) -> Recipes:
 
     def reinforce(start: Cell) -> dict:
         prompts = data / f"prompts-seed{start.seed}.jsonl"
-        tokens = {
-            "max_new_tokens": min(RL_TOKENS, config.max_new_tokens),
-            "eval_tokens": config.max_new_tokens,
-        }
         own = {"prompts": str(prompts), "steps": config.rl_steps, "log": config.log}
-        return common | REINFORCE | tokens | own
+        tokens = config.max_new_tokens
+        return common | REINFORCE | own | {"max_new_tokens": min(RL_TOKENS, tokens), "eval_tokens": tokens}
 
     return Recipes(evaluation, finetune, reinforce)
 

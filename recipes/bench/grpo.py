@@ -36,7 +36,6 @@ from kit.grade import grade
 from kit.machine import GIB, peak_resident_bytes
 from kit.models.folder import save_model
 from kit.rl import Policy, Settings, rollout, update
-from kit.run import digest
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def _write_start(config: Config, folder: str) -> int:
 def _questions(config: Config) -> list[Question]:
     operands = {"min_operands": config.min_operands, "max_operands": config.max_operands}
     rows = make_rows("short", 1_000, seed=config.seed + 2, **operands)
-    return [Question(digest(row["problem"])[:12], row["problem"], row["answer"]) for row in rows]
+    return [Question.of(row) for row in rows]
 
 
 def _result(seconds: float, rewards: list[float], before: int | None) -> dict:

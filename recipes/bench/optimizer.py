@@ -119,14 +119,13 @@ def main(config: Config) -> dict:
     print(f"data        {drop_counts}")
     print(f"{len(batches)} packs of up to {config.row_tokens:,} tokens, {config.num_steps} steps")
 
-    results, ends, way = {}, {}, 1.0
+    results = {}
     for arm in ARMS:
         losses, before, after = train(config, arm, batches)
-        ends[arm] = after
-        if arm == "fp32":
-            way = _distance(before, after)
+        if arm == "fp32":  # the first
+            reference, way = after, _distance(before, after)
         last = fmean(losses[-max(config.num_steps // 10, 1) :])
-        results[arm] = {"losses": losses, "last": last, "distance": _distance(ends["fp32"], after) / way}
+        results[arm] = {"losses": losses, "last": last, "distance": _distance(reference, after) / way}
         off = results[arm]["off"] = last / results["fp32"]["last"] - 1
         print(
             f"{arm:<9} loss {losses[0]:.4f} at first, {last:.4f} at the end, {off:+.2%} from fp32's; "

@@ -71,10 +71,8 @@ def main(config: Config) -> list[dict]:
     for name in config.engines.replace(" ", "").split(","):
         answers, seconds, cpu = timed(engines[name], model, prompts)
         right, speed = sum(map(list.__eq__, answers, expected)), total / seconds
-        rows.append(
-            {"name": name, "seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": speed}
-            | {"answers_as_expected": right}
-        )
+        figures = {"seconds": seconds, "cpu_seconds": cpu, "tokens_per_second": speed}
+        rows.append({"name": name, **figures, "answers_as_expected": right})
         print(
             f"  {name:<16}{seconds:8.1f} s ({cpu:.1f} s of CPU) {speed:9,.0f} useful tokens/s   "
             f"{right} of {len(prompts)} answers as expected"

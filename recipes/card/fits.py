@@ -34,26 +34,27 @@ ROWS = ([16_384], [12_001, 2_983, 1_400], [7_000, 5_211, 2_100, 903, 700, 470]) 
 CLOSE = 0.03  # share of the planned peak by which the measured one may differ
 
 
-def run(results: Results, card: Card, models: list[str]) -> None:
+def run(results: Results, card: Card) -> None:
     card.need_rtx_30(NO_BF16)
     check_cap(results, card)
-    with planned(chosen_cases(card, models)) as plans:
+    with planned(chosen_cases(card)) as plans:
         for case, job in plans.items():
             with results.case(title_of(case)):
                 run_case(results, card, case, job)
     add_headlines(results)
 
 
-def chosen_cases(card: Card, models: list[str]) -> list[Training]:
+def chosen_cases(card: Card) -> list[Training]:
     """List the first model in full and the last through adapters, then the others."""
-    chosen = [(models[0], 0), (models[-1], QLORA_RANK)]
+    first, last = card.models[0], card.models[-1]
+    chosen = [(first, 0), (last, QLORA_RANK)]
     if not card.quick:
-        chosen += [(name, rank) for rank in (0, QLORA_RANK) for name in models]
+        chosen += [(name, rank) for rank in (0, QLORA_RANK) for name in card.models]
     lean = replace(LEAN, tile_tokens=64, logit_rows=32) if card.small else LEAN
     savings = {0: replace(lean, update_in_backward=True), QLORA_RANK: lean}
     cases = [Training(name, savings[rank], rank, card.small) for name, rank in dict.fromkeys(chosen)]
     on_host = replace(lean, offload_optimizer=True, offload_gradients=True)
-    return cases + [Training(models[0], on_host, 0, card.small, rows=2)] * (not card.quick)
+    return cases + [Training(first, on_host, 0, card.small, rows=2)] * (not card.quick)
 
 
 def title_of(case: Training) -> str:

@@ -21,11 +21,8 @@ from kit.recipes.card.results import Results, Skip
 @contextlib.contextmanager
 def planned(cases: list[Training]) -> Iterator[dict[Training, Future]]:
     """Plan all cases in processes beside the training; they end with the block."""
-    if not cases:
-        yield {}
-        return
     before = set(multiprocessing.active_children())
-    workers = min(len(cases), max((os.cpu_count() or 2) // 2, 1), 4)  # a GiB each
+    workers = max(min(len(cases), (os.cpu_count() or 2) // 2, 4), 1)  # a GiB each; started when needed
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, initializer=stay_off_the_card)
     with TemporaryDirectory() as folder:

@@ -42,11 +42,11 @@ def chosen_models(names: str) -> list[str]:
     return chosen
 
 
-def run(results: Results, card: Card, models: list[str]) -> None:
+def run(results: Results, card: Card) -> None:
     card.need_rtx_30(NO_BF16)
     cases = {
         Training(name, savings, small=card.small): label
-        for name in (models[:1] if card.quick else models)
+        for name in card.models[: 1 if card.quick else None]
         for label, savings in settings(name, card).items()
     }
     references = {}  # model -> losses of the first setting that runs

@@ -79,9 +79,8 @@ def main(config: Config) -> list[evaluate.Result]:
     if config.plan:
         return []
     small = "--benchmarks arithmetic --num_questions 20 --num_samples 1 --max_new_tokens 512"
-    what = f"evaluating {config.model} on --device cuda"
     if not config.server:
-        require_gpu(config.device, what, on_cpu(small))
+        require_gpu(config.device, f"evaluating {config.model} on --device cuda", on_cpu(small))
         config = config.with_attention(config.model)
     benchmarks = config.read_benchmarks()
     run = open_run(config)

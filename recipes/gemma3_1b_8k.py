@@ -106,8 +106,7 @@ def main(config: Config) -> None:
     data.formats.parse_columns(config.columns)
     data.rows.check_source(config.traces)  # before the benchmarks are downloaded
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
-    what = f"{config.model} at {config.row_tokens:,} tokens"
-    require_gpu(config.device, what, on_cpu(small))
+    require_gpu(config.device, f"{config.model} at {config.row_tokens:,} tokens", on_cpu(small))
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.measured.check_free_memory(planned)
@@ -198,8 +197,7 @@ def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, contex
         benchmarks=evaluate.benchmarks.problems_at_hand(benchmarks),
     )
     documents, held_out = documents[: drop_counts.kept], documents[drop_counts.kept :]
-    content = digest_of_documents(documents)
-    check_inputs(run, "traces", config.traces, count=len(documents), found=content)
+    check_inputs(run, "traces", config.traces, count=len(documents), found=digest_of_documents(documents))
     found = {"text": str(drop_counts), "kept": drop_counts.kept, "bad_rows": drop_counts.bad_rows}
     write_json(run.path / "drop_counts.json", found)
     print(f"data        {drop_counts}")

@@ -186,8 +186,7 @@ def read_questions(config: Config, run: RunFolder) -> list[data.Question]:
         rows = make_rows("short", 2_000, seed=config.seed + 2, min_operands=3)
         here().from_first(lambda: write_rows(Path(source), rows))
     questions = data.problems.read_prompts(source, bad, levels=config.levels)[: config.num_prompts or None]
-    content = digest_of_questions(questions)
-    check_inputs(run, "prompts", source, count=len(questions), found=content)
+    check_inputs(run, "prompts", source, count=len(questions), found=digest_of_questions(questions))
     found = f"{len(questions):,} prompts with gold answers of {source}"
     print(f"data        {found}, {len(bad.found)} rows left out")
     for place in bad.found:
@@ -212,8 +211,7 @@ def main(config: Config) -> None:
     if config.plan:
         return
     small = "--batch_prompts 4 --max_new_tokens 128 --row_tokens 1024 --num_slots 16 --steps 2"
-    what = f"{config.model} with {config.num_slots} answers at once"
-    require_gpu(config.device, what, on_cpu(small))
+    require_gpu(config.device, f"{config.model} with {config.num_slots} answers at once", on_cpu(small))
     if config.device == "cuda":
         planned = planned or plan_memory(config)[1]
         memory.measured.check_free_memory(planned)
@@ -258,8 +256,7 @@ def main(config: Config) -> None:
 
     measure("before")
     how = some_of(config, "lr", "weight_decay", "max_grad_norm", "cuda_graphs")
-    savings = part_of(config, Savings)
-    policy = rl.Policy(model, chat, settings, savings=savings, reward=rewards, **how)
+    policy = rl.Policy(model, chat, settings, savings=part_of(config, Savings), reward=rewards, **how)
     schedule = some_of(config, "steps", "batch_prompts", "checkpoint_every", "save_fp32")
     trained = rl.train(policy, questions, run, **schedule, planned=planned and planned.larger)
     del policy, model  # what is measured next is what was saved

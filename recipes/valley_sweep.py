@@ -252,8 +252,7 @@ def main(config: Config) -> Path | None:
 def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     """Print the plan of the whole sweep."""
     planned = valley.estimate.plan_memory(study.cells(), **what)
-    chosen = valley.estimate.settings_of(planned)
-    cells, forced = valley.estimate.with_settings(study.cells(), chosen)
+    cells, forced = valley.estimate.with_settings(study.cells(), valley.estimate.settings_of(planned))
     response_tokens = min(config.response_tokens, config.max_new_tokens)
     work = memory.hours.Work(
         what["num_samples"], response_tokens, trace_tokens=config.trace_tokens, max_steps=config.max_steps
@@ -264,8 +263,7 @@ def make_plan(config: Config, study: Study, what: dict, num_cards: int) -> None:
     started = replace(config.to_start(), **some_of(config, "gpu_gb", "faster", "desktop_gb"))
     print(f"start       {full_command(started, started_as(), smoke=SMOKE, presets=PRESETS)}")
     if config.json:
-        rows = valley.estimate.as_json(cells, planned, estimates, config.desktop_gb)
-        write_json(Path(config.json), rows)
+        write_json(Path(config.json), valley.estimate.as_json(cells, planned, estimates, config.desktop_gb))
 
 
 if __name__ == "__main__":

@@ -184,8 +184,7 @@ def load_config(model: str) -> PreTrainedConfig:
     """
     shipped = CONFIGS / f"{model.replace('/', '--')}.json"
     if shipped.is_file():
-        settings = json.loads(shipped.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(**settings)
+        return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
     folder = path_of(model)
     if base := _base_of(folder):
         return load_config(base)

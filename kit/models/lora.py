@@ -146,8 +146,7 @@ def _adapt(model: PreTrainedModel, folder: Path, base: str, device: torch.device
         )
 
     model = adapted.get_base_model()
-    head = model.get_output_embeddings()
-    if not isinstance(head, (nn.Linear, ModulesToSaveWrapper)):
+    if not isinstance(model.get_output_embeddings(), (nn.Linear, ModulesToSaveWrapper)):
         raise ValueError(
             f"{folder} holds adapters of the head, whose weight the kit's sampler reads without them; {MERGE}"
         )

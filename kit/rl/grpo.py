@@ -301,12 +301,11 @@ def summary(episodes: Sequence[Episode], groups: Sequence[Sequence[Episode]]) ->
     """Summarise a rollout. groups: without the rejected episodes, which count in length and truncated."""
     trusted = [episode for group in groups for episode in group]
     rewards = [episode.reward for episode in trusted]
-    silent = [not has_signal([episode.reward for episode in group]) for group in groups]
     return {
         "reward_mean": fmean(rewards),
         "reward_std": pstdev(rewards),
         **{f"{REWARD}{name}": fmean(e.rewards[name] or 0.0 for e in trusted) for name in trusted[0].rewards},
-        "no_signal": fmean(silent),
+        "no_signal": fmean(not has_signal([episode.reward for episode in group]) for group in groups),
         # the mean of -log p over what was sampled: an unbiased estimate of the distributions' entropy
         "entropy": -fmean(logprob for episode in trusted for logprob in episode.completion.logprobs),
         "length": fmean(len(episode.completion.ids) for episode in episodes),

@@ -229,9 +229,8 @@ def _load_tensors(path: Path, model, optimizer: torch.optim.Optimizer) -> None:
     tensors = {key: x for key, x in tensors.items() if int(key.split(".")[0]) in parameters}
     wanted = states_of(optimizer)
     if tensors and not wanted:  # torch's AdamW has no state before its first update
-        first = torch.tensor(0.0)
         wanted = flat_states({
-            index: {"step": first, "exp_avg": parameter, "exp_avg_sq": parameter}
+            index: {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
             for index, parameter in parameters.items()
         })  # fmt: skip
     remedy = "pass the --model and the optimizer's flags that it was trained with"

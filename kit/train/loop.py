@@ -214,8 +214,6 @@ def train(
             seconds = time.perf_counter() - start
             memory.look(step + 1, num_steps)
             tokens = sum(map(len, batches))
-            targets = sum(batch.num_targets for batch in batches)
-            traces = sum(batch.num_documents for batch in batches)
             run.metrics.append(
                 {
                     "step": step + 1,
@@ -223,8 +221,8 @@ def train(
                     "lr": lr * factor,
                     "grad_norm": norm,
                     "tokens": tokens,
-                    "targets": targets,
-                    "traces": traces,
+                    "targets": sum(batch.num_targets for batch in batches),
+                    "traces": sum(batch.num_documents for batch in batches),
                     "seconds": seconds,
                     "compiles": compiles,
                     "peak_gib": memory.gib,

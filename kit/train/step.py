@@ -48,10 +48,9 @@ class TrainingStep:
         self.model, self.ranks = model, ranks or here()
         savings.check_ranks(self.ranks.count)
         self.ranks.check_same(vars(savings))
-        optimizer = "adamw8bit" if savings.update_in_backward else savings.optimizer
         self.optimizer = make_optimizer(
             model,
-            name=optimizer,
+            name="adamw8bit" if savings.update_in_backward else savings.optimizer,
             lr=lr,
             weight_decay=weight_decay,
             betas=betas,

@@ -116,13 +116,12 @@ def _llama(config: Config) -> LlamaForCausalLM:
 
 def _result(seconds: float, losses: list[float], documents: list[Document]) -> dict:
     targets = sum(len(document) - max(document.prompt_len, 1) for document in documents)
-    on_gpu = torch.cuda.is_available()
     return {
         "seconds": seconds,
         "steps": len(losses),
         "targets": targets,
         "targets_per_second": targets / seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else peak_gib(),
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else peak_gib(),
         "first_loss": losses[0],
         "last_loss": losses[-1],
     }

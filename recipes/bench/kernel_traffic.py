@@ -88,8 +88,7 @@ def unfused(loss: Loss) -> Count:
         hidden, weight = matrix(loss.N, loss.H), matrix(loss.V, loss.H)
         targets, upstream = torch.empty(loss.N, dtype=torch.int64), torch.ones(())
         with Counter() as counter:
-            logits = hidden @ weight.T
-            ForCausalLMLoss(logits, None, loss.V, shift_labels=targets).backward(upstream)
+            ForCausalLMLoss(hidden @ weight.T, None, loss.V, shift_labels=targets).backward(upstream)
     return counter.total
 
 

@@ -84,9 +84,7 @@ def run_case(results: Results, card: Card, case: Training, job: Future) -> None:
     title, seconds = title_of(case), case.rows * case.guessed_seconds(card, case.row(ROWS[0], 0))
     results.need(seconds=seconds)
     found = plan_of(results, job, seconds)
-    needed = found.total / GIB
-
-    fit(results, card, case, found, title, needed)
+    fit(results, card, case, found, title, found.total / GIB)
     if card.cap_gb:
         larger = f"{title} in {card.cap_gb:g} GB"
         with results.case(larger):

@@ -64,9 +64,8 @@ def model_config(name: str, *, small: bool = False, **changes) -> PreTrainedConf
 def build(card: Card, config: PreTrainedConfig, *, rank=0, seed=0, dtype=torch.bfloat16):
     """Build a model with random weights on the card. rank > 0: in NF4, with adapters of that rank."""
     card.free()
-    sizes, device = Sizes.of(config), card.device
-    weight_bytes = dtype.itemsize * sizes.weights
-    if card.is_cuda and weight_bytes > torch.cuda.mem_get_info()[0]:
+    device = card.device
+    if card.is_cuda and dtype.itemsize * Sizes.of(config).weights > torch.cuda.mem_get_info()[0]:
         device = torch.device("cpu")  # slow; in NF4 the model may still fit the card
 
     torch.manual_seed(seed)

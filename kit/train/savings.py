@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from kit.config import Checked
 
@@ -52,8 +52,7 @@ class Savings(Checked):
     @property
     def switched_on(self) -> dict[str, bool | int | str]:
         """The settings that differ from the defaults."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value != getattr(Savings(), name)}
+        return {name: value for name, value in vars(self).items() if value != getattr(Savings(), name)}
 
     def check_clipping(self, max_grad_norm: float) -> None:
         """Raise ValueError for a norm to clip to that is negative, or never known with these savings."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kit.recipes.card.results import Card, CardLost, Results, one_line
 
+DTYPES = torch.bfloat16, torch.float16, torch.float32  # that kernels are checked in
 ROUNDING = 4e-6  # relative error that a sum of V numbers in fp32 may have
 SLICE = 2**24  # numbers compared at once: their float64 copies take 0.4 GiB
 

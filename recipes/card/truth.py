@@ -14,6 +14,7 @@ from kit.kernels.linear_cross_entropy_rows import block_gradients_, row_gradient
 from kit.packing import IGNORE_INDEX, Document, PackedBatch, pack_rows
 from kit.recipes.card import truth_attention, truth_decode, truth_draw, truth_head, truth_layers
 from kit.recipes.card.compare import (
+    DTYPES,
     ROUNDING,
     beside_float64,
     judge,
@@ -26,7 +27,6 @@ from kit.recipes.card.compare import (
 from kit.recipes.card.results import Card, Results
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = BF16, FP16, FP32
 
 
 def run(results: Results, card: Card) -> None:

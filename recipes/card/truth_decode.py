@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from kit.kernels.decode_attention import MIN_SPLIT, decode_attention, decode_attention_reference
-from kit.recipes.card.compare import judge, judge_equal, name_of, normal, poisoned, rms
+from kit.recipes.card.compare import DTYPES, judge, judge_equal, name_of, normal, poisoned, rms
 from kit.recipes.card.results import Card, Results, Skip
 
-DTYPES = torch.bfloat16, torch.float16, torch.float32
 HEADS = (14, 2, 64), (24, 8, 128), (4, 1, 256), (7, 7, 80)  # of q and of k, D. quick takes the first three
 
 

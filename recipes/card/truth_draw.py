@@ -7,10 +7,9 @@ from itertools import product
 import torch
 
 from kit.kernels.gumbel import draw, draw_reference
-from kit.recipes.card.compare import ROUNDING, judge, judge_equal, name_of, normal, poisoned
+from kit.recipes.card.compare import DTYPES, ROUNDING, judge, judge_equal, name_of, normal, poisoned
 from kit.recipes.card.results import Card, Results, Skip
 
-DTYPES = torch.bfloat16, torch.float16, torch.float32
 SETTINGS = {  # the sixth row of each is flat, so that top_p searches all of its logits
     "whole": {},
     "greedy": {"temperature": 0.0},

@@ -11,10 +11,9 @@ import torch
 from kit.kernels.glu import ACTIVATIONS, glu, glu_reference
 from kit.kernels.rms_norm import rms_norm, rms_norm_reference
 from kit.kernels.rope import rope, rope_reference
-from kit.recipes.card.compare import beside_float64, judge, name_of, normal, rms
+from kit.recipes.card.compare import DTYPES, beside_float64, judge, name_of, normal, rms
 from kit.recipes.card.results import Card, Results
 
-DTYPES = torch.bfloat16, torch.float16, torch.float32
 HEADS = (14, 2, 64), (24, 8, 128), (4, 1, 256)  # of q and of k, head_dim: Qwen2.5, Llama-3.2-3B, Gemma 3
 
 

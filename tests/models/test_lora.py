@@ -69,18 +69,17 @@ def rms(x):
     return x.double().square().mean().sqrt()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"target_modules": "all-linear", "rank_pattern": {"up_proj": 5}},
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj", "embed_tokens"]},
-    ],
-    ids=str,
-)
+KINDS = [  # of adapters, as peft is asked for them
+    {},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"target_modules": "all-linear", "rank_pattern": {"up_proj": 5}},
+    {"modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+]
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_logits_are_pefts_own(tmp_path, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns that the tied head and embedding separate: intended here

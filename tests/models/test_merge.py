@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_lora import RANK, documents, logits_of, rms, train_with_peft
+from test_lora import KINDS, RANK, documents, logits_of, rms, train_with_peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kit import models
@@ -13,17 +13,7 @@ from kit.models.folder import save_model
 from kit.models.merge import merge
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj", "embed_tokens"]},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_a_merged_folder_computes_what_base_and_adapters_did(tmp_path, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns that the tied head and embedding separate: intended here

@@ -14,7 +14,7 @@ from kit.kernels.backend import HAS_TRITON
 from kit.kernels.gumbel import draw_reference
 from kit.kernels.packed_attention import packed_attention
 from kit.machine import GIB
-from kit.recipes.card import flex, memory, tiles, truth_draw
+from kit.recipes.card import flex, memory, resume, tiles, truth_draw
 from kit.recipes.card.bars import BARS, report
 from kit.recipes.card.flex import FLEX
 from kit.recipes.card.memory import measured, median_seconds
@@ -180,6 +180,19 @@ def test_where_every_drawn_token_is_wrong_the_tokens_fail_and_no_log_prob_is_jud
         ("draw: tokens", FAIL), ("draw", NOT_RUN),
     ]  # fmt: skip
     assert results.rows[-1]["text"].startswith("no token is the same")
+
+
+def test_what_is_read_too_early_may_be_nan_and_shows_that_a_wait_is_missing(monkeypatch):
+    """A CPU has no streams, so NaN is put where a card would read memory that no copy has reached yet."""
+
+    def uncopied(host, target, source):
+        target.fill_(math.nan)
+
+    monkeypatch.setattr(resume.LateInputs, "_copy", uncopied)
+    monkeypatch.setattr(resume.LateGradients, "norm", lambda self, loss: loss * math.nan)
+    results = Results(CPU)
+    resume.check_missing_wait(results, CPU, resume.random_rows(CPU, 32, 1))
+    assert [row["status"] for row in results.rows] == [NOT_RUN] * 2
 
 
 def test_a_lost_card_ends_the_run_with_the_table_of_what_is_known(tmp_path, monkeypatch, capsys):

@@ -214,11 +214,11 @@ def init_state(parameter: Tensor, *, exact: bool = False) -> dict[str, Tensor]:
     """
     return {
         name: torch.zeros(size, dtype=dtype, device=parameter.device)
-        for name, dtype, size in _state_layout(parameter.numel(), exact)
+        for name, dtype, size in state_layout(parameter.numel(), exact)
     }
 
 
-def _state_layout(N: int, exact: bool) -> list[tuple[str, torch.dtype, int]]:
+def state_layout(N: int, exact: bool) -> list[tuple[str, torch.dtype, int]]:
     """Return (name, dtype, size) of each tensor of the state of N numbers."""
     dtypes, blocks = (torch.int8, torch.float32, torch.uint8, torch.float32), -(-N // BLOCK)
     layout = list(zip(STATES, dtypes, (N, blocks) * 2, strict=True))
@@ -302,7 +302,7 @@ def adamw8bit_(
             f"state has a rest but parameter is {parameter.dtype}, whose bits are all there; use "
             "init_state(parameter), or load the model in bf16"
         )
-    for name, dtype, size in _state_layout(N, "rest" in state):
+    for name, dtype, size in state_layout(N, "rest" in state):
         x = state.get(name)
         if x is None or x.dtype != dtype or x.shape != (size,) or not x.is_contiguous():
             found = "missing" if x is None else f"{x.dtype} {tuple(x.shape)}, strides {x.stride()}"

@@ -149,7 +149,6 @@ def measure(
         if savings.offload_gradients:
             ledger.enter(step.updates.gradients.slab, live_bytes.GRADIENTS)
         _follow_updates(step, ledger)
-        ledger.peak = 0  # of the step, whatever its preparation held
         step([batch] * rows, loss_of)
     ledger.close()
     step.close()

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kit.kernels.adamw8bit import adamw8bit_, check_settings, init_state, state_slice
+from kit.kernels.adamw8bit import adamw8bit_, check_settings, init_state, state_layout, state_slice
 from kit.models.weights import check_same
 from kit.train.offload import SideStream, host_empty
 
@@ -173,15 +173,17 @@ class AdamW8bit(torch.optim.Optimizer):
         """Return the parameter's step and states, created if it has none."""
         if not self.state[parameter]:
             exact = self.exact and parameter.dtype == torch.bfloat16
-            states = {name: self._place(x) for name, x in init_state(parameter, exact=exact).items()}
+            layout = state_layout(parameter.numel(), exact)
+            states = {name: self._zeros(parameter, dtype, size) for name, dtype, size in layout}
             # fp32, because a default of bf16 would count to 256 only
             self.state[parameter] = {"step": torch.tensor(0.0, dtype=torch.float32), **states}
         return self.state[parameter]
 
-    def _place(self, tensor: Tensor) -> Tensor:
+    def _zeros(self, parameter: torch.nn.Parameter, dtype: torch.dtype, size: int) -> Tensor:
         if not self.offload:
-            return tensor
-        return host_empty(tensor.nbytes, for_card=tensor.is_cuda).view(tensor.dtype).copy_(tensor)
+            return torch.zeros(size, dtype=dtype, device=parameter.device)
+        # a card need not have room for them, not even once: an embedding's are twice as large as itself
+        return host_empty(size * dtype.itemsize, for_card=parameter.is_cuda).view(dtype).zero_()
 
     @torch.no_grad()
     def update(

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from kit.memory.live_bytes import LiveBytes
 from kit.train.optimizer import (
     AdamW8bit,
     Slabs,
@@ -120,6 +121,15 @@ def test_exact_weights_keep_a_rest_of_bf16_weights_alone(optimizer, dtype):
     model = torch.nn.Linear(3, 3).to(dtype)
     made = make_optimizer(model, lr=1.0, name=optimizer, exact_weights=True)
     assert any("rest" in state for state in made.state.values()) == (dtype == torch.bfloat16)
+
+
+def test_offloaded_states_are_made_in_cpu_memory_and_nothing_else_is_for_them():
+    """Made on a card first, an embedding's would not fit where the step itself does."""
+    parameter = torch.nn.Parameter(torch.zeros(100_000, dtype=torch.bfloat16))
+    with LiveBytes() as held:
+        optimizer = AdamW8bit([parameter], offload=True, exact=True)
+    assert held.peak == held.now > 4 * len(parameter)
+    assert not any(state.any() for state in optimizer.state[parameter].values())
 
 
 def test_the_states_of_the_next_piece_are_copied_before_this_one_is_updated_and_only_to_an_empty_slab():

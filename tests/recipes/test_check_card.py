@@ -14,10 +14,12 @@ from kit.kernels.backend import HAS_TRITON
 from kit.kernels.gumbel import draw_reference
 from kit.kernels.packed_attention import packed_attention
 from kit.machine import GIB
-from kit.recipes.card import flex, memory, resume, tiles, truth_draw
+from kit.recipes.card import flex, memory, resume, sampler, tiles, truth_draw
 from kit.recipes.card.bars import BARS, report
 from kit.recipes.card.flex import FLEX
 from kit.recipes.card.memory import measured, median_seconds
+from kit.recipes.card.models import build_to_sample
+from kit.recipes.card.profile import Profile
 from kit.recipes.card.results import FAIL, FIGURE, NOT_RUN, PASS, Card, CardLost, Results, Skip
 from kit.recipes.card.sampler import EAGER, EVEN, GRAPH, UNEVEN, USUAL
 from kit.recipes.card.speed import MATMULS
@@ -180,6 +182,20 @@ def test_where_every_drawn_token_is_wrong_the_tokens_fail_and_no_log_prob_is_jud
         ("draw: tokens", FAIL), ("draw", NOT_RUN),
     ]  # fmt: skip
     assert results.rows[-1]["text"].startswith("no token is the same")
+
+
+@pytest.mark.parametrize(
+    ("launches", "status"), [((0, 0), PASS), ((20, 4), PASS), ((20, 20), FAIL), ((0, 4), FAIL)]
+)
+def test_a_graph_has_fewer_launches_if_the_profiler_sees_any(monkeypatch, launches, status):
+    left = iter(launches)
+    monkeypatch.setattr(sampler, "copy_gbs", lambda card: 1.0)
+    monkeypatch.setattr(sampler, "profiled", lambda *_: Profile(1.0, 1.0, 0, next(left), 0, []))
+    model, results = build_to_sample(CPU, sampler.SPREAD), Results(CPU)
+    monkeypatch.setattr(Card, "small", False)
+    with torch.inference_mode():
+        sampler.profile_decoding(results, CPU, "a step", model, [20] * 3, USUAL)
+    assert results.rows[-1]["status"] == status
 
 
 def test_what_is_read_too_early_may_be_nan_and_shows_that_a_wait_is_missing(monkeypatch):

@@ -31,7 +31,7 @@ from kit.versions import newer_than_tested
 MISTAKES = (ValueError, OSError, ImportError)
 CRASHED, REFUSED, INTERRUPTED = 1, 2, 130  # exit statuses: Python's, argparse's, a shell's for Ctrl-C
 ONE_PROCESS = "this runs in one process; start it without torchrun"
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)  # what the system says of a file that is not yours
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a path that this user may not access
 FOR_ONE = ("plan", "compare")  # settings with which a recipe only prints: under torchrun rank 0 does so
 Value = TypeVar("Value")
 
@@ -134,7 +134,7 @@ def guard(
     except BaseException as error:
         if isinstance(error, MISTAKES) and not wants_traceback:
             is_denied = getattr(error, "filename", None) and error.errno in DENIED
-            hint = "; pass a path that you may read and write, or change its rights" if is_denied else ""
+            hint = "; pass a path that you can read and write, or change its permissions" if is_denied else ""
             _end(error, f"error: {error}{hint}", REFUSED)
         ranks.end(error, traceback.format_exc(), CRASHED)
         raise

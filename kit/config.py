@@ -106,7 +106,7 @@ def flags_of(config_class: type) -> tuple[Flag, ...]:
 
     A field may take several lines, as when the formatter has put its value in parentheses. A class that was
     typed into an interpreter has no source: its fields keep the comments of the classes that it extends.
-    `typed` is no flag: parse writes there which of the others were typed.
+    `typed` is not a flag: parse stores there which flags were given.
     """
     fields = [field for field in dataclasses.fields(config_class) if field.name != "typed"]
     kinds = typing.get_type_hints(config_class)
@@ -159,7 +159,7 @@ def parse(
     --help shows the usual flags, and --help all shows every one. Raises ValueError for a value that is not
     allowed, on the command line or in the run, and if there is no run to resume.
 
-    A Config with a field `typed` learns there which settings were typed, rather than default or preset.
+    A field `typed` of the Config gets the names of the settings that were given on the command line.
     """
     argv, presets = list(sys.argv[1:] if argv is None else argv), presets or {}
     flags = flags_of(config_class)

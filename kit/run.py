@@ -95,7 +95,8 @@ class RunFolder:
             was_free = hold(path, join=join)
         except OSError as error:  # a file is in the way, or the disk is read-only, or not ours
             raise ValueError(
-                f"{path} cannot be a run folder ({error.strerror}); pass an --out that you may write in"
+                f"{path} cannot be a run folder ({error.strerror}); pass an --out that is a new name, or a "
+                "folder, where you can write"
             ) from error
         goes_on = config.resume or (join and (path / CONFIG).is_file())
         try:

@@ -192,8 +192,13 @@ def find_source(name: str) -> Source:
         cells = sorted(model.parent for model in path.glob("*/*/model"))
         such = f", such as {cells[0]}" if cells else ""
         raise ValueError(f"{path} is a study, which has many models; pass one of its folders{such}")
-    if run:
-        settings = read_json(run / CONFIG)
+    settings = read_json(run / CONFIG) if run else {}
+    if run == path and "model" not in settings:
+        raise ValueError(
+            f"{path} does not record which model it was trained from; pass the model that it wrote: "
+            f"--model {path / 'model'}"
+        )
+    if "model" in settings:
         check_finished(run, settings)
         parts = [part for part in run.resolve().parts[-2:] if part != "cells"]
         return Source(str(run / "model"), "-".join(parts).replace(" ", "-"), str(settings["model"]), run)

@@ -92,11 +92,13 @@ SMOKE = {
 @clean_up_if_refused
 def main(config: Config) -> None:
     config, planned = config.with_attention(config.model), None
+    asked = config.held if config.gpu_gib else vars(config)  # gpu_gb chooses the others
+    savings = part_of(config, Savings)
+    savings.check_clipping(asked.get("max_grad_norm", 0.0))
+    savings.check_rows(asked.get("batch_traces", 1))
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     savings = part_of(config, Savings)
-    savings.check_clipping(config.max_grad_norm)
-    savings.check_rows(config.batch_traces)
     savings.check_ranks(here().count)
     savings.check_saving(config.save_fp32)
     if config.plan:
@@ -104,7 +106,7 @@ def main(config: Config) -> None:
 
     data.mixtures.check_mixture(config.long_share, config.short_traces, config.columns)
     data.formats.parse_columns(config.columns)
-    data.rows.check_source(config.traces)  # before the benchmarks are downloaded
+    data.rows.check_sources(config.traces, config.short_traces)  # before the benchmarks are downloaded
     small = "--row_tokens 1024 --num_traces 64 --max_steps 5 --num_questions 4 --max_new_tokens 256"
     require_gpu(config.device, f"{config.model} at {config.row_tokens:,} tokens", on_cpu(small))
     if config.device == "cuda":

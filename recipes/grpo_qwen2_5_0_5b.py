@@ -218,7 +218,8 @@ def main(config: Config) -> None:
 
     if not config.prompts:
         config = replace(config, prompts=default_prompts(config))
-    data.rows.check_source(config.prompts)  # before the benchmarks are downloaded
+    if config.prompts != "toy":
+        data.rows.check_sources(config.prompts)  # before the benchmarks are downloaded
     benchmarks = config.read_benchmarks() if config.benchmarks else []
     run = open_run(config)
     run.metrics = watch(run, config, report.rl.write_report)
@@ -241,7 +242,7 @@ def main(config: Config) -> None:
     print(paper.describe(paper.deviations(config)))
     answers = prompts * config.group_size
     sampling = memory.hours.sampling_time(config.model, answers, config.max_new_tokens, config.num_slots)
-    print(f"time        rollouts alone {sampling}")
+    print(f"time        rollouts {sampling} (updates and evaluations not included)")
 
     settings = part_of(config, Settings)
     drawn = data.problems.draw(questions, 0, min(prompts, len(questions)), seed=config.seed)

@@ -182,6 +182,7 @@ def check_before_hours(config: Config, study: Study) -> None:
     """Raise ValueError for what a run would refuse only when its turn comes."""
     for model, _ in study.models:
         models.loading.path_of(model)
+    data.rows.check_sources(config.traces, config.short_traces)
     check_tracker(config.log)
     recipe = grpo_qwen2_5_0_5b
     try:

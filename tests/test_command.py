@@ -62,7 +62,7 @@ def test_a_file_that_the_system_denies_says_what_to_do(number, capsys):
 
     assert status_of(main) == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"error: .*'exports'; pass a path that you may read and write.*\n", said)
+    assert re.fullmatch(r"error: .*'exports'; pass a path that you can read and write.*\n", said)
 
 
 def test_traceback_shows_where_the_mistake_was_found():

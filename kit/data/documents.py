@@ -118,8 +118,8 @@ def load_documents(
         )
         if len(documents) >= num_wanted or len(traces) + counts.dropped[NO_SHORT] < limit:
             break
-        print(f"            {len(documents)} of the first {limit} fit --row_tokens {row_tokens}: reading on")
-        limit *= 4  # many were too long: look further down the order
+        print(f"            {len(documents):,} of the first {limit:,} traces can be used; reading more")
+        limit *= 4  # many were too long, or had no short trace: look further down the order
 
     counts.dropped[f"are longer than {row_tokens:,} tokens"] = too_long.dropped
     counts.dropped["come later in the order"] += len(traces) - len(documents) - too_long.dropped

@@ -107,17 +107,16 @@ def field_of(row: dict, name: str) -> object:
     return value
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError if `source` names a local file that is missing or of an unknown kind. Read nothing."""
-    path = Path(source)
-    if path.suffix in SUFFIXES:
-        if not path.is_file():
-            here = Path.cwd()
+def check_sources(*sources: str) -> None:
+    """Raise ValueError if one names a local file that is missing or of an unknown kind. Read nothing."""
+    for source in sources:
+        path = Path(source)
+        if path.suffix in SUFFIXES and not path.is_file():
             raise ValueError(
-                f"no file {source} here (working directory {here}); pass an existing file or a hub id"
+                f"no file {source} here (working directory {Path.cwd()}); pass an existing file or a hub id"
             )
-    elif path.is_file():
-        raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
+        if path.suffix not in SUFFIXES and path.is_file():
+            raise ValueError(f"{source} is not a {', '.join(SUFFIXES)} file; pass one of these or a hub id")
 
 
 def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
@@ -130,7 +129,7 @@ def read_rows(source: str, bad: BadRows) -> Iterator[tuple[str, dict]]:
     Raises ValueError for a missing or empty file, for a part that the data set lacks, and for too many bad
     rows.
     """
-    check_source(source)
+    check_sources(source)
     path = Path(source)
     if path.suffix in SUFFIXES:
         reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix]
@@ -219,8 +218,8 @@ def _read_data_set(source: str) -> Iterator[tuple[str, object]]:
     except Exception as error:
         if Path(name).is_dir():
             raise ValueError(
-                f"{name} is a folder that does not read as one data set ({type(error).__name__}: {error}); "
-                f"pass one {', '.join(SUFFIXES)} file of it"
+                f"{name} is a folder that cannot be read as one data set ({type(error).__name__}: {error}); "
+                f"pass one of its {', '.join(SUFFIXES)} files"
             ) from error
         raise ValueError(
             f"{source} is neither a local {', '.join(SUFFIXES)} file nor a data set the hub gave us "

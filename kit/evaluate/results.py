@@ -22,8 +22,8 @@ from kit.paper import BENCHMARKS
 
 STRICT, AS_THE_PAPER = "verdict", "paper_verdict"  # columns of a row; some logs lack the second
 NUM_CAPS = 5  # points of accuracy against length: 1k, 2k, 4k, 8k and 16k for a limit of 16k tokens
-Value = TypeVar("Value")
 MAY_DIFFER = ("model",)  # keys of two headers that may differ: what the comparison is about
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)

@@ -87,9 +87,11 @@ def grade(gold: str, prediction: str, *, deadline: float = DEADLINE, **options) 
     """Grade a prediction (a whole response, or a bare answer) against a reference answer.
 
     deadline: seconds for everything together; a pair that needs longer is `unknown`. options: what counts as
-    the same answer, such as percent="value": the fields of kit.grade.deciding.Options, which explains them.
+    the same answer: percent="either", units="known", order="free" and rounding=4 if you pass none.
+    kit.grade.deciding.Options explains them, and what else they may be.
 
-    Raises ValueError for a gold that is empty or no text, a prediction that is no text, or an unknown option.
+    Raises ValueError for a gold that is empty or no text, a prediction that is no text, or an unknown value
+    of an option.
     Nothing that a model wrote raises.
     """
     if not isinstance(prediction, str):

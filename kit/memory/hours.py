@@ -152,7 +152,7 @@ def sampling_speed(
     return Speed.estimated(*_rates(card, model, "sampler"), num_slots, flops, num_bytes)
 
 
-NO_CARD = "not known without a card; the progress line tells how much is left"
+NO_CARD = "not known without a card; the progress line shows the time left"
 
 
 def training_time(

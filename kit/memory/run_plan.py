@@ -220,6 +220,8 @@ def _ways_out(leanest: RunPlan, card: PlanSettings) -> str:
     def fits(flags: dict) -> bool:
         changed, savings = run.changed(flags), leanest.update.savings
         if changed.qlora_rank != run.qlora_rank:
+            if any(name in FULL_ONLY and value != getattr(Savings(), name) for name, value in held_by(card)):
+                return False  # beside adapters, what was typed is refused
             savings = as_savings(entries_of(changed, held=held_by(card)))
         return _fewest_slots(changed.simulate(savings), card).fits(card.room)
 

@@ -30,7 +30,7 @@ class PlanSettings(Checked):
 
     @property
     def held(self) -> dict:
-        """Return what gpu_gb would choose but was typed, and so stays; num_slots 0 leaves it open."""
+        """Return the settings that gpu_gb would choose but the user typed. num_slots 0 counts as open."""
         typed = {name: getattr(self, name) for name in self.typed if name in CHOSEN}
         return {name: value for name, value in typed.items() if name != "num_slots" or value}
 

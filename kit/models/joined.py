@@ -2,7 +2,7 @@
 
 At one token per row, a product of a few hundred outputs leaves most of a card idle, and takes a launch. The
 layers stay transformers': their parameters are views of one buffer, which costs no memory if they get there
-as the model is loaded. Joined later, they would leave holes behind that fit no other tensor.
+as the model is loaded. Joining them later would leave gaps that no other tensor fits.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ def _are_plain(layers: Sequence[nn.Module]) -> bool:
 def _whole(parts: Sequence[Tensor]) -> Tensor | None:
     """Return the tensor (sum of N_i, ...) of parts (N_i, ...); None if they are not one behind the other."""
     first, end = parts[0].detach(), parts[0].data_ptr()
-    memory = first.untyped_storage().data_ptr()
+    kind = first.untyped_storage().data_ptr(), first.dtype, first.shape[1:], True
     for part in parts:
-        if (part.untyped_storage().data_ptr(), part.data_ptr()) != (memory, end) or not part.is_contiguous():
+        same = part.untyped_storage().data_ptr(), part.dtype, part.shape[1:], part.is_contiguous()
+        if same != kind or part.data_ptr() != end:
             return None
         end += part.nbytes
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())

@@ -55,7 +55,8 @@ def load(
     path = loading.path_of(name)
     if (path / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{name} has adapters already; load it with kit.models.load, or merge it with recipes/export.py"
+            f"{name} has adapters already; load it with kit.models.load, or merge it with recipes/export.py "
+            "and start from that"
         )
     device = torch.device(device or loading.default_device())
     dtype = dtype or loading.default_dtype(device)

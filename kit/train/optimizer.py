@@ -182,7 +182,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _zeros(self, parameter: torch.nn.Parameter, dtype: torch.dtype, size: int) -> Tensor:
         if not self.offload:
             return torch.zeros(size, dtype=dtype, device=parameter.device)
-        # a card need not have room for them, not even once: an embedding's are twice as large as itself
+        # never on the card, which may lack the room: an embedding's are twice as large as itself
         return host_empty(size * dtype.itemsize, for_card=parameter.is_cuda).view(dtype).zero_()
 
     @torch.no_grad()
@@ -326,7 +326,7 @@ def make_optimizer(
 
     if offload:
         raise ValueError(
-            "offload_optimizer is on but optimizer is adamw, whose states cannot move; pass adamw8bit"
+            "offload_optimizer is on but optimizer is adamw, whose states stay on the card; pass adamw8bit"
         )
     if dtypes == {torch.bfloat16}:
         raise ValueError(

@@ -32,7 +32,7 @@ class Savings(Checked):
         if self.head_update == "blocked" and not (self.offload_gradients or self.update_in_backward):
             raise ValueError(
                 "head_update is blocked but offload_gradients and update_in_backward are off, so a block's "
-                "gradient can go nowhere; pass --offload_gradients, or --head_update whole"
+                "gradient has nowhere to go; pass --offload_gradients, or --head_update whole"
             )
         if (self.tile_tokens or self.offload_inputs) and not self.recompute:
             raise ValueError(
@@ -41,8 +41,9 @@ class Savings(Checked):
             )
         if self.offload_gradients and self.update_in_backward:
             raise ValueError(
-                "offload_gradients and update_in_backward are both on, but one keeps what the other uses up; "
-                "pass --no_update_in_backward (for several rows, a global norm), or --no_offload_gradients"
+                "offload_gradients and update_in_backward are both on, but one keeps the gradients that the "
+                "other frees at once; pass --no_update_in_backward (for several rows, a global norm), or "
+                "--no_offload_gradients"
             )
         if self.update_in_backward and self.optimizer == "adamw":
             raise ValueError(

@@ -1,11 +1,11 @@
 """Does training fit where the memory plan says so? The allocator gets what a card of the planned size leaves.
 
 For each model, full fine-tuning and QLoRA, and for the first one steps of two rows with gradients, optimizer
-states and layer inputs in CPU memory and the head in blocks: kit.memory.simulate plans the step. Then three
-rows of 16,384 tokens are trained, first one document, then several, with torch's allocator capped at the
-plan's total less what the plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that size. A
-case passes if nothing runs out of memory, if the tensors' peak is within 3 % of the plan's, and if the
-reserved memory stays below the cap.
+states and layer inputs in CPU memory, the head whole or in blocks: kit.memory.simulate plans the step. Then
+three rows of 16,384 tokens are trained, first one document, then several, with torch's allocator capped at
+the plan's total less what the plan leaves to CUDA. --cap_gb adds the same under the cap of a card of that
+size. A case passes if nothing runs out of memory, if the tensors' peak is within 3 % of the plan's, and if
+the reserved memory stays below the cap.
 Left out: the memory that CUDA uses outside torch's allocator (an assumption of the plan), other programs on
 the card, and settings as --gpu_gb chooses them.
 """
@@ -53,13 +53,18 @@ def chosen_cases(card: Card) -> list[Training]:
     lean = replace(LEAN, tile_tokens=64, logit_rows=32) if card.small else LEAN
     savings = {0: replace(lean, update_in_backward=True), QLORA_RANK: lean}
     cases = [Training(name, savings[rank], rank, card.small) for name, rank in dict.fromkeys(chosen)]
-    on_host = replace(lean, offload_optimizer=True, offload_gradients=True, head_update="blocked")
-    return cases + [Training(first, on_host, 0, card.small, rows=2)] * (not card.quick)
+    on_host = replace(lean, offload_optimizer=True, offload_gradients=True)
+    leanest = replace(on_host, head_update="blocked")
+    several = [Training(first, savings, 0, card.small, rows=2) for savings in (on_host, leanest)]
+    return cases + several * (not card.quick)
 
 
 def title_of(case: Training) -> str:
     title = f"{case.short} {'QLoRA' if case.rank else 'full fine-tuning'}"
-    return title if case.rows == 1 else f"{title}, {case.rows} rows per step, gradients in CPU memory"
+    if case.rows == 1:
+        return title
+    blocked = ", head in blocks" * (case.savings.head_update == "blocked")
+    return f"{title}, {case.rows} rows per step, gradients in CPU memory{blocked}"
 
 
 def check_cap(results: Results, card: Card) -> None:

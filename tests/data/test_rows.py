@@ -122,7 +122,7 @@ def test_a_hub_id_that_gives_nothing_says_what_to_check():
 def test_a_folder_of_files_that_are_no_data_set_asks_for_one_of_them(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "1+1?"}\n')
     (tmp_path / "b.jsonl").write_text('{"question": 2}\n')
-    with pytest.raises(ValueError, match=r"not read as one data set .*; pass one .jsonl, .json, .parquet"):
+    with pytest.raises(ValueError, match=r"cannot be read as one data set .*; pass one of its .jsonl, .json"):
         list(read_rows(str(tmp_path), BadRows(0)))
 
 

@@ -276,7 +276,7 @@ def test_subsets_are_nested_whatever_size_order_or_memory_limit(tmp_path, chat):
 def test_a_file_that_is_read_again_because_its_traces_are_long_says_so(tmp_path, chat, capsys):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 900, seed=0))
     load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=40, num_traces=8)
-    assert re.search(r"\d of the first 73 fit --row_tokens 40: reading on", capsys.readouterr().out)
+    assert re.search(r"\d of the first 73 traces can be used; reading more", capsys.readouterr().out)
 
 
 def test_if_most_traces_are_too_long_the_order_is_searched_to_its_end(tmp_path, chat):

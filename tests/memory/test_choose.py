@@ -164,6 +164,14 @@ def test_a_typed_setting_that_keeps_a_run_from_fitting_is_named_with_what_the_ru
 
 
 @pytest.mark.usefixtures("pretended")
+def test_adapters_that_a_typed_setting_excludes_are_no_way_out():
+    typed_head = typed(1, "--head_update", "blocked", "--offload_gradients")
+    with pytest.raises(ValueError, match=r"gpu_gb is 1 but .* even with .*head_update blocked") as refused:
+        choose(fine_tuning("google/gemma-3-1b-it"), typed_head)
+    assert "--qlora_rank" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("pretended")
 def test_a_run_that_fits_with_nothing_names_the_settings_with_which_it_needs_least(monkeypatch):
     """The end of the ladder may need more than an earlier step: tiles of a short row, for example."""
     monkeypatch.setitem(SAVED_GIB, "head_update", -1)

@@ -19,6 +19,7 @@ from kit.config import parse
 from kit.evaluate.same_answers import Answer, agreement
 from kit.models import folder
 from kit.models.gguf_file import write_gguf
+from kit.models.shipped import SHIPPED
 from kit.report.model_card import without_folders
 
 TUNED = {"num_questions": 3, "num_samples": 2, "max_new_tokens": 60, "max_steps": 2, "qlora_rank": 3}
@@ -53,6 +54,16 @@ def test_smoke_writes_a_folder_and_a_gguf_file_whose_answers_are_the_same(tmp_pa
     ]
     assert AutoModelForCausalLM.from_pretrained(out / "gguf", gguf_file="tiny-q8_0.gguf").num_parameters() > 0
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["tiny"]
+
+
+def test_a_run_that_does_not_record_its_model_is_refused_but_its_model_is_taken(tmp_path):
+    """As change_the_loss.py and train_tiny_base.py write them."""
+    shutil.copytree(SHIPPED["tiny"], tmp_path / "model")
+    (tmp_path / "config.json").write_text('{"num_traces": 16, "seed": 0}')
+    with pytest.raises(ValueError, match=r"does not record which model .*; pass .* --model .*/model$"):
+        export.find_source(str(tmp_path))
+    source = export.find_source(str(tmp_path / "model"))
+    assert source.run is None and source.model == str(tmp_path / "model")
 
 
 def test_a_copy_that_answers_otherwise_is_seen(tmp_path, monkeypatch, capsys):

@@ -64,6 +64,16 @@ def test_what_is_typed_beside_gpu_gb_holds(recipe, capsys):
     assert some_of(started, *typed) == typed
 
 
+@pytest.mark.parametrize("card", [[], ["--gpu_gb", "6"]])
+def test_a_plan_whose_command_would_be_refused_prints_and_writes_nothing(card, tmp_path, capsys):
+    recipe = import_module("kit.recipes.gemma3_1b_8k")
+    written = tmp_path / "plan.json"
+    flags = ["--plan", "--model", "tiny", "--update_in_backward", "--batch_traces", "8", f"--json={written}"]
+    with pytest.raises(ValueError, match="update_in_backward"):
+        recipe.main(parse(recipe.Config, [*flags, *card]))
+    assert not capsys.readouterr().out and not written.exists()
+
+
 def test_auto_without_a_card_is_one_line(tmp_path):
     done = run_recipe("evaluate", "--plan", "--preset", "evening", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

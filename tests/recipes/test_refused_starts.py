@@ -55,10 +55,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("name", "flag"), [("gemma3_1b_8k", "traces"), ("grpo_qwen2_5_0_5b", "prompts")])
-def test_a_file_to_learn_from_that_is_missing_is_named_before_benchmarks_are_fetched(name, flag):
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("gemma3_1b_8k", ["--traces=absent.jsonl"]),
+        ("gemma3_1b_8k", ["--short_traces=absent.jsonl", "--long_share=0.5"]),
+        ("grpo_qwen2_5_0_5b", ["--prompts=absent.jsonl"]),
+        ("valley_sweep", ["--traces=absent.jsonl"]),
+        ("valley_sweep", ["--short_traces=absent.jsonl", "--arms=mixed"]),
+    ],
+)
+def test_a_file_to_learn_from_that_is_missing_is_named_before_benchmarks_are_fetched(name, flags):
     recipe = importlib.import_module(f"kit.recipes.{name}")
-    flags = ["--smoke", f"--{flag}=absent.jsonl", "--benchmarks=math500=nowhere.jsonl"]
+    flags = ["--smoke", *flags, "--benchmarks=math500=nowhere.jsonl"]
     with pytest.raises(ValueError, match=r"no file absent\.jsonl here"):
         recipe.main(parse(recipe.Config, flags, smoke=recipe.SMOKE))
 

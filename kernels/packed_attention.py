@@ -310,9 +310,9 @@ def packed_attention(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-    """Call torch's attention. Fake tensors hold what those of a card do.
+    """Call torch's attention. On fake tensors, allocate what a card would.
 
-    torch's fused kernels take no heads that are wider than 256 and share keys, so all scores exist, in fp32.
+    torch's fused kernels do not take grouped-query heads wider than 256: all scores are then held in fp32.
     """
     if isinstance(q, FakeTensor) and options["enable_gqa"]:
         return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, **options)[0]

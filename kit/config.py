@@ -266,7 +266,7 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
 
 
 def as_flag(name: str, value: object, joined: str = " ") -> str:
-    """Write a setting as it is typed on the command line. joined: "=" makes one word of it for certain."""
+    """Write a setting as it is typed on the command line. joined: with "=", as one word."""
     return f"--{'' if value else 'no_'}{name}" if isinstance(value, bool) else f"--{name}{joined}{value}"
 
 

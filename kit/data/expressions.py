@@ -24,9 +24,9 @@ def evaluate(expression: str) -> Fraction | int:
 
 
 def solve(problem: str) -> Computed:
-    """Compute the expression that a problem ends with, but for "= ?", and count its operations.
+    """Compute the expression at the end of a problem, ignoring "= ?", and count its operations.
 
-    Raises ValueError as evaluate.
+    Raises ValueError as evaluate does.
     """
     problem = problem.rstrip(" ?=.\n")
     tokens = [token for token in tokens_of(problem.rpartition(":")[2]) if token.kind != "gap"]

@@ -57,7 +57,7 @@ def what_came_out(curve: Curve, *, is_short: bool) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """Return words as they stand in a sentence: a, b and c."""
+    """Join words for a sentence: a, b and c."""
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 

@@ -50,7 +50,7 @@ class Config(Checked):
     batch_prompts: int = 2  # prompts per step [>= 1]
     group_size: int = 8  # completions per prompt [>= 2]
     max_new_tokens: int = 64  # tokens per completion [>= 1]
-    row_tokens: int = 512  # tokens per row of ours; TRL's only row is all completions, padded [>= 1]
+    row_tokens: int = 512  # tokens per row of ours; TRL pads all completions into one row [>= 1]
     lr: float = 1e-4  # constant [> 0, <= 1]
     seed: int = 0  # of everything [>= 0]
     # run

@@ -39,7 +39,7 @@ class Card:
     quick: bool  # fewer cases
     cap_gb: float = 0.0  # GiB of the card that the checks may believe in; 0 = all of it
     arch: str = ""  # compile for this architecture instead of the card's own, "sm89"; "" = the card's own
-    models: tuple[str, ...] = ()  # that are trained
+    models: tuple[str, ...] = ()  # names of those to train
 
     @property
     def is_cuda(self) -> bool:

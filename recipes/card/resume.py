@@ -124,9 +124,9 @@ def check_missing_wait(results: Results, card: Card, rows: Rows) -> None:
     ):
         try:
             found = differences(plain, train(card, rows, savings, **hasty))
-        except NotFinite:  # what was read too early may be anything, also NaN
+        except NotFinite:  # what was read too early may be anything, NaN included
             found = list(plain)
-            card.synchronize()  # copies may be on their way to memory that is free now
+            card.synchronize()  # copies may still be writing to freed memory
         name = f"{label}, a wait missing on purpose"
         if card.is_cuda:
             results.check(name, bool(found), f"{len(found)} tensors differ; some must")

@@ -31,7 +31,7 @@ class Options:
     # "known": two different known units differ, a missing one is forgiven; "ignore": units never matter;
     # "required": both sides have the unit, or neither
     units: str = "known"
-    # "free": a bare list is a set; "strict": its order counts (that of a tuple always does, of a set never)
+    # "free": a bare list is a set; "strict": its order counts (tuples are always ordered, sets never)
     order: str = "free"
     # a decimal with at least this many significant digits stands for every exact value that rounds to it;
     # None: for its own value only

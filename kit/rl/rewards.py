@@ -114,8 +114,8 @@ def load_rewards(names: str, shipped: Path) -> tuple[dict[str, Reward], list[Pat
         if path not in modules:
             modules[path] = _run_file(path)
         module = modules[path]
-        functions = inspect.getmembers(module, inspect.isfunction)
-        own = [key for key, value in functions if value.__module__ == module.__name__ and key[0] != "_"]
+        functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+        own = [key for key, f in functions.items() if f.__module__ == module.__name__ and key[0] != "_"]
         reward = getattr(module, name, None)
         if not callable(reward) or isinstance(reward, type):
             near = difflib.get_close_matches(name, own, n=1)

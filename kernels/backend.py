@@ -34,6 +34,11 @@ def row_blocks(x: torch.Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, x.shape[0], step)]
 
 
+def side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """Return x (T, H, D) with the heads of a token in one piece: a copy if they are not."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Return whether the Triton kernels run for this tensor.
 

@@ -22,7 +22,7 @@ Besides x, 64 KiB (r) are kept.
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import row_blocks, tl, triton, uses_triton
+from kit.kernels.backend import row_blocks, side_by_side, tl, triton, uses_triton
 
 TILE = 2_048  # elements that a program holds at once: 8 per thread, one 16-byte load of bf16
 MAX_H = 16_384  # a row must fit in the registers of one program: 64 elements per thread with 8 warps
@@ -187,8 +187,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     x and weight: any floating dtype, which may differ. Computed in fp32 (float64 for float64) and rounded
     once to x's dtype; transformers' Llama and Qwen2 round a second time, before the scale. Differentiable
     once, in x and weight. Heads (T, K, H) may be a slice of a projection's output; other strides cost a copy.
-    Source: Zhang & Sennrich, 2019, equation 4;
-    Gemma's offset: transformers' Gemma3RMSNorm.
+    Source: Zhang & Sennrich, 2019, equation 4; Gemma's offset: transformers' Gemma3RMSNorm.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for H above 16,384.
     """
@@ -205,6 +204,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
         raise ValueError(f"x has vectors of {x.shape[-1]:,} elements; from 1 to {MAX_H:,} can be normalised")
 
     H = x.shape[-1]
-    rows = x.reshape(-1, 1, H) if x.is_contiguous() or x.dim() != 3 else x
-    rows = rows if rows.stride()[1:] == (H, 1) else rows.contiguous()
+    rows = side_by_side(x.reshape(-1, 1, H) if x.is_contiguous() or x.dim() != 3 else x)
     return _RMSNorm.apply(rows, weight.contiguous(), eps, offset).reshape(x.shape)

@@ -16,7 +16,7 @@ concatenates, multiplies twice and adds, for q and for k: some 320 MiB of traffi
 import torch
 from torch import Tensor
 
-from kit.kernels.backend import tl, triton, uses_triton
+from kit.kernels.backend import side_by_side, tl, triton, uses_triton
 
 WARP_ELEMENTS = 512  # of a half head: 16 per thread, two 16-byte loads of bf16
 
@@ -138,11 +138,6 @@ def _(q, k, cos, sin):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    """Return x (T, H, D) with the heads of a token in one piece, a copy if they are not."""
-    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
-
-
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
@@ -153,7 +148,7 @@ class _Rope(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq_out, dk_out):
         # new tensors: the gradients that come in may be another operation's, too
-        return *_backward(_side_by_side(dq_out), _side_by_side(dk_out), *ctx.saved_tensors), None, None
+        return *_backward(side_by_side(dq_out), side_by_side(dk_out), *ctx.saved_tensors), None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,4 +179,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         raise ValueError(f"q, k, cos and sin are on {', '.join(devices)}; move them to one device")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos or sin requires a gradient, which rope does not compute; pass them detached")
-    return _Rope.apply(_side_by_side(q), _side_by_side(k), cos.contiguous(), sin.contiguous())
+    return _Rope.apply(side_by_side(q), side_by_side(k), cos.contiguous(), sin.contiguous())

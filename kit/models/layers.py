@@ -103,7 +103,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute q (T, Hq, D), k and v (T, Hkv, D) of normed inputs (T, H). cos, sin: (T, D).
 
-        joined: the layers of q, k and v, if they are.
+        joined: the projections of q, k and v as one product; None = compute each.
         """
         module = self.attention
         projected = joined(x) if joined else (module.q_proj(x), module.k_proj(x), module.v_proj(x))
@@ -148,7 +148,7 @@ class FeedForward(nn.Module):
         self.activation = ACTIVATIONS[name]
 
     def forward(self, h: Tensor, joined: Joined | None = None) -> Tensor:
-        """joined: the layers of gate and up, if they are."""
+        """joined: the projections of gate and up as one product; None = compute each."""
         mlp, m = self.mlp, self.before(h)
         gate, up = joined(m) if joined else (mlp.gate_proj(m), mlp.up_proj(m))
         return h + self.after(mlp.down_proj(self.gated(gate, up, activation=self.activation)))

@@ -164,14 +164,6 @@ def test_a_typed_setting_that_keeps_a_run_from_fitting_is_named_with_what_the_ru
 
 
 @pytest.mark.usefixtures("pretended")
-def test_adapters_that_a_typed_setting_excludes_are_no_way_out():
-    typed_head = typed(1, "--head_update", "blocked", "--offload_gradients")
-    with pytest.raises(ValueError, match=r"gpu_gb is 1 but .* even with .*head_update blocked") as refused:
-        choose(fine_tuning("google/gemma-3-1b-it"), typed_head)
-    assert "--qlora_rank" not in str(refused.value)
-
-
-@pytest.mark.usefixtures("pretended")
 def test_a_run_that_fits_with_nothing_names_the_settings_with_which_it_needs_least(monkeypatch):
     """The end of the ladder may need more than an earlier step: tiles of a short row, for example."""
     monkeypatch.setitem(SAVED_GIB, "head_update", -1)
@@ -182,6 +174,13 @@ def test_a_run_that_fits_with_nothing_names_the_settings_with_which_it_needs_lea
 @pytest.fixture
 def model_with_head(tmp_path, small_heads):  # noqa: F811
     return make_model(tmp_path, vocab_size=20_000, num_hidden_layers=3)
+
+
+def test_adapters_that_a_typed_setting_excludes_are_no_way_out(model_with_head):
+    typed_head = typed(0.5, "--head_update", "blocked", "--offload_gradients")
+    with pytest.raises(ValueError, match=r"gpu_gb is 0.5 but .* even with .*head_update blocked") as refused:
+        choose(fine_tuning(model_with_head, row_tokens=1_000), typed_head)
+    assert "--qlora_rank" not in str(refused.value)
 
 
 def test_nothing_on_the_ladder_changes_the_update_and_its_end_is_as_lean_as_what_would(model_with_head):

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 import torch
 
-from kit.generate.decode import Decoder
+from kit.generate.decode import make_decoder
 from kit.generate.graph import steps_for
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampling import SamplingParams, sample
@@ -50,7 +50,7 @@ class Engine:
         self, model, params: SamplingParams, num_slots: int, capacity: int, *, cuda_graphs: bool = True
     ):
         """cuda_graphs: replay token steps, on a card whose kernel reads the cache."""
-        self.model, self.params, self.decoder = model, params, Decoder(model)
+        self.model, self.params, self.decoder = model, params, make_decoder(model)
         weight = model.get_input_embeddings().weight
         self.device, self.num_slots = weight.device, num_slots
         self.cache = SlotCache(model, num_slots, capacity)

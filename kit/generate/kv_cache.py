@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kit.kernels.decode_attention import obstacle, runs_kernel
+from kit.kernels.decode_attention import decode_attention, obstacle, runs_kernel
 from kit.models.families import head_dim, layer_windows
 
 BUCKET = 16  # positions; attended length is rounded up to a multiple of it, so that shapes repeat
@@ -103,6 +106,19 @@ class SlotCache:
         width, seen = self.seen[self.sizes[layer]]
         B = len(seen)
         return self.keys[layer][:B, :, :width], self.values[layer][:B, :, :width], seen
+
+    def attend(self, layer: int, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend from the queries of rows 0..B-1 to what each row sees, (B, Hq, D) -> (B, Hq, D)."""
+        if self.uses_kernel:
+            return decode_attention(q, *self.rows(layer), scale=scale)
+        keys, values, mask = self.rows(layer)
+        # the query heads of a group are rows of one small matrix, so that K and V are read once
+        grouped = q.unflatten(1, (keys.shape[1], -1))  # (B, Hkv, Hq / Hkv, D)
+        # not with cuDNN's attention, which compiles a plan per length and number of rows
+        backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(backends) if q.is_cuda else nullcontext():
+            attended = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        return attended.flatten(1, 2)
 
     def store(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the keys and values of a pack of prompts, (T, Hkv, D), in their rows."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kit.models.families import family_of
+from kit.models.families import OTHER, family_of
 from kit.models.layers import layer_of, norm_of
 
 
@@ -140,15 +140,18 @@ class Ledger(LiveBytes):
 
     def _watch(self, model: nn.Module):
         """Yield hooks that follow where the step is."""
-        backbone, norm = model.model, norm_of(model.model.norm, family_of(model.config))
+        backbone, family = model.model, family_of(model.config)
+        norm = backbone.norm if family is OTHER else norm_of(backbone.norm, family)
         for first in (backbone.embed_tokens, backbone.rotary_emb):  # a blocked head looks rows up by itself
             yield first.register_forward_pre_hook(lambda *_: self._at("forward", INPUTS))
         yield norm.register_forward_hook(lambda *_: self._at("loss", REST))
 
         # norms and feed-forward belong to the attention before them
         for i, layer in enumerate(backbone.layers, start=1):
-            yield layer_of(layer).attention.register_forward_pre_hook(lambda *_, i=i: self._in_layer(i))
-            for called in (layer, layer_of(layer)):  # with recompute, and without
+            ours = layer if family is OTHER else layer_of(layer)
+            attention = layer.self_attn if family is OTHER else ours.attention
+            yield attention.register_forward_pre_hook(lambda *_, i=i: self._in_layer(i))
+            for called in {layer, ours}:  # with recompute, and without
                 yield called.register_forward_hook(lambda module, args, out: self._layer_done(out))
 
         for parameter in model.parameters():

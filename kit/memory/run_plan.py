@@ -24,6 +24,7 @@ from kit.memory.hours import Work, card_named, estimate_run, in_words
 from kit.memory.phases import CACHE, MOST_SLOTS, MeasuredRun, Run, RunPlan, most_slots
 from kit.memory.settings import Config, PlanSettings
 from kit.memory.simulate import CARDS
+from kit.models.families import OTHER, family_of
 from kit.models.loading import load_config
 from kit.ranks import here
 from kit.run import write_json
@@ -82,6 +83,8 @@ def entries_for(
     excluded = {*without, *first, *(FULL_ONLY if adapted else ())}
     for entry in held:
         excluded |= EXCLUDES.get(entry, set())
+    if family_of(config) is OTHER:  # its layers have no tiles
+        excluded.add("tile_tokens")
     if not config.tie_word_embeddings:  # only a tied head has blocks
         excluded.add("head_update")
     if here().count > 1:  # several ranks sum whole gradients after the backward pass

@@ -23,6 +23,7 @@ from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
 from kit.models.attention import REGISTERED
 from kit.models.loading import load_config
+from kit.models.other_families import announce
 from kit.packing import PackedBatch
 from kit.ranks import Alone
 from kit.train.loss import LossOfRow
@@ -113,6 +114,7 @@ def fake_model(
     if qlora_rank:
         from kit.models.nf4 import simulate_quantised_decoder
 
+    announce(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         attention = REGISTERED["kit"]

@@ -23,7 +23,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
 from kit.kernels.packed_attention import documents_attention, packed_attention
-from kit.models.families import head_dim
+from kit.models.families import head_dim, layer_windows
 
 CHOICES = ("auto", "kit", "varlen", "torch")
 # Take such a name from here and not as a string, so that the import that registers it cannot be forgotten.
@@ -31,6 +31,8 @@ CHOICES = ("auto", "kit", "varlen", "torch")
 REGISTERED = {"kit": "kit", "varlen": "kit_varlen", "torch": "kit_torch"}
 MAX_FLASH_HEAD_DIM = 256  # of FlashAttention-2
 OURS, VARLEN = "ours", "torch varlen"  # what check_card's results call kit and varlen
+# what layers pass to an attention that does not change what it computes in a pack
+WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "return_dict"}
 OPTIONS = ("scale", "window_size", "enable_gqa")  # of varlen_attn; torch 2.12 has all of them, 2.10 none
 
 
@@ -50,9 +52,17 @@ BY_NAME = {REGISTERED[choice]: function for choice, function in PACK_ATTENTION.i
 
 
 def attend(
-    module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None,
+    scale: float,
 ) -> torch.Tensor:
-    """Attend within the documents of a pack, as the settings of a model's attention module say.
+    """Attend within the documents of a pack, for a model's attention module.
 
     q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D). A model that was loaded with an attention of
     transformers' gets the kit's. Raises ValueError without boundaries, and for dropout.
@@ -67,18 +77,50 @@ def attend(
             "this model was loaded for packed rows; run it with kit.models.hidden_states or "
             'kit.generate.sampler, or call model.set_attn_implementation("sdpa") before using it on its own'
         )
-    window = getattr(module, "sliding_window", None)
     function = BY_NAME.get(module.config._attn_implementation, packed_attention)
-    return function(q, k, v, cu_seqlens, max_seqlen, window=window, scale=module.scaling)
+    return function(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scale)
 
 
-def _interface(module, query, key, value, attention_mask, *, cu_seqlens=None, max_seqlen=None, **_):
-    """Implement transformers' interface.
+def _interface(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    scaling=None,
+    sliding_window=None,
+    cu_seqlens=None,
+    max_seqlen=None,
+    cache=None,
+    **others,
+):
+    """Implement transformers' interface, for layers that are not the kit's (kit/models/other_families.py).
 
-    query (1, Hq, T, D), key and value (1, Hkv, T, D) -> output (1, T, Hq, D), None.
+    query (1, Hq, T, D), key and value (1, Hkv, T, D) of a pack -> output (1, T, Hq, D), None. With a cache
+    and no boundaries, each row adds one token to it: (B, Hq, 1, D) -> (B, 1, Hq, D).
+    Raises ValueError for what the kit's attention does not compute, such as scores that are capped.
     """
+    unknown = [name for name, value in others.items() if value is not None and name not in WITHOUT_EFFECT]
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which the kit's does not "
+            "compute; pass another model"
+        )
+    if cache is not None and sliding_window != (seen := layer_windows(module.config)[module.layer_idx]):
+        raise ValueError(
+            f"layer {module.layer_idx} attends to {sliding_window} positions and its config says {seen}; "
+            "pass another model"
+        )
+    if cache is not None and cu_seqlens is None:
+        q, k, v = (x.squeeze(2) for x in (query, key, value))
+        cache.write(module.layer_idx, k, v)
+        return cache.attend(module.layer_idx, q, scaling).unsqueeze(1), None
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attend(module, q, k, v, cu_seqlens, max_seqlen).unsqueeze(0), None
+    if cache is not None:
+        cache.store(module.layer_idx, k, v)
+    settings = {"window": sliding_window, "scale": scaling}
+    return attend(module, q, k, v, cu_seqlens, max_seqlen, **settings).unsqueeze(0), None
 
 
 def _no_mask(*args, **kwargs) -> None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from kit.models.families import family_of, layer_kinds
+from kit.models.attention import BY_NAME
+from kit.models.families import OTHER, family_of, layer_kinds
 from kit.models.layers import FUSED, layer_of, norm_of, rotations, to_sample
 from kit.packing import PackedBatch
 
@@ -25,8 +26,8 @@ def hidden_states(
 ) -> torch.Tensor:
     """Compute the backbone's last hidden states of a packed row, (T, H), without the head.
 
-    kit/models/layers.py holds what a layer computes. Attention learns from cu_seqlens and max_seqlen where
-    the documents begin and end, so there is no mask.
+    kit/models/layers.py holds what a layer of the kit's families computes. Attention learns from cu_seqlens
+    and max_seqlen where the documents begin and end, so there is no mask.
 
     inputs_embeds: the embeddings of batch.input_ids, (1, T, H); None = look them up. cache: a
     kit.generate.kv_cache.SlotCache, which stores the keys and values of every layer; None = none does.
@@ -34,6 +35,8 @@ def hidden_states(
     backbone, family = model.model, family_of(model.config)
     x = backbone.embed_tokens(batch.input_ids[None]) if inputs_embeds is None else inputs_embeds
     arguments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen, "cache": cache}
+    if family is OTHER:
+        return by_transformers(model, x, batch.position_ids[None], **arguments).squeeze(0)
     angles = rotations(model, x, batch.position_ids[None])
     operations = FUSED if cache is None else to_sample(x.device)
     for layer, kind in zip(backbone.layers, layer_kinds(model.config), strict=False):
@@ -42,6 +45,23 @@ def hidden_states(
         compute = layer if recomputes else layer_of(layer, operations)
         x = compute(x, position_embeddings=angles[kind], **arguments)
     return norm_of(backbone.norm, family, operations)(x).squeeze(0)
+
+
+def by_transformers(model: PreTrainedModel, x: torch.Tensor, position_ids: torch.Tensor, **arguments):
+    """Compute the last hidden states of embeddings x (B, T, H) with transformers' own layers.
+
+    Where the family scales its logits (Granite, Cohere), the hidden states are scaled instead.
+    arguments: of the kit's attention, which they pass on. Raises ValueError if the model has another one.
+    """
+    kind = model.config._attn_implementation
+    if kind not in BY_NAME:
+        raise ValueError(
+            f"the model's attention is {kind}, which would let the documents of a pack see each other; load "
+            "the model with kit.models.load"
+        )
+    run = model.model(inputs_embeds=x, position_ids=position_ids, use_cache=False, **arguments)
+    scale = getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
+    return run.last_hidden_state if scale == 1 else run.last_hidden_state * scale
 
 
 def head_weight(model: PreTrainedModel) -> torch.Tensor:

@@ -3,6 +3,9 @@
 A row names what a decoder layer computes besides projections, attention and feed-forward. To add a family
 whose layers differ only in these points, add its row to FAMILIES and its sizes to tests/conftest.py. The
 tests compare every family with transformers. recipes/bench/README.md says which families are one row more.
+
+The layers of every other family are computed by transformers, with the kit's attention in them
+(kit/models/other_families.py): slower, and in more memory. OTHER stands for all of these.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 class Family:
     """What differs. Strings name attributes of transformers' modules; None = the family has no such one."""
 
-    layer: type[nn.Module]  # the exact class: a subclass may compute something else
+    layer: type[nn.Module] | None  # the exact class, as a subclass may compute something else; None = any
     norm_eps: str = "variance_epsilon"  # of a norm
     norm_offset: float = 0.0  # a norm scales by offset + weight
     after_attention: str | None = None  # norm of what attention adds
@@ -50,40 +53,43 @@ FAMILIES = {  # config.model_type -> its row
     "qwen2": Family(Qwen2DecoderLayer),
     "qwen3": Family(Qwen3DecoderLayer, head_norms=("q_norm", "k_norm")),
 }
-_EXPERTS = "its feed-forwards are mixtures of experts"
-_IMAGES = "it reads images, too"
-_LINEAR = "most of its layers have linear attention"
-REFUSED = {  # config.model_type -> why a row is not enough
-    "gemma2": "its attention caps scores by a tanh",
-    "gemma3": f"{_IMAGES}; pass one of the text-only sizes, google/gemma-3-270m-it or google/gemma-3-1b-it",
-    "gemma3n": f"{_IMAGES}, and its layers have four residual streams and embeddings of their own",
-    "gemma3n_text": "its layers have four residual streams and embeddings of their own",
-    "gpt_oss": f"{_EXPERTS}, and its attention has sinks",
-    "llama4": f"{_IMAGES}, and {_EXPERTS}",
-    "llama4_text": f"{_EXPERTS}, and its attention is in chunks, in some layers without a rotation",
-    "mixtral": _EXPERTS,
-    "phi3": "it keeps q, k and v in one matrix, and gate and up in another",
-    "qwen2_moe": _EXPERTS,
-    "qwen3_5": f"{_IMAGES}, and {_LINEAR}",
-    "qwen3_5_text": _LINEAR,
-    "qwen3_moe": _EXPERTS,
-    "qwen3_next": f"{_EXPERTS}, and {_LINEAR}",
-    "qwen3_vl": _IMAGES,
-    "smollm3": "some of its layers have no rotation",
-}
+OTHER = Family(None)
+
+SIZES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+SIZES += ("intermediate_size", "max_position_embeddings", "vocab_size")  # that plans and caches need
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # where configs count
+MOVING = {"dynamic", "longrope"}  # rotations that depend on the longest text of a pack
 
 
 def family_of(config: PreTrainedConfig, name: str = "the model") -> Family:
-    """Return a config's family. Raises ValueError for an unknown one."""
-    if config.model_type not in FAMILIES:
-        why, known = REFUSED.get(config.model_type), f"the kit knows {', '.join(FAMILIES)}"
-        if why:
-            raise ValueError(f"{name} is a {config.model_type} model, and {why}; {known}: pass one of these")
+    """Return a config's family. Raises ValueError for one that the kit cannot run, with the reason."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type]
+    if why := _obstacle(config):
         raise ValueError(
-            f"{name} is a {config.model_type} model; {known} (of Gemma 3, the text-only sizes). Pass one of "
-            "these, or add a row to FAMILIES in kit/models/families.py"
+            f"{name} is a {config.model_type} model, and {why}; the kit runs dense decoders of text: pass "
+            f"one of {', '.join(FAMILIES)} (of Gemma 3, google/gemma-3-270m-it or google/gemma-3-1b-it)"
         )
-    return FAMILIES[config.model_type]
+    return OTHER
+
+
+def _obstacle(config: PreTrainedConfig) -> str:
+    """Return why the kit cannot run a model of another family; "" if its config shows no reason."""
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    rotation = getattr(config, "rope_parameters", None) or {}
+    rotations = {each.get("rope_type") for each in (rotation, *rotation.values()) if isinstance(each, dict)}
+    missing = [size for size in SIZES if not isinstance(getattr(config, size, None), int)]
+    if config.sub_configs:
+        return "it reads images or sound, too"
+    if any(getattr(config, count, None) for count in EXPERTS):
+        return "its feed-forwards are mixtures of experts"
+    if kinds:
+        return f"some of its layers are {' and '.join(sorted(kinds))}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention caps scores by a tanh"
+    if moving := rotations & MOVING:
+        return f"its rotation, {moving.pop()}, depends on the longest text that is read with it"
+    return f"its config has no {missing[0]}" if missing else ""
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -92,8 +98,9 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 def layer_windows(config: PreTrainedConfig) -> list[int | None]:
     """Return the number of positions that each layer attends to, the query's own included; None = all."""
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [config.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str | None]:

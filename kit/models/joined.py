@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kit.models.families import FAMILIES
+
 
 class Joined:
     """Linear layers of one input, with weights in one buffer: x (..., H) -> the output of each, in order."""
@@ -51,6 +53,8 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 @torch.no_grad()
 def join(model: nn.Module, device: torch.device) -> None:
     """Move the plain projections of each layer to a device, those of one input side by side."""
+    if model.config.model_type not in FAMILIES:  # the token step of others calls each projection
+        return
     for layers in (group for layer in model.model.layers for group in siblings(layer)):
         if not _are_plain(layers):
             continue

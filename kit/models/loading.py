@@ -25,6 +25,7 @@ from kit.models.families import family_of
 from kit.models.folder import ADAPTER_CONFIG
 from kit.models.gguf_file import restore_rotation
 from kit.models.joined import place
+from kit.models.other_families import check
 from kit.models.shipped import CONFIGS, SHIPPED
 from kit.models.weights import check_finite, check_loaded
 
@@ -76,6 +77,7 @@ def load_plain(
     check_end_of_text(tokenizer, name)
     model = place(model, device).eval()
     check_finite(model.state_dict(), name)
+    check(model, name)
     return model, tokenizer
 
 

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kit.models.layers import DecoderLayer, layer_of
+from kit.models.layers import LAYERS, DecoderLayer, layer_of
 from kit.train.offload import HostInputs
 from kit.train.saved_tensors import catch_gradient, recomputed
 from kit.train.tiles import Gradients, Tiles, collect, leaves_of, trainable
@@ -44,15 +44,15 @@ def recompute_layers(model: nn.Module, *, offload: bool | HostInputs = False, ti
 
     Names of modules and parameters stay. A second call replaces the settings; keep_activations ends it.
 
-    model: of a family in kit.models.families.FAMILIES, with or without adapters, full or NF4 weights, on any
-        device.
+    model: with or without adapters, full or NF4 weights, on any device. The layers of a family that the kit
+        has no layers for are recomputed as a whole, with transformers' forward.
     offload: keep the layers' inputs in CPU memory (pinned on a GPU), except for the last layer's. Only one
         backward pass is then possible. A HostInputs moves them in its own way: a check can delay its copies.
     tile_tokens: the most tokens of the feed-forward and the norms whose activations exist at one time;
         0 = all.
 
     The keyword arguments that all layers share (cos and sin, cu_seqlens) get no gradient. Raises ValueError
-    for an unknown layer class, for a model without decoder layers and for tile_tokens < 0; in the forward
+    for a model without decoder layers, for tile_tokens < 0 and for tiles of another family; in the forward
     pass for a batch that is not a pack, for autocast, which the recomputation would not repeat, and for
     dropout, whose mask would differ.
     """
@@ -91,7 +91,12 @@ class _Recomputed:
         self, layer: nn.Module, tile_tokens: int, host: HostInputs | None, index: int, *, is_last: bool
     ):
         self.module = layer
-        layer_of(layer)  # refuses an unknown class at once
+        self.is_ours = type(layer) in LAYERS
+        if tile_tokens and not self.is_ours:
+            raise ValueError(
+                f"tile_tokens is {tile_tokens} but transformers computes a {type(layer).__name__}, as a "
+                "whole; pass --tile_tokens 0"
+            )
         self.tiles = Tiles(tile_tokens)
         self.host = host
         self.index = index
@@ -119,9 +124,9 @@ class _Recomputed:
                 )
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
-            return _LayerFunction.apply(self, forward.keywords, x, *parameters)
+            return _LayerFunction.apply(self, forward, x, *parameters)
         with torch.no_grad():
-            return self.forward(x, forward.keywords)
+            return self.forward(x, forward)
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the attention reads."""
@@ -129,9 +134,14 @@ class _Recomputed:
         self.tiles.run(self.layer.before, x, normed)
         return normed
 
-    def forward(self, x: torch.Tensor, arguments: dict) -> torch.Tensor:
-        """Compute the layer without a graph. Allocates one (T, H) besides x and what the attention needs."""
-        h = self.layer.attention(self._normed(x), **arguments)
+    def forward(self, x: torch.Tensor, whole: partial) -> torch.Tensor:
+        """Compute the layer without a graph. Allocates one (T, H) besides x and what the attention needs.
+
+        whole: as in __call__; for another family's layer, all there is.
+        """
+        if not self.is_ours:
+            return whole(x)
+        h = self.layer.attention(self._normed(x), **whole.keywords)
         if self.layer.has_norm_after:
             self.tiles.run(self.layer.after, h, h)
         h.add_(x)
@@ -139,7 +149,7 @@ class _Recomputed:
         return h
 
     def backward(
-        self, x, arguments: dict, dout, needs_dx: bool, when_lean: Callable[[], None] | None
+        self, x, whole: partial, dout, needs_dx: bool, when_lean: Callable[[], None] | None
     ) -> tuple[torch.Tensor | None, Gradients]:
         """Return dx, or None if it is not needed, and the gradients of the trainable parameters in use.
 
@@ -150,15 +160,21 @@ class _Recomputed:
 
         when_lean: called when the tiles are done.
         """
-        before, after, attention = self.layer.before, self.layer.after, self.layer.attention
         gradients: Gradients = {}
+        if not self.is_ours:
+            dx = torch.empty_like(x) if needs_dx else None
+            self.tiles.differentiate(_Whole(self.module, whole), x, dout, dx, gradients)
+            if when_lean is not None:
+                when_lean()
+            return dx, gradients
+        before, after, attention = self.layer.before, self.layer.after, self.layer.attention
 
         # the attention, with its graph
         normed, dnormeds = self._normed(x), []
         leaves = leaves_of(attention)
         with torch.enable_grad(), recomputed(normed, partial(self._normed, x)):
             entering = catch_gradient(normed, dnormeds) if needs_dx or trainable(before) else normed
-            attended = functional_call(attention, leaves, (entering,), arguments)
+            attended = functional_call(attention, leaves, (entering,), whole.keywords)
         del normed, entering
 
         # h
@@ -188,16 +204,27 @@ class _Recomputed:
         return dnormed.add_(h) if needs_dx else None, gradients
 
 
+class _Whole(nn.Module):
+    """Another family's layer, as a function of its input alone."""
+
+    def __init__(self, layer: nn.Module, forward: partial):
+        super().__init__()
+        self.layer, self.compute = layer, forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x)
+
+
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layer: _Recomputed, arguments: dict, x: torch.Tensor, *parameters: nn.Parameter):
-        ctx.layer, ctx.arguments, ctx.parameters = layer, arguments, parameters
+    def forward(ctx, layer: _Recomputed, whole: partial, x: torch.Tensor, *parameters: nn.Parameter):
+        ctx.layer, ctx.whole, ctx.parameters = layer, whole, parameters
         if layer.host is None:
             ctx.save_for_backward(x)
-            return layer.forward(x, arguments)
+            return layer.forward(x, whole)
 
         ctx.kept = layer.host.keep(x.detach(), layer.index, on_device=layer.is_last)
-        out = layer.forward(x, arguments)
+        out = layer.forward(x, whole)
         if layer.is_last:
             layer.host.flush()
         return out
@@ -208,7 +235,7 @@ class _LayerFunction(torch.autograd.Function):
         host = ctx.layer.host
         x = ctx.saved_tensors[0] if host is None else host.fetch(ctx.kept)
         when_lean = None if host is None else partial(host.prefetch, ctx.kept)
-        dx, gradients = ctx.layer.backward(x, ctx.arguments, dout, ctx.needs_input_grad[2], when_lean)
+        dx, gradients = ctx.layer.backward(x, ctx.whole, dout, ctx.needs_input_grad[2], when_lean)
         if host is not None:
             host.done(ctx.kept)
         return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kit.generate import decode, engine, graph, kv_cache, sampler
+from kit.generate import engine, graph, kv_cache, sampler
 from kit.generate.engine import Engine
 from kit.generate.graph import Eager, Graphs, steps_for
 from kit.generate.sampling import SamplingParams
@@ -313,13 +313,13 @@ def engine_of(model, steps, monkeypatch, length=9):
 
 
 def test_rows_that_only_fill_up_a_step_read_one_key_whatever_they_held_before(monkeypatch):
-    read, attention = [], decode.decode_attention
+    read, attention = [], kv_cache.decode_attention
 
     def logged(q, keys, values, lengths, **scale):
         read.append(lengths.tolist())
         return attention(q, keys, values, lengths, **scale)
 
-    monkeypatch.setattr(decode, "decode_attention", logged)
+    monkeypatch.setattr(kv_cache, "decode_attention", logged)
     with torch.inference_mode():
         made = engine_of("llama", Graphs(Rerun()), monkeypatch)
         for step in range(4):

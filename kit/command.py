@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -112,6 +113,7 @@ def guard(
     wants_traceback = "--traceback" in words
     RunFolder.newest = None
     ranks.mute(all_but_one_per_machine=True)
+    warnings.formatwarning = _as_one_line
     if isinstance(sys.stdout, io.TextIOWrapper):  # it is None if it was closed
         # also the log of a run that is killed is whole, and no character of an answer ends it
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -138,6 +140,11 @@ def guard(
             _end(error, f"error: {error}{hint}", REFUSED)
         ranks.end(error, traceback.format_exc(), CRASHED)
         raise
+
+
+def _as_one_line(message, category, filename, lineno, line=None) -> str:
+    """Format a warning without the source line that Python adds."""
+    return f"warning     {message} ({Path(filename).name}:{lineno})\n"
 
 
 def _end(error: BaseException, line: str, status: int) -> NoReturn:

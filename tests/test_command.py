@@ -73,6 +73,12 @@ def test_traceback_shows_where_the_mistake_was_found():
         start(main, Config, ["--traceback"])
 
 
+def test_a_warning_is_one_line():
+    program = "import warnings; from kit.command import guard; guard(lambda _: warnings.warn('slow'), [])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "warning     slow (<string>:1)\n"
+
+
 def test_what_is_not_the_users_mistake_keeps_its_traceback():
     def main(config):
         raise KeyError("a bug")

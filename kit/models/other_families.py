@@ -10,6 +10,7 @@ product of hidden states and head. So a model is checked on a few tokens when it
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,17 @@ LENGTHS = (11, 5)  # tokens of the two documents that a model is checked on
 def announce(config: PreTrainedConfig) -> None:
     """Warn, once per family, if a model's layers are transformers'."""
     if family_of(config) is OTHER:
-        warnings.warn(
-            f"transformers computes the layers of a {config.model_type} model: the kit has its own for "
-            f"{', '.join(FAMILIES)}. Attention and loss are the kit's; norms, rotations and feed-forwards "
-            "are slower, take more memory, and have no tiles",
-            stacklevel=2,
-        )
+        _warn_of(config.model_type)
+
+
+@cache
+def _warn_of(model_type: str) -> None:
+    warnings.warn(
+        f"transformers computes the layers of a {model_type} model: the kit has its own for "
+        f"{', '.join(FAMILIES)}. Attention and loss are the kit's; norms, rotations and feed-forwards are "
+        "slower, take more memory, and have no tiles",
+        stacklevel=3,
+    )
 
 
 def check(model: PreTrainedModel, name: str) -> None:

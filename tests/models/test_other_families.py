@@ -12,6 +12,7 @@ from kit.generate.decode import make_decoder
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
+from kit.models import other_families
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.families import OTHER, family_of
 from kit.models.other_families import check
@@ -36,6 +37,11 @@ WRONG = {  # a family -> what is wrong with it
     "phi": ({}, "phi model, whose logits are .* away from transformers'"),  # its head has a bias
     "stablelm": ({}, "stablelm model, which cannot be run in packs: this model was loaded for packed rows"),
 }
+
+
+@pytest.fixture(autouse=True)
+def not_warned_so_far():
+    other_families._warn_of.cache_clear()
 
 
 def make_model(kind, **settings):

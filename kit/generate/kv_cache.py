@@ -17,6 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -142,12 +143,15 @@ def _sizes(config, capacity: int) -> list[int]:
 
 def _takes_kernel(config, weight: torch.Tensor) -> bool:
     """Return whether the kernel reads this cache. Warns if it would run here but does not take the model."""
-    if not runs_kernel(weight):
-        return False
-    why = obstacle(head_dim(config), config.num_attention_heads // config.num_key_value_heads)
-    if why:
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
+    return runs_kernel(weight) and _takes(head_dim(config), heads_per_group)
+
+
+@cache
+def _takes(width: int, heads_per_group: int) -> bool:
+    if why := obstacle(width, heads_per_group):
         warnings.warn(
-            f"tokens are sampled with torch's attention, as far as the longest row: {why}", stacklevel=2
+            f"tokens are sampled with torch's attention, as far as the longest row: {why}", stacklevel=3
         )
     return not why
 

@@ -10,7 +10,7 @@ from conftest import SHAPE, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import kit.kernels.decode_attention as kernels
-from kit.generate import decode, kv_cache
+from kit.generate import kv_cache
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
@@ -22,11 +22,14 @@ PARAMS = SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=7)
 @pytest.fixture
 def calls(monkeypatch):
     """Count the calls of the kernels. Rows are cut into splits of 16 keys here."""
-    counted, attention = [], decode.decode_attention
+    counted, attention = [], kv_cache.decode_attention
     monkeypatch.setattr(kernels, "MIN_SPLIT", 16)
-    monkeypatch.setattr(
-        decode, "decode_attention", lambda *inputs, **scale: counted.append(1) or attention(*inputs, **scale)
-    )
+
+    def count(*inputs, **scale):
+        counted.append(1)
+        return attention(*inputs, **scale)
+
+    monkeypatch.setattr(kv_cache, "decode_attention", count)
     return counted
 
 

@@ -200,8 +200,13 @@ def rotation_factors(config: PreTrainedConfig) -> Tensor:
 def restore_rotation(path: Path, config: PreTrainedConfig) -> None:
     """Give a config that transformers read from a GGUF file the scaled rotation that the file holds, if any.
 
-    Raises ValueError if the factors are not Llama 3's.
+    Raises ValueError if the factors are not Llama 3's, and for a family without a layout.
     """
+    if config.model_type not in LAYOUTS:
+        raise ValueError(
+            f"{path} holds a {config.model_type} model but GGUF files are read of {', '.join(LAYOUTS)}; pass "
+            "the model's Hugging Face folder or hub id"
+        )
     if not LAYOUTS[config.model_type].scales_rotation:  # a vocabulary takes seconds to read
         return
     import gguf

@@ -161,7 +161,6 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, attention: 
     packed = _read_model(str(path), str(path.parent), gguf_file=path.name, dtype=dtype)
     tokenizer = load_tokenizer(str(path.parent), gguf_file=path.name)
     config = packed.config
-    family_of(config, path.name)
     restore_rotation(path, config)
     if hasattr(config, "quantization_config"):
         # the weights are plain by now, and a model marked as quantised can be neither trained nor saved

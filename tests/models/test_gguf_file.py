@@ -22,7 +22,14 @@ from transformers import (
 from kit import models
 from kit.data.toy import make_tokenizer
 from kit.models import shipped
-from kit.models.gguf_file import LAYOUTS, check_exportable, file_bytes, rotation_factors, write_gguf
+from kit.models.gguf_file import (
+    LAYOUTS,
+    check_exportable,
+    file_bytes,
+    restore_rotation,
+    rotation_factors,
+    write_gguf,
+)
 from kit.models.gguf_tokenizer import BY_WORDS, BYTE_LEVEL, CONTROL, UNUSED, USER_DEFINED, WORDS, Vocabulary
 from kit.models.loading import load_config
 
@@ -161,6 +168,8 @@ def test_an_unknown_family_is_refused_with_those_that_are_known():
     config.model_type = "mamba"
     with pytest.raises(ValueError, match=", ".join(LAYOUTS)):
         check_exportable(config, "m")
+    with pytest.raises(ValueError, match=r"m.gguf holds a mamba model but .* pass the model's Hugging Face"):
+        restore_rotation(Path("m.gguf"), config)
 
 
 def reload(tmp_path, tokenizer, *, num_rows=0):

@@ -107,17 +107,17 @@ def _interface(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which the kit's does not "
             "compute; pass another model"
         )
-    if cache is not None and sliding_window != (seen := layer_windows(module.config)[module.layer_idx]):
-        raise ValueError(
-            f"layer {module.layer_idx} attends to {sliding_window} positions and its config says {seen}; "
-            "pass another model"
-        )
     if cache is not None and cu_seqlens is None:
         q, k, v = (x.squeeze(2) for x in (query, key, value))
         cache.write(module.layer_idx, k, v)
         return cache.attend(module.layer_idx, q, scaling).unsqueeze(1), None
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if cache is not None:
+        if sliding_window != (seen := layer_windows(module.config)[module.layer_idx]):
+            raise ValueError(
+                f"layer {module.layer_idx} attends to {sliding_window} positions and its config says {seen}, "
+                "which is what the cache holds; pass another model"
+            )
         cache.store(module.layer_idx, k, v)
     settings = {"window": sliding_window, "scale": scaling}
     return attend(module, q, k, v, cu_seqlens, max_seqlen, **settings).unsqueeze(0), None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig
 
 from kit.kernels.packed_attention import documents_attention, packed_attention
 from kit.models.families import head_dim, layer_windows
@@ -123,13 +123,10 @@ def _interface(
     return attend(module, q, k, v, cu_seqlens, max_seqlen, **settings).unsqueeze(0), None
 
 
-def _no_mask(*args, **kwargs) -> None:
-    """Build no mask: the boundaries of a pack arrive as keyword arguments."""
-
-
+# No mask function has these names, so transformers builds no mask. If one had, transformers would first ask
+# the device whether the positions are of one text, once per forward pass and kind of layer.
 for _name in BY_NAME:
     AttentionInterface.register(_name, _interface)
-    AttentionMaskInterface.register(_name, _no_mask)
 
 
 def attention_name(

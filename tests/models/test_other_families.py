@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import SHAPE, random_documents
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit import models
@@ -99,6 +100,27 @@ def test_token_by_token_it_is_the_models_own_forward(kind):
             cache.at_decode(positions, t)
             logits.append(next_token_logits(model, decoder(ids[:, t], positions, cache)))
         torch.testing.assert_close(torch.stack(logits, dim=1), whole(model, ids), rtol=1e-5, atol=1e-6)
+
+
+class Questions(TorchDispatchMode):
+    """Count the values that the host asks for at once: on a card it waits for them."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += func._schema.name in ("aten::is_nonzero", "aten::_local_scalar_dense", "aten::nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_neither_a_pack_nor_a_token_makes_the_host_wait_for_the_device(kind):
+    model, batch = make_model(kind), PackedBatch.build(random_documents(LENGTHS))
+    cache, decoder, positions = SlotCache(model, 2, T), make_decoder(model), torch.tensor([0, 3])
+    cache.at_decode(positions, 3)
+    with torch.no_grad(), Questions() as questions:
+        hidden_states(model, batch)
+        decoder(torch.tensor([5, 6]), positions, cache)
+    assert questions.asked == 0
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

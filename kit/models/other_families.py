@@ -13,7 +13,6 @@ import warnings
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -122,7 +121,7 @@ class _OneText:
     def attend(self, layer: int, q: Tensor, scale: float) -> Tensor:
         """Attend from the last token's queries (1, Hq, D) to the text, as far as the layer's window."""
         seen = slice(-(self.windows[layer] or sum(LENGTHS)), None)
-        keys, values = (x[seen].transpose(0, 1)[None] for x in self.held[layer])  # (1, Hkv, T, D)
-        return F.scaled_dot_product_attention(
-            q[:, :, None], keys, values, scale=scale, enable_gqa=True
-        ).squeeze(2)
+        keys, values = (x[seen].transpose(0, 1) for x in self.held[layer])  # (Hkv, T, D)
+        grouped = q.reshape(len(keys), -1, q.shape[2])  # (Hkv, Hq / Hkv, D)
+        weights = (grouped @ keys.mT * scale).float().softmax(-1).to(q.dtype)
+        return (weights @ values).flatten(0, 1)[None]

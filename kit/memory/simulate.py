@@ -30,7 +30,9 @@ from kit.train.loss import LossOfRow
 from kit.train.savings import Savings
 from kit.train.step import TrainingStep
 
-SLACK = 0.06  # share of the peak that the allocator loses to gaps between blocks; an assumption
+# what the allocator loses, an assumption: a share of the peak, to gaps between blocks; but no less than may
+# lie beyond the last block on each of three streams, where it grows by 20 MiB
+SLACK, LEAST_SLACK = 0.06, 64 * 2**20
 CARDS = (6, 8, 12, 16, 24)  # GiB
 
 
@@ -59,7 +61,12 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes a card needs: tensors, slack and CUDA's own memory."""
-        return round(self.peak * (1 + SLACK)) + CONTEXT
+        return self.peak + self.slack + CONTEXT
+
+    @property
+    def slack(self) -> int:
+        """Bytes that the allocator loses."""
+        return max(round(self.peak * SLACK), LEAST_SLACK)
 
     def fits(self, gib: float) -> bool:
         """Return whether a card fits this. gib: GiB of it that nothing else uses."""
@@ -76,8 +83,9 @@ class Plan:
         lines = [
             f"{self.title}: {self.total / GIB:.2f} GiB (simulated)",
             f"  switched on: {as_flags(self.savings.switched_on) or 'nothing but the defaults'}",
-            f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed on top: {SLACK:.0%} "
-            f"slack, {CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory {self.host / GIB:.2f} GiB",
+            f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed on top: "
+            f"{self.slack / GIB:.2f} GiB of slack, {CONTEXT / GIB:.2f} for CUDA; in CPU memory "
+            f"{self.host / GIB:.2f}",
             *(f"    {owner:<18}{num_bytes / GIB:7.2f} GiB" for owner, num_bytes in self.largest()),
         ]
         return "\n".join(lines[:1] + lines[2:] if self.what else lines)

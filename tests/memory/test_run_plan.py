@@ -195,7 +195,7 @@ def test_the_estimate_counts_both_evaluations_tokens_on_disk_and_what_offloading
 
 
 def test_shorter_answers_are_no_way_out_for_a_card_that_the_weights_alone_fill():
-    for gpu_gb, way_out in (("0.5", "a smaller --model"), ("0.554", "a smaller --max_new_tokens")):
+    for gpu_gb, way_out in (("0.6", "a smaller --model"), ("0.616", "a smaller --max_new_tokens")):
         card = PlanSettings(gpu_gb=gpu_gb, desktop_gb=0.0)
         with pytest.raises(ValueError, match=f"pass {way_out}, or a larger card"):
             plan_run(measured("tiny", params=SamplingParams(max_new_tokens=100_000)), card)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit.generate.sampling import SamplingParams
+from kit.machine import CONTEXT, GIB
 from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
 from kit.memory.phases import SAMPLER, MeasuredRun
@@ -55,6 +56,13 @@ def real_batch(row_tokens: int) -> PackedBatch:
     """Return a row with the same shapes as fake_batch's that a real step can compute."""
     cu_seqlens = torch.tensor([0, row_tokens], dtype=torch.int32)
     return replace(fake_batch(row_tokens), position_ids=torch.arange(row_tokens), cu_seqlens=cu_seqlens)
+
+
+def test_the_allocator_has_a_share_of_the_peak_and_room_to_grow_on_three_streams():
+    small = plan("tiny", row_tokens=32)
+    assert small.total - CONTEXT - small.peak == 64 * 2**20 > 3 * 20 * 2**20
+    large = replace(small, peak=10 * GIB)
+    assert large.total - CONTEXT == round(1.06 * large.peak)
 
 
 @pytest.fixture

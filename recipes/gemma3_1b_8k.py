@@ -96,6 +96,7 @@ def main(config: Config) -> None:
     savings = part_of(config, Savings)
     savings.check_clipping(asked.get("max_grad_norm", 0.0))
     savings.check_rows(asked.get("batch_traces", 1))
+    savings.check_layers(config.model)
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     savings = part_of(config, Savings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.extras import require, require_for_adapters
 from kit.models.folder import ADAPTER_CONFIG
@@ -44,12 +44,14 @@ def load_to_train(
 
     qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`, on weights in NF4. lora_rank: the
     same on the weights as they are. where: device, dtype and attention, as for `load`.
-    Raises ValueError as `load` does, and for adapters that the kit did not train.
+    Raises ValueError as `load` does, for adapters that the kit did not train, and for a model that was made
+    with dropout, which the kit's training has not.
     """
     if qlora_rank and lora_rank:
         raise ValueError(f"qlora_rank is {qlora_rank} and lora_rank {lora_rank}; pass one of them")
     if not (qlora_rank or lora_rank):
         model, tokenizer = load(name, **where)
+        _check_dropout(model.config, name)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 f"{name} holds adapters that the kit did not train: they can be evaluated but not trained "
@@ -59,4 +61,23 @@ def load_to_train(
     require_for_adapters(nf4=bool(qlora_rank))
     from kit.models import qlora  # peft takes seconds to import
 
-    return qlora.load(name, rank=qlora_rank or lora_rank, nf4=bool(qlora_rank), seed=seed, **where)
+    model, tokenizer = qlora.load(
+        name, rank=qlora_rank or lora_rank, nf4=bool(qlora_rank), seed=seed, **where
+    )
+    _check_dropout(model.config, name)
+    return model, tokenizer
+
+
+def _check_dropout(config: PreTrainedConfig, name: str) -> None:
+    """Raise ValueError for dropout, whose names differ between families. A classifier's has no effect."""
+    drops = {
+        key: value
+        for key, value in vars(config).items()
+        if ("dropout" in key or key.endswith("pdrop")) and "classifier" not in key and value
+    }
+    if drops:
+        settings = ", ".join(f"{key} {value}" for key, value in drops.items())
+        raise ValueError(
+            f"the config of {name} says {settings}, but the kit trains without dropout; set it to 0 in its "
+            "config.json (of a hub id: hf download ID --local-dir DIR, and pass DIR)"
+        )

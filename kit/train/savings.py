@@ -77,6 +77,20 @@ class Savings(Checked):
                 f"head_update is blocked but {count} ranks sum whole gradients; pass --head_update whole"
             )
 
+    def check_layers(self, model: str) -> None:
+        """Raise ValueError for tiles of a model whose layers transformers computes."""
+        if not self.tile_tokens:
+            return
+        from kit.models.families import OTHER, family_of  # import torch: not before flags are read
+        from kit.models.loading import load_config
+
+        config = load_config(model)
+        if family_of(config, model) is OTHER:
+            raise ValueError(
+                f"tile_tokens is {self.tile_tokens} but transformers computes the layers of a "
+                f"{config.model_type} model, each as a whole; pass --tile_tokens 0"
+            )
+
     def check_saving(self, save_fp32: bool) -> None:
         """Raise ValueError if a model cannot be saved with more bits than bf16 has."""
         if save_fp32 and not self.exact_weights:

@@ -23,6 +23,8 @@ from contest import table
 from kit.config import Checked, parse
 from kit.machine import GIB
 from kit.memory import Plan, plan
+from kit.models.families import OTHER, family_of
+from kit.models.loading import load_config
 from kit.paper import MODELS
 from kit.run import write_json
 from kit.train import Savings
@@ -55,6 +57,8 @@ SMOKE = {"models": "tiny", "row_tokens": 1_024}
 def simulate(model: str, name: str, row_tokens: int) -> Plan:
     torch.set_num_threads(1)
     savings, rank = ROWS[name]
+    if family_of(load_config(model)) is OTHER:  # its layers have no tiles
+        savings = replace(savings, tile_tokens=0)
     rows = 1 if savings.update_in_backward else 2
     return plan(model, row_tokens=row_tokens, savings=savings, qlora_rank=rank, rows=rows)
 

@@ -13,13 +13,15 @@ from kit.generate.decode import make_decoder
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
+from kit.memory.simulate import fake_model
 from kit.models import other_families
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.families import OTHER, family_of
 from kit.models.other_families import check
 from kit.models.qlora import add_adapters
-from kit.packing import PackedBatch
+from kit.packing import Document, PackedBatch
 from kit.train.recompute import recompute_layers
+from kit.train.savings import Savings
 
 LENGTHS = [9, 1, 23, 4]
 T = 19  # positions, more than twice the windows
@@ -35,7 +37,7 @@ FAMILIES = {
     "exaone4": {"sliding_window": 7, "layer_types": MIXED},
 }
 WRONG = {  # a family -> what is wrong with it
-    "phi": ({}, "phi model, whose logits are .* away from transformers'"),  # its head has a bias
+    "phi": ({}, "phi model, which cannot be run in packs: its head has a bias"),
     "stablelm": ({}, "stablelm model, which cannot be run in packs: this model was loaded for packed rows"),
 }
 
@@ -134,11 +136,18 @@ def test_sampled_tokens_are_those_of_transformers_generate(kind):
         assert completion.ids == model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
 
 
+@pytest.fixture(autouse=True)
+def _first_of_its_family():
+    other_families._announce.cache_clear()
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_loading_says_once_who_computes_the_layers_and_checks_what_they_compute(kind, tmp_path):
     save(make_model(kind), tmp_path)
     with pytest.warns(UserWarning, match=f"transformers computes the layers of a {kind} model") as said:
         model, _ = models.load(str(tmp_path), device="cpu")
+        models.load(str(tmp_path), device="cpu")  # as a recipe does, to measure what it has trained
+        fake_model(model.config, 0)
     assert len(said) == 1 and family_of(model.config) is OTHER
 
 
@@ -167,8 +176,40 @@ def test_a_model_is_checked_both_as_it_is_trained_and_as_it_is_sampled_from(reac
 
     run = model.model.forward
     monkeypatch.setattr(type(model.model), "forward", forward)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"logits are .* away from transformers'"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"attention or logits are .* away from"):
         check(model, "it")
+
+
+def test_rounding_that_grows_with_depth_is_not_taken_for_another_computation():
+    model, ids = make_model("mistral", num_hidden_layers=30, sliding_window=None), torch.arange(3, 19)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)  # a small difference grows in every layer
+        model.bfloat16()
+        truth = whole(model, ids[None])[0]
+        logits = next_token_logits(model, hidden_states(model, PackedBatch.build([Document(ids, 1)])))
+    assert (logits - truth).norm() > torch.finfo(torch.bfloat16).eps ** 0.5 * truth.norm()
+    with pytest.warns(UserWarning):
+        check(model, "it")
+
+
+@pytest.mark.parametrize("dropout", ["attention_dropout", "residual_dropout", "embedding_dropout"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_model_with_dropout_is_refused_when_it_is_loaded_to_be_trained(dropout, rank, tmp_path):
+    none = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
+    save(make_model("starcoder2", **none | {dropout: 0.1}), tmp_path)
+    with pytest.warns(UserWarning):
+        models.load(str(tmp_path), device="cpu")  # which can be measured
+    with pytest.raises(ValueError, match=f"says {dropout} 0.1, but the kit trains without dropout"):
+        models.load_to_train(str(tmp_path), device="cpu", lora_rank=rank)
+
+
+def test_tiles_are_refused_before_anything_is_loaded(tmp_path):
+    make_model("olmo2").config.save_pretrained(tmp_path)
+    Savings().check_layers(str(tmp_path))
+    Savings(tile_tokens=8).check_layers("tiny")
+    with pytest.raises(ValueError, match="tile_tokens is 8 but transformers computes the layers of a olmo2"):
+        Savings(tile_tokens=8).check_layers(str(tmp_path))
 
 
 REFUSED = {

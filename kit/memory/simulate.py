@@ -23,7 +23,7 @@ from kit.memory import live_bytes
 from kit.memory.live_bytes import Ledger
 from kit.models.attention import REGISTERED
 from kit.models.loading import load_config
-from kit.models.other_families import announce
+from kit.models.other_families import check_parts
 from kit.packing import PackedBatch
 from kit.ranks import Alone
 from kit.train.loss import LossOfRow
@@ -122,13 +122,13 @@ def fake_model(
     if qlora_rank:
         from kit.models.nf4 import simulate_quantised_decoder
 
-    announce(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         attention = REGISTERED["kit"]
         model = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=torch.bfloat16, trust_remote_code=False
         )
+        check_parts(model)
         if qlora_rank:
             simulate_quantised_decoder(model)
         if qlora_rank or lora_rank:

@@ -78,6 +78,6 @@ def _check_dropout(config: PreTrainedConfig, name: str) -> None:
     if drops:
         settings = ", ".join(f"{key} {value}" for key, value in drops.items())
         raise ValueError(
-            f"the config of {name} says {settings}, but the kit trains without dropout; set it to 0 in its "
+            f"the config of {name} says {settings}, but the kit trains without dropout; set that to 0 in its "
             "config.json (of a hub id: hf download ID --local-dir DIR, and pass DIR)"
         )

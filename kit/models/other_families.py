@@ -25,14 +25,39 @@ from kit.packing import Document, PackedBatch
 LENGTHS = (11, 5)  # tokens of the two documents that a model is checked on
 
 
-def announce(config: PreTrainedConfig) -> None:
-    """Warn if a model's layers are transformers'; once per family, however often its models are loaded."""
-    if family_of(config) is OTHER:
-        _announce(config.model_type)
+def check_parts(model: PreTrainedModel, name: str = "the model") -> None:
+    """Say who computes the layers, and check that the parts are there which the kit reaches for.
+
+    This needs no numbers: a plan checks it, too. Returns at once for FAMILIES. Raises ValueError for a part
+    that is missing, and for one that computes more than the kit does in its place.
+    """
+    if family_of(model.config, name) is not OTHER:
+        return
+    _announce(model.config.model_type)
+    if why := _odd_part(model):
+        raise ValueError(
+            f"{name} is a {model.config.model_type} model, and {why}; pass one of {', '.join(FAMILIES)}"
+        )
+
+
+def _odd_part(model: PreTrainedModel) -> str:
+    """Return what is missing or computes more; "" if nothing does."""
+    if model.get_output_embeddings().bias is not None:
+        return "its head has a bias"
+    backbone = getattr(model, "model", None)
+    for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
+        if not hasattr(backbone, part):
+            return f"it has no model.{part}"
+    if not all(hasattr(layer, "self_attn") for layer in backbone.layers):
+        return "some of its layers have no self_attn"
+    if type(backbone.embed_tokens) is not nn.Embedding:  # the head adds a lookup's gradient by itself
+        return f"its embedding is a {type(backbone.embed_tokens).__name__}"
+    return ""
 
 
 @cache
 def _announce(kind: str) -> None:
+    """Warn once per family, however often its models are loaded."""
     warnings.warn(
         f"transformers computes the layers of a {kind} model: the kit has its own for "
         f"{', '.join(FAMILIES)}. Attention and loss are the kit's; norms, rotations and feed-forwards are "
@@ -44,18 +69,15 @@ def _announce(kind: str) -> None:
 def check(model: PreTrainedModel, name: str) -> None:
     """Compare the model as the kit runs it with transformers' own forward. Return at once for FAMILIES.
 
-    The kit reads two documents as one pack, and the last token of one through a cache. Raises ValueError if
-    an attention, a layer or the logits differ by more than rounding, or if the model cannot be run so.
+    The kit reads two documents as one pack, and the last token of one through a cache. Raises ValueError as
+    check_parts does, if an attention, a layer or the logits differ by more than rounding, or if the model
+    cannot be run so.
     """
     if family_of(model.config, name) is not OTHER:
         return
-    announce(model.config)
+    check_parts(model, name)
     kind, known = f"{name} is a {model.config.model_type} model", ", ".join(FAMILIES)
     try:
-        if type(model.model.embed_tokens) is not nn.Embedding:  # the head adds a lookup's gradient by itself
-            raise TypeError(f"its embedding is a {type(model.model.embed_tokens).__name__}")
-        if model.get_output_embeddings().bias is not None:
-            raise TypeError("its head has a bias")
         errors = _errors(model)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{kind}, which cannot be run in packs: {error}\nPass one of {known}") from error
@@ -63,8 +85,8 @@ def check(model: PreTrainedModel, name: str) -> None:
     allowed = torch.finfo(model.get_output_embeddings().weight.dtype).eps ** 0.5
     if wrong := [error for error in errors if not error <= allowed]:
         raise ValueError(
-            f"{kind}, whose attention or logits are {max(wrong):.1%} away from transformers' if the kit "
-            f"computes them: the family does something else there; pass one of {known}"
+            f"{kind}, whose attention or logits are {100 * max(wrong):.3g}% away from transformers' if the "
+            f"kit computes them: the family does something else there; pass one of {known}"
         )
 
 

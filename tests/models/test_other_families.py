@@ -37,7 +37,6 @@ FAMILIES = {
     "exaone4": {"sliding_window": 7, "layer_types": MIXED},
 }
 WRONG = {  # a family -> what is wrong with it
-    "phi": ({}, "phi model, which cannot be run in packs: its head has a bias"),
     "stablelm": ({}, "stablelm model, which cannot be run in packs: this model was loaded for packed rows"),
 }
 
@@ -210,6 +209,22 @@ def test_tiles_are_refused_before_anything_is_loaded(tmp_path):
     Savings(tile_tokens=8).check_layers("tiny")
     with pytest.raises(ValueError, match="tile_tokens is 8 but transformers computes the layers of a olmo2"):
         Savings(tile_tokens=8).check_layers(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("phi", "its head has a bias"),
+        ("lfm2", "it has no model.norm"),
+        ("gemma", "its embedding is a GemmaTextScaledWordEmbedding"),
+    ],
+)
+def test_a_model_with_an_odd_part_is_refused_by_its_plan_and_when_it_is_loaded(kind, why):
+    model = make_model(kind)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"it is a {kind} model, and {why}; pass"):
+        check(model, "it")
+    with pytest.raises(ValueError, match=f"the model is a {kind} model, and {why}; pass"):
+        fake_model(model.config, 0)
 
 
 REFUSED = {

@@ -56,8 +56,12 @@ class RunPlan:
     @property
     def larger(self) -> Plan:
         """The phase that decides whether a card is large enough."""
-        sampling = self.at(1) if self.is_flexible else self.sampling
-        return max(filter(None, (self.update, sampling)), key=lambda phase: phase.peak)
+        return max(filter(None, (self.update, self.least_sampling)), key=lambda phase: phase.peak)
+
+    @property
+    def least_sampling(self) -> Plan:
+        """Sampling with as few answers at once as the run may do with."""
+        return self.at(1) if self.is_flexible else self.sampling
 
     @property
     def host(self) -> int:

@@ -238,7 +238,7 @@ def for_less(found: RunPlan) -> Iterator[str]:
     """Yield lines to print: what lowers training's need, each with those above it. All are simulated."""
     before = found.update
     for name, value in [("recompute", True), *entries_of(found.run)]:  # others need recomputation
-        if before.total < found.sampling.total:  # for which there are fewer slots: see RunPlan.describe
+        if before.total < found.least_sampling.total:  # then sampling decides: see RunPlan.describe
             return
         savings = as_savings([*asdict(before.savings).items(), (name, value)])
         if savings == before.savings:

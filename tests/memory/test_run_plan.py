@@ -143,6 +143,9 @@ def test_what_is_listed_for_less_needs_less_than_the_plan_and_than_the_line_abov
     assert lines[0].startswith("    --recompute") and len(lines) > 3
     between = replace(found.sampling, peak=found.update.peak - 1)  # sampling is the larger after one saving
     assert list(for_less(replace(found, at=lambda slots: between))) == lines[:1]
+    many = replace(found, num_slots=64, at=lambda slots: replace(between, peak=slots * between.peak))
+    assert list(for_less(replace(many, is_flexible=True))) == lines[:1]  # it may sample one answer at a time
+    assert list(for_less(replace(many, is_flexible=False))) == []
 
 
 def test_auto_reads_the_card_and_what_is_not_a_size_is_refused(monkeypatch):

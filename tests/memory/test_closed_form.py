@@ -5,6 +5,7 @@ import pytest
 from closed_form import formula
 from memory_table import ROWS, simulate
 from test_simulate import LEAN, SMALL
+from transformers import AutoConfig
 
 from kit.memory.simulate import plan
 from kit.models.loading import load_config
@@ -99,6 +100,13 @@ def test_the_plan_of_a_supported_model_agrees_with_the_formula(model, qlora_rank
     found = plan(model, row_tokens=4096, savings=savings, qlora_rank=qlora_rank)
     expected = sum(formula(load_config(model), 4096, savings, qlora_rank).values())
     assert expected == pytest.approx(found.peak, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:transformers computes the layers")
+def test_the_memory_table_takes_a_model_whose_layers_have_no_tiles(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoConfig.for_model("smollm3", vocab_size=97, pad_token_id=0, **sizes).save_pretrained(tmp_path)
+    assert simulate(str(tmp_path), "full", 64).savings == replace(ROWS["full"][0], tile_tokens=0)
 
 
 @pytest.mark.slow

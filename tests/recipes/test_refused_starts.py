@@ -4,6 +4,7 @@ import importlib
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from kit.config import parse
 
@@ -70,6 +71,20 @@ def test_a_file_to_learn_from_that_is_missing_is_named_before_benchmarks_are_fet
     flags = ["--smoke", *flags, "--benchmarks=math500=nowhere.jsonl"]
     with pytest.raises(ValueError, match=r"no file absent\.jsonl here"):
         recipe.main(parse(recipe.Config, flags, smoke=recipe.SMOKE))
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
+@pytest.mark.parametrize("name", ["gemma3_1b_8k", "grpo_qwen2_5_0_5b"])
+def test_tiles_of_layers_that_transformers_computes_are_refused_before_anything_is_loaded(
+    name, plan, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    AutoConfig.for_model("olmo2").save_pretrained(tmp_path / "model")  # without weights and tokenizer
+    recipe = importlib.import_module(f"kit.recipes.{name}")
+    flags = ["--smoke", "--model=model", "--recompute", "--tile_tokens=64", "--out=run", *plan]
+    with pytest.raises(ValueError, match=r"tile_tokens is 64 but transformers .* a olmo2 model"):
+        recipe.main(parse(recipe.Config, flags, smoke=recipe.SMOKE))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ WRONG = {  # a family -> what is wrong with it
 
 
 @pytest.fixture(autouse=True)
-def not_warned_so_far():
-    other_families._warn_of.cache_clear()
+def nothing_was_announced():
+    other_families._announce.cache_clear()
 
 
 def make_model(kind, **settings):
@@ -133,11 +133,6 @@ def test_sampled_tokens_are_those_of_transformers_generate(kind):
     for prompt, completion in zip(prompts, found, strict=True):
         settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 96, "pad_token_id": 0}
         assert completion.ids == model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-
-
-@pytest.fixture(autouse=True)
-def _first_of_its_family():
-    other_families._announce.cache_clear()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

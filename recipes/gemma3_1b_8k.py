@@ -91,12 +91,11 @@ SMOKE = {
 
 @clean_up_if_refused
 def main(config: Config) -> None:
-    config, planned = config.with_attention(config.model), None
+    config, planned = config.with_attention(config.model).for_layers_of(config.model), None
     asked = config.held if config.gpu_gib else vars(config)  # gpu_gb chooses the others
     savings = part_of(config, Savings)
     savings.check_clipping(asked.get("max_grad_norm", 0.0))
     savings.check_rows(asked.get("batch_traces", 1))
-    savings.check_layers(config.model)
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     savings = part_of(config, Savings)

@@ -205,8 +205,7 @@ def main(config: Config) -> None:
     if config.benchmarks:
         evaluate.benchmarks.find_benchmarks(config.benchmarks)  # a wrong name, before a minute's plan
     rewards, files = rl.load_rewards(config.reward, REWARDS)
-    part_of(config, Savings).check_layers(config.model)
-    config, planned = config.with_attention(config.model), None
+    config, planned = config.with_attention(config.model).for_layers_of(config.model), None
     if config.gpu_gib or config.plan:
         config, planned = plan_memory(config)
     if config.plan:

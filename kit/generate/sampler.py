@@ -75,15 +75,15 @@ def generate(
 ) -> list[Completion]:
     """Sample one completion per prompt, and return them in the order of the prompts.
 
-    model: a transformers model of kit.models.families.FAMILIES. prompts: token ids.
+    model: as kit.models.load returns it. prompts: token ids.
     num_slots: rows decoded at once; 0 = as many as memory holds. Fewer are used, and a line says so, if a
     card does not hold them. keys: with `seed` the name of each prompt's random stream, for example
     (question id, sample index); None = the prompt's index.
     cuda_graphs: on a card, replay the step of a token (kit/generate/graph.py); off: launch its kernels.
     decode: ids -> text. on_finish(index, completion): called when a completion ends. description: of the
     progress; "" = show none.
-    Raises ValueError for an unknown family, an empty prompt, and logits that are not finite, and if a prompt
-    and max_new_tokens exceed the model's context.
+    Raises ValueError for a family that cannot be run, an empty prompt, and logits that are not finite, and if
+    a prompt and max_new_tokens exceed the model's context.
     """
     done: list[Completion | None] = [None] * len(prompts)
     how = {"num_slots": num_slots, "seed": seed, "eos_token_id": eos_token_id, "keys": keys}

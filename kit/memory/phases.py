@@ -60,7 +60,7 @@ class RunPlan:
 
     @property
     def least_sampling(self) -> Plan:
-        """Sampling with as few answers at once as the run may do with."""
+        """Sampling with the fewest answers at once that the run allows."""
         return self.at(1) if self.is_flexible else self.sampling
 
     @property

@@ -32,7 +32,7 @@ REGISTERED = {"kit": "kit", "varlen": "kit_varlen", "torch": "kit_torch"}
 MAX_FLASH_HEAD_DIM = 256  # of FlashAttention-2
 OURS, VARLEN = "ours", "torch varlen"  # what check_card's results call kit and varlen
 # what layers pass to an attention that does not change what it computes in a pack
-WITHOUT_EFFECT = {"dropout", "position_ids", "use_cache", "is_causal", "output_attentions", "return_dict"}
+WITHOUT_EFFECT = {"position_ids", "use_cache", "is_causal", "output_attentions", "return_dict"}
 OPTIONS = ("scale", "window_size", "enable_gqa")  # of varlen_attn; torch 2.12 has all of them, 2.10 none
 
 
@@ -61,21 +61,23 @@ def attend(
     *,
     window: int | None,
     scale: float,
+    dropout: float,
 ) -> torch.Tensor:
     """Attend within the documents of a pack, for a model's attention module.
 
     q (T, Hq, D), k and v (T, Hkv, D) -> (T, Hq, D). A model that was loaded with an attention of
     transformers' gets the kit's. Raises ValueError without boundaries, and for dropout.
     """
-    if module.training and module.attention_dropout:
+    if dropout:
         raise ValueError(
-            f"attention dropout is {module.attention_dropout} but packed attention has none; set "
-            "attention_dropout to 0 in the config"
+            f"attention dropout is {dropout} but packed attention has none; set attention_dropout to 0 in "
+            "the config"
         )
     if cu_seqlens is None:
         raise ValueError(
-            "this model was loaded for packed rows; run it with kit.models.hidden_states or "
-            'kit.generate.sampler, or call model.set_attn_implementation("sdpa") before using it on its own'
+            "no boundaries of documents reach the model's attention, which is for packed rows; run the model "
+            "with kit.models.hidden_states or kit.generate.sampler, or call "
+            'model.set_attn_implementation("sdpa") before using it on its own'
         )
     function = BY_NAME.get(module.config._attn_implementation, packed_attention)
     return function(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scale)
@@ -88,6 +90,7 @@ def _interface(
     value,
     attention_mask,
     *,
+    dropout=0.0,
     scaling=None,
     sliding_window=None,
     cu_seqlens=None,
@@ -101,11 +104,12 @@ def _interface(
     and no boundaries, each row adds one token to it: (B, Hq, 1, D) -> (B, 1, Hq, D).
     Raises ValueError for what the kit's attention does not compute, such as scores that are capped.
     """
+    others |= {"attention_mask": attention_mask}  # the kit builds none, so it would be the family's own
     unknown = [name for name, value in others.items() if value is not None and name not in WITHOUT_EFFECT]
     if unknown:
         raise ValueError(
             f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which the kit's does not "
-            "compute; pass another model"
+            "compute"
         )
     if cache is not None and cu_seqlens is None:
         q, k, v = (x.squeeze(2) for x in (query, key, value))
@@ -116,15 +120,14 @@ def _interface(
         if sliding_window != (seen := layer_windows(module.config)[module.layer_idx]):
             raise ValueError(
                 f"layer {module.layer_idx} attends to {sliding_window} positions and its config says {seen}, "
-                "which is what the cache holds; pass another model"
+                "which is what the cache holds"
             )
         cache.store(module.layer_idx, k, v)
-    settings = {"window": sliding_window, "scale": scaling}
+    settings = {"window": sliding_window, "scale": scaling, "dropout": dropout}
     return attend(module, q, k, v, cu_seqlens, max_seqlen, **settings).unsqueeze(0), None
 
 
-# No mask function has these names, so transformers builds no mask. If one had, transformers would first ask
-# the device whether the positions are of one text, once per forward pass and kind of layer.
+# No mask function gets these names, so transformers builds no mask, and need not ask the device for one.
 for _name in BY_NAME:
     AttentionInterface.register(_name, _interface)
 

@@ -59,7 +59,8 @@ def by_transformers(model: PreTrainedModel, x: torch.Tensor, position_ids: torch
             f"the model's attention is {kind}, which would let the documents of a pack see each other; load "
             "the model with kit.models.load"
         )
-    run = model.model(inputs_embeds=x, position_ids=position_ids, use_cache=False, **arguments)
+    how = {"use_cache": False, "return_dict": True}
+    run = model.model(inputs_embeds=x, position_ids=position_ids, **how, **arguments)
     scale = getattr(model.config, "logit_scale", 1.0) / getattr(model.config, "logits_scaling", 1.0)
     return run.last_hidden_state if scale == 1 else run.last_hidden_state * scale
 

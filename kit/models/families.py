@@ -77,7 +77,9 @@ def _obstacle(config: PreTrainedConfig) -> str:
     """Return why the kit cannot run a model of another family; "" if its config shows no reason."""
     kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     rotation = getattr(config, "rope_parameters", None) or {}
-    rotations = {each.get("rope_type") for each in (rotation, *rotation.values()) if isinstance(each, dict)}
+    # with "alpha", as Hunyuan has it, a dynamic rotation is the same for every text
+    parameters = [each for each in (rotation, *rotation.values()) if isinstance(each, dict)]
+    rotations = {each.get("rope_type") for each in parameters if not each.get("alpha")}
     missing = [size for size in SIZES if not isinstance(getattr(config, size, None), int)]
     if config.sub_configs:
         return "it reads images or sound, too"
@@ -89,7 +91,7 @@ def _obstacle(config: PreTrainedConfig) -> str:
         return "its attention caps scores by a tanh"
     if moving := rotations & MOVING:
         return f"its rotation, {moving.pop()}, depends on the longest text that is read with it"
-    return f"its config has no {missing[0]}" if missing else ""
+    return f"its config has no single {missing[0]}" if missing else ""
 
 
 def head_dim(config: PreTrainedConfig) -> int:

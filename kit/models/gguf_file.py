@@ -197,16 +197,21 @@ def rotation_factors(config: PreTrainedConfig) -> Tensor:
     return (rotation["rope_theta"] ** -powers / scaled.double()).float()
 
 
+def check_readable(path: Path, config: PreTrainedConfig) -> None:
+    """Raise ValueError for a family without a layout: transformers may read its weights wrongly."""
+    if config.model_type not in LAYOUTS:
+        raise ValueError(
+            f"{path} holds a {config.model_type} model but the kit reads GGUF files of {', '.join(LAYOUTS)} "
+            "only; pass the model's Hugging Face folder or hub id"
+        )
+
+
 def restore_rotation(path: Path, config: PreTrainedConfig) -> None:
     """Give a config that transformers read from a GGUF file the scaled rotation that the file holds, if any.
 
     Raises ValueError if the factors are not Llama 3's, and for a family without a layout.
     """
-    if config.model_type not in LAYOUTS:
-        raise ValueError(
-            f"{path} holds a {config.model_type} model but GGUF files are read of {', '.join(LAYOUTS)}; pass "
-            "the model's Hugging Face folder or hub id"
-        )
+    check_readable(path, config)
     if not LAYOUTS[config.model_type].scales_rotation:  # a vocabulary takes seconds to read
         return
     import gguf

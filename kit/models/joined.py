@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.models.families import FAMILIES
+from kit.models.families import OTHER, family_of
 
 
 class Joined:
@@ -53,7 +53,7 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 @torch.no_grad()
 def join(model: nn.Module, device: torch.device) -> None:
     """Move the plain projections of each layer to a device, those of one input side by side."""
-    if model.config.model_type not in FAMILIES:  # the token step of others calls each projection
+    if family_of(model.config) is OTHER:  # the token step of others calls each projection
         return
     for layers in (group for layer in model.model.layers for group in siblings(layer)):
         if not _are_plain(layers):

@@ -132,6 +132,7 @@ class Attention(nn.Module):
         if cache is not None:
             cache.store(module.layer_idx, k, v)
         settings = {"window": getattr(module, "sliding_window", None), "scale": module.scaling}
+        settings["dropout"] = module.attention_dropout if module.training else 0.0
         return module.o_proj(attend(module, q, k, v, cu_seqlens, max_seqlen, **settings).flatten(1))[None]
 
 

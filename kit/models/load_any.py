@@ -23,8 +23,8 @@ def load(
     is loaded with its base: in NF4 if the kit trained them on NF4, plain otherwise (kit.models.lora).
     device: None = the card if there is one. dtype: None = bf16 on a card, fp32 on a CPU. attention: one of
     kit.models.attention.CHOICES.
-    Raises ValueError for a path that does not exist, for an unknown family, for weights that are missing or
-    not finite, and for an attention that cannot run here.
+    Raises ValueError for a path that does not exist, for a family that cannot be run, for weights that are
+    missing or not finite, and for an attention that cannot run here.
     """
     device = torch.device(device or default_device())
     where = {"device": device, "dtype": dtype or default_dtype(device), "attention": attention}
@@ -44,14 +44,14 @@ def load_to_train(
 
     qlora_rank: > 0 = the rank of the adapters, which are drawn from `seed`, on weights in NF4. lora_rank: the
     same on the weights as they are. where: device, dtype and attention, as for `load`.
-    Raises ValueError as `load` does, for adapters that the kit did not train, and for a model that was made
-    with dropout, which the kit's training has not.
+    Raises ValueError as `load` does, for adapters that the kit did not train, and for a config with dropout,
+    which the kit does not support in training.
     """
     if qlora_rank and lora_rank:
         raise ValueError(f"qlora_rank is {qlora_rank} and lora_rank {lora_rank}; pass one of them")
     if not (qlora_rank or lora_rank):
         model, tokenizer = load(name, **where)
-        _check_dropout(model.config, name)
+        check_dropout(model.config, name)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError(
                 f"{name} holds adapters that the kit did not train: they can be evaluated but not trained "
@@ -64,11 +64,11 @@ def load_to_train(
     model, tokenizer = qlora.load(
         name, rank=qlora_rank or lora_rank, nf4=bool(qlora_rank), seed=seed, **where
     )
-    _check_dropout(model.config, name)
+    check_dropout(model.config, name)
     return model, tokenizer
 
 
-def _check_dropout(config: PreTrainedConfig, name: str) -> None:
+def check_dropout(config: PreTrainedConfig, name: str) -> None:
     """Raise ValueError for dropout, whose names differ between families. A classifier's has no effect."""
     drops = {
         key: value
@@ -78,6 +78,6 @@ def _check_dropout(config: PreTrainedConfig, name: str) -> None:
     if drops:
         settings = ", ".join(f"{key} {value}" for key, value in drops.items())
         raise ValueError(
-            f"the config of {name} says {settings}, but the kit trains without dropout; set that to 0 in its "
-            "config.json (of a hub id: hf download ID --local-dir DIR, and pass DIR)"
+            f"the config of {name} says {settings}, but the kit trains without dropout; set it to 0 in the "
+            "model's config.json (of a hub id: hf download ID --local-dir DIR, and pass DIR)"
         )

@@ -106,13 +106,13 @@ class _Recomputed:
     def layer(self) -> DecoderLayer:
         return layer_of(self.module)
 
-    def __call__(self, forward: partial, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer's output. forward: the layer's own, bound to this call's keyword arguments."""
+    def __call__(self, layer_forward: partial, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer's output. layer_forward: its own, bound to this call's keyword arguments."""
         if torch.is_autocast_enabled(x.device.type):
             raise ValueError(
                 "the recompute does not repeat autocast; load the model in bfloat16 and leave autocast off"
             )
-        if forward.keywords.get("cu_seqlens") is None:
+        if layer_forward.keywords.get("cu_seqlens") is None:
             raise ValueError(
                 "the recompute knows packed rows only; run the model with kit.models.hidden_states, or call "
                 "kit.train.recompute.keep_activations(model) first"
@@ -124,9 +124,9 @@ class _Recomputed:
                 )
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if torch.is_grad_enabled() and (x.requires_grad or parameters):
-            return _LayerFunction.apply(self, forward, x, *parameters)
+            return _LayerFunction.apply(self, layer_forward, x, *parameters)
         with torch.no_grad():
-            return self.forward(x, forward)
+            return self.forward(x, layer_forward)
 
     def _normed(self, x: torch.Tensor) -> torch.Tensor:
         """Return what the attention reads."""
@@ -134,14 +134,14 @@ class _Recomputed:
         self.tiles.run(self.layer.before, x, normed)
         return normed
 
-    def forward(self, x: torch.Tensor, whole: partial) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layer_forward: partial) -> torch.Tensor:
         """Compute the layer without a graph. Allocates one (T, H) besides x and what the attention needs.
 
-        whole: as in __call__; for another family's layer, all there is.
+        layer_forward: as in __call__.
         """
         if not self.is_ours:
-            return whole(x)
-        h = self.layer.attention(self._normed(x), **whole.keywords)
+            return layer_forward(x)
+        h = self.layer.attention(self._normed(x), **layer_forward.keywords)
         if self.layer.has_norm_after:
             self.tiles.run(self.layer.after, h, h)
         h.add_(x)
@@ -149,7 +149,7 @@ class _Recomputed:
         return h
 
     def backward(
-        self, x, whole: partial, dout, needs_dx: bool, when_lean: Callable[[], None] | None
+        self, x, layer_forward: partial, dout, needs_dx: bool, when_lean: Callable[[], None] | None
     ) -> tuple[torch.Tensor | None, Gradients]:
         """Return dx, or None if it is not needed, and the gradients of the trainable parameters in use.
 
@@ -163,7 +163,7 @@ class _Recomputed:
         gradients: Gradients = {}
         if not self.is_ours:
             dx = torch.empty_like(x) if needs_dx else None
-            self.tiles.differentiate(_Whole(self.module, whole), x, dout, dx, gradients)
+            self.tiles.differentiate(_Whole(self.module, layer_forward), x, dout, dx, gradients)
             if when_lean is not None:
                 when_lean()
             return dx, gradients
@@ -174,7 +174,7 @@ class _Recomputed:
         leaves = leaves_of(attention)
         with torch.enable_grad(), recomputed(normed, partial(self._normed, x)):
             entering = catch_gradient(normed, dnormeds) if needs_dx or trainable(before) else normed
-            attended = functional_call(attention, leaves, (entering,), whole.keywords)
+            attended = functional_call(attention, leaves, (entering,), layer_forward.keywords)
         del normed, entering
 
         # h
@@ -207,24 +207,24 @@ class _Recomputed:
 class _Whole(nn.Module):
     """Another family's layer, as a function of its input alone."""
 
-    def __init__(self, layer: nn.Module, forward: partial):
+    def __init__(self, layer: nn.Module, layer_forward: partial):
         super().__init__()
-        self.layer, self.compute = layer, forward
+        self.layer, self.layer_forward = layer, layer_forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.compute(x)
+        return self.layer_forward(x)
 
 
 class _LayerFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, layer: _Recomputed, whole: partial, x: torch.Tensor, *parameters: nn.Parameter):
-        ctx.layer, ctx.whole, ctx.parameters = layer, whole, parameters
+    def forward(ctx, layer: _Recomputed, layer_forward: partial, x: torch.Tensor, *parameters: nn.Parameter):
+        ctx.layer, ctx.layer_forward, ctx.parameters = layer, layer_forward, parameters
         if layer.host is None:
             ctx.save_for_backward(x)
-            return layer.forward(x, whole)
+            return layer.forward(x, layer_forward)
 
         ctx.kept = layer.host.keep(x.detach(), layer.index, on_device=layer.is_last)
-        out = layer.forward(x, whole)
+        out = layer.forward(x, layer_forward)
         if layer.is_last:
             layer.host.flush()
         return out
@@ -235,7 +235,7 @@ class _LayerFunction(torch.autograd.Function):
         host = ctx.layer.host
         x = ctx.saved_tensors[0] if host is None else host.fetch(ctx.kept)
         when_lean = None if host is None else partial(host.prefetch, ctx.kept)
-        dx, gradients = ctx.layer.backward(x, ctx.whole, dout, ctx.needs_input_grad[2], when_lean)
+        dx, gradients = ctx.layer.backward(x, ctx.layer_forward, dout, ctx.needs_input_grad[2], when_lean)
         if host is not None:
             host.done(ctx.kept)
         return None, None, dx, *(gradients.pop(parameter, None) for parameter in ctx.parameters)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from kit.config import Checked
+
+Settings = TypeVar("Settings", bound="Savings")
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,28 @@ class Savings(Checked):
                 f"head_update is blocked but {count} ranks sum whole gradients; pass --head_update whole"
             )
 
-    def check_layers(self, model: str) -> None:
-        """Raise ValueError for tiles of a model whose layers transformers computes."""
-        if not self.tile_tokens:
-            return
+    def for_layers_of(self: Settings, model: str) -> Settings:
+        """Return the settings without a preset's tiles if transformers computes the layers of this model.
+
+        Raises ValueError if such tiles were typed, and for a model that cannot be trained: one with dropout,
+        or a GGUF file of a family without a layout.
+        """
         from kit.models.families import OTHER, family_of  # import torch: not before flags are read
-        from kit.models.loading import load_config
+        from kit.models.gguf_file import check_readable
+        from kit.models.load_any import check_dropout
+        from kit.models.loading import load_config, path_of
 
         config = load_config(model)
-        if family_of(config, model) is OTHER:
-            raise ValueError(
-                f"tile_tokens is {self.tile_tokens} but transformers computes the layers of a "
-                f"{config.model_type} model, each as a whole; pass --tile_tokens 0"
-            )
+        check_dropout(config, model)
+        if model.endswith(".gguf"):
+            check_readable(path_of(model), config)
+        if not self.tile_tokens or family_of(config, model) is not OTHER:
+            return self
+        why = f"transformers computes the layers of a {config.model_type} model, each as a whole"
+        if "tile_tokens" in getattr(self, "typed", vars(self)):
+            raise ValueError(f"tile_tokens is {self.tile_tokens} but {why}; pass --tile_tokens 0")
+        print(f"tiles       none: {why}")
+        return replace(self, tile_tokens=0)
 
     def check_saving(self, save_fp32: bool) -> None:
         """Raise ValueError if a model cannot be saved with more bits than bf16 has."""

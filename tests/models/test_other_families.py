@@ -1,6 +1,7 @@
 """Families that transformers computes, with the kit's attention: against transformers alone."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from kit.generate.decode import make_decoder
 from kit.generate.kv_cache import SlotCache
 from kit.generate.sampler import generate
 from kit.generate.sampling import SamplingParams
+from kit.kernels.packed_attention import packed_attention
+from kit.memory.settings import PlanSettings
 from kit.memory.simulate import fake_model
-from kit.models import other_families
+from kit.models import attention, other_families
 from kit.models.backbone import hidden_states, next_token_logits
 from kit.models.families import OTHER, family_of
 from kit.models.other_families import check
@@ -36,8 +39,16 @@ FAMILIES = {
     "cohere2": {"logit_scale": 0.2, "sliding_window": 7, "layer_types": MIXED},
     "exaone4": {"sliding_window": 7, "layer_types": MIXED},
 }
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+LATENT |= {"v_head_dim": 16, "num_key_value_heads": 4}
 WRONG = {  # a family -> what is wrong with it
-    "stablelm": ({}, "stablelm model, which cannot be run in packs: this model was loaded for packed rows"),
+    "stablelm": ({}, "stablelm model, which cannot be run in packs: no boundaries of documents reach"),
+    "diffllama": ({}, "diffllama model, whose attention or logits are .* away from transformers'"),
+    "hyperclovax": ({"logits_scaling": 0.5}, "whose attention or logits are .* away from transformers'"),
+    "youtu": (
+        LATENT,
+        r"keys and values of a token are \(4, 16\) and \(4, 16\), and its config says \(4, 8\)",
+    ),
 }
 
 
@@ -136,7 +147,7 @@ def test_sampled_tokens_are_those_of_transformers_generate(kind):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_loading_says_once_who_computes_the_layers_and_checks_what_they_compute(kind, tmp_path):
+def test_loading_says_once_who_computes_the_layers(kind, tmp_path):
     save(make_model(kind), tmp_path)
     with pytest.warns(UserWarning, match=f"transformers computes the layers of a {kind} model") as said:
         model, _ = models.load(str(tmp_path), device="cpu")
@@ -198,12 +209,37 @@ def test_a_model_with_dropout_is_refused_when_it_is_loaded_to_be_trained(dropout
         models.load_to_train(str(tmp_path), device="cpu", lora_rank=rank)
 
 
-def test_tiles_are_refused_before_anything_is_loaded(tmp_path):
+@dataclass(frozen=True)
+class Chosen(PlanSettings, Savings):
+    """Settings of a recipe: those that are not in `typed` come from a preset."""
+
+
+def test_typed_tiles_are_refused_before_anything_is_loaded_and_a_presets_are_left_out(tmp_path, capsys):
     make_model("olmo2").config.save_pretrained(tmp_path)
-    Savings().check_layers(str(tmp_path))
-    Savings(tile_tokens=8).check_layers("tiny")
-    with pytest.raises(ValueError, match="tile_tokens is 8 but transformers computes the layers of a olmo2"):
-        Savings(tile_tokens=8).check_layers(str(tmp_path))
+    other, eight = str(tmp_path), Savings(tile_tokens=8)
+    assert Savings().for_layers_of(other) == Savings() and eight.for_layers_of("tiny") is eight
+    for typed in (eight, Chosen(tile_tokens=8, typed=("tile_tokens",))):
+        with pytest.raises(
+            ValueError, match="tile_tokens is 8 but transformers computes the layers of a olmo2"
+        ):
+            typed.for_layers_of(other)
+    assert Chosen(tile_tokens=8).for_layers_of(other) == Chosen()
+    assert "tiles       none: transformers computes the layers of a olmo2 model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_in_every_dtype_rounding_passes_the_check_and_sharper_attention_does_not(kind, dtype, monkeypatch):
+    model = make_model(kind).to(dtype)
+    with pytest.warns(UserWarning):
+        check(model, "it")
+
+    def sharper(*args, scale, **kwargs):
+        return packed_attention(*args, scale=1.5 * scale, **kwargs)
+
+    monkeypatch.setitem(attention.BY_NAME, "kit", sharper)
+    with pytest.raises(ValueError, match=r"attention or logits are .* away from"):
+        check(model, "it")
 
 
 @pytest.mark.parametrize(
@@ -223,7 +259,7 @@ def test_a_model_with_an_odd_part_is_refused_by_its_plan_and_when_it_is_loaded(k
 
 
 REFUSED = {
-    "gpt2": ({}, "its config has no num_key_value_heads"),
+    "gpt2": ({}, "its config has no single num_key_value_heads"),
     "gemma2": ({}, "its attention caps scores by a tanh"),
     "gemma3": ({}, r"it reads images or sound, too; .* one of .*google/gemma-3-1b-it\)"),
     "qwen3_moe": ({}, "its feed-forwards are mixtures of experts"),

@@ -84,8 +84,8 @@ class Plan:
             f"{self.title}: {self.total / GIB:.2f} GiB (simulated)",
             f"  switched on: {as_flags(self.savings.switched_on) or 'nothing but the defaults'}",
             f"  peak of tensors {self.peak / GIB:.2f} GiB in: {self.when}; assumed on top: "
-            f"{self.slack / GIB:.2f} GiB of slack, {CONTEXT / GIB:.2f} for CUDA; in CPU memory "
-            f"{self.host / GIB:.2f}",
+            f"{self.slack / GIB:.2f} GiB of slack, {CONTEXT / GIB:.2f} GiB for CUDA; in CPU memory "
+            f"{self.host / GIB:.2f} GiB",
             *(f"    {owner:<18}{num_bytes / GIB:7.2f} GiB" for owner, num_bytes in self.largest()),
         ]
         return "\n".join(lines[:1] + lines[2:] if self.what else lines)

@@ -298,9 +298,13 @@ def test_tiles_are_refused_where_layers_are_transformers():
 
 
 def test_what_an_attention_cannot_compute_is_refused_by_name():
-    model = make_model("olmo2")
+    model, ids = make_model("olmo2"), torch.tensor([[3, 4]])
     with pytest.raises(ValueError, match="Olmo2Attention asks its attention for softcap, which"):
-        model.model(input_ids=torch.tensor([[3, 4]]), use_cache=False, softcap=50.0)
+        model.model(input_ids=ids, use_cache=False, softcap=50.0)
+    layer, angles = model.model.layers[0], model.model.rotary_emb(torch.zeros(1, 2, 32), ids)
+    x, mask = torch.zeros(1, 2, 32).double(), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="Olmo2Attention asks its attention for attention_mask, which"):
+        layer(x, attention_mask=mask, position_embeddings=angles)
     model.config.sliding_window = 3  # which its layers do not have
     cache = SlotCache(model, 1, 8)
     cache.at_prefill([0], [0], [2])

@@ -147,7 +147,7 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq_out, dk_out):
-        # New tensors: torch forbids to change the gradients that come in, as another operation may use them.
+        # New tensors: torch forbids changing the gradients that come in, as another operation may use them.
         # In place, a step of Gemma-3-1B or Qwen2.5-1.5B would peak at the same byte (simulated).
         return *_backward(side_by_side(dq_out), side_by_side(dk_out), *ctx.saved_tensors), None, None
 

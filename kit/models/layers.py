@@ -131,9 +131,10 @@ class Attention(nn.Module):
         q, k, v = self.heads(x.squeeze(0), *(angles.squeeze(0) for angles in position_embeddings))
         if cache is not None:
             cache.store(module.layer_idx, k, v)
+        dropout = module.attention_dropout if module.training else 0.0
         settings = {"window": getattr(module, "sliding_window", None), "scale": module.scaling}
-        settings["dropout"] = module.attention_dropout if module.training else 0.0
-        return module.o_proj(attend(module, q, k, v, cu_seqlens, max_seqlen, **settings).flatten(1))[None]
+        states = attend(module, q, k, v, cu_seqlens, max_seqlen, dropout=dropout, **settings)
+        return module.o_proj(states.flatten(1))[None]
 
 
 class FeedForward(nn.Module):

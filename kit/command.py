@@ -177,20 +177,19 @@ def _clean_up() -> str:
 
 
 def together(work: Callable[[], Value]) -> Value:
-    """Return work(), once every rank has done its own. If Ctrl-C ends one, all raise KeyboardInterrupt."""
-    if ranks.here().count == 1:
-        return work()
-    value, is_stopped = None, LetFinish.unheard
-    try:
-        value = None if is_stopped else work()
-    except KeyboardInterrupt:
-        is_stopped = True
+    """Return work(), once every rank has done its own. If Ctrl-C ends one, all raise KeyboardInterrupt.
+
+    Ctrl-C ends work() at once, also within LetFinish, and work() does not begin if it has come before.
+    """
+    value = None
     with LetFinish("the wait for other ranks") as interrupt:  # it must not be left half done
-        interrupt.asked = interrupt.asked or is_stopped
+        try:
+            value = interrupt.at_once(work)
+        except KeyboardInterrupt:
+            LetFinish.asked = True
         ranks.here().gather("done")  # is the wait; whoever is stopped meanwhile says so to all
-        is_stopped = interrupt.agreed()
-    if is_stopped:
-        raise KeyboardInterrupt
+        if interrupt.agreed():
+            raise KeyboardInterrupt
     return value
 
 
@@ -199,36 +198,46 @@ class LetFinish:
 
     A second Ctrl-C stops at once. It has no effect outside the main thread, where Python handles signals.
     Several ranks must stop after the same step: `agreed` tells. What comes while they agree, they agree on
-    the next time.
+    the next time, also in another context: all share `asked`, until an exception leaves one of them.
     """
 
-    unheard = False  # whether Ctrl-C has reached this rank, and no other rank knows
+    asked = False
 
     def __init__(self, what: str):
         self.what = what  # is finished first, such as "step 4 and its checkpoint"
-        self.asked = self.is_agreed = False
 
     def __enter__(self) -> LetFinish:
-        self.asked, LetFinish.unheard = LetFinish.unheard, False
         self.in_main = threading.current_thread() is threading.main_thread()
-        if self.in_main:
-            self.before = signal.signal(signal.SIGINT, self._ask)
+        self.before = self._handle_with(self._ask)
         return self
 
+    def _handle_with(self, handler):
+        """Return the handler that this one replaces."""
+        return signal.signal(signal.SIGINT, handler) if self.in_main else None
+
     def _ask(self, *_) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        LetFinish.asked = True
+        self._handle_with(signal.default_int_handler)
         print(f"\nfinishing {self.what}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    def at_once(self, work: Callable[[], Value]) -> Value:
+        """Return work(), which Ctrl-C ends with KeyboardInterrupt, also one that came before."""
+        try:
+            self._handle_with(signal.default_int_handler)
+            if self.asked:
+                raise KeyboardInterrupt
+            return work()
+        finally:
+            self._handle_with(self._ask)
 
     def agreed(self) -> bool:
         """Return whether Ctrl-C has reached any rank. All of them must call this, at the same place."""
-        self.is_agreed = any(ranks.here().gather(self.asked))
-        return self.is_agreed
+        return any(ranks.here().gather(self.asked))
 
-    def __exit__(self, *_) -> None:
-        LetFinish.unheard = self.asked and not self.is_agreed and ranks.here().count > 1
-        if self.in_main:
-            signal.signal(signal.SIGINT, self.before)
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self._handle_with(self.before)
+        if kind is not None:
+            LetFinish.asked = False
 
 
 def finish(report: Path, effect: str, command: str, *words: str) -> None:

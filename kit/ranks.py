@@ -328,7 +328,7 @@ def end(error: BaseException, text: str, status: int) -> None:
             _here.watch.join(LOST_AFTER + 2 * BEAT_EVERY)  # it learns which rank is gone, and ends this one
         if isinstance(error, KeyboardInterrupt) and not _here.is_first:
             time.sleep(SAID_WITHIN)  # all have it, and rank 0 may have a tracker to close
-        _here.fail(" ".join(f"{type(error).__name__}: {error}".split()))
+        _here.fail(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
     try:
         if not is_started_first():
             if isinstance(error, KeyboardInterrupt):

@@ -37,7 +37,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
-from kit.command import LetFinish, together
+from kit.command import together
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question
 from kit.generate.sampler import generate
@@ -159,12 +159,7 @@ def rollout(policy: Policy, prompts: Sequence[Question]) -> list[Episode]:
             ]
         return episodes
 
-    episodes = together(sample_and_judge)
-    with LetFinish("this rollout") as interrupt:
-        episodes = gathered(episodes)
-        is_stopped = interrupt.agreed()
-    if is_stopped:
-        raise KeyboardInterrupt
+    episodes = gathered(together(sample_and_judge))
     policy.drawn += len(prompts)
     return episodes
 

@@ -88,8 +88,7 @@ def train(
             return rollout(policy, prompts)
         except KeyboardInterrupt:
             if step - 1 > saved:
-                with LetFinish("a checkpoint"):
-                    save(step - 1)
+                save(step - 1)
             kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
             raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
 
@@ -130,31 +129,29 @@ def train(
         print_line(line(step, steps, found, speed))
         return f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s"
 
-    with Progress("GRPO", "steps", steps, done) as progress:
-        for step in range(done + 1, steps + 1):
-            start = time.perf_counter()
-            try:
-                prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
-                episodes = sample_or_stop(step, prompts)
-                seconds = time.perf_counter() - start
-                with LetFinish("this update, then a checkpoint") as interrupt:
+    with LetFinish("this update, then a checkpoint") as interrupt:
+        with Progress("GRPO", "steps", steps, done) as progress:
+            for step in range(done + 1, steps + 1):
+                start = time.perf_counter()
+                try:
+                    prompts = draw(questions, policy.drawn, batch_prompts, seed=policy.settings.seed)
+                    episodes = sample_or_stop(step, prompts)
+                    seconds = time.perf_counter() - start
                     progress.update(learn(step, prompts[0], episodes, seconds))
                     due = checkpoint_every and step % checkpoint_every == 0 and step < steps
-                    if interrupt.agreed() or due:
+                    stops = interrupt.agreed()
+                    if due or stops:
                         save(step)
-                    is_stopped = interrupt.agreed()  # also by a Ctrl-C that came while ranks waited
-                    if is_stopped and saved < step:
-                        save(step)
-            except torch.OutOfMemoryError as error:
-                raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-            if is_stopped:
-                raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
+                except torch.OutOfMemoryError as error:
+                    raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
+                if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
+                    raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
-    rests = checkpoint.rests_of(policy.optimizer) if save_fp32 else None
-    policy.close()
-    run.metrics.sync()
-    samples.sync()
-    checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name, rests)
+        rests = checkpoint.rests_of(policy.optimizer) if save_fp32 else None
+        policy.close()
+        run.metrics.sync()
+        samples.sync()
+        checkpoint.finish(finished, policy.model, policy.chat.tokenizer, checkpoints, steps, name, rests)
     return finished
 
 

@@ -126,9 +126,8 @@ def finish(
 
     with LetFinish("the model's folder") as interrupt:
         here().from_first(write)
-        is_stopped = interrupt.agreed()
-    if is_stopped:
-        raise Stopped("after the last step, with the model saved")
+        if interrupt.agreed():
+            raise Stopped("after the last step, with the model saved")
 
 
 def is_finished(finished: Path, run: str) -> bool:

@@ -189,62 +189,64 @@ def train(
             if alone and step > done:
                 save(step)
             if isinstance(error, KeyboardInterrupt):
-                raise Stopped(f"while step {step} was measured, whose checkpoint is kept") from None
+                kept = f"step {step} was measured, whose checkpoint is kept"
+                raise Stopped(f"while {kept if step else 'the base model was measured'}") from None
             raise
         memory.leave_out()
 
-    with progress, LetFinish("this step, then a checkpoint") as interrupt:
-        if after_step:
-            measure(done)
-        for step in range(done, num_steps):
-            start = time.perf_counter()
-            compiles = device.type == "cuda" and step == done
-            if compiles:
-                progress.text = "the first step compiles Triton's kernels"
-            factor = cosine_with_warmup(step, num_steps, warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-            try:
-                batches = pack_rows([[documents[i] for i in row] for row in plan.steps[step]], device)
-                loss, norm = (x.item() for x in training_step(batches, loss_of))
-            except torch.OutOfMemoryError as error:
-                raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
-            except NotFinite as error:
-                raise checkpoint.diverged(step + 1, lr * factor, error, checkpoints) from error
-            seconds = time.perf_counter() - start
-            memory.look(step + 1, num_steps)
-            tokens = sum(map(len, batches))
-            run.metrics.append(
-                {
-                    "step": step + 1,
-                    "loss": loss,
-                    "lr": lr * factor,
-                    "grad_norm": norm,
-                    "tokens": tokens,
-                    "targets": sum(batch.num_targets for batch in batches),
-                    "traces": sum(batch.num_documents for batch in batches),
-                    "seconds": seconds,
-                    "compiles": compiles,
-                    "peak_gib": memory.gib,
-                    "reserved_gib": memory.reserved_gib,
-                }
-            )
-            speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
-            peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
-            progress.update(f"loss {loss:.3f}, {speed}{peak}")
-            if after_step and not interrupt.agreed():
-                measure(step + 1)
-            due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
-            stops = interrupt.agreed()
-            if due or stops:
-                save(step + 1)
-            if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
-                raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
+    with LetFinish("this step, then a checkpoint") as interrupt:
+        with progress:
+            if after_step:
+                measure(done)
+            for step in range(done, num_steps):
+                start = time.perf_counter()
+                compiles = device.type == "cuda" and step == done
+                if compiles:
+                    progress.text = "the first step compiles Triton's kernels"
+                factor = cosine_with_warmup(step, num_steps, warmup_ratio)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * factor
+                try:
+                    batches = pack_rows([[documents[i] for i in row] for row in plan.steps[step]], device)
+                    loss, norm = (x.item() for x in training_step(batches, loss_of))
+                except torch.OutOfMemoryError as error:
+                    raise memory.exhausted(step + 1, checkpoint.latest(checkpoints)) from error
+                except NotFinite as error:
+                    raise checkpoint.diverged(step + 1, lr * factor, error, checkpoints) from error
+                seconds = time.perf_counter() - start
+                memory.look(step + 1, num_steps)
+                tokens = sum(map(len, batches))
+                run.metrics.append(
+                    {
+                        "step": step + 1,
+                        "loss": loss,
+                        "lr": lr * factor,
+                        "grad_norm": norm,
+                        "tokens": tokens,
+                        "targets": sum(batch.num_targets for batch in batches),
+                        "traces": sum(batch.num_documents for batch in batches),
+                        "seconds": seconds,
+                        "compiles": compiles,
+                        "peak_gib": memory.gib,
+                        "reserved_gib": memory.reserved_gib,
+                    }
+                )
+                speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
+                peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
+                progress.update(f"loss {loss:.3f}, {speed}{peak}")
+                if after_step and not interrupt.agreed():
+                    measure(step + 1)
+                due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
+                stops = interrupt.agreed()
+                if due or stops:
+                    save(step + 1)
+                if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
+                    raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
-    rests = checkpoint.rests_of(optimizer) if save_fp32 else None
-    training_step.close()
-    training_step = optimizer = None
-    return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
-    run.metrics.sync()
-    checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name, rests)
+        rests = checkpoint.rests_of(optimizer) if save_fp32 else None
+        training_step.close()
+        training_step = optimizer = None
+        return_memory(device)  # gradients and optimizer states: evaluation needs the room for its cache
+        run.metrics.sync()
+        checkpoint.finish(finished, model, tokenizer, checkpoints, num_steps, name, rests)
     return finished

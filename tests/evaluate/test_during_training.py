@@ -1,7 +1,9 @@
 """Measurements during training: they change nothing in it, resume with it, and are what they say."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -45,10 +47,11 @@ def run_training(
     write_report=None,
     steps=6,
     error=RuntimeError,
+    chat_class=ChatFormat,
 ):
     """Train the tiny model; measure it every so many steps (0 = never). Return it and its measurements."""
     model, tokenizer = load("tiny", device="cpu")
-    model, chat = model.to(dtype), ChatFormat(tokenizer, instruction="")
+    model, chat = model.to(dtype), chat_class(tokenizer, instruction="")
     traces = [Trace(row["problem"], row["trace"], "here") for row in ROWS]
     documents = make_documents(traces, chat)
     run = RunFolder.open(Config(str(out), resume))
@@ -97,6 +100,29 @@ def test_a_step_whose_measurement_fails_is_kept_and_ctrl_c_in_one_says_so(tmp_pa
     assert (tmp_path / "run" / "checkpoints" / "step_0000005").is_dir()
     with pytest.raises(Stopped, match=r"while step 6 was measured, whose checkpoint is kept"):
         run_training(tmp_path / "run", stop_at=6, error=KeyboardInterrupt, resume=True)
+    resumed, rows = run_training(tmp_path / "run", resume=True)
+    unbroken, expected = run_training(tmp_path / "unbroken")
+    assert rows == expected
+    assert_equal(unbroken, resumed)
+
+
+class CtrlCWhileSampling(ChatFormat):
+    """Ctrl-C comes when the answers of the second measurement, after the base model's, are decoded."""
+
+    num_decoded = 0
+
+    def decode(self, ids):
+        self.num_decoded += 1
+        if self.num_decoded == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().decode(ids)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_ends_a_measurement_at_once_and_its_step_is_kept(tmp_path):
+    with pytest.raises(Stopped, match=r"^while step 2 was measured, whose checkpoint is kept$"):
+        run_training(tmp_path / "run", chat_class=CtrlCWhileSampling)
+    assert (tmp_path / "run" / "checkpoints" / "step_0000002").is_dir()
     resumed, rows = run_training(tmp_path / "run", resume=True)
     unbroken, expected = run_training(tmp_path / "unbroken")
     assert rows == expected

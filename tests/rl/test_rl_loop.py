@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import call, train_unbroken_and_killed, wait
+from children import call, start_ranks, train_unbroken_and_killed, wait
 from test_train_loop import Config
 
+from kit import ranks
+from kit.command import Stopped
 from kit.data.chat import ChatFormat
 from kit.data.problems import Question, draw
 from kit.data.toy import make_rows
@@ -40,10 +42,10 @@ def make_policy(settings=SETTINGS, **options):
     return Policy(model, ChatFormat(tokenizer, instruction=""), settings, **options)
 
 
-def run_training(out, *, resume=False, steps=STEPS, settings=SETTINGS, **options):
+def run_training(out, *, resume=False, steps=STEPS, settings=SETTINGS, questions=QUESTIONS, **options):
     run = RunFolder.open(Config(str(out), resume))
     return train(
-        make_policy(settings, **options), QUESTIONS, run, steps=steps, batch_prompts=3, checkpoint_every=3
+        make_policy(settings, **options), questions, run, steps=steps, batch_prompts=3, checkpoint_every=3
     )
 
 
@@ -80,6 +82,44 @@ def test_running_out_of_memory_is_reported_with_the_checkpoint_to_continue_from(
     ) as error:
         run_training(tmp_path / "run", reward=run_out)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
+class CtrlCWhileDrawn(list):
+    """Questions; while the first prompt of the second step is drawn, Ctrl-C comes."""
+
+    num_drawn = 0
+
+    def __getitem__(self, i):
+        self.num_drawn += 1
+        if self.num_drawn == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(i)
+
+
+def stop_the_last_rank(out):
+    here = ranks.join("cpu")
+    is_last = here.rank == here.count - 1
+    with pytest.raises(Stopped) as stopped:
+        run_training(out, questions=CtrlCWhileDrawn(QUESTIONS) if is_last else QUESTIONS)
+    print(stopped.value)
+    ranks.leave()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_between_an_update_and_the_next_rollout_keeps_the_step_and_stops_all_ranks(count, tmp_path):
+    for child in start_ranks(count, __file__, "stop_the_last_rank", str(tmp_path)):
+        wait(child)
+        assert child.stdout.endswith("in the rollout of step 2 of 8, checkpoint 1 kept\n")
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step_0000001"
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_after_the_last_step_leaves_the_finished_policy(tmp_path, monkeypatch):
+    close = Policy.close
+    monkeypatch.setattr(Policy, "close", lambda policy: os.kill(os.getpid(), signal.SIGINT) or close(policy))
+    with pytest.raises(Stopped, match="after the last step, with the model saved"):
+        run_training(tmp_path, steps=1)
+    assert (tmp_path / "model").is_dir()
 
 
 MOMENTS = {  # of the second checkpoint, after 6 steps -> steps of the newest one after the kill

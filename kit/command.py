@@ -49,7 +49,7 @@ def clean_up_if_refused(main: Callable[[object], object]) -> Callable[[object], 
 
     @wraps(main)
     def cleaning(config):
-        RunFolder.newest = None
+        RunFolder.newest, LetFinish.asked = None, False  # in a notebook, others may have run before
         try:
             return main(config)
         except BaseException:
@@ -112,6 +112,8 @@ def guard(
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words
     RunFolder.newest = None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
     ranks.mute(all_but_one_per_machine=True)
     warnings.formatwarning = _as_one_line
     if isinstance(sys.stdout, io.TextIOWrapper):  # it is None if it was closed
@@ -179,7 +181,8 @@ def _clean_up() -> str:
 def together(work: Callable[[], Value]) -> Value:
     """Return work(), once every rank has done its own. If Ctrl-C ends one, all raise KeyboardInterrupt.
 
-    Ctrl-C ends work() at once, also within LetFinish, and work() does not begin if it has come before.
+    Inside work(), Ctrl-C raises KeyboardInterrupt at once, even within LetFinish. If Ctrl-C was pressed
+    earlier, work() is not started.
     """
     value = None
     with LetFinish("the wait for other ranks") as interrupt:  # it must not be left half done
@@ -187,7 +190,7 @@ def together(work: Callable[[], Value]) -> Value:
             value = interrupt.at_once(work)
         except KeyboardInterrupt:
             LetFinish.asked = True
-        ranks.here().gather("done")  # is the wait; whoever is stopped meanwhile says so to all
+        ranks.here().gather("done")  # waits for all ranks; `agreed` reports a Ctrl-C that comes meanwhile
         if interrupt.agreed():
             raise KeyboardInterrupt
     return value
@@ -197,8 +200,8 @@ class LetFinish:
     """Within this context the first Ctrl-C only sets `asked`, so that a step can end and be saved.
 
     A second Ctrl-C stops at once. It has no effect outside the main thread, where Python handles signals.
-    Several ranks must stop after the same step: `agreed` tells. What comes while they agree, they agree on
-    the next time, also in another context: all share `asked`, until an exception leaves one of them.
+    Several ranks must stop after the same step: `agreed` tells. A Ctrl-C that comes during `agreed` counts at
+    the next one, even in another context: all share `asked`, until KeyboardInterrupt leaves one of them.
     """
 
     asked = False
@@ -208,7 +211,7 @@ class LetFinish:
 
     def __enter__(self) -> LetFinish:
         self.in_main = threading.current_thread() is threading.main_thread()
-        self.before = self._handle_with(self._ask)
+        self.before = self._handle_with(signal.default_int_handler if self.asked else self._ask)
         return self
 
     def _handle_with(self, handler):
@@ -221,7 +224,10 @@ class LetFinish:
         print(f"\nfinishing {self.what}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def at_once(self, work: Callable[[], Value]) -> Value:
-        """Return work(), which Ctrl-C ends with KeyboardInterrupt, also one that came before."""
+        """Return work(), which Ctrl-C ends with KeyboardInterrupt, also one that came before.
+
+        After it, one more Ctrl-C sets `asked` again, since a terminal and torchrun may both send the first.
+        """
         try:
             self._handle_with(signal.default_int_handler)
             if self.asked:
@@ -236,7 +242,7 @@ class LetFinish:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self._handle_with(self.before)
-        if kind is not None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
             LetFinish.asked = False
 
 

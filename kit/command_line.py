@@ -3,8 +3,8 @@
     valley demo --smoke
     valley finetune --model Qwen/Qwen2.5-0.5B-Instruct --plan
 
-Without a word it lists the commands. Nothing heavy is imported here: commands are printed by every part of
-the kit, and they should be the ones that work for how the user started it.
+Without a word it lists the commands. Nothing heavy is imported here: every part of the kit prints commands,
+which must work the way the user started it.
 """
 
 from __future__ import annotations

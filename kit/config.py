@@ -215,9 +215,13 @@ MOST_SHOWN = 8
 WORDS = "WORDS"  # attribute of a Config: the name of the setting that is typed without a flag
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line."""
+
+    hint = "--help lists the flags"
+
     def error(self, message: str):
-        self.exit(2, f"error: {message}; --help lists the flags\n")
+        self.exit(2, f"error: {message}; {self.hint}\n")
 
 
 def _read(kind: type, text: str):
@@ -235,7 +239,7 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
     shown = flags if everything or len(flags) <= MOST_SHOWN else usual
     more = f"; --help all lists {len(flags)}" if len(shown) < len(flags) else ""
     about, script = sys.modules[config_class.__module__].__doc__ or "", recipe_name(config_class)
-    parser = _Parser(
+    parser = Parser(
         prog=started_as(),
         usage=f"%(prog)s [flags]{more}; --traceback shows where an error comes from",
         description=about.replace(f"python recipes/{script}.py", started_as()),
@@ -247,7 +251,7 @@ def _parser(config_class: type, flags: Sequence[Flag], *, everything: bool) -> a
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in [*shown, *(flag for flag in flags if flag not in shown)]:
         kind = flag.kind
-        default = f" (default {flag.default!r})" if flag.default not in ("", False) else ""
+        default = f" (default {flag.default!r})" if flag.default != "" and flag.default is not False else ""
         text = f"{flag.text}{default}".strip().replace("%", "%%")
         title = (flag.group or "settings") if everything else "usual flags"
         group = groups.setdefault(title, parser.add_argument_group(title))

@@ -20,7 +20,7 @@ GIB = 2**30  # bytes
 CONTEXT = round(0.55 * GIB)  # bytes of a card that CUDA and its libraries use; an assumption
 # Weights of the largest matrix of a small model: in fp32 the 1 MiB that one core's L2 cache holds. Several
 # cores save it no memory traffic, and each must wait for the slowest at the end of every short product, which
-# beside another job is one that is not running.
+# may not be running at all beside another job.
 SMALL_MATRIX = 2**18
 
 

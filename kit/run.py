@@ -18,11 +18,11 @@ from kit.ranks import here
 from kit.versions import running
 
 UNSTORED = {"resume", "out", "plan", "json", "typed"}
-# settings that do not change what a run computes, or only what it computes last, or only the last bits
+# settings that change nothing that a run computes, or only what it does last, or only rounding
 FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "rl_sizes", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
-    "offload_gradients", "head_update", "eval_every", "eval_questions", "log", "server", "cuda_graphs",
+    "offload_gradients", "head_update", "eval_every", "log", "server", "cuda_graphs",
 }  # fmt: skip
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run

@@ -12,7 +12,7 @@ again and report the difference. The paper finds that accuracy falls to about a 
 (--resume).
 
 Time: not timed on a GPU. Hours are printed before the first stage: from recipes/check_card.py's measurements
-if there are any, else as an estimate for well-known cards. Memory: 8 bytes per parameter (weights and
+if there are any, else as an estimate from a datasheet. Memory: 8 bytes per parameter (weights and
 gradients in bf16, 8-bit optimizer states, the 16 bits that bf16 lacks) and activations. --plan prints the
 sum, and what would lower it. Left out on purpose: a validation set (the paper has none), weight decay (the
 paper does not state it), other numbers of traces (recipes/valley_sweep.py).
@@ -49,7 +49,7 @@ class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanS
     model: str = "google/gemma-3-1b-it"  # hub id, local folder, .gguf file, or "tiny"
     # data
     traces: str = "open-r1/OpenR1-Math-220k:all"  # hub id[:part][@split], .jsonl, .json or .parquet file
-    columns: str = ""  # names in another format, such as problem=question,trace=response; "" = known ones
+    columns: str = ""  # columns of other formats, such as problem=question,trace=response; "" = known ones
     num_traces: int = 8_000  # traces at most, one per problem; 0 = all [>= 0]
     row_tokens: int = 16_384  # tokens per packed row; longer traces are dropped [>= 1]
     verify: str = "llama"  # keep traces that Math-Verify accepts, it or Llama, or all [math | llama | none]
@@ -77,6 +77,10 @@ class Config(Savings, Adapters, ModelSettings, EvaluationSettings, TrainingPlanS
     seed: int = 0  # of the subset, the packing and the samples [>= 0]
     smoke: bool = False  # tiny model, shipped traces, CPU, about a minute
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_saving(self.save_fp32)
+
 
 PRESETS = {
     "paper": {},
@@ -100,7 +104,6 @@ def main(config: Config) -> None:
         config, planned = plan_memory(config)
     savings = part_of(config, Savings)
     savings.check_ranks(here().count)
-    savings.check_saving(config.save_fp32)
     if config.plan:
         return
 
@@ -143,6 +146,7 @@ def main(config: Config) -> None:
         savings=savings,
         memory=memory.PeakMemory(model.device, planned and planned.update, run.path / "memory.json"),
         after_step=during,
+        after_every=config.eval_every or 1,
     )
 
     del model, during  # measure what was saved

@@ -62,7 +62,7 @@ class Config(ModelSettings, EvaluationSettings, TrainingPlanSettings, WatchSetti
     fixed_batch: int = 0  # traces per step in a control arm with one batch at every size; 0 = none [>= 0]
     # data
     traces: str = paper.OPENR1  # hub id[:part][@split], or a .jsonl, .json or .parquet file
-    columns: str = ""  # names in another format, such as problem=question,trace=response; "" = known ones
+    columns: str = ""  # columns of other formats, such as problem=question,trace=response; "" = known ones
     verify: str = "llama"  # keep traces that Math-Verify accepts, it or Llama, or all [math | llama | none]
     short_traces: str = ""  # short traces of the arms that mix; "" = the data set's `solution`
     row_tokens: int = 16_384  # tokens per pack; longer traces are dropped [>= 1]

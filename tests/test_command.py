@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from children import RECIPES, Child, run_recipe, start_recipe
+from children import RECIPES, Child, call, run_recipe, start_recipe
 
 from kit import command
 from kit.command import LetFinish, Stopped, start
@@ -121,6 +121,34 @@ def test_the_first_ctrl_c_lets_a_step_finish_and_the_second_does_not():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_second_ctrl_c_also_ends_what_began_after_the_first():
+    with pytest.raises(KeyboardInterrupt), LetFinish("this step"):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        with LetFinish("the model's folder"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
+def test_ctrl_c_that_nothing_acted_on_is_known_to_the_next_context_and_to_no_other_run(capsys):
+    with LetFinish("this step"):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+    with LetFinish("the model's folder") as interrupt:
+        assert interrupt.agreed()
+    start(lambda config: print(LetFinish.asked), Config, [])
+    assert capsys.readouterr().out.endswith("False\n")
+
+
+def wait_for_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command.guard(lambda words: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5), [])
+
+
+def test_ctrl_c_ends_a_program_that_a_script_has_started_in_the_background():
+    assert call(__file__, "wait_for_ctrl_c").wait() == 130
 
 
 def show_progress():

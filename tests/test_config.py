@@ -94,6 +94,22 @@ def test_a_word_for_a_number_is_refused_in_one_line_that_says_what_the_setting_i
         parse(Config, ["--lr", "low"])
 
 
+def test_help_shows_a_default_of_zero_and_none_that_is_off_or_empty(capsys):
+    @dataclass(frozen=True)
+    class Zero(Config):
+        row_tokens: int = 0
+        steps: int = 0  # at most
+        noise: float = 0.0  # its scale
+        quiet: bool = False  # print less
+        place: str = ""  # of a file
+
+    with pytest.raises(SystemExit):
+        parse(Zero, ["--help", "all"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "at most (default 0)" in printed and "its scale (default 0.0)" in printed
+    assert "print less (default" not in printed and "of a file (default" not in printed
+
+
 def test_help_shows_each_lines_comment_and_default(capsys):
     with pytest.raises(SystemExit):
         parse(Child, ["--help"])

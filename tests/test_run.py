@@ -152,6 +152,18 @@ def test_a_run_is_not_resumed_with_other_settings():
         RunFolder.open(replace(Config(lr=2.0), out="here", resume=True))
 
 
+def test_what_is_asked_during_training_stays_the_same():
+    @dataclass(frozen=True)
+    class Watched(Config):
+        eval_every: int = 2
+        eval_questions: int = 50
+
+    RunFolder.open(Watched(out="here"))
+    RunFolder.open(Watched(out="here", eval_every=4, resume=True))
+    with pytest.raises(ValueError, match=r"eval_questions was 50, is 10"):
+        RunFolder.open(Watched(out="here", eval_questions=10, resume=True))
+
+
 def test_fewer_answers_at_once_are_the_same_run():
     run = RunFolder.open(Config(out="here"))
     assert RunFolder.open(Config(num_slots=8, out="here", resume=True), may_grow=("sizes",)).path == run.path

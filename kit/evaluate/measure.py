@@ -115,9 +115,8 @@ def evaluate(
         cache = cache_bytes(model, at_once, longest) / GIB
         many = f" with {at_once} answers at once, whose cache alone" if num_slots else "; an answer's cache"
         raise ValueError(
-            f"{benchmark.name}: memory ran out{many} takes {cache:.2f} GiB; pass a smaller --num_slots (or "
-            "--gpu_gb, if that chose it; for one answer fewer --max_new_tokens) and --resume: the answers "
-            f"that are finished are in {journal.path}"
+            f"{benchmark.name}: memory ran out{many} takes {cache:.2f} GiB; pass --resume with a smaller "
+            "--num_slots (or --gpu_gb, if that chose it; for one answer fewer --max_new_tokens)"
         ) from error
     here().from_first(journal.join)
     return read_result(journal.path)

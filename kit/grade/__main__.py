@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 
 from kit.command import guard
 from kit.command_line import started_as
+from kit.config import Parser
 from kit.grade.verdict import DEADLINE, grade_both
 
 
@@ -18,7 +18,8 @@ def main(arguments: list[str]) -> None:
         regrade.main(arguments[1:])
         return
 
-    parser = argparse.ArgumentParser(prog=started_as(), description="Is this answer right?")
+    parser = Parser(prog=started_as(), description="Is this answer right?")
+    parser.hint = "put -- before an answer that begins with -"
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
     seconds = "seconds for both verdicts, after which they are `unknown`"

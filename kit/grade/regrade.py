@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from kit.command_line import started_as
+from kit.config import Parser
 from kit.grade.verdict import DEADLINE, verdict_fields
 from kit.journal import Journal, Kind, run_of, write_rows
 from kit.lock import held
@@ -75,7 +76,7 @@ def load_peer(name: str) -> Callable[[str, str], bool]:
 
 def main(arguments: list[str] | None = None) -> dict:
     """Regrade a file as the command line asks, print what changed, and return the counts."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{started_as()} regrade",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

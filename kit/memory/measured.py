@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kit.memory.simulate import Plan
 
 COMPARED_AFTER = 10  # steps: every kind of row has occurred by then
+LESS = "settings that need less, such as --offload_inputs (--plan lists what helps)"
 
 
 def check_free_memory(planned: RunPlan) -> None:
@@ -95,8 +96,11 @@ class PeakMemory(Unwatched):
         measured = {"measured_peak_gib": self.gib, "measured_reserved_gib": self.reserved_gib}
         write_json(self.path, measured | {"planned": self.planned.as_json()})
 
-    def exhausted(self, step: int, newest: Path | None) -> ValueError:
-        """Return the error for a step that ran out of memory. newest: the last checkpoint."""
+    def exhausted(self, step: int, newest: Path | None, less: str = LESS) -> ValueError:
+        """Return the error for a step that ran out of memory.
+
+        newest: the last checkpoint. less: what to pass, so that the step needs less.
+        """
         plan = "no plan was made"
         if self.planned is not None:
             plan = f"the plan said {self.planned.total / GIB:.2f} GiB, at most in {self.planned.when}"
@@ -104,6 +108,6 @@ class PeakMemory(Unwatched):
             plan += f"; the steps before peaked at {self.gib:.2f} GiB, {self.reserved_gib:.2f} GiB reserved"
         checkpoint = newest or "none, so the run starts over"
         return ValueError(
-            f"step {step} ran out of memory: {plan}. Pass --resume with settings that need less, such as "
-            f"--offload_inputs (--plan lists what helps); the last checkpoint is {checkpoint}"
+            f"step {step} ran out of memory: {plan}. Pass --resume with {less}; the last checkpoint is "
+            f"{checkpoint}"
         )

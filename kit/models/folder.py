@@ -9,8 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from kit.disk import publish as _publish
-from kit.disk import scratch_beside
+from kit.disk import publish, scratch_beside
 from kit.models.weights import check_finite, check_same, read_tensors
 
 ADAPTER = "default"  # peft's name for a model's only adapter
@@ -51,10 +50,10 @@ def save_model(path: Path, model, tokenizer) -> None:
 
     It replaces what is there, and is flushed to the disk.
     """
-    _publish(_write_model(path, model, tokenizer), path)
+    publish(write_model(path, model, tokenizer), path)
 
 
-def _write_model(path: Path, model, tokenizer) -> Path:
+def write_model(path: Path, model, tokenizer) -> Path:
     """Write a model into a new folder beside `path`, which gets its name later, and return it."""
     scratch = scratch_beside(path)
     scratch.mkdir(parents=True)

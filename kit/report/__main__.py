@@ -20,6 +20,7 @@ from pathlib import Path
 from kit import report
 from kit.command import guard
 from kit.command_line import started_as
+from kit.config import Parser
 from kit.evaluate.judge import Judge, judge_logs
 from kit.evaluate.sample_log import logs_in
 from kit.journal import CONFIG
@@ -40,7 +41,7 @@ def write_report(path: Path) -> Path:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=started_as(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -60,12 +60,13 @@ def write_report(path: Path, *, goes_on: bool = False) -> Path:
 
 def what_was_done(config: Mapping[str, object], metrics: list[dict], asked: str) -> str:
     """Describe the run in a sentence."""
-    model, steps, group = config.get("model", "The model"), len(metrics), config.get("group_size", "several")
+    model, group = config.get("model", "The model"), config.get("group_size", "several")
+    steps = f"{len(metrics):,} of {config.get('steps', len(metrics)):,} steps"
     measured = f" It answers {asked} before and after." if asked else ""
     reward = _reward(config)
     raised = "right answers" if reward == paper.REWARD else f"answers with a higher reward ({reward})"
     return (
-        f"{model} is trained by reinforcement learning (GRPO), {steps:,} steps so far: it answers a problem "
+        f"{model} is trained by reinforcement learning (GRPO), {steps}: it answers a problem "
         f"{group} times, and the {raised} among them become more likely.{measured}"
     )
 

@@ -54,7 +54,7 @@ def gathered(episodes: Sequence[Episode]) -> list[Episode]:
     if here().count == 1:
         return list(episodes)
     groups, rows = by_group(episodes), []
-    for i in range(max(here().gather(len(groups)))):  # one by one: a rank that writes or reads JSON is silent
+    for i in range(max(here().gather(len(groups)))):  # not all at once: JSON would hold up the heartbeat
         own = [_plain(episode) for group in groups[i : i + 1] for episode in group]
         rows += [row for found in here().gather(own) for row in found]
     found = [Episode(**row | {"completion": Completion(**row["completion"])}) for row in rows]

@@ -77,18 +77,20 @@ def train(
 
     def save(step: int) -> None:
         nonlocal saved
-        saved = step
-        run.metrics.sync()
-        samples.sync()
-        checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, name)
+        if step > saved:
+            run.metrics.sync()
+            samples.sync()
+            checkpoint.save(checkpoints, policy.model, policy.chat.tokenizer, policy.optimizer, step, name)
+            saved = step
 
     def sample_or_stop(step: int, prompts: list[Question]) -> list[Episode]:
         """Roll out. After Ctrl-C the weights are those of the last step, so they are kept."""
         try:
             return rollout(policy, prompts)
+        except torch.OutOfMemoryError as error:
+            raise memory.exhausted(step, checkpoint.latest(checkpoints), "a smaller --num_slots") from error
         except KeyboardInterrupt:
-            if step - 1 > saved:
-                save(step - 1)
+            save(step - 1)
             kept = f"checkpoint {step - 1} kept" if step > 1 else "nothing learned so far"
             raise Stopped(f"in the rollout of step {step} of {steps}, {kept}") from None
 
@@ -129,7 +131,7 @@ def train(
         print_line(line(step, steps, found, speed))
         return f"reward {found['reward_mean']:.3f}, {speed:,.0f} tokens/s"
 
-    with LetFinish("this update, then a checkpoint") as interrupt:
+    with LetFinish("this step, then a checkpoint") as interrupt:
         with Progress("GRPO", "steps", steps, done) as progress:
             for step in range(done + 1, steps + 1):
                 start = time.perf_counter()
@@ -139,14 +141,14 @@ def train(
                     seconds = time.perf_counter() - start
                     progress.update(learn(step, prompts[0], episodes, seconds))
                     due = checkpoint_every and step % checkpoint_every == 0 and step < steps
-                    stops = interrupt.agreed()
-                    if due or stops:
-                        save(step)
                 except torch.OutOfMemoryError as error:
                     raise memory.exhausted(step, checkpoint.latest(checkpoints)) from error
-                if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
-                    raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
+                if due or interrupt.agreed():
+                    save(step)
+                    if interrupt.agreed():  # also if it came while the checkpoint was written
+                        raise Stopped(f"at step {step} of {steps}, checkpoint {step} kept")
 
+        interrupt.what = "the model's folder"
         rests = checkpoint.rests_of(policy.optimizer) if save_fp32 else None
         policy.close()
         run.metrics.sync()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kit.config import Checked
-from kit.train.savings import Savings
+from kit.train.savings import WHOLE_ONLY, Savings
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,4 @@ def check_savings(savings: Savings) -> None:
             "first; pass --no_update_in_backward (and --qlora_rank 16 if memory is short)"
         )
     if savings.head_update == "blocked":
-        raise ValueError(
-            "head_update is blocked but blocks compute cross-entropy alone; pass --head_update whole"
-        )
+        raise ValueError(WHOLE_ONLY)

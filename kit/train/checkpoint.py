@@ -27,14 +27,15 @@ import torch
 from safetensors.torch import save_file
 
 from kit.command import LetFinish, Stopped
+from kit.disk import publish
 from kit.kernels.adamw8bit import exact_weight
-from kit.models.folder import _publish, _write_model, load_weights
+from kit.models.folder import load_weights, write_model
 from kit.models.weights import check_same, fingerprint, read_tensors
 from kit.ranks import here
 from kit.run import digest, read_json, write_json
 from kit.train.optimizer import flat_states, owned, states_of
 
-KEPT = 2  # checkpoints; the older one is for the day when the newest cannot be read
+KEPT = 2  # checkpoints; the older one is a spare in case the newest cannot be read
 OPTIMIZER, TRAINER = "optimizer.safetensors", "trainer.json"
 CHUNK = 2**20  # bytes of a file that are hashed at once
 Rests = dict[torch.nn.Parameter, torch.Tensor]
@@ -59,10 +60,10 @@ def save(folder: Path, model, tokenizer, optimizer: torch.optim.Optimizer, step:
     tensors = here().to_first({name: x.contiguous() for name, x in states_of(optimizer).items()})
 
     def write() -> None:
-        scratch = _write_model(folder / "writing", model, tokenizer)
+        scratch = write_model(folder / "writing", model, tokenizer)
         save_file(tensors, scratch / OPTIMIZER)
         _record(scratch, step, run)
-        _publish(scratch, path)
+        publish(scratch, path)
         older = sorted(other for other in folder.glob("step_*") if other != path)
         for useless in older[: len(older) - (KEPT - 1)]:
             shutil.rmtree(useless)
@@ -119,9 +120,9 @@ def finish(
 
     def write() -> None:
         with _in_fp32(model, rests or {}):
-            scratch = _write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
+            scratch = write_model(finished.with_name(finished.name + ".tmp"), model, tokenizer)
         _record(scratch, step, run)
-        _publish(scratch, finished)
+        publish(scratch, finished)
         shutil.rmtree(checkpoints, ignore_errors=True)
 
     with LetFinish("the model's folder") as interrupt:

@@ -19,7 +19,7 @@ from kit.models.families import family_of
 from kit.packing import PackedBatch
 from kit.train.loss import LossOfRow, cross_entropy
 from kit.train.saved_tensors import catch_gradient
-from kit.train.savings import Savings
+from kit.train.savings import WHOLE_ONLY, Savings
 from kit.train.weight_updates import Updates
 
 
@@ -146,9 +146,7 @@ class BlockedHead(AutogradHead):
     def backward(self, batch: PackedBatch, scale: float, loss_of: LossOfRow | None = None) -> torch.Tensor:
         """Return the row's loss after its backward pass. Raises ValueError for any loss but cross-entropy."""
         if loss_of is not None:
-            raise ValueError(
-                "head_update is blocked but blocks compute cross-entropy alone; pass --head_update whole"
-            )
+            raise ValueError(WHOLE_ONLY)
         lookup = _Lookup(self.model, batch.input_ids)
         hidden = hidden_states(self.model, batch, inputs_embeds=lookup.rows())
         weight, cap = head_weight(self.model), softcap(self.model)

@@ -123,6 +123,7 @@ def train(
     checkpoint_every: int = 0,
     save_fp32: bool = False,
     after_step: Callable[[int], object] | None = None,
+    after_every: int = 1,
     seed: int = 0,
 ) -> Path:
     """Fine-tune `model` in place, write one line per step to run.metrics, and return the finished model's
@@ -134,8 +135,8 @@ def train(
     memory: watches the card, such as kit.memory.PeakMemory; None = nothing does.
     checkpoint_every: steps; 0 = no checkpoint before the end.
     save_fp32: write the finished model in fp32, with the bits that bf16 weights lack; off: as it was loaded.
-    after_step: is called with the number of steps done, first when training begins or goes on, such as
-        kit.evaluate.during_training; None = nothing is.
+    after_step: is called with the number of steps done, when training begins or goes on and then every
+        after_every steps, such as kit.evaluate.during_training; None = nothing is.
 
     If run.path holds a checkpoint, training continues from it (bit for bit on a CPU), also with another
     number of ranks. If it holds the finished model, that folder is returned at once. Raises ValueError if
@@ -171,22 +172,26 @@ def train(
         print(f"training    goes on after step {done} of {num_steps}")
 
     progress = Progress("training", "steps", num_steps, done)
+    saved = done
 
     def save(step: int) -> None:
-        run.metrics.sync()
-        checkpoint.save(checkpoints, model, tokenizer, optimizer, step, name)
+        nonlocal saved
+        if step > saved:
+            run.metrics.sync()
+            checkpoint.save(checkpoints, model, tokenizer, optimizer, step, name)
+            saved = step
 
     def measure(step: int) -> None:
         """Call after_step, with the step's memory given back. If it fails or is stopped, the step is kept."""
         optimizer.zero_grad(set_to_none=True)
         return_memory(device)
         alone = here().count == 1
-        if not alone and step > done:  # perhaps one rank will fail, and only all together can save
+        if not alone:  # perhaps one rank will fail, and only all together can save
             save(step)
         try:
             after_step(step)
         except BaseException as error:
-            if alone and step > done:
+            if alone:
                 save(step)
             if isinstance(error, KeyboardInterrupt):
                 kept = f"step {step} was measured, whose checkpoint is kept"
@@ -198,6 +203,8 @@ def train(
         with progress:
             if after_step:
                 measure(done)
+                if interrupt.agreed():
+                    raise Stopped(f"before step {done + 1} of {num_steps}")
             for step in range(done, num_steps):
                 start = time.perf_counter()
                 compiles = device.type == "cuda" and step == done
@@ -234,15 +241,15 @@ def train(
                 speed = "kernels compiled" if compiles else f"{tokens / seconds:,.0f} tokens/s"
                 peak = "" if memory.gib is None else f", {memory.gib:.1f} GiB"
                 progress.update(f"loss {loss:.3f}, {speed}{peak}")
-                if after_step and not interrupt.agreed():
+                if after_step and (step + 1) % after_every == 0 and not interrupt.agreed():
                     measure(step + 1)
                 due = checkpoint_every and (step + 1) % checkpoint_every == 0 and step + 1 < num_steps
-                stops = interrupt.agreed()
-                if due or stops:
+                if due or interrupt.agreed():
                     save(step + 1)
-                if stops or (due and interrupt.agreed()):  # Ctrl-C may come while the checkpoint is written
-                    raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
+                    if interrupt.agreed():  # also if it came while the checkpoint was written
+                        raise Stopped(f"at step {step + 1} of {num_steps}, checkpoint {step + 1} kept")
 
+        interrupt.what = "the model's folder"
         rests = checkpoint.rests_of(optimizer) if save_fp32 else None
         training_step.close()
         training_step = optimizer = None

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from kit.config import Checked
 
+WHOLE_ONLY = "head_update is blocked but blocks compute cross-entropy alone; pass --head_update whole"
 Settings = TypeVar("Settings", bound="Savings")
 
 

@@ -13,8 +13,8 @@ sum on, once.
 A step whose loss or gradient is not finite raises NotFinite. The first two ways then change no weight and no
 state: they read loss and norm before the update, and the card waits once per step, not per gradient.
 UpdateInBackward can do so for the loss, before the backward pass. A gradient that overflows during it is seen
-too late: by then, the layers above are updated. So the model in memory has lost the step before; go on from
-the last checkpoint.
+too late: by then, the layers above are updated. The model in memory is then half updated; resume from the
+last checkpoint.
 
 Several ranks apply their gradients' sums instead: kit.train.sum_gradients.
 """

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from kit import paper
 from kit.command import Stopped, finish, open_run
+from kit.command_line import command_of
 from kit.evaluate.results import read_results
 from kit.journal import CONFIG
 from kit.lock import is_shared, share
@@ -138,8 +139,8 @@ def run_study(
 
     cells: the study's, as they can be run here. What is done stays done. Several workers, and a process that
     comes to help others, begin with the longest runs, so that all end together. Every process writes the
-    report, the last one all of it. then: the effect of a command to type next, and the command. Raises
-    SystemExit naming the runs that failed, once all others are done.
+    report, the last one all of it. then: the effect of a command to type next, and the command; without `rl`.
+    Raises SystemExit naming the runs that failed, once all others are done.
     """
     joins = is_shared(path)
     write_study(path, cells, deviations)
@@ -161,6 +162,8 @@ def run_study(
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
+    if rl:
+        then = ("the answers of its models, side by side", command_of("ask"), "--model", str(path))
     finish(report, *then)
     if failed:
         names = ", ".join(failed)

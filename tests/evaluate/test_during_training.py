@@ -129,6 +129,15 @@ def test_ctrl_c_ends_a_measurement_at_once_and_its_step_is_kept(tmp_path):
     assert_equal(unbroken, resumed)
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_after_the_answers_of_the_first_measurement_stops_before_a_step(tmp_path):
+    def interrupt(run, *, goes_on):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped, match=r"^before step 1 of 6$"):
+        run_training(tmp_path / "run", write_report=interrupt)
+
+
 def test_a_run_that_was_killed_goes_on_measuring_where_an_unbroken_one_does(tmp_path):
     unbroken, expected = run_training(tmp_path / "unbroken")
     with pytest.raises(RuntimeError, match="killed"):

@@ -103,7 +103,7 @@ def test_if_memory_runs_out_the_error_says_what_to_pass_and_finished_samples_are
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     handle = tiny[0].get_input_embeddings().register_forward_hook(allocate)
-    message = r"with 4 answers at once, .* takes 0\.00 GiB; pass a smaller --num_slots"
+    message = r"with 4 answers at once, .* takes 0\.00 GiB; pass --resume with a smaller --num_slots"
     with pytest.raises(ValueError, match=message) as error:
         evaluate(*tiny, toy(), PARAMS, tmp_path / "cut", num_samples=2, num_slots=4)
     handle.remove()

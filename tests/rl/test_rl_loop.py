@@ -78,7 +78,9 @@ def test_running_out_of_memory_is_reported_with_the_checkpoint_to_continue_from(
         return [len(completion.ids) % 2 for completion in completions]
 
     with pytest.raises(
-        ValueError, match=r"step 5 ran out of memory: no plan was made.*checkpoint is .*step_0000003$"
+        ValueError,
+        match=r"step 5 ran out of memory: no plan was made\. "
+        r"Pass --resume with a smaller --num_slots; .*checkpoint is .*step_0000003$",
     ) as error:
         run_training(tmp_path / "run", reward=run_out)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
@@ -132,7 +134,7 @@ MOMENTS = {  # of the second checkpoint, after 6 steps -> steps of the newest on
 
 def run_until_killed(out, moment):
     """Train until the process kills itself, at a moment between a line of metrics and its checkpoint."""
-    save, publish, calls = checkpoint.save, checkpoint._publish, []
+    save, publish, calls = checkpoint.save, checkpoint.publish, []
 
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -144,9 +146,9 @@ def run_until_killed(out, moment):
         if moment == "before the checkpoint":
             die()
         if moment == "before its rename":
-            checkpoint._publish = die
+            checkpoint.publish = die
         if moment == "before the older one is deleted":
-            checkpoint._publish = lambda *paths: (publish(*paths), die())
+            checkpoint.publish = lambda *paths: (publish(*paths), die())
         save(*arguments, **keywords)
         die()
 

@@ -23,9 +23,13 @@ OTHERS = {"tile_tokens": 7, "offload_inputs": True, "logit_rows": 5}
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Most parameters of the tiny models take several pieces, the last of them shorter."""
+    set_pieces(monkeypatch, 512)
+
+
+def set_pieces(monkeypatch, size: int) -> None:
     for place in ("offload", "weight_updates"):
-        monkeypatch.setattr(f"kit.train.{place}.PIECE", 512)
-    monkeypatch.setattr("kit.train.optimizer.AdamW8bit.SLAB", 1024)
+        monkeypatch.setattr(f"kit.train.{place}.PIECE", size)
+    monkeypatch.setattr("kit.train.optimizer.AdamW8bit.SLAB", 2 * size)
 
 
 def make(family, dtype, *, tied):
@@ -181,6 +185,7 @@ LARGE = {  # a layer has about as many weights as the head, so that each would s
     "vocab_size": 4_000, "hidden_size": 128, "intermediate_size": 1_200, "num_hidden_layers": 5,
     "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": torch.bfloat16,
 }  # fmt: skip
+PIECE_OF_LARGE = 8_192  # weights: small beside a layer
 SAVINGS = Savings(optimizer="adamw8bit", tile_tokens=16, offload_gradients=True)
 IN_BACKWARD = Savings(optimizer="adamw8bit", tile_tokens=16, update_in_backward=True)
 
@@ -209,6 +214,7 @@ def most_bytes(monkeypatch, savings, tied, rows=1) -> dict[str, Counter]:
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_card_holds_one_layers_gradients_more_than_if_each_were_used_at_once(tied, monkeypatch):
+    set_pieces(monkeypatch, PIECE_OF_LARGE)
     model = make_large(tied)
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     head = model.lm_head.weight.nbytes
@@ -231,7 +237,8 @@ def test_the_card_holds_one_layers_gradients_more_than_if_each_were_used_at_once
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
-def test_cpu_memory_is_the_gradients_own_size_and_the_plan_counts_it(tied):
+def test_cpu_memory_is_the_gradients_own_size_and_the_plan_counts_it(tied, monkeypatch):
+    set_pieces(monkeypatch, PIECE_OF_LARGE)
     model = make_large(tied)
     training_step = start(model, SAVINGS)
     memory = training_step.updates.gradients.memory

@@ -133,13 +133,23 @@ def sums_start_in_the_backward_pass() -> None:
     assert not step.model.lm_head.weight._post_accumulate_grad_hooks
 
 
-def train_ten_steps(out: Path, after_step=None):
+def train_ten_steps(out: Path, after_step=None, after_every=1):
     documents = random_documents(LENGTHS)
     plan = TrainingPlan.make(LENGTHS, row_tokens=32, batch_traces=4, epochs=9, max_steps=10)
     run = RunFolder.open(Config(str(out), (out / "config.json").exists()))
     model = make_model("llama", torch.float64)
     options = {"savings": IN_CPU_MEMORY, "warmup_ratio": 0.1, "checkpoint_every": 5, "after_step": after_step}
+    options |= {"after_every": after_every}
     train(model, make_tokenizer(), documents, plan, run, lr=LR, **options)
+
+
+def saves_each_measured_step_once(folder: Path) -> None:
+    saved, save = [], checkpoint.save
+    checkpoint.save = lambda *arguments: saved.append(arguments[4]) or save(*arguments)
+    train_ten_steps(folder / "every 4", lambda step: None, after_every=4)
+    train_ten_steps(folder / "every 5", lambda step: None, after_every=5)
+    checkpoint.save = save
+    assert saved == [4, 5, 8, 5, 10]
 
 
 def work(rank: int, count: int, port: int, folder: str) -> None:
@@ -158,6 +168,7 @@ def work(rank: int, count: int, port: int, folder: str) -> None:
     not_finite("tied, in CPU memory")
     refused()
     sums_start_in_the_backward_pass()
+    saves_each_measured_step_once(folder / f"saved by {count}")
 
     def die(step: int) -> None:
         if step == 7:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BEAT_EVERY = 2.0  # seconds
 LOST_AFTER = 40.0  # seconds without a beat; a rank that computes still beats, since a thread does it
+GRACE = 2.0  # seconds in which a rank may find its own error before it ends because of another's
 PATIENCE = timedelta(days=7)  # for a rank that is alive: it may have a longer share of the samples
 STORE_WAITS = timedelta(seconds=60)  # for a machine that has not joined yet, or no longer answers
 SAID_WITHIN = 10.0  # seconds for rank 0 to say why all end, before the rank that failed says it
@@ -212,7 +213,7 @@ class _Watch(threading.Thread):
         super().__init__(name="watch-ranks", daemon=True)
         self.ranks, self.store, self.stopped = ranks, ranks.store, threading.Event()
         watched = range(ranks.count) if ranks.is_first else [0]
-        self.heard = {other: (b"", time.monotonic()) for other in watched if other != ranks.rank}
+        self.heard = {other: (b"", 0) for other in watched if other != ranks.rank}
 
     def run(self) -> None:
         beats = 0
@@ -223,19 +224,21 @@ class _Watch(threading.Thread):
                 why = self.store.get(FAILED).decode() if self.store.check([FAILED]) else self._silent()
             except RuntimeError as error:  # torch's for a connection that has broken
                 why = f"the machine of rank 0 no longer answers ({str(error).splitlines()[0]})"
-            if why and not self.stopped.is_set():
+            if why and not self.stopped.wait(GRACE):
                 self._end(why)
 
     def _silent(self) -> str:
-        """Return which rank has not counted on for too long; "" = none."""
-        now = time.monotonic()
-        for other, (last, since) in self.heard.items():
+        """Return which rank has not counted on for too long; "" = none.
+
+        Time is counted in beats of this rank: if all are suspended, nobody is silent.
+        """
+        for other, (last, missed) in self.heard.items():
             key = f"beat {other}"
             beat = self.store.get(key) if self.store.check([key]) else b""
-            if beat != last:
-                self.heard[other] = (beat, now)
-            elif now - since > LOST_AFTER:
-                why = f"rank {other} has been silent for {now - since:.0f} s"
+            missed = missed + 1 if beat == last else 0
+            self.heard[other] = (beat, missed)
+            if missed * BEAT_EVERY > LOST_AFTER:
+                why = f"rank {other} has been silent for {missed * BEAT_EVERY:.0f} s"
                 self.store.compare_set(FAILED, "", why)
                 return why
         return ""
@@ -325,7 +328,7 @@ def end(error: BaseException, text: str, status: int) -> None:
         text = ""
     elif isinstance(_here, Ranks):
         if isinstance(error, RuntimeError) and CUT_OFF.search(str(error)):
-            _here.watch.join(LOST_AFTER + 2 * BEAT_EVERY)  # it learns which rank is gone, and ends this one
+            _here.watch.join(2 * LOST_AFTER + 10 * GRACE)  # it learns which rank is gone, and ends this one
         if isinstance(error, KeyboardInterrupt) and not _here.is_first:
             time.sleep(SAID_WITHIN)  # all have it, and rank 0 may have a tracker to close
         _here.fail(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))

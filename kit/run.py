@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,7 @@ class RunFolder:
     """A folder that belongs to one run with one set of settings."""
 
     newest: RunFolder | None = None  # the last one that this process opened
+    discarding = threading.Lock()
 
     def __init__(
         self, path: Path, *, is_new: bool = False, is_created: bool = False, is_locked: bool = False
@@ -158,7 +160,9 @@ class RunFolder:
 
         In a folder that was there before, all that was in it stays.
         """
-        if self.is_new and not has_begun(self.path):
+        with self.discarding:  # the thread that watches other ranks may come, too, and then ends the process
+            if not self.is_new or has_begun(self.path):
+                return
             self.is_new = False
             for made in (self.path / name for name in PREPARED if name not in self.before):
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)

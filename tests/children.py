@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import random
 import re
 import runpy
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -115,12 +117,28 @@ def call(file: str, function: str, *arguments, **keywords) -> Child:
     return Child(_run_function, file, function, arguments, keywords)
 
 
+def free_port() -> int:
+    """Return a port for rank 0, below those that the system gives to others before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+
+
+def wait_until_still(file: Path) -> None:
+    """Wait until a file has not changed for a second. Fail if it goes on changing."""
+    for _ in range(30):
+        before = file.read_text()
+        time.sleep(1.0)
+        if file.read_text() == before:
+            return
+    pytest.fail(f"{file} goes on changing: the run outlived its study")
+
+
 def start_ranks(count: int, file: str, function: str, *arguments, cwd=".") -> list[Child]:
     """Start `function` of the test file `file` in each of `count` ranks, as torchrun does on one machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [Child(_run_rank, shared | each, file, function, arguments, cwd=cwd) for each in own]
 

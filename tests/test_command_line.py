@@ -26,7 +26,7 @@ def valley(tmp_path):
 
 def run(*words, path=()):
     search = os.pathsep.join([*map(str, path), os.environ["PATH"]])
-    environment = os.environ | {"PATH": search, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PATH": search, "PYTHONPATH": str(ROOT), "COLUMNS": "1000"}
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

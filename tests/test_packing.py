@@ -62,6 +62,7 @@ def test_no_documents_make_no_packs():
     assert fill([], [], 10) == 1.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), max_size=50), st.integers(1, 12))
 def test_steps_keep_every_row_in_order_and_the_papers_number_of_steps(sizes, batch_traces):
     packs = [[0] * size for size in sizes]

@@ -7,13 +7,15 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from children import start_ranks
 
-from kit import ranks
+from kit import command, ranks
 from kit import run as run_folder
 from kit.command import LetFinish, open_run, start, together
 from kit.config import RunSettings
@@ -62,16 +64,25 @@ def test_each_rank_gets_sums_values_and_its_share_and_a_fact_that_differs_is_nam
 
 
 def end_badly(how):
-    ranks.BEAT_EVERY, ranks.LOST_AFTER, ranks.SAID_WITHIN = 0.1, 1.0, 0.5
+    ranks.BEAT_EVERY, ranks.GRACE, ranks.SAID_WITHIN = 0.1, 0.5, 2.0
+    if how == "own error":
+        ranks.GRACE, ranks.SAID_WITHIN = 5.0, 10.0
+    if how == "killed":
+        ranks.LOST_AFTER = 1.0
 
     def main(config):
         folder = open_run(config)
         print("begun")
         if how == "late":
             folder.metrics.append({"step": 1})
+        if how == "own error" and ranks.here().is_first:
+            time.sleep(0.5)
+            raise ValueError("no file t.jsonl")
         if ranks.here().rank == 1:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how == "interrupted":
+                raise KeyboardInterrupt
             raise ValueError("no file t.jsonl")
         ranks.here().gather(0)
 
@@ -88,7 +99,9 @@ FAILED_ALONE = r"error: rank 1 on \S+: ValueError: no file t.jsonl. All stopped"
 ENDS = {  # how a run ends -> what rank 0 says
     "early": FAILED_ALONE + " before anything was trained or measured",
     "late": FAILED_ALONE + "; what is finished is kept. Go on with: torchrun --nproc_per_node 2",
+    "own error": r"error: no file t.jsonl",
     "killed": r"error: rank 1 has been silent for 1 s. All stopped",
+    "interrupted": r"error: rank 1 on \S+: KeyboardInterrupt\. All stopped before",
     "other disk": r"error: rank 1 on .* \S+/run of rank 0 is not on a disk that rank 1 on",
     "other flags": r"error: lr is 0.0 on rank 0 on \S+ but 1.0 on rank 1 on \S+; start all",
     "taken": "error: run already holds a run; pass --resume to continue it, or another --out",
@@ -108,10 +121,23 @@ def test_if_a_rank_ends_all_do_and_rank_0_says_in_one_line_which_and_why(how, tm
     assert len(errors) == 1, errors
     assert re.match(ENDS[how], errors[0]), errors
     assert statuses[0] in (1, 2)
-    assert statuses[1] == -signal.SIGKILL if how == "killed" else statuses[1] in (1, 2)
+    of_rank_1 = {"killed": -signal.SIGKILL, "interrupted": command.INTERRUPTED}
+    assert statuses[1] == of_rank_1[how] if how in of_rank_1 else statuses[1] in (1, 2)
     assert not children[1].stdout
     assert "already holds" not in children[1].stderr
     assert (tmp_path / "run").exists() == (how in ("late", "taken"))
+
+
+def test_a_rank_is_silent_after_as_many_beats_of_this_one_as_fit_into_the_time():
+    store, most = torch.distributed.HashStore(), int(ranks.LOST_AFTER / ranks.BEAT_EVERY)
+    watch = ranks._Watch(SimpleNamespace(rank=0, count=3, is_first=True, store=store))
+    said = []
+    for beat in range(5 + most):
+        store.set("beat 1", str(beat))
+        store.set("beat 2", str(min(beat, 4)))
+        said.append(watch._silent())
+    assert said == [""] * len(said)
+    assert watch._silent() == "rank 2 has been silent for 42 s" == store.get(ranks.FAILED).decode()
 
 
 @dataclass(frozen=True)
@@ -145,9 +171,14 @@ def stop():
         together(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9) if here.rank else "done")
     except KeyboardInterrupt:
         print("also in one rank's work")
-    interrupt_soon = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        here.store.set("interrupted", "")
+
     try:
-        together(lambda: time.sleep(0.5) if here.rank else interrupt_soon.start())
+        wait = partial(here.store.wait, ["interrupted"])
+        together(wait if here.rank else threading.Timer(0.1, interrupt).start)
     except KeyboardInterrupt:
         print("also if it comes while a rank waits")
     here.gather("whoever went on alone would not be here")

@@ -201,7 +201,7 @@ def _end(running: Sequence[_Running]) -> None:
             print(f"\n{count} what is done; Ctrl-C again stops at once", file=sys.stderr)
             for run in running:
                 with suppress(ProcessLookupError):  # it has ended in the meantime
-                    os.kill(run.process.pid, signal.SIGINT)
+                    os.kill(run.process.pid, signal.SIGINT if run.has_begun else signal.SIGKILL)
             for run in running:
                 run.process.join(END_WITHIN)
     finally:
@@ -256,6 +256,11 @@ class _Running:
         steps = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         return f"{self.job.name} step {steps}" if steps else self.job.name
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether its log has begun. Before, the process may ignore SIGINT, and has nothing to save."""
+        return self.log.stat().st_size > self.log_start
+
     def outcome(self) -> Outcome:
         seconds, status = round(time.perf_counter() - self.start, 1), self.process.exitcode
         if status == 0:
@@ -286,7 +291,7 @@ def _run(
 
         torch.set_num_threads(1)
 
-    print(f"python -m {shlex.join([recipe, *flags])}")
+    print(f"python -m {shlex.join([recipe, *flags])}", flush=True)
     module = importlib.import_module(recipe)
     start(module.main, module.Config, flags, smoke=module.SMOKE, presets=getattr(module, "PRESETS", None))
 

@@ -26,7 +26,7 @@ HOT = SamplingParams(temperature=1.5, top_p=1.0, max_new_tokens=60)  # so that s
 
 def measure(folder):
     """Ask 7 questions, 2 samples each, one after another, so that it can be killed between two of them."""
-    ranks.BEAT_EVERY, ranks.LOST_AFTER = 0.1, 1.0
+    ranks.BEAT_EVERY, ranks.LOST_AFTER, ranks.GRACE = 0.1, 5.0, 0.1
 
     def program(_):
         ranks.join("cpu")

@@ -45,7 +45,7 @@ def test_after_a_server_has_died_a_resume_asks_for_what_is_missing_and_the_log_i
     assert {row["tokens"] for row in whole.rows} > {40}  # some end by themselves
 
     with serve(model, chat.tokenizer, faults=[""] * 5 + ["die"]) as small:
-        server = connect(small.url, "served", chat.tokenizer, timeout=20.0, deadline=3.0, pause=0.01)
+        server = connect(small.url, "served", chat.tokenizer, timeout=20.0, deadline=8.0, pause=0.01)
         with pytest.raises(ValueError, match=r"the last one: (URLError|Remote).* --resume asks for the rest"):
             ask(server, chat, tmp_path / "broken", num_slots=2)
     kept = read_result(tmp_path / "broken" / "toy.jsonl")

@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         if reply == "hang up":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif reply == "sleep":
-            time.sleep(5.0)
+            time.sleep(30.0)
         elif isinstance(reply, int):
             self._send(b"{}", reply)
         else:
@@ -94,7 +94,7 @@ def test_yes_and_no_are_verdicts_and_every_fault_is_counted_and_named_and_never_
     log = write_log(tmp_path / "toy.jsonl", [*REPLIES, "none"])
     header = Journal(log).read()[0]
     with server() as (found, url):
-        counts = judge_logs([log], Judge(url, timeout=2.0))
+        counts = judge_logs([log], Judge(url, timeout=4.0))
     problems = Counter()
     for problem, count in counts.items():
         problems[problem.split(" (")[0]] += count

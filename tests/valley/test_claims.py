@@ -83,7 +83,7 @@ def elsewhere(study, *jobs):
 
 
 def test_the_jobs_of_another_machine_are_taken_over_once_it_is_silent_for_a_lease(tmp_path):
-    job, lease = tmp_path / "cells" / "a", 0.5
+    job, lease = tmp_path / "cells" / "a", 2.0
     alive = elsewhere(tmp_path, job)
     with claiming(tmp_path, lease) as claims:
         for beat in range(2, 6):  # for two leases

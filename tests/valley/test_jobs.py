@@ -12,7 +12,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from children import call, wait
+from children import call, wait, wait_until_still
 
 from kit.journal import Journal
 from kit.valley.claims import LEASE, claiming
@@ -20,6 +20,7 @@ from kit.valley.jobs import (
     DONE,
     FAILED,
     KEEP_FREED_MEMORY,
+    LOG,
     TAIL,
     Job,
     Outcome,
@@ -132,7 +133,7 @@ def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_ot
     good, bad = (Path(found[name].log).read_text() for name in ("good", "bad"))
     assert good.count("line") == 30 and "line 29\ntraining: 2 of 2 steps in 0:" in good
     assert "line 29\ntraining: 1 of 2 steps in 0:" in bad.split("error: ")[0] and "\r" not in good + bad
-    assert re.fullmatch(r"study: 6 of 6 runs in \d:\d\d:\d\d\n", capfd.readouterr().err)
+    assert re.search(r"^study: 6 of 6 runs in \d:\d\d:\d\d\n\Z", capfd.readouterr().err)
     assert [line.split()[0] for line in starts(recipe)] == ["bad", "killed", "left", "good"]
     assert "False '--odd= name'" in starts(recipe)[-1]  # settings arrive whatever they hold
     assert read_outcomes(tmp_path) == found
@@ -277,14 +278,7 @@ def test_a_study_that_is_killed_takes_its_run_with_it_and_goes_on_inside_it(reci
         time.sleep(0.01)
     study.kill()
     assert study.returncode == -signal.SIGKILL
-    before = None
-    for _ in range(200):  # the orphan sees that its parent is gone; until then it goes on writing
-        before, seen = alive.read_text(), before
-        if before == seen:
-            break
-        time.sleep(0.1)
-    time.sleep(0.3)
-    assert alive.read_text() == before, "the run outlived its study"
+    wait_until_still(alive)
     assert list(read_outcomes(tmp_path)) == ["first"]
     go.touch()
     again = run([job(recipe, "first"), job(recipe, "second", wait_for=str(go))], tmp_path)
@@ -309,6 +303,18 @@ def test_leaving_a_study_early_ends_its_processes(recipe, tmp_path):
     time.sleep(0.3)
     assert alive.read_text() == before
     assert list(read_outcomes(tmp_path)) == ["first"]
+
+
+def test_a_run_that_has_written_nothing_when_a_study_is_left_is_ended_at_once(recipe, tmp_path, monkeypatch):
+    never = job(recipe, "never", wait_for=str(tmp_path / "never"))
+    with claiming(tmp_path) as claims:
+        outcomes = run_jobs([job(recipe, "first"), never], tmp_path, [Worker()] * 2, claims)
+        assert next(outcomes).job == "first"
+        while not (never.folder / "alive").exists():
+            time.sleep(0.01)
+        monkeypatch.setattr("kit.valley.jobs._Running.has_begun", False)
+        outcomes.close()
+    assert "stopped" not in (never.folder / LOG).read_text()  # which a run says that is asked to save
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def train(
         with progress:
             if after_step:
                 measure(done)
-                if interrupt.agreed():
+                if done < num_steps and interrupt.agreed():
                     raise Stopped(f"before step {done + 1} of {num_steps}")
             for step in range(done, num_steps):
                 start = time.perf_counter()

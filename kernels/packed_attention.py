@@ -295,6 +295,7 @@ def packed_attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     _check(q, k, v, cu_seqlens, max_seqlen, window)
+    cu_seqlens = cu_seqlens.contiguous()  # as the kernels read it
     if not _runs_in_operators(q):
         return documents_attention(q, k, v, cu_seqlens, max_seqlen, window=window, scale=scale)
 

@@ -19,8 +19,9 @@ Numbers of rows are rounded up, so that a batch that shrinks needs few graphs. T
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -127,17 +128,20 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all captures on a device: for each stream, cuBLAS keeps a workspace for good."""
-    return torch.cuda.Stream(device)
-
-
 class Recorder:
-    """Captures steps on a stream of its own, as torch.cuda.graph asks for."""
+    """Captures steps on a stream that no other Recorder has while this one lives.
+
+    cuBLAS has a workspace per stream, whose address graphs keep. torch frees it with the first graph of that
+    stream that ends (pytorch issue 193402), and another engine's graphs would then write into freed memory.
+    """
+
+    idle: ClassVar[dict[torch.device, list[torch.cuda.Stream]]] = defaultdict(list)
 
     def __init__(self, device: torch.device):
-        self.stream, self.pool = _stream(device), torch.cuda.graph_pool_handle()
+        idle = self.idle[device]
+        self.stream = idle.pop() if idle else torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        weakref.finalize(self, idle.append, self.stream)
 
     def run(self, step: Callable[[], None]) -> None:
         """Run a step eagerly on the stream, which has a workspace of cuBLAS of its own."""

@@ -305,11 +305,11 @@ class _PinnedPages(mmap.mmap):
             with contextlib.suppress(RuntimeError):  # the next launch reports the error: let it be this one
                 torch.ones(1, device="cuda")
             raise RuntimeError(f"cudaHostRegister returned error {error}")
-        self.address, self.pinned = address, True
+        self.address, self.pinned, self.device = address, True, torch.cuda.current_device()
 
     def __del__(self):
         if self.pinned:
-            torch.cuda.synchronize()  # a copy may still be reading
+            torch.cuda.synchronize(self.device)  # a copy may still be reading
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 

@@ -3,6 +3,7 @@
 - greedy tokens of tiny fp32 models, sampled on the card, are those of transformers' generate on the CPU
 - tokens/s with 64, 256 and 16 rows of 512 new tokens, prompts of 200, temperature 0.6, top-p 0.95
 - beside transformers' generate and generate_batch on the same prompts: at least twice generate's speed
+- an answer that is drawn by turns with one that ends before is the same as alone
 - launches, kernels and copies to the host per decode step, also of one long row beside 31 short ones; eagerly
   and in CUDA graphs (kit/generate/graph.py), the default, which must draw the same tokens in fewer launches
 - what reading 8 prompts of 1,024 tokens holds, beside the memory plan of reinforcement learning
@@ -14,16 +15,17 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from transformers import GenerationConfig
 
+from kit.evaluate.asking import take_turns
 from kit.generate import SamplingParams, cache_bytes, generate
 from kit.generate.engine import Engine
 from kit.generate.graph import Graphs
-from kit.generate.sampler import PREFILL_TOKENS
+from kit.generate.sampler import PREFILL_TOKENS, stream
 from kit.machine import GIB
 from kit.memory.phases import SAMPLER
 from kit.recipes.card import models
@@ -50,7 +52,7 @@ def run(results: Results, card: Card) -> None:
             check_tokens(results, card, name)
     card.need_rtx_30(models.NO_BF16)
     model = build_to_sample(card, SPREAD)
-    for check in (measure_speed, measure_decoding, check_reading, compare_peers):
+    for check in (measure_speed, measure_decoding, check_turns, check_reading, compare_peers):
         with results.case(check.__name__):
             check(results, card, model)
 
@@ -190,6 +192,25 @@ def decoded(
     decode(3)  # compiles, captures, and proves the graph
     seconds = statistics.median(timed(card, lambda: decode(2 * seen))[1] for _ in range(3)) / (2 * seen)
     return tokens, seconds, profiled(card, lambda: decode(seen))
+
+
+def check_turns(results: Results, card: Card, model) -> None:
+    """Answer two prompts by turns, as recipes/ask.py does: one's graphs must not depend on the other's."""
+    few, many = (5, 9) if card.small else (32, 96)
+    results.need(seconds=10)
+    prompts = random_prompts([40, 50], model)
+
+    def answer(prompt: tuple[int, ...], new_tokens: int, tokens: list[int]) -> Iterator[None]:
+        for step in stream(model, [prompt], params(new_tokens), num_slots=1, seed=0, eos_token_id=NEVER):
+            tokens += [token for _, token, _ in step]
+            yield
+
+    alone, by_turns = [], []
+    take_turns([answer(prompts[1], many, alone)], lambda: None)
+    take_turns([answer(prompts[0], few, []), answer(prompts[1], many, by_turns)], lambda: None)
+    same = sum(a == b for a, b in zip(alone, by_turns, strict=True))
+    text = f"{same} of {many} tokens are those that it draws alone"
+    results.check("an answer beside one that ends before", same == many and not Graphs.failure, text)
 
 
 def check_reading(results: Results, card: Card, model) -> None:

@@ -1,6 +1,8 @@
 """The token step as a card replays it: to run the captured step again stands for a replay of its kernels."""
 
 import warnings
+from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -285,6 +287,19 @@ def test_steps_are_replayed_on_a_card_whose_kernel_reads_the_cache_unless_it_is_
     assert all(isinstance(steps_for(*how), Eager) for how in eager)
     Graphs.failure = "a graph before"
     assert isinstance(steps_for(cuda, True, True), Eager)
+
+
+def test_engines_capture_on_streams_of_their_own_which_later_ones_use_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(graph.Recorder, "idle", defaultdict(list))
+    first, second = (graph.Recorder(torch.device("cuda", 0)) for _ in range(2))
+    elsewhere = graph.Recorder(torch.device("cuda", 1))
+    assert len({id(made.stream) for made in (first, second, elsewhere)}) == 3
+    stream, first = first.stream, None
+    assert graph.Recorder(torch.device("cuda", 1)).stream is not stream
+    assert graph.Recorder(torch.device("cuda", 0)).stream is stream
+    assert second.stream is not stream
 
 
 def test_generate_hands_the_switch_to_what_decides(monkeypatch):

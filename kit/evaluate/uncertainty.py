@@ -9,22 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, pstdev
+from statistics import fmean, median, pstdev, stdev
+
+# Student's t, 97.5th percentile, by degrees of freedom: the spread of two or three values is itself poorly
+# known
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def half_width(values: Iterable[float], added: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> float:
-    """Return half the width of the 95 % interval of a mean over questions: 1.96 standard errors.
+    """Return half the width of a 95 % interval around a mean over questions.
 
     values: one number per question, for example its share of correct samples or the difference of two such
     shares. That makes the interval right for k samples per question: Wilson's would count the k samples as k
     questions. A bootstrap over questions agrees where there are many (within 5 % on 1,319), but sees no
     spread if all questions are alike and is too narrow below about 20.
-    added: values that widen the interval without moving the mean. The two right and two wrong questions of
-    Agresti and Coull (1998) keep 0 of 8 from being 0 for certain; differences take -1 and 1 (Agresti and Min,
-    2005).
+    added: values that keep 0 of 8 from being 0 for certain: the two right and two wrong questions of Agresti
+    and Coull (1998); for differences -1 and 1 (Bonett and Price, 2012). Their interval, 1.96 standard errors,
+    lies around the mean with the added values. This one lies around the mean without them and reaches as far
+    as the farther end of theirs. Without added values it is Student's, and infinite for a single question.
     """
-    values = [*values, *added]
-    return 1.96 * pstdev(values) / math.sqrt(len(values))
+    values = [*values]
+    if added:
+        wider = [*values, *added]
+        return 1.96 * pstdev(wider) / math.sqrt(len(wider)) + abs(fmean(wider) - fmean(values))
+    if len(values) < 2:
+        return math.inf
+    df = len(values) - 1
+    t = STUDENT.get(df, 1.96 + 2.372 / df + 2.822 / df**2)  # Abramowitz and Stegun, 26.7.5
+    return t * stdev(values) / math.sqrt(len(values))
 
 
 def in_percent(share: float, half: float, unit: str = " %", sign: str = "") -> str:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, stdev
+from statistics import NormalDist, fmean
 
 from kit.evaluate.uncertainty import half_width, in_percent
 
 # question, or (benchmark, question) -> the mean over its samples: the share of right ones, or tokens
 ByQuestion = Mapping[str | tuple[str, str], float]
-# Student's t, 97.5th percentile, by degrees of freedom: the spread of two or three seeds is itself poorly
-# known
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Es
     """Return the mean over seeds and questions, with its interval.
 
     A question named by a pair (benchmark, question) counts within its benchmark, and every benchmark counts
-    the same. added: values added to the questions for the width alone (kit.evaluate.uncertainty).
+    the same. added: values that widen the interval (kit.evaluate.uncertainty).
 
     The variance is the sum of two: over questions (of their means over the seeds) and, if there are several
     seeds, over seeds (of their means over the questions). Chance is counted in both, so the interval errs on
@@ -140,9 +137,7 @@ def estimate(seeds: Mapping[int, ByQuestion], added: Sequence[float] = ()) -> Es
         half_width([fmean(values[q] for values in seeds.values()) for q in stratum], added)
         for stratum in strata.values()
     ]
-    spread = 0.0
-    if len(of_seeds) > 1:
-        spread = STUDENT.get(len(of_seeds) - 1, 1.96) * stdev(of_seeds) / math.sqrt(len(of_seeds))
+    spread = half_width(of_seeds, ()) if len(of_seeds) > 1 else 0.0
     return Estimate(fmean(of_seeds), math.hypot(math.hypot(*halves) / len(halves), spread))
 
 

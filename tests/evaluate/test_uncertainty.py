@@ -38,6 +38,27 @@ def test_the_interval_agrees_with_a_bootstrap_over_questions_where_there_are_man
     assert half_width(differences.tolist(), added=()) == pytest.approx((high - low) / 2, rel=0.05)
 
 
+@pytest.mark.parametrize("n", [5, 10, 30, 40])
+def test_of_few_questions_at_least_nine_in_ten_intervals_hold_the_truth_whatever_it_is(n):
+    """Exactly, over every outcome; at five questions, 88 in 100."""
+    halves = [half_width([1.0] * right + [0.0] * (n - right)) for right in range(n + 1)]
+    for p in (i / 500 for i in range(1, 500)):
+        chances = [math.comb(n, right) * p**right * (1 - p) ** (n - right) for right in range(n + 1)]
+        held = sum(chances[i] for i in range(n + 1) if abs(i / n - p) <= halves[i])
+        assert held >= (0.88 if n == 5 else 0.9), p
+
+
+def test_two_questions_that_are_lost_are_no_certain_fall_and_six_are():
+    assert half_width([-1.0] * 2, (-1.0, 1.0)) > 1 > half_width([-1.0] * 6, (-1.0, 1.0))
+
+
+def test_of_numbers_that_are_no_shares_the_interval_is_students():
+    assert half_width([7.0], ()) == math.inf
+    assert half_width([1.0, 3.0], ()) == 12.706
+    eleven = [0.0] * 5 + [1.0] * 6
+    assert half_width(eleven, ()) == pytest.approx(2.2281 * math.sqrt(6 * 5 / 11 / 10 / 11), rel=2e-3)
+
+
 def test_lengths_are_mean_median_and_the_length_nine_tenths_do_not_exceed():
     assert Lengths.of([5]) == Lengths(1, 5, 5, 5)
     assert Lengths.of(list(range(10, 0, -1))) == Lengths(10, 5.5, 5.5, 9)

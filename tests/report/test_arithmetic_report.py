@@ -70,7 +70,7 @@ def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
 def test_answers_without_an_equation_have_no_p():
     silent = check_answers({SAMPLES: result(row(A, "\\boxed{100}", "correct"))})
     assert sentences(silent) == ["arithmetic: no answer states an equation, so there are no steps to check."]
-    assert "<td>-<td>-<td>-<td>0.0&nbsp;± 0.0" in section(silent)
+    assert "<td>-<td>-<td>-<td>0.0&nbsp;± inf" in section(silent)
     right = sentences(check_answers({SAMPLES: result(ROWS[0])}))[0]
     assert "p = 100.0 % (" in right and "none is wrong" in right
 

@@ -18,14 +18,14 @@ STEP = {
 
 
 def make_run(path, *, steps=0, shares=None):
-    """Write a run. shares: stage -> share of right answers, of four questions with ten samples each."""
+    """Write a run. shares: stage -> share of right answers, of six questions with ten samples each."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps({"model": "some <model>", "lr": 1e-6, "group_size": 8}))
     for stage, share in (shares or {}).items():
         verdicts = ["correct" if k < 10 * share else "wrong" for k in range(10)]
         rows = [
             sample(f"q{question}", verdict, sample=k, text=HOSTILE)
-            for question in range(4)
+            for question in range(6)
             for k, verdict in enumerate(verdicts)
         ]
         write_samples(path / stage / "toy.jsonl", rows)

@@ -116,7 +116,7 @@ def evaluate(
         many = f" with {at_once} answers at once, whose cache alone" if num_slots else "; an answer's cache"
         raise ValueError(
             f"{benchmark.name}: memory ran out{many} takes {cache:.2f} GiB; pass --resume with a smaller "
-            "--num_slots (or --gpu_gb, if that chose it; for one answer fewer --max_new_tokens)"
+            "--num_slots, or, if one answer is too much, begin another run with fewer --max_new_tokens"
         ) from error
     here().from_first(journal.join)
     return read_result(journal.path)

@@ -23,8 +23,9 @@ UNSTORED = {"resume", "out", "plan", "json", "typed"}
 FREE_TO_CHANGE = UNSTORED | {
     "baseline", "workers", "gpus", "rl_steps", "rl_sizes", "num_slots", "desktop_gb", "card", "trace_tokens",
     "response_tokens", "recompute", "tile_tokens", "offload_inputs", "logit_rows", "offload_optimizer",
-    "offload_gradients", "head_update", "eval_every", "log", "server", "cuda_graphs",
+    "offload_gradients", "head_update", "eval_every", "log", "server", "cuda_graphs", "rl_flags",
 }  # fmt: skip
+ALIKE = {"rl_flags"}  # of these, what processes that share a folder must agree on
 
 BEFORE, AFTER, SAMPLES = "before", "after", "samples"  # folders of samples in a run
 DURING = "during"  # the folder of samples drawn while it was trained; DURING.jsonl: their figures by step
@@ -122,7 +123,8 @@ class RunFolder:
             before = {name: before.get(name, defaults[name]) for name in settings} | before  # new settings
             grows = may_grow if config.resume and not is_shared(path) else ()
             grown = {k for k in grows if k in before and _has_grown(before[k], settings[k])}
-            fixed = sorted({*before, *settings} - FREE_TO_CHANGE - grown)
+            free = FREE_TO_CHANGE - ALIKE if is_shared(path) else FREE_TO_CHANGE
+            fixed = sorted({*before, *settings} - free - grown)
             changed = [k for k in fixed if _meaning(k, before.get(k)) != _meaning(k, settings.get(k))]
             if changed:
                 now = {

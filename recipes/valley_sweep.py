@@ -39,10 +39,12 @@ from kit.command import clean_up_if_refused, start
 from kit.command_line import command_of, shell_word, started_as
 from kit.config import full_command, parse, some_of
 from kit.evaluate.settings import EVENING, BenchmarkSettings, EvaluationSettings, ModelSettings
+from kit.journal import CONFIG
 from kit.machine import require_gpu
 from kit.memory.settings import TrainingPlanSettings
 from kit.recipes import evaluate, gemma3_1b_8k, grpo_qwen2_5_0_5b
-from kit.run import write_json
+from kit.run import FREE_TO_CHANGE, read_json_if_any, recipe_name, stored_settings, write_json
+from kit.valley.finished import RL
 from kit.valley.jobs import workers_of
 from kit.valley.runs import LOWEST, MOST, Recipes, open_study, run_study
 from kit.valley.study import ARMS, FIXED_BATCH, FULL, Cell, Study, parse_numbers, short_name
@@ -148,7 +150,8 @@ def recipes_of(config: Config, chosen: valley.estimate.Chosen) -> Recipes:
     """Return the recipes with the sweep's settings. chosen: the memory settings of each model and method."""
     if config.attention == "auto":
         config = replace(config, attention="kit")  # or each run would pick for itself
-    learning = some_of(config, *RL_SHARED) | {"eval_tokens": config.max_new_tokens}
+    # without the noise of that recipe's --smoke, which would make the start another model
+    learning = some_of(config, *RL_SHARED) | {"eval_tokens": config.max_new_tokens, "weaken": 0.0}
 
     def finetune(cell: Cell) -> dict:
         settings, problem = chosen[cell.model, cell.method]
@@ -178,18 +181,54 @@ def starts_of(config: Config, study: Study) -> list[str]:
     return words
 
 
+def read_rl_flags(text: str) -> grpo_qwen2_5_0_5b.Config:
+    """Return the settings that rl_flags gives. Raises ValueError for a flag that is not allowed."""
+    recipe = grpo_qwen2_5_0_5b
+    try:
+        return parse(recipe.Config, shlex.split(text), smoke=recipe.SMOKE, presets=recipe.PRESETS)
+    except ValueError as error:
+        raise ValueError(f"rl_flags is {text!r}, and in it {error}") from error
+
+
+def adapted_models(study: Study) -> list[str]:
+    """Return the models from whose adapters reinforcement learning may start."""
+    return [model for model, methods in study.models if {*methods} - {FULL} and model in study.compared]
+
+
+def rl_words(config: Config, study: Study) -> list[str]:
+    """Return the flags that add reinforcement learning to a finished sweep of these settings."""
+    given = read_rl_flags(config.rl_flags)
+    missing = ["--smoke"] * (config.smoke and not given.smoke)  # the paper's GRPO would take a CPU weeks
+    missing += ["--kl_coef 0"] * bool(adapted_models(study) and given.kl_coef)
+    flags = " ".join([config.rl_flags, *missing]).strip()
+    return ["--rl_sizes", "0,lowest,most", *([f"--rl_flags={flags}"] if missing else [])]
+
+
+def check_rl_flags(config: Config) -> None:
+    """Raise ValueError if reinforcement learning has begun with other settings: one report must not mix them.
+
+    A run that is done is not started again, so it would not refuse them itself.
+    """
+    if not (config.resume or config.out):  # a new folder
+        return
+    path = stored_settings(recipe_name(Config), config.out)[0] if config.resume else Path(config.out)
+    before = read_json_if_any(path / CONFIG).get("rl_flags", config.rl_flags)
+    if before != config.rl_flags and any((path / RL).glob(f"*/{CONFIG}")):
+        was, given = vars(read_rl_flags(before)), vars(read_rl_flags(config.rl_flags))
+        if changed := [name for name in sorted(was.keys() - FREE_TO_CHANGE) if was[name] != given[name]]:
+            raise ValueError(
+                f"rl_flags was {before!r} and is {config.rl_flags!r}, which changes {', '.join(changed)}, "
+                f"but runs in {path / RL} have begun; pass the same, or another --out"
+            )
+
+
 def check_before_hours(config: Config, study: Study) -> None:
     """Raise ValueError for what a run would refuse only when its turn comes."""
     for model, _ in study.models:
         models.loading.path_of(model)
     data.rows.check_sources(config.traces, config.short_traces)
     check_tracker(config.log)
-    recipe = grpo_qwen2_5_0_5b
-    try:
-        flags = parse(recipe.Config, shlex.split(config.rl_flags), smoke=recipe.SMOKE, presets=recipe.PRESETS)
-    except ValueError as error:
-        raise ValueError(f"rl_flags is {config.rl_flags!r}, and in it {error}") from error
-    adapted = [model for model, methods in study.models if {*methods} - {FULL} and model in study.compared]
+    flags, adapted = read_rl_flags(config.rl_flags), adapted_models(study)
     if adapted and flags.kl_coef and {*starts_of(config, study)} - {"0"}:
         raise ValueError(
             f"rl_sizes is {config.rl_sizes} and kl_coef {flags.kl_coef:g}, but {short_name(adapted[0])} is "
@@ -230,6 +269,7 @@ def main(config: Config) -> Path | None:
     }
     require_gpu(config.device, "a sweep", instead)
     check_attention(config, study)
+    check_rl_flags(config)
     path = open_study(config, GROWS)
     chosen = valley.estimate.choose_settings(study.cells(), path, at_once=len(workers), **what)
     cells, forced = valley.estimate.with_settings(study.cells(), chosen)
@@ -245,7 +285,8 @@ def main(config: Config) -> Path | None:
         write_report=report.valley.write_report,
         then=(
             "reinforcement learning from three sizes",
-            f"{started_as()} --resume{run} --rl_sizes 0,lowest,most",
+            f"{started_as()} --resume{run}",
+            *rl_words(config, study),
         ),
     )
 

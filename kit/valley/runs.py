@@ -133,13 +133,14 @@ def run_study(
     deviations: Sequence[str],
     rl: Sequence[str],
     write_report: Callable[..., Path],
-    then: tuple[str, str],
+    then: tuple[str, ...],
 ) -> Path:
     """Run the cells, then reinforcement learning from the starts that `rl` names, and return the report.
 
     cells: the study's, as they can be run here. What is done stays done. Several workers, and a process that
     comes to help others, begin with the longest runs, so that all end together. Every process writes the
-    report, the last one all of it. then: the effect of a command to type next, and the command; without `rl`.
+    report, the last one all of it. then: without `rl`, the effect of a command to type next, the command and
+    its words.
     Raises SystemExit naming the runs that failed, once all others are done.
     """
     joins = is_shared(path)

@@ -13,8 +13,10 @@ from children import run_recipe, start_recipe
 from test_valley_demo import numbers
 
 from kit.config import parse
+from kit.lock import release, share
 from kit.models.shipped import TINY
 from kit.paper import MODELS, TABLE
+from kit.run import RunFolder
 from kit.valley.runs import jobs_of, rl_jobs
 from kit.valley.study import Cell
 
@@ -314,3 +316,53 @@ def test_a_mixture_whose_columns_name_no_short_solution_is_refused(recipe):
     settings = {"models": "tiny", "sizes": "4", "device": "cpu", "arms": "long,mixed"}
     with pytest.raises(ValueError, match="which names no short solution; add solution=COLUMN"):
         recipe.main(recipe.Config(**settings, columns="problem=q,trace=r"))
+
+
+def test_what_a_finished_sweep_says_to_type_is_taken_until_other_flags_would_be_mixed_in_one_report(
+    recipe, tmp_path
+):
+    def words_after(*typed):
+        flags = ["--device", "cpu", *typed, "--out", str(tmp_path / str(len(list(tmp_path.iterdir()))))]
+        config = parse(recipe.Config, flags, smoke=recipe.SMOKE)
+        RunFolder.open(config).unlock()
+        words = recipe.rl_words(config, recipe.study_of(config))
+        resumed = resume(config.out, *words)
+        recipe.check_before_hours(resumed, recipe.study_of(resumed))
+        RunFolder.open(resumed, may_grow=recipe.GROWS, join=True).unlock()
+        assert words[:2] == ["--rl_sizes", "0,lowest,most"]
+        return words[2:]
+
+    def resume(out, *words):
+        config = parse(recipe.Config, ["--resume", "--out", str(out), *words])
+        recipe.check_rl_flags(config)
+        return config
+
+    assert words_after("--smoke", "--models", "tiny=lora") == ["--rl_flags=--smoke --kl_coef 0"]
+    assert words_after("--smoke", "--models", "tiny") == ["--rl_flags=--smoke"]
+    assert words_after("--models", "tiny=full+qlora") == ["--rl_flags=--kl_coef 0"]
+    own = ("--models", "tiny,tinier=qlora", "--rl_flags=--steps 2 --kl_coef 0.01")
+    assert words_after(*own) == ["--rl_flags=--steps 2 --kl_coef 0.01 --kl_coef 0"]
+    assert words_after("--models", "tiny=lora", "--rl_flags=--kl_coef 0") == []
+    assert words_after("--models", "tiny") == []
+
+    first, cell = tmp_path / "0", "tiny-lora-24-seed0"
+    resume(first, "--rl_flags=--smoke --kl_coef 0 --steps 3")
+    (first / "rl" / cell).mkdir(parents=True)
+    (first / "rl" / cell / "config.json").write_text("{}")
+    resume(first, "--rl_flags=--smoke --kl_coef 0 --num_slots 8")
+    with pytest.raises(ValueError, match=r"is '--steps 3', which changes batch_prompts.* kl_coef.* steps"):
+        resume(first, "--rl_flags=--steps 3")
+    # a process that helps others starts some of the runs
+    RunFolder.open(resume(first), join=True)
+    share(first)
+    with pytest.raises(ValueError, match=r"rl_flags was .*--kl_coef 0', is .*--num_slots 8'; wait"):
+        RunFolder.open(resume(first, "--rl_flags=--smoke --kl_coef 0 --num_slots 8"), join=True)
+    release(first)
+
+
+def test_reinforcement_learning_starts_from_the_cells_models_without_the_noise_of_its_smoke(recipe, tmp_path):
+    config = parse(recipe.Config, ["--smoke", "--rl_flags=--smoke"], smoke=recipe.SMOKE)
+    recipes = recipe.recipes_of(config, {})
+    (job,) = rl_jobs([Cell.of_base("tiny", 0)], recipes, tmp_path)
+    grpo = importlib.import_module(job.recipe)
+    assert grpo.SMOKE["weaken"] and parse(grpo.Config, job.command(), smoke=grpo.SMOKE).weaken == 0

@@ -37,6 +37,7 @@ from kit.command_line import command_of, started_as
 from kit.config import RunSettings, some_of
 from kit.evaluate.settings import EVENING, EvaluationSettings, SampledModelSettings
 from kit.evaluate.uncertainty import in_percent
+from kit.journal import CONFIG
 from kit.machine import on_cpu, require_gpu
 from kit.memory.settings import PlanSettings
 from kit.ranks import here
@@ -164,7 +165,7 @@ def print_steps(stages: report.figures.Stages) -> None:
 
 def compare(config: Config) -> list[evaluate.Result]:
     """Print the second run minus the first, for every benchmark that both measured."""
-    runs = [Path(name) for name in config.compare.split(",")]
+    runs = [Path(name.strip()) for name in config.compare.split(",")]
     if tuned := [run for run in runs if (run / AFTER).is_dir()]:
         raise ValueError(
             f"{tuned[0]} is a fine-tuning run, which compares by itself: {command_of('report')} {tuned[0]}; "
@@ -173,6 +174,8 @@ def compare(config: Config) -> list[evaluate.Result]:
     folders = [run / SAMPLES for run in runs]
     if len(folders) != 2:
         raise ValueError(f"compare is {config.compare!r} but it takes two run folders, comma-separated")
+    if empty := [run for run in runs if not (run / CONFIG).is_file()]:
+        raise ValueError(f"{empty[0]} holds no run (no {CONFIG}); pass two run folders of evaluate.py")
     first, second = ({path.stem: path for path in evaluate.sample_log.logs_in(folder)} for folder in folders)
     shared = [name for name in first if name in second]
     if not shared:

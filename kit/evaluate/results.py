@@ -264,12 +264,20 @@ def paired_difference(before: Result, after: Result, *, force: bool = False) -> 
     """Return (accuracy after - before, half the width of its 95 % interval).
 
     Paired by question, so that how hard the questions are cancels: narrower than the two accuracies' own.
-    Raises ValueError if the two did not answer the same questions and, unless forced, if their headers
-    differ.
+    Raises ValueError if one is unfinished, if the two did not answer the same questions and, unless forced,
+    if their headers differ.
     """
     if not force:
         check_comparable(before, after)
     old, new = before.by_question(), after.by_question()
+    both = {*old, *new} if before.header.get("questions") == after.header.get("questions") else {}
+    for stage, result, own in (("before", before, old), ("after", after, new)):
+        wanted = result.header.get("num_samples", 0) * len(both or own)  # 0: the log does not say
+        if len(result.rows) < wanted:
+            raise ValueError(
+                f"{result.benchmark} {stage} is unfinished: {len(result.rows):,} of {wanted:,} answers; "
+                "finish it with --resume"
+            )
     if old.keys() != new.keys():
         raise ValueError(
             f"{before.benchmark}: {len(old)} questions before and {len(new)} after, of which "

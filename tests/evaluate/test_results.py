@@ -186,6 +186,20 @@ def test_the_difference_pairs_questions_whatever_their_order():
     assert difference == -0.25 and 0.2 < spread < 0.25
 
 
+def test_an_unfinished_result_is_not_compared_even_if_forced():
+    rows = [row(question, "correct") for question in ("a", "a", "b", "b")]
+    whole, cut = (result(*some, num_samples=2) for some in (rows, rows[:3]))
+    assert paired_difference(whole, whole)[0] == 0
+    for stage, pair in (("before", (cut, whole)), ("after", (whole, cut)), ("before", (cut, cut))):
+        with pytest.raises(ValueError, match=f"toy {stage} is unfinished: 3 of 4 answers; finish it with"):
+            paired_difference(*pair, force=True)
+    with pytest.raises(ValueError, match="toy after is unfinished: 2 of 4 answers"):  # a question is missing
+        paired_difference(whole, result(*rows[:2], num_samples=2))
+    other = result(*rows[:2], num_samples=2, questions="of another file")
+    with pytest.raises(ValueError, match="2 questions before and 1 after, of which 1 are the same"):
+        paired_difference(whole, other, force=True)
+
+
 def test_the_summary_is_plain_json_and_holds_every_figure():
     rows = [row(str(i), "wrong", 20, False, prediction=None, answer="7", cuts={"16": 1}) for i in range(3)]
     found = json.loads(json.dumps(result(*rows, max_new_tokens=20).summary(), allow_nan=False))

@@ -52,14 +52,14 @@ def test_two_runs_are_compared_and_others_only_when_forced(tmp_path):
     for out, flags in (("a", []), ("b", ["--seed", "1"])):
         done = run_recipe("evaluate", *QUICK, "--out", out, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    same = run_recipe("evaluate", "--compare", "a,a", cwd=tmp_path)
+    same = run_recipe("evaluate", "--compare", "a, a", cwd=tmp_path)
     assert "toy: difference +0.0 points ± 34.6 (95 %, paired over 6 questions)" in same.stdout
     refused = run_recipe("evaluate", "--compare", "a,b", cwd=tmp_path)
     assert refused.returncode == 2
     assert "seed 0 and 1" in refused.stderr and "--force" in refused.stderr
     assert run_recipe("evaluate", "--compare", "a,b", "--force", cwd=tmp_path).returncode == 0
     assert "takes two run folders" in run_recipe("evaluate", "--compare", "a", cwd=tmp_path).stderr
-    assert "no benchmark in common" in run_recipe("evaluate", "--compare", "a,c", cwd=tmp_path).stderr
+    assert "c holds no run (no config" in run_recipe("evaluate", "--compare", "a,c", cwd=tmp_path).stderr
     (tmp_path / "tuned" / "after").mkdir(parents=True)
     assert "tuned is a fine-tuning run" in run_recipe("evaluate", "--compare", "a,tuned", cwd=tmp_path).stderr
 

@@ -91,6 +91,7 @@ SMOKE = {
     "traces": str(LONG_TRACES), "num_traces": 0, "row_tokens": 1_024, "lr": 3e-3,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "max_new_tokens": 400, "num_slots": 50,
 }  # fmt: skip
+NOT_COUNTED = "not counted: measurements during training"  # in hours and disk, with --eval_every
 
 
 @clean_up_if_refused
@@ -186,7 +187,10 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         evaluations=1 if config.baseline else 2,
         **some_of(config, "epochs", "batch_traces", "max_steps", "trace_tokens", "save_fp32"),
     )
-    return memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
+    config, planned = memory.run_plan.plan_recipe(config, run, work, smoke=SMOKE, presets=PRESETS)
+    if config.plan and config.eval_every:
+        print(NOT_COUNTED)
+    return config, planned
 
 
 def read_documents(config: Config, chat: data.ChatFormat, run: RunFolder, context: int, benchmarks):
@@ -238,7 +242,7 @@ def print_consequences(config: Config, model, schedule: train.TrainingPlan, benc
     )
     print(f"time        training {training}\n            sampling {sampling}")
     if config.eval_every:
-        print("            not counted: measurements during training")
+        print(f"            {NOT_COUNTED}")
 
 
 def copy_baseline(config: Config, model, chat, benchmarks, run: RunFolder):

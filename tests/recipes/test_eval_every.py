@@ -2,6 +2,7 @@
 
 import pytest
 
+from kit.config import parse
 from kit.recipes import gemma3_1b_8k as recipe
 from kit.run import Journal
 
@@ -22,3 +23,10 @@ def test_accuracy_and_loss_are_measured_along_the_way_and_drawn_and_the_last_rep
     page = (tmp_path / "run" / "report.html").read_text()
     recipe.main(recipe.Config(**recipe.SMOKE | small | during | {"eval_every": 0, "resume": True}))
     assert "http-equiv" not in page and "accuracy, loss, length, reflection by step" in page
+
+
+def test_a_plan_says_that_it_does_not_count_the_measurements_along_the_way(capsys):
+    small = ["--plan", "--model", "tiny", "--row_tokens", "64", "--max_new_tokens", "16"]
+    for flags, times in ([], 0), (["--eval_every", "5"], 1):
+        recipe.main(parse(recipe.Config, [*small, *flags]))
+        assert capsys.readouterr().out.count("not counted: measurements during training") == times

@@ -159,6 +159,7 @@ def plan_memory(config: Config) -> tuple[Config, memory.run_plan.RunPlan]:
         batch_traces=config.minibatch_prompts * config.group_size,
         trace_tokens=tokens,
         evaluations=1,
+        num_logged=config.steps * config.group_size,  # rollouts.jsonl has the first group of every step
         trained_on="answers",
         save_fp32=config.save_fp32,
     )

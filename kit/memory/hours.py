@@ -198,6 +198,7 @@ class Work:
     trace_tokens: int = 0  # per trace with its problem, on average; assumed
     max_steps: int = 0  # training stops there; 0 = all epochs
     evaluations: int = 2  # before and after; 1 if nothing is trained or a baseline is taken
+    num_logged: int = 0  # of the num_samples, those whose text is written to disk; 0 = all
     trained_on: str = "traces"
     save_fp32: bool = False  # the finished model; off: bf16
 
@@ -253,13 +254,13 @@ def estimate_run(found: RunPlan, work: Work, *, card: str = "") -> Estimate:
     rank = found.sampling.qlora_rank or found.sampling.lora_rank
     answers = model, found.num_slots, work.response_tokens
     sampling, baseline = (sampling_speed(*answers, nf4=kind, card=card) for kind in (nf4, False))
-    sampled = work.num_samples * work.response_tokens
+    sampled, logged = work.num_samples * work.response_tokens, work.num_logged or work.num_samples
     estimate = Estimate(
         work,
         sampling_hours=sampling.hours(sampled),
         baseline_hours=baseline.hours(sampled),
         sources=(sampling.source, baseline.source),
-        disk={SAMPLES: work.evaluations * sampled * TEXT_BYTES},
+        disk={SAMPLES: work.evaluations * logged * work.response_tokens * TEXT_BYTES},
     )
     if step is None:
         return estimate

@@ -12,6 +12,7 @@ from children import run_recipe
 
 from kit.config import parse, part_of
 from kit.machine import CONTEXT, GIB
+from kit.memory.hours import TEXT_BYTES
 from kit.models.shipped import CONFIGS, TINY
 from kit.run import RunFolder
 from kit.train.savings import Savings
@@ -167,3 +168,12 @@ def test_the_levels_asked_for_are_those_of_the_default_prompts_or_refused_with_w
     assert "MATH levels 3-5: as asked for" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"'simplelr_qwen_level2to3'; .* simplelr_qwen_level1to4, simplelr_"):
         problems(levels="2-3")
+
+
+def test_the_plan_counts_the_text_of_the_groups_that_are_logged_and_no_other(recipe, model, tmp_path):
+    written = tmp_path / "plan.json"
+    flags = ["--steps", "3", "--batch_prompts", "16", "--group_size", "2", "--response_tokens", "50"]
+    recipe.main(parse(recipe.Config, ["--plan", *small(model), *flags, f"--json={written}"]))
+    estimate = json.loads(written.read_text())["estimate"]
+    assert estimate["work"]["num_samples"] == 3 * 16 * 2
+    assert estimate["disk"]["samples"] == 3 * 2 * 50 * TEXT_BYTES

@@ -121,7 +121,10 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     if not sizes or not common:
         return ""
     benchmark = next(name for name in STEPWISE if name in common)
-    base, *rest = (decompose(*of_seeds(seeds, benchmark), STEPWISE[benchmark]) for seeds in points)
+    try:
+        base, *rest = (decompose(*of_seeds(seeds, benchmark), STEPWISE[benchmark]) for seeds in points)
+    except ValueError:  # another file of problems under the benchmark's name
+        return ""
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
     parts = [
         f"<h3>Why: {html.escape(name)}, answers step by step ({benchmark})</h3>",

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import sample_rows
@@ -309,3 +310,13 @@ def test_reinforcement_learning_is_compared_with_that_from_the_base_model(tmp_pa
     _, alike = lines({0: 0.5, 8_000: 0.5})
     assert "it is not known whether it ends above or below the base model" in alike
     assert "ends" not in lines({8_000: 0.5})[0]  # nothing to compare with
+
+
+def test_answers_to_problems_of_ones_own_that_are_called_toy_have_no_steps_to_check(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "QUESTIONS", {"toy": 2})
+    path = make_study(tmp_path, study(sizes=(8_000,)), {TABLE: [0.5]})
+    for problem, has_steps in (("7+5-3?", True), ("Compute 2*3", False)):
+        for log in path.rglob("toy.jsonl"):
+            log.write_text(re.sub(r'"problem": "(?!1\+1)[^"]*"', f'"problem": "{problem}"', log.read_text()))
+        page = write_report(path).read_text()
+        assert problem in page and ("answers step by step (toy)" in page) == has_steps

@@ -157,6 +157,8 @@ def _end(error: BaseException, line: str, status: int) -> NoReturn:
 
 def _farewell(stop: KeyboardInterrupt) -> str:
     run = RunFolder.newest
+    if run is None and isinstance(stop, Stopped):
+        return f"stopped {stop}"
     if run is None or not has_begun(run.path):
         return "stopped before anything was trained or measured"
     where = f" {stop}" if isinstance(stop, Stopped) else "; what is finished is kept"

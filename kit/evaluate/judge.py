@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kit.command import Stopped
 from kit.evaluate.reflection_and_loops import REFLECTION
 from kit.evaluate.sample_log import SampleLog
 from kit.http_json import FAULTS, call, describe
@@ -106,9 +107,16 @@ def passages_of(text: str) -> str:
 def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
     """Judge every answer with a keyword that has no verdict yet. Return outcome -> number of answers.
 
-    files: logs of samples; each is replaced whole when its answers are judged. The outcomes are "yes", "no"
-    and the problems of those without a verdict. Raises ValueError if the run is going on.
+    files: logs of samples; each is replaced whole when its answers are judged, or when Ctrl-C or an error
+    ends that early: verdicts may cost money. The outcomes are "yes", "no" and the problems of those without a
+    verdict. Raises ValueError if the run is going on, and Stopped after Ctrl-C.
     """
+
+    def ask(row: dict) -> str:
+        verdict, problem = judge.reflects(row["text"])
+        row.update({JUDGED: verdict, PROBLEM: problem})  # here, in case that an earlier answer is waited for
+        return problem or ("yes" if verdict else "no")
+
     counts: dict[str, int] = {}
     for file in files:
         journal = SampleLog(file)
@@ -117,12 +125,16 @@ def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
         matching = [row for row in rows if REFLECTION.search(row.get("text", ""))]
         open_rows = [row for row in matching if row.get(JUDGED) is None]
         progress = Progress(f"judging {file.stem}", "answers", len(open_rows))
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            verdicts = list(progress.over(pool.map(lambda row: judge.reflects(row["text"]), open_rows)))
-        for row, (verdict, problem) in zip(open_rows, verdicts, strict=True):
-            row[JUDGED], row[PROBLEM] = verdict, problem
-            outcome = problem or ("yes" if verdict else "no")
-            counts[outcome] = counts.get(outcome, 0) + 1
-        if open_rows:
-            write_rows(file, rows)
+        try:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                try:
+                    for outcome in progress.over(pool.map(ask, open_rows)):
+                        counts[outcome] = counts.get(outcome, 0) + 1
+                finally:
+                    pool.shutdown(wait=False, cancel_futures=True)  # what has been asked is waited for
+        except KeyboardInterrupt:
+            raise Stopped(f"while judging {file}; its verdicts are kept, the same command goes on") from None
+        finally:
+            if open_rows:
+                write_rows(file, rows)
     return counts

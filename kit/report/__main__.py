@@ -40,6 +40,12 @@ def write_report(path: Path) -> Path:
     return report.before_after.write_report(path)
 
 
+def is_copy(folder: Path, run: Path) -> bool:
+    """Return whether a folder of samples is a cell's copy of a baseline that the study `run` has, too."""
+    cell = folder.parent
+    return folder.name == BEFORE and cell != run and bool(read_json_if_any(cell / CONFIG).get("baseline"))
+
+
 def main(arguments: list[str]) -> None:
     parser = Parser(
         prog=started_as(),
@@ -51,6 +57,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--judge", metavar="URL", default="", help="such as http://localhost:8000/v1")
     parser.add_argument("--judge_model", metavar="NAME", default="", help="default: the server's first")
     config = parser.parse_args(arguments)
+    if config.judge_model and not config.judge:
+        raise ValueError(f"judge_model is {config.judge_model!r} but --judge_model needs --judge URL")
     if config.pool:
         pool(config.runs, config.pool)
     elif len(config.runs) > 1:
@@ -60,7 +68,7 @@ def main(arguments: list[str]) -> None:
     if config.judge:
         judge = Judge(config.judge, config.judge_model)
         folders = sorted(folder for stage in STAGES for folder in run.glob(f"**/{stage}"))
-        logs = [file for folder in folders for file in logs_in(folder)]
+        logs = [file for folder in folders if not is_copy(folder, run) for file in logs_in(folder)]
         for outcome, count in judge_logs(logs, judge).items():
             print(f"judge       {count:,} answers: {outcome}")
         page = write_report(run)

@@ -1,6 +1,7 @@
 """A judge of reflection on a real server, with the faults that servers have."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from sample_rows import sample, write_samples
 
+from kit.command import guard
 from kit.evaluate import judge as judging
 from kit.evaluate.judge import AROUND, Judge, judge_logs, passages_of
 from kit.evaluate.results import read_result
@@ -65,6 +67,11 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         elif reply == "sleep":
             time.sleep(30.0)
+        elif reply is signal.SIGINT:
+            while len(self.server.asked) < 4:
+                time.sleep(0.01)
+            signal.pthread_kill(threading.main_thread().ident, reply)
+            self._send(b"{}")
         elif isinstance(reply, int):
             self._send(b"{}", reply)
         else:
@@ -177,3 +184,45 @@ def test_the_report_command_judges_every_log_of_a_run_and_shows_what_is_left(tmp
     page = (run / "report.html").read_text()
     assert page.count("50.0 %<br>(1 left open)") == 2 and "confirmed by the judge" in page
     assert page.count("<td>75.0 %") >= 2  # by keywords
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with a log of its own and, in it, a cell of a study that has a copy of its baseline's samples."""
+    cell = tmp_path / "run" / "cells" / "cell"
+    cell.mkdir(parents=True)
+    for folder in (tmp_path / "run", cell):
+        (folder / "config.json").write_text(json.dumps({"model": "tiny", "baseline": "base"}))
+    write_log(tmp_path / "run" / "before" / "toy.jsonl", ["beta"])
+    write_log(cell / "before" / "toy.jsonl", ["alpha"])
+    write_log(cell / "after" / "toy.jsonl", ["iota"])
+    return tmp_path / "run"
+
+
+def test_a_cells_copy_of_the_baseline_is_not_judged_again(run):
+    with server() as (found, url):
+        main([str(run), "--judge", url])
+    assert sorted(found.asked) == ["beta", "iota"]
+
+
+def test_after_ctrl_c_all_verdicts_are_kept_also_behind_an_answer_without_one(run, monkeypatch, capsys):
+    monkeypatch.setattr(judging, "AT_ONCE", 2)
+    monkeypatch.setitem(REPLIES, "delta", signal.SIGINT)
+    log = run / "before" / "toy.jsonl"
+    log.unlink()
+    write_log(log, ["delta", *["alpha"] * 30])
+    with server() as (found, url):
+        with pytest.raises(SystemExit) as ended:
+            guard(main, [str(run), "--judge", url])
+        said = capsys.readouterr().err
+        assert ended.value.code == 130 and "its verdicts are kept, the same command goes on" in said
+        judged = [row.get("judged") for row in read_result(log).rows]
+        assert judged.count(True) == found.asked.count("alpha") >= 3
+        monkeypatch.setitem(REPLIES, "delta", "No")
+        found.asked.clear()
+        assert judge_logs([log], Judge(url)) == {"no": 1, "yes": 30 - judged.count(True)}
+
+
+def test_a_judges_name_without_its_server_is_refused(run):
+    with pytest.raises(ValueError, match="judge_model is 'small' but --judge_model needs --judge URL"):
+        main([str(run), "--judge_model", "small"])

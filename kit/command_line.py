@@ -56,6 +56,9 @@ def command_of(word: str) -> str:
         return f"{_program} {word}"
     name = COMMANDS[word][0].removeprefix("kit.recipes.")
     program = f"-m {name}" if name.startswith("kit.") else f"recipes/{name}.py"
+    beside = Path(sys.argv[0]).parent / f"{name}.py"
+    if not getattr(sys.modules["__main__"], "__spec__", None) and beside.is_file():
+        program = shell_word(str(beside))  # the script may have been started from any folder
     return f"{shell_word(sys.orig_argv[0])} {program}"
 
 

@@ -24,10 +24,10 @@ def valley(tmp_path):
     return script
 
 
-def run(*words, path=()):
+def run(*words, path=(), cwd=ROOT):
     search = os.pathsep.join([*map(str, path), os.environ["PATH"]])
     environment = os.environ | {"PATH": search, "PYTHONPATH": str(ROOT), "COLUMNS": "1000"}
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_without_a_word_every_command_is_listed_and_its_module_exists(valley):
@@ -70,6 +70,26 @@ def test_printed_commands_are_those_of_the_start(valley):
         command = " ".join(words)
         assert done.stdout.startswith(f"usage: {command} ["), done.stdout[:200] + done.stderr
         assert "report" in command or f"\n    {command} --" in done.stdout  # its docstring's commands
+
+
+def test_from_any_folder_the_next_command_names_the_script_beside_the_one_that_was_started(tmp_path):
+    recipes = tmp_path / "my kit" / "recipes"
+    (recipes / "bench").mkdir(parents=True)
+    (recipes / "valley_demo.py").touch()
+    for script in (recipes / "ask.py", recipes / "bench" / "count.py"):
+        script.write_text(
+            "from kit.command_line import command_of as c; print(c('demo'), c('report'), sep='\\n')"
+        )
+    for cwd, typed, beside in (
+        (tmp_path, "my kit/recipes/ask.py", "'my kit/recipes/valley_demo.py'"),
+        (tmp_path, f"{recipes}/ask.py", f"'{recipes}/valley_demo.py'"),
+        (recipes.parent, "recipes/ask.py", "recipes/valley_demo.py"),
+        (recipes, "ask.py", "valley_demo.py"),
+        (recipes, "bench/count.py", "recipes/valley_demo.py"),  # no neighbour: as from the checkout
+        (recipes, "-mask", "recipes/valley_demo.py"),
+    ):
+        done = run(sys.executable, typed, cwd=cwd)
+        assert done.stdout.splitlines() == [f"{sys.executable} {beside}", f"{sys.executable} -m kit.report"]
 
 
 def test_what_the_plan_prints_starts_the_run_and_is_no_plan_again(valley):

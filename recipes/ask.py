@@ -36,7 +36,7 @@ from kit.data.toy import TEMPLATE, read_chain
 from kit.machine import GIB, free_memory, one_thread_if_small, require_gpu
 from kit.paper import INSTRUCTION
 from kit.terminal import visible
-from kit.valley.models_of_run import Found, models_of
+from kit.valley.models_of_run import Found, side_by_side
 
 if TYPE_CHECKING:
     from kit.evaluate.asking import Side
@@ -97,7 +97,7 @@ def main(config: Config) -> None:
 def chosen(config: Config) -> list[Found]:
     """Return the models to ask. Raises ValueError if --titles leaves none."""
     names = [config.model, *filter(None, map(str.strip, config.beside.split(",")))]
-    found = list(dict.fromkeys(model for name in names for model in models_of(name)))
+    found = side_by_side(names)
     parts = [part.strip() for part in config.titles.split(",") if part.strip()]
     kept = [model for model in found if not parts or any(part in model.title for part in parts)]
     if not kept:
@@ -112,13 +112,14 @@ def check_memory(found: Sequence[Found], config: Config) -> None:
 
     on_card = config.device != "cpu" and models.loading.default_device().type == "cuda"
     free = torch.cuda.mem_get_info()[0] if on_card else free_memory()
-    needs = {model.title: needed(model.name, config.max_new_tokens, on_card=on_card) for model in found}
-    if free is not None and sum(needs.values()) > free:
-        shares = ", ".join(f"{title} {need / GIB:.2f} GiB" for title, need in needs.items())
+    needs = [needed(model.name, config.max_new_tokens, on_card=on_card) for model in found]
+    if free is not None and sum(needs) > free:
+        named = zip(found, needs, strict=True)
+        shares = ", ".join(f"{model.title} {need / GIB:.2f} GiB" for model, need in named)
         fewer = "ask fewer models at once (--titles, or without --beside)"
         ways = f"{fewer}, or pass --device cpu" if on_card else fewer
         raise ValueError(
-            f"the models need {sum(needs.values()) / GIB:.2f} GiB ({shares}) but {free / GIB:.2f} GiB of "
+            f"the models need {sum(needs) / GIB:.2f} GiB ({shares}) but {free / GIB:.2f} GiB of "
             f"{'the card' if on_card else 'memory'} are free; {ways}"
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +44,23 @@ def models_of(name: str) -> list[Found]:
     base = settings["model"]
     before = Found(base, f"{base}, before", *how_asked(settings))
     return [before, Found(str(folder / "model"), f"{short_name(base)}, {made}", settings["instruction"])]
+
+
+def side_by_side(names: Iterable[str]) -> list[Found]:
+    """Return the models that several names stand for, each once. No two have the same title.
+
+    A title that several models share is followed by the name that each was found by. Raises ValueError as
+    models_of does.
+    """
+    found: dict[Found, str] = {}
+    for name in names:
+        for model in models_of(name):
+            found.setdefault(model, name)
+    count = Counter(model.title for model in found)
+    return [
+        model._replace(title=f"{model.title} ({name})") if count[model.title] > 1 else model
+        for model, name in found.items()
+    ]
 
 
 def how_asked(settings: dict) -> tuple[str | None, str]:

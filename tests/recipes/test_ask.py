@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from kit import models
 from kit.config import parse
 from kit.evaluate import asking
 from kit.models.folder import save_model
+from kit.models.shipped import TINY
 from kit.valley.study import Cell
 
 
@@ -150,6 +152,17 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_loaded(recipe, monke
     needs = r"need 0\.01 GiB \(tiny 0\.00 GiB, tinier 0\.00 GiB\) but 0\.00 GiB of memory are free; ask fewer"
     with pytest.raises(ValueError, match=needs):
         recipe.main(recipe.Config(question="3+2?", beside="tinier"))
+
+
+def test_two_runs_with_the_same_numbers_are_told_apart_and_both_need_memory(recipe, tmp_path, monkeypatch):
+    runs = [tmp_path / name for name in ("001", "002")]
+    for run in runs:
+        shutil.copytree(TINY, run / "model")
+        (run / "config.json").write_text('{"model": "tiny", "instruction": ""}')
+    monkeypatch.setattr(recipe, "free_memory", lambda: 2**21)
+    after = [re.escape(f"tiny, after training ({run}) 0.00 GiB") for run in runs]
+    with pytest.raises(ValueError, match=rf"need 0\.01 GiB \(tiny, before 0\.00 GiB, {', '.join(after)}\)"):
+        recipe.main(recipe.Config(question="3+2?", model=str(runs[0]), beside=str(runs[1])))
 
 
 def test_what_a_model_needs_is_its_weights_and_the_cache_of_an_answer(recipe):

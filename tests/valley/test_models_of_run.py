@@ -2,10 +2,11 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
-from kit.valley.models_of_run import Found, models_of, settings_of_model
+from kit.valley.models_of_run import Found, models_of, settings_of_model, side_by_side
 from kit.valley.study import Cell
 
 
@@ -38,6 +39,26 @@ def test_a_fine_tuning_run_stands_for_both_sides(tmp_path):
     assert settings_of_model(made)["instruction"] == "Think."
     (run / "checkpoints" / "step_3").mkdir(parents=True)
     assert settings_of_model(str(run / "checkpoints" / "step_3"))["instruction"] == "Think."
+
+
+def test_models_of_several_runs_are_told_apart_by_the_name_that_was_typed(tmp_path):
+    runs = [str(tmp_path / name / "001") for name in "abc"]
+    for run, instruction in zip(runs, ["Think.", "Think.", ""], strict=True):
+        write(Path(run) / "config.json", model="org/base", instruction=instruction)
+        write(Path(run) / "model" / "config.json", model_type="llama")
+        write(Path(run) / "drop_counts.json", kept=24)
+    a, b, c = runs
+    found = side_by_side([a, b, a, "tiny"])  # one base, which both runs asked in the same way
+    after = "base, after 24 traces"
+    titles = ["org/base, before", f"{after} ({a})", f"{after} ({b})", "tiny"]
+    assert [model.title for model in found] == titles
+    assert [model.name for model in found] == ["org/base", f"{a}/model", f"{b}/model", "tiny"]
+    before = [model for model in side_by_side([b, c]) if model.name == "org/base"]
+    assert [(model.title, model.instruction) for model in before] == [
+        (f"org/base, before ({b})", "Think."),
+        (f"org/base, before ({c})", ""),
+    ]
+    assert side_by_side([a]) == models_of(a)
 
 
 def test_a_study_stands_for_its_base_models_and_all_that_are_trained_with_the_first_seed(tmp_path):

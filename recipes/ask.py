@@ -50,7 +50,7 @@ class Config(Checked):
     # models
     model: str = "tiny"  # hub id, folder (of a model, adapters, a run or a study), .gguf file, or "tiny"
     beside: str = ""  # more models, comma-separated, shown beside it; "" = none
-    titles: str = ""  # only models whose title has one of these, comma-separated; "" = all
+    titles: str = ""  # only models whose title has this, or one of several, comma-separated; "" = all
     device: str = ""  # "" = the card if there is one [cuda | cpu]
     attention: str = "auto"  # auto: kit, or varlen if it won in check_card [auto | kit | varlen | torch]
     cuda_graphs: bool = True  # on a card: replay each token's step as one CUDA graph: faster, more memory
@@ -98,7 +98,9 @@ def chosen(config: Config) -> list[Found]:
     """Return the models to ask. Raises ValueError if --titles leaves none."""
     names = [config.model, *filter(None, map(str.strip, config.beside.split(",")))]
     found = side_by_side(names)
-    parts = [part.strip() for part in config.titles.split(",") if part.strip()]
+    parts = [config.titles.strip()]  # a whole title, which may hold commas itself
+    if not any(parts[0] in model.title for model in found):
+        parts = [part.strip() for part in config.titles.split(",") if part.strip()]
     kept = [model for model in found if not parts or any(part in model.title for part in parts)]
     if not kept:
         titles = "; ".join(model.title for model in found) or "none"

@@ -135,6 +135,15 @@ def test_all_models_of_a_study_are_asked_or_those_that_only_names(recipe, tmp_pa
     )
     recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), titles="base, 64 long"))
     assert re.findall("== (.*) ==", capsys.readouterr().out) == [titles[0], titles[2]]
+    for typed, kept in {
+        titles[2]: titles[2:],
+        "tiny, 16": titles[1:2],
+        "y, ": titles,
+        ",": titles,
+        "64 long,16 long,": titles[1:],
+    }.items():
+        chosen = recipe.chosen(recipe.Config(model=str(tmp_path), titles=typed))
+        assert [model.title for model in chosen] == kept, typed
     with pytest.raises(ValueError, match=r"titles is 'short' but no title has that .* tiny, 64 long traces"):
         recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), titles="short"))
 

@@ -16,6 +16,7 @@ from kit.data.lengths import bounded, chunks
 from kit.data.mixtures import NO_SHORT, REWRITTEN, SHORTENED, TooLong
 from kit.data.overlap import count_overlaps
 from kit.data.responses import Trace
+from kit.data.rows import SHOWN
 from kit.data.token_cache import KIND, read_cache, write_cache
 from kit.data.traces import read_traces
 from kit.packing import Document
@@ -129,8 +130,9 @@ def load_documents(
     counts.kept, counts.wanted = min(len(documents), num_traces or len(documents)), num_traces
 
     if not documents:
-        raise ValueError(
-            f"row_tokens is {row_tokens} and no trace of {source} survives ({counts}); "
-            "raise --row_tokens or mend the data"
-        )
+        listed = f"; bad rows: {' | '.join(counts.bad_rows[:SHOWN])}" if counts.bad_rows else ""
+        fault, remedy = f"no trace of {source} survives ({counts}){listed}", "mend the data"
+        if too_long.dropped:
+            fault, remedy = f"row_tokens is {row_tokens} and {fault}", f"raise --row_tokens or {remedy}"
+        raise ValueError(f"{fault}; {remedy}")
     return documents, counts

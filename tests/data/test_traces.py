@@ -331,8 +331,22 @@ def test_a_number_of_traces_means_up_to_so_many_and_the_counts_say_how_many_ther
 
 def test_if_no_trace_fits_a_row_that_is_an_error(tmp_path, chat):
     write_rows(tmp_path / "a.jsonl", make_rows("long", 20, seed=0))
-    with pytest.raises(ValueError, match="row_tokens is 5 and no trace"):
+    with pytest.raises(
+        ValueError, match=r"row_tokens is 5 and no trace .*; raise --row_tokens or mend the data$"
+    ):
         load_documents(str(tmp_path / "a.jsonl"), chat, row_tokens=5)
+
+
+def test_if_all_rows_are_malformed_the_error_names_the_first_in_one_line_and_not_their_length(tmp_path, chat):
+    (tmp_path / "a.jsonl").write_text(
+        '{"problem": "1+1?", "trace": "2", "answer": "2"}\n' + "7\n" * 5 + "{\n"
+    )
+    with pytest.raises(ValueError, match=r"^no trace of .*; mend the data$") as refused:
+        load_documents(
+            str(tmp_path / "a.jsonl"), chat, row_tokens=900, long_share=0.5, max_bad_rows=7, verify="none"
+        )
+    named = re.findall(r"a\.jsonl:([0-9]): (.*?)(?: \||; mend)", str(refused.value))
+    assert [line for line, _ in named] == ["1", "2", "3", "4", "5"] and "solution" in named[0][1]
 
 
 def test_prompt_and_response_are_tokenised_as_the_sampler_sees_them(chat):

@@ -32,6 +32,7 @@ from kit.models.weights import check_finite, check_loaded
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
 # it warns that the weights of a GGUF file are dequantised, which we ask for
 logging.getLogger("transformers.quantizers.quantizer_gguf").setLevel(logging.ERROR)
+TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")  # files of a vocabulary
 
 
 def default_device() -> torch.device:
@@ -129,7 +130,15 @@ def _read(kind: type, where: str | Path, **how):
 
 
 def load_tokenizer(where: str, **how) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or a hub id. how: as for from_pretrained. Raises NeedsItsCode."""
+    """Load a tokenizer from a folder or a hub id. how: as for from_pretrained.
+
+    Raises NeedsItsCode, and ValueError for a folder that holds no tokenizer.
+    """
+    folder = Path(where)
+    found = (path for pattern in TOKENIZERS for path in folder.glob(pattern))
+    if folder.is_dir() and "gguf_file" not in how and not any(found):
+        # for some families, transformers would make a tokenizer without any words
+        raise ValueError(f"{where} holds no tokenizer (tokenizer.json); copy it there from the base model")
     tokenizer = _read(AutoTokenizer, where, **how)
     if "gguf_file" in how:  # transformers names it after the folder; errors should name the file
         tokenizer.name_or_path = str(Path(where) / how["gguf_file"])

@@ -144,6 +144,19 @@ def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line_that_names_th
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # transformers fails, or makes an empty tokenizer
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(family, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    for tokenizer in (None, make_tokenizer()):  # then with a config of the tokenizer alone
+        if tokenizer:
+            tokenizer.save_pretrained(tmp_path)
+            (tmp_path / "tokenizer.json").unlink()
+        with pytest.raises(ValueError, match=r"holds no tokenizer \(tokenizer.json\); copy .* base model$"):
+            models.load(str(tmp_path), device="cpu")
+        with pytest.raises(ValueError, match="holds no tokenizer"):
+            models.load_without_weights(str(tmp_path))
+
+
 def test_attention_dropout_is_refused_not_ignored():
     model = make_model("llama")
     for layer in model.model.layers:

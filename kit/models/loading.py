@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from kit.command_line import shell_word
 from kit.extras import require
 from kit.models.attention import attention_name
 from kit.models.families import family_of
@@ -28,6 +29,7 @@ from kit.models.joined import place
 from kit.models.other_families import check
 from kit.models.shipped import CONFIGS, SHIPPED
 from kit.models.weights import check_finite, check_loaded
+from kit.run import CONFIG, read_json
 
 transformers.logging.disable_progress_bar()  # weights load in seconds; the hub client has its own bar
 # it warns that the weights of a GGUF file are dequantised, which we ask for
@@ -47,7 +49,8 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 def path_of(name: str) -> Path:
     """Return the path of a shipped model, a folder or a file; a hub id unchanged.
 
-    Raises ValueError for a name that looks like a path but does not exist. A hub id has one slash at most.
+    Raises ValueError for a name that looks like a path but does not exist, and for a run's folder that holds
+    the model it made. A hub id has one slash at most.
     """
     path = SHIPPED.get(name, Path(name))
     if name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
@@ -56,6 +59,9 @@ def path_of(name: str) -> Path:
             raise ValueError(
                 f"model is {name} but nothing is there; pass a hub id, a folder or a .gguf file that exists"
             )
+    made = path / "model"
+    if made.is_dir() and (path / CONFIG).is_file() and "model_type" not in read_json(path / CONFIG):
+        raise ValueError(f"{name} is a run; pass the model that it made: --model {shell_word(str(made))}")
     return path
 
 

@@ -14,6 +14,7 @@ from kit.data.toy import make_tokenizer
 from kit.models import folder
 from kit.models.backbone import head_weight, hidden_states, next_token_logits
 from kit.models.joined import join
+from kit.models.loading import load_config
 from kit.models.shipped import TINY
 from kit.packing import Document, PackedBatch
 from kit.train.recompute import recompute_layers
@@ -142,6 +143,18 @@ def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line_that_names_th
     with pytest.raises(ValueError, match="the kit ships tiny and tinier") as refused:
         models.load("tyni", device="cpu")
     assert "\n" not in str(refused.value)
+
+
+def test_a_runs_folder_is_refused_with_the_model_that_the_run_made(tmp_path):
+    run = tmp_path / "my run"
+    shutil.copytree(TINY, run / "model")
+    (run / "config.json").write_text('{"model": "tiny", "instruction": ""}')
+    for read in (models.load, models.load_without_weights, load_config):
+        with pytest.raises(ValueError, match=f"^{run} is a run; pass .*: --model '{run}/model'$"):
+            read(str(run))
+        read(f"{run}/model")
+    shutil.copytree(TINY, run, dirs_exist_ok=True)  # a model, whatever else lies in its folder
+    load_config(str(run))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # transformers fails, or makes an empty tokenizer

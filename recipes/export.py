@@ -68,7 +68,7 @@ class Source:
     """What is exported."""
 
     model: str  # as kit.models.load takes it
-    name: str
+    name: str  # without spaces, which Ollama refuses
     base: str  # what it was trained from; itself if it was not trained here
     run: Path | None = None  # whose model it is
 
@@ -103,7 +103,7 @@ def main(config: Config) -> Path:
     print(f"written     {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if config.gguf:
         modelfile = shell_word(str(out / "gguf" / "Modelfile"))
-        print(f"next   ollama create {source.name} -f {modelfile}    not tried here")
+        print(f"next   ollama create {shell_word(source.name)} -f {modelfile}    not tried here")
     else:
         print(f"next   {command_of('evaluate')} --model {shell_word(str(out))}    measure it again")
     return out
@@ -170,7 +170,7 @@ def card_of_files(config: Config, source: Source, checked: list[str]) -> list[st
     if config.gguf:
         name = f"{source.name}-{config.gguf}.gguf"
         lines += [f'    AutoModelForCausalLM.from_pretrained(FOLDER + "/gguf", gguf_file="{name}")']
-        lines += [f"    ollama create {source.name} -f FOLDER/gguf/Modelfile", ""]
+        lines += [f"    ollama create {shell_word(source.name)} -f FOLDER/gguf/Modelfile", ""]
         lines += ["The GGUF file was read again by transformers, not by llama.cpp or Ollama.", ""]
     if checked:
         limit = f"greedy answers of up to {config.max_new_tokens} tokens"
@@ -186,7 +186,7 @@ def find_source(name: str) -> Source:
     path = Path(name).expanduser()
     if name in SHIPPED or not path.is_dir():
         models.loading.path_of(name)
-        return Source(name, path.name.removesuffix(".gguf"), name)
+        return Source(name, path.name.removesuffix(".gguf").replace(" ", "-"), name)
     run = path if is_run(path) else path.parent if path.name == "model" and is_run(path.parent) else None
     if (path / STUDY).is_file():
         cells = sorted(model.parent for model in path.glob("*/*/model"))
@@ -208,7 +208,7 @@ def find_source(name: str) -> Source:
             f"{path} is neither a run nor a model: it holds no {CONFIG} and no {adapters}; pass a run folder "
             "such as runs/gemma3_1b_8k/001, or a model's"
         )
-    return Source(str(path), path.resolve().name, str(path))
+    return Source(str(path), path.resolve().name.replace(" ", "-"), str(path))
 
 
 def is_run(path: Path) -> bool:

@@ -66,6 +66,18 @@ def test_a_run_that_does_not_record_its_model_is_refused_but_its_model_is_taken(
     assert source.run is None and source.model == str(tmp_path / "model")
 
 
+def test_the_command_for_ollama_is_one_that_a_shell_takes_whatever_the_model_is_called(tmp_path, capsys):
+    shutil.copytree(SHIPPED["tiny"], tmp_path / "my (2nd) model")
+    out = tmp_path / "my out"
+    given = {"gguf": "f16", "check": 0, "out": str(out)}
+    export.main(settings(model=str(tmp_path / "my (2nd) model"), **given))
+    command = "ollama create 'my-(2nd)-model' -f"
+    assert f"next   {command} '{out}/gguf/Modelfile'    " in capsys.readouterr().out
+    assert f"    {command} FOLDER/gguf/Modelfile\n" in (out / "README.md").read_text()
+    file = (out / "gguf" / "my-(2nd)-model-f16.gguf").rename(tmp_path / "no space.gguf")
+    assert export.find_source(str(file)).name == "no-space"
+
+
 def test_a_copy_that_answers_otherwise_is_seen(tmp_path, monkeypatch, capsys):
     def write_another(path, model, *rest, **how):
         with torch.no_grad():

@@ -14,9 +14,9 @@ kit.grade finds it right and it ended by itself. The flag `correctness_math_veri
 Math-Verify was not asked: the kit grades the answers again when it reads the file.
 
 Every answer is logged as soon as it ends, in samples/. After a kill, --resume continues, and the traces are
-those of an uninterrupted run. `recipes/evaluate.py --plan --benchmarks mine=p.jsonl` says whether it fits.
-With --server, vLLM, SGLang or llama.cpp's server samples any model that they serve, and only the tokenizer
-and the config of --model are loaded here: see recipes/evaluate.py.
+those of an uninterrupted run. `recipes/evaluate.py --plan --benchmarks math500`, with the same --model and
+--max_new_tokens, says whether it fits. With --server, vLLM, SGLang or llama.cpp's server samples any model
+that they serve, and only the tokenizer and the config of --model are loaded here: see recipes/evaluate.py.
 
 Time: not timed on a GPU; --smoke takes seconds. Left out on purpose: problems without answers.
 """

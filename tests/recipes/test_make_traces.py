@@ -6,10 +6,12 @@ import re
 import pytest
 from children import run_recipe
 
+from kit.config import parse
 from kit.data.toy import make_rows
 from kit.data.traces import read_traces
 from kit.evaluate.results import Result
 from kit.grade.verdict import grade
+from kit.recipes import evaluate, make_traces
 from kit.recipes.make_traces import Config, summary, traces_of
 
 HEADER = dict.fromkeys(
@@ -67,6 +69,15 @@ def test_the_share_that_was_kept_is_told_with_the_reasons():
         "kept        3 of 7 answers (42.9%), for 1 of 3 problems (33.3%): 3 right, 2 wrong, 1 cut off, "
         "1 undecided"
     )
+
+
+def test_the_plan_that_the_docstring_names_says_whether_it_fits_without_any_file(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = re.search("`recipes/evaluate.py (.*)`", make_traces.__doc__)[1].split()
+    evaluate.main(parse(evaluate.Config, [*flags, "--model", "tiny", "--max_new_tokens", "64"]))
+    assert "fits 6 GB: yes" in capsys.readouterr().out
 
 
 FLAGS = ["--smoke", "--problems=p.jsonl", "--num_samples=3", "--out=run"]

@@ -121,7 +121,7 @@ PRESETS = {
 SMOKE = {
     "model": "tiny", "device": "cpu", "gpu_gb": "", "instruction": "", "weaken": 0.2, "prompts": "toy",
     "batch_prompts": 32, "minibatch_prompts": 8, "max_new_tokens": 96, "row_tokens": 4_096, "num_slots": 256,
-    "steps": 12, "lr": 1e-4, "kl_coef": 1e-3, "recompute": False, "checkpoint_every": 4,
+    "steps": 12, "lr": 1e-4, "kl_coef": 1e-3, "recompute": False, "tile_tokens": 0, "checkpoint_every": 4,
     "benchmarks": "toy", "num_questions": 50, "num_samples": 2, "eval_tokens": 96,
 }  # fmt: skip
 REWARDS = Path(__file__).with_name("rewards.py")

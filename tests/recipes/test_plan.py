@@ -74,6 +74,15 @@ def test_a_plan_whose_command_would_be_refused_prints_and_writes_nothing(card, t
     assert not capsys.readouterr().out and not written.exists()
 
 
+def test_smoke_is_the_same_tiny_run_on_a_cpu_with_every_preset(recipe):
+    for preset in recipe.PRESETS:
+        config = parse(
+            recipe.Config, ["--smoke", "--preset", preset], smoke=recipe.SMOKE, presets=recipe.PRESETS
+        )
+        assert {name: getattr(config, name) for name in recipe.SMOKE} == recipe.SMOKE
+        assert not config.gpu_gib
+
+
 def test_auto_without_a_card_is_one_line(tmp_path):
     done = run_recipe("evaluate", "--plan", "--preset", "evening", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

@@ -50,7 +50,7 @@ class PlanSettings(Checked):
         if not torch.cuda.is_available():
             raise ValueError(
                 "gpu_gb is auto but no NVIDIA GPU is here; pass a card's size to plan for it, such as --plan "
-                "--gpu_gb 12, or --smoke for a tiny model on this CPU"
+                "--gpu_gb 12, or --smoke for a tiny model on this CPU, or --gpu_gb '' to choose nothing"
             )
         return torch.cuda.mem_get_info()[1] / 2**30
 

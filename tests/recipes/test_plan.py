@@ -89,7 +89,11 @@ def test_auto_without_a_card_is_one_line(tmp_path):
     assert done.stderr.startswith(
         "error: gpu_gb is auto but no NVIDIA GPU is here; pass a card's size to plan"
     )
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith(", or --gpu_gb '' to choose nothing\n")
+    done = run_recipe(
+        "evaluate", "--plan", "--preset", "evening", "--model", "tiny", "--gpu_gb", "", cwd=tmp_path
+    )
+    assert done.returncode == 0 and "start  " in done.stdout
 
 
 def test_the_default_is_the_papers_setting_and_an_evening_says_what_differs(monkeypatch):

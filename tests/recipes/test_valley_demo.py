@@ -147,7 +147,7 @@ def test_a_finished_study_takes_more_sizes_and_then_reinforcement_learning(tmp_p
     starts = [name for name in then if name.startswith("rl ")]
     assert {"rl tiny-full-0-seed0", "rl tiny-full-8-seed0"} <= {*starts}
     assert "reinforcement learning from the base model: accuracy" in again.stdout
-    assert "recipes/ask.py --model runs/valley_demo/001 " in again.stdout.splitlines()[-1]
+    assert f"recipes/ask.py --model {run.resolve()} " in again.stdout.splitlines()[-1]
     other = run_recipe("valley_demo", *flags, "--rl_steps", "2", cwd=tmp_path)
     assert other.returncode != 0
     assert "rl_steps is 2 but " in other.stderr and "was trained for 1; pass that" in other.stderr

@@ -12,7 +12,7 @@ from kit.train.offload import host_empty
 @pytest.fixture
 def driver(monkeypatch):
     """Record the pinned ranges, address -> bytes. `error`: what the next request returns."""
-    found = SimpleNamespace(pinned={}, error=0)
+    found = SimpleNamespace(pinned={}, error=0, waited_for=[])
 
     def register(address, num_bytes, flags):
         if not found.error:
@@ -21,20 +21,24 @@ def driver(monkeypatch):
 
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=found.pinned.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "synchronize", found.waited_for.append)
     return found
 
 
-def test_exactly_as_many_bytes_are_pinned_as_are_asked_for_and_until_the_last_view_is_gone(driver):
+def test_exactly_as_many_bytes_are_pinned_as_are_asked_for_and_until_the_last_view_is_gone(
+    driver, monkeypatch
+):
     memory = host_empty(3_000_001, for_card=True)
     assert driver.pinned == {memory.data_ptr(): 3_000_001} and memory.untyped_storage().nbytes() == 3_000_001
     numbers = memory[:3_000_000].view(torch.float32).fill_(1.5)
     del memory
     gc.collect()
     assert driver.pinned and numbers.sum() == 1.5 * 750_000
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)  # as in any other thread
     del numbers
     gc.collect()
-    assert not driver.pinned
+    assert not driver.pinned and driver.waited_for == [1]
 
 
 def test_memory_for_no_card_and_memory_of_no_bytes_is_not_pinned(driver):

@@ -255,5 +255,5 @@ def finish(report: Path, effect: str, command: str, *words: str) -> None:
 
 
 def suggest(effect: str, command: str, *words: str) -> None:
-    """Print what to type next, as the last line of a recipe. effect: of the command."""
-    print(f"next   {' '.join([command, *map(shell_word, words)])}    {effect}")
+    """Print what to type next, as the last line of a recipe. effect: of the command, as a shell's comment."""
+    print(f"next   {' '.join([command, *map(shell_word, words)])}    # {effect}")

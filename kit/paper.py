@@ -213,7 +213,7 @@ def _methods(settings: Mapping[str, object]) -> Iterator[str]:
 def deviations_of_model(model: str) -> Iterator[str]:
     """List what a model says by its name; nothing for "" and for the paper's own."""
     if model and not _is_the_papers(model):
-        yield f"model {model}, whose name is not one of the paper's (or one that was fine-tuned)"
+        yield f"model {model}, whose name is not one of the paper's models"
     if model.endswith(".gguf"):
         yield "weights that a GGUF file has rounded (paper: bf16)"
 
@@ -235,8 +235,8 @@ def _training(settings: Mapping[str, object]) -> Iterator[str]:
     if settings.get("update_in_backward"):
         yield "each step is one row of packed traces, updated without a norm of all gradients"
     if "traces" in settings:
-        yield f"a trace is too long by the model's own tokenizer ({OPEN})"
-        yield "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)"
+        yield f"whether a trace fits is counted in the model's own tokens ({OPEN})"
+        yield "a step holds whole rows of packed traces, so batch_traces is its mean (paper: exactly so many)"
 
 
 def _reinforcing(settings: Mapping[str, object]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from kit import evaluate, generate, memory, models, paper, report
 from kit.command import clean_up_if_refused, finish, open_run, start
-from kit.command_line import command_of, started_as
+from kit.command_line import command_of
 from kit.config import RunSettings, some_of
 from kit.evaluate.settings import EVENING, EvaluationSettings, SampledModelSettings
 from kit.evaluate.uncertainty import in_percent
@@ -103,7 +103,13 @@ def main(config: Config) -> list[evaluate.Result]:
     print_steps({SAMPLES: found})
     write_json(run.path / "results.json", [result.summary() for result in results])
     page = report.write_report(run.path)
-    finish(page, "two models on the same questions", started_as(), "--compare", f"{run.path},ANOTHER_RUN")
+    finish(
+        page,
+        "two models on the same questions",
+        command_of("evaluate"),
+        "--compare",
+        f"{run.path},ANOTHER_RUN",
+    )
     return results
 
 

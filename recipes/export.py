@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kit import data, evaluate, memory, models, report
-from kit.command import ONE_PROCESS, clean_up_if_refused, start
+from kit.command import ONE_PROCESS, clean_up_if_refused, start, suggest
 from kit.command_line import command_of, shell_word, started_as
 from kit.config import Checked
 from kit.data.problems import Question
@@ -102,10 +102,10 @@ def main(config: Config) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)  # it is there only if something went wrong
     print(f"written     {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if config.gguf:
-        modelfile = shell_word(str(out / "gguf" / "Modelfile"))
-        print(f"next   ollama create {shell_word(source.name)} -f {modelfile}    not tried here")
+        suggest("not tried here", "ollama create", source.name, "-f", str(out / "gguf" / "Modelfile"))
     else:
-        print(f"next   {command_of('evaluate')} --model {shell_word(str(out))}    measure it again")
+        smoke = ["--smoke"] * (models.loading.default_device().type == "cpu")
+        suggest("measure it again", command_of("evaluate"), "--model", str(out), *smoke)
     return out
 
 

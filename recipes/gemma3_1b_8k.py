@@ -162,7 +162,9 @@ def main(config: Config) -> None:
         flags = ("--preset", "evening", "--plan", "--gpu_gb", "12")
         finish(page, "what an evening on a card takes", started_as(), *flags)
     else:
-        words = [command_of("grpo"), "--model", str(trained), "--device", config.device]
+        words = [command_of("grpo"), "--model", str(trained)]
+        if config.device == "cpu":
+            words += ["--smoke", "--weaken", "0"]  # on the toy's problems: the paper's would take weeks
         if any(config.ranks.values()):
             words += ["--kl_coef", "0"]  # the reference of trained adapters would be their base
         finish(page, "reinforcement learning from this model", *words)

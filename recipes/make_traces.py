@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit import evaluate, generate
-from kit.command import clean_up_if_refused, open_run, start
-from kit.command_line import command_of, shell_word
+from kit.command import clean_up_if_refused, open_run, start, suggest
+from kit.command_line import command_of
 from kit.config import RunSettings, some_of
 from kit.data.problems import Question, draw, read_prompts
 from kit.data.rows import BadRows
@@ -114,7 +114,7 @@ def main(config: Config) -> Path:
     write_rows(path, rows)
     print(f"traces      {path}")
     flag = "--long_share 0.5 --short_traces" if config.first == "shortest" else "--traces"
-    print(f"next        {command_of('finetune')} {flag} {shell_word(str(path))}    train on them")
+    suggest("train on them", f"{command_of('finetune')} {flag}", str(path), *["--smoke"] * config.smoke)
     return path
 
 

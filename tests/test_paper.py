@@ -14,8 +14,8 @@ ROUNDED = "AdamW with 8-bit states, bf16 weights rounded stochastically (paper: 
 RESTS = "AdamW with 8-bit states, bf16 weights with their fp32 rests (paper: AdamW, bf16)"
 SUMS = "gradients are bf16, also while a step's rows add up (the paper does not say; ours)"
 TRACES = [
-    "a trace is too long by the model's own tokenizer (the paper does not say; ours)",
-    "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)",
+    "whether a trace fits is counted in the model's own tokens (the paper does not say; ours)",
+    "a step holds whole rows of packed traces, so batch_traces is its mean (paper: exactly so many)",
 ]
 
 
@@ -85,7 +85,7 @@ def test_what_is_no_single_setting_is_said_too():
         "batch_traces 1 (paper: 8)",
         "max_grad_norm 0 (from LLaMA-Factory: 1.0, of all gradients together)",
         "verify none (paper: correct traces; by whose verdict it does not say)",
-        "model m.gguf, whose name is not one of the paper's (or one that was fine-tuned)",
+        "model m.gguf, whose name is not one of the paper's models",
         "weights that a GGUF file has rounded (paper: bf16)",
         "each step is one row of packed traces, updated without a norm of all gradients",
     ):

@@ -18,7 +18,10 @@ def main(arguments: list[str]) -> None:
         regrade.main(arguments[1:])
         return
 
-    parser = Parser(prog=started_as(), description="Is this answer right?")
+    parser = Parser(
+        prog=started_as(),
+        description=f"Is this answer right? For a log of answers: {started_as()} regrade LOG",
+    )
     parser.hint = "put -- before an answer that begins with -"
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")

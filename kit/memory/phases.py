@@ -83,9 +83,9 @@ class RunPlan:
         if self.update is not None:
             lines.insert(0, f"training    {self.update}")
             owner = "training" if self.larger is self.update else "sampling"
-            lines.append(
-                f"a card needs the larger, {self.larger.total / GIB:.2f} GiB (simulated), for {owner}"
-            )
+            fewer = self.is_flexible and self.sampling.total > self.larger.total
+            way = ", where sampling takes fewer answers at once" if fewer else ""
+            lines.append(f"a card needs {self.larger.total / GIB:.2f} GiB (simulated), for {owner}{way}")
         lines.append(self.fits_text(desktop_gb))
 
         for gb in CARDS:

@@ -163,12 +163,13 @@ def run_study(
 
     report = write_report(path)
     print("\n".join(sentences(StudyResults.read(path))))
+    if failed:
+        print(f"report {report.resolve().as_uri()}")
+        names = ", ".join(failed)
+        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")
     if rl:
         then = ("the answers of its models, side by side", command_of("ask"), "--model", str(path))
     finish(report, *then)
-    if failed:
-        names = ", ".join(failed)
-        raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed: {names}; --resume tries them again")
     return report
 
 

@@ -53,7 +53,7 @@ def test_one_question_is_answered_graded_and_followed_by_what_to_type_next(recip
         "",
         lines[-1],
     ]
-    assert re.fullmatch(r"next   \S+ recipes/valley_demo.py --smoke    trains models .*", lines[-1])
+    assert re.fullmatch(r"next   \S+ recipes/valley_demo.py --smoke    # trains models .*", lines[-1])
 
 
 def test_the_question_may_be_typed_as_words_or_with_its_flag(recipe):
@@ -131,7 +131,7 @@ def test_all_models_of_a_study_are_asked_or_those_that_only_names(recipe, tmp_pa
     assert re.findall("== (.*) ==", said) == titles
     assert said.count("no instruction") == 3
     assert said.splitlines()[-1].startswith(
-        f"next   {sys.orig_argv[0]} recipes/ask.py --model {tmp_path}    "
+        f"next   {sys.orig_argv[0]} recipes/ask.py --model {tmp_path}    # "
     )
     recipe.main(recipe.Config(question="3+2?", model=str(tmp_path), titles="base, 64 long"))
     assert re.findall("== (.*) ==", capsys.readouterr().out) == [titles[0], titles[2]]

@@ -143,8 +143,8 @@ def test_the_default_is_the_papers_table_and_its_settings(recipe):
         "the instruction stands below the problem (from Qwen2.5-Math: in the system turn)",
         "AdamW with 8-bit states (paper: AdamW, bf16)",
         "gradients are bf16, also while a step's rows add up (the paper does not say; ours)",
-        "a trace is too long by the model's own tokenizer (the paper does not say; ours)",
-        "steps hold whole rows of packed traces: batch_traces is their mean (paper: exactly so many)",
+        "whether a trace fits is counted in the model's own tokens (the paper does not say; ours)",
+        "a step holds whole rows of packed traces, so batch_traces is its mean (paper: exactly so many)",
     ]
     one = recipe.gemma3_1b_8k.Config()  # what is not in the sweep's settings is the single recipe's
     shared = recipe.shared(config, type(one))
@@ -155,7 +155,7 @@ def test_models_that_are_not_the_papers_are_said(recipe):
     config = recipe.Config(models="tiny,Qwen/Qwen2.5-3B-Instruct,m.gguf=qlora")
     listed = recipe.deviations(config, recipe.study_of(config))
     for model in ("tiny", "m.gguf"):
-        assert f"model {model}, whose name is not one of the paper's (or one that was fine-tuned)" in listed
+        assert f"model {model}, whose name is not one of the paper's models" in listed
     assert listed.count("weights that a GGUF file has rounded (paper: bf16)") == 1
     assert not [line for line in listed if line.startswith("model Qwen")]
 

@@ -36,7 +36,9 @@ ARITHMETIC = re.compile(r"\s*(?P<expression>[\d(-][\d\s.()+*/-]*[-+*/][\d\s.()+*
 def expression_of(question: str) -> str:
     """Return the expression that a question consists of, such as 3+2-4; "" if there is more to it."""
     plain = ARITHMETIC.fullmatch(question)
-    return re.sub(r"\s", "", plain["expression"]) if plain else ""
+    if not plain or re.search(r"[\d.]\s+[\d.]", plain["expression"]):  # 3+2 4 is no sum of 3 and 24
+        return ""
+    return re.sub(r"\s", "", plain["expression"])
 
 
 def computed_gold(question: str) -> str:

@@ -63,6 +63,7 @@ def test_plain_arithmetic_is_asked_in_the_words_of_its_benchmark(side):
     assert other.problem("3 + 2*4 = ?") == PROMPT + "3+2*4"
     assert other.problem("What is 3+2?") == "What is 3+2?"
     assert [expression_of(text) for text in ("5", "-3", "2024-11-27", "3+2; 4")] == ["", "", "2024-11-27", ""]
+    assert computed_gold("3 + 2?") == "5" and computed_gold("3+2 4?") == ""
     assert computed_gold("3+2-4+4?") == "5" and computed_gold("1/0") == computed_gold("why?") == ""
 
 

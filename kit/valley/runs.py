@@ -140,8 +140,7 @@ def run_study(
     cells: the study's, as they can be run here. What is done stays done. Several workers, and a process that
     comes to help others, begin with the longest runs, so that all end together. Every process writes the
     report, the last one all of it. then: without `rl`, the effect of a command to type next, the command and
-    its words.
-    Raises SystemExit naming the runs that failed, once all others are done.
+    its words. Raises SystemExit naming the runs that failed, once all others are done.
     """
     joins = is_shared(path)
     write_study(path, cells, deviations)

@@ -243,9 +243,10 @@ class LetFinish:
         return any(ranks.here().gather(self.asked))
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        self._handle_with(self.before)
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             LetFinish.asked = False
+        is_nested = isinstance(getattr(self.before, "__self__", None), LetFinish)
+        self._handle_with(signal.default_int_handler if is_nested and self.asked else self.before)
 
 
 def finish(report: Path, effect: str, command: str, *words: str) -> None:

@@ -216,7 +216,7 @@ WORDS = "WORDS"  # attribute of a Config: the name of the setting that is typed 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line."""
+    """An argument parser whose errors are one line."""
 
     hint = "--help lists the flags"
 

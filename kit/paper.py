@@ -213,7 +213,7 @@ def _methods(settings: Mapping[str, object]) -> Iterator[str]:
 def deviations_of_model(model: str) -> Iterator[str]:
     """List what a model says by its name; nothing for "" and for the paper's own."""
     if model and not _is_the_papers(model):
-        yield f"model {model}, whose name is not one of the paper's models"
+        yield f"model {model}, which by its name is none of the paper's"
     if model.endswith(".gguf"):
         yield "weights that a GGUF file has rounded (paper: bf16)"
 

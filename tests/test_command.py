@@ -132,6 +132,15 @@ def test_the_second_ctrl_c_also_ends_what_began_after_the_first():
             time.sleep(5)
 
 
+def test_the_second_ctrl_c_stops_at_once_also_if_the_first_came_in_an_inner_context():
+    with pytest.raises(KeyboardInterrupt), LetFinish("this step"):
+        with LetFinish("the wait"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+
 def test_ctrl_c_that_nothing_acted_on_is_known_to_the_next_context_and_to_no_other_run(capsys):
     with LetFinish("this step"):
         os.kill(os.getpid(), signal.SIGINT)

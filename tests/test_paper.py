@@ -85,7 +85,7 @@ def test_what_is_no_single_setting_is_said_too():
         "batch_traces 1 (paper: 8)",
         "max_grad_norm 0 (from LLaMA-Factory: 1.0, of all gradients together)",
         "verify none (paper: correct traces; by whose verdict it does not say)",
-        "model m.gguf, whose name is not one of the paper's models",
+        "model m.gguf, which by its name is none of the paper's",
         "weights that a GGUF file has rounded (paper: bf16)",
         "each step is one row of packed traces, updated without a norm of all gradients",
     ):

@@ -114,7 +114,9 @@ def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
 
     def ask(row: dict) -> str:
         verdict, problem = judge.reflects(row["text"])
-        row.update({JUDGED: verdict, PROBLEM: problem})  # here, in case that an earlier answer is waited for
+        row.update(
+            {JUDGED: verdict, PROBLEM: problem}
+        )  # here: the loop below may still wait for an earlier row
         return problem or ("yes" if verdict else "no")
 
     counts: dict[str, int] = {}

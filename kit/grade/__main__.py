@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
         prog=started_as(),
         description=f"Is this answer right? For a log of answers: {started_as()} regrade LOG",
     )
-    parser.hint = "put -- before an answer that begins with -"
+    parser.hint += "; put -- before an answer that begins with -"
     parser.add_argument("gold", help="the reference answer")
     parser.add_argument("prediction", help="a whole response or a bare answer")
     seconds = "seconds for both verdicts, after which they are `unknown`"

@@ -14,7 +14,7 @@ from kit.report.figures import Stages
 from kit.report.page import findings, share_cell, table
 from kit.valley.curves import percent, points
 from kit.valley.error_accumulation import Decomposition, decompose, length_alone
-from kit.valley.first_error import dissect_arithmetic
+from kit.valley.first_error import dissect_arithmetic, has_steps
 
 NAME = "arithmetic"  # of the benchmark
 SHOWN = 12  # first wrong steps listed per evaluation
@@ -25,7 +25,7 @@ def check_answers(stages: Stages) -> dict[str, Decomposition]:
     return {
         stage: decompose(0, {0: results[NAME]}, dissect_arithmetic)
         for stage, results in stages.items()
-        if NAME in results
+        if NAME in results and has_steps(NAME, results[NAME].rows)
     }
 
 
@@ -52,7 +52,7 @@ def _sentence(label: str, found: Decomposition) -> str:
         share, place = f"{100 * found.with_wrong:.1f} %", f"operation {found.first_wrong:g} (median)"
         first = f"{share} of the answers have a wrong one, first at {place}"
     return (
-        f"{label}: answers perform {found.operations.mean:.1f} operations (± {found.operations.half:.1f}), "
+        f"{label}: answers perform {found.operations.text('.1f')} operations, "
         f"the problems need {found.num_needed:.1f}; an operation is right with "
         f"p = {percent(found.step_accuracy)}, {first}; p^n is {percent(found.predicted)}, measured "
         f"{percent(found.accuracy)}: a residual of {points(found.residual)}."
@@ -95,7 +95,7 @@ COLUMNS = {  # of a stage
     "p, %": lambda p: share_cell(p.step_accuracy) if p.has_steps else "-",
     "p^n, %": lambda p: share_cell(p.predicted) if p.has_steps else "-",
     "residual: accuracy - p^n": lambda p: share_cell(p.residual, "+") if p.has_steps else "-",
-    "operations per answer": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
+    "operations per answer": lambda p: p.operations.text(".1f"),
     "of the problem (n)": lambda p: f"{p.num_needed:.1f}",
     "answers with a wrong one, %": lambda p: f"{100 * p.with_wrong:.1f}",
     "first wrong one (median)": lambda p: "-" if p.first_wrong is None else f"{p.first_wrong:g}",

@@ -48,7 +48,7 @@ def section(path: Path, results: StudyResults, model: str) -> str:
 
 
 def _plain(value: Estimate | None, form: str) -> str:
-    return "-" if value is None else f"{value.mean:{form}} ± {value.half:{form.removeprefix('+')}}"
+    return "-" if value is None else value.text(form)
 
 
 def reflection_figure(curves: Mapping[str, Sequence[Reflection]], length_of: str, narrow: bool) -> Figure:

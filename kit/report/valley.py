@@ -25,7 +25,7 @@ from kit.run import AFTER, BEFORE
 from kit.valley.curves import Estimate, difference, estimate, widened
 from kit.valley.error_accumulation import Decomposition, decompose, explain
 from kit.valley.finished import RL, Finished, StudyResults, of_seeds, point_of, shares
-from kit.valley.first_error import CAUSES, STEPWISE
+from kit.valley.first_error import CAUSES, STEPWISE, has_steps
 from kit.valley.jobs import DONE, FAILED
 from kit.valley.sentences import by_start, findings, rl_findings, what_came_out, what_was_done
 from kit.valley.study import Cell, short_name
@@ -121,10 +121,10 @@ def why(path: Path, results: StudyResults, model: str) -> str:
     if not sizes or not common:
         return ""
     benchmark = next(name for name in STEPWISE if name in common)
-    try:
-        base, *rest = (decompose(*of_seeds(seeds, benchmark), STEPWISE[benchmark]) for seeds in points)
-    except ValueError:  # another file of problems under the benchmark's name
+    rows = (row for seeds in points for found in seeds for row in found.results[benchmark].rows)
+    if not has_steps(benchmark, rows):
         return ""
+    base, *rest = (decompose(*of_seeds(seeds, benchmark), STEPWISE[benchmark]) for seeds in points)
     causes = "; ".join(f"<b>{cause}</b>: {html.escape(what)}" for cause, what in CAUSES.items())
     parts = [
         f"<h3>Why: {html.escape(name)}, answers step by step ({benchmark})</h3>",
@@ -146,7 +146,7 @@ def why_table(points: Sequence[Decomposition]) -> str:
         "p^n, %": lambda p: pages.share_cell(p.predicted),
         "accuracy - p^n": lambda p: pages.share_cell(p.residual, "+"),
         "right by luck, %": lambda p: f"{100 * p.saved:.1f}",
-        "operations": lambda p: f"{p.operations.mean:.1f} ± {p.operations.half:.1f}",
+        "operations": lambda p: p.operations.text(".1f"),
         "checks": lambda p: f"{p.checks:.1f}",
         "corrections": lambda p: f"{p.corrections:.1f}",
         "cut off, %": lambda p: f"{100 * p.truncated:.0f}",
@@ -223,7 +223,7 @@ def _numbers(seeds: Sequence[Finished], bases: Sequence[Finished], length_of: st
         pages.share_cell(difference(point.shares, base.shares), "+") if trained else "-",
         pages.share_cell(point.paper_accuracy) if point.paper_accuracy else "-",
         paper.ACCURACY.get((short_name(cell.model).lower(), cell.num_traces), "-"),
-        f"{point.length.mean:,.0f} ± {point.length.half:,.0f}",
+        point.length.text(",.0f"),
         *(f"{100 * mean:.0f}" for mean in means),
         f"{hours:.2f}" if trained else "-",
     ]

@@ -32,6 +32,11 @@ class Estimate:
     def high(self) -> float:
         return self.mean + self.half
 
+    def text(self, form: str) -> str:
+        """Return it as 12.3 ± 4.5; without the ± if that is infinite, as for a single question."""
+        half = f" ± {self.half:{form.removeprefix('+')}}" if math.isfinite(self.half) else ""
+        return f"{self.mean:{form}}{half}"
+
     def above_zero(self, num_looks: int = 1) -> bool:
         """Return whether it is certainly above zero. num_looks: differences that it was picked from."""
         return self.mean > widened(num_looks) * self.half

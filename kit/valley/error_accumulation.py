@@ -171,7 +171,7 @@ def _fit_sentence(base: Decomposition, low: Decomposition) -> str:
 def _length_sentence(base: Decomposition, low: Decomposition) -> str:
     lost = base.accuracy.mean - low.accuracy.mean
     rest = "Single operations have become worse, or something else has"
-    performed = f"{low.operations.mean:.1f} operations (± {low.operations.half:.1f})"
+    performed = f"{low.operations.text('.1f')} operations"
     if low.operations.mean <= base.operations.mean:
         return (
             f"Length explains nothing of the fall: answers perform {performed}, no more than the "

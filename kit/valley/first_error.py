@@ -9,7 +9,7 @@ counts as a step.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -134,6 +134,20 @@ def dissect_arithmetic(problem: str, text: str, *, finished: bool) -> Anatomy:
 
 
 STEPWISE = {"toy": dissect, "arithmetic": dissect_arithmetic}  # benchmarks whose answers have steps to check
+READERS = {"toy": read_chain, "arithmetic": solve}  # of their problems
+
+
+def has_steps(benchmark: str, rows: Iterable[dict]) -> bool:
+    """Return whether the samples answer the benchmark's own kind of problem.
+
+    A file of other problems may have its name.
+    """
+    try:
+        for problem in {row["problem"] for row in rows}:
+            READERS[benchmark](problem)
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(equation: Equation) -> str:

@@ -196,13 +196,13 @@ def run_jobs(jobs: Sequence[Job], path: Path, workers: Sequence[Worker], claims:
 def _end(running: Sequence[_Running]) -> None:
     """End runs early: ask them to save what they have, and kill them at another Ctrl-C."""
     try:
-        if running and os.name == "posix":
-            count = "1 run saves" if len(running) == 1 else f"{len(running)} runs save"
+        if (begun := [run for run in running if run.has_begun]) and os.name == "posix":
+            count = "1 run saves" if len(begun) == 1 else f"{len(begun)} runs save"
             print(f"\n{count} what is done; Ctrl-C again stops at once", file=sys.stderr)
-            for run in running:
+            for run in begun:
                 with suppress(ProcessLookupError):  # it has ended in the meantime
-                    os.kill(run.process.pid, signal.SIGINT if run.has_begun else signal.SIGKILL)
-            for run in running:
+                    os.kill(run.process.pid, signal.SIGINT)
+            for run in begun:
                 run.process.join(END_WITHIN)
     finally:
         for run in running:

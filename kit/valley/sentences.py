@@ -115,7 +115,7 @@ def length_sentence(curve: Curve) -> str:
     peak, last, subject = curve.points[longest], curve.points[-1], f"{_capital(curve.name)}: answers"
 
     if not longer:
-        most = f"at most {peak.length.mean:.0f} ± {peak.length.half:.0f}, at {peak.num_traces:,} traces"
+        most = f"at most {peak.length.text('.0f')}, at {peak.num_traces:,} traces"
         return (
             f"{subject} do not get longer beyond chance at any size ({start.mean:.0f} tokens before, {most})."
         )

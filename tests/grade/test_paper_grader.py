@@ -1,11 +1,10 @@
 r"""The verdict by the paper's rules against the first: where they differ, and where they agree."""
 
 import json
-import time
 
 import pytest
 from conftest import real_data
-from test_verdict import HOSTILE, SLACK
+from test_verdict import HOSTILE, stopwatch
 
 from kit.grade.paper import grade_as_paper
 from kit.grade.paper_text import extract, normalise
@@ -59,9 +58,9 @@ def test_hostile_input_is_bounded_and_nothing_long_is_called_wrong():
         (gold, rf"\boxed{{{prediction}}}") for gold, prediction in HOSTILE
     ]  # else the last number is all that is graded
     for index, (gold, prediction) in enumerate([*HOSTILE, *boxed]):
-        start = time.thread_time()
+        late = stopwatch(0.25)
         verdict = grade_as_paper(gold, prediction, deadline=0.25)
-        assert time.thread_time() - start < 0.25 + SLACK, index
+        assert late() <= 0, index
         assert verdict.verdict in ("correct", "wrong", "unknown")
     assert grade_as_paper("7", "the answer is " + "7, as we see, " * 2_000).verdict == "unknown"
     assert grade_as_paper("5", r"\boxed{9^{9^{9^9}}}").verdict == "unknown"

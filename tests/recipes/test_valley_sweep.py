@@ -155,7 +155,7 @@ def test_models_that_are_not_the_papers_are_said(recipe):
     config = recipe.Config(models="tiny,Qwen/Qwen2.5-3B-Instruct,m.gguf=qlora")
     listed = recipe.deviations(config, recipe.study_of(config))
     for model in ("tiny", "m.gguf"):
-        assert f"model {model}, whose name is not one of the paper's models" in listed
+        assert f"model {model}, which by its name is none of the paper's" in listed
     assert listed.count("weights that a GGUF file has rounded (paper: bf16)") == 1
     assert not [line for line in listed if line.startswith("model Qwen")]
 

@@ -47,7 +47,8 @@ def test_p_and_p_to_the_n_and_the_residual_are_those_computed_by_hand():
 def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
     (line,) = sentences(check_answers({SAMPLES: result(*ROWS)}))
     assert (
-        line.startswith("arithmetic: answers perform 3.2 operations (± ") and "the problems need 2.5;" in line
+        line.startswith("arithmetic: answers perform 3.2 ± 3.2 operations, ")
+        and "the problems need 2.5;" in line
     )
     assert (
         "p = 77.8 % (" in line
@@ -67,10 +68,15 @@ def test_a_sentence_says_it_and_two_stages_show_what_length_alone_would_cost():
     )
 
 
+def test_problems_of_ones_own_under_the_benchmarks_name_have_no_steps_to_check():
+    own = row(A, "\\boxed{100}", "correct") | {"problem": "Compute 2 bananas"}
+    assert check_answers({SAMPLES: result(ROWS[0], own)}) == {}
+
+
 def test_answers_without_an_equation_have_no_p():
     silent = check_answers({SAMPLES: result(row(A, "\\boxed{100}", "correct"))})
     assert sentences(silent) == ["arithmetic: no answer states an equation, so there are no steps to check."]
-    assert "<td>-<td>-<td>-<td>0.0&nbsp;± inf" in section(silent)
+    assert "<td>-<td>-<td>-<td>0.0<td>" in section(silent)
     right = sentences(check_answers({SAMPLES: result(ROWS[0])}))[0]
     assert "p = 100.0 % (" in right and "none is wrong" in right
 

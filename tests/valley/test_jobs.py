@@ -133,7 +133,7 @@ def test_a_failure_is_reported_with_its_reason_and_the_end_of_its_log_and_the_ot
     good, bad = (Path(found[name].log).read_text() for name in ("good", "bad"))
     assert good.count("line") == 30 and "line 29\ntraining: 2 of 2 steps in 0:" in good
     assert "line 29\ntraining: 1 of 2 steps in 0:" in bad.split("error: ")[0] and "\r" not in good + bad
-    assert re.search(r"^study: 6 of 6 runs in \d:\d\d:\d\d\n\Z", capfd.readouterr().err)
+    assert re.search(r"^study: 6 of 6 runs in \d:\d\d:\d\d\n\Z", capfd.readouterr().err, re.MULTILINE)
     assert [line.split()[0] for line in starts(recipe)] == ["bad", "killed", "left", "good"]
     assert "False '--odd= name'" in starts(recipe)[-1]  # settings arrive whatever they hold
     assert read_outcomes(tmp_path) == found

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,14 @@ def test_the_command_line_prints_one_line_for_a_mistake(samples):
     assert done.returncode == 2
     assert done.stderr.startswith("error: no file none.jsonl here")
     assert done.stderr.count("\n") == 1
+
+
+def test_an_answer_that_begins_with_minus_is_graded_after_two_dashes_which_the_error_says():
+    done = command("-m", "kit.grade", r"-\frac{1}{2}", "3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("; put -- before an answer that begins with -\n")
+    done = command("-m", "kit.grade", "--", r"-\frac{1}{2}", "-0.5")
+    assert re.search("^verdict +correct$", done.stdout, re.MULTILINE), done.stderr
 
 
 def test_a_missing_peer_is_an_error_that_names_the_package(samples):

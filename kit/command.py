@@ -226,9 +226,9 @@ class LetFinish:
         print(f"\nfinishing {self.what}; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
     def at_once(self, work: Callable[[], Value]) -> Value:
-        """Return work(), which Ctrl-C ends with KeyboardInterrupt, also one that came before.
+        """Return work(). Ctrl-C during it raises KeyboardInterrupt at once, and so does one that came before.
 
-        After it, one more Ctrl-C sets `asked` again, since a terminal and torchrun may both send the first.
+        Afterwards Ctrl-C sets `asked` again, since a terminal and torchrun may both send the first one.
         """
         try:
             self._handle_with(signal.default_int_handler)

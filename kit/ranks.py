@@ -228,7 +228,7 @@ class _Watch(threading.Thread):
                 self._end(why)
 
     def _silent(self) -> str:
-        """Return which rank has not counted on for too long; "" = none.
+        """Return which rank has sent no new beat for too long; "" = none.
 
         Time is counted in beats of this rank: if all are suspended, nobody is silent.
         """

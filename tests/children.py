@@ -117,6 +117,18 @@ def call(file: str, function: str, *arguments, **keywords) -> Child:
     return Child(_run_function, file, function, arguments, keywords)
 
 
+class CtrlC:
+    """Sends Ctrl-C to this process when it is called for the `at`-th time."""
+
+    def __init__(self, at: int):
+        self.left = at
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def free_port() -> int:
     """Return a port for rank 0, below those that the system gives to others before it is used."""
     while True:

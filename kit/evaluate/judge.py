@@ -114,9 +114,8 @@ def judge_logs(files: Sequence[Path], judge: Judge) -> dict[str, int]:
 
     def ask(row: dict) -> str:
         verdict, problem = judge.reflects(row["text"])
-        row.update(
-            {JUDGED: verdict, PROBLEM: problem}
-        )  # here: the loop below may still wait for an earlier row
+        # here, not in the loop below, which may still wait for an earlier row
+        row[JUDGED], row[PROBLEM] = verdict, problem
         return problem or ("yes" if verdict else "no")
 
     counts: dict[str, int] = {}

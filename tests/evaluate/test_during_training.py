@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from children import CtrlC
 
 from kit.command import Stopped
 from kit.data.chat import ChatFormat
@@ -109,12 +110,12 @@ def test_a_step_whose_measurement_fails_is_kept_and_ctrl_c_in_one_says_so(tmp_pa
 class CtrlCWhileSampling(ChatFormat):
     """Ctrl-C comes when the answers of the second measurement, after the base model's, are decoded."""
 
-    num_decoded = 0
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.interrupt = CtrlC(at=4)
 
     def decode(self, ids):
-        self.num_decoded += 1
-        if self.num_decoded == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+        self.interrupt()
         return super().decode(ids)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from children import call, start_ranks, train_unbroken_and_killed, wait
+from children import CtrlC, call, start_ranks, train_unbroken_and_killed, wait
 from test_train_loop import Config
 
 from kit import ranks
@@ -89,12 +89,12 @@ def test_running_out_of_memory_is_reported_with_the_checkpoint_to_continue_from(
 class CtrlCWhileDrawn(list):
     """Questions; while the first prompt of the second step is drawn, Ctrl-C comes."""
 
-    num_drawn = 0
+    def __init__(self, questions):
+        super().__init__(questions)
+        self.interrupt = CtrlC(at=4)
 
     def __getitem__(self, i):
-        self.num_drawn += 1
-        if self.num_drawn == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+        self.interrupt()
         return super().__getitem__(i)
 
 

@@ -121,8 +121,15 @@ class CtrlCWhileSampling(ChatFormat):
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_ends_a_measurement_at_once_and_its_step_is_kept(tmp_path):
+    made = []
+
+    def make_chat(*arguments, **options):
+        made.append(CtrlCWhileSampling(*arguments, **options))
+        return made[-1]
+
     with pytest.raises(Stopped, match=r"^while step 2 was measured, whose checkpoint is kept$"):
-        run_training(tmp_path / "run", chat_class=CtrlCWhileSampling)
+        run_training(tmp_path / "run", chat_class=make_chat)
+    assert made[0].interrupt.left == 0  # no answer was decoded after it
     assert (tmp_path / "run" / "checkpoints" / "step_0000002").is_dir()
     resumed, rows = run_training(tmp_path / "run", resume=True)
     unbroken, expected = run_training(tmp_path / "unbroken")
